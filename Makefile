@@ -1,0 +1,50 @@
+# make <target>. Every target sets up .venv by itself, and again only when setup.cfg or the pins change.
+
+PYTHON ?= python3
+ARGS ?=
+VENV := .venv
+BIN := $(CURDIR)/$(VENV)/bin
+STAMP := $(VENV)/.stamp
+PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
+# DeepSpeed builds its CPU collectives with the ninja that lies beside it.
+RUN := PATH="$(BIN):$$PATH"
+TRAIN := launcher/train.py --ds_config ds_configs/zero3.json
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint bench
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' Makefile | expand -t 16
+
+setup: $(STAMP)  ## .venv with everything pinned
+
+train: $(STAMP)  ## fine-tune the embedded model on all GPUs, or on 2 CPU ranks (ARGS="--max_steps 50 ...")
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then $(RUN) deepspeed --quiet $(TRAIN) $(ARGS); \
+	else $(RUN) DS_ACCELERATOR=cpu deepspeed --quiet --num_gpus 2 $(TRAIN) $(ARGS); fi
+
+test: $(STAMP)  ## all tests (ARGS="-k config ...")
+	@$(RUN) python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## ruff and mypy
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/mypy
+
+bench: $(STAMP)  ## every benchmark in benchmarks/, one after the other
+	@for script in benchmarks/*.py; do \
+		echo "== $$script"; $(RUN) python "$$script" $(ARGS) || exit 1; \
+	done
+
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "setup: needs Python 3.11 or newer, and $(PYTHON) is not that; try make setup PYTHON=python3.11"; \
+		exit 1; }
+	@echo "setup: making $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "setup: installing torch"
+	@$(PIP) torch
+	@echo "setup: installing DeepSpeed, transformers and the rest"
+	@$(PIP) --editable '.[dev]'
+	@touch $@
+	@echo "setup: done"
