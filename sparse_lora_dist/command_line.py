@@ -1,0 +1,103 @@
+"""Command line and YAML file -> Config. Every problem is found before anything is loaded.
+
+    defaults < YAML file of --config < command line
+
+jsonargparse parses each value by its field's type and writes the help. Going through the options
+one by one is ours, because a parser stops at its first error.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from typing import Any, NoReturn
+
+import yaml
+
+from sparse_lora_dist import methods
+from sparse_lora_dist.config import SECTIONS, Config, raise_if
+from sparse_lora_dist.engine_config import check_engine_file, conflicts
+from sparse_lora_dist.errors import ConfigError
+from sparse_lora_dist.given import read_flags, read_yaml, split_argv, typed_values
+from sparse_lora_dist.locations import missing_locations
+from sparse_lora_dist.options import Option, build_parser, known_options
+from sparse_lora_dist.spelling import did_you_mean
+
+
+def load_config(argv: Sequence[str]) -> Config:
+    """The run that ``argv`` (without the program's name) and its YAML file describe.
+
+    ``--help`` and ``--print_config`` print on rank 0 and end every rank with status 0.
+
+    Raises:
+        ConfigError: with every problem there is.
+    """
+    problems: list[str] = []
+    options, parser = known_options(), build_parser()
+    flags = split_argv(argv, problems)
+    names = [name for name, _ in flags]
+    if "help" in names:
+        leave_saying(parser.format_help())
+    given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
+    values = typed_values(given, options, parser, problems)
+    config = build(values, options, problems)
+    raise_if(problems)
+    assert config is not None, "neither a config nor a problem"
+    if "print_config" in names:
+        leave_saying(yaml.safe_dump(config.as_flat_dict(), sort_keys=False))
+    return config
+
+
+def leave_saying(text: str) -> NoReturn:
+    """Ends the program with status 0; rank 0 prints ``text`` first."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text.rstrip())
+    raise SystemExit(0)
+
+
+def build(
+    values: Mapping[str, Any], options: Mapping[str, Option], problems: list[str]
+) -> Config | None:
+    """The config of ``values`` over the defaults; None when a part of it cannot be made."""
+    flat: dict[str, Any] = {name: option.default for name, option in options.items()} | dict(values)
+    parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
+    check_method(values, flat["method"], options, problems)
+    if flat["method"] in methods.METHODS:
+        parts["method_options"] = make(methods.METHODS[flat["method"]].options, flat, problems)
+    config = None if None in parts.values() else Config(**parts)
+
+    problems += missing_locations(flat)
+    if "wandb" in flat["trackers"] and find_spec("wandb") is None:
+        problems.append("trackers has wandb, which is not installed: pip install wandb")
+    engine_problems = check_engine_file(flat["ds_config"])
+    if config is not None and not engine_problems:
+        engine_problems = conflicts(flat["ds_config"], config)
+    problems += engine_problems
+    return config
+
+
+def make(part: type[Any], flat: Mapping[str, Any], problems: list[str]) -> Any:
+    """An instance of the dataclass ``part``, or None with its problems added."""
+    try:
+        return part(**{f.name: flat[f.name] for f in fields(part)})
+    except ConfigError as error:
+        problems += error.problems
+    except ValueError as error:  # a method's own check of its options
+        problems.append(str(error))
+    return None
+
+
+def check_method(
+    values: Mapping[str, Any], method: str, options: Mapping[str, Option], problems: list[str]
+) -> None:
+    """Adds an unknown method, or options the user gave that belong to another one."""
+    if method not in methods.METHODS:
+        known = ", ".join(methods.METHODS)
+        hint = did_you_mean(method, methods.METHODS)
+        problems.append(f"method must be one of {known}, got {method!r}{hint}")
+        return
+    problems += [
+        f"--{name} belongs to method {options[name].method}, but --method is {method}"
+        for name in values
+        if options[name].method not in (None, method)
+    ]

@@ -1,0 +1,239 @@
+"""Every option a user may set: a frozen dataclass per concern, unit and meaning under each field.
+
+A class checks its own numbers when it is made and raises one ``ConfigError`` with all of them.
+``command_line.py`` fills the classes; field names are the flags and the keys of the YAML file.
+"""
+
+import math
+import re
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from sparse_lora_dist.errors import ConfigError
+from sparse_lora_dist.methods.base import NoOptions
+
+TRACKERS = ("tensorboard", "wandb")
+MAX_SEED = 2**32 - 1  # what numpy's generators take
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Base model: what is adapted, and how it is held"""
+
+    model: str = "default"
+    """Folder or hub id of the base model; "default" is the tiny one in this repository."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a hub model."""
+    quantization: Literal["nf4", "none"] = "nf4"
+    """How linear weights are held: nf4 (4 bits each) or none (the precision's 16 or 32)."""
+    double_quant: bool = True
+    """Quantise the NF4 block scales too: 4.13 instead of 4.5 bits a weight."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of forward and backward; adapter masters and statistics are fp32 either way."""
+    attn_implementation: str | None = None
+    """Attention by transformers' name (eager, sdpa, flash_attention_2); null lets it choose."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: a third more time, far less memory. Usual from 7B on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Data: what is learned from"""
+
+    data: str = "default"
+    """File, folder or hub id to train on; "default" is a part of GSM8K in this repository."""
+    eval_data: str | None = None
+    """The same for held-out loss; null is "default" if data is, and otherwise none."""
+    text_field: str = "text"
+    """Column of plain text."""
+    prompt_field: str = "prompt"
+    """Column of the prompt, or of chat messages."""
+    response_field: str = "response"
+    """Column of the response."""
+    chat_template: str | None = None
+    """File with a Jinja chat template; null takes the tokenizer's own."""
+    train_on: Literal["response", "all"] = "response"
+    """Tokens that count in the loss: the response's only, or all."""
+    packing: bool = True
+    """Put several documents in one row; attention stays within each."""
+    sequence_length: int = 512
+    """Tokens per row, at least 8."""
+    max_samples: int | None = None
+    """Use the first so many training examples only; null uses all."""
+
+    def __post_init__(self) -> None:
+        raise_if(at_least(self, 8, "sequence_length") + at_least(self, 1, "max_samples"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """Adapter: what trains"""
+
+    method: str = "lora"
+    """Name of the method; all of them are listed at the end."""
+    rank: int = 16
+    """Columns of each low-rank pair (the capacity, for methods that choose ranks), at least 1."""
+    alpha: float = 32.0
+    """The delta is scaled by alpha / rank; above 0."""
+    dropout: float = 0.0
+    """Fraction of the adapter's inputs set to zero while training, in [0, 1)."""
+    target_modules: tuple[str, ...] | str = "all-linear"
+    """Linears to adapt: names (q_proj,v_proj), a regex of the whole module name, or all-linear."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole and saved with the adapter, by name."""
+    init_adapter: str | None = None
+    """Folder or hub id of a PEFT adapter to go on from."""
+
+    def __post_init__(self) -> None:
+        problems = at_least(self, 1, "rank") + above(self, 0, "alpha")
+        if not 0.0 <= self.dropout < 1.0:
+            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
+        if not self.target_modules:
+            problems.append("target_modules is empty: name modules, or say all-linear")
+        if isinstance(self.target_modules, str):
+            problems += bad_regex("target_modules", self.target_modules)
+        raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Training: how long and how fast. A step is an optimizer step."""
+
+    max_steps: int | None = None
+    """Steps until the schedules end; null lets num_epochs decide."""
+    num_epochs: float = 1.0
+    """Passes over the data, when max_steps is null; above 0."""
+    stop_after: int | None = None
+    """End the program after this step, schedules untouched, to be resumed later."""
+    micro_batch_size: int = 8
+    """Rows per rank in one forward."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per step."""
+    learning_rate: float = 2e-4
+    """Peak learning rate of AdamW, above 0."""
+    lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = (
+        "cosine"
+    )
+    """Shape of the learning rate over the run."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0 to its peak."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of AdamW, at least 0."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 is off."""
+    seed: int = 0
+    """Seed of the adapter's first values, the order of the data, and dropout."""
+
+    def __post_init__(self) -> None:
+        counts = ("max_steps", "stop_after", "micro_batch_size", "gradient_accumulation_steps")
+        problems = at_least(self, 1, *counts) + above(self, 0, "num_epochs", "learning_rate")
+        problems += at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "seed")
+        for name in ("stop_after", "warmup_steps"):
+            value = getattr(self, name)
+            if self.max_steps is not None and value is not None and value > self.max_steps:
+                problems.append(f"{name} must be at most max_steps ({self.max_steps}), got {value}")
+        if self.seed > MAX_SEED:
+            problems.append(f"seed must be at most {MAX_SEED}, got {self.seed}")
+        if self.warmup_steps > 0 and self.lr_schedule == "constant":
+            problems.append("lr_schedule constant has no warm-up: use constant_with_warmup")
+        raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Run: engine, output and what is logged"""
+
+    ds_config: str = "ds_configs/zero3.json"
+    """DeepSpeed's JSON file: stage, offload, buckets; no training numbers."""
+    output_dir: str = "runs/default"
+    """Folder for checkpoints, metrics and the adapter; made when it is not there."""
+    resume: str = "never"
+    """auto (from the newest checkpoint in output_dir, if any), never, or a checkpoint's folder."""
+    log_every: int = 1
+    """Steps between two lines of metrics."""
+    eval_every: int = 50
+    """Steps between two held-out losses; 0 is before and after training only."""
+    eval_batches: int = 20
+    """Global batches per held-out loss, at most."""
+    save_every: int = 100
+    """Steps between two checkpoints; 0 is at the end only."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, both, or []."""
+    debug: bool = False
+    """Show tracebacks, and what other libraries print."""
+
+    def __post_init__(self) -> None:
+        problems = at_least(self, 1, "log_every", "eval_batches")
+        problems += at_least(self, 0, "eval_every", "save_every")
+        problems += [
+            f"trackers knows {' and '.join(TRACKERS)} ([] for none), got {name!r}"
+            for name in self.trackers
+            if name not in TRACKERS
+        ]
+        raise_if(problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole run, as the user described it."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+    method_options: Any = field(default_factory=NoOptions)
+    """Instance of ``METHODS[adapter.method].options``."""
+
+    def as_flat_dict(self) -> dict[str, object]:
+        """{flag: value} of all options; as YAML, a ``--config`` file that gives an equal Config."""
+        parts = (self.model, self.data, self.adapter, self.train, self.run, self.method_options)
+        flat = {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
+        # YAML has no tuples.
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "adapter": AdapterConfig,
+    "train": TrainConfig,
+    "run": RunConfig,
+}
+
+
+def raise_if(problems: list[str]) -> None:
+    """Raises ConfigError when there are problems."""
+    if problems:
+        raise ConfigError(problems)
+
+
+def at_least(part: object, bound: float, *names: str) -> list[str]:
+    """A line for each named number of ``part`` below ``bound`` or not finite; None passes."""
+    numbers = {name: getattr(part, name) for name in names}
+    return [
+        f"{name} must be at least {bound}, got {value}"
+        for name, value in numbers.items()
+        if value is not None and not bound <= value < math.inf
+    ]
+
+
+def above(part: object, bound: float, *names: str) -> list[str]:
+    """A line for each named number of ``part`` not above ``bound`` or not finite."""
+    numbers = {name: getattr(part, name) for name in names}
+    return [
+        f"{name} must be above {bound}, got {value}"
+        for name, value in numbers.items()
+        if not bound < value < math.inf
+    ]
+
+
+def bad_regex(name: str, pattern: str) -> list[str]:
+    """A line when ``pattern`` is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return [f"{name} is neither names nor a regular expression: {pattern!r} ({error})"]
+    return []

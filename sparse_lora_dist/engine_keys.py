@@ -1,0 +1,104 @@
+"""The keys a file in ds_configs/ may have, and what their values may be.
+
+Names and types are DeepSpeed 0.19's: runtime/zero/config.py, offload_config.py, constants.py.
+What has no effect under stage 3 or on a client optimizer is left out: it would be set in vain.
+"""
+
+from typing import Any
+
+KEYS: dict[str, Any] = {
+    "train_batch_size": int,
+    "train_micro_batch_size_per_gpu": int,
+    "gradient_accumulation_steps": int,
+    "gradient_clipping": float,
+    "steps_per_print": int,
+    "wall_clock_breakdown": bool,
+    "memory_breakdown": bool,
+    "zero_allow_untested_optimizer": bool,
+    "zero_force_ds_cpu_optimizer": bool,
+    "communication_data_type": str,
+    "data_types": {"grad_accum_dtype": str},
+    "bf16": {"enabled": bool, "check_grad_overflow": bool},
+    "fp16": {"enabled": bool},
+    "zero_optimization": {
+        "stage": int,
+        "contiguous_gradients": bool,
+        "overlap_comm": bool,
+        "reduce_scatter": bool,
+        "reduce_bucket_size": int,
+        "sub_group_size": int,
+        "stage3_prefetch_bucket_size": int,
+        "stage3_param_persistence_threshold": int,
+        "stage3_model_persistence_threshold": int,
+        "stage3_max_live_parameters": int,
+        "stage3_max_reuse_distance": int,
+        "stage3_module_granularity_threshold": int,
+        "stage3_use_all_reduce_for_fetch_params": bool,
+        "stage3_allgather_sequential": bool,
+        "zero_hpz_partition_size": int,
+        "zero_quantized_weights": bool,
+        "zero_quantized_nontrainable_weights": bool,
+        "zero_quantized_gradients": bool,
+        "log_trace_cache_warnings": bool,
+        "enable_sanity_checks": bool,
+        "offload_param": {
+            "device": ("none", "cpu", "nvme"),
+            "nvme_path": str,
+            "buffer_count": int,
+            "buffer_size": int,
+            "max_in_cpu": int,
+            "pin_memory": bool,
+        },
+        "offload_optimizer": {"device": ("none", "cpu"), "pin_memory": bool},
+    },
+    "aio": {
+        "block_size": int,
+        "queue_depth": int,
+        "intra_op_parallelism": int,
+        "single_submit": bool,
+        "overlap_events": bool,
+        "use_gds": bool,
+    },
+    "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool},
+}
+"""{key: type, tuple of allowed words, or the keys of a block}."""
+
+PACKED = "the base is packed 4-bit bytes, which it would treat as numbers"
+STATISTICS = "importance statistics are read from these gradients"
+
+FIXED: dict[str, tuple[object, str]] = {
+    "zero_optimization.stage": (3, "only stage 3 shards the base model"),
+    "zero_optimization.zero_quantized_weights": (False, PACKED),
+    "zero_optimization.zero_quantized_nontrainable_weights": (False, PACKED),
+    "zero_optimization.zero_quantized_gradients": (False, STATISTICS),
+    "communication_data_type": ("fp32", STATISTICS),
+    "data_types.grad_accum_dtype": ("fp32", STATISTICS),
+    "fp16.enabled": (False, PACKED + "; use --precision bf16 or fp32"),
+    "zero_allow_untested_optimizer": (True, "the optimizer is this project's own"),
+    "zero_force_ds_cpu_optimizer": (False, "the optimizer is this project's own"),
+}
+"""{key: (the only value that works, why)}. All may be left out, except the stage."""
+
+WHY_NOT = {
+    "zero_optimization.offload_optimizer.device": "packed moments do not fit its NVMe swapper",
+}
+"""{key: why other values that DeepSpeed knows do not work here}."""
+
+KNOWN_ELSEWHERE = {
+    "optimizer": "remove it and set --learning_rate, --weight_decay",
+    "scheduler": "remove it and set --lr_schedule, --warmup_steps",
+    "activation_checkpointing": "remove it and set --gradient_checkpointing",
+    "tensorboard": "remove it and set --trackers",
+    "wandb": "remove it and set --trackers",
+    "bfloat16": "write bf16",
+}
+"""{key that is refused: what to do}; other unknown keys get the nearest name."""
+
+OWNED = {
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "gradient_accumulation_steps",
+    "gradient_clipping": "max_grad_norm",
+    "train_batch_size": "micro_batch_size x gradient_accumulation_steps x ranks",
+    "bf16.enabled": "precision",
+}
+"""{key: the option that owns its number}. The file may say "auto", or the same."""

@@ -1,0 +1,24 @@
+"""What goes wrong through no fault of ours, said so that the user can mend it."""
+
+
+class UserError(Exception):
+    """One mistake in what the user gave us: what we got, what is allowed, what to change.
+
+    The launcher prints the message alone; ``--debug`` adds the traceback.
+    """
+
+    shared = False
+    """Do all ranks raise it together? Then one of them says it for all."""
+
+
+class ConfigError(UserError):
+    """The run description is wrong; carries every problem found, not just the first."""
+
+    shared = True
+
+    def __init__(self, problems: list[str]) -> None:
+        self.problems = problems
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(
+            f"the configuration has {count}:\n" + "\n".join(f"  - {p}" for p in problems)
+        )

@@ -1,0 +1,15 @@
+"""LoRA: W + (alpha / R) B A with W frozen. Hu et al. 2021, arXiv:2106.09685.
+
+Every default of the record is plain LoRA, so there is nothing to fill in. As in PEFT, A starts as
+U(-1/sqrt(I), 1/sqrt(I)) (the paper says Gaussian) and B at zero.
+"""
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, NoOptions
+
+
+def lora(options: NoOptions, total_steps: int) -> Method:
+    """Plain LoRA: no statistics, no decisions, nothing pruned."""
+    return Method(name="lora")
+
+
+LORA = MethodFactory(options=NoOptions, build=lora, summary="fixed rank, nothing pruned")

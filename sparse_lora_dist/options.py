@@ -1,0 +1,100 @@
+"""Every option there is: its type in words, its default, its method, and the help page."""
+
+import re
+import types
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from sparse_lora_dist import methods
+from sparse_lora_dist.config import SECTIONS
+
+USAGE = "deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--option value ...]"
+PLAIN_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """The type of its value, its default, and the method it belongs to, if to one."""
+
+    hint: Any
+    default: object
+    method: str | None
+
+
+def known_options() -> dict[str, Option]:
+    """{name: Option} of every section and of every method there is at this moment."""
+    owners: list[tuple[str | None, type[Any]]] = [(None, section) for section in SECTIONS.values()]
+    owners += [(name, factory.options) for name, factory in methods.METHODS.items()]
+    return {
+        f.name: Option(hint=get_type_hints(owner)[f.name], default=f.default, method=method)
+        for method, owner in owners
+        for f in fields(owner)
+    }
+
+
+def build_parser() -> ArgumentParser:
+    """A parser that knows the type of every option, and prints the help page."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    summaries = "; ".join(f"{name} ({m.summary})" for name, m in methods.METHODS.items())
+    parser = ArgumentParser(
+        prog="launcher/train.py",
+        usage=USAGE,
+        description="Fine-tune a sharded 4-bit language model with a sparse low-rank adapter.",
+        epilog=f"Methods: {summaries}.",
+        exit_on_error=False,
+        add_help=False,
+    )
+    command = parser.add_argument_group("Command line only")
+    command.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
+    command.add_argument("--print_config", action="store_true", help="print all values and leave")
+    command.add_argument("--help", action="store_true", help="print this page and leave")
+    for section in SECTIONS.values():
+        parser.add_class_arguments(section, None)
+    for name, factory in methods.METHODS.items():
+        group = parser.add_argument_group(f"Options of --method {name}")
+        group.add_class_arguments(factory.options, None, as_group=False)
+    return parser
+
+
+def may_be_null(hint: Any) -> bool:
+    """Is null a value of this type?"""
+    return type(None) in get_args(hint)
+
+
+def takes_names(hint: Any) -> bool:
+    """Is a value of this type a list of names?"""
+    return any(get_origin(t) is tuple for t in (hint, *get_args(hint)))
+
+
+def names_in(text: str, hint: Any) -> str | list[str]:
+    """The names in ``text`` for an option that takes a list of them.
+
+    ``a,b`` is two names and ``a`` is one. Where the option takes a regex too, all that is not plain
+    names is a regex, and ``all-linear`` stays the word that PEFT knows. ``[a, b]`` is left to YAML.
+    """
+    if text.startswith("[") or text == "all-linear":
+        return text
+    if get_origin(hint) is not tuple and PLAIN_NAMES.fullmatch(text) is None:
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def describe(hint: Any) -> str:
+    """The type in words: "a whole number or null"."""
+    arguments = get_args(hint)
+    if get_origin(hint) in (types.UnionType, Union):
+        return " or ".join(describe(t) for t in arguments)
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if get_origin(hint) is tuple:
+        return "a list of names"
+    return WORDS.get(hint, str(hint))

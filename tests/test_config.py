@@ -1,0 +1,329 @@
+"""Every option is found, typed, merged and checked; whatever is wrong is told at once."""
+
+from dataclasses import dataclass
+
+import pytest
+import yaml
+
+from sparse_lora_dist import command_line, locations
+from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.config import AdapterConfig, Config, TrainConfig
+from sparse_lora_dist.errors import ConfigError
+from sparse_lora_dist.methods import METHODS, MethodFactory
+from sparse_lora_dist.methods.base import Method
+
+FLAGS = """
+    model revision trust_remote_code quantization double_quant precision attn_implementation
+    gradient_checkpointing data eval_data text_field prompt_field response_field chat_template
+    train_on packing sequence_length max_samples method rank alpha dropout target_modules
+    modules_to_save init_adapter max_steps num_epochs stop_after micro_batch_size
+    gradient_accumulation_steps learning_rate lr_schedule warmup_steps weight_decay max_grad_norm
+    seed ds_config output_dir resume log_every eval_every eval_batches save_every trackers debug
+""".split()
+
+
+@pytest.fixture(autouse=True)
+def run_folder(tmp_path, monkeypatch):
+    """A working directory with an engine file, and embedded assets that exist."""
+    (tmp_path / "ds_configs").mkdir()
+    (tmp_path / "ds_configs/zero3.json").write_text('{"zero_optimization": {"stage": 3}}')
+    for path in locations.EMBEDDED.values():
+        (tmp_path / "assets" / path).mkdir(parents=True)
+    monkeypatch.setattr(locations, "ASSETS", tmp_path / "assets")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RANK", raising=False)
+    return tmp_path
+
+
+def problems_of(*argv: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(list(argv))
+    return caught.value.problems
+
+
+def only_problem_of(*argv: str) -> str:
+    (problem,) = problems_of(*argv)
+    return problem
+
+
+# What comes out
+
+
+def test_without_arguments_everything_is_default():
+    assert load_config([]) == Config()
+
+
+def test_flags_are_frozen():
+    """A new option costs every reader a line of help: add it here only if it must be."""
+    assert list(Config().as_flat_dict()) == FLAGS
+
+
+def test_command_line_wins_over_yaml_and_yaml_over_defaults(run_folder):
+    (run_folder / "run.yaml").write_text("rank: 4\nalpha: 8\nlearning_rate: 3e-4\n")
+    config = load_config(["--config", "run.yaml", "--rank", "2"])
+    assert (config.adapter.rank, config.adapter.alpha) == (2, 8.0)
+    assert config.train.learning_rate == 3e-4
+    assert config.train.seed == 0
+
+
+def test_config_written_and_read_is_equal(run_folder):
+    config = load_config(
+        ["--rank", "4", "--target_modules", "q_proj,v_proj", "--max_steps", "7", "--packing=false"]
+    )
+    (run_folder / "run.yaml").write_text(yaml.safe_dump(config.as_flat_dict()))
+    assert load_config(["--config", "run.yaml"]) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "section", "name", "value"),
+    [
+        (["--packing"], "data", "packing", True),
+        (["--packing", "false"], "data", "packing", False),
+        (["--packing=no"], "data", "packing", False),
+        (["--rank=8"], "adapter", "rank", 8),
+        (["--rank", "8", "--rank", "9"], "adapter", "rank", 9),
+        (["--max_steps", "null"], "train", "max_steps", None),
+        (["--learning_rate", "1e-3"], "train", "learning_rate", 1e-3),
+        (["--trackers", "tensorboard,wandb"], "run", "trackers", ("tensorboard", "wandb")),
+        (["--trackers", "tensorboard, wandb"], "run", "trackers", ("tensorboard", "wandb")),
+        (["--trackers", "[]"], "run", "trackers", ()),
+        (["--modules_to_save", "a", "b"], "adapter", "modules_to_save", ("a", "b")),
+        (["--target_modules", "q_proj"], "adapter", "target_modules", ("q_proj",)),
+        (["--target_modules", "q_proj,v_proj"], "adapter", "target_modules", ("q_proj", "v_proj")),
+        (["--target_modules", "[q_proj, x]"], "adapter", "target_modules", ("q_proj", "x")),
+        (["--target_modules", "all-linear"], "adapter", "target_modules", "all-linear"),
+        (["--target_modules", r".*\.[qv]_proj"], "adapter", "target_modules", r".*\.[qv]_proj"),
+        (["--target_modules", "[qv]_proj"], "adapter", "target_modules", "[qv]_proj"),
+    ],
+)
+def test_values_get_their_type(argv, section, name, value):
+    assert getattr(getattr(load_config(argv), section), name) == value
+
+
+def test_what_launchers_add_is_ignored():
+    assert load_config(["--local_rank=3", "--rank", "4"]).adapter.rank == 4
+
+
+# What is said
+
+
+def test_help_lists_every_flag_and_method(capsys):
+    with pytest.raises(SystemExit) as left:
+        load_config(["--rank", "no number", "--help"])
+    page = capsys.readouterr().out
+    assert left.value.code == 0
+    for flag in [*FLAGS, "config", "print_config"]:
+        assert f"--{flag} " in page, flag
+    assert METHODS["lora"].summary in " ".join(page.split())
+
+
+def test_help_is_printed_by_one_rank_only(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    assert capsys.readouterr().out == ""
+
+
+def test_print_config_prints_the_merged_whole(run_folder, capsys):
+    (run_folder / "run.yaml").write_text("alpha: 8\n")
+    with pytest.raises(SystemExit) as left:
+        load_config(["--config", "run.yaml", "--print_config", "--rank", "4"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert left.value.code == 0
+    assert printed == Config().as_flat_dict() | {"alpha": 8.0, "rank": 4}
+
+
+# What is wrong
+
+
+def test_all_problems_come_at_once(run_folder):
+    (run_folder / "run.yaml").write_text("ranks: 4\nalpha: much\n")
+    (run_folder / "ds_configs/zero3.json").write_text('{"zero_optimization": {"stage": 2}}')
+    problems = "\n".join(
+        problems_of(
+            *("--config", "run.yaml", "--max_step", "3", "--dropout", "1.0", "--seed"),
+            *("--model", "./nowhere", "--chat_template", "nowhere.jinja", "--method", "none"),
+        )
+    )
+    for words in (
+        "run.yaml line 1: ranks is no option; did you mean rank?",
+        "run.yaml line 2: alpha must be a number, got 'much'",
+        "--max_step is no option; did you mean --max_steps?",
+        "dropout must be in [0, 1), got 1.0",
+        "--seed takes one value, got none",
+        "model: no such file or folder, and no hub id: ./nowhere",
+        "chat_template: no such file: nowhere.jinja",
+        "method must be one of lora",
+        "zero_optimization.stage is 2; must be 3",
+    ):
+        assert words in problems
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("rank", "-3", "rank must be at least 1, got -3"),
+        ("rank", "4.5", "--rank must be a whole number, got '4.5'"),
+        ("rank", "true", "--rank must be a whole number"),
+        ("alpha", "0", "alpha must be above 0"),
+        ("dropout", "-0.1", "dropout must be in [0, 1)"),
+        ("sequence_length", "7", "sequence_length must be at least 8"),
+        ("max_samples", "0", "max_samples must be at least 1"),
+        ("max_steps", "0", "max_steps must be at least 1"),
+        ("num_epochs", "0", "num_epochs must be above 0"),
+        ("micro_batch_size", "null", "--micro_batch_size must be a whole number, got 'null'"),
+        ("learning_rate", ".inf", "learning_rate must be above 0"),
+        ("learning_rate", ".nan", "learning_rate must be above 0"),
+        ("weight_decay", "-1", "weight_decay must be at least 0"),
+        ("seed", str(2**32), "seed must be at most"),
+        ("packing", "maybe", "--packing must be true or false"),
+        ("precision", "fp16", "--precision must be one of bf16, fp32, got 'fp16'"),
+        ("quantization", "int8", "--quantization must be one of nf4, none"),
+        ("train_on", "prompt", "--train_on must be one of response, all"),
+        ("lr_schedule", "cosin", "--lr_schedule must be one of constant"),
+        ("trackers", "mlflow", "trackers knows tensorboard and wandb"),
+        ("target_modules", "(q", "target_modules is neither names nor a regular expression"),
+        ("target_modules", "[]", "target_modules is empty"),
+        ("log_every", "0", "log_every must be at least 1"),
+        ("save_every", "-1", "save_every must be at least 0"),
+        ("resume", "latest", "resume must be auto, never or an existing folder"),
+        ("data", "train.jsonl", "data: no such file or folder"),
+        ("data", "/nowhere", "data: no such file or folder"),
+        ("eval_data", "a/b/c", "eval_data: no such file or folder"),
+        ("init_adapter", "../nowhere", "init_adapter: no such file or folder"),
+        ("revision", "main", "revision is for hub models"),
+        ("ds_config", "nowhere.json", "ds_config: no such file: nowhere.json"),
+        ("config", "nowhere.yaml", "--config nowhere.yaml cannot be read"),
+        ("output_dir", "ds_configs/zero3.json", "output_dir is a file"),
+        ("model_name", "x", "--model_name is no option"),
+        ("max-steps", "5", "did you mean --max_steps?"),
+    ],
+)
+def test_one_wrong_value_is_one_problem(flag, value, words):
+    assert words in only_problem_of(f"--{flag}", value)
+
+
+@pytest.mark.parametrize("name", ["stop_after", "warmup_steps"])
+def test_nothing_lies_beyond_the_last_step(name):
+    problem = only_problem_of("--max_steps", "10", f"--{name}", "11")
+    assert problem == f"{name} must be at most max_steps (10), got 11"
+    load_config(["--max_steps", "10", f"--{name}", "10"])
+
+
+def test_constant_schedule_has_no_warmup():
+    problem = only_problem_of("--lr_schedule", "constant", "--warmup_steps", "5")
+    assert "use constant_with_warmup" in problem
+
+
+def test_a_hub_id_needs_no_file():
+    config = load_config(["--model", "owner/name-1.0", "--revision", "main", "--data", "set"])
+    assert config.model.model == "owner/name-1.0"
+
+
+def test_stray_words_are_refused():
+    assert "'hello' belongs to no option" in only_problem_of("hello")
+    assert "'hello' belongs to no option" in only_problem_of("--rank=3", "hello")
+    assert "--rank takes one value, got 3 4" in only_problem_of("--rank", "3", "4")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("rank: 4\nrank: 5\n", "line 2: rank stands twice"),
+        ("rank: [1]\n", "line 1: rank must be a whole number, got [1]"),
+        ("rank:\n", "line 1: rank must be a whole number, got None"),
+        ("adapter: {rank: 4}\n", "line 1: adapter is no option"),
+        ("3: 4\n", "line 1: 3 is no option"),
+        ("- rank\n", "must hold 'name: value' lines, got a seq"),
+        ("rank: [\n", "cannot be read"),
+        ("trackers: [1]\n", "trackers must be a list of names"),
+        ("model: {a: 1}\n", "model must be text"),
+    ],
+)
+def test_yaml_mistakes_name_their_line(run_folder, text, words):
+    (run_folder / "run.yaml").write_text(text)
+    assert words in only_problem_of("--config", "run.yaml")
+
+
+def test_empty_yaml_changes_nothing(run_folder):
+    (run_folder / "run.yaml").write_text("# nothing yet\n")
+    assert load_config(["--config", "run.yaml"]) == Config()
+
+
+def test_embedded_assets_can_be_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(locations, "ASSETS", tmp_path / "none")
+    problems = problems_of()
+    assert [p.split(":")[0] for p in problems] == ["model", "data"]
+    assert all("comes with a git clone only" in p for p in problems)
+
+
+def test_a_tracker_that_is_not_installed_is_told(monkeypatch):
+    monkeypatch.setattr(command_line, "find_spec", lambda name: None)
+    assert "pip install wandb" in only_problem_of("--trackers", "wandb")
+
+
+def test_sections_check_themselves():
+    with pytest.raises(ConfigError, match="rank must be at least 1"):
+        AdapterConfig(rank=0)
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig(micro_batch_size=0, learning_rate=-1.0)
+    assert len(caught.value.problems) == 2
+
+
+# Methods
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyOptions:
+    """Toy"""
+
+    toy_strength: float = 0.5
+    """How much, at least 0."""
+
+    def __post_init__(self):
+        if self.toy_strength < 0:
+            raise ValueError(f"toy_strength must be at least 0, got {self.toy_strength}")
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    factory = MethodFactory(
+        options=ToyOptions, build=lambda options, steps: Method(name="toy"), summary="a toy"
+    )
+    monkeypatch.setitem(METHODS, "toy", factory)
+
+
+def test_a_new_method_brings_its_options(toy, run_folder, capsys):
+    config = load_config(["--method", "toy", "--toy_strength", "2"])
+    assert config.method_options == ToyOptions(toy_strength=2.0)
+    (run_folder / "run.yaml").write_text(yaml.safe_dump(config.as_flat_dict()))
+    assert load_config(["--config", "run.yaml"]) == config
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    page = capsys.readouterr().out
+    assert "Options of --method toy" in page and "How much, at least 0." in page
+
+
+def test_an_option_of_another_method_is_refused(toy):
+    problem = only_problem_of("--toy_strength", "2")
+    assert problem == "--toy_strength belongs to method toy, but --method is lora"
+
+
+def test_a_method_checks_its_options(toy):
+    problem = only_problem_of("--method", "toy", "--toy_strength", "-1")
+    assert problem == "toy_strength must be at least 0, got -1.0"
+
+
+# Where things are
+
+
+def test_default_data_brings_its_held_out_part(run_folder):
+    heldout = str(run_folder / "assets/gsm8k/heldout.jsonl")
+    assert locations.eval_source(load_config([]).data) == heldout
+    assert locations.eval_source(load_config(["--data", "owner/set"]).data) is None
+    assert locations.eval_source(load_config(["--eval_data", "owner/set"]).data) == "owner/set"
+
+
+def test_default_model_is_embedded(run_folder):
+    assert locations.resolve_default("model", "default") == str(run_folder / "assets/base")
+    assert locations.resolve_default("model", "owner/name") == "owner/name"
