@@ -1,0 +1,117 @@
+"""Rows of the stream -> the micro-batches of one rank.
+
+Shapes: M rows of a micro-batch, T tokens of its longest row (padded). Attention stays inside a
+document because ``position_ids`` restart there; that holds in transformers only with no
+``attention_mask`` and ``use_cache=False``, and with flash attention only for M = 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.data.rows import Row, Rows
+from sparse_lora_dist.data.tokens import NOT_A_TARGET, Ints
+
+FILLER = -1
+"""The row number of a row that only fills up the last global batch."""
+PAD_TO = 8
+"""Row lengths are multiples of this many tokens, as GPU matmuls like them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One micro-batch of one rank, int64."""
+
+    input_ids_MT: Tensor
+    labels_MT: Tensor
+    """Not shifted; -100 where there is nothing to learn."""
+    position_ids_MT: Tensor
+    """Restart at 0 at each document and where the padding begins."""
+    rows_M: tuple[int, ...]
+    """Row numbers in the stream; -1 for filler rows."""
+    num_tokens: int
+    """Tokens of documents: padding and filler are not counted."""
+
+    @property
+    def num_targets(self) -> int:
+        """Tokens the shifted loss is taken on."""
+        return int((self.labels_MT[:, 1:] != NOT_A_TARGET).sum())
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on ``device``."""
+        return Batch(
+            input_ids_MT=self.input_ids_MT.to(device),
+            labels_MT=self.labels_MT.to(device),
+            position_ids_MT=self.position_ids_MT.to(device),
+            rows_M=self.rows_M,
+            num_tokens=self.num_tokens,
+        )
+
+
+def micro_batches(
+    rows: Rows,
+    *,
+    first_row: int,
+    end_row: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    accumulation: int,
+    pad_id: int,
+    shuffle: bool = True,
+) -> list[Batch]:
+    """This rank's part of the global batch that begins at row ``first_row`` of the stream.
+
+    Row i of the global batch goes to micro-batch ``i // (world_size * micro_batch_size)`` and rank
+    ``(i // micro_batch_size) % world_size``. Rows from ``end_row`` on become filler rows, one pad
+    token and no target: the last partial batch drops and repeats nothing, and a loss divided
+    by the global number of targets is exact.
+
+    Args:
+        shuffle: take each epoch in its own seeded order; False keeps the order of the list.
+
+    Returns:
+        ``accumulation`` batches of ``micro_batch_size`` rows, filler included.
+    """
+    assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+    batches = []
+    for step in range(accumulation):
+        start = first_row + (step * world_size + rank) * micro_batch_size
+        wanted = range(start, start + micro_batch_size)
+        numbers = tuple(n if n < end_row else FILLER for n in wanted)
+        batches.append(_batch(rows, numbers, pad_id=pad_id, shuffle=shuffle))
+    return batches
+
+
+def _batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) -> Batch:
+    filler = Row(
+        input_ids=np.array([pad_id]),
+        labels=np.array([NOT_A_TARGET]),
+        position_ids=np.array([0]),
+    )
+    parts = [filler if n == FILLER else rows[rows.index(n, shuffle=shuffle)] for n in numbers]
+    longest = max(len(p.input_ids) for p in parts)
+    length = min(-(-longest // PAD_TO) * PAD_TO, rows.sequence_length)
+    return Batch(
+        input_ids_MT=_stack([_pad(p.input_ids, length, pad_id) for p in parts]),
+        labels_MT=_stack([_pad(p.labels, length, NOT_A_TARGET) for p in parts]),
+        # Padding is a document of its own: positions that went on would join it to the last.
+        position_ids_MT=_stack(
+            [np.append(p.position_ids, np.arange(length - len(p.position_ids))) for p in parts]
+        ),
+        rows_M=numbers,
+        num_tokens=sum(
+            len(p.input_ids) for n, p in zip(numbers, parts, strict=True) if n != FILLER
+        ),
+    )
+
+
+def _pad(values: Ints, length: int, value: int) -> Ints:
+    return np.pad(values, (0, length - len(values)), constant_values=value)
+
+
+def _stack(rows: Sequence[Ints]) -> Tensor:
+    return torch.from_numpy(np.stack(rows).astype(np.int64))

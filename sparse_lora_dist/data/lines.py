@@ -1,0 +1,79 @@
+"""What a text file of examples says at which line; looked at when its content does not fit."""
+
+import csv
+import json
+from pathlib import Path
+
+JSON = (".jsonl", ".json")
+LARGEST_CELL = 2**31 - 1
+"""Bytes; the csv module's own limit of 128 KiB is less than a long document."""
+
+
+def has_content(file: Path) -> bool:
+    """Is there anything but white space?"""
+    with file.open("rb") as f:
+        return any(line.strip() for line in f)
+
+
+def example_lines(file: Path) -> list[int] | None:
+    """Line number of each example of a JSON-lines file (.json may be one); None for other kinds."""
+    if file.suffix not in JSON:
+        return None
+    with file.open("rb") as f:
+        lines = [(number, line) for number, line in enumerate(f, start=1) if line.strip()]
+    # A .json file may be one list, or one object over many lines: then line 1 is no object.
+    if file.suffix == ".json" and _json_problem(file, 1, lines[0][1], allowed=dict) is not None:
+        return None
+    return [number for number, _ in lines]
+
+
+def broken_line(file: Path) -> str | None:
+    """``file:line: what`` for the first JSON or CSV line that is broken; None if there is none."""
+    if file.suffix == ".csv":
+        return _broken_csv(file)
+    if file.suffix not in JSON:
+        return None
+    if example_lines(file) is None:
+        return _json_problem(file, 1, file.read_bytes(), allowed=(list, dict))
+    with file.open("rb") as f:
+        for number, line in enumerate(f, start=1):
+            problem = _json_problem(file, number, line, allowed=dict) if line.strip() else None
+            if problem is not None:
+                return problem
+    return None
+
+
+def csv_columns(file: Path) -> list[str]:
+    """The names in the first line."""
+    with file.open(newline="", encoding="utf-8-sig") as f:
+        return next(csv.reader(f))
+
+
+def _broken_csv(file: Path) -> str | None:
+    csv.field_size_limit(LARGEST_CELL)
+    with file.open(newline="", encoding="utf-8-sig") as f:
+        reader = csv.reader(f)
+        try:
+            columns = next(reader)
+            for cells in reader:
+                if cells and len(cells) != len(columns):
+                    found = f"{len(cells)} cells, but the first line names {len(columns)}"
+                    return f"{file}:{reader.line_num}: {found}; put text with commas in quotes"
+        except (csv.Error, UnicodeDecodeError) as error:
+            return f"{file}:{reader.line_num + 1}: {error}"
+    return None
+
+
+def _json_problem(
+    file: Path, line: int, content: bytes, *, allowed: type | tuple[type, ...]
+) -> str | None:
+    try:
+        value = json.loads(content.decode("utf-8-sig").rstrip())
+    except UnicodeDecodeError as error:
+        return f"{file}:{line}: not UTF-8 text ({error.reason})"
+    except json.JSONDecodeError as error:
+        where = f"{file}:{line + error.lineno - 1}"
+        return f"{where}: not valid JSON: {error.msg} (column {error.colno})"
+    if not isinstance(value, allowed):
+        return f"{file}:{line}: expected a JSON object {{...}}, got {type(value).__name__}"
+    return None

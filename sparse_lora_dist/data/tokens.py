@@ -1,0 +1,205 @@
+"""Examples -> documents: token ids with labels, none longer than the sequence length.
+
+Plain text is cut into pieces; a pair or chat that is too long is left out and counted.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+from datasets.fingerprint import Hasher
+from transformers import PreTrainedTokenizerFast
+
+from sparse_lora_dist.data.chat import TrainOn, encode_chat, encode_text, find_template
+from sparse_lora_dist.data.fields import ExampleError, Fields, find_fields
+from sparse_lora_dist.data.read import Examples, read_examples
+from sparse_lora_dist.errors import UserError
+
+Ints = npt.NDArray[np.int64]
+NOT_A_TARGET = -100
+"""The label torch's cross entropy ignores."""
+CACHE_VERSION = 1
+"""Raise it when the same text gives other tokens than before, so that old caches are not used."""
+FEATURES = datasets.Features(
+    {
+        "input_ids": datasets.List(datasets.Value("int32")),
+        "labels": datasets.List(datasets.Value("int32")),
+        "length": datasets.Value("int64"),
+        "num_targets": datasets.Value("int64"),
+    }
+)
+"""What the cache keeps of each document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Document:
+    """One document. ``labels`` is not shifted; its first entry is never a target, so that no
+    document predicts another's first token."""
+
+    input_ids: Ints
+    labels: Ints
+
+
+class Documents:
+    """The documents of a data set in its order, on disk; a sequence of ``Document``."""
+
+    def __init__(self, table: datasets.Dataset, *, sequence_length: int) -> None:
+        sizes = table.select_columns(["length", "num_targets"]).with_format("numpy")[:]
+        length, num_targets = sizes["length"], sizes["num_targets"]
+        fits = length <= sequence_length
+        self._table = table.with_format("numpy", columns=["input_ids", "labels"])
+        self._kept = np.flatnonzero(fits & (num_targets > 0))
+        self.sequence_length = sequence_length
+        self.lengths: Ints = length[self._kept].astype(np.int64)
+        """Tokens in each document."""
+        self.num_tokens = int(self.lengths.sum())
+        self.num_targets = int(num_targets[self._kept].sum())
+        self.too_long = int((~fits).sum())
+        """Examples left out because they are longer than ``sequence_length``."""
+        self.no_target = int((fits & (num_targets == 0)).sum())
+        """Examples left out because no token of theirs is a target."""
+        self.longest = int(length.max(initial=0))
+        """Tokens in the longest example, left out or not."""
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> Document:
+        record = self._table[int(self._kept[index])]
+        return Document(
+            input_ids=record["input_ids"].astype(np.int64),
+            labels=record["labels"].astype(np.int64),
+        )
+
+    def report(self) -> str:
+        """One line: what there is to train on, and what was left out and why."""
+        parts = [
+            f"{len(self):,} documents, {self.num_tokens:,} tokens, {self.num_targets:,} targets"
+        ]
+        if self.too_long:
+            parts.append(
+                f"{self.too_long:,} left out, longer than --sequence_length {self.sequence_length} "
+                f"(raise it to {self.longest:,}, the longest, to keep all)"
+            )
+        if self.no_target:
+            parts.append(f"{self.no_target:,} left out, without a target token")
+        return "; ".join(parts)
+
+
+def load_documents(
+    source: str,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    text_field: str,
+    prompt_field: str,
+    response_field: str,
+    chat_template: str | None,
+    train_on: TrainOn,
+    sequence_length: int,
+    max_samples: int | None,
+    flag: str = "--data",
+    split: str = "train",
+) -> Documents:
+    """Read, check and tokenise ``source``; the tokens are cached on disk for the next run.
+
+    A ``messages`` column makes chats, prompt and response columns make pairs, a text column plain
+    text. A ``.txt`` file is one long plain text (plays and books have no marks between documents);
+    it is tokenised in one go, which takes some 100 bytes of memory a token.
+
+    Args:
+        source: see ``read_examples``.
+        chat_template: jinja text or file that takes the place of the tokenizer's own.
+        train_on: ``response`` learns assistant turns only; plain text is always learned whole.
+        sequence_length: tokens, at least 2.
+        flag: where ``source`` came from, for messages.
+
+    Raises:
+        UserError: the source or an example is wrong (with file and line), or nothing is left.
+    """
+    assert sequence_length >= 2, "a document of one token has nothing to predict"
+    examples = read_examples(source, split=split, max_samples=max_samples, flag=flag)
+    fields = find_fields(
+        examples.table.column_names,
+        text_field="text" if examples.is_plain_text else text_field,
+        prompt_field=prompt_field,
+        response_field=response_field,
+        place=f"{flag} {source}",
+    )
+    template = find_template(tokenizer, chat_template)
+    if fields.kind == "messages" and template is None:
+        raise UserError(f"{flag} {source}: chats need a template; give one with --chat_template")
+
+    def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+        if fields.kind == "text":
+            return _text_rows(encode_text(tokenizer, fields.text(record)), sequence_length)
+        chat = fields.messages(record)
+        encoded = encode_chat(tokenizer, chat, template=template, train_on=train_on)
+        return [_row(encoded.ids, encoded.is_target, sequence_length)]
+
+    key = (CACHE_VERSION, fields, template, train_on, sequence_length, *_identity(tokenizer))
+    table = _tokenise(examples, fields, rows_of, key)
+    documents = Documents(table, sequence_length=sequence_length)
+    if len(documents) == 0:
+        raise UserError(f"{flag} {source}: nothing is left to train on: {documents.report()}")
+    return documents
+
+
+def _tokenise(
+    examples: Examples,
+    fields: Fields,
+    rows_of: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
+    key: tuple[Any, ...],
+) -> datasets.Dataset:
+    def tokenise(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+        rows: list[dict[str, Any]] = []
+        for i, index in enumerate(indices):
+            try:
+                rows += rows_of({column: batch[column][i] for column in fields.columns})
+            # Text that is not UTF-8 shows itself only here, where Arrow hands it out.
+            except (ExampleError, UnicodeDecodeError) as error:
+                raise examples.fault(index, str(error)) from error
+        return {column: [row[column] for row in rows] for column in FEATURES}
+
+    table = examples.table.select_columns(list(fields.columns))
+    return table.map(
+        tokenise,
+        with_indices=True,
+        batched=True,
+        batch_size=100,
+        remove_columns=list(fields.columns),
+        features=FEATURES,
+        # Named by us: datasets would pickle the tokenizer, whose inner state changes with use.
+        new_fingerprint=Hasher.hash((table._fingerprint, *key)),
+        desc="tokenise",
+    )
+
+
+def _row(ids: list[int], is_target: list[bool], sequence_length: int) -> dict[str, Any]:
+    """A cached document; of one that is too long, its length only."""
+    is_target = [False, *is_target[1:]][: len(ids)]
+    fits = len(ids) <= sequence_length
+    labels = [i if t else NOT_A_TARGET for i, t in zip(ids, is_target, strict=True)]
+    return {
+        "input_ids": ids if fits else [],
+        "labels": labels if fits else [],
+        "length": len(ids),
+        "num_targets": sum(is_target),
+    }
+
+
+def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
+    """Pieces of at most ``sequence_length`` tokens.
+
+    Each begins with the last token of the piece before, as context only, so that every token of the
+    text but its first is a target exactly once.
+    """
+    starts = range(0, max(len(ids) - 1, 1), sequence_length - 1)
+    pieces = [ids[start : start + sequence_length] for start in starts]
+    return [_row(piece, [True] * len(piece), sequence_length) for piece in pieces]
+
+
+def _identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    return tokenizer.backend_tokenizer.to_str(), str(sorted(tokenizer.special_tokens_map.items()))
