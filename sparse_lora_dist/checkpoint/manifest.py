@@ -1,0 +1,69 @@
+"""The manifest of a checkpoint: what it is, how far the run was, which files belong to it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.errors import UserError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """How far a run is."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    rows: int = 0
+    """Rows of the stream consumed: the data position, whatever the batch size."""
+    tokens: int = 0
+    """Tokens that went through the model, padding not counted."""
+
+
+def newest(folder: Path) -> Path | None:
+    """The last published checkpoint of a run, None where there is none. Rank 0 looks, all get its
+    answer."""
+    found = None
+    if comm.rank() == 0:
+        steps = sorted(p for p in folder.glob("step_*") if (p / MANIFEST).exists())
+        found = str(steps[-1]) if steps else None
+    found = comm.broadcast_object(found)
+    return Path(found) if found else None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, after checking that every file it names is there in its full size."""
+    path = checkpoint / MANIFEST
+    if not path.exists():
+        raise UserError(
+            f"{checkpoint} is no checkpoint: it has no {MANIFEST}. Name a step_... folder."
+        )
+    manifest: dict[str, Any] = json.loads(path.read_text())
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path} has format {manifest['format']}; this version reads {FORMAT}.")
+    for file in manifest["files"]:
+        there = checkpoint / file["name"]
+        size = there.stat().st_size if there.exists() else 0
+        if size != file["bytes"]:
+            raise UserError(
+                f"{there} has {size} bytes, the manifest says {file['bytes']}. "
+                "Resume from another step."
+            )
+    return manifest
+
+
+def check_description(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to go on with another base, method or shape than was saved; name every field that
+    differs."""
+    differ = [
+        f"{k} was {saved.get(k)!r}, now {now.get(k)!r}"
+        for k in sorted({*saved, *now})
+        if saved.get(k) != now.get(k)
+    ]
+    if differ:
+        raise UserError(f"{checkpoint} belongs to another run: " + "; ".join(differ))

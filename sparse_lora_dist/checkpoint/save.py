@@ -1,0 +1,115 @@
+"""Writing a checkpoint: every rank its slices, then rank 0 the manifest and the name."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.checkpoint.manifest import FORMAT, MANIFEST, Progress
+from sparse_lora_dist.optim import MOMENTS
+from sparse_lora_dist.shards import Shards
+
+
+def save(
+    folder: Path,
+    shards: Shards,
+    progress: Progress,
+    *,
+    description: Mapping[str, Any],
+    total_steps: int,
+    config: Mapping[str, object],
+) -> Path:
+    """Write and publish ``folder/step_N``; return it. Collective.
+
+    Every rank writes and syncs its file into a temporary directory; rank 0 writes the manifest last
+    and renames the directory, so that what carries the final name is complete.
+
+    Args:
+        description: what a resume must agree with (base, method, seed ...).
+        total_steps: where the schedules of this run end; a resume may change it, and then says so.
+        config: the merged config.
+    """
+    final = folder / f"step_{progress.step:08d}"
+    temporary = folder / f".tmp_step_{progress.step:08d}"
+    with comm.together(f"preparing {temporary}"):
+        if comm.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    with comm.together(f"writing {temporary}"):
+        about = _write_own(temporary / f"rank_{comm.rank():05d}.safetensors", shards)
+    files = comm.gather_objects(about)
+    with comm.together(f"publishing {final}"):
+        if comm.rank() == 0:
+            manifest = {
+                "format": FORMAT,
+                "progress": asdict(progress),
+                "world_size": comm.world_size(),
+                "tensors": {p.name: list(p.shape) for p in shards.engine.slices},
+                "description": dict(description),
+                "total_steps": total_steps,
+                "config": dict(config),
+                "files": files,
+            }
+            _publish(temporary, final, manifest)
+    return final
+
+
+def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
+    """Write this rank's slices; return the file's name, size and hash."""
+    tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng/cuda"] = torch.cuda.get_rng_state()
+    live = shards.live()
+    moments = {key: shards.moments(key) for key in MOMENTS}
+    offsets = {}
+    for piece in shards.engine.slices:
+        mask = live[piece.name]
+        offsets[piece.name] = [piece.start, piece.length]
+        tensors[f"master/{piece.name}"] = shards.engine.master(piece)
+        tensors[f"live/{piece.name}"] = mask
+        packed = {key: moments[key][piece.name] for key in MOMENTS}
+        packed |= {f"stat{i}": s for i, s in enumerate(shards.stats.get(piece.name, ()))}
+        tensors |= {f"{key}/{piece.name}": t[mask] for key, t in packed.items()}
+    # A clone each: safetensors refuses views that share storage.
+    save_file(
+        {k: t.cpu().clone() for k, t in tensors.items()},
+        path,
+        metadata={"offsets": json.dumps(offsets)},
+    )
+    _sync(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    _sync(temporary / MANIFEST)
+    _sync(temporary)
+    replaced = final.with_name(f".replaced_{final.name}")
+    if (
+        final.exists()
+    ):  # the same step, saved by an earlier attempt: put aside, gone only once the new one stands
+        os.rename(final, replaced)
+    os.rename(temporary, final)
+    _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Ask the disk to have it, so that a crash after the rename cannot leave a name without its
+    bytes."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

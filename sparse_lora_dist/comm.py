@@ -1,0 +1,180 @@
+"""Every torch.distributed call of the package, each with what it costs.
+
+All of them are collectives unless the docstring says otherwise: every rank must call them, in the
+same order. On one rank they degenerate to copies; no caller branches on the number of ranks.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sparse_lora_dist.errors import UserError
+
+traffic_bytes: Counter[str] = Counter()
+"""Bytes this rank received through this module, by collective. DeepSpeed's own traffic is not in
+here."""
+
+
+def start(timeout_minutes: float = 10.0) -> None:
+    """Join the process group that the launcher described; a group of one where there is no
+    launcher."""
+    if dist.is_initialized():
+        return
+    store = None
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        # A group of one needs no port, so two runs on a machine cannot collide.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if "OMP_NUM_THREADS" not in os.environ:
+        # Each rank would otherwise start a thread per core, and they would fight.
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_this_machine()))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        timeout=timedelta(minutes=timeout_minutes),
+        store=store,
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+    )
+
+
+def _ranks_on_this_machine() -> int:
+    """torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; without either, all of
+    them."""
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
+    return int(next(os.environ[name] for name in names if name in os.environ))
+
+
+def stop() -> None:
+    """Leave the process group, after everybody is done with it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, 0 with no group. Not a collective."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together, 1 with no group. Not a collective."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def device() -> torch.device:
+    """Where this rank computes. Not a collective."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
+    """Every rank's equal-length 1-D shard in rank order, without the tail padding: ``numel``
+    elements.
+
+    Each rank receives ``world_size * len(shard)`` elements.
+    """
+    out = shard.new_empty(shard.numel() * world_size())
+    if world_size() == 1:
+        out.copy_(shard)
+    else:
+        dist.all_gather(list(out.chunk(world_size())), shard.contiguous())
+        traffic_bytes["all_gather"] += out.nbytes
+    return out[:numel]
+
+
+def sum_over_ranks(t: Tensor) -> Tensor:
+    """The elementwise sum of every rank's ``t``, as a new tensor. A ring moves 2x the tensor."""
+    return _reduce(t, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(t: Tensor) -> Tensor:
+    """The elementwise maximum of every rank's ``t``, as a new tensor."""
+    return _reduce(t, dist.ReduceOp.MAX)
+
+
+def _reduce(t: Tensor, op: Any) -> Tensor:
+    out = t.clone()
+    if world_size() > 1:
+        dist.all_reduce(out, op=op)
+        traffic_bytes["all_reduce"] += 2 * out.nbytes
+    return out
+
+
+def broadcast(t: Tensor) -> Tensor:
+    """Rank 0's ``t`` on every rank, in place."""
+    if world_size() > 1:
+        dist.broadcast(t, src=0)
+        traffic_bytes["broadcast"] += t.nbytes
+    return t
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value on every rank. For small things: it travels pickled, between our own
+    processes."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on every rank. For small things."""
+    if world_size() == 1:
+        return [value]
+    box: list[Any] = [None] * world_size()
+    dist.all_gather_object(box, value)
+    return box
+
+
+def barrier() -> None:
+    """Nobody goes on before everybody is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def together(phase: str) -> Iterator[None]:
+    """If any rank fails inside, all ranks raise, so that none waits for one that is gone.
+
+    Only for phases without collectives of their own: a rank that fails between two of them would
+    leave the others waiting inside. Foreign exceptions pass through on the rank that has them, with
+    their traceback.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    said = gather_objects(str(failure) if failure else None)
+    if isinstance(failure, UserError):
+        failure.shared = True
+    if failure:
+        raise failure
+    first = next((r for r, text in enumerate(said) if text is not None), None)
+    if first is not None:
+        shared = UserError(f"rank {first} failed while {phase}: {cast(str, said[first])}")
+        shared.shared = True
+        raise shared
+
+
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """Rank 0 runs the body before the others do, so that they find what it cached. No collectives
+    inside."""
+    if rank() != 0:
+        barrier()
+    try:
+        yield
+    finally:
+        if rank() == 0:
+            barrier()

@@ -1,0 +1,125 @@
+"""EXPORT: the trained adapter as PEFT reads it, and a PEFT adapter as first values of ours."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparse_lora_dist import comm, zero3
+from sparse_lora_dist.adapter import AdapterLinear
+from sparse_lora_dist.errors import UserError
+
+PREFIX = "base_model.model."
+WEIGHTS = "adapter_model.safetensors"
+
+
+def save_peft(
+    folder: Path, adapters: Sequence[AdapterLinear], saved_modules: dict[str, nn.Module], base: str
+) -> int:
+    """Write adapter_config.json and adapter_model.safetensors; return the bytes of the latter.
+    Collective.
+
+    ``peft.PeftModel.from_pretrained(base, folder)`` gives the trained logits. One module at a time
+    is gathered.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _plain_lora(adapters):
+        tensors[f"{PREFIX}{name}.weight"] = tensor
+    for name, module in saved_modules.items():
+        with zero3.gathered(module.parameters()):
+            tensors |= {f"{PREFIX}{name}.{k}": _copy(p) for k, p in module.named_parameters()}
+    with comm.together(f"writing {folder}"):
+        if comm.rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+            _peft_config(adapters, list(saved_modules), base).save_pretrained(str(folder))
+            return (folder / WEIGHTS).stat().st_size
+    return 0
+
+
+def _plain_lora(adapters: Sequence[AdapterLinear]) -> Iterator[tuple[str, Tensor]]:
+    for adapter in adapters:
+        parameters = {name: getattr(adapter, name) for name in adapter.tensor_names}
+        with zero3.gathered(parameters.values()):
+            a_RI, b_OR = adapter.method.to_lora({k: p.data for k, p in parameters.items()})
+            yield f"{adapter.site.name}.lora_A", _copy(a_RI)
+            yield f"{adapter.site.name}.lora_B", _copy(b_OR)
+
+
+def _copy(t: Tensor) -> Tensor:
+    """On rank 0 only: the others would hold the whole adapter for nothing."""
+    return t.detach().cpu().clone().contiguous() if comm.rank() == 0 else torch.empty(0)
+
+
+def _peft_config(
+    adapters: Sequence[AdapterLinear], saved_modules: list[str], base: str
+) -> LoraConfig:
+    first = adapters[0]
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+        inference_mode=True,
+        r=first.site.rank,
+        # Annotated int by PEFT, which divides it like any number.
+        lora_alpha=first.scale * first.site.rank,  # type: ignore[arg-type]
+        lora_dropout=first.dropout,
+        # Whole names: an ending might match a linear that has no adapter.
+        target_modules=[a.site.name for a in adapters],
+        modules_to_save=saved_modules or None,
+    )
+
+
+def read_peft(folder: str, names: Sequence[str], *, rank: int, alpha: float) -> dict[str, Tensor]:
+    """First values {"site.lora_a": A, "site.lora_b": B} from a PEFT LoRA adapter for the sites
+    ``names``.
+
+    Modules trained in full come as {"name.weight": W}. The adapter must have our rank, scale and
+    sites.
+    """
+    config, tensors = _open_peft(folder)
+    problems = []
+    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+        problems.append("it is not a plain LoRA adapter")
+    if config.get("rank_pattern") or config.get("alpha_pattern"):
+        problems.append("its modules have different ranks or alphas (rank_pattern, alpha_pattern)")
+    if config.get("r") != rank:
+        problems.append(f"its rank is {config.get('r')}, --rank is {rank}")
+    if config.get("lora_alpha") != alpha:
+        problems.append(f"its alpha is {config.get('lora_alpha')}, --alpha is {alpha}")
+    values = {_our_name(key): tensor for key, tensor in tensors.items()}
+    sites = {name.rpartition(".")[0] for name in values if name.endswith((".lora_a", ".lora_b"))}
+    if sites != set(names):
+        other = sorted(sites ^ set(names))
+        problems.append(
+            f"its modules and --target_modules differ in {len(other)}, the first is {other[0]}"
+        )
+    if problems:
+        raise UserError(f"--init_adapter {folder}: " + "; ".join(problems))
+    return values
+
+
+def _open_peft(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not Path(folder).is_dir():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(folder, allow_patterns=["adapter_*"])
+    config, weights = Path(folder) / "adapter_config.json", Path(folder) / WEIGHTS
+    absent = [p.name for p in (config, weights) if not p.exists()]
+    if absent:
+        raise UserError(
+            f"--init_adapter {folder} has no {' and no '.join(absent)}; give a PEFT adapter folder."
+        )
+    return json.loads(config.read_text()), load_file(weights)
+
+
+def _our_name(key: str) -> str:
+    name = key.removeprefix(PREFIX)
+    for theirs, ours in (("lora_A.weight", "lora_a"), ("lora_B.weight", "lora_b")):
+        if name.endswith(theirs):
+            return name.removesuffix(theirs) + ours
+    return name

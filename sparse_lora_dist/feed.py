@@ -1,0 +1,138 @@
+"""What the loop eats: how long the run is, and the batches of any step of it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.config import Config
+from sparse_lora_dist.data import Batch, Rows, be_quiet, load_documents, micro_batches, pack
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.locations import eval_source, resolve_default
+from sparse_lora_dist.screen import say
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """The rows of a run and its length. Steps are optimizer steps, counted from 1."""
+
+    rows: Rows
+    held_out: Rows | None
+    pad_id: int
+    micro_batch_size: int
+    accumulation: int
+    end_row: int
+    """Rows of the stream that are trained on; the last global batch is filled up with empty
+    rows."""
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per step, over all ranks and micro-batches."""
+        return self.micro_batch_size * self.accumulation * comm.world_size()
+
+    @property
+    def total_steps(self) -> int:
+        """Where the schedules end."""
+        return math.ceil(self.end_row / self.global_batch)
+
+    def batches(self, first_row: int) -> list[Batch]:
+        """This rank's micro-batches of the step that begins at ``first_row`` of the stream."""
+        return self._cut(self.rows, first_row, self.end_row, shuffle=True)
+
+    def held_out_batches(self, limit: int) -> Iterator[Batch]:
+        """This rank's part of the held-out rows, in file order, ``limit`` global batches at
+        most."""
+        assert self.held_out is not None
+        starts = range(0, len(self.held_out), self.global_batch)
+        for first_row in starts[:limit]:
+            yield from self._cut(self.held_out, first_row, len(self.held_out), shuffle=False)
+
+    def _cut(self, rows: Rows, first_row: int, end_row: int, *, shuffle: bool) -> list[Batch]:
+        return micro_batches(
+            rows,
+            first_row=first_row,
+            end_row=end_row,
+            rank=comm.rank(),
+            world_size=comm.world_size(),
+            micro_batch_size=self.micro_batch_size,
+            accumulation=self.accumulation,
+            pad_id=self.pad_id,
+            shuffle=shuffle,
+        )
+
+
+def open_feed(config: Config, model_folder: Path) -> Feed:
+    """Read, tokenise and pack the data sets of ``config``. Collective: rank 0 first, the others
+    find its cache."""
+    train = config.train
+    be_quiet()
+    with comm.together("reading the data"), comm.first_rank_first():
+        tokenizer = AutoTokenizer.from_pretrained(
+            model_folder, trust_remote_code=config.model.trust_remote_code
+        )
+        rows = _read(
+            config, tokenizer, resolve_default("data", config.data.data), "--data", "train"
+        )
+        source = eval_source(config.data)
+        held_out = (
+            None if source is None else _read(config, tokenizer, source, "--eval_data", "test")
+        )
+        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        feed = Feed(
+            rows=rows,
+            held_out=held_out,
+            pad_id=next(i for i in padding if i is not None),
+            micro_batch_size=train.micro_batch_size,
+            accumulation=train.gradient_accumulation_steps,
+            end_row=_end_row(config, len(rows)),
+        )
+        if train.warmup_steps > feed.total_steps:
+            raise UserError(
+                f"--warmup_steps {train.warmup_steps} is more than "
+                f"the {feed.total_steps} steps of this run."
+            )
+    return feed
+
+
+def _end_row(config: Config, rows_per_epoch: int) -> int:
+    train = config.train
+    if train.max_steps is None:
+        return math.ceil(rows_per_epoch * train.num_epochs)
+    return (
+        train.max_steps
+        * train.micro_batch_size
+        * train.gradient_accumulation_steps
+        * comm.world_size()
+    )
+
+
+def _read(config: Config, tokenizer: Any, source: str, flag: str, split: str) -> Rows:
+    data = config.data
+    documents = load_documents(
+        source,
+        tokenizer,
+        text_field=data.text_field,
+        prompt_field=data.prompt_field,
+        response_field=data.response_field,
+        chat_template=data.chat_template,
+        train_on=data.train_on,
+        sequence_length=data.sequence_length,
+        max_samples=data.max_samples if flag == "--data" else None,
+        flag=flag,
+        split=split,
+    )
+    rows = pack(
+        documents,
+        sequence_length=data.sequence_length,
+        packing=data.packing,
+        seed=config.train.seed,
+    )
+    say(
+        flag.lstrip("-"),
+        f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
+    )
+    return rows

@@ -1,0 +1,93 @@
+"""What a run tells: one JSON line per logged step, TensorBoard and W&B beside it, a progress bar,
+memory."""
+
+import json
+import os
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.errors import UserError
+
+Row = Mapping[str, float | int | str]
+
+
+def peak_memory_bytes() -> int:
+    """Largest peak of any rank: allocated on its GPU, or resident in its process where there is
+    none. Collective."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(comm.max_over_ranks(torch.tensor(peak, device=comm.device())))
+
+
+class Metrics:
+    """Where rows of numbers go. Only rank 0 writes; the others' calls do nothing."""
+
+    def __init__(self, folder: Path, trackers: Sequence[str], config: Mapping[str, object]) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.writes = comm.rank() == 0
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if self.writes and "tensorboard" in trackers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        if self.writes and "wandb" in trackers:
+            self._wandb = _start_wandb(folder, config)
+
+    def cut_back(self, step: int) -> None:
+        """Forget rows after ``step``: a resumed run logs those steps again."""
+        if self.writes and self.path.exists():
+            kept = [row for row in read_rows(self.path) if row["step"] <= step]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(temporary, self.path)
+
+    def log(self, row: Row) -> None:
+        """Append one row; ``step`` is its x axis."""
+        if not self.writes:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, int(row["step"]))
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=int(row["step"]))
+
+    def close(self) -> None:
+        """Flush what the trackers hold."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a crash cut short is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _start_wandb(folder: Path, config: Mapping[str, object]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError(
+            "--trackers wandb needs the package: pip install 'sparse_lora_dist[wandb]'"
+        ) from error
+    return wandb.init(
+        dir=str(folder), config=dict(config), name=folder.name, settings=wandb.Settings(silent=True)
+    )

@@ -1,0 +1,133 @@
+"""The model that trains: sharded frozen base, adapters on it, modules trained in full."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sparse_lora_dist import comm, export
+from sparse_lora_dist.adapter import AdapterLinear, RowSeeds, inject
+from sparse_lora_dist.base_model.architecture import (
+    fill_buffers,
+    identity,
+    meta_model,
+    output_head,
+    read_config,
+    resolve_folder,
+)
+from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
+from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
+from sparse_lora_dist.config import Config
+from sparse_lora_dist.locations import resolve_default
+from sparse_lora_dist.methods import Method
+from sparse_lora_dist.screen import counted, megabytes, say
+from sparse_lora_dist.targets import check_ranks, find_full, find_sites
+from sparse_lora_dist.zero3 import ShardBuilder
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A model on its way from an empty shell on the meta device (``open``) to shards (``load``)."""
+
+    module: PreTrainedModel
+    folder: Path
+    files: CheckpointFiles
+    sites: list[str]
+    full: dict[str, nn.Module]
+    """Modules trained in full, by name."""
+    adapters: list[AdapterLinear] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, config: Config) -> "Model":
+        """Everything that can be checked before a weight is read. Collective."""
+        options = config.model
+        with comm.together("opening the base model"):
+            with comm.first_rank_first():
+                folder = resolve_folder(resolve_default("model", options.model), options.revision)
+            architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
+            files = CheckpointFiles(folder)
+            module = meta_model(
+                architecture,
+                dtype=DTYPES[options.precision],
+                attn_implementation=options.attn_implementation,
+                trust_remote_code=options.trust_remote_code,
+            )
+            full = find_full(module, config.adapter.modules_to_save)
+            sites = find_sites(module, config.adapter.target_modules, full)
+            check_ranks(module, sites, config.adapter.rank)
+            files.check(module)
+        return cls(module=module, folder=folder, files=files, sites=sites, full=full)
+
+    def load(self, config: Config, method: Method, engine_config: dict[str, Any]) -> RowSeeds:
+        """Read this rank's share of the base, inject the adapters; return what seeds their dropout.
+        Collective."""
+        adapter, seeds = (
+            config.adapter,
+            RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length),
+        )
+        initial = {}
+        with comm.together("reading --init_adapter"):
+            if adapter.init_adapter is not None:
+                initial = export.read_peft(
+                    adapter.init_adapter, self.sites, rank=adapter.rank, alpha=adapter.alpha
+                )
+        builder = ShardBuilder(engine_config, DTYPES[config.model.precision])
+        fill_buffers(self.module, builder.device)
+        loader = ShardLoader(
+            self.files,
+            builder,
+            quantize=config.model.quantization == "nf4",
+            double_quant=config.model.double_quant,
+            initial=initial,
+        )
+        head = output_head(self.module)
+        loader.load(self.module, keep={head} if head else set(), train=self.full)
+        self.adapters = inject(
+            self.module,
+            self.sites,
+            method,
+            builder,
+            seeds,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            initial=initial,
+        )
+        self.full = {name: self.module.get_submodule(name) for name in self.full}
+        if config.model.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        _say_what_was_loaded(self, loader.report)
+        return seeds
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What the optimizer steps."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def adapter_tensors(self) -> set[str]:
+        """Names of the adapters' tensors, "site.tensor"."""
+        return {f"{a.site.name}.{name}" for a in self.adapters for name in a.tensor_names}
+
+    def identity(self) -> str:
+        """Hash that tells this base from another."""
+        return identity(self.folder, self.files)
+
+
+def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
+    """What stands, what it cost the rank that paid most, what was left unquantised. Collective."""
+    costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
+    most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
+    linear, other, received = (megabytes(int(n)) for n in most)
+    trained = sum(p.ds_numel for p in model.trainable())  # type: ignore[attr-defined]
+    say("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
+    say("", f"read by each: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights")
+    say("", f"and {other} of the rest; received from others: {received} of scales")
+    for name, size in report.unquantized.items():
+        say("", f"not quantised: {name} ({megabytes(size)})")
+    say("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")

@@ -1,0 +1,95 @@
+"""SparseAdamW: AdamW over ZeRO-3's flat fp32 shards, with moments for live entries only.
+
+DeepSpeed hands ``step`` one flat shard at a time, several adapters one after another, rows cut
+anywhere. So all that happens here is elementwise: gather the live entries, step them, project them,
+write them back; what is not live is exactly zero afterwards. Done inside ``step``, the
+low-precision copy that DeepSpeed makes right after it is never stale.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Project = Callable[[Tensor, float], Tensor]
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Keys of the packed state, one value per live entry each."""
+
+
+class SparseAdamW(torch.optim.Optimizer):
+    """Loshchilov & Hutter 2019, arXiv:1711.05101, with the same arithmetic as torch.optim.AdamW:
+
+        w <- (1 - lr * weight_decay) w
+        m <- lerp(m, g, 1 - beta1)            v <- beta2 v + (1 - beta2) g^2
+        w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+        w <- project(w, lr)
+
+    t counts steps of each flat shard. State of a shard: ``live`` (bool, whole shard), ``step``, and
+    the packed ``exp_avg`` and ``exp_avg_sq``, one fp32 each per live entry.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        *,
+        lr: float,
+        weight_decay: float,
+        project: Project,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        )
+        self.project = project
+
+    def set_live(self, flat: Tensor, live: Tensor) -> None:
+        """From now on only these entries of a shard exist. Survivors keep their moments, others
+        start at zero."""
+        state = self.state[flat]
+        for key in MOMENTS:
+            dense = self.dense(flat, key) if key in state else torch.zeros_like(flat)
+            state[key] = dense[live]
+        state.setdefault("step", 0)
+        state["live"] = live
+
+    def dense(self, flat: Tensor, key: str) -> Tensor:
+        """A packed moment spread out over its shard, zero where nothing lives."""
+        state = self.state[flat]
+        out = torch.zeros_like(flat.data)
+        out[state["live"]] = state[key]
+        return out
+
+    def state_bytes(self) -> int:
+        """Bytes of moments on this rank."""
+        return sum(s[k].nbytes for s in self.state.values() for k in MOMENTS)
+
+    def num_live(self) -> int:
+        """Live entries on this rank."""
+        return sum(s["exp_avg"].numel() for s in self.state.values())
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # ZeRO-3 has no closures
+        """One AdamW step of whatever shards the engine has put into ``param_groups``."""
+        for group in self.param_groups:
+            for flat in group["params"]:
+                self._step_shard(flat, group)
+
+    def _step_shard(self, flat: Tensor, group: dict[str, Any]) -> None:
+        state, lr, (beta1, beta2) = self.state[flat], group["lr"], group["betas"]
+        live, exp_avg, exp_avg_sq = state["live"], state["exp_avg"], state["exp_avg_sq"]
+        assert flat.grad is not None, "the engine calls step with a gradient in place"
+        state["step"] += 1
+        correction1, correction2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
+
+        w, grad = flat[live], flat.grad[live]
+        w.mul_(1 - lr * group["weight_decay"])
+        exp_avg.lerp_(grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        denominator = (exp_avg_sq.sqrt() / correction2**0.5).add_(group["eps"])
+        w.addcdiv_(exp_avg, denominator, value=-lr / correction1)
+
+        flat.zero_()
+        flat[live] = self.project(w, lr)

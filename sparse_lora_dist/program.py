@@ -1,0 +1,75 @@
+"""What every program in launcher/ does around its work: quiet surroundings, and one clear message
+on failure."""
+
+import logging
+import os
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from typing import NoReturn
+
+from sparse_lora_dist.errors import UserError
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+FOREIGN_LOGGERS = (
+    "DeepSpeed",
+    "bitsandbytes",
+    "datasets",
+    "httpx",
+    "torch",
+    "transformers",
+    "huggingface_hub",
+)
+
+
+def run_program(work: Callable[[], None], *, debug: bool) -> None:
+    """Do ``work``; leave with 2 and one message on a user's mistake, with 1 and a traceback on a
+    defect of ours."""
+    if not debug:
+        quiet_others()
+    try:
+        work()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        # What all ranks found together is said once a machine; what one rank found alone, by that
+        # rank.
+        if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(1)  # launchers end all ranks when one leaves, and the one that speaks with it
+        leave(USER_ERROR)
+    except KeyboardInterrupt:
+        leave(INTERRUPTED)
+    except BaseException as error:
+        if "closed by peer" in str(error) and not debug:
+            print(
+                f"rank {os.environ.get('RANK')} ends: another rank is gone; its message says why",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        leave(FAILURE)
+
+
+def leave(code: int) -> NoReturn:
+    """End at once: the interpreter's own shutdown would wait for peers inside a collective."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def quiet_others() -> None:
+    """Keep other libraries' notes off the screen; their errors still show."""
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", module="sparse_lora_dist")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in FOREIGN_LOGGERS:
+        # A filter, not a level: these libraries set their own level when they are imported, later
+        # than this.
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)

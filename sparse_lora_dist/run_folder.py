@@ -1,0 +1,74 @@
+"""The folder of a run: who may write to it, and what is written before the first step."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import yaml
+
+from sparse_lora_dist import __version__, comm
+from sparse_lora_dist.config import Config
+from sparse_lora_dist.errors import UserError
+
+PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "peft", "safetensors")
+
+
+def check_folder(folder: Path, resume: str) -> None:
+    """A run that starts afresh must not write into another run's folder."""
+    if resume == "never" and any((folder / name).exists() for name in ("run.yaml", "checkpoints")):
+        raise UserError(
+            f"--output_dir {folder} already holds a run. Go on with it: --resume auto. "
+            "Start a new one: another --output_dir, or remove that folder."
+        )
+    probe = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
+    if not os.access(probe, os.W_OK):
+        raise UserError(
+            f"--output_dir {folder}: {probe} is not writable. Choose another --output_dir."
+        )
+
+
+def write_description(folder: Path, config: Config) -> None:
+    """run.yaml (the merged config, good for --config) and environment.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.yaml").write_text(yaml.safe_dump(config.as_flat_dict(), sort_keys=False))
+    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+def environment() -> dict[str, object]:
+    """What this run runs on."""
+    return {
+        "sparse_lora_dist": __version__,
+        "git_commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "world_size": comm.world_size(),
+        "device": comm.device().type,
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """The commit of this source tree, with "+changes" where files differ; None outside a git
+    clone."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+        ).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed.strip() else "")

@@ -1,0 +1,86 @@
+"""STEP: one optimizer step, and held-out loss by the same forward.
+
+Shapes: M rows of a micro-batch, T tokens of a row, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.adapter import RowSeeds
+from sparse_lora_dist.data import Batch
+from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.zero3 import Engine, summed_cross_entropy
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float
+    """Nats per target token, before the update."""
+    tokens: int
+    """Tokens of all ranks that went through the model, padding not counted."""
+
+
+def train_step(
+    engine: Engine, shards: Shards, batches: Sequence[Batch], row_seeds: RowSeeds, *, step: int
+) -> StepResult:
+    """Run every micro-batch of optimizer step ``step`` (counted from 1), then update. Collective.
+
+    The loss is the mean over the target tokens of the whole step: all ranks, all micro-batches.
+    DeepSpeed averages gradients over both, so each micro-batch's sum is scaled by (ranks x
+    micro-batches) / targets.
+    """
+    counts = torch.tensor(
+        [[b.num_targets, b.num_tokens] for b in batches], device=comm.device()
+    ).sum(dim=0)
+    num_targets, num_tokens = (int(n) for n in comm.sum_over_ranks(counts))
+    scale = comm.world_size() * len(batches) / max(num_targets, 1)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device())
+
+    row_seeds.step = step
+    for i, batch in enumerate(batches):
+        row_seeds.rows_M = batch.rows_M
+        loss = batch_loss(engine, batch)
+        engine.backward(loss * scale)
+        loss_sum += loss.detach()
+        if i == len(batches) - 1:
+            # Gradients are reduced and sharded from here until engine.step().
+            shards.observe()
+            shards.decide(step)
+        engine.step()
+
+    total = float(comm.sum_over_ranks(loss_sum))
+    return StepResult(loss=total / max(num_targets, 1), tokens=num_tokens)
+
+
+def batch_loss(engine: Engine, batch: Batch) -> Tensor:
+    """Sum of -log p over the batch's target tokens. Collective."""
+    batch = batch.to(comm.device())
+    # Documents are told apart by positions that restart; transformers reads them so only without an
+    # attention mask and without a cache.
+    logits_MTV = engine(
+        input_ids=batch.input_ids_MT, position_ids=batch.position_ids_MT, use_cache=False
+    ).logits
+    # Labels move left instead of logits: slicing the logits would copy them.
+    next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=IGNORED)
+    return summed_cross_entropy(logits_MTV.flatten(0, 1), next_labels_MT.flatten())
+
+
+def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> float:
+    """Nats per target token over ``batches``, of which every rank has its own equal number.
+    Collective."""
+    totals = torch.zeros(2, dtype=torch.float64, device=comm.device())
+    with engine.evaluating():
+        for batch in batches:
+            totals[0] += batch_loss(engine, batch)
+            totals[1] += batch.num_targets
+    loss, targets = comm.sum_over_ranks(totals)
+    return float(loss / targets.clamp(min=1.0))

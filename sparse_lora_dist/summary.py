@@ -1,0 +1,56 @@
+"""The five lines at the end of a run: what was trained, what it gained, and what to type next."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.checkpoint import Progress
+from sparse_lora_dist.config import Config
+from sparse_lora_dist.feed import Feed
+from sparse_lora_dist.screen import counted, megabytes, say
+
+
+def print_summary(
+    config: Config,
+    feed: Feed,
+    progress: Progress,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    adapter_bytes: int,
+) -> None:
+    """Say how it went. ``rows`` are those of metrics.jsonl."""
+    folder = Path(config.run.output_dir)
+    device = comm.device().type
+    where = f"on {counted(comm.world_size(), 'rank')} ({device})"
+    curves = f"tensorboard --logdir {folder}/tensorboard"
+    say("")
+    say(
+        "trained",
+        f"{progress.step} of {feed.total_steps} steps, {progress.tokens:,} tokens, {where}",
+    )
+    say("result", gain(rows))
+    say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
+    say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
+    say("go on", next_command(config, feed, progress))
+
+
+def gain(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Held-out loss before and after; training loss where nothing was held out."""
+    for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
+        losses = [row[key] for row in rows if key in row]
+        if len(losses) > 1:
+            change = 100 * (losses[-1] / losses[0] - 1)
+            return f"{name} {losses[0]:.4f} -> {losses[-1]:.4f} nats per token ({change:+.1f}%)"
+    return "too short to tell: raise --max_steps"
+
+
+def next_command(config: Config, feed: Feed, progress: Progress) -> str:
+    """What to type to train on, from where this run ended."""
+    words = [f"deepspeed --num_gpus {comm.world_size()} launcher/train.py"]
+    words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]
+    if config.train.stop_after is not None:
+        words.append("--stop_after null")
+    if progress.step >= feed.total_steps:
+        words.append(f"--max_steps {2 * feed.total_steps}")
+    return " ".join(words)

@@ -1,0 +1,229 @@
+"""Everything that touches DeepSpeed: sharded parameters, the engine, where its shards lie.
+
+Private attributes of DeepSpeed are read here and nowhere else; ``tests/test_zero3_contract.py``
+pins each.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
+from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+
+from sparse_lora_dist import comm
+
+# DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts: about a
+# minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3 never calls it.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+Values = Callable[[int, int], Tensor]
+"""(start, stop) -> those elements of a flattened tensor, 1-D: the ones this rank is to own."""
+
+ZeroParameter = Any
+"""A tensor with the ``ds_`` attributes that DeepSpeed hangs on it, of which no type knows."""
+
+
+class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
+    """zero.Init whose parameters are never whole: nothing is broadcast to be cut up after."""
+
+    def fill(self, parameter: ZeroParameter, values: Values) -> None:
+        self._convert_to_deepspeed_param(parameter)
+        share = self._aligned_size(parameter) // self._partition_world_size(parameter)
+        start = min(share * self._partition_rank(parameter), parameter.ds_numel)
+        stop = min(start + share, parameter.ds_numel)
+        own = torch.zeros(share, dtype=parameter.dtype, device=self.local_device)
+        own[: stop - start] = values(start, stop)
+        self._adopt(parameter, own, share)
+
+    def _adopt(self, parameter: ZeroParameter, own: ZeroParameter, share: int) -> None:
+        """What ``_partition_param`` does once it has cut a share from the whole.
+
+        Without its secondary copy (hpZ): DeepSpeed makes that from the first gather, when the
+        bytes are in place; made now, it would serve what was there before them.
+        """
+        to_nvme = self.remote_device == "nvme" and self.param_swapper.swappable_tensor(numel=share)
+        if to_nvme:
+            buffer = self.param_swapper.get_buffer(parameter, share)
+            buffer.copy_(own)
+            own = torch.empty(0, dtype=own.dtype, device=buffer.device)
+            own.data = buffer.data
+        elif not parameter.ds_persist and self.remote_device != self.local_device:
+            own = own.to("cpu" if self.remote_device == "nvme" else self.remote_device)
+            own = own.pin_memory() if self.pin_memory and torch.cuda.is_available() else own
+        own.requires_grad = False
+        parameter.ds_tensor = own
+        parameter.ds_tensor.ds_numel = share
+        parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+        parameter.ds_tensor.final_location = "nvme" if to_nvme else None
+        parameter.ds_numel_aligned = self._aligned_size(parameter)
+        parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.local_device)
+        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+        if to_nvme:
+            self.param_swapper.swap_out_and_release([parameter])
+
+
+class ShardBuilder:
+    """Makes parameters of which every rank holds its ZeRO-3 share only, in the engine's dtype.
+
+    One builder serves the whole model: DeepSpeed makes process groups and swappers once per
+    zero.Init.
+    """
+
+    def __init__(self, engine_config: Mapping[str, Any], dtype: torch.dtype) -> None:
+        self._init = _InitWithoutBroadcast(config_dict_or_path=dict(engine_config), dtype=dtype)
+        self.dtype = dtype
+        self.device = cast(torch.device, self._init.local_device)
+
+    def parameter(
+        self, shape: tuple[int, ...], values: Values, *, trainable: bool = False
+    ) -> nn.Parameter:
+        """A sharded parameter of ``shape``; ``values`` is asked once, for this rank's share."""
+        nothing = torch.empty(1, dtype=self.dtype, device=self.device).expand(shape)
+        parameter = nn.Parameter(nothing, requires_grad=trainable)
+        self._init.fill(parameter, values)
+        return parameter
+
+
+@contextmanager
+def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """The parameters whole, in the engine's dtype, on every rank, for reading. Collective."""
+    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
+        yield
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """This rank's part of one trained tensor: elements [start, start + length) of it, flattened."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    """Without the padding that makes all shares equal; 0 where a tensor is smaller than the
+    world."""
+    flat: int
+    """Which of the engine's flat fp32 tensors it lies in."""
+    offset: int
+    """Where in that flat tensor it begins."""
+    share: int
+    """Elements reserved for it there, the same on every rank."""
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+class Engine:
+    """The DeepSpeed engine as this project uses it."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, engine_config: Mapping[str, Any]
+    ) -> None:
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=dict(engine_config), dist_init_required=False
+        )
+        self._zero = self._engine.optimizer
+        self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.slices = [self._slice_of(name, p) for name, p in self.trained.items()]
+        self.model = model
+        # transformers hands models out in eval mode.
+        self._engine.train()
+
+    def _slice_of(self, name: str, parameter: ZeroParameter) -> Slice:
+        flat, offset, share = self._zero.grad_position[self._zero.get_param_id(parameter)]
+        start = min(share * comm.rank(), parameter.ds_numel)
+        length = min(share, parameter.ds_numel - start)
+        shape = tuple(parameter.ds_shape)
+        return Slice(
+            name=name,
+            shape=shape,
+            start=start,
+            length=length,
+            flat=flat,
+            offset=offset,
+            share=share,
+        )
+
+    def __call__(self, **inputs: Tensor | bool) -> Any:
+        """The model's output. Collective, like everything that runs the model."""
+        return self._engine(**inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout inside."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro-batch's gradient; after the last one it is reduced and sharded.
+        Collective."""
+        self._engine.backward(loss)
+
+    def step(self) -> None:
+        """Count a micro-batch; after the last one clip, run the optimizer, refresh the live copy.
+        Collective."""
+        self._engine.step()
+
+    def flats(self) -> list[Tensor]:
+        """The fp32 master shards, one 1-D tensor per sub-group, all trained tensors one after
+        another."""
+        return list(self._zero.fp32_partitioned_groups_flat)
+
+    def master(self, piece: Slice) -> Tensor:
+        """The fp32 master of a slice, 1-D, a view."""
+        return self.flats()[piece.flat].data.narrow(0, piece.offset, piece.length)
+
+    def gradient(self, piece: Slice) -> Tensor:
+        """The gradient of a slice between the last backward and ``step``: the mean over ranks and
+        micro-batches, fp32, not clipped yet."""
+        grad = deepspeed.utils.safe_get_local_grad(self.trained[piece.name])
+        assert grad is not None and grad.dtype == torch.float32, (
+            f"no fp32 gradient for {piece.name}"
+        )
+        return cast(Tensor, grad.flatten()[: piece.length])
+
+    def gradient_norm(self) -> float:
+        """Norm of the whole gradient of the last step, before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if norm is not None else 0.0
+
+    def set_learning_rate(self, learning_rate: float) -> None:
+        """For the next step, in every parameter group."""
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def masters_changed(self) -> None:
+        """Bring the engine's low-precision copy in line after the masters were written from
+        outside. Collective.
+
+        In this order, or training goes on from stale values: persistent parameters back to their
+        shares, masters into the live copy, then the persistent ones gathered again.
+        """
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+        for sub_group in range(len(self.flats())):
+            self._zero._reassign_or_swap_out_partitioned_parameters(sub_group)
+        self._zero.checkpoint_event_epilogue()
+
+
+def summed_cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
+    """Sum of -log p(label) over the labels that are not -100, fp32, without a full-vocabulary fp32
+    tensor."""
+    return cast(Tensor, chunked_cross_entropy(logits_TV, labels_T, reduction="sum"))

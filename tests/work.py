@@ -1,0 +1,15 @@
+"""What the workers of ``tests/ranks.py`` run: real jobs, in the process group of the pool."""
+
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.train import run
+
+
+def train(flags: list[str]) -> list[dict[str, Any]]:
+    """The main job with these flags; its rows of metrics."""
+    config = load_config(flags)
+    run(config)
+    return read_rows(Path(config.run.output_dir) / "metrics.jsonl")
