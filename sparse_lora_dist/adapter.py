@@ -1,4 +1,4 @@
-"""INJECT: which linears of the base carry a delta, and the module that adds it.
+"""INJECT: the module that adds a delta to a frozen linear, and putting it there.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features.
 """
@@ -18,8 +18,7 @@ from sparse_lora_dist.zero3 import ShardBuilder, Values
 
 @dataclass
 class RowSeeds:
-    """Which rows the model is looking at; every adapter of a model shares one, and draws its
-    dropout from it.
+    """Which rows the model is looking at; all adapters of a model draw their dropout from one.
 
     A mask depends on (seed, step, row, site) alone, so neither the number of ranks nor the
     micro-batch size changes it.
@@ -35,8 +34,7 @@ class RowSeeds:
     ) -> Tensor:
         """1 / (1 - dropout) where an entry stays and 0 where it is dropped."""
         mask = torch.empty_like(x_MTI)
-        # Drawn for a full-length row and cut: what a row gets must not depend on the padding beside
-        # it.
+        # Drawn for a full-length row and cut: a row's mask must not depend on the padding after it.
         full_LI = x_MTI.new_empty(self.sequence_length, x_MTI.shape[-1])
         for m, row in enumerate(rows_M):
             generator = torch.Generator(x_MTI.device).manual_seed(
@@ -93,8 +91,11 @@ class AdapterLinear(nn.Module):
 
 
 class _Delta(torch.autograd.Function):
-    """The delta, computed again in backward: two thin matmuls, against holding every gathered
-    adapter tensor (and every dropout mask) from forward to backward."""
+    """The delta, computed again in backward.
+
+    Two thin matmuls more, against holding every gathered adapter tensor, and every dropout mask,
+    from forward to backward.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_MTI: Tensor, layer: AdapterLinear, *tensors: Tensor) -> Tensor:

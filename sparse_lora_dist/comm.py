@@ -23,8 +23,7 @@ here."""
 
 
 def start(timeout_minutes: float = 10.0) -> None:
-    """Join the process group that the launcher described; a group of one where there is no
-    launcher."""
+    """Join the process group the launcher described, or a group of one without a launcher."""
     if dist.is_initialized():
         return
     store = None
@@ -48,8 +47,7 @@ def start(timeout_minutes: float = 10.0) -> None:
 
 
 def _ranks_on_this_machine() -> int:
-    """torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; without either, all of
-    them."""
+    """torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; else all of them."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next(os.environ[name] for name in names if name in os.environ))
 
@@ -119,8 +117,7 @@ def broadcast(t: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank. For small things: it travels pickled, between our own
-    processes."""
+    """Rank 0's value on every rank, pickled between our own processes. For small things."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0)
@@ -169,8 +166,7 @@ def together(phase: str) -> Iterator[None]:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """Rank 0 runs the body before the others do, so that they find what it cached. No collectives
-    inside."""
+    """Rank 0 runs the body first, so that the others find what it cached. No collectives inside."""
     if rank() != 0:
         barrier()
     try:

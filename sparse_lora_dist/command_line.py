@@ -64,7 +64,7 @@ def build(
     check_method(values, flat["method"], options, problems)
     if flat["method"] in methods.METHODS:
         parts["method_options"] = make(methods.METHODS[flat["method"]].options, flat, problems)
-    config = None if None in parts.values() else Config(**parts)
+    config = None if None in parts.values() else whole(parts, problems)
 
     problems += missing_locations(flat)
     if "wandb" in flat["trackers"] and find_spec("wandb") is None:
@@ -74,6 +74,15 @@ def build(
         engine_problems = conflicts(flat["ds_config"], config)
     problems += engine_problems
     return config
+
+
+def whole(parts: dict[str, Any], problems: list[str]) -> Config | None:
+    """The parts together, or None with the problems that lie between them added."""
+    try:
+        return Config(**parts)
+    except ConfigError as error:
+        problems += error.problems
+    return None
 
 
 def make(part: type[Any], flat: Mapping[str, Any], problems: list[str]) -> Any:

@@ -107,7 +107,7 @@ class TrainConfig:
     """Passes over the data, when max_steps is null; above 0."""
     stop_after: int | None = None
     """End the program after this step, schedules untouched, to be resumed later."""
-    micro_batch_size: int = 8
+    micro_batch_size: int = 4
     """Rows per rank in one forward."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per step."""
@@ -186,6 +186,20 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     method_options: Any = field(default_factory=NoOptions)
     """Instance of ``METHODS[adapter.method].options``."""
+
+    def __post_init__(self) -> None:
+        flash = (self.model.attn_implementation or "").startswith("flash")
+        # transformers reads restarting positions as documents for one row only; with more it would
+        # attend across documents without a word.
+        if flash and self.data.packing and self.train.micro_batch_size > 1:
+            raise ConfigError(
+                [
+                    f"attn_implementation {self.model.attn_implementation} keeps packed documents "
+                    f"apart in single rows only, and micro_batch_size is "
+                    f"{self.train.micro_batch_size}: use micro_batch_size 1 with longer rows, "
+                    "attn_implementation sdpa, or packing false"
+                ]
+            )
 
     def as_flat_dict(self) -> dict[str, object]:
         """{flag: value} of all options; as YAML, a ``--config`` file that gives an equal Config."""

@@ -1,7 +1,7 @@
 """EXPORT: the trained adapter as PEFT reads it, and a PEFT adapter as first values of ours."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +74,13 @@ def _peft_config(
     )
 
 
-def read_peft(folder: str, names: Sequence[str], *, rank: int, alpha: float) -> dict[str, Tensor]:
-    """First values {"site.lora_a": A, "site.lora_b": B} from a PEFT LoRA adapter for the sites
-    ``names``.
+def read_peft(
+    folder: str, shapes: Mapping[str, tuple[int, ...]], *, rank: int, alpha: float
+) -> dict[str, Tensor]:
+    """First values from a PEFT LoRA adapter for the tensors of ``shapes``.
 
-    Modules trained in full come as {"name.weight": W}. The adapter must have our rank, scale and
-    sites.
+    Keys are "site.lora_a" and "site.lora_b", and "name.weight" for modules trained in full, which
+    the adapter need not have. It must have our rank, scale and sites.
     """
     config, tensors = _open_peft(folder)
     problems = []
@@ -92,15 +93,27 @@ def read_peft(folder: str, names: Sequence[str], *, rank: int, alpha: float) -> 
     if config.get("lora_alpha") != alpha:
         problems.append(f"its alpha is {config.get('lora_alpha')}, --alpha is {alpha}")
     values = {_our_name(key): tensor for key, tensor in tensors.items()}
-    sites = {name.rpartition(".")[0] for name in values if name.endswith((".lora_a", ".lora_b"))}
-    if sites != set(names):
-        other = sorted(sites ^ set(names))
-        problems.append(
-            f"its modules and --target_modules differ in {len(other)}, the first is {other[0]}"
-        )
-    if problems:
+    # A fault above would only repeat itself in every tensor.
+    if problems := problems or _misfits(values, shapes):
         raise UserError(f"--init_adapter {folder}: " + "; ".join(problems))
     return values
+
+
+def _misfits(values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    sites, ours = _sites(values), _sites(shapes)
+    if other := sorted(sites ^ ours):
+        return [f"its modules and --target_modules differ in {len(other)}, the first is {other[0]}"]
+    if extra := sorted(values.keys() - shapes.keys()):
+        return [f"it trained {extra[0]} in full, which --modules_to_save does not name"]
+    return [
+        f"{name} has shape {list(tensor.shape)}, this model makes it {list(shapes[name])}"
+        for name, tensor in values.items()
+        if tuple(tensor.shape) != tuple(shapes[name])
+    ][:1]
+
+
+def _sites(names: Iterable[str]) -> set[str]:
+    return {n.rpartition(".")[0] for n in names if n.endswith((".lora_a", ".lora_b"))}
 
 
 def _open_peft(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -26,8 +26,7 @@ class Feed:
     micro_batch_size: int
     accumulation: int
     end_row: int
-    """Rows of the stream that are trained on; the last global batch is filled up with empty
-    rows."""
+    """Rows of the stream that are trained on; empty rows fill up the last global batch."""
 
     @property
     def global_batch(self) -> int:
@@ -44,8 +43,7 @@ class Feed:
         return self._cut(self.rows, first_row, self.end_row, shuffle=True)
 
     def held_out_batches(self, limit: int) -> Iterator[Batch]:
-        """This rank's part of the held-out rows, in file order, ``limit`` global batches at
-        most."""
+        """This rank's part of the held-out rows, in file order; ``limit`` in global batches."""
         assert self.held_out is not None
         starts = range(0, len(self.held_out), self.global_batch)
         for first_row in starts[:limit]:
@@ -66,8 +64,7 @@ class Feed:
 
 
 def open_feed(config: Config, model_folder: Path) -> Feed:
-    """Read, tokenise and pack the data sets of ``config``. Collective: rank 0 first, the others
-    find its cache."""
+    """Read, tokenise and pack the data sets. Collective: rank 0 first, others find its cache."""
     train = config.train
     be_quiet()
     with comm.together("reading the data"), comm.first_rank_first():

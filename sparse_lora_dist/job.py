@@ -1,5 +1,4 @@
-"""What happens around the steps of a run: resume, log, held-out loss, save, export, and the closing
-summary."""
+"""What happens around the steps of a run: resume, log, held-out loss, save, export, summary."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,13 +39,8 @@ class Job:
     def __init__(
         self, config: Config, model: Model, feed: Feed, engine: Engine, shards: Shards
     ) -> None:
-        self.config, self.model, self.feed, self.engine, self.shards = (
-            config,
-            model,
-            feed,
-            engine,
-            shards,
-        )
+        self.config, self.model, self.feed = config, model, feed
+        self.engine, self.shards = engine, shards
         self.folder = Path(config.run.output_dir)
         self.progress = Progress()
         self._seconds, self._tokens = 0.0, 0  # since the last row of metrics
@@ -58,8 +52,7 @@ class Job:
         )
 
     def resume(self) -> None:
-        """Go on from the checkpoint that ``--resume`` names, if any, and open the run folder for
-        writing."""
+        """Go on from the checkpoint ``--resume`` names, if any, and open the run folder."""
         found = self._checkpoint()
         if found is not None:
             with comm.together(f"opening {found}"):
@@ -87,11 +80,8 @@ class Job:
         changed = [
             f"{k} {was.get(k)} -> {v}" for k, v in now.items() if k not in FREE and was.get(k) != v
         ]
-        say(
-            "resumed",
-            f"{found}, step {self.progress.step}"
-            + (f"; changed: {', '.join(changed)}" if changed else ""),
-        )
+        note = f"; changed: {', '.join(changed)}" if changed else ""
+        say("resumed", f"{found}, step {self.progress.step}{note}")
         if manifest["total_steps"] != self.feed.total_steps:
             was_end, now_end = manifest["total_steps"], self.feed.total_steps
             say("", f"schedules derived anew: they end at step {now_end}, not {was_end}")

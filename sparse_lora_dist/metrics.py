@@ -17,8 +17,7 @@ Row = Mapping[str, float | int | str]
 
 
 def peak_memory_bytes() -> int:
-    """Largest peak of any rank: allocated on its GPU, or resident in its process where there is
-    none. Collective."""
+    """Largest peak of any rank: allocated on its GPU, else resident in its process. Collective."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:

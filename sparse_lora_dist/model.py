@@ -46,6 +46,8 @@ class Model:
     def open(cls, config: Config) -> "Model":
         """Everything that can be checked before a weight is read. Collective."""
         options = config.model
+        if options.trust_remote_code:
+            say("warning", f"--trust_remote_code: Python code that comes with {options.model} runs")
         with comm.together("opening the base model"):
             with comm.first_rank_first():
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
@@ -64,17 +66,15 @@ class Model:
         return cls(module=module, folder=folder, files=files, sites=sites, full=full)
 
     def load(self, config: Config, method: Method, engine_config: dict[str, Any]) -> RowSeeds:
-        """Read this rank's share of the base, inject the adapters; return what seeds their dropout.
-        Collective."""
-        adapter, seeds = (
-            config.adapter,
-            RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length),
-        )
+        """Read this rank's share, inject adapters; return what seeds their dropout. Collective."""
+        adapter = config.adapter
+        seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
         initial = {}
         with comm.together("reading --init_adapter"):
             if adapter.init_adapter is not None:
+                shapes = self._peft_shapes(adapter.rank)
                 initial = export.read_peft(
-                    adapter.init_adapter, self.sites, rank=adapter.rank, alpha=adapter.alpha
+                    adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
                 )
         builder = ShardBuilder(engine_config, DTYPES[config.model.precision])
         fill_buffers(self.module, builder.device)
@@ -105,6 +105,18 @@ class Model:
             )
         _say_what_was_loaded(self, loader.report)
         return seeds
+
+    def _peft_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Of every tensor that a PEFT adapter of this model may hold, by our name."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for name in self.sites:
+            linear = self.module.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            shapes[f"{name}.lora_a"] = (rank, linear.in_features)
+            shapes[f"{name}.lora_b"] = (linear.out_features, rank)
+        for name, module in self.full.items():
+            shapes |= {f"{name}.{k}": tuple(p.shape) for k, p in module.named_parameters()}
+        return shapes
 
     def trainable(self) -> list[nn.Parameter]:
         """What the optimizer steps."""

@@ -46,8 +46,7 @@ class SparseAdamW(torch.optim.Optimizer):
         self.project = project
 
     def set_live(self, flat: Tensor, live: Tensor) -> None:
-        """From now on only these entries of a shard exist. Survivors keep their moments, others
-        start at zero."""
+        """Only these entries of a shard exist from now on; survivors keep their moments."""
         state = self.state[flat]
         for key in MOMENTS:
             dense = self.dense(flat, key) if key in state else torch.zeros_like(flat)

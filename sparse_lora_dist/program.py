@@ -25,8 +25,7 @@ FOREIGN_LOGGERS = (
 
 
 def run_program(work: Callable[[], None], *, debug: bool) -> None:
-    """Do ``work``; leave with 2 and one message on a user's mistake, with 1 and a traceback on a
-    defect of ours."""
+    """Do ``work``; leave with 2 and a message on a user's mistake, 1 and a traceback on ours."""
     if not debug:
         quiet_others()
     try:
@@ -39,8 +38,12 @@ def run_program(work: Callable[[], None], *, debug: bool) -> None:
         if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         else:
-            time.sleep(1)  # launchers end all ranks when one leaves, and the one that speaks with it
+            time.sleep(
+                1
+            )  # launchers end all ranks when one leaves, and the one that speaks with it
         leave(USER_ERROR)
+    except SystemExit:  # --help and --print_config end so
+        raise
     except KeyboardInterrupt:
         leave(INTERRUPTED)
     except BaseException as error:

@@ -59,8 +59,7 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of this source tree, with "+changes" where files differ; None outside a git
-    clone."""
+    """The commit of this source tree, "+changes" where files differ; None outside a clone."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(

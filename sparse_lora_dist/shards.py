@@ -29,8 +29,7 @@ class Shards:
         self._set_live({p.name: torch.ones(p.length, dtype=torch.bool) for p in engine.slices})
 
     def observe(self) -> None:
-        """Update the statistics from this step's gradients. Local: elementwise on what is already
-        global."""
+        """Update the statistics from this step's gradients. Local: those are global already."""
         if self.method.n_stats == 0:
             return
         for piece in self.sparse:
@@ -38,8 +37,7 @@ class Shards:
             self.stats[piece.name] = self.method.observe(self.stats[piece.name], w, grad)
 
     def decide(self, step: int) -> None:
-        """Let the method choose what lives, from whole scores that are the same on every rank.
-        Collective."""
+        """Let the method choose what lives, from scores the same on every rank. Collective."""
         if not self.method.decides_at(step):
             return
         scores = {

@@ -75,8 +75,7 @@ def batch_loss(engine: Engine, batch: Batch) -> Tensor:
 
 
 def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> float:
-    """Nats per target token over ``batches``, of which every rank has its own equal number.
-    Collective."""
+    """Nats per target token over every rank's ``batches``, equal in number. Collective."""
     totals = torch.zeros(2, dtype=torch.float64, device=comm.device())
     with engine.evaluating():
         for batch in batches:

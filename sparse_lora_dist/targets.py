@@ -1,4 +1,4 @@
-"""Which modules train: linears that carry a delta, and those trained in full, by PEFT's rules."""
+"""Which modules train: linears that carry a delta, and those trained in full. PEFT's names."""
 
 import re
 from collections.abc import Iterable, Sequence

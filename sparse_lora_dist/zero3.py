@@ -111,8 +111,7 @@ class Slice:
     shape: tuple[int, ...]
     start: int
     length: int
-    """Without the padding that makes all shares equal; 0 where a tensor is smaller than the
-    world."""
+    """Without the padding that makes shares equal; 0 where a small tensor left nothing."""
     flat: int
     """Which of the engine's flat fp32 tensors it lies in."""
     offset: int
@@ -171,18 +170,15 @@ class Engine:
             self._engine.train()
 
     def backward(self, loss: Tensor) -> None:
-        """Add one micro-batch's gradient; after the last one it is reduced and sharded.
-        Collective."""
+        """Add a micro-batch's gradient; the last one reduces and shards the sum. Collective."""
         self._engine.backward(loss)
 
     def step(self) -> None:
-        """Count a micro-batch; after the last one clip, run the optimizer, refresh the live copy.
-        Collective."""
+        """Count a micro-batch; the last one clips, steps, refreshes the live copy. Collective."""
         self._engine.step()
 
     def flats(self) -> list[Tensor]:
-        """The fp32 master shards, one 1-D tensor per sub-group, all trained tensors one after
-        another."""
+        """The fp32 master shards, 1-D, one per sub-group: trained tensors one after another."""
         return list(self._zero.fp32_partitioned_groups_flat)
 
     def master(self, piece: Slice) -> Tensor:
@@ -190,8 +186,7 @@ class Engine:
         return self.flats()[piece.flat].data.narrow(0, piece.offset, piece.length)
 
     def gradient(self, piece: Slice) -> Tensor:
-        """The gradient of a slice between the last backward and ``step``: the mean over ranks and
-        micro-batches, fp32, not clipped yet."""
+        """The gradient between the last backward and ``step``: fp32, the global mean, unclipped."""
         grad = deepspeed.utils.safe_get_local_grad(self.trained[piece.name])
         assert grad is not None and grad.dtype == torch.float32, (
             f"no fp32 gradient for {piece.name}"
@@ -224,6 +219,5 @@ class Engine:
 
 
 def summed_cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """Sum of -log p(label) over the labels that are not -100, fp32, without a full-vocabulary fp32
-    tensor."""
+    """Sum of -log p(label) where it is not -100, fp32, without an fp32 tensor of logits' size."""
     return cast(Tensor, chunked_cross_entropy(logits_TV, labels_T, reduction="sum"))

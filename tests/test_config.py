@@ -327,3 +327,11 @@ def test_default_data_brings_its_held_out_part(run_folder):
 def test_default_model_is_embedded(run_folder):
     assert locations.resolve_default("model", "default") == str(run_folder / "assets/base")
     assert locations.resolve_default("model", "owner/name") == "owner/name"
+
+
+def test_flash_attention_and_packed_rows_need_single_rows() -> None:
+    flags = ["--attn_implementation", "flash_attention_2", "--micro_batch_size", "2"]
+    with pytest.raises(ConfigError, match="micro_batch_size is 2"):
+        load_config(flags)
+    assert load_config([*flags, "--packing", "false"]).data.packing is False
+    assert load_config([*flags[:2], "--micro_batch_size", "1"]).train.micro_batch_size == 1

@@ -1,5 +1,4 @@
-"""Frozen linears whose weight ZeRO-3 may partition, and which keep nothing of it between forward
-and backward.
+"""Frozen linears that keep nothing of their weight between forward and backward.
 
 bitsandbytes' matmul, and torch's own, save a view of the gathered weight for backward; under ZeRO-3
 without activation checkpointing the whole base is then alive on every rank. Here backward reads the
@@ -42,9 +41,9 @@ class FrozenLinear(nn.Module):
 
 
 class QuantLinear(FrozenLinear):
-    """The same over NF4: packed weight and scales are two parameters, bytes in the engine dtype's
-    clothing.
+    """The same over NF4: packed weight and scales are two parameters of bytes.
 
+    The bytes wear the engine's dtype, so that DeepSpeed moves them as it moves everything.
     ``layout`` says what the bytes mean. Never do arithmetic on the two, nor ``.to(dtype)``: they
     are not numbers.
     """

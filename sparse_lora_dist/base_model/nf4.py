@@ -1,5 +1,4 @@
-"""The NF4 block layout: which bytes of a packed weight come from which weights, and what its scales
-hold.
+"""The NF4 block layout: which bytes come from which weights, and what the scales hold.
 
 bitsandbytes does the arithmetic; this file only says where things lie, so that a rank can quantise
 any range of a weight and get the bytes that ``bitsandbytes.functional.quantize_4bit`` gives for the
@@ -8,8 +7,8 @@ whole of it (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
 A weight W_OI is flattened to n elements and cut into blocks of 64. Two weights make a byte, the
 first in the high half. The scales of a tensor are one run of bytes:
 
-    plain           absmax fp32 [blocks] double quant    nested absmax fp32 [ceil(blocks / 256)] |
-    offset fp32 [1] | absmax uint8 [blocks]
+    plain          absmax fp32 [blocks]
+    double quant   nested absmax fp32 [ceil(blocks / 256)] | offset fp32 [1] | absmax u8 [blocks]
 
 Shapes: N flat elements, B blocks, O out_features, I in_features.
 """
@@ -55,21 +54,18 @@ class Layout:
         return 4 * self.num_blocks
 
     def weights_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Flat range of whole blocks that packed bytes [start, stop) need. At most 2 * 63 more than
-        2 a byte."""
+        """Flat range of whole blocks that packed bytes [start, stop) need."""
         if start >= stop:
             return self.numel, self.numel
         return 2 * start // BLOCK * BLOCK, min(-(-2 * stop // BLOCK) * BLOCK, self.numel)
 
     def blocks_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Blocks whose first weight lies in packed bytes [start, stop): cut the bytes and each has
-        one owner."""
+        """Blocks whose first weight lies in packed bytes [start, stop): each has one owner."""
         return -(-2 * start // BLOCK), -(-2 * stop // BLOCK)
 
 
 def quantize(w_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(packed uint8 [ceil(N / 2)], absmax fp32 [B]) of a flat range that starts at a block
-    boundary."""
+    """(packed uint8 [ceil(N / 2)], absmax fp32 [B]) of a range that starts where a block does."""
     if w_N.numel() == 0:
         return w_N.new_empty(0, dtype=torch.uint8), w_N.new_empty(0, dtype=torch.float32)
     packed, state = bnb.quantize_4bit(w_N, blocksize=BLOCK, quant_type="nf4")

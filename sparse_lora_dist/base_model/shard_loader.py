@@ -1,5 +1,4 @@
-"""Safetensors on disk -> a transformers model of which this rank holds its own ZeRO-3 share,
-linears in NF4.
+"""Safetensors on disk -> a transformers model of which this rank holds its own ZeRO-3 share.
 
 The model is built on the meta device, so nothing is allocated; then every parameter is replaced by
 a sharded one whose share is read, and for linears quantised, by its owner alone. What a rank needs
@@ -47,32 +46,26 @@ class ShardLoader:
         double_quant: bool,
         initial: Mapping[str, Tensor],
     ) -> None:
-        """``initial`` holds, by name, values of modules trained in full that come from
-        elsewhere."""
+        """``initial``: values of modules trained in full that come from elsewhere, by name."""
         self.files, self.builder, self.initial = files, builder, initial
         self.quantize, self.double_quant = quantize, double_quant
         self.report = LoadReport()
-        self._made: dict[
-            int, nn.Parameter
-        ] = {}  # by id of the meta parameter, so that tied ones stay tied
+        # By id of the meta parameter, so that tied ones stay tied; kept, so that its id is.
+        self._made: dict[int, tuple[Tensor, nn.Parameter]] = {}
 
     def load(self, model: nn.Module, *, keep: Collection[str], train: Collection[str]) -> None:
         """Replace every parameter of ``model``. Collective.
 
         Args:
             keep: linears that are not quantised (the output head).
-            train: modules trained in full (``--modules_to_save``): left as they are, with trainable
-            parameters.
+            train: modules trained in full: left as they are, with trainable parameters.
         """
         received = comm.traffic_bytes.total()
         modules = list(model.named_modules())
         for name, module in tqdm(modules, desc="loading", leave=False, disable=comm.rank() != 0):
             if is_plain_linear(module) and name not in train:
-                _replace(
-                    model,
-                    name,
-                    self._linear(name, module, quantize=self.quantize and name not in keep),
-                )
+                quantize = self.quantize and name not in keep
+                _replace(model, name, self._linear(name, module, quantize=quantize))
             else:
                 self._own_parameters(name, module, trainable=name in train)
         self.report.bytes_received = comm.traffic_bytes.total() - received
@@ -98,8 +91,9 @@ class ShardLoader:
 
     def _parameter(self, name: str, meta: Tensor, *, trainable: bool = False) -> nn.Parameter:
         if id(meta) not in self._made:
-            self._made[id(meta)] = self._read_parameter(name, tuple(meta.shape), trainable)
-        return self._made[id(meta)]
+            made = self._read_parameter(name, tuple(meta.shape), trainable)
+            self._made[id(meta)] = (meta, made)
+        return self._made[id(meta)][1]
 
     def _read_parameter(self, name: str, shape: tuple[int, ...], trainable: bool) -> nn.Parameter:
         def values(start: int, stop: int) -> Tensor:
@@ -123,8 +117,7 @@ class ShardLoader:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """A subclass may compute something else with its weight, so only nn.Linear itself is
-    replaced."""
+    """nn.Linear itself: a subclass may compute something else with its weight."""
     return type(module) is nn.Linear
 
 
