@@ -150,6 +150,8 @@ def together(phase: str) -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
+    except OSError as error:  # no space, no permission, a file gone: the message says it all
+        failure = UserError(f"{phase}: {error}")
     except Exception as error:
         failure = error
     said = gather_objects(str(failure) if failure else None)

@@ -51,8 +51,8 @@ class Job:
             total_steps=feed.total_steps,
         )
 
-    def resume(self) -> None:
-        """Go on from the checkpoint ``--resume`` names, if any, and open the run folder."""
+    def start(self) -> None:
+        """Go on from the checkpoint ``--resume`` names, or take the base's held-out loss."""
         found = self._checkpoint()
         if found is not None:
             with comm.together(f"opening {found}"):
@@ -67,6 +67,8 @@ class Job:
                 self.folder, self.config.run.trackers, self.config.as_flat_dict()
             )
             self.metrics.cut_back(self.progress.step if found else -1)
+        if found is None and self.feed.held_out is not None:
+            self.log(0, {}, held_out=self.held_out_loss())
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
 
     def _checkpoint(self) -> Path | None:

@@ -16,6 +16,6 @@ def learning_rate_at(
         name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps
     )
     factor: Callable[[int], float] = scheduler.lr_lambdas[0]
-    # Schedulers count finished steps, so step 1 of a warm-up from 0 would do nothing: while it lasts,
-    # a step gets the next one's value. After it, not, or the last step of the run would do nothing.
+    # Schedulers count finished steps, so step 1 of a warm-up from 0 would do nothing; during it
+    # a step gets the next one's value. Later not, or the last step of the run would do nothing.
     return lambda step: peak * factor(step if step <= warmup_steps else step - 1)

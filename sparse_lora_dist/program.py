@@ -73,6 +73,8 @@ def quiet_others() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in FOREIGN_LOGGERS:
-        # A filter, not a level: these libraries set their own level when they are imported, later
-        # than this.
-        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+        logger = logging.getLogger(name)
+        # The level reaches the loggers below this one; the filter holds when the library, imported
+        # later than this, sets a level of its own.
+        logger.setLevel(logging.ERROR)
+        logger.addFilter(lambda record: record.levelno >= logging.ERROR)

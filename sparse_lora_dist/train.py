@@ -44,10 +44,8 @@ def run(config: Config) -> None:
     shards = Shards(engine, optimizer, method, adapters=model.adapter_tensors())
 
     job = Job(config, model, feed, engine, shards)
-    job.resume()
+    job.start()
     last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
-    if job.progress.step == 0:
-        job.log(0, {}, held_out=job.held_out_loss())
     for step in range(job.progress.step + 1, last_step + 1):
         started = time.perf_counter()
         job.set_learning_rate(step)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint.manifest import FORMAT, MANIFEST, Progress
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim import MOMENTS
 from sparse_lora_dist.shards import Shards
 
@@ -80,11 +82,11 @@ def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
         packed |= {f"stat{i}": s for i, s in enumerate(shards.stats.get(piece.name, ()))}
         tensors |= {f"{key}/{piece.name}": t[mask] for key, t in packed.items()}
     # A clone each: safetensors refuses views that share storage.
-    save_file(
-        {k: t.cpu().clone() for k, t in tensors.items()},
-        path,
-        metadata={"offsets": json.dumps(offsets)},
-    )
+    own = {key: t.cpu().clone() for key, t in tensors.items()}
+    try:
+        save_file(own, path, metadata={"offsets": json.dumps(offsets)})
+    except SafetensorError as error:
+        raise UserError(f"{path} cannot be written: {error}") from error
     _sync(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -96,9 +98,7 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     _sync(temporary / MANIFEST)
     _sync(temporary)
     replaced = final.with_name(f".replaced_{final.name}")
-    if (
-        final.exists()
-    ):  # the same step, saved by an earlier attempt: put aside, gone only once the new one stands
+    if final.exists():  # saved by an earlier attempt: gone only once the new one stands
         os.rename(final, replaced)
     os.rename(temporary, final)
     _sync(final.parent)
@@ -106,8 +106,7 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Ask the disk to have it, so that a crash after the rename cannot leave a name without its
-    bytes."""
+    """Have the disk take it, or a crash after the rename could leave a name without its bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,0 +1,37 @@
+"""Start the main job as a person would, and read what it measured."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def train(*flags: str, ranks: int = 2) -> list[dict[str, Any]]:
+    """The rows of metrics of one job on ``ranks`` ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
+        command += ["--num_gpus", str(ranks), "launcher/train.py"]
+        command += ["--ds_config", "ds_configs/zero3.json", "--output_dir", folder, *flags]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PATH": path})
+        lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def held_out(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Held-out loss before and after, nats per target token."""
+    losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]
+    return losses[0], losses[-1]
+
+
+def write(name: str, text: str) -> None:
+    """Print a result and put it under benchmarks/results."""
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / name).write_text(text + "\n")
+    print(text)
