@@ -8,7 +8,7 @@ STAMP := $(VENV)/.stamp
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 # DeepSpeed builds its CPU collectives with the ninja that lies beside it.
 RUN := PATH="$(BIN):$$PATH"
-TRAIN := launcher/train.py --ds_config ds_configs/zero3.json --resume auto
+TRAIN := launcher/train.py --ds_config ds_configs/zero3.json --resume auto --max_steps 60
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test lint bench

@@ -37,6 +37,17 @@ def start(timeout_minutes: float = 10.0) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_this_machine()))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    try:
+        _join(timeout_minutes, store)
+    except dist.DistNetworkError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise UserError(
+            f"the ranks cannot meet at {address}: {error}. If another job on this machine has the "
+            "port, give the launcher another: --master_port (deepspeed, torchrun)."
+        ) from error
+
+
+def _join(timeout_minutes: float, store: Any) -> None:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         timeout=timedelta(minutes=timeout_minutes),

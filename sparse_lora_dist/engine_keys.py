@@ -70,6 +70,8 @@ FIXED: dict[str, tuple[object, str]] = {
     "zero_optimization.stage": (3, "only stage 3 shards the base model"),
     "zero_optimization.zero_quantized_weights": (False, PACKED),
     "zero_optimization.zero_quantized_nontrainable_weights": (False, PACKED),
+    # It gathers by adding zeros to every share, which changes signalling NaN patterns.
+    "zero_optimization.stage3_use_all_reduce_for_fetch_params": (False, PACKED),
     "zero_optimization.zero_quantized_gradients": (False, STATISTICS),
     "communication_data_type": ("fp32", STATISTICS),
     "data_types.grad_accum_dtype": ("fp32", STATISTICS),

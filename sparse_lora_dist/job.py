@@ -7,6 +7,7 @@ from typing import Any
 from sparse_lora_dist import checkpoint, comm, export
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.learning_rate import learning_rate_at
 from sparse_lora_dist.metrics import Metrics, peak_memory_bytes, read_rows
@@ -58,15 +59,18 @@ class Job:
             with comm.together(f"opening {found}"):
                 manifest = checkpoint.read_manifest(found)
                 checkpoint.check_description(found, manifest["description"], self.description())
+                self._check_steps(found, manifest["progress"]["step"])
             self.progress = checkpoint.restore(found, self.shards, manifest)
             self._say_resumed(found, manifest)
         with comm.together("opening the run folder"):
             if comm.rank() == 0:
                 write_description(self.folder, self.config)
             self.metrics = Metrics(
-                self.folder, self.config.run.trackers, self.config.as_flat_dict()
+                self.folder,
+                self.config.run.trackers,
+                self.config.as_flat_dict(),
+                last_step=self.progress.step if found else None,
             )
-            self.metrics.cut_back(self.progress.step if found else -1)
         if found is None and self.feed.held_out is not None:
             self.log(0, {}, held_out=self.held_out_loss())
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
@@ -76,6 +80,15 @@ class Job:
         if resume == "never":
             return None
         return checkpoint.newest(self.folder / "checkpoints") if resume == "auto" else Path(resume)
+
+    def _check_steps(self, found: Path, step: int) -> None:
+        train = self.config.train
+        for name, last in (("max_steps", self.feed.total_steps), ("stop_after", train.stop_after)):
+            if last is not None and last < step:
+                raise UserError(
+                    f"{found} is at step {step} already, but this run is to end at step {last}: "
+                    f"raise --{name}, or resume from an earlier checkpoint."
+                )
 
     def _say_resumed(self, found: Path, manifest: Mapping[str, Any]) -> None:
         was, now = manifest["config"], self.config.as_flat_dict()

@@ -28,7 +28,16 @@ def peak_memory_bytes() -> int:
 class Metrics:
     """Where rows of numbers go. Only rank 0 writes; the others' calls do nothing."""
 
-    def __init__(self, folder: Path, trackers: Sequence[str], config: Mapping[str, object]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        trackers: Sequence[str],
+        config: Mapping[str, object],
+        *,
+        last_step: int | None,
+    ) -> None:
+        """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it."""
+        kept = -1 if last_step is None else last_step
         self.path = folder / "metrics.jsonl"
         self.writes = comm.rank() == 0
         self._tensorboard: Any = None
@@ -36,17 +45,11 @@ class Metrics:
         if self.writes and "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=kept + 1)
         if self.writes and "wandb" in trackers:
             self._wandb = _start_wandb(folder, config)
-
-    def cut_back(self, step: int) -> None:
-        """Forget rows after ``step``: a resumed run logs those steps again."""
         if self.writes and self.path.exists():
-            kept = [row for row in read_rows(self.path) if row["step"] <= step]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(temporary, self.path)
+            _cut_back(self.path, kept)
 
     def log(self, row: Row) -> None:
         """Append one row; ``step`` is its x axis."""
@@ -67,6 +70,14 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Drop the rows after ``step``; those steps are logged again."""
+    rows = [row for row in read_rows(path) if row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.replace(temporary, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,7 @@
 """The five lines at the end of a run: what was trained, what it gained, and what to type next."""
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ def print_summary(
     folder = Path(config.run.output_dir)
     device = comm.device().type
     where = f"on {counted(comm.world_size(), 'rank')} ({device})"
-    curves = f"tensorboard --logdir {folder}/tensorboard"
+    curves = f"{command('tensorboard')} --logdir {folder}/tensorboard"
     say("")
     say(
         "trained",
@@ -45,9 +47,15 @@ def gain(rows: Sequence[Mapping[str, Any]]) -> str:
     return "too short to tell: raise --max_steps"
 
 
+def command(name: str) -> str:
+    """What to type for a program of this environment: its path if it lies below, or its name."""
+    path = os.path.relpath(Path(sys.executable).with_name(name))
+    return name if path.startswith("..") else path
+
+
 def next_command(config: Config, feed: Feed, progress: Progress) -> str:
     """What to type to train on, from where this run ended."""
-    words = [f"deepspeed --num_gpus {comm.world_size()} launcher/train.py"]
+    words = [f"{command('deepspeed')} --num_gpus {comm.world_size()} launcher/train.py"]
     words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]
     if config.train.stop_after is not None:
         words.append("--stop_after null")

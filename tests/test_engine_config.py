@@ -71,6 +71,7 @@ def test_shipped_file_is_good_and_reduces_in_fp32(path):
         ("zero_optimization.overlap_comm", "true", "must be true or false"),
         ("zero_optimization.zero_quantized_weights", True, "packed 4-bit bytes"),
         ("zero_optimization.zero_quantized_nontrainable_weights", True, "packed 4-bit bytes"),
+        ("zero_optimization.stage3_use_all_reduce_for_fetch_params", True, "packed 4-bit bytes"),
         ("zero_optimization.zero_quantized_gradients", True, "must be false"),
         ("zero_optimization.offload_param", "cpu", "must be a {...} block"),
         ("zero_optimization.offload_param.device", "disk", "one of none, cpu, nvme"),

@@ -1,0 +1,72 @@
+"""The adapter's delta: its gradient with dropout, and dropout that depends on the row alone."""
+
+import torch
+from torch import nn
+
+from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
+from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
+from sparse_lora_dist.methods.base import Method, Site
+
+DROPOUT, SCALE = 0.3, 2.0
+
+
+def layer(seeds: RowSeeds) -> AdapterLinear:
+    generator = torch.Generator().manual_seed(0)
+    site = Site(name="site", in_features=24, out_features=20, rank=4)
+    weight = nn.Parameter(torch.randn(20, 24, generator=generator), requires_grad=False)
+    parameters = {
+        "lora_a": nn.Parameter(torch.randn(4, 24, generator=generator)),
+        "lora_b": nn.Parameter(torch.randn(20, 4, generator=generator)),
+    }
+    base = FrozenLinear(24, 20, weight, None)
+    options = {"scale": SCALE, "dropout": DROPOUT, "row_seeds": seeds}
+    return AdapterLinear(base, site, Method(name="lora"), parameters, **options)
+
+
+def seeds(*rows: int, step: int = 1) -> RowSeeds:
+    return RowSeeds(seed=0, sequence_length=16, step=step, rows_M=rows)
+
+
+def inputs(rows: int, tokens: int = 16) -> torch.Tensor:
+    return torch.randn(rows, tokens, 24, generator=torch.Generator().manual_seed(2))
+
+
+def test_gradients_are_those_of_the_dropout_that_forward_had() -> None:
+    ours, x = layer(seeds(3, 5)), inputs(2).requires_grad_()
+    y = ours(x)
+    # A later step, or a recomputed layer, has moved on by the time backward comes.
+    mask = ours.row_seeds.keep_mask(x, "site", (3, 5), 1, DROPOUT)
+    ours.row_seeds.rows_M, ours.row_seeds.step = (8, 9), 2
+    y.square().sum().backward()
+
+    a, b = (p.detach().clone().requires_grad_() for p in (ours.lora_a, ours.lora_b))
+    x_ = x.detach().clone().requires_grad_()
+    wanted = x_ @ ours.base.weight.t() + SCALE * (x_ * mask) @ a.t() @ b.t()
+    wanted.square().sum().backward()
+    torch.testing.assert_close(y, wanted)
+    pairs = ((x, x_), (ours.lora_a, a), (ours.lora_b, b))
+    for got, right in pairs:
+        torch.testing.assert_close(got.grad, right.grad)
+
+
+def test_a_row_has_its_own_dropout_whatever_stands_beside_it() -> None:
+    ours, x = layer(seeds()), inputs(2)
+
+    def delta(rows: tuple[int, ...], x: torch.Tensor, step: int = 1) -> torch.Tensor:
+        ours.row_seeds.rows_M, ours.row_seeds.step = rows, step
+        return ours(x)
+
+    both = delta((3, 5), x)
+    torch.testing.assert_close(both[1:], delta((5,), x[1:]))
+    torch.testing.assert_close(both[1:, :8], delta((5,), x[1:, :8]))
+    assert not torch.allclose(both[1:], delta((3,), x[1:]))
+    assert not torch.allclose(both[1:], delta((5,), x[1:], step=2))
+
+
+def test_the_mask_keeps_the_mean_and_evaluation_drops_nothing() -> None:
+    mask = seeds().keep_mask(torch.ones(8, 16, 500), "site", tuple(range(8)), 1, DROPOUT)
+    assert set(mask.unique().tolist()) == {0.0, torch.tensor(1.0).div(1 - DROPOUT).item()}
+    assert abs(float(mask.mean()) - 1.0) < 0.02
+    ours, x = layer(seeds(0)).eval(), inputs(1)
+    plain = x @ ours.base.weight.t() + SCALE * x @ ours.lora_a.t() @ ours.lora_b.t()
+    torch.testing.assert_close(ours(x), plain)

@@ -1,0 +1,157 @@
+"""The launcher as a person starts it: real processes, no environment variable set by hand."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from sparse_lora_dist.metrics import read_rows
+from tests.conftest import Ranks
+from tests.tiny_run import TinyRun
+
+pytestmark = pytest.mark.dist
+
+REPOSITORY = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+ENGINE = ["--ds_config", "ds_configs/zero3.json"]
+TORCHRUN = ["torchrun", "--standalone", "--nproc_per_node", "2"]
+TWELVE_ROWS = 12
+LAUNCHER_LINE = re.compile(r"\[[-\d :,]+\] \[\w+\] \[(runner|launch|real_accelerator)\.py")
+"""What DeepSpeed's launcher says of itself, before and after our program."""
+KEPT = ("HOME", "LANG", "TMPDIR", "HF_HOME", "CUDA_VISIBLE_DEVICES", "LD_LIBRARY_PATH")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A program that has ended."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[str]:
+        """stdout without the launcher's own lines."""
+        return [line for line in self.out.splitlines() if not LAUNCHER_LINE.match(line)]
+
+
+def start(command: list[str], cwd: Path = REPOSITORY) -> Ended:
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    done = subprocess.run(
+        command,
+        cwd=cwd,
+        env=environment | {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def one_step(tiny: TinyRun, folder: Path, world: int, **options: object) -> list[str]:
+    """Flags of a step on the same twelve rows, whatever the number of ranks."""
+    size = {"micro_batch_size": TWELVE_ROWS // world, "max_steps": 1}
+    return tiny.flags(folder, **size | options)
+
+
+def deepspeed(world: int) -> list[str]:
+    """The command up to our own options. Two runs on a machine need two ports."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    return ["deepspeed", "--num_gpus", str(world), "--master_port", port, "launcher/train.py"]
+
+
+@pytest.fixture(scope="module")
+def reference(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("reference")
+    ranks(1, "tests.run_work:train", flags=one_step(tiny, folder, 1))
+    return folder
+
+
+def check_run(ended: Ended, folder: Path, reference: Path, world: int) -> None:
+    assert ended.status == 0, ended.out + ended.err
+    rows, wanted = (read_rows(f / "metrics.jsonl") for f in (folder, reference))
+    assert rows[1]["loss"] == pytest.approx(wanted[1]["loss"], abs=1e-5)
+    assert rows[1]["held_out_loss"] == pytest.approx(wanted[1]["held_out_loss"], abs=1e-5)
+    assert (folder / "adapter" / "adapter_model.safetensors").exists()
+    assert ended.lines[-5].startswith("trained") and f" {world} rank" in ended.lines[-5]
+    for line in ended.lines:
+        assert not re.search("warn|deprecat|error|failed", line, re.IGNORECASE), line
+    assert not re.search("warning|deprecat|Failed to|Traceback", ended.err), ended.err
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_deepspeed(tiny: TinyRun, tmp_path: Path, reference: Path, world: int) -> None:
+    ended = start([*deepspeed(world), *ENGINE, *one_step(tiny, tmp_path, world)])
+    check_run(ended, tmp_path, reference, world)
+
+
+def test_torchrun(tiny: TinyRun, tmp_path: Path, reference: Path) -> None:
+    command = [*TORCHRUN, "launcher/train.py", *ENGINE]
+    ended = start(command + one_step(tiny, tmp_path, 2))
+    check_run(ended, tmp_path, reference, 2)
+
+
+def test_plain_python_from_another_folder(tiny: TinyRun, tmp_path: Path, reference: Path) -> None:
+    command = ["python", str(REPOSITORY / "launcher" / "train.py")]
+    command += ["--ds_config", str(REPOSITORY / "ds_configs" / "zero3.json")]
+    # A relative --output_dir lies where the person stands.
+    ended = start(command + one_step(tiny, Path("run"), 1), cwd=tmp_path)
+    check_run(ended, tmp_path / "run", reference, 1)
+
+
+# --- what goes wrong ----------------------------------------------------------------------------
+
+
+def copy_of(folder: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in folder.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def truncated(tiny: TinyRun, tmp_path: Path) -> Path:
+    model = copy_of(tiny.model, tmp_path / "cut")
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    return model
+
+
+def said_once(ended: Ended, message: str) -> None:
+    everything = ended.out + ended.err
+    assert everything.count("error: ") == 1, everything
+    assert everything.count(message) == 1, everything
+
+
+def test_two_ranks_end_together_with_one_message(tiny: TinyRun, tmp_path: Path) -> None:
+    flags = one_step(tiny, tmp_path / "run", 2, model=truncated(tiny, tmp_path))
+    ended = start([*deepspeed(2), *ENGINE, *flags])
+    assert ended.status != 0
+    said_once(ended, "is cut short")
+    assert "Traceback" not in ended.out + ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_torchrun_ends_with_one_message(tiny: TinyRun, tmp_path: Path) -> None:
+    data = tmp_path / "broken.jsonl"
+    data.write_text(tiny.data.read_text() + '{"prompt": "a", "resp\n')
+    flags = one_step(tiny, tmp_path / "run", 2, data=data)
+    ended = start([*TORCHRUN, "launcher/train.py", *ENGINE, *flags])
+    assert ended.status != 0
+    said_once(ended, f"{data}:41: not valid JSON")
+
+
+def test_a_mistake_is_status_2_and_debug_shows_where(tiny: TinyRun, tmp_path: Path) -> None:
+    flags = one_step(tiny, tmp_path / "run", 1, rank=33)
+    command = ["python", "launcher/train.py", *ENGINE, *flags]
+    quiet, loud = start(command), start([*command, "--debug"])
+    assert quiet.status == loud.status == 2
+    said_once(quiet, "--rank 33 is larger than a side")
+    assert "Traceback" not in quiet.err
+    assert "Traceback" in loud.err and "check_ranks" in loud.err

@@ -1,0 +1,51 @@
+"""A method as somebody would add it: entries die at each second step, least sensitive first."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, Stats, Tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyOptions:
+    """Options of the toy method."""
+
+    toy_keep: float = 0.5
+    """Fraction of entries that live in the end."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.toy_keep <= 1.0:
+            raise ValueError(f"toy_keep must be in (0, 1], got {self.toy_keep}")
+
+
+def smooth_sensitivity(stats: Stats, w: Tensor, grad: Tensor) -> Stats:
+    """0.9 s + 0.1 |w g|"""
+    return (stats[0] * 0.9 + (w * grad).abs() * 0.1,)
+
+
+def toy(options: ToyOptions, total_steps: int) -> Method:
+    """Prunes linearly to ``toy_keep`` over the run."""
+
+    def decide(step: int, scores: Tensors) -> dict[str, Tensor]:
+        keep = 1.0 - (1.0 - options.toy_keep) * min(step / total_steps, 1.0)
+        return {name: most_sensitive(score, keep) for name, score in scores.items()}
+
+    return Method(
+        name="toy",
+        n_stats=1,
+        observe=smooth_sensitivity,
+        decides_at=lambda step: step % 2 == 0,
+        decide=decide,
+    )
+
+
+def most_sensitive(score: Tensor, keep: float) -> Tensor:
+    """The fraction ``keep`` of a tensor with the highest scores."""
+    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
+    mask[score.flatten().topk(round(keep * score.numel())).indices] = True
+    return mask.view(score.shape)
+
+
+TOY = MethodFactory(options=ToyOptions, build=toy, summary="half of the entries, most sensitive")
