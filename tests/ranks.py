@@ -13,11 +13,13 @@ import multiprocessing
 import os
 import socket
 import traceback
+from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 TIMEOUT_S = 240
+AFTER_FAILURE_S = 10
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once in the fork server; every worker starts as a fork of it.
 CONTEXT.set_forkserver_preload(["sparse_lora_dist.train", "peft"])
@@ -47,11 +49,17 @@ class RankPool:
         """Call ``"module:function"`` on every rank."""
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        answers = []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT_S):
-                raise RankError(f"rank {rank} did not answer within {TIMEOUT_S} s in {function}")
-            answers.append(pipe.recv())
+        answers: list[tuple[bool, Any]] = [(False, "no answer")] * len(self.pipes)
+        waiting, patience = {pipe: rank for rank, pipe in enumerate(self.pipes)}, TIMEOUT_S
+        while waiting:
+            ready = connection.wait(list(waiting), timeout=patience)
+            if not ready:
+                break
+            for pipe in ready:
+                rank = waiting.pop(pipe)
+                answers[rank] = pipe.recv()
+                if not answers[rank][0]:
+                    patience = AFTER_FAILURE_S  # the others may wait for it in a collective
         failed = [f"rank {r}: {text}" for r, (ok, text) in enumerate(answers) if not ok]
         if failed:
             raise RankError("\n".join(failed))

@@ -1,0 +1,24 @@
+"""What workers run for ``test_memory.py``: the measurement of ``benchmarks/base_alive.py``."""
+
+from unittest.mock import patch
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks import base_alive
+from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
+
+
+def alive_bytes(folder: str, precision: str = "bf16") -> base_alive.Alive:
+    """Of our own forward."""
+    return base_alive.ours(folder, precision)
+
+
+def alive_bytes_of_plain_matmul(folder: str) -> base_alive.Alive:
+    """The same where torch's own linear takes the dequantised weight, and keeps it."""
+
+    def forward(layer: FrozenLinear, x_TI: Tensor) -> Tensor:
+        return F.linear(x_TI, layer.weight_OI(x_TI.dtype))
+
+    with patch.object(FrozenLinear, "forward", forward):
+        return base_alive.ours(folder)

@@ -1,0 +1,133 @@
+"""The first step of a real job on two ranks, against bitsandbytes' own Linear4bit and a LoRA
+written by hand in one process."""
+
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from tests.conftest import Ranks
+from tests.tiny_run import TinyRun
+
+RANK, ALPHA = 4, 6.0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class LoraOverLinear4bit(nn.Module):
+    """y = x W^T + (alpha / rank) x A^T B^T"""
+
+    def __init__(self, weight: Tensor, a_RI: Tensor, b_OR: Tensor, double_quant: bool) -> None:
+        super().__init__()
+        self.base = bnb.nn.Linear4bit(
+            weight.shape[1],
+            weight.shape[0],
+            bias=False,
+            compute_dtype=weight.dtype,
+            compress_statistics=double_quant,
+            quant_type="nf4",
+        )
+        self.base.weight = bnb.nn.Params4bit(
+            weight.clone(),
+            requires_grad=False,
+            compress_statistics=double_quant,
+            quant_type="nf4",
+        )
+        self.base.to(weight.device)  # this is when bitsandbytes quantises
+        assert self.base.weight.dtype == torch.uint8
+        self.lora_a = nn.Parameter(a_RI.to(weight.dtype))
+        self.lora_b = nn.Parameter(b_OR.to(weight.dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base(x) + (x @ self.lora_a.t()) @ self.lora_b.t() * (ALPHA / RANK)
+        return y
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A PEFT adapter in which B is not zero, so that A has gradients at the first step."""
+    folder = tmp_path_factory.mktemp("reference") / "adapter"
+    base = AutoModelForCausalLM.from_pretrained(tiny.model)
+    lora = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("precision", "double_quant", "tolerance"),
+    [("fp32", True, 1e-5), ("fp32", False, 1e-5), ("bf16", True, 2e-2)],
+)
+def test_first_loss_and_gradients_are_those_of_one_process(
+    ranks: Ranks,
+    tiny: TinyRun,
+    adapter: Path,
+    tmp_path: Path,
+    precision: str,
+    double_quant: bool,
+    tolerance: float,
+) -> None:
+    flags = tiny.flags(
+        tmp_path,
+        max_steps=1,
+        rank=RANK,
+        alpha=ALPHA,
+        init_adapter=adapter,
+        precision=precision,
+        double_quant=double_quant,
+        micro_batch_size=2,
+        gradient_accumulation_steps=2,
+    )
+    everyone = ranks(2, "tests.engine_work:first_step", flags=flags)
+    batches = [batch for rank in everyone for batch in rank.batches]
+    assert len(batches) == 4 and len({b.rows_M for b in batches}) == 4
+
+    model = _reference(tiny.model, adapter, DTYPES[precision], double_quant=double_quant)
+    loss = _loss(model, batches)
+    loss.backward()
+    for rank in everyone:
+        torch.testing.assert_close(rank.loss, loss.item(), rtol=tolerance, atol=0)
+        expected = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
+        assert expected.keys() == rank.gradients.keys() and len(expected) == 2 * 14
+        for name, grad in expected.items():
+            assert grad.norm() > 0
+            distance = (rank.gradients[name] - grad).norm() / grad.norm()
+            assert distance < tolerance, (name, distance)
+
+
+def _reference(
+    folder: Path, adapter: Path, dtype: torch.dtype, *, double_quant: bool
+) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
+    values = load_file(adapter / "adapter_model.safetensors")
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    for name in linears:
+        a_RI, b_OR = (values[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        weight = model.get_submodule(name).weight.data
+        model.set_submodule(name, LoraOverLinear4bit(weight, a_RI, b_OR, double_quant))
+    return model.train()
+
+
+def _loss(model: PreTrainedModel, batches: list[Any]) -> Tensor:
+    """The mean over all target tokens of all batches."""
+    sums, targets = [], 0
+    for batch in batches:
+        logits_MTV = model(
+            input_ids=batch.input_ids_MT, position_ids=batch.position_ids_MT, use_cache=False
+        ).logits
+        labels = batch.labels_MT[:, 1:].flatten()
+        sums.append(
+            F.cross_entropy(logits_MTV[:, :-1].flatten(0, 1).float(), labels, reduction="sum")
+        )
+        targets += int((labels != -100).sum())
+    return torch.stack(sums).sum() / targets
