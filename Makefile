@@ -32,8 +32,8 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/mypy
 
 bench: $(STAMP)  ## every benchmark in benchmarks/, one after the other
-	@for script in $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/[a-z]*.py)); do \
-		echo "== $$script"; $(RUN) python -m "benchmarks.$$script" $(ARGS) || exit 1; \
+	@for script in benchmarks/[a-z]*.py; do \
+		echo "== $$script"; $(RUN) python "$$script" $(ARGS) || exit 1; \
 	done
 
 $(STAMP): setup.cfg pyproject.toml constraints.txt

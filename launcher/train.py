@@ -9,19 +9,19 @@ from pathlib import Path
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.config import Config
 from sparse_lora_dist.program import run_program
 
 
-def main() -> None:
-    """Read the options, then hand over."""
-    config = load_config(sys.argv[1:])
-    # Late, so that --help and a wrong option answer at once: this imports torch, transformers and
-    # DeepSpeed.
+def main(config: Config) -> None:
+    """Hand over."""
+    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    from sparse_lora_dist import comm
     from sparse_lora_dist.train import run
 
     run(config)
+    comm.stop()
 
 
 if __name__ == "__main__":
-    run_program(main, debug="--debug" in sys.argv)
+    run_program(sys.argv[1:], main)

@@ -4,7 +4,7 @@ Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_feature
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -118,56 +118,50 @@ class _Delta(torch.autograd.Function):
 
 def inject(
     model: nn.Module,
-    names: Sequence[str],
+    sites: Sequence[Site],
     method: Method,
     builder: ShardBuilder,
     row_seeds: RowSeeds,
     *,
-    rank: int,
     alpha: float,
     dropout: float,
-    initial: dict[str, Tensor],
+    initial: Mapping[str, Values],
 ) -> list[AdapterLinear]:
-    """Put an adapter at each named linear and return them. Collective.
+    """Put an adapter at each site and return them. Collective.
 
-    ``initial`` holds first values by "site.tensor"; what it lacks is drawn from (seed, name), so it
+    ``initial`` gives first values by "site.tensor"; what it lacks is drawn from (seed, name), so it
     is the same on any number of ranks.
     """
     adapters = []
-    for name in names:
-        base = model.get_submodule(name)
-        assert isinstance(base, FrozenLinear), f"{name} was not loaded as a frozen linear"
-        site = Site(
-            name=name, in_features=base.in_features, out_features=base.out_features, rank=rank
+    for site in sites:
+        base = model.get_submodule(site.name)
+        assert isinstance(base, FrozenLinear), f"{site.name} was not loaded as a frozen linear"
+        parameters = {}
+        for key, spec in method.tensors(site).items():
+            name = f"{site.name}.{key}"
+            values = initial.get(name) or _drawn(spec, seed_of(row_seeds.seed, name))
+            parameters[key] = builder.parameter(spec.shape, values, trainable=True)
+        adapter = AdapterLinear(
+            base,
+            site,
+            method,
+            parameters,
+            scale=alpha / site.rank,
+            dropout=dropout,
+            row_seeds=row_seeds,
         )
-        parameters = {
-            key: builder.parameter(
-                spec.shape, _values(spec, f"{name}.{key}", row_seeds.seed, initial), trainable=True
-            )
-            for key, spec in method.tensors(site).items()
-        }
-        adapters.append(
-            AdapterLinear(
-                base,
-                site,
-                method,
-                parameters,
-                scale=alpha / rank,
-                dropout=dropout,
-                row_seeds=row_seeds,
-            )
-        )
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, adapters[-1])
+        parent, _, leaf = site.name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, adapter)
+        adapters.append(adapter)
     return adapters
 
 
-def _values(spec: TensorSpec, name: str, seed: int, initial: dict[str, Tensor]) -> Values:
+def _drawn(spec: TensorSpec, seed: int) -> Values:
+    """First values that are the same on any number of ranks: drawn whole, then cut."""
+
     def values(start: int, stop: int) -> Tensor:
-        whole = initial.get(name)
-        if whole is None:
-            whole = torch.empty(spec.shape)
-            spec.init(whole, torch.Generator().manual_seed(seed_of(seed, name)))
+        whole = torch.empty(spec.shape)
+        spec.init(whole, torch.Generator().manual_seed(seed))
         return whole.flatten()[start:stop]
 
     return values

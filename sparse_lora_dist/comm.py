@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sparse_lora_dist.errors import UserError
@@ -22,12 +23,19 @@ traffic_bytes: Counter[str] = Counter()
 here."""
 
 
+_patient: Any = None
+"""A gloo group for waits that may be long: one rank downloads or tokenises, the others have nothing
+to do. A peer that dies still ends the wait at once, since its connection closes."""
+
+
 def start(timeout_minutes: float = 10.0) -> None:
     """Join the process group the launcher described, or a group of one without a launcher."""
+    global _patient
     if dist.is_initialized():
         return
     store = None
     if "RANK" not in os.environ:
+        _refuse_unknown_launchers()
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         # A group of one needs no port, so two runs on a machine cannot collide.
         store = dist.HashStore()  # type: ignore[attr-defined]
@@ -35,8 +43,8 @@ def start(timeout_minutes: float = 10.0) -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         # Each rank would otherwise start a thread per core, and they would fight.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_this_machine()))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    if on_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
         _join(timeout_minutes, store)
     except dist.DistNetworkError as error:
@@ -45,16 +53,27 @@ def start(timeout_minutes: float = 10.0) -> None:
             f"the ranks cannot meet at {address}: {error}. If another job on this machine has the "
             "port, give the launcher another: --master_port (deepspeed, torchrun)."
         ) from error
+    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
 def _join(timeout_minutes: float, store: Any) -> None:
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+        "cpu:gloo,cuda:nccl" if on_gpu() else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
         store=store,
         rank=int(os.environ["RANK"]),
         world_size=int(os.environ["WORLD_SIZE"]),
     )
+
+
+def _refuse_unknown_launchers() -> None:
+    """Without RANK, tasks of mpirun or srun would each be a run of one, in one output folder."""
+    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if int(os.environ.get(name, "1")) > 1:
+            raise UserError(
+                f"{name} says {os.environ[name]} tasks, but RANK and WORLD_SIZE are not set: "
+                "start with deepspeed or torchrun; mpirun and srun alone are not read yet."
+            )
 
 
 def _ranks_on_this_machine() -> int:
@@ -69,6 +88,11 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def on_gpu() -> bool:
+    """Do ranks compute on GPUs? As DeepSpeed sees it, whose DS_ACCELERATOR may say cpu."""
+    return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu"
+
+
 def rank() -> int:
     """This process's number, 0 with no group. Not a collective."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -81,7 +105,7 @@ def world_size() -> int:
 
 def device() -> torch.device:
     """Where this rank computes. Not a collective."""
-    if torch.cuda.is_available():
+    if on_gpu():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
@@ -97,7 +121,7 @@ def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
         out.copy_(shard)
     else:
         dist.all_gather(list(out.chunk(world_size())), shard.contiguous())
-        traffic_bytes["all_gather"] += out.nbytes
+        traffic_bytes["all_gather"] += out.nbytes - shard.nbytes
     return out[:numel]
 
 
@@ -123,7 +147,7 @@ def broadcast(t: Tensor) -> Tensor:
     """Rank 0's ``t`` on every rank, in place."""
     if world_size() > 1:
         dist.broadcast(t, src=0)
-        traffic_bytes["broadcast"] += t.nbytes
+        traffic_bytes["broadcast"] += t.nbytes if rank() else 0
     return t
 
 
@@ -131,7 +155,7 @@ def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank, pickled between our own processes. For small things."""
     box = [value]
     if world_size() > 1:
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=_patient)
     return box[0]
 
 
@@ -140,14 +164,14 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
-    dist.all_gather_object(box, value)
+    dist.all_gather_object(box, value, group=_patient)
     return box
 
 
 def barrier() -> None:
     """Nobody goes on before everybody is here."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(group=_patient)
 
 
 @contextmanager
@@ -161,7 +185,8 @@ def together(phase: str) -> Iterator[None]:
     failure: Exception | None = None
     try:
         yield
-    except OSError as error:  # no space, no permission, a file gone: the message says it all
+    # No space, no permission, a file gone or damaged: the message says it all.
+    except (OSError, SafetensorError) as error:
         failure = UserError(f"{phase}: {error}")
     except Exception as error:
         failure = error

@@ -49,7 +49,7 @@ class DataConfig:
     text_field: str = "text"
     """Column of plain text."""
     prompt_field: str = "prompt"
-    """Column of the prompt, or of chat messages."""
+    """Column of the prompt. A column called messages holds whole chats."""
     response_field: str = "response"
     """Column of the response."""
     chat_template: str | None = None
@@ -188,7 +188,7 @@ class Config:
     """Instance of ``METHODS[adapter.method].options``."""
 
     def __post_init__(self) -> None:
-        flash = (self.model.attn_implementation or "").startswith("flash")
+        flash = "flash" in (self.model.attn_implementation or "")
         # transformers reads restarting positions as documents for one row only; with more it would
         # attend across documents without a word.
         if flash and self.data.packing and self.train.micro_batch_size > 1:

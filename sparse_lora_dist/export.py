@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparse_lora_dist import comm, zero3
 from sparse_lora_dist.adapter import AdapterLinear
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.zero3 import Values
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
@@ -76,13 +79,15 @@ def _peft_config(
 
 def read_peft(
     folder: str, shapes: Mapping[str, tuple[int, ...]], *, rank: int, alpha: float
-) -> dict[str, Tensor]:
-    """First values from a PEFT LoRA adapter for the tensors of ``shapes``.
+) -> dict[str, Values]:
+    """First values from a PEFT LoRA adapter for the tensors of ``shapes``, read when asked for.
 
     Keys are "site.lora_a" and "site.lora_b", and "name.weight" for modules trained in full, which
     the adapter need not have. It must have our rank, scale and sites.
     """
-    config, tensors = _open_peft(folder)
+    config, weights = _open_peft(folder)
+    keys = {_our_name(key): key for key in weights.keys()}  # noqa: SIM118  safe_open is no dict
+    theirs = {name: tuple(weights.get_slice(key).get_shape()) for name, key in keys.items()}
     problems = []
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
         problems.append("it is not a plain LoRA adapter")
@@ -92,23 +97,35 @@ def read_peft(
         problems.append(f"its rank is {config.get('r')}, --rank is {rank}")
     if config.get("lora_alpha") != alpha:
         problems.append(f"its alpha is {config.get('lora_alpha')}, --alpha is {alpha}")
-    values = {_our_name(key): tensor for key, tensor in tensors.items()}
     # A fault above would only repeat itself in every tensor.
-    if problems := problems or _misfits(values, shapes):
+    if problems := problems or _misfits(theirs, shapes):
         raise UserError(f"--init_adapter {folder}: " + "; ".join(problems))
+    return {name: _range_of(weights.get_slice(key), theirs[name]) for name, key in keys.items()}
+
+
+def _range_of(tensor: Any, shape: tuple[int, ...]) -> Values:
+    """Elements of a flattened tensor on disk, of which only the rows that hold them are read."""
+    columns = prod(shape[1:])
+
+    def values(start: int, stop: int) -> Tensor:
+        first_row, last_row = start // columns, -(-stop // columns)
+        rows: Tensor = tensor[first_row:last_row].flatten()
+        return rows[start - first_row * columns : stop - first_row * columns]
+
     return values
 
 
-def _misfits(values: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    sites, ours = _sites(values), _sites(shapes)
-    if other := sorted(sites ^ ours):
+def _misfits(
+    theirs: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    if other := sorted(_sites(theirs) ^ _sites(shapes)):
         return [f"its modules and --target_modules differ in {len(other)}, the first is {other[0]}"]
-    if extra := sorted(values.keys() - shapes.keys()):
+    if extra := sorted(theirs.keys() - shapes.keys()):
         return [f"it trained {extra[0]} in full, which --modules_to_save does not name"]
     return [
-        f"{name} has shape {list(tensor.shape)}, this model makes it {list(shapes[name])}"
-        for name, tensor in values.items()
-        if tuple(tensor.shape) != tuple(shapes[name])
+        f"{name} has shape {list(shape)}, this model makes it {list(shapes[name])}"
+        for name, shape in theirs.items()
+        if shape != tuple(shapes[name])
     ][:1]
 
 
@@ -116,7 +133,8 @@ def _sites(names: Iterable[str]) -> set[str]:
     return {n.rpartition(".")[0] for n in names if n.endswith((".lora_a", ".lora_b"))}
 
 
-def _open_peft(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _open_peft(folder: str) -> tuple[dict[str, Any], Any]:
+    """adapter_config.json, and the weights file opened."""
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 
@@ -127,7 +145,10 @@ def _open_peft(folder: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise UserError(
             f"--init_adapter {folder} has no {' and no '.join(absent)}; give a PEFT adapter folder."
         )
-    return json.loads(config.read_text()), load_file(weights)
+    try:
+        return json.loads(config.read_text()), safe_open(str(weights), framework="pt")
+    except (ValueError, SafetensorError) as error:
+        raise UserError(f"--init_adapter {folder} is damaged: {error}") from error
 
 
 def _our_name(key: str) -> str:

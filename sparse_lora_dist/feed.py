@@ -66,11 +66,10 @@ class Feed:
 def open_feed(config: Config, model_folder: Path) -> Feed:
     """Read, tokenise and pack the data sets. Collective: rank 0 first, others find its cache."""
     train = config.train
-    be_quiet()
+    if comm.rank() > 0:
+        be_quiet()
     with comm.together("reading the data"), comm.first_rank_first():
-        tokenizer = AutoTokenizer.from_pretrained(
-            model_folder, trust_remote_code=config.model.trust_remote_code
-        )
+        tokenizer = _tokenizer(model_folder, trust_remote_code=config.model.trust_remote_code)
         rows = _read(
             config, tokenizer, resolve_default("data", config.data.data), "--data", "train"
         )
@@ -93,6 +92,13 @@ def open_feed(config: Config, model_folder: Path) -> Feed:
                 f"the {feed.total_steps} steps of this run."
             )
     return feed
+
+
+def _tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a missing or damaged file raises whatever its reader does
+        raise UserError(f"--model {folder}: its tokenizer cannot be opened: {error}") from error
 
 
 def _end_row(config: Config, rows_per_epoch: int) -> int:

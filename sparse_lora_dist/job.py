@@ -2,36 +2,21 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sparse_lora_dist import checkpoint, comm, export
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
-from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.learning_rate import learning_rate_at
 from sparse_lora_dist.metrics import Metrics, peak_memory_bytes, read_rows
 from sparse_lora_dist.model import Model
+from sparse_lora_dist.resume import Resume, describe
 from sparse_lora_dist.run_folder import write_description
 from sparse_lora_dist.screen import progress_bar, say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.step import StepResult, held_out_loss
 from sparse_lora_dist.summary import print_summary
 from sparse_lora_dist.zero3 import Engine
-
-# Options that say where and how long, not what is trained: a resume may change them without a word.
-FREE = {
-    "resume",
-    "output_dir",
-    "stop_after",
-    "log_every",
-    "eval_every",
-    "eval_batches",
-    "save_every",
-    "trackers",
-    "debug",
-    "config",
-}
 
 
 class Job:
@@ -52,16 +37,10 @@ class Job:
             total_steps=feed.total_steps,
         )
 
-    def start(self) -> None:
-        """Go on from the checkpoint ``--resume`` names, or take the base's held-out loss."""
-        found = self._checkpoint()
-        if found is not None:
-            with comm.together(f"opening {found}"):
-                manifest = checkpoint.read_manifest(found)
-                checkpoint.check_description(found, manifest["description"], self.description())
-                self._check_steps(found, manifest["progress"]["step"])
-            self.progress = checkpoint.restore(found, self.shards, manifest)
-            self._say_resumed(found, manifest)
+    def start(self, resume: Resume | None) -> None:
+        """Go on from a checkpoint, or take the held-out loss of the base."""
+        if resume is not None:
+            self.progress = checkpoint.restore(resume.path, self.shards, resume.manifest)
         with comm.together("opening the run folder"):
             if comm.rank() == 0:
                 write_description(self.folder, self.config)
@@ -69,53 +48,11 @@ class Job:
                 self.folder,
                 self.config.run.trackers,
                 self.config.as_flat_dict(),
-                last_step=self.progress.step if found else None,
+                last_step=None if resume is None else resume.step,
             )
-        if found is None and self.feed.held_out is not None:
+        if resume is None and self.feed.held_out is not None:
             self.log(0, {}, held_out=self.held_out_loss())
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
-
-    def _checkpoint(self) -> Path | None:
-        resume = self.config.run.resume
-        if resume == "never":
-            return None
-        return checkpoint.newest(self.folder / "checkpoints") if resume == "auto" else Path(resume)
-
-    def _check_steps(self, found: Path, step: int) -> None:
-        train = self.config.train
-        for name, last in (("max_steps", self.feed.total_steps), ("stop_after", train.stop_after)):
-            if last is not None and last < step:
-                raise UserError(
-                    f"{found} is at step {step} already, but this run is to end at step {last}: "
-                    f"raise --{name}, or resume from an earlier checkpoint."
-                )
-
-    def _say_resumed(self, found: Path, manifest: Mapping[str, Any]) -> None:
-        was, now = manifest["config"], self.config.as_flat_dict()
-        changed = [
-            f"{k} {was.get(k)} -> {v}" for k, v in now.items() if k not in FREE and was.get(k) != v
-        ]
-        note = f"; changed: {', '.join(changed)}" if changed else ""
-        say("resumed", f"{found}, step {self.progress.step}{note}")
-        if manifest["total_steps"] != self.feed.total_steps:
-            was_end, now_end = manifest["total_steps"], self.feed.total_steps
-            say("", f"schedules derived anew: they end at step {now_end}, not {was_end}")
-
-    def description(self) -> dict[str, Any]:
-        """What must be the same for a resume to be the same run."""
-        model, data, train = self.config.model, self.config.data, self.config.train
-        return {
-            "base": self.model.identity(),
-            "quantization": model.quantization,
-            "double_quant": model.double_quant,
-            "method": self.config.adapter.method,
-            "alpha": self.config.adapter.alpha,
-            "seed": train.seed,
-            "packing": data.packing,
-            "sequence_length": data.sequence_length,
-            "rows_per_epoch": len(self.feed.rows),
-            "global_batch": self.feed.global_batch,
-        }
 
     def set_learning_rate(self, step: int) -> None:
         """The schedule's value for optimizer step ``step``."""
@@ -174,7 +111,7 @@ class Job:
             self.folder / "checkpoints",
             self.shards,
             self.progress,
-            description=self.description(),
+            description=describe(self.config, self.model, self.feed),
             total_steps=self.feed.total_steps,
             config=self.config.as_flat_dict(),
         )
@@ -187,7 +124,7 @@ class Job:
             self.folder / "adapter",
             self.model.adapters,
             self.model.full,
-            base=str(self.model.folder),
+            base=self.model.name,
         )
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)

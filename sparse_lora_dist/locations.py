@@ -35,7 +35,7 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
     for option in ("model", "data", "eval_data", "init_adapter"):
         if flat[option] is not None:
             problems += missing_source(option, flat[option])
-    if flat["chat_template"] is not None and not Path(flat["chat_template"]).is_file():
+    if flat["chat_template"] is not None and not Path(flat["chat_template"]).expanduser().is_file():
         problems.append(f"chat_template: no such file: {flat['chat_template']}")
     if flat["resume"] not in ("auto", "never") and not Path(flat["resume"]).is_dir():
         problems.append(f"resume must be auto, never or an existing folder, got {flat['resume']!r}")

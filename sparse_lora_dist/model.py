@@ -23,9 +23,10 @@ from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
+from sparse_lora_dist.methods.base import Site
 from sparse_lora_dist.screen import counted, megabytes, say
-from sparse_lora_dist.targets import check_ranks, find_full, find_sites
-from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.targets import find_full, find_sites
+from sparse_lora_dist.zero3 import ShardBuilder, Values
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -37,7 +38,9 @@ class Model:
     module: PreTrainedModel
     folder: Path
     files: CheckpointFiles
-    sites: list[str]
+    name: str
+    """What the user calls it: a hub id, or the folder."""
+    sites: list[Site]
     full: dict[str, nn.Module]
     """Modules trained in full, by name."""
     adapters: list[AdapterLinear] = field(default_factory=list)
@@ -60,19 +63,20 @@ class Model:
                 trust_remote_code=options.trust_remote_code,
             )
             full = find_full(module, config.adapter.modules_to_save)
-            sites = find_sites(module, config.adapter.target_modules, full)
-            check_ranks(module, sites, config.adapter.rank)
+            sites = find_sites(module, config.adapter, full)
             files.check(module)
-        return cls(module=module, folder=folder, files=files, sites=sites, full=full)
+        hub = folder != Path(resolve_default("model", options.model))
+        name = options.model if hub else str(folder)
+        return cls(module=module, folder=folder, files=files, name=name, sites=sites, full=full)
 
     def load(self, config: Config, method: Method, engine_config: dict[str, Any]) -> RowSeeds:
         """Read this rank's share, inject adapters; return what seeds their dropout. Collective."""
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
-        initial = {}
+        initial: dict[str, Values] = {}
         with comm.together("reading --init_adapter"):
             if adapter.init_adapter is not None:
-                shapes = self._peft_shapes(adapter.rank)
+                shapes = self.trained_shapes(method)
                 initial = export.read_peft(
                     adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
                 )
@@ -93,7 +97,6 @@ class Model:
             method,
             builder,
             seeds,
-            rank=adapter.rank,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
             initial=initial,
@@ -106,14 +109,13 @@ class Model:
         _say_what_was_loaded(self, loader.report)
         return seeds
 
-    def _peft_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """Of every tensor that a PEFT adapter of this model may hold, by our name."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name in self.sites:
-            linear = self.module.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            shapes[f"{name}.lora_a"] = (rank, linear.in_features)
-            shapes[f"{name}.lora_b"] = (linear.out_features, rank)
+    def trained_shapes(self, method: Method) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that is to train, "site.tensor" or as the base names it."""
+        shapes = {
+            f"{site.name}.{key}": spec.shape
+            for site in self.sites
+            for key, spec in method.tensors(site).items()
+        }
         for name, module in self.full.items():
             shapes |= {f"{name}.{k}": tuple(p.shape) for k, p in module.named_parameters()}
         return shapes

@@ -17,6 +17,9 @@ Project = Callable[[Tensor, float], Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Keys of the packed state, one value per live entry each."""
 
+CHUNK = 2**24
+"""Entries stepped at a time: picking live ones out takes 20 bytes of scratch for each."""
+
 
 class SparseAdamW(torch.optim.Optimizer):
     """Loshchilov & Hutter 2019, arXiv:1711.05101, with the same arithmetic as torch.optim.AdamW:
@@ -77,18 +80,31 @@ class SparseAdamW(torch.optim.Optimizer):
                 self._step_shard(flat, group)
 
     def _step_shard(self, flat: Tensor, group: dict[str, Any]) -> None:
-        state, lr, (beta1, beta2) = self.state[flat], group["lr"], group["betas"]
-        live, exp_avg, exp_avg_sq = state["live"], state["exp_avg"], state["exp_avg_sq"]
-        assert flat.grad is not None, "the engine calls step with a gradient in place"
+        state, done = self.state[flat], 0
         state["step"] += 1
-        correction1, correction2 = (1 - beta ** state["step"] for beta in (beta1, beta2))
+        assert flat.grad is not None, "the engine calls step with a gradient in place"
+        parts = (t.split(CHUNK) for t in (flat.data, flat.grad, state["live"]))
+        for whole, grad, live in zip(*parts, strict=True):
+            count = int(live.sum())
+            exp_avg, exp_avg_sq = (state[key][done : done + count] for key in MOMENTS)
+            done += count
+            all_live = count == live.numel()
+            w = whole if all_live else whole[live]
+            adamw_(w, grad if all_live else grad[live], exp_avg, exp_avg_sq, state["step"], group)
+            w = self.project(w, group["lr"])
+            if all_live:
+                whole.copy_(w)
+            else:
+                whole.zero_()[live] = w
 
-        w, grad = flat[live], flat.grad[live]
-        w.mul_(1 - lr * group["weight_decay"])
-        exp_avg.lerp_(grad, 1 - beta1)
-        exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        denominator = (exp_avg_sq.sqrt() / correction2**0.5).add_(group["eps"])
-        w.addcdiv_(exp_avg, denominator, value=-lr / correction1)
 
-        flat.zero_()
-        flat[live] = self.project(w, lr)
+def adamw_(
+    w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict[str, Any]
+) -> None:
+    """One AdamW step of ``w`` and its moments, in place, in the order of torch.optim.AdamW."""
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    w.mul_(1 - lr * group["weight_decay"])
+    exp_avg.lerp_(grad, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
+    w.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))

@@ -7,9 +7,11 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -24,23 +26,19 @@ FOREIGN_LOGGERS = (
 )
 
 
-def run_program(work: Callable[[], None], *, debug: bool) -> None:
+def run_program(argv: Sequence[str], work: Callable[[Config], None]) -> None:
     """Do ``work``; leave with 2 and a message on a user's mistake, 1 and a traceback on ours."""
-    if not debug:
-        quiet_others()
+    debug = False
     try:
-        work()
+        config = load_config(argv)
+        debug = config.run.debug
+        if not debug:
+            quiet_others()
+        work(config)
     except UserError as error:
         if debug:
             traceback.print_exc()
-        # What all ranks found together is said once a machine; what one rank found alone, by that
-        # rank.
-        if not error.shared or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        else:
-            time.sleep(
-                1
-            )  # launchers end all ranks when one leaves, and the one that speaks with it
+        speak(f"error: {error}", for_all=error.shared)
         leave(USER_ERROR)
     except SystemExit:  # --help and --print_config end so
         raise
@@ -48,13 +46,18 @@ def run_program(work: Callable[[], None], *, debug: bool) -> None:
         leave(INTERRUPTED)
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:
-            print(
-                f"rank {os.environ.get('RANK')} ends: another rank is gone; its message says why",
-                file=sys.stderr,
-            )
+            speak(f"rank {os.environ.get('RANK')} ends: another rank is gone; its message says why")
         else:
             traceback.print_exc()
         leave(FAILURE)
+
+
+def speak(message: str, *, for_all: bool = False) -> None:
+    """On stderr: once a machine what all ranks found together, else from the rank that found it."""
+    if not for_all or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(message, file=sys.stderr)
+    else:
+        time.sleep(1)  # launchers end all ranks when one leaves, and the one that speaks with it
 
 
 def leave(code: int) -> NoReturn:
@@ -70,7 +73,8 @@ def quiet_others() -> None:
     warnings.filterwarnings("default", module="sparse_lora_dist")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("LOCAL_RANK", "0") != "0":  # one bar a machine says how a download goes
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in FOREIGN_LOGGERS:
         logger = logging.getLogger(name)

@@ -12,11 +12,9 @@ from torch import Tensor
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.adapter import RowSeeds
-from sparse_lora_dist.data import Batch
+from sparse_lora_dist.data import NOT_A_TARGET, Batch
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.zero3 import Engine, summed_cross_entropy
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,7 +68,7 @@ def batch_loss(engine: Engine, batch: Batch) -> Tensor:
         input_ids=batch.input_ids_MT, position_ids=batch.position_ids_MT, use_cache=False
     ).logits
     # Labels move left instead of logits: slicing the logits would copy them.
-    next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=IGNORED)
+    next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
     return summed_cross_entropy(logits_MTV.flatten(0, 1), next_labels_MT.flatten())
 
 

@@ -1,54 +1,62 @@
 """Which modules train: linears that carry a delta, and those trained in full. PEFT's names."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
+from sparse_lora_dist.config import AdapterConfig
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.methods.base import Site
 
 
-def find_sites(
-    model: PreTrainedModel, target_modules: str | Sequence[str], full: Iterable[str]
-) -> list[str]:
-    """Names of the linears that carry a delta.
+def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[str]) -> list[Site]:
+    """The linears that carry a delta.
 
-    ``"all-linear"``: every linear but the output head. Any other string: a regular expression that
-    must match the whole name. A sequence: names, each the whole of a module's name or its end after
-    a dot. Modules trained in ``full`` never carry one.
+    ``target_modules`` may be ``"all-linear"``: every linear but the output head; any other string:
+    a regular expression that must match the whole name; a sequence: names, each the whole of a
+    module's name or its end after a dot. Modules trained in ``full`` never carry one.
     """
-    linears = [n for n, m in model.named_modules() if is_plain_linear(m) and n not in set(full)]
-    if target_modules == "all-linear":
-        chosen = [n for n in linears if n != output_head(model)]
-    elif isinstance(target_modules, str):
-        chosen = [n for n in linears if re.fullmatch(target_modules, n)]
+    wanted, head = adapter.target_modules, output_head(model)
+    linears = {n: m for n, m in model.named_modules() if is_plain_linear(m) and n not in full}
+    if wanted == "all-linear":
+        chosen = [n for n in linears if n != head]
+    elif isinstance(wanted, str):
+        chosen = [n for n in linears if re.fullmatch(wanted, n)]
     else:
-        chosen = [n for n in linears if any(is_called(n, t) for t in target_modules)]
-    asked = [target_modules] if isinstance(target_modules, str) else list(target_modules)
-    unused = [t for t in asked if not any(is_called(n, t) for n in chosen)]
-    if not chosen or (unused and not isinstance(target_modules, str)):
+        chosen = [n for n in linears if any(is_called(n, w) for w in wanted)]
+    names = () if isinstance(wanted, str) else wanted
+    unused = [w for w in names if not any(is_called(n, w) for n in chosen)]
+    if unused or not chosen:
         raise UserError(
-            f"--target_modules: no linear is called {', '.join(unused)}. "
+            f"--target_modules: no linear is called {', '.join(unused) or wanted}. "
             f"This model has: {_endings(linears)}. Name some of these, or use all-linear."
         )
-    return chosen
+    sites = [
+        Site(
+            name=name,
+            in_features=linears[name].in_features,
+            out_features=linears[name].out_features,
+            rank=adapter.rank,
+        )
+        for name in chosen
+    ]
+    _check_ranks(sites)
+    return sites
 
 
-def check_ranks(model: nn.Module, names: Sequence[str], rank: int) -> None:
+def _check_ranks(sites: Sequence[Site]) -> None:
     """A rank above a matrix side buys nothing: the product cannot have it."""
-    small = []
-    for name in names:
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        if rank > min(linear.in_features, linear.out_features):
-            small.append(f"{name} ({linear.out_features} x {linear.in_features})")
+    small = [s for s in sites if s.rank > min(s.in_features, s.out_features)]
     if small:
+        first = small[0]
         raise UserError(
-            f"--rank {rank} is larger than a side of {len(small)} target matrices, "
-            f"the first is {small[0]}. Lower --rank or leave these out of --target_modules."
+            f"--rank {first.rank} is larger than a side of {len(small)} target matrices, the first "
+            f"is {first.name} ({first.out_features} x {first.in_features}). Lower --rank or leave "
+            "these out of --target_modules."
         )
 
 

@@ -13,6 +13,7 @@ from sparse_lora_dist.job import Job
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
+from sparse_lora_dist.resume import find_resume
 from sparse_lora_dist.run_folder import check_folder
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.step import train_step
@@ -32,6 +33,7 @@ def run(config: Config) -> None:
     model = Model.open(config)
     feed = open_feed(config, model.folder)
     method = _build_method(config, feed.total_steps)
+    resume = find_resume(config, model, feed, method)
     row_seeds = model.load(config, method, engine_config)
 
     optimizer = SparseAdamW(
@@ -44,7 +46,7 @@ def run(config: Config) -> None:
     shards = Shards(engine, optimizer, method, adapters=model.adapter_tensors())
 
     job = Job(config, model, feed, engine, shards)
-    job.start()
+    job.start(resume)
     last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
     for step in range(job.progress.step + 1, last_step + 1):
         started = time.perf_counter()

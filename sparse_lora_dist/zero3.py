@@ -23,6 +23,7 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.errors import UserError
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts: about a
 # minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3 never calls it.
@@ -35,12 +36,18 @@ ZeroParameter = Any
 """A tensor with the ``ds_`` attributes that DeepSpeed hangs on it, of which no type knows."""
 
 
+def share_of(numel: int) -> int:
+    """How ZeRO-3 cuts: equal shares, rounded up."""
+    return -(-numel // comm.world_size())
+
+
 class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
     """zero.Init whose parameters are never whole: nothing is broadcast to be cut up after."""
 
     def fill(self, parameter: ZeroParameter, values: Values) -> None:
         self._convert_to_deepspeed_param(parameter)
-        share = self._aligned_size(parameter) // self._partition_world_size(parameter)
+        share = share_of(parameter.ds_numel)
+        assert share * comm.world_size() == self._aligned_size(parameter)
         start = min(share * self._partition_rank(parameter), parameter.ds_numel)
         stop = min(start + share, parameter.ds_numel)
         own = torch.zeros(share, dtype=parameter.dtype, device=self.local_device)
@@ -55,6 +62,12 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         """
         to_nvme = self.remote_device == "nvme" and self.param_swapper.swappable_tensor(numel=share)
         if to_nvme:
+            if share > self.param_swapper.elements_per_buffer:
+                raise UserError(
+                    f"zero_optimization.offload_param.buffer_size is "
+                    f"{self.param_swapper.elements_per_buffer} elements, the largest share of a "
+                    f"tensor has {share}: raise it, or use more ranks"
+                )
             buffer = self.param_swapper.get_buffer(parameter, share)
             buffer.copy_(own)
             own = torch.empty(0, dtype=own.dtype, device=buffer.device)

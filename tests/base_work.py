@@ -11,14 +11,15 @@ from unittest.mock import patch
 
 import bitsandbytes.functional as bnb
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
 from sparse_lora_dist.base_model.quantized_share import quantized_parameters
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
@@ -279,3 +280,36 @@ def opening_error(folder: str) -> tuple[str, str, int]:
 def opening_error_of(folders: list[str]) -> tuple[str, str, int]:
     """The same where each rank sees its own folder."""
     return opening_error(folders[comm.rank()])
+
+
+def load_odd_module(folder: str) -> dict[str, Any]:
+    """A module with what is neither a plain linear nor a norm: a router's bias, a 3-D weight.
+
+    {"bias": the buffer after loading, "unquantized": the report's}
+    """
+    generator = torch.Generator().manual_seed(0)
+    saved = {
+        "router.weight": torch.randn(8, 64, generator=generator),
+        "bias": torch.randn(8, generator=generator),
+        "experts": torch.randn(2, 8, 64, generator=generator),
+        "forgotten": torch.ones(3),
+    }
+    model = nn.Module()
+    with torch.device("meta"):
+        model.router = nn.Linear(64, 8, bias=False)
+        model.experts = nn.Parameter(torch.empty(2, 8, 64))
+    model.register_buffer("bias", torch.zeros(8))
+    model.register_buffer("forgotten", torch.zeros(3), persistent=False)
+    if comm.rank() == 0:
+        save_file(saved, Path(folder) / "model.safetensors")
+    comm.barrier()
+    config = config_of()
+    builder = ShardBuilder(engine_config_of(config), torch.bfloat16)
+    files = CheckpointFiles(Path(folder))
+    loader = ShardLoader(files, builder, quantize=True, double_quant=True, initial={})
+    loader.load(model, keep=set(), train={})
+    return {
+        "bias": torch.equal(model.bias, saved["bias"]),
+        "forgotten": model.forgotten.tolist(),
+        "unquantized": loader.report.unquantized,
+    }

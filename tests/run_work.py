@@ -122,3 +122,12 @@ def packed_documents(flags: list[str]) -> dict[str, Any]:
         "as one document": float(leak[:, documents[-1]].abs().max()),
         "gradient": job.engine.gradient_norm(),
     }
+
+
+def refusal_unread(flags: list[str]) -> str:
+    """The message of the user error, which must come before a weight is read."""
+    unread = AssertionError("a weight was read first")
+    with patch(
+        "sparse_lora_dist.base_model.checkpoint_files.CheckpointFiles.read", side_effect=unread
+    ):
+        return refusal(flags)

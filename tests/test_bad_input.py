@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from sparse_lora_dist import comm
+from sparse_lora_dist.errors import UserError
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun
 
@@ -210,3 +212,54 @@ def test_a_damaged_checkpoint_is_named(
     (checkpoint / "manifest.json").unlink()
     for message in ranks(2, REFUSAL, flags=flags):
         assert f"{checkpoint} is no checkpoint" in message
+
+
+def test_a_damaged_tokenizer(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    model = copy_of(tiny.model, tmp_path / "model")
+    (model / "tokenizer.json").write_text("{ not json")
+    flags = tiny.flags(tmp_path / "run", model=model)
+    for said in ranks(2, REFUSAL, flags=flags):
+        assert f"--model {model}" in said and "tokenizer cannot be opened" in said
+
+
+def test_a_damaged_adapter_to_start_from(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    ranks(1, "tests.run_work:train", flags=tiny.flags(tmp_path / "first", max_steps=1))
+    adapter = tmp_path / "first" / "adapter"
+    flags = tiny.flags(tmp_path / "second", init_adapter=adapter)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    (said,) = ranks(1, REFUSAL, flags=flags)
+    assert f"--init_adapter {adapter} is damaged" in said
+    (adapter / "adapter_config.json").write_text("{")
+    (said,) = ranks(1, REFUSAL, flags=flags)
+    assert f"--init_adapter {adapter} is damaged" in said
+
+
+def test_a_checkpoint_that_was_altered(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    flags = tiny.flags(tmp_path, max_steps=2, resume="auto")
+    ranks(2, "tests.run_work:train", flags=flags)
+    file = tmp_path / "checkpoints" / "step_00000002" / "rank_00001.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1  # one bit of a number: sizes and header stay right
+    file.write_bytes(content)
+    for said in ranks(2, REFUSAL, flags=[*flags, "--max_steps", "4"]):
+        assert "rank_00001.safetensors was altered after it was saved" in said
+
+
+def test_a_resume_of_another_run_is_refused_before_a_weight_is_read(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    flags = tiny.flags(tmp_path, max_steps=2, resume="auto")
+    ranks(1, "tests.run_work:train", flags=flags)
+    for option, word in (("--rank", "trained tensors differ"), ("--seed", "seed was 0, now 8")):
+        (said,) = ranks(1, "tests.run_work:refusal_unread", flags=[*flags, option, "8"])
+        assert word in said
+
+
+def test_tasks_of_a_launcher_that_is_not_read_are_not_taken_for_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE says 4 tasks"):
+        comm.start()

@@ -67,15 +67,18 @@ def test_a_rank_reads_its_own_share_and_receives_scales_only(
         assert total == read + rank.report.other_bytes_read, "nothing else of the files is read"
     _assert_covered(linears + others, [r for rank in everyone for r in rank.reads])
 
-    for rank in everyone:
-        arrived = sum(n for _, n in rank.received)
+    for number, rank in enumerate(everyone):
+        # An all-gather's output holds the rank's own part too; rank 0 has the means already.
+        gathered = sum(n for name, n in rank.received if name == "allgather_")
+        means = sum(n for name, n in rank.received if name == "broadcast_")
+        arrived = gathered * (size - 1) // size + means * (number > 0)
         assert arrived == rank.report.bytes_received
         if size == 1:
             assert not rank.received
             continue
         # Scales: 4 bytes a block of 64, each rank's part padded to the longest, and one offset.
         blocks = -(-rank.num_weights // BLOCK) + 2 * len(linears) * size
-        assert rank.num_weights / 16 <= arrived <= 4 * blocks + 4 * len(linears)
+        assert rank.num_weights / 16 <= gathered + means <= 4 * blocks + 4 * len(linears)
         broadcasts = [n for name, n in rank.received if name == "broadcast_"]
         assert broadcasts == [4] * len(linears), "only the mean of a tensor's scales is broadcast"
         kinds = {name for name, _ in rank.received}
@@ -136,3 +139,10 @@ def _assert_covered(ranges: list[Any], reads: list[Any]) -> None:
             if first <= at < first + n:
                 at = first + n
         assert at >= stop, f"{file}: byte {at} of {start} to {stop} was read by nobody"
+
+
+def test_what_is_no_plain_linear_is_loaded_and_listed(ranks: Ranks, tmp_path: Path) -> None:
+    for got in ranks(2, "tests.base_work:load_odd_module", folder=str(tmp_path)):
+        assert got["bias"], "a buffer of the state dict comes from the file"
+        assert got["forgotten"] == [0.0] * 3, "one that is computed does not"
+        assert got["unquantized"] == {"experts": 2 * 8 * 64 * 2}

@@ -106,3 +106,16 @@ def test_projection_sees_the_stepped_live_entries_and_the_learning_rate() -> Non
     assert seen == [(int(live.sum()), LR)]
     assert torch.equal(flat, plain.sign() * (plain.abs() - 10 * LR).clamp(min=0))
     assert (flat[live] == 0).any()
+
+
+def test_stepping_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, cut, live = start(), start(), every_third_dies()
+    live[:200] = True  # chunks that live whole, in part, and not at all
+    live[300:400] = False
+    for flat, chunk in ((whole, N), (cut, 64)):
+        monkeypatch.setattr("sparse_lora_dist.optim.CHUNK", chunk)
+        optimizer = sparse(flat, weight_decay=0.1, project=lambda w, lr: w * 0.99)
+        optimizer.set_live(flat, live)
+        steps(flat, optimizer, gradients(4))
+    assert torch.equal(whole, cut)
+    assert (cut[~live] == 0).all() and (cut[live] != 0).all()

@@ -13,6 +13,7 @@ from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.errors import UserError
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights in the maker's own layout
 
 
 def resolve_folder(model: str, revision: str | None) -> Path:
@@ -22,11 +23,15 @@ def resolve_folder(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_PATTERNS))
-    except (
-        Exception
-    ) as error:  # the hub client raises a dozen kinds, from no network to a gated model
+        folder = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=HUB_PATTERNS,
+            ignore_patterns=HUB_DUPLICATES,
+        )
+    except Exception as error:  # the hub raises a dozen kinds, from no network to a gated model
         raise UserError(f"--model {model}: not a folder here, and the hub says: {error}") from error
+    return Path(folder)
 
 
 def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3 import ShardBuilder, share_of
 
 QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]
 
@@ -43,7 +43,8 @@ def quantized_parameters(
         return dressed(packed[first - w_start // 2 : last - w_start // 2], dtype)
 
     packed = builder.parameter((clothes_for(layout.packed_bytes, dtype),), own_bytes)
-    absmax_B = _gather_absmax(absmax, layout, dtype)
+    share = share_of(clothes_for(layout.packed_bytes, dtype)) * dtype.itemsize
+    absmax_B = _gather_absmax(absmax, layout, share)
     # One rank takes the mean for all, over the whole vector, as bitsandbytes does.
     offset = comm.broadcast(absmax_B.mean())
     clothes = dressed(nf4.scale_bytes(absmax_B, offset, layout), dtype)
@@ -62,9 +63,8 @@ def dressed(raw: Tensor, dtype: torch.dtype) -> Tensor:
     return _padded(raw, clothes_for(raw.numel(), dtype) * dtype.itemsize).view(dtype)
 
 
-def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tensor:
-    """absmax fp32 [B] of the whole tensor, from the ranks that computed it. Collective."""
-    share = -(-clothes_for(layout.packed_bytes, dtype) // comm.world_size()) * dtype.itemsize
+def _gather_absmax(own: Tensor, layout: nf4.Layout, share: int) -> Tensor:
+    """absmax fp32 [B] of the whole tensor, from ranks with ``share`` bytes each. Collective."""
     cuts = [min(share * r, layout.packed_bytes) for r in range(comm.world_size() + 1)]
     owned = [layout.blocks_of_bytes(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
     most = max(stop - start for start, stop in owned)

@@ -17,7 +17,7 @@ from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
 from sparse_lora_dist.base_model.quantized_share import QuantLinearParameters, quantized_parameters
-from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3 import ShardBuilder, Values
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ShardLoader:
         *,
         quantize: bool,
         double_quant: bool,
-        initial: Mapping[str, Tensor],
+        initial: Mapping[str, Values],
     ) -> None:
         """``initial``: values of modules trained in full that come from elsewhere, by name."""
         self.files, self.builder, self.initial = files, builder, initial
@@ -68,7 +68,16 @@ class ShardLoader:
                 _replace(model, name, self._linear(name, module, quantize=quantize))
             else:
                 self._own_parameters(name, module, trainable=name in train)
+        self._read_buffers(model)
         self.report.bytes_received = comm.traffic_bytes.total() - received
+
+    def _read_buffers(self, model: nn.Module) -> None:
+        """Buffers that the checkpoint holds, a router's bias say: small, whole on every rank."""
+        persistent = model.state_dict().keys()
+        for name, buffer in model.named_buffers():
+            if name in persistent and name in self.files.entries:
+                whole = self.files.read(name, tuple(buffer.shape), 0, buffer.numel())
+                buffer.copy_(whole.view(buffer.shape))
 
     def _linear(self, name: str, linear: nn.Linear, *, quantize: bool) -> FrozenLinear:
         bias = None if linear.bias is None else self._parameter(f"{name}.bias", linear.bias)
@@ -88,6 +97,10 @@ class ShardLoader:
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             full = f"{name}.{leaf}" if name else leaf
             setattr(module, leaf, self._parameter(full, parameter, trainable=trainable))
+            # Weights that are no plain linear's (experts in one 3-D tensor, say) stay as they are.
+            if self.quantize and parameter.dim() > 1 and not trainable:
+                if not isinstance(module, nn.Embedding):
+                    self.report.unquantized[full] = parameter.numel() * self.builder.dtype.itemsize
 
     def _parameter(self, name: str, meta: Tensor, *, trainable: bool = False) -> nn.Parameter:
         if id(meta) not in self._made:
@@ -98,7 +111,7 @@ class ShardLoader:
     def _read_parameter(self, name: str, shape: tuple[int, ...], trainable: bool) -> nn.Parameter:
         def values(start: int, stop: int) -> Tensor:
             if name in self.initial:
-                return self.initial[name].flatten()[start:stop]
+                return self.initial[name](start, stop)
             own = self.files.read(name, shape, start, stop)
             self.report.other_bytes_read += own.nbytes
             return own.to(self.builder.device, self.builder.dtype)

@@ -12,10 +12,19 @@ ranges it needs from whichever files hold them, so nothing here depends on how m
 from sparse_lora_dist.checkpoint.manifest import (
     Progress,
     check_description,
+    check_tensors,
     newest,
     read_manifest,
 )
 from sparse_lora_dist.checkpoint.restore import restore
 from sparse_lora_dist.checkpoint.save import save
 
-__all__ = ["Progress", "check_description", "newest", "read_manifest", "restore", "save"]
+__all__ = [
+    "Progress",
+    "check_description",
+    "check_tensors",
+    "newest",
+    "read_manifest",
+    "restore",
+    "save",
+]

@@ -43,7 +43,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         raise UserError(
             f"{checkpoint} is no checkpoint: it has no {MANIFEST}. Name a step_... folder."
         )
-    manifest: dict[str, Any] = json.loads(path.read_text())
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}. Resume from another step.") from error
     if manifest["format"] != FORMAT:
         raise UserError(f"{path} has format {manifest['format']}; this version reads {FORMAT}.")
     for file in manifest["files"]:
@@ -58,8 +61,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def check_description(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with another base, method or shape than was saved; name every field that
-    differs."""
+    """Refuse to go on with another base, method ... than was saved; name each that differs."""
     differ = [
         f"{k} was {saved.get(k)!r}, now {now.get(k)!r}"
         for k in sorted({*saved, *now})
@@ -67,3 +69,17 @@ def check_description(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[s
     ]
     if differ:
         raise UserError(f"{checkpoint} belongs to another run: " + "; ".join(differ))
+
+
+def check_tensors(
+    checkpoint: Path, saved: Mapping[str, list[int]], now: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Refuse to go on with other trained tensors than were saved; name the first that differs."""
+    ours = {name: list(shape) for name, shape in now.items()}
+    differ = sorted(n for n in {*saved, *ours} if saved.get(n) != ours.get(n))
+    if differ:
+        raise UserError(
+            f"{checkpoint}: {len(differ)} trained tensors differ, the first is {differ[0]}: "
+            f"saved {saved.get(differ[0])}, now {ours.get(differ[0])}. "
+            "Resume with the saved --rank, --target_modules and --modules_to_save."
+        )

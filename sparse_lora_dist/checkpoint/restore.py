@@ -1,12 +1,13 @@
 """Reading a checkpoint: each rank the ranges it owns, from whichever files hold them."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from sparse_lora_dist import comm
@@ -18,11 +19,10 @@ from sparse_lora_dist.zero3 import Slice
 
 
 def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Progress:
-    """Put masters, moments, masks, statistics and random states back; return how far the run was.
-    Collective."""
+    """Put everything back that was saved; return how far the run was. Collective."""
     progress = Progress(**manifest["progress"])
     with comm.together(f"reading {checkpoint}"):
-        _check_tensors(checkpoint, manifest["tensors"], shards)
+        _check_hashes(checkpoint, manifest["files"])
         reader = _Reader(checkpoint, [file["name"] for file in manifest["files"]])
         pieces = shards.engine.slices
         for piece in pieces:
@@ -45,47 +45,46 @@ def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Pr
     return progress
 
 
-def _check_tensors(checkpoint: Path, saved: Mapping[str, list[int]], shards: Shards) -> None:
-    now = {p.name: list(p.shape) for p in shards.engine.slices}
-    if saved != now:
-        differ = sorted(n for n in {*saved, *now} if saved.get(n) != now.get(n))
-        raise UserError(
-            f"{checkpoint}: {len(differ)} trained tensors differ, the first is {differ[0]}: "
-            f"saved {saved.get(differ[0])}, now {now.get(differ[0])}. "
-            "Resume with the saved --rank, --target_modules and --modules_to_save."
-        )
+def _check_hashes(checkpoint: Path, files: list[Mapping[str, Any]]) -> None:
+    """Each rank some files, so that all are read once."""
+    for file in files[comm.rank() :: comm.world_size()]:
+        path = checkpoint / file["name"]
+        with path.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != file["sha256"]:
+                raise UserError(f"{path} was altered after it was saved. Resume from another step.")
 
 
 class _Reader:
-    """Ranges of tensors from whichever rank files hold them."""
+    """Ranges of tensors from whichever rank files hold them; nothing else is read."""
 
     def __init__(self, checkpoint: Path, names: list[str]) -> None:
-        try:
-            self.files = [safe_open(str(checkpoint / name), framework="pt") for name in names]
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"{checkpoint} cannot be read: {error}. Resume from another step."
-            ) from error
+        self.files = [safe_open(str(checkpoint / name), framework="pt") for name in names]
         self.offsets = [json.loads(f.metadata()["offsets"]) for f in self.files]
 
     def dense(self, key: str, piece: Slice) -> Tensor:
         """Entries [start, start + length) of ``key`` of a tensor, zero where nothing lives."""
-        out: Tensor | None = None
+        out = torch.zeros(piece.length, dtype=torch.bool if key == "live" else torch.float32)
         for file, offsets in zip(self.files, self.offsets, strict=True):
             start, length = offsets[piece.name]
-            first, last = max(start, piece.start), min(start + length, piece.start + piece.length)
-            saved = file.get_tensor(f"{key}/{piece.name}")
-            if key not in ("master", "live"):
-                mask = file.get_tensor(f"live/{piece.name}")
-                saved = torch.zeros(length, dtype=saved.dtype).masked_scatter_(mask, saved)
-            out = torch.zeros(piece.length, dtype=saved.dtype) if out is None else out
+            first = max(start, piece.start)
+            last = min(start + length, piece.start + piece.length)
             if first < last:
-                out[first - piece.start : last - piece.start] = saved[first - start : last - start]
-        assert out is not None
+                part = _entries(file, key, piece.name, first - start, last - start)
+                out[first - piece.start : last - piece.start] = part
         return out
 
     def restore_random_states(self) -> None:
         file = self.files[comm.rank()]
         torch.set_rng_state(file.get_tensor("rng/cpu"))
-        if torch.cuda.is_available() and "rng/cuda" in file.keys():  # noqa: SIM118  safe_open is no dict
+        if comm.on_gpu() and "rng/cuda" in file.keys():  # noqa: SIM118  safe_open is no dict
             torch.cuda.set_rng_state(file.get_tensor("rng/cuda"))
+
+
+def _entries(file: Any, key: str, name: str, first: int, last: int) -> Tensor:
+    """Entries [first, last) of what one rank saved, counted from its own start."""
+    saved = file.get_slice(f"{key}/{name}")
+    if key in ("master", "live"):
+        return saved[first:last]  # type: ignore[no-any-return]
+    live = file.get_slice(f"live/{name}")[:last]
+    packed = saved[int(live[:first].sum()) : int(live.sum())]
+    return torch.zeros(last - first).masked_scatter_(live[first:], packed)

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint.manifest import FORMAT, MANIFEST, Progress
-from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim import MOMENTS
 from sparse_lora_dist.shards import Shards
 
@@ -83,10 +81,7 @@ def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
         tensors |= {f"{key}/{piece.name}": t[mask] for key, t in packed.items()}
     # A clone each: safetensors refuses views that share storage.
     own = {key: t.cpu().clone() for key, t in tensors.items()}
-    try:
-        save_file(own, path, metadata={"offsets": json.dumps(offsets)})
-    except SafetensorError as error:
-        raise UserError(f"{path} cannot be written: {error}") from error
+    save_file(own, path, metadata={"offsets": json.dumps(offsets)})
     _sync(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,9 +6,10 @@ source -> read (examples) -> fields, chat, tokens (documents) -> rows (packed) -
 from sparse_lora_dist.data.batches import Batch, micro_batches
 from sparse_lora_dist.data.read import be_quiet
 from sparse_lora_dist.data.rows import Rows, pack
-from sparse_lora_dist.data.tokens import Document, Documents, load_documents
+from sparse_lora_dist.data.tokens import NOT_A_TARGET, Document, Documents, load_documents
 
 __all__ = [
+    "NOT_A_TARGET",
     "Batch",
     "Document",
     "Documents",

@@ -1,0 +1,91 @@
+"""Which checkpoint a run goes on from, and whether it may: settled before a weight is read."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist import checkpoint, comm
+from sparse_lora_dist.config import Config
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.feed import Feed
+from sparse_lora_dist.methods import Method
+from sparse_lora_dist.model import Model
+from sparse_lora_dist.screen import say
+
+# Options that say where and how long, not what is trained: a resume changes them without a word.
+FREE = "resume output_dir stop_after log_every eval_every eval_batches save_every trackers debug"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """A checkpoint that fits this run."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that it has behind it."""
+        return int(self.manifest["progress"]["step"])
+
+
+def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Resume | None:
+    """The checkpoint that ``--resume`` means, None to start afresh. Collective.
+
+    Raises:
+        UserError: it is damaged, of another run, or past the end of this one.
+    """
+    wanted = config.run.resume
+    if wanted == "never":
+        return None
+    newest = checkpoint.newest(Path(config.run.output_dir) / "checkpoints")
+    path = newest if wanted == "auto" else Path(wanted)
+    if path is None:
+        return None
+    with comm.together(f"opening {path}"):
+        manifest = checkpoint.read_manifest(path)
+        found = Resume(path=path, manifest=manifest)
+        checkpoint.check_description(path, manifest["description"], describe(config, model, feed))
+        checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
+        _check_steps(found, config, feed)
+    _say(found, config, feed)
+    return found
+
+
+def describe(config: Config, model: Model, feed: Feed) -> dict[str, Any]:
+    """What must be the same for a resume to be the same run."""
+    return {
+        "base": model.identity(),
+        "quantization": config.model.quantization,
+        "double_quant": config.model.double_quant,
+        "method": config.adapter.method,
+        "alpha": config.adapter.alpha,
+        "seed": config.train.seed,
+        "packing": config.data.packing,
+        "sequence_length": config.data.sequence_length,
+        "rows_per_epoch": len(feed.rows),
+        "global_batch": feed.global_batch,
+    }
+
+
+def _check_steps(found: Resume, config: Config, feed: Feed) -> None:
+    ends = (("max_steps", feed.total_steps), ("stop_after", config.train.stop_after))
+    for name, last in ends:
+        if last is not None and last < found.step:
+            raise UserError(
+                f"{found.path} is at step {found.step} already, but this run is to end at step "
+                f"{last}: raise --{name}, or resume from an earlier checkpoint."
+            )
+
+
+def _say(found: Resume, config: Config, feed: Feed) -> None:
+    was, now = found.manifest["config"], config.as_flat_dict()
+    differ = [k for k in now if k not in FREE.split() and was.get(k) != now[k]]
+    changed = ", ".join(f"{k} {was.get(k)} -> {now[k]}" for k in differ)
+    say(
+        "resumes", f"{found.path}, step {found.step}" + (f"; changed: {changed}" if changed else "")
+    )
+    if found.manifest["total_steps"] != feed.total_steps:
+        was_end = found.manifest["total_steps"]
+        say("", f"schedules derived anew: they end at step {feed.total_steps}, not {was_end}")
