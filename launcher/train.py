@@ -16,11 +16,9 @@ from sparse_lora_dist.program import run_program
 def main(config: Config) -> None:
     """Hand over."""
     # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
-    from sparse_lora_dist import comm
     from sparse_lora_dist.train import run
 
     run(config)
-    comm.stop()
 
 
 if __name__ == "__main__":

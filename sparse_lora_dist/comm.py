@@ -82,12 +82,6 @@ def _ranks_on_this_machine() -> int:
     return int(next(os.environ[name] for name in names if name in os.environ))
 
 
-def stop() -> None:
-    """Leave the process group, after everybody is done with it."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def on_gpu() -> bool:
     """Do ranks compute on GPUs? As DeepSpeed sees it, whose DS_ACCELERATOR may say cpu."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu"

@@ -35,6 +35,8 @@ def run_program(argv: Sequence[str], work: Callable[[Config], None]) -> None:
         if not debug:
             quiet_others()
         work(config)
+        # Not by returning: gloo's threads may abort the interpreter's shutdown of a finished run.
+        leave(0)
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -61,7 +63,7 @@ def speak(message: str, *, for_all: bool = False) -> None:
 
 
 def leave(code: int) -> NoReturn:
-    """End at once: the interpreter's own shutdown would wait for peers inside a collective."""
+    """End at once: the interpreter's own shutdown may wait for peers inside a collective."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -24,7 +24,7 @@ def run(config: Config) -> None:
     """Fine-tune as ``config`` says. Collective.
 
     Raises:
-        UserError: for whatever the user can mend; before the first weight is read, on every rank.
+        UserError: for whatever the user can mend, on every rank.
     """
     comm.start()
     with comm.together("checking the output folder"):
