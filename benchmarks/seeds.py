@@ -15,7 +15,8 @@ def main() -> None:
     ]
     afters = []
     for seed in SEEDS:
-        before, after = held_out(train("--max_steps", "60", "--seed", str(seed), "--eval_every", "0"))
+        options = ["--max_steps", "60", "--eval_every", "0", "--seed", str(seed)]
+        before, after = held_out(train(*options))
         afters.append(after)
         lines.append(
             f"| {seed} | {before:.4f} | {after:.4f} | {100 * (after / before - 1):+.1f}% |"

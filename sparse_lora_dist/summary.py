@@ -55,7 +55,7 @@ def command(name: str) -> str:
 
 def next_command(config: Config, feed: Feed, progress: Progress) -> str:
     """What to type to train on, from where this run ended."""
-    words = [f"{command('deepspeed')} --num_gpus {comm.world_size()} launcher/train.py"]
+    words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} launcher/train.py"]
     words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]
     if config.train.stop_after is not None:
         words.append("--stop_after null")
