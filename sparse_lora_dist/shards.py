@@ -7,7 +7,8 @@ from torch import Tensor
 from sparse_lora_dist import comm
 from sparse_lora_dist.methods.base import Method, Stats
 from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.zero3 import Engine, Slice
+from sparse_lora_dist.scores import ShardScore
+from sparse_lora_dist.zero3 import Engine
 
 
 class Shards:
@@ -41,15 +42,16 @@ class Shards:
         if not self.method.decides_at(step):
             return
         scores = {
-            piece.name: self._whole(piece, self.method.score(self.stats[piece.name]))
+            piece.name: ShardScore(
+                shard=self.method.score(self.stats[piece.name]),
+                start=piece.start,
+                shape=piece.shape,
+            )
             for piece in self.sparse
         }
         masks = self.method.decide(step, scores)
         if masks:
-            shards = {
-                p.name: masks[p.name].flatten()[p.start : p.start + p.length] for p in self.sparse
-            }
-            self._set_live(self.live() | shards)
+            self._set_live(self.live() | masks)
 
     def live(self) -> dict[str, Tensor]:
         """Tensor -> bool shard of its live entries."""
@@ -90,8 +92,3 @@ class Shards:
             if piece.flat == index:
                 out.narrow(0, piece.offset, piece.length).copy_(values[piece.name])
         return out
-
-    def _whole(self, piece: Slice, shard: Tensor) -> Tensor:
-        padded = shard.new_zeros(piece.share)
-        padded[: piece.length] = shard
-        return comm.all_gather_flat(padded, piece.numel).view(piece.shape)

@@ -1,10 +1,12 @@
 """What workers run for ``test_zero3_contract.py``: masks and moments over the flat shards."""
 
+from math import prod
+
 import torch
 from torch import Tensor
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.methods.base import Method, Stats, Tensors
+from sparse_lora_dist.methods.base import Method, Scores, Stats
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.zero3 import Engine
@@ -20,6 +22,7 @@ from tests.toy_engine import (
     toys,
     whole_masters,
 )
+from tests.whole_score import WholeScore
 
 
 def sparse_training() -> list[int]:
@@ -50,10 +53,11 @@ def sparse_training() -> list[int]:
     return counts
 
 
-def _halve_then_revive(step: int, scores: Tensors) -> dict[str, Tensor]:
+def _halve_then_revive(step: int, scores: Scores) -> dict[str, Tensor]:
     if step == 4:
-        return {name: torch.ones_like(score, dtype=torch.bool) for name, score in scores.items()}
-    return {name: score > score.median() for name, score in scores.items()}
+        everything = torch.ones(1, dtype=torch.bool)
+        return {name: score.spread(everything, "tensor") for name, score in scores.items()}
+    return {name: s.top_k(max(1, prod(s.shape) // 2), "tensor") for name, s in scores.items()}
 
 
 class Reference:
@@ -72,7 +76,7 @@ class Reference:
             if name in self.stats:
                 self.stats[name] = self.method.observe(self.stats[name], w, w.grad)
         if self.method.decides_at(step):
-            scores = {name: stats[0] for name, stats in self.stats.items()}
+            scores = {name: WholeScore(stats[0]) for name, stats in self.stats.items()}
             self._mask(self.method.decide(step, scores))
         for name, w in self.w.items():
             w.grad = coefficients(tuple(w.shape)) * x * self.live[name]
@@ -82,9 +86,9 @@ class Reference:
 
     def _mask(self, masks: dict[str, Tensor]) -> None:
         for name, mask in masks.items():
-            self.live[name] = mask
+            self.live[name] = mask.view(self.w[name].shape)
             for key in ("exp_avg", "exp_avg_sq"):
-                self.optimizer.state[self.w[name]][key].mul_(mask)
+                self.optimizer.state[self.w[name]][key].mul_(self.live[name])
 
 
 def _compare_shards(

@@ -19,6 +19,7 @@ from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun
 from tests.toy_method import TOY, ToyOptions
+from tests.whole_score import WholeScore
 
 STEPS = 8
 SITE = Site(name="layer", in_features=24, out_features=20, rank=6)
@@ -108,10 +109,11 @@ def decisions(method: Method) -> list[dict[str, Tensor]]:
         for i, (name, spec) in enumerate(method.tensors(SITE).items())
     }
     before = {name: score.clone() for name, score in scores.items()}
-    masks = [method.decide(s, scores) for s in range(1, STEPS + 1) if method.decides_at(s)]
+    whole = {name: WholeScore(score) for name, score in scores.items()}
+    masks = [method.decide(s, whole) for s in range(1, STEPS + 1) if method.decides_at(s)]
     assert all(torch.equal(before[name], scores[name]) for name in scores), "decide is pure"
     for mask in (m for decision in masks for m in decision.items()):
-        assert mask[1].shape == scores[mask[0]].shape and mask[1].dtype == torch.bool
+        assert mask[1].shape == (scores[mask[0]].numel(),) and mask[1].dtype == torch.bool
     return masks
 
 
@@ -187,11 +189,12 @@ def test_what_is_dead_is_zero_in_master_live_copy_and_export(toy_run: Path) -> N
         assert torch.equal(adapter[name], master[name])
 
 
-def test_moments_and_statistics_are_saved_for_live_entries_only(toy_run: Path) -> None:
+def test_moments_are_saved_for_live_entries_only_and_statistics_for_all(toy_run: Path) -> None:
     live = saved(toy_run, "live")
     for key in ("exp_avg", "exp_avg_sq", "stat0"):
         for name, values in saved(toy_run, key).items():
-            assert values.numel() == int(live[name].sum())
+            whole = live[name].numel()
+            assert values.numel() == (whole if key == "stat0" else int(live[name].sum()))
 
 
 @pytest.mark.parametrize("world", [1, 3])

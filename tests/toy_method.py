@@ -1,11 +1,11 @@
 """A method as somebody would add it: entries die at each second step, least sensitive first."""
 
 from dataclasses import dataclass
+from math import prod
 
-import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Stats, Tensors
+from sparse_lora_dist.methods.base import Method, MethodFactory, Score, Scores, Stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ def smooth_sensitivity(stats: Stats, w: Tensor, grad: Tensor) -> Stats:
 def toy(options: ToyOptions, total_steps: int) -> Method:
     """Prunes linearly to ``toy_keep`` over the run."""
 
-    def decide(step: int, scores: Tensors) -> dict[str, Tensor]:
+    def decide(step: int, scores: Scores) -> dict[str, Tensor]:
         keep = 1.0 - (1.0 - options.toy_keep) * min(step / total_steps, 1.0)
         return {name: most_sensitive(score, keep) for name, score in scores.items()}
 
@@ -41,11 +41,9 @@ def toy(options: ToyOptions, total_steps: int) -> Method:
     )
 
 
-def most_sensitive(score: Tensor, keep: float) -> Tensor:
+def most_sensitive(score: Score, keep: float) -> Tensor:
     """The fraction ``keep`` of a tensor with the highest scores."""
-    mask = torch.zeros(score.numel(), dtype=torch.bool, device=score.device)
-    mask[score.flatten().topk(round(keep * score.numel())).indices] = True
-    return mask.view(score.shape)
+    return score.top_k(round(keep * prod(score.shape)), by="tensor")
 
 
 TOY = MethodFactory(options=ToyOptions, build=toy, summary="half of the entries, most sensitive")

@@ -4,9 +4,9 @@
         rank_00000.safetensors ...   a rank's slices; the metadata holds the global offset of each
         manifest.json                written last; a directory without one is no checkpoint
 
-A slice of tensor "t" is stored as ``master/t`` (fp32), ``live/t`` (bool), and, packed to the live
-entries, ``exp_avg/t``, ``exp_avg_sq/t`` and the statistics ``stat0/t`` ... A reader takes the
-ranges it needs from whichever files hold them, so nothing here depends on how many ranks wrote.
+A slice of tensor "t" is stored as ``master/t`` (fp32), ``live/t`` (bool), the statistics
+``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t`` and ``exp_avg_sq/t``. A reader takes the ranges
+it needs from whichever files hold them, so nothing here depends on how many ranks wrote.
 """
 
 from sparse_lora_dist.checkpoint.manifest import (

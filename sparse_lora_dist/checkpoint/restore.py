@@ -83,7 +83,7 @@ class _Reader:
 def _entries(file: Any, key: str, name: str, first: int, last: int) -> Tensor:
     """Entries [first, last) of what one rank saved, counted from its own start."""
     saved = file.get_slice(f"{key}/{name}")
-    if key in ("master", "live"):
+    if key not in MOMENTS:
         return saved[first:last]  # type: ignore[no-any-return]
     live = file.get_slice(f"live/{name}")[:last]
     packed = saved[int(live[:first].sum()) : int(live.sum())]

@@ -76,9 +76,10 @@ def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
         offsets[piece.name] = [piece.start, piece.length]
         tensors[f"master/{piece.name}"] = shards.engine.master(piece)
         tensors[f"live/{piece.name}"] = mask
-        packed = {key: moments[key][piece.name] for key in MOMENTS}
-        packed |= {f"stat{i}": s for i, s in enumerate(shards.stats.get(piece.name, ()))}
-        tensors |= {f"{key}/{piece.name}": t[mask] for key, t in packed.items()}
+        tensors |= {f"{key}/{piece.name}": moments[key][piece.name][mask] for key in MOMENTS}
+        # Of all entries: what is dead may come back, and its average goes on meanwhile.
+        stats = shards.stats.get(piece.name, ())
+        tensors |= {f"stat{i}/{piece.name}": stat for i, stat in enumerate(stats)}
     # A clone each: safetensors refuses views that share storage.
     own = {key: t.cpu().clone() for key, t in tensors.items()}
     save_file(own, path, metadata={"offsets": json.dumps(offsets)})

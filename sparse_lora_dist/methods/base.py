@@ -10,13 +10,40 @@ Shapes: T tokens, I in_features, O out_features, R rank.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 Tensors = Mapping[str, Tensor]
 Stats = tuple[Tensor, ...]
+By = Literal["row", "column", "tensor"]
+"""What is summed or ranked together: a matrix's row, its column, or all of it."""
+
+
+class Score(Protocol):
+    """Importance of one tensor, of which a rank may hold a part that begins and ends anywhere.
+
+    What the methods return is the same bits on any number of ranks. All but ``spread`` are
+    collectives, so a method calls them in the same order everywhere: in the order of its scores.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+
+    def top_k(self, k: int, by: By) -> Tensor:
+        """This rank's part of the mask of the ``k`` largest of every segment, 1-D; ties: the
+        lowest index first."""
+
+    def sums(self, by: By) -> Tensor:
+        """The sum of every segment, float64, whole on every rank."""
+
+    def spread(self, values: Tensor, by: By) -> Tensor:
+        """This rank's part of the tensor in which every entry has its segment's value, 1-D."""
+
+
+Scores = Mapping[str, Score]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +104,7 @@ def first_statistic(stats: Stats) -> Tensor:
     return stats[0]
 
 
-def keep_everything(step: int, scores: Tensors) -> dict[str, Tensor]:
+def keep_everything(step: int, scores: Scores) -> dict[str, Tensor]:
     """No decision: an empty answer leaves every mask as it is."""
     return {}
 
@@ -103,12 +130,13 @@ class Method:
     observe: Callable[[Stats, Tensor, Tensor], Stats] = observe_nothing
     """(stats, w, grad) -> stats, at each optimizer step. Elementwise, so exact on any shard."""
     score: Callable[[Stats], Tensor] = first_statistic
-    """stats -> importance. Elementwise; the only thing that crosses the network."""
+    """stats -> importance. Elementwise, so exact on any shard."""
     decides_at: Callable[[int], bool] = lambda step: False
-    """step -> is a decision due? Scores are gathered at these steps only."""
-    decide: Callable[[int, Tensors], dict[str, Tensor]] = keep_everything
-    """(step, {"site.tensor": whole score}) -> {"site.tensor": bool mask of what lives}. Pure: equal
-    inputs on every rank give equal masks on every rank, with no broadcast."""
+    """step -> is a decision due?"""
+    decide: Callable[[int, Scores], dict[str, Tensor]] = keep_everything
+    """(step, {"site.tensor": score}) -> {"site.tensor": this rank's part of the live mask}.
+    What it learns of other ranks it learns through the scores, so equal numbers give equal masks
+    on every rank, with no broadcast."""
     project: Callable[[Tensor, float], Tensor] = leave_alone
     """(w, learning rate) -> w. Elementwise; runs inside ``optimizer.step`` on live entries."""
 
