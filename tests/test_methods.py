@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sparse_lora_dist.methods import METHODS, Method, MethodFactory
 from sparse_lora_dist.methods.base import NoOptions, Site
+from sparse_lora_dist.methods.roselora import RoseLoraOptions
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun
@@ -27,6 +28,7 @@ SITE = Site(name="layer", in_features=24, out_features=20, rank=6)
 LAWS: dict[str, tuple[MethodFactory, Any]] = {
     # method: its factory, and options under which it prunes nothing
     "lora": (METHODS["lora"], NoOptions()),
+    "roselora": (METHODS["roselora"], RoseLoraOptions(roselora_keep=1.0)),
     "toy": (TOY, ToyOptions(toy_keep=1.0)),
 }
 

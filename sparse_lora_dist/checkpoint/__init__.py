@@ -5,8 +5,8 @@
         manifest.json                written last; a directory without one is no checkpoint
 
 A slice of tensor "t" is stored as ``master/t`` (fp32), ``live/t`` (bool), the statistics
-``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t`` and ``exp_avg_sq/t``. A reader takes the ranges
-it needs from whichever files hold them, so nothing here depends on how many ranks wrote.
+``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t`` and ``exp_avg_sq/t``. A reader takes
+the ranges it needs from whichever files hold them, so nothing here depends on how many ranks wrote.
 """
 
 from sparse_lora_dist.checkpoint.manifest import (

@@ -3,9 +3,11 @@ table."""
 
 from sparse_lora_dist.methods.base import Method, MethodFactory
 from sparse_lora_dist.methods.lora import LORA
+from sparse_lora_dist.methods.roselora import ROSELORA
 
 METHODS: dict[str, MethodFactory] = {
     "lora": LORA,
+    "roselora": ROSELORA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory"]
