@@ -347,3 +347,14 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_another_number_of_ranks_goes_on_with_the_same_global_batch(
+    ranks: Ranks, tiny: TinyRun, whole: Path, tmp_path: Path, world: int
+) -> None:
+    ranks(2, TRAIN, flags=long_run(tiny, tmp_path, stop_after=10))
+    layout = {"micro_batch_size": 4 // world, "resume": "auto"}
+    ranks(world, TRAIN, flags=long_run(tiny, tmp_path, **layout))
+    assert column(tmp_path, "loss") == pytest.approx(column(whole, "loss"), abs=1e-4)
+    assert column(tmp_path, "tokens") == column(whole, "tokens")
