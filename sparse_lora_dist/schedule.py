@@ -6,8 +6,7 @@ def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
 
     keep = final + (1 - final) * (1 - (step - begin) / (end - begin))^3
 
-    RoseLoRA, arXiv:2406.10777, section 3; the same curve as AdaLoRA's budget, arXiv:2303.10512,
-    equation 12.
+    RoseLoRA, arXiv:2406.10777; the same curve as AdaLoRA's budget, arXiv:2303.10512.
     """
     if step <= begin:
         return 1.0

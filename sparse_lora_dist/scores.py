@@ -1,15 +1,16 @@
 """Sums and exact top-k over sharded scores: the bits of one process, on any number of ranks.
 
 A shard is elements [start, start + len) of a flattened matrix R x C. A segment is what is summed or
-ranked together: a row, a column, or the whole. All functions are collectives.
+ranked together: a row, a column, or the whole. ``segment_sum`` and ``top_k`` are collectives.
 
 Two things make the bits independent of the cut. Sums are taken over integers: every value is
 scaled to the same power of two, so that additions commute exactly. Ranks are found by radix select
 over all-reduced counts: 4 passes of 256 bins find the k-th largest of every segment, and ties at it
 go to the lowest index.
 
-Traffic of a rank: ``segment_sum`` 8 bytes a segment (and one number); ``top_k`` 4 x 1 KiB a segment
-and 8 bytes a segment and rank for the ties, against 4 bytes an element for gathering the scores.
+Traffic of a rank, an all-reduce counted twice: ``segment_sum`` 16 bytes a segment; ``top_k`` 8 KiB
+a segment, and 8 bytes a segment and rank for the ties. Gathering the scores would cost 4 bytes an
+element: as much at 2,000 to 4,000 entries a segment, more above, and every rank would hold them.
 """
 
 from dataclasses import dataclass
@@ -26,8 +27,8 @@ SHIFTS = (24, 16, 8, 0)
 """A float's 32 bits are looked at in four bytes, the highest first."""
 
 SUM_BITS = 40
-"""Bits of a value, counted from the largest of all, that enter a sum: 23 remain for the number of
-values, so that segments of up to 8 million are exact in 64 bits. A float has 24."""
+"""Bits of a value, counted from the largest of all, that enter a sum (a float has 24). Of 64, 23
+remain for the number of values: in segments of more than 8 million, fewer bits enter."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,12 +55,14 @@ class ShardScore:
 
     def spread(self, values: Tensor, by: By) -> Tensor:
         """Shard of the tensor in which every entry has its segment's value."""
-        return values[segments_of(self.start, len(self.shard), self.matrix, by).to(values.device)]
+        return values[segments_of(self.start, len(self.shard), self.matrix, by, values.device)]
 
 
-def segments_of(start: int, length: int, shape: tuple[int, int], by: By) -> Tensor:
+def segments_of(
+    start: int, length: int, shape: tuple[int, int], by: By, device: torch.device | None = None
+) -> Tensor:
     """The segment of each element of a shard, int64 [length]."""
-    index = torch.arange(start, start + length)
+    index = torch.arange(start, start + length, device=device)
     if by == "row":
         return index // shape[1]
     return index % shape[1] if by == "column" else torch.zeros_like(index)
@@ -74,16 +77,18 @@ def segment_sum(shard: Tensor, start: int, shape: tuple[int, int], by: By) -> Te
     """Sum of every segment, float64 [segments], the same bits on every rank and for every cut.
 
     s_j = 2^(e - 40) * sum_i round(x_i * 2^(40 - e)), with 2^e the power of two above the largest
-    |x|: an error of at most 2^-41 of the largest value for each value summed.
+    |x|: for each value summed, an error of at most 2^-40 of the largest.
     """
     _refuse_nan(shard)
+    count = num_segments(shape, by)
+    bits = min(SUM_BITS, 63 - (shape[0] * shape[1] // count).bit_length())
     largest = shard.abs().amax() if shard.numel() else shard.new_zeros(())
     exponent = torch.frexp(comm.max_over_ranks(largest.double())).exponent
-    scaled = torch.ldexp(shard.double(), SUM_BITS - exponent).round().long()
-    segments = segments_of(start, len(shard), shape, by).to(shard.device)
-    sums = torch.zeros(num_segments(shape, by), dtype=torch.int64, device=shard.device)
+    scaled = torch.ldexp(shard.double(), bits - exponent).round().long()
+    segments = segments_of(start, len(shard), shape, by, shard.device)
+    sums = torch.zeros(count, dtype=torch.int64, device=shard.device)
     sums.index_add_(0, segments, scaled)
-    return torch.ldexp(comm.sum_over_ranks(sums).double(), exponent - SUM_BITS)
+    return torch.ldexp(comm.sum_over_ranks(sums).double(), exponent - bits)
 
 
 def top_k(shard: Tensor, start: int, shape: tuple[int, int], by: By, k: int) -> Tensor:
@@ -92,7 +97,7 @@ def top_k(shard: Tensor, start: int, shape: tuple[int, int], by: By, k: int) -> 
     Exactly k of every segment are chosen over all ranks; among equal values those of lowest index.
     """
     _refuse_nan(shard)
-    segments = segments_of(start, len(shard), shape, by).to(shard.device)
+    segments = segments_of(start, len(shard), shape, by, shard.device)
     count = num_segments(shape, by)
     size = shape[0] * shape[1] // count
     if not 1 <= k <= size:
@@ -142,4 +147,4 @@ def _ordered(shard: Tensor) -> Tensor:
 def _refuse_nan(shard: Tensor) -> None:
     bad = comm.max_over_ranks((~torch.isfinite(shard)).any().int())
     if bad:
-        raise ValueError("scores hold NaN or infinity on some rank")
+        raise FloatingPointError("importance scores hold NaN or infinity")

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.base import Method, Stats
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.scores import ShardScore
@@ -49,9 +50,18 @@ class Shards:
             )
             for piece in self.sparse
         }
-        masks = self.method.decide(step, scores)
-        if masks:
-            self._set_live(self.live() | masks)
+        try:
+            masks = self.method.decide(step, scores)
+        except FloatingPointError as error:
+            problem = UserError(
+                f"step {step}: {error}, since a gradient overflowed. Lower --learning_rate, or go "
+                "on from an earlier checkpoint."
+            )
+            problem.shared = True
+            raise problem from error
+        live = self.live()
+        if any(not torch.equal(live[name], mask) for name, mask in masks.items()):
+            self._set_live(live | masks)
 
     def live(self) -> dict[str, Tensor]:
         """Tensor -> bool shard of its live entries."""

@@ -204,7 +204,8 @@ class Engine:
         assert grad is not None and grad.dtype == torch.float32, (
             f"no fp32 gradient for {piece.name}"
         )
-        return cast(Tensor, grad.flatten()[: piece.length])
+        # DeepSpeed hands it out on the GPU even where masters are offloaded to the host.
+        return cast(Tensor, grad.flatten()[: piece.length].to(self.master(piece).device))
 
     def gradient_norm(self) -> float:
         """Norm of the whole gradient of the last step, before clipping."""

@@ -28,7 +28,7 @@ def refused(values: list[float]) -> str:
     shard = torch.tensor(values if comm.rank() == 0 else [0.0] * len(values))
     try:
         top_k(shard, comm.rank() * len(values), (comm.world_size(), len(values)), "row", 1)
-    except ValueError as error:
+    except FloatingPointError as error:
         return str(error)
     return "nothing"
 

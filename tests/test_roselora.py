@@ -83,7 +83,20 @@ def test_bad_options_are_told_together() -> None:
 
 def test_masks_are_held_between_decisions_and_the_end_is_always_decided() -> None:
     method = roselora(RoseLoraOptions(roselora_every=5, roselora_begin=0.1, roselora_end=0.8), 23)
-    assert [s for s in range(1, 24) if method.decides_at(s)] == [5, 10, 15, 18, 20, 23]
+    assert [s for s in range(1, 24) if method.decides_at(s)] == [5, 10, 15, 18, 23]
+
+
+def test_nothing_is_decided_while_every_importance_is_zero() -> None:
+    """B is zero at step 1; a decision there would prune by index."""
+    for options in (RoseLoraOptions(), RoseLoraOptions(roselora_begin=0.0)):
+        method = roselora(options, 4)
+        assert min(s for s in range(1, 5) if method.decides_at(s)) == 2
+
+
+def test_a_run_too_short_to_prune_in_is_refused() -> None:
+    for begin, steps in ((0.1, 1), (0.95, 10)):
+        with pytest.raises(ValueError, match=f"the run has {steps}"):
+            roselora(RoseLoraOptions(roselora_begin=begin, roselora_end=1.0), steps)
 
 
 # --- on real ranks --------------------------------------------------------------------------------
@@ -160,3 +173,15 @@ def test_keeping_everything_is_plain_lora_step_for_step(
         ranks(2, "tests.run_work:train", flags=words)
         losses.append([r["loss"] for r in read_rows(tmp_path / name / "metrics.jsonl")[1:]])
     assert losses[0] == losses[1]
+
+
+def test_offload_and_infinite_scores(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    engine = {"ds_config": "ds_configs/zero3_offload.json", "max_grad_norm": 0}
+    losses = []
+    for name, options in (("host", engine), ("device", {"max_grad_norm": 0})):
+        ranks(2, "tests.run_work:train", flags=flags(tiny, tmp_path / name, **options))
+        losses.append([r["loss"] for r in read_rows(tmp_path / name / "metrics.jsonl")[1:]])
+    assert losses[0] == losses[1]
+    wild = flags(tiny, tmp_path / "wild", learning_rate=1e30)
+    for said in ranks(2, "tests.run_work:refusal", flags=wild):
+        assert "importance scores hold NaN or infinity" in said and "--learning_rate" in said

@@ -1,6 +1,6 @@
 """The record every method fills in, and plain LoRA's answers, which are the defaults.
 
-A method is data and pure functions: no collectives, no DeepSpeed, no classes to inherit from. All
+A method is data and functions: no collectives of its own, no DeepSpeed, no inheritance. All
 of them see single-device tensors; which rank holds what is the business of ``shards.py`` and
 ``zero3.py``.
 
@@ -24,8 +24,8 @@ By = Literal["row", "column", "tensor"]
 class Score(Protocol):
     """Importance of one tensor, of which a rank may hold a part that begins and ends anywhere.
 
-    What the methods return is the same bits on any number of ranks. All but ``spread`` are
-    collectives, so a method calls them in the same order everywhere: in the order of its scores.
+    Equal scores give equal bits on any number of ranks. ``top_k`` and ``sums`` are collectives, so
+    a method calls them in the same order everywhere: in the order of its scores.
     """
 
     @property

@@ -14,6 +14,7 @@ Where we differ from the released loop (github.com/lliutianc/roselora, 0b8f41a),
 schedule counts optimizer steps and is a fraction of the run, not 3 to 20 passes over the data; the
 average starts at zero, not at its first value; exactly k entries stay, not one more; nothing is
 clamped to 3e-3; a dead entry has no moments, so it does not move for a step before it is zeroed.
+As there, the gradient norm that clips counts all entries, dead ones too.
 
 Shapes: R rank, I in_features, O out_features.
 """
@@ -63,9 +64,19 @@ class RoseLoraOptions:
 
 
 def roselora(options: RoseLoraOptions, total_steps: int) -> Method:
-    """Prunes from ``begin`` to ``end`` of the run, one decision every so many steps."""
-    begin = round(options.roselora_begin * total_steps)
+    """Prunes from ``begin`` to ``end`` of the run, one decision every so many steps.
+
+    Raises:
+        ValueError: the run is too short to prune in.
+    """
+    # Not before step 2: at step 1 B is zero, so every importance is, and ties would decide.
+    begin = max(1, round(options.roselora_begin * total_steps))
     end = max(begin + 1, round(options.roselora_end * total_steps))
+    if end > total_steps:
+        raise ValueError(
+            f"pruning would end at step {end}, but the run has {total_steps}: "
+            "lower roselora_begin or raise max_steps"
+        )
 
     def observe(stats: Stats, w: Tensor, grad: Tensor) -> Stats:
         return (smooth_sensitivity(stats[0], w, grad, beta=options.roselora_beta),)
@@ -75,8 +86,10 @@ def roselora(options: RoseLoraOptions, total_steps: int) -> Method:
         return keep_within_pieces(scores, keep)
 
     def decides_at(step: int) -> bool:
-        # The end is always decided on, or a run could stop with more than was asked for.
-        return step > begin and (step % options.roselora_every == 0 or step in (end, total_steps))
+        # The end is always decided on, and the last step too: a resume may have moved the end.
+        # After the end nothing can change, since what is dead has no sensitivity.
+        due = step <= end and step % options.roselora_every == 0
+        return step > begin and (due or step in (end, total_steps))
 
     return Method(name="roselora", n_stats=1, observe=observe, decides_at=decides_at, decide=decide)
 
