@@ -19,9 +19,7 @@ from torch import Tensor
 from sparse_lora_dist.errors import UserError
 
 traffic_bytes: Counter[str] = Counter()
-"""Bytes this rank received through this module, by collective. DeepSpeed's own traffic is not in
-here."""
-
+"""Bytes this rank received through this module, by collective; DeepSpeed's own are not in here."""
 
 _patient: Any = None
 """A gloo group for waits that may be long: one rank downloads or tokenises, the others have nothing

@@ -18,7 +18,7 @@ Row = Mapping[str, float | int | str]
 
 def peak_memory_bytes() -> int:
     """Largest peak of any rank: allocated on its GPU, else resident in its process. Collective."""
-    if torch.cuda.is_available():
+    if comm.on_gpu():
         peak = torch.cuda.max_memory_allocated()
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

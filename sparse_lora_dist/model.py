@@ -1,6 +1,7 @@
 """The model that trains: sharded frozen base, adapters on it, modules trained in full."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,9 @@ class Model:
         """Names of the adapters' tensors, "site.tensor"."""
         return {f"{a.site.name}.{name}" for a in self.adapters for name in a.tensor_names}
 
+    @cached_property
     def identity(self) -> str:
-        """Hash that tells this base from another."""
+        """Hash that tells this base from another; it reads every file's header, so once a run."""
         return identity(self.folder, self.files)
 
 

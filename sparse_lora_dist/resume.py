@@ -56,7 +56,7 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
 def describe(config: Config, model: Model, feed: Feed) -> dict[str, Any]:
     """What must be the same for a resume to be the same run."""
     return {
-        "base": model.identity(),
+        "base": model.identity,
         "quantization": config.model.quantization,
         "double_quant": config.model.double_quant,
         "method": config.adapter.method,

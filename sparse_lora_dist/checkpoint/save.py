@@ -66,7 +66,7 @@ def save(
 def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
     """Write this rank's slices; return the file's name, size and hash."""
     tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if comm.on_gpu():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     live = shards.live()
     moments = {key: shards.moments(key) for key in MOMENTS}
