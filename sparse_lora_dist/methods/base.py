@@ -4,12 +4,13 @@ A method is data and functions: no collectives of its own, no DeepSpeed, no inhe
 of them see single-device tensors; which rank holds what is the business of ``shards.py`` and
 ``zero3.py``.
 
-Shapes: T tokens, I in_features, O out_features, R rank.
+Shapes: T tokens, I in_features, O out_features, R rank, S sites, K statistics a site.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
 import torch
@@ -21,29 +22,51 @@ By = Literal["row", "column", "tensor"]
 """What is summed or ranked together: a matrix's row, its column, or all of it."""
 
 
-class Score(Protocol):
-    """Importance of one tensor, of which a rank may hold a part that begins and ends anywhere.
+class Scores(Protocol):
+    """What a decision may ask about the tensors, "site.tensor", of which a rank holds parts only.
 
-    Equal scores give equal bits on any number of ranks. ``top_k`` and ``sums`` are collectives, so
-    a method calls them in the same order everywhere: in the order of its scores.
+    Equal scores give equal bits on any number of ranks. ``top_k``, ``sums`` and ``live`` are
+    collectives, a few for all tensors named together, so ask for many at once. A vector's entries
+    are rows of one column.
     """
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the whole tensor."""
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of the whole tensors; sites one after another, in the model's order."""
 
-    def top_k(self, k: int, by: By) -> Tensor:
-        """This rank's part of the mask of the ``k`` largest of every segment, 1-D; ties: the
-        lowest index first."""
+    @property
+    def site_stats(self) -> Tensor:
+        """What ``observe_sites`` made of the probes, float64 [K, S], whole on every rank."""
 
-    def sums(self, by: By) -> Tensor:
-        """The sum of every segment, float64, whole on every rank."""
+    def top_k(
+        self, k: Mapping[str, int], by: Mapping[str, By], ties: Literal["index", "all"] = "index"
+    ) -> dict[str, Tensor]:
+        """This rank's part of the mask of the ``k`` largest of every segment, 1-D. What equals the
+        k-th: those of lowest index up to k, or all."""
 
-    def spread(self, values: Tensor, by: By) -> Tensor:
+    def sums(self, by: Mapping[str, By]) -> dict[str, Tensor]:
+        """The sum of the scores of every segment, float64, whole on every rank."""
+
+    def live(self, by: Mapping[str, By]) -> dict[str, Tensor]:
+        """How many entries of every segment live, int64, whole on every rank."""
+
+    def spread(self, name: str, values: Tensor, by: By) -> Tensor:
         """This rank's part of the tensor in which every entry has its segment's value, 1-D."""
 
 
-Scores = Mapping[str, Score]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Update:
+    """What a projection may know of the optimizer step that it ends, for the entries it gets."""
+
+    step: int
+    lr: float | Tensor
+    """Learning rate; one an entry where entries of different age live together."""
+    denominator: Tensor
+    """Adam's sqrt(v_hat) + eps of each entry."""
+
+
+Project = Callable[[Tensor, Update], Tensor]
+"""(w, update) -> w. Elementwise, so exact on any shard; runs inside ``optimizer.step``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,12 +80,61 @@ class Site:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """The run a method is built for."""
+
+    total_steps: int
+    warmup_steps: int
+    learning_rate: float
+    """At its peak."""
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSpec:
-    """A trained tensor of a site: its shape and its first values, from a seeded generator."""
+    """A trained tensor of a site: its shape, its first values, how its entries are stepped."""
 
     shape: tuple[int, ...]
     init: Callable[[Tensor, torch.Generator], None]
-    """Fills an fp32 tensor of ``shape`` in place."""
+    """Fills an fp32 tensor of ``shape`` in place, from a seeded generator."""
+    piece_axis: int | None = None
+    """The axis along which the site's rank-1 pieces lie. None: it has no pieces."""
+    lr_factor: float = 1.0
+    """Its learning rate, in those of the run."""
+    decays: bool = True
+    """Does the run's weight decay hold for it?"""
+    project: Project | None = None
+    """What ends an update of its entries."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pieces:
+    """The rank-1 pieces of a site."""
+
+    computed: tuple[int, ...]
+    """Those that its forward computes: all that are open, or can still be reached by a gradient."""
+    open: int
+    """How many count as its rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What changes at a step. What is not named stays as it was.
+
+    What leaves the living is zero from the end of this step on. What has never lived keeps its
+    first value.
+    """
+
+    live: Mapping[str, Tensor] = field(default_factory=dict)
+    """"site.tensor" -> this rank's part of the mask of entries that are stepped and have
+    moments."""
+    zero: Mapping[str, Tensor] = field(default_factory=dict)
+    """"site.tensor" -> this rank's part of the mask of entries that this step ends by zeroing,
+    though they may live on and move again."""
+    pieces: Mapping[str, Pieces] = field(default_factory=dict)
+    """Site -> its pieces from the end of this step on."""
+    facts: Mapping[str, float] = field(default_factory=dict)
+    """What the log says of it: keep fraction, budget, lambda ..."""
 
 
 def kaiming_uniform(t: Tensor, generator: torch.Generator) -> None:
@@ -76,11 +148,12 @@ def zeros(t: Tensor, generator: torch.Generator) -> None:
     t.zero_()
 
 
-def low_rank_pair(site: Site) -> dict[str, TensorSpec]:
+def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, TensorSpec]:
     """A (R x I) random, B (O x R) zero: Hu et al. 2021, arXiv:2106.09685, section 4.1."""
+    a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     return {
-        "lora_a": TensorSpec(shape=(site.rank, site.in_features), init=kaiming_uniform),
-        "lora_b": TensorSpec(shape=(site.out_features, site.rank), init=zeros),
+        "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform, piece_axis=0, project=project),
+        "lora_b": TensorSpec(shape=b_shape, init=zeros, piece_axis=1, project=project),
     }
 
 
@@ -94,51 +167,84 @@ def pair_itself(tensors: Tensors) -> tuple[Tensor, Tensor]:
     return tensors["lora_a"], tensors["lora_b"]
 
 
-def observe_nothing(stats: Stats, w: Tensor, grad: Tensor) -> Stats:
+def alpha_over_capacity(alpha: float, capacity: int, open_pieces: int) -> float:
+    """alpha / R, whatever is open: a delta does not jump when a piece is opened or dies."""
+    return alpha / capacity
+
+
+def observe_nothing(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
     """No statistics."""
     return stats
 
 
-def first_statistic(stats: Stats) -> Tensor:
-    """The only running statistic is the importance."""
+def first_statistic(stats: Stats, w: Tensor) -> Tensor:
+    """The first running statistic is the importance."""
     return stats[0]
 
 
-def keep_everything(step: int, scores: Scores) -> dict[str, Tensor]:
-    """No decision: an empty answer leaves every mask as it is."""
-    return {}
-
-
-def leave_alone(w: Tensor, learning_rate: float) -> Tensor:
-    """No projection."""
-    return w
+def decide_nothing(step: int, scores: Scores) -> Decision:
+    """Everything stays as it was."""
+    return Decision()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """Plain LoRA is ``Method(name="lora")``: every field has a do-nothing default."""
+    """Plain LoRA is ``Method(name="lora")``: every field has a do-nothing default.
+
+    ``delta``, ``to_lora``, ``probe`` and ``penalty`` see the computed pieces of a site's tensors
+    only, in place of all R.
+    """
 
     name: str
+    notes: tuple[str, ...] = ()
+    """What the user should know before it starts."""
     tensors: Callable[[Site], dict[str, TensorSpec]] = low_rank_pair
     """site -> the tensors it trains."""
     delta: Callable[[Tensor, Tensors, float], Tensor] = low_rank_delta
-    """(x_TI, tensors, alpha / rank) -> y_TO, what the site adds to the base's output."""
+    """(x_TI, tensors, scale) -> y_TO, what the site adds to the base's output."""
     to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] = pair_itself
-    """tensors -> (a_RI, b_OR), the plain LoRA pair that is exported."""
+    """tensors -> (a_RI, b_OR), the plain LoRA pair of the same scale that is exported."""
+    scale: Callable[[float, int, int], float] = alpha_over_capacity
+    """(alpha, capacity R, open pieces) -> the site's scale."""
+    penalty: Callable[[Tensors], dict[str, Tensor]] | None = None
+    """tensors -> gradients of what is added to the loss of every optimizer step, in closed form."""
+
     n_stats: int = 0
     """Running statistics per adapter entry, fp32, sharded like the gradient."""
-    observe: Callable[[Stats, Tensor, Tensor], Stats] = observe_nothing
-    """(stats, w, grad) -> stats, at each optimizer step. Elementwise, so exact on any shard."""
-    score: Callable[[Stats], Tensor] = first_statistic
-    """stats -> importance. Elementwise, so exact on any shard."""
+    observe: Callable[[Stats, Tensor, Tensor, int], Stats] = observe_nothing
+    """(stats, w, grad, step) -> stats, at each optimizer step. Elementwise, so exact on any
+    shard."""
+    score: Callable[[Stats, Tensor], Tensor] = first_statistic
+    """(stats, w) -> importance. Elementwise, so exact on any shard."""
+    probe: Callable[[Tensor, Tensor, Tensors, float], Tensor] | None = None
+    """(x_TI, grad_y_TO, tensors, scale) -> one number of this site's backward; summed over
+    micro-batches and ranks."""
+    n_site_stats: int = 0
+    """Running statistics per site (K), the same on every rank."""
+    observe_sites: Callable[[Tensor, Tensor], Tensor] | None = None
+    """(statistics [K, S], probes [S], both float64) -> statistics, at each optimizer step."""
+    observes_until: int | None = None
+    """The first decision at this step or later is the last, and the statistics' memory is returned
+    after it. None: decisions never end."""
+
     decides_at: Callable[[int], bool] = lambda step: False
-    """step -> is a decision due?"""
-    decide: Callable[[int, Scores], dict[str, Tensor]] = keep_everything
-    """(step, {"site.tensor": score}) -> {"site.tensor": this rank's part of the live mask}.
-    What it learns of other ranks it learns through the scores, so equal numbers give equal masks
-    on every rank, with no broadcast."""
-    project: Callable[[Tensor, float], Tensor] = leave_alone
-    """(w, learning rate) -> w. Elementwise; runs inside ``optimizer.step`` on live entries."""
+    """step -> is a decision due? Step 0 is before training: what lives and computes at first."""
+    decide: Callable[[int, Scores], Decision] = decide_nothing
+    """What it learns of other ranks it learns through the scores, so equal numbers give equal
+    decisions on every rank, with no broadcast."""
+
+    newborn_warmup: int | None = None
+    """Steps in which the rate of an entry that comes to life during the run rises from 0; None: the
+    run's own warm-up."""
+    newborn_restarts: bool = False
+    """Does such an entry see the whole learning-rate schedule anew, in the steps that are left?"""
+    stages: tuple[int, ...] = ()
+    """Last steps of the parts of the run that each have a learning-rate schedule, a checkpoint and
+    a row in ``stages.jsonl`` of their own. Empty: the run is one."""
+    stage_rate: Literal["own", "first"] = "own"
+    """"first": only the first stage has a learning rate above 0."""
+    stage_resets_moments: bool = False
+    """Do moments start anew at each stage?"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +257,26 @@ class MethodFactory:
     """How the configuration makes a method: its options' dataclass and what builds it.
 
     Each field of ``options`` becomes a command-line flag of the same name, so its name starts with
-    the method's. ``build(options, total_steps)`` returns the record; it raises ``ValueError`` on
-    options that do not fit the run.
+    the method's. ``build(options, plan)`` returns the record; it raises ``ValueError`` on options
+    that do not fit the run.
     """
 
     options: type[Any]
-    build: Callable[[Any, int], Method]
+    build: Callable[[Any, Plan], Method]
     summary: str
+
+
+def site_names(scores: Scores) -> Sequence[str]:
+    """The sites of the tensors that are scored, in the model's order."""
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in scores.shapes))
+
+
+def as_preset(options: Any, preset: str, presets: Mapping[str, Mapping[str, Any]]) -> Any:
+    """``options`` with the preset's value where one is None."""
+    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    filled = copy(options)
+    for name, value in presets[preset].items():
+        if given[name] is None:
+            # Not ``replace``: that would check the options again, from within their own check.
+            object.__setattr__(filled, name, value)
+    return filled
