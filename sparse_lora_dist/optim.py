@@ -1,24 +1,36 @@
-"""SparseAdamW: AdamW over ZeRO-3's flat fp32 shards, with moments for live entries only.
+"""SparseAdamW: AdamW over ZeRO-3's flat fp32 shards, paying for live entries only.
 
 DeepSpeed hands ``step`` one flat shard at a time, several adapters one after another, rows cut
 anywhere. So all that happens here is elementwise: gather the live entries, step them, project them,
-write them back; what is not live is exactly zero afterwards. Done inside ``step``, the
-low-precision copy that DeepSpeed makes right after it is never stale.
+write them back; what is not live holds its value. Done inside ``step``, the low-precision copy that
+DeepSpeed makes right after it is never stale.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Project = Callable[[Tensor, float], Tensor]
+from sparse_lora_dist.methods.base import Update
+from sparse_lora_dist.moments import Packed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Keys of the packed state, one value per live entry each."""
 
 CHUNK = 2**24
-"""Entries stepped at a time: picking live ones out takes 20 bytes of scratch for each."""
+"""Entries stepped and re-packed at a time, since both take scratch for each; a multiple of 8."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StateBytes:
+    """Bytes of moments, live bits and births on this rank, as their storages have them."""
+
+    now: int
+    peak: int
+    """The most so far, between re-packings."""
+    repacking: int
+    """The most so far while a chunk was re-packed, its old and its new state together."""
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -26,51 +38,95 @@ class SparseAdamW(torch.optim.Optimizer):
 
         w <- (1 - lr * weight_decay) w
         m <- lerp(m, g, 1 - beta1)            v <- beta2 v + (1 - beta2) g^2
-        w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
-        w <- project(w, lr)
+        denominator = sqrt(v) / sqrt(1 - beta2^age) + eps
+        w <- w - lr / (1 - beta1^age) * m / denominator
+        w <- project(w, Update(step, lr, denominator))
 
-    t counts steps of each flat shard. State of a shard: ``live`` (bool, whole shard), ``step``, and
-    the packed ``exp_avg`` and ``exp_avg_sq``, one fp32 each per live entry.
+    ``age`` counts the steps of an entry since it came to life, not those of the run: its moments
+    start at zero, and with a bias corrected for the run's age its first updates would be 2.5 to 4
+    times too large.
+
+    Keys of a param group, besides Adam's: ``rate`` (born -> learning rate now of entries that came
+    to life after so many steps; None: ``lr`` for all), ``lr_factor`` (multiplies either) and
+    ``project`` (None, or a ``Project``). State of a shard: ``step``, how many it has done, and
+    ``chunks``, one ``Packed`` each.
     """
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
         weight_decay: float,
-        project: Project,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        eight_bit: bool = False,
     ) -> None:
-        super().__init__(
-            params, {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        )
-        self.project = project
+        adam = {"lr": lr, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, adam | {"rate": None, "lr_factor": 1.0, "project": None})
+        self.eight_bit = eight_bit
+        self._peak = self._repacking = 0
 
     def set_live(self, flat: Tensor, live: Tensor) -> None:
-        """Only these entries of a shard exist from now on; survivors keep their moments."""
-        state = self.state[flat]
-        for key in MOMENTS:
-            dense = self.dense(flat, key) if key in state else torch.zeros_like(flat)
-            state[key] = dense[live]
-        state.setdefault("step", 0)
-        state["live"] = live
+        """Only these entries of a shard are stepped from now on. Survivors keep moments and birth;
+        the others start at zero, born now."""
+        state = self._state(flat)
+        for i, live_N in enumerate(live.to(flat.device).split(CHUNK)):
+            old = state["chunks"][i]
+            born_N = torch.where(old.live(), old.born(), state["step"])
+            exp_avg_N, exp_avg_sq_N = (old.spread(getattr(old, key).read()) for key in MOMENTS)
+            self._pack(state, i, live_N, exp_avg_N, exp_avg_sq_N, born_N)
+
+    def restore(
+        self,
+        flat: Tensor,
+        live: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        born: Tensor,
+        steps: int,
+    ) -> None:
+        """Put back what ``live``, ``dense`` and ``born`` gave, after ``steps`` steps."""
+        state = self._state(flat)
+        state["step"] = steps
+        parts = (t.to(flat.device).split(CHUNK) for t in (live, exp_avg, exp_avg_sq, born))
+        for i, part in enumerate(zip(*parts, strict=True)):
+            self._pack(state, i, *part)
+
+    def reset_moments(self) -> None:
+        """Every live entry starts anew: moments zero, born now."""
+        for state in self.state.values():
+            for i, old in enumerate(state["chunks"]):
+                live_N = old.live()
+                zero_N = torch.zeros_like(live_N, dtype=torch.float32)
+                now_N = torch.full_like(live_N, state["step"], dtype=torch.int32)
+                self._pack(state, i, live_N, zero_N, zero_N, now_N)
+
+    def zero_after_step(self, flat: Tensor, mask: Tensor) -> None:
+        """These entries, live or not, are exactly zero at the end of the shard's next step."""
+        state = self._state(flat)
+        state["zero"] = mask.to(flat.device) | state.get("zero", False)
+
+    def live(self, flat: Tensor) -> Tensor:
+        """Which entries of a shard live, bool."""
+        return torch.cat([chunk.live() for chunk in self.state[flat]["chunks"]])
 
     def dense(self, flat: Tensor, key: str) -> Tensor:
-        """A packed moment spread out over its shard, zero where nothing lives."""
-        state = self.state[flat]
-        out = torch.zeros_like(flat.data)
-        out[state["live"]] = state[key]
-        return out
+        """A moment spread out over its shard, fp32, zero where nothing lives."""
+        chunks = self.state[flat]["chunks"]
+        return torch.cat([chunk.spread(getattr(chunk, key).read()) for chunk in chunks])
 
-    def state_bytes(self) -> int:
-        """Bytes of moments on this rank."""
-        return sum(s[k].nbytes for s in self.state.values() for k in MOMENTS)
+    def born(self, flat: Tensor) -> Tensor:
+        """The steps after which entries came to life, int32, zero where nothing lives."""
+        return torch.cat([chunk.born() for chunk in self.state[flat]["chunks"]])
 
     def num_live(self) -> int:
         """Live entries on this rank."""
-        return sum(s["exp_avg"].numel() for s in self.state.values())
+        return sum(chunk.count for state in self.state.values() for chunk in state["chunks"])
+
+    def state_bytes(self) -> StateBytes:
+        """Exact: all that is kept from one step to the next."""
+        return StateBytes(now=self._nbytes(), peak=self._peak, repacking=self._repacking)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # ZeRO-3 has no closures
@@ -80,31 +136,72 @@ class SparseAdamW(torch.optim.Optimizer):
                 self._step_shard(flat, group)
 
     def _step_shard(self, flat: Tensor, group: dict[str, Any]) -> None:
-        state, done = self.state[flat], 0
+        state = self.state[flat]
         state["step"] += 1
         assert flat.grad is not None, "the engine calls step with a gradient in place"
-        parts = (t.split(CHUNK) for t in (flat.data, flat.grad, state["live"]))
-        for whole, grad, live in zip(*parts, strict=True):
-            count = int(live.sum())
-            exp_avg, exp_avg_sq = (state[key][done : done + count] for key in MOMENTS)
-            done += count
-            all_live = count == live.numel()
-            w = whole if all_live else whole[live]
-            adamw_(w, grad if all_live else grad[live], exp_avg, exp_avg_sq, state["step"], group)
-            w = self.project(w, group["lr"])
-            if all_live:
-                whole.copy_(w)
-            else:
-                whole.zero_()[live] = w
+        parts = flat.data.split(CHUNK), flat.grad.split(CHUNK), state["chunks"]
+        for whole_N, grad_N, chunk in zip(*parts, strict=True):
+            if chunk.count > 0:
+                _step_chunk(whole_N, grad_N, chunk, state["step"], group)
+        if (zero := state.pop("zero", None)) is not None:
+            flat.data.masked_fill_(zero, 0.0)
+
+    def _state(self, flat: Tensor) -> dict[str, Any]:
+        """A shard's state; at first nothing lives in it."""
+        state: dict[str, Any] = self.state[flat]
+        if not state:
+            state["step"], state["chunks"] = 0, []
+            for part in flat.data.split(CHUNK):
+                zero_N = torch.zeros_like(part)
+                chunk = Packed(
+                    zero_N.bool(), zero_N, zero_N, zero_N.int(), eight_bit=self.eight_bit
+                )
+                state["chunks"].append(chunk)
+        return state
+
+    def _pack(self, state: dict[str, Any], i: int, *dense: Tensor) -> None:
+        new = Packed(*dense, eight_bit=self.eight_bit)
+        self._repacking = max(self._repacking, self._nbytes() + new.nbytes())
+        state["chunks"][i] = new
+        self._peak = max(self._peak, self._nbytes())
+
+    def _nbytes(self) -> int:
+        return sum(chunk.nbytes() for state in self.state.values() for chunk in state["chunks"])
 
 
-def adamw_(
-    w: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: int, group: dict[str, Any]
+def _step_chunk(
+    whole_N: Tensor, grad_N: Tensor, chunk: Packed, step: int, group: dict[str, Any]
 ) -> None:
-    """One AdamW step of ``w`` and its moments, in place, in the order of torch.optim.AdamW."""
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    w.mul_(1 - lr * group["weight_decay"])
+    where = chunk.where()
+    w, grad = (whole_N, grad_N) if where is None else (whole_N[where], grad_N[where])
+    update = _adamw(w, grad, chunk, step, group)
+    if group["project"]:
+        w = group["project"](w, update)
+    if where is None:
+        whole_N.copy_(w)
+    else:
+        whole_N[where] = w
+
+
+def _adamw(w: Tensor, grad: Tensor, chunk: Packed, step: int, group: dict[str, Any]) -> Update:
+    """Step ``w`` in place, and the chunk's moments, in the order of torch.optim.AdamW."""
+    rate, (beta1, beta2) = group["rate"], group["betas"]
+    ages_K = [step - born for born in chunk.births]
+    lr_K = [(rate(b) if rate else group["lr"]) * group["lr_factor"] for b in chunk.births]
+    size_K = [lr / (1 - beta1**age) for lr, age in zip(lr_K, ages_K, strict=True)]
+    lr, size = chunk.per_entry(lr_K), chunk.per_entry(size_K)
+    decay = chunk.per_entry([1 - lr * group["weight_decay"] for lr in lr_K])
+    correction = chunk.per_entry([(1 - beta2**age) ** 0.5 for age in ages_K])
+    exp_avg, exp_avg_sq = chunk.exp_avg.read(), chunk.exp_avg_sq.read()
+
+    w.mul_(decay)
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(group["eps"])
-    w.addcdiv_(exp_avg, denominator, value=-lr / (1 - beta1**step))
+    denominator = (exp_avg_sq.sqrt() / correction).add_(group["eps"])
+    if isinstance(size, Tensor):
+        w.addcdiv_(exp_avg * -size, denominator)
+    else:
+        w.addcdiv_(exp_avg, denominator, value=-size)
+    chunk.exp_avg.write(exp_avg)
+    chunk.exp_avg_sq.write(exp_avg_sq)
+    return Update(step=step, lr=lr, denominator=denominator)
