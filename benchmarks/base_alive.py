@@ -161,7 +161,7 @@ def ours(folder: str, precision: Literal["bf16", "fp32"] = "bf16") -> Alive:
     engine_config = engine_dict({"zero_optimization": ZERO}, config, comm.world_size())
     model = Model.open(config)
     model.load(config, method, engine_config)
-    optimizer = SparseAdamW(model.trainable(), lr=0.0, weight_decay=0.0, project=method.project)
+    optimizer = SparseAdamW(model.trainable(), lr=0.0, weight_decay=0.0)
     engine = Engine(model.module, optimizer, engine_config)
     storages = BaseStorages()
     with storages.watched(model.module, [(nf4, "dequantize")]):

@@ -6,13 +6,13 @@ Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_feature
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.methods.base import Method, Site, TensorSpec
+from sparse_lora_dist.methods.base import Method, Pieces, Site, TensorSpec
 from sparse_lora_dist.zero3 import ShardBuilder, Values
 
 
@@ -51,7 +51,8 @@ def seed_of(*parts: int | str) -> int:
 
 
 class AdapterLinear(nn.Module):
-    """y_TO = base(x_TI) + delta(drop(x_TI)), the delta being the method's."""
+    """y_TO = base(x_TI) + delta(drop(x_TI)), the delta being the method's, of its computed
+    pieces."""
 
     def __init__(
         self,
@@ -60,59 +61,93 @@ class AdapterLinear(nn.Module):
         method: Method,
         parameters: dict[str, nn.Parameter],
         *,
-        scale: float,
+        alpha: float,
         dropout: float,
         row_seeds: RowSeeds,
+        micro_batches: int = 1,
     ) -> None:
         super().__init__()
         self.base, self.site, self.method = base, site, method
-        self.scale, self.dropout, self.row_seeds = scale, dropout, row_seeds
+        self.alpha, self.dropout, self.row_seeds = alpha, dropout, row_seeds
+        self.micro_batches = micro_batches
+        self.specs = method.tensors(site)
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
-        self.tensor_names = tuple(parameters)
+        self.probe = method.probe
+        self.probed: Tensor | float = 0.0
+        """What the probe saw in the backwards of this step, added up."""
+        self.set_pieces(Pieces(computed=tuple(range(site.rank)), open=site.rank))
+
+    def set_pieces(self, pieces: Pieces) -> None:
+        """Compute these from now on."""
+        self.pieces = pieces
+        self.scale = self.method.scale(self.alpha, self.site.rank, pieces.open)
+        self._all = len(pieces.computed) == self.site.rank
 
     def forward(self, x_MTI: Tensor) -> Tensor:
-        tensors = [getattr(self, name) for name in self.tensor_names]
+        tensors = [getattr(self, name) for name in self.specs]
         y_MTO: Tensor = self.base(x_MTI)
         delta_MTO: Tensor = _Delta.apply(x_MTI, self, *tensors)  # type: ignore[no-untyped-call]
         return y_MTO + delta_MTO
 
-    def delta(
-        self, x_MTI: Tensor, tensors: Sequence[Tensor], rows_M: tuple[int, ...], step: int
-    ) -> Tensor:
-        """What this site adds, from whole tensors."""
-        if self.training and self.dropout > 0.0:
-            x_MTI = x_MTI * self.row_seeds.keep_mask(
-                x_MTI, self.site.name, rows_M, step, self.dropout
-            )
-        return self.method.delta(
-            x_MTI, dict(zip(self.tensor_names, tensors, strict=True)), self.scale
-        )
+    def dropped(self, x_MTI: Tensor, rows_M: tuple[int, ...], step: int) -> Tensor:
+        """What the delta sees of the site's input."""
+        if not self.training or self.dropout == 0.0:
+            return x_MTI
+        mask = self.row_seeds.keep_mask(x_MTI, self.site.name, rows_M, step, self.dropout)
+        return x_MTI * mask
+
+    def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The computed pieces of whole tensors, which are in the order of the specs."""
+        named = dict(zip(self.specs, tensors, strict=True))
+        if self._all:
+            return named
+        return {name: self._slice(t, self.specs[name].piece_axis) for name, t in named.items()}
+
+    def _slice(self, t: Tensor, axis: int | None) -> Tensor:
+        if axis is None:
+            return t
+        pieces = torch.tensor(self.pieces.computed, device=t.device, dtype=torch.int64)
+        return t.index_select(axis, pieces)
 
 
 class _Delta(torch.autograd.Function):
     """The delta, computed again in backward.
 
     Two thin matmuls more, against holding every gathered adapter tensor, and every dropout mask,
-    from forward to backward.
+    from forward to backward. And backward is where a site's tensors and its output's gradient are
+    whole: what a method adds to the loss gets its gradient here, and its probe looks here.
     """
 
     @staticmethod
     def forward(ctx: Any, x_MTI: Tensor, layer: AdapterLinear, *tensors: Tensor) -> Tensor:
         ctx.layer, ctx.rows_M, ctx.step = layer, layer.row_seeds.rows_M, layer.row_seeds.step
         ctx.save_for_backward(x_MTI)
-        return layer.delta(x_MTI, tensors, ctx.rows_M, ctx.step)
+        dropped_MTI = layer.dropped(x_MTI, ctx.rows_M, ctx.step)
+        return layer.method.delta(dropped_MTI, layer.computed(tensors), layer.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_MTI,) = ctx.saved_tensors
-        layer: AdapterLinear = ctx.layer
+        (x_MTI,), layer = ctx.saved_tensors, cast(AdapterLinear, ctx.layer)
         wants_x = ctx.needs_input_grad[0]
-        leaves = [getattr(layer, name).detach().requires_grad_() for name in layer.tensor_names]
+        leaves = [getattr(layer, name).detach().requires_grad_() for name in layer.specs]
         with torch.enable_grad():
             x = x_MTI.detach().requires_grad_(wants_x)
-            y = layer.delta(x, leaves, ctx.rows_M, ctx.step)
-        got = torch.autograd.grad(y, [x, *leaves] if wants_x else leaves, grads[0])
+            dropped_MTI = layer.dropped(x, ctx.rows_M, ctx.step)
+            tensors = layer.computed(leaves)
+            y = layer.method.delta(dropped_MTI, tensors, layer.scale)
+        outputs, gradients = [y], [grads[0]]
+        if layer.method.penalty is not None:
+            penalty = layer.method.penalty({k: t.detach() for k, t in tensors.items()})
+            outputs += [tensors[name] for name in penalty]
+            # Micro-batches add up, ranks are averaged: so it counts once a step.
+            gradients += [
+                (g / layer.micro_batches).to(tensors[name].dtype) for name, g in penalty.items()
+            ]
+        if layer.probe is not None:
+            seen = {k: t.detach() for k, t in tensors.items()}
+            layer.probed += layer.probe(dropped_MTI.detach(), grads[0], seen, layer.scale)
+        got = torch.autograd.grad(outputs, [x, *leaves] if wants_x else leaves, gradients)
         return (got[0], None, *got[1:]) if wants_x else (None, None, *got)
 
 
@@ -125,6 +160,7 @@ def inject(
     *,
     alpha: float,
     dropout: float,
+    micro_batches: int,
     initial: Mapping[str, Values],
 ) -> list[AdapterLinear]:
     """Put an adapter at each site and return them. Collective.
@@ -146,9 +182,10 @@ def inject(
             site,
             method,
             parameters,
-            scale=alpha / site.rank,
+            alpha=alpha,
             dropout=dropout,
             row_seeds=row_seeds,
+            micro_batches=micro_batches,
         )
         parent, _, leaf = site.name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, adapter)

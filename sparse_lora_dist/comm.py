@@ -189,9 +189,7 @@ def together(phase: str) -> Iterator[None]:
         raise failure
     first = next((r for r, text in enumerate(said) if text is not None), None)
     if first is not None:
-        shared = UserError(f"rank {first} failed while {phase}: {cast(str, said[first])}")
-        shared.shared = True
-        raise shared
+        raise UserError(f"rank {first} failed while {phase}: {cast(str, said[first])}", shared=True)
 
 
 @contextmanager

@@ -121,6 +121,14 @@ class TrainConfig:
     """Steps in which the learning rate rises from 0 to its peak."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW, at least 0."""
+    adam_beta1: float = 0.9
+    """Weight of the past in AdamW's first moment, in [0, 1)."""
+    adam_beta2: float = 0.999
+    """The same in its second."""
+    adam_eps: float = 1e-8
+    """What AdamW adds to the root of its second moment, above 0."""
+    moment_bits: Literal[32, 8] = 32
+    """Bits of each of AdamW's two moments; 8 is bitsandbytes' blockwise quantisation."""
     max_grad_norm: float = 1.0
     """Global gradient norm above which gradients are scaled down; 0 is off."""
     seed: int = 0
@@ -128,7 +136,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "stop_after", "micro_batch_size", "gradient_accumulation_steps")
-        problems = at_least(self, 1, *counts) + above(self, 0, "num_epochs", "learning_rate")
+        positive = ("num_epochs", "learning_rate", "adam_eps")
+        problems = at_least(self, 1, *counts) + above(self, 0, *positive)
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                problems.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
         problems += at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "seed")
         for name in ("stop_after", "warmup_steps"):
             value = getattr(self, name)

@@ -10,15 +10,18 @@ class UserError(Exception):
     shared = False
     """Do all ranks raise it together? Then one of them says it for all."""
 
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
+
 
 class ConfigError(UserError):
     """The run description is wrong; carries every problem found, not just the first."""
-
-    shared = True
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         super().__init__(
-            f"the configuration has {count}:\n" + "\n".join(f"  - {p}" for p in problems)
+            f"the configuration has {count}:\n" + "\n".join(f"  - {p}" for p in problems),
+            shared=True,
         )

@@ -47,11 +47,22 @@ def save_peft(
 
 def _plain_lora(adapters: Sequence[AdapterLinear]) -> Iterator[tuple[str, Tensor]]:
     for adapter in adapters:
-        parameters = {name: getattr(adapter, name) for name in adapter.tensor_names}
+        parameters = {name: getattr(adapter, name) for name in adapter.specs}
         with zero3.gathered(parameters.values()):
-            a_RI, b_OR = adapter.method.to_lora({k: p.data for k, p in parameters.items()})
+            a_RI, b_OR = plain_pair(adapter, [p.data for p in parameters.values()])
             yield f"{adapter.site.name}.lora_A", _copy(a_RI)
             yield f"{adapter.site.name}.lora_B", _copy(b_OR)
+
+
+def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """(a_RI, b_OR) of the plain LoRA, scaled by alpha / R, that gives the adapter's delta; zero in
+    the pieces that it does not compute."""
+    a_QI, b_OQ = adapter.method.to_lora(adapter.computed(tensors))
+    places = torch.tensor(adapter.pieces.computed, dtype=torch.int64, device=a_QI.device)
+    a_RI = a_QI.new_zeros(adapter.site.rank, a_QI.shape[1]).index_copy_(0, places, a_QI)
+    b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.site.rank).index_copy_(1, places, b_OQ)
+    rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
+    return a_RI, b_OR if rescale == 1.0 else b_OR * rescale
 
 
 def _copy(t: Tensor) -> Tensor:
@@ -69,7 +80,7 @@ def _peft_config(
         inference_mode=True,
         r=first.site.rank,
         # Annotated int by PEFT, which divides it like any number.
-        lora_alpha=first.scale * first.site.rank,  # type: ignore[arg-type]
+        lora_alpha=first.alpha,  # type: ignore[arg-type]
         lora_dropout=first.dropout,
         # Whole names: an ending might match a linear that has no adapter.
         target_modules=[a.site.name for a in adapters],

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from sparse_lora_dist.options import Option, describe, may_be_null, names_in, takes_names
+from sparse_lora_dist.options import Option, describe, items_in, may_be_null, takes_list
 from sparse_lora_dist.spelling import did_you_mean
 
 ACTIONS = ("config", "print_config", "help")
@@ -55,7 +55,7 @@ def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str])
             problems.append(
                 f"--{name} is no option{did_you_mean(name, [*options, *ACTIONS], '--')}"
             )
-        elif takes_names(options[name].hint):
+        elif takes_list(options[name].hint):
             given.append(Given(name=name, value=",".join(words), place=f"--{name}"))
         elif not words and options[name].hint is bool:
             given.append(Given(name=name, value="true", place=f"--{name}"))
@@ -113,8 +113,8 @@ def typed_values(
     for one in given:
         hint = options[one.name].hint
         value = one.value
-        if isinstance(value, str) and takes_names(hint):
-            value = names_in(value, hint)
+        if isinstance(value, str) and takes_list(hint):
+            value = items_in(value, hint)
         try:
             if value is None and not may_be_null(hint):  # the parser lets it pass
                 raise TypeError

@@ -7,12 +7,14 @@ from sparse_lora_dist import checkpoint, comm, export
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.feed import Feed
-from sparse_lora_dist.learning_rate import learning_rate_at
+from sparse_lora_dist.journal import Journal, memory_and_traffic
+from sparse_lora_dist.learning_rate import LearningRate, stage_of
+from sparse_lora_dist.methods import Method
 from sparse_lora_dist.metrics import Metrics, peak_memory_bytes, read_rows
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.resume import Resume, describe
 from sparse_lora_dist.run_folder import write_description
-from sparse_lora_dist.screen import progress_bar, say
+from sparse_lora_dist.screen import megabytes, progress_bar, say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.step import StepResult, held_out_loss
 from sparse_lora_dist.summary import print_summary
@@ -30,12 +32,8 @@ class Job:
         self.folder = Path(config.run.output_dir)
         self.progress = Progress()
         self._seconds, self._tokens = 0.0, 0  # since the last row of metrics
-        self._rate = learning_rate_at(
-            config.train.lr_schedule,
-            peak=config.train.learning_rate,
-            warmup_steps=config.train.warmup_steps,
-            total_steps=feed.total_steps,
-        )
+        self.rate = _learning_rate(config, shards.method, feed.total_steps)
+        self._facts: dict[str, float] = {}  # of the last decision
 
     def start(self, resume: Resume | None) -> None:
         """Go on from a checkpoint, or take the held-out loss of the base."""
@@ -50,13 +48,17 @@ class Job:
                 self.config.as_flat_dict(),
                 last_step=None if resume is None else resume.step,
             )
+            self.journal = Journal(self.folder, resume)
         if resume is None and self.feed.held_out is not None:
             self.log(0, {}, held_out=self.held_out_loss())
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
 
     def set_learning_rate(self, step: int) -> None:
-        """The schedule's value for optimizer step ``step``."""
-        self.engine.set_learning_rate(self._rate(step))
+        """The schedule's value for optimizer step ``step``, where a stage begins too."""
+        start, _ = stage_of(step, self.rate.stages)
+        if 0 < start == step - 1 and self.shards.method.stage_resets_moments:
+            self.shards.optimizer.reset_moments()
+        self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
 
     def after_step(self, step: int, result: StepResult, *, seconds: float, is_last: bool) -> None:
         """Count the step; log, evaluate and save where one is due."""
@@ -68,27 +70,39 @@ class Job:
         self._seconds += seconds
         self._tokens += result.tokens
         run = self.config.run
-        held_out = self.held_out_loss() if is_last or is_due(step, run.eval_every) else None
-        if is_last or held_out is not None or is_due(step, run.log_every):
+        if result.decision is not None:
+            self.journal.decision(step, result.decision, self.shards)
+            self._facts = dict(result.decision.facts)
+        stage_ends = step in self.shards.method.stages
+        ends = is_last or stage_ends
+        held_out = self.held_out_loss() if ends or is_due(step, run.eval_every) else None
+        if ends or held_out is not None or is_due(step, run.log_every):
             self.log(step, self._row(result), held_out=held_out)
-        if is_last or is_due(step, run.save_every):
+        if stage_ends:
+            ranks = self.shards.ranks_now(step)
+            self.journal.stage(step, self.rate, self.metrics.path, held_out, ranks)
+        if ends or is_due(step, run.save_every):
             self.save()
         self._bar.update()
 
     def _row(self, result: StepResult) -> dict[str, float | int]:
+        costs = memory_and_traffic(self.shards)
         row = {
             "loss": result.loss,
-            "learning_rate": self._rate(self.progress.step),
+            "learning_rate": self.rate.at(self.progress.step),
             "grad_norm": self.engine.gradient_norm(),
             "tokens": self.progress.tokens,
             "tokens_per_s": self._tokens / self._seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "live_entries": self.shards.num_live(),
+            **self._facts,
+            **costs,
         }
         self._seconds, self._tokens = 0.0, 0
         self._bar.set_postfix_str(
             f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s, "
-            f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB"
+            f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB, {row['live_entries']:,} live "
+            f"(state {megabytes(costs['state_bytes'])})"
         )
         return row
 
@@ -129,6 +143,19 @@ class Job:
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)
             print_summary(self.config, self.feed, self.progress, rows, adapter_bytes=size)
+
+
+def _learning_rate(config: Config, method: Method, total_steps: int) -> LearningRate:
+    train, warmup = config.train, method.newborn_warmup
+    return LearningRate(
+        name=train.lr_schedule,
+        peak=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        stages=method.stages or (total_steps,),
+        first_stage_only=method.stage_rate == "first",
+        newborn_warmup=train.warmup_steps if warmup is None else warmup,
+        newborn_restarts=method.newborn_restarts,
+    )
 
 
 def is_due(step: int, every: int) -> bool:

@@ -25,6 +25,25 @@ def peak_memory_bytes() -> int:
     return int(comm.max_over_ranks(torch.tensor(peak, device=comm.device())))
 
 
+class JsonLines:
+    """A file of one JSON object a line, each with its ``step``. Only rank 0 writes."""
+
+    def __init__(self, path: Path, *, last_step: int | None) -> None:
+        """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it."""
+        self.path = path
+        if comm.rank() == 0 and path.exists():
+            rows = [r for r in read_rows(path) if last_step is not None and r["step"] <= last_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(temporary, path)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add one."""
+        if comm.rank() == 0:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
 class Metrics:
     """Where rows of numbers go. Only rank 0 writes; the others' calls do nothing."""
 
@@ -37,26 +56,22 @@ class Metrics:
         last_step: int | None,
     ) -> None:
         """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it."""
-        kept = -1 if last_step is None else last_step
-        self.path = folder / "metrics.jsonl"
         self.writes = comm.rank() == 0
+        self._lines = JsonLines(folder / "metrics.jsonl", last_step=last_step)
+        self.path = self._lines.path
         self._tensorboard: Any = None
         self._wandb: Any = None
         if self.writes and "tensorboard" in trackers:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=kept + 1)
+            purge = 0 if last_step is None else last_step + 1
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         if self.writes and "wandb" in trackers:
             self._wandb = _start_wandb(folder, config)
-        if self.writes and self.path.exists():
-            _cut_back(self.path, kept)
 
     def log(self, row: Row) -> None:
         """Append one row; ``step`` is its x axis."""
-        if not self.writes:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._lines.append(row)
         numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -70,14 +85,6 @@ class Metrics:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
-
-
-def _cut_back(path: Path, step: int) -> None:
-    """Drop the rows after ``step``; those steps are logged again."""
-    rows = [row for row in read_rows(path) if row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(temporary, path)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

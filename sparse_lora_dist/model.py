@@ -24,7 +24,7 @@ from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
-from sparse_lora_dist.methods.base import Site
+from sparse_lora_dist.methods.base import Site, TensorSpec, zeros
 from sparse_lora_dist.screen import counted, megabytes, say
 from sparse_lora_dist.targets import find_full, find_sites
 from sparse_lora_dist.zero3 import ShardBuilder, Values
@@ -100,6 +100,7 @@ class Model:
             seeds,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
+            micro_batches=config.train.gradient_accumulation_steps,
             initial=initial,
         )
         self.full = {name: self.module.get_submodule(name) for name in self.full}
@@ -125,9 +126,26 @@ class Model:
         """What the optimizer steps."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
-    def adapter_tensors(self) -> set[str]:
-        """Names of the adapters' tensors, "site.tensor"."""
-        return {f"{a.site.name}.{name}" for a in self.adapters for name in a.tensor_names}
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The same for the optimizer, grouped by how they are stepped."""
+        usual = TensorSpec(shape=(), init=zeros)
+        special = {
+            id(getattr(a, name)): spec for a in self.adapters for name, spec in a.specs.items()
+        }
+        groups: dict[Any, dict[str, Any]] = {}
+        for parameter in self.trainable():
+            spec = special.get(id(parameter), usual)
+            group = groups.setdefault(
+                (spec.lr_factor, spec.decays, spec.project),
+                {
+                    "params": [],
+                    "lr_factor": spec.lr_factor,
+                    "weight_decay": weight_decay if spec.decays else 0.0,
+                    "project": spec.project,
+                },
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
 
     @cached_property
     def identity(self) -> str:

@@ -70,13 +70,13 @@ def may_be_null(hint: Any) -> bool:
     return type(None) in get_args(hint)
 
 
-def takes_names(hint: Any) -> bool:
-    """Is a value of this type a list of names?"""
+def takes_list(hint: Any) -> bool:
+    """Is a value of this type a list of names or numbers?"""
     return any(get_origin(t) is tuple for t in (hint, *get_args(hint)))
 
 
-def names_in(text: str, hint: Any) -> str | list[str]:
-    """The names in ``text`` for an option that takes a list of them.
+def items_in(text: str, hint: Any) -> Any:
+    """The names or numbers in ``text`` for an option that takes a list of them.
 
     ``a,b`` is two names and ``a`` is one. Where the option takes a regex too, all that is not plain
     names is a regex, and ``all-linear`` stays the word that PEFT knows. ``[a, b]`` is left to YAML.
@@ -85,7 +85,16 @@ def names_in(text: str, hint: Any) -> str | list[str]:
         return text
     if get_origin(hint) is not tuple and PLAIN_NAMES.fullmatch(text) is None:
         return text
-    return [name.strip() for name in text.split(",") if name.strip()]
+    items = [item.strip() for item in text.split(",") if item.strip()]
+    return [_number(item) for item in items] if float in get_args(hint) else items
+
+
+def _number(text: str) -> float | str:
+    """As Python reads it (YAML 1.1 takes 3e-4 for text); what is none goes on to be refused."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def describe(hint: Any) -> str:
@@ -96,5 +105,5 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if get_origin(hint) is tuple:
-        return "a list of names"
+        return "a list of numbers" if float in arguments else "a list of names"
     return WORDS.get(hint, str(hint))

@@ -1,5 +1,7 @@
 """step -> how much is kept: pure functions that methods share."""
 
+from bisect import bisect_left
+
 
 def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
     """Fraction kept at ``step``: 1 up to ``begin``, ``final`` from ``end`` on, cubic in between.
@@ -14,3 +16,29 @@ def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
         return final
     left = 1.0 - (step - begin) / (end - begin)
     return final + (1.0 - final) * left**3
+
+
+def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> int:
+    """Pieces kept in all at ``step``: ``first`` up to ``begin``, ``last`` from ``end`` on, cubic in
+    between, rounded down.
+
+    budget = floor(last + (first - last) * (1 - (step - begin) / (end - begin))^3)
+
+    AdaLoRA, arXiv:2303.10512, equation 13.
+    """
+    if step <= begin:
+        return first
+    if step >= end:
+        return last
+    left = 1.0 - (step - begin) / (end - begin)
+    return int(last + (first - last) * left**3)
+
+
+def equal_stages(total_steps: int, num_stages: int) -> tuple[int, ...]:
+    """The last steps of ``num_stages`` parts of a run, equal in length to one step."""
+    return tuple(total_steps * (i + 1) // num_stages for i in range(num_stages))
+
+
+def stage_at(step: int, stages: tuple[int, ...]) -> int:
+    """Which stage, counted from 0, ``step`` belongs to; after the last one, the last."""
+    return min(bisect_left(stages, step), len(stages) - 1)

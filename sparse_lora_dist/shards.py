@@ -1,14 +1,17 @@
 """This rank's shards of what trains, as the step and the checkpoint need them: statistics, masks,
 moments."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.methods.base import Method, Stats
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.scores import ShardScore
+from sparse_lora_dist.methods.base import Decision, Method, Stats
+from sparse_lora_dist.optim import MOMENTS, SparseAdamW
+from sparse_lora_dist.scores import ShardScores
+from sparse_lora_dist.sites import Sites
 from sparse_lora_dist.zero3 import Engine
 
 
@@ -20,85 +23,161 @@ class Shards:
     """
 
     def __init__(
-        self, engine: Engine, optimizer: SparseAdamW, method: Method, adapters: set[str]
+        self,
+        engine: Engine,
+        optimizer: SparseAdamW,
+        method: Method,
+        *,
+        sparse: set[str],
+        sites: Sites,
     ) -> None:
-        self.engine, self.optimizer, self.method = engine, optimizer, method
-        self.sparse = [piece for piece in engine.slices if piece.name in adapters]
+        """Collective. ``sparse`` names the tensors that the method decides on."""
+        self.engine, self.optimizer, self.method, self.sites = engine, optimizer, method, sites
+        self.sparse = {piece.name: piece for piece in engine.slices if piece.name in sparse}
         self.stats: dict[str, Stats] = {
-            piece.name: tuple(torch.zeros_like(engine.master(piece)) for _ in range(method.n_stats))
-            for piece in self.sparse
+            name: tuple(torch.zeros_like(engine.master(p)) for _ in range(method.n_stats))
+            for name, p in self.sparse.items()
         }
+        self.ended = False
+        self.traffic_bytes = 0  # received for statistics and decisions since the program started
         self._set_live({p.name: torch.ones(p.length, dtype=torch.bool) for p in engine.slices})
+        if method.decides_at(0):
+            first = method.decide(0, self._scores())
+            self._set_live({**self.live(), **first.live})
+            sites.set_pieces(first.pieces)
 
-    def observe(self) -> None:
-        """Update the statistics from this step's gradients. Local: those are global already."""
+    def observe(self, step: int) -> None:
+        """Update the statistics from this step's gradients. Collective only where sites are
+        probed: the gradients are global already."""
+        if self.ended:
+            return
+        before = comm.traffic_bytes.total()
+        self.sites.observe()
+        self.traffic_bytes += comm.traffic_bytes.total() - before
         if self.method.n_stats == 0:
             return
-        for piece in self.sparse:
+        for name, piece in self.sparse.items():
             w, grad = self.engine.master(piece), self.engine.gradient(piece)
-            self.stats[piece.name] = self.method.observe(self.stats[piece.name], w, grad)
+            self.stats[name] = self.method.observe(self.stats[name], w, grad, step)
 
-    def decide(self, step: int) -> None:
-        """Let the method choose what lives, from scores the same on every rank. Collective."""
-        if not self.method.decides_at(step):
-            return
-        scores = {
-            piece.name: ShardScore(
-                shard=self.method.score(self.stats[piece.name]),
-                start=piece.start,
-                shape=piece.shape,
-            )
-            for piece in self.sparse
-        }
+    def decides_at(self, step: int) -> bool:
+        """Is a decision due?"""
+        return not self.ended and self.method.decides_at(step)
+
+    def decide(self, step: int) -> Decision:
+        """Let the method choose what lives, from scores the same on every rank. What it zeroes is
+        zero after the engine's step. Collective."""
+        before = comm.traffic_bytes.total()
         try:
-            masks = self.method.decide(step, scores)
+            decision = self.method.decide(step, self._scores())
         except FloatingPointError as error:
-            problem = UserError(
+            raise UserError(
                 f"step {step}: {error}, since a gradient overflowed. Lower --learning_rate, or go "
-                "on from an earlier checkpoint."
-            )
-            problem.shared = True
-            raise problem from error
+                "on from an earlier checkpoint.",
+                shared=True,
+            ) from error
+        self.traffic_bytes += comm.traffic_bytes.total() - before
+        self.sites.set_pieces(decision.pieces)
+        self._change(decision)
+        if self.method.observes_until is not None and step >= self.method.observes_until:
+            self.end()
+        return decision
+
+    def ranks_now(self, step: int) -> int:
+        """Open pieces of all sites, as a decision would find them now. Collective."""
+        pieces = self.method.decide(step, self._scores()).pieces
+        return sum(now.open for now in pieces.values())
+
+    def end(self) -> None:
+        """The last decision is made: give the statistics' memory back."""
+        self.ended = True
+        self.stats = dict.fromkeys(self.sparse, ())
+        self.sites.end()
+
+    def _change(self, decision: Decision) -> None:
+        before = self.live()
+        changed = {n: m for n, m in decision.live.items() if not torch.equal(m, before[n])}
+        # What leaves the living is zeroed too.
+        zero = dict(decision.zero)
+        for name, mask in changed.items():
+            left = before[name] & ~mask
+            zero[name] = zero[name] | left if name in zero else left
+        for index, flat in enumerate(self.engine.flats()):
+            names = {p.name for p in self.engine.slices if p.flat == index}
+            if names & changed.keys():
+                self.optimizer.set_live(flat, self._flat(index, before | changed))
+            if names & zero.keys():
+                self.optimizer.zero_after_step(flat, self._flat(index, zero))
+
+    def _scores(self) -> ShardScores:
         live = self.live()
-        if any(not torch.equal(live[name], mask) for name, mask in masks.items()):
-            self._set_live(live | masks)
+        return ShardScores(
+            pieces=self.sparse,
+            score=lambda name: self.method.score(
+                self.stats[name], self.engine.master(self.sparse[name])
+            ),
+            live_mask=lambda name: live[name],
+            site_stats=self.sites.stats,
+        )
 
     def live(self) -> dict[str, Tensor]:
         """Tensor -> bool shard of its live entries."""
-        flats = self.engine.flats()
-        masks = [self.optimizer.state[flat]["live"] for flat in flats]
-        return {p.name: masks[p.flat].narrow(0, p.offset, p.length) for p in self.engine.slices}
+        return self._cut([self.optimizer.live(flat) for flat in self.engine.flats()])
 
     def moments(self, key: str) -> dict[str, Tensor]:
         """Tensor -> its shard of a moment, spread out: zero where nothing lives."""
-        dense = [self.optimizer.dense(flat, key) for flat in self.engine.flats()]
-        return {p.name: dense[p.flat].narrow(0, p.offset, p.length) for p in self.engine.slices}
+        return self._cut([self.optimizer.dense(flat, key) for flat in self.engine.flats()])
+
+    def born(self) -> dict[str, Tensor]:
+        """Tensor -> its shard of the steps after which each entry came to life, spread out."""
+        return self._cut([self.optimizer.born(flat) for flat in self.engine.flats()])
 
     def restore(
-        self, live: dict[str, Tensor], moments: dict[str, dict[str, Tensor]], steps: int
+        self,
+        live: Mapping[str, Tensor],
+        moments: Mapping[str, Mapping[str, Tensor]],
+        born: Mapping[str, Tensor],
+        steps: int,
     ) -> None:
-        """Put back what ``live`` and ``moments`` gave, after ``steps`` optimizer steps."""
-        self._set_live(live)
+        """Put back what ``live``, ``moments`` and ``born`` gave, after ``steps`` optimizer
+        steps."""
         for index, flat in enumerate(self.engine.flats()):
-            state = self.optimizer.state[flat]
-            state["step"] = steps
-            for key, values in moments.items():
-                state[key] = self._flat(index, values, torch.zeros_like(flat.data))[state["live"]]
+            exp_avg, exp_avg_sq = (
+                self._flat(index, moments[key], torch.float32) for key in MOMENTS
+            )
+            self.optimizer.restore(
+                flat,
+                live=self._flat(index, live),
+                exp_avg=exp_avg,
+                exp_avg_sq=exp_avg_sq,
+                born=self._flat(index, born, torch.int32),
+                steps=steps,
+            )
 
     def num_live(self) -> int:
         """Live entries of all ranks together. Collective."""
         count = torch.tensor(self.optimizer.num_live(), device=comm.device())
         return int(comm.sum_over_ranks(count))
 
-    def _set_live(self, live: dict[str, Tensor]) -> None:
-        for index, flat in enumerate(self.engine.flats()):
-            # Starts all dead, so that the padding between tensors never lives.
-            whole = torch.zeros(flat.shape, dtype=torch.bool, device=flat.device)
-            self.optimizer.set_live(flat, self._flat(index, live, whole))
+    def statistics_bytes(self) -> int:
+        """Bytes of statistics on this rank."""
+        return sum(stat.nbytes for stats in self.stats.values() for stat in stats)
 
-    def _flat(self, index: int, values: dict[str, Tensor], out: Tensor) -> Tensor:
-        """Shards of tensors put where they lie in flat shard ``index``."""
+    def _set_live(self, live: Mapping[str, Tensor]) -> None:
+        for index, flat in enumerate(self.engine.flats()):
+            self.optimizer.set_live(flat, self._flat(index, live))
+
+    def _cut(self, flats: list[Tensor]) -> dict[str, Tensor]:
+        return {p.name: flats[p.flat].narrow(0, p.offset, p.length) for p in self.engine.slices}
+
+    def _flat(
+        self, index: int, values: Mapping[str, Tensor], dtype: torch.dtype = torch.bool
+    ) -> Tensor:
+        """Shards of tensors put where they lie in flat shard ``index``; zero elsewhere, so that the
+        padding between tensors never lives."""
+        flat = self.engine.flats()[index]
+        out = torch.zeros(flat.shape, dtype=dtype, device=flat.device)
         for piece in self.engine.slices:
-            if piece.flat == index:
+            if piece.flat == index and piece.name in values:
                 out.narrow(0, piece.offset, piece.length).copy_(values[piece.name])
         return out

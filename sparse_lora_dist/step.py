@@ -13,6 +13,8 @@ from torch import Tensor
 from sparse_lora_dist import comm
 from sparse_lora_dist.adapter import RowSeeds
 from sparse_lora_dist.data import NOT_A_TARGET, Batch
+from sparse_lora_dist.decisions import Decisions
+from sparse_lora_dist.methods.base import Decision
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.zero3 import Engine, summed_cross_entropy
 
@@ -25,10 +27,18 @@ class StepResult:
     """Nats per target token, before the update."""
     tokens: int
     """Tokens of all ranks that went through the model, padding not counted."""
+    decision: Decision | None
+    """What the method decided, where a decision was due."""
 
 
 def train_step(
-    engine: Engine, shards: Shards, batches: Sequence[Batch], row_seeds: RowSeeds, *, step: int
+    engine: Engine,
+    shards: Shards,
+    decisions: Decisions,
+    batches: Sequence[Batch],
+    row_seeds: RowSeeds,
+    *,
+    step: int,
 ) -> StepResult:
     """Run every micro-batch of optimizer step ``step`` (counted from 1), then update. Collective.
 
@@ -44,6 +54,7 @@ def train_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device())
 
     row_seeds.step = step
+    decision = None
     for i, batch in enumerate(batches):
         row_seeds.rows_M = batch.rows_M
         loss = batch_loss(engine, batch)
@@ -51,12 +62,13 @@ def train_step(
         loss_sum += loss.detach()
         if i == len(batches) - 1:
             # Gradients are reduced and sharded from here until engine.step().
-            shards.observe()
-            shards.decide(step)
+            shards.observe(step)
+            decision = decisions.make(step)
         engine.step()
+    decisions.confirm(step)
 
     total = float(comm.sum_over_ranks(loss_sum))
-    return StepResult(loss=total / max(num_targets, 1), tokens=num_tokens)
+    return StepResult(loss=total / max(num_targets, 1), tokens=num_tokens, decision=decision)
 
 
 def batch_loss(engine: Engine, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The five lines at the end of a run: what was trained, what it gained, and what to type next."""
+"""The lines at the end of a run: what was trained, what it gained, and what to type next."""
 
 import os
 import sys
@@ -32,6 +32,7 @@ def print_summary(
         f"{progress.step} of {feed.total_steps} steps, {progress.tokens:,} tokens, {where}",
     )
     say("result", gain(rows))
+    say("live", sparsity(rows))
     say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
     say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
     say("go on", next_command(config, feed, progress))
@@ -45,6 +46,18 @@ def gain(rows: Sequence[Mapping[str, Any]]) -> str:
             change = 100 * (losses[-1] / losses[0] - 1)
             return f"{name} {losses[0]:.4f} -> {losses[-1]:.4f} nats per token ({change:+.1f}%)"
     return "too short to tell: raise --max_steps"
+
+
+def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Entries that live at the first and the last step, and what the optimizer holds for them."""
+    steps = [row for row in rows if "live_entries" in row]
+    if not steps:
+        return "no step was logged"
+    first, last = steps[0], steps[-1]
+    return (
+        f"{first['live_entries']:,} -> {last['live_entries']:,} entries; optimizer state of a rank "
+        f"{megabytes(last['state_bytes'])}, at its peak {megabytes(last['state_bytes_peak'])}"
+    )
 
 
 def command(name: str) -> str:

@@ -6,16 +6,19 @@ from pathlib import Path
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.config import Config
+from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import open_feed
 from sparse_lora_dist.job import Job
-from sparse_lora_dist.methods import METHODS, Method
+from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.resume import find_resume
 from sparse_lora_dist.run_folder import check_folder
+from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.sites import Sites
 from sparse_lora_dist.step import train_step
 from sparse_lora_dist.zero3 import Engine
 
@@ -32,34 +35,57 @@ def run(config: Config) -> None:
         check_folder(Path(config.run.output_dir), config.run.resume)
     model = Model.open(config)
     feed = open_feed(config, model.folder)
-    method = _build_method(config, feed.total_steps)
+    method = _build_method(config, model, feed.total_steps)
     resume = find_resume(config, model, feed, method)
     row_seeds = model.load(config, method, engine_config)
 
+    train = config.train
     optimizer = SparseAdamW(
-        model.trainable(),
-        lr=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-        project=method.project,
+        model.param_groups(train.weight_decay),
+        lr=train.learning_rate,
+        weight_decay=train.weight_decay,
+        betas=(train.adam_beta1, train.adam_beta2),
+        eps=train.adam_eps,
+        eight_bit=train.moment_bits == 8,
     )
     engine = Engine(model.module, optimizer, engine_config)
-    shards = Shards(engine, optimizer, method, adapters=model.adapter_tensors())
+    sites = Sites(model.adapters, method)
+    shards = Shards(engine, optimizer, method, sparse=sites.tensors(), sites=sites)
 
     job = Job(config, model, feed, engine, shards)
     job.start(resume)
+    decisions = Decisions(shards)
     last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
     for step in range(job.progress.step + 1, last_step + 1):
         started = time.perf_counter()
         job.set_learning_rate(step)
-        result = train_step(engine, shards, feed.batches(job.progress.rows), row_seeds, step=step)
+        batches = feed.batches(job.progress.rows)
+        result = train_step(engine, shards, decisions, batches, row_seeds, step=step)
         job.after_step(
             step, result, seconds=time.perf_counter() - started, is_last=step == last_step
         )
     job.finish()
 
 
-def _build_method(config: Config, total_steps: int) -> Method:
+def _build_method(config: Config, model: Model, total_steps: int) -> Method:
+    train = config.train
+    plan = Plan(
+        total_steps=total_steps,
+        warmup_steps=train.warmup_steps,
+        learning_rate=train.learning_rate,
+        sites=tuple(model.sites),
+    )
     try:
-        return METHODS[config.adapter.method].build(config.method_options, total_steps)
+        method = METHODS[config.adapter.method].build(config.method_options, plan)
     except ValueError as error:
-        raise UserError(f"--method {config.adapter.method}: {error}") from error
+        raise UserError(f"--method {config.adapter.method}: {error}", shared=True) from error
+    plain = {"lora_a", "lora_b"}
+    if config.adapter.init_adapter is not None and set(method.tensors(model.sites[0])) != plain:
+        raise UserError(
+            f"--init_adapter is a plain LoRA pair, which --method {method.name} cannot begin with: "
+            "it trains factors between the two. Use lora or roselora.",
+            shared=True,
+        )
+    for note in method.notes:
+        say("note", note)
+    return method

@@ -212,10 +212,10 @@ class Engine:
         norm = self._engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
-    def set_learning_rate(self, learning_rate: float) -> None:
-        """For the next step, in every parameter group."""
+    def set_learning_rate(self, rate: Callable[[int], float]) -> None:
+        """For the next step: that of entries that came to life after so many steps; 0: at first."""
         for group in self._zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"], group["rate"] = rate(0), rate
 
     def masters_changed(self) -> None:
         """Bring the engine's low-precision copy in line after the masters were written from

@@ -241,9 +241,7 @@ def logits_of_both(folder: str, precision: str) -> dict[str, Any]:
     model = load_model(config)
     assert not quantized_linears(model)
     assert any(isinstance(m, FrozenLinear) for m in model.module.modules())
-    optimizer = SparseAdamW(
-        model.trainable(), lr=0.0, weight_decay=0.0, project=small_method().project
-    )
+    optimizer = SparseAdamW(model.trainable(), lr=0.0, weight_decay=0.0)
     engine = Engine(model.module, optimizer, engine_config_of(config))
     tokens = torch.randint(0, 101, (2, 23), generator=torch.Generator().manual_seed(5))
     embedding = model.module.get_input_embeddings().weight

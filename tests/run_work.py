@@ -16,6 +16,7 @@ from sparse_lora_dist.data import Batch
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.job import Job
 from sparse_lora_dist.step import batch_loss
+from sparse_lora_dist.zero3 import summed_cross_entropy
 from tests import toy_method
 
 
@@ -41,6 +42,16 @@ def train_toy(flags: list[str]) -> str:
     """The main job, in a program that knows the toy method too."""
     with patch.dict(methods.METHODS, {"toy": toy_method.TOY}):
         return train(flags)
+
+
+def train_scaled(flags: list[str], loss_scale: float) -> str:
+    """``train_toy`` on a loss times ``loss_scale``."""
+
+    def scaled(*args: Any) -> Tensor:
+        return loss_scale * summed_cross_entropy(*args)
+
+    with patch("sparse_lora_dist.step.summed_cross_entropy", scaled):
+        return train_toy(flags)
 
 
 def finished_job(flags: list[str]) -> Job:
@@ -105,7 +116,7 @@ def packed_documents(flags: list[str]) -> dict[str, Any]:
         return seen[0].float()
 
     # Steps must not move the weights between two measurements.
-    job.engine.set_learning_rate(0.0)
+    job.engine.set_learning_rate(lambda born: 0.0)
     base = training_logits(ids_MT, restarting_T)
     changed: dict[int, dict[int, float]] = {}
     for index, places in enumerate(documents):

@@ -19,7 +19,7 @@ def layer(seeds: RowSeeds) -> AdapterLinear:
         "lora_b": nn.Parameter(torch.randn(20, 4, generator=generator)),
     }
     base = FrozenLinear(24, 20, weight, None)
-    options = {"scale": SCALE, "dropout": DROPOUT, "row_seeds": seeds}
+    options = {"alpha": 4 * SCALE, "dropout": DROPOUT, "row_seeds": seeds}
     return AdapterLinear(base, site, Method(name="lora"), parameters, **options)
 
 

@@ -1,26 +1,63 @@
-"""The learning rate is transformers' schedule, as a pure function of the step."""
+"""The learning rate is transformers' schedule, as a pure function of the step and the birth."""
 
 import pytest
 import torch
 from transformers import get_scheduler
 
-from sparse_lora_dist.learning_rate import learning_rate_at
+from sparse_lora_dist.learning_rate import LearningRate
+
+
+def rates(name: str, total_steps: int, *, warmup_steps: int = 0, **options: object) -> LearningRate:
+    usual = {"peak": 1.0, "stages": (total_steps,)}
+    return LearningRate(name=name, warmup_steps=warmup_steps, **usual | options)
 
 
 @pytest.mark.parametrize("name", ["constant", "linear", "cosine"])
 def test_without_warmup_it_is_transformers_own(name: str) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
     scheduler = get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=10)
-    rate = learning_rate_at(name, peak=0.1, warmup_steps=0, total_steps=10)
+    rate = rates(name, 10, peak=0.1)
     for step in range(1, 11):
-        assert rate(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        assert rate.at(step) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
         optimizer.step()
         scheduler.step()
 
 
 def test_no_step_of_a_run_has_rate_zero() -> None:
-    rate = learning_rate_at("linear", peak=1.0, warmup_steps=4, total_steps=10)
-    rates = [rate(step) for step in range(1, 11)]
-    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert rates[-1] == pytest.approx(1 / 6)
-    assert all(later < earlier for earlier, later in zip(rates[4:], rates[5:], strict=False))
+    rate = rates("linear", 10, warmup_steps=4)
+    seen = [rate.at(step) for step in range(1, 11)]
+    assert seen[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert seen[-1] == pytest.approx(1 / 6)
+    assert all(later < earlier for earlier, later in zip(seen[4:], seen[5:], strict=False))
+
+
+def test_a_newborn_entry_warms_up_from_its_birth() -> None:
+    rate = rates("constant", 20, newborn_warmup=4)
+    assert [rate.at(s, born=6) for s in range(7, 13)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert [rate.at(s) for s in range(7, 13)] == [1.0] * 6
+
+
+@pytest.mark.parametrize("name", ["linear", "constant"])
+def test_a_restarted_schedule_begins_at_the_birth_and_ends_with_the_run(name: str) -> None:
+    rate = rates(name, 20, warmup_steps=2, newborn_warmup=4, newborn_restarts=True)
+    seen = [rate.at(step, born=6) for step in range(7, 21)]
+    assert seen[:4] == [0.25, 0.5, 0.75, 1.0]
+    # n(7), the first after the warm-up, down to 0 one step after the last: as for the run itself.
+    down = [1 - k / 10 for k in range(10)]
+    assert seen[4:] == pytest.approx(down if name == "linear" else [1.0] * 10)
+
+
+def test_each_stage_sees_the_whole_schedule() -> None:
+    rate, one = rates("linear", 0, stages=(10, 20), warmup_steps=2), rates("linear", 10)
+    seen = [rate.at(step) for step in range(1, 21)]
+    assert seen[:10] == seen[10:]
+    assert seen[9] < seen[10] * 0.3 or one.at(1) == 1.0
+    first_only = rates("linear", 0, stages=(10, 20), first_stage_only=True)
+    assert all(first_only.at(s) > 0 for s in range(1, 11))
+    assert all(first_only.at(s) == 0 for s in range(11, 21))
+
+
+def test_who_was_born_in_an_earlier_stage_is_no_newborn_in_this() -> None:
+    rate = rates("constant", 0, stages=(10, 20), newborn_warmup=5)
+    assert rate.at(11, born=10) == rate.at(11, born=0) == 1.0
+    assert rate.at(10, born=9) == pytest.approx(0.2)

@@ -39,7 +39,11 @@ class TinyRun:
             "save_every": 0,
             "trackers": "[]",
         } | options
-        return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        words = []
+        for name, value in flags.items():
+            listed = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            words += [f"--{name}", listed]
+        return words
 
 
 def write_tiny_run(folder: Path) -> TinyRun:

@@ -108,12 +108,9 @@ def toys(
         )
         dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
         model = Toy(ShardBuilder(engine_config, dtype))
-        optimizer = Recording(
-            [p for p in model.parameters() if p.requires_grad],
-            lr=LR,
-            weight_decay=DECAY,
-            project=project or (lambda w, lr: w),
-        )
+        trained = [p for p in model.parameters() if p.requires_grad]
+        group = {"params": trained, "project": project}
+        optimizer = Recording([group], lr=LR, weight_decay=DECAY)
         yield Engine(model, optimizer, engine_config), optimizer, config
 
 

@@ -5,7 +5,7 @@ from math import prod
 
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Score, Scores, Stats
+from sparse_lora_dist.methods.base import By, Decision, Method, MethodFactory, Plan, Scores, Stats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,30 +20,27 @@ class ToyOptions:
             raise ValueError(f"toy_keep must be in (0, 1], got {self.toy_keep}")
 
 
-def smooth_sensitivity(stats: Stats, w: Tensor, grad: Tensor) -> Stats:
+def smooth_sensitivity(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
     """0.9 s + 0.1 |w g|"""
     return (stats[0] * 0.9 + (w * grad).abs() * 0.1,)
 
 
-def toy(options: ToyOptions, total_steps: int) -> Method:
+def toy(options: ToyOptions, plan: Plan) -> Method:
     """Prunes linearly to ``toy_keep`` over the run."""
 
-    def decide(step: int, scores: Scores) -> dict[str, Tensor]:
-        keep = 1.0 - (1.0 - options.toy_keep) * min(step / total_steps, 1.0)
-        return {name: most_sensitive(score, keep) for name, score in scores.items()}
+    def decide(step: int, scores: Scores) -> Decision:
+        keep = 1.0 - (1.0 - options.toy_keep) * min(step / plan.total_steps, 1.0)
+        k = {name: round(keep * prod(shape)) for name, shape in scores.shapes.items()}
+        by: dict[str, By] = dict.fromkeys(k, "tensor")
+        return Decision(live=scores.top_k(k, by), facts={"keep": keep})
 
     return Method(
         name="toy",
         n_stats=1,
         observe=smooth_sensitivity,
-        decides_at=lambda step: step % 2 == 0,
+        decides_at=lambda step: step > 0 and step % 2 == 0,
         decide=decide,
     )
-
-
-def most_sensitive(score: Score, keep: float) -> Tensor:
-    """The fraction ``keep`` of a tensor with the highest scores."""
-    return score.top_k(round(keep * prod(score.shape)), by="tensor")
 
 
 TOY = MethodFactory(options=ToyOptions, build=toy, summary="half of the entries, most sensitive")

@@ -115,7 +115,7 @@ def steps() -> list[int]:
         )
         assert not [p for group in optimizer.param_groups for p in group["params"]]
         assert [optimizer.state[flat]["step"] for flat in engine.flats()] == [1] * len(given)
-        engine.set_learning_rate(0.0)
+        engine.set_learning_rate(lambda born: 0.0)
         before = whole_masters(engine)
         train(engine, x_N)
         after = whole_masters(engine)
@@ -126,7 +126,7 @@ def steps() -> list[int]:
 
 def projections() -> None:
     """What ``project`` does inside the step is in the live copy right after it."""
-    for engine, optimizer, _ in toys(project=lambda w, lr: torch.where(w.abs() < 0.2, 0.0, w)):
+    for engine, optimizer, _ in toys(project=lambda w, update: torch.where(w.abs() < 0.2, 0.0, w)):
         everything_live(engine, optimizer)
         for _ in range(2):
             train(engine, inputs(1)[comm.rank()])
@@ -195,7 +195,6 @@ def bytes_survive() -> None:
             [p for p in model.parameters() if p.requires_grad],
             lr=LR,
             weight_decay=DECAY,
-            project=lambda w, lr: w,
         )
         engine = Engine(model, optimizer, engine_config)
         everything_live(engine, optimizer)

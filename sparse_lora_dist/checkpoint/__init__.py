@@ -5,8 +5,10 @@
         manifest.json                written last; a directory without one is no checkpoint
 
 A slice of tensor "t" is stored as ``master/t`` (fp32), ``live/t`` (bool), the statistics
-``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t`` and ``exp_avg_sq/t``. A reader takes
-the ranges it needs from whichever files hold them, so nothing here depends on how many ranks wrote.
+``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t``, ``exp_avg_sq/t`` and ``born/t``
+(int32). What is the same on every rank (pieces and statistics of each site) is in the manifest. A
+reader takes the ranges it needs from whichever files hold them, so nothing here depends on how many
+ranks wrote.
 """
 
 from sparse_lora_dist.checkpoint.manifest import (

@@ -9,7 +9,7 @@ from typing import Any
 from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 
 

@@ -17,6 +17,10 @@ from sparse_lora_dist.optim import MOMENTS
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.zero3 import Slice
 
+PACKED = (*MOMENTS, "born")
+"""Saved for live entries only."""
+DTYPES = {"live": torch.bool, "born": torch.int32}
+
 
 def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Progress:
     """Put everything back that was saved; return how far the run was. Collective."""
@@ -27,17 +31,19 @@ def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Pr
         pieces = shards.engine.slices
         for piece in pieces:
             shards.engine.master(piece).copy_(reader.dense("master", piece))
-        live = {p.name: reader.dense("live", p) for p in pieces}
         shards.restore(
-            live,
+            {p.name: reader.dense("live", p) for p in pieces},
             {key: {p.name: reader.dense(key, p) for p in pieces} for key in MOMENTS},
+            {p.name: reader.dense("born", p) for p in pieces},
             progress.step,
         )
-        for piece in shards.sparse:
-            count = len(shards.stats[piece.name])
-            device = shards.engine.master(piece).device
-            shards.stats[piece.name] = tuple(
-                reader.dense(f"stat{i}", piece).to(device) for i in range(count)
+        shards.sites.restore(manifest["sites"])
+        if manifest["ended"]:
+            shards.end()
+        for name, stats in shards.stats.items():
+            piece, device = shards.sparse[name], shards.engine.master(shards.sparse[name]).device
+            shards.stats[name] = tuple(
+                reader.dense(f"stat{i}", piece).to(device) for i in range(len(stats))
             )
         if manifest["world_size"] == comm.world_size():
             reader.restore_random_states()
@@ -63,7 +69,7 @@ class _Reader:
 
     def dense(self, key: str, piece: Slice) -> Tensor:
         """Entries [start, start + length) of ``key`` of a tensor, zero where nothing lives."""
-        out = torch.zeros(piece.length, dtype=torch.bool if key == "live" else torch.float32)
+        out = torch.zeros(piece.length, dtype=DTYPES.get(key, torch.float32))
         for file, offsets in zip(self.files, self.offsets, strict=True):
             start, length = offsets[piece.name]
             first = max(start, piece.start)
@@ -83,8 +89,8 @@ class _Reader:
 def _entries(file: Any, key: str, name: str, first: int, last: int) -> Tensor:
     """Entries [first, last) of what one rank saved, counted from its own start."""
     saved = file.get_slice(f"{key}/{name}")
-    if key not in MOMENTS:
+    if key not in PACKED:
         return saved[first:last]  # type: ignore[no-any-return]
     live = file.get_slice(f"live/{name}")[:last]
-    packed = saved[int(live[:first].sum()) : int(live.sum())]
-    return torch.zeros(last - first).masked_scatter_(live[first:], packed)
+    packed: Tensor = saved[int(live[:first].sum()) : int(live.sum())]
+    return packed.new_zeros(last - first).masked_scatter_(live[first:], packed)

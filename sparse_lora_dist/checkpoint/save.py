@@ -57,6 +57,8 @@ def save(
                 "description": dict(description),
                 "total_steps": total_steps,
                 "config": dict(config),
+                "sites": shards.sites.as_json(),
+                "ended": shards.ended,
                 "files": files,
             }
             _publish(temporary, final, manifest)
@@ -69,14 +71,14 @@ def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
     if comm.on_gpu():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     live = shards.live()
-    moments = {key: shards.moments(key) for key in MOMENTS}
+    packed = {key: shards.moments(key) for key in MOMENTS} | {"born": shards.born()}
     offsets = {}
     for piece in shards.engine.slices:
         mask = live[piece.name]
         offsets[piece.name] = [piece.start, piece.length]
         tensors[f"master/{piece.name}"] = shards.engine.master(piece)
         tensors[f"live/{piece.name}"] = mask
-        tensors |= {f"{key}/{piece.name}": moments[key][piece.name][mask] for key in MOMENTS}
+        tensors |= {f"{key}/{piece.name}": packed[key][piece.name][mask] for key in packed}
         # Of all entries: what is dead may come back, and its average goes on meanwhile.
         stats = shards.stats.get(piece.name, ())
         tensors |= {f"stat{i}/{piece.name}": stat for i, stat in enumerate(stats)}

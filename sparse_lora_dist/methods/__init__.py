@@ -1,13 +1,19 @@
 """Every method there is. A new one: its file beside this, its line here, its row in the laws
 table."""
 
-from sparse_lora_dist.methods.base import Method, MethodFactory
+from sparse_lora_dist.methods.adalora import ADALORA
+from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
 from sparse_lora_dist.methods.roselora import ROSELORA
+from sparse_lora_dist.methods.sora import SORA
 
 METHODS: dict[str, MethodFactory] = {
     "lora": LORA,
     "roselora": ROSELORA,
+    "sora": SORA,
+    "increlora": INCRELORA,
+    "adalora": ADALORA,
 }
 
-__all__ = ["METHODS", "Method", "MethodFactory"]
+__all__ = ["METHODS", "Method", "MethodFactory", "Plan"]

@@ -10,31 +10,63 @@ not give that, so the constraint stands per row of A and per column of B:
 with tau_t falling from 1 to tau by a cubic schedule. With all kept fractions tau, at least
 1 - R tau^2 of the product's entries are zero (Proposition 1).
 
-Where we differ from the released loop (github.com/lliutianc/roselora, 0b8f41a), on purpose: the
-schedule counts optimizer steps and is a fraction of the run, not 3 to 20 passes over the data; the
-average starts at zero, not at its first value; exactly k entries stay, not one more; nothing is
-clamped to 3e-3; a dead entry has no moments, so it does not move for a step before it is zeroed.
-As there, the gradient norm that clips counts all entries, dead ones too.
+Preset ``released`` is the knowledge-editing loop of github.com/lliutianc/roselora (0b8f41a), rule
+by rule: its mask zeroes what lies strictly below the k-th smallest of d entries, k = int(d (1 -
+tau_t)), so d - k + 1 stay, and more where they tie; the average starts at its first value; masked
+entries keep their moments and move in each step before they are zeroed again; once tau_t < 1, A and
+B are clamped to 3e-3. Where we differ from it under either preset: the schedule counts optimizer
+steps and is a fraction of the run, there 3 to 20 passes over the data. As there, the gradient norm
+that clips counts all entries, dead ones too.
 
-Shapes: R rank, I in_features, O out_features.
+Shapes: R rank, I in_features, O out_features, d of a row of A or a column of B.
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import By, Method, MethodFactory, Scores, Stats
+from sparse_lora_dist.methods.base import (
+    By,
+    Decision,
+    Method,
+    MethodFactory,
+    Plan,
+    Scores,
+    Site,
+    Stats,
+    TensorSpec,
+    Update,
+    as_preset,
+    low_rank_pair,
+)
 from sparse_lora_dist.schedule import cubic_keep
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column"}
 """Piece i of the delta is row i of a_RI times column i of b_OR."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "roselora_seed_average": False,
+        "roselora_ties": "exact",
+        "roselora_clamp": 0.0,
+        "roselora_dense_moments": False,
+    },
+    "released": {
+        "roselora_seed_average": True,
+        "roselora_ties": "kthvalue",
+        "roselora_clamp": 3e-3,
+        "roselora_dense_moments": True,
+    },
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoseLoraOptions:
     """RoseLoRA: rows of A and columns of B become sparse"""
 
+    roselora_preset: Literal["paper", "released"] = "paper"
+    """Whose rule where the options below are null: the paper's, or that of its released code."""
     roselora_keep: float = 0.05
     """Fraction of each row of A and column of B that is kept in the end, in (0, 1]."""
     roselora_begin: float = 0.1
@@ -45,6 +77,14 @@ class RoseLoraOptions:
     """Steps between two decisions; in between the masks stay."""
     roselora_beta: float = 0.8
     """Weight of the past in the smoothed sensitivity, in [0, 1)."""
+    roselora_seed_average: bool | None = None
+    """Start the smoothed sensitivity at its first value instead of at zero."""
+    roselora_ties: Literal["exact", "kthvalue"] | None = None
+    """exact: so many entries stay, ties by index; kthvalue: all from the threshold up."""
+    roselora_clamp: float | None = None
+    """Largest absolute value of an entry once pruning has begun; 0 is none."""
+    roselora_dense_moments: bool | None = None
+    """Keep moments of masked entries, which then move in each step until they are zeroed again."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -59,55 +99,102 @@ class RoseLoraOptions:
             problems.append(f"roselora_every must be at least 1, got {self.roselora_every}")
         if not 0.0 <= self.roselora_beta < 1.0:
             problems.append(f"roselora_beta must be in [0, 1), got {self.roselora_beta}")
+        if self.roselora_clamp is not None and not 0.0 <= self.roselora_clamp < float("inf"):
+            problems.append(f"roselora_clamp must be at least 0, got {self.roselora_clamp}")
+        dense = as_preset(self, self.roselora_preset, PRESETS).roselora_dense_moments
+        if dense and self.roselora_every > 1:
+            problems.append(
+                "roselora_every must be 1 with dense moments (preset released), or masked entries "
+                f"would grow between decisions; got {self.roselora_every}"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
 
-def roselora(options: RoseLoraOptions, total_steps: int) -> Method:
+def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
     """Prunes from ``begin`` to ``end`` of the run, one decision every so many steps.
 
     Raises:
         ValueError: the run is too short to prune in.
     """
+    options = as_preset(options, options.roselora_preset, PRESETS)
     # Not before step 2: at step 1 B is zero, so every importance is, and ties would decide.
-    begin = max(1, round(options.roselora_begin * total_steps))
-    end = max(begin + 1, round(options.roselora_end * total_steps))
-    if end > total_steps:
+    begin = max(1, round(options.roselora_begin * plan.total_steps))
+    end = max(begin + 1, round(options.roselora_end * plan.total_steps))
+    if end > plan.total_steps:
         raise ValueError(
-            f"pruning would end at step {end}, but the run has {total_steps}: "
+            f"pruning would end at step {end}, but the run has {plan.total_steps}: "
             "lower roselora_begin or raise max_steps"
         )
 
-    def observe(stats: Stats, w: Tensor, grad: Tensor) -> Stats:
-        return (smooth_sensitivity(stats[0], w, grad, beta=options.roselora_beta),)
+    def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
+        beta = 0.0 if step == 1 and options.roselora_seed_average else options.roselora_beta
+        return (smooth_sensitivity(stats[0], w, grad, beta=beta),)
 
-    def decide(step: int, scores: Scores) -> dict[str, Tensor]:
+    def decide(step: int, scores: Scores) -> Decision:
         keep = cubic_keep(step, begin=begin, end=end, final=options.roselora_keep)
-        return keep_within_pieces(scores, keep)
+        exact = options.roselora_ties == "exact"
+        masks = keep_within_pieces(scores, keep) if exact else kept_by_kthvalue(scores, keep)
+        dead = {name: ~mask for name, mask in masks.items()}
+        facts = {"keep": keep}
+        if options.roselora_dense_moments:
+            return Decision(zero=dead, facts=facts)
+        return Decision(live=masks, facts=facts)
 
     def decides_at(step: int) -> bool:
-        # The end is always decided on, and the last step too: a resume may have moved the end.
-        # After the end nothing can change, since what is dead has no sensitivity.
-        due = step <= end and step % options.roselora_every == 0
-        return step > begin and (due or step in (end, total_steps))
+        # From the end on, since a resume may have moved it to before its step. The first decision
+        # there is the last: what is dead has no sensitivity. But with dense moments it moves again.
+        return step >= end or (step > begin and step % options.roselora_every == 0)
 
-    return Method(name="roselora", n_stats=1, observe=observe, decides_at=decides_at, decide=decide)
+    def clamp(w: Tensor, update: Update) -> Tensor:
+        bound = options.roselora_clamp if update.step > begin else None
+        return w.clamp(-bound, bound) if bound else w
+
+    def tensors(site: Site) -> dict[str, TensorSpec]:
+        return low_rank_pair(site, project=clamp if options.roselora_clamp else None)
+
+    return Method(
+        name="roselora",
+        tensors=tensors,
+        n_stats=1,
+        observe=observe,
+        observes_until=None if options.roselora_dense_moments else end,
+        decides_at=decides_at,
+        decide=decide,
+    )
 
 
 def smooth_sensitivity(smoothed: Tensor, w: Tensor, grad: Tensor, *, beta: float) -> Tensor:
     """beta * smoothed + (1 - beta) * |w * grad|"""
-    return torch.lerp((w * grad).abs(), smoothed, beta)
+    # Products and sum one by one: a fused lerp rounds by where an entry lies in its shard.
+    return beta * smoothed + (1.0 - beta) * (w * grad).abs()
 
 
 def keep_within_pieces(scores: Scores, keep: float) -> dict[str, Tensor]:
     """The top fraction ``keep`` of every row of A and every column of B; ties: lowest index."""
-    masks = {}
-    for name, score in scores.items():
-        by = WITHIN[name.rpartition(".")[2]]
-        size = score.shape[1] if by == "row" else score.shape[0]
-        # The little more: 0.29 * 100 is 28.999... in floating point.
-        masks[name] = score.top_k(max(1, int(keep * size + 1e-9)), by)
-    return masks
+    by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
+    # The little more: 0.29 * 100 is 28.999... in floating point.
+    k = {n: max(1, int(keep * _size(shape, by[n]) + 1e-9)) for n, shape in scores.shapes.items()}
+    return scores.top_k(k, by)
+
+
+def kept_by_kthvalue(scores: Scores, keep: float) -> dict[str, Tensor]:
+    """All entries from the k-th smallest up, k = int(d (1 - keep)); all d where k is 0.
+
+    The released code zeroes what is < torch.kthvalue(importance, k): d - k + 1 entries stay, or
+    more where several equal the k-th.
+    """
+    by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
+    k = {}
+    for name, shape in scores.shapes.items():
+        size = _size(shape, by[name])
+        below = int(size * (1.0 - keep))
+        k[name] = size - below + 1 if below else size
+    return scores.top_k(k, by, ties="all")
+
+
+def _size(shape: tuple[int, ...], by: By) -> int:
+    return shape[1] if by == "row" else shape[0]
 
 
 ROSELORA = MethodFactory(

@@ -1,0 +1,195 @@
+"""AdaLoRA: a budget of rank-1 pieces for the whole model, given to those that matter most.
+
+Zhang et al. 2023, arXiv:2303.10512. W + (alpha / R) B diag(lambda) A, scored as in ``triplets.py``.
+From ``begin`` on, every so many steps, the top b_t pieces of all sites together keep their lambda,
+and the others' becomes zero (equation 6):
+
+    b_t = floor(b_T + (b_0 - b_T) * (1 - (t - begin) / (end - begin))^3)
+
+A and B of all pieces go on training, so a piece may come back. At ``end`` the choice is final: the
+others lose A, B and lambda, and are no longer computed. A site may end with no piece.
+
+Where we differ from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and PEFT, on
+purpose: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
+exactly b_t pieces stay, ties going to the lowest index, even where b_t is all of them and both
+fail; the penalty is the paper's squared norm, which ``--adalora_preset released`` changes.
+
+Shapes: R rank, S sites.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import (
+    Decision,
+    Method,
+    MethodFactory,
+    Pieces,
+    Plan,
+    Scores,
+    Stats,
+    zeros,
+)
+from sparse_lora_dist.methods.triplets import (
+    WITHIN,
+    lambda_in_a,
+    mean_times_spread,
+    released_penalty,
+    smooth_pair,
+    squared_penalty,
+    triplet_delta,
+    triplet_scores,
+    triplet_tensors,
+)
+from sparse_lora_dist.schedule import cubic_budget
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaLoraOptions:
+    """AdaLoRA: a falling budget of pieces over all sites"""
+
+    adalora_preset: Literal["paper", "released"] = "paper"
+    """Orthogonality penalty: the squared norms of all matrices added up, as in the paper, or the
+    mean of the norms, as in the released code."""
+    adalora_target_rank: float | None = None
+    """Pieces a site keeps in the end, on average, from 1 to rank; null is two thirds of rank."""
+    adalora_begin: float = 0.1
+    """Fraction of the run after which pieces begin to go."""
+    adalora_final: float = 0.2
+    """Fraction of the run, its end, in which the pieces that are left train alone."""
+    adalora_every: int | None = None
+    """Steps between two decisions; null is a hundredth of the run."""
+    adalora_beta1: float = 0.85
+    """Weight of the past in the smoothed sensitivity, in [0, 1)."""
+    adalora_beta2: float = 0.85
+    """Weight of the past in its smoothed uncertainty, in [0, 1)."""
+    adalora_orthogonality: float = 0.1
+    """Weight of the penalty that holds A and B near orthonormal."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.adalora_target_rank is not None and self.adalora_target_rank < 1.0:
+            problems.append(
+                f"adalora_target_rank must be at least 1, got {self.adalora_target_rank}"
+            )
+        begin, final = self.adalora_begin, self.adalora_final
+        if begin < 0.0 or final < 0.0 or begin + final >= 1.0:
+            problems.append(
+                "adalora_begin and adalora_final must be at least 0 and together below 1, "
+                f"got {begin} and {final}"
+            )
+        if self.adalora_every is not None and self.adalora_every < 1:
+            problems.append(f"adalora_every must be at least 1, got {self.adalora_every}")
+        for name in ("adalora_beta1", "adalora_beta2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                problems.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.adalora_orthogonality < 0.0:
+            problems.append(
+                f"adalora_orthogonality must be at least 0, got {self.adalora_orthogonality}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
+    """Takes pieces away from ``begin`` to ``end`` of the run, and trains what is left.
+
+    Raises:
+        ValueError: the budget does not fit the ranks, or the run is too short to prune in.
+    """
+    first, last = budget_ends(options, plan)
+    # Not before step 2: lambda starts at zero, so at step 1 every score is, and ties would decide.
+    begin = max(1, round(options.adalora_begin * plan.total_steps))
+    end = plan.total_steps - round(options.adalora_final * plan.total_steps)
+    if begin >= end:
+        raise ValueError(
+            f"pieces would go between steps {begin} and {end} of {plan.total_steps}: raise "
+            "max_steps, or lower adalora_begin or adalora_final"
+        )
+    every = options.adalora_every or max(1, plan.total_steps // 100)
+
+    def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
+        beta1, beta2 = options.adalora_beta1, options.adalora_beta2
+        return smooth_pair(stats, (w * grad).abs(), beta1=beta1, beta2=beta2)
+
+    def decide(step: int, scores: Scores) -> Decision:
+        budget = cubic_budget(step, begin=begin, end=end, first=first, last=last)
+        kept = top_pieces(triplet_scores(scores), budget)
+        return keep(scores, kept, final=step >= end, facts={"budget": float(budget)})
+
+    weight = options.adalora_orthogonality
+    penalty = (
+        partial(released_penalty, weight=weight, num_matrices=2 * len(plan.sites))
+        if options.adalora_preset == "released"
+        else partial(squared_penalty, weight=weight)
+    )
+    return Method(
+        name="adalora",
+        tensors=partial(triplet_tensors, lambda_init=zeros),
+        delta=triplet_delta,
+        to_lora=lambda_in_a,
+        penalty=penalty if weight > 0.0 else None,
+        n_stats=2,
+        observe=observe,
+        score=mean_times_spread,
+        observes_until=end,
+        # From the end on, since a resume may have moved it to before its step.
+        decides_at=lambda step: step >= end or (step > begin and step % every == 0),
+        decide=decide,
+    )
+
+
+def budget_ends(options: AdaLoraOptions, plan: Plan) -> tuple[int, int]:
+    """(b_0, b_T): pieces of the whole model, at first and in the end."""
+    capacity = sum(site.rank for site in plan.sites)
+    if options.adalora_target_rank is None:
+        return capacity, max(len(plan.sites), capacity * 2 // 3)
+    last = round(options.adalora_target_rank * len(plan.sites))
+    if last > capacity:
+        raise ValueError(
+            f"adalora_target_rank {options.adalora_target_rank} makes {last} pieces, but rank only "
+            f"{capacity}: raise rank"
+        )
+    return capacity, last
+
+
+def top_pieces(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """Site -> which of its pieces are among the ``budget`` best of all sites; ties: the lowest
+    index first."""
+    flat = torch.cat(list(scores.values()))
+    kept = torch.zeros_like(flat, dtype=torch.bool)
+    kept[flat.argsort(descending=True, stable=True)[:budget]] = True
+    parts = kept.split([len(score_R) for score_R in scores.values()])
+    return dict(zip(scores, parts, strict=True))
+
+
+def keep(
+    scores: Scores, kept: dict[str, Tensor], *, final: bool, facts: dict[str, float]
+) -> Decision:
+    """Zeroes lambda of the pieces that are not kept, or, if ``final``, lets only the kept live."""
+    kept_parts = {
+        f"{site}.{name}": scores.spread(f"{site}.{name}", kept_R, by)
+        for site, kept_R in kept.items()
+        for name, by in WITHIN.items()
+        if final or name == "lora_lambda"
+    }
+    pieces = {}
+    for site, kept_R in kept.items():
+        open_ones = tuple(kept_R.nonzero().flatten().tolist())
+        computed = open_ones if final else tuple(range(len(kept_R)))
+        pieces[site] = Pieces(computed=computed, open=len(open_ones))
+    if final:
+        return Decision(live=kept_parts, pieces=pieces, facts=facts)
+    zero = {name: ~part for name, part in kept_parts.items()}
+    return Decision(zero=zero, pieces=pieces, facts=facts)
+
+
+ADALORA = MethodFactory(
+    options=AdaLoraOptions,
+    build=adalora,
+    summary="a budget of pieces falls, and goes to the sites where they matter most",
+)

@@ -1,0 +1,289 @@
+"""IncreLoRA: every linear starts at a low rank, and those that matter most are given more.
+
+Zhang et al. 2023, arXiv:2308.12043. dW = B diag(lambda) A, inside a capacity of R pieces a site:
+
+    growth     every nu steps the h linears of highest score open n pieces each, until the ranks of
+               all of them add up to the budget; each growth opens h n pieces, the last one what is
+               left. Where capacity ends, what a linear cannot take goes to the next in order.
+    score      mean_t * spread_t of a linear's importance (``triplets.smooth_pair``)
+    advance    the next piece to be opened, the reserve, is trained before: its a and b move while
+    learning   its lambda is held at 1e-5. When the budget is reached, reserves are zeroed.
+    restart    what comes to life during the run warms up on its own and decays to the run's end.
+
+Where we differ from the paper, on purpose: the default score is the sum over a linear's open pieces
+of AdaLoRA's triplet scores, of reduced gradients, so the same on any number of ranks. The paper's
+|dW * dL/dW| is ``increlora_score delta``; ``triplets.delta_sensitivity`` says how ranks change it.
+
+Preset "released" (github.com/FeiyuZhang98/IncreLoRA, 51a2d73) does what that code does: the scale
+is alpha / open pieces, so a delta jumps at growth; h counts linears even where fewer pieces are
+left, and ties with the h-th all grow, so the budget may be overshot, and then reserves stay; the
+first growth is at 2 nu; the delta score is divided by sqrt(O I), which favours large linears; the
+penalty is that of ``triplets.released_penalty``. Unlike there, pieces have a capacity.
+
+Shapes: T tokens, I in_features, O out_features, R rank, S sites.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil, inf
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods import triplets
+from sparse_lora_dist.methods.base import (
+    Decision,
+    Method,
+    MethodFactory,
+    Pieces,
+    Plan,
+    Scores,
+    Site,
+    Stats,
+    Tensors,
+    TensorSpec,
+    alpha_over_capacity,
+    as_preset,
+)
+from sparse_lora_dist.methods.growth import Growth
+from sparse_lora_dist.methods.triplets import WITHIN
+
+RESERVE_LAMBDA = 1e-5
+"""Small beside lambdas that were trained, 1e-2 to 1e-1, yet enough to let gradients through."""
+
+GROWTHS = 10
+"""In the span from begin to end, where nothing else is said."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"increlora_begin": 0.1, "increlora_score": "triplet"},
+    "released": {"increlora_score": "delta"},
+}
+
+COUNTS = ("start_rank", "target_rank", "budget", "modules", "pieces", "every")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IncreLoraOptions:
+    """IncreLoRA: ranks grow where they matter"""
+
+    increlora_preset: Literal["paper", "released"] = "paper"
+    """paper, or what the released code does: it rescales at growth and may overshoot the budget."""
+    increlora_start_rank: int = 1
+    """Pieces that are open in every linear at first."""
+    increlora_target_rank: float | None = None
+    """Pieces a linear has in the end, on average; null is half of rank."""
+    increlora_budget: int | None = None
+    """The same as a total over all linears; give one of the two."""
+    increlora_modules: int | None = None
+    """Linears that grow at a time; null is as few as get there by increlora_end."""
+    increlora_pieces: int | None = None
+    """Pieces that each of them opens; null is half of the average in the end."""
+    increlora_every: int | None = None
+    """Steps between two growths; null is a tenth of the span from begin to end."""
+    increlora_begin: float | None = None
+    """Fraction of the run that passes before growth; null is 0.1, in released increlora_every."""
+    increlora_end: float = 0.6
+    """Fraction of the run by which growth ends, unless increlora_modules says otherwise."""
+    increlora_warmup: int | None = None
+    """Warm-up steps of pieces that come to life during the run; null is increlora_every."""
+    increlora_beta1: float = 0.85
+    """Weight of the past in the running mean of the importance, in [0, 1)."""
+    increlora_beta2: float = 0.85
+    """The same for how far the importance strays from that mean."""
+    increlora_orthogonality: float = 0.1
+    """Weight of the penalty that holds A and B near orthonormal; 0 is off."""
+    increlora_score: Literal["triplet", "delta"] | None = None
+    """Importance by pieces, or by all of |dW * dL/dW|; null is triplet, in released delta."""
+
+    def __post_init__(self) -> None:
+        problems = self._outside("at least 1", 1, inf, *COUNTS)
+        problems += self._outside("at least 0", 0, inf, "warmup", "orthogonality")
+        problems += self._outside("in [0, 1)", 0, 1, "beta1", "beta2")
+        begin = as_preset(self, self.increlora_preset, PRESETS).increlora_begin
+        if not 0.0 <= (begin or 0.0) < self.increlora_end <= 1.0:
+            problems.append(
+                "increlora_begin and increlora_end must be 0 <= begin < end <= 1, "
+                f"got {begin} and {self.increlora_end}"
+            )
+        if self.increlora_target_rank is not None and self.increlora_budget is not None:
+            problems.append("increlora_target_rank and increlora_budget say the same: give one")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    def _outside(self, bound: str, low: float, high: float, *names: str) -> list[str]:
+        values = {name: getattr(self, f"increlora_{name}") for name in names}
+        return [
+            f"increlora_{name} must be {bound}, got {value}"
+            for name, value in values.items()
+            if value is not None and not low <= value < high
+        ]
+
+
+def planned(options: IncreLoraOptions, plan: Plan) -> Growth:
+    """The growth that ``options`` ask for in this run.
+
+    Raises:
+        ValueError: with every reason why it does not fit the run.
+    """
+    total, sites = plan.total_steps, len(plan.sites)
+    begin, end, start = options.increlora_begin, options.increlora_end, options.increlora_start_rank
+    average = options.increlora_target_rank or max(
+        float(start), sum(site.rank for site in plan.sites) / sites / 2
+    )
+    budget = options.increlora_budget or round(average * sites)
+    every = options.increlora_every or max(1, int((end - (begin or 0.0)) * total / GROWTHS))
+    # Not at step 1, where lambda is zero, so that no gradient of the loss has reached A or B; and
+    # not at the last, or what it opens never trains.
+    begins = every if begin is None else max(1, round(begin * total))
+    first = (begins // every + 1) * every
+    growths = max(1, (min(round(end * total), total - 1) - first) // every + 1)
+    needed = max(0, budget - start * sites)
+    pieces = options.increlora_pieces or max(
+        1, round(budget / sites / 2), ceil(needed / (growths * sites))
+    )
+    growth = Growth(
+        sites=plan.sites,
+        start=start,
+        budget=budget,
+        modules=options.increlora_modules or max(1, ceil(needed / (growths * pieces))),
+        pieces=pieces,
+        every=every,
+        first=first,
+        overshoots=options.increlora_preset == "released",
+    )
+    if problems := growth.misfits(total):
+        raise ValueError("; ".join(problems))
+    return growth
+
+
+def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
+    """Grows from ``increlora_start_rank`` to the budget, then trains on with what is open.
+
+    Raises:
+        ValueError: with every reason why the options do not fit the run.
+    """
+    options = as_preset(options, options.increlora_preset, PRESETS)
+    growth = planned(options, plan)
+    released, warmup = growth.overshoots, options.increlora_warmup
+    by_delta = growth.needed > 0 and options.increlora_score == "delta"
+    by_piece = growth.needed > 0 and options.increlora_score == "triplet"
+    smooth = partial(
+        triplets.smooth_pair, beta1=options.increlora_beta1, beta2=options.increlora_beta2
+    )
+
+    def lambda_init(t: Tensor, generator: torch.Generator) -> None:
+        t.fill_(RESERVE_LAMBDA)[: growth.start] = 0.0
+
+    def tensors(site: Site) -> dict[str, TensorSpec]:
+        return triplets.triplet_tensors(site, lambda_init)
+
+    def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
+        return smooth(stats, (w * grad).abs())
+
+    def observe_sites(stats_KS: Tensor, probes_S: Tensor) -> Tensor:
+        return torch.stack(smooth((stats_KS[0], stats_KS[1]), probes_S))
+
+    def decide(step: int, scores: Scores) -> Decision:
+        if step == 0:
+            return opened(growth, scores, [growth.start] * len(growth.sites))
+        open_S = open_pieces(growth, scores)
+        if sum(open_S) >= growth.budget:
+            return Decision()  # ties brought the released preset here early
+        score_S = delta_scores(scores) if by_delta else piece_scores(growth, scores, open_S)
+        return opened(growth, scores, growth.grown(open_S, score_S))
+
+    return Method(
+        name="increlora",
+        notes=growth.notes(),
+        tensors=tensors,
+        delta=triplets.triplet_delta,
+        to_lora=triplets.lambda_in_a,
+        scale=alpha_over_open if released else alpha_over_capacity,
+        penalty=penalty(options, num_matrices=2 * len(growth.sites)),
+        n_stats=2 if by_piece else 0,
+        observe=observe,
+        score=triplets.mean_times_spread,
+        probe=partial(triplets.delta_sensitivity, power=0.5 if released else 1.0)
+        if by_delta
+        else None,
+        n_site_stats=2 if by_delta else 0,
+        observe_sites=observe_sites if by_delta else None,
+        observes_until=growth.last,
+        decides_at=lambda step: step == 0 or growth.at(step),
+        decide=decide,
+        newborn_warmup=growth.every if warmup is None else warmup,
+        newborn_restarts=True,
+    )
+
+
+def penalty(
+    options: IncreLoraOptions, num_matrices: int
+) -> Callable[[Tensors], dict[str, Tensor]] | None:
+    """Gradients of what holds A and B near orthonormal; None where its weight is 0."""
+    weight = options.increlora_orthogonality
+    if weight == 0.0:
+        return None
+    if options.increlora_preset == "released":
+        return partial(triplets.released_penalty, weight=weight, num_matrices=num_matrices)
+    return partial(triplets.squared_penalty, weight=weight)
+
+
+def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
+    """The decision that so many pieces of each site are open.
+
+    Open pieces live whole; of a reserve, the piece after them, a and b live and lambda stays as it
+    is. There is one where there is room, until the budget is exactly reached: then reserves leave,
+    and every lambda that never lived becomes zero.
+    """
+    full = sum(open_S) == growth.budget
+    live, zero, pieces = {}, {}, {}
+    for site, num_open in zip(growth.sites, open_S, strict=True):
+        computed = num_open if full else min(num_open + 1, site.rank)
+        moving = {"lora_a": computed, "lora_b": computed, "lora_lambda": num_open}
+        for tensor, by in WITHIN.items():
+            name = f"{site.name}.{tensor}"
+            live[name] = scores.spread(name, torch.arange(site.rank) < moving[tensor], by)
+        if full:
+            name = f"{site.name}.lora_lambda"
+            zero[name] = ~live[name]
+        pieces[site.name] = Pieces(computed=tuple(range(computed)), open=num_open)
+    return Decision(live=live, zero=zero, pieces=pieces, facts={"budget": float(sum(open_S))})
+
+
+def open_pieces(growth: Growth, scores: Scores) -> list[int]:
+    """Of each site: those whose lambda lives. Pieces are opened in order, so a number says which.
+
+    Collective.
+    """
+    names = [f"{site.name}.lora_lambda" for site in growth.sites]
+    live = scores.live(dict.fromkeys(names, "row"))
+    return [int(live[name].sum()) for name in names]
+
+
+def piece_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> list[float]:
+    """Of each site: the triplet scores of its open pieces, added up. Collective."""
+    of = triplets.triplet_scores(scores)
+    return [float(of[s.name][:n].sum()) for s, n in zip(growth.sites, open_S, strict=True)]
+
+
+def delta_scores(scores: Scores) -> list[float]:
+    """Of each site: mean * spread of its |dW * dL/dW|."""
+    mean_S, spread_S = scores.site_stats
+    score_S = mean_S * spread_S
+    if not torch.isfinite(score_S).all():
+        raise FloatingPointError("importance scores hold NaN or infinity")
+    return [float(score) for score in score_S]
+
+
+def alpha_over_open(alpha: float, capacity: int, open_pieces: int) -> float:
+    """alpha / (open pieces + 1e-5), the released code's: a delta shrinks when a piece is opened."""
+    return alpha / (open_pieces + 1e-5)
+
+
+INCRELORA = MethodFactory(
+    options=IncreLoraOptions,
+    build=increlora,
+    summary="ranks grow where they matter, inside a budget",
+)

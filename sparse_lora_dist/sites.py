@@ -1,0 +1,74 @@
+"""The adapted linears as a method's decisions see them: which pieces each computes, what was probed
+in its backward. The same on every rank.
+
+Shapes: K statistics a site, S sites.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.adapter import AdapterLinear
+from sparse_lora_dist.methods.base import Method, Pieces
+
+
+class Sites:
+    """Every adapter of the model, in its order."""
+
+    def __init__(self, adapters: Sequence[AdapterLinear], method: Method) -> None:
+        self.adapters = {adapter.site.name: adapter for adapter in adapters}
+        self.method = method
+        self.stats = torch.zeros(method.n_site_stats, len(adapters), dtype=torch.float64)
+
+    def tensors(self) -> set[str]:
+        """Names of the adapters' tensors, "site.tensor"."""
+        return {f"{name}.{key}" for name, a in self.adapters.items() for key in a.specs}
+
+    def observe(self) -> None:
+        """Bring this step's probes together. One all-reduce of a number a site, or nothing."""
+        if self.method.observe_sites is None:
+            return
+        probed_S = torch.tensor(
+            [float(adapter.probed) for adapter in self._in_order()],
+            dtype=torch.float64,
+            device=comm.device(),
+        )
+        # Ranks are averaged, as their gradients are.
+        probed_S = comm.sum_over_ranks(probed_S) / comm.world_size()
+        self.stats = self.method.observe_sites(self.stats, probed_S.cpu())
+        for adapter in self._in_order():
+            adapter.probed = 0.0
+
+    def end(self) -> None:
+        """Nobody asks for probes any more."""
+        for adapter in self._in_order():
+            adapter.probe = None
+
+    def _in_order(self) -> Iterable[AdapterLinear]:
+        return self.adapters.values()
+
+    def set_pieces(self, pieces: Mapping[str, Pieces]) -> None:
+        """What the named sites compute from now on."""
+        for name, now in pieces.items():
+            self.adapters[name].set_pieces(now)
+
+    def ranks(self) -> dict[str, int]:
+        """Open pieces of every site."""
+        return {name: adapter.pieces.open for name, adapter in self.adapters.items()}
+
+    def as_json(self) -> dict[str, Any]:
+        """What ``restore`` takes."""
+        pieces = {name: adapter.pieces for name, adapter in self.adapters.items()}
+        return {
+            "pieces": {name: [list(p.computed), p.open] for name, p in pieces.items()},
+            "stats": self.stats.tolist(),
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Put back what ``as_json`` gave."""
+        self.set_pieces(
+            {n: Pieces(computed=tuple(c), open=o) for n, (c, o) in saved["pieces"].items()}
+        )
+        self.stats = torch.tensor(saved["stats"], dtype=torch.float64).view(self.stats.shape)

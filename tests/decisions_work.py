@@ -1,0 +1,71 @@
+"""What workers run for ``test_decisions.py``: a run in which one rank goes astray after step 5."""
+
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.decisions import Decisions
+from sparse_lora_dist.errors import UserError
+from tests.run_work import train_toy
+from tests.toy_method import TOY, toy
+
+STEP, ASTRAY = 6, 1
+"""The toy method decides at even steps."""
+
+
+def refusal_after(flags: list[str], what: str) -> str:
+    """What every rank says when ``what`` happens to rank 1 just before the decision of step 6, or
+    just after it."""
+    hurt = {"master": _hurt_master, "live copy": _hurt_live_copy, "decision": None}[what]
+    make, confirm = Decisions.make, Decisions.confirm
+
+    def hurt_before(self: Decisions, step: int) -> Any:
+        if what == "master" and step == STEP and comm.rank() == ASTRAY:
+            hurt(self)
+        return make(self, step)
+
+    def hurt_after(self: Decisions, step: int) -> None:
+        if what == "live copy" and step == STEP and comm.rank() == ASTRAY:
+            hurt(self)
+        confirm(self, step)
+
+    factory = replace(TOY, build=_astray) if what == "decision" else TOY
+    with (
+        patch.object(Decisions, "make", hurt_before),
+        patch.object(Decisions, "confirm", hurt_after),
+        patch("tests.toy_method.TOY", factory),
+    ):
+        try:
+            train_toy(flags)
+        except UserError as error:
+            return str(error)
+    return "nothing"
+
+
+def _hurt_master(decisions: Decisions) -> None:
+    """An entry that is dead moves: the last of some tensor's own part."""
+    shards = decisions.shards
+    for name, mask in shards.live().items():
+        if name in shards.sparse and not mask.all():
+            dead = int((~mask).nonzero()[0])
+            shards.engine.master(shards.sparse[name])[dead] = 1.0
+            return
+
+
+def _hurt_live_copy(decisions: Decisions) -> None:
+    """This rank's part of a tensor, as forward will gather it, is not the master's."""
+    engine, name = decisions.shards.engine, next(iter(decisions.shards.sparse))
+    parameter = engine.trained[name]
+    (parameter.data if parameter.data.numel() else parameter.ds_tensor).fill_(0.0)
+
+
+def _astray(options: Any, plan: Any) -> Any:
+    method = toy(options, plan)
+
+    def decide(step: int, scores: Any) -> Any:
+        decision = method.decide(step, scores)
+        wrong = step == STEP and comm.rank() == ASTRAY
+        return replace(decision, facts={"keep": 0.123}) if wrong else decision
+
+    return replace(method, decide=decide)

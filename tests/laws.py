@@ -1,0 +1,59 @@
+"""A row for every method: how it is switched on in a short run, and how off."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from sparse_lora_dist.methods import METHODS, MethodFactory
+from tests.toy_method import TOY
+
+
+@dataclass(frozen=True, kw_only=True)
+class Law:
+    """What the laws need to know of a method."""
+
+    factory: MethodFactory
+    on: dict[str, Any] = field(default_factory=dict)
+    """Options under which a run of 12 steps decides several times."""
+    off: dict[str, Any] = field(default_factory=dict)
+    """Options under which it prunes or grows nothing."""
+    decides: bool = True
+    first_piece_first: bool = False
+    """Do pieces open in the order of their slots?"""
+    penalty: dict[str, float] = field(default_factory=dict)
+    """Options that weigh what is added to the loss, and their values."""
+    off_is: str = "lora"
+    """The method that it is step for step when off."""
+
+
+LAWS: dict[str, Law] = {
+    "lora": Law(factory=METHODS["lora"], decides=False),
+    "roselora": Law(
+        factory=METHODS["roselora"], on={"roselora_keep": 0.1}, off={"roselora_keep": 1.0}
+    ),
+    "sora": Law(
+        factory=METHODS["sora"],
+        on={"sora_every": 3, "sora_reopen": False},
+        # Gates that stay at 1.
+        off={"sora_lambdas": (0.0,), "sora_gate_init": "ones", "sora_gate_lr_factor": 1e-30},
+    ),
+    "increlora": Law(
+        factory=METHODS["increlora"],
+        on={"increlora_every": 3, "increlora_target_rank": 2.0},
+        off={
+            "increlora_start_rank": 6,
+            "increlora_target_rank": 6.0,
+            "increlora_orthogonality": 0.0,
+        },
+        first_piece_first=True,
+        penalty={"increlora_orthogonality": 0.1},
+        off_is="adalora",
+    ),
+    "adalora": Law(
+        factory=METHODS["adalora"],
+        on={"adalora_every": 2, "adalora_target_rank": 2.0},
+        off={"adalora_target_rank": 6.0, "adalora_orthogonality": 0.0},
+        penalty={"adalora_orthogonality": 0.1},
+        off_is="increlora",
+    ),
+    "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
+}

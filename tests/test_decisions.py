@@ -1,0 +1,53 @@
+"""Ranks that part are caught at the next decision, with the tensor and the rank named."""
+
+from pathlib import Path
+
+import pytest
+
+from sparse_lora_dist.metrics import read_rows
+from tests.conftest import Ranks
+from tests.test_laws import flags
+from tests.tiny_run import TinyRun
+
+FIRST = "model.layers.0.self_attn.q_proj.lora_a"
+
+
+@pytest.mark.parametrize("threshold", [0, 8192], ids=["sharded", "persistent"])
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("master", f"step 6: entries of {FIRST} that do not train have changed on rank 1"),
+        ("live copy", f"step 6: {FIRST} differs between rank 0 and rank 1"),
+        ("decision", "step 6: the decision differs between rank 0 and rank 1"),
+    ],
+)
+def test_a_rank_that_goes_astray_is_named(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, what: str, said: str, threshold: int
+) -> None:
+    if what == "live copy" and threshold == 0:
+        # All ranks gather the same wrong part; only its owner can tell.
+        said = f"step 6: what forward uses of {FIRST} is not what rank 1 holds"
+    engine = Path("ds_configs/zero3.json").read_text().replace("8192", str(threshold))
+    (tmp_path / "engine.json").write_text(engine)
+    words = flags(tiny, tmp_path / "run", "toy", ds_config=tmp_path / "engine.json", save_every=5)
+    for message in ranks(2, "tests.decisions_work:refusal_after", flags=words, what=what):
+        assert said in message and "--resume auto" in message
+    # Nothing that was saved is lost, and nothing was saved after.
+    checkpoints = sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000005"]
+
+
+def test_every_decision_has_a_row_with_each_sites_ranks_and_live_entries(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    words = flags(tiny, tmp_path, "adalora", adalora_target_rank=3.0)
+    ranks(2, "tests.run_work:train", flags=words)
+    rows = read_rows(tmp_path / "decisions.jsonl")
+    assert [row["step"] for row in rows] == [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24]
+    assert all(len(row["ranks"]) == len(row["live"]) == 14 for row in rows)
+    assert all(sum(row["ranks"].values()) == row["budget"] for row in rows)
+    last = read_rows(tmp_path / "metrics.jsonl")[-1]
+    assert last["budget"] == rows[-1]["budget"] == 3 * 14
+    assert last["live_entries"] == sum(rows[-1]["live"].values())
+    assert 0 < last["state_bytes"] < last["state_bytes_peak"] <= last["state_bytes_repacking"]
+    assert last["statistics_bytes"] == 0 and last["decision_bytes_received"] > 0

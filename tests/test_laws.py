@@ -1,0 +1,174 @@
+"""The laws of ``test_methods.py`` that need a real run: real ZeRO-3, one to four ranks, NF4, fp32.
+
+the numbers of a run do not depend on ranks, accumulation, checkpointing, or where ZeRO-3 cuts
+a run that stops before, at and after decisions is, bit for bit, the run in one go
+a loss eight times as large gives the same masks
+with sparsity off a method is plain LoRA, or the fixed-rank form of its own delta
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparse_lora_dist.metrics import read_rows
+from tests.conftest import Ranks
+from tests.laws import LAWS
+from tests.tiny_run import TinyRun
+
+STEPS = 30
+KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1")
+TIES = 1e-4
+"""Share of entries whose mask may differ where scores lie within rounding of the threshold."""
+
+sparse_methods = pytest.mark.parametrize("name", LAWS)
+
+
+def flags(tiny: TinyRun, folder: Path, name: str, **options: object) -> list[str]:
+    """A run of 12 rows a step on two ranks that decides several times."""
+    usual: dict[str, object] = {"method": name, "max_steps": STEPS, "micro_batch_size": 6}
+    usual |= {"learning_rate": 2e-3, "max_grad_norm": 0, "rank": 6}
+    return tiny.flags(folder, **usual | LAWS[name].on | options)
+
+
+def saved(run: Path, key: str, step: int = STEPS) -> dict[str, Tensor]:
+    """Every trained tensor's ``key`` from a checkpoint, put together from the ranks' files."""
+    folder = run / "checkpoints" / f"step_{step:08d}"
+    whole: dict[str, list[tuple[int, Tensor]]] = {}
+    for path in sorted(folder.glob("rank_*.safetensors")):
+        with safe_open(str(path), framework="pt") as file:
+            for name, (start, _) in json.loads(file.metadata()["offsets"]).items():
+                if f"{key}/{name}" in file.keys():  # noqa: SIM118  safe_open is no dict
+                    whole.setdefault(name, []).append((start, file.get_tensor(f"{key}/{name}")))
+    return {
+        name: torch.cat([t for _, t in sorted(p, key=lambda x: x[0])]) for name, p in whole.items()
+    }
+
+
+def losses(run: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+
+
+def decisions(run: Path) -> list[dict[str, Any]]:
+    return read_rows(run / "decisions.jsonl") if (run / "decisions.jsonl").exists() else []
+
+
+@pytest.fixture(scope="session")
+def reference(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Method -> the folder of its run on two ranks, 12 rows a step, everything sharded."""
+    runs: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in runs:
+            runs[name] = tmp_path_factory.mktemp(name)
+            ranks(2, "tests.run_work:train_toy", flags=flags(tiny, runs[name], name))
+        return runs[name]
+
+    return run
+
+
+@sparse_methods
+def test_it_decides_several_times_and_prunes_or_grows(reference: Any, name: str) -> None:
+    rows = decisions(reference(name))
+    if LAWS[name].decides:
+        assert len(rows) >= 3
+        shapes = [(sum(r["ranks"].values()), sum(r["live"].values())) for r in rows]
+        assert shapes[0] != shapes[-1]
+
+
+LAYOUTS = {
+    "one rank": (1, {"micro_batch_size": 12}),
+    "accumulation and checkpointing": (
+        2,
+        {
+            "micro_batch_size": 3,
+            "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": True,
+        },
+    ),
+    "three ranks": (3, {"micro_batch_size": 4}),
+    "four ranks, all sharded": (4, {"micro_batch_size": 3, "ds_config": "threshold 0"}),
+}
+
+
+@sparse_methods
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_changes_no_mask_and_no_parameter(
+    ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str, layout: str
+) -> None:
+    world, options = LAYOUTS[layout]
+    if options.get("ds_config"):
+        engine = json.loads(Path("ds_configs/zero3.json").read_text())
+        engine["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        (tmp_path / "engine.json").write_text(json.dumps(engine))
+        options = options | {"ds_config": tmp_path / "engine.json"}
+    ranks(world, "tests.run_work:train_toy", flags=flags(tiny, tmp_path / "run", name, **options))
+    one, other = reference(name), tmp_path / "run"
+    masks, others = saved(one, "live"), saved(other, "live")
+    assert masks.keys() == others.keys()
+    differ = sum(int((masks[n] != others[n]).sum()) for n in masks)
+    if differ:
+        print(f"{name}, {layout}: {differ} entries at the threshold")
+    assert differ <= TIES * sum(m.numel() for m in masks.values())
+    assert losses(other) == pytest.approx(losses(one), abs=1e-5)
+    masters = saved(other, "master")
+    for n, w in saved(one, "master").items():
+        same = masks[n] == others[n]
+        torch.testing.assert_close(masters[n][same], w[same], rtol=0, atol=1e-5)
+
+
+@sparse_methods
+def test_stopping_before_at_and_after_decisions_changes_no_bit(
+    ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str
+) -> None:
+    one = reference(name)
+    steps = [row["step"] for row in decisions(one)] or [10]
+    at = steps[len(steps) // 2]
+    stops = [{"stop_after": at - 1}, {"stop_after": at}, {"stop_after": at + 1}, {}]
+    for i, stop in enumerate(stops):
+        resume = {"resume": "auto"} if i else {}
+        words = flags(tiny, tmp_path, name, **stop, **resume)
+        ranks(2, "tests.run_work:train_toy", flags=words)
+    for key in KEYS:
+        straight, resumed = saved(one, key), saved(tmp_path, key)
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(straight[n], resumed[n]) for n in straight), key
+    assert decisions(tmp_path) == decisions(one)
+
+
+@sparse_methods
+def test_a_loss_eight_times_as_large_gives_the_same_masks(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
+) -> None:
+    masks = []
+    for scale in (1.0, 8.0):
+        folder = tmp_path / str(scale)
+        penalty = {k: scale * v for k, v in LAWS[name].penalty.items()}
+        words = flags(tiny, folder, name, adam_eps=1e-16, **penalty)
+        ranks(2, "tests.run_work:train_scaled", flags=words, loss_scale=scale)
+        masks.append(saved(folder, "live"))
+        ranks_of = [row["ranks"] for row in decisions(folder)]
+        masks[-1] |= {"ranks": torch.tensor([list(r.values()) for r in ranks_of])}
+    assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
+
+
+@sparse_methods
+def test_off_is_the_fixed_rank_method_step_for_step(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
+) -> None:
+    law, curves = LAWS[name], []
+    for folder, method, options in (
+        (tmp_path / "off", name, law.off),
+        (tmp_path / "fixed", law.off_is, LAWS[law.off_is].off),
+    ):
+        # Clipping would count the gradients of gates, which LoRA does not have.
+        usual = {"method": method, "max_steps": 12, "rank": 6, "max_grad_norm": 0}
+        words = tiny.flags(folder, **usual | options)
+        ranks(2, "tests.run_work:train_toy", flags=words)
+        curves.append(losses(folder))
+        assert all(mask.all() for mask in saved(folder, "live", 12).values())
+    assert curves[0] == curves[1]
