@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def train(*flags: str, ranks: int = 2) -> list[dict[str, Any]]:
-    """The rows of metrics of one job on ``ranks`` ranks."""
-    with tempfile.TemporaryDirectory() as folder:
+def train(*flags: str, ranks: int = 2, folder: str | None = None) -> list[dict[str, Any]]:
+    """The rows of metrics of one job on ``ranks`` ranks, which leaves its ``folder``, if named."""
+    place = nullcontext(folder) if folder else tempfile.TemporaryDirectory()
+    with place as folder:
         command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
         command += ["--num_gpus", str(ranks), "launcher/train.py"]
         command += ["--ds_config", "ds_configs/zero3.json", "--output_dir", folder, *flags]

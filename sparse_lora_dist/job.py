@@ -80,7 +80,8 @@ class Job:
             self.log(step, self._row(result), held_out=held_out)
         if stage_ends:
             ranks = self.shards.ranks_now(step)
-            self.journal.stage(step, self.rate, self.metrics.path, held_out, ranks)
+            results = {**self._facts, "live_ranks": ranks, "held_out_loss": held_out}
+            self.journal.stage(step, self.rate, self.metrics.path, results)
         if ends or is_due(step, run.save_every):
             self.save()
         self._bar.update()

@@ -1,5 +1,6 @@
 """What a run tells of its decisions and stages, and what sparsity costs and saves."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ class Journal:
         )
 
     def stage(
-        self, step: int, rate: LearningRate, metrics: Path, held_out: float | None, ranks: int
+        self, step: int, rate: LearningRate, metrics: Path, results: Mapping[str, float | None]
     ) -> None:
-        """A row for the stage that ended at ``step``."""
+        """A row for the stage that ended at ``step``: its means, and ``results`` at its end."""
         start, _ = stage_of(step, rate.stages)
         rows = read_rows(metrics) if comm.rank() == 0 else []
         losses = [r["loss"] for r in rows if start < r["step"] <= step and "loss" in r]
@@ -44,10 +45,9 @@ class Journal:
             {
                 "step": step,
                 "stage": rate.stages.index(step) + 1,
-                "live_ranks": ranks,
                 "learning_rate": sum(rates) / len(rates),
                 "loss": sum(losses) / max(len(losses), 1),
-                "held_out_loss": held_out,
+                **results,
             }
         )
 

@@ -5,7 +5,8 @@ from torch import nn
 
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.methods.base import Method, Site
+from sparse_lora_dist.methods import METHODS, Plan
+from sparse_lora_dist.methods.base import Method, Pieces, Site
 
 DROPOUT, SCALE = 0.3, 2.0
 
@@ -70,3 +71,49 @@ def test_the_mask_keeps_the_mean_and_evaluation_drops_nothing() -> None:
     ours, x = layer(seeds(0)).eval(), inputs(1)
     plain = x @ ours.base.weight.t() + SCALE * x @ ours.lora_a.t() @ ours.lora_b.t()
     torch.testing.assert_close(ours(x), plain)
+
+
+def gated(values: list[float]) -> AdapterLinear:
+    """SoRA's layer, as if trained, with these gates."""
+    site = Site(name="site", in_features=24, out_features=20, rank=len(values))
+    plan = Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    method = METHODS["sora"].build(METHODS["sora"].options(), plan)
+    ours = layer(seeds(0, 1))
+    parameters = {"lora_a": ours.lora_a, "lora_b": ours.lora_b}
+    gates = nn.Parameter(torch.tensor(values))
+    return AdapterLinear(
+        ours.base,
+        site,
+        method,
+        parameters | {"lora_gate": gates},
+        alpha=4 * SCALE,
+        dropout=0.0,
+        row_seeds=ours.row_seeds,
+    )
+
+
+def test_what_is_left_out_was_nothing_and_gets_no_gradient() -> None:
+    """A closed gate that is computed gets one, so it may open again; left out, it never does."""
+    outputs, gradients = [], []
+    for computed in ((0, 1, 2, 3), (0, 3)):
+        ours = gated([0.5, 0.0, 0.0, -1.0])
+        ours.set_pieces(Pieces(computed=computed, open=2))
+        y = ours(inputs(2))
+        y.square().sum().backward()
+        outputs.append(y)
+        gradients.append(ours.lora_gate.grad)
+        assert (ours.lora_a.grad[1:3] == 0).all() and (ours.lora_b.grad[:, 1:3] == 0).all()
+    torch.testing.assert_close(outputs[0], outputs[1])
+    assert (gradients[0] != 0).all()
+    assert (gradients[1] != 0).tolist() == [True, False, False, True]
+    torch.testing.assert_close(gradients[0][[0, 3]], gradients[1][[0, 3]])
+
+
+def test_a_site_without_pieces_adds_nothing() -> None:
+    ours = gated([0.0] * 4)
+    ours.set_pieces(Pieces(computed=(), open=0))
+    x = inputs(2).requires_grad_()
+    y = ours(x)
+    torch.testing.assert_close(y, x @ ours.base.weight.t())
+    y.sum().backward()
+    assert all((p.grad == 0).all() for p in (ours.lora_a, ours.lora_b, ours.lora_gate))

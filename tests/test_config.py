@@ -18,7 +18,8 @@ FLAGS = """
     train_on packing sequence_length max_samples method rank alpha dropout target_modules
     modules_to_save init_adapter max_steps num_epochs stop_after micro_batch_size
     gradient_accumulation_steps learning_rate lr_schedule warmup_steps weight_decay adam_beta1
-    adam_beta2 adam_eps moment_bits max_grad_norm seed ds_config output_dir resume log_every eval_every eval_batches save_every trackers debug
+    adam_beta2 adam_eps moment_bits max_grad_norm seed
+    ds_config output_dir resume log_every eval_every eval_batches save_every trackers debug
 """.split()
 
 

@@ -66,6 +66,31 @@ def test_peft_computes_the_logits_of_the_trained_engine(
     assert saved == (set(str(wanted).split(",")) if wanted else set())
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "roselora"},
+        {"method": "sora"},
+        {"method": "sora", "sora_reopen": False, "sora_lambdas": (0.5, 2.0)},
+        {"method": "increlora"},
+        {"method": "increlora", "increlora_preset": "released", "increlora_every": 2},
+        {"method": "adalora", "adalora_target_rank": 1.0},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_peft_computes_the_logits_of_every_method(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, options: dict[str, object]
+) -> None:
+    flags = tiny.flags(tmp_path, max_steps=10, **options)
+    ours, others = ranks(2, "tests.run_work:trained_logits", flags=flags, input_ids_MT=TOKENS_MT)
+    assert torch.equal(ours, others)
+    theirs = peft_logits(tiny, tmp_path / "adapter")
+    assert theirs.numpy() == pytest.approx(ours.numpy(), abs=5e-5)
+    with torch.no_grad():
+        untrained = whole_model(tiny.model, quantization="nf4")(input_ids=TOKENS_MT).logits
+    assert (ours - untrained).abs().max() > 1e-3, "training moved the logits"
+
+
 def test_a_module_trained_in_full_trains_and_counts(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

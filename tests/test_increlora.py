@@ -116,7 +116,7 @@ def test_the_delta_starts_at_next_to_nothing() -> None:
         tensors[name] = torch.empty(spec.shape)
         spec.init(tensors[name], generator)
     a_RI, b_OR = method.to_lora(tensors)
-    assert 0.0 < float((b_OR @ a_RI).abs().max()) < 1e-7
+    assert 0.0 < float((b_OR @ a_RI).abs().max()) < 1e-5
 
 
 def test_a_growth_opens_the_reserve_first_and_what_follows_becomes_the_reserve() -> None:

@@ -100,7 +100,7 @@ def test_the_delta_is_nothing_at_first(method: Method) -> None:
     layer = adapter(method, values)
     layer.set_pieces(first_decision(method, values).pieces.get("q", layer.pieces))
     # IncreLoRA's reserve piece trains ahead at lambda 1e-5.
-    assert layer(random(5, 24)).abs().max() <= 1e-6
+    assert layer(random(5, 24)).abs().max() <= 1e-4
 
 
 def test_the_delta_is_that_of_the_exported_pair(method: Method) -> None:

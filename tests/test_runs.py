@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from sparse_lora_dist.command_line import load_config
 from sparse_lora_dist.data import Documents, load_documents
-from sparse_lora_dist.learning_rate import learning_rate_at
+from sparse_lora_dist.learning_rate import LearningRate
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.reference import loss_of_documents, whole_model
@@ -150,7 +150,7 @@ def test_resume_cuts_metrics_back_and_derives_the_schedule_anew(
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == list(range(13))
     assert rows[:5] == first[:5], "what is known stays as it was"
-    rate = learning_rate_at("cosine", peak=1e-2, warmup_steps=0, total_steps=12)
+    rate = LearningRate(name="cosine", peak=1e-2, warmup_steps=0, stages=(12,)).at
     assert [row["learning_rate"] for row in rows[5:]] == [rate(step) for step in range(5, 13)]
     assert "max_steps 8 -> 12" in said[0]
     assert "end at step 12, not 8" in said[0]

@@ -11,7 +11,6 @@ from sparse_lora_dist.methods import triplets
 from sparse_lora_dist.methods.base import Site, Stats, Tensors, zeros
 from sparse_lora_dist.methods.triplets import (
     delta_sensitivity,
-    gaussian,
     lambda_in_a,
     mean_times_spread,
     released_penalty,
@@ -71,18 +70,21 @@ def test_permuting_pieces_changes_nothing() -> None:
 
 
 def test_tensors_have_their_shapes_pieces_and_first_values() -> None:
-    specs = triplet_tensors(Site(name="s", in_features=400, out_features=300, rank=8), zeros)
+    site = Site(name="s", in_features=400, out_features=300, rank=8)
+    specs = triplet_tensors(site, lambda_init=zeros)
     assert {n: (s.shape, s.piece_axis) for n, s in specs.items()} == {
         "lora_a": ((8, 400), 0),
         "lora_b": ((300, 8), 1),
         "lora_lambda": ((8,), 0),
     }
-    for name in ("lora_a", "lora_b"):
-        assert specs[name].init is gaussian
-        values = torch.empty(specs[name].shape)
-        specs[name].init(values, torch.Generator().manual_seed(0))
-        assert float(values.std()) == pytest.approx(0.02, rel=0.05)
-        assert abs(float(values.mean())) < 0.002
+    for std, wanted in ((None, {"lora_a": 0.05, "lora_b": 300**-0.5}), (0.02, None)):
+        specs = triplet_tensors(site, lambda_init=zeros, std=std)
+        for name in ("lora_a", "lora_b"):
+            values = torch.empty(specs[name].shape)
+            specs[name].init(values, torch.Generator().manual_seed(0))
+            expected = 0.02 if wanted is None else wanted[name]
+            assert float(values.std()) == pytest.approx(expected, rel=0.05)
+            assert abs(float(values.mean())) < 0.1 * expected
 
 
 # --- statistics and scores ------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from sparse_lora_dist.methods.base import (
     zeros,
 )
 from sparse_lora_dist.methods.triplets import (
+    RELEASED_STD,
     WITHIN,
     lambda_in_a,
     mean_times_spread,
@@ -54,7 +55,7 @@ class AdaLoraOptions:
 
     adalora_preset: Literal["paper", "released"] = "paper"
     """Orthogonality penalty: the squared norms of all matrices added up, as in the paper, or the
-    mean of the norms, as in the released code."""
+    mean of the norms, as in the released code, which also starts A and B at N(0, 0.02^2)."""
     adalora_target_rank: float | None = None
     """Pieces a site keeps in the end, on average, from 1 to rank; null is two thirds of rank."""
     adalora_begin: float = 0.1
@@ -122,14 +123,15 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
         return keep(scores, kept, final=step >= end, facts={"budget": float(budget)})
 
     weight = options.adalora_orthogonality
+    released = options.adalora_preset == "released"
     penalty = (
         partial(released_penalty, weight=weight, num_matrices=2 * len(plan.sites))
-        if options.adalora_preset == "released"
+        if released
         else partial(squared_penalty, weight=weight)
     )
     return Method(
         name="adalora",
-        tensors=partial(triplet_tensors, lambda_init=zeros),
+        tensors=partial(triplet_tensors, lambda_init=zeros, std=RELEASED_STD if released else None),
         delta=triplet_delta,
         to_lora=lambda_in_a,
         penalty=penalty if weight > 0.0 else None,

@@ -18,7 +18,8 @@ Preset "released" (github.com/FeiyuZhang98/IncreLoRA, 51a2d73) does what that co
 is alpha / open pieces, so a delta jumps at growth; h counts linears even where fewer pieces are
 left, and ties with the h-th all grow, so the budget may be overshot, and then reserves stay; the
 first growth is at 2 nu; the delta score is divided by sqrt(O I), which favours large linears; the
-penalty is that of ``triplets.released_penalty``. Unlike there, pieces have a capacity.
+penalty is that of ``triplets.released_penalty``; A and B start at N(0, 0.02^2). Unlike there,
+pieces have a capacity.
 
 Shapes: T tokens, I in_features, O out_features, R rank, S sites.
 """
@@ -177,7 +178,8 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
         t.fill_(RESERVE_LAMBDA)[: growth.start] = 0.0
 
     def tensors(site: Site) -> dict[str, TensorSpec]:
-        return triplets.triplet_tensors(site, lambda_init)
+        std = triplets.RELEASED_STD if released else None
+        return triplets.triplet_tensors(site, lambda_init=lambda_init, std=std)
 
     def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
         return smooth(stats, (w * grad).abs())

@@ -1,0 +1,168 @@
+"""What a method's options do to a real run: stages, 8-bit moments, bf16, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparse_lora_dist.learning_rate import LearningRate
+from sparse_lora_dist.metrics import read_rows
+from tests.conftest import Ranks
+from tests.laws import LAWS
+from tests.test_laws import saved
+from tests.tiny_run import TinyRun
+
+TRAIN, REFUSAL = "tests.run_work:train", "tests.run_work:refusal_unread"
+STAGES: dict[str, object] = {
+    "method": "sora",
+    "sora_lambdas": (0.5, 1.0, 4.0),
+    "max_steps": 18,
+    "warmup_steps": 2,
+    "micro_batch_size": 3,
+}
+
+
+def test_each_stage_has_its_schedule_its_checkpoint_and_its_row(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **STAGES))
+    stages = read_rows(tmp_path / "stages.jsonl")
+    assert [(row["stage"], row["step"], row["lambda"]) for row in stages] == [
+        (1, 6, 0.5),
+        (2, 12, 1.0),
+        (3, 18, 4.0),
+    ]
+    checkpoints = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert checkpoints == ["step_00000006", "step_00000012", "step_00000018"]
+    rows = {row["step"]: row for row in read_rows(tmp_path / "metrics.jsonl")}
+    rate = LearningRate(name="cosine", peak=1e-2, warmup_steps=2, stages=(6, 12, 18))
+    assert [rows[s]["learning_rate"] for s in range(1, 19)] == [rate.at(s) for s in range(1, 19)]
+    for row in stages:
+        steps = range(row["step"] - 5, row["step"] + 1)
+        assert row["loss"] == pytest.approx(sum(rows[s]["loss"] for s in steps) / 6)
+        assert row["learning_rate"] == pytest.approx(sum(rate.at(s) for s in steps) / 6)
+        assert row["held_out_loss"] == rows[row["step"]]["held_out_loss"]
+        gates = {n: g for n, g in saved(tmp_path, "master", row["step"]).items() if "gate" in n}
+        open_gates = sum(int((g != 0).sum()) for n, g in gates.items() if n.endswith("lora_gate"))
+        assert row["live_ranks"] == open_gates
+    assert stages[0]["live_ranks"] > stages[2]["live_ranks"]
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_stage_keeps_or_resets_the_moments_and_resumes_bit_for_bit(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, reset: bool
+) -> None:
+    options = STAGES | {"sora_reset_moments": reset}
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path / "straight", **options, save_every=7))
+    for stop in ({"stop_after": 6}, {"stop_after": 9, "resume": "auto"}, {"resume": "auto"}):
+        ranks(2, TRAIN, flags=tiny.flags(tmp_path / "parts", **options, **stop))
+    for key in ("master", "exp_avg", "exp_avg_sq", "born"):
+        straight, parts = (saved(tmp_path / n, key, 18) for n in ("straight", "parts"))
+        assert all(torch.equal(straight[n], parts[n]) for n in straight), key
+    for name in ("stages", "decisions"):
+        straight, parts = (read_rows(tmp_path / n / f"{name}.jsonl") for n in ("straight", "parts"))
+        assert straight == parts
+    # After step 7, the first of the second stage, everything is born at 6, or was at 0.
+    born = torch.cat(list(saved(tmp_path / "straight", "born", 7).values()))
+    assert (born == (6 if reset else 0)).all()
+
+
+def test_released_stages_run_at_rate_zero(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    options = STAGES | {"sora_preset": "released", "sora_lambdas": (0.0, 0.1), "max_steps": 8}
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options, save_every=4))
+    rates = [row["learning_rate"] for row in read_rows(tmp_path / "metrics.jsonl")[1:]]
+    assert all(r > 0 for r in rates[:4]) and rates[4:] == [0.0] * 4
+    before, after = saved(tmp_path, "master", 4), saved(tmp_path, "master", 8)
+    for name, w in before.items():
+        assert torch.equal(w, after[name]) == (not name.endswith("lora_gate")), name
+
+
+@pytest.mark.parametrize("name", ["roselora", "adalora"])
+def test_moments_of_8_bits_resume_bit_for_bit_and_cost_a_quarter(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
+) -> None:
+    options = {"method": name, "max_steps": 12, "micro_batch_size": 3, "rank": 16} | LAWS[name].on
+    runs = {"full": {}, "eight": {"moment_bits": 8}, "parts": {"moment_bits": 8, "stop_after": 7}}
+    for folder, more in runs.items():
+        ranks(2, TRAIN, flags=tiny.flags(tmp_path / folder, **options | more))
+    resumed = options | {"moment_bits": 8, "resume": "auto"}
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path / "parts", **resumed))
+    for key in ("master", "live", "exp_avg", "exp_avg_sq"):
+        straight, parts = (saved(tmp_path / n, key, 12) for n in ("eight", "parts"))
+        assert all(torch.equal(straight[n], parts[n]) for n in straight), key
+    full, eight = (read_rows(tmp_path / n / "metrics.jsonl") for n in ("full", "eight"))
+    assert eight[1]["state_bytes"] < 0.35 * full[1]["state_bytes"]
+    assert eight[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["roselora", "sora", "adalora"])
+def test_what_died_is_still_zero_ten_steps_later_under_bf16(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
+) -> None:
+    """In the master, and in the copy that forward uses, of which the export is made."""
+    early = {"roselora": {"roselora_end": 0.5}, "adalora": {"adalora_final": 0.5}, "sora": {}}
+    options = {"method": name, "max_steps": 24, "micro_batch_size": 3, "precision": "bf16"}
+    options |= {"rank": 6, "save_every": 13} | LAWS[name].on | early[name]
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))
+    live, master = saved(tmp_path, "live", 13), saved(tmp_path, "master", 24)
+    assert any((~mask).any() for mask in live.values())
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for tensor, mask in live.items():
+        assert (master[tensor][~mask] == 0).all(), tensor
+        theirs = f"base_model.model.{tensor}".replace("lora_a", "lora_A.weight")
+        exported = weights.get(theirs.replace("lora_b", "lora_B.weight"))
+        if exported is not None:
+            assert (exported.flatten()[~mask] == 0).all()
+    # 11 decisions confirmed since that what forward gathers is zero where the master is.
+    assert read_rows(tmp_path / "decisions.jsonl")
+
+
+BAD = {
+    "keep": (["roselora_keep=0"], ["roselora_keep must be in (0, 1], got 0"]),
+    "keep above": (["roselora_keep=1.5"], ["got 1.5"]),
+    "begin after end": (
+        ["roselora_begin=0.5", "roselora_end=0.5", "rank=0"],
+        ["begin < end", "0.5 and 0.5", "rank must be at least 1"],
+    ),
+    "lambda": (["sora_lambdas=-1,2"], ["sora_lambdas must be at least 0 and rising"]),
+    "stages": (["sora_lambdas=0,1,2,3,4,5,6"], ["7 stages", "4 steps"]),
+    "budget above": (["increlora_budget=100"], ["100 pieces is above 56", "raise rank"]),
+    "budget below": (["increlora_budget=13"], ["13 pieces is below the start, 14 linears x 1"]),
+    "too many at a time": (["increlora_modules=15"], ["15 linears", "there are 14"]),
+    "too long": (
+        ["increlora_every=2", "increlora_modules=1", "increlora_pieces=1"],
+        ["of 4", "too late", "increlora_every"],
+    ),
+    "target above": (["adalora_target_rank=5"], ["makes 70 pieces", "raise rank"]),
+    "target below": (["adalora_target_rank=0.5"], ["adalora_target_rank must be at least 1"]),
+    "another's": (["adalora_every=2", "method=lora"], ["belongs to method adalora"]),
+    "8 bits": (["moment_bits=16", "method=lora"], ["moment_bits must be one of 32, 8"]),
+}
+
+
+@pytest.mark.parametrize(("given", "said"), BAD.values(), ids=BAD)
+def test_bad_options_are_refused_before_a_weight_is_read(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, given: list[str], said: list[str]
+) -> None:
+    options = dict(word.split("=") for word in given)
+    method = options.pop("method", given[0].split("_")[0])
+    words = tiny.flags(tmp_path, method=method, **options)
+    (message,) = ranks(1, REFUSAL, flags=words)
+    for word in said:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "increlora", "increlora_start_rank": 4, "increlora_target_rank": 4.0},
+        {"method": "adalora", "adalora_target_rank": 4.0},
+    ],
+    ids=["increlora", "adalora"],
+)
+def test_a_first_rank_that_is_the_last_works(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, options: dict[str, object]
+) -> None:
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, max_steps=10, **options))
+    assert all(mask.all() for mask in saved(tmp_path, "live", 10).values())
