@@ -53,14 +53,14 @@ def first_step(flags: list[str]) -> FirstStep:
     seen = FirstStep(loss=math.nan, batches=[], gradients={})
 
     def watched_step(
-        engine: Any, shards: Shards, batches: list[Batch], *args: Any, **rest: Any
+        engine: Any, shards: Shards, decisions: Any, batches: list[Batch], *args: Any, **rest: Any
     ) -> Any:
         seen.batches += batches
-        result = train_step(engine, shards, batches, *args, **rest)
+        result = train_step(engine, shards, decisions, batches, *args, **rest)
         seen.loss = result.loss
         return result
 
-    def observe(shards: Shards) -> None:
+    def observe(shards: Shards, step: int) -> None:
         for piece in shards.engine.slices:
             padded = torch.zeros(piece.share)
             padded[: piece.length] = shards.engine.gradient(piece)

@@ -80,7 +80,7 @@ def check_run(ended: Ended, folder: Path, reference: Path, world: int) -> None:
     assert rows[1]["loss"] == pytest.approx(wanted[1]["loss"], abs=1e-5)
     assert rows[1]["held_out_loss"] == pytest.approx(wanted[1]["held_out_loss"], abs=1e-5)
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
-    assert ended.lines[-5].startswith("trained") and f" {world} rank" in ended.lines[-5]
+    assert ended.lines[-6].startswith("trained") and f" {world} rank" in ended.lines[-6]
     for line in ended.lines:
         assert not re.search("warn|deprecat|error|failed", line, re.IGNORECASE), line
     assert not re.search("warning|deprecat|Failed to|Traceback", ended.err), ended.err

@@ -33,6 +33,11 @@ STEP_KEYS = {
     "tokens_per_s",
     "peak_memory_bytes",
     "live_entries",
+    "state_bytes",
+    "state_bytes_peak",
+    "state_bytes_repacking",
+    "statistics_bytes",
+    "decision_bytes_received",
 }
 EXACT = ("step", "loss", "learning_rate", "grad_norm", "tokens", "live_entries", "held_out_loss")
 """What two equal runs have in common; the rest is time and memory."""
@@ -230,9 +235,9 @@ def test_the_summary_names_what_came_out_and_what_to_type_next(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
     said, silent = ranks(2, TRAIN, flags=tiny.flags(tmp_path, max_steps=4, stop_after=2))
-    summary = said.splitlines()[-5:]
+    summary = said.splitlines()[-6:]
     labels = [line.split()[0] for line in summary]
-    assert labels == ["trained", "result", "adapter", "curves", "go"]
+    assert labels == ["trained", "result", "live", "adapter", "curves", "go"]
     assert "2 of 4 steps" in summary[0] and "2 ranks" in summary[0]
     before, after = column(tmp_path, "held_out_loss")
     assert f"{before:.4f} -> {after:.4f}" in summary[1]
