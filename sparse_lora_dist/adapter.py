@@ -82,7 +82,7 @@ class AdapterLinear(nn.Module):
         """Compute these from now on."""
         self.pieces = pieces
         self.scale = self.method.scale(self.alpha, self.site.rank, pieces.open)
-        self._all = len(pieces.computed) == self.site.rank
+        self._places = torch.tensor(pieces.computed, dtype=torch.int64)
 
     def forward(self, x_MTI: Tensor) -> Tensor:
         tensors = [getattr(self, name) for name in self.specs]
@@ -100,15 +100,18 @@ class AdapterLinear(nn.Module):
     def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """The computed pieces of whole tensors, which are in the order of the specs."""
         named = dict(zip(self.specs, tensors, strict=True))
-        if self._all:
+        if len(self.pieces.computed) == self.site.rank:
             return named
         return {name: self._slice(t, self.specs[name].piece_axis) for name, t in named.items()}
 
     def _slice(self, t: Tensor, axis: int | None) -> Tensor:
         if axis is None:
             return t
-        pieces = torch.tensor(self.pieces.computed, device=t.device, dtype=torch.int64)
-        return t.index_select(axis, pieces)
+        count = len(self.pieces.computed)
+        if self.pieces.computed == tuple(range(count)):
+            return t.narrow(axis, 0, count)  # a view, where ranks grow
+        self._places = self._places.to(t.device)  # once a decision
+        return t.index_select(axis, self._places)
 
 
 class _Delta(torch.autograd.Function):

@@ -33,7 +33,6 @@ class Job:
         self.progress = Progress()
         self._seconds, self._tokens = 0.0, 0  # since the last row of metrics
         self.rate = _learning_rate(config, shards.method, feed.total_steps)
-        self._facts: dict[str, float] = {}  # of the last decision
 
     def start(self, resume: Resume | None) -> None:
         """Go on from a checkpoint, or take the held-out loss of the base."""
@@ -72,7 +71,6 @@ class Job:
         run = self.config.run
         if result.decision is not None:
             self.journal.decision(step, result.decision, self.shards)
-            self._facts = dict(result.decision.facts)
         stage_ends = step in self.shards.method.stages
         ends = is_last or stage_ends
         held_out = self.held_out_loss() if ends or is_due(step, run.eval_every) else None
@@ -80,7 +78,7 @@ class Job:
             self.log(step, self._row(result), held_out=held_out)
         if stage_ends:
             ranks = self.shards.ranks_now(step)
-            results = {**self._facts, "live_ranks": ranks, "held_out_loss": held_out}
+            results = {**self.shards.facts, "live_ranks": ranks, "held_out_loss": held_out}
             self.journal.stage(step, self.rate, self.metrics.path, results)
         if ends or is_due(step, run.save_every):
             self.save()
@@ -96,7 +94,7 @@ class Job:
             "tokens_per_s": self._tokens / self._seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "live_entries": self.shards.num_live(),
-            **self._facts,
+            **self.shards.facts,
             **costs,
         }
         self._seconds, self._tokens = 0.0, 0
@@ -126,7 +124,7 @@ class Job:
             self.folder / "checkpoints",
             self.shards,
             self.progress,
-            description=describe(self.config, self.model, self.feed),
+            description=describe(self.config, self.model, self.feed, self.shards.method),
             total_steps=self.feed.total_steps,
             config=self.config.as_flat_dict(),
         )

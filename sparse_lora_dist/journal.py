@@ -36,7 +36,8 @@ class Journal:
     def stage(
         self, step: int, rate: LearningRate, metrics: Path, results: Mapping[str, float | None]
     ) -> None:
-        """A row for the stage that ended at ``step``: its means, and ``results`` at its end."""
+        """A row for the stage that ended at ``step``: means of its rates and of its logged losses,
+        and ``results`` at its end."""
         start, _ = stage_of(step, rate.stages)
         rows = read_rows(metrics) if comm.rank() == 0 else []
         losses = [r["loss"] for r in rows if start < r["step"] <= step and "loss" in r]

@@ -47,6 +47,8 @@ class EightBit:
     def read(self) -> Tensor:
         """fp32 [L], a copy."""
         codes_L, absmax_B = self.tensors
+        if codes_L.numel() == 0:
+            return absmax_B
         code = dynamic_code(self.signed, codes_L.device)
         values_L: Tensor = dequantize_blockwise(
             codes_L, absmax=absmax_B, code=code, blocksize=BLOCK
@@ -55,6 +57,9 @@ class EightBit:
 
     def write(self, values_L: Tensor) -> None:
         """Keep these from now on, as nearly as eight bits can."""
+        if values_L.numel() == 0:  # bitsandbytes would launch a CUDA kernel of no blocks
+            self.tensors = values_L.byte(), values_L
+            return
         code, rounded_L = dynamic_code(self.signed, values_L.device), values_L
         # Twice: the CPU kernel rounds by a table too coarse for the smallest codes, whose own
         # values it moves to the neighbour; there they stay.

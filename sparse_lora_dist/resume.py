@@ -46,20 +46,23 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
     with comm.together(f"opening {path}"):
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest)
-        checkpoint.check_description(path, manifest["description"], describe(config, model, feed))
+        now = describe(config, model, feed, method)
+        checkpoint.check_description(path, manifest["description"], now)
         checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
-        _check_steps(found, config, feed)
+        _check_steps(found, config, feed, method)
     _say(found, config, feed)
     return found
 
 
-def describe(config: Config, model: Model, feed: Feed) -> dict[str, Any]:
+def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[str, Any]:
     """What must be the same for a resume to be the same run."""
     return {
         "base": model.identity,
         "quantization": config.model.quantization,
         "double_quant": config.model.double_quant,
         "method": config.adapter.method,
+        "preset": getattr(config.method_options, f"{config.adapter.method}_preset", None),
+        "statistics": [method.n_stats, method.n_site_stats],
         "alpha": config.adapter.alpha,
         "seed": config.train.seed,
         "packing": config.data.packing,
@@ -69,7 +72,14 @@ def describe(config: Config, model: Model, feed: Feed) -> dict[str, Any]:
     }
 
 
-def _check_steps(found: Resume, config: Config, feed: Feed) -> None:
+def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> None:
+    saved_end, ended = found.manifest["total_steps"], found.manifest["ended"]
+    if saved_end != feed.total_steps and not (method.redraws or ended):
+        raise UserError(
+            f"{found.path} is in the middle of a schedule of {method.name} that ends with step "
+            f"{saved_end}, but this run is to end at step {feed.total_steps}, and drawn anew it "
+            f"would go back: keep --max_steps {saved_end}, or start afresh in another --output_dir."
+        )
     ends = (("max_steps", feed.total_steps), ("stop_after", config.train.stop_after))
     for name, last in ends:
         if last is not None and last < found.step:

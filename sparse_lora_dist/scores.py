@@ -27,13 +27,13 @@ about 400 MiB.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.methods.base import By
+from sparse_lora_dist.methods.base import By, Ties
 
 BINS = 256
 SHIFTS = (24, 16, 8, 0)
@@ -49,11 +49,10 @@ GROUP_SEGMENTS = 2**15
 """Segments that are ranked at once, likewise."""
 
 
-Ties = Literal["index", "all"]
 """What to choose of entries that equal the k-th: those of lowest index up to k, or all."""
 
 
-class Piece(Protocol):
+class Slice(Protocol):
     """This rank's part of a tensor: elements [start, start + length) of it, flattened."""
 
     @property
@@ -71,7 +70,7 @@ class ShardScores:
     All ranks must name the same tensors in a call; in which order does not matter.
     """
 
-    pieces: Mapping[str, Piece]
+    pieces: Mapping[str, Slice]
     score: Callable[[str], Tensor]
     """name -> this rank's part of its importance, fp32, 1-D. Computed when asked, for what a call
     names: nothing is held."""
@@ -183,7 +182,7 @@ class ShardScores:
         return dict(zip(names, totals, strict=True))
 
 
-def segments_of(piece: Piece, by: By, device: torch.device | None = None) -> Tensor:
+def segments_of(piece: Slice, by: By, device: torch.device | None = None) -> Tensor:
     """The segment of each element of a shard, int64 [length]."""
     index = torch.arange(piece.start, piece.start + piece.length, device=device)
     if by == "tensor":

@@ -40,11 +40,15 @@ class Shards:
         }
         self.ended = False
         self.traffic_bytes = 0  # received for statistics and decisions since the program started
-        self._set_live({p.name: torch.ones(p.length, dtype=torch.bool) for p in engine.slices})
+        self.facts: Mapping[str, float] = {}
+        """What the last decision said of itself."""
+        live = {p.name: torch.ones(p.length, dtype=torch.bool) for p in engine.slices}
         if method.decides_at(0):
-            first = method.decide(0, self._scores())
-            self._set_live({**self.live(), **first.live})
+            first = method.decide(0, self._scores(live))
+            live |= first.live
             sites.set_pieces(first.pieces)
+            self.facts = first.facts
+        self._set_live(live)
 
     def observe(self, step: int) -> None:
         """Update the statistics from this step's gradients. Collective only where sites are
@@ -69,7 +73,7 @@ class Shards:
         zero after the engine's step. Collective."""
         before = comm.traffic_bytes.total()
         try:
-            decision = self.method.decide(step, self._scores())
+            decision = self.method.decide(step, self._scores(self.live()))
         except FloatingPointError as error:
             raise UserError(
                 f"step {step}: {error}, since a gradient overflowed. Lower --learning_rate, or go "
@@ -79,13 +83,14 @@ class Shards:
         self.traffic_bytes += comm.traffic_bytes.total() - before
         self.sites.set_pieces(decision.pieces)
         self._change(decision)
+        self.facts = decision.facts
         if self.method.observes_until is not None and step >= self.method.observes_until:
             self.end()
         return decision
 
     def ranks_now(self, step: int) -> int:
         """Open pieces of all sites, as a decision would find them now. Collective."""
-        pieces = self.method.decide(step, self._scores()).pieces
+        pieces = self.method.decide(step, self._scores(self.live())).pieces
         return sum(now.open for now in pieces.values())
 
     def end(self) -> None:
@@ -109,8 +114,7 @@ class Shards:
             if names & zero.keys():
                 self.optimizer.zero_after_step(flat, self._flat(index, zero))
 
-    def _scores(self) -> ShardScores:
-        live = self.live()
+    def _scores(self, live: Mapping[str, Tensor]) -> ShardScores:
         return ShardScores(
             pieces=self.sparse,
             score=lambda name: self.method.score(

@@ -30,11 +30,8 @@ class Sites:
         """Bring this step's probes together. One all-reduce of a number a site, or nothing."""
         if self.method.observe_sites is None:
             return
-        probed_S = torch.tensor(
-            [float(adapter.probed) for adapter in self._in_order()],
-            dtype=torch.float64,
-            device=comm.device(),
-        )
+        probes = [torch.as_tensor(a.probed, device=comm.device()) for a in self._in_order()]
+        probed_S = torch.stack([probe.double() for probe in probes])
         # Ranks are averaged, as their gradients are.
         probed_S = comm.sum_over_ranks(probed_S) / comm.world_size()
         self.stats = self.method.observe_sites(self.stats, probed_S.cpu())

@@ -54,9 +54,10 @@ def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
     if not steps:
         return "no step was logged"
     first, last = steps[0], steps[-1]
+    peak = max(row["state_bytes_peak"] for row in steps)
     return (
         f"{first['live_entries']:,} -> {last['live_entries']:,} entries; optimizer state of a rank "
-        f"{megabytes(last['state_bytes'])}, at its peak {megabytes(last['state_bytes_peak'])}"
+        f"{megabytes(last['state_bytes'])}, at its peak {megabytes(peak)}"
     )
 
 

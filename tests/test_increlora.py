@@ -57,7 +57,7 @@ class Run:
             assert mask.dtype == torch.bool and mask.shape == (self.live[name].numel(),)
             self.live[name] = mask.view(self.shapes[name])
         self.pieces |= decision.pieces
-        if decision.facts:
+        if decision.pieces:
             self.totals.append(int(decision.facts["budget"]))
             assert self.totals[-1] == sum(self.ranks())
         self.decisions[step] = decision
@@ -315,7 +315,7 @@ def test_released_ties_all_grow_and_then_no_more() -> None:
     assert run.totals[0:2] == [6, 8]
     run = Run(chosen, plan(6)).go([1.0, 1.0, 1.0, 3.0, 1.0, 1.0])
     assert run.totals == [6, 12] and run.ranks() == [2] * 6
-    assert run.decisions[30] == Decision()
+    assert run.decisions[30] == Decision(facts={"budget": 12.0})
 
 
 def test_a_linear_at_its_capacity_is_none_of_the_highest_that_others_tie_with() -> None:

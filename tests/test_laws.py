@@ -138,6 +138,13 @@ def test_stopping_before_at_and_after_decisions_changes_no_bit(
         assert straight.keys() == resumed.keys()
         assert all(torch.equal(straight[n], resumed[n]) for n in straight), key
     assert decisions(tmp_path) == decisions(one)
+    # All that a row says, but for time, memory and what this program alone received.
+    measured = ("tokens_per_s", "bytes", "held_out")
+    told = [
+        [{k: v for k, v in row.items() if not any(m in k for m in measured)} for row in rows]
+        for rows in (read_rows(run / "metrics.jsonl")[1:] for run in (one, tmp_path))
+    ]
+    assert told[0] == told[1]
 
 
 @sparse_methods

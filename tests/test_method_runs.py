@@ -1,5 +1,6 @@
 """What a method's options do to a real run: stages, 8-bit moments, bf16, and what is refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,114 @@ def test_what_died_is_still_zero_ten_steps_later_under_bf16(
             assert (exported.flatten()[~mask] == 0).all()
     # 11 decisions confirmed since that what forward gathers is zero where the master is.
     assert read_rows(tmp_path / "decisions.jsonl")
+
+
+def test_a_rank_that_grows_never_holds_the_state_of_its_capacity(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    options = {"method": "increlora", "max_steps": 20, "rank": 16, "increlora_target_rank": 4.0}
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))
+    last = read_rows(tmp_path / "metrics.jsonl")[-1]
+    dense = 8 * sum(t.numel() for t in saved(tmp_path, "master", 20).values()) / 2
+    assert last["state_bytes_peak"] < 0.6 * dense
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "increlora", "increlora_score": "delta", "increlora_every": 2},
+        {"method": "increlora", "increlora_preset": "released", "increlora_every": 2},
+        {"method": "roselora", "roselora_preset": "released", "roselora_keep": 0.2},
+    ],
+    ids=lambda o: "-".join(map(str, o.values())),
+)
+def test_other_rules_resume_bit_for_bit_and_accumulate(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, options: dict[str, object]
+) -> None:
+    options = options | {"max_steps": 12, "micro_batch_size": 4, "max_grad_norm": 0}
+    runs: dict[str, dict[str, object]] = {
+        "straight": {},
+        "parts": {"stop_after": 5},
+        "accumulated": {"micro_batch_size": 2, "gradient_accumulation_steps": 2},
+    }
+    for folder, more in runs.items():
+        ranks(2, TRAIN, flags=tiny.flags(tmp_path / folder, **options | more))
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path / "parts", **options, resume="auto"))
+    for key in ("master", "live", "exp_avg_sq"):
+        straight, parts = (saved(tmp_path / n, key, 12) for n in ("straight", "parts"))
+        assert all(torch.equal(straight[n], parts[n]) for n in straight), key
+    straight, accumulated = (
+        read_rows(tmp_path / n / "metrics.jsonl")[1:] for n in ("straight", "accumulated")
+    )
+    # The delta score takes each micro-batch's gradient by itself, so it may choose otherwise.
+    if options.get("increlora_score") is None and "increlora" not in str(options["method"]):
+        for a, b in zip(straight, accumulated, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+    decided = read_rows(tmp_path / "accumulated" / "decisions.jsonl")
+    assert [r["step"] for r in decided] == [
+        r["step"] for r in read_rows(tmp_path / "straight" / "decisions.jsonl")
+    ]
+
+
+@pytest.mark.parametrize("engine", ["zero3_offload", "zero3_hpz"])
+def test_decisions_are_the_same_with_masters_on_the_host_and_with_a_node_copy(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, engine: str
+) -> None:
+    file = Path(f"ds_configs/{engine}.json").read_text()
+    hpz = json.loads(file)
+    if engine == "zero3_hpz":
+        hpz["zero_optimization"]["zero_hpz_partition_size"] = 2
+    (tmp_path / "engine.json").write_text(json.dumps(hpz))
+    # The norm that clips is summed in another order on the host.
+    options = {"method": "adalora", "max_steps": 12, "rank": 6, "max_grad_norm": 0}
+    options |= LAWS["adalora"].on
+    for folder, more in (("plain", {}), ("other", {"ds_config": tmp_path / "engine.json"})):
+        ranks(2, TRAIN, flags=tiny.flags(tmp_path / folder, **options | more))
+    plain, other = (read_rows(tmp_path / n / "decisions.jsonl") for n in ("plain", "other"))
+    assert plain == other
+    for key in ("master", "live"):
+        first, second = (saved(tmp_path / n, key, 12) for n in ("plain", "other"))
+        assert all(torch.equal(first[n], second[n]) for n in first), key
+
+
+@pytest.mark.parametrize("name", ["roselora", "increlora", "adalora"])
+def test_a_schedule_in_its_middle_cannot_be_drawn_anew(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
+) -> None:
+    """Longer, its keep fraction would rise again; shorter, its end may lie behind it."""
+    options = {"method": name, "max_steps": 20} | LAWS[name].on
+    options |= {"rank": 6, "save_every": 6, "stop_after": 19}
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))
+    early = tmp_path / "checkpoints" / "step_00000006"
+    more = options | {"stop_after": "null", "max_steps": 40}
+    for said in ranks(2, REFUSAL, flags=tiny.flags(tmp_path / "b", **more, resume=early)):
+        assert f"schedule of {name} that ends with step 20" in said and "--max_steps 20" in said
+    # Once its last decision is made, a run may go on for as long as it likes.
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **more | {"max_steps": 24}, resume="auto"))
+    live, later = saved(tmp_path, "live", 19), saved(tmp_path, "live", 24)
+    assert all(torch.equal(live[n], later[n]) for n in live)
+
+
+def test_another_rule_is_another_run(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    options = {"method": "increlora", "max_steps": 12, "stop_after": 6}
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))
+    changes = {"increlora_score": ("delta", "statistics"), "increlora_preset": ("released", "pre")}
+    for name, (value, said) in changes.items():
+        words = tiny.flags(tmp_path, **options, resume="auto", **{name: value})
+        for message in ranks(2, REFUSAL, flags=words):
+            assert "belongs to another run" in message and said in message
+
+
+@pytest.mark.parametrize("name", ["roselora", "sora", "increlora", "adalora"])
+def test_without_an_option_thirty_steps_prune_or_grow(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
+) -> None:
+    ranks(1, TRAIN, flags=tiny.flags(tmp_path, method=name, max_steps=30, learning_rate=2e-4))
+    rows = read_rows(tmp_path / "decisions.jsonl")
+    counts = [(sum(r["ranks"].values()), sum(r["live"].values())) for r in rows]
+    assert len(rows) >= 5
+    # A quarter or more of what there was, of pieces or of entries.
+    assert any(abs(a - b) >= 0.25 * a for a, b in zip(counts[0], counts[-1], strict=True))
 
 
 BAD = {

@@ -162,7 +162,8 @@ def course(
         for i, name in enumerate(values if step else ()):
             grad = loss_scale * random(*tensors[name].shape, seed=100 * step + i)
             w = ordered(name, values[name])
-            stats[name] = method.observe(stats[name], w, ordered(name, grad), step)
+            if method.n_stats:
+                stats[name] = method.observe(stats[name], w, ordered(name, grad), step)
         if method.observe_sites is not None and step:
             probed = loss_scale * random(len(SITES), seed=step).abs().double()
             site_stats = method.observe_sites(site_stats, probed)

@@ -8,9 +8,12 @@ from typing import Any
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.optim import MOMENTS
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+PACKED = (*MOMENTS, "born")
+"""What is saved for live entries only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,14 +11,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.checkpoint.manifest import Progress
+from sparse_lora_dist.checkpoint.manifest import PACKED, Progress
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim import MOMENTS
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.zero3 import Slice
 
-PACKED = (*MOMENTS, "born")
-"""Saved for live entries only."""
 DTYPES = {"live": torch.bool, "born": torch.int32}
 
 
@@ -38,6 +36,7 @@ def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Pr
             progress.step,
         )
         shards.sites.restore(manifest["sites"])
+        shards.facts = manifest["facts"]
         if manifest["ended"]:
             shards.end()
         for name, stats in shards.stats.items():

@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.checkpoint.manifest import FORMAT, MANIFEST, Progress
-from sparse_lora_dist.optim import MOMENTS
+from sparse_lora_dist.checkpoint.manifest import FORMAT, MANIFEST, PACKED, Progress
 from sparse_lora_dist.shards import Shards
 
 
@@ -58,6 +57,7 @@ def save(
                 "total_steps": total_steps,
                 "config": dict(config),
                 "sites": shards.sites.as_json(),
+                "facts": dict(shards.facts),
                 "ended": shards.ended,
                 "files": files,
             }
@@ -71,19 +71,19 @@ def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
     if comm.on_gpu():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     live = shards.live()
-    packed = {key: shards.moments(key) for key in MOMENTS} | {"born": shards.born()}
-    offsets = {}
+    offsets = {p.name: [p.start, p.length] for p in shards.engine.slices}
     for piece in shards.engine.slices:
-        mask = live[piece.name]
-        offsets[piece.name] = [piece.start, piece.length]
         tensors[f"master/{piece.name}"] = shards.engine.master(piece)
-        tensors[f"live/{piece.name}"] = mask
-        tensors |= {f"{key}/{piece.name}": packed[key][piece.name][mask] for key in packed}
+        tensors[f"live/{piece.name}"] = live[piece.name]
         # Of all entries: what is dead may come back, and its average goes on meanwhile.
         stats = shards.stats.get(piece.name, ())
         tensors |= {f"stat{i}/{piece.name}": stat for i, stat in enumerate(stats)}
     # A clone each: safetensors refuses views that share storage.
     own = {key: t.cpu().clone() for key, t in tensors.items()}
+    # One after the other: spread out over the dead, each is as large as the masters.
+    for key in PACKED:
+        spread = shards.born() if key == "born" else shards.moments(key)
+        own |= {f"{key}/{name}": t[live[name]].cpu() for name, t in spread.items()}
     save_file(own, path, metadata={"offsets": json.dumps(offsets)})
     _sync(path)
     with path.open("rb") as file:

@@ -102,15 +102,23 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
     Raises:
         ValueError: the budget does not fit the ranks, or the run is too short to prune in.
     """
-    first, last = budget_ends(options, plan)
     # Not before step 2: lambda starts at zero, so at step 1 every score is, and ties would decide.
     begin = max(1, round(options.adalora_begin * plan.total_steps))
     end = plan.total_steps - round(options.adalora_final * plan.total_steps)
-    if begin >= end:
-        raise ValueError(
-            f"pieces would go between steps {begin} and {end} of {plan.total_steps}: raise "
-            "max_steps, or lower adalora_begin or adalora_final"
+    first, last = budget_ends(options, plan)
+    problems = []
+    if last > first:
+        problems.append(
+            f"adalora_target_rank {options.adalora_target_rank} makes {last} pieces, but rank only "
+            f"{first}: raise rank"
         )
+    if begin >= end:
+        problems.append(
+            f"pieces would go between steps {begin} and {end} of {plan.total_steps}, "
+            f"{begin + 1 - end} too few: raise max_steps, or lower adalora_begin or adalora_final"
+        )
+    if problems:
+        raise ValueError("; ".join(problems))
     every = options.adalora_every or max(1, plan.total_steps // 100)
 
     def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
@@ -120,7 +128,7 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
     def decide(step: int, scores: Scores) -> Decision:
         budget = cubic_budget(step, begin=begin, end=end, first=first, last=last)
         kept = top_pieces(triplet_scores(scores), budget)
-        return keep(scores, kept, final=step >= end, facts={"budget": float(budget)})
+        return keep(scores, kept, final=step == end, facts={"budget": float(budget)})
 
     weight = options.adalora_orthogonality
     released = options.adalora_preset == "released"
@@ -135,12 +143,14 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
         delta=triplet_delta,
         to_lora=lambda_in_a,
         penalty=penalty if weight > 0.0 else None,
-        n_stats=2,
+        n_stats=2 if first > last else 0,
         observe=observe,
         score=mean_times_spread,
         observes_until=end,
-        # From the end on, since a resume may have moved it to before its step.
-        decides_at=lambda step: step >= end or (step > begin and step % every == 0),
+        redraws=first == last,
+        decides_at=lambda step: (
+            first > last and (step == end or (begin < step < end and step % every == 0))
+        ),
         decide=decide,
     )
 
@@ -150,13 +160,7 @@ def budget_ends(options: AdaLoraOptions, plan: Plan) -> tuple[int, int]:
     capacity = sum(site.rank for site in plan.sites)
     if options.adalora_target_rank is None:
         return capacity, max(len(plan.sites), capacity * 2 // 3)
-    last = round(options.adalora_target_rank * len(plan.sites))
-    if last > capacity:
-        raise ValueError(
-            f"adalora_target_rank {options.adalora_target_rank} makes {last} pieces, but rank only "
-            f"{capacity}: raise rank"
-        )
-    return capacity, last
+    return capacity, round(options.adalora_target_rank * len(plan.sites))
 
 
 def top_pieces(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:

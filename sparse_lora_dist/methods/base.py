@@ -22,6 +22,9 @@ By = Literal["row", "column", "tensor"]
 """What is summed or ranked together: a matrix's row, its column, or all of it."""
 
 
+Ties = Literal["index", "all"]
+
+
 class Scores(Protocol):
     """What a decision may ask about the tensors, "site.tensor", of which a rank holds parts only.
 
@@ -39,7 +42,7 @@ class Scores(Protocol):
         """What ``observe_sites`` made of the probes, float64 [K, S], whole on every rank."""
 
     def top_k(
-        self, k: Mapping[str, int], by: Mapping[str, By], ties: Literal["index", "all"] = "index"
+        self, k: Mapping[str, int], by: Mapping[str, By], ties: Ties = "index"
     ) -> dict[str, Tensor]:
         """This rank's part of the mask of the ``k`` largest of every segment, 1-D. What equals the
         k-th: those of lowest index up to k, or all."""
@@ -122,7 +125,7 @@ class Decision:
     """What changes at a step. What is not named stays as it was.
 
     What leaves the living is zero from the end of this step on. What has never lived keeps its
-    first value.
+    first value. At step 0, which no optimizer step follows, nothing is zeroed.
     """
 
     live: Mapping[str, Tensor] = field(default_factory=dict)
@@ -233,6 +236,9 @@ class Method:
     """What it learns of other ranks it learns through the scores, so equal numbers give equal
     decisions on every rank, with no broadcast."""
 
+    redraws: bool = True
+    """May a resume change the length of the run, which draws the schedule anew, before the last
+    decision is made?"""
     newborn_warmup: int | None = None
     """Steps in which the rate of an entry that comes to life during the run rises from 0; None: the
     run's own warm-up."""
@@ -272,11 +278,11 @@ def site_names(scores: Scores) -> Sequence[str]:
 
 
 def as_preset(options: Any, preset: str, presets: Mapping[str, Mapping[str, Any]]) -> Any:
-    """``options`` with the preset's value where one is None."""
+    """``options`` with the preset's value where one is None, or an empty list."""
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     filled = copy(options)
     for name, value in presets[preset].items():
-        if given[name] is None:
+        if given[name] in (None, ()):
             # Not ``replace``: that would check the options again, from within their own check.
             object.__setattr__(filled, name, value)
     return filled

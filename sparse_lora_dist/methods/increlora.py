@@ -191,8 +191,8 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
         if step == 0:
             return opened(growth, scores, [growth.start] * len(growth.sites))
         open_S = open_pieces(growth, scores)
-        if sum(open_S) >= growth.budget:
-            return Decision()  # ties brought the released preset here early
+        if sum(open_S) >= growth.budget:  # ties brought the released preset here early
+            return Decision(facts={"budget": float(sum(open_S))})
         score_S = delta_scores(scores) if by_delta else piece_scores(growth, scores, open_S)
         return opened(growth, scores, growth.grown(open_S, score_S))
 
@@ -215,6 +215,7 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
         observes_until=growth.last,
         decides_at=lambda step: step == 0 or growth.at(step),
         decide=decide,
+        redraws=growth.needed == 0,
         newborn_warmup=growth.every if warmup is None else warmup,
         newborn_restarts=True,
     )

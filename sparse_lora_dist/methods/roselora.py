@@ -73,8 +73,9 @@ class RoseLoraOptions:
     """Fraction of the run after which entries begin to go."""
     roselora_end: float = 0.8
     """Fraction of the run at which only roselora_keep is left, above roselora_begin."""
-    roselora_every: int = 1
-    """Steps between two decisions; in between the masks stay."""
+    roselora_every: int | None = None
+    """Steps between two decisions, in between the masks stay; null: a hundredth of the run, or 1
+    with dense moments."""
     roselora_beta: float = 0.8
     """Weight of the past in the smoothed sensitivity, in [0, 1)."""
     roselora_seed_average: bool | None = None
@@ -95,14 +96,14 @@ class RoseLoraOptions:
                 "roselora_begin and roselora_end must be 0 <= begin < end <= 1, "
                 f"got {self.roselora_begin} and {self.roselora_end}"
             )
-        if self.roselora_every < 1:
+        if self.roselora_every is not None and self.roselora_every < 1:
             problems.append(f"roselora_every must be at least 1, got {self.roselora_every}")
         if not 0.0 <= self.roselora_beta < 1.0:
             problems.append(f"roselora_beta must be in [0, 1), got {self.roselora_beta}")
         if self.roselora_clamp is not None and not 0.0 <= self.roselora_clamp < float("inf"):
             problems.append(f"roselora_clamp must be at least 0, got {self.roselora_clamp}")
         dense = as_preset(self, self.roselora_preset, PRESETS).roselora_dense_moments
-        if dense and self.roselora_every > 1:
+        if dense and (self.roselora_every or 1) > 1:
             problems.append(
                 "roselora_every must be 1 with dense moments (preset released), or masked entries "
                 f"would grow between decisions; got {self.roselora_every}"
@@ -123,9 +124,11 @@ def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
     end = max(begin + 1, round(options.roselora_end * plan.total_steps))
     if end > plan.total_steps:
         raise ValueError(
-            f"pruning would end at step {end}, but the run has {plan.total_steps}: "
-            "lower roselora_begin or raise max_steps"
+            f"pruning would end at step {end}, but the run has {plan.total_steps}, "
+            f"{end - plan.total_steps} too few: lower roselora_begin or raise max_steps"
         )
+    prunes, dense = options.roselora_keep < 1.0, options.roselora_dense_moments
+    every = options.roselora_every or (1 if dense else max(1, plan.total_steps // 100))
 
     def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
         beta = 0.0 if step == 1 and options.roselora_seed_average else options.roselora_beta
@@ -137,14 +140,14 @@ def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
         masks = keep_within_pieces(scores, keep) if exact else kept_by_kthvalue(scores, keep)
         dead = {name: ~mask for name, mask in masks.items()}
         facts = {"keep": keep}
-        if options.roselora_dense_moments:
+        if dense:
             return Decision(zero=dead, facts=facts)
         return Decision(live=masks, facts=facts)
 
     def decides_at(step: int) -> bool:
-        # From the end on, since a resume may have moved it to before its step. The first decision
-        # there is the last: what is dead has no sensitivity. But with dense moments it moves again.
-        return step >= end or (step > begin and step % options.roselora_every == 0)
+        # With dense moments what is dead moves again in every step, to the last.
+        due = step == end or (step > end and dense) or (begin < step < end and step % every == 0)
+        return prunes and due
 
     def clamp(w: Tensor, update: Update) -> Tensor:
         bound = options.roselora_clamp if update.step > begin else None
@@ -156,9 +159,10 @@ def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
     return Method(
         name="roselora",
         tensors=tensors,
-        n_stats=1,
+        n_stats=1 if prunes else 0,
         observe=observe,
-        observes_until=None if options.roselora_dense_moments else end,
+        observes_until=None if dense else end,
+        redraws=not prunes,
         decides_at=decides_at,
         decide=decide,
     )

@@ -24,6 +24,7 @@ Shapes: T tokens, I in_features, O out_features, R rank.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Literal
 
 import torch
@@ -43,6 +44,7 @@ from sparse_lora_dist.methods.base import (
     Tensors,
     TensorSpec,
     Update,
+    as_preset,
     low_rank_pair,
     site_names,
 )
@@ -102,7 +104,7 @@ class SoraOptions:
     def __post_init__(self) -> None:
         lambdas, factor = self.sora_lambdas, self.sora_gate_lr_factor
         problems = []
-        if not all(x >= 0.0 for x in lambdas) or list(lambdas) != sorted(set(lambdas)):
+        if not all(0.0 <= x < inf for x in lambdas) or list(lambdas) != sorted(set(lambdas)):
             problems.append(f"sora_lambdas must be at least 0 and rising, got {list(lambdas)}")
         if factor is not None and factor <= 0.0:
             problems.append(f"sora_gate_lr_factor must be above 0, got {factor}")
@@ -112,16 +114,11 @@ class SoraOptions:
             problems.append(f"sora_every must be at least 1, got {self.sora_every}")
         # B starts at zero, so at step 1 a gate has no gradient, Adam's denominator is its eps, and
         # every gate would close for good.
-        if self.sora_threshold == "scaled" and chosen(self, "sora_lambdas")[0] > 0.0:
+        first = as_preset(self, self.sora_preset, PRESETS).sora_lambdas[0]
+        if self.sora_threshold == "scaled" and first > 0.0:
             problems.append("sora_threshold scaled needs a first stage without: sora_lambdas 0,...")
         if problems:
             raise ValueError("; ".join(problems))
-
-
-def chosen(options: SoraOptions, name: str) -> Any:
-    """What the user gave, or else what the preset says."""
-    given = getattr(options, name)
-    return PRESETS[options.sora_preset][name] if given in (None, ()) else given
 
 
 def sora(options: SoraOptions, plan: Plan) -> Method:
@@ -130,14 +127,22 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
     Raises:
         ValueError: the run has fewer steps than stages.
     """
-    lambdas: tuple[float, ...] = chosen(options, "sora_lambdas")
-    if plan.total_steps < len(lambdas):
+    chosen = as_preset(options, options.sora_preset, PRESETS)
+    lambdas: tuple[float, ...] = chosen.sora_lambdas
+    longest_warmup = plan.total_steps // len(lambdas)
+    if longest_warmup < max(1, plan.warmup_steps):
         raise ValueError(
-            f"sora_lambdas has {len(lambdas)} stages, but the run has {plan.total_steps} steps"
+            f"sora_lambdas has {len(lambdas)} stages, and a stage of the run's {plan.total_steps} "
+            f"steps has {longest_warmup}: it needs at least 1, and warmup_steps "
+            f"({plan.warmup_steps}) at most"
         )
     stages = equal_stages(plan.total_steps, len(lambdas))
+    several = len(stages) > 1
     every = options.sora_every or max(1, plan.total_steps // 50)
-    l1: float = chosen(options, "sora_l1") / sum(site.rank for site in plan.sites)
+    # The released script with stages has a smaller one.
+    in_stages = options.sora_l1 is None and several
+    weight = min(chosen.sora_l1, 1e-3) if in_stages else chosen.sora_l1
+    l1 = weight / sum(site.rank for site in plan.sites)
 
     def lambda_at(step: int) -> float:
         return lambdas[stage_at(step, stages)]
@@ -148,16 +153,16 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
     def penalty(tensors: Tensors) -> dict[str, Tensor]:
         return {"lora_gate": l1 * tensors["lora_gate"].sign()}
 
-    several = len(stages) > 1
     return Method(
         name="sora",
-        tensors=gated_pair(options, plan, projection(chosen(options, "sora_threshold"), lambda_at)),
+        tensors=gated_pair(chosen, plan, projection(chosen.sora_threshold, lambda_at)),
         delta=gated_delta,
         to_lora=gate_in_b,
         penalty=penalty if l1 > 0.0 else None,
         score=magnitude,
         decides_at=lambda step: step > 0 and (step % every == 0 or step in stages),
         decide=decide,
+        redraws=not several,
         stages=stages if several else (),
         stage_rate="first" if options.sora_preset == "released" else "own",
         stage_resets_moments=options.sora_reset_moments,
@@ -195,7 +200,7 @@ def gate_lr_factor(options: SoraOptions, plan: Plan) -> float:
         return options.sora_gate_lr_factor
     if options.sora_preset == "released":
         return 1.0
-    steps = plan.total_steps / len(chosen(options, "sora_lambdas"))
+    steps = plan.total_steps / len(options.sora_lambdas)
     return TRAVEL / (steps * plan.learning_rate)
 
 

@@ -1,0 +1,145 @@
+"""Several methods in one group of ranks: a random Llama, an engine of its own for each."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.adapter import RowSeeds
+from sparse_lora_dist.config import (
+    AdapterConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+)
+from sparse_lora_dist.data import Batch
+from sparse_lora_dist.decisions import Decisions
+from sparse_lora_dist.engine_config import engine_dict
+from sparse_lora_dist.learning_rate import LearningRate
+from sparse_lora_dist.methods import METHODS, Method, Plan
+from sparse_lora_dist.model import Model
+from sparse_lora_dist.optim import SparseAdamW
+from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.sites import Sites
+from sparse_lora_dist.step import train_step
+from sparse_lora_dist.zero3 import Engine
+
+ROOT = Path(__file__).resolve().parents[1]
+ZERO3 = str(ROOT / "ds_configs" / "zero3.json")
+RATE = TrainConfig().learning_rate
+
+
+@dataclass
+class Run:
+    """A method's engine and what belongs to it."""
+
+    engine: Engine
+    shards: Shards
+    decisions: Decisions
+    row_seeds: RowSeeds
+    rate: LearningRate
+    tokens: int
+
+    def step(self, step: int) -> None:
+        """Optimizer step ``step``, on one random row a rank. Collective."""
+        self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
+        batches = [random_row(step, self.tokens)]
+        train_step(self.engine, self.shards, self.decisions, batches, self.row_seeds, step=step)
+
+
+def build(
+    name: str,
+    options: Mapping[str, Any],
+    *,
+    folder: str,
+    steps: int,
+    tokens: int,
+    bits: Any = 32,
+    ds_config: Any = ZERO3,
+) -> Run:
+    """What ``train.run`` puts together before its loop. Collective."""
+    factory = METHODS[name]
+    config = Config(
+        model=ModelConfig(model=folder),
+        data=DataConfig(sequence_length=tokens),
+        adapter=AdapterConfig(method=name),
+        train=TrainConfig(
+            max_steps=steps, micro_batch_size=1, learning_rate=RATE, moment_bits=bits
+        ),
+        method_options=factory.options(**options),
+    )
+    engine_config = engine_dict(ds_config, config, comm.world_size())
+    model = Model.open(config)
+    plan = Plan(total_steps=steps, warmup_steps=0, learning_rate=RATE, sites=tuple(model.sites))
+    method = factory.build(config.method_options, plan)
+    row_seeds = model.load(config, method, engine_config)
+    optimizer = SparseAdamW(model.param_groups(0.0), lr=RATE, weight_decay=0.0, eight_bit=bits == 8)
+    engine = Engine(model.module, optimizer, engine_config)
+    sites = Sites(model.adapters, method)
+    shards = Shards(engine, optimizer, method, sparse=sites.tensors(), sites=sites)
+    rate = _learning_rate(method, steps)
+    return Run(engine, shards, Decisions(shards), row_seeds, rate, tokens)
+
+
+def _learning_rate(method: Method, steps: int) -> LearningRate:
+    return LearningRate(
+        name="cosine",
+        peak=RATE,
+        warmup_steps=0,
+        stages=method.stages or (steps,),
+        newborn_warmup=method.newborn_warmup or 0,
+        newborn_restarts=method.newborn_restarts,
+    )
+
+
+def random_row(step: int, tokens: int) -> Batch:
+    """The same for every method, another on each rank."""
+    generator = torch.Generator().manual_seed(1000 * step + comm.rank())
+    ids = torch.randint(0, 500, (1, tokens), generator=generator)
+    return Batch(
+        input_ids_MT=ids,
+        labels_MT=ids,
+        position_ids_MT=torch.arange(tokens)[None],
+        rows_M=(comm.rank(),),
+        num_tokens=tokens,
+    )
+
+
+def save_llama(folder: str, *, width: int, inner: int, layers: int) -> None:
+    """Random weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=500,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+
+
+def on_ranks(script: str, *arguments: str, ranks: int) -> None:
+    """The script again, as so many CPU ranks."""
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+        script,
+    ]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu"}
+    subprocess.run([sys.executable, *command, *arguments], check=True, env=environment)

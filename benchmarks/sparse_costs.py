@@ -1,0 +1,245 @@
+"""What sparse methods cost and save beside plain LoRA: time of a step, bytes of optimizer state.
+
+    python benchmarks/sparse_costs.py [--rounds 40]
+
+Times are ratios only, of steps taken in turn by engines that stand side by side in the same two
+processes, so that whatever else the machine does falls on all of them.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from _side_by_side import on_ranks, save_llama  # isort: skip  # sets the path
+
+from _job import write
+from _sparse_costs import (
+    EVERY,
+    PARTS,
+    RANK,
+    SMALL,
+    STATE_STEPS,
+    TIMED,
+    TOKENS,
+    WARM_UP,
+    delta_ratios,
+    states,
+    times,
+)
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.program import leave, quiet_others
+
+RANKS = 2
+PHASES = {"times": (times, TIMED), "states": (states, SMALL)}
+COMMAND = "`python benchmarks/sparse_costs.py`"
+
+
+def main() -> None:
+    """Make the models, run the ranks, write the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=40, help="measured ones, in tens")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, nothing is written")
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.phase:
+        on_this_rank(args.phase, args.folder, args.rounds)
+    found = {}
+    for phase, (_, shape) in PHASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            save_llama(folder, **(SMALL if args.tiny else shape))
+            arguments = [
+                "--phase",
+                phase,
+                "--folder",
+                folder,
+                "--rounds",
+                str(args.rounds),
+            ]
+            on_ranks(__file__, *arguments, ranks=RANKS)
+            found[phase] = json.loads((Path(folder) / "found.json").read_text())
+    text = report(found["times"], found["states"], args.rounds)
+    print(text) if args.tiny else write("sparse_costs.md", text)
+
+
+def on_this_rank(phase: str, folder: str, rounds: int) -> None:
+    """One rank's part; rank 0 leaves what was found beside the model."""
+    quiet_others()
+    comm.start()
+    found = PHASES[phase][0](folder, rounds)
+    if comm.rank() == 0:
+        (Path(folder) / "found.json").write_text(json.dumps(found))
+    comm.barrier()
+    leave(0)
+
+
+def report(measured: dict[str, Any], found: dict[str, Any], rounds: int) -> str:
+    """The result file."""
+    gathered = measured.pop("gathered")
+    width, inner, layers = TIMED.values()
+    return f"""\
+{COMMAND}: {RANKS} CPU ranks of one thread, ZeRO-3 as in `ds_configs/zero3.json`, NF4, bf16, rank
+{RANK} on all linears of random Llamas.
+
+## Time of a step beside plain LoRA's
+
+{layers} layers of width {width} and {inner}, {linear_weights() / 1e6:.0f} M weights in the linears;
+one row of {TOKENS} tokens a rank. One engine a method in the same two processes, stepped in turn,
+in an order drawn anew each round; a time is divided by LoRA's in the same round. {WARM_UP} rounds
+to warm up, {rounds} measured, a decision in every {EVERY}th. Medians over rounds; amortised: the
+{EVERY}th part of one with a decision and the rest without; mean of all: as it says, outliers in it.
+Processor: seconds that the ranks computed, without waiting for the other or for other programs. The
+second LoRA engine shows what the machine's noise makes of no difference. The target is +3%
+amortised.
+
+{table(time_table(measured))}
+
+Bytes received are those of statistics and scores, by one rank. After a decision the agreement check
+gathers the adapters besides, a module at a time: {gathered:,} bytes.
+
+Parts of decision steps, in LoRA steps of the same round, waiting for the other rank included:
+confirm is the agreement check, and decide contains the check that what rests has not moved.
+
+{table(parts_table(measured))}
+
+A delta kept in factors, against the released IncreLoRA's, which multiplies B diag(lambda) A out to
+O x I in each forward: time of its forward and backward in those of ours, {RANK} pieces, {TOKENS}
+tokens, one thread, bf16, paired, median.
+
+{table(delta_table())}
+
+## Bytes of state
+
+{SMALL["layers"]} layers of width {SMALL["width"]}, {STATE_STEPS} steps to the method's end state.
+Both ranks together, but for the last columns; exact, by storages. Dense AdamW: torch.optim.AdamW's
+two fp32 moments for the same shards. Peak: between re-packings; re-packing: with the old and the
+new state of a chunk together, and here all of a rank is one chunk. Entries born at different steps
+cost 2 bytes more each.
+
+{table(state_table(found))}
+
+{table(who_saves(found))}"""
+
+
+def table(lines: list[str]) -> str:
+    """Its lines as text."""
+    return "\n".join(lines)
+
+
+def linear_weights() -> int:
+    """Of the timed model: four heads of eight share keys and values."""
+    width, inner, layers = TIMED.values()
+    return layers * (3 * width * width + 3 * width * inner)
+
+
+def time_table(measured: Mapping[str, list[dict[str, float]]]) -> list[str]:
+    """Markdown: every method beside the LoRA step of the same round."""
+    lines = header(
+        "without a decision",
+        "with one",
+        "amortised",
+        "mean of all",
+        "processor: without",
+        "with",
+        "amortised",
+        "bytes received",
+    )
+    for name, rounds in measured.items():
+        cells = []
+        for what in ("step", "cpu"):
+            pairs = zip(rounds, measured["lora"], strict=True)
+            ratios = [(r["decides"], r[what] / base[what]) for r, base in pairs]
+            plain = median(q for decides, q in ratios if not decides)
+            deciding = median(q for decides, q in ratios if decides)
+            cells += [plain, deciding, ((EVERY - 1) * plain + deciding) / EVERY]
+            if what == "step":
+                cells.append(mean(q for _, q in ratios))
+        received = max(r["bytes"] for r in rounds)
+        lines.append(f"| {name} | {' | '.join(map(percent, cells))} | {received:,.0f} |")
+    return lines
+
+
+def header(*names: str, first: str = "") -> list[str]:
+    """Of a table whose other columns are numbers."""
+    return [f"| {first} | {' | '.join(names)} |", "|---|" + len(names) * "---:|"]
+
+
+def percent(ratio: float) -> str:
+    """How much above 1."""
+    return f"{100 * (ratio - 1):+.1f}%"
+
+
+def parts_table(measured: Mapping[str, list[dict[str, float]]]) -> list[str]:
+    """Markdown: parts of a step, of the LoRA step of the same round."""
+    lines = header(*PARTS, "optimizer, other rounds")
+    lora = [r["step"] for r in measured["lora"]]
+    for name, rounds in measured.items():
+        pairs = list(zip(rounds, lora, strict=True))
+        cells = [median(r[part] / base for r, base in pairs if r["decides"]) for part in PARTS]
+        cells.append(median(r["optimizer"] / base for r, base in pairs if not r["decides"]))
+        lines.append(f"| {name} | " + " | ".join(f"{100 * cell:.2f}%" for cell in cells) + " |")
+    return lines
+
+
+def delta_table() -> list[str]:
+    """Markdown."""
+    lines = header("delta alone", "with the frozen linear", first="O x I")
+    for (num_out, num_in), (alone, whole) in delta_ratios().items():
+        lines.append(f"| {num_out} x {num_in} | {alone:.1f} | {whole:.2f} |")
+    return lines
+
+
+def state_table(found: Mapping[str, list[dict[str, int]]]) -> list[str]:
+    """Markdown: bytes of both ranks together, and those of one."""
+    lines = header(
+        "entries",
+        "live at the end",
+        "dense AdamW",
+        "at the end",
+        "peak",
+        "re-packing",
+        "statistics, first",
+        "last",
+        "8 live + all / 8",
+        "largest rank: dense",
+        "at the end",
+        "peak",
+    )
+    for label, ranks in found.items():
+        total = {key: sum(own[key] for own in ranks) for key in ranks[0]}
+        most = {key: max(own[key] for own in ranks) for key in ranks[0]}
+        keys = ("entries", "live", "dense", "now", "peak", "repacking")
+        cells = [total[key] for key in (*keys, "statistics", "statistics at the end")]
+        cells += [8 * total["live"] + total["entries"] // 8]
+        cells += [most[key] for key in ("dense", "now", "peak")]
+        lines.append(f"| {label} | " + " | ".join(f"{n:,}" for n in cells) + " |")
+    return lines
+
+
+def who_saves(found: Mapping[str, list[dict[str, int]]]) -> list[str]:
+    """In words, from the numbers."""
+    lines = []
+    for what, extra in {"Moments alone": 0, "Moments and statistics": 1}.items():
+        saves: dict[str, list[str]] = {
+            "less at the peak too": [],
+            "only later": [],
+            "never": [],
+        }
+        for label, ranks in found.items():
+            total = {key: sum(own[key] for own in ranks) for key in ranks[0]}
+            peak = total["peak"] + extra * total["statistics"]
+            end = total["now"] + extra * total["statistics at the end"]
+            when = list(saves)[(peak >= total["dense"]) + (end >= total["dense"])]
+            saves[when].append(label)
+        said = [f"{when}: {'; '.join(labels) or 'none'}" for when, labels in saves.items()]
+        lines.append(f"- {what}, against the dense moments. " + ". ".join(said) + ".")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
