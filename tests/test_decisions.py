@@ -46,6 +46,9 @@ def test_every_decision_has_a_row_with_each_sites_ranks_and_live_entries(
     assert [row["step"] for row in rows] == [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24]
     assert all(len(row["ranks"]) == len(row["live"]) == 14 for row in rows)
     assert all(sum(row["ranks"].values()) == row["budget"] for row in rows)
+    # The budget only falls, yet a linear gains: pieces come back until the last decision.
+    pairs = zip(rows, rows[1:], strict=False)
+    assert any(b["ranks"][site] > a["ranks"][site] for a, b in pairs for site in a["ranks"])
     last = read_rows(tmp_path / "metrics.jsonl")[-1]
     assert last["budget"] == rows[-1]["budget"] == 3 * 14
     assert last["live_entries"] == sum(rows[-1]["live"].values())

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from sparse_lora_dist.methods import METHODS
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.laws import LAWS
@@ -25,7 +26,7 @@ KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1")
 TIES = 1e-4
 """Share of entries whose mask may differ where scores lie within rounding of the threshold."""
 
-sparse_methods = pytest.mark.parametrize("name", LAWS)
+every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def flags(tiny: TinyRun, folder: Path, name: str, **options: object) -> list[str]:
@@ -71,7 +72,7 @@ def reference(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFact
     return run
 
 
-@sparse_methods
+@every_method
 def test_it_decides_several_times_and_prunes_or_grows(reference: Any, name: str) -> None:
     rows = decisions(reference(name))
     if LAWS[name].decides:
@@ -95,7 +96,7 @@ LAYOUTS = {
 }
 
 
-@sparse_methods
+@every_method
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_layout_changes_no_mask_and_no_parameter(
     ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str, layout: str
@@ -121,7 +122,7 @@ def test_the_layout_changes_no_mask_and_no_parameter(
         torch.testing.assert_close(masters[n][same], w[same], rtol=0, atol=1e-5)
 
 
-@sparse_methods
+@every_method
 def test_stopping_before_at_and_after_decisions_changes_no_bit(
     ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str
 ) -> None:
@@ -147,7 +148,7 @@ def test_stopping_before_at_and_after_decisions_changes_no_bit(
     assert told[0] == told[1]
 
 
-@sparse_methods
+@every_method
 def test_a_loss_eight_times_as_large_gives_the_same_masks(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
 ) -> None:
@@ -163,7 +164,7 @@ def test_a_loss_eight_times_as_large_gives_the_same_masks(
     assert all(torch.equal(masks[0][n], masks[1][n]) for n in masks[0])
 
 
-@sparse_methods
+@every_method
 def test_off_is_the_fixed_rank_method_step_for_step(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
 ) -> None:
