@@ -14,7 +14,7 @@ import torch
 from _job import held_out, train, write
 from safetensors.torch import load_file
 
-STEPS, RATES, SEEDS = 60, ("5e-4", "2e-3"), (0, 1, 2)
+STEPS, RATES, SEEDS = 60, ("2e-3", "5e-3"), (0, 1, 2)
 METHODS = ("lora", "roselora", "sora", "increlora", "adalora")
 
 
