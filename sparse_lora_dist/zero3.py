@@ -111,9 +111,21 @@ class ShardBuilder:
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The parameters whole, in the engine's dtype, on every rank, for reading. Collective."""
-    with deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None):
+    """The parameters whole, in the engine's dtype, on every rank, for reading. Collective.
+
+    In one exchange; deepspeed.zero.GatheredParameters takes one for each.
+    """
+    found: list[ZeroParameter] = list(parameters)
+    absent = [p for p in found if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+    # hpZ's secondary copies lie among fewer ranks than primary ones.
+    for has_secondary in (False, True):
+        if some := [p for p in absent if (p.ds_secondary_tensor is not None) == has_secondary]:
+            some[0].all_gather_coalesced(some).wait()
+    try:
         yield
+    finally:
+        if absent:
+            absent[0].partition(absent)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,6 +159,9 @@ class Engine:
             model=model, optimizer=optimizer, config=dict(engine_config), dist_init_required=False
         )
         self._zero = self._engine.optimizer
+        # DeepSpeed would gather these one collective each after every step. Left to the module that
+        # uses one first, they come in the same collective as its other tensors, and stay.
+        self._persistent, self._zero.persistent_parameters = self._zero.persistent_parameters, []
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.slices = [self._slice_of(name, p) for name, p in self.trained.items()]
         self.model = model
@@ -221,12 +236,10 @@ class Engine:
         """Bring the engine's low-precision copy in line after the masters were written from
         outside. Collective.
 
-        In this order, or training goes on from stale values: persistent parameters back to their
-        shares, masters into the live copy, then the persistent ones gathered again.
+        Persistent parameters go back to their shares first, or training goes on from stale values.
         """
-        persistent = self._zero.persistent_parameters
-        if persistent:
-            persistent[0].partition(persistent)
+        if self._persistent:
+            self._persistent[0].partition(self._persistent)
         for sub_group in range(len(self.flats())):
             self._zero._reassign_or_swap_out_partitioned_parameters(sub_group)
         self._zero.checkpoint_event_epilogue()

@@ -1,10 +1,14 @@
 """What workers run for ``test_decisions.py``: a run in which one rank goes astray after step 5."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
-from sparse_lora_dist import comm
+from torch import nn
+
+from sparse_lora_dist import comm, zero3
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.errors import UserError
 from tests.run_work import train_toy
@@ -17,17 +21,17 @@ STEP, ASTRAY = 6, 1
 def refusal_after(flags: list[str], what: str) -> str:
     """What every rank says when ``what`` happens to rank 1 just before the decision of step 6, or
     just after it."""
-    hurt = {"master": _hurt_master, "live copy": _hurt_live_copy, "decision": None}[what]
+    hurt = {"master": _hurt_master, "live copy": _hurt_live_copy, "gathered": _hurt_gathered}
     make, confirm = Decisions.make, Decisions.confirm
 
     def hurt_before(self: Decisions, step: int) -> Any:
         if what == "master" and step == STEP and comm.rank() == ASTRAY:
-            hurt(self)
+            hurt[what](self)
         return make(self, step)
 
     def hurt_after(self: Decisions, step: int) -> None:
-        if what == "live copy" and step == STEP and comm.rank() == ASTRAY:
-            hurt(self)
+        if what in ("live copy", "gathered") and step == STEP and comm.rank() == ASTRAY:
+            hurt[what](self)
         confirm(self, step)
 
     factory = replace(TOY, build=_astray) if what == "decision" else TOY
@@ -35,6 +39,7 @@ def refusal_after(flags: list[str], what: str) -> str:
         patch.object(Decisions, "make", hurt_before),
         patch.object(Decisions, "confirm", hurt_after),
         patch("tests.toy_method.TOY", factory),
+        patch.object(zero3, "gathered", zero3.gathered),  # put back what _hurt_gathered replaces
     ):
         try:
             train_toy(flags)
@@ -56,8 +61,24 @@ def _hurt_master(decisions: Decisions) -> None:
 def _hurt_live_copy(decisions: Decisions) -> None:
     """This rank's part of a tensor, as forward will gather it, is not the master's."""
     engine, name = decisions.shards.engine, next(iter(decisions.shards.sparse))
-    parameter = engine.trained[name]
-    (parameter.data if parameter.data.numel() else parameter.ds_tensor).fill_(0.0)
+    parameter: Any = engine.trained[name]
+    assert parameter.data.numel() == 0, "between steps a rank holds its share only"
+    parameter.ds_tensor.fill_(0.0)
+
+
+def _hurt_gathered(decisions: Decisions) -> None:
+    """What this rank gathers of a tensor is not what the others gather."""
+    wrong = next(iter(decisions.shards.sparse.values()))
+    gathered = zero3.gathered
+
+    @contextmanager
+    def hurt(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+        found = list(parameters)
+        with gathered(found):
+            found[0].data.view(-1)[wrong.numel - 1] = 0.0
+            yield
+
+    zero3.gathered = hurt
 
 
 def _astray(options: Any, plan: Any) -> Any:

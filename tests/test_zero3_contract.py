@@ -37,6 +37,12 @@ def test_masters_written_from_outside_reach_forward(ranks: Ranks, size: int) -> 
     ranks(size, "tests.zero3_work:written_masters")
 
 
+def test_small_tensors_that_stay_whole_are_gathered_together(ranks: Ranks) -> None:
+    # Left to DeepSpeed, each of the six would have an exchange of its own after every step.
+    for sharded, *_, persistent in ranks(2, "tests.zero3_work:gathers"):
+        assert 0 < persistent <= 2 and persistent <= sharded
+
+
 @SIZES
 def test_packed_bytes_are_gathered_as_they_are(ranks: Ranks, size: int) -> None:
     ranks(size, "tests.zero3_work:bytes_survive")
