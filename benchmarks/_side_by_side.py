@@ -48,12 +48,13 @@ class Run:
     decisions: Decisions
     row_seeds: RowSeeds
     rate: LearningRate
+    rows: int
     tokens: int
 
     def step(self, step: int) -> None:
-        """Optimizer step ``step``, on one random row a rank. Collective."""
+        """Optimizer step ``step``, on random rows. Collective."""
         self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
-        batches = [random_row(step, self.tokens)]
+        batches = [random_rows(step, self.rows, self.tokens)]
         train_step(self.engine, self.shards, self.decisions, batches, self.row_seeds, step=step)
 
 
@@ -64,6 +65,7 @@ def build(
     folder: str,
     steps: int,
     tokens: int,
+    rows: int = 1,
     bits: Any = 32,
     ds_config: Any = ZERO3,
 ) -> Run:
@@ -74,7 +76,7 @@ def build(
         data=DataConfig(sequence_length=tokens),
         adapter=AdapterConfig(method=name),
         train=TrainConfig(
-            max_steps=steps, micro_batch_size=1, learning_rate=RATE, moment_bits=bits
+            max_steps=steps, micro_batch_size=rows, learning_rate=RATE, moment_bits=bits
         ),
         method_options=factory.options(**options),
     )
@@ -88,7 +90,7 @@ def build(
     sites = Sites(model.adapters, method)
     shards = Shards(engine, optimizer, method, sparse=sites.tensors(), sites=sites)
     rate = _learning_rate(method, steps)
-    return Run(engine, shards, Decisions(shards), row_seeds, rate, tokens)
+    return Run(engine, shards, Decisions(shards), row_seeds, rate, rows, tokens)
 
 
 def _learning_rate(method: Method, steps: int) -> LearningRate:
@@ -102,16 +104,16 @@ def _learning_rate(method: Method, steps: int) -> LearningRate:
     )
 
 
-def random_row(step: int, tokens: int) -> Batch:
+def random_rows(step: int, rows: int, tokens: int) -> Batch:
     """The same for every method, another on each rank."""
     generator = torch.Generator().manual_seed(1000 * step + comm.rank())
-    ids = torch.randint(0, 500, (1, tokens), generator=generator)
+    ids = torch.randint(0, 500, (rows, tokens), generator=generator)
     return Batch(
         input_ids_MT=ids,
         labels_MT=ids,
-        position_ids_MT=torch.arange(tokens)[None],
-        rows_M=(comm.rank(),),
-        num_tokens=tokens,
+        position_ids_MT=torch.arange(tokens).expand(rows, tokens),
+        rows_M=tuple(range(rows * comm.rank(), rows * comm.rank() + rows)),
+        num_tokens=rows * tokens,
     )
 
 

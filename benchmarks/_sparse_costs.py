@@ -107,11 +107,13 @@ def timed_step(run: Run, step: int, watch: Stopwatch) -> dict[str, float]:
     }
 
 
-def times(folder: str, rounds: int) -> dict[str, Any]:
+def times(folder: str, rounds: int, rows: int) -> dict[str, Any]:
     """Every method's measured rounds: {method: [what ``timed_step`` gave]}."""
     steps = int((WARM_UP + rounds) / 0.7)
     runs = {
-        name: build(name.split(",")[0], options, folder=folder, steps=steps, tokens=TOKENS)
+        name: build(
+            name.split(",")[0], options, folder=folder, steps=steps, tokens=TOKENS, rows=rows
+        )
         for name, options in TIMED_OPTIONS.items()
     }
     shuffled, watch, measured = random.Random(0), Stopwatch(), defaultdict(list)

@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from _side_by_side import RATE, build, on_ranks, random_row, save_llama  # isort: skip  # sets the path
+from _side_by_side import RATE, build, on_ranks, random_rows, save_llama  # isort: skip  # sets the path
 
 import deepspeed
 import torch
@@ -192,7 +192,7 @@ def zeros(pairs: Mapping[str, tuple[Tensor, Tensor]], masked: Mapping[str, Tenso
 
 def inputs(step: int) -> dict[str, Tensor]:
     """For a transformers model."""
-    row = random_row(step, TOKENS)
+    row = random_rows(step, 1, TOKENS)
     return {"input_ids": row.input_ids_MT, "labels": row.labels_MT}
 
 

@@ -1,6 +1,6 @@
 """What sparse methods cost and save beside plain LoRA: time of a step, bytes of optimizer state.
 
-    python benchmarks/sparse_costs.py [--rounds 40]
+    python benchmarks/sparse_costs.py [--rounds 30]
 
 Times are ratios only, of steps taken in turn by engines that stand side by side in the same two
 processes, so that whatever else the machine does falls on all of them.
@@ -9,7 +9,8 @@ processes, so that whatever else the machine does falls on all of them.
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -32,17 +33,23 @@ from _sparse_costs import (
 )
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.config import TrainConfig
+from sparse_lora_dist.decisions import MODULES
 from sparse_lora_dist.program import leave, quiet_others
 
-RANKS = 2
-PHASES = {"times": (times, TIMED), "states": (states, SMALL)}
+RANKS, ROWS = 2, TrainConfig().micro_batch_size
+PHASES: dict[str, tuple[Callable[[str, int], dict[str, Any]], dict[str, int]]] = {
+    "default batch": (partial(times, rows=ROWS), TIMED),
+    "small batch": (partial(times, rows=1), TIMED),
+    "states": (states, SMALL),
+}
 COMMAND = "`python benchmarks/sparse_costs.py`"
 
 
 def main() -> None:
     """Make the models, run the ranks, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=40, help="measured ones, in tens")
+    parser.add_argument("--rounds", type=int, default=30, help="measured ones, in tens")
     parser.add_argument("--tiny", action="store_true", help="small shapes, nothing is written")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -63,7 +70,7 @@ def main() -> None:
             ]
             on_ranks(__file__, *arguments, ranks=RANKS)
             found[phase] = json.loads((Path(folder) / "found.json").read_text())
-    text = report(found["times"], found["states"], args.rounds)
+    text = report(found, args.rounds)
     print(text) if args.tiny else write("sparse_costs.md", text)
 
 
@@ -78,9 +85,11 @@ def on_this_rank(phase: str, folder: str, rounds: int) -> None:
     leave(0)
 
 
-def report(measured: dict[str, Any], found: dict[str, Any], rounds: int) -> str:
+def report(found: dict[str, dict[str, Any]], rounds: int) -> str:
     """The result file."""
-    gathered = measured.pop("gathered")
+    default, small, states = found.values()
+    gathered = default.pop("gathered")
+    small.pop("gathered")
     width, inner, layers = TIMED.values()
     return f"""\
 {COMMAND}: {RANKS} CPU ranks of one thread, ZeRO-3 as in `ds_configs/zero3.json`, NF4, bf16, rank
@@ -88,24 +97,30 @@ def report(measured: dict[str, Any], found: dict[str, Any], rounds: int) -> str:
 
 ## Time of a step beside plain LoRA's
 
-{layers} layers of width {width} and {inner}, {linear_weights() / 1e6:.0f} M weights in the linears;
-one row of {TOKENS} tokens a rank. One engine a method in the same two processes, stepped in turn,
-in an order drawn anew each round; a time is divided by LoRA's in the same round. {WARM_UP} rounds
-to warm up, {rounds} measured, a decision in every {EVERY}th. Medians over rounds; amortised: the
-{EVERY}th part of one with a decision and the rest without; mean of all: as it says, outliers in it.
-Processor: seconds that the ranks computed, without waiting for the other or for other programs. The
-second LoRA engine shows what the machine's noise makes of no difference. The target is +3%
-amortised.
+{layers} layers of width {width} and {inner}, {linear_weights() / 1e6:.0f} M weights in the linears.
+One engine a method in the same two processes, stepped in turn, in an order drawn anew each round; a
+time is divided by LoRA's in the same round. {WARM_UP} rounds to warm up, {rounds} measured, a
+decision in every {EVERY}th. Medians over rounds; amortised: the {EVERY}th part of one with a
+decision and the rest without; mean of all: as it says, outliers in it. Processor: seconds that the
+ranks computed, without waiting for the other or for other programs. The second LoRA engine shows
+what the machine's noise makes of no difference. The target is +3% amortised.
 
-{table(time_table(measured))}
+{ROWS} rows of {TOKENS} tokens a rank, the default batch:
+
+{table(time_table(default))}
+
+One row of {TOKENS} tokens a rank:
+
+{table(time_table(small))}
 
 Bytes received are those of statistics and scores, by one rank. After a decision the agreement check
-gathers the adapters besides, a module at a time: {gathered:,} bytes.
+gathers the adapters besides, {MODULES} modules at a time: {gathered:,} bytes.
 
-Parts of decision steps, in LoRA steps of the same round, waiting for the other rank included:
-confirm is the agreement check, and decide contains the check that what rests has not moved.
+Parts of decision steps with one row, in LoRA steps of the same round, waiting for the other rank
+included: confirm is the agreement check, and decide contains the check that what rests has not
+moved.
 
-{table(parts_table(measured))}
+{table(parts_table(small))}
 
 A delta kept in factors, against the released IncreLoRA's, which multiplies B diag(lambda) A out to
 O x I in each forward: time of its forward and backward in those of ours, {RANK} pieces, {TOKENS}
@@ -121,9 +136,9 @@ two fp32 moments for the same shards. Peak: between re-packings; re-packing: wit
 new state of a chunk together, and here all of a rank is one chunk. Entries born at different steps
 cost 2 bytes more each.
 
-{table(state_table(found))}
+{table(state_table(states))}
 
-{table(who_saves(found))}"""
+{table(who_saves(states))}"""
 
 
 def table(lines: list[str]) -> str:
