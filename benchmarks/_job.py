@@ -37,3 +37,8 @@ def write(name: str, text: str) -> None:
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / name).write_text(text + "\n")
     print(text)
+
+
+def header(*names: str, first: str = "") -> list[str]:
+    """Of a Markdown table whose other columns are numbers."""
+    return [f"| {first} | {' | '.join(names)} |", "|---|" + len(names) * "---:|"]

@@ -19,7 +19,8 @@ from torch import Tensor
 from sparse_lora_dist.errors import UserError
 
 traffic_bytes: Counter[str] = Counter()
-"""Bytes this rank received through this module, by collective; DeepSpeed's own are not in here."""
+"""Bytes of tensors this rank received through this module, by collective. DeepSpeed's own exchanges
+are not in here, nor are the few objects that are pickled."""
 
 _patient: Any = None
 """A gloo group for waits that may be long: one rank downloads or tokenises, the others have nothing

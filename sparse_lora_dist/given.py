@@ -5,6 +5,7 @@ Every function adds what it finds wrong to ``problems`` and goes on, so that all
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 
 import yaml
@@ -118,8 +119,17 @@ def typed_values(
         try:
             if value is None and not may_be_null(hint):  # the parser lets it pass
                 raise TypeError
-            values[one.name] = parser.parse_object({one.name: value}, defaults=False)[one.name]
+            parsed = parser.parse_object({one.name: value}, defaults=False)[one.name]
+            if not is_finite(parsed):  # the checks of ranges let NaN pass
+                raise TypeError
+            values[one.name] = parsed
         except (ArgumentError, TypeError):
             # The parser's own text names Python classes.
             problems.append(f"{one.place} must be {describe(hint)}, got {one.value!r}")
     return values
+
+
+def is_finite(value: object) -> bool:
+    """Is every number in ``value`` finite?"""
+    items = value if isinstance(value, list | tuple) else [value]
+    return all(isfinite(item) for item in items if isinstance(item, float))

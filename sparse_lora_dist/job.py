@@ -141,7 +141,14 @@ class Job:
         )
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)
-            print_summary(self.config, self.feed, self.progress, rows, adapter_bytes=size)
+            print_summary(
+                self.config,
+                self.feed,
+                self.progress,
+                rows,
+                adapter_bytes=size,
+                goes_on=self.shards.method.redraws or self.shards.ended,
+            )
 
 
 def _learning_rate(config: Config, method: Method, total_steps: int) -> LearningRate:

@@ -18,7 +18,7 @@ from sparse_lora_dist.moments import Packed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
-CHUNK = 2**24
+CHUNK = 2**18
 """Entries stepped and re-packed at a time, since both take scratch for each; a multiple of 8."""
 
 
@@ -30,7 +30,8 @@ class StateBytes:
     peak: int
     """The most so far, between re-packings."""
     repacking: int
-    """The most so far while a chunk was re-packed, its old and its new state together."""
+    """The most so far while a chunk was re-packed: its old state, its new one, and its moments and
+    births spread out between the two."""
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -161,7 +162,8 @@ class SparseAdamW(torch.optim.Optimizer):
 
     def _pack(self, state: dict[str, Any], i: int, *dense: Tensor) -> None:
         new = Packed(*dense, eight_bit=self.eight_bit)
-        self._repacking = max(self._repacking, self._nbytes() + new.nbytes())
+        spread = sum(t.nbytes for t in dense)
+        self._repacking = max(self._repacking, self._nbytes() + spread + new.nbytes())
         state["chunks"][i] = new
         self._peak = max(self._peak, self._nbytes())
 

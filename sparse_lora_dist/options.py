@@ -14,7 +14,7 @@ USAGE = "deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--option
 PLAIN_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
 WORDS = {
     int: "a whole number",
-    float: "a number",
+    float: "a finite number",
     bool: "true or false",
     str: "text",
     type(None): "null",
@@ -105,5 +105,5 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if get_origin(hint) is tuple:
-        return "a list of numbers" if float in arguments else "a list of names"
+        return "a list of finite numbers" if float in arguments else "a list of names"
     return WORDS.get(hint, str(hint))

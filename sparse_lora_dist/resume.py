@@ -1,7 +1,7 @@
 """Which checkpoint a run goes on from, and whether it may: settled before a weight is read."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,17 @@ def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[s
 
 
 def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> None:
-    saved_end, ended = found.manifest["total_steps"], found.manifest["ended"]
-    if saved_end != feed.total_steps and not (method.redraws or ended):
-        raise UserError(
-            f"{found.path} is in the middle of a schedule of {method.name} that ends with step "
-            f"{saved_end}, but this run is to end at step {feed.total_steps}, and drawn anew it "
-            f"would go back: keep --max_steps {saved_end}, or start afresh in another --output_dir."
-        )
+    saved_end = found.manifest["total_steps"]
+    if not (method.redraws or found.manifest["ended"]):
+        differ = _changed(found, config, [f.name for f in fields(config.method_options)])
+        if saved_end != feed.total_steps:
+            differ.append(f"the last step {saved_end} -> {feed.total_steps}")
+        if differ:
+            raise UserError(
+                f"{found.path} is in the middle of a schedule of {method.name} that ends with step "
+                f"{saved_end}; drawn anew it would go back. Changed: {', '.join(differ)}. Keep "
+                f"these (--max_steps {saved_end}), or start afresh in another --output_dir."
+            )
     ends = (("max_steps", feed.total_steps), ("stop_after", config.train.stop_after))
     for name, last in ends:
         if last is not None and last < found.step:
@@ -89,10 +93,15 @@ def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> N
             )
 
 
-def _say(found: Resume, config: Config, feed: Feed) -> None:
+def _changed(found: Resume, config: Config, names: Iterable[str]) -> list[str]:
+    """ "name old -> new" for each of these options that has changed."""
     was, now = found.manifest["config"], config.as_flat_dict()
-    differ = [k for k in now if k not in FREE.split() and was.get(k) != now[k]]
-    changed = ", ".join(f"{k} {was.get(k)} -> {now[k]}" for k in differ)
+    return [f"{n} {was.get(n)} -> {now[n]}" for n in names if was.get(n) != now[n]]
+
+
+def _say(found: Resume, config: Config, feed: Feed) -> None:
+    names = [name for name in config.as_flat_dict() if name not in FREE.split()]
+    changed = ", ".join(_changed(found, config, names))
     say(
         "resumes", f"{found.path}, step {found.step}" + (f"; changed: {changed}" if changed else "")
     )

@@ -20,8 +20,10 @@ def print_summary(
     rows: Sequence[Mapping[str, Any]],
     *,
     adapter_bytes: int,
+    goes_on: bool,
 ) -> None:
-    """Say how it went. ``rows`` are those of metrics.jsonl."""
+    """Say how it went. ``rows`` are those of metrics.jsonl; ``goes_on``: may the run be made
+    longer, once it is through?"""
     folder = Path(config.run.output_dir)
     device = comm.device().type
     where = f"on {counted(comm.world_size(), 'rank')} ({device})"
@@ -35,7 +37,10 @@ def print_summary(
     say("live", sparsity(rows))
     say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
     say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
-    say("go on", next_command(config, feed, progress))
+    if goes_on or progress.step < feed.total_steps:
+        say("go on", next_command(config, feed, progress))
+    else:
+        say("go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run")
 
 
 def gain(rows: Sequence[Mapping[str, Any]]) -> str:

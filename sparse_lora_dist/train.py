@@ -34,8 +34,12 @@ def run(config: Config) -> None:
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_folder(Path(config.run.output_dir), config.run.resume)
     model = Model.open(config)
+    if config.train.max_steps is not None:  # what does not fit is refused before data is tokenised
+        _build_method(config, model, config.train.max_steps)
     feed = open_feed(config, model.folder)
     method = _build_method(config, model, feed.total_steps)
+    for note in method.notes:
+        say("note", note)
     resume = find_resume(config, model, feed, method)
     row_seeds = model.load(config, method, engine_config)
 
@@ -86,6 +90,4 @@ def _build_method(config: Config, model: Model, total_steps: int) -> Method:
             "it trains factors between the two. Use lora or roselora.",
             shared=True,
         )
-    for note in method.notes:
-        say("note", note)
     return method

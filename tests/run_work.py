@@ -18,6 +18,7 @@ from sparse_lora_dist.job import Job
 from sparse_lora_dist.step import batch_loss
 from sparse_lora_dist.zero3 import summed_cross_entropy
 from tests import toy_method
+from tests.toy_engine import live_copy
 
 
 def train(flags: list[str], environment: dict[str, str] | None = None) -> str:
@@ -73,6 +74,11 @@ def trained_logits(flags: list[str], input_ids_MT: Tensor) -> Tensor:
     engine = finished_job(flags).engine
     with engine.evaluating():
         return engine(input_ids=input_ids_MT, use_cache=False).logits.float()
+
+
+def trained_live_copy(flags: list[str]) -> dict[str, Tensor]:
+    """Train, then what forward gathers of everything that trained."""
+    return live_copy(finished_job(flags).engine)
 
 
 def refusal_of_toy(flags: list[str]) -> str:
@@ -142,3 +148,10 @@ def refusal_unread(flags: list[str]) -> str:
         "sparse_lora_dist.base_model.checkpoint_files.CheckpointFiles.read", side_effect=unread
     ):
         return refusal(flags)
+
+
+def refusal_before_data(flags: list[str]) -> str:
+    """The same, which must come before the data are tokenised too."""
+    unread = AssertionError("the data were read first")
+    with patch("sparse_lora_dist.train.open_feed", side_effect=unread):
+        return refusal_unread(flags)

@@ -415,13 +415,14 @@ def test_bad_options_are_told_together() -> None:
             adalora_target_rank=0.5,
             adalora_begin=0.5,
             adalora_final=0.5,
+            adalora_lambda_lr_factor=0.0,
             adalora_every=0,
             adalora_beta1=1.0,
             adalora_beta2=-0.1,
             adalora_orthogonality=-1.0,
         )
-    for name in ("target_rank", "begin", "every", "beta1", "beta2", "orthogonality"):
-        assert f"adalora_{name}" in str(error.value)
+    names = ("target_rank", "begin", "lambda_lr_factor", "every", "beta1", "beta2", "orthogonality")
+    assert all(f"adalora_{name} " in str(error.value) for name in names)
 
 
 def test_a_budget_above_the_ranks_is_refused() -> None:

@@ -148,7 +148,7 @@ def test_all_problems_come_at_once(run_folder):
     )
     for words in (
         "run.yaml line 1: ranks is no option; did you mean rank?",
-        "run.yaml line 2: alpha must be a number, got 'much'",
+        "run.yaml line 2: alpha must be a finite number, got 'much'",
         "--max_step is no option; did you mean --max_steps?",
         "dropout must be in [0, 1), got 1.0",
         "--seed takes one value, got none",
@@ -173,8 +173,8 @@ def test_all_problems_come_at_once(run_folder):
         ("max_steps", "0", "max_steps must be at least 1"),
         ("num_epochs", "0", "num_epochs must be above 0"),
         ("micro_batch_size", "null", "--micro_batch_size must be a whole number, got 'null'"),
-        ("learning_rate", ".inf", "learning_rate must be above 0"),
-        ("learning_rate", ".nan", "learning_rate must be above 0"),
+        ("learning_rate", ".inf", "--learning_rate must be a finite number, got '.inf'"),
+        ("learning_rate", ".nan", "--learning_rate must be a finite number, got '.nan'"),
         ("weight_decay", "-1", "weight_decay must be at least 0"),
         ("seed", str(2**32), "seed must be at most"),
         ("packing", "maybe", "--packing must be true or false"),
@@ -202,6 +202,21 @@ def test_all_problems_come_at_once(run_folder):
 )
 def test_one_wrong_value_is_one_problem(flag, value, words):
     assert words in only_problem_of(f"--{flag}", value)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "kind"),
+    [
+        ("adalora_orthogonality", ".inf", "a finite number"),
+        ("adalora_target_rank", ".nan", "a finite number or null"),
+        ("sora_gate_lr_factor", "-.inf", "a finite number or null"),
+        ("sora_lambdas", "0,nan", "a list of finite numbers"),
+    ],
+)
+def test_no_option_of_a_method_is_nan_or_infinite(flag, value, kind):
+    assert f"--{flag} must be {kind}, got " in only_problem_of(
+        f"--{flag}", value, "--method", flag.split("_")[0]
+    )
 
 
 @pytest.mark.parametrize("name", ["stop_after", "warmup_steps"])

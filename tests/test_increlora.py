@@ -419,6 +419,7 @@ def test_options_tell_all_that_is_wrong_with_them_at_once() -> None:
         "pieces": 0,
         "every": 0,
         "warmup": -1,
+        "lambda_lr_factor": 0.0,
         "beta1": 1.0,
         "beta2": -0.1,
         "orthogonality": float("inf"),

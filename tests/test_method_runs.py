@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from sparse_lora_dist.learning_rate import LearningRate
 from sparse_lora_dist.metrics import read_rows
@@ -27,7 +26,11 @@ STAGES: dict[str, object] = {
 def test_each_stage_has_its_schedule_its_checkpoint_and_its_row(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
-    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **STAGES))
+    said, _ = ranks(2, TRAIN, flags=tiny.flags(tmp_path, **STAGES, sora_every=5))
+    # Through its stages, it cannot go on with more steps: what is printed must not say so.
+    last = said.splitlines()[-1]
+    assert last.split()[:2] == ["go", "on"] and "--max_steps" not in last
+    assert f"--init_adapter {tmp_path}/adapter" in last
     stages = read_rows(tmp_path / "stages.jsonl")
     assert [(row["stage"], row["step"], row["lambda"]) for row in stages] == [
         (1, 6, 0.5),
@@ -37,6 +40,8 @@ def test_each_stage_has_its_schedule_its_checkpoint_and_its_row(
     checkpoints = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
     assert checkpoints == ["step_00000006", "step_00000012", "step_00000018"]
     rows = {row["step"]: row for row in read_rows(tmp_path / "metrics.jsonl")}
+    lambdas = [rows[s]["lambda"] for s in range(1, 19)]
+    assert lambdas == [0.5] * 6 + [1.0] * 6 + [4.0] * 6
     rate = LearningRate(name="cosine", peak=1e-2, warmup_steps=2, stages=(6, 12, 18))
     assert [rows[s]["learning_rate"] for s in range(1, 19)] == [rate.at(s) for s in range(1, 19)]
     for row in stages:
@@ -97,26 +102,36 @@ def test_moments_of_8_bits_resume_bit_for_bit_and_cost_a_quarter(
     assert eight[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.3)
 
 
-@pytest.mark.parametrize("name", ["roselora", "sora", "adalora"])
+@pytest.mark.parametrize("name", ["roselora", "sora", "increlora", "adalora"])
 def test_what_died_is_still_zero_ten_steps_later_under_bf16(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
 ) -> None:
-    """In the master, and in the copy that forward uses, of which the export is made."""
-    early = {"roselora": {"roselora_end": 0.5}, "adalora": {"adalora_final": 0.5}, "sora": {}}
-    options = {"method": name, "max_steps": 24, "micro_batch_size": 3, "precision": "bf16"}
-    options |= {"rank": 6, "save_every": 13} | LAWS[name].on | early[name]
-    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))
-    live, master = saved(tmp_path, "live", 13), saved(tmp_path, "master", 24)
-    assert any((~mask).any() for mask in live.values())
-    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    for tensor, mask in live.items():
-        assert (master[tensor][~mask] == 0).all(), tensor
-        theirs = f"base_model.model.{tensor}".replace("lora_a", "lora_A.weight")
-        exported = weights.get(theirs.replace("lora_b", "lora_B.weight"))
-        if exported is not None:
-            assert (exported.flatten()[~mask] == 0).all()
-    # 11 decisions confirmed since that what forward gathers is zero where the master is.
-    assert read_rows(tmp_path / "decisions.jsonl")
+    """In the masters and in the copy that forward gathers. Nothing is decided any more, so nothing
+    would be zeroed again, nor would anybody complain."""
+    last = {
+        "roselora": {"roselora_begin": 0.2, "roselora_end": 0.5},
+        "sora": {"sora_every": 12},
+        "increlora": {},
+        "adalora": {"adalora_final": 0.5},
+    }
+    options = {"method": name, "max_steps": 24, "stop_after": 22, "save_every": 3, "rank": 6}
+    options |= {"micro_batch_size": 3, "precision": "bf16"} | LAWS[name].on | last[name]
+    copies = ranks(2, "tests.run_work:trained_live_copy", flags=tiny.flags(tmp_path, **options))
+    assert read_rows(tmp_path / "decisions.jsonl")[-1]["step"] == 12
+    lived = [saved(tmp_path, "live", step) for step in (3, 6, 9, 12)]
+    before, decided, after = (saved(tmp_path, "master", step) for step in (3, 12, 22))
+    num_died = 0
+    for tensor, w in after.items():
+        # What never lived keeps its first value, but for lambdas: those go with their reserves.
+        ever = torch.stack([live[tensor] for live in lived]).any(0) | ("lambda" in tensor)
+        died = ever & ~lived[-1][tensor]
+        num_died += int((before[tensor][died] != 0).sum())
+        assert (w[died] == 0).all(), tensor
+        for copy in copies:
+            assert (copy[tensor].flatten()[died] == 0).all(), tensor
+            assert torch.equal(copy[tensor].flatten(), w.to(torch.bfloat16)), tensor
+    assert num_died > 0
+    assert any((decided[tensor] != w).any() for tensor, w in after.items())
 
 
 def test_a_rank_that_grows_never_holds_the_state_of_its_capacity(
@@ -187,9 +202,16 @@ def test_decisions_are_the_same_with_masters_on_the_host_and_with_a_node_copy(
         assert all(torch.equal(first[n], second[n]) for n in first), key
 
 
-@pytest.mark.parametrize("name", ["roselora", "increlora", "adalora"])
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("roselora", {"roselora_keep": 0.9}),
+        ("increlora", {"increlora_modules": 3}),
+        ("adalora", {"adalora_final": 0.7}),
+    ],
+)
 def test_a_schedule_in_its_middle_cannot_be_drawn_anew(
-    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str, changed: dict[str, float]
 ) -> None:
     """Longer, its keep fraction would rise again; shorter, its end may lie behind it."""
     options = {"method": name, "max_steps": 20} | LAWS[name].on
@@ -199,6 +221,12 @@ def test_a_schedule_in_its_middle_cannot_be_drawn_anew(
     more = options | {"stop_after": "null", "max_steps": 40}
     for said in ranks(2, REFUSAL, flags=tiny.flags(tmp_path / "b", **more, resume=early)):
         assert f"schedule of {name} that ends with step 20" in said and "--max_steps 20" in said
+        assert "the last step 20 -> 40" in said
+    kept = options | {"stop_after": "null"} | changed
+    for said in ranks(2, REFUSAL, flags=tiny.flags(tmp_path / "b", **kept, resume=early)):
+        ((option, value),) = changed.items()
+        assert f"schedule of {name} that ends with step 20" in said
+        assert f"Changed: {option} " in said and f"-> {value}." in said
     # Once its last decision is made, a run may go on for as long as it likes.
     ranks(2, TRAIN, flags=tiny.flags(tmp_path, **more | {"max_steps": 24}, resume="auto"))
     live, later = saved(tmp_path, "live", 19), saved(tmp_path, "live", 24)
@@ -269,13 +297,13 @@ BAD = {
 
 
 @pytest.mark.parametrize(("given", "said"), BAD.values(), ids=BAD)
-def test_bad_options_are_refused_before_a_weight_is_read(
+def test_bad_options_are_refused_before_weights_or_data_are_read(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, given: list[str], said: list[str]
 ) -> None:
     options = dict(word.split("=") for word in given)
     method = options.pop("method", given[0].split("_")[0])
     words = tiny.flags(tmp_path, method=method, **options)
-    (message,) = ranks(1, REFUSAL, flags=words)
+    (message,) = ranks(1, "tests.run_work:refusal_before_data", flags=words)
     for word in said:
         assert word in message
 

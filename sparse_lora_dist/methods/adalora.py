@@ -12,13 +12,15 @@ others lose A, B and lambda, and are no longer computed. A site may end with no 
 Where we differ from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and PEFT, on
 purpose: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
 exactly b_t pieces stay, ties going to the lowest index, even where b_t is all of them and both
-fail; the penalty is the paper's squared norm, which ``--adalora_preset released`` changes.
+fail; the penalty is the paper's squared norm, which ``--adalora_preset released`` changes; lambda
+has a learning rate of its own (``triplets.triplet_tensors``).
 
 Shapes: R rank, S sites.
 """
 
 from dataclasses import dataclass
 from functools import partial
+from math import inf
 from typing import Literal
 
 import torch
@@ -35,7 +37,6 @@ from sparse_lora_dist.methods.base import (
     zeros,
 )
 from sparse_lora_dist.methods.triplets import (
-    RELEASED_STD,
     WITHIN,
     lambda_in_a,
     mean_times_spread,
@@ -56,6 +57,9 @@ class AdaLoraOptions:
     adalora_preset: Literal["paper", "released"] = "paper"
     """Orthogonality penalty: the squared norms of all matrices added up, as in the paper, or the
     mean of the norms, as in the released code, which also starts A and B at N(0, 0.02^2)."""
+    adalora_lambda_lr_factor: float | None = None
+    """Learning rate of lambda, in those of the run; null: 1 in released, else sqrt(out_features /
+    3), at which a piece moves as far in a step as one of LoRA's."""
     adalora_target_rank: float | None = None
     """Pieces a site keeps in the end, on average, from 1 to rank; null is two thirds of rank."""
     adalora_begin: float = 0.1
@@ -83,6 +87,9 @@ class AdaLoraOptions:
                 "adalora_begin and adalora_final must be at least 0 and together below 1, "
                 f"got {begin} and {final}"
             )
+        factor = self.adalora_lambda_lr_factor
+        if factor is not None and not 0.0 < factor < inf:
+            problems.append(f"adalora_lambda_lr_factor must be above 0, got {factor}")
         if self.adalora_every is not None and self.adalora_every < 1:
             problems.append(f"adalora_every must be at least 1, got {self.adalora_every}")
         for name in ("adalora_beta1", "adalora_beta2"):
@@ -139,7 +146,12 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
     )
     return Method(
         name="adalora",
-        tensors=partial(triplet_tensors, lambda_init=zeros, std=RELEASED_STD if released else None),
+        tensors=partial(
+            triplet_tensors,
+            lambda_init=zeros,
+            lr_factor=options.adalora_lambda_lr_factor,
+            released=released,
+        ),
         delta=triplet_delta,
         to_lora=lambda_in_a,
         penalty=penalty if weight > 0.0 else None,

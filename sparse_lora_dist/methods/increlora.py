@@ -13,6 +13,7 @@ Zhang et al. 2023, arXiv:2308.12043. dW = B diag(lambda) A, inside a capacity of
 Where we differ from the paper, on purpose: the default score is the sum over a linear's open pieces
 of AdaLoRA's triplet scores, of reduced gradients, so the same on any number of ranks. The paper's
 |dW * dL/dW| is ``increlora_score delta``; ``triplets.delta_sensitivity`` says how ranks change it.
+Lambda has a learning rate of its own (``triplets.triplet_tensors``).
 
 Preset "released" (github.com/FeiyuZhang98/IncreLoRA, 51a2d73) does what that code does: the scale
 is alpha / open pieces, so a delta jumps at growth; h counts linears even where fewer pieces are
@@ -28,6 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, inf
+from sys import float_info
 from typing import Any, Literal
 
 import torch
@@ -41,10 +43,8 @@ from sparse_lora_dist.methods.base import (
     Pieces,
     Plan,
     Scores,
-    Site,
     Stats,
     Tensors,
-    TensorSpec,
     alpha_over_capacity,
     as_preset,
 )
@@ -89,6 +89,9 @@ class IncreLoraOptions:
     """Fraction of the run by which growth ends, unless increlora_modules says otherwise."""
     increlora_warmup: int | None = None
     """Warm-up steps of pieces that come to life during the run; null is increlora_every."""
+    increlora_lambda_lr_factor: float | None = None
+    """Learning rate of lambda, in those of the run; null: 1 in released, else sqrt(out_features /
+    3), at which a piece moves as far in a step as one of LoRA's."""
     increlora_beta1: float = 0.85
     """Weight of the past in the running mean of the importance, in [0, 1)."""
     increlora_beta2: float = 0.85
@@ -101,6 +104,7 @@ class IncreLoraOptions:
     def __post_init__(self) -> None:
         problems = self._outside("at least 1", 1, inf, *COUNTS)
         problems += self._outside("at least 0", 0, inf, "warmup", "orthogonality")
+        problems += self._outside("above 0", float_info.min, inf, "lambda_lr_factor")
         problems += self._outside("in [0, 1)", 0, 1, "beta1", "beta2")
         begin = as_preset(self, self.increlora_preset, PRESETS).increlora_begin
         if not 0.0 <= (begin or 0.0) < self.increlora_end <= 1.0:
@@ -177,10 +181,6 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
     def lambda_init(t: Tensor, generator: torch.Generator) -> None:
         t.fill_(RESERVE_LAMBDA)[: growth.start] = 0.0
 
-    def tensors(site: Site) -> dict[str, TensorSpec]:
-        std = triplets.RELEASED_STD if released else None
-        return triplets.triplet_tensors(site, lambda_init=lambda_init, std=std)
-
     def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
         return smooth(stats, (w * grad).abs())
 
@@ -199,7 +199,12 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
     return Method(
         name="increlora",
         notes=growth.notes(),
-        tensors=tensors,
+        tensors=partial(
+            triplets.triplet_tensors,
+            lambda_init=lambda_init,
+            lr_factor=options.increlora_lambda_lr_factor,
+            released=released,
+        ),
         delta=triplets.triplet_delta,
         to_lora=triplets.lambda_in_a,
         scale=alpha_over_open if released else alpha_over_capacity,

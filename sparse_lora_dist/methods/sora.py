@@ -160,7 +160,10 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
         to_lora=gate_in_b,
         penalty=penalty if l1 > 0.0 else None,
         score=magnitude,
-        decides_at=lambda step: step > 0 and (step % every == 0 or step in stages),
+        # At the first step of a stage too: from there its lambda is the one in force.
+        decides_at=lambda step: (
+            step > 0 and (step % every == 0 or step in stages or step - 1 in (0, *stages))
+        ),
         decide=decide,
         redraws=not several,
         stages=stages if several else (),

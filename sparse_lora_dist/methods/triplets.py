@@ -13,7 +13,7 @@ Shapes: T tokens, I in_features, O out_features, R rank.
 """
 
 from collections.abc import Callable
-from math import pow
+from math import ceil, pow
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from sparse_lora_dist.methods.base import By, Scores, Site, Stats, Tensors, Tens
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_lambda": "row"}
 """Where piece i lies in each tensor: a_RI, b_OR, lambda_R."""
 
-CHUNK = 2**22
-"""Entries of a site's weight gradient that are held at a time."""
+CHUNK = 2**20
+"""Entries of a site's weight gradient that are held at a time, at most."""
 
 Init = Callable[[Tensor, torch.Generator], None]
 
@@ -43,21 +43,29 @@ RELEASED_STD = 0.02
 
 
 def triplet_tensors(
-    site: Site, *, lambda_init: Init, std: float | None = None
+    site: Site, *, lambda_init: Init, lr_factor: float | None = None, released: bool = False
 ) -> dict[str, TensorSpec]:
     """A (R x I) and B (O x R) Gaussian; lambda (R), zero where the delta is to start at nothing.
 
-    Without ``std``, rows of A and columns of B have length 1 on average, which the penalty holds
-    them to. The released 0.02 has that at I = 2,500 only: in smaller linears the penalty's gradient
-    drowns the loss's for hundreds of steps, in the norm that clips and in Adam's.
+    Unless ``released``, rows of A and columns of B have length 1 on average, which the penalty
+    holds them to. The released 0.02 has that at I = 2,500 only: in smaller linears the penalty's
+    gradient drowns the loss's for hundreds of steps, in the norm that clips and in Adam's.
+
+    And lambda's learning rate is ``lr_factor`` times that of the run, by default sqrt(O / 3): Adam
+    then moves a piece as far in a step as it moves LoRA's, of which O entries of B move, before a
+    row of A of length 1 / sqrt(3). At a factor of 1, the papers', short runs hardly leave zero.
     """
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
-    a_init = gaussian(std or site.in_features**-0.5)
-    b_init = gaussian(std or site.out_features**-0.5)
+    a_std, b_std = site.in_features**-0.5, site.out_features**-0.5
+    if released:
+        a_std = b_std = RELEASED_STD
+    factor = lr_factor or (1.0 if released else (site.out_features / 3) ** 0.5)
     return {
-        "lora_a": TensorSpec(shape=a_shape, init=a_init, piece_axis=0),
-        "lora_b": TensorSpec(shape=b_shape, init=b_init, piece_axis=1),
-        "lora_lambda": TensorSpec(shape=(site.rank,), init=lambda_init, piece_axis=0),
+        "lora_a": TensorSpec(shape=a_shape, init=gaussian(a_std), piece_axis=0),
+        "lora_b": TensorSpec(shape=b_shape, init=gaussian(b_std), piece_axis=1),
+        "lora_lambda": TensorSpec(
+            shape=(site.rank,), init=lambda_init, piece_axis=0, lr_factor=factor
+        ),
     }
 
 
@@ -113,7 +121,7 @@ def delta_sensitivity(
     """sum |dW * G| / (O I)^power, float64, with G_OI = grad_y^T x the gradient by dW.
 
     IncreLoRA's score: a mean with power 1 (the paper), over sqrt(O I) with 0.5 (the released code).
-    A few rows of dW and G at a time, so that neither is ever whole.
+    An eighth of the rows of dW and G at a time, or fewer, so that neither is ever whole.
 
     G is that of one micro-batch on one rank, and the record adds the results up. They are absolute
     values, so the sum is at least that of the whole batch's gradient and changes with how a batch
@@ -124,7 +132,7 @@ def delta_sensitivity(
     a_RI, b_OR = (t.float() for t in lambda_in_a(tensors))
     num_out, num_in = len(b_OR), a_RI.shape[1]
     total = torch.zeros((), dtype=torch.float64, device=x_TI.device)
-    count = max(1, CHUNK // num_in)
+    count = min(max(1, CHUNK // num_in), ceil(num_out / 8))
     for start in range(0, num_out, count):
         rows = slice(start, start + count)
         grad_OI = grad_y_TO[:, rows].t() @ x_TI

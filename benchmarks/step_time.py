@@ -1,6 +1,6 @@
-"""What sparse methods cost and save beside plain LoRA: time of a step, bytes of optimizer state.
+"""What sparse methods cost beside plain LoRA: time of a step.
 
-    python benchmarks/sparse_costs.py [--rounds 30]
+    python benchmarks/step_time.py [--rounds 30]
 
 Times are ratios only, of steps taken in turn by engines that stand side by side in the same two
 processes, so that whatever else the machine does falls on all of them.
@@ -9,7 +9,7 @@ processes, so that whatever else the machine does falls on all of them.
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
@@ -17,18 +17,15 @@ from typing import Any
 
 from _side_by_side import on_ranks, save_llama  # isort: skip  # sets the path
 
-from _job import write
-from _sparse_costs import (
+from _job import header, write
+from _step_time import (
     EVERY,
     PARTS,
     RANK,
-    SMALL,
-    STATE_STEPS,
     TIMED,
     TOKENS,
     WARM_UP,
     delta_ratios,
-    states,
     times,
 )
 
@@ -37,13 +34,10 @@ from sparse_lora_dist.config import TrainConfig
 from sparse_lora_dist.decisions import MODULES
 from sparse_lora_dist.program import leave, quiet_others
 
+TINY = {"width": 256, "inner": 704, "layers": 4}
 RANKS, ROWS = 2, TrainConfig().micro_batch_size
-PHASES: dict[str, tuple[Callable[[str, int], dict[str, Any]], dict[str, int]]] = {
-    "default batch": (partial(times, rows=ROWS), TIMED),
-    "small batch": (partial(times, rows=1), TIMED),
-    "states": (states, SMALL),
-}
-COMMAND = "`python benchmarks/sparse_costs.py`"
+PHASES = {"default batch": partial(times, rows=ROWS), "small batch": partial(times, rows=1)}
+COMMAND = "`python benchmarks/step_time.py`"
 
 
 def main() -> None:
@@ -57,9 +51,9 @@ def main() -> None:
     if args.phase:
         on_this_rank(args.phase, args.folder, args.rounds)
     found = {}
-    for phase, (_, shape) in PHASES.items():
+    for phase in PHASES:
         with tempfile.TemporaryDirectory() as folder:
-            save_llama(folder, **(SMALL if args.tiny else shape))
+            save_llama(folder, **(TINY if args.tiny else TIMED))
             arguments = [
                 "--phase",
                 phase,
@@ -71,14 +65,14 @@ def main() -> None:
             on_ranks(__file__, *arguments, ranks=RANKS)
             found[phase] = json.loads((Path(folder) / "found.json").read_text())
     text = report(found, args.rounds)
-    print(text) if args.tiny else write("sparse_costs.md", text)
+    print(text) if args.tiny else write("step_time.md", text)
 
 
 def on_this_rank(phase: str, folder: str, rounds: int) -> None:
     """One rank's part; rank 0 leaves what was found beside the model."""
     quiet_others()
     comm.start()
-    found = PHASES[phase][0](folder, rounds)
+    found = PHASES[phase](folder, rounds)
     if comm.rank() == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     comm.barrier()
@@ -87,15 +81,13 @@ def on_this_rank(phase: str, folder: str, rounds: int) -> None:
 
 def report(found: dict[str, dict[str, Any]], rounds: int) -> str:
     """The result file."""
-    default, small, states = found.values()
+    default, small = found.values()
     gathered = default.pop("gathered")
     small.pop("gathered")
     width, inner, layers = TIMED.values()
     return f"""\
 {COMMAND}: {RANKS} CPU ranks of one thread, ZeRO-3 as in `ds_configs/zero3.json`, NF4, bf16, rank
 {RANK} on all linears of random Llamas.
-
-## Time of a step beside plain LoRA's
 
 {layers} layers of width {width} and {inner}, {linear_weights() / 1e6:.0f} M weights in the linears.
 One engine a method in the same two processes, stepped in turn, in an order drawn anew each round; a
@@ -126,19 +118,7 @@ A delta kept in factors, against the released IncreLoRA's, which multiplies B di
 O x I in each forward: time of its forward and backward in those of ours, {RANK} pieces, {TOKENS}
 tokens, one thread, bf16, paired, median.
 
-{table(delta_table())}
-
-## Bytes of state
-
-{SMALL["layers"]} layers of width {SMALL["width"]}, {STATE_STEPS} steps to the method's end state.
-Both ranks together, but for the last columns; exact, by storages. Dense AdamW: torch.optim.AdamW's
-two fp32 moments for the same shards. Peak: between re-packings; re-packing: with the old and the
-new state of a chunk together, and here all of a rank is one chunk. Entries born at different steps
-cost 2 bytes more each.
-
-{table(state_table(states))}
-
-{table(who_saves(states))}"""
+{table(delta_table())}"""
 
 
 def table(lines: list[str]) -> str:
@@ -179,11 +159,6 @@ def time_table(measured: Mapping[str, list[dict[str, float]]]) -> list[str]:
     return lines
 
 
-def header(*names: str, first: str = "") -> list[str]:
-    """Of a table whose other columns are numbers."""
-    return [f"| {first} | {' | '.join(names)} |", "|---|" + len(names) * "---:|"]
-
-
 def percent(ratio: float) -> str:
     """How much above 1."""
     return f"{100 * (ratio - 1):+.1f}%"
@@ -206,53 +181,6 @@ def delta_table() -> list[str]:
     lines = header("delta alone", "with the frozen linear", first="O x I")
     for (num_out, num_in), (alone, whole) in delta_ratios().items():
         lines.append(f"| {num_out} x {num_in} | {alone:.1f} | {whole:.2f} |")
-    return lines
-
-
-def state_table(found: Mapping[str, list[dict[str, int]]]) -> list[str]:
-    """Markdown: bytes of both ranks together, and those of one."""
-    lines = header(
-        "entries",
-        "live at the end",
-        "dense AdamW",
-        "at the end",
-        "peak",
-        "re-packing",
-        "statistics, first",
-        "last",
-        "8 live + all / 8",
-        "largest rank: dense",
-        "at the end",
-        "peak",
-    )
-    for label, ranks in found.items():
-        total = {key: sum(own[key] for own in ranks) for key in ranks[0]}
-        most = {key: max(own[key] for own in ranks) for key in ranks[0]}
-        keys = ("entries", "live", "dense", "now", "peak", "repacking")
-        cells = [total[key] for key in (*keys, "statistics", "statistics at the end")]
-        cells += [8 * total["live"] + total["entries"] // 8]
-        cells += [most[key] for key in ("dense", "now", "peak")]
-        lines.append(f"| {label} | " + " | ".join(f"{n:,}" for n in cells) + " |")
-    return lines
-
-
-def who_saves(found: Mapping[str, list[dict[str, int]]]) -> list[str]:
-    """In words, from the numbers."""
-    lines = []
-    for what, extra in {"Moments alone": 0, "Moments and statistics": 1}.items():
-        saves: dict[str, list[str]] = {
-            "less at the peak too": [],
-            "only later": [],
-            "never": [],
-        }
-        for label, ranks in found.items():
-            total = {key: sum(own[key] for own in ranks) for key in ranks[0]}
-            peak = total["peak"] + extra * total["statistics"]
-            end = total["now"] + extra * total["statistics at the end"]
-            when = list(saves)[(peak >= total["dense"]) + (end >= total["dense"])]
-            saves[when].append(label)
-        said = [f"{when}: {'; '.join(labels) or 'none'}" for when, labels in saves.items()]
-        lines.append(f"- {what}, against the dense moments. " + ". ".join(said) + ".")
     return lines
 
 

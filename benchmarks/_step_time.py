@@ -1,5 +1,5 @@
-"""What ``sparse_costs.py`` measures: on ranks, steps taken in turn and bytes of state; in one
-process, a delta that is multiplied out against one that is not."""
+"""What ``step_time.py`` measures: on ranks, steps taken in turn; in one process, a delta that is
+multiplied out against one that is not."""
 
 import random
 import time
@@ -24,7 +24,6 @@ from sparse_lora_dist.shards import Shards
 
 EVERY, WARM_UP, RANK, TOKENS = 10, 2, 16, 512
 TIMED = {"width": 1024, "inner": 2816, "layers": 9}
-SMALL = {"width": 256, "inner": 704, "layers": 4}
 
 # Pruning and growth begin at once and go on past the last measured round, so that every EVERY-th
 # round holds a decision.
@@ -45,21 +44,6 @@ PARTS = {
     "decide": (Decisions, "make"),
     "confirm": (Decisions, "confirm"),
     "optimizer": (SparseAdamW, "step"),
-}
-
-STATE_STEPS = 30
-STATE_OPTIONS: dict[str, tuple[str, dict[str, Any], int]] = {
-    "lora": ("lora", {}, 32),
-    "roselora, keep 0.05": ("roselora", {}, 32),
-    "roselora, keep 0.05, 8-bit moments": ("roselora", {}, 8),
-    "sora": ("sora", {}, 32),
-    "sora, gates stay shut": ("sora", {"sora_reopen": False}, 32),
-    "increlora, ranks 1 to 8 on average": (
-        "increlora",
-        {"increlora_target_rank": 8.0},
-        32,
-    ),
-    "adalora, ranks 16 to 8 on average": ("adalora", {"adalora_target_rank": 8.0}, 32),
 }
 
 
@@ -129,42 +113,7 @@ def times(folder: str, rounds: int, rows: int) -> dict[str, Any]:
 def gathered_bytes(run: Run) -> int:
     """What a rank receives where the agreement check gathers every adapter tensor, bf16."""
     trained: Any = run.engine.trained.values()
-    sharded = [p for p in trained if not p.ds_persist]
-    return sum(2 * (p.ds_numel - p.ds_tensor.ds_numel) for p in sharded)
-
-
-def states(folder: str, rounds: int) -> dict[str, Any]:
-    """Bytes of every method after a run to its end state, of each rank."""
-    found = {}
-    for label, (name, options, bits) in STATE_OPTIONS.items():
-        run = build(name, options, folder=folder, steps=STATE_STEPS, tokens=32, bits=bits)
-        statistics = run.shards.statistics_bytes()
-        for step in range(1, STATE_STEPS + 1):
-            run.step(step)
-        state, flats = run.shards.optimizer.state_bytes(), run.engine.flats()
-        own = {
-            "entries": sum(flat.numel() for flat in flats),
-            "live": run.shards.optimizer.num_live(),
-            "now": state.now,
-            "peak": state.peak,
-            "repacking": state.repacking,
-            "dense": dense_moments_bytes(flats),
-            "statistics": statistics,
-            "statistics at the end": run.shards.statistics_bytes(),
-        }
-        found[label] = comm.gather_objects(own)
-    return found
-
-
-def dense_moments_bytes(flats: list[Tensor]) -> int:
-    """What torch.optim.AdamW holds for these shards, by its storages."""
-    copies = [torch.nn.Parameter(flat.detach().clone()) for flat in flats]
-    for copy in copies:
-        copy.grad = torch.zeros_like(copy)
-    optimizer = torch.optim.AdamW(copies)
-    optimizer.step()
-    moments = [s[key] for s in optimizer.state.values() for key in ("exp_avg", "exp_avg_sq")]
-    return sum(t.untyped_storage().nbytes() for t in moments)
+    return sum(2 * (p.ds_numel - p.ds_tensor.ds_numel) for p in trained)
 
 
 def dense_delta(x_TI: Tensor, tensors: Mapping[str, Tensor], scale: float) -> Tensor:
