@@ -1,10 +1,16 @@
 """The learning rate is transformers' schedule, as a pure function of the step and the birth."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import get_scheduler
 
+from sparse_lora_dist.config import Config, TrainConfig
+from sparse_lora_dist.job import _learning_rate
 from sparse_lora_dist.learning_rate import LearningRate
+from sparse_lora_dist.methods import METHODS, Plan
+from sparse_lora_dist.methods.base import Site
 
 
 def rates(name: str, total_steps: int, *, warmup_steps: int = 0, **options: object) -> LearningRate:
@@ -61,3 +67,52 @@ def test_who_was_born_in_an_earlier_stage_is_no_newborn_in_this() -> None:
     rate = rates("constant", 0, stages=(10, 20), newborn_warmup=5)
     assert rate.at(11, born=10) == rate.at(11, born=0) == 1.0
     assert rate.at(10, born=9) == pytest.approx(0.2)
+
+
+# --- what a job makes of its options and its method ---------------------------------------------
+
+STEPS, WARMUP = 40, 3
+
+
+def rate_of_a_job(method: str, **options: Any) -> LearningRate:
+    train = TrainConfig(
+        max_steps=STEPS, learning_rate=0.5, lr_schedule="linear", warmup_steps=WARMUP
+    )
+    sites = tuple(Site(name=f"m.{i}", in_features=6, out_features=4, rank=8) for i in range(4))
+    plan = Plan(total_steps=STEPS, warmup_steps=WARMUP, learning_rate=0.5, sites=sites)
+    factory = METHODS[method]
+    record = factory.build(factory.options(**options), plan)
+    return _learning_rate(Config(train=train), record, STEPS)
+
+
+def schedule(warmup: int, steps: int) -> list[float]:
+    """Up to 0.5 in ``warmup`` steps, then down to 0 one step after the last."""
+    up = [(k + 1) / warmup for k in range(warmup)]
+    return [0.5 * x for x in up + [1 - k / (steps - warmup) for k in range(steps - warmup)]]
+
+
+def seen(rate: LearningRate, born: int) -> list[float]:
+    return [rate.at(step, born) for step in range(born + 1, STEPS + 1)]
+
+
+@pytest.mark.parametrize("born", [8, 20, 30])
+def test_what_increlora_opens_warms_up_at_its_birth_and_decays_to_the_runs_end(born: int) -> None:
+    rate = rate_of_a_job("increlora", increlora_every=5)
+    assert seen(rate, born) == pytest.approx(schedule(5, STEPS - born))
+    shorter = rate_of_a_job("increlora", increlora_every=5, increlora_warmup=2)
+    assert seen(shorter, born) == pytest.approx(schedule(2, STEPS - born))
+
+
+@pytest.mark.parametrize("method", ["roselora", "adalora"])
+def test_what_comes_to_life_under_other_methods_warms_up_like_the_run_and_goes_on_with_it(
+    method: str,
+) -> None:
+    rate = rate_of_a_job(method)
+    ramp = [1 / WARMUP, 2 / WARMUP] + [1.0] * (STEPS - 12)
+    of_run = schedule(WARMUP, STEPS)[10:]
+    assert seen(rate, 10) == pytest.approx([r * f for r, f in zip(of_run, ramp, strict=True)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_lives_from_the_start_is_on_the_runs_schedule(method: str) -> None:
+    assert seen(rate_of_a_job(method), 0) == pytest.approx(schedule(WARMUP, STEPS))

@@ -1,5 +1,5 @@
-"""The first step of a real job on two ranks, against bitsandbytes' own Linear4bit and a LoRA
-written by hand in one process."""
+"""A real job on two ranks against one process: its first step against bitsandbytes' own Linear4bit
+and a LoRA written by hand, and several of AdaLoRA's and IncreLoRA's against B diag(lambda) A."""
 
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import Ranks
+from tests.growth_work import Watched, whole_masters
+from tests.reference import whole_model
 from tests.tiny_run import TinyRun
 
 RANK, ALPHA = 4, 6.0
@@ -131,3 +133,88 @@ def _loss(model: PreTrainedModel, batches: list[Any]) -> Tensor:
         )
         targets += int((labels != -100).sum())
     return torch.stack(sums).sum() / targets
+
+
+# --- AdaLoRA and IncreLoRA with nothing to prune and nothing to grow -----------------------------
+
+OFF = {
+    "adalora": {"adalora_target_rank": RANK},
+    "increlora": {"increlora_start_rank": RANK, "increlora_target_rank": RANK},
+}
+STEPS, RATE, DECAY, MAX_NORM, ORTHOGONALITY = 8, 2e-3, 0.1, 0.8, 0.1
+
+
+class TripletOverLinear(nn.Module):
+    """y = x W^T + (alpha / rank) x (B diag(lambda) A)^T"""
+
+    def __init__(self, base: nn.Linear, a_RI: Tensor, b_OR: Tensor, lambda_R: Tensor) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.lora_a, self.lora_b = nn.Parameter(a_RI.clone()), nn.Parameter(b_OR.clone())
+        self.lora_lambda = nn.Parameter(lambda_R.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta_OI = self.lora_b @ torch.diag(self.lora_lambda) @ self.lora_a
+        y: Tensor = self.base(x) + ALPHA / RANK * x @ delta_OI.t()
+        return y
+
+    def penalty(self) -> Tensor:
+        """|A A^T - 1|^2 + |B^T B - 1|^2"""
+        eye = torch.eye(RANK)
+        grams = self.lora_a @ self.lora_a.t(), self.lora_b.t() @ self.lora_b
+        return (grams[0] - eye).square().sum() + (grams[1] - eye).square().sum()
+
+
+@pytest.mark.parametrize("method", OFF)
+def test_off_is_adamw_on_b_diag_lambda_a_with_the_penalty_in_the_loss(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, method: str
+) -> None:
+    flags = tiny.flags(
+        tmp_path,
+        method=method,
+        max_steps=STEPS,
+        rank=RANK,
+        alpha=ALPHA,
+        learning_rate=RATE,
+        lr_schedule="constant",
+        weight_decay=DECAY,
+        max_grad_norm=MAX_NORM,
+        micro_batch_size=1,
+        gradient_accumulation_steps=2,
+        **OFF[method] | {f"{method}_orthogonality": ORTHOGONALITY},
+    )
+    everyone: list[Watched] = ranks(2, "tests.growth_work:watch", flags=flags)
+    masters = whole_masters(everyone)
+
+    model = whole_model(tiny.model, quantization="nf4").requires_grad_(False).train()
+    triplets = _with_triplets(model, masters[0])
+    usual = [p for t in triplets for p in (t.lora_a, t.lora_b)]
+    # Lambda's own rate: sqrt(out_features / 3) of the run's.
+    groups = [
+        {"params": [t.lora_lambda], "lr": RATE * (t.base.out_features / 3) ** 0.5} for t in triplets
+    ]
+    adamw = torch.optim.AdamW([{"params": usual}, *groups], lr=RATE, weight_decay=DECAY)
+    norms: list[float] = []
+    for step in range(STEPS):
+        batches = [batch for rank in everyone for batch in rank.batches[step]]
+        assert len(batches) == 4
+        adamw.zero_grad()
+        loss = _loss(model, batches)
+        (loss + ORTHOGONALITY * torch.stack([t.penalty() for t in triplets]).sum()).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        adamw.step()
+        for rank in everyone:
+            assert rank.losses[step] == pytest.approx(loss.item(), abs=1e-5)
+        trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+        torch.testing.assert_close(masters[step + 1], trained, rtol=0, atol=1e-5)
+    assert min(norms) < MAX_NORM < max(norms)
+
+
+def _with_triplets(model: PreTrainedModel, values: dict[str, Tensor]) -> list[TripletOverLinear]:
+    """Put one over each linear that has values."""
+    triplets = []
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in values):
+        parts = (values[f"{name}.lora_{x}"] for x in ("a", "b", "lambda"))
+        triplets.append(TripletOverLinear(model.get_submodule(name), *parts))
+        model.set_submodule(name, triplets[-1])
+    return triplets

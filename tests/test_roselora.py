@@ -46,9 +46,9 @@ def test_the_average_starts_at_zero_and_tends_to_a_constant_sensitivity() -> Non
         torch.testing.assert_close(smoothed, torch.full((3,), 1 - 0.8**step))
 
 
-def pieces(seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"q.lora_a": (8, 768), "q.lora_b": (768, 8)}
+def pieces(size: int = 768) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q.lora_a": (8, size), "q.lora_b": (size, 8)}
     return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
 
 
@@ -59,6 +59,15 @@ def test_each_row_of_a_and_column_of_b_keeps_its_top_share() -> None:
     assert (a_RI.sum(1) == 38).all() and (b_OR.sum(0) == 38).all()  # floor(.05 * 768)
     for row, mask in zip(scores["q.lora_a"], a_RI, strict=True):
         assert row[mask].min() > row[~mask].max()
+
+
+@pytest.mark.parametrize(("size", "kept"), [(256, 14), (768, 40), (4096, 206), (11008, 552)])
+def test_preset_released_keeps_as_many_as_the_released_code(size: int, kept: int) -> None:
+    """d - int(d (1 - tau)) + 1, one or two more than tau d."""
+    method = roselora(RoseLoraOptions(roselora_preset="released", roselora_keep=0.05), plan(25))
+    dead = method.decide(20, WholeScores(pieces(size))).zero
+    assert ((~dead["q.lora_a"]).view(8, size).sum(1) == kept).all()
+    assert ((~dead["q.lora_b"]).view(size, 8).sum(0) == kept).all()
 
 
 def test_a_share_that_is_a_whole_number_is_kept_whole() -> None:
@@ -72,14 +81,29 @@ def test_a_piece_never_dies_whole() -> None:
     assert (masks["q.lora_a"].view(3, 10).sum(1) == 1).all()
 
 
-def test_the_product_is_as_sparse_as_proposition_1_promises() -> None:
-    scores = pieces()
-    masks = keep_within_pieces(WholeScores(scores), 0.05)
+def product_zeros(scores: dict[str, Tensor], keep: float) -> float:
+    """The share of zeros in the product of what is kept."""
+    masks = keep_within_pieces(WholeScores(scores), keep)
     a_RI, b_OR = (masks[n].view(s.shape).float() for n, s in scores.items())
-    zeros = float((b_OR @ a_RI == 0).float().mean())
+    return float((b_OR @ a_RI == 0).double().mean())
+
+
+def test_the_product_is_as_sparse_as_proposition_1_promises() -> None:
+    zeros = product_zeros(pieces(), 0.05)
     assert zeros >= 1 - 8 * 0.05**2
-    # Random independent supports: (1 - tau^2)^R.
-    assert zeros == pytest.approx((1 - (38 / 768) ** 2) ** 8, abs=2e-3)
+    # Random independent supports: (1 - tau^2)^R, with tau = 38 / 768.
+    assert (1 - (38 / 768) ** 2) ** 8 == pytest.approx(0.9806, abs=5e-5)
+    assert zeros == pytest.approx(0.9806, abs=2e-4)
+
+
+def test_pieces_that_share_no_entry_meet_the_bound_and_equal_ones_are_one() -> None:
+    apart, equal = pieces(800), pieces(800)
+    for i, row in enumerate(apart["q.lora_a"]):
+        row[40 * i : 40 * (i + 1)] += 1.0
+    equal["q.lora_a"][:] = equal["q.lora_a"][0]
+    equal["q.lora_b"][:] = equal["q.lora_b"][:, :1]
+    assert product_zeros(apart, 0.05) == pytest.approx(1 - 8 * 0.05**2, abs=1e-12)
+    assert product_zeros(equal, 0.05) == pytest.approx(1 - 0.05**2, abs=1e-12)
 
 
 def test_bad_options_are_told_together() -> None:

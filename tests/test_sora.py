@@ -5,6 +5,7 @@ Shapes: T tokens, I in_features, O out_features, R rank.
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,11 @@ from sparse_lora_dist.methods.sora import (
     soft_threshold,
     sora,
 )
+from sparse_lora_dist.metrics import read_rows
 from sparse_lora_dist.schedule import equal_stages, stage_at
+from tests.conftest import Ranks
+from tests.growth_work import whole_masters
+from tests.tiny_run import TinyRun
 from tests.whole_scores import WholeScores
 
 SITES = (
@@ -282,10 +287,16 @@ def test_without_reopening_closed_pieces_die_and_are_left_out() -> None:
     assert not decision.live["k.lora_a"].any() and len(decision.live) == 6
 
 
-def test_gates_are_counted_every_so_many_steps_and_at_the_end() -> None:
+def test_gates_are_counted_every_so_many_steps_and_at_both_ends_of_a_stage() -> None:
     method = sora(SoraOptions(sora_every=30), plan(100))
-    assert [s for s in range(101) if method.decides_at(s)] == [30, 60, 90, 100]
-    assert sum(sora(SoraOptions(), plan(1000)).decides_at(s) for s in range(1001)) == 50
+    assert [s for s in range(101) if method.decides_at(s)] == [1, 30, 60, 90, 100]
+    method = sora(SoraOptions(sora_every=30, sora_lambdas=(0.1, 0.2)), plan(100))
+    decided = [s for s in range(101) if method.decides_at(s)]
+    assert decided == [1, 30, 50, 51, 60, 90, 100]
+    # So no step is logged with the lambda of another stage.
+    facts = [method.decide(s, gate_scores({"q": [], "k": []})).facts["lambda"] for s in decided]
+    assert facts == [0.1, 0.1, 0.1, 0.2, 0.2, 0.2, 0.2]
+    assert sum(sora(SoraOptions(), plan(1000)).decides_at(s) for s in range(1001)) == 51
     assert [s for s in range(4) if sora(SoraOptions(), plan(3)).decides_at(s)] == [1, 2, 3]
 
 
@@ -349,6 +360,37 @@ def test_pieces_with_nothing_to_learn_close_and_those_with_stay() -> None:
     runs = [learn(options, 30, seed, apart=True) for seed in range(4)]
     assert all(bool(open_R[:2].all()) for open_R, _ in runs)
     assert sum(int(open_R.sum()) for open_R, _ in runs) <= 24
+
+
+# --- real runs ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reopen", [True, False])
+def test_a_gate_at_zero_opens_again_in_a_real_run_unless_told_not_to(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, reopen: bool
+) -> None:
+    """Where lambda is well below 1, an update of Adam's is larger than the threshold at times."""
+    options: dict[str, Any] = {"method": "sora", "sora_lambdas": 0.5, "max_steps": 30}
+    options |= {} if reopen else {"sora_reopen": False}
+    masters = whole_masters(
+        ranks(2, "tests.growth_work:watch", flags=tiny.flags(tmp_path, **options))
+    )
+    sites = [n.removesuffix(".lora_gate") for n in masters[0] if n.endswith("lora_gate")]
+    closed_NSR = torch.stack([torch.stack([w[f"{s}.lora_gate"] for s in sites]) for w in masters])
+    closed_NSR = closed_NSR == 0
+    opened_again = closed_NSR[:-1] & ~closed_NSR[1:]
+    assert closed_NSR.any() and opened_again.any() == reopen
+
+    # What the log says of a step is what its decision found, before the update.
+    rows = read_rows(tmp_path / "decisions.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, 31))
+    for row, closed_SR in zip(rows, closed_NSR, strict=False):
+        assert [row["ranks"][s] for s in sites] == (~closed_SR).sum(1).tolist()
+    dropped_SR = torch.zeros_like(closed_NSR[0]) if reopen else closed_NSR[-2]
+    for site, dropped_R in zip(sites, dropped_SR, strict=True):
+        a_RI, b_OR = (masters[-1][f"{site}.lora_{x}"] for x in "ab")
+        assert torch.equal((a_RI == 0).all(1), dropped_R)
+        assert torch.equal((b_OR == 0).all(0), dropped_R)
 
 
 # --- released -----------------------------------------------------------------------------------

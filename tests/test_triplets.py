@@ -2,14 +2,26 @@
 
 from collections.abc import Callable
 from functools import partial
+from math import ceil
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparse_lora_dist.methods import triplets
-from sparse_lora_dist.methods.base import Site, Stats, Tensors, zeros
+from sparse_lora_dist.methods.base import (
+    Site,
+    Stats,
+    Tensors,
+    TensorSpec,
+    low_rank_pair,
+    zeros,
+)
 from sparse_lora_dist.methods.triplets import (
+    WITHIN,
     delta_sensitivity,
     lambda_in_a,
     mean_times_spread,
@@ -22,7 +34,7 @@ from sparse_lora_dist.methods.triplets import (
 )
 from tests.whole_scores import WholeScores
 
-IN, OUT, RANK = 7, 5, 3
+IN, OUT, RANK = 7, 30, 3
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -77,14 +89,36 @@ def test_tensors_have_their_shapes_pieces_and_first_values() -> None:
         "lora_b": ((300, 8), 1),
         "lora_lambda": ((8,), 0),
     }
-    for std, wanted in ((None, {"lora_a": 0.05, "lora_b": 300**-0.5}), (0.02, None)):
-        specs = triplet_tensors(site, lambda_init=zeros, std=std)
-        for name in ("lora_a", "lora_b"):
+    for released, wanted in ((False, (0.05, 300**-0.5)), (True, (0.02, 0.02))):
+        specs = triplet_tensors(site, lambda_init=zeros, released=released)
+        for name, std in zip(("lora_a", "lora_b"), wanted, strict=True):
             values = torch.empty(specs[name].shape)
             specs[name].init(values, torch.Generator().manual_seed(0))
-            expected = 0.02 if wanted is None else wanted[name]
-            assert float(values.std()) == pytest.approx(expected, rel=0.05)
-            assert abs(float(values.mean())) < 0.1 * expected
+            assert float(values.std()) == pytest.approx(std, rel=0.05)
+            assert abs(float(values.mean())) < 0.1 * std
+
+
+def test_a_piece_moves_as_far_in_a_step_as_one_of_loras() -> None:
+    site = Site(name="s", in_features=400, out_features=300, rank=8)
+    rate = 1e-3
+
+    def moved(specs: dict[str, TensorSpec], moving: str) -> float:
+        """Length of the change of dW when Adam's first step moves that tensor alone."""
+        w = {name: torch.empty(spec.shape) for name, spec in specs.items()}
+        for name, spec in specs.items():
+            spec.init(w[name], torch.Generator().manual_seed(0))
+        assert not w[moving].any()
+        w[moving] += rate * specs[moving].lr_factor
+        return float(torch.linalg.norm(w["lora_b"] * w.get("lora_lambda", 1.0) @ w["lora_a"]))
+
+    triplet = triplet_tensors(site, lambda_init=zeros)
+    assert moved(triplet, "lora_lambda") == pytest.approx(
+        moved(low_rank_pair(site), "lora_b"), rel=0.1
+    )
+    for lr_factor, released, wanted in ((None, True, 1.0), (2.0, False, 2.0), (2.0, True, 2.0)):
+        specs = triplet_tensors(site, lambda_init=zeros, lr_factor=lr_factor, released=released)
+        assert specs["lora_lambda"].lr_factor == wanted
+        assert specs["lora_a"].lr_factor == specs["lora_b"].lr_factor == 1.0
 
 
 # --- statistics and scores ------------------------------------------------------------------------
@@ -178,6 +212,38 @@ def test_delta_sensitivity_is_that_of_the_dense_delta_however_cut(
     mean = delta_sensitivity(*batch(), pieces(), 1.7, power=1.0)
     assert mean.dtype == torch.float64 and mean.shape == ()
     torch.testing.assert_close(mean, by_autograd(1.7).mean(), rtol=1e-5, atol=0.0)
+
+
+class Largest(TorchDispatchMode):
+    """Entries of the largest tensor that was made."""
+
+    entries = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(made) if isinstance(t, Tensor)]
+        self.entries = max(self.entries, *sizes, 0)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("num_out", "num_in", "device", "entries"),
+    [(61, 48, "cpu", ceil(61 / 8) * 48), (8192, 8192, "meta", 2**20)],
+)
+def test_no_more_than_an_eighth_of_a_linear_nor_a_million_entries_are_held_at_a_time(
+    num_out: int, num_in: int, device: str, entries: int
+) -> None:
+    shapes = [(2, num_in), (2, num_out), (2, num_in), (num_out, 2), (2,)]
+    x, grad_y, *pair, lambda_R = (random(*s, seed=i).to(device) for i, s in enumerate(shapes))
+    tensors = dict(zip(WITHIN, (*pair, lambda_R), strict=True))
+    with Largest() as largest:
+        mean = delta_sensitivity(x, grad_y, tensors, 1.0, power=1.0)
+    assert largest.entries == entries
+    if device == "cpu":
+        wanted = (dense(tensors) * (grad_y.t() @ x)).abs().double().mean()
+        torch.testing.assert_close(mean, wanted, rtol=1e-5, atol=0.0)
 
 
 def test_the_released_score_is_the_mean_times_the_root_of_the_number_of_entries() -> None:
