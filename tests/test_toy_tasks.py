@@ -38,11 +38,11 @@ def test_increlora_grows_where_the_delta_is(ranks: Ranks, score: str) -> None:
     found = learned(ranks, "grown_in_one_of_four", score=score)
     assert sum(found.ranks) == 12
     assert found.ranks[2] - 1 >= 6, "of the 8 that were grown"  # 8
-    assert found.left < 0.4  # 0.04 to 0.22
+    assert found.left < 0.4  # at most 0.02, of three seeds
 
 
 def test_adalora_keeps_its_budget_where_the_delta_is(ranks: Ranks) -> None:
     found = learned(ranks, "kept_in_one_of_four")
     assert sum(found.ranks) == 8
     assert found.ranks[2] >= 6  # 8
-    assert found.left < 0.3  # 0.02 to 0.12
+    assert found.left < 0.3  # at most 0.14, of three seeds

@@ -40,9 +40,8 @@ from sparse_lora_dist.methods.triplets import (
     WITHIN,
     lambda_in_a,
     mean_times_spread,
-    released_penalty,
+    orthogonality,
     smooth_pair,
-    squared_penalty,
     triplet_delta,
     triplet_scores,
     triplet_tensors,
@@ -137,13 +136,7 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
         kept = top_pieces(triplet_scores(scores), budget)
         return keep(scores, kept, final=step == end, facts={"budget": float(budget)})
 
-    weight = options.adalora_orthogonality
     released = options.adalora_preset == "released"
-    penalty = (
-        partial(released_penalty, weight=weight, num_matrices=2 * len(plan.sites))
-        if released
-        else partial(squared_penalty, weight=weight)
-    )
     return Method(
         name="adalora",
         tensors=partial(
@@ -154,7 +147,9 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
         ),
         delta=triplet_delta,
         to_lora=lambda_in_a,
-        penalty=penalty if weight > 0.0 else None,
+        penalty=orthogonality(
+            options.adalora_orthogonality, 2 * len(plan.sites), released=released
+        ),
         n_stats=2 if first > last else 0,
         observe=observe,
         score=mean_times_spread,

@@ -25,7 +25,7 @@ pieces have a capacity.
 Shapes: T tokens, I in_features, O out_features, R rank, S sites.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil, inf
@@ -44,7 +44,6 @@ from sparse_lora_dist.methods.base import (
     Plan,
     Scores,
     Stats,
-    Tensors,
     alpha_over_capacity,
     as_preset,
 )
@@ -178,9 +177,6 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
         triplets.smooth_pair, beta1=options.increlora_beta1, beta2=options.increlora_beta2
     )
 
-    def lambda_init(t: Tensor, generator: torch.Generator) -> None:
-        t.fill_(RESERVE_LAMBDA)[: growth.start] = 0.0
-
     def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
         return smooth(stats, (w * grad).abs())
 
@@ -201,14 +197,16 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
         notes=growth.notes(),
         tensors=partial(
             triplets.triplet_tensors,
-            lambda_init=lambda_init,
+            lambda_init=partial(first_lambda, start=growth.start),
             lr_factor=options.increlora_lambda_lr_factor,
             released=released,
         ),
         delta=triplets.triplet_delta,
         to_lora=triplets.lambda_in_a,
         scale=alpha_over_open if released else alpha_over_capacity,
-        penalty=penalty(options, num_matrices=2 * len(growth.sites)),
+        penalty=triplets.orthogonality(
+            options.increlora_orthogonality, 2 * len(growth.sites), released=released
+        ),
         n_stats=2 if by_piece else 0,
         observe=observe,
         score=triplets.mean_times_spread,
@@ -226,16 +224,9 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
     )
 
 
-def penalty(
-    options: IncreLoraOptions, num_matrices: int
-) -> Callable[[Tensors], dict[str, Tensor]] | None:
-    """Gradients of what holds A and B near orthonormal; None where its weight is 0."""
-    weight = options.increlora_orthogonality
-    if weight == 0.0:
-        return None
-    if options.increlora_preset == "released":
-        return partial(triplets.released_penalty, weight=weight, num_matrices=num_matrices)
-    return partial(triplets.squared_penalty, weight=weight)
+def first_lambda(t: Tensor, generator: torch.Generator, *, start: int) -> None:
+    """Zero for the pieces that are open at first, a reserve's for all others."""
+    t.fill_(RESERVE_LAMBDA)[:start] = 0.0
 
 
 def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:

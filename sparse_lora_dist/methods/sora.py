@@ -97,7 +97,8 @@ class SoraOptions:
     sora_reset_moments: bool = False
     """Do Adam's moments start anew at each stage?"""
     sora_reopen: bool = True
-    """May a gate at zero open again? If not, its piece is dropped and no longer computed."""
+    """May a gate at zero open again? If not, the next count drops its piece, which is then no
+    longer computed."""
     sora_every: int | None = None
     """Steps between two counts of open gates; null is a fiftieth of the run."""
 

@@ -13,6 +13,7 @@ Shapes: T tokens, I in_features, O out_features, R rank.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import ceil, pow
 
 import torch
@@ -138,6 +139,17 @@ def delta_sensitivity(
         grad_OI = grad_y_TO[:, rows].t() @ x_TI
         total += (b_OR[rows] @ a_RI * grad_OI).abs().sum(dtype=torch.float64)
     return total * abs(scale) / pow(num_out * num_in, power)
+
+
+def orthogonality(
+    weight: float, num_matrices: int, *, released: bool
+) -> Callable[[Tensors], dict[str, Tensor]] | None:
+    """Gradients of what holds A and B near orthonormal; None where its weight is 0."""
+    if weight == 0.0:
+        return None
+    if released:
+        return partial(released_penalty, weight=weight, num_matrices=num_matrices)
+    return partial(squared_penalty, weight=weight)
 
 
 def squared_penalty(tensors: Tensors, *, weight: float) -> dict[str, Tensor]:
