@@ -194,12 +194,14 @@ def together(phase: str) -> Iterator[None]:
 
 
 @contextmanager
-def first_rank_first() -> Iterator[None]:
-    """Rank 0 runs the body first, so that the others find what it cached. No collectives inside."""
-    if rank() != 0:
+def first_on_its_node() -> Iterator[None]:
+    """One rank of every node runs the body first, so that the node's others find what it cached:
+    nodes may share no disk. No collectives inside."""
+    is_first = os.environ["LOCAL_RANK"] == "0"
+    if not is_first:
         barrier()
     try:
         yield
     finally:
-        if rank() == 0:
+        if is_first:
             barrier()

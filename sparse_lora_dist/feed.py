@@ -68,7 +68,7 @@ def open_feed(config: Config, model_folder: Path) -> Feed:
     train = config.train
     if comm.rank() > 0:
         be_quiet()
-    with comm.together("reading the data"), comm.first_rank_first():
+    with comm.together("reading the data"), comm.first_on_its_node():
         tokenizer = _tokenizer(model_folder, trust_remote_code=config.model.trust_remote_code)
         rows = _read(
             config, tokenizer, resolve_default("data", config.data.data), "--data", "train"

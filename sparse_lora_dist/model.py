@@ -53,7 +53,7 @@ class Model:
         if options.trust_remote_code:
             say("warning", f"--trust_remote_code: Python code that comes with {options.model} runs")
         with comm.together("opening the base model"):
-            with comm.first_rank_first():
+            with comm.first_on_its_node():
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
             architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
             files = CheckpointFiles(folder)
