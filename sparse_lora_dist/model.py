@@ -1,5 +1,8 @@
 """The model that trains: sharded frozen base, adapters on it, modules trained in full."""
 
+import re
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -7,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from sparse_lora_dist import comm, export
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds, inject
@@ -21,7 +24,9 @@ from sparse_lora_dist.base_model.architecture import (
 )
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
-from sparse_lora_dist.config import Config
+from sparse_lora_dist.base_model.sources import Sources, find_sources, is_quantized
+from sparse_lora_dist.config import Config, ModelConfig
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.base import Site, TensorSpec, zeros
@@ -39,6 +44,7 @@ class Model:
     module: PreTrainedModel
     folder: Path
     files: CheckpointFiles
+    sources: Sources
     name: str
     """What the user calls it: a hub id, or the folder."""
     sites: list[Site]
@@ -65,10 +71,19 @@ class Model:
             )
             full = find_full(module, config.adapter.modules_to_save)
             sites = find_sites(module, config.adapter, full)
-            files.check(module)
+            sources = find_sources(module, files)
+            _check_quantization(options, architecture, files)
         hub = folder != Path(resolve_default("model", options.model))
         name = options.model if hub else str(folder)
-        return cls(module=module, folder=folder, files=files, name=name, sites=sites, full=full)
+        return cls(
+            module=module,
+            folder=folder,
+            files=files,
+            sources=sources,
+            name=name,
+            sites=sites,
+            full=full,
+        )
 
     def load(self, config: Config, method: Method, engine_config: dict[str, Any]) -> RowSeeds:
         """Read this rank's share, inject adapters; return what seeds their dropout. Collective."""
@@ -85,8 +100,10 @@ class Model:
         fill_buffers(self.module, builder.device)
         loader = ShardLoader(
             self.files,
+            self.sources,
             builder,
-            quantize=config.model.quantization == "nf4",
+            # What a checkpoint that came quantised has in floats stays so: its maker's choice.
+            quantize=config.model.quantization == "nf4" and not is_quantized(self.files),
             double_quant=config.model.double_quant,
             initial=initial,
         )
@@ -153,6 +170,24 @@ class Model:
         return identity(self.folder, self.files)
 
 
+def _check_quantization(
+    options: ModelConfig, architecture: PretrainedConfig, files: CheckpointFiles
+) -> None:
+    """Do the files hold what config.json and the user say?"""
+    said = getattr(architecture, "quantization_config", None) is not None
+    if said and not is_quantized(files):
+        raise UserError(
+            f"{files.folder}/config.json says that the weights are already quantised by "
+            "bitsandbytes, but the files hold none that are. Remove quantization_config from it, "
+            "or download the model again."
+        )
+    if is_quantized(files) and options.quantization == "none":
+        raise UserError(
+            f"--model {options.model} is already quantised to 4 bits: use --quantization nf4, or "
+            "the original weights."
+        )
+
+
 def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
     """What stands, what it cost the rank that paid most, what was left unquantised. Collective."""
     costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
@@ -162,6 +197,19 @@ def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
     say("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
     say("", f"read by each: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights")
     say("", f"and {other} of the rest; received from others: {received} of scales")
-    for name, size in report.unquantized.items():
-        say("", f"not quantised: {name} ({megabytes(size)})")
+    if report.experts:
+        say("", f"{report.experts:,} experts in 4 bits, one by one; they carry no adapters")
+    for name, count, size in _alike(report.unquantized):
+        times = f"{count} x " if count > 1 else ""
+        say("", f"not quantised: {times}{name} ({megabytes(size)})")
     say("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")
+
+
+def _alike(sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    """(name, how many, bytes together) of what differs in layer and expert numbers only."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for name, size in sizes.items():
+        groups[re.sub(r"\b\d+\b", "*", name)].append(size)
+    first = {re.sub(r"\b\d+\b", "*", name): name for name in reversed(sizes)}
+    for pattern, group in groups.items():
+        yield pattern if len(group) > 1 else first[pattern], len(group), sum(group)

@@ -41,6 +41,13 @@ def share_of(numel: int) -> int:
     return -(-numel // comm.world_size())
 
 
+def own_range(numel: int) -> tuple[int, int]:
+    """This rank's share of a flattened tensor, without the padding that makes shares equal."""
+    share = share_of(numel)
+    start = min(share * comm.rank(), numel)
+    return start, min(start + share, numel)
+
+
 class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
     """zero.Init whose parameters are never whole: nothing is broadcast to be cut up after."""
 
@@ -48,10 +55,9 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         self._convert_to_deepspeed_param(parameter)
         share = share_of(parameter.ds_numel)
         assert share * comm.world_size() == self._aligned_size(parameter)
-        start = min(share * self._partition_rank(parameter), parameter.ds_numel)
-        stop = min(start + share, parameter.ds_numel)
-        own = torch.zeros(share, dtype=parameter.dtype, device=self.local_device)
-        own[: stop - start] = values(start, stop)
+        assert self._partition_rank(parameter) == comm.rank()
+        start, stop = own_range(parameter.ds_numel)
+        own = _as_share(values(start, stop), share, parameter.dtype, self.local_device)
         self._adopt(parameter, own, share)
 
     def _adopt(self, parameter: ZeroParameter, own: ZeroParameter, share: int) -> None:
@@ -85,6 +91,16 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
         if to_nvme:
             self.param_swapper.swap_out_and_release([parameter])
+
+
+def _as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """``own`` padded to a whole share. Kept as it is where it fits: a large share is not copied."""
+    lonely = own.untyped_storage().nbytes() == own.nbytes  # a view would keep what it is a part of
+    if (own.numel(), own.dtype, own.device) == (share, dtype, device) and lonely:
+        return own
+    padded = torch.zeros(share, dtype=dtype, device=device)
+    padded[: own.numel()] = own
+    return padded
 
 
 class ShardBuilder:

@@ -21,8 +21,9 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
-from sparse_lora_dist.base_model.quantized_share import quantized_parameters
+from sparse_lora_dist.base_model.quantized_share import own_weights, quantized_parameters
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
+from sparse_lora_dist.base_model.sources import find_sources
 from sparse_lora_dist.config import Config, ModelConfig
 from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.errors import UserError
@@ -125,23 +126,17 @@ def _random(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 def _compare(w_OI: Tensor, layout: nf4.Layout, builder: ShardBuilder) -> int:
-    calls = []
-
-    def read(start: int, stop: int) -> Tensor:
-        calls.append(stop - start)
-        return w_OI.flatten()[start:stop].clone()
-
-    packed, scales = quantized_parameters(read, layout, builder)
-    assert len(calls) == 1, "read is called once"
+    start, stop = own_weights(layout, builder.dtype)
+    packed, scales = quantized_parameters(w_OI.flatten()[start:stop].clone(), layout, builder)
     fair = -(-layout.numel // comm.world_size())
-    assert calls[0] <= fair + 2 * nf4.BLOCK, (tuple(w_OI.shape), calls[0], fair)
+    assert stop - start <= fair + 2 * nf4.BLOCK, (tuple(w_OI.shape), stop - start, fair)
     for parameter in (packed, scales):
         assert parameter.numel() == 0 and parameter.dtype == builder.dtype
         assert parameter.ds_tensor.numel() == -(-parameter.ds_numel // comm.world_size())
-    layer = QuantLinear(layout, packed, scales, None)
+    layer = QuantLinear(layout, (packed, scales), None)
     with gathered([packed, scales]):
         compare_with_bitsandbytes(layer, w_OI)
-    return calls[0]
+    return stop - start
 
 
 def compare_with_bitsandbytes(layer: QuantLinear, w_OI: Tensor) -> None:
@@ -304,7 +299,8 @@ def load_odd_module(folder: str) -> dict[str, Any]:
     config = config_of()
     builder = ShardBuilder(engine_config_of(config), torch.bfloat16)
     files = CheckpointFiles(Path(folder))
-    loader = ShardLoader(files, builder, quantize=True, double_quant=True, initial={})
+    sources = find_sources(model, files)
+    loader = ShardLoader(files, sources, builder, quantize=True, double_quant=True, initial={})
     loader.load(model, keep=set(), train={})
     return {
         "bias": torch.equal(model.bias, saved["bias"]),

@@ -10,7 +10,7 @@ import torch
 from sparse_lora_dist.base_model.checkpoint_files import read_header
 from sparse_lora_dist.base_model.nf4 import BLOCK
 from tests.conftest import Ranks
-from tests.tiny_models import save_llama, save_qwen
+from tests.tiny_models import FAMILIES, save_family, save_llama, save_qwen
 
 SHAPES = [(7, 9), (33, 71), (1, 1), (64, 64), (100, 130), (5, 257), (300, 200)]
 
@@ -25,6 +25,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "biases": save_qwen(root / "biases"),
     }
     return {name: str(folder) for name, folder in made.items()}
+
+
+@pytest.fixture(scope="session")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
@@ -110,6 +115,18 @@ def test_unquantised_logits_are_those_of_transformers(
         assert all(rank["tied"] == (name == "tied") for rank in both)
         share = -(-both[0]["whole"] // size)
         assert [rank["held"] for rank in both] == [share] * size, "the embedding is partitioned"
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_gives_the_logits_of_transformers(
+    ranks: Ranks, families: Path, size: int, family: str
+) -> None:
+    folder = families / family
+    if not folder.exists():
+        save_family(folder, family)
+    for rank in ranks(size, "tests.base_work:logits_of_both", folder=str(folder), precision="bf16"):
+        assert rank["equal"], rank["distance"]
 
 
 def _linear_and_other_ranges(folder: Path) -> tuple[list[Any], list[Any]]:

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -43,6 +45,39 @@ def save_qwen(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A Qwen2, whose query, key and value linears have biases."""
     config = Qwen2Config(**ODD_SIZES, tie_word_embeddings=False)
     return _save(Qwen2ForCausalLM(config), folder, dtype, "1GB")
+
+
+EVEN_SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 40,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"head_dim": 10, "sliding_window": 8},
+    "qwen2": {},
+    "qwen3": {"head_dim": 10},
+    "gemma": {"head_dim": 10},
+    "gemma2": {"head_dim": 10, "sliding_window": 8},
+    "gemma3_text": {"head_dim": 10, "sliding_window": 8},
+    "phi": EVEN_SIZES,
+    "phi3": {"pad_token_id": 0},
+    "gpt_neox": {"rotary_pct": 0.4},
+    # Widths that torch's grouped matmul takes.
+    "mixtral": EVEN_SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": EVEN_SIZES
+    | {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+}
+"""transformers' name of a family -> what its tiny model has besides the odd sizes."""
+
+
+def save_family(folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """A model of ``FAMILIES``."""
+    config = CONFIG_MAPPING[family](**(ODD_SIZES | FAMILIES[family]))
+    return _save(AutoModelForCausalLM.from_config(config), folder, dtype, "1GB")
 
 
 def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> Path:

@@ -13,6 +13,8 @@ from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.errors import UserError
 
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
+EXPERT_MODELS = ("mixtral", "qwen3_moe")
+EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights in the maker's own layout
 
 
@@ -35,7 +37,7 @@ def resolve_folder(model: str, revision: str | None) -> Path:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """The architecture's config.json, refused where the weights are already quantised."""
+    """The architecture's config.json, refused where its weights are of a kind that is not read."""
     if not (folder / "config.json").exists():
         raise UserError(
             f"--model {folder} has no config.json; give a folder saved by transformers."
@@ -46,13 +48,26 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         )
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise UserError(f"--model {folder}: {error}") from error
-    method = getattr(config, "quantization_config", None)
-    if method is not None:
-        raise UserError(
-            f"--model {folder} is already quantised ({dict(method).get('quant_method')}). "
-            "Give the original bf16, fp16 or fp32 weights; they are quantised to NF4 while loading."
-        )
+    _refuse_what_is_not_read(folder, config)
     return config
+
+
+def _refuse_what_is_not_read(folder: Path, config: PretrainedConfig) -> None:
+    quantized = dict(getattr(config, "quantization_config", None) or {})
+    method = quantized.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or quantized.get("load_in_8bit"):
+        what = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
+        raise UserError(
+            f"--model {folder} is already quantised ({what}). Read are bf16, fp16 and fp32 "
+            "weights, which are quantised while loading, and what bitsandbytes saved in 4 bits. "
+            "Give the original weights."
+        )
+    experts = max((getattr(config, name, None) or 0 for name in EXPERT_COUNTS), default=0)
+    if experts > 1 and config.model_type not in EXPERT_MODELS:
+        raise UserError(
+            f"--model {folder} is a mixture of {experts} experts ({config.model_type}). Of these "
+            f"models {' and '.join(EXPERT_MODELS)} are supported, and all without experts."
+        )
 
 
 def meta_model(

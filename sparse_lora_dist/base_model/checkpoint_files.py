@@ -1,6 +1,9 @@
 """A safetensors checkpoint on disk: what it holds, checked before anyone reads, and flat ranges of
 it.
 
+    Entry     one tensor of a file
+    Source    what a parameter is in the files: the elements of some entries, one after another
+
 Ranges are read with plain reads, not mapped: mapped pages count against the process until the
 kernel takes them back. ``safe_open`` hands out whole rows only; a ZeRO-3 share starts anywhere
 inside one.
@@ -13,11 +16,13 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_lora_dist.errors import UserError
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
+FLOATS = ("BF16", "F16", "F32")
+CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -30,10 +35,31 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     """Byte offset in the file of the first element."""
+    nbytes: int
 
     @property
     def itemsize(self) -> int:
         return DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """What a parameter is in the files: the elements of its parts, one part after another."""
+
+    keys: tuple[str, ...]
+    """The parts' names in the files."""
+    parts: tuple[Entry | bytes, ...]
+    """Where they lie; a few bytes may be given as they are."""
+    dtype: torch.dtype
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the parts."""
+        return [p.shape for p in self.parts if isinstance(p, Entry)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(len(p) if isinstance(p, bytes) else p.nbytes for p in self.parts)
 
 
 class CheckpointFiles:
@@ -59,44 +85,36 @@ class CheckpointFiles:
                 f"the first is {missing[0]!r}. Download the model again."
             )
 
-    def entry(self, name: str, shape: tuple[int, ...]) -> Entry:
-        """Where ``name`` lies, once it is sure to be there, of that shape and a dtype we read."""
-        found = self.entries.get(name)
-        if found is None:
-            raise UserError(
-                f"{self.folder} holds no tensor {name!r}, which config.json asks for. "
-                "Is it the checkpoint of another architecture, or an incomplete download?"
-            )
-        if found.shape != shape:
-            raise UserError(
-                f"{found.file}: tensor {name!r} has shape {list(found.shape)}, "
-                f"but config.json makes it {list(shape)}. "
-                "Weights and config.json do not belong together."
-            )
-        if found.dtype not in DTYPES:
-            raise UserError(
-                f"{found.file}: tensor {name!r} is {found.dtype}; allowed are {', '.join(DTYPES)}. "
-                "Already quantised checkpoints are not read yet; use the original weights."
-            )
-        return found
+    def whole(self, key: str) -> Tensor:
+        """A small tensor, 1-D, in the file's dtype."""
+        entry = self.entries[key]
+        source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
+        return self.read(source, 0, entry.nbytes // entry.itemsize)
 
-    def check(self, model: nn.Module) -> None:
-        """Every parameter of ``model`` must be here, in its shape. Tied ones are asked for once."""
-        for name, parameter in model.named_parameters():
-            self.entry(name, tuple(parameter.shape))
+    def read(self, source: Source, start: int, stop: int, *, device: torch.device = CPU) -> Tensor:
+        """Elements [start, stop) of a source, 1-D, on ``device``; only their bytes are read."""
+        out = torch.empty(
+            max(stop - start, 0), dtype=source.dtype, pin_memory=device.type == "cuda"
+        )
+        first, last = (i * out.element_size() for i in (start, stop))
+        buffer = out.view(torch.uint8).numpy().data
+        begin = 0  # of the part, in the source
+        for part in source.parts:
+            length = len(part) if isinstance(part, bytes) else part.nbytes
+            low, high = max(first, begin), min(last, begin + length)
+            if low < high:
+                self._read_part(part, low - begin, buffer[low - first : high - first])
+            begin += length
+        return out.to(device, non_blocking=True)
 
-    def read(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of the flattened tensor, 1-D, in the file's dtype; only their
-        bytes are read."""
-        entry = self.entry(name, shape)
-        out = torch.empty(max(stop - start, 0), dtype=DTYPES[entry.dtype])
-        if out.numel() == 0:
-            return out
-        with entry.file.open("rb", buffering=0) as file:
-            file.seek(entry.start + start * out.element_size())
-            _read_into(file, out.view(torch.uint8).numpy().data, entry.file)
-        self.bytes_read += out.nbytes
-        return out
+    def _read_part(self, part: Entry | bytes, offset: int, buffer: memoryview) -> None:
+        if isinstance(part, bytes):
+            buffer[:] = part[offset : offset + len(buffer)]
+            return
+        with part.file.open("rb", buffering=0) as file:
+            file.seek(part.start + offset)
+            _read_into(file, buffer, part.file)
+        self.bytes_read += len(buffer)
 
 
 def _files_of(folder: Path) -> list[Path]:
@@ -121,7 +139,7 @@ def _files_of(folder: Path) -> list[Path]:
     there = sorted(p.name for p in folder.iterdir())[:10] if folder.is_dir() else "no such folder"
     raise UserError(
         f"{folder} holds no model.safetensors and no model.safetensors.index.json "
-        f"(it holds {there}). Only safetensors are read; convert pickled .bin files with "
+        f"(it holds {there}). Only safetensors are read; convert pickled .bin files, or GGUF, with "
         "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
     )
 
@@ -159,9 +177,12 @@ def _entries(
                 f"{file} is cut short: tensor {name!r} should end at byte {data_start + stop}, "
                 f"the file has {size}. Download it again."
             )
-        if dtype in DTYPES and stop - start != prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(f"tensor {name!r} of {list(shape)} {dtype} spans {stop - start} bytes")
-        entries[name] = Entry(file=file, dtype=dtype, shape=shape, start=data_start + start)
+        nbytes = stop - start
+        if dtype in DTYPES and nbytes != prod(shape) * DTYPES[dtype].itemsize:
+            raise ValueError(f"tensor {name!r} of {list(shape)} {dtype} spans {nbytes} bytes")
+        entries[name] = Entry(
+            file=file, dtype=dtype, shape=shape, start=data_start + start, nbytes=nbytes
+        )
     return entries
 
 

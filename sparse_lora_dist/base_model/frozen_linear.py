@@ -7,7 +7,7 @@ weight again from the layer, where ZeRO-3's pre-backward hook has gathered it by
 Shapes: T tokens (any leading axes), I in_features, O out_features.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +33,7 @@ class FrozenLinear(nn.Module):
         return self.weight.data.to(dtype)
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        y_TO: Tensor = _FrozenMatmul.apply(x_TI, self)  # type: ignore[no-untyped-call]
+        y_TO: Tensor = FrozenMatmul.apply(x_TI, self)  # type: ignore[no-untyped-call]
         return y_TO
 
     def extra_repr(self) -> str:
@@ -51,10 +51,11 @@ class QuantLinear(FrozenLinear):
     def __init__(
         self,
         layout: nf4.Layout,
-        packed: nn.Parameter,
-        scales: nn.Parameter,
+        weight: tuple[nn.Parameter, nn.Parameter],
         bias: nn.Parameter | None,
     ) -> None:
+        """``weight``: packed bytes and scales."""
+        packed, scales = weight
         super().__init__(layout.shape[1], layout.shape[0], packed, bias)
         self.layout = layout
         self.scales = scales
@@ -64,11 +65,20 @@ class QuantLinear(FrozenLinear):
         return nf4.dequantize(packed, scales, self.layout, dtype)
 
 
-class _FrozenMatmul(torch.autograd.Function):
+class Weighted(Protocol):
+    """What has a weight to multiply with while ZeRO-3 has it gathered."""
+
+    bias: nn.Parameter | None
+
+    def weight_OI(self, dtype: torch.dtype) -> Tensor:
+        """The weight, made anew at each call."""
+
+
+class FrozenMatmul(torch.autograd.Function):
     """x W^T + b and, backward, g W: W comes from the layer both times."""
 
     @staticmethod
-    def forward(ctx: Any, x_TI: Tensor, layer: FrozenLinear) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, layer: Weighted) -> Tensor:
         ctx.layer = layer
         bias = None if layer.bias is None else layer.bias.data
         return F.linear(x_TI, layer.weight_OI(x_TI.dtype), bias)

@@ -8,48 +8,58 @@ them by themselves.
 Shapes: B blocks of the whole tensor.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.zero3 import ShardBuilder, share_of
+from sparse_lora_dist.zero3 import ShardBuilder, own_range, share_of
 
 QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]
 
 
+def own_bytes(num_bytes: int, dtype: torch.dtype) -> tuple[int, int]:
+    """This rank's range of so many bytes in the clothing of ``dtype``."""
+    start, stop = own_range(clothes_for(num_bytes, dtype))
+    return min(start * dtype.itemsize, num_bytes), min(stop * dtype.itemsize, num_bytes)
+
+
+def own_weights(layout: nf4.Layout, dtype: torch.dtype) -> tuple[int, int]:
+    """The flat range of weights that this rank's share is made from: at most two blocks more."""
+    return layout.weights_of_bytes(*own_bytes(layout.packed_bytes, dtype))
+
+
 def quantized_parameters(
-    read: Callable[[int, int], Tensor], layout: nf4.Layout, builder: ShardBuilder
+    w_N: Tensor, layout: nf4.Layout, builder: ShardBuilder
 ) -> QuantLinearParameters:
     """(packed, scales) of one weight, each sharded, bytes in the clothing of the builder's dtype.
     Collective.
 
     Args:
-        read: (start, stop) -> those elements of the flattened weight, on the builder's device.
-        Called once, for
-            this rank's share and at most two blocks more.
+        w_N: the weights of ``own_weights``, on the builder's device.
     """
     dtype = builder.dtype
-    absmax = torch.empty(0, device=builder.device)
+    first, last = own_bytes(layout.packed_bytes, dtype)
+    w_start, _ = layout.weights_of_bytes(first, last)
+    own_packed, own_absmax = nf4.quantize(w_N, layout, w_start)
+    # Of the first block another rank may own the first weight, and with it the scale.
+    packed_start, block_start = layout.place_of(w_start)
+    own_packed = own_packed[first - packed_start : last - packed_start]
+    own_absmax = own_absmax[layout.blocks_of_bytes(first, last)[0] - block_start :]
 
-    def own_bytes(start: int, stop: int) -> Tensor:
-        nonlocal absmax
-        first, last = (min(i * dtype.itemsize, layout.packed_bytes) for i in (start, stop))
-        w_start, w_stop = layout.weights_of_bytes(first, last)
-        packed, absmax = nf4.quantize(read(w_start, w_stop))
-        absmax = absmax[layout.blocks_of_bytes(first, last)[0] - w_start // nf4.BLOCK :]
-        return dressed(packed[first - w_start // 2 : last - w_start // 2], dtype)
+    packed = bytes_parameter(own_packed, layout.packed_bytes, builder)
+    absmax_B = _gather_absmax(own_absmax, layout, dtype)
+    # One rank takes the means for all, over whole vectors, as bitsandbytes does.
+    offset_E = comm.broadcast(nf4.offsets(absmax_B, layout))
+    scales = nf4.scale_bytes(absmax_B, offset_E, layout)
+    first, last = own_bytes(layout.scale_bytes, dtype)
+    return packed, bytes_parameter(scales[first:last], layout.scale_bytes, builder)
 
-    packed = builder.parameter((clothes_for(layout.packed_bytes, dtype),), own_bytes)
-    share = share_of(clothes_for(layout.packed_bytes, dtype)) * dtype.itemsize
-    absmax_B = _gather_absmax(absmax, layout, share)
-    # One rank takes the mean for all, over the whole vector, as bitsandbytes does.
-    offset = comm.broadcast(absmax_B.mean())
-    clothes = dressed(nf4.scale_bytes(absmax_B, offset, layout), dtype)
-    scales = builder.parameter(tuple(clothes.shape), lambda start, stop: clothes[start:stop])
-    return packed, scales
+
+def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Parameter:
+    """A sharded parameter of ``num_bytes`` bytes, of which ``own`` are this rank's."""
+    clothes = dressed(own, builder.dtype)
+    return builder.parameter((clothes_for(num_bytes, builder.dtype),), lambda start, stop: clothes)
 
 
 def clothes_for(num_bytes: int, dtype: torch.dtype) -> int:
@@ -60,11 +70,15 @@ def clothes_for(num_bytes: int, dtype: torch.dtype) -> int:
 def dressed(raw: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 bytes seen as ``dtype``, zero-padded to whole elements. Bit for bit: these are not
     numbers."""
-    return _padded(raw, clothes_for(raw.numel(), dtype) * dtype.itemsize).view(dtype)
+    length = clothes_for(raw.numel(), dtype) * dtype.itemsize
+    # A view of other bytes may begin where no element can.
+    fits = raw.numel() == length and raw.storage_offset() == 0
+    return (raw if fits else _padded(raw, length)).view(dtype)
 
 
-def _gather_absmax(own: Tensor, layout: nf4.Layout, share: int) -> Tensor:
-    """absmax fp32 [B] of the whole tensor, from ranks with ``share`` bytes each. Collective."""
+def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tensor:
+    """absmax fp32 [B] of the whole tensor. Collective."""
+    share = share_of(clothes_for(layout.packed_bytes, dtype)) * dtype.itemsize
     cuts = [min(share * r, layout.packed_bytes) for r in range(comm.world_size() + 1)]
     owned = [layout.blocks_of_bytes(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
     most = max(stop - start for start, stop in owned)
