@@ -21,6 +21,7 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
+from sparse_lora_dist.base_model.quant_experts import Matrix
 from sparse_lora_dist.base_model.quantized_share import own_weights, quantized_parameters
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.sources import find_sources
@@ -139,18 +140,24 @@ def _compare(w_OI: Tensor, layout: nf4.Layout, builder: ShardBuilder) -> int:
     return stop - start
 
 
-def compare_with_bitsandbytes(layer: QuantLinear, w_OI: Tensor) -> None:
-    """A gathered layer against bitsandbytes' own quantisation of the whole weight, bit for bit."""
+def compare_with_bitsandbytes(layer: QuantLinear | Matrix, w_OI: Tensor) -> None:
+    """A gathered layer, or one expert's matrix, against bitsandbytes' own quantisation of the whole
+    weight, bit for bit."""
     layout, what = layer.layout, (tuple(w_OI.shape), w_OI.dtype, layer.layout.double_quant)
     theirs, state = bnb.quantize_4bit(
         w_OI, blocksize=64, quant_type="nf4", compress_statistics=layout.double_quant
     )
-    packed = layer.weight.data.view(torch.uint8)[: layout.packed_bytes]
+    weight, index = (layer.packed, layer.index) if isinstance(layer, Matrix) else (layer.weight, 0)
+    packed = weight.data.view(torch.uint8).narrow(
+        0, index * layout.matrix_bytes, layout.matrix_bytes
+    )
     assert torch.equal(packed, theirs.flatten()), f"packed bytes differ: {what}"
 
     scales = layer.scales.data.clone().view(torch.uint8)[: layout.scale_bytes]
     if layout.double_quant:
-        nested, offset, absmax = scales.split([4 * layout.num_nested, 4, layout.num_blocks])
+        count = layout.count
+        parts = scales.split([4 * layout.num_nested, 4 * count, layout.num_blocks])
+        nested, offset, absmax = (part.view(count, -1)[index] for part in parts)
         assert _same_bits(nested, state.state2.absmax), f"nested absmax differ: {what}"
         assert _same_bits(offset, state.offset.reshape(1)), f"offsets differ: {what}"
         assert _same_bits(absmax, state.absmax), f"quantised absmax differ: {what}"

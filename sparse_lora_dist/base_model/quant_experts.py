@@ -16,7 +16,7 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenMatmul
 
 
 @dataclass(frozen=True, slots=True)
-class _Matrix:
+class Matrix:
     """One matrix of a stack."""
 
     packed: nn.Parameter
@@ -69,7 +69,7 @@ class QuantExperts(nn.Module):
         matrices = [self.matrix(name, expert * count + i) for i in range(count)]
         return torch.cat([FrozenMatmul.apply(x_TI, m) for m in matrices], dim=-1)  # type: ignore[no-untyped-call]
 
-    def matrix(self, name: str, index: int) -> _Matrix:
+    def matrix(self, name: str, index: int) -> Matrix:
         """A matrix of ``gate_up_proj`` or ``down_proj``."""
         packed, scales = getattr(self, name), getattr(self, f"{name}_scales")
-        return _Matrix(packed, scales, self.layouts[name], index)
+        return Matrix(packed, scales, self.layouts[name], index)
