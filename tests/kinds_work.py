@@ -1,6 +1,7 @@
 """What workers run for ``test_checkpoint_kinds.py``."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.quant_experts import QuantExperts
 from sparse_lora_dist.base_model.sources import Packed
+from sparse_lora_dist.config import AdapterConfig
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.zero3 import Engine, gathered
@@ -70,6 +73,25 @@ def _logits_of_transformers(folder: str) -> Tensor:
     # In training mode: for evaluation bitsandbytes' CPU kernels pack the weights another way.
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
     return reference(input_ids=TOKENS, use_cache=False).logits.detach()
+
+
+def opening_error_of(folder: str, **model: Any) -> str:
+    """The message with which opening, or loading, a model folder ends."""
+    try:
+        load_model(config_of(model=folder, **model))
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def loading_error_with_full(folder: str, full: str) -> str:
+    """The same where a module is to be trained in full."""
+    config = replace(config_of(model=folder), adapter=AdapterConfig(modules_to_save=(full,)))
+    try:
+        load_model(config)
+    except UserError as error:
+        return str(error)
+    return "no error"
 
 
 def quantize_folder(folder: Path, out: Path, *, block: int, quant_type: str, nested: bool) -> None:

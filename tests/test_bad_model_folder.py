@@ -127,6 +127,15 @@ BAD = {
         _configured(quantization_config=QUANTISED),
         ["already quantised", "bitsandbytes"],
     ),
+    "quantised by GPTQ": (
+        _configured(quantization_config={"quant_method": "gptq", "bits": 4}),
+        ["gptq", "original weights"],
+    ),
+    "quantised to 8 bits": (
+        _configured(quantization_config=QUANTISED | {"load_in_4bit": False, "load_in_8bit": True}),
+        ["8 bits", "original weights"],
+    ),
+    "experts of another family": (_configured(model_type="qwen2_moe"), ["qwen2_moe", "mixtral"]),
     "index is no JSON": (_indexed("{"), ["model.safetensors.index.json"]),
     "index is a list": (_indexed([1]), ["model.safetensors.index.json"]),
     "index has a list inside": (_indexed({"weight_map": ["a"]}), ["model.safetensors.index.json"]),

@@ -1,14 +1,22 @@
 """LOAD: checkpoints that came quantised, and mixtures of experts, on 1 to 4 ranks."""
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.kinds_work import quantize_folder
 from tests.tiny_models import save_family
+from tests.tiny_run import TinyRun
+
+TRAIN = "tests.run_work:train"
+ROOM = {"vocab_size": 300, "max_position_embeddings": 256}
 
 
 @pytest.fixture(scope="module")
@@ -74,3 +82,76 @@ def test_experts_are_quantised_one_by_one(
     assert [rank["experts"] for rank in everyone] == [layers] * size
     # Gate, up and down of each expert; query, key, value and output of each layer.
     assert [rank["matrices"] for rank in everyone] == [layers * (3 * experts + 4)] * size
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+Change = Callable[[dict[str, torch.Tensor]], None]
+
+
+def _drop(ending: str) -> Change:
+    return lambda tensors: tensors.__delitem__(UP + ending)
+
+
+def _put(ending: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Change:
+    return lambda tensors: tensors.update({UP + ending: value(tensors[UP + ending])})
+
+
+SPOILT: dict[str, tuple[Change, list[str]]] = {
+    "no scales": (_drop(".absmax"), ["up_proj", ".absmax is missing"]),
+    "no scales of scales": (_drop(".nested_absmax"), ["up_proj", ".nested_absmax is missing"]),
+    "another code": (_put(".quant_map", lambda t: t + 0.1), ["up_proj", "codes", "NF4 and FP4"]),
+    "too few bytes": (_put("", lambda t: t[:-3]), ["up_proj", "packed bytes", "Download"]),
+    "no state": (_drop(".quant_state.bitsandbytes__nf4"), ["up_proj", "[37, 60]"]),
+}
+
+
+@pytest.mark.parametrize("case", SPOILT)
+def test_a_spoilt_quantised_checkpoint_is_refused(
+    ranks: Ranks, quantized: dict[str, Path], tmp_path: Path, case: str
+) -> None:
+    change, words = SPOILT[case]
+    shutil.copytree(quantized["nf4"], tmp_path / "spoilt")
+    file = tmp_path / "spoilt" / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    for said in ranks(2, "tests.kinds_work:opening_error_of", folder=str(file.parent)):
+        assert all(word in said for word in [str(file), *words]), said
+
+
+def test_what_is_in_4_bits_cannot_be_had_otherwise(
+    ranks: Ranks, quantized: dict[str, Path]
+) -> None:
+    folder = str(quantized["nf4"])
+    wanted = {"folder": folder, "quantization": "none"}
+    for said in ranks(2, "tests.kinds_work:opening_error_of", **wanted):
+        assert "already quantised to 4 bits" in said and "--quantization nf4" in said
+    full = {"folder": folder, "full": "layers.1.mlp.up_proj"}
+    for said in ranks(2, "tests.kinds_work:loading_error_with_full", **full):
+        assert UP in said and "--modules_to_save" in said
+
+
+def _losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "packed"])
+def test_whole_runs_do_not_depend_on_ranks_or_checkpointing(
+    ranks: Ranks, quantized: dict[str, Path], tiny: TinyRun, tmp_path: Path, kind: str
+) -> None:
+    whole = save_family(tmp_path / "whole", "mixtral" if kind == "mixtral" else "llama", **ROOM)
+    model = tmp_path / "model" if kind == "packed" else whole
+    if kind == "packed":
+        quantize_folder(whole, model, block=128, quant_type="fp4", nested=True)
+    for file in tiny.model.glob("*token*"):
+        shutil.copy(file, model)
+    shutil.copy(tiny.model / "chat_template.jinja", model)
+    one, two = tmp_path / "one", tmp_path / "two"
+    ranks(1, TRAIN, flags=tiny.flags(one, model=model, micro_batch_size=4))
+    flags = tiny.flags(two, model=model, gradient_checkpointing="true")
+    said, *_ = ranks(2, TRAIN, flags=flags)
+    assert ("8 experts in 4 bits, one by one; they carry no adapters" in said) == (
+        kind == "mixtral"
+    )
+    assert _losses(two) == pytest.approx(_losses(one), abs=1e-5)
+    assert _losses(one)[-1] < _losses(one)[0] - 0.01

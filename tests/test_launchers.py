@@ -1,7 +1,9 @@
 """The launcher as a person starts it: real processes, no environment variable set by hand."""
 
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -40,8 +42,8 @@ class Ended:
         return [line for line in self.out.splitlines() if not LAUNCHER_LINE.match(line)]
 
 
-def start(command: list[str], cwd: Path = REPOSITORY) -> Ended:
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+def start(command: list[str], cwd: Path = REPOSITORY, **variables: str) -> Ended:
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ} | variables
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -104,6 +106,23 @@ def test_plain_python_from_another_folder(tiny: TinyRun, tmp_path: Path, referen
     # A relative --output_dir lies where the person stands.
     ended = start(command + one_step(tiny, Path("run"), 1), cwd=tmp_path)
     check_run(ended, tmp_path / "run", reference, 1)
+
+
+def test_a_hub_id_is_found_in_the_cache_of_a_machine_without_network(
+    tiny: TinyRun, tmp_path: Path, reference: Path
+) -> None:
+    repository = tmp_path / "models--org--tiny"
+    shutil.copytree(tiny.model, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    flags = one_step(tiny, tmp_path / "run", 2, model="org/tiny")
+    cache = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    ended = start([*TORCHRUN, "launcher/train.py", *ENGINE, *flags], **cache)
+    assert ended.status == 0, ended.err
+    loss, wanted = (read_rows(f / "metrics.jsonl")[1] for f in (tmp_path / "run", reference))
+    assert loss["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+    adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert adapter["base_model_name_or_path"] == "org/tiny"
 
 
 # --- what goes wrong ----------------------------------------------------------------------------

@@ -74,9 +74,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 """transformers' name of a family -> what its tiny model has besides the odd sizes."""
 
 
-def save_family(folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16) -> Path:
+def save_family(
+    folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, **sizes: Any
+) -> Path:
     """A model of ``FAMILIES``."""
-    config = CONFIG_MAPPING[family](**(ODD_SIZES | FAMILIES[family]))
+    config = CONFIG_MAPPING[family](**(ODD_SIZES | FAMILIES[family] | sizes))
     return _save(AutoModelForCausalLM.from_config(config), folder, dtype, "1GB")
 
 
