@@ -22,6 +22,7 @@ from sparse_lora_dist.base_model.architecture import (
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.config import Config
+from sparse_lora_dist.head import install
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.base import Site, TensorSpec, zeros
@@ -103,6 +104,7 @@ class Model:
             micro_batches=config.train.gradient_accumulation_steps,
             initial=initial,
         )
+        install(self.module)
         self.full = {name: self.module.get_submodule(name) for name in self.full}
         if config.model.gradient_checkpointing:
             self.module.gradient_checkpointing_enable(

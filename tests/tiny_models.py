@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -43,6 +45,12 @@ def save_qwen(folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> Path:
     """A Qwen2, whose query, key and value linears have biases."""
     config = Qwen2Config(**ODD_SIZES, tie_word_embeddings=False)
     return _save(Qwen2ForCausalLM(config), folder, dtype, "1GB")
+
+
+def save_as(kind: str, folder: Path, **sizes: Any) -> Path:
+    """A model of transformers' ``kind`` ("gemma2", "phi"), fp32; biases and caps in it count."""
+    config = AutoConfig.for_model(kind, **(ODD_SIZES | sizes))
+    return _save(AutoModelForCausalLM.from_config(config), folder, torch.float32, "1GB")
 
 
 def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, max_shard_size: str) -> Path:
