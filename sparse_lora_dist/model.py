@@ -27,6 +27,7 @@ from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.sources import Sources, find_sources, is_quantized
 from sparse_lora_dist.config import Config, ModelConfig
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.head import install
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.base import Site, TensorSpec, zeros
@@ -120,6 +121,7 @@ class Model:
             micro_batches=config.train.gradient_accumulation_steps,
             initial=initial,
         )
+        install(self.module)
         self.full = {name: self.module.get_submodule(name) for name in self.full}
         if config.model.gradient_checkpointing:
             self.module.gradient_checkpointing_enable(

@@ -1,6 +1,6 @@
 """STEP: one optimizer step, and held-out loss by the same forward.
 
-Shapes: M rows of a micro-batch, T tokens of a row, V vocabulary.
+Shapes: M rows of a micro-batch, T tokens of a row.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,9 +14,10 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.adapter import RowSeeds
 from sparse_lora_dist.data import NOT_A_TARGET, Batch
 from sparse_lora_dist.decisions import Decisions
+from sparse_lora_dist.head import summed_loss
 from sparse_lora_dist.methods.base import Decision
 from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.zero3 import Engine, summed_cross_entropy
+from sparse_lora_dist.zero3 import Engine
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,15 +74,18 @@ def train_step(
 
 def batch_loss(engine: Engine, batch: Batch) -> Tensor:
     """Sum of -log p over the batch's target tokens. Collective."""
+    # Labels move left instead of logits.
+    next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
     batch = batch.to(comm.device())
     # Documents are told apart by positions that restart; transformers reads them so only without an
     # attention mask and without a cache.
-    logits_MTV = engine(
-        input_ids=batch.input_ids_MT, position_ids=batch.position_ids_MT, use_cache=False
-    ).logits
-    # Labels move left instead of logits: slicing the logits would copy them.
-    next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
-    return summed_cross_entropy(logits_MTV.flatten(0, 1), next_labels_MT.flatten())
+    return summed_loss(
+        engine,
+        next_labels_MT,
+        input_ids=batch.input_ids_MT,
+        position_ids=batch.position_ids_MT,
+        use_cache=False,
+    )
 
 
 def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> float:

@@ -51,7 +51,7 @@ def train_scaled(flags: list[str], loss_scale: float) -> str:
     def scaled(*args: Any) -> Tensor:
         return loss_scale * summed_cross_entropy(*args)
 
-    with patch("sparse_lora_dist.step.summed_cross_entropy", scaled):
+    with patch("sparse_lora_dist.head.summed_cross_entropy", scaled):
         return train_toy(flags)
 
 
@@ -114,7 +114,9 @@ def packed_documents(flags: list[str]) -> dict[str, Any]:
         )
         seen: list[Tensor] = []
         head = job.model.module.get_output_embeddings()
-        handle = head.register_forward_hook(lambda module, inputs, y: seen.append(y.detach()))
+        handle = head.register_forward_hook(
+            lambda module, inputs, y: seen.append(inputs[0].detach())
+        )
         assert job.engine.model.training
         job.engine.backward(batch_loss(job.engine, batch))
         handle.remove()

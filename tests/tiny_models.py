@@ -77,8 +77,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 def save_family(
     folder: Path, family: str, *, dtype: torch.dtype = torch.bfloat16, **sizes: Any
 ) -> Path:
-    """A model of ``FAMILIES``."""
-    config = CONFIG_MAPPING[family](**(ODD_SIZES | FAMILIES[family] | sizes))
+    """A model of transformers' ``family``, one of ``FAMILIES`` or another."""
+    config = CONFIG_MAPPING[family](**(ODD_SIZES | FAMILIES.get(family, {}) | sizes))
     return _save(AutoModelForCausalLM.from_config(config), folder, dtype, "1GB")
 
 

@@ -208,6 +208,7 @@ def _set_up(task: Task, method: Method) -> tuple[Engine, Shards]:
         module=module,
         folder=Path(),
         files=nothing,
+        sources={},
         name="",
         sites=list(task.plan.sites),
         full={},
