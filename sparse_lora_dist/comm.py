@@ -161,6 +161,11 @@ def gather_objects(value: Any) -> list[Any]:
     return box
 
 
+def is_first_on_its_node() -> bool:
+    """Does this rank do what one rank of every node does? Not a collective."""
+    return os.environ["LOCAL_RANK"] == "0"
+
+
 def barrier() -> None:
     """Nobody goes on before everybody is here."""
     if world_size() > 1:
@@ -197,7 +202,7 @@ def together(phase: str) -> Iterator[None]:
 def first_on_its_node() -> Iterator[None]:
     """One rank of every node runs the body first, so that the node's others find what it cached:
     nodes may share no disk. No collectives inside."""
-    is_first = os.environ["LOCAL_RANK"] == "0"
+    is_first = is_first_on_its_node()
     if not is_first:
         barrier()
     try:

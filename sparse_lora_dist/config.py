@@ -30,12 +30,18 @@ class ModelConfig:
     """How linear weights are held: nf4 (4 bits each) or none (the precision's 16 or 32)."""
     double_quant: bool = True
     """Quantise the NF4 block scales too: 4.13 instead of 4.5 bits a weight."""
+    base_cache: str | None = None
+    """Folder that keeps the 4-bit base, so that later jobs load it faster; null keeps none."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of forward and backward; adapter masters and statistics are fp32 either way."""
     attn_implementation: str | None = None
     """Attention by transformers' name (eager, sdpa, flash_attention_2); null lets it choose."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: a third more time, far less memory. Usual from 7B on."""
+
+    def __post_init__(self) -> None:
+        if self.base_cache is not None and self.quantization == "none":
+            raise_if(["base_cache keeps a base in 4 bits: use quantization nf4, or leave it out"])
 
 
 @dataclass(frozen=True, kw_only=True)

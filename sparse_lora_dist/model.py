@@ -22,6 +22,8 @@ from sparse_lora_dist.base_model.architecture import (
     read_config,
     resolve_folder,
 )
+from sparse_lora_dist.base_model.base_cache import BaseCache, find_cache
+from sparse_lora_dist.base_model.cache_writer import write_cache
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.sources import Sources, find_sources, is_quantized
@@ -51,6 +53,8 @@ class Model:
     sites: list[Site]
     full: dict[str, nn.Module]
     """Modules trained in full, by name."""
+    cache: BaseCache | None = None
+    """The 4-bit base on disk, which need not be there yet."""
     adapters: list[AdapterLinear] = field(default_factory=list)
 
     @classmethod
@@ -75,16 +79,38 @@ class Model:
             sources = find_sources(module, files)
             _check_quantization(options, architecture, files)
         hub = folder != Path(resolve_default("model", options.model))
-        name = options.model if hub else str(folder)
-        return cls(
+        model = cls(
             module=module,
             folder=folder,
             files=files,
             sources=sources,
-            name=name,
+            name=options.model if hub else str(folder),
             sites=sites,
             full=full,
         )
+        model._find_cache(options)
+        return model
+
+    def _find_cache(self, options: ModelConfig) -> None:
+        """Collective where there is to be one."""
+        if options.base_cache is None:
+            return
+        if is_quantized(self.files):
+            say("note", f"--base_cache is not needed: {options.model} is in 4 bits already")
+            return
+        self.cache = find_cache(
+            Path(options.base_cache),
+            self.name,
+            self.folder,
+            self.files,
+            self.module,
+            keep={*self._not_quantized(), *self.full},
+            double_quant=options.double_quant,
+        )
+
+    def _not_quantized(self) -> set[str]:
+        head = output_head(self.module)
+        return {head} if head else set()
 
     def load(self, config: Config, method: Method, engine_config: dict[str, Any]) -> RowSeeds:
         """Read this rank's share, inject adapters; return what seeds their dropout. Collective."""
@@ -99,17 +125,21 @@ class Model:
                 )
         builder = ShardBuilder(engine_config, DTYPES[config.model.precision])
         fill_buffers(self.module, builder.device)
+        files, sources, cache = self.files, self.sources, self.cache
+        if cache is not None and cache.files is not None:
+            files, sources = cache.files, cache.sources
         loader = ShardLoader(
-            self.files,
-            self.sources,
+            files,
+            sources,
             builder,
             # What a checkpoint that came quantised has in floats stays so: its maker's choice.
-            quantize=config.model.quantization == "nf4" and not is_quantized(self.files),
+            quantize=config.model.quantization == "nf4" and not is_quantized(files),
             double_quant=config.model.double_quant,
             initial=initial,
         )
-        head = output_head(self.module)
-        loader.load(self.module, keep={head} if head else set(), train=self.full)
+        loader.load(self.module, keep=self._not_quantized(), train=self.full)
+        if cache is not None and cache.files is None:
+            write_cache(cache, self.module, self.folder, self.files, self.sources)
         self.adapters = inject(
             self.module,
             self.sites,

@@ -14,7 +14,10 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.screen import say
 
 # Options that say where and how long, not what is trained: a resume changes them without a word.
-FREE = "resume output_dir stop_after log_every eval_every eval_batches save_every trackers debug"
+FREE = """
+    base_cache resume output_dir stop_after log_every eval_every eval_batches save_every trackers
+    debug
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,10 +44,12 @@ def packed_like_the_files(folder: str) -> dict[str, Any]:
             scales = layer.scales.data.view(torch.uint8)[: layout.scale_bytes].clone()
         assert torch.equal(packed, whole[key].flatten().view(torch.uint8)), key
         assert scales.tolist() == _scales_in_files(whole, key).tolist(), key
+    logits = logits_of(model)
     return {
         "linears": len(linears),
         "kinds": {(m.layout.quant_type, m.layout.block) for m in linears.values()},
-        "equal": torch.equal(_logits(model), _logits_of_transformers(folder)),
+        "equal": torch.equal(logits, _logits_of_transformers(folder)),
+        "logits": logits,
     }
 
 
@@ -61,9 +63,10 @@ def _scales_in_files(whole: dict[str, Tensor], key: str) -> Tensor:
     return torch.cat([nested.view(torch.uint8), offset.reshape(1).view(torch.uint8), absmax])
 
 
-def _logits(model: Model) -> Tensor:
+def logits_of(model: Model, precision: str = "bf16") -> Tensor:
+    """What the engine says to ``TOKENS``."""
     optimizer = SparseAdamW(model.trainable(), lr=0.0, weight_decay=0.0)
-    config = config_of(precision="bf16")
+    config = config_of(precision=precision)
     engine = Engine(model.module, optimizer, engine_config_of(config))
     with engine.evaluating():
         return engine(input_ids=TOKENS, use_cache=False).logits
