@@ -27,7 +27,7 @@ from torch import Tensor
 BLOCK = 64
 NESTED_BLOCK = 256
 
-CHUNK = 2**18
+CHUNK = 2**17
 """Weights quantised at a time on a CPU, where bitsandbytes takes ten times their bytes of scratch.
 A multiple of every block size."""
 
@@ -115,11 +115,15 @@ class Layout:
 def quantize(w_N: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tensor]:
     """(packed uint8, absmax fp32 of its blocks) of the weights from ``start`` on, where a block
     begins; they end where one ends."""
-    parts = [_quantize(part, layout) for part in _within_matrices(w_N, layout, start)]
-    if not parts:
-        return w_N.new_empty(0, dtype=torch.uint8), w_N.new_empty(0, dtype=torch.float32)
-    packed, absmax = zip(*parts, strict=True)
-    return torch.cat(packed), torch.cat(absmax)
+    (byte, block), (end, last) = layout.place_of(start), layout.place_of(start + w_N.numel())
+    packed = w_N.new_empty(end - byte, dtype=torch.uint8)
+    absmax = w_N.new_empty(last - block, dtype=torch.float32)
+    rest, rest_of_absmax = packed, absmax
+    for part in _within_matrices(w_N, layout, start):
+        own, own_absmax = _quantize(part, layout)
+        rest[: own.numel()], rest_of_absmax[: own_absmax.numel()] = own, own_absmax
+        rest, rest_of_absmax = rest[own.numel() :], rest_of_absmax[own_absmax.numel() :]
+    return packed, absmax
 
 
 def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor]:
@@ -132,6 +136,7 @@ def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor
 
 
 def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
+    """Of whole blocks of one matrix."""
     packed, state = bnb.quantize_4bit(
         w_N, blocksize=layout.block, quant_type=layout.quant_type, compress_statistics=False
     )
