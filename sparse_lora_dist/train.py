@@ -4,7 +4,7 @@ export."""
 import time
 from pathlib import Path
 
-from sparse_lora_dist import comm
+from sparse_lora_dist import comm, zero3_nvme
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.engine_config import engine_dict
@@ -33,7 +33,11 @@ def run(config: Config) -> None:
     with comm.together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_folder(Path(config.run.output_dir), config.run.resume)
+    zero3_nvme.prepare(engine_config)
     model = Model.open(config)
+    zero3_nvme.check_space(
+        engine_config, model.module, quantized=config.model.quantization == "nf4"
+    )
     if config.train.max_steps is not None:  # what does not fit is refused before data is tokenised
         _build_method(config, model, config.train.max_steps)
     feed = open_feed(config, model.folder)

@@ -23,7 +23,7 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.zero3_nvme import Disk
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts: about a
 # minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3 never calls it.
@@ -51,6 +51,17 @@ def own_range(numel: int) -> tuple[int, int]:
 class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
     """zero.Init whose parameters are never whole: nothing is broadcast to be cut up after."""
 
+    def __init__(self, engine_config: Mapping[str, Any]) -> None:
+        # Without dtype=: where there is no fp16 in hardware, DeepSpeed makes bf16 of what is given
+        # there, and its swap buffers would convert packed bytes as if they were numbers.
+        super().__init__(config_dict_or_path=dict(engine_config))
+        self._disk = None
+        if self.param_swapper is not None:
+            whole = engine_config["zero_optimization"].get(
+                "stage3_param_persistence_threshold", self.param_persistence_threshold
+            )
+            self._disk = Disk(self.param_swapper, whole_up_to=whole)
+
     def fill(self, parameter: ZeroParameter, values: Values) -> None:
         self._convert_to_deepspeed_param(parameter)
         share = share_of(parameter.ds_numel)
@@ -66,18 +77,9 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         Without its secondary copy (hpZ): DeepSpeed makes that from the first gather, when the
         bytes are in place; made now, it would serve what was there before them.
         """
-        to_nvme = self.remote_device == "nvme" and self.param_swapper.swappable_tensor(numel=share)
-        if to_nvme:
-            if share > self.param_swapper.elements_per_buffer:
-                raise UserError(
-                    f"zero_optimization.offload_param.buffer_size is "
-                    f"{self.param_swapper.elements_per_buffer} elements, the largest share of a "
-                    f"tensor has {share}: raise it, or use more ranks"
-                )
-            buffer = self.param_swapper.get_buffer(parameter, share)
-            buffer.copy_(own)
-            own = torch.empty(0, dtype=own.dtype, device=buffer.device)
-            own.data = buffer.data
+        on_disk = self._disk is not None and self._disk.takes(parameter, share)
+        if on_disk:
+            own = self._disk.buffer(parameter, own)
         elif not parameter.ds_persist and self.remote_device != self.local_device:
             own = own.to("cpu" if self.remote_device == "nvme" else self.remote_device)
             own = own.pin_memory() if self.pin_memory and torch.cuda.is_available() else own
@@ -85,12 +87,16 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         parameter.ds_tensor = own
         parameter.ds_tensor.ds_numel = share
         parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
-        parameter.ds_tensor.final_location = "nvme" if to_nvme else None
+        parameter.ds_tensor.final_location = "nvme" if on_disk else None
         parameter.ds_numel_aligned = self._aligned_size(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.local_device)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        if to_nvme:
-            self.param_swapper.swap_out_and_release([parameter])
+        if on_disk:
+            self._disk.write(parameter)
+
+    def _ensure_availability_of_partitioned_params(self, params: list[ZeroParameter]) -> None:
+        if self._disk is not None:
+            self._disk.read(params)
 
 
 def _as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -111,7 +117,8 @@ class ShardBuilder:
     """
 
     def __init__(self, engine_config: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self._init = _InitWithoutBroadcast(config_dict_or_path=dict(engine_config), dtype=dtype)
+        self._init = _InitWithoutBroadcast(engine_config)
+        assert self._init.dtype == dtype, (self._init.dtype, dtype)
         self.dtype = dtype
         self.device = cast(torch.device, self._init.local_device)
 

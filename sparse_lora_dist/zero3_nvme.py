@@ -1,0 +1,204 @@
+"""Shares on a local disk: reading and writing them, and what that needs before anything is loaded:
+DeepSpeed's async_io built, a folder with room, and no other job in it."""
+
+import fcntl
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
+from torch import Tensor, nn
+from torch.utils.cpp_extension import _get_build_directory
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.screen import megabytes, say
+
+QUIET_S = 300.0
+"""A build in which nothing changes for so long is one that was killed: a file takes seconds."""
+
+_claims: dict[Path, IO[str]] = {}
+"""Lock files of this process, open, and so locked, until it ends."""
+
+
+class Disk:
+    """DeepSpeed's swapper, with every share out of its few buffers as soon as it is read.
+
+    DeepSpeed leaves a share in its buffer until the whole tensor is released, and what it read
+    ahead until that is used; when more tensors are alive than there are buffers, it fails.
+    """
+
+    def __init__(self, swapper: Any, *, whole_up_to: int) -> None:
+        """``whole_up_to``: elements of a tensor that stays whole on every rank."""
+        self._swapper, self._whole_up_to = swapper, whole_up_to
+        self._parameters: dict[int, Any] = {}
+        read = swapper.swap_in
+
+        def read_each_once(params: list[Any], **how: Any) -> None:
+            # Its read-ahead names a tensor twice that comes twice soon: at the end of forward.
+            read(list({p.ds_id: p for p in params}.values()), **how)
+
+        swapper.swap_in = read_each_once
+
+    def takes(self, parameter: Any, share: int) -> bool:
+        """Large shares of what is frozen; DeepSpeed leaves those under 1 MiB in memory."""
+        return bool(
+            self._swapper.swappable_tensor(numel=share)
+            and not parameter.requires_grad
+            and parameter.ds_numel > self._whole_up_to
+        )
+
+    def buffer(self, parameter: Any, own: Tensor) -> Tensor:
+        """A share in a buffer, from where ``write`` takes it."""
+        if own.numel() > self._swapper.elements_per_buffer:
+            raise UserError(
+                f"zero_optimization.offload_param.buffer_size is "
+                f"{self._swapper.elements_per_buffer} elements, the largest share of a "
+                f"tensor has {own.numel()}: raise it, or use more ranks"
+            )
+        buffer = self._swapper.get_buffer(parameter, own.numel())
+        buffer.copy_(own)
+        held = torch.empty(0, dtype=own.dtype, device=buffer.device)
+        held.data = buffer.data
+        return held
+
+    def write(self, parameter: Any) -> None:
+        """Write a parameter's share, and give its buffer back."""
+        self._parameters[parameter.ds_id] = parameter
+        self._swapper.swap_out_and_release([parameter])
+
+    def read(self, parameters: list[Any]) -> None:
+        """The shares of these, in memory of their own until DeepSpeed releases the tensors."""
+        swapper, missing = self._swapper, []
+        swapper.synchronize_reads()
+        for p in parameters:
+            if p.ds_id in swapper.param_id_to_buffer_id:
+                self._take(p)
+            elif p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE:
+                missing.append(p)
+        if len(missing) > swapper.available_swap_in_buffers():
+            ahead = [self._parameters[i] for i in swapper.param_id_to_buffer_id]
+            swapper.remove_partition_and_release_buffers(ahead)
+        at_once = swapper.param_buffer_count
+        for first in range(0, len(missing), at_once):
+            swapper.swap_in(missing[first : first + at_once], async_op=False)
+            for p in missing[first : first + at_once]:
+                self._take(p)
+
+    def _take(self, parameter: Any) -> None:
+        share = parameter.ds_tensor.data.clone()
+        self._swapper.remove_partition_and_release_buffers([parameter])
+        parameter.ds_tensor.data = share
+        parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+
+
+def prepare(engine_config: Mapping[str, Any]) -> None:
+    """Claim nvme_path and build async_io, where parameters go to NVMe at all. Collective.
+
+    Raises:
+        UserError: when another job is in the folder, or the op cannot be built here.
+    """
+    folder = folder_of(engine_config)
+    if folder is not None:
+        with comm.together("preparing NVMe offload"):
+            claim(folder)
+            with comm.first_on_its_node():
+                load_async_io()
+
+
+def folder_of(engine_config: Mapping[str, Any]) -> Path | None:
+    """offload_param.nvme_path; None where parameters stay in memory."""
+    offload = engine_config["zero_optimization"].get("offload_param", {})
+    return Path(offload["nvme_path"]) if offload.get("device") == "nvme" else None
+
+
+def claim(folder: Path) -> None:
+    """This rank's files there are this job's from now on; what an earlier job left is removed.
+
+    DeepSpeed names files by rank only, and begins by removing what it finds: a second job in the
+    folder would take the shares of the first from under it.
+    """
+    path = folder / f"rank{comm.rank()}.lock"
+    if path not in _claims:
+        file = path.open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"zero_optimization.offload_param.nvme_path {folder} is in use by another job; "
+                "give each job a folder of its own."
+            ) from error
+        _claims[path] = file
+    for left in folder.glob(f"zero_stage_3/*/rank{comm.rank()}"):
+        shutil.rmtree(left)
+
+
+def why_not() -> str | None:
+    """Why async_io can be neither loaded nor built here; None where it can. Takes a second."""
+    if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
+        return None
+    return (
+        "DeepSpeed's async_io needs libaio's headers and a C++ compiler, "
+        "and cannot compile against libaio here; on Debian and Ubuntu: apt install libaio-dev g++"
+    )
+
+
+def load_async_io() -> None:
+    """Build async_io, unless that was done before: minutes, once a machine.
+
+    Raises:
+        UserError: for what is missing, a build that fails, and one that a killed process left.
+    """
+    if (reason := why_not()) is not None:
+        raise UserError(f"parameters cannot go to NVMe: {reason}.")
+    for op in ("pin_memory", "async_io"):
+        wait_for_another_build(Path(_get_build_directory(op, verbose=False)))
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except (RuntimeError, ImportError) as error:
+        last = "\n".join(str(error).splitlines()[-20:])
+        raise UserError(f"DeepSpeed's async_io does not build or load here:\n{last}") from error
+
+
+def wait_for_another_build(folder: Path) -> None:
+    """torch would wait for ever on the lock of a process that was killed while it built."""
+    lock = folder / "lock"
+    if lock.exists():
+        say("note", f"waiting for another job's build, {lock}; if there is none, delete that file")
+    elif not list(folder.glob("*.so")):
+        say("note", f"compiling DeepSpeed's {folder.name}: minutes, once on this machine")
+    while lock.exists():
+        if time.time() - max(f.stat().st_mtime for f in folder.iterdir()) > QUIET_S:
+            raise UserError(
+                f"a build of DeepSpeed's {folder.name} was killed and left {lock}, "
+                "on which loading would wait for ever; delete that file and start again."
+            )
+        time.sleep(0.1)
+
+
+def check_space(engine_config: Mapping[str, Any], model: nn.Module, *, quantized: bool) -> None:
+    """The disk takes at least what this machine's ranks will write. Collective.
+
+    A lower bound: 4 bits a weight that may be quantised, without its scales.
+    """
+    folder = folder_of(engine_config)
+    if folder is None:
+        return
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    whole = sum(
+        p.numel() // 2 if quantized and id(p) not in embeddings else p.nbytes
+        for p in model.parameters()
+        if p.dim() > 1
+    )
+    wanted = whole * comm.ranks_on_this_machine() // comm.world_size()
+    with comm.together("checking nvme_path"):
+        if (free := shutil.disk_usage(folder).free) < wanted:
+            raise UserError(
+                f"zero_optimization.offload_param.nvme_path {folder} has {megabytes(free)} free; "
+                f"the base's shares on this machine take at least {megabytes(wanted)}."
+            )
