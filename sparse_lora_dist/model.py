@@ -20,14 +20,18 @@ from sparse_lora_dist.base_model.architecture import (
     resolve_folder,
 )
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
+from sparse_lora_dist.base_model.names import aliases
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.config import Config
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.head import Head, classes_of, first_values, modules_inside
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.base import Site, TensorSpec, zeros
 from sparse_lora_dist.screen import counted, megabytes, say
 from sparse_lora_dist.targets import find_full, find_sites
-from sparse_lora_dist.zero3 import ShardBuilder, Values
+from sparse_lora_dist.tasks import TASKS
+from sparse_lora_dist.zero3 import ShardBuilder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -42,8 +46,9 @@ class Model:
     name: str
     """What the user calls it: a hub id, or the folder."""
     sites: list[Site]
+    head: Head
     full: dict[str, nn.Module]
-    """Modules trained in full, by name."""
+    """Modules trained in full, the head's among them, by name; modules may lie inside."""
     adapters: list[AdapterLinear] = field(default_factory=list)
 
     @classmethod
@@ -57,28 +62,49 @@ class Model:
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
             architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
             files = CheckpointFiles(folder)
+            task = TASKS[options.task]
+            with comm.first_on_its_node():
+                task.settle(architecture, config.data)
             module = meta_model(
                 architecture,
+                task=options.task,
                 dtype=DTYPES[options.precision],
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
-            full = find_full(module, config.adapter.modules_to_save)
-            sites = find_sites(module, config.adapter, full)
-            files.check(module)
+            if config.model.gradient_checkpointing and not module.supports_gradient_checkpointing:
+                raise UserError(
+                    f"--gradient_checkpointing: {type(module).__name__} knows of none; leave it out"
+                )
+            files.entries |= {
+                ours: files.entries[theirs]
+                for ours, theirs in aliases(files.entries, module).items()
+            }
+            head = task.head(module, files)
+            full = {**head.modules, **find_full(module, config.adapter.modules_to_save, head)}
+            sites = find_sites(module, config.adapter, modules_inside(full))
+            files.check(module, new=head.new)
         hub = folder != Path(resolve_default("model", options.model))
         name = options.model if hub else str(folder)
-        return cls(module=module, folder=folder, files=files, name=name, sites=sites, full=full)
+        return cls(
+            module=module,
+            folder=folder,
+            files=files,
+            name=name,
+            sites=sites,
+            head=head,
+            full=full,
+        )
 
     def load(self, config: Config, method: Method, engine_config: dict[str, Any]) -> RowSeeds:
         """Read this rank's share, inject adapters; return what seeds their dropout. Collective."""
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
-        initial: dict[str, Values] = {}
+        initial = first_values(self.module, self.head.new, config.train.seed)
         with comm.together("reading --init_adapter"):
             if adapter.init_adapter is not None:
                 shapes = self.trained_shapes(method)
-                initial = export.read_peft(
+                initial |= export.read_peft(
                     adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
                 )
         builder = ShardBuilder(engine_config, DTYPES[config.model.precision])
@@ -91,7 +117,8 @@ class Model:
             initial=initial,
         )
         head = output_head(self.module)
-        loader.load(self.module, keep={head} if head else set(), train=self.full)
+        train = modules_inside(self.full)
+        loader.load(self.module, keep={head} if head else set(), train=train)
         self.adapters = inject(
             self.module,
             self.sites,
@@ -147,6 +174,11 @@ class Model:
             group["params"].append(parameter)
         return list(groups.values())
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of what the head tells apart, in order; none without such a head."""
+        return classes_of(self.module.config) if self.head.modules else []
+
     @cached_property
     def identity(self) -> str:
         """Hash that tells this base from another; it reads every file's header, so once a run."""
@@ -158,6 +190,8 @@ def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
     costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
     most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
     linear, other, received = (megabytes(int(n)) for n in most)
+    if model.head.modules:
+        say("head", model.head.report())
     trained = sum(p.ds_numel for p in model.trainable())  # type: ignore[attr-defined]
     say("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
     say("", f"read by each: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights")

@@ -7,6 +7,7 @@ inside one.
 """
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -80,10 +81,12 @@ class CheckpointFiles:
             )
         return found
 
-    def check(self, model: nn.Module) -> None:
-        """Every parameter of ``model`` must be here, in its shape. Tied ones are asked for once."""
+    def check(self, model: nn.Module, *, new: Collection[str] = ()) -> None:
+        """Every parameter of ``model`` but those of ``new`` must be here, in its shape. Tied ones
+        are asked for once."""
         for name, parameter in model.named_parameters():
-            self.entry(name, tuple(parameter.shape))
+            if name not in new:
+                self.entry(name, tuple(parameter.shape))
 
     def read(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Tensor:
         """Elements [start, stop) of the flattened tensor, 1-D, in the file's dtype; only their
