@@ -32,9 +32,9 @@ class Head:
 
     def report(self) -> str:
         """Where the values come from, in one line."""
-        old = "with the checkpoint's values"
-        new = f"drawn anew from the seed: {', '.join(self.new)}"
-        return f"{', '.join(self.modules)}, trained in full, {new if self.new else old}"
+        anew = dict.fromkeys(name.rpartition(".")[0] for name in self.new)
+        values = f"drawn anew: {', '.join(anew)}" if anew else "values of the checkpoint"
+        return f"{', '.join(self.modules)} trained in full; {values}"
 
 
 def classes_of(architecture: PretrainedConfig) -> list[str]:

@@ -62,9 +62,10 @@ class Model:
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
             architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
             files = CheckpointFiles(folder)
-            task = TASKS[options.task]
-            with comm.first_on_its_node():
-                task.settle(architecture, config.data)
+        task = TASKS[options.task]
+        with comm.together("reading the labels"), comm.first_on_its_node():
+            task.settle(architecture, config.data)
+        with comm.together("opening the base model"):
             module = meta_model(
                 architecture,
                 task=options.task,
@@ -190,12 +191,12 @@ def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
     costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
     most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
     linear, other, received = (megabytes(int(n)) for n in most)
-    if model.head.modules:
-        say("head", model.head.report())
     trained = sum(p.ds_numel for p in model.trainable())  # type: ignore[attr-defined]
     say("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
     say("", f"read by each: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights")
     say("", f"and {other} of the rest; received from others: {received} of scales")
     for name, size in report.unquantized.items():
         say("", f"not quantised: {name} ({megabytes(size)})")
+    if model.head.modules:
+        say("head", f"{counted(len(model.classes), 'label')}; {model.head.report()}")
     say("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")

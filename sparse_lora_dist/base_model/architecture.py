@@ -4,6 +4,7 @@ allocated."""
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -89,15 +90,17 @@ def meta_model(
 
 
 def _check_task(config: PretrainedConfig, task: str) -> None:
-    auto_class, auto_map = AUTO_CLASSES[task], getattr(config, "auto_map", None) or {}
-    if type(config) not in auto_class._model_mapping and auto_class.__name__ not in auto_map:
+    auto_class: Any = AUTO_CLASSES[task]
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in auto_class._model_mapping and auto_class.__name__ not in own_code:
         raise UserError(
             f"--model: transformers has no model for --task {task} of the kind "
             f"{config.model_type}. Choose another base model or task."
         )
-    fills_gaps = type(config) in AutoModelForMaskedLM._model_mapping
-    is_encoder = fills_gaps and not (config.is_encoder_decoder or config.is_decoder)
-    if task == "causal_lm" and is_encoder:
+    masked: Any = AutoModelForMaskedLM
+    fills_gaps = type(config) in masked._model_mapping
+    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    if task == "causal_lm" and fills_gaps and not writes:
         raise UserError(
             f"--model: {config.model_type} is an encoder, whose tokens see those after them, so it "
             "cannot learn to write. Label examples with it (--task seq_cls), or choose another."
