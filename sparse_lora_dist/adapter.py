@@ -28,20 +28,40 @@ class RowSeeds:
     sequence_length: int
     step: int = 0
     rows_M: tuple[int, ...] = field(default=())
+    num_positions: int | None = None
+    """T of the micro-batch; None takes any input for one of its rows."""
+    micro_batch: int = 0
+    """How many there were."""
+
+    def begin(self, rows_M: tuple[int, ...], *, num_positions: int) -> None:
+        """The model looks at these rows from now on."""
+        self.rows_M, self.num_positions = rows_M, num_positions
+        self.micro_batch += 1
 
     def keep_mask(
-        self, x_MTI: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float
+        self, x: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float
     ) -> Tensor:
-        """1 / (1 - dropout) where an entry stays and 0 where it is dropped."""
-        mask = torch.empty_like(x_MTI)
+        """1 / (1 - dropout) where an entry of ``x`` stays and 0 where it is dropped.
+
+        ``x`` is [M, T, I], or [M, I] where one token stands for each row, or belongs to no row.
+        """
+        mask = torch.empty_like(x)
+        if not self._is_of_rows(x, rows_M):
+            generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, step, site))
+            return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
         # Drawn for a full-length row and cut: a row's mask must not depend on the padding after it.
-        full_LI = x_MTI.new_empty(self.sequence_length, x_MTI.shape[-1])
+        full_LI = x.new_empty(self.sequence_length, x.shape[-1])
         for m, row in enumerate(rows_M):
-            generator = torch.Generator(x_MTI.device).manual_seed(
-                seed_of(self.seed, step, row, site)
-            )
-            mask[m] = full_LI.bernoulli_(1.0 - dropout, generator=generator)[: x_MTI.shape[1]]
+            generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, step, row, site))
+            full_LI.bernoulli_(1.0 - dropout, generator=generator)
+            mask[m] = full_LI[: x.shape[1]] if x.dim() == 3 else full_LI[0]
         return mask.div_(1.0 - dropout)
+
+    def _is_of_rows(self, x: Tensor, rows_M: tuple[int, ...]) -> bool:
+        """DeBERTa's linears also take the table of relative positions, the same for all rows."""
+        if x.dim() == 3 and self.num_positions is not None and x.shape[1] != self.num_positions:
+            return False
+        return x.shape[0] == len(rows_M)
 
 
 def seed_of(*parts: int | str) -> int:
@@ -76,6 +96,7 @@ class AdapterLinear(nn.Module):
         self.probe = method.probe
         self.probed: Tensor | float = 0.0
         """What the probe saw in the backwards of this step, added up."""
+        self._penalised = 0
         self.set_pieces(Pieces(computed=tuple(range(site.rank)), open=site.rank))
 
     def set_pieces(self, pieces: Pieces) -> None:
@@ -103,6 +124,13 @@ class AdapterLinear(nn.Module):
         if len(self.pieces.computed) == self.site.rank:
             return named
         return {name: self._slice(t, self.specs[name].piece_axis) for name, t in named.items()}
+
+    def owes_penalty(self, micro_batch: int) -> bool:
+        """Once a micro-batch, however often the model calls this linear in it (ALBERT's layers are
+        one layer; DeBERTa's linears take positions too). 0, where nobody counts them: always."""
+        owes = micro_batch == 0 or micro_batch != self._penalised
+        self._penalised = micro_batch
+        return owes
 
     def _slice(self, t: Tensor, axis: int | None) -> Tensor:
         if axis is None:
@@ -140,7 +168,7 @@ class _Delta(torch.autograd.Function):
             tensors = layer.computed(leaves)
             y = layer.method.delta(dropped_MTI, tensors, layer.scale)
         outputs, gradients = [y], [grads[0]]
-        if layer.method.penalty is not None:
+        if layer.method.penalty is not None and layer.owes_penalty(layer.row_seeds.micro_batch):
             penalty = layer.method.penalty({k: t.detach() for k, t in tensors.items()})
             outputs += [tensors[name] for name in penalty]
             # Micro-batches add up, ranks are averaged: so it counts once a step.

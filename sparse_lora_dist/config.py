@@ -24,6 +24,8 @@ class ModelConfig:
     """Folder or hub id of the base model; "default" is the tiny one in this repository."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
+    task: Literal["causal_lm", "seq_cls"] = "causal_lm"
+    """What is learned: causal_lm (the next token) or seq_cls (a label for each example)."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
     quantization: Literal["nf4", "none"] = "nf4"
@@ -54,6 +56,12 @@ class DataConfig:
     """The same for held-out loss; null is "default" if data is, and otherwise none."""
     text_field: str = "text"
     """Column of plain text."""
+    text_pair_field: str | None = None
+    """Column of a second text, where seq_cls labels pairs."""
+    label_field: str = "label"
+    """Column of the label, whole numbers or names, for seq_cls."""
+    column_names: tuple[str, ...] = ()
+    """Columns of a CSV or TSV file whose first line does not name them."""
     prompt_field: str = "prompt"
     """Column of the prompt. A column called messages holds whole chats."""
     response_field: str = "response"
@@ -62,8 +70,9 @@ class DataConfig:
     """File with a Jinja chat template; null takes the tokenizer's own."""
     train_on: Literal["response", "all"] = "response"
     """Tokens that count in the loss: the response's only, or all."""
-    packing: bool = True
-    """Put several documents in one row; attention stays within each."""
+    packing: bool | None = None
+    """Put several documents in one row, attention staying within each; null is true, but for
+    seq_cls false."""
     sequence_length: int = 512
     """Tokens per row, at least 8."""
     max_samples: int | None = None
@@ -206,18 +215,35 @@ class Config:
     """Instance of ``METHODS[adapter.method].options``."""
 
     def __post_init__(self) -> None:
+        raise_if(self._bad_for_the_task() + self._bad_for_flash_attention())
+
+    @property
+    def packs(self) -> bool:
+        """Do several documents share a row?"""
+        return self.model.task == "causal_lm" and self.data.packing is not False
+
+    def _bad_for_the_task(self) -> list[str]:
+        problems = []
+        if self.model.task == "seq_cls" and self.data.packing:
+            problems.append(
+                "packing puts several documents in one row, but for task seq_cls a row is one "
+                "example with one label: leave packing out"
+            )
+        if self.model.task == "causal_lm" and self.data.text_pair_field is not None:
+            problems.append("text_pair_field belongs to task seq_cls, but task is causal_lm")
+        return problems
+
+    def _bad_for_flash_attention(self) -> list[str]:
         flash = "flash" in (self.model.attn_implementation or "")
         # transformers reads restarting positions as documents for one row only; with more it would
         # attend across documents without a word.
-        if flash and self.data.packing and self.train.micro_batch_size > 1:
-            raise ConfigError(
-                [
-                    f"attn_implementation {self.model.attn_implementation} keeps packed documents "
-                    f"apart in single rows only, and micro_batch_size is "
-                    f"{self.train.micro_batch_size}: use micro_batch_size 1 with longer rows, "
-                    "attn_implementation sdpa, or packing false"
-                ]
-            )
+        if not (flash and self.packs and self.train.micro_batch_size > 1):
+            return []
+        return [
+            f"attn_implementation {self.model.attn_implementation} keeps packed documents apart in "
+            f"single rows only, and micro_batch_size is {self.train.micro_batch_size}: use "
+            "micro_batch_size 1 with longer rows, attn_implementation sdpa, or packing false"
+        ]
 
     def as_flat_dict(self) -> dict[str, object]:
         """{flag: value} of all options; as YAML, a ``--config`` file that gives an equal Config."""

@@ -22,10 +22,16 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 def save_peft(
-    folder: Path, adapters: Sequence[AdapterLinear], saved_modules: dict[str, nn.Module], base: str
+    folder: Path,
+    adapters: Sequence[AdapterLinear],
+    saved_modules: dict[str, nn.Module],
+    base: str,
+    *,
+    task_type: str,
+    classes: Sequence[str],
 ) -> int:
     """Write adapter_config.json and adapter_model.safetensors; return the bytes of the latter.
-    Collective.
+    Collective. Names of ``classes`` go into id2label.json, which PEFT has no place for.
 
     ``peft.PeftModel.from_pretrained(base, folder)`` gives the trained logits. One module at a time
     is gathered.
@@ -40,7 +46,12 @@ def save_peft(
         if comm.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-            _peft_config(adapters, list(saved_modules), base).save_pretrained(str(folder))
+            config = _peft_config(adapters, list(saved_modules), base, task_type)
+            config.save_pretrained(str(folder))
+            if classes:
+                (folder / "id2label.json").write_text(
+                    json.dumps(dict(enumerate(classes)), indent=1) + "\n"
+                )
             return (folder / WEIGHTS).stat().st_size
     return 0
 
@@ -71,11 +82,11 @@ def _copy(t: Tensor) -> Tensor:
 
 
 def _peft_config(
-    adapters: Sequence[AdapterLinear], saved_modules: list[str], base: str
+    adapters: Sequence[AdapterLinear], saved_modules: list[str], base: str, task_type: str
 ) -> LoraConfig:
     first = adapters[0]
     return LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task_type,
         base_model_name_or_path=base,
         inference_mode=True,
         r=first.site.rank,

@@ -6,14 +6,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import AutoTokenizer
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.config import Config
-from sparse_lora_dist.data import Batch, Rows, be_quiet, load_documents, micro_batches, pack
+from sparse_lora_dist.data import Collate, MicroBatch, Rows, be_quiet, micro_batches, pack
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.locations import eval_source, resolve_default
+from sparse_lora_dist.model import Model
 from sparse_lora_dist.screen import say
+from sparse_lora_dist.tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,7 @@ class Feed:
     rows: Rows
     held_out: Rows | None
     pad_id: int
+    collate: Collate
     micro_batch_size: int
     accumulation: int
     end_row: int
@@ -38,18 +42,18 @@ class Feed:
         """Where the schedules end."""
         return math.ceil(self.end_row / self.global_batch)
 
-    def batches(self, first_row: int) -> list[Batch]:
+    def batches(self, first_row: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at ``first_row`` of the stream."""
         return self._cut(self.rows, first_row, self.end_row, shuffle=True)
 
-    def held_out_batches(self, limit: int) -> Iterator[Batch]:
+    def held_out_batches(self, limit: int) -> Iterator[MicroBatch]:
         """This rank's part of the held-out rows, in file order; ``limit`` in global batches."""
         assert self.held_out is not None
         starts = range(0, len(self.held_out), self.global_batch)
         for first_row in starts[:limit]:
             yield from self._cut(self.held_out, first_row, len(self.held_out), shuffle=False)
 
-    def _cut(self, rows: Rows, first_row: int, end_row: int, *, shuffle: bool) -> list[Batch]:
+    def _cut(self, rows: Rows, first_row: int, end_row: int, *, shuffle: bool) -> list[MicroBatch]:
         return micro_batches(
             rows,
             first_row=first_row,
@@ -59,29 +63,34 @@ class Feed:
             micro_batch_size=self.micro_batch_size,
             accumulation=self.accumulation,
             pad_id=self.pad_id,
+            collate=self.collate,
             shuffle=shuffle,
         )
 
 
-def open_feed(config: Config, model_folder: Path) -> Feed:
+def open_feed(config: Config, model: Model) -> Feed:
     """Read, tokenise and pack the data sets. Collective: rank 0 first, others find its cache."""
     train = config.train
     if comm.rank() > 0:
         be_quiet()
     with comm.together("reading the data"), comm.first_on_its_node():
-        tokenizer = _tokenizer(model_folder, trust_remote_code=config.model.trust_remote_code)
-        rows = _read(
-            config, tokenizer, resolve_default("data", config.data.data), "--data", "train"
-        )
+        tokenizer = _tokenizer(model.folder, trust_remote_code=config.model.trust_remote_code)
+
+        def read(source: str, flag: str, split: str) -> Rows:
+            return _read(config, model, tokenizer, source, flag, split)
+
+        rows = read(resolve_default("data", config.data.data), "--data", "train")
         source = eval_source(config.data)
-        held_out = (
-            None if source is None else _read(config, tokenizer, source, "--eval_data", "test")
-        )
-        padding = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        held_out = None if source is None else read(source, "--eval_data", "test")
+        architecture = model.module.config.get_text_config()
+        padding = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        # Classifiers made of decoders look for it: a row's last token before it gives the answer.
+        architecture.pad_token_id = next(i for i in padding if i is not None and i >= 0)
         feed = Feed(
             rows=rows,
             held_out=held_out,
-            pad_id=next(i for i in padding if i is not None),
+            pad_id=architecture.pad_token_id,
+            collate=TASKS[config.model.task].collate,
             micro_batch_size=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps,
             end_row=_end_row(config, len(rows)),
@@ -113,16 +122,14 @@ def _end_row(config: Config, rows_per_epoch: int) -> int:
     )
 
 
-def _read(config: Config, tokenizer: Any, source: str, flag: str, split: str) -> Rows:
+def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, split: str) -> Rows:
     data = config.data
-    documents = load_documents(
+    documents = TASKS[config.model.task].read(
         source,
         tokenizer,
-        text_field=data.text_field,
-        prompt_field=data.prompt_field,
-        response_field=data.response_field,
-        chat_template=data.chat_template,
-        train_on=data.train_on,
+        model.module.config,
+        data,
+        column_names=data.column_names,
         sequence_length=data.sequence_length,
         max_samples=data.max_samples if flag == "--data" else None,
         flag=flag,
@@ -131,11 +138,26 @@ def _read(config: Config, tokenizer: Any, source: str, flag: str, split: str) ->
     rows = pack(
         documents,
         sequence_length=data.sequence_length,
-        packing=data.packing,
+        packing=config.packs,
         seed=config.train.seed,
     )
+    _check_positions(model.module, int(documents.lengths.max()), flag)
     say(
         flag.lstrip("-"),
         f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
     )
     return rows
+
+
+def _check_positions(model: nn.Module, longest: int, flag: str) -> None:
+    """Where positions are a table, a row must not be longer: torch would name an index only."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from the one after its padding's.
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            room = module.num_embeddings - before
+            if longest > room:
+                raise UserError(
+                    f"{flag}: the longest row has {longest} tokens, but the model has positions "
+                    f"for {room} ({name}). Set --sequence_length {room} or less."
+                )

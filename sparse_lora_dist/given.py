@@ -11,7 +11,14 @@ from pathlib import Path
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
-from sparse_lora_dist.options import Option, describe, items_in, may_be_null, takes_list
+from sparse_lora_dist.options import (
+    Option,
+    describe,
+    is_switch,
+    items_in,
+    may_be_null,
+    takes_list,
+)
 from sparse_lora_dist.spelling import did_you_mean
 
 ACTIONS = ("config", "print_config", "help")
@@ -58,7 +65,7 @@ def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str])
             )
         elif takes_list(options[name].hint):
             given.append(Given(name=name, value=",".join(words), place=f"--{name}"))
-        elif not words and options[name].hint is bool:
+        elif not words and is_switch(options[name].hint):
             given.append(Given(name=name, value="true", place=f"--{name}"))
         elif len(words) != 1:
             problems.append(f"--{name} takes one value, got {' '.join(words) or 'none'}")

@@ -16,8 +16,9 @@ from sparse_lora_dist.resume import Resume, describe
 from sparse_lora_dist.run_folder import write_description
 from sparse_lora_dist.screen import megabytes, progress_bar, say
 from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.step import StepResult, held_out_loss
-from sparse_lora_dist.summary import print_summary
+from sparse_lora_dist.step import StepResult, held_out_totals
+from sparse_lora_dist.summary import in_words, print_summary
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.zero3 import Engine
 
 
@@ -32,6 +33,7 @@ class Job:
         self.folder = Path(config.run.output_dir)
         self.progress = Progress()
         self._seconds, self._tokens = 0.0, 0  # since the last row of metrics
+        self.task = TASKS[config.model.task]
         self.rate = _learning_rate(config, shards.method, feed.total_steps)
 
     def start(self, resume: Resume | None) -> None:
@@ -49,7 +51,7 @@ class Job:
             )
             self.journal = Journal(self.folder, resume)
         if resume is None and self.feed.held_out is not None:
-            self.log(0, {}, held_out=self.held_out_loss())
+            self.log(0, {}, held_out=self.held_out())
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
 
     def set_learning_rate(self, step: int) -> None:
@@ -73,12 +75,13 @@ class Job:
             self.journal.decision(step, result.decision, self.shards)
         stage_ends = step in self.shards.method.stages
         ends = is_last or stage_ends
-        held_out = self.held_out_loss() if ends or is_due(step, run.eval_every) else None
-        if ends or held_out is not None or is_due(step, run.log_every):
+        held_out = self.held_out() if ends or is_due(step, run.eval_every) else {}
+        if ends or held_out or is_due(step, run.log_every):
             self.log(step, self._row(result), held_out=held_out)
         if stage_ends:
             ranks = self.shards.ranks_now(step)
-            results = {**self.shards.facts, "live_ranks": ranks, "held_out_loss": held_out}
+            loss = held_out.get("held_out_loss")
+            results = {**self.shards.facts, "live_ranks": ranks, "held_out_loss": loss}
             self.journal.stage(step, self.rate, self.metrics.path, results)
         if ends or is_due(step, run.save_every):
             self.save()
@@ -105,18 +108,20 @@ class Job:
         )
         return row
 
-    def log(self, step: int, row: Mapping[str, float | int], *, held_out: float | None) -> None:
-        """One row of metrics; a held-out loss stands in the row of its step."""
-        extra = {} if held_out is None else {"held_out_loss": held_out}
-        self.metrics.log({"step": step, **row, **extra})
-        if held_out is not None:
-            say("held-out", f"{held_out:.4f} nats per token at step {step}")
+    def log(
+        self, step: int, row: Mapping[str, float | int], *, held_out: Mapping[str, float]
+    ) -> None:
+        """One row of metrics; scores of the held-out set stand in the row of their step."""
+        self.metrics.log({"step": step, **row, **held_out})
+        if held_out:
+            say("held-out", f"{in_words(held_out, self.task.target)} at step {step}")
 
-    def held_out_loss(self) -> float | None:
-        """Nats per target token of the held-out set; None without one."""
+    def held_out(self) -> dict[str, float]:
+        """Loss of the held-out set and the task's other scores; nothing without such a set."""
         if self.feed.held_out is None:
-            return None
-        return held_out_loss(self.engine, self.feed.held_out_batches(self.config.run.eval_batches))
+            return {}
+        batches = self.feed.held_out_batches(self.config.run.eval_batches)
+        return self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
 
     def save(self) -> None:
         """Publish a checkpoint of this step."""
@@ -138,6 +143,8 @@ class Job:
             self.model.adapters,
             self.model.full,
             base=self.model.name,
+            task_type=self.task.peft_type,
+            classes=self.model.classes,
         )
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)
@@ -146,6 +153,7 @@ class Job:
                 self.feed,
                 self.progress,
                 rows,
+                target=self.task.target,
                 adapter_bytes=size,
                 goes_on=self.shards.method.redraws or self.shards.ended,
             )

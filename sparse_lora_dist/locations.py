@@ -14,7 +14,7 @@ EMBEDDED = {
     "eval_data": "gsm8k/heldout.jsonl",
 }
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv")
+DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv")
 
 
 def resolve_default(option: str, value: str) -> str:

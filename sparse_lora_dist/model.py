@@ -26,7 +26,8 @@ from sparse_lora_dist.base_model.base_cache import BaseCache, find_cache
 from sparse_lora_dist.base_model.cache_writer import write_cache
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
-from sparse_lora_dist.base_model.sources import Sources, find_sources, is_quantized
+from sparse_lora_dist.base_model.sources import Sources, find_keys, find_sources, is_quantized
+from sparse_lora_dist.class_head import Head, classes_of, first_values, modules_inside
 from sparse_lora_dist.config import Config, ModelConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.head import install
@@ -35,7 +36,8 @@ from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.base import Site, TensorSpec, zeros
 from sparse_lora_dist.screen import counted, megabytes, say
 from sparse_lora_dist.targets import find_full, find_sites
-from sparse_lora_dist.zero3 import ShardBuilder, Values
+from sparse_lora_dist.tasks import TASKS
+from sparse_lora_dist.zero3 import ShardBuilder
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -51,8 +53,9 @@ class Model:
     name: str
     """What the user calls it: a hub id, or the folder."""
     sites: list[Site]
+    head: Head
     full: dict[str, nn.Module]
-    """Modules trained in full, by name."""
+    """Modules trained in full, the head's among them, by name; modules may lie inside."""
     cache: BaseCache | None = None
     """The 4-bit base on disk, which need not be there yet."""
     adapters: list[AdapterLinear] = field(default_factory=list)
@@ -68,15 +71,26 @@ class Model:
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
             architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
             files = CheckpointFiles(folder)
+        task = TASKS[options.task]
+        with comm.together("reading the labels"), comm.first_on_its_node():
+            task.settle(architecture, config.data)
+        with comm.together("opening the base model"):
             module = meta_model(
                 architecture,
+                task=options.task,
                 dtype=DTYPES[options.precision],
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
-            full = find_full(module, config.adapter.modules_to_save)
-            sites = find_sites(module, config.adapter, full)
-            sources = find_sources(module, files)
+            if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
+                raise UserError(
+                    f"--gradient_checkpointing: {type(module).__name__} knows of none; leave it out"
+                )
+            keys_of = find_keys(module, files)
+            head = task.head(module, files, keys_of)
+            full = {**head.modules, **find_full(module, config.adapter.modules_to_save, head)}
+            sites = find_sites(module, config.adapter, modules_inside(full))
+            sources = find_sources(module, files, keys_of, new=head.new)
             _check_quantization(options, architecture, files)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
@@ -86,6 +100,7 @@ class Model:
             sources=sources,
             name=options.model if hub else str(folder),
             sites=sites,
+            head=head,
             full=full,
         )
         model._find_cache(options)
@@ -104,7 +119,8 @@ class Model:
             self.folder,
             self.files,
             self.module,
-            keep={*self._not_quantized(), *self.full},
+            keep={*self._not_quantized(), *modules_inside(self.full)},
+            new=self.head.new,
             double_quant=options.double_quant,
         )
 
@@ -116,11 +132,11 @@ class Model:
         """Read this rank's share, inject adapters; return what seeds their dropout. Collective."""
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
-        initial: dict[str, Values] = {}
+        initial = first_values(self.module, self.head.new, config.train.seed)
         with comm.together("reading --init_adapter"):
             if adapter.init_adapter is not None:
                 shapes = self.trained_shapes(method)
-                initial = export.read_peft(
+                initial |= export.read_peft(
                     adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
                 )
         builder = ShardBuilder(engine_config, DTYPES[config.model.precision])
@@ -137,7 +153,8 @@ class Model:
             double_quant=config.model.double_quant,
             initial=initial,
         )
-        loader.load(self.module, keep=self._not_quantized(), train=self.full)
+        train = modules_inside(self.full)
+        loader.load(self.module, keep=self._not_quantized(), train=train)
         if cache is not None and cache.files is None:
             write_cache(cache, self.module, self.folder, self.files, self.sources)
         self.adapters = inject(
@@ -196,6 +213,11 @@ class Model:
             group["params"].append(parameter)
         return list(groups.values())
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of what the head tells apart, in order; none without such a head."""
+        return classes_of(self.module.config) if self.head.modules else []
+
     @cached_property
     def identity(self) -> str:
         """Hash that tells this base from another; it reads every file's header, so once a run."""
@@ -234,6 +256,8 @@ def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
     for name, count, size in _alike(report.unquantized):
         times = f"{count} x " if count > 1 else ""
         say("", f"not quantised: {times}{name} ({megabytes(size)})")
+    if model.head.modules:
+        say("head", f"{counted(len(model.classes), 'label')}; {model.head.report()}")
     say("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")
 
 

@@ -70,6 +70,11 @@ def may_be_null(hint: Any) -> bool:
     return type(None) in get_args(hint)
 
 
+def is_switch(hint: Any) -> bool:
+    """Does the flag alone, without a word after it, mean true?"""
+    return bool in (hint, *get_args(hint))
+
+
 def takes_list(hint: Any) -> bool:
     """Is a value of this type a list of names or numbers?"""
     return any(get_origin(t) is tuple for t in (hint, *get_args(hint)))

@@ -68,10 +68,12 @@ def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[s
         "statistics": [method.n_stats, method.n_site_stats],
         "alpha": config.adapter.alpha,
         "seed": config.train.seed,
-        "packing": config.data.packing,
+        "packing": config.packs,
         "sequence_length": config.data.sequence_length,
         "rows_per_epoch": len(feed.rows),
         "global_batch": feed.global_batch,
+        # Only so, since checkpoints that know of no other task than the other do not name it.
+        **({"task": config.model.task, "classes": model.classes} if model.classes else {}),
     }
 
 

@@ -3,8 +3,9 @@
 Shapes: M rows of a micro-batch, T tokens of a row.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.adapter import RowSeeds
-from sparse_lora_dist.data import NOT_A_TARGET, Batch
+from sparse_lora_dist.data import NOT_A_TARGET, Batch, MicroBatch
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.head import summed_loss
 from sparse_lora_dist.methods.base import Decision
@@ -25,7 +26,7 @@ class StepResult:
     """What one optimizer step did, the same on every rank."""
 
     loss: float
-    """Nats per target token, before the update."""
+    """Nats per target, a token or an example, before the update."""
     tokens: int
     """Tokens of all ranks that went through the model, padding not counted."""
     decision: Decision | None
@@ -36,16 +37,17 @@ def train_step(
     engine: Engine,
     shards: Shards,
     decisions: Decisions,
-    batches: Sequence[Batch],
+    batches: Sequence[MicroBatch],
     row_seeds: RowSeeds,
     *,
     step: int,
+    loss_of: Callable[[Engine, Any], Tensor],
 ) -> StepResult:
     """Run every micro-batch of optimizer step ``step`` (counted from 1), then update. Collective.
 
-    The loss is the mean over the target tokens of the whole step: all ranks, all micro-batches.
-    DeepSpeed averages gradients over both, so each micro-batch's sum is scaled by (ranks x
-    micro-batches) / targets.
+    The loss is the mean over the targets of the whole step: all ranks, all micro-batches. DeepSpeed
+    averages gradients over both, so each micro-batch's sum, ``loss_of(engine, batch)``, is scaled
+    by (ranks x micro-batches) / targets.
     """
     counts = torch.tensor(
         [[b.num_targets, b.num_tokens] for b in batches], device=comm.device()
@@ -57,8 +59,8 @@ def train_step(
     row_seeds.step = step
     decision = None
     for i, batch in enumerate(batches):
-        row_seeds.rows_M = batch.rows_M
-        loss = batch_loss(engine, batch)
+        row_seeds.begin(batch.rows_M, num_positions=batch.input_ids_MT.shape[1])
+        loss = loss_of(engine, batch)
         engine.backward(loss * scale)
         loss_sum += loss.detach()
         if i == len(batches) - 1:
@@ -88,12 +90,22 @@ def batch_loss(engine: Engine, batch: Batch) -> Tensor:
     )
 
 
-def held_out_loss(engine: Engine, batches: Iterable[Batch]) -> float:
-    """Nats per target token over every rank's ``batches``, equal in number. Collective."""
-    totals = torch.zeros(2, dtype=torch.float64, device=comm.device())
+def batch_tally(engine: Engine, batch: Batch) -> Tensor:
+    """[sum of -log p, target tokens] of a micro-batch, float64. Collective."""
+    loss = batch_loss(engine, batch)
+    return torch.stack([loss.double(), loss.new_tensor(batch.num_targets, dtype=torch.float64)])
+
+
+def loss_per_target(totals: Tensor) -> dict[str, float]:
+    """From the sum of all tallies: nats per target token."""
+    loss, targets = totals
+    return {"held_out_loss": float(loss / targets.clamp(min=1.0))}
+
+
+def held_out_totals(
+    engine: Engine, batches: Iterable[MicroBatch], tally: Callable[[Engine, Any], Tensor]
+) -> Tensor:
+    """The sum of ``tally`` over every rank's ``batches``, equal in number. Collective."""
     with engine.evaluating():
-        for batch in batches:
-            totals[0] += batch_loss(engine, batch)
-            totals[1] += batch.num_targets
-    loss, targets = comm.sum_over_ranks(totals)
-    return float(loss / targets.clamp(min=1.0))
+        totals = torch.stack([tally(engine, batch) for batch in batches]).sum(dim=0)
+    return comm.sum_over_ranks(totals)

@@ -12,6 +12,9 @@ from sparse_lora_dist.config import Config
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.screen import counted, megabytes, say
 
+SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
+"""What a task may score besides the loss."""
+
 
 def print_summary(
     config: Config,
@@ -19,11 +22,17 @@ def print_summary(
     progress: Progress,
     rows: Sequence[Mapping[str, Any]],
     *,
+    target: str,
     adapter_bytes: int,
     goes_on: bool,
 ) -> None:
-    """Say how it went. ``rows`` are those of metrics.jsonl; ``goes_on``: may the run be made
-    longer, once it is through?"""
+    """Say how it went.
+
+    Args:
+        rows: those of metrics.jsonl.
+        target: what the loss is a mean over.
+        goes_on: may the run be made longer, once it is through?
+    """
     folder = Path(config.run.output_dir)
     device = comm.device().type
     where = f"on {counted(comm.world_size(), 'rank')} ({device})"
@@ -33,7 +42,7 @@ def print_summary(
         "trained",
         f"{progress.step} of {feed.total_steps} steps, {progress.tokens:,} tokens, {where}",
     )
-    say("result", gain(rows))
+    say("result", gain(rows, target))
     say("live", sparsity(rows))
     say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
     say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
@@ -43,14 +52,27 @@ def print_summary(
         say("go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run")
 
 
-def gain(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Held-out loss before and after; training loss where nothing was held out."""
+def in_words(scores: Mapping[str, float], target: str) -> str:
+    """Scores of the held-out set: the loss, and what else the task has."""
+    others = [f"{name} {scores[key]:.4f}" for key, name in SCORES if key in scores]
+    return ", ".join([f"{scores['held_out_loss']:.4f} nats per {target}", *others])
+
+
+def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
+    """Held-out loss, and what else is scored, before and after; training loss where nothing was
+    held out."""
     for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
         losses = [row[key] for row in rows if key in row]
         if len(losses) > 1:
             change = 100 * (losses[-1] / losses[0] - 1)
-            return f"{name} {losses[0]:.4f} -> {losses[-1]:.4f} nats per token ({change:+.1f}%)"
+            loss = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per {target} ({change:+.1f}%)"
+            return "; ".join([f"{name} {loss}", *_changes(rows)])
     return "too short to tell: raise --max_steps"
+
+
+def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    seen = {name: [row[key] for row in rows if key in row] for key, name in SCORES}
+    return [f"{name} {v[0]:.4f} -> {v[-1]:.4f}" for name, v in seen.items() if len(v) > 1]
 
 
 def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
+from sparse_lora_dist.class_head import Head, modules_inside
 from sparse_lora_dist.config import AdapterConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.base import Site
@@ -60,16 +61,20 @@ def _check_ranks(sites: Sequence[Site]) -> None:
         )
 
 
-def find_full(model: PreTrainedModel, wanted: Sequence[str]) -> dict[str, nn.Module]:
-    """Modules to train in full (``--modules_to_save``), by name."""
-    modules = dict(model.named_modules())
+def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict[str, nn.Module]:
+    """Modules to train in full (``--modules_to_save``), by name, but those of the head, which do so
+    unasked."""
+    unasked = modules_inside(head.modules)
+    modules = {n: m for n, m in model.named_modules() if n not in unasked}
+    wanted = [w for w in wanted if not any(is_called(n, w) for n in unasked)]
     found = {n: m for n, m in modules.items() if any(is_called(n, w) for w in wanted)}
     problems = [f"nothing is called {w}" for w in wanted if not any(is_called(n, w) for n in found)]
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
         problems.append(f"{branches[0]} has modules inside; name those that hold parameters")
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if model.config.tie_word_embeddings and any(m in ends for m in found.values()):
+    is_tied = model.config.tie_word_embeddings and ends[1] is not None
+    if is_tied and any(m in ends for m in found.values()):
         problems.append("input and output embeddings of this model are tied and stay frozen")
     if problems:
         holders = [n for n, m in modules.items() if next(m.parameters(False), None) is not None]

@@ -20,6 +20,7 @@ from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.sites import Sites
 from sparse_lora_dist.step import train_step
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.zero3 import Engine
 
 
@@ -40,7 +41,7 @@ def run(config: Config) -> None:
     )
     if config.train.max_steps is not None:  # what does not fit is refused before data is tokenised
         _build_method(config, model, config.train.max_steps)
-    feed = open_feed(config, model.folder)
+    feed = open_feed(config, model)
     method = _build_method(config, model, feed.total_steps)
     for note in method.notes:
         say("note", note)
@@ -63,12 +64,15 @@ def run(config: Config) -> None:
     job = Job(config, model, feed, engine, shards)
     job.start(resume)
     decisions = Decisions(shards)
+    loss_of = TASKS[config.model.task].loss
     last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
     for step in range(job.progress.step + 1, last_step + 1):
         started = time.perf_counter()
         job.set_learning_rate(step)
         batches = feed.batches(job.progress.rows)
-        result = train_step(engine, shards, decisions, batches, row_seeds, step=step)
+        result = train_step(
+            engine, shards, decisions, batches, row_seeds, step=step, loss_of=loss_of
+        )
         job.after_step(
             step, result, seconds=time.perf_counter() - started, is_last=step == last_step
         )

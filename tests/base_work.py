@@ -24,7 +24,7 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
 from sparse_lora_dist.base_model.quant_experts import Matrix
 from sparse_lora_dist.base_model.quantized_share import own_weights, quantized_parameters
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
-from sparse_lora_dist.base_model.sources import find_sources
+from sparse_lora_dist.base_model.sources import find_keys, find_sources
 from sparse_lora_dist.config import Config, ModelConfig
 from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.errors import UserError
@@ -306,7 +306,7 @@ def load_odd_module(folder: str) -> dict[str, Any]:
     config = config_of()
     builder = ShardBuilder(engine_config_of(config), torch.bfloat16)
     files = CheckpointFiles(Path(folder))
-    sources = find_sources(model, files)
+    sources = find_sources(model, files, find_keys(model, files))
     loader = ShardLoader(files, sources, builder, quantize=True, double_quant=True, initial={})
     loader.load(model, keep=set(), train={})
     return {

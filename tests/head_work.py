@@ -22,7 +22,7 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.sites import Sites
-from sparse_lora_dist.step import batch_loss, held_out_loss
+from sparse_lora_dist.step import batch_loss, batch_tally, held_out_totals, loss_per_target
 from sparse_lora_dist.zero3 import Engine
 from tests.base_work import engine_config_of, small_method
 
@@ -143,7 +143,8 @@ def _found(engine: Engine, loss_of: BatchLoss) -> Found:
             gradients = {s.name: engine.gradient(s).clone() for s in engine.slices}
         engine.step()
     with patch("sparse_lora_dist.step.batch_loss", loss_of):
-        return Found(losses, gradients, held_out_loss(engine, batches))
+        scores = loss_per_target(held_out_totals(engine, batches, batch_tally))
+        return Found(losses, gradients, scores["held_out_loss"])
 
 
 def _centred(usual: Any) -> Any:

@@ -212,7 +212,7 @@ def test_broken_files_of_other_kinds(tmp_path):
     files = {
         "a.json": (b'[{"text": "a"},\n{"text" "b"}]', r"a\.json:2: not valid JSON"),
         "b.json": (b"[]", r"b\.json.* it is empty"),
-        "c.csv": (b"prompt,response\nhello, world,x\n", r"c\.csv:2: 3 cells, but .* names 2"),
+        "c.csv": (b"prompt,response\nhello, world,x\n", r"c\.csv:2: 3 cells, but .* has 2"),
         "d.csv": (b"prompt,response\n", r"d\.csv.* it is empty"),
         "e.parquet": (b"PAR1 and no more", r"e\.parquet: cannot be read"),
         "f.docx": (b"?", r"f\.docx: cannot read \.docx; known: \.jsonl"),

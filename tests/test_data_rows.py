@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparse_lora_dist.data import load_documents, micro_batches, pack
+from sparse_lora_dist.data import load_documents, micro_batches, pack, packed_batch
 from sparse_lora_dist.data.rows import best_fit
 from tests.tiny_tokenizer import byte_tokenizer
 
@@ -52,6 +52,7 @@ def batches(rows, **options):
         "micro_batch_size": 2,
         "accumulation": 1,
         "pad_id": PAD,
+        "collate": packed_batch,
     }
     return micro_batches(rows, **{**defaults, **options})
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparse_lora_dist import comm, zero3
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds, inject, seed_of
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
+from sparse_lora_dist.class_head import Head
 from sparse_lora_dist.config import Config, ModelConfig, TrainConfig
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.engine_config import engine_dict
@@ -211,6 +212,7 @@ def _set_up(task: Task, method: Method) -> tuple[Engine, Shards]:
         sources={},
         name="",
         sites=list(task.plan.sites),
+        head=Head(),
         full={},
         adapters=adapters,
     )

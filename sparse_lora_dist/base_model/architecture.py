@@ -4,14 +4,26 @@ allocated."""
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.errors import UserError
 
+AUTO_CLASSES = {
+    "causal_lm": AutoModelForCausalLM,
+    "seq_cls": AutoModelForSequenceClassification,
+}
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
 EXPERT_MODELS = ("mixtral", "qwen3_moe")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -73,20 +85,50 @@ def _refuse_what_is_not_read(folder: Path, config: PretrainedConfig) -> None:
 def meta_model(
     config: PretrainedConfig,
     *,
+    task: str,
     dtype: torch.dtype,
     attn_implementation: str | None,
     trust_remote_code: bool,
 ) -> PreTrainedModel:
-    """The causal language model of ``config``, every parameter and buffer on the meta device."""
+    """The model of ``config`` for ``task``, every parameter and buffer on the meta device."""
+    _check_task(config, task)
+    _switch_off_dropout(config)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AUTO_CLASSES[task].from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **extra
             )
     except (ValueError, ImportError) as error:
         raise UserError(f"--model: {error}") from error
     return model
+
+
+def _check_task(config: PretrainedConfig, task: str) -> None:
+    auto_class: Any = AUTO_CLASSES[task]
+    own_code = getattr(config, "auto_map", None) or {}
+    if type(config) not in auto_class._model_mapping and auto_class.__name__ not in own_code:
+        raise UserError(
+            f"--model: transformers has no model for --task {task} of the kind "
+            f"{config.model_type}. Choose another base model or task."
+        )
+    masked: Any = AutoModelForMaskedLM
+    fills_gaps = type(config) in masked._model_mapping
+    writes = config.is_encoder_decoder or getattr(config, "is_decoder", False)
+    if task == "causal_lm" and fills_gaps and not writes:
+        raise UserError(
+            f"--model: {config.model_type} is an encoder, whose tokens see those after them, so it "
+            "cannot learn to write. Label examples with it (--task seq_cls), or choose another."
+        )
+
+
+def _switch_off_dropout(config: PretrainedConfig) -> None:
+    """The base is frozen, so its own dropout protects nothing; and it would draw from torch's
+    generator, of which every rank has its own."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in list(vars(part).items()):
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
 
 
 def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

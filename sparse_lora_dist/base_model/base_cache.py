@@ -22,7 +22,7 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import identity
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
-from sparse_lora_dist.base_model.sources import Sources, find_sources
+from sparse_lora_dist.base_model.sources import Sources, find_keys, find_sources
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.screen import say
 
@@ -61,6 +61,7 @@ def find_cache(
     module: PreTrainedModel,
     *,
     keep: Collection[str],
+    new: Collection[str],
     double_quant: bool,
 ) -> BaseCache:
     """The cache of the base in ``folder``. Collective.
@@ -68,6 +69,7 @@ def find_cache(
     Args:
         name: of the model, a hub id or a path.
         keep: modules that are not quantised.
+        new: parameters that the checkpoint lacks.
 
     Raises:
         UserError: a node has none, and cannot write one.
@@ -84,7 +86,7 @@ def find_cache(
     opened, damage = None, None
     with comm.together("opening --base_cache"):
         try:
-            opened = open_cache(place, made_of, module)
+            opened = open_cache(place, made_of, module, new)
         except UserError as error:
             damage = str(error)
         if opened is None:
@@ -104,7 +106,7 @@ def find_cache(
 
 
 def open_cache(
-    place: Path, made_of: dict[str, Any], module: PreTrainedModel
+    place: Path, made_of: dict[str, Any], module: PreTrainedModel, new: Collection[str]
 ) -> tuple[CheckpointFiles, Sources] | None:
     """A complete cache, None where there is none.
 
@@ -114,7 +116,7 @@ def open_cache(
     if not place.exists():
         return None
     files = _open_files(place, made_of)
-    return files, find_sources(module, files)
+    return files, find_sources(module, files, find_keys(module, files), new=new)
 
 
 def is_complete(place: Path, made_of: dict[str, Any]) -> bool:

@@ -8,7 +8,7 @@ on, and come as a ``Packed``.
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -50,22 +50,29 @@ class Packed:
     scales: Source
 
 
+Keys = dict[str, list[str]]
+"""The model's name of a tensor -> the files' names of those that it is made of, in order."""
+
 Sources = dict[str, Source | Packed]
 """By the model's name of a parameter, or of a buffer that is saved."""
 
 
-def find_sources(model: PreTrainedModel, files: CheckpointFiles) -> Sources:
-    """The source of every parameter of ``model``, and of those saved buffers that the files hold.
+def find_sources(
+    model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys, *, new: Collection[str] = ()
+) -> Sources:
+    """The source of every parameter of ``model`` but those of ``new``, and of those saved buffers
+    that the files hold.
 
     Raises:
         UserError: a tensor is missing, or is of another shape or of a dtype that is not read.
     """
-    keys_of = _keys_of(model, files)
     same: dict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         same[id(parameter)].append(name)
     sources: Sources = {}
     for name, parameter in model.named_parameters():
+        if name in new:
+            continue
         # Of tied parameters the files hold one, under any of their names.
         keys = next((keys_of[n] for n in same[id(parameter)] if n in keys_of), None)
         if keys is None:
@@ -85,8 +92,8 @@ def is_quantized(files: CheckpointFiles) -> bool:
     return any(STATE in key for key in files.entries)
 
 
-def _keys_of(model: PreTrainedModel, files: CheckpointFiles) -> dict[str, list[str]]:
-    """Model's name -> the files' names of what it is made of, in order."""
+def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
+    """What the files hold of the parameters and buffers of ``model``."""
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]

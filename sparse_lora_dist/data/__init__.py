@@ -1,9 +1,18 @@
 """Files and data sets -> tokenised, packed batches with a resumable position.
 
 source -> read (examples) -> fields, chat, tokens (documents) -> rows (packed) -> batches
+                          -> labels, labelled (documents of a class) -> rows -> batches
 """
 
-from sparse_lora_dist.data.batches import Batch, micro_batches
+from sparse_lora_dist.data.batches import (
+    Batch,
+    Collate,
+    MicroBatch,
+    micro_batches,
+    packed_batch,
+)
+from sparse_lora_dist.data.labelled import LabelledBatch, labelled_batch, load_labelled
+from sparse_lora_dist.data.labels import class_names, read_classes
 from sparse_lora_dist.data.read import be_quiet
 from sparse_lora_dist.data.rows import Rows, pack
 from sparse_lora_dist.data.tokens import NOT_A_TARGET, Document, Documents, load_documents
@@ -11,11 +20,19 @@ from sparse_lora_dist.data.tokens import NOT_A_TARGET, Document, Documents, load
 __all__ = [
     "NOT_A_TARGET",
     "Batch",
+    "Collate",
     "Document",
     "Documents",
+    "LabelledBatch",
+    "MicroBatch",
     "Rows",
     "be_quiet",
+    "class_names",
+    "labelled_batch",
     "load_documents",
+    "load_labelled",
     "micro_batches",
     "pack",
+    "packed_batch",
+    "read_classes",
 ]

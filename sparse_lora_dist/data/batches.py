@@ -7,6 +7,7 @@ document because ``position_ids`` restart there; that holds in transformers only
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -51,6 +52,30 @@ class Batch:
         )
 
 
+class MicroBatch(Protocol):
+    """What a step asks of a micro-batch, whatever the task."""
+
+    @property
+    def input_ids_MT(self) -> Tensor: ...  # noqa: D102
+
+    @property
+    def rows_M(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def num_tokens(self) -> int: ...  # noqa: D102
+
+    @property
+    def num_targets(self) -> int: ...  # noqa: D102
+
+
+class Collate(Protocol):
+    """Rows of these numbers of the stream, ``FILLER`` for none -> a micro-batch."""
+
+    def __call__(  # noqa: D102
+        self, rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool
+    ) -> Any: ...
+
+
 def micro_batches(
     rows: Rows,
     *,
@@ -61,8 +86,9 @@ def micro_batches(
     micro_batch_size: int,
     accumulation: int,
     pad_id: int,
+    collate: Collate,
     shuffle: bool = True,
-) -> list[Batch]:
+) -> list[Any]:
     """This rank's part of the global batch that begins at row ``first_row`` of the stream.
 
     Row i of the global batch goes to micro-batch ``i // (world_size * micro_batch_size)`` and rank
@@ -82,22 +108,22 @@ def micro_batches(
         start = first_row + (step * world_size + rank) * micro_batch_size
         wanted = range(start, start + micro_batch_size)
         numbers = tuple(n if n < end_row else FILLER for n in wanted)
-        batches.append(_batch(rows, numbers, pad_id=pad_id, shuffle=shuffle))
+        batches.append(collate(rows, numbers, pad_id=pad_id, shuffle=shuffle))
     return batches
 
 
-def _batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) -> Batch:
+def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) -> Batch:
+    """The rows of these numbers as they were packed."""
     filler = Row(
         input_ids=np.array([pad_id]),
         labels=np.array([NOT_A_TARGET]),
         position_ids=np.array([0]),
     )
     parts = [filler if n == FILLER else rows[rows.index(n, shuffle=shuffle)] for n in numbers]
-    longest = max(len(p.input_ids) for p in parts)
-    length = min(-(-longest // PAD_TO) * PAD_TO, rows.sequence_length)
+    length = padded_length([len(p.input_ids) for p in parts], rows.sequence_length)
     return Batch(
-        input_ids_MT=_stack([_pad(p.input_ids, length, pad_id) for p in parts]),
-        labels_MT=_stack([_pad(p.labels, length, NOT_A_TARGET) for p in parts]),
+        input_ids_MT=padded([p.input_ids for p in parts], length, pad_id),
+        labels_MT=padded([p.labels for p in parts], length, NOT_A_TARGET),
         # Padding is a document of its own: positions that went on would join it to the last.
         position_ids_MT=_stack(
             [np.append(p.position_ids, np.arange(length - len(p.position_ids))) for p in parts]
@@ -109,8 +135,14 @@ def _batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) 
     )
 
 
-def _pad(values: Ints, length: int, value: int) -> Ints:
-    return np.pad(values, (0, length - len(values)), constant_values=value)
+def padded_length(lengths: Sequence[int], most: int) -> int:
+    """Tokens of every row of a micro-batch whose rows have ``lengths``."""
+    return min(-(-max(lengths) // PAD_TO) * PAD_TO, most)
+
+
+def padded(rows: Sequence[Ints], length: int, value: int) -> Tensor:
+    """[M, length] int64, each row filled up with ``value``."""
+    return _stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows])
 
 
 def _stack(rows: Sequence[Ints]) -> Tensor:

@@ -24,13 +24,13 @@ class Fields:
 
     def text(self, record: Mapping[str, Any]) -> str:
         """The plain text of an example of kind ``text``."""
-        return _string(record[self.columns[0]], repr(self.columns[0]))
+        return text_of(record[self.columns[0]], repr(self.columns[0]))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         """The chat of an example of the other kinds; a pair is a user and an assistant turn."""
         if self.kind == "messages":
             return _chat(record[MESSAGES])
-        prompt, response = (_string(record[c], repr(c)) for c in self.columns)
+        prompt, response = (text_of(record[c], repr(c)) for c in self.columns)
         return [
             {"role": "user", "content": prompt},
             {"role": "assistant", "content": response},
@@ -63,7 +63,8 @@ def find_fields(
     )
 
 
-def _string(value: Any, name: str) -> str:
+def text_of(value: Any, name: str) -> str:
+    """``value``, once it is sure to be text; ``name`` says in an ExampleError what it is."""
     if value is None:
         raise ExampleError(f"{name} is missing or null; it must be text")
     if not isinstance(value, str):
@@ -82,5 +83,5 @@ def _chat(value: Any) -> list[Message]:
                 f"message {number} must be {{role, content}}, got {str(message)[:40]}"
             )
         for key in ("role", "content"):
-            _string(message.get(key), f"{key!r} of message {number}")
+            text_of(message.get(key), f"{key!r} of message {number}")
     return value

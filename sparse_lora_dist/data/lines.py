@@ -2,9 +2,18 @@
 
 import csv
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 JSON = (".jsonl", ".json")
+CELLS: dict[str, dict[str, Any]] = {
+    ".csv": {},
+    # Cells of a TSV hold no tabs, so nothing needs quotes, and one in a sentence is only a letter.
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+"""How the csv module, and pandas, cut the lines of a table."""
 LARGEST_CELL = 2**31 - 1
 """Bytes; the csv module's own limit of 128 KiB is less than a long document."""
 
@@ -28,9 +37,10 @@ def example_lines(file: Path) -> list[int] | None:
 
 
 def broken_line(file: Path) -> str | None:
-    """``file:line: what`` for the first JSON or CSV line that is broken; None if there is none."""
-    if file.suffix == ".csv":
-        return _broken_csv(file)
+    """``file:line: what`` for the first line of JSON or of a table that is broken; None if there is
+    none."""
+    if file.suffix in CELLS:
+        return _broken_table(file)
     if file.suffix not in JSON:
         return None
     if example_lines(file) is None:
@@ -43,22 +53,28 @@ def broken_line(file: Path) -> str | None:
     return None
 
 
-def csv_columns(file: Path) -> list[str]:
-    """The names in the first line."""
-    with file.open(newline="", encoding="utf-8-sig") as f:
-        return next(csv.reader(f))
+def first_cells(file: Path) -> list[str]:
+    """The first line of a table: the names of its columns, where it has such a line."""
+    with _cells(file) as reader:
+        return next(reader)
 
 
-def _broken_csv(file: Path) -> str | None:
+@contextmanager
+def _cells(file: Path) -> Iterator[Any]:
     csv.field_size_limit(LARGEST_CELL)
     with file.open(newline="", encoding="utf-8-sig") as f:
-        reader = csv.reader(f)
+        yield csv.reader(f, **CELLS[file.suffix])
+
+
+def _broken_table(file: Path) -> str | None:
+    remedy = "; put text with commas in quotes" if file.suffix == ".csv" else ""
+    with _cells(file) as reader:
         try:
             columns = next(reader)
             for cells in reader:
                 if cells and len(cells) != len(columns):
-                    found = f"{len(cells)} cells, but the first line names {len(columns)}"
-                    return f"{file}:{reader.line_num}: {found}; put text with commas in quotes"
+                    found = f"{len(cells)} cells, but the first line has {len(columns)}"
+                    return f"{file}:{reader.line_num}: {found}{remedy}"
         except (csv.Error, UnicodeDecodeError) as error:
             return f"{file}:{reader.line_num + 1}: {error}"
     return None

@@ -3,7 +3,7 @@
 Plain text is cut into pieces; a pair or chat that is too long is left out and counted.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.data.chat import TrainOn, encode_chat, encode_text, find_template
-from sparse_lora_dist.data.fields import ExampleError, Fields, find_fields
-from sparse_lora_dist.data.read import Examples, read_examples
+from sparse_lora_dist.data.fields import ExampleError, find_fields
+from sparse_lora_dist.data.read import Columns, Examples, read_examples
 from sparse_lora_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
@@ -100,6 +100,7 @@ def load_documents(
     train_on: TrainOn,
     sequence_length: int,
     max_samples: int | None,
+    column_names: Columns = (),
     flag: str = "--data",
     split: str = "train",
 ) -> Documents:
@@ -120,7 +121,9 @@ def load_documents(
         UserError: the source or an example is wrong (with file and line), or nothing is left.
     """
     assert sequence_length >= 2, "a document of one token has nothing to predict"
-    examples = read_examples(source, split=split, max_samples=max_samples, flag=flag)
+    examples = read_examples(
+        source, split=split, max_samples=max_samples, flag=flag, column_names=column_names
+    )
     fields = find_fields(
         examples.table.column_names,
         text_field="text" if examples.is_plain_text else text_field,
@@ -139,38 +142,45 @@ def load_documents(
         encoded = encode_chat(tokenizer, chat, template=template, train_on=train_on)
         return [_row(encoded.ids, encoded.is_target, sequence_length)]
 
-    key = (CACHE_VERSION, fields, template, train_on, sequence_length, *_identity(tokenizer))
-    table = _tokenise(examples, fields, rows_of, key)
+    key = (CACHE_VERSION, fields, template, train_on, sequence_length, *identity(tokenizer))
+    table = tokenise(examples, fields.columns, rows_of, key)
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
         raise UserError(f"{flag} {source}: nothing is left to train on: {documents.report()}")
     return documents
 
 
-def _tokenise(
+def tokenise(
     examples: Examples,
-    fields: Fields,
+    columns: Sequence[str],
     rows_of: Callable[[Mapping[str, Any]], list[dict[str, Any]]],
     key: tuple[Any, ...],
+    features: datasets.Features = FEATURES,
 ) -> datasets.Dataset:
-    def tokenise(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
+    """What ``rows_of`` makes of every example's ``columns``, cached on disk under ``key``.
+
+    Raises:
+        UserError: with file and line, for the first example that ``rows_of`` refuses.
+    """
+
+    def rows_of_batch(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
         rows: list[dict[str, Any]] = []
         for i, index in enumerate(indices):
             try:
-                rows += rows_of({column: batch[column][i] for column in fields.columns})
+                rows += rows_of({column: batch[column][i] for column in columns})
             # Text that is not UTF-8 shows itself only here, where Arrow hands it out.
             except (ExampleError, UnicodeDecodeError) as error:
                 raise examples.fault(index, str(error)) from error
-        return {column: [row[column] for row in rows] for column in FEATURES}
+        return {column: [row[column] for row in rows] for column in features}
 
-    table = examples.table.select_columns(list(fields.columns))
+    table = examples.table.select_columns(list(columns))
     return table.map(
-        tokenise,
+        rows_of_batch,
         with_indices=True,
         batched=True,
         batch_size=100,
-        remove_columns=list(fields.columns),
-        features=FEATURES,
+        remove_columns=list(columns),
+        features=features,
         # Named by us: datasets would pickle the tokenizer, whose inner state changes with use.
         new_fingerprint=Hasher.hash((table._fingerprint, *key)),
         desc="tokenise",
@@ -201,5 +211,6 @@ def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
     return [_row(piece, [True] * len(piece), sequence_length) for piece in pieces]
 
 
-def _identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+def identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
+    """What tells this tokenizer from another, for the key of a cache."""
     return tokenizer.backend_tokenizer.to_str(), str(sorted(tokenizer.special_tokens_map.items()))
