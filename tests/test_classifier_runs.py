@@ -116,8 +116,8 @@ def test_a_penalty_counts_once_where_a_layer_is_called_twice(ranks: Ranks, tmp_p
         model = save_base(folder / "model", "albert", num_hidden_layers=num_layers)
         tiny, gradients = write_labelled(folder, model), []
         for weight in (0.1, 0.0):
-            options = {"method": "adalora", "adalora_orthogonality": weight, "max_steps": 1}
-            flags = flags_of(tiny, folder / str(weight), adalora_target_rank=4, **options)
+            options = {"adalora_orthogonality": weight, "adalora_target_rank": 4, "stop_after": 1}
+            flags = flags_of(tiny, folder / str(weight), method="adalora", **options)
             (first,) = ranks(1, "tests.engine_work:first_step", flags=flags)
             gradients.append(first.gradients)
         return {n: g - gradients[1][n] for n, g in gradients[0].items() if n.endswith("lora_a")}
