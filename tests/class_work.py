@@ -1,11 +1,14 @@
 """What the workers of ``tests/ranks.py`` run for the tests of classifiers."""
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+from sparse_lora_dist import train as program
 from sparse_lora_dist.data import LabelledBatch
+from sparse_lora_dist.step import train_step
 from tests.run_work import finished_job
 
 
@@ -17,8 +20,16 @@ def trained_logits(flags: list[str]) -> tuple[list[LabelledBatch], Tensor]:
         return batches, job.engine(**batches[0].inputs("cpu")).logits.float()
 
 
-def random_state_after(flags: list[str]) -> Tensor:
-    """Train; the state of torch's own generator, which nothing in a run may draw from."""
-    torch.manual_seed(1)
-    finished_job(flags)
-    return torch.get_rng_state()
+def draws_of_steps(flags: list[str]) -> list[bool]:
+    """Train; did a step draw from torch's own generator, of which every rank has its own?"""
+    drew: list[bool] = []
+
+    def watched_step(*args: Any, **rest: Any) -> Any:
+        before = torch.get_rng_state()
+        result = train_step(*args, **rest)
+        drew.append(not torch.equal(torch.get_rng_state(), before))
+        return result
+
+    with patch.object(program, "train_step", watched_step):
+        finished_job(flags)
+    return drew
