@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
+from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
 from sparse_lora_dist.methods.base import Method, Pieces, Site, TensorSpec
 from sparse_lora_dist.zero3 import ShardBuilder, Values
 
@@ -109,7 +109,8 @@ class AdapterLinear(nn.Module):
         tensors = [getattr(self, name) for name in self.specs]
         y_MTO: Tensor = self.base(x_MTI)
         delta_MTO: Tensor = _Delta.apply(x_MTI, self, *tensors)  # type: ignore[no-untyped-call]
-        return y_MTO + delta_MTO
+        delta_MTO += y_MTO  # not the other way round: the base's output is a view of DeepSpeed's
+        return delta_MTO
 
     def dropped(self, x_MTI: Tensor, rows_M: tuple[int, ...], step: int) -> Tensor:
         """What the delta sees of the site's input."""
@@ -160,14 +161,14 @@ class _Delta(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_MTI,), layer = ctx.saved_tensors, cast(AdapterLinear, ctx.layer)
-        wants_x = ctx.needs_input_grad[0]
+        wants_x, dtype = ctx.needs_input_grad[0], fast_dtype(x_MTI)
         leaves = [getattr(layer, name).detach().requires_grad_() for name in layer.specs]
         with torch.enable_grad():
             x = x_MTI.detach().requires_grad_(wants_x)
-            dropped_MTI = layer.dropped(x, ctx.rows_M, ctx.step)
-            tensors = layer.computed(leaves)
+            dropped_MTI = layer.dropped(x, ctx.rows_M, ctx.step).to(dtype)
+            tensors = {name: t.to(dtype) for name, t in layer.computed(leaves).items()}
             y = layer.method.delta(dropped_MTI, tensors, layer.scale)
-        outputs, gradients = [y], [grads[0]]
+        outputs, gradients = [y], [grads[0].to(dtype)]
         if layer.method.penalty is not None and layer.owes_penalty(layer.row_seeds.micro_batch):
             penalty = layer.method.penalty({k: t.detach() for k, t in tensors.items()})
             outputs += [tensors[name] for name in penalty]
@@ -177,7 +178,7 @@ class _Delta(torch.autograd.Function):
             ]
         if layer.probe is not None:
             seen = {k: t.detach() for k, t in tensors.items()}
-            layer.probed += layer.probe(dropped_MTI.detach(), grads[0], seen, layer.scale)
+            layer.probed += layer.probe(dropped_MTI.detach(), gradients[0], seen, layer.scale)
         got = torch.autograd.grad(outputs, [x, *leaves] if wants_x else leaves, gradients)
         return (got[0], None, *got[1:]) if wants_x else (None, None, *got)
 

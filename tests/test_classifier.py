@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sparse_lora_dist.base_model.names import aliases
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -19,7 +20,6 @@ from transformers import (
 from sparse_lora_dist.adapter import RowSeeds
 from sparse_lora_dist.base_model.architecture import meta_model, read_config
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
-from sparse_lora_dist.base_model.names import aliases
 from sparse_lora_dist.classification import class_scores
 from sparse_lora_dist.command_line import load_config
 from sparse_lora_dist.data import class_names, labelled_batch, load_labelled, pack, read_classes

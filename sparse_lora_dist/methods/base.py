@@ -162,7 +162,8 @@ def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, Tenso
 
 def low_rank_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
     """y_TO = scale * x A^T B^T"""
-    return (x_TI @ tensors["lora_a"].t()) @ tensors["lora_b"].t() * scale
+    # Scaled where it is narrow: R numbers a token, not O.
+    return (x_TI @ tensors["lora_a"].t() * scale) @ tensors["lora_b"].t()
 
 
 def pair_itself(tensors: Tensors) -> tuple[Tensor, Tensor]:

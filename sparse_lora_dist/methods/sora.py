@@ -220,8 +220,8 @@ def normal(t: Tensor, generator: torch.Generator) -> None:
 
 def gated_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
     """y_TO = scale * x A^T diag(g) B^T"""
-    z_TR = x_TI @ tensors["lora_a"].t() * tensors["lora_gate"]
-    return z_TR @ tensors["lora_b"].t() * scale
+    z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_gate"] * scale)
+    return z_TR @ tensors["lora_b"].t()
 
 
 def gate_in_b(tensors: Tensors) -> tuple[Tensor, Tensor]:

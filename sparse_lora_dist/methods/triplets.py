@@ -72,8 +72,8 @@ def triplet_tensors(
 
 def triplet_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
     """y_TO = scale * x A^T diag(lambda) B^T"""
-    z_TR = x_TI @ tensors["lora_a"].t() * tensors["lora_lambda"]
-    return z_TR @ tensors["lora_b"].t() * scale
+    z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_lambda"] * scale)
+    return z_TR @ tensors["lora_b"].t()
 
 
 def lambda_in_a(tensors: Tensors) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,111 @@
+"""What ``step.py`` writes: its figures, the tables, the plot."""
+
+import json
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from _job import RESULTS, header
+
+TOKENS, RANK = 512, 16
+WAYS = ("ours", "usual")
+SHAPE = {"width": 1024, "inner": 2816, "layers": 9, "vocabulary": 32000}
+SMALL = SHAPE | {"layers": 2, "vocabulary": 8000}
+
+
+def stored() -> dict[str, Any]:
+    """What an earlier call left, so that cases can be run one at a time."""
+    file = RESULTS / "step.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def summary(found: dict[str, Any]) -> dict[str, Any]:
+    """The figures of one case."""
+    steps, tokens = found["time"]["steps"], TOKENS * found["case"]["ranks"]
+    pairs = list(zip(steps["usual"], steps["ours"], strict=True))
+    out: dict[str, Any] = {
+        "clock": median(u["step"] / o["step"] for u, o in pairs),
+        "processor": median(u["cpu"] / o["cpu"] for u, o in pairs),
+        "faster rounds": sum(o["step"] <= u["step"] for u, o in pairs),
+        "rounds": len(pairs),
+    }
+    for way in WAYS:
+        traffic = found["time"]["traffic"][way]
+        gathers = [t for name, t in traffic.items() if "gather" in name]
+        others = [t for name, t in traffic.items() if "gather" not in name]
+        out[way] = {
+            "tokens/s": tokens / median(s["step"] for s in steps[way]),
+            "gathered": sum(t["bytes"] for t in gathers),
+            "gathers": sum(t["calls"] for t in gathers),
+            "reduced": sum(t["bytes"] for t in others),
+            **found[way],
+        }
+    return out
+
+
+def report(found: dict[str, Any]) -> str:
+    """The result file."""
+    speed = header("ours / usual, tokens/s", "by processor time", "faster in", first="")
+    memory = header("way", "loading", "engine", "training", "gathered a step", "in calls", first="")
+    for name, case in found.items():
+        sums = summary(case)
+        rounds = f"{sums['faster rounds']} of {sums['rounds']}"
+        speed.append(f"| {name} | {sums['clock']:.2f} | {sums['processor']:.2f} | {rounds} |")
+        for way in WAYS:
+            own = sums[way]
+            sizes = [own[k] / 1e6 for k in ("loading", "engine", "training", "gathered")]
+            cells = [way, *(f"{size:,.0f} MB" for size in sizes), f"{own['gathers']:,}"]
+            memory.append(f"| {name} | {' | '.join(cells)} |")
+    lines = "\n".join
+    return f"""\
+`python benchmarks/step.py`: LoRA of rank {RANK} on all linears of a random Llama over NF4 with
+double quantisation, one row of {TOKENS} tokens a rank, ZeRO-3 as in `ds_configs/zero3.json` for
+both; CPU ranks of one thread. {described(SHAPE)}; in bf16 {described(SMALL)}.
+Usual: transformers + bitsandbytes + PEFT. Medians of paired rounds.
+
+{lines(speed)}
+
+This machine multiplies bf16 without instructions for it: in fp32 both ways spend their time on the
+same matmuls, in bf16 on whatever loop torch has for a layout, and there ours multiplies in fp32 for
+backward. So the bf16 row says something about such CPUs, and nothing about GPUs.
+
+Peak resident memory above the start of the rank that needed most, until loaded, until the engine
+stands, and while training; bytes that all-gathers bring to one rank in one step:
+
+{lines(memory)}"""
+
+
+def described(shape: dict[str, int]) -> str:
+    """In words."""
+    width, inner, layers, vocabulary = shape.values()
+    size = layers * (3 * width * width + 3 * width * inner) + 2 * width * vocabulary
+    return (
+        f"{size / 1e6:.0f} M parameters, {layers} layers of width {width} and {inner}, "
+        f"{vocabulary:,} tokens"
+    )
+
+
+def plot(found: dict[str, Any], file: Path) -> None:
+    """Speed and training peak, ours in the usual way's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sums = {name: summary(case) for name, case in found.items()}
+    figure, panels = pyplot.subplots(1, 2, figsize=(10, 0.5 * len(sums) + 1.6), sharey=True)
+    values = {
+        "tokens/s, ours / usual": [s["clock"] for s in sums.values()],
+        "training peak, ours / usual": [
+            s["ours"]["training"] / s["usual"]["training"] for s in sums.values()
+        ],
+    }
+    for panel, (title, numbers) in zip(panels, values.items(), strict=True):
+        bars = panel.barh(list(sums), numbers, color="#4878a8")
+        panel.bar_label(bars, fmt="%.2f", padding=3)
+        panel.axvline(1.0, color="black", linewidth=0.8)
+        panel.set_title(title)
+        panel.set_xlim(0, 1.15 * max(*numbers, 1.0))
+    panels[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,254 @@
+"""Tokens per second, memory and traffic of a LoRA step: ours, and the usual way.
+
+    python benchmarks/step.py [--rounds 12]
+
+The usual way is transformers + bitsandbytes + PEFT under ZeRO-3 with the same engine settings. Both
+engines stand in the same processes and step in turn, in an order drawn anew each round, so that
+whatever else the machine does falls on both; a ratio is of one round. Memory is measured in
+processes of their own.
+"""
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from _side_by_side import ZERO3, build, on_ranks  # isort: skip  # sets the path
+
+import torch
+from _job import RESULTS, write
+from _step_report import RANK, SHAPE, SMALL, TOKENS, WAYS, plot, report, stored, summary
+from _usual_way import build_usual
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.program import leave, quiet_others
+
+WARM_UP = 2
+TINY = {"width": 256, "inner": 704, "layers": 2, "vocabulary": 1000}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting, the same for both ways."""
+
+    ranks: int
+    precision: str
+    checkpointing: bool
+    shape: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        """For tables and plots."""
+        rows = f"{self.ranks} ranks, {self.precision}"
+        return rows + (", activation checkpointing" if self.checkpointing else "")
+
+
+CASES = [
+    Case(2, "fp32", False, SHAPE),
+    Case(2, "fp32", True, SHAPE),
+    Case(4, "fp32", False, SHAPE),
+    Case(4, "fp32", True, SHAPE),
+    Case(2, "bf16", False, SMALL),
+]
+
+
+def main() -> None:
+    """Every case, the results, the table and the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=12, help="measured ones, of two steps each")
+    parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
+    parser.add_argument("--tiny", action="store_true", help="small shapes, nothing is written")
+    parser.add_argument("--phase", choices=["time", *WAYS], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.phase:
+        on_this_rank(args.phase, args.folder, CASES[args.cases[0]], args.rounds)
+    found = {}
+    for index in args.cases:
+        with tempfile.TemporaryDirectory() as folder:
+            save_model(folder, TINY if args.tiny else CASES[index].shape)
+            flags = ["--folder", folder, "--cases", str(index), "--rounds", str(args.rounds)]
+            for phase in ("time", *WAYS):
+                on_ranks(__file__, "--phase", phase, *flags, ranks=CASES[index].ranks)
+            found[CASES[index].name] = {
+                phase: json.loads((Path(folder) / f"{phase}.json").read_text())
+                for phase in ("time", *WAYS)
+            } | {"case": asdict(CASES[index])}
+            print(json.dumps(summary(found[CASES[index].name]), indent=1))
+    if not args.tiny:
+        everything = stored() | found
+        (RESULTS / "step.json").write_text(json.dumps(everything, indent=1) + "\n")
+        write("step.md", report(everything))
+        plot(everything, RESULTS / "step.png")
+
+
+def save_model(folder: str, shape: dict[str, int]) -> None:
+    """A Llama of random weights, in bf16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape["width"],
+        intermediate_size=shape["inner"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=shape["vocabulary"],
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+
+
+# On ranks.
+
+
+def engine_file() -> dict[str, Any]:
+    """ds_configs/zero3.json, its limits on what stays gathered cut as the model is: about a layer
+    and a half of it, half a layer ahead, as they are for a model of 70 B."""
+    content: dict[str, Any] = json.loads(Path(ZERO3).read_text())
+    limits = {"max_live_parameters": 4e6, "max_reuse_distance": 4e6, "prefetch_bucket_size": 1.3e6}
+    content["zero_optimization"] |= {f"stage3_{k}": int(v) for k, v in limits.items()}
+    return content
+
+
+def on_this_rank(phase: str, folder: str, case: Case, rounds: int) -> None:
+    """One rank's part; rank 0 leaves what was found beside the model."""
+    quiet_others()
+    comm.start()
+    settings: Any = {"folder": folder, "steps": 1000, "tokens": TOKENS, "ds_config": engine_file()}
+    settings |= {"precision": case.precision, "gradient_checkpointing": case.checkpointing}
+    found = times(settings, rounds) if phase == "time" else peaks(phase, settings)
+    if comm.rank() == 0:
+        (Path(folder) / f"{phase}.json").write_text(json.dumps(found))
+    comm.barrier()
+    leave(0)
+
+
+def built(way: str, settings: dict[str, Any], peaks: dict[str, int] | None = None) -> Any:
+    """An engine that steps: ``step(number) -> loss``. Collective."""
+    if way == "usual":
+        return build_usual(**settings, rank=RANK, peaks=peaks, peak=peak_bytes)
+    return build_ours(settings, peaks)
+
+
+def build_ours(settings: dict[str, Any], peaks: dict[str, int] | None) -> Any:
+    """As ``train.run`` does; the peak while loading is seen when loading ends."""
+    from unittest.mock import patch
+
+    from sparse_lora_dist.model import Model
+
+    load = Model.load
+
+    def watched(self: Model, *args: Any) -> Any:
+        seeds = load(self, *args)
+        if peaks is not None:
+            peaks["loading"] = peak_bytes()
+        return seeds
+
+    with patch.object(Model, "load", watched):
+        return build("lora", {}, **settings)
+
+
+def times(settings: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """Seconds of every measured step of both ways, and the traffic of one. Collective."""
+    runs = {way: built(way, settings) for way in WAYS}
+    measured: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    shuffled = random.Random(0)
+    losses = {way: runs[way].step(1) for way in WAYS}
+    assert abs(losses["ours"] - losses["usual"]) < 0.01 * losses["usual"], losses
+    for step in range(2, WARM_UP + rounds + 1):
+        for way in shuffled.sample(WAYS, len(WAYS)):
+            seconds = timed(runs[way], step)
+            if step > WARM_UP:
+                measured[way].append(seconds)
+    traffic = {}
+    for way in WAYS:
+        with Traffic() as seen:
+            runs[way].step(WARM_UP + rounds + 1)
+        traffic[way] = seen.received
+    return {"steps": measured, "traffic": traffic, "first_loss": losses}
+
+
+def timed(run: Any, step: int) -> dict[str, float]:
+    """Seconds of one step: by the clock, of the slower rank; and what processors computed."""
+    comm.barrier()
+    started, cpu_started = time.perf_counter(), time.process_time()
+    run.step(step)
+    cpu = time.process_time() - cpu_started
+    comm.barrier()
+    seconds = torch.tensor([time.perf_counter() - started, cpu])
+    clock, cpu = comm.max_over_ranks(seconds).tolist()
+    return {"step": clock, "cpu": cpu}
+
+
+class Traffic(TorchDispatchMode):
+    """Every collective inside, whoever calls it: bytes that reach this rank from others, and how
+    many calls, by operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received: dict[str, dict[str, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func.overloadpacket.__name__.strip("_")
+            entry = self.received.setdefault(name, {"calls": 0, "bytes": 0})
+            entry["calls"] += 1
+            arriving = sum(t.nbytes for t in tree_leaves(args[0]) if isinstance(t, Tensor))
+            entry["bytes"] += arriving * (comm.world_size() - 1) // comm.world_size()
+        return func(*args, **(kwargs or {}))
+
+
+def peaks(way: str, settings: dict[str, Any]) -> dict[str, int]:
+    """Most resident bytes above the start, of the rank that needed most: until loaded, until the
+    engine stands, until two steps are done. Collective."""
+    # Both ways begin with the same imports.
+    import bitsandbytes
+    import deepspeed
+    import peft
+
+    del bitsandbytes, deepspeed, peft
+    comm.barrier()
+    before = forget_peak()
+    found: dict[str, int] = {}
+    run = built(way, settings, found)
+    found["engine"] = peak_bytes()
+    forget_peak()
+    found["engine, held"] = resident_bytes()
+    for step in (1, 2):
+        run.step(step)
+    found["training"] = peak_bytes()
+    own = torch.tensor([found[k] - before for k in found], dtype=torch.int64)
+    return dict(zip(found, comm.max_over_ranks(own).tolist(), strict=True))
+
+
+def forget_peak() -> int:
+    """Resident bytes now; Linux counts its peak anew from here."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return peak_bytes()
+
+
+def peak_bytes() -> int:
+    """Most resident bytes of this process since ``forget_peak``, mapped files included."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Now."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+if __name__ == "__main__":
+    main()
