@@ -71,9 +71,9 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         Without its secondary copy (hpZ): DeepSpeed makes that from the first gather, when the
         bytes are in place; made now, it would serve what was there before them.
         """
-        on_disk = self._disk is not None and self._disk.takes(parameter, share)
-        if on_disk:
-            own = self._disk.buffer(parameter, own)
+        disk = self._disk if self._disk and self._disk.takes(parameter, share) else None
+        if disk:
+            own = disk.buffer(parameter, own)
         elif not parameter.ds_persist and self.remote_device != self.local_device:
             own = own.to("cpu" if self.remote_device == "nvme" else self.remote_device)
             own = own.pin_memory() if self.pin_memory and torch.cuda.is_available() else own
@@ -81,12 +81,12 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         parameter.ds_tensor = own
         parameter.ds_tensor.ds_numel = share
         parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
-        parameter.ds_tensor.final_location = "nvme" if on_disk else None
+        parameter.ds_tensor.final_location = "nvme" if disk else None
         parameter.ds_numel_aligned = self._aligned_size(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.local_device)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        if on_disk:
-            self._disk.write(parameter)
+        if disk:
+            disk.write(parameter)
 
     def _ensure_availability_of_partitioned_params(self, params: list[ZeroParameter]) -> None:
         if self._disk is not None:
