@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.config import Config, raise_if
-from sparse_lora_dist.engine_keys import FIXED, KEYS, KNOWN_ELSEWHERE, OWNED, WHY_NOT
+from sparse_lora_dist.engine_keys import AT_LEAST_ONE, FIXED, KEYS, KNOWN_ELSEWHERE, OWNED, WHY_NOT
 from sparse_lora_dist.spelling import did_you_mean
 
 Engine = dict[str, Any]
@@ -68,6 +68,13 @@ def check_engine(engine: Mapping[str, Any], place: str) -> list[str]:
         param = zero.get("offload_param")
         if isinstance(param, dict) and param.get("device") == "nvme" and "nvme_path" not in param:
             problems.append(f"{place}: zero_optimization.offload_param needs nvme_path for nvme")
+        node = zero.get("zero_hpz_partition_size", 1)
+        if isinstance(param, dict) and param.get("device") == "nvme" and node not in (0, 1):
+            problems.append(
+                f"{place}: zero_optimization has zero_hpz_partition_size and offload_param.device "
+                "nvme; a node's copy lies where parameters do, and there is none on NVMe: "
+                "remove one, or write cpu"
+            )
     return problems
 
 
@@ -97,6 +104,8 @@ def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
         wanted, why = FIXED[name]
         right = value == wanted and type(value) is type(wanted)
         return [] if right else [f"{said}; must be {json.dumps(wanted)}: {why}"]
+    if name in AT_LEAST_ONE and value == 0:
+        return [f"{said}; must be at least 1"]
     if fits(value, kind):
         return []
     why = WHY_NOT.get(name, "") if value != "auto" else "auto is for numbers of the run config only"

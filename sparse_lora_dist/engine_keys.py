@@ -46,7 +46,6 @@ KEYS: dict[str, Any] = {
             "nvme_path": str,
             "buffer_count": int,
             "buffer_size": int,
-            "max_in_cpu": int,
             "pin_memory": bool,
         },
         "offload_optimizer": {"device": ("none", "cpu"), "pin_memory": bool},
@@ -76,10 +75,20 @@ FIXED: dict[str, tuple[object, str]] = {
     "communication_data_type": ("fp32", STATISTICS),
     "data_types.grad_accum_dtype": ("fp32", STATISTICS),
     "fp16.enabled": (False, PACKED + "; use --precision bf16 or fp32"),
+    "aio.use_gds": (False, "shares pass through host memory"),
     "zero_allow_untested_optimizer": (True, "the optimizer is this project's own"),
     "zero_force_ds_cpu_optimizer": (False, "the optimizer is this project's own"),
 }
 """{key: (the only value that works, why)}. All may be left out, except the stage."""
+
+AT_LEAST_ONE = {
+    "zero_optimization.offload_param.buffer_count",
+    "zero_optimization.offload_param.buffer_size",
+    "aio.block_size",
+    "aio.queue_depth",
+    "aio.intra_op_parallelism",
+}
+"""Numbers that DeepSpeed would divide by, or wait for, when they are 0."""
 
 WHY_NOT = {
     "zero_optimization.offload_optimizer.device": "packed moments do not fit its NVMe swapper",
@@ -93,6 +102,7 @@ KNOWN_ELSEWHERE = {
     "tensorboard": "remove it and set --trackers",
     "wandb": "remove it and set --trackers",
     "bfloat16": "write bf16",
+    "zero_optimization.offload_param.max_in_cpu": "remove it: what trains stays in memory",
 }
 """{key that is refused: what to do}; other unknown keys get the nearest name."""
 

@@ -77,9 +77,8 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         Without its secondary copy (hpZ): DeepSpeed makes that from the first gather, when the
         bytes are in place; made now, it would serve what was there before them.
         """
-        takes = self._disk is not None and self._disk.takes(parameter, share)
-        disk = self._disk if takes else None
-        if disk is not None:
+        disk = self._disk if self._disk and self._disk.takes(parameter, share) else None
+        if disk:
             own = disk.buffer(parameter, own)
         elif not parameter.ds_persist and self.remote_device != self.local_device:
             own = own.to("cpu" if self.remote_device == "nvme" else self.remote_device)
@@ -88,11 +87,11 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         parameter.ds_tensor = own
         parameter.ds_tensor.ds_numel = share
         parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
-        parameter.ds_tensor.final_location = "nvme" if disk is not None else None
+        parameter.ds_tensor.final_location = "nvme" if disk else None
         parameter.ds_numel_aligned = self._aligned_size(parameter)
         parameter.data = torch.empty(0, dtype=parameter.dtype, device=self.local_device)
         parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        if disk is not None:
+        if disk:
             disk.write(parameter)
 
     def _ensure_availability_of_partitioned_params(self, params: list[ZeroParameter]) -> None:

@@ -6,12 +6,10 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import IO, Any
 
 import torch
-from deepspeed.git_version_info import installed_ops
-from deepspeed.ops.op_builder import AsyncIOBuilder
-from deepspeed.runtime.swap_tensor.partitioned_param_swapper import PartitionedParamStatus
 from torch import Tensor, nn
 from torch.utils.cpp_extension import _get_build_directory
 
@@ -19,8 +17,8 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.screen import megabytes, say
 
-QUIET_S = 300.0
-"""A build in which nothing changes for so long is one that was killed: a file takes seconds."""
+QUIET_S = 600.0
+"""A build in which nothing changes for so long is one that was killed."""
 
 _claims: dict[Path, IO[str]] = {}
 """Lock files of this process, open, and so locked, until it ends."""
@@ -79,7 +77,7 @@ class Disk:
         for p in parameters:
             if p.ds_id in swapper.param_id_to_buffer_id:
                 self._take(p)
-            elif p.ds_tensor.status == PartitionedParamStatus.NOT_AVAILABLE:
+            elif p.ds_tensor.status.name == "NOT_AVAILABLE":
                 missing.append(p)
         if len(missing) > swapper.available_swap_in_buffers():
             ahead = [self._parameters[i] for i in swapper.param_id_to_buffer_id]
@@ -91,10 +89,9 @@ class Disk:
                 self._take(p)
 
     def _take(self, parameter: Any) -> None:
-        share = parameter.ds_tensor.data.clone()
+        share, available = parameter.ds_tensor.data.clone(), parameter.ds_tensor.status
         self._swapper.remove_partition_and_release_buffers([parameter])
-        parameter.ds_tensor.data = share
-        parameter.ds_tensor.status = PartitionedParamStatus.AVAILABLE
+        parameter.ds_tensor.data, parameter.ds_tensor.status = share, available
 
 
 def prepare(engine_config: Mapping[str, Any]) -> None:
@@ -105,10 +102,10 @@ def prepare(engine_config: Mapping[str, Any]) -> None:
     """
     folder = folder_of(engine_config)
     if folder is not None:
-        with comm.together("preparing NVMe offload"):
+        with comm.together("claiming nvme_path"):
             claim(folder)
-            with comm.first_on_its_node():
-                load_async_io()
+        with comm.together("loading async_io"), comm.first_on_its_node():
+            load_async_io()
 
 
 def folder_of(engine_config: Mapping[str, Any]) -> Path | None:
@@ -140,6 +137,10 @@ def claim(folder: Path) -> None:
 
 def why_not() -> str | None:
     """Why async_io can be neither loaded nor built here; None where it can. Takes a second."""
+    # Here and below late: zero3.py says which accelerator before DeepSpeed is imported.
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
         return None
     return (
@@ -154,13 +155,15 @@ def load_async_io() -> None:
     Raises:
         UserError: for what is missing, a build that fails, and one that a killed process left.
     """
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
     if (reason := why_not()) is not None:
         raise UserError(f"parameters cannot go to NVMe: {reason}.")
     for op in ("pin_memory", "async_io"):
         wait_for_another_build(Path(_get_build_directory(op, verbose=False)))
     try:
         AsyncIOBuilder().load(verbose=False)
-    except (RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError, CalledProcessError) as error:
         last = "\n".join(str(error).splitlines()[-20:])
         raise UserError(f"DeepSpeed's async_io does not build or load here:\n{last}") from error
 

@@ -39,3 +39,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyRun":
     from tests.tiny_run import write_tiny_run  # late: it imports torch and transformers
 
     return write_tiny_run(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def async_io() -> None:
+    """DeepSpeed's op for NVMe, built: minutes, once a machine. Skips, and says so, where it cannot
+    be built."""
+    from sparse_lora_dist import zero3_nvme  # late: it imports torch and DeepSpeed
+
+    if reason := zero3_nvme.why_not():
+        pytest.skip(reason)
+    zero3_nvme.load_async_io()

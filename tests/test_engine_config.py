@@ -7,7 +7,14 @@ import pytest
 
 from sparse_lora_dist.config import Config, ModelConfig, TrainConfig
 from sparse_lora_dist.engine_config import check_engine_file, conflicts, engine_dict
-from sparse_lora_dist.engine_keys import FIXED, KEYS, KNOWN_ELSEWHERE, OWNED, WHY_NOT
+from sparse_lora_dist.engine_keys import (
+    AT_LEAST_ONE,
+    FIXED,
+    KEYS,
+    KNOWN_ELSEWHERE,
+    OWNED,
+    WHY_NOT,
+)
 from sparse_lora_dist.errors import ConfigError
 
 SHIPPED = sorted(Path(__file__).parents[1].glob("ds_configs/*.json"))
@@ -78,6 +85,10 @@ def test_shipped_file_is_good_and_reduces_in_fp32(path):
         ("zero_optimization.offload_param.device", ["cpu"], "one of none, cpu, nvme"),
         ("zero_optimization.offload_param.device", "nvme", "needs nvme_path"),
         ("zero_optimization.offload_param.pinned", True, "no supported key"),
+        ("zero_optimization.offload_param.max_in_cpu", 0, "what trains stays in memory"),
+        ("zero_optimization.offload_param.buffer_count", 0, "must be at least 1"),
+        ("aio.block_size", 0, "must be at least 1"),
+        ("aio.use_gds", True, "must be false"),
         ("zero_optimization.offload_optimizer.device", "nvme", "packed moments do not fit"),
         ("optimizer", {"type": "AdamW"}, "optimizer: remove it and set --learning_rate"),
         ("scheduler", {"type": "WarmupLR"}, "scheduler: remove it and set --lr_schedule"),
@@ -200,6 +211,21 @@ def test_hpz_group_must_divide_the_ranks():
         engine_dict(engine, RUN, world_size=3)
 
 
+def test_all_that_nvme_does_not_go_with_comes_at_once(file):
+    engine = json.loads(json.dumps(MINIMAL))
+    engine["zero_optimization"] |= {
+        "offload_param": {"device": "nvme", "nvme_path": "/", "buffer_count": 0},
+        "offload_optimizer": {"device": "nvme"},
+        "zero_hpz_partition_size": 2,
+    }
+    problems = "\n".join(check_engine_file(file(engine)))
+    for words in ("packed moments do not fit", "a node's copy", "buffer_count is 0"):
+        assert words in problems
+    engine["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    assert check_engine_file(file(engine)) == []
+
+
 def test_nvme_folder_must_be_there(tmp_path):
     engine = with_key("zero_optimization.offload_param.device", "nvme")
     engine["zero_optimization"]["offload_param"]["nvme_path"] = str(tmp_path)
@@ -218,7 +244,7 @@ def test_every_special_key_is_in_the_tables():
         return {prefix + k for k in keys}.union(*inner)
 
     known = names(KEYS)
-    assert known >= FIXED.keys() | OWNED.keys() | WHY_NOT.keys()
+    assert known >= FIXED.keys() | OWNED.keys() | WHY_NOT.keys() | AT_LEAST_ONE
     assert known.isdisjoint(KNOWN_ELSEWHERE)
 
 
