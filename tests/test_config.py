@@ -16,9 +16,9 @@ FLAGS = """
     model revision trust_remote_code quantization double_quant base_cache precision
     attn_implementation gradient_checkpointing data eval_data text_field prompt_field
     response_field chat_template train_on packing sequence_length max_samples method rank alpha
-    dropout target_modules modules_to_save init_adapter max_steps num_epochs stop_after micro_batch_size
-    gradient_accumulation_steps learning_rate lr_schedule warmup_steps weight_decay adam_beta1
-    adam_beta2 adam_eps moment_bits max_grad_norm seed
+    dropout target_modules modules_to_save init_adapter max_steps num_epochs stop_after
+    micro_batch_size gradient_accumulation_steps learning_rate lr_schedule warmup_steps weight_decay
+    adam_beta1 adam_beta2 adam_eps moment_bits max_grad_norm seed
     ds_config output_dir resume log_every eval_every eval_batches save_every trackers debug
 """.split()
 
