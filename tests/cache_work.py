@@ -41,7 +41,7 @@ def load(folder: str, cache: str | None, **options: Any) -> dict[str, Any]:
         model = load_model(config)
     return {
         "bytes": held_bytes(model),
-        "logits": logits_of(model, precision=config.model.precision),
+        "logits": logits_of(model, config.model.precision),
         "cached": model.cache is not None and model.cache.files is not None,
         "said": out.getvalue(),
         "identity": model.identity,

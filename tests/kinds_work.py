@@ -44,7 +44,7 @@ def packed_like_the_files(folder: str) -> dict[str, Any]:
             scales = layer.scales.data.view(torch.uint8)[: layout.scale_bytes].clone()
         assert torch.equal(packed, whole[key].flatten().view(torch.uint8)), key
         assert scales.tolist() == _scales_in_files(whole, key).tolist(), key
-    logits = logits_of(model)
+    logits = logits_of(model, "bf16")
     return {
         "linears": len(linears),
         "kinds": {(m.layout.quant_type, m.layout.block) for m in linears.values()},
@@ -63,7 +63,7 @@ def _scales_in_files(whole: dict[str, Tensor], key: str) -> Tensor:
     return torch.cat([nested.view(torch.uint8), offset.reshape(1).view(torch.uint8), absmax])
 
 
-def logits_of(model: Model, precision: str = "bf16") -> Tensor:
+def logits_of(model: Model, precision: Any) -> Tensor:
     """What the engine says to ``TOKENS``."""
     optimizer = SparseAdamW(model.trainable(), lr=0.0, weight_decay=0.0)
     config = config_of(precision=precision)
@@ -75,6 +75,9 @@ def logits_of(model: Model, precision: str = "bf16") -> Tensor:
 def _logits_of_transformers(folder: str) -> Tensor:
     # In training mode: for evaluation bitsandbytes' CPU kernels pack the weights another way.
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).train()
+    for parameter in reference.parameters():
+        if parameter.is_floating_point():  # in a 4-bit model these keep the dtype of the files
+            parameter.data = parameter.data.bfloat16()
     return reference(input_ids=TOKENS, use_cache=False).logits.detach()
 
 

@@ -85,9 +85,6 @@ def test_it_is_a_checkpoint_for_transformers_with_bitsandbytes(
     folder, cache = MODELS[kind](tmp_path / "model"), tmp_path / "cache"
     (first,) = ranks(1, LOAD, folder=str(folder), cache=str(cache), double_quant=double_quant)
     made = only_cache(cache)
-    for name, tensor in load_file(folder / "model.safetensors").items() if kind == "tied" else ():
-        if "_proj" not in name:
-            assert torch.equal(load_file(next(made.glob("*.safetensors")))[name], tensor), name
     config = json.loads((made / "config.json").read_text())["quantization_config"]
     assert config["bnb_4bit_use_double_quant"] is double_quant
     # As --model it loads on two ranks, and its logits are those of transformers.
@@ -98,7 +95,7 @@ def test_it_is_a_checkpoint_for_transformers_with_bitsandbytes(
 
 
 def test_in_several_files(ranks: Ranks, tmp_path: Path, llama: Path) -> None:
-    arguments = {"folder": str(llama), "cache": str(tmp_path), "file_bytes": 20_000}
+    arguments = {"folder": str(llama), "cache": str(tmp_path), "file_bytes": 10_000}
     first = ranks(2, "tests.cache_work:load_in_small_files", **arguments)[0]
     files = sorted(f.name for f in only_cache(tmp_path).glob("*.safetensors"))
     assert len(files) > 3

@@ -34,6 +34,8 @@ from sparse_lora_dist.base_model.sources import COMPONENTS, STATE, Sources
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.zero3 import gathered
 
+COMPUTE_DTYPE = torch.bfloat16
+"""What bitsandbytes is to dequantise to; we do as the run's precision says."""
 PIECE = 2**25
 """Bytes of an original file that are copied at a time."""
 SMALL_PARTS = 2**11
@@ -133,7 +135,7 @@ def saved_tensors(
             code=bnb.get_4bit_type(layout.quant_type, device="cpu"),
             blocksize=layout.block,
             quant_type=layout.quant_type,
-            dtype=source.dtype,
+            dtype=COMPUTE_DTYPE,
         )
         if not layout.double_quant:
             state.absmax = state.absmax.view(torch.float32)
@@ -179,7 +181,7 @@ def _describe(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=cache.made_of["double_quant"],
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
         bnb_4bit_quant_storage=torch.uint8,
         llm_int8_skip_modules=cache.not_quantized,
     ).to_dict()
