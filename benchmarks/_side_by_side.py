@@ -51,11 +51,14 @@ class Run:
     rows: int
     tokens: int
 
-    def step(self, step: int) -> None:
-        """Optimizer step ``step``, on random rows. Collective."""
+    def step(self, step: int) -> float:
+        """Optimizer step ``step``, on random rows; its loss. Collective."""
         self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
         batches = [random_rows(step, self.rows, self.tokens)]
-        train_step(self.engine, self.shards, self.decisions, batches, self.row_seeds, step=step)
+        result = train_step(
+            self.engine, self.shards, self.decisions, batches, self.row_seeds, step=step
+        )
+        return result.loss
 
 
 def build(
@@ -68,11 +71,12 @@ def build(
     rows: int = 1,
     bits: Any = 32,
     ds_config: Any = ZERO3,
+    **base: Any,
 ) -> Run:
-    """What ``train.run`` puts together before its loop. Collective."""
+    """What ``train.run`` puts together before its loop; ``base``: of ModelConfig. Collective."""
     factory = METHODS[name]
     config = Config(
-        model=ModelConfig(model=folder),
+        model=ModelConfig(model=folder, **base),
         data=DataConfig(sequence_length=tokens),
         adapter=AdapterConfig(method=name),
         train=TrainConfig(
