@@ -39,14 +39,7 @@ def quantized_parameters(
         w_N: the weights of ``own_weights``, on the builder's device.
     """
     dtype = builder.dtype
-    first, last = own_bytes(layout.packed_bytes, dtype)
-    w_start, _ = layout.weights_of_bytes(first, last)
-    own_packed, own_absmax = nf4.quantize(w_N, layout, w_start)
-    # Of the first block another rank may own the first weight, and with it the scale.
-    packed_start, block_start = layout.place_of(w_start)
-    own_packed = own_packed[first - packed_start : last - packed_start]
-    own_absmax = own_absmax[layout.blocks_of_bytes(first, last)[0] - block_start :]
-
+    own_packed, own_absmax = quantized_part(w_N, layout, dtype)
     packed = bytes_parameter(own_packed, layout.packed_bytes, builder)
     absmax_B = _gather_absmax(own_absmax, layout, dtype)
     # One rank takes the means for all, over whole vectors, as bitsandbytes does.
@@ -54,6 +47,17 @@ def quantized_parameters(
     scales = nf4.scale_bytes(absmax_B, offset_E, layout)
     first, last = own_bytes(layout.scale_bytes, dtype)
     return packed, bytes_parameter(scales[first:last], layout.scale_bytes, builder)
+
+
+def quantized_part(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(this rank's share of the packed bytes, absmax fp32 of the blocks it answers for)."""
+    first, last = own_bytes(layout.packed_bytes, dtype)
+    w_start, _ = layout.weights_of_bytes(first, last)
+    packed, absmax = nf4.quantize(w_N, layout, w_start)
+    # Of the first block another rank may own the first weight, and with it the scale.
+    packed_start, block_start = layout.place_of(w_start)
+    own = packed[first - packed_start : last - packed_start]
+    return own, absmax[layout.blocks_of_bytes(first, last)[0] - block_start :]
 
 
 def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Parameter:

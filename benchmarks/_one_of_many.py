@@ -1,0 +1,53 @@
+"""One real rank of a job of many: the others are stood in for.
+
+The rank has its real number in a group of the real size, so that every share, range and owner is
+the real one. What the others would send is made up:
+
+    all-gather    of the scales: this rank's own, once for everyone
+    broadcast     of the scales' means: this rank's own
+    the rest      barriers, maxima and pickled objects: this rank's own
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model.quantized_share import own_weights, quantized_part
+
+
+def pretend(rank: int, ranks: int) -> None:
+    """Instead of ``comm.start``."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    comm._patient = dist.group.WORLD
+
+
+@contextmanager
+def true_scales(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Iterator[None]:
+    """Inside, the all-gather of a weight's scales brings what the other ranks would really send."""
+    rows = []
+    for rank in range(comm.world_size()):
+        with patch.object(comm, "rank", lambda rank=rank: rank):
+            start, stop = own_weights(layout, dtype)
+            rows.append(quantized_part(w_N[start:stop], layout, dtype)[1])
+
+    def gathered(shard: Tensor, numel: int) -> Tensor:
+        everyone = shard.new_zeros(len(rows), shard.numel())
+        for row, absmax in zip(everyone, rows, strict=True):
+            row[: absmax.numel()] = absmax
+        return everyone.flatten()[:numel]
+
+    with patch.object(comm, "all_gather_flat", gathered):
+        yield
