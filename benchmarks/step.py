@@ -13,7 +13,7 @@ import json
 import random
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from _side_by_side import ZERO3, build, on_ranks  # isort: skip  # sets the path
 
 import torch
 from _job import RESULTS, write
-from _step_report import RANK, SHAPE, SMALL, TOKENS, WAYS, plot, report, stored, summary
+from _step_report import RANK, SHAPE, SMALL, TOKENS, WAYS, figures, plot, report, stored
 from _usual_way import build_usual
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +31,7 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.program import leave, quiet_others
 
 WARM_UP = 2
+PHASES = ("time", *WAYS)
 TINY = {"width": 256, "inner": 704, "layers": 2, "vocabulary": 1000}
 
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12, help="measured ones, of two steps each")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
     parser.add_argument("--tiny", action="store_true", help="small shapes, nothing is written")
-    parser.add_argument("--phase", choices=["time", *WAYS], help=argparse.SUPPRESS)
+    parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.phase:
@@ -75,13 +76,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_model(folder, TINY if args.tiny else CASES[index].shape)
             flags = ["--folder", folder, "--cases", str(index), "--rounds", str(args.rounds)]
-            for phase in ("time", *WAYS):
+            for phase in PHASES:
                 on_ranks(__file__, "--phase", phase, *flags, ranks=CASES[index].ranks)
-            found[CASES[index].name] = {
-                phase: json.loads((Path(folder) / f"{phase}.json").read_text())
-                for phase in ("time", *WAYS)
-            } | {"case": asdict(CASES[index])}
-            print(json.dumps(summary(found[CASES[index].name]), indent=1))
+            left = {p: json.loads((Path(folder) / f"{p}.json").read_text()) for p in PHASES}
+            found[CASES[index].name] = figures(left.pop("time"), left)
+            print(json.dumps(found, indent=1))
     if not args.tiny:
         everything = stored() | found
         (RESULTS / "step.json").write_text(json.dumps(everything, indent=1) + "\n")
@@ -185,7 +184,7 @@ def timed(run: Any, step: int) -> dict[str, float]:
     comm.barrier()
     seconds = torch.tensor([time.perf_counter() - started, cpu])
     clock, cpu = comm.max_over_ranks(seconds).tolist()
-    return {"step": clock, "cpu": cpu}
+    return {"clock": clock, "processor": cpu}
 
 
 class Traffic(TorchDispatchMode):

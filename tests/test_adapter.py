@@ -1,10 +1,12 @@
 """The adapter's delta: its gradient with dropout, and dropout that depends on the row alone."""
 
+import pytest
 import torch
 from torch import nn
 
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
-from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
+from sparse_lora_dist.base_model import frozen_linear
+from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
 from sparse_lora_dist.methods import METHODS, Plan
 from sparse_lora_dist.methods.base import Method, Pieces, Site
 
@@ -117,3 +119,31 @@ def test_a_site_without_pieces_adds_nothing() -> None:
     torch.testing.assert_close(y, x @ ours.base.weight.t())
     y.sum().backward()
     assert all((p.grad == 0).all() for p in (ours.lora_a, ours.lora_b, ours.lora_gate))
+
+
+@pytest.mark.parametrize("has_instructions", [True, False])
+def test_bf16_gradients_are_those_of_fp32_with_or_without_instructions_for_it(
+    monkeypatch: pytest.MonkeyPatch, has_instructions: bool
+) -> None:
+    monkeypatch.setattr(frozen_linear, "_cpu_multiplies_bf16", lambda: has_instructions)
+    ours = layer(seeds(3, 5)).bfloat16()
+    x = inputs(2).bfloat16().requires_grad_()
+    y, weights = ours(x), torch.randn(2, 16, 20, generator=torch.Generator().manual_seed(3))
+    y.backward(weights.bfloat16())
+
+    # The same numbers and the same dropout, everything else in fp32.
+    mask = ours.row_seeds.keep_mask(x, "site", (3, 5), 1, DROPOUT).float()
+    a, b, x_ = (t.detach().float().requires_grad_() for t in (ours.lora_a, ours.lora_b, x))
+    wanted = x_ @ ours.base.weight.float().t() + (x_ * mask) @ a.t() @ b.t() * SCALE
+    wanted.backward(weights.bfloat16().float())
+    for got, right in ((x, x_), (ours.lora_a, a), (ours.lora_b, b)):
+        assert got.grad.dtype == torch.bfloat16
+        assert (got.grad.float() - right.grad).norm() < 0.01 * right.grad.norm()
+
+
+def test_other_dtypes_are_multiplied_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_linear, "_cpu_multiplies_bf16", lambda: False)
+    for dtype in (torch.float32, torch.float16):
+        assert fast_dtype(torch.zeros(1, dtype=dtype)) == dtype
+    assert fast_dtype(torch.zeros(1, dtype=torch.bfloat16)) == torch.float32
+    assert fast_dtype(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == torch.bfloat16
