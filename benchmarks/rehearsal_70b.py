@@ -65,11 +65,11 @@ def main() -> None:
     """Every size, first and last rank; figures, table and plot."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 64])
-    parser.add_argument("--layers", type=int, help="another shape; nothing is written then")
-    parser.add_argument(
-        "--hidden", type=int, help="width, in heads of 128 or, below 128, one of it"
-    )
+    parser.add_argument("--layers", type=int, help="so many; nothing is written then")
+    parser.add_argument("--hidden", type=int, help="width, a multiple of 128; nor with this")
     parser.add_argument("--train", action="store_true", help="on the GPUs, or CPUs, that are here")
+    parser.add_argument("--tokens", type=int, help="of a row, instead of 2048 and 4096")
+    parser.add_argument("--cpu_ranks", type=int, default=1, help="where there is no GPU")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     parser.add_argument("--case", help=argparse.SUPPRESS)
@@ -93,7 +93,8 @@ def rehearse(folder: str, args: argparse.Namespace) -> None:
     if args.train:
         from _rehearsal_train import train_all
 
-        train_all(folder, __file__, keep=is_llama)
+        ranks = torch.cuda.device_count() or args.cpu_ranks
+        train_all(folder, __file__, keep=is_llama, ranks=ranks, tokens=args.tokens)
         return
     found = [
         load_alone(folder, rank, ranks) for ranks in args.ranks for rank in sorted({0, ranks - 1})

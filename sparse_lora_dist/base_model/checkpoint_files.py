@@ -25,6 +25,9 @@ FLOATS = ("BF16", "F16", "F32")
 CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
+PIECE_BYTES = 2**26
+"""Read at a time for a GPU, through pinned memory: PyTorch keeps what it pinned, for ever."""
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:
@@ -92,11 +95,26 @@ class CheckpointFiles:
         return self.read(source, 0, entry.nbytes // entry.itemsize)
 
     def read(self, source: Source, start: int, stop: int, *, device: torch.device = CPU) -> Tensor:
-        """Elements [start, stop) of a source, 1-D, on ``device``; only their bytes are read."""
-        out = torch.empty(
-            max(stop - start, 0), dtype=source.dtype, pin_memory=device.type == "cuda"
-        )
-        first, last = (i * out.element_size() for i in (start, stop))
+        """Elements [start, stop) of a source, 1-D, on ``device``; only their bytes are read.
+
+        A copy to a GPU may still be under way: it is in order on the caller's current stream.
+        """
+        out = torch.empty(max(stop - start, 0), dtype=source.dtype, device=device)
+        if device.type == "cpu":
+            self._fill(out, source, start)
+            return out
+        for piece in out.split(PIECE_BYTES // out.element_size()):
+            # PyTorch hands a pinned block to nobody else before the copy from it is done.
+            pinned = torch.empty_like(piece, device=CPU, pin_memory=True)
+            self._fill(pinned, source, start)
+            piece.copy_(pinned, non_blocking=True)
+            start += piece.numel()
+        return out
+
+    def _fill(self, out: Tensor, source: Source, start: int) -> None:
+        """``out``, 1-D in host memory, with the elements from ``start`` on."""
+        first = start * out.element_size()
+        last = first + out.nbytes
         buffer = out.view(torch.uint8).numpy().data
         begin = 0  # of the part, in the source
         for part in source.parts:
@@ -105,7 +123,6 @@ class CheckpointFiles:
             if low < high:
                 self._read_part(part, low - begin, buffer[low - first : high - first])
             begin += length
-        return out.to(device, non_blocking=True)
 
     def _read_part(self, part: Entry | bytes, offset: int, buffer: memoryview) -> None:
         if isinstance(part, bytes):

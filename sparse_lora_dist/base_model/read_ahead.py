@@ -22,8 +22,11 @@ class Range(NamedTuple):
 def read_ahead(
     files: CheckpointFiles, ranges: Iterable[Range], device: torch.device
 ) -> Iterator[Tensor]:
-    """The elements of each range, 1-D, on ``device``: at most two ranges are held at a time."""
-    with ThreadPoolExecutor(1) as thread:
+    """The elements of each range, 1-D, on ``device``: at most two ranges are held at a time.
+
+    The thread copies to a GPU on the default stream, so this is to be used on that stream.
+    """
+    with ThreadPoolExecutor(1, initializer=_use, initargs=(device,)) as thread:
         reads: deque[Future[Tensor]] = deque()
         for source, start, stop in ranges:
             reads.append(thread.submit(files.read, source, start, stop, device=device))
@@ -32,3 +35,10 @@ def read_ahead(
                 yield reads.popleft().result()
         while reads:
             yield reads.popleft().result()
+
+
+def _use(device: torch.device) -> None:
+    """CUDA's current device is each thread's own; without this the threads of all ranks would pin
+    memory in the name of GPU 0, and each leave a context there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
