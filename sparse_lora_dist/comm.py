@@ -41,7 +41,7 @@ def start(timeout_minutes: float = 10.0) -> None:
     os.environ.setdefault("LOCAL_RANK", "0")
     if "OMP_NUM_THREADS" not in os.environ:
         # Each rank would otherwise start a thread per core, and they would fight.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_on_this_machine()))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_this_machine()))
     if on_gpu():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     try:
@@ -75,7 +75,7 @@ def _refuse_unknown_launchers() -> None:
             )
 
 
-def _ranks_on_this_machine() -> int:
+def ranks_on_this_machine() -> int:
     """torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; else all of them."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
     return int(next(os.environ[name] for name in names if name in os.environ))

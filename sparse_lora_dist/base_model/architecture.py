@@ -3,6 +3,7 @@ allocated."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,8 +17,11 @@ HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"
 HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights in the maker's own layout
 
 
-def resolve_folder(model: str, revision: str | None) -> Path:
-    """The local folder of a model: itself, or a hub model, downloaded if it is not in the cache."""
+def resolve_folder(
+    model: str, revision: str | None, *, patterns: Sequence[str] = HUB_PATTERNS
+) -> Path:
+    """The local folder of a model: itself, or what matches ``patterns`` of a hub model, downloaded
+    if it is not in the cache."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -26,7 +30,7 @@ def resolve_folder(model: str, revision: str | None) -> Path:
         folder = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=HUB_PATTERNS,
+            allow_patterns=list(patterns),
             ignore_patterns=HUB_DUPLICATES,
         )
     except Exception as error:  # the hub raises a dozen kinds, from no network to a gated model

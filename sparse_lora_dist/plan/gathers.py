@@ -145,20 +145,24 @@ class _Coordinator:
 
 
 def gathered(
-    parameters: Sequence[Held], layers: str, bounds: Bounds, *, checkpointing: bool
+    parameters: Sequence[Held],
+    layers: str,
+    bounds: Bounds,
+    *,
+    once: Collection[str] = (),
+    checkpointing: bool,
 ) -> Gathered:
     """Of a micro-batch that finds persistent parameters (``bounds``) whole already.
 
     Args:
         layers: the name under which the model's layers lie, each of which is run again in backward
             where activations are checkpointed.
+        once: modules that have no backward.
     """
     moving = [p for p in parameters if p.numel > bounds.persistent]
     of_module: dict[str, list[str]] = {}
     for parameter in moving:
         of_module.setdefault(parameter.module, []).append(parameter.name)
-    # Nothing before the first linear wants a gradient, so a frozen embedding has no backward.
-    once = {p.module for p in moving if p.kind == "embeddings"}
     visits = _visits(list(of_module), once, layers, checkpointing)
     coordinator = _Coordinator(
         sizes={p.name: p.numel for p in moving},

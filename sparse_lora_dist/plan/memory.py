@@ -1,9 +1,8 @@
-"""Bytes of one rank, line by line: while it loads, in forward and backward, in the optimizer's step.
+"""Bytes of one rank, line by line: while it loads, in forward and backward, in the optimizer's
+step.
 
-Lines that come from shares are exact; ``activations`` and ``gathered`` are played through on shapes;
-what is assumed is a constant here, with its reason.
-
-Shapes: N ranks, M rows of a micro-batch, T tokens of a row, V vocabulary.
+Lines that come from shares are exact; activations and what is gathered are played through on
+shapes; what is assumed is a constant here, with its reason.
 """
 
 from collections.abc import Iterable, Sequence
@@ -101,7 +100,7 @@ def _base(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     small = [p for p in shapes.parameters if p.numel <= engine.bounds.persistent]
     for kind, (key, label) in BASE.items():
         parameters = [p for p in shapes.parameters if p.kind == kind]
-        staying = [p for p in parameters if p in small or engine.parameters == "device"]
+        staying = [p for p in parameters if p in small or engine.parameters == "none"]
         leaving = [p for p in parameters if p not in staying]
         yield _always(key, label, where, _share(staying, shapes, ranks))
         if engine.parameters == "cpu":
@@ -134,8 +133,8 @@ def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> floa
 
 def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
-    copy_at: Place = where if engine.parameters == "device" else "host"
-    state_at: Place = where if engine.optimizer == "device" else "host"
+    copy_at: Place = where if engine.parameters == "none" else "host"
+    state_at: Place = where if engine.optimizer == "none" else "host"
     entries = trained_entries(shapes, ranks)
     yield _always("adapter", "adapter: live copy", copy_at, entries * shapes.itemsize)
     # An fp32 engine steps its own copy, unless it lies elsewhere.
@@ -157,7 +156,7 @@ def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
 def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
     # One rank has nothing to gather, unless its parameters lie elsewhere.
-    alone = ranks.world_size == 1 and (engine.parameters == "device" or not ranks.on_gpu)
+    alone = ranks.world_size == 1 and (engine.parameters == "none" or not ranks.on_gpu)
     whole = 0 if alone else shapes.gathered(engine.bounds).peak * shapes.itemsize
     yield _line("gathered", "weights gathered for use", where, whole, "pass")
     step, config = shapes.step, shapes.config
@@ -176,7 +175,9 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
     size = 4 * bucket if ranks.on_gpu else filled
     label = "gradient buckets, filled and reduced"
     yield _line("buckets", label, where, size + filled, "pass")
-    yield _line("load_work", "the largest tensor on its way", where, load_work(shapes, ranks), "load")
+    yield _line(
+        "load_work", "the largest tensor on its way", where, load_work(shapes, ranks), "load"
+    )
 
 
 def loss_bytes(shapes: Shapes) -> int:
@@ -186,7 +187,7 @@ def loss_bytes(shapes: Shapes) -> int:
         return 0
     config = shapes.config
     tokens = config.train.micro_batch_size * config.data.sequence_length
-    vocabulary, width = head.weight.shape
+    vocabulary, width = (int(n) for n in head.weight.shape)
     hidden = tokens * width * shapes.itemsize
     if shapes.whole_logits:
         return hidden + 2 * tokens * vocabulary * shapes.itemsize

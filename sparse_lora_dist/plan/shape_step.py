@@ -51,15 +51,13 @@ class _Ledger(TorchDispatchMode):
     """Books every storage that an operation makes, until it is freed."""
 
     def __init__(self, known: Collection[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
         self._booked: dict[int, Any] = {}
         for tensor in known:
             self.see(tensor, counts=False)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
@@ -184,8 +182,8 @@ def _extrapolated(found: list[StepMemory], counts: list[int], num_layers: int) -
     times = (num_layers - counts[0]) / (counts[-1] - counts[0])
 
     def at(name: str) -> float:
-        first: float = getattr(few, name)
-        return first + times * (getattr(more, name) - first)
+        first, second = float(getattr(few, name)), float(getattr(more, name))
+        return first + times * (second - first)
 
     return StepMemory(kept=at("kept"), forward=at("forward"), backward=at("backward"))
 
@@ -203,6 +201,7 @@ def _first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
     finally:
         holder._modules[leaf] = layers
     few.config.num_hidden_layers = count
+    few.config.use_cache = False
     return few
 
 
