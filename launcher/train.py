@@ -9,6 +9,7 @@ from pathlib import Path
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sparse_lora_dist.command_line import load_config
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.program import run_program
 
@@ -22,4 +23,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    run_program(sys.argv[1:], main)
+    run_program(sys.argv[1:], load_config, main)

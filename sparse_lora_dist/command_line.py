@@ -19,8 +19,8 @@ from sparse_lora_dist.config import SECTIONS, Config, raise_if
 from sparse_lora_dist.engine_config import check_engine_file, conflicts
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.given import read_flags, read_yaml, split_argv, typed_values
-from sparse_lora_dist.locations import missing_locations
-from sparse_lora_dist.options import Option, build_parser, known_options
+from sparse_lora_dist.locations import missing_locations, missing_source
+from sparse_lora_dist.options import TRAIN, Option, Program, build_parser, known_options
 from sparse_lora_dist.spelling import did_you_mean
 
 
@@ -32,20 +32,31 @@ def load_config(argv: Sequence[str]) -> Config:
     Raises:
         ConfigError: with every problem there is.
     """
+    return read_options(argv, TRAIN)[0]
+
+
+def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
+    """The run, and an instance of what the program has of its own, or None.
+
+    Raises:
+        ConfigError: with every problem there is.
+    """
     problems: list[str] = []
-    options, parser = known_options(), build_parser()
+    options, parser = known_options(program), build_parser(program)
     flags = split_argv(argv, problems)
     names = [name for name, _ in flags]
     if "help" in names:
         leave_saying(parser.format_help())
     given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
     values = typed_values(given, options, parser, problems)
-    config = build(values, options, problems)
+    config = build(values, options, problems, trains=program.trains)
+    flat = {name: option.default for name, option in options.items()} | values
+    own = None if program.own is None else make(program.own, flat, problems)
     raise_if(problems)
     assert config is not None, "neither a config nor a problem"
     if "print_config" in names:
         leave_saying(yaml.safe_dump(config.as_flat_dict(), sort_keys=False))
-    return config
+    return config, own
 
 
 def leave_saying(text: str) -> NoReturn:
@@ -56,9 +67,14 @@ def leave_saying(text: str) -> NoReturn:
 
 
 def build(
-    values: Mapping[str, Any], options: Mapping[str, Option], problems: list[str]
+    values: Mapping[str, Any],
+    options: Mapping[str, Option],
+    problems: list[str],
+    *,
+    trains: bool = True,
 ) -> Config | None:
-    """The config of ``values`` over the defaults; None when a part of it cannot be made."""
+    """The config of ``values`` over the defaults; None when a part of it cannot be made. Places
+    that only a run reads or writes need not exist where nobody ``trains``."""
     flat: dict[str, Any] = {name: option.default for name, option in options.items()} | dict(values)
     parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
     check_method(values, flat["method"], options, problems)
@@ -66,12 +82,12 @@ def build(
         parts["method_options"] = make(methods.METHODS[flat["method"]].options, flat, problems)
     config = None if None in parts.values() else whole(parts, problems)
 
-    problems += missing_locations(flat)
-    if "wandb" in flat["trackers"] and find_spec("wandb") is None:
+    problems += missing_locations(flat) if trains else missing_source("model", flat["model"])
+    if trains and "wandb" in flat["trackers"] and find_spec("wandb") is None:
         problems.append("trackers has wandb, which is not installed: pip install wandb")
     engine_problems = check_engine_file(flat["ds_config"])
     if config is not None and not engine_problems:
-        engine_problems = conflicts(flat["ds_config"], config)
+        engine_problems = conflicts(flat["ds_config"], config, trains=trains)
     problems += engine_problems
     return config
 

@@ -151,8 +151,9 @@ def engine_dict(source: str | Engine, config: Config, world_size: int) -> Engine
     return engine
 
 
-def conflicts(source: str | Engine, config: Config) -> list[str]:
-    """Every number of a well-formed file that differs from the run's, and a missing NVMe folder."""
+def conflicts(source: str | Engine, config: Config, *, trains: bool = True) -> list[str]:
+    """Every number of a well-formed file that differs from the run's, and a missing NVMe folder
+    where a run is to train here."""
     engine, place = load(source)
     problems = [
         differs(place, key, value_at(engine, key), ours)
@@ -160,7 +161,7 @@ def conflicts(source: str | Engine, config: Config) -> list[str]:
         if value_at(engine, key) not in (None, "auto", ours)
     ]
     param = value_at(engine, "zero_optimization.offload_param") or {}
-    if param.get("device") == "nvme" and not os.access(param["nvme_path"], os.W_OK):
+    if trains and param.get("device") == "nvme" and not os.access(param["nvme_path"], os.W_OK):
         problems.append(
             f"{place}: zero_optimization.offload_param.nvme_path must be a folder you can "
             f"write to, got {param['nvme_path']!r}"

@@ -22,6 +22,26 @@ WORDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
+class Program:
+    """What reads options, and says so on its help page."""
+
+    name: str
+    usage: str
+    description: str
+    own: type[Any] | None = None
+    """Dataclass of options beside those of a run."""
+    trains: bool = True
+    """Does it need what a run reads and writes besides the model?"""
+
+
+TRAIN = Program(
+    name="launcher/train.py",
+    usage=USAGE,
+    description="Fine-tune a sharded 4-bit language model with a sparse low-rank adapter.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Option:
     """The type of its value, its default, and the method it belongs to, if to one."""
 
@@ -30,9 +50,15 @@ class Option:
     method: str | None
 
 
-def known_options() -> dict[str, Option]:
+def sections_of(program: Program) -> dict[str, type[Any]]:
+    """Those of a run, and the program's own."""
+    return SECTIONS | ({} if program.own is None else {"own": program.own})
+
+
+def known_options(program: Program = TRAIN) -> dict[str, Option]:
     """{name: Option} of every section and of every method there is at this moment."""
-    owners: list[tuple[str | None, type[Any]]] = [(None, section) for section in SECTIONS.values()]
+    sections = sections_of(program).values()
+    owners: list[tuple[str | None, type[Any]]] = [(None, section) for section in sections]
     owners += [(name, factory.options) for name, factory in methods.METHODS.items()]
     return {
         f.name: Option(hint=get_type_hints(owner)[f.name], default=f.default, method=method)
@@ -41,14 +67,14 @@ def known_options() -> dict[str, Option]:
     }
 
 
-def build_parser() -> ArgumentParser:
+def build_parser(program: Program = TRAIN) -> ArgumentParser:
     """A parser that knows the type of every option, and prints the help page."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     summaries = "; ".join(f"{name} ({m.summary})" for name, m in methods.METHODS.items())
     parser = ArgumentParser(
-        prog="launcher/train.py",
-        usage=USAGE,
-        description="Fine-tune a sharded 4-bit language model with a sparse low-rank adapter.",
+        prog=program.name,
+        usage=program.usage,
+        description=program.description,
         epilog=f"Methods: {summaries}.",
         exit_on_error=False,
         add_help=False,
@@ -57,7 +83,7 @@ def build_parser() -> ArgumentParser:
     command.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
     command.add_argument("--print_config", action="store_true", help="print all values and leave")
     command.add_argument("--help", action="store_true", help="print this page and leave")
-    for section in SECTIONS.values():
+    for section in sections_of(program).values():
         parser.add_class_arguments(section, None)
     for name, factory in methods.METHODS.items():
         group = parser.add_argument_group(f"Options of --method {name}")

@@ -8,10 +8,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import NoReturn, Protocol, TypeVar
 
-from sparse_lora_dist.command_line import load_config
-from sparse_lora_dist.config import Config
+from sparse_lora_dist.config import RunConfig
 from sparse_lora_dist.errors import UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -26,11 +25,24 @@ FOREIGN_LOGGERS = (
 )
 
 
-def run_program(argv: Sequence[str], work: Callable[[Config], None]) -> None:
-    """Do ``work``; leave with 2 and a message on a user's mistake, 1 and a traceback on ours."""
+class HasRun(Protocol):
+    """A ``Config``, or what another program reads from its command line."""
+
+    @property
+    def run(self) -> RunConfig: ...
+
+
+Read = TypeVar("Read", bound=HasRun)
+
+
+def run_program(
+    argv: Sequence[str], read: Callable[[Sequence[str]], Read], work: Callable[[Read], None]
+) -> None:
+    """Do ``work`` with what ``read`` makes of ``argv``; leave with 2 and a message on a user's
+    mistake, 1 and a traceback on ours."""
     debug = False
     try:
-        config = load_config(argv)
+        config = read(argv)
         debug = config.run.debug
         if not debug:
             quiet_others()

@@ -14,6 +14,7 @@ from sparse_lora_dist.job import Job
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
+from sparse_lora_dist.plan.check import say_whether_it_fits
 from sparse_lora_dist.resume import find_resume
 from sparse_lora_dist.run_folder import check_folder
 from sparse_lora_dist.screen import say
@@ -46,6 +47,7 @@ def run(config: Config) -> None:
     for note in method.notes:
         say("note", note)
     resume = find_resume(config, model, feed, method)
+    say_whether_it_fits(config, model, engine_config)
     row_seeds = model.load(config, method, engine_config)
 
     train = config.train

@@ -3,6 +3,7 @@ allocated."""
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,11 @@ EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_nu
 HUB_DUPLICATES = ["consolidated*", "original/*"]  # the same weights in the maker's own layout
 
 
-def resolve_folder(model: str, revision: str | None) -> Path:
-    """The local folder of a model: itself, or a hub model, downloaded if it is not in the cache."""
+def resolve_folder(
+    model: str, revision: str | None, *, patterns: Sequence[str] = HUB_PATTERNS
+) -> Path:
+    """The local folder of a model: itself, or what matches ``patterns`` of a hub model, downloaded
+    if it is not in the cache."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -40,7 +44,7 @@ def resolve_folder(model: str, revision: str | None) -> Path:
         folder = snapshot_download(
             model,
             revision=revision,
-            allow_patterns=HUB_PATTERNS,
+            allow_patterns=list(patterns),
             ignore_patterns=HUB_DUPLICATES,
         )
     except Exception as error:  # the hub raises a dozen kinds, from no network to a gated model

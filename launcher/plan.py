@@ -1,0 +1,25 @@
+"""Will a run fit? From a model's config alone. ``--help`` lists every option.
+
+python launcher/plan.py --model assets/plans/llama-3-70b --world_size 8 --gpu_memory 24GB
+"""
+
+import sys
+from pathlib import Path
+
+# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sparse_lora_dist.plan.options import PlanRequest, load_request
+from sparse_lora_dist.program import run_program
+
+
+def main(request: PlanRequest) -> None:
+    """Hand over."""
+    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    from sparse_lora_dist.plan.program import plan
+
+    plan(request)
+
+
+if __name__ == "__main__":
+    run_program(sys.argv[1:], load_request, main)

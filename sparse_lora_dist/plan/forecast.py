@@ -1,0 +1,132 @@
+"""How many adapter entries will live, at first, at most and in the end: the method's own decisions,
+on a few small linears with random scores.
+
+Fractions of rows, columns and pieces are the same in small linears as in large ones, and what
+depends on the data (SoRA's gates) is taken as if nothing died of it.
+
+Shapes: R rank.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import By, Decision, Method, MethodFactory, Plan, Site, Ties
+
+SITES, FEATURES, STEPS = 8, 200, 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """Fractions of all entries that live; bytes of a birth for each, where ages differ."""
+
+    first: float
+    peak: float
+    last: float
+    birth_bytes: int
+
+
+def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
+    """Play the schedule of ``plan``, or of a run of 200 steps if it is longer and that will do."""
+    rank = max(site.rank for site in plan.sites)
+    side = max(FEATURES, rank)
+    sites = tuple(
+        Site(name=f"{i}", in_features=side, out_features=side, rank=rank) for i in range(SITES)
+    )
+    method, steps = _shortest(factory, options, plan, sites)
+    live = {
+        f"{site.name}.{key}": torch.ones(spec.shape, dtype=torch.bool)
+        for site in sites
+        for key, spec in method.tensors(site).items()
+    }
+    births = {name: torch.zeros_like(mask, dtype=torch.int32) for name, mask in live.items()}
+    fractions, aged = [], False
+    for step in [0, *(s for s in range(1, steps + 1) if method.decides_at(s))]:
+        if step > 0 or method.decides_at(0):
+            _take(method.decide(step, _RandomScores(live, method, len(sites))), live, births, step)
+        fractions.append(_fraction(live))
+        aged = aged or len({int(births[n][m].max()) for n, m in live.items() if m.any()}) > 1
+        if method.observes_until is not None and step >= method.observes_until:
+            break
+    return Forecast(
+        first=fractions[0], peak=max(fractions), last=fractions[-1], birth_bytes=2 * aged
+    )
+
+
+def _shortest(
+    factory: MethodFactory, options: object, plan: Plan, sites: tuple[Site, ...]
+) -> tuple[Method, int]:
+    for steps in (min(STEPS, plan.total_steps), plan.total_steps):
+        try:
+            short = Plan(
+                total_steps=steps,
+                warmup_steps=0,
+                learning_rate=plan.learning_rate,
+                sites=sites,
+            )
+            return factory.build(options, short), steps
+        except ValueError:  # options in steps that want a longer run
+            continue
+    return factory.build(options, plan), plan.total_steps
+
+
+def _take(
+    decision: Decision, live: dict[str, Tensor], births: dict[str, Tensor], step: int
+) -> None:
+    for name, mask in decision.live.items():
+        new = mask.view_as(live[name])
+        births[name][new & ~live[name]] = step
+        live[name] = new
+
+
+def _fraction(live: Mapping[str, Tensor]) -> float:
+    return float(sum(int(m.sum()) for m in live.values())) / sum(m.numel() for m in live.values())
+
+
+class _RandomScores:
+    """``methods.base.Scores`` of tensors that lie here whole: what is dead scores zero."""
+
+    def __init__(self, live: Mapping[str, Tensor], method: Method, num_sites: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self._live = live
+        self._values = {
+            name: torch.rand(mask.shape, generator=generator) * mask for name, mask in live.items()
+        }
+        self.site_stats = torch.rand(
+            method.n_site_stats, num_sites, dtype=torch.float64, generator=generator
+        )
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(t.shape) for name, t in self._values.items()}
+
+    def top_k(
+        self, k: Mapping[str, int], by: Mapping[str, By], ties: Ties = "index"
+    ) -> dict[str, Tensor]:
+        masks = {}
+        for name, count in k.items():
+            lines = _lines(self._values[name], by[name])
+            chosen = torch.zeros_like(lines, dtype=torch.bool)
+            chosen.scatter_(1, lines.topk(count, dim=1).indices, True)
+            masks[name] = (chosen.t() if by[name] == "column" else chosen).flatten()
+        return masks
+
+    def sums(self, by: Mapping[str, By]) -> dict[str, Tensor]:
+        return {n: _lines(self._values[n], side).double().sum(1) for n, side in by.items()}
+
+    def live(self, by: Mapping[str, By]) -> dict[str, Tensor]:
+        return {n: _lines(self._live[n], side).long().sum(1) for n, side in by.items()}
+
+    def spread(self, name: str, values: Tensor, by: By) -> Tensor:
+        lines = values[:, None].expand_as(_lines(self._live[name], by))
+        return (lines.t() if by == "column" else lines).flatten()
+
+
+def _lines(t: Tensor, by: By) -> Tensor:
+    """The tensor as a matrix that has a segment in each row."""
+    if by == "tensor":
+        return t.reshape(1, -1)
+    matrix = t.reshape(t.shape[0], -1)
+    return matrix if by == "row" else matrix.t()

@@ -1,0 +1,190 @@
+"""What a plan is about: the run, the ranks it is spread over, and the model's shapes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from sparse_lora_dist.base_model.architecture import output_head
+from sparse_lora_dist.config import AdapterConfig, Config
+from sparse_lora_dist.engine_config import value_at
+from sparse_lora_dist.methods import METHODS, Method, Plan
+from sparse_lora_dist.methods.base import Site
+from sparse_lora_dist.plan.forecast import Forecast, forecast
+from sparse_lora_dist.plan.gathers import Bounds, Gathered, gathered
+from sparse_lora_dist.plan.held import Held, held_parameters
+from sparse_lora_dist.plan.llama_sizes import as_llama
+from sparse_lora_dist.plan.shape_step import StepMemory, layers_of, step_memory
+from sparse_lora_dist.targets import find_sites
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+STEPS = 1000
+"""Of a run whose length is not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What an engine file says of memory; what it leaves out is DeepSpeed's default."""
+
+    bounds: Bounds
+    reduce_bucket: int = 500_000_000
+    hpz: int = 1
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where they are offloaded to."""
+    optimizer: Literal["none", "cpu"] = "none"
+    nvme_buffers: int = 0
+    """Elements of pinned buffers through which parameters come from disk."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "Engine":
+        """From the content of a file in ds_configs/, which is well formed."""
+
+        def number(key: str, default: int) -> int:
+            value = value_at(content, f"zero_optimization.{key}")
+            return default if value is None else int(value)
+
+        param = value_at(content, "zero_optimization.offload_param") or {}
+        optimizer = value_at(content, "zero_optimization.offload_optimizer") or {}
+        buffers = int(param.get("buffer_count", 5)) * int(param.get("buffer_size", 100_000_000))
+        usual = Bounds()
+        return cls(
+            bounds=Bounds(
+                prefetch=number("stage3_prefetch_bucket_size", usual.prefetch),
+                live=number("stage3_max_live_parameters", usual.live),
+                reuse=number("stage3_max_reuse_distance", usual.reuse),
+                persistent=number("stage3_param_persistence_threshold", usual.persistent),
+                one_by_one=bool(number("stage3_allgather_sequential", 0)),
+            ),
+            reduce_bucket=number("reduce_bucket_size", cls.reduce_bucket),
+            hpz=number("zero_hpz_partition_size", 1),
+            parameters=param.get("device", "none"),
+            optimizer=optimizer.get("device", "none"),
+            nvme_buffers=buffers if param.get("device") == "nvme" else 0,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How the job is spread."""
+
+    world_size: int
+    nodes: int = 1
+    on_gpu: bool = True
+
+    @property
+    def per_node(self) -> int:
+        return -(-self.world_size // self.nodes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """A model on the meta device and what trains on it, with what follows from these alone."""
+
+    model: PreTrainedModel
+    sites: tuple[Site, ...]
+    trained: tuple[str, ...]
+    """Modules trained in full."""
+    config: Config
+    whole_logits: bool = False
+    """Are logits of all tokens made at once?"""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said of the model."""
+    _gathered: dict[Bounds, Gathered] = field(default_factory=dict, repr=False, compare=False)
+
+    def with_config(self, config: Config, **others: Any) -> "Shapes":
+        """Of another run with the same model."""
+        return replace(self, config=config, _gathered={}, **others)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.config.model.precision]
+
+    @cached_property
+    def plan(self) -> Plan:
+        train = self.config.train
+        return Plan(
+            total_steps=train.max_steps or STEPS,
+            warmup_steps=train.warmup_steps,
+            learning_rate=train.learning_rate,
+            sites=self.sites,
+        )
+
+    @cached_property
+    def method(self) -> Method:
+        return METHODS[self.config.adapter.method].build(self.config.method_options, self.plan)
+
+    @cached_property
+    def parameters(self) -> list[Held]:
+        return held_parameters(
+            self.model,
+            self.sites,
+            self.method,
+            self.trained,
+            quantize=self.config.model.quantization == "nf4",
+            double_quant=self.config.model.double_quant,
+            dtype=self.dtype,
+        )
+
+    @cached_property
+    def forecast(self) -> Forecast:
+        factory = METHODS[self.config.adapter.method]
+        return forecast(factory, self.config.method_options, self.plan)
+
+    @cached_property
+    def step(self) -> StepMemory:
+        """Of one micro-batch.
+
+        Raises:
+            UserError: shapes are not enough for this model, nor has its config the sizes of a
+                Llama, which would stand in for it.
+        """
+        try:
+            return self._played(self.model, self.sites)
+        except Exception as error:  # whatever a model raises that wants numbers
+            first = str(error).partition("\n")[0]
+            problem = f"{self.model.config.model_type} cannot be run on shapes alone ({first})"
+        sizes = as_llama(self.model.config.get_text_config(), problem)
+        self.notes.append(f"{problem}: activations are those of a Llama of its sizes")
+        with torch.device("meta"):
+            model = LlamaForCausalLM._from_config(sizes, dtype=self.dtype)
+        return self._played(model, find_sites(model, AdapterConfig(rank=1), ()))
+
+    def _played(self, model: PreTrainedModel, sites: Sequence[Site]) -> StepMemory:
+        config = self.config
+        return step_memory(
+            model,
+            sites,
+            self.method,
+            rows=config.train.micro_batch_size,
+            tokens=config.data.sequence_length,
+            trained=self.trained,
+            checkpointing=config.model.gradient_checkpointing,
+            dropout=config.adapter.dropout,
+            packed=config.data.packing,
+        )
+
+    def gathered(self, bounds: Bounds) -> Gathered:
+        """Of one micro-batch."""
+        if bounds not in self._gathered:
+            self._gathered[bounds] = gathered(
+                self.parameters,
+                layers_of(self.model)[0],
+                bounds,
+                once=self._without_backward(),
+                checkpointing=self.config.model.gradient_checkpointing,
+            )
+        return self._gathered[bounds]
+
+    def _without_backward(self) -> set[str]:
+        """Nothing before the first linear wants a gradient, and a loss in chunks has taken its own
+        through the head in forward."""
+        first = {p.module for p in self.parameters if p.kind == "embeddings"}
+        head = None if self.whole_logits else output_head(self.model)
+        return first if head is None or head in self.trained else first | {head}

@@ -1,0 +1,216 @@
+"""Bytes of one rank, line by line: while it loads, in forward and backward, in the optimizer's
+step.
+
+Lines that come from shares are exact; activations and what is gathered are played through on
+shapes; what is assumed is a constant here, with its reason.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sparse_lora_dist.moments import BLOCK
+from sparse_lora_dist.plan.held import Held, Kind, shard_bytes
+from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
+
+Phase = Literal["load", "pass", "step"]
+Place = Literal["gpu", "host"]
+PHASES: dict[Phase, str] = {
+    "load": "loading",
+    "pass": "forward and backward",
+    "step": "optimizer step",
+}
+
+LOGITS_CHUNK = 2**26
+"""Bytes of the fp32 logits of one chunk of the loss; three such tensors are alive at a time."""
+
+GPU_CONTEXT = 1_200_000_000
+"""CUDA's context, the libraries' workspaces and NCCL's buffers. Assumed: it varies by GPU."""
+
+GPU_SLACK = 0.05
+"""Of what forward and backward allocate: blocks that PyTorch's allocator holds and cannot use."""
+
+HOST_PROCESS = 3_000_000_000
+"""A rank's Python, PyTorch with CUDA and data, on the host. Assumed, where there is a GPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Line:
+    """Bytes of one thing in one place, in each phase."""
+
+    key: str
+    label: str
+    place: Place
+    bytes: dict[Phase, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankMemory:
+    """All lines of one rank."""
+
+    lines: tuple[Line, ...]
+
+    def total(self, place: Place, phase: Phase) -> int:
+        """Bytes of a place in a phase."""
+        return sum(line.bytes.get(phase, 0) for line in self.lines if line.place == place)
+
+    def peak(self, place: Place) -> int:
+        """The most over all phases."""
+        return max(self.total(place, phase) for phase in PHASES)
+
+    def training_peak(self, place: Place) -> int:
+        """The most over forward, backward and step."""
+        return max(self.total(place, "pass"), self.total(place, "step"))
+
+
+def rank_memory(shapes: Shapes, engine: Engine, ranks: Ranks) -> RankMemory:
+    """What the rank that needs most needs."""
+    lines = [
+        *_base(shapes, engine, ranks),
+        *_adapter(shapes, engine, ranks),
+        *_working_set(shapes, engine, ranks),
+        *_framework(shapes, engine, ranks),
+    ]
+    return RankMemory(lines=tuple(line for line in lines if any(line.bytes.values())))
+
+
+def _line(key: str, label: str, place: Place, size: float, *phases: Phase) -> Line:
+    return Line(key=key, label=label, place=place, bytes=dict.fromkeys(phases, int(size)))
+
+
+def _always(key: str, label: str, place: Place, size: float) -> Line:
+    return _line(key, label, place, size, *PHASES)
+
+
+def _device(ranks: Ranks) -> Place:
+    return "gpu" if ranks.on_gpu else "host"
+
+
+BASE: dict[Kind, tuple[str, str]] = {
+    "packed": ("packed_weights", "base: packed 4-bit weights"),
+    "scales": ("scales", "base: block scales"),
+    "plain": ("unquantised_linears", "base: linears not quantised (the head)"),
+    "embeddings": ("embeddings", "base: embeddings"),
+    "rest": ("norms_and_biases", "base: norms, biases"),
+}
+
+
+def _base(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
+    where = _device(ranks)
+    small = [p for p in shapes.parameters if p.numel <= engine.bounds.persistent]
+    for kind, (key, label) in BASE.items():
+        parameters = [p for p in shapes.parameters if p.kind == kind]
+        staying = [p for p in parameters if p in small or engine.parameters == "none"]
+        leaving = [p for p in parameters if p not in staying]
+        yield _always(key, label, where, _share(staying, shapes, ranks))
+        if engine.parameters == "cpu":
+            yield _always(key, f"{label}, offloaded", "host", _share(leaving, shapes, ranks))
+    if ranks.world_size > 1:
+        whole = sum(p.numel for p in small) * shapes.itemsize
+        label = "small parameters, whole on every rank"
+        yield _line("persistent", label, where, whole, "pass", "step")
+    if engine.hpz > 1:
+        copies = _share(shapes.parameters, shapes, Ranks(world_size=engine.hpz))
+        yield _line("hpz_copy", "the node's second copy (hpZ)", where, copies, "pass", "step")
+    buffers = engine.nvme_buffers * shapes.itemsize
+    yield _always("nvme_buffers", "pinned buffers for the disk", "host", buffers)
+
+
+def _share(parameters: Sequence[Held], shapes: Shapes, ranks: Ranks) -> int:
+    return shard_bytes(parameters, ranks.world_size, shapes.itemsize)
+
+
+def trained_entries(shapes: Shapes, ranks: Ranks) -> int:
+    """Of adapters and modules trained in full on one rank, padding included."""
+    return sum(p.share(ranks.world_size) for p in shapes.parameters if p.kind == "trained")
+
+
+def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> float:
+    """Two moments and maybe a birth for each live entry, a bit for each entry."""
+    each = 8.0 if bits == 32 else 2.0 * (1 + 4 / BLOCK)
+    return live * (each + birth_bytes) + -(-entries // 8)
+
+
+def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
+    where = _device(ranks)
+    copy_at: Place = where if engine.parameters == "none" else "host"
+    state_at: Place = where if engine.optimizer == "none" else "host"
+    entries = trained_entries(shapes, ranks)
+    yield _always("adapter", "adapter: live copy", copy_at, entries * shapes.itemsize)
+    # An fp32 engine steps its own copy, unless it lies elsewhere.
+    apart = shapes.itemsize < 4 or engine.optimizer == "cpu"
+    label = "adapter: fp32 master"
+    yield _line("master", label, state_at, 4 * entries * apart, "pass", "step")
+    yield _line("gradients", "adapter: gradients", state_at, 4 * entries, "pass", "step")
+    # Without offload the copy that the optimizer gets is made for the step only.
+    during: tuple[Phase, ...] = ("pass", "step") if engine.optimizer == "cpu" else ("step",)
+    label = "adapter: gradients, the optimizer's copy"
+    yield _line("gradient_copy", label, state_at, 4 * entries, *during)
+    future, bits = shapes.forecast, shapes.config.train.moment_bits
+    size = moment_bytes(future.peak * entries, entries, bits, future.birth_bytes)
+    yield _line("moments", "adapter: moments, at their peak", state_at, size, "pass", "step")
+    statistics = 4 * shapes.method.n_stats * entries
+    yield _line("statistics", "adapter: statistics", state_at, statistics, "pass", "step")
+
+
+def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
+    where = _device(ranks)
+    # One rank has nothing to gather, unless its parameters lie elsewhere.
+    alone = ranks.world_size == 1 and (engine.parameters == "none" or not ranks.on_gpu)
+    whole = 0 if alone else shapes.gathered(engine.bounds).peak * shapes.itemsize
+    yield _line("gathered", "weights gathered for use", where, whole, "pass")
+    step, config = shapes.step, shapes.config
+    label = "activations kept for backward"
+    if config.model.gradient_checkpointing:
+        label += ", checkpointed"
+    yield _line("activations", label, where, step.kept, "pass")
+    loss = loss_bytes(shapes)
+    work = max(step.forward, step.backward, step.kept + loss) - step.kept
+    label = "work: a layer, or the logits, with gradients"
+    yield _line("work", label, where, work, "pass")
+    trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
+    bucket = engine.reduce_bucket
+    filled = 4 * min(bucket, trained)
+    # Memory of a host that nobody wrote to is not there.
+    size = 4 * bucket if ranks.on_gpu else filled
+    label = "gradient buckets, filled and reduced"
+    yield _line("buckets", label, where, size + filled, "pass")
+    yield _line(
+        "load_work", "the largest tensor on its way", where, load_work(shapes, ranks), "load"
+    )
+
+
+def loss_bytes(shapes: Shapes) -> int:
+    """Logits with their gradients, and the hidden states' own; 0 without an output head."""
+    head = shapes.model.get_output_embeddings()
+    if head is None:
+        return 0
+    config = shapes.config
+    tokens = config.train.micro_batch_size * config.data.sequence_length
+    vocabulary, width = (int(n) for n in head.weight.shape)
+    hidden = tokens * width * shapes.itemsize
+    if shapes.whole_logits:
+        return hidden + 2 * tokens * vocabulary * shapes.itemsize
+    chunk = min(LOGITS_CHUNK, 4 * tokens * vocabulary)
+    return hidden + 3 * chunk
+
+
+def load_work(shapes: Shapes, ranks: Ranks) -> int:
+    """What a rank holds besides its shares while its part of the largest tensor comes in: that part
+    as it is in the file, and of a weight that is quantised the scales of all of it."""
+    file_itemsize = 2
+
+    def bytes_of(parameter: Held) -> int:
+        own = -(-parameter.in_file // ranks.world_size) * file_itemsize
+        if parameter.kind != "packed":
+            return own + parameter.share(ranks.world_size) * shapes.itemsize
+        return own + own // 4 + 4 * 4 * parameter.in_file // 64
+
+    return max(bytes_of(p) for p in shapes.parameters)
+
+
+def _framework(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
+    if not ranks.on_gpu:
+        return
+    yield _always("context", "CUDA, NCCL, libraries (assumed)", "gpu", GPU_CONTEXT)
+    yield _always("process", "the process itself (assumed)", "host", HOST_PROCESS)

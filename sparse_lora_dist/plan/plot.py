@@ -1,0 +1,54 @@
+"""Bytes of a GPU against the number of ranks, in stacked bars."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.plan.memory import Place, rank_memory
+from sparse_lora_dist.plan.report import Outcome
+
+WORLDS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def draw(outcome: Outcome, path: Path) -> None:
+    """Write the picture.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    # Late: it takes a second, and only a picture needs it.
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    place: Place = "gpu" if outcome.ranks.on_gpu else "host"
+    worlds = sorted({*WORLDS, outcome.ranks.world_size})
+    stacks: dict[str, list[float]] = {}
+    for column, count in enumerate(worlds):
+        nodes = -(-count // outcome.ranks.per_node)
+        ranks = replace(outcome.ranks, world_size=count, nodes=nodes)
+        memory = rank_memory(outcome.shapes, outcome.engine, ranks)
+        for line in memory.lines:
+            if line.place == place and line.bytes.get("pass"):
+                stacks.setdefault(line.label, [0.0] * len(worlds))
+                stacks[line.label][column] = line.bytes["pass"] / 1e9
+    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    bottom = [0.0] * len(worlds)
+    colours = pyplot.get_cmap("tab20")
+    names = [str(count) for count in worlds]
+    for i, (label, heights) in enumerate(stacks.items()):
+        axes.bar(names, heights, bottom=bottom, label=label, color=colours(i % 20))
+        bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
+    if outcome.ranks.on_gpu:
+        limit = outcome.limits.gpu / 1e9
+        axes.axhline(limit, color="black", linestyle="--", label=f"a GPU: {limit:g} GB")
+    axes.set_xlabel("ranks")
+    axes.set_ylabel(f"GB of {'a GPU' if outcome.ranks.on_gpu else 'a rank'}, forward and backward")
+    figure.legend(loc="outside right upper", fontsize="small")
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--plot {path}: {error}") from error
+    finally:
+        pyplot.close(figure)

@@ -1,0 +1,61 @@
+"""config.json -> the model's shapes, or what is missing to know them."""
+
+import json
+from pathlib import Path
+
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from sparse_lora_dist.base_model.architecture import meta_model, read_config, resolve_folder
+from sparse_lora_dist.config import Config
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.locations import resolve_default
+from sparse_lora_dist.plan.job import DTYPES, Shapes
+from sparse_lora_dist.plan.llama_sizes import as_llama
+from sparse_lora_dist.targets import find_full, find_sites
+
+CONFIG_PATTERNS = ["config.json", "*.py"]
+
+
+def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
+    """Of the model that ``config`` names; no weight is downloaded or read.
+
+    Raises:
+        UserError: there is no config.json, or it does not say enough.
+    """
+    options = config.model
+    place = resolve_default("model", options.model)
+    folder = resolve_folder(place, options.revision, patterns=CONFIG_PATTERNS)
+    architecture, notes = read_architecture(folder, trust_remote_code=options.trust_remote_code)
+    model = meta_model(
+        architecture,
+        dtype=DTYPES[options.precision],
+        attn_implementation=options.attn_implementation,
+        trust_remote_code=options.trust_remote_code,
+    )
+    full = find_full(model, config.adapter.modules_to_save)
+    return Shapes(
+        model=model,
+        sites=tuple(find_sites(model, config.adapter, full)),
+        trained=tuple(full),
+        config=config,
+        whole_logits=whole_logits,
+        notes=notes,
+    )
+
+
+def read_architecture(
+    folder: Path, *, trust_remote_code: bool
+) -> tuple[PretrainedConfig, list[str]]:
+    """The config, and what is to be said of it: one of an architecture that transformers does not
+    know is taken for a Llama's, if it has the fields for that."""
+    file = folder / "config.json"
+    try:
+        content = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as error:
+        raise UserError(f"--model: {file} is not JSON: {error}") from error
+    kind = content.get("model_type")
+    own_code = trust_remote_code and "auto_map" in content
+    if not file.exists() or kind in CONFIG_MAPPING or own_code:
+        return read_config(folder, trust_remote_code=trust_remote_code), []
+    problem = f"transformers knows no architecture {kind!r}"
+    return as_llama(content, problem), [f"{problem}: planned as a Llama of its sizes"]

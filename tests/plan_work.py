@@ -1,0 +1,62 @@
+"""What the workers of ``tests/ranks.py`` run for the planner's tests: bytes of what a run holds."""
+
+from typing import Any
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.engine_config import engine_dict
+from sparse_lora_dist.plan.job import Engine, Ranks
+from sparse_lora_dist.plan.memory import rank_memory
+from sparse_lora_dist.plan.shapes import shapes_of
+from tests.run_work import finished_job
+
+
+def real_and_planned(flags: list[str]) -> tuple[dict[str, int], dict[str, int]]:
+    """{line: bytes} of this rank after a run, and of the plan for the rank that needs most."""
+    config = load_config(flags)
+    job = finished_job(flags)
+    return _real(job), _planned(config)
+
+
+def _real(job: Any) -> dict[str, int]:
+    found = dict.fromkeys(("packed_weights", "scales", "unquantised_linears", "embeddings"), 0)
+    found["norms_and_biases"] = 0
+    for name, parameter in job.model.module.named_parameters():
+        if not parameter.requires_grad:
+            found[_kind(name)] += parameter.ds_tensor.nbytes
+    zero = job.engine._zero
+    flats = job.engine.flats()
+    live = zero.lp_param_buffer
+    found["adapter"] = live.nbytes
+    found["master"] = sum(f.nbytes for f in flats if f.data_ptr() != live.data_ptr())
+    found["gradients"] = zero.grad_partitions_flat_buffer.nbytes
+    found["moments"] = job.shards.optimizer.state_bytes().peak
+    return found
+
+
+def _kind(name: str) -> str:
+    if "norm" in name or name.endswith("bias"):
+        return "norms_and_biases"
+    if "embed" in name:
+        return "embeddings"
+    if "lm_head" in name:
+        return "unquantised_linears"
+    return "scales" if name.endswith("scales") else "packed_weights"
+
+
+def _planned(config: Any) -> dict[str, int]:
+    engine = Engine.of(engine_dict(config.run.ds_config, config, comm.world_size()))
+    ranks = Ranks(world_size=comm.world_size(), on_gpu=False)
+    memory = rank_memory(shapes_of(config), engine, ranks)
+    return {line.key: line.bytes.get("pass", 0) for line in memory.lines}
+
+
+def run_with_gpu_of(flags: list[str], size: int) -> str:
+    """What the main job prints on a machine with so much memory left."""
+    from unittest.mock import patch
+
+    from sparse_lora_dist.plan.advice import Limits
+    from tests.run_work import train
+
+    with patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=size)):
+        return train(flags)

@@ -1,0 +1,466 @@
+"""The planner: what a rank holds, byte for byte; laws; the arithmetic of 70B; what it prints."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_lora_dist.errors import ConfigError, UserError
+from sparse_lora_dist.methods import METHODS
+from sparse_lora_dist.plan.advice import Limits, need_of, smallest_world
+from sparse_lora_dist.plan.forecast import forecast
+from sparse_lora_dist.plan.gathers import Bounds, gathered
+from sparse_lora_dist.plan.held import Held, shard_bytes
+from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.memory import moment_bytes, rank_memory, trained_entries
+from sparse_lora_dist.plan.options import PlanRequest, bytes_in, load_request
+from sparse_lora_dist.plan.report import Outcome, as_json, as_text
+from sparse_lora_dist.plan.shapes import shapes_of
+from tests.conftest import Ranks as RealRanks
+from tests.tiny_models import save_llama
+from tests.tiny_run import TinyRun
+
+ROOT = Path(__file__).parents[1]
+LLAMA_70B = str(ROOT / "assets" / "plans" / "llama-3-70b")
+LEAN = {"gradient_checkpointing": "true", "micro_batch_size": 1, "sequence_length": 2048}
+
+
+def request(model: str = LLAMA_70B, **options: object) -> PlanRequest:
+    flags = {"model": model, "ds_config": str(ROOT / "ds_configs" / "zero3.json")} | options
+    return load_request([word for k, v in flags.items() for word in (f"--{k}", str(v))])
+
+
+def shapes(model: str = LLAMA_70B, **options: object) -> Shapes:
+    return shapes_of(request(model, **options).config)
+
+
+def outcome(**options: object) -> Outcome:
+    asked = request(**options)
+    return Outcome(
+        shapes=shapes_of(asked.config),
+        engine=Engine.of(asked.engine),
+        ranks=Ranks(world_size=asked.plan.world_size, nodes=asked.plan.nodes),
+        plan=asked.plan,
+    )
+
+
+# Against real shards
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"precision": "bf16", "double_quant": "false"},
+        {"method": "increlora", "rank": 8, "max_steps": 12, "precision": "bf16"},
+        {"moment_bits": 8, "modules_to_save": "embed_tokens"},
+    ],
+    ids=lambda options: options.get("method", "lora") + str(len(options)),
+)
+def test_lines_of_shares_are_those_of_a_run(
+    ranks: RealRanks, tiny: TinyRun, tmp_path: Path, size: int, options: dict[str, Any]
+) -> None:
+    flags = tiny.flags(tmp_path / "run", **options)
+    found = ranks(size, "tests.plan_work:real_and_planned", flags=flags)
+    real, planned = found[0]
+    assert real.pop("packed_weights") > 0 and real["moments"] > 0
+    moments, planned_moments = real.pop("moments"), planned["moments"]
+    if options.get("method") == "increlora":
+        assert planned_moments == pytest.approx(moments, rel=0.1), "by schedule, not by data"
+    else:
+        # 8-bit scales are rounded up in each block, and the padding between tensors has none.
+        assert planned_moments == pytest.approx(moments, rel=0.02)
+    for key, size_of_it in real.items():
+        assert planned.get(key, 0) == size_of_it, key
+
+
+def test_packed_weights_are_exact_too(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -> None:
+    for size in (1, 3):
+        flags = tiny.flags(tmp_path / str(size), precision="bf16")
+        for real, planned in ranks(size, "tests.plan_work:real_and_planned", flags=flags):
+            assert real["packed_weights"] == planned["packed_weights"]
+
+
+# 70B
+
+
+@pytest.fixture(scope="module")
+def llama_70b() -> Shapes:
+    return shapes(**LEAN)
+
+
+def test_70b_is_the_arithmetic_of_the_design(llama_70b: Shapes) -> None:
+    sizes = {
+        kind: shard_bytes([p for p in llama_70b.parameters if p.kind == kind], 1, 2) / 1e9
+        for kind in ("packed", "scales", "embeddings", "plain")
+    }
+    assert sizes["packed"] == pytest.approx(34.2, abs=0.05)
+    assert sizes["scales"] == pytest.approx(1.1, abs=0.05)
+    assert sizes["embeddings"] + sizes["plain"] == pytest.approx(4.2, abs=0.05)
+    assert trained_entries(llama_70b, Ranks(world_size=1)) / 1e6 == pytest.approx(207, abs=0.5)
+    plain = shapes(double_quant="false", rank=64, **LEAN)
+    scales = shard_bytes([p for p in plain.parameters if p.kind == "scales"], 1, 2)
+    assert scales / 1e9 == pytest.approx(4.3, abs=0.05)
+    assert trained_entries(plain, Ranks(world_size=1)) / 1e6 == pytest.approx(828, abs=1)
+
+
+def test_70b_gathers_the_base_once_a_pass(llama_70b: Shapes) -> None:
+    base = 35.3 + 4.2
+    found = gathered(
+        llama_70b.parameters, "model.layers", Bounds(prefetch=0, reuse=0), checkpointing=False
+    )
+    assert found.received * 2 / 1e9 == pytest.approx(2 * base, abs=0.6)
+    again = gathered(
+        llama_70b.parameters, "model.layers", Bounds(prefetch=0, reuse=0), checkpointing=True
+    )
+    assert (again.received - found.received) * 2 / 1e9 == pytest.approx(35.3, abs=0.6)
+
+
+def test_70b_in_4_bit_on_8_and_on_2_ranks(llama_70b: Shapes) -> None:
+    engine = Engine.of(request().engine)
+    shares = {
+        count: sum(
+            line.bytes["load"]
+            for line in rank_memory(llama_70b, engine, Ranks(world_size=count)).lines
+            if line.label.startswith("base:")
+        )
+        for count in (2, 8)
+    }
+    assert shares[8] / 1e9 == pytest.approx(39.5 / 8, abs=0.02)
+    assert shares[2] / 1e9 == pytest.approx(20, abs=0.5)
+
+
+# Laws
+
+
+def small(tmp_path: Path, **options: object) -> Shapes:
+    folder = tmp_path / "llama"
+    if not folder.exists():
+        save_llama(folder, num_hidden_layers=6, hidden_size=96, intermediate_size=160)
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    return shapes(str(folder), rank=4, **options)
+
+
+ENGINES = [Engine(bounds=Bounds()), Engine(bounds=Bounds(persistent=0, live=10_000, reuse=0))]
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["all live", "little live"])
+def test_more_ranks_never_need_more(tmp_path: Path, engine: Engine) -> None:
+    of = small(tmp_path)
+    needs = [need_of(of, engine, Ranks(world_size=n)).gpu for n in range(2, 20)]
+    assert needs == sorted(needs, reverse=True)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=["all live", "little live"])
+def test_what_saves_never_needs_more(tmp_path: Path, engine: Engine) -> None:
+    ranks = Ranks(world_size=4)
+
+    def need(engine: Engine = engine, **options: object) -> int:
+        return need_of(small(tmp_path, **options), engine, ranks).gpu
+
+    usual = need()
+    for options in (
+        {"gradient_checkpointing": "true"},
+        {"sequence_length": 256},
+        {"micro_batch_size": 2},
+        {"moment_bits": 8},
+    ):
+        assert need(**options) <= usual, options
+    assert need(replace(engine, parameters="cpu", optimizer="cpu")) <= usual
+    single = replace(engine.bounds, one_by_one=True)
+    assert need(replace(engine, bounds=single)) <= usual <= need(replace(engine, hpz=2))
+
+
+def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shapes) -> None:
+    engine, ranks = Engine.of(request().engine), Ranks(world_size=8)
+    limits = Limits(gpu=24 * 10**9, host=None)
+    least = smallest_world(llama_70b, engine, ranks, limits)
+    assert least is not None
+
+    def need(count: int) -> int:
+        return need_of(llama_70b, engine, Ranks(world_size=count)).gpu
+
+    assert need(least) <= limits.gpu < need(least - 1)
+    assert smallest_world(llama_70b, engine, ranks, Limits(gpu=10**9, host=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "peak", "last"),
+    [
+        ("lora", 1.0, 1.0, 1.0),
+        ("roselora", 1.0, 1.0, 0.05),
+        ("sora", 1.0, 1.0, 1.0),
+        ("increlora", 0.125, 0.5, 0.5),
+        ("adalora", 1.0, 1.0, 2 / 3),
+    ],
+)
+def test_live_entries_follow_the_methods_own_schedule(
+    llama_70b: Shapes, name: str, first: float, peak: float, last: float
+) -> None:
+    factory = METHODS[name]
+    found = forecast(factory, factory.options(), llama_70b.plan)
+    assert (found.first, found.peak, found.last) == pytest.approx((first, peak, last), abs=0.01)
+    assert found.birth_bytes == (2 if name == "increlora" else 0)
+
+
+def test_moments_cost_8_bytes_a_live_entry_and_a_bit_each() -> None:
+    assert moment_bytes(1000, 1000, 32, 0) == 8 * 1000 + 125
+    assert moment_bytes(500, 1000, 8, 2) == 500 * (2 + 8 / 256 + 2) + 125
+
+
+def test_a_prefetched_head_stands_beside_its_buffer() -> None:
+    layer = Held(name="l.weight", module="l", kind="packed", numel=10)
+    norm = Held(name="n.weight", module="n", kind="rest", numel=2)
+    head = Held(name="h.weight", module="h", kind="plain", numel=100)
+    bounds = Bounds(prefetch=11, live=200, reuse=0, persistent=0)
+    found = gathered([layer, norm, head], "", bounds, checkpointing=False)
+    assert found.peak == 10 + 2 * 102 or found.peak == 2 * 102
+    single = replace(bounds, one_by_one=True)
+    assert gathered([layer, norm, head], "", single, checkpointing=False).peak <= 112
+
+
+# Other architectures, and none
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "mistral": {},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "gemma": {"head_dim": 16},
+    "gemma2": {"head_dim": 16},
+    "gemma3_text": {"head_dim": 16},
+    "phi": {},
+    "phi3": {"pad_token_id": 0},
+    "gpt_neox": {},
+    "mixtral": {"num_local_experts": 4},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 16,
+    },
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("checkpointing", ["true", "false"])
+def test_architectures_are_planned_from_config_alone(
+    tmp_path: Path, name: str, checkpointing: str
+) -> None:
+    config = {
+        "model_type": name,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4 if name in ("gpt_neox", "phi") else 2,
+        "vocab_size": 300,
+        **ARCHITECTURES[name],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = shapes(str(tmp_path), gradient_checkpointing=checkpointing, rank=4, sequence_length=64)
+    step = found.step
+    assert 0 < step.kept < step.backward
+    experts = [p for p in found.parameters if p.module.endswith("experts")]
+    assert bool(experts) == ("num_local_experts" in config or "num_experts" in config)
+    assert {p.kind for p in experts} <= {"packed", "scales"}
+
+
+def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path) -> None:
+    """torch's saved_tensors_hooks on the real model, on the CPU, with real numbers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from sparse_lora_dist.methods.base import Method
+    from sparse_lora_dist.plan import shape_step
+
+    of = small(tmp_path, precision="fp32")
+    config = AutoConfig.from_pretrained(of.config.model.model)
+    rows, tokens = 2, 48
+    planned = shape_step.step_memory(
+        of.model,
+        of.sites,
+        of.method,
+        rows=rows,
+        tokens=tokens,
+        trained=(),
+        checkpointing=False,
+        dropout=0.0,
+        packed=True,
+    )
+    real = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    with torch.device("cpu"):
+        _dress_for_real(real, of, Method(name="lora"))
+    storages: dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
+    kept = []
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept.append(t)  # else a freed address would be counted once for two
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    ids = torch.randint(0, 90, (rows, tokens))
+    mask = torch.ones(rows, 1, tokens, tokens, dtype=torch.bool).tril()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        real.base_model(input_ids=ids, attention_mask=mask)
+    saved = sum(n for pointer, n in storages.items() if pointer not in weights)
+    assert planned.kept == pytest.approx(saved, rel=0.05)
+
+
+def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
+    from unittest.mock import patch
+
+    import torch
+
+    from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
+    from sparse_lora_dist.plan import shape_step
+
+    with (
+        patch.object(shape_step, "META", torch.device("cpu")),
+        patch.object(shape_step, "_ShapeLinear", FrozenLinear),
+    ):
+        shape_step._dress(model, of.sites, method, 0.0, 64, ())
+
+
+def test_an_unknown_architecture_says_which_fields_it_needs(tmp_path: Path) -> None:
+    config = {"model_type": "wonder", "hidden_size": 64, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        shapes(str(tmp_path), rank=4)
+    message = str(caught.value)
+    for word in ("wonder", "intermediate_size", "num_attention_heads", "vocab_size"):
+        assert word in message
+    assert "hidden_size, num_hidden_layers" in message, "those it got"
+
+
+def test_an_unknown_architecture_with_all_fields_is_planned_as_a_llama(tmp_path: Path) -> None:
+    config = {
+        "model_type": "wonder",
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 300,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = shapes(str(tmp_path), rank=4)
+    assert "wonder" in found.notes[0] and "Llama" in found.notes[0]
+    assert len(found.sites) == 14
+
+
+def test_a_model_that_needs_more_than_shapes_keeps_a_llamas_activations(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", **sizes}))
+    found = shapes(str(tmp_path), rank=4)
+    with pytest.raises(UserError, match="missing are intermediate_size") as caught:
+        assert found.step
+    assert "bloom cannot be run on shapes" in str(caught.value)
+    more = {"model_type": "bloom", "intermediate_size": 256, **sizes}
+    (tmp_path / "config.json").write_text(json.dumps(more))
+    found = shapes(str(tmp_path), rank=4)
+    assert found.step.kept > 0 and "bloom" in found.notes[0]
+
+
+# What is said
+
+
+def test_what_does_not_fit_says_what_to_change() -> None:
+    found = outcome(world_size=2, gpu_memory="24GB", sequence_length=4096, micro_batch_size=2)
+    text = as_text(found)
+    assert "DOES NOT FIT" in text
+    for change in ("--gradient_checkpointing true", "zero3_offload.json", "--micro_batch_size 1"):
+        assert change in text
+    best = min(change.need.gpu for change in found.changes)
+    assert best < found.need.gpu / 2
+    assert f"{best / 1e9:.2f}" in text
+
+
+def test_what_fits_has_nothing_to_change() -> None:
+    text = as_text(outcome(world_size=64, nodes=8, gpu_memory="80GB", **LEAN))
+    assert "verdict   fits" in text and "to change" not in text
+    assert "come into a node from others" in text
+
+
+KEYS = {
+    "model", "method", "world_size", "nodes", "lines", "totals", "need", "limits", "fits",
+    "smallest_world_size", "changes", "speed", "assumed", "notes",
+}  # fmt: skip
+SPEED_KEYS = {
+    "gathered_bytes", "gathered_adapter_bytes", "reduced_bytes", "across_nodes_bytes", "flop",
+    "compute_s", "network_s", "tokens", "file_bytes", "load_s", "checkpoint_bytes",
+    "step_s_overlapped", "step_s_in_turn",
+}  # fmt: skip
+
+
+def test_json_keys_are_frozen() -> None:
+    found = json.loads(json.dumps(as_json(outcome(**LEAN))))
+    assert set(found) == KEYS
+    assert set(found["speed"]) == SPEED_KEYS
+    assert set(found["lines"][0]) == {"key", "label", "place", "bytes"}
+    assert set(found["changes"][0]) == {"what", "need", "fits"}
+    for place, phases in found["totals"].items():
+        for phase, total in phases.items():
+            lines = [r["bytes"].get(phase, 0) for r in found["lines"] if r["place"] == place]
+            assert total == sum(lines)
+
+
+def test_hpz_keeps_the_base_within_a_node() -> None:
+    flat, own = (
+        outcome(world_size=16, nodes=2, ds_config=str(ROOT / "ds_configs" / name), **LEAN).speed
+        for name in ("zero3.json", "zero3_hpz.json")
+    )
+    assert flat.gathered_bytes == own.gathered_bytes
+    assert flat.across_nodes_bytes > 30 * own.across_nodes_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24e9), ("80", 80e9), ("22.5 GiB", 22.5 * 2**30), ("8e9B", 8e9), ("1tb", 1e12)],
+)
+def test_sizes(text: str, size: float) -> None:
+    assert bytes_in(text) == size
+
+
+def test_wrong_options_are_all_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        request(gpu_memory="many", world_sise=4, nodes=3, rank="no number")
+    said = "\n".join(caught.value.problems)
+    for words in ("gpu_memory must be a size", "did you mean --world_size", "rank must be"):
+        assert words in said
+
+
+def test_ranks_that_hpz_does_not_divide_are_refused() -> None:
+    with pytest.raises(ConfigError, match="does not divide the 12 ranks"):
+        request(ds_config=str(ROOT / "ds_configs" / "zero3_hpz.json"), world_size=12)
+
+
+def test_a_runs_own_options_are_a_plan(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("rank: 8\nmethod: roselora\noutput_dir: nowhere\n")
+    found = request(config=tmp_path / "run.yaml", data="not/here.jsonl")
+    assert found.config.adapter.rank == 8
+
+
+def test_the_program_prints_json_and_draws(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    words = ["launcher/plan.py", "--model", LLAMA_70B, "--json", "--plot", str(picture)]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert set(json.loads(done.stdout)) == KEYS
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+def test_a_run_says_once_whether_it_fits(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -> None:
+    flags = tiny.flags(tmp_path / "run", max_steps=1)
+    roomy = ranks(2, "tests.plan_work:run_with_gpu_of", flags=flags, size=10**10)
+    assert [text.count("memory    about") for text in roomy] == [1, 0]
+    assert "does not fit" not in roomy[0] and "of 10.0 GB" in roomy[0]
+    flags = tiny.flags(tmp_path / "again", max_steps=1)
+    tight = ranks(2, "tests.plan_work:run_with_gpu_of", flags=flags, size=1000)
+    assert tight[0].count("does not fit") == 1 and "result" in tight[0]
