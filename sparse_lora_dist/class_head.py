@@ -50,9 +50,7 @@ def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> 
     Raises:
         UserError: the checkpoint has a head, for other classes than the data.
     """
-    base = model.base_model
-    assert base is not model, f"{type(model).__name__} keeps its base model nowhere"
-    modules = {name: m for name, m in model.named_children() if m is not base and _holds(m)}
+    modules = beside_base(model)
     poolers = [n for n, m in model.named_modules() if "pooler" in n and isinstance(m, nn.Linear)]
     absent = [n for n in poolers if f"{n}.weight" not in keys_of and n not in modules]
     inside = {n: model.get_submodule(n) for n in absent if not _is_inside(n, modules)}
@@ -60,6 +58,13 @@ def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> 
     names = [f"{name}.{k}" for name, m in modules.items() for k, _ in m.named_parameters()]
     _check_classes(model, files, {n: keys_of[n][0] for n in names if n in keys_of})
     return Head(modules=modules, new=tuple(n for n in names if n not in keys_of))
+
+
+def beside_base(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The modules with parameters that a classifier has beside its base model."""
+    base = model.base_model
+    assert base is not model, f"{type(model).__name__} keeps its base model nowhere"
+    return {name: m for name, m in model.named_children() if m is not base and _holds(m)}
 
 
 def modules_inside(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -7,6 +7,7 @@ import psutil
 import torch
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.class_head import modules_inside
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.plan.advice import Limits, Need, need_of
@@ -22,7 +23,10 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
     nodes = -(-comm.world_size() // per_node)
     ranks = Ranks(world_size=comm.world_size(), nodes=nodes, on_gpu=comm.on_gpu())
     shapes = Shapes(
-        model=model.module, sites=tuple(model.sites), trained=tuple(model.full), config=config
+        model=model.module,
+        sites=tuple(model.sites),
+        trained=tuple(modules_inside(model.full)),
+        config=config,
     )
     try:
         need = need_of(shapes, Engine.of(engine_config), ranks)

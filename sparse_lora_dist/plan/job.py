@@ -167,7 +167,7 @@ class Shapes:
             trained=self.trained,
             checkpointing=config.model.gradient_checkpointing,
             dropout=config.adapter.dropout,
-            packed=config.data.packing,
+            packed=config.packs,
         )
 
     def gathered(self, bounds: Bounds) -> Gathered:

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from sparse_lora_dist.base_model.architecture import meta_model, read_config, resolve_folder
+from sparse_lora_dist.class_head import Head, beside_base, modules_inside
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.locations import resolve_default
@@ -28,15 +29,18 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
     architecture, notes = read_architecture(folder, trust_remote_code=options.trust_remote_code)
     model = meta_model(
         architecture,
+        task=options.task,
         dtype=DTYPES[options.precision],
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
-    full = find_full(model, config.adapter.modules_to_save)
+    head = Head(modules=beside_base(model) if options.task == "seq_cls" else {})
+    full = {**head.modules, **find_full(model, config.adapter.modules_to_save, head)}
+    trained = modules_inside(full)
     return Shapes(
         model=model,
-        sites=tuple(find_sites(model, config.adapter, full)),
-        trained=tuple(full),
+        sites=tuple(find_sites(model, config.adapter, trained)),
+        trained=tuple(trained),
         config=config,
         whole_logits=whole_logits,
         notes=notes,
