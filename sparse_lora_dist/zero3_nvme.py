@@ -17,7 +17,7 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.screen import megabytes, say
 
-QUIET_S = 600.0
+QUIET_S = 1800.0
 """A build in which nothing changes for so long is one that was killed."""
 
 _claims: dict[Path, IO[str]] = {}

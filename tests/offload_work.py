@@ -10,7 +10,9 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from deepspeed.runtime.swap_tensor import partitioned_param_swapper
+from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
+    AsyncPartitionedParameterSwapper as Swapper,
+)
 from deepspeed.runtime.zero import partition_parameters
 from deepspeed.utils import groups
 from torch import Tensor
@@ -100,8 +102,11 @@ def train_watched(
         # DeepSpeed makes a node's group once per process, and a pool's worker runs many jobs.
         patches.enter_context(patch.object(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None))
         if swap_from is not None:
-            module = partitioned_param_swapper
-            patches.enter_context(patch.object(module, "MIN_AIO_BYTES", swap_from))
+
+            def swappable(swapper: Any, param: Any = None, numel: int = 0) -> bool:
+                return numel * swapper.swap_element_size >= swap_from
+
+            patches.enter_context(patch.object(Swapper, "swappable_tensor", swappable))
         train(flags)
     return watched
 
