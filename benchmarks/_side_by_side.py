@@ -31,7 +31,7 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.sites import Sites
-from sparse_lora_dist.step import train_step
+from sparse_lora_dist.step import batch_loss, train_step
 from sparse_lora_dist.zero3 import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,8 @@ class Run:
         """Optimizer step ``step``, on random rows. Collective."""
         self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
         batches = [random_rows(step, self.rows, self.tokens)]
-        train_step(self.engine, self.shards, self.decisions, batches, self.row_seeds, step=step)
+        parts = (self.engine, self.shards, self.decisions, batches, self.row_seeds)
+        train_step(*parts, step=step, loss_of=batch_loss)
 
 
 def build(
