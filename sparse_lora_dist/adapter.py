@@ -43,8 +43,11 @@ class RowSeeds:
     ) -> Tensor:
         """1 / (1 - dropout) where an entry of ``x`` stays and 0 where it is dropped.
 
-        ``x`` is [M, T, I], or [M, I] where one token stands for each row, or belongs to no row.
+        ``x`` is [M, T, I], [M * T, I], [M, I] where one token stands for each row, or of no row.
         """
+        if x.dim() == 2 and len(x) == len(rows_M) * (self.num_positions or 0):
+            x_MTI = x.view(len(rows_M), -1, x.shape[1])
+            return self.keep_mask(x_MTI, site, rows_M, step, dropout).view_as(x)
         mask = torch.empty_like(x)
         if not self._is_of_rows(x, rows_M):
             generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, step, site))

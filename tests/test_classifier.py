@@ -288,6 +288,8 @@ def test_masks_of_pooled_tokens_belong_to_rows_and_those_of_positions_to_none() 
 
     both = mask((3, 4), 2, 32)
     assert torch.equal(both[1:], mask((4,), 1, 32)) and not torch.equal(both[0], both[1])
+    tokens = mask((3, 4), 2, 8, 32)
+    assert torch.equal(tokens.flatten(0, 1), mask((3, 4), 16, 32)), "tokens one after another"
     table = mask((3, 4), 1, 20, 32)
     assert torch.equal(table, mask((5,), 1, 20, 32)), "whatever rows and however many"
 
