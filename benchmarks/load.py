@@ -23,6 +23,7 @@ from _side_by_side import ZERO3, build, on_ranks  # isort: skip  # sets the path
 import torch
 from _job import RESULTS, write
 from _load_report import plot, report
+from _resident import forget_peak, peak_bytes
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
@@ -91,23 +92,21 @@ def on_this_rank(way: str, folder: str) -> None:
     quiet_others()
     comm.start()
     comm.barrier()
-    before, started, marks = forget_peak(), time.perf_counter(), []
+    before, own = forget_peak(), {}
+    clock, processor = time.perf_counter(), time.process_time()
 
-    def mark() -> None:
+    def mark(phase: str = "loading") -> None:
+        own[f"{phase}_cpu_s"] = time.process_time() - processor
+        own[f"{phase}_peak"] = peak_bytes() - before
         comm.barrier()
-        marks.append((time.perf_counter() - started, peak_bytes() - before))
+        own[f"{phase}_s"] = time.perf_counter() - clock
 
-    shard = WAYS[way](folder, mark)
-    mark()
-    (loaded_s, loading), (ready_s, ready) = marks
-    largest = largest_tensor_bytes(folder)
-    numbers = [loaded_s, ready_s, loading, ready, shard, -(-largest // comm.world_size())]
-    names = ["loaded_s", "ready_s", "loading_peak", "ready_peak", "shard", "part_of_largest"]
-    most = comm.max_over_ranks(torch.tensor(numbers, dtype=torch.float64)).tolist()
+    own["shard"] = WAYS[way](folder, mark)
+    mark("ready")
+    own["part_of_largest"] = -(-largest_tensor_bytes(folder) // comm.world_size())
+    most = comm.max_over_ranks(torch.tensor(list(own.values()), dtype=torch.float64)).tolist()
     if comm.rank() == 0:
-        found = {
-            name: n if name.endswith("_s") else int(n) for name, n in zip(names, most, strict=True)
-        }
+        found = dict(zip(own, most, strict=True))
         (Path(folder) / "found.json").write_text(json.dumps(found))
     comm.barrier()
     leave(0)
@@ -173,18 +172,6 @@ WAYS = {"ours": ours, "usual": usual}
 def shard_bytes(model: Any) -> int:
     """Of the frozen parameters, on this rank."""
     return sum(p.ds_tensor.nbytes for p in model.parameters() if not p.requires_grad)
-
-
-def forget_peak() -> int:
-    """Resident bytes now; Linux counts its peak anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Most resident bytes of this process since ``forget_peak``, mapped files included."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def largest_tensor_bytes(folder: str) -> int:

@@ -11,7 +11,6 @@ shape holds random numbers and is checked against bitsandbytes. The second is ``
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
-
-# Before torch is imported: a rank alone has all cores.
-os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
 
 from _one_of_many import pretend, true_scales  # isort: skip  # sets the path
 
