@@ -8,11 +8,15 @@ training begins, and over the steps after that.
 """
 
 import argparse
+import contextlib
 import ctypes
+import gc
 import json
-import sys
+import os
+import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +32,7 @@ from sparse_lora_dist.program import leave, quiet_others
 LLAMA = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 8,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "vocab_size": 32000,
@@ -37,8 +41,13 @@ LLAMA = {
 STEPS = 3
 """DeepSpeed watches two steps before it fetches ahead."""
 
-USUAL = {"micro_batch_size": 2, "sequence_length": 256, "rank": 16, "precision": "fp32"}
+USUAL = {"micro_batch_size": 2, "sequence_length": 192, "rank": 16, "precision": "fp32"}
 """fp32: without the instructions for it, a CPU's bf16 is slow."""
+
+
+GLIBC = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+"""So that freed blocks leave the process; by default glibc keeps holes of up to 32 MB between what
+stays, as much as a half again."""
 
 
 @dataclass(frozen=True)
@@ -72,22 +81,31 @@ ROWS = [
 
 
 def main() -> None:
+    """Every row of a number of ranks in one group of ranks, and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank_of", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.add_argument("--only", type=int, nargs="+")
+    parser.add_argument("--only", type=int, nargs="+", help="rows by number; nothing is written")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank_of:
-        on_this_rank(args.rank_of)
-    rows = [row for i, row in enumerate(ROWS) if not args.only or i in args.only]
+    chosen = args.only or range(len(ROWS))
+    if args.folder:
+        on_this_rank([ROWS[i] for i in chosen], args.folder)
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
-        found = [measured(row, folder) | planned(row, folder) for row in rows]
-    text = report(rows, found)
+        for ranks in sorted({ROWS[i].ranks for i in chosen}):
+            own = [i for i in chosen if ROWS[i].ranks == ranks]
+            with patch.dict(os.environ, GLIBC):
+                words = ["--folder", folder, "--only", *map(str, own)]
+                on_ranks(__file__, *words, ranks=ranks)
+            peaks = json.loads((Path(folder) / "found.json").read_text())
+            found |= {i: one | planned(ROWS[i], folder) for i, one in zip(own, peaks, strict=True)}
+    rows = {i: (ROWS[i], found[i]) for i in chosen}
+    text = report(rows.values())
     if args.only:
         print(text)
         return
     write("plan_check.md", text)
-    runs = [asdict(row) | one for row, one in zip(rows, found, strict=True)]
+    runs = [asdict(row) | one for row, one in rows.values()]
     (RESULTS / "plan_check.json").write_text(json.dumps(runs, indent=1) + "\n")
 
 
@@ -113,13 +131,6 @@ def flags_of(row: Row, folder: str) -> list[str]:
     ]
 
 
-def measured(row: Row, folder: str) -> dict[str, int]:
-    """Peaks of the worst rank, in bytes."""
-    on_ranks(__file__, "--rank_of", *flags_of(row, folder), ranks=row.ranks)
-    found: dict[str, int] = json.loads((Path(folder) / "found.json").read_text())
-    return found
-
-
 def planned(row: Row, folder: str) -> dict[str, int]:
     """The same from the planner."""
     from sparse_lora_dist.command_line import load_config
@@ -141,51 +152,66 @@ def planned(row: Row, folder: str) -> dict[str, int]:
     }
 
 
-def on_this_rank(flags: list[str]) -> None:
-    """The main job; rank 0 leaves what was found beside the model."""
+class Enough(Exception):
+    """The steps that are measured are done."""
+
+
+def on_this_rank(rows: list[Row], folder: str) -> None:
+    """The main job, row after row; rank 0 leaves what was found beside the model."""
     import bitsandbytes  # noqa: F401
     import datasets  # noqa: F401
     import peft  # noqa: F401
 
+    quiet_others()
+    comm.start()
+    found = []
+    for row in rows:
+        peaks = torch.tensor(peaks_of(row, folder), dtype=torch.int64)
+        load, train = comm.max_over_ranks(peaks).tolist()
+        found.append({"load": load, "train": train})
+        if comm.rank() == 0:
+            print(row, found[-1], flush=True)
+            (Path(folder) / "found.json").write_text(json.dumps(found))
+    comm.barrier()
+    leave(0)
+
+
+def peaks_of(row: Row, folder: str) -> list[int]:
+    """Until training begins, and from there to the end of its last step."""
     from sparse_lora_dist import train as program
     from sparse_lora_dist.command_line import load_config
 
-    quiet_others()
-    comm.start()
-    config = load_config(flags)
+    give_back()
     before = forget_peak()
-    peaks: list[int] = []
+    peaks = []
 
-    def begin_training(job: Any, resume: Any) -> None:
-        start(job, resume)
-        peaks.append(peak_bytes() - before)
-        ctypes.CDLL(None).malloc_trim(0)  # what loading freed is not training's
-        forget_peak()
-
-    def stop_after_last(job: Any, step: int, *args: Any, **kwargs: Any) -> None:
-        print(step, peak_bytes() - before, file=sys.stderr, flush=True)
-        if step == STEPS:
+    class Watched(program.Job):
+        def start(self, resume: Any) -> None:
+            super().start(resume)
             peaks.append(peak_bytes() - before)
-            finish(config.model.model, peaks)
-        job.progress = type(job.progress)(
-            step=step, rows=job.progress.rows + job.feed.global_batch, tokens=0
-        )
+            give_back()  # what loading freed is not training's
+            forget_peak()
 
-    start = program.Job.start
-    with (
-        patch.object(program.Job, "start", begin_training),
-        patch.object(program.Job, "after_step", stop_after_last),
-    ):
-        program.run(config)
+        def after_step(self, step: int, *args: Any, **kwargs: Any) -> None:
+            if step == STEPS:
+                peaks.append(peak_bytes() - before)
+                raise Enough
+            self.progress = replace(
+                self.progress, step=step, rows=self.progress.rows + self.feed.global_batch
+            )
 
-
-def finish(folder: str, peaks: list[int]) -> None:
-    load, train = comm.max_over_ranks(torch.tensor(peaks, dtype=torch.int64)).tolist()
+    with patch.object(program, "Job", Watched), contextlib.suppress(Enough):
+        program.run(load_config(flags_of(row, folder)))
     if comm.rank() == 0:
-        found = {"load": load, "train": train}
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+        shutil.rmtree(f"{folder}/run")
     comm.barrier()
-    leave(0)
+    return peaks
+
+
+def give_back() -> None:
+    """Freed blocks to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_peak() -> int:
@@ -200,7 +226,7 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def report(rows: list[Row], found: list[dict[str, Any]]) -> str:
+def report(rows: Iterable[tuple[Row, dict[str, Any]]]) -> str:
     """The result file."""
     lines = header(
         "ranks",
@@ -212,7 +238,7 @@ def report(rows: list[Row], found: list[dict[str, Any]]) -> str:
         "off by",
         first="run",
     )
-    for row, one in zip(rows, found, strict=True):
+    for row, one in rows:
         train = max(one["planned_pass"], one["planned_step"])
         said = ", ".join(f"{k} {v}" for k, v in row.options.items()) or "as a run by default"
         said = f"{row.ds_config}: {said}"
