@@ -483,9 +483,9 @@ def test_the_program_prints_json_and_draws(tmp_path: Path) -> None:
 
 def test_a_run_says_once_whether_it_fits(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -> None:
     flags = tiny.flags(tmp_path / "run", max_steps=1)
-    roomy = ranks(2, "tests.plan_work:run_with_gpu_of", flags=flags, size=10**10)
+    roomy = ranks(2, "tests.plan_work:run_with_room", flags=flags, room=10**10)
     assert [text.count("memory    about") for text in roomy] == [1, 0]
     assert "does not fit" not in roomy[0] and "of 10.0 GB" in roomy[0]
     flags = tiny.flags(tmp_path / "again", max_steps=1)
-    tight = ranks(2, "tests.plan_work:run_with_gpu_of", flags=flags, size=1000)
+    tight = ranks(2, "tests.plan_work:run_with_room", flags=flags, room=1000)
     assert tight[0].count("does not fit") == 1 and "result" in tight[0]

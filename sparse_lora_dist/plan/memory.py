@@ -29,7 +29,12 @@ GPU_CONTEXT = 1_200_000_000
 """CUDA's context, the libraries' workspaces and NCCL's buffers. Assumed: it varies by GPU."""
 
 GPU_SLACK = 0.05
-"""Of what forward and backward allocate: blocks that PyTorch's allocator holds and cannot use."""
+"""Of what forward and backward allocate: blocks that PyTorch's allocator holds and cannot use.
+Assumed."""
+
+CPU_PROCESS = 100_000_000
+"""What a rank on a CPU gains besides tensors once imports are done: data, modules imported late,
+gloo's buffers, small blocks. Measured: 0.09 to 0.13 GB (benchmarks/plan_check.py)."""
 
 HOST_PROCESS = 3_000_000_000
 """A rank's Python, PyTorch with CUDA and data, on the host. Assumed, where there is a GPU."""
@@ -167,6 +172,8 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
     work = max(step.forward, step.backward, step.kept + loss) - step.kept
     label = "work: a layer, or the logits, with gradients"
     yield _line("work", label, where, work, "pass")
+    slack = GPU_SLACK * (whole + step.kept + work) * ranks.on_gpu
+    yield _line("slack", "holes in PyTorch's memory pool (assumed)", where, slack, "pass")
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     bucket = engine.reduce_bucket
     filled = 4 * min(bucket, trained)
@@ -236,6 +243,7 @@ def load_work(shapes: Shapes, world_size: int) -> int:
 
 def _framework(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     if not ranks.on_gpu:
+        yield _always("process", "data, late imports, gloo (measured)", "host", CPU_PROCESS)
         return
     yield _always("context", "CUDA, NCCL, libraries (assumed)", "gpu", GPU_CONTEXT)
     yield _always("process", "the process itself (assumed)", "host", HOST_PROCESS)
