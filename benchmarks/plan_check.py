@@ -1,18 +1,22 @@
 """What the planner says of a rank's memory, beside what real runs on CPU ranks need.
 
-    python benchmarks/plan_check.py [--only TEXT]
+    python benchmarks/plan_check.py [--only ROW ...]
 
-Every row is a run of the main job on a random Llama of 292 M parameters. Memory is resident, of the
-rank that needs most, above what it held once ranks had met and imports were done: its peak until
-training begins, and over the steps after that.
+Every row is a run of the main job on a random Llama of 143 M parameters. Memory is resident, of the
+rank that needs most, above what it held once ranks had met and imports were done. Rows that are not
+measured again keep what plan_check.json has.
 """
 
 import argparse
+import contextlib
 import ctypes
+import gc
 import json
-import sys
+import os
+import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -28,7 +32,7 @@ from sparse_lora_dist.program import leave, quiet_others
 LLAMA = {
     "hidden_size": 1024,
     "intermediate_size": 2816,
-    "num_hidden_layers": 12,
+    "num_hidden_layers": 8,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "vocab_size": 32000,
@@ -37,8 +41,16 @@ LLAMA = {
 STEPS = 3
 """DeepSpeed watches two steps before it fetches ahead."""
 
-USUAL = {"micro_batch_size": 2, "sequence_length": 256, "rank": 16, "precision": "fp32"}
+USUAL = {"micro_batch_size": 2, "sequence_length": 192, "rank": 16, "precision": "fp32"}
 """fp32: without the instructions for it, a CPU's bf16 is slow."""
+
+
+NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+"""So that freed blocks leave the process; by default glibc keeps those of up to 32 MB that lie
+between others, and is faster for it."""
+
+WHOLE_LOGITS = True
+"""As the job makes them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class Row:
     ranks: int = 2
     ds_config: str = "zero3"
     options: dict[str, Any] = field(default_factory=dict)
+    holes: bool = False
+    """Is glibc left as it is?"""
 
     def flags(self) -> list[str]:
         given = USUAL | self.options
@@ -68,27 +82,54 @@ ROWS = [
     Row(2, "zero3_offload", options={"rank": 128} | CHECKPOINTED),
     Row(2, options={"precision": "bf16", "rank": 128, "sequence_length": 64} | CHECKPOINTED),
     Row(1, options={"rank": 256, "moment_bits": 8} | CHECKPOINTED),
+    Row(2, holes=True),
 ]
 
 
 def main() -> None:
+    """Measure the rows, and write the table of all that were ever measured."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank_of", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    parser.add_argument("--only", type=int, nargs="+")
+    parser.add_argument("--only", type=int, nargs="*", help="rows by number; [] for the table only")
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.rank_of:
-        on_this_rank(args.rank_of)
-    rows = [row for i, row in enumerate(ROWS) if not args.only or i in args.only]
+    chosen = range(len(ROWS)) if args.only is None else args.only
+    if args.folder:
+        on_this_rank([ROWS[i] for i in chosen], args.folder)
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder)
-        found = [measured(row, folder) | planned(row, folder) for row in rows]
-    text = report(rows, found)
-    if args.only:
-        print(text)
-        return
-    write("plan_check.md", text)
-    runs = [asdict(row) | one for row, one in zip(rows, found, strict=True)]
-    (RESULTS / "plan_check.json").write_text(json.dumps(runs, indent=1) + "\n")
+        measured = read_results() | measure(chosen, folder)
+        found = [
+            (row, measured[i], planned(row, folder)) for i, row in enumerate(ROWS) if i in measured
+        ]
+    write("plan_check.md", report(found))
+    rows = [{"row": asdict(row), "measured": m, "planned": p} for row, m, p in found]
+    (RESULTS / "plan_check.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def read_results() -> dict[int, dict[str, int]]:
+    """{number of a row that was measured before: what was found}."""
+    file = RESULTS / "plan_check.json"
+    known = json.loads(file.read_text()) if file.exists() else []
+    numbers = {json.dumps(asdict(row)): i for i, row in enumerate(ROWS)}
+    return {
+        numbers[text]: one["measured"]
+        for one in known
+        if (text := json.dumps(one["row"])) in numbers
+    }
+
+
+def measure(chosen: Iterable[int], folder: str) -> dict[int, dict[str, int]]:
+    """{row: peaks}, all rows of a number of ranks in one group of ranks."""
+    found: dict[int, dict[str, int]] = {}
+    groups = sorted({(ROWS[i].ranks, ROWS[i].holes) for i in chosen})
+    for ranks, holes in groups:
+        own = [i for i in chosen if (ROWS[i].ranks, ROWS[i].holes) == (ranks, holes)]
+        with patch.dict(os.environ, {} if holes else NO_HOLES):
+            words = ["--folder", folder, "--only", *map(str, own)]
+            on_ranks(__file__, *words, ranks=ranks)
+        peaks = json.loads((Path(folder) / "found.json").read_text())
+        found |= dict(zip(own, peaks, strict=True))
+    return found
 
 
 def save_model(folder: str) -> None:
@@ -113,79 +154,81 @@ def flags_of(row: Row, folder: str) -> list[str]:
     ]
 
 
-def measured(row: Row, folder: str) -> dict[str, int]:
-    """Peaks of the worst rank, in bytes."""
-    on_ranks(__file__, "--rank_of", *flags_of(row, folder), ranks=row.ranks)
-    found: dict[str, int] = json.loads((Path(folder) / "found.json").read_text())
-    return found
-
-
 def planned(row: Row, folder: str) -> dict[str, int]:
-    """The same from the planner."""
+    """{line: bytes} in the phase that needs most, and their sum."""
     from sparse_lora_dist.command_line import load_config
     from sparse_lora_dist.plan.job import Engine, Ranks
-    from sparse_lora_dist.plan.memory import rank_memory
+    from sparse_lora_dist.plan.memory import PHASES, rank_memory
     from sparse_lora_dist.plan.shapes import shapes_of
 
     config = load_config(flags_of(row, folder))
     engine = Engine.of(json.loads(Path(config.run.ds_config).read_text()))
-    memory = rank_memory(
-        shapes_of(config, whole_logits=True), engine, Ranks(world_size=row.ranks, on_gpu=False)
-    )
-    lines = {f"{line.key}": line.bytes.get("pass", 0) for line in memory.lines}
-    return {
-        "planned_load": memory.total("host", "load"),
-        "planned_pass": memory.total("host", "pass"),
-        "planned_step": memory.total("host", "step"),
-        "lines": lines,
-    }
+    shapes = shapes_of(config, whole_logits=WHOLE_LOGITS)
+    memory = rank_memory(shapes, engine, Ranks(world_size=row.ranks, on_gpu=False))
+    phase = max(("pass", "step"), key=lambda phase: memory.total("host", phase))
+    assert phase in PHASES
+    lines = {line.key: line.bytes.get(phase, 0) for line in memory.lines}
+    return lines | {"together": sum(lines.values())}
 
 
-def on_this_rank(flags: list[str]) -> None:
-    """The main job; rank 0 leaves what was found beside the model."""
+class Enough(Exception):
+    """The steps that are measured are done."""
+
+
+def on_this_rank(rows: list[Row], folder: str) -> None:
+    """The main job, row after row; rank 0 leaves what was found beside the model."""
     import bitsandbytes  # noqa: F401
     import datasets  # noqa: F401
     import peft  # noqa: F401
 
+    quiet_others()
+    comm.start()
+    found = []
+    for row in rows:
+        peaks = torch.tensor(peak_of(row, folder), dtype=torch.int64)
+        found.append({"train": int(comm.max_over_ranks(peaks))})
+        if comm.rank() == 0:
+            print(row, found[-1], flush=True)
+            (Path(folder) / "found.json").write_text(json.dumps(found))
+    comm.barrier()
+    leave(0)
+
+
+def peak_of(row: Row, folder: str) -> int:
+    """From where training begins to the end of its last step."""
     from sparse_lora_dist import train as program
     from sparse_lora_dist.command_line import load_config
 
-    quiet_others()
-    comm.start()
-    config = load_config(flags)
+    give_back()
     before = forget_peak()
-    peaks: list[int] = []
+    peaks = []
 
-    def begin_training(job: Any, resume: Any) -> None:
-        start(job, resume)
-        peaks.append(peak_bytes() - before)
-        ctypes.CDLL(None).malloc_trim(0)  # what loading freed is not training's
-        forget_peak()
+    class Watched(program.Job):
+        def start(self, resume: Any) -> None:
+            super().start(resume)
+            give_back()  # what loading freed is not training's
+            forget_peak()
 
-    def stop_after_last(job: Any, step: int, *args: Any, **kwargs: Any) -> None:
-        print(step, peak_bytes() - before, file=sys.stderr, flush=True)
-        if step == STEPS:
-            peaks.append(peak_bytes() - before)
-            finish(config.model.model, peaks)
-        job.progress = type(job.progress)(
-            step=step, rows=job.progress.rows + job.feed.global_batch, tokens=0
-        )
+        def after_step(self, step: int, *args: Any, **kwargs: Any) -> None:
+            if step == STEPS:
+                peaks.append(peak_bytes() - before)
+                raise Enough
+            self.progress = replace(
+                self.progress, step=step, rows=self.progress.rows + self.feed.global_batch
+            )
 
-    start = program.Job.start
-    with (
-        patch.object(program.Job, "start", begin_training),
-        patch.object(program.Job, "after_step", stop_after_last),
-    ):
-        program.run(config)
-
-
-def finish(folder: str, peaks: list[int]) -> None:
-    load, train = comm.max_over_ranks(torch.tensor(peaks, dtype=torch.int64)).tolist()
+    with patch.object(program, "Job", Watched), contextlib.suppress(Enough):
+        program.run(load_config(flags_of(row, folder)))
     if comm.rank() == 0:
-        found = {"load": load, "train": train}
-        (Path(folder) / "found.json").write_text(json.dumps(found))
+        shutil.rmtree(f"{folder}/run")
     comm.barrier()
-    leave(0)
+    return peaks[0]
+
+
+def give_back() -> None:
+    """Freed blocks to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
 
 
 def forget_peak() -> int:
@@ -200,29 +243,33 @@ def peak_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def report(rows: list[Row], found: list[dict[str, Any]]) -> str:
+def report(found: Iterable[tuple[Row, dict[str, int], dict[str, int]]]) -> str:
     """The result file."""
-    lines = header(
-        "ranks",
-        "train: measured",
-        "planned",
-        "off by",
-        "load: measured",
-        "planned",
-        "off by",
-        first="run",
-    )
-    for row, one in zip(rows, found, strict=True):
-        train = max(one["planned_pass"], one["planned_step"])
-        said = ", ".join(f"{k} {v}" for k, v in row.options.items()) or "as a run by default"
-        said = f"{row.ds_config}: {said}"
-        cells = [str(row.ranks)]
-        for real, plan in ((one["train"], train), (one["load"], one["planned_load"])):
-            cells += [f"{real / 1e9:.2f} GB", f"{plan / 1e9:.2f} GB", f"{plan / real - 1:+.0%}"]
-        lines.append(f"| {said} | {' | '.join(cells)} |")
+    lines = header("ranks", "measured", "planned", "planned / measured - 1", first="run")
+    usual, holes = [], []
+    for row, measured, plan in found:
+        real, said = measured["train"], plan["together"]
+        what = ", ".join(f"{k} {v}" for k, v in row.options.items()) or "usual"
+        what = what if row.ds_config == "zero3" else f"{row.ds_config}, {what}"
+        if row.holes:
+            holes.append(f"{row.ranks} ranks, {what}: {real / said - 1:+.0%}")
+            continue
+        usual.append(said / real - 1)
+        sizes = f"{real / 1e9:.2f} GB | {said / 1e9:.2f} GB"
+        lines.append(f"| {what} | {row.ranks} | {sizes} | {usual[-1]:+.1%} |")
     table = "\n".join(lines)
+    usual_run = ", ".join(f"{k} {v}" for k, v in USUAL.items())
     return f"""\
-{table}"""
+`python benchmarks/plan_check.py`: the main job on a random Llama of 8 layers of width 1024 and
+32,000 tokens, on CPU ranks; usual: {usual_run}, lora.
+Resident bytes of the rank that needed most in steps 1 to {STEPS}, above what it held when ranks had
+met and imports were done; planned: all lines of the planner for CPU ranks.
+
+{table}
+
+Off by {min(usual):+.1%} to {max(usual):+.1%}. Measured with MALLOC_MMAP_THRESHOLD_=262144, so that
+glibc returns what is freed. By default it keeps holes, measured above the plan:
+{"; ".join(holes) or "not measured"}."""
 
 
 if __name__ == "__main__":

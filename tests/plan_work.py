@@ -51,12 +51,12 @@ def _planned(config: Any) -> dict[str, int]:
     return {line.key: line.bytes.get("pass", 0) for line in memory.lines}
 
 
-def run_with_gpu_of(flags: list[str], size: int) -> str:
+def run_with_room(flags: list[str], room: int) -> str:
     """What the main job prints on a machine with so much memory left."""
     from unittest.mock import patch
 
     from sparse_lora_dist.plan.advice import Limits
     from tests.run_work import train
 
-    with patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=size)):
+    with patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=room)):
         return train(flags)

@@ -16,7 +16,13 @@ from sparse_lora_dist.plan.forecast import forecast
 from sparse_lora_dist.plan.gathers import Bounds, gathered
 from sparse_lora_dist.plan.held import Held, shard_bytes
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
-from sparse_lora_dist.plan.memory import moment_bytes, rank_memory, trained_entries
+from sparse_lora_dist.plan.memory import (
+    base_shard_bytes,
+    load_peak_bytes,
+    moment_bytes,
+    rank_memory,
+    trained_entries,
+)
 from sparse_lora_dist.plan.options import PlanRequest, bytes_in, load_request
 from sparse_lora_dist.plan.report import Outcome, as_json, as_text
 from sparse_lora_dist.plan.shapes import shapes_of
@@ -135,6 +141,16 @@ def test_70b_in_4_bit_on_8_and_on_2_ranks(llama_70b: Shapes) -> None:
     assert shares[2] / 1e9 == pytest.approx(20, abs=0.5)
 
 
+def test_70b_peaks_under_8_gb_a_rank_of_8_while_loading(llama_70b: Shapes) -> None:
+    for count in (8, 16, 64):
+        shard, peak = base_shard_bytes(llama_70b, count), load_peak_bytes(llama_70b, count)
+        assert shard == pytest.approx(39.5e9 / count, rel=0.01)
+        adapter = trained_entries(llama_70b, Ranks(world_size=count)) * 2
+        # The head comes last, as large in the file as its share.
+        assert peak - shard - adapter == pytest.approx(2.1e9 / count, rel=0.25)
+    assert load_peak_bytes(llama_70b, 8) < 8e9
+
+
 # Laws
 
 
@@ -204,8 +220,17 @@ def test_live_entries_follow_the_methods_own_schedule(
 ) -> None:
     factory = METHODS[name]
     found = forecast(factory, factory.options(), llama_70b.plan)
-    assert (found.first, found.peak, found.last) == pytest.approx((first, peak, last), abs=0.01)
+    alone = found.on(1)
+    assert (alone.first, alone.peak, alone.last) == pytest.approx((first, peak, last), abs=0.01)
     assert found.birth_bytes == (2 if name == "increlora" else 0)
+
+
+def test_open_pieces_lie_on_the_first_rank(llama_70b: Shapes) -> None:
+    factory = METHODS["increlora"]
+    found = forecast(factory, factory.options(), llama_70b.plan)
+    # Most of its rows of A, half of its columns of B.
+    assert found.on(1).peak == pytest.approx(0.5, abs=0.01)
+    assert 0.55 < found.on(4).peak <= 0.75
 
 
 def test_moments_cost_8_bytes_a_live_entry_and_a_bit_each() -> None:
@@ -458,9 +483,9 @@ def test_the_program_prints_json_and_draws(tmp_path: Path) -> None:
 
 def test_a_run_says_once_whether_it_fits(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -> None:
     flags = tiny.flags(tmp_path / "run", max_steps=1)
-    roomy = ranks(2, "tests.plan_work:run_with_gpu_of", flags=flags, size=10**10)
+    roomy = ranks(2, "tests.plan_work:run_with_room", flags=flags, room=10**10)
     assert [text.count("memory    about") for text in roomy] == [1, 0]
     assert "does not fit" not in roomy[0] and "of 10.0 GB" in roomy[0]
     flags = tiny.flags(tmp_path / "again", max_steps=1)
-    tight = ranks(2, "tests.plan_work:run_with_gpu_of", flags=flags, size=1000)
+    tight = ranks(2, "tests.plan_work:run_with_room", flags=flags, room=1000)
     assert tight[0].count("does not fit") == 1 and "result" in tight[0]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_lora_dist.methods.base import By, Decision, Method, MethodFactory, Plan, Site, Ties
@@ -19,13 +20,37 @@ SITES, FEATURES, STEPS = 8, 200, 200
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Forecast:
-    """Fractions of all entries that live; bytes of a birth for each, where ages differ."""
+class Live:
+    """Fractions of the entries of a rank that live: of the rank with most of them."""
 
     first: float
     peak: float
     last: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What lives, from decision to decision."""
+
+    profiles: tuple[dict[str, Tensor], ...]
+    """Tensor of a linear -> how many of the linears have each of its entries alive, 1-D."""
     birth_bytes: int
+    """Of a birth for each live entry, where ages differ."""
+
+    def on(self, world_size: int) -> Live:
+        """Shares are cut from first to last, and open pieces may all lie in the first."""
+        fractions = [self._worst(profile, world_size) for profile in self.profiles]
+        return Live(first=fractions[0], peak=max(fractions), last=fractions[-1])
+
+    def _worst(self, profile: dict[str, Tensor], world_size: int) -> float:
+        live = torch.zeros(world_size)
+        size = 0
+        for counts in profile.values():
+            share = -(-counts.numel() // world_size)
+            padded = F.pad(counts, (0, share * world_size - counts.numel()))
+            live += padded.view(world_size, share).sum(1)
+            size += share
+        return float(live.max()) / (size * SITES)
 
 
 def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
@@ -42,17 +67,15 @@ def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
         for key, spec in method.tensors(site).items()
     }
     births = {name: torch.zeros_like(mask, dtype=torch.int32) for name, mask in live.items()}
-    fractions, aged = [], False
+    profiles, aged = [], False
     for step in [0, *(s for s in range(1, steps + 1) if method.decides_at(s))]:
         if step > 0 or method.decides_at(0):
             _take(method.decide(step, _RandomScores(live, method, len(sites))), live, births, step)
-        fractions.append(_fraction(live))
+        profiles.append(_profile(live))
         aged = aged or len({int(births[n][m].max()) for n, m in live.items() if m.any()}) > 1
         if method.observes_until is not None and step >= method.observes_until:
             break
-    return Forecast(
-        first=fractions[0], peak=max(fractions), last=fractions[-1], birth_bytes=2 * aged
-    )
+    return Forecast(profiles=tuple(profiles), birth_bytes=2 * aged)
 
 
 def _shortest(
@@ -81,8 +104,12 @@ def _take(
         live[name] = new
 
 
-def _fraction(live: Mapping[str, Tensor]) -> float:
-    return float(sum(int(m.sum()) for m in live.values())) / sum(m.numel() for m in live.values())
+def _profile(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    counts: dict[str, Tensor] = {}
+    for name, mask in live.items():
+        key = name.rpartition(".")[2]
+        counts[key] = counts.get(key, 0.0) + mask.flatten().float()
+    return counts
 
 
 class _RandomScores:

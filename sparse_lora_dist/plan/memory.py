@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.moments import BLOCK
 from sparse_lora_dist.plan.held import Held, Kind, shard_bytes
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
@@ -28,7 +29,12 @@ GPU_CONTEXT = 1_200_000_000
 """CUDA's context, the libraries' workspaces and NCCL's buffers. Assumed: it varies by GPU."""
 
 GPU_SLACK = 0.05
-"""Of what forward and backward allocate: blocks that PyTorch's allocator holds and cannot use."""
+"""Of what forward and backward allocate: blocks that PyTorch's allocator holds and cannot use.
+Assumed."""
+
+CPU_PROCESS = 100_000_000
+"""What a rank on a CPU gains besides tensors once imports are done: data, modules imported late,
+gloo's buffers, small blocks. Measured: 0.09 to 0.13 GB (benchmarks/plan_check.py)."""
 
 HOST_PROCESS = 3_000_000_000
 """A rank's Python, PyTorch with CUDA and data, on the host. Assumed, where there is a GPU."""
@@ -137,17 +143,15 @@ def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     state_at: Place = where if engine.optimizer == "none" else "host"
     entries = trained_entries(shapes, ranks)
     yield _always("adapter", "adapter: live copy", copy_at, entries * shapes.itemsize)
-    # An fp32 engine steps its own copy, unless it lies elsewhere.
-    apart = shapes.itemsize < 4 or engine.optimizer == "cpu"
-    label = "adapter: fp32 master"
-    yield _line("master", label, state_at, 4 * entries * apart, "pass", "step")
+    yield _line("master", "adapter: fp32 master", state_at, 4 * entries, "pass", "step")
     yield _line("gradients", "adapter: gradients", state_at, 4 * entries, "pass", "step")
     # Without offload the copy that the optimizer gets is made for the step only.
     during: tuple[Phase, ...] = ("pass", "step") if engine.optimizer == "cpu" else ("step",)
     label = "adapter: gradients, the optimizer's copy"
     yield _line("gradient_copy", label, state_at, 4 * entries, *during)
     future, bits = shapes.forecast, shapes.config.train.moment_bits
-    size = moment_bytes(future.peak * entries, entries, bits, future.birth_bytes)
+    live = future.on(ranks.world_size).peak * entries
+    size = moment_bytes(live, entries, bits, future.birth_bytes)
     yield _line("moments", "adapter: moments, at their peak", state_at, size, "pass", "step")
     statistics = 4 * shapes.method.n_stats * entries
     yield _line("statistics", "adapter: statistics", state_at, statistics, "pass", "step")
@@ -168,6 +172,8 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
     work = max(step.forward, step.backward, step.kept + loss) - step.kept
     label = "work: a layer, or the logits, with gradients"
     yield _line("work", label, where, work, "pass")
+    slack = GPU_SLACK * (whole + step.kept + work) * ranks.on_gpu
+    yield _line("slack", "holes in PyTorch's memory pool (assumed)", where, slack, "pass")
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     bucket = engine.reduce_bucket
     filled = 4 * min(bucket, trained)
@@ -175,9 +181,8 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
     size = 4 * bucket if ranks.on_gpu else filled
     label = "gradient buckets, filled and reduced"
     yield _line("buckets", label, where, size + filled, "pass")
-    yield _line(
-        "load_work", "the largest tensor on its way", where, load_work(shapes, ranks), "load"
-    )
+    coming = load_work(shapes, ranks.world_size)
+    yield _line("load_work", "tensors on their way from the file", where, coming, "load")
 
 
 def loss_bytes(shapes: Shapes) -> int:
@@ -195,22 +200,50 @@ def loss_bytes(shapes: Shapes) -> int:
     return hidden + 3 * chunk
 
 
-def load_work(shapes: Shapes, ranks: Ranks) -> int:
-    """What a rank holds besides its shares while its part of the largest tensor comes in: that part
-    as it is in the file, and of a weight that is quantised the scales of all of it."""
-    file_itemsize = 2
+FILE_ITEMSIZE = 2
+"""Bytes of a weight in the checkpoint: bf16 or fp16."""
 
-    def bytes_of(parameter: Held) -> int:
-        own = -(-parameter.in_file // ranks.world_size) * file_itemsize
-        if parameter.kind != "packed":
-            return own + parameter.share(ranks.world_size) * shapes.itemsize
-        return own + own // 4 + 4 * 4 * parameter.in_file // 64
+SCALE_VECTORS = 4
+"""fp32 vectors of all scales of a weight: gathered, joined, less their mean, in 8 bits."""
 
-    return max(bytes_of(p) for p in shapes.parameters)
+
+def base_shard_bytes(shapes: Shapes, world_size: int) -> int:
+    """Of the frozen base on one rank."""
+    frozen = [p for p in shapes.parameters if p.kind != "trained"]
+    return shard_bytes(frozen, world_size, shapes.itemsize)
+
+
+def load_peak_bytes(shapes: Shapes, world_size: int) -> int:
+    """The most that a rank holds while the base and the adapters are loaded."""
+    shares = shard_bytes(shapes.parameters, world_size, shapes.itemsize)
+    return shares + load_work(shapes, world_size)
+
+
+def load_work(shapes: Shapes, world_size: int) -> int:
+    """What the load's peak has beyond all shares.
+
+    Parameters come one after another: to the shares so far come this one, its part of the file, the
+    part that is read ahead for the next, and the scales of all of a weight that is quantised.
+    """
+    held, most = 0, 0
+    coming = [p for p in shapes.parameters if p.in_file]
+    parts = [-(-p.in_file // world_size) * FILE_ITEMSIZE for p in coming]
+    ahead = dict(
+        zip((p.name for p in coming), zip(parts, [*parts[1:], 0], strict=True), strict=True)
+    )
+    # Adapters come when the base stands.
+    for parameter in sorted(shapes.parameters, key=lambda p: p.kind == "trained"):
+        held += parameter.share(world_size) * shapes.itemsize
+        work = sum(ahead.get(parameter.name, (0, 0)))
+        if parameter.kind == "packed":
+            work += SCALE_VECTORS * 4 * parameter.in_file // nf4.BLOCK
+        most = max(most, held + work)
+    return max(0, most - held)
 
 
 def _framework(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     if not ranks.on_gpu:
+        yield _always("process", "data, late imports, gloo (measured)", "host", CPU_PROCESS)
         return
     yield _always("context", "CUDA, NCCL, libraries (assumed)", "gpu", GPU_CONTEXT)
     yield _always("process", "the process itself (assumed)", "host", HOST_PROCESS)

@@ -7,6 +7,7 @@ from typing import Any
 
 from sparse_lora_dist.plan import memory
 from sparse_lora_dist.plan.advice import (
+    MOST_RANKS,
     Change,
     Limits,
     Need,
@@ -126,11 +127,7 @@ def _verdict(outcome: Outcome) -> Iterator[str]:
     yield f"verdict   {answer}: {', '.join(where)}"
     if limits.gpu or limits.host:
         least = outcome.smallest
-        said = (
-            f"no number of them up to {memory.GPU_CONTEXT and 4096}"
-            if least is None
-            else str(least)
-        )
+        said = f"no number up to {MOST_RANKS}" if least is None else str(least)
         yield f"least     {said} of such {'GPUs' if outcome.ranks.on_gpu else 'ranks'}"
 
 
@@ -171,8 +168,12 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
     if outcome.ranks.on_gpu:
         yield (
             f"          {gb(memory.GPU_CONTEXT)} GB of a GPU for CUDA, NCCL and libraries, "
-            f"{gb(memory.HOST_PROCESS)} GB of host memory a process"
+            f"{gb(memory.HOST_PROCESS)} GB of host memory a process; the pool's holes "
+            f"{memory.GPU_SLACK:.0%}"
         )
+    else:
+        yield "          on CPUs glibc keeps holes besides, up to half as much again, unless"
+        yield "          MALLOC_MMAP_THRESHOLD_=262144 is set, which costs time"
     if outcome.shapes.config.train.max_steps is None:
         yield "          schedules as in a run of 1,000 steps, since --max_steps is not given"
     for note in outcome.shapes.notes:
@@ -204,6 +205,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             "network_gb_per_s": outcome.plan.network_gb_per_s,
             "disk_gb_per_s": outcome.plan.disk_gb_per_s,
             "gpu_context_bytes": memory.GPU_CONTEXT,
+            "gpu_slack": memory.GPU_SLACK,
             "host_process_bytes": memory.HOST_PROCESS,
         },
         "notes": list(outcome.shapes.notes),

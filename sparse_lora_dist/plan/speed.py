@@ -118,5 +118,5 @@ def attention_width(config: PreTrainedConfig) -> int:
 def checkpoint_bytes(shapes: Shapes, entries: int) -> int:
     """fp32 masters, a byte of mask and the statistics for all entries; for those that live, two
     fp32 moments and when they came to life."""
-    live = shapes.forecast.peak * entries
+    live = shapes.forecast.on(1).peak * entries
     return int(entries * (4 + 1 + 4 * shapes.method.n_stats) + live * (8 + 4))
