@@ -1,6 +1,6 @@
 """Does a classifier learn? CoLA from a random encoder. ``python benchmarks/cola.py FOLDER``
 
-FOLDER holds train.tsv and dev.tsv as the corpus is published: four columns, no line that names them.
+FOLDER holds train.tsv and dev.tsv as the corpus is published: four columns and no line of names.
 """
 
 import sys
