@@ -20,7 +20,7 @@ def sizes() -> list[int]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     place = tmp_path_factory.mktemp("gpu") / "llama"
-    return str(save_llama(place, hidden_size=512, intermediate_size=1792, vocab_size=1000))
+    return str(save_llama(place, hidden_size=516, intermediate_size=1792, vocab_size=1000))
 
 
 @pytest.mark.parametrize("size", sizes())
