@@ -9,8 +9,8 @@ from _job import RESULTS, header
 
 TOKENS, RANK = 512, 16
 WAYS = ("ours", "usual")
-SHAPE = {"width": 1024, "inner": 2816, "layers": 9, "vocabulary": 32000}
-SMALL = SHAPE | {"layers": 2, "vocabulary": 8000}
+SHAPE = {"width": 768, "inner": 2048, "layers": 10, "vocabulary": 24000}
+SMALL = SHAPE | {"layers": 1, "vocabulary": 4000}
 
 
 def stored() -> dict[str, Any]:

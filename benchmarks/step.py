@@ -1,6 +1,6 @@
 """Tokens per second, memory and traffic of a LoRA step: ours, and the usual way.
 
-    python benchmarks/step.py [--rounds 12]
+    python benchmarks/step.py [--rounds 10]
 
 The usual way is transformers + bitsandbytes + PEFT under ZeRO-3 with the same engine settings. Both
 engines stand in the same processes and step in turn, in an order drawn anew each round, so that
@@ -29,8 +29,9 @@ from torch.utils._pytree import tree_leaves
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.screen import say
 
-WARM_UP = 2
+WARM_UP = 1
 PHASES = ("time", *WAYS)
 TINY = {"width": 256, "inner": 704, "layers": 2, "vocabulary": 1000}
 
@@ -63,7 +64,7 @@ CASES = [
 def main() -> None:
     """Every case, the results, the table and the plot."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=12, help="measured ones, of two steps each")
+    parser.add_argument("--rounds", type=int, default=10, help="measured ones, of two steps each")
     parser.add_argument("--cases", type=int, nargs="+", default=list(range(len(CASES))))
     parser.add_argument("--tiny", action="store_true", help="small shapes, nothing is written")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
@@ -112,7 +113,7 @@ def engine_file() -> dict[str, Any]:
     """ds_configs/zero3.json, its limits on what stays gathered cut as the model is: about a layer
     and a half of it, half a layer ahead, as they are for a model of 70 B."""
     content: dict[str, Any] = json.loads(Path(ZERO3).read_text())
-    limits = {"max_live_parameters": 4e6, "max_reuse_distance": 4e6, "prefetch_bucket_size": 1.3e6}
+    limits = {"max_live_parameters": 2e6, "max_reuse_distance": 2e6, "prefetch_bucket_size": 7e5}
     content["zero_optimization"] |= {f"stage3_{k}": int(v) for k, v in limits.items()}
     return content
 
@@ -165,6 +166,7 @@ def times(settings: dict[str, Any], rounds: int) -> dict[str, Any]:
     for step in range(2, WARM_UP + rounds + 1):
         for way in shuffled.sample(WAYS, len(WAYS)):
             seconds = timed(runs[way], step)
+            say(way, f"step {step}: {seconds['clock']:.1f} s, {seconds['processor']:.1f} computed")
             if step > WARM_UP:
                 measured[way].append(seconds)
     traffic = {}

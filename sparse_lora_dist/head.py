@@ -39,8 +39,8 @@ class LossHead(nn.Module):
     def __init__(self, linear: FrozenLinear | nn.Linear) -> None:
         super().__init__()
         self._linear = (linear,)  # in a tuple, so that it is no child: names would change
-        for name in ("weight", "bias"):
-            self.register_parameter(name, getattr(linear, name))
+        for name, parameter in linear._parameters.items():
+            self.register_parameter(name, parameter)
         self.vocabulary = linear.out_features
         self.after: list[Operation] | None = None
         """What the model does to logits; None until it was seen."""
@@ -138,7 +138,7 @@ def install(model: PreTrainedModel) -> None:
     name = next((name for name, module in model.named_modules() if module is head), None)
     if name is None:
         return
-    if type(head) not in (FrozenLinear, nn.Linear):
+    if not (isinstance(head, FrozenLinear) or type(head) is nn.Linear):
         say("note", f"{name} is no plain linear ({type(head).__name__}): logits are made whole")
         return
     loss_head = LossHead(head)
