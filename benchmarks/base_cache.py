@@ -1,9 +1,10 @@
 """Seconds to load a base: quantised from its original files, and from its cache.
 
-    python benchmarks/base_cache.py [--ranks 1 2 4] [--tiny]
+    python benchmarks/base_cache.py [--ranks 1 2 4] [--repeats 3] [--tiny]
 
 Loading is ``Model.open`` and ``Model.load``: from a command line to a sharded base with adapters.
-Three loads in every job: without a cache, with one that has to be written, and from it.
+Three loads in every job, again and again: without a cache, with one that has to be written, and
+from it.
 """
 
 import argparse
@@ -38,27 +39,29 @@ LLAMA = {
     "tie_word_embeddings": False,
 }
 TINY = LLAMA | {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-REPEATS = 3
 GB = 1e9
 Found = dict[str, float]
+"""Medians of seconds and of all ranks' CPU seconds, by way; bytes of the files."""
 
 
 def main() -> None:
     """All numbers of ranks, and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tiny", action="store_true", help="small shapes, nothing is written")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.folder:
-        on_this_rank(Path(args.folder))
+        on_this_rank(Path(args.folder), args.repeats)
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, TINY if args.tiny else LLAMA)
         found: dict[int, Found] = {}
         for ranks in args.ranks:
-            on_ranks(__file__, "--folder", folder, ranks=ranks)
+            repeats = ["--repeats", str(args.repeats)]
+            on_ranks(__file__, "--folder", folder, *repeats, ranks=ranks)
             found[ranks] = json.loads((Path(folder) / "found.json").read_text())
-    text = report(found)
+    text = report(found, args.repeats)
     print(text) if args.tiny else write("base_cache.md", text)
 
 
@@ -70,20 +73,23 @@ def save_model(folder: str, shape: dict[str, Any]) -> None:
     LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(folder, max_shard_size="500MB")
 
 
-def on_this_rank(folder: Path) -> None:
+def on_this_rank(folder: Path, repeats: int) -> None:
     """One rank's part; rank 0 leaves what was found beside the model."""
     quiet_others()
     comm.start()
     cache = folder / "cache"
-    seconds: dict[str, list[float]] = {"without": [], "writing": [], "from": []}
-    for _ in range(REPEATS):
+    ways = {"without": None, "writing": cache, "from": cache}
+    costs: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
+    for _ in range(repeats):
         if comm.rank() == 0:
             shutil.rmtree(cache, ignore_errors=True)
-        seconds["without"].append(load(folder, None))
-        seconds["writing"].append(load(folder, cache))
-        seconds["from"].append(load(folder, cache))
+        for way, place in ways.items():
+            costs[way].append(load(folder, place))
     if comm.rank() == 0:
-        found: Found = {way: statistics.median(times) for way, times in seconds.items()}
+        found: Found = {}
+        for way, seen in costs.items():
+            seconds, cpu = zip(*seen, strict=True)
+            found |= {way: statistics.median(seconds), f"{way} cpu": statistics.median(cpu)}
         found["original"] = size_of(folder)
         found["cache"] = size_of(next(cache.iterdir()))
         (folder / "found.json").write_text(json.dumps(found))
@@ -91,15 +97,17 @@ def on_this_rank(folder: Path) -> None:
     leave(0)
 
 
-def load(folder: Path, cache: Path | None) -> float:
-    """Seconds until every rank has its shard."""
+def load(folder: Path, cache: Path | None) -> tuple[float, float]:
+    """Seconds until every rank has its shard, and CPU seconds of all ranks."""
     comm.barrier()
-    started = time.perf_counter()
-    config = Config(model=ModelConfig(model=str(folder), base_cache=cache and str(cache)))
+    started, cpu = time.perf_counter(), time.process_time()
+    config = Config(model=ModelConfig(model=str(folder), base_cache=str(cache) if cache else None))
     model = Model.open(config)
     model.load(config, Method(name="lora"), engine_dict(ZERO3, config, comm.world_size()))
+    cpu = time.process_time() - cpu
     comm.barrier()
-    return time.perf_counter() - started
+    seconds = time.perf_counter() - started
+    return seconds, sum(comm.gather_objects(cpu))
 
 
 def size_of(folder: Path) -> int:
@@ -107,11 +115,13 @@ def size_of(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
-def report(found: dict[int, Found]) -> str:
+def report(found: dict[int, Found], repeats: int) -> str:
     """The result file."""
-    lines = header("without / from the cache", "writing it too / without", first="ranks")
-    for ranks, times in found.items():
-        ratios = times["without"] / times["from"], times["writing"] / times["without"]
+    names = ("time", "CPU time of all ranks", "time, writing it too / without")
+    lines = header(*names, first="original / cache, ranks")
+    for ranks, costs in found.items():
+        ratios = [costs["without"] / costs["from"], costs["without cpu"] / costs["from cpu"]]
+        ratios.append(costs["writing"] / costs["without"])
         lines.append(f"| {ranks} | {' | '.join(f'{ratio:.1f}' for ratio in ratios)} |")
     sizes = next(iter(found.values()))
     table = "\n".join(lines)
@@ -119,7 +129,7 @@ def report(found: dict[int, Found]) -> str:
 `python benchmarks/base_cache.py`: loading a random Llama of 1.1 B parameters in bf16
 ({sizes["original"] / GB:.2f} GB of files) to an NF4 base sharded by ZeRO-3 with adapters, and the
 same from its cache ({sizes["cache"] / GB:.2f} GB); {os.cpu_count()} cores, one thread a rank, files
-in the page cache, medians of {REPEATS}.
+in the page cache, {repeats} of each.
 
 {table}"""
 

@@ -34,11 +34,11 @@ def load(folder: str, cache: str | None, **options: Any) -> dict[str, Any]:
     {"bytes": hash of packed and scales of every held weight, "logits", "cached": was the cache
     read, "said", "identity"}
     """
-    save = options.pop("modules_to_save", ())
+    save, zero = options.pop("modules_to_save", ()), options.pop("zero", {})
     config = config_of(model=folder, base_cache=cache, **options)
     config = Config(model=config.model, adapter=AdapterConfig(modules_to_save=save))
     with redirect_stdout(io.StringIO()) as out:
-        model = load_model(config)
+        model = load_model(config, **zero)
     return {
         "bytes": held_bytes(model),
         "logits": logits_of(model, config.model.precision),

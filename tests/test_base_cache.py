@@ -94,6 +94,15 @@ def test_it_is_a_checkpoint_for_transformers_with_bitsandbytes(
         assert torch.equal(rank["logits"], first["logits"])
 
 
+def test_written_while_shards_lie_in_host_memory(ranks: Ranks, tmp_path: Path, llama: Path) -> None:
+    arguments = {"folder": str(llama), "cache": str(tmp_path)}
+    offload = {"offload_param": {"device": "cpu"}}
+    first = ranks(2, LOAD, **arguments, zero=offload)[0]
+    for rank in ranks(3, LOAD, **arguments):
+        assert rank["cached"]
+        assert_same_base(rank, first)
+
+
 def test_in_several_files(ranks: Ranks, tmp_path: Path, llama: Path) -> None:
     arguments = {"folder": str(llama), "cache": str(tmp_path), "file_bytes": 10_000}
     first = ranks(2, "tests.cache_work:load_in_small_files", **arguments)[0]
@@ -244,6 +253,7 @@ def test_only_what_is_surely_left_over_is_removed(tmp_path: Path) -> None:
     names = {
         f"{PREFIX}{host}-{os.getpid()}-aa": True,
         f"{PREFIX}{host}-{dead.pid}-aa": False,
+        f"{PREFIX}{host}-{dead.pid}-own": True,
         f"{PREFIX}other-host-{dead.pid}-aa": True,
         f"{PREFIX}other-host-{dead.pid}-old": False,
         f"{PREFIX}not-ours": True,
@@ -252,7 +262,7 @@ def test_only_what_is_surely_left_over_is_removed(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).mkdir()
     os.utime(tmp_path / f"{PREFIX}other-host-{dead.pid}-old", (1, 1))
-    remove_left_overs(tmp_path)
+    remove_left_overs(tmp_path, but=tmp_path / f"{PREFIX}{host}-{dead.pid}-own")
     assert {p.name for p in tmp_path.iterdir()} == {n for n, stays in names.items() if stays}
 
 
@@ -316,6 +326,7 @@ def test_a_full_disk_is_a_warning_and_training_goes_on(
     needed = "MB needed" if how == "free" else "No space left on device"
     said = next(line for line in found[0]["said"].splitlines() if line.startswith("warning"))
     assert "training goes on" in said and needed in said
+    assert "was written to" not in found[0]["said"]
     assert not list(full.iterdir()), "nothing half written stays"
     (one,) = ranks(1, LOAD, folder=str(llama), cache=str(roomy))
     assert one["cached"], "the other node's is whole"

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +163,12 @@ def _hash_of_samples(files: CheckpointFiles) -> str:
     A hub's own name of a file, to which its link leads, is a hash of all of it.
     """
     digest = hashlib.sha256()
-    entries = sorted(files.entries.values(), key=lambda e: (e.file, e.start))
-    for file in sorted({e.file for e in entries}):
+    in_order = sorted(files.entries.values(), key=lambda e: (e.file, e.start))
+    for file, entries in groupby(in_order, key=lambda e: e.file):
         if file.is_symlink():
             digest.update(file.resolve().name.encode())
         with file.open("rb", buffering=0) as stream:
-            for entry in (e for e in entries if e.file == file):
+            for entry in entries:
                 for offset in _places(entry.nbytes):
                     stream.seek(entry.start + offset)
                     digest.update(stream.read(min(SAMPLE_BYTES, entry.nbytes)))

@@ -43,7 +43,7 @@ class CacheFolder:
         directory = self.final.parent
         temporary = directory / f"{PREFIX}{token}"
         try:
-            remove_left_overs(directory)
+            remove_left_overs(directory, but=temporary)
             free = shutil.disk_usage(directory).free
             if free < needed:
                 self.problem = f"{directory} has {megabytes(free)} free, {megabytes(needed)} needed"
@@ -87,9 +87,12 @@ class CacheFolder:
         self.do(rename)
 
 
-def remove_left_overs(directory: Path) -> None:
-    """What jobs that are gone left half written: a day old, or of a dead process on this host."""
-    for folder in directory.glob(f"{PREFIX}*"):
+def remove_left_overs(directory: Path, but: Path) -> None:
+    """What jobs that are gone left half written: a day old, or of a dead process on this host.
+
+    ``but``: of this job, whose rank 0 may live on a host of the same name.
+    """
+    for folder in set(directory.glob(f"{PREFIX}*")) - {but}:
         # Not a name of ours, or another rank removes it at the same time.
         with suppress(ValueError, FileNotFoundError):
             host, pid, _ = folder.name.removeprefix(PREFIX).rsplit("-", 2)

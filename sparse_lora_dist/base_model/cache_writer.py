@@ -62,8 +62,8 @@ def write_cache(
     """Write the base that ``model`` holds; ``folder``, ``files`` and ``sources`` are those it was
     loaded from. Collective."""
     held = list(_held(model, sources))
-    quantized = [key for h in held for key in h.source.keys]
-    plain = {key: e for key, e in files.entries.items() if key not in set(quantized)}
+    quantized = {key for h in held for key in h.source.keys}
+    plain = {key: entry for key, entry in files.entries.items() if key not in quantized}
     parts = ("", STATE + "nf4", *COMPONENTS)
     names = [*plain, *(key + part for key in quantized for part in parts)]
     header_bytes = sum(len(json.dumps(name)) + ABOUT_ONE for name in names)
@@ -82,10 +82,11 @@ def write_cache(
         own.do(lambda out: _describe(out, cache, model, folder))
         own.publish(lambda there: is_complete(there, cache.made_of))
     everyone = comm.gather_objects((own.out is not None, own.problem))
-    if any(written for written, _ in everyone):
+    problems = [problem for _, problem in everyone if problem]
+    if problems:
+        say("warning", f"--base_cache: it was not written, training goes on: {problems[0]}")
+    elif any(written for written, _ in everyone):
         say("cache", f"the base was written to {cache.folder}")
-    for problem in sorted({p for _, p in everyone if p}):
-        say("warning", f"--base_cache: nothing was written, training goes on: {problem}")
 
 
 def _held(model: nn.Module, sources: Sources) -> Iterator[Held]:
