@@ -133,12 +133,12 @@ def one_rank(folder: str, rank: int, ranks: int) -> None:
     config = Config(model=ModelConfig(model=folder))
     engine_config = engine_dict(ZERO3, config, ranks)
     method = Method(name="lora")
-    planned_shard, planned_peak = planned(Model.open(config), method, ranks)
     before, started, busy = forget_peak(), time.perf_counter(), Clock()
     with busy.timing(nf4, "quantize", "scale_bytes"):
         model = Model.open(config)
         model.load(config, method, engine_config)
     seconds, peak = time.perf_counter() - started, peak_bytes() - before
+    planned_shard, planned_peak = planned(Model.open(config), method, ranks)
     held: Any = list(model.module.parameters())
     filled = json.loads((Path(folder) / "filled.json").read_text())
     found = {
