@@ -26,7 +26,6 @@ def table(found: Found) -> str:
     """Markdown, a row a number of ranks."""
     names = [
         "usual time / ours",
-        "processor time",
         "loading, usual",
         "loading, ours",
         "bound",
@@ -37,7 +36,7 @@ def table(found: Found) -> str:
         own, other = ways["ours"], ways["usual"]
         sizes = [other["loading_peak"], own["loading_peak"], bound(own), own["shard"]]
         sizes += [other["ready_peak"], own["ready_peak"]]
-        times = " | ".join(f"{other[k] / own[k]:.1f}" for k in ("ready_s", "ready_cpu_s"))
+        times = f"{other['ready_s'] / own['ready_s']:.1f}"
         lines.append(f"| {ranks} | {times} | {' | '.join(f'{n / GB:.2f} GB' for n in sizes)} |")
     return "\n".join(lines)
 
@@ -47,21 +46,19 @@ def report(found: Found) -> str:
     return f"""\
 `python benchmarks/load.py`: a random Llama of 1.1 B parameters in bf16, to an NF4 base sharded by
 ZeRO-3 with LoRA of rank 16 on all linears and an engine that could train; {os.cpu_count()} cores,
-one thread a rank, files in the page cache. Time is until the engine stands, by the clock and as
-processor time of the rank that took most. Peaks are resident bytes, mapped files included, of the
-rank that needed most, above what it held after imports and `init_distributed`: until all is loaded,
-and until the engine stands. Bound: 1.1 x (shard + a rank's part of the largest tensor in the files)
-+ 0.15 GB.
+one thread a rank, files in the page cache. Time is until the engine stands. Peaks are resident
+bytes, mapped files included, of the rank that needed most, above what it held after imports and
+`init_distributed`: until all is loaded, and until the engine stands. Bound: 1.1 x (shard + a rank's
+part of the largest tensor in the files) + 0.15 GB.
 
 {table(found)}
 
-Our time on {", ".join(found)} ranks, in that on {next(iter(found))}: {_falling(found, "ready_s")};
-processor time of a rank: {_falling(found, "ready_cpu_s")}."""
+Our time on {", ".join(found)} ranks, in that on {next(iter(found))}: {_falling(found)}."""
 
 
-def _falling(found: Found, key: str) -> str:
-    first = next(iter(found.values()))["ours"][key]
-    return ", ".join(f"{ways['ours'][key] / first:.2f}" for ways in found.values())
+def _falling(found: Found) -> str:
+    first = next(iter(found.values()))["ours"]["ready_s"]
+    return ", ".join(f"{ways['ours']['ready_s'] / first:.2f}" for ways in found.values())
 
 
 def plot(found: Found, file: Path) -> None:
