@@ -209,7 +209,15 @@ def without_description(cache: Path) -> None:
     (cache / ABOUT).unlink()
 
 
-@pytest.mark.parametrize("damage", [cut_short, without_index, without_description])
+def with_a_broken_state(cache: Path) -> None:
+    file = next(cache.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes().replace(b'"blocksize"', b'blocksize""'))
+
+
+DAMAGES = [cut_short, without_index, without_description, with_a_broken_state]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_not_used_but_replaced(
     ranks: Ranks, tmp_path: Path, llama: Path, damage: Callable[[Path], None]
 ) -> None:

@@ -88,7 +88,7 @@ def find_cache(
     with comm.together("opening --base_cache"):
         try:
             opened = open_cache(place, made_of, module, new)
-        except UserError as error:
+        except (UserError, OSError, ValueError) as error:
             damage = str(error)
         if opened is None:
             _check_writable(directory)
