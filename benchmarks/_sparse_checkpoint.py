@@ -25,7 +25,11 @@ def save(folder: Path, config: PretrainedConfig) -> list[str]:
     """The model of ``config`` in bf16; names of the tensors that hold random numbers."""
     config.save_pretrained(folder)
     model = meta_model(
-        config, dtype=torch.bfloat16, attn_implementation=None, trust_remote_code=False
+        config,
+        task="causal_lm",
+        dtype=torch.bfloat16,
+        attn_implementation=None,
+        trust_remote_code=False,
     )
     shapes: Shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     first_of = {shape: name for name, shape in reversed(shapes.items())}
