@@ -49,10 +49,6 @@ NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 """So that freed blocks leave the process; by default glibc keeps those of up to 32 MB that lie
 between others, and is faster for it."""
 
-WHOLE_LOGITS = True
-"""As the job makes them."""
-
-
 @dataclass(frozen=True)
 class Row:
     """A run: ranks, and what its command line says."""
@@ -163,7 +159,7 @@ def planned(row: Row, folder: str) -> dict[str, int]:
 
     config = load_config(flags_of(row, folder))
     engine = Engine.of(json.loads(Path(config.run.ds_config).read_text()))
-    shapes = shapes_of(config, whole_logits=WHOLE_LOGITS)
+    shapes = shapes_of(config)
     memory = rank_memory(shapes, engine, Ranks(world_size=row.ranks, on_gpu=False))
     phase = max(("pass", "step"), key=lambda phase: memory.total("host", phase))
     assert phase in PHASES

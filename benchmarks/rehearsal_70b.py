@@ -138,7 +138,7 @@ def one_rank(folder: str, rank: int, ranks: int) -> None:
         model = Model.open(config)
         model.load(config, method, engine_config)
     seconds, peak = time.perf_counter() - started, peak_bytes() - before
-    planned_shard, planned_peak = planned(Model.open(config), method, ranks)
+    planned_shard, planned_peak = planned(config, ZERO3, ranks)
     held: Any = list(model.module.parameters())
     filled = json.loads((Path(folder) / "filled.json").read_text())
     found = {

@@ -101,6 +101,17 @@ SPOILT: dict[str, tuple[Change, list[str]]] = {
     "no scales of scales": (_drop(".nested_absmax"), ["up_proj", ".nested_absmax is missing"]),
     "another code": (_put(".quant_map", lambda t: t + 0.1), ["up_proj", "codes", "NF4 and FP4"]),
     "too few bytes": (_put("", lambda t: t[:-3]), ["up_proj", "packed bytes", "Download"]),
+    "a state that is no JSON": (
+        _put(".quant_state.bitsandbytes__nf4", lambda t: t[1:]),
+        ["up_proj", "as bitsandbytes writes", "Download"],
+    ),
+    "a state without a shape": (
+        _put(
+            ".quant_state.bitsandbytes__nf4",
+            lambda t: torch.tensor(list(bytes(t.numpy()).replace(b'"shape"', b'"other"'))).byte(),
+        ),
+        ["up_proj", "as bitsandbytes writes", "Download"],
+    ),
     "no state": (_drop(".quant_state.bitsandbytes__nf4"), ["up_proj", "[37, 60]"]),
 }
 

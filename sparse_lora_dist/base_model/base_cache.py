@@ -23,7 +23,13 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import identity
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
-from sparse_lora_dist.base_model.sources import Sources, find_keys, find_sources
+from sparse_lora_dist.base_model.sources import (
+    STATE,
+    Sources,
+    find_keys,
+    find_sources,
+    read_state,
+)
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.screen import say
 
@@ -88,7 +94,7 @@ def find_cache(
     with comm.together("opening --base_cache"):
         try:
             opened = open_cache(place, made_of, module, new)
-        except (UserError, OSError, ValueError) as error:
+        except (UserError, OSError) as error:
             damage = str(error)
         if opened is None:
             _check_writable(directory)
@@ -121,7 +127,7 @@ def open_cache(
 
 
 def is_complete(place: Path, made_of: dict[str, Any]) -> bool:
-    """Is the cache there, with all its files in full size?"""
+    """Is the cache there, with all its files in full size and states that can be read?"""
     try:
         _open_files(place, made_of)
     except UserError:
@@ -132,7 +138,11 @@ def is_complete(place: Path, made_of: dict[str, Any]) -> bool:
 def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
     if read_about(place).get("made_of") != made_of:
         raise UserError(f"{place / ABOUT} is missing, damaged, or of something else")
-    return CheckpointFiles(place)
+    files = CheckpointFiles(place)
+    for key in files.entries:
+        if STATE in key:
+            read_state(key, files)
+    return files
 
 
 def read_about(place: Path) -> dict[str, Any]:

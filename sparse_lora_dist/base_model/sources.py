@@ -38,6 +38,8 @@ from sparse_lora_dist.base_model.checkpoint_files import (
 from sparse_lora_dist.errors import UserError
 
 STATE = ".quant_state.bitsandbytes__"
+NOTED = {"shape", "blocksize", "quant_type"}
+"""What a state says at least."""
 COMPONENTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
@@ -176,11 +178,26 @@ def _plain(keys: Sequence[str], files: CheckpointFiles) -> Source:
 
 def _state(key: str, files: CheckpointFiles) -> dict[str, Any] | None:
     """What bitsandbytes noted of a quantised tensor; None for one that is not."""
-    for kind in ("nf4", "fp4"):
-        if key + STATE + kind in files.entries:
-            state: dict[str, Any] = json.loads(bytes(files.whole(key + STATE + kind).numpy()))
-            return state
-    return None
+    names = [key + STATE + kind for kind in ("nf4", "fp4")]
+    return next((read_state(name, files) for name in names if name in files.entries), None)
+
+
+def read_state(key: str, files: CheckpointFiles) -> dict[str, Any]:
+    """What bitsandbytes noted of a quantised tensor, from the tensor of that name.
+
+    Raises:
+        UserError: it is not what bitsandbytes writes.
+    """
+    try:
+        state: dict[str, Any] = json.loads(bytes(files.whole(key).numpy()))
+    except ValueError:
+        state = {}
+    if not isinstance(state, dict) or NOTED - state.keys():
+        raise UserError(
+            f"{files.entries[key].file}: tensor {key!r} is not as bitsandbytes writes it. "
+            "Download the model again."
+        )
+    return state
 
 
 def _packed(
