@@ -24,7 +24,7 @@ train: $(STAMP)  ## fine-tune the embedded model on all GPUs, or on 2 CPU ranks 
 	else $(RUN) DS_ACCELERATOR=cpu deepspeed --quiet --num_gpus 2 $(TRAIN) $(ARGS); fi
 
 test: $(STAMP)  ## all tests (ARGS="-k config ...")
-	@$(RUN) python -m pytest $(ARGS)
+	@$(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check --quiet .

@@ -22,7 +22,7 @@ from tests.conftest import Ranks
 from tests.laws import LAWS
 from tests.tiny_run import TinyRun
 
-STEPS, SAVED = 30, (10, 20, 30)
+STEPS, SAVED = 18, (6, 12, 18)
 KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1")
 TIES = 1e-4
 """Share of entries, or of pieces, that may be decided otherwise where scores lie within rounding of
