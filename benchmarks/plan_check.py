@@ -49,6 +49,7 @@ NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 """So that freed blocks leave the process; by default glibc keeps those of up to 32 MB that lie
 between others, and is faster for it."""
 
+
 @dataclass(frozen=True)
 class Row:
     """A run: ranks, and what its command line says."""
