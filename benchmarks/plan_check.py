@@ -77,7 +77,7 @@ ROWS = [
     Row(2, options={"rank": 128, "method": "adalora"} | CHECKPOINTED),
     Row(2, options={"rank": 128, "method": "increlora"} | CHECKPOINTED),
     Row(2, "zero3_offload", options={"rank": 128} | CHECKPOINTED),
-    Row(2, options={"precision": "bf16", "rank": 128, "sequence_length": 64} | CHECKPOINTED),
+    Row(2, options={"precision": "bf16", "rank": 128, "sequence_length": 128} | CHECKPOINTED),
     Row(1, options={"rank": 256, "moment_bits": 8} | CHECKPOINTED),
     Row(2, holes=True),
 ]
