@@ -40,7 +40,7 @@ class Head:
 
 def classes_of(architecture: PretrainedConfig) -> list[str]:
     """Names of the classes that a head of this config tells apart, in order."""
-    return [str(name) for name in (architecture.id2label or {}).values()]
+    return [str(name) for _, name in sorted((architecture.id2label or {}).items())]
 
 
 def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> Head:
@@ -120,7 +120,8 @@ def _check_classes(model: PreTrainedModel, files: CheckpointFiles, held: Mapping
                 f"labels {', '.join(wanted)}. {remedy}"
             )
     config = json.loads((files.folder / "config.json").read_text())
-    known = list(config.get("id2label", {}).values())
+    named = config.get("id2label") or {}
+    known = [named[number] for number in sorted(named, key=int)]
     unnamed = [f"LABEL_{i}" for i in range(len(known))]
     if known not in ([], unnamed, wanted) and wanted != [str(i) for i in range(len(known))]:
         if held:

@@ -25,6 +25,7 @@ from sparse_lora_dist.base_model.architecture import (
 from sparse_lora_dist.base_model.base_cache import BaseCache, find_cache
 from sparse_lora_dist.base_model.cache_writer import write_cache
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
+from sparse_lora_dist.base_model.same_base import check_same_on_all_nodes
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.sources import Sources, find_keys, find_sources, is_quantized
 from sparse_lora_dist.class_head import Head, classes_of, first_values, modules_inside
@@ -71,6 +72,7 @@ class Model:
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
             architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
             files = CheckpointFiles(folder)
+        check_same_on_all_nodes(options.model, folder, files)
         task = TASKS[options.task]
         with comm.together("reading the labels"), comm.first_on_its_node():
             task.settle(architecture, config.data)

@@ -42,8 +42,9 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
     wanted = config.run.resume
     if wanted == "never":
         return None
-    newest = checkpoint.newest(Path(config.run.output_dir) / "checkpoints")
-    path = newest if wanted == "auto" else Path(wanted)
+    path = Path(wanted)
+    if wanted == "auto":  # rank 0's choice: other nodes may see a listing of a while ago
+        path = comm.broadcast_object(checkpoint.newest(Path(config.run.output_dir) / "checkpoints"))
     if path is None:
         return None
     with comm.together(f"opening {path}"):

@@ -1,6 +1,7 @@
 """What workers run for ``test_base_model.py``: loading, with everything counted that comes in."""
 
 import io
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -280,6 +281,12 @@ def opening_error(folder: str) -> tuple[str, str, int]:
 def opening_error_of(folders: list[str]) -> tuple[str, str, int]:
     """The same where each rank sees its own folder."""
     return opening_error(folders[comm.rank()])
+
+
+def opening_error_of_nodes(folders: list[str]) -> tuple[str, str, int]:
+    """The same where each rank is a node of its own."""
+    with patch.dict(os.environ, LOCAL_RANK="0"):
+        return opening_error_of(folders)
 
 
 def load_odd_module(folder: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from contextlib import ExitStack, redirect_stdout
+from io import FileIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -134,15 +135,15 @@ def load_while_another_publishes(folder: str, cache: str, other: str) -> dict[st
 def die_while_writing(folder: str, cache: str) -> None:
     """Loading on one rank, killed in the middle of a tensor."""
     comm.start()
-    usual, count = SafetensorsWriter._write, iter(range(10**6))
+    usual, count = safetensors_writer._write_all, iter(range(10**6))
 
-    def write(self: SafetensorsWriter, data: memoryview) -> None:
-        usual(self, data[: len(data) // 2])
+    def write(file: FileIO, data: memoryview) -> None:
+        usual(file, data[: len(data) // 2])
         if next(count) == 20:
             os.kill(os.getpid(), signal.SIGKILL)
-        usual(self, data[len(data) // 2 :])
+        usual(file, data[len(data) // 2 :])
 
-    with patch.object(SafetensorsWriter, "_write", write):
+    with patch.object(safetensors_writer, "_write_all", write):
         load(folder, cache)
 
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
+from sparse_lora_dist.errors import UserError
 from tests.conftest import Ranks
 from tests.tiny_models import save_llama
 
@@ -188,3 +190,44 @@ def test_only_the_rank_that_sees_a_bad_file_needs_to_see_it(
     )
     assert first == second == "UserError"
     assert "cut short" in alone and "rank 1" in said and "cut short" in said
+
+
+def test_nodes_with_other_copies_of_a_model_are_refused(
+    ranks: Ranks, tmp_path: Path, good: Path
+) -> None:
+    """The headers are the same, one row is not: half of each linear would be of another model."""
+    other = copied(good, tmp_path / "other")
+    _edit(lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"][-1].add_(1))(other)
+    folders = [str(good), str(good), str(other)]
+    for kind, message, weights_read in ranks(
+        3, "tests.base_work:opening_error_of_nodes", folders=folders
+    ):
+        assert kind == "UserError" and weights_read == 0
+        assert "rank 2 has other files" in message and "--revision" in message
+    for kind, _, _ in ranks(2, "tests.base_work:opening_error_of_nodes", folders=[str(good)] * 2):
+        assert kind == "none"
+
+
+@pytest.mark.parametrize("change", [0.0, 1.0])
+def test_a_tied_tensor_that_is_there_twice_must_be_the_same(
+    ranks: Ranks, tmp_path: Path, good: Path, change: float
+) -> None:
+    folder = copied(good, tmp_path / "tied")
+    _configured(tie_word_embeddings=True)(folder)
+
+    def twice(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][-1, -1] += change
+
+    _edit(twice)(folder)
+    everyone = ranks(2, "tests.base_work:opening_error", folder=str(folder))
+    assert [kind for kind, _, _ in everyone] == ["UserError" if change else "none"] * 2
+    assert all("tie_word_embeddings" in said for _, said, _ in everyone) == bool(change)
+
+
+def test_a_file_that_goes_away_is_an_error_that_names_it(tmp_path: Path, good: Path) -> None:
+    folder = copied(good, tmp_path / "model")
+    files = CheckpointFiles(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="model.safetensors cannot be read any more"):
+        files.whole("model.norm.weight")

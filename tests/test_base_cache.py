@@ -137,7 +137,7 @@ def test_a_run_resumes_from_the_cache_and_without_it(
 
 
 def another_revision(folder: Path) -> None:
-    """One weight of one tensor's last row differs."""
+    """The last row of one tensor differs, and of each tensor the last bytes are sampled."""
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][-1] += 1
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -214,7 +214,35 @@ def with_a_broken_state(cache: Path) -> None:
     file.write_bytes(file.read_bytes().replace(b'"blocksize"', b'blocksize""'))
 
 
-DAMAGES = [cut_short, without_index, without_description, with_a_broken_state]
+def with_a_state_without_shape(cache: Path) -> None:
+    file = next(cache.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes().replace(b'"shape"', b'"shaqe"'))
+
+
+def with_a_list_for_description(cache: Path) -> None:
+    (cache / ABOUT).write_text("[]")
+
+
+def with_another_code(cache: Path) -> None:
+    """All is there and can be parsed, but the first code is another one."""
+    file = min(cache.glob("*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    name = next(n for n in header if n.endswith(".quant_map"))
+    start = 8 + int.from_bytes(raw[:8], "little") + header[name]["data_offsets"][0]
+    raw[start : start + 64] = bytes(64)
+    file.write_bytes(raw)
+
+
+DAMAGES = [
+    cut_short,
+    without_index,
+    without_description,
+    with_a_list_for_description,
+    with_a_broken_state,
+    with_a_state_without_shape,
+    with_another_code,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from sparse_lora_dist.base_model.architecture import meta_model, read_config
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.kinds_work import quantize_folder
@@ -100,6 +101,8 @@ SPOILT: dict[str, tuple[Change, list[str]]] = {
     "no scales": (_drop(".absmax"), ["up_proj", ".absmax is missing"]),
     "no scales of scales": (_drop(".nested_absmax"), ["up_proj", ".nested_absmax is missing"]),
     "another code": (_put(".quant_map", lambda t: t + 0.1), ["up_proj", "codes", "NF4 and FP4"]),
+    "a code of another length": (_put(".quant_map", lambda t: t[:15]), ["up_proj", "codes"]),
+    "a code in another dtype": (_put(".quant_map", lambda t: t.half()), ["up_proj", "codes"]),
     "too few bytes": (_put("", lambda t: t[:-3]), ["up_proj", "packed bytes", "Download"]),
     "a state that is no JSON": (
         _put(".quant_state.bitsandbytes__nf4", lambda t: t[1:]),
@@ -166,3 +169,17 @@ def test_whole_runs_do_not_depend_on_ranks_or_checkpointing(
     )
     assert _losses(two) == pytest.approx(_losses(one), abs=1e-5)
     assert _losses(one)[-1] < _losses(one)[0] - 0.01
+
+
+def test_a_router_draws_no_noise(tmp_path: Path) -> None:
+    """It would be another on every rank."""
+    config = read_config(save_family(tmp_path, "mixtral"), trust_remote_code=False)
+    config.router_jitter_noise = 0.1
+    model = meta_model(
+        config,
+        task="causal_lm",
+        dtype=torch.float32,
+        attn_implementation=None,
+        trust_remote_code=False,
+    )
+    assert [layer.mlp.jitter_noise for layer in model.model.layers] == [0.0, 0.0]

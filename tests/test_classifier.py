@@ -16,6 +16,7 @@ from transformers import (
     CodeGenConfig,
 )
 
+from sparse_lora_dist import class_head
 from sparse_lora_dist.adapter import RowSeeds
 from sparse_lora_dist.base_model.architecture import meta_model, read_config
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
@@ -64,6 +65,13 @@ def load(path: Path, **options: Any) -> LabelledDocuments:
         "max_samples": None,
     }
     return load_labelled(str(path), framing_tokenizer(), **{**usual, **options})
+
+
+def test_classes_come_in_the_order_of_their_numbers() -> None:
+    """As text "10" stands before "2"."""
+    numbers = sorted(range(12), key=str)
+    config = BertConfig(id2label={str(n): f"class {n}" for n in numbers})
+    assert class_head.classes_of(config) == [f"class {n}" for n in range(12)]
 
 
 # --- tables and labels ---------------------------------------------------------------------------

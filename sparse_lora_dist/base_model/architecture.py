@@ -96,7 +96,7 @@ def meta_model(
 ) -> PreTrainedModel:
     """The model of ``config`` for ``task``, every parameter and buffer on the meta device."""
     _check_task(config, task)
-    _switch_off_dropout(config)
+    _switch_off_noise(config)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with torch.device("meta"):
@@ -126,12 +126,12 @@ def _check_task(config: PretrainedConfig, task: str) -> None:
         )
 
 
-def _switch_off_dropout(config: PretrainedConfig) -> None:
-    """The base is frozen, so its own dropout protects nothing; and it would draw from torch's
-    generator, of which every rank has its own."""
+def _switch_off_noise(config: PretrainedConfig) -> None:
+    """The base is frozen, so its own dropout and its router's jitter protect nothing; and they
+    would draw from torch's generator, of which every rank has its own."""
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in list(vars(part).items()):
-            if "drop" in name and isinstance(value, float):
+            if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(part, name, 0.0)
 
 

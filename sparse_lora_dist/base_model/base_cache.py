@@ -10,9 +10,8 @@ save. A folder gets this name once everything in it is on disk. ``cache_writer.p
 import hashlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,13 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import identity
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
-from sparse_lora_dist.base_model.sources import (
-    STATE,
-    Sources,
-    find_keys,
-    find_sources,
-    read_state,
-)
+from sparse_lora_dist.base_model.same_base import hash_of_samples
+from sparse_lora_dist.base_model.sources import Sources, find_keys, find_sources
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.screen import say
 
 FORMAT = 1
 ABOUT = "base_cache.json"
-SAMPLES, SAMPLE_BYTES = 8, 256
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +42,8 @@ class BaseCache:
     """When each of the original files was changed, in ns."""
     here: bool
     """Does this node have it?"""
+    damaged: int | None
+    """The inode of its folder, where it is there and damaged."""
     files: CheckpointFiles | None
     """Of the cache; None unless every node has it."""
     sources: Sources
@@ -58,6 +53,14 @@ class BaseCache:
     def not_quantized(self) -> list[str]:
         """Linears that it holds in the dtype of the files."""
         return list(self.made_of["unquantised modules"])
+
+    def can_stay(self, place: Path) -> bool:
+        """Is what lies there complete, and not what was found damaged?"""
+        try:
+            _open_files(place, self.made_of)
+            return place.stat().st_ino != self.damaged
+        except (UserError, OSError):
+            return False
 
 
 def find_cache(
@@ -90,12 +93,12 @@ def find_cache(
     key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
     place = directory / f"{Path(name).resolve().name}-{key[:16]}"
 
-    opened, damage = None, None
+    opened, damage, damaged = None, None, None
     with comm.together("opening --base_cache"):
         try:
             opened = open_cache(place, made_of, module, new)
         except (UserError, OSError) as error:
-            damage = str(error)
+            damage, damaged = str(error), place.stat().st_ino
         if opened is None:
             _check_writable(directory)
     everyone = comm.gather_objects((opened is not None, damage))
@@ -107,6 +110,7 @@ def find_cache(
         made_of=made_of,
         dates=dates,
         here=opened is not None,
+        damaged=damaged,
         files=usable,
         sources=sources,
     )
@@ -126,23 +130,10 @@ def open_cache(
     return files, find_sources(module, files, find_keys(module, files), new=new)
 
 
-def is_complete(place: Path, made_of: dict[str, Any]) -> bool:
-    """Is the cache there, with all its files in full size and states that can be read?"""
-    try:
-        _open_files(place, made_of)
-    except UserError:
-        return False
-    return True
-
-
 def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
     if read_about(place).get("made_of") != made_of:
         raise UserError(f"{place / ABOUT} is missing, damaged, or of something else")
-    files = CheckpointFiles(place)
-    for key in files.entries:
-        if STATE in key:
-            read_state(key, files)
-    return files
+    return CheckpointFiles(place)
 
 
 def read_about(place: Path) -> dict[str, Any]:
@@ -151,7 +142,8 @@ def read_about(place: Path) -> dict[str, Any]:
         about: dict[str, Any] = json.loads((place / ABOUT).read_text())
     except (OSError, ValueError):
         return {}
-    return about if isinstance(about.get("made_of"), dict) else {}
+    told = isinstance(about, dict) and isinstance(about.get("made_of"), dict)
+    return about if told else {}
 
 
 def _linears(module: nn.Module, keep: Collection[str]) -> list[str]:
@@ -162,33 +154,15 @@ def _made_of(folder: Path, files: CheckpointFiles) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "config.json or shapes": identity(folder, files),
-        "weights": _hash_of_samples(files),
+        "weights": [hash_of_samples(files), *_hashes_of_the_hub(files)],
         "quantisation": f"nf4 in blocks of {nf4.BLOCK} and {nf4.NESTED_BLOCK}",
     }
 
 
-def _hash_of_samples(files: CheckpointFiles) -> str:
-    """Of a few places of every tensor: two revisions of a model have the same headers.
-
-    A hub's own name of a file, to which its link leads, is a hash of all of it.
-    """
-    digest = hashlib.sha256()
-    in_order = sorted(files.entries.values(), key=lambda e: (e.file, e.start))
-    for file, entries in groupby(in_order, key=lambda e: e.file):
-        if file.is_symlink():
-            digest.update(file.resolve().name.encode())
-        with file.open("rb", buffering=0) as stream:
-            for entry in entries:
-                for offset in _places(entry.nbytes):
-                    stream.seek(entry.start + offset)
-                    digest.update(stream.read(min(SAMPLE_BYTES, entry.nbytes)))
-    return digest.hexdigest()
-
-
-def _places(num_bytes: int) -> Iterator[int]:
-    """Where samples begin: from the first byte to the last, evenly."""
-    last = max(num_bytes - SAMPLE_BYTES, 0)
-    yield from sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
+def _hashes_of_the_hub(files: CheckpointFiles) -> list[str]:
+    """A hub's own name of a file, to which its link leads, is a hash of all of it."""
+    links = sorted({e.file for e in files.entries.values() if e.file.is_symlink()})
+    return [link.resolve().name for link in links]
 
 
 def _dates(files: CheckpointFiles) -> dict[str, int]:

@@ -69,17 +69,20 @@ class CacheFolder:
             shutil.rmtree(self.out.folder, ignore_errors=True)
             self.out = None
 
-    def publish(self, is_complete: Callable[[Path], bool]) -> None:
+    def publish(self, can_stay: Callable[[Path], bool]) -> None:
         """Give the folder its name, unless another job was first; a damaged one is replaced."""
 
         def rename(out: SafetensorsWriter) -> None:
-            if self.final.exists() and not is_complete(self.final):
-                shutil.rmtree(self.final)
             _sync(out.folder)
+            if self.final.exists() and not can_stay(self.final):
+                # Aside first: nobody may open a folder of that name that is half removed.
+                aside = out.folder.with_name(f"{out.folder.name}old")
+                self.final.rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
             try:
                 out.folder.rename(self.final)
             except OSError:
-                if not is_complete(self.final):
+                if not can_stay(self.final):
                     raise
                 shutil.rmtree(out.folder)  # another job was first
             _sync(self.final.parent)

@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.base_model.base_cache import ABOUT, BaseCache, is_complete
+from sparse_lora_dist.base_model.base_cache import ABOUT, BaseCache
 from sparse_lora_dist.base_model.cache_folder import CacheFolder, new_token
 from sparse_lora_dist.base_model.checkpoint_files import CPU, CheckpointFiles, Entry, Source
 from sparse_lora_dist.base_model.frozen_linear import QuantLinear
@@ -80,7 +80,7 @@ def write_cache(
             with gathered([weight.packed, weight.scales]):
                 own.do(lambda out, weight=weight: _save(weight, out))  # type: ignore[misc]
         own.do(lambda out: _describe(out, cache, model, folder))
-        own.publish(lambda there: is_complete(there, cache.made_of))
+        own.publish(cache.can_stay)
     everyone = comm.gather_objects((own.out is not None, own.problem))
     problems = [problem for _, problem in everyone if problem]
     if problems:

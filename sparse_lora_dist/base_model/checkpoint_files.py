@@ -128,9 +128,12 @@ class CheckpointFiles:
         if isinstance(part, bytes):
             buffer[:] = part[offset : offset + len(buffer)]
             return
-        with part.file.open("rb", buffering=0) as file:
-            file.seek(part.start + offset)
-            _read_into(file, buffer, part.file)
+        try:
+            with part.file.open("rb", buffering=0) as file:
+                file.seek(part.start + offset)
+                _read_into(file, buffer, part.file)
+        except OSError as error:
+            raise UserError(f"{part.file} cannot be read any more: {error}") from error
         self.bytes_read += len(buffer)
 
 

@@ -45,7 +45,8 @@ class SafetensorsWriter:
             self._begin_file()
         start = self._position
         for piece in pieces:
-            self._write(piece.contiguous().flatten().view(torch.uint8).numpy().data)
+            self._position += piece.nbytes
+            _write_all(self._files[-1], piece.contiguous().flatten().view(torch.uint8).numpy().data)
         offsets = [start, self._position]
         self._headers[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         self._header_bytes += about_it
@@ -61,9 +62,9 @@ class SafetensorsWriter:
         for number, (file, header) in enumerate(zip(self._files, self._headers, strict=True), 1):
             text = json.dumps({"__metadata__": {"format": "pt"}} | header).encode()
             file.seek(8)
-            file.write(text.ljust(self._room))  # the format allows spaces at the end
+            _write_all(file, text.ljust(self._room))  # the format allows spaces at the end
             file.seek(0)
-            file.write(self._room.to_bytes(8, "little"))
+            _write_all(file, self._room.to_bytes(8, "little"))
             os.fsync(file.fileno())
             file.close()
             name = f"model-{number:05d}-of-{count:05d}.safetensors"
@@ -86,15 +87,15 @@ class SafetensorsWriter:
         self._headers.append({})
         self._header_bytes = self._position = 0
 
-    def _write(self, data: memoryview) -> None:
-        """One write may take less than it was given (Linux stops at 2 GB)."""
-        done = 0
-        while done < len(data):
-            done += self._files[-1].write(data[done:])
-        self._position += done
-
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def _write_all(file: FileIO, data: bytes | memoryview) -> None:
+    """One write may take less than it was given: Linux stops at 2 GB, and where a disk is full."""
+    done = 0
+    while done < len(data):
+        done += file.write(data[done:])
 
 
 def write_synced(path: Path, content: object) -> None:

@@ -26,11 +26,13 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.checkpoint_files import (
     CPU,
     DTYPES,
     FLOATS,
+    PIECE_BYTES,
     CheckpointFiles,
     Entry,
     Source,
@@ -38,8 +40,6 @@ from sparse_lora_dist.base_model.checkpoint_files import (
 from sparse_lora_dist.errors import UserError
 
 STATE = ".quant_state.bitsandbytes__"
-NOTED = {"shape", "blocksize", "quant_type"}
-"""What a state says at least."""
 COMPONENTS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
@@ -75,8 +75,11 @@ def find_sources(
     for name, parameter in model.named_parameters():
         if name in new:
             continue
-        # Of tied parameters the files hold one, under any of their names.
-        keys = next((keys_of[n] for n in same[id(parameter)] if n in keys_of), None)
+        # Of tied parameters the files hold one, under any of their names, or the same twice.
+        held = [keys_of[n] for n in same[id(parameter)] if n in keys_of]
+        keys = held[0] if held else None
+        for other in held[1:]:
+            _check_same(files, held[0][0], other[0])
         if keys is None:
             raise UserError(
                 f"{files.folder} holds no tensor {name!r}, which config.json asks for. "
@@ -87,6 +90,26 @@ def find_sources(
         if name in keys_of:
             sources[name] = _source(name, tuple(buffer.shape), keys_of[name], files)
     return sources
+
+
+def _check_same(files: CheckpointFiles, key: str, other: str) -> None:
+    """Do the files hold the same values twice? This rank reads its part of the ranks' work."""
+    if key == other:
+        return
+    entries = [files.entries[k] for k in (key, other)]
+    same = entries[0].dtype == entries[1].dtype and entries[0].shape == entries[1].shape
+    ways = [Source(keys=(), parts=(entry,), dtype=torch.uint8) for entry in entries]
+    share = -(-entries[0].nbytes // comm.world_size())
+    first = comm.rank() * share
+    last = min(first + share, entries[0].nbytes)
+    for start in range(first, last, PIECE_BYTES) if same else ():
+        pieces = [files.read(way, start, min(start + PIECE_BYTES, last)) for way in ways]
+        same = same and torch.equal(*pieces)
+    if not same:
+        raise UserError(
+            f"{files.folder}: config.json ties {key} and {other}, but the files hold two different "
+            'tensors. Write "tie_word_embeddings": false into config.json.'
+        )
 
 
 def is_quantized(files: CheckpointFiles) -> bool:
@@ -192,12 +215,20 @@ def read_state(key: str, files: CheckpointFiles) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(bytes(files.whole(key).numpy()))
     except ValueError:
         state = {}
-    if not isinstance(state, dict) or NOTED - state.keys():
+    if not (isinstance(state, dict) and _is_whole(state)):
         raise UserError(
             f"{files.entries[key].file}: tensor {key!r} is not as bitsandbytes writes it. "
             "Download the model again."
         )
     return state
+
+
+def _is_whole(state: Mapping[str, Any]) -> bool:
+    shape, block = state.get("shape"), state.get("blocksize")
+    sizes = [*shape, block] if isinstance(shape, list) and len(shape) > 1 else [0]
+    return state.get("quant_type") in ("nf4", "fp4") and all(
+        isinstance(size, int) and size > 0 for size in sizes
+    )
 
 
 def _packed(
@@ -265,4 +296,11 @@ def _usual_codes(key: str, layout: nf4.Layout, files: CheckpointFiles) -> bool:
     codes = {".quant_map": bnb.get_4bit_type(layout.quant_type, device="cpu")}
     if layout.double_quant:
         codes[".nested_quant_map"] = nf4.dynamic_map(CPU)
-    return all(torch.allclose(files.whole(key + c), code) for c, code in codes.items())
+    entries = {c: files.entries[key + c] for c in codes}
+    # In the order of cost; another dtype or shape cannot be compared.
+    return all(
+        entries[c].dtype == "F32"
+        and entries[c].shape == tuple(code.shape)
+        and torch.allclose(files.whole(key + c), code)
+        for c, code in codes.items()
+    )
