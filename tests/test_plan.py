@@ -26,6 +26,7 @@ from sparse_lora_dist.plan.memory import (
 from sparse_lora_dist.plan.options import PlanRequest, bytes_in, load_request
 from sparse_lora_dist.plan.report import Outcome, as_json, as_text
 from sparse_lora_dist.plan.shapes import shapes_of
+from sparse_lora_dist.plan.speed import step_flop
 from tests.conftest import Ranks as RealRanks
 from tests.tiny_models import save_llama
 from tests.tiny_run import TinyRun
@@ -247,6 +248,22 @@ def test_a_prefetched_head_stands_beside_its_buffer() -> None:
     assert found.peak == 10 + 2 * 102 or found.peak == 2 * 102
     single = replace(bounds, one_by_one=True)
     assert gathered([layer, norm, head], "", single, checkpointing=False).peak <= 112
+
+
+def test_a_tied_head_is_gathered_and_computed_like_one_of_its_own(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 96, "num_hidden_layers": 6, "intermediate_size": 160}
+    found = {}
+    for tied in (False, True):
+        save_llama(tmp_path / str(tied), tied=tied, **sizes)
+        found[tied] = shapes(str(tmp_path / str(tied)), rank=4)
+    bounds = Bounds(prefetch=0, persistent=0, reuse=0)
+    moved = {tied: of.gathered(bounds) for tied, of in found.items()}
+    assert moved[True] == moved[False]
+    assert step_flop(found[True]) == step_flop(found[False])
+    kept = Bounds(persistent=0)
+    vocabulary = 101 * 96
+    less = found[False].gathered(kept).received - found[True].gathered(kept).received
+    assert less == vocabulary, "still whole from its first use"
 
 
 # Other architectures, and none

@@ -81,6 +81,18 @@ def held_parameters(
     return found
 
 
+def ties(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """(module, name of a parameter that it shares with a module before it)."""
+    first: dict[int, str] = {}
+    found = []
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in first:
+                found.append((name, first[id(parameter)]))
+            first.setdefault(id(parameter), f"{name}.{leaf}")
+    return found
+
+
 def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
     """Weights of linears, and of experts, which lie in one tensor of three axes."""
     if is_plain_linear(module):

@@ -15,7 +15,7 @@ from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.base import Site
 from sparse_lora_dist.plan.forecast import Forecast, forecast
 from sparse_lora_dist.plan.gathers import Bounds, Gathered, gathered
-from sparse_lora_dist.plan.held import Held, held_parameters
+from sparse_lora_dist.plan.held import Held, held_parameters, ties
 from sparse_lora_dist.plan.llama_sizes import as_llama
 from sparse_lora_dist.plan.shape_step import StepMemory, layers_of, step_memory
 from sparse_lora_dist.targets import find_sites
@@ -178,6 +178,7 @@ class Shapes:
                 layers_of(self.model)[0],
                 bounds,
                 once=self._without_backward(),
+                ties=ties(self.model),
                 checkpointing=self.config.model.gradient_checkpointing,
             )
         return self._gathered[bounds]

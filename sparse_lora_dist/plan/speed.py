@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from sparse_lora_dist.plan.held import Held
+from sparse_lora_dist.base_model.architecture import output_head
+from sparse_lora_dist.plan.held import Held, ties
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
 from sparse_lora_dist.plan.options import PlanConfig
 from sparse_lora_dist.plan.shape_step import layers_of
@@ -90,6 +91,8 @@ def step_flop(shapes: Shapes) -> float:
         if parameter.kind in ("packed", "plain"):
             active = active_fraction(parameter, shapes.model.config)
             weights[parameter.module.startswith(f"{name}.")] += active * parameter.in_file
+    sizes, head = {p.name: p.numel for p in shapes.parameters}, output_head(shapes.model)
+    weights[False] += sum(sizes[tied] for module, tied in ties(shapes.model) if module == head)
     linear = 2 * ((2 + again) * weights[True] + 2 * weights[False])
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     attention = 4 * rows * length**2 * attention_width(shapes.model.config) * len(layers)
