@@ -31,6 +31,8 @@ def _real(job: Any) -> dict[str, int]:
     found["master"] = sum(f.nbytes for f in flats if f.data_ptr() != live.data_ptr())
     found["gradients"] = zero.grad_partitions_flat_buffer.nbytes
     found["moments"] = job.shards.optimizer.state_bytes().peak
+    if not job.shards.ended:
+        found["statistics"] = sum(t.nbytes for s in job.shards.stats.values() for t in s)
     return found
 
 

@@ -19,6 +19,7 @@ from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
 from sparse_lora_dist.plan.memory import (
     base_shard_bytes,
     load_peak_bytes,
+    loss_bytes,
     moment_bytes,
     rank_memory,
     trained_entries,
@@ -66,6 +67,8 @@ def outcome(**options: object) -> Outcome:
         {"precision": "bf16", "double_quant": "false"},
         {"method": "increlora", "rank": 8, "max_steps": 12, "precision": "bf16"},
         {"moment_bits": 8, "modules_to_save": "embed_tokens"},
+        {"method": "adalora", "max_steps": 40, "stop_after": 1, "modules_to_save": "lm_head"},
+        {"method": "increlora", "rank": 8, "max_steps": 12, "modules_to_save": "lm_head"},
     ],
     ids=lambda options: options.get("method", "lora") + str(len(options)),
 )
@@ -264,6 +267,21 @@ def test_a_tied_head_is_gathered_and_computed_like_one_of_its_own(tmp_path: Path
     vocabulary = 101 * 96
     less = found[False].gathered(kept).received - found[True].gathered(kept).received
     assert less == vocabulary, "still whole from its first use"
+
+
+@pytest.mark.parametrize("whole_logits", [False, True])
+def test_a_trained_heads_own_gradients_are_counted(llama_70b: Shapes, whole_logits: bool) -> None:
+    of = llama_70b.with_config(llama_70b.config, whole_logits=whole_logits)
+    head = replace(of, trained=("lm_head",), _gathered={})
+    weight = 128256 * 8192
+    more = loss_bytes(head) - loss_bytes(of)
+    assert more == weight * (2 if whole_logits else 4 + 2 + 2)
+    rank = Ranks(world_size=8)
+    work = [
+        sum(line.bytes["pass"] for line in found.lines if line.key == "work")
+        for found in (rank_memory(s, Engine(bounds=Bounds()), rank) for s in (of, head))
+    ]
+    assert work[1] - work[0] >= weight * 2
 
 
 # Other architectures, and none

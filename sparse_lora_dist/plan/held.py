@@ -36,6 +36,12 @@ class Held:
     in_file: int = 0
     """Elements of the checkpoint that it is made from."""
 
+    @property
+    def sparse(self) -> bool:
+        """Does the method decide on it? Modules trained in full have no statistics and live
+        whole."""
+        return self.kind == "trained" and self.module.endswith(".")
+
     def share(self, world_size: int) -> int:
         """Elements that a rank holds, the same on all: shares are rounded up."""
         return -(-self.numel // world_size)

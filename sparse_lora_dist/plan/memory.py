@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.moments import BLOCK
 from sparse_lora_dist.plan.held import Held, Kind, shard_bytes
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
@@ -131,6 +132,11 @@ def trained_entries(shapes: Shapes, ranks: Ranks) -> int:
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.kind == "trained")
 
 
+def sparse_entries(shapes: Shapes, ranks: Ranks) -> int:
+    """Of adapters alone."""
+    return sum(p.share(ranks.world_size) for p in shapes.parameters if p.sparse)
+
+
 def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> float:
     """Two moments and maybe a birth for each live entry, a bit for each entry."""
     each = 8.0 if bits == 32 else 2.0 * (1 + 4 / BLOCK)
@@ -150,10 +156,11 @@ def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     label = "adapter: gradients, the optimizer's copy"
     yield _line("gradient_copy", label, state_at, 4 * entries, *during)
     future, bits = shapes.forecast, shapes.config.train.moment_bits
-    live = future.on(ranks.world_size).peak * entries
+    sparse = sparse_entries(shapes, ranks)
+    live = future.on(ranks.world_size).peak * sparse + entries - sparse
     size = moment_bytes(live, entries, bits, future.birth_bytes)
     yield _line("moments", "adapter: moments, at their peak", state_at, size, "pass", "step")
-    statistics = 4 * shapes.method.n_stats * entries
+    statistics = 4 * shapes.method.n_stats * sparse
     yield _line("statistics", "adapter: statistics", state_at, statistics, "pass", "step")
 
 
@@ -168,8 +175,9 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
     if config.model.gradient_checkpointing:
         label += ", checkpointed"
     yield _line("activations", label, where, step.kept, "pass")
-    loss = loss_bytes(shapes)
-    work = max(step.forward, step.backward, step.kept + loss) - step.kept
+    handed_on = trained_head(shapes) * shapes.itemsize  # its gradient, until backward is over
+    peak = max(step.forward, step.backward + handed_on, step.kept + loss_bytes(shapes))
+    work = peak - step.kept
     label = "work: a layer, or the logits, with gradients"
     yield _line("work", label, where, work, "pass")
     slack = GPU_SLACK * (whole + step.kept + work) * ranks.on_gpu
@@ -186,7 +194,8 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
 
 
 def loss_bytes(shapes: Shapes) -> int:
-    """Logits with their gradients, and the hidden states' own; 0 without an output head."""
+    """Logits with their gradients, the hidden states' own and, where it trains, the head's: as an
+    fp32 sum, of one chunk, and the one handed on. 0 without an output head."""
     head = shapes.model.get_output_embeddings()
     if head is None:
         return 0
@@ -194,10 +203,17 @@ def loss_bytes(shapes: Shapes) -> int:
     tokens = config.train.micro_batch_size * config.data.sequence_length
     vocabulary, width = (int(n) for n in head.weight.shape)
     hidden = tokens * width * shapes.itemsize
+    trained = trained_head(shapes)
     if shapes.whole_logits:
-        return hidden + 2 * tokens * vocabulary * shapes.itemsize
+        return hidden + (2 * tokens * vocabulary + trained) * shapes.itemsize
     chunk = min(LOGITS_CHUNK, 4 * tokens * vocabulary)
-    return hidden + 3 * chunk
+    return hidden + 3 * chunk + trained * (4 + 2 * shapes.itemsize)
+
+
+def trained_head(shapes: Shapes) -> int:
+    """Entries of the output head, where it trains in full."""
+    head = output_head(shapes.model)
+    return sum(p.numel for p in shapes.parameters if p.kind == "trained" and p.module == head)
 
 
 FILE_ITEMSIZE = 2

@@ -119,7 +119,8 @@ def attention_width(config: PreTrainedConfig) -> int:
 
 
 def checkpoint_bytes(shapes: Shapes, entries: int) -> int:
-    """fp32 masters, a byte of mask and the statistics for all entries; for those that live, two
-    fp32 moments and when they came to life."""
-    live = shapes.forecast.on(1).peak * entries
-    return int(entries * (4 + 1 + 4 * shapes.method.n_stats) + live * (8 + 4))
+    """fp32 masters and a byte of mask for all entries, statistics for those of adapters; for those
+    that live, two fp32 moments and when they came to life."""
+    sparse = sum(p.numel for p in shapes.parameters if p.sparse)
+    live = shapes.forecast.on(1).peak * sparse + entries - sparse
+    return int(entries * (4 + 1) + sparse * 4 * shapes.method.n_stats + live * (8 + 4))
