@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sparse_lora_dist.engine_config import world_problems
 from sparse_lora_dist.errors import ConfigError, UserError
 from sparse_lora_dist.methods import METHODS
 from sparse_lora_dist.plan.advice import Limits, need_of, smallest_world
@@ -205,8 +206,32 @@ def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shap
     def need(count: int) -> int:
         return need_of(llama_70b, engine, Ranks(world_size=count)).gpu
 
-    assert need(least) <= limits.gpu < need(least - 1)
+    assert least <= 8 and need(least) <= limits.gpu < need(least - 1)
     assert smallest_world(llama_70b, engine, ranks, Limits(gpu=10**9, host=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hpz", "batch"), [(1, 1, 0), (4, 1, 0), (2, 4, 0), (2, 3, 0), (2, 1, 4)]
+)
+def test_the_smallest_number_of_ranks_is_one_that_a_run_takes(
+    tmp_path: Path, nodes: int, hpz: int, batch: int
+) -> None:
+    of, ranks = small(tmp_path, micro_batch_size=1), Ranks(world_size=4 * nodes, nodes=nodes)
+    ranks = ranks if not batch else replace(ranks, world_size=4, nodes=1)
+    content: dict[str, Any] = {"zero_optimization": {"zero_hpz_partition_size": hpz}}
+    content |= {"train_batch_size": batch} if batch else {}
+    engine = Engine.of(content)
+    allowed = [*range(1, 5), *range(8, 65, 4)]
+    allowed = [n for n in allowed if not world_problems(content, of.config, n, "")]
+    needs = {
+        n: need_of(of, engine, replace(ranks, world_size=n, nodes=-(-n // 4))) for n in allowed
+    }
+    most = max(n.gpu for n in needs.values())
+    for host in sorted({None, *(n.host for n in needs.values())}, key=str):
+        for gpu in sorted({most, *(n.gpu for n in needs.values())}):
+            limits = Limits(gpu=gpu, host=host)
+            first = next((n for n in allowed if needs[n].fits(limits)), None)
+            assert smallest_world(of, engine, ranks, limits) == first, limits
 
 
 @pytest.mark.parametrize(

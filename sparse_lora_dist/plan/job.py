@@ -37,6 +37,8 @@ class Engine:
     optimizer: Literal["none", "cpu"] = "none"
     nvme_buffers: int = 0
     """Elements of pinned buffers through which parameters come from disk."""
+    settles_ranks: bool = False
+    """Does a train_batch_size allow one number of ranks only?"""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Engine":
@@ -59,10 +61,11 @@ class Engine:
                 one_by_one=bool(number("stage3_allgather_sequential", 0)),
             ),
             reduce_bucket=number("reduce_bucket_size", cls.reduce_bucket),
-            hpz=number("zero_hpz_partition_size", 1),
+            hpz=max(1, number("zero_hpz_partition_size", 1)),
             parameters=param.get("device", "none"),
             optimizer=optimizer.get("device", "none"),
             nvme_buffers=buffers if param.get("device") == "nvme" else 0,
+            settles_ranks=content.get("train_batch_size", "auto") != "auto",
         )
 
 
