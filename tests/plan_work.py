@@ -1,5 +1,7 @@
 """What the workers of ``tests/ranks.py`` run for the planner's tests: bytes of what a run holds."""
 
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 from sparse_lora_dist import comm
@@ -62,3 +64,23 @@ def run_with_room(flags: list[str], room: int) -> str:
 
     with patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=room)):
         return train(flags)
+
+
+def run_that_dies_loading(flags: list[str], room: int) -> str:
+    """The same, but memory ends as soon as the main job loads."""
+    from unittest.mock import patch
+
+    from sparse_lora_dist import train
+    from sparse_lora_dist.plan.advice import Limits
+
+    out = io.StringIO()
+    with (
+        patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=room)),
+        patch("sparse_lora_dist.model.Model.load", side_effect=MemoryError),
+        redirect_stdout(out),
+    ):
+        try:
+            train.run(config=load_config(flags))
+        except MemoryError:
+            return out.getvalue()
+    raise AssertionError("it did not die")

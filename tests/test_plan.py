@@ -52,7 +52,11 @@ def outcome(**options: object) -> Outcome:
     return Outcome(
         shapes=shapes_of(asked.config),
         engine=Engine.of(asked.engine),
-        ranks=Ranks(world_size=asked.plan.world_size, nodes=asked.plan.nodes),
+        ranks=Ranks(
+            world_size=asked.plan.world_size,
+            nodes=asked.plan.nodes,
+            on_gpu=asked.plan.gpu_bytes > 0,
+        ),
         plan=asked.plan,
     )
 
@@ -549,3 +553,23 @@ def test_a_run_says_once_whether_it_fits(ranks: RealRanks, tiny: TinyRun, tmp_pa
     flags = tiny.flags(tmp_path / "again", max_steps=1)
     tight = ranks(2, "tests.plan_work:run_with_room", flags=flags, room=1000)
     assert tight[0].count("does not fit") == 1 and "result" in tight[0]
+
+
+def test_the_command_of_the_warning_works_when_loading_died(
+    ranks: RealRanks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    flags = tiny.flags(tmp_path / "run", max_steps=1)
+    (said,) = ranks(1, "tests.plan_work:run_that_dies_loading", flags=flags, room=1001)
+    command = said.partition("plan: python launcher/plan.py ")[2].partition(")")[0].split()
+    found = load_request(command)
+    assert found.plan.gpu_bytes == 0 and found.plan.host_bytes == 1001
+    assert found.config.adapter.rank == 4
+    # What died so is no run yet: it starts again in the same folder.
+    assert "result" in ranks(1, "tests.plan_work:run_with_room", flags=flags, room=10**10)[0]
+
+
+def test_cpu_ranks_without_a_limit_are_not_said_to_fit() -> None:
+    free = outcome(gpu_memory="0")
+    assert "verdict   not checked" in as_text(free) and as_json(free)["fits"] is None
+    assert "DOES NOT FIT" in as_text(outcome(gpu_memory="0", host_memory="1GB"))
+    assert "verdict   fits" in as_text(outcome(gpu_memory="0", host_memory="9TB"))

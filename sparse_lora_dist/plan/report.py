@@ -46,7 +46,10 @@ class Outcome:
         return need_of(self.shapes, self.engine, self.ranks)
 
     @property
-    def fits(self) -> bool:
+    def fits(self) -> bool | None:
+        """None where there is no limit: ranks on CPUs, and --host_memory not given."""
+        if not self.ranks.on_gpu and self.limits.host is None:
+            return None
         return self.need.fits(self.limits)
 
     @cached_property
@@ -118,21 +121,21 @@ def _cell(size: int) -> str:
 
 def _verdict(outcome: Outcome) -> Iterator[str]:
     need, limits = outcome.need, outcome.limits
-    answer = "fits" if outcome.fits else "DOES NOT FIT"
+    answer = {True: "fits", False: "DOES NOT FIT", None: "not checked"}[outcome.fits]
     where = []
     if outcome.ranks.on_gpu:
         where.append(f"{gb(need.gpu)} of {gb(limits.gpu)} GB of a GPU")
     total = "" if limits.host is None else f" of {gb(limits.host)}"
     where.append(f"{gb(need.host)}{total} GB of a machine's memory")
     yield f"verdict   {answer}: {', '.join(where)}"
-    if limits.gpu or limits.host:
+    if outcome.fits is not None:
         least = outcome.smallest
         said = f"no number up to {MOST_RANKS}" if least is None else str(least)
         yield f"least     {said} of such {'GPUs' if outcome.ranks.on_gpu else 'ranks'}"
 
 
 def _changes(outcome: Outcome) -> Iterator[str]:
-    if outcome.fits:
+    if outcome.fits is not False:
         return
     yield f"to change {'GPU GB':>40}{'machine GB':>14}"
     for change in outcome.changes:
