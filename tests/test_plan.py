@@ -481,9 +481,9 @@ KEYS = {
     "smallest_world_size", "changes", "speed", "assumed", "notes",
 }  # fmt: skip
 SPEED_KEYS = {
-    "gathered_bytes", "gathered_adapter_bytes", "reduced_bytes", "across_nodes_bytes", "flop",
-    "compute_s", "network_s", "tokens", "file_bytes", "load_s", "checkpoint_bytes",
-    "step_s_overlapped", "step_s_in_turn",
+    "gathered_bytes", "gathered_adapter_bytes", "reduced_bytes", "across_nodes_bytes", "read_bytes",
+    "flop", "compute_s", "network_s", "read_s", "tokens", "file_bytes", "load_s",
+    "checkpoint_bytes", "step_s_overlapped", "step_s_in_turn",
 }  # fmt: skip
 
 
@@ -504,8 +504,31 @@ def test_hpz_keeps_the_base_within_a_node() -> None:
         outcome(world_size=16, nodes=2, ds_config=str(ROOT / "ds_configs" / name), **LEAN).speed
         for name in ("zero3.json", "zero3_hpz.json")
     )
-    assert flat.gathered_bytes == own.gathered_bytes
+    # From the 7 others of a node, or from 15.
+    assert own.gathered_bytes / flat.gathered_bytes == pytest.approx((7 / 8) / (15 / 16))
     assert flat.across_nodes_bytes > 30 * own.across_nodes_bytes
+
+
+def test_a_copy_over_two_nodes_is_gathered_across_them() -> None:
+    own = outcome(
+        world_size=16, nodes=4, ds_config=str(ROOT / "ds_configs" / "zero3_hpz.json"), **LEAN
+    ).speed
+    # Half of what the 8 ranks of a copy hold; 7 / 8 of it comes to each.
+    assert own.across_nodes_bytes > 0.5 / (7 / 8) * own.gathered_bytes
+
+
+def test_shares_on_disk_are_read_for_every_use() -> None:
+    memory, disk = (
+        outcome(world_size=8, nodes=2, ds_config=str(ROOT / "ds_configs" / name), **LEAN)
+        for name in ("zero3.json", "zero3_nvme.json")
+    )
+    assert memory.speed.read_bytes == memory.speed.read_s == 0
+    read = disk.speed.read_bytes
+    assert read == pytest.approx(disk.speed.gathered_bytes / 7)
+    assert disk.speed.read_s == pytest.approx(4 * read / 1e9), "four ranks share 1 GB/s"
+    assert disk.speed.step_s[1] == pytest.approx(memory.speed.step_s[1] + disk.speed.read_s)
+    assert disk.speed.step_s[0] >= disk.speed.read_s
+    assert "GB of the base from disk" in as_text(disk)
 
 
 @pytest.mark.parametrize(

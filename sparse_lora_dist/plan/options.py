@@ -28,7 +28,7 @@ class PlanConfig:
     host_memory: str | None = None
     """Memory of a machine; null leaves it unchecked."""
     disk_gb_per_s: float = 1.0
-    """GB/s at which a machine reads the checkpoint."""
+    """GB/s at which a machine reads the checkpoint, and shares of the base that lie on its disk."""
     tflops: float = 100.0
     """TFLOP/s that a GPU reaches in matmuls, dequantising included: not what its maker says."""
     network_gb_per_s: float = 20.0

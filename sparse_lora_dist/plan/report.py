@@ -154,6 +154,8 @@ def _speed(outcome: Outcome) -> Iterator[str]:
     )
     if ranks.nodes > 1:
         yield f"          {gb(speed.across_nodes_bytes)} GB of it come into a node from others"
+    if speed.read_bytes:
+        yield f"          a rank reads {gb(speed.read_bytes)} GB of the base from disk"
     yield (
         f"          {fast:.2f} s if traffic hides behind arithmetic, {slow:.2f} s if not: "
         f"{speed.tokens / slow:,.0f} to {speed.tokens / fast:,.0f} tokens/s of all ranks"
