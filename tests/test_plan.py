@@ -499,6 +499,48 @@ def test_json_keys_are_frozen() -> None:
             assert total == sum(lines)
 
 
+def host_bytes(of: Shapes, engine: Engine, key: str, *, on_gpu: bool = True) -> int:
+    lines = rank_memory(of, engine, Ranks(world_size=8, on_gpu=on_gpu)).lines
+    return sum(x.bytes["pass"] for x in lines if x.key == key and x.place == "host")
+
+
+def test_the_advice_to_offload_is_what_the_file_does() -> None:
+    files = ROOT / "ds_configs"
+    offload = outcome(ds_config=str(files / "zero3_offload.json"), **LEAN).need
+    for name in ("zero3.json", "zero3_hpz.json", "zero3_nvme.json"):
+        advised = outcome(ds_config=str(files / name), **LEAN).changes
+        assert [c.need for c in advised if c.what.endswith("zero3_offload.json")] == [offload]
+
+
+def test_the_second_copy_lies_where_parameters_do(llama_70b: Shapes) -> None:
+    away = Engine(bounds=Bounds(), hpz=8, parameters="cpu")
+    assert host_bytes(llama_70b, away, "hpz_copy") > 4e9
+    assert host_bytes(llama_70b, replace(away, parameters="none"), "hpz_copy") == 0
+
+
+def test_pinned_shares_are_powers_of_two_on_a_gpu_machine(llama_70b: Shapes) -> None:
+    free = Engine(bounds=Bounds(), parameters="cpu")
+    pinned = replace(free, pinned=True)
+    head = 128256 * 8192 * 2 // 8
+    assert host_bytes(llama_70b, free, "embeddings") == head
+    assert host_bytes(llama_70b, pinned, "embeddings") == 2**28 > head
+    cpu = [host_bytes(llama_70b, e, "embeddings", on_gpu=False) for e in (free, pinned)]
+    assert cpu == [head, head]
+
+
+def test_small_shares_stay_in_memory_beside_a_disk(llama_70b: Shapes) -> None:
+    content = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
+    disk = Engine.of(content)
+    # Keys and values: 1,024 x 8,192 weights of half a byte in each of 80 layers.
+    assert host_bytes(llama_70b, disk, "packed_weights") == 160 * 2**19
+    small = [p for p in llama_70b.parameters if p.kind == "scales" and p.share(8) * 2 < 2**20]
+    assert small and host_bytes(llama_70b, disk, "scales") == sum(
+        2 ** (p.share(8) * 2 - 1).bit_length() for p in small
+    )
+    content["aio"]["block_size"] = 2**30
+    assert host_bytes(llama_70b, Engine.of(content), "packed_weights") > 4e9
+
+
 def test_hpz_keeps_the_base_within_a_node() -> None:
     flat, own = (
         outcome(world_size=16, nodes=2, ds_config=str(ROOT / "ds_configs" / name), **LEAN).speed
@@ -561,6 +603,7 @@ def test_a_runs_own_options_are_a_plan(tmp_path: Path) -> None:
 def test_the_program_prints_json_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     words = ["launcher/plan.py", "--model", LLAMA_70B, "--json", "--plot", str(picture)]
+    words += ["--ds_config", "ds_configs/zero3_hpz.json"]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True
     )

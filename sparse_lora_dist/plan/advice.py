@@ -96,7 +96,8 @@ def _variants(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterator[Variant]
             engine,
             ranks,
         )
-    away = replace(engine, parameters="cpu", optimizer="cpu")
+    # As in that file, whatever this one has.
+    away = replace(engine, parameters="cpu", optimizer="cpu", hpz=1, nvme_buffers=0, pinned=True)
     if ranks.on_gpu and away != engine:
         yield "--ds_config ds_configs/zero3_offload.json", shapes, away, ranks
     if engine.hpz > 1:
@@ -114,7 +115,7 @@ def _variants(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterator[Variant]
         yield f"{double.world_size} ranks", shapes, engine, double
     if words and ranks.on_gpu:
         what = "offload and " + ", ".join(words)
-        yield what, shapes.with_config(thrifty), replace(away, hpz=1), ranks
+        yield what, shapes.with_config(thrifty), away, ranks
 
 
 def _savings(config: Config) -> Iterator[tuple[str, str, str, Any]]:

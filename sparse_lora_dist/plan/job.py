@@ -37,6 +37,10 @@ class Engine:
     optimizer: Literal["none", "cpu"] = "none"
     nvme_buffers: int = 0
     """Elements of pinned buffers through which parameters come from disk."""
+    nvme_from: int = 2**20
+    """Bytes of a share that goes to disk; DeepSpeed leaves smaller ones in host memory."""
+    pinned: bool = False
+    """Are offloaded parameters in pinned memory, where there is a GPU?"""
     settles_ranks: bool = False
     """Does a train_batch_size allow one number of ranks only?"""
 
@@ -65,6 +69,8 @@ class Engine:
             parameters=param.get("device", "none"),
             optimizer=optimizer.get("device", "none"),
             nvme_buffers=buffers if param.get("device") == "nvme" else 0,
+            nvme_from=max(cls.nvme_from, int(value_at(content, "aio.block_size") or 0)),
+            pinned=bool(param.get("pin_memory", False)),
             settles_ranks=content.get("train_batch_size", "auto") != "auto",
         )
 

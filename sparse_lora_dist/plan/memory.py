@@ -6,7 +6,7 @@ shapes; what is assumed is a constant here, with its reason.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparse_lora_dist.base_model import nf4
@@ -110,17 +110,33 @@ def _base(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
         staying = [p for p in parameters if p in small or engine.parameters == "none"]
         leaving = [p for p in parameters if p not in staying]
         yield _always(key, label, where, _share(staying, shapes, ranks))
-        if engine.parameters == "cpu":
-            yield _always(key, f"{label}, offloaded", "host", _share(leaving, shapes, ranks))
+        if engine.parameters == "nvme":  # the disk takes what is worth a read
+            leaving = [p for p in leaving if _share([p], shapes, ranks) < engine.nvme_from]
+        offloaded = _offloaded(leaving, shapes, engine, ranks)
+        yield _always(key, f"{label}, offloaded", "host", offloaded)
     if ranks.world_size > 1:
         whole = sum(p.numel for p in small) * shapes.itemsize
         label = "small parameters, whole on every rank"
         yield _line("persistent", label, where, whole, "pass", "step")
     if engine.hpz > 1:
-        copies = _share(shapes.parameters, shapes, Ranks(world_size=engine.hpz))
-        yield _line("hpz_copy", "the node's second copy (hpZ)", where, copies, "pass", "step")
-    buffers = engine.nvme_buffers * shapes.itemsize
+        group = replace(ranks, world_size=engine.hpz)
+        copies, copy_at = _share(shapes.parameters, shapes, group), where
+        if engine.parameters == "cpu":
+            copies, copy_at = _offloaded(shapes.parameters, shapes, engine, group), "host"
+        yield _line("hpz_copy", "the node's second copy (hpZ)", copy_at, copies, "pass", "step")
+    buffers = engine.nvme_buffers * shapes.itemsize  # locked by DeepSpeed itself, not rounded
     yield _always("nvme_buffers", "pinned buffers for the disk", "host", buffers)
+
+
+def pinned_block(size: int) -> int:
+    """Bytes that PyTorch takes from the host for a pinned tensor: a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def _offloaded(parameters: Sequence[Held], shapes: Shapes, engine: Engine, ranks: Ranks) -> int:
+    """Bytes of a rank's shares in host memory, each a block of its own."""
+    sizes = [_share([p], shapes, ranks) for p in parameters]
+    return sum(map(pinned_block, sizes) if engine.pinned and ranks.on_gpu else sizes)
 
 
 def _share(parameters: Sequence[Held], shapes: Shapes, ranks: Ranks) -> int:
