@@ -1,6 +1,7 @@
 """The planner: what a rank holds, byte for byte; laws; the arithmetic of 70B; what it prints."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -587,6 +588,75 @@ def test_wrong_options_are_all_told_at_once() -> None:
     said = "\n".join(caught.value.problems)
     for words in ("gpu_memory must be a size", "did you mean --world_size", "rank must be"):
         assert words in said
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"gpu_memory": "1e999GB"}, "gpu_memory must be a size"),
+        ({"host_memory": "1e308TB"}, "host_memory must be a size"),
+    ],
+)
+def test_numbers_out_of_range_are_problems(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        request(**options)
+    (problem,) = caught.value.problems
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "roselora", "max_steps": 1}, "raise max_steps"),
+        (
+            {"method": "sora", "sora_lambdas": "0.5,1,2", "warmup_steps": 500},
+            "1000 steps are assumed: give --max_steps",
+        ),
+    ],
+)
+def test_a_schedule_without_room_is_a_user_error(options: dict[str, object], words: str) -> None:
+    found = shapes(**options)
+    with pytest.raises(UserError, match=words) as caught:
+        assert found.parameters
+    assert str(caught.value).startswith(f"--method {options['method']}: ")
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], r"must hold one \{...\} object"),
+        ({"model_type": "wonder", **SIZES, "num_attention_heads": 0}, "missing are num_att"),
+        ({"model_type": "wonder", **SIZES, "num_attention_heads": 3}, "(?s)no Llama's.*multiple"),
+        ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)no Llama's.*head_dim"),
+        ({"model_type": ["llama"]}, "knows no architecture"),
+        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "sizes of no model"),
+        ({"model_type": "llama", **SIZES, "hidden_size": -64}, "sizes of no model"),
+    ],
+)
+def test_sizes_of_no_model_are_one_user_error(tmp_path: Path, content: object, words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        shapes(str(tmp_path), rank=4)
+
+
+def test_training_says_so_too(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+    flags = tiny.flags(tmp_path / "run", model=model)
+    for message in ranks(2, "tests.run_work:refusal", flags=flags):
+        assert "sizes of no model" in message
 
 
 def test_ranks_that_hpz_does_not_divide_are_refused() -> None:

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.config import AdapterConfig, Config
 from sparse_lora_dist.engine_config import value_at
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.base import Site
 from sparse_lora_dist.plan.forecast import Forecast, forecast
@@ -127,7 +128,16 @@ class Shapes:
 
     @cached_property
     def method(self) -> Method:
-        return METHODS[self.config.adapter.method].build(self.config.method_options, self.plan)
+        """Raises:
+        UserError: the schedule does not fit into the steps.
+        """
+        name = self.config.adapter.method
+        try:
+            return METHODS[name].build(self.config.method_options, self.plan)
+        except ValueError as error:
+            assumed = self.config.train.max_steps is None
+            hint = f" ({STEPS} steps are assumed: give --max_steps)" if assumed else ""
+            raise UserError(f"--method {name}: {error}{hint}") from error
 
     @cached_property
     def parameters(self) -> list[Held]:
