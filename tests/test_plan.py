@@ -704,6 +704,20 @@ def test_the_command_of_the_warning_works_when_loading_died(
     assert "result" in ranks(1, "tests.plan_work:run_with_room", flags=flags, room=10**10)[0]
 
 
+def test_keys_that_are_not_planned_for_are_named(tmp_path: Path) -> None:
+    content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    content["zero_optimization"]["stage3_module_granularity_threshold"] = 0
+    (tmp_path / "engine.json").write_text(json.dumps(content))
+    assert as_json(outcome(ds_config=str(tmp_path / "engine.json")))["notes"] == []
+    content["zero_optimization"]["stage3_module_granularity_threshold"] = 1000
+    content["zero_optimization"]["stage3_model_persistence_threshold"] = 0
+    (tmp_path / "engine.json").write_text(json.dumps(content))
+    found = outcome(ds_config=str(tmp_path / "engine.json"))
+    for key in ("stage3_module_granularity_threshold", "stage3_model_persistence_threshold"):
+        assert f"{key} of the engine file is ignored" in as_text(found)
+        assert any(key in note for note in as_json(found)["notes"])
+
+
 def test_cpu_ranks_without_a_limit_are_not_said_to_fit() -> None:
     free = outcome(gpu_memory="0")
     assert "verdict   not checked" in as_text(free) and as_json(free)["fits"] is None

@@ -1,5 +1,6 @@
 """What a plan is about: the run, the ranks it is spread over, and the model's shapes."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,6 +27,13 @@ STEPS = 1000
 """Of a run whose length is not given."""
 
 
+NOT_PLAYED = {
+    "stage3_module_granularity_threshold": 0,
+    "stage3_model_persistence_threshold": sys.maxsize,
+}
+"""{key that changes what is gathered, and is left out of the plan: DeepSpeed's default}."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Engine:
     """What an engine file says of memory; what it leaves out is DeepSpeed's default."""
@@ -44,6 +52,8 @@ class Engine:
     """Are offloaded parameters in pinned memory, where there is a GPU?"""
     settles_ranks: bool = False
     """Does a train_batch_size allow one number of ranks only?"""
+    not_played: tuple[str, ...] = ()
+    """Keys of the file that the plan ignores."""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Engine":
@@ -72,6 +82,7 @@ class Engine:
             nvme_buffers=buffers if param.get("device") == "nvme" else 0,
             nvme_from=max(cls.nvme_from, int(value_at(content, "aio.block_size") or 0)),
             pinned=bool(param.get("pin_memory", False)),
+            not_played=tuple(k for k, usual in NOT_PLAYED.items() if number(k, usual) != usual),
             settles_ranks=content.get("train_batch_size", "auto") != "auto",
         )
 

@@ -60,6 +60,12 @@ class Outcome:
     def changes(self) -> Sequence[Change]:
         return changes(self.shapes, self.engine, self.ranks)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the model, and of the engine file."""
+        ignored = [f"{key} of the engine file is ignored" for key in self.engine.not_played]
+        return self.shapes.notes + ignored
+
     @cached_property
     def speed(self) -> Speed:
         return speed_of(self.shapes, self.engine, self.ranks, self.plan)
@@ -181,7 +187,7 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
         yield "          MALLOC_MMAP_THRESHOLD_=262144 is set, which costs time"
     if outcome.shapes.config.train.max_steps is None:
         yield "          schedules as in a run of 1,000 steps, since --max_steps is not given"
-    for note in outcome.shapes.notes:
+    for note in outcome.notes:
         yield f"          {note}"
 
 
@@ -213,5 +219,5 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             "gpu_slack": memory.GPU_SLACK,
             "host_process_bytes": memory.HOST_PROCESS,
         },
-        "notes": list(outcome.shapes.notes),
+        "notes": outcome.notes,
     }
