@@ -5,6 +5,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.command_line import load_config
 from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.plan.job import Engine, Ranks
@@ -25,7 +26,8 @@ def _real(job: Any) -> dict[str, int]:
     found["norms_and_biases"] = 0
     for name, parameter in job.model.module.named_parameters():
         if not parameter.requires_grad:
-            found[_kind(name)] += parameter.ds_tensor.nbytes
+            owner = job.model.module.get_submodule(name.rpartition(".")[0])
+            found[_kind(name, type(owner) is FrozenLinear)] += parameter.ds_tensor.nbytes
     zero = job.engine._zero
     flats = job.engine.flats()
     live = zero.lp_param_buffer
@@ -38,12 +40,12 @@ def _real(job: Any) -> dict[str, int]:
     return found
 
 
-def _kind(name: str) -> str:
+def _kind(name: str, is_plain: bool) -> str:
     if "norm" in name or name.endswith("bias"):
         return "norms_and_biases"
     if "embed" in name:
         return "embeddings"
-    if "lm_head" in name:
+    if "lm_head" in name or is_plain:
         return "unquantised_linears"
     return "scales" if name.endswith("scales") else "packed_weights"
 

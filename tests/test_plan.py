@@ -102,6 +102,44 @@ def test_packed_weights_are_exact_too(ranks: RealRanks, tiny: TinyRun, tmp_path:
             assert real["packed_weights"] == planned["packed_weights"]
 
 
+@pytest.fixture(scope="module")
+def saved_in_4_bits(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as bitsandbytes quantised it: scales in fp32, some linears left out."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    shutil.copytree(tiny.model, folder)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "up_proj"],
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_in_4_bits_is_planned_as_it_was_saved(
+    ranks: RealRanks, tiny: TinyRun, tmp_path: Path, saved_in_4_bits: Path
+) -> None:
+    flags = tiny.flags(tmp_path / "run", model=saved_in_4_bits, precision="bf16", max_steps=1)
+    real, planned = ranks(3, "tests.plan_work:real_and_planned", flags=flags)[0]
+    for key in ("packed_weights", "scales", "unquantised_linears", "embeddings"):
+        assert planned[key] == real[key] > 0, key
+    from safetensors.torch import load_file
+
+    tensors = load_file(saved_in_4_bits / "model.safetensors")
+    known = {k: t for k, t in tensors.items() if "quant_" not in k}
+    found = outcome(model=str(saved_in_4_bits), rank=4)
+    assert found.speed.file_bytes == sum(t.nbytes for t in known.values())
+    assert "4 bits and scales in the file" in as_text(found)
+
+
 # 70B
 
 

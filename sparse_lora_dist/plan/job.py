@@ -17,7 +17,7 @@ from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.base import Site
 from sparse_lora_dist.plan.forecast import Forecast, forecast
 from sparse_lora_dist.plan.gathers import Bounds, Gathered, gathered
-from sparse_lora_dist.plan.held import Held, held_parameters, ties
+from sparse_lora_dist.plan.held import Held, Saved, held_parameters, ties
 from sparse_lora_dist.plan.llama_sizes import as_llama
 from sparse_lora_dist.plan.shape_step import StepMemory, layers_of, step_memory
 from sparse_lora_dist.targets import find_sites
@@ -160,7 +160,13 @@ class Shapes:
             quantize=self.config.model.quantization == "nf4",
             double_quant=self.config.model.double_quant,
             dtype=self.dtype,
+            saved=self.saved,
         )
+
+    @property
+    def saved(self) -> Saved | None:
+        """How the checkpoint is in 4 bits already."""
+        return Saved.of(self.model.config)
 
     @cached_property
     def forecast(self) -> Forecast:

@@ -232,9 +232,6 @@ def trained_head(shapes: Shapes) -> int:
     return sum(p.numel for p in shapes.parameters if p.kind == "trained" and p.module == head)
 
 
-FILE_ITEMSIZE = 2
-"""Bytes of a weight in the checkpoint: bf16 or fp16."""
-
 SCALE_VECTORS = 4
 """fp32 vectors of all scales of a weight: gathered, joined, less their mean, in 8 bits."""
 
@@ -258,8 +255,8 @@ def load_work(shapes: Shapes, world_size: int) -> int:
     part that is read ahead for the next, and the scales of all of a weight that is quantised.
     """
     held, most = 0, 0
-    coming = [p for p in shapes.parameters if p.in_file]
-    parts = [-(-p.in_file // world_size) * FILE_ITEMSIZE for p in coming]
+    coming = [p for p in shapes.parameters if p.file_bytes]
+    parts = [-(-p.file_bytes // world_size) for p in coming]
     ahead = dict(
         zip((p.name for p in coming), zip(parts, [*parts[1:], 0], strict=True), strict=True)
     )
@@ -267,7 +264,7 @@ def load_work(shapes: Shapes, world_size: int) -> int:
     for parameter in sorted(shapes.parameters, key=lambda p: p.kind == "trained"):
         held += parameter.share(world_size) * shapes.itemsize
         work = sum(ahead.get(parameter.name, (0, 0)))
-        if parameter.kind == "packed":
+        if parameter.kind == "packed" and shapes.saved is None:
             work += SCALE_VECTORS * 4 * parameter.in_file // nf4.BLOCK
         most = max(most, held + work)
     return max(0, most - held)

@@ -172,9 +172,10 @@ def _speed(outcome: Outcome) -> Iterator[str]:
 
 def _assumptions(outcome: Outcome) -> Iterator[str]:
     plan = outcome.plan
+    held = "2 bytes a weight" if outcome.shapes.saved is None else "4 bits and scales"
     yield (
         f"assumed   {plan.tflops:g} TFLOP/s a GPU, {plan.network_gb_per_s:g} GB/s to a rank, "
-        f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, 2 bytes a weight in the file"
+        f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, {held} in the file"
     )
     if outcome.ranks.on_gpu:
         yield (

@@ -69,7 +69,7 @@ def speed_of(shapes: Shapes, engine: Engine, ranks: Ranks, plan: PlanConfig) -> 
     across = (adapter + reduced) * foreign
     across += base * (1 - gcd(ranks.per_node, group) / group)
     flop = step_flop(shapes) * micro
-    file_bytes = 2 * sum(p.in_file for p in shapes.parameters)
+    file_bytes = sum(p.file_bytes for p in shapes.parameters)
     return Speed(
         gathered_bytes=int(frozen),
         gathered_adapter_bytes=int(adapter),
