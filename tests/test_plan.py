@@ -352,6 +352,17 @@ def test_a_trained_heads_own_gradients_are_counted(llama_70b: Shapes, whole_logi
     assert work[1] - work[0] >= weight * 2
 
 
+def test_one_gpu_copies_what_is_offloaded_without_a_buffer(llama_70b: Shapes) -> None:
+    away = Engine.of(request(ds_config=str(ROOT / "ds_configs" / "zero3_offload.json")).engine)
+    single = replace(away, bounds=replace(away.bounds, one_by_one=True))
+
+    def whole(engine: Engine, count: int) -> int:
+        lines = rank_memory(llama_70b, engine, Ranks(world_size=count)).lines
+        return sum(x.bytes["pass"] for x in lines if x.key == "gathered")
+
+    assert 0 < whole(away, 1) == whole(single, 1) == whole(single, 2) < whole(away, 2)
+
+
 # Other architectures, and none
 
 
@@ -493,6 +504,7 @@ def test_a_model_that_needs_more_than_shapes_keeps_a_llamas_activations(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(more))
     found = shapes(str(tmp_path), rank=4)
     assert found.step.kept > 0 and "bloom" in found.notes[0]
+    assert found.with_config(found.config).step.kept > 0 and len(found.notes) == 1
 
 
 # What is said

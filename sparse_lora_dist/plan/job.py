@@ -187,7 +187,9 @@ class Shapes:
             first = str(error).partition("\n")[0]
             problem = f"{self.model.config.model_type} cannot be run on shapes alone ({first})"
         sizes = as_llama(self.model.config.get_text_config(), problem)
-        self.notes.append(f"{problem}: activations are those of a Llama of its sizes")
+        note = f"{problem}: activations are those of a Llama of its sizes"
+        if note not in self.notes:  # which runs with other options share
+            self.notes.append(note)
         with torch.device("meta"):
             model = LlamaForCausalLM._from_config(sizes, dtype=self.dtype)
         return self._played(model, find_sites(model, AdapterConfig(rank=1), ()))

@@ -184,7 +184,10 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
     where = _device(ranks)
     # One rank has nothing to gather, unless its parameters lie elsewhere.
     alone = ranks.world_size == 1 and (engine.parameters == "none" or not ranks.on_gpu)
-    whole = 0 if alone else shapes.gathered(engine.bounds).peak * shapes.itemsize
+    bounds = engine.bounds
+    if ranks.world_size == 1:  # each is copied to its place, without a buffer
+        bounds = replace(bounds, one_by_one=True)
+    whole = 0 if alone else shapes.gathered(bounds).peak * shapes.itemsize
     yield _line("gathered", "weights gathered for use", where, whole, "pass")
     step, config = shapes.step, shapes.config
     label = "activations kept for backward"
