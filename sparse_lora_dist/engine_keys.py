@@ -82,6 +82,7 @@ FIXED: dict[str, tuple[object, str]] = {
 """{key: (the only value that works, why)}. All may be left out, except the stage."""
 
 AT_LEAST_ONE = {
+    "steps_per_print",
     "zero_optimization.offload_param.buffer_count",
     "zero_optimization.offload_param.buffer_size",
     "aio.block_size",

@@ -13,7 +13,6 @@ from sparse_lora_dist.methods import Method
 from sparse_lora_dist.metrics import Metrics, peak_memory_bytes, read_rows
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.resume import Resume, describe
-from sparse_lora_dist.run_folder import write_description
 from sparse_lora_dist.screen import megabytes, progress_bar, say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.step import StepResult, held_out_totals
@@ -41,8 +40,6 @@ class Job:
         if resume is not None:
             self.progress = checkpoint.restore(resume.path, self.shards, resume.manifest)
         with comm.together("opening the run folder"):
-            if comm.rank() == 0:
-                write_description(self.folder, self.config)
             self.metrics = Metrics(
                 self.folder,
                 self.config.run.trackers,

@@ -18,8 +18,10 @@ PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "p
 
 
 def check_folder(folder: Path, resume: str) -> None:
-    """A run that starts afresh must not write into another run's folder."""
-    if resume == "never" and any((folder / name).exists() for name in ("run.yaml", "checkpoints")):
+    """A run that starts afresh must not write into the folder of another that made a step: one
+    that died while it loaded left a description only."""
+    made = ("metrics.jsonl", "checkpoints")
+    if resume == "never" and any((folder / name).exists() for name in made):
         raise UserError(
             f"--output_dir {folder} already holds a run. Go on with it: --resume auto. "
             "Start a new one: another --output_dir, or remove that folder."

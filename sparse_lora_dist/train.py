@@ -16,7 +16,7 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.plan.check import say_whether_it_fits
 from sparse_lora_dist.resume import find_resume
-from sparse_lora_dist.run_folder import check_folder
+from sparse_lora_dist.run_folder import check_folder, write_description
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.sites import Sites
@@ -47,6 +47,9 @@ def run(config: Config) -> None:
     for note in method.notes:
         say("note", note)
     resume = find_resume(config, model, feed, method)
+    with comm.together("opening the run folder"):
+        if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
+            write_description(Path(config.run.output_dir), config)
     say_whether_it_fits(config, model, engine_config)
     row_seeds = model.load(config, method, engine_config)
 

@@ -223,7 +223,7 @@ class Engine:
             self._engine.train()
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradient; the last one reduces and shards the sum. Collective."""
+        """Reduce a micro-batch's gradient, and add this rank's shard of it. Collective."""
         self._engine.backward(loss)
 
     def step(self) -> None:

@@ -1,8 +1,11 @@
 """What the workers of ``tests/ranks.py`` run for the planner's tests: bytes of what a run holds."""
 
+import io
+from contextlib import redirect_stdout
 from typing import Any
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.command_line import load_config
 from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.plan.job import Engine, Ranks
@@ -23,7 +26,8 @@ def _real(job: Any) -> dict[str, int]:
     found["norms_and_biases"] = 0
     for name, parameter in job.model.module.named_parameters():
         if not parameter.requires_grad:
-            found[_kind(name)] += parameter.ds_tensor.nbytes
+            owner = job.model.module.get_submodule(name.rpartition(".")[0])
+            found[_kind(name, type(owner) is FrozenLinear)] += parameter.ds_tensor.nbytes
     zero = job.engine._zero
     flats = job.engine.flats()
     live = zero.lp_param_buffer
@@ -31,15 +35,17 @@ def _real(job: Any) -> dict[str, int]:
     found["master"] = sum(f.nbytes for f in flats if f.data_ptr() != live.data_ptr())
     found["gradients"] = zero.grad_partitions_flat_buffer.nbytes
     found["moments"] = job.shards.optimizer.state_bytes().peak
+    if not job.shards.ended:
+        found["statistics"] = sum(t.nbytes for s in job.shards.stats.values() for t in s)
     return found
 
 
-def _kind(name: str) -> str:
+def _kind(name: str, is_plain: bool) -> str:
     if "norm" in name or name.endswith("bias"):
         return "norms_and_biases"
     if "embed" in name:
         return "embeddings"
-    if "lm_head" in name:
+    if "lm_head" in name or is_plain:
         return "unquantised_linears"
     return "scales" if name.endswith("scales") else "packed_weights"
 
@@ -60,3 +66,23 @@ def run_with_room(flags: list[str], room: int) -> str:
 
     with patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=room)):
         return train(flags)
+
+
+def run_that_dies_loading(flags: list[str], room: int) -> str:
+    """The same, but memory ends as soon as the main job loads."""
+    from unittest.mock import patch
+
+    from sparse_lora_dist import train
+    from sparse_lora_dist.plan.advice import Limits
+
+    out = io.StringIO()
+    with (
+        patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=room)),
+        patch("sparse_lora_dist.model.Model.load", side_effect=MemoryError),
+        redirect_stdout(out),
+    ):
+        try:
+            train.run(config=load_config(flags))
+        except MemoryError:
+            return out.getvalue()
+    raise AssertionError("it did not die")

@@ -88,6 +88,7 @@ def test_shipped_file_is_good_and_reduces_in_fp32(path):
         ("zero_optimization.offload_param.max_in_cpu", 0, "what trains stays in memory"),
         ("zero_optimization.offload_param.buffer_count", 0, "must be at least 1"),
         ("aio.block_size", 0, "must be at least 1"),
+        ("steps_per_print", 0, "must be at least 1"),
         ("aio.use_gds", True, "must be false"),
         ("zero_optimization.offload_optimizer.device", "nvme", "packed moments do not fit"),
         ("optimizer", {"type": "AdamW"}, "optimizer: remove it and set --learning_rate"),

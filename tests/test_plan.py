@@ -1,6 +1,7 @@
 """The planner: what a rank holds, byte for byte; laws; the arithmetic of 70B; what it prints."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sparse_lora_dist.engine_config import world_problems
 from sparse_lora_dist.errors import ConfigError, UserError
 from sparse_lora_dist.methods import METHODS
 from sparse_lora_dist.plan.advice import Limits, need_of, smallest_world
@@ -19,6 +21,7 @@ from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
 from sparse_lora_dist.plan.memory import (
     base_shard_bytes,
     load_peak_bytes,
+    loss_bytes,
     moment_bytes,
     rank_memory,
     trained_entries,
@@ -26,6 +29,7 @@ from sparse_lora_dist.plan.memory import (
 from sparse_lora_dist.plan.options import PlanRequest, bytes_in, load_request
 from sparse_lora_dist.plan.report import Outcome, as_json, as_text
 from sparse_lora_dist.plan.shapes import shapes_of
+from sparse_lora_dist.plan.speed import step_flop
 from tests.conftest import Ranks as RealRanks
 from tests.tiny_models import save_llama
 from tests.tiny_run import TinyRun
@@ -49,7 +53,11 @@ def outcome(**options: object) -> Outcome:
     return Outcome(
         shapes=shapes_of(asked.config),
         engine=Engine.of(asked.engine),
-        ranks=Ranks(world_size=asked.plan.world_size, nodes=asked.plan.nodes),
+        ranks=Ranks(
+            world_size=asked.plan.world_size,
+            nodes=asked.plan.nodes,
+            on_gpu=asked.plan.gpu_bytes > 0,
+        ),
         plan=asked.plan,
     )
 
@@ -65,6 +73,8 @@ def outcome(**options: object) -> Outcome:
         {"precision": "bf16", "double_quant": "false"},
         {"method": "increlora", "rank": 8, "max_steps": 12, "precision": "bf16"},
         {"moment_bits": 8, "modules_to_save": "embed_tokens"},
+        {"method": "adalora", "max_steps": 40, "stop_after": 1, "modules_to_save": "lm_head"},
+        {"method": "increlora", "rank": 8, "max_steps": 12, "modules_to_save": "lm_head"},
     ],
     ids=lambda options: options.get("method", "lora") + str(len(options)),
 )
@@ -90,6 +100,44 @@ def test_packed_weights_are_exact_too(ranks: RealRanks, tiny: TinyRun, tmp_path:
         flags = tiny.flags(tmp_path / str(size), precision="bf16")
         for real, planned in ranks(size, "tests.plan_work:real_and_planned", flags=flags):
             assert real["packed_weights"] == planned["packed_weights"]
+
+
+@pytest.fixture(scope="module")
+def saved_in_4_bits(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as bitsandbytes quantised it: scales in fp32, some linears left out."""
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    shutil.copytree(tiny.model, folder)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=False,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=["lm_head", "up_proj"],
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16
+    )
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_in_4_bits_is_planned_as_it_was_saved(
+    ranks: RealRanks, tiny: TinyRun, tmp_path: Path, saved_in_4_bits: Path
+) -> None:
+    flags = tiny.flags(tmp_path / "run", model=saved_in_4_bits, precision="bf16", max_steps=1)
+    real, planned = ranks(3, "tests.plan_work:real_and_planned", flags=flags)[0]
+    for key in ("packed_weights", "scales", "unquantised_linears", "embeddings"):
+        assert planned[key] == real[key] > 0, key
+    from safetensors.torch import load_file
+
+    tensors = load_file(saved_in_4_bits / "model.safetensors")
+    known = {k: t for k, t in tensors.items() if "quant_" not in k}
+    found = outcome(model=str(saved_in_4_bits), rank=4)
+    assert found.speed.file_bytes == sum(t.nbytes for t in known.values())
+    assert "4 bits and scales in the file" in as_text(found)
 
 
 # 70B
@@ -201,8 +249,32 @@ def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shap
     def need(count: int) -> int:
         return need_of(llama_70b, engine, Ranks(world_size=count)).gpu
 
-    assert need(least) <= limits.gpu < need(least - 1)
+    assert least <= 8 and need(least) <= limits.gpu < need(least - 1)
     assert smallest_world(llama_70b, engine, ranks, Limits(gpu=10**9, host=None)) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "hpz", "batch"), [(1, 1, 0), (4, 1, 0), (2, 4, 0), (2, 3, 0), (2, 1, 4)]
+)
+def test_the_smallest_number_of_ranks_is_one_that_a_run_takes(
+    tmp_path: Path, nodes: int, hpz: int, batch: int
+) -> None:
+    of, ranks = small(tmp_path, micro_batch_size=1), Ranks(world_size=4 * nodes, nodes=nodes)
+    ranks = ranks if not batch else replace(ranks, world_size=4, nodes=1)
+    content: dict[str, Any] = {"zero_optimization": {"zero_hpz_partition_size": hpz}}
+    content |= {"train_batch_size": batch} if batch else {}
+    engine = Engine.of(content)
+    allowed = [*range(1, 5), *range(8, 65, 4)]
+    allowed = [n for n in allowed if not world_problems(content, of.config, n, "")]
+    needs = {
+        n: need_of(of, engine, replace(ranks, world_size=n, nodes=-(-n // 4))) for n in allowed
+    }
+    most = max(n.gpu for n in needs.values())
+    for host in sorted({None, *(n.host for n in needs.values())}, key=str):
+        for gpu in sorted({most, *(n.gpu for n in needs.values())}):
+            limits = Limits(gpu=gpu, host=host)
+            first = next((n for n in allowed if needs[n].fits(limits)), None)
+            assert smallest_world(of, engine, ranks, limits) == first, limits
 
 
 @pytest.mark.parametrize(
@@ -247,6 +319,48 @@ def test_a_prefetched_head_stands_beside_its_buffer() -> None:
     assert found.peak == 10 + 2 * 102 or found.peak == 2 * 102
     single = replace(bounds, one_by_one=True)
     assert gathered([layer, norm, head], "", single, checkpointing=False).peak <= 112
+
+
+def test_a_tied_head_is_gathered_and_computed_like_one_of_its_own(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 96, "num_hidden_layers": 6, "intermediate_size": 160}
+    found = {}
+    for tied in (False, True):
+        save_llama(tmp_path / str(tied), tied=tied, **sizes)
+        found[tied] = shapes(str(tmp_path / str(tied)), rank=4)
+    bounds = Bounds(prefetch=0, persistent=0, reuse=0)
+    moved = {tied: of.gathered(bounds) for tied, of in found.items()}
+    assert moved[True] == moved[False]
+    assert step_flop(found[True]) == step_flop(found[False])
+    kept = Bounds(persistent=0)
+    vocabulary = 101 * 96
+    less = found[False].gathered(kept).received - found[True].gathered(kept).received
+    assert less == vocabulary, "still whole from its first use"
+
+
+@pytest.mark.parametrize("whole_logits", [False, True])
+def test_a_trained_heads_own_gradients_are_counted(llama_70b: Shapes, whole_logits: bool) -> None:
+    of = llama_70b.with_config(llama_70b.config, whole_logits=whole_logits)
+    head = replace(of, trained=("lm_head",), _gathered={})
+    weight = 128256 * 8192
+    more = loss_bytes(head) - loss_bytes(of)
+    assert more == weight * (2 if whole_logits else 4 + 2 + 2)
+    rank = Ranks(world_size=8)
+    work = [
+        sum(line.bytes["pass"] for line in found.lines if line.key == "work")
+        for found in (rank_memory(s, Engine(bounds=Bounds()), rank) for s in (of, head))
+    ]
+    assert work[1] - work[0] >= weight * 2
+
+
+def test_one_gpu_copies_what_is_offloaded_without_a_buffer(llama_70b: Shapes) -> None:
+    away = Engine.of(request(ds_config=str(ROOT / "ds_configs" / "zero3_offload.json")).engine)
+    single = replace(away, bounds=replace(away.bounds, one_by_one=True))
+
+    def whole(engine: Engine, count: int) -> int:
+        lines = rank_memory(llama_70b, engine, Ranks(world_size=count)).lines
+        return sum(x.bytes["pass"] for x in lines if x.key == "gathered")
+
+    assert 0 < whole(away, 1) == whole(single, 1) == whole(single, 2) < whole(away, 2)
 
 
 # Other architectures, and none
@@ -390,6 +504,7 @@ def test_a_model_that_needs_more_than_shapes_keeps_a_llamas_activations(tmp_path
     (tmp_path / "config.json").write_text(json.dumps(more))
     found = shapes(str(tmp_path), rank=4)
     assert found.step.kept > 0 and "bloom" in found.notes[0]
+    assert found.with_config(found.config).step.kept > 0 and len(found.notes) == 1
 
 
 # What is said
@@ -417,9 +532,9 @@ KEYS = {
     "smallest_world_size", "changes", "speed", "assumed", "notes",
 }  # fmt: skip
 SPEED_KEYS = {
-    "gathered_bytes", "gathered_adapter_bytes", "reduced_bytes", "across_nodes_bytes", "flop",
-    "compute_s", "network_s", "tokens", "file_bytes", "load_s", "checkpoint_bytes",
-    "step_s_overlapped", "step_s_in_turn",
+    "gathered_bytes", "gathered_adapter_bytes", "reduced_bytes", "across_nodes_bytes", "read_bytes",
+    "flop", "compute_s", "network_s", "read_s", "tokens", "file_bytes", "load_s",
+    "checkpoint_bytes", "step_s_overlapped", "step_s_in_turn",
 }  # fmt: skip
 
 
@@ -435,13 +550,78 @@ def test_json_keys_are_frozen() -> None:
             assert total == sum(lines)
 
 
+def host_bytes(of: Shapes, engine: Engine, key: str, *, on_gpu: bool = True) -> int:
+    lines = rank_memory(of, engine, Ranks(world_size=8, on_gpu=on_gpu)).lines
+    return sum(x.bytes["pass"] for x in lines if x.key == key and x.place == "host")
+
+
+def test_the_advice_to_offload_is_what_the_file_does() -> None:
+    files = ROOT / "ds_configs"
+    offload = outcome(ds_config=str(files / "zero3_offload.json"), **LEAN).need
+    for name in ("zero3.json", "zero3_hpz.json", "zero3_nvme.json"):
+        advised = outcome(ds_config=str(files / name), **LEAN).changes
+        assert [c.need for c in advised if c.what.endswith("zero3_offload.json")] == [offload]
+
+
+def test_the_second_copy_lies_where_parameters_do(llama_70b: Shapes) -> None:
+    away = Engine(bounds=Bounds(), hpz=8, parameters="cpu")
+    assert host_bytes(llama_70b, away, "hpz_copy") > 4e9
+    assert host_bytes(llama_70b, replace(away, parameters="none"), "hpz_copy") == 0
+
+
+def test_pinned_shares_are_powers_of_two_on_a_gpu_machine(llama_70b: Shapes) -> None:
+    free = Engine(bounds=Bounds(), parameters="cpu")
+    pinned = replace(free, pinned=True)
+    head = 128256 * 8192 * 2 // 8
+    assert host_bytes(llama_70b, free, "embeddings") == head
+    assert host_bytes(llama_70b, pinned, "embeddings") == 2**28 > head
+    cpu = [host_bytes(llama_70b, e, "embeddings", on_gpu=False) for e in (free, pinned)]
+    assert cpu == [head, head]
+
+
+def test_small_shares_stay_in_memory_beside_a_disk(llama_70b: Shapes) -> None:
+    content = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
+    disk = Engine.of(content)
+    # Keys and values: 1,024 x 8,192 weights of half a byte in each of 80 layers.
+    assert host_bytes(llama_70b, disk, "packed_weights") == 160 * 2**19
+    small = [p for p in llama_70b.parameters if p.kind == "scales" and p.share(8) * 2 < 2**20]
+    assert small and host_bytes(llama_70b, disk, "scales") == sum(
+        2 ** (p.share(8) * 2 - 1).bit_length() for p in small
+    )
+    content["aio"]["block_size"] = 2**30
+    assert host_bytes(llama_70b, Engine.of(content), "packed_weights") > 4e9
+
+
 def test_hpz_keeps_the_base_within_a_node() -> None:
     flat, own = (
         outcome(world_size=16, nodes=2, ds_config=str(ROOT / "ds_configs" / name), **LEAN).speed
         for name in ("zero3.json", "zero3_hpz.json")
     )
-    assert flat.gathered_bytes == own.gathered_bytes
+    # From the 7 others of a node, or from 15.
+    assert own.gathered_bytes / flat.gathered_bytes == pytest.approx((7 / 8) / (15 / 16))
     assert flat.across_nodes_bytes > 30 * own.across_nodes_bytes
+
+
+def test_a_copy_over_two_nodes_is_gathered_across_them() -> None:
+    own = outcome(
+        world_size=16, nodes=4, ds_config=str(ROOT / "ds_configs" / "zero3_hpz.json"), **LEAN
+    ).speed
+    # Half of what the 8 ranks of a copy hold; 7 / 8 of it comes to each.
+    assert own.across_nodes_bytes > 0.5 / (7 / 8) * own.gathered_bytes
+
+
+def test_shares_on_disk_are_read_for_every_use() -> None:
+    memory, disk = (
+        outcome(world_size=8, nodes=2, ds_config=str(ROOT / "ds_configs" / name), **LEAN)
+        for name in ("zero3.json", "zero3_nvme.json")
+    )
+    assert memory.speed.read_bytes == memory.speed.read_s == 0
+    read = disk.speed.read_bytes
+    assert read == pytest.approx(disk.speed.gathered_bytes / 7)
+    assert disk.speed.read_s == pytest.approx(4 * read / 1e9), "four ranks share 1 GB/s"
+    assert disk.speed.step_s[1] == pytest.approx(memory.speed.step_s[1] + disk.speed.read_s)
+    assert disk.speed.step_s[0] >= disk.speed.read_s
+    assert "GB of the base from disk" in as_text(disk)
 
 
 @pytest.mark.parametrize(
@@ -460,6 +640,75 @@ def test_wrong_options_are_all_told_at_once() -> None:
         assert words in said
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"gpu_memory": "1e999GB"}, "gpu_memory must be a size"),
+        ({"host_memory": "1e308TB"}, "host_memory must be a size"),
+    ],
+)
+def test_numbers_out_of_range_are_problems(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        request(**options)
+    (problem,) = caught.value.problems
+    assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "roselora", "max_steps": 1}, "raise max_steps"),
+        (
+            {"method": "sora", "sora_lambdas": "0.5,1,2", "warmup_steps": 500},
+            "1000 steps are assumed: give --max_steps",
+        ),
+    ],
+)
+def test_a_schedule_without_room_is_a_user_error(options: dict[str, object], words: str) -> None:
+    found = shapes(**options)
+    with pytest.raises(UserError, match=words) as caught:
+        assert found.parameters
+    assert str(caught.value).startswith(f"--method {options['method']}: ")
+
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ([], r"must hold one \{...\} object"),
+        ({"model_type": "wonder", **SIZES, "num_attention_heads": 0}, "missing are num_att"),
+        ({"model_type": "wonder", **SIZES, "num_attention_heads": 3}, "(?s)no Llama's.*multiple"),
+        ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)no Llama's.*head_dim"),
+        ({"model_type": ["llama"]}, "knows no architecture"),
+        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "sizes of no model"),
+        ({"model_type": "llama", **SIZES, "hidden_size": -64}, "sizes of no model"),
+    ],
+)
+def test_sizes_of_no_model_are_one_user_error(tmp_path: Path, content: object, words: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=words):
+        shapes(str(tmp_path), rank=4)
+
+
+def test_training_says_so_too(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny.model, model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+    flags = tiny.flags(tmp_path / "run", model=model)
+    for message in ranks(2, "tests.run_work:refusal", flags=flags):
+        assert "sizes of no model" in message
+
+
 def test_ranks_that_hpz_does_not_divide_are_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide the 12 ranks"):
         request(ds_config=str(ROOT / "ds_configs" / "zero3_hpz.json"), world_size=12)
@@ -474,6 +723,7 @@ def test_a_runs_own_options_are_a_plan(tmp_path: Path) -> None:
 def test_the_program_prints_json_and_draws(tmp_path: Path) -> None:
     picture = tmp_path / "plan.png"
     words = ["launcher/plan.py", "--model", LLAMA_70B, "--json", "--plot", str(picture)]
+    words += ["--ds_config", "ds_configs/zero3_hpz.json"]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -489,3 +739,37 @@ def test_a_run_says_once_whether_it_fits(ranks: RealRanks, tiny: TinyRun, tmp_pa
     flags = tiny.flags(tmp_path / "again", max_steps=1)
     tight = ranks(2, "tests.plan_work:run_with_room", flags=flags, room=1000)
     assert tight[0].count("does not fit") == 1 and "result" in tight[0]
+
+
+def test_the_command_of_the_warning_works_when_loading_died(
+    ranks: RealRanks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    flags = tiny.flags(tmp_path / "run", max_steps=1)
+    (said,) = ranks(1, "tests.plan_work:run_that_dies_loading", flags=flags, room=1001)
+    command = said.partition("plan: python launcher/plan.py ")[2].partition(")")[0].split()
+    found = load_request(command)
+    assert found.plan.gpu_bytes == 0 and found.plan.host_bytes == 1001
+    assert found.config.adapter.rank == 4
+    # What died so is no run yet: it starts again in the same folder.
+    assert "result" in ranks(1, "tests.plan_work:run_with_room", flags=flags, room=10**10)[0]
+
+
+def test_keys_that_are_not_planned_for_are_named(tmp_path: Path) -> None:
+    content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    content["zero_optimization"]["stage3_module_granularity_threshold"] = 0
+    (tmp_path / "engine.json").write_text(json.dumps(content))
+    assert as_json(outcome(ds_config=str(tmp_path / "engine.json")))["notes"] == []
+    content["zero_optimization"]["stage3_module_granularity_threshold"] = 1000
+    content["zero_optimization"]["stage3_model_persistence_threshold"] = 0
+    (tmp_path / "engine.json").write_text(json.dumps(content))
+    found = outcome(ds_config=str(tmp_path / "engine.json"))
+    for key in ("stage3_module_granularity_threshold", "stage3_model_persistence_threshold"):
+        assert f"{key} of the engine file is ignored" in as_text(found)
+        assert any(key in note for note in as_json(found)["notes"])
+
+
+def test_cpu_ranks_without_a_limit_are_not_said_to_fit() -> None:
+    free = outcome(gpu_memory="0")
+    assert "verdict   not checked" in as_text(free) and as_json(free)["fits"] is None
+    assert "DOES NOT FIT" in as_text(outcome(gpu_memory="0", host_memory="1GB"))
+    assert "verdict   fits" in as_text(outcome(gpu_memory="0", host_memory="9TB"))

@@ -64,6 +64,8 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         )
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
         raise UserError(f"--model {folder}: {error}") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:  # 0 heads, words for numbers
+        raise UserError(f"--model {folder}: config.json has sizes of no model: {error}") from error
     _refuse_what_is_not_read(folder, config)
     return config
 
@@ -105,6 +107,8 @@ def meta_model(
             )
     except (ValueError, ImportError) as error:
         raise UserError(f"--model: {error}") from error
+    except (RuntimeError, ArithmeticError) as error:
+        raise UserError(f"--model: config.json has sizes of no model: {error}") from error
     return model
 
 

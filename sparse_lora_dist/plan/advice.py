@@ -1,5 +1,7 @@
 """Does it fit, on how many GPUs would it, and what to change where it does not."""
 
+import bisect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,21 +50,24 @@ def need_of(shapes: Shapes, engine: Engine, ranks: Ranks) -> Need:
 
 
 def smallest_world(shapes: Shapes, engine: Engine, ranks: Ranks, limits: Limits) -> int | None:
-    """The least number of ranks that fits, machines with as many GPUs as now; None: none does."""
+    """The least number of ranks that fits, on one machine with as many GPUs as now or on several
+    that are full; None: none does. hpZ's partition divides it, or the run would be refused."""
 
     def fits(count: int) -> bool:
         spread = replace(ranks, world_size=count, nodes=-(-count // ranks.per_node))
-        # A node's copy is cut among the ranks that a node has.
-        own = replace(engine, hpz=min(engine.hpz, count))
-        return need_of(shapes, own, spread).fits(limits)
+        return need_of(shapes, engine, spread).fits(limits)
 
-    if not fits(MOST_RANKS):
-        return None
-    low, high = 0, MOST_RANKS
-    while high - low > 1:  # more ranks never need more
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    if engine.settles_ranks:
+        return ranks.world_size if fits(ranks.world_size) else None
+    # One by one: more ranks on a machine need more of its memory, and one alone gathers nothing.
+    for count in range(engine.hpz, ranks.per_node + 1, engine.hpz):
+        if fits(count):
+            return count
+    full = math.lcm(ranks.per_node, engine.hpz)
+    counts = range(full, MOST_RANKS + 1, full)
+    # More machines never need more of each.
+    first = bisect.bisect_left(counts, True, key=fits)
+    return counts[first] if first < len(counts) else None
 
 
 def changes(shapes: Shapes, engine: Engine, ranks: Ranks) -> list[Change]:
@@ -91,7 +96,8 @@ def _variants(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterator[Variant]
             engine,
             ranks,
         )
-    away = replace(engine, parameters="cpu", optimizer="cpu")
+    # As in that file, whatever this one has.
+    away = replace(engine, parameters="cpu", optimizer="cpu", hpz=1, nvme_buffers=0, pinned=True)
     if ranks.on_gpu and away != engine:
         yield "--ds_config ds_configs/zero3_offload.json", shapes, away, ranks
     if engine.hpz > 1:
@@ -105,10 +111,11 @@ def _variants(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterator[Variant]
     if ranks.world_size > 1 and single != engine:
         yield "stage3_allgather_sequential true in the engine file", shapes, single, ranks
     double = replace(ranks, world_size=2 * ranks.world_size, nodes=2 * ranks.nodes)
-    yield f"{double.world_size} ranks", shapes, engine, double
+    if not engine.settles_ranks:
+        yield f"{double.world_size} ranks", shapes, engine, double
     if words and ranks.on_gpu:
         what = "offload and " + ", ".join(words)
-        yield what, shapes.with_config(thrifty), replace(away, hpz=1), ranks
+        yield what, shapes.with_config(thrifty), away, ranks
 
 
 def _savings(config: Config) -> Iterator[tuple[str, str, str, Any]]:

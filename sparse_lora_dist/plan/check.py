@@ -36,7 +36,7 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
     limits = memory_here()
     program = f"python launcher/plan.py --config {config.run.output_dir}/run.yaml"
     spread = f"--world_size {ranks.world_size} --nodes {nodes}"
-    spread += f" --gpu_memory {limits.gpu / 1e9:.0f}GB" if ranks.on_gpu else " --gpu_memory 0"
+    spread += f" --gpu_memory {limits.gpu}B --host_memory {limits.host}B"
     say("memory", f"{said(need, limits, ranks)} (plan: {program} {spread})")
     if not need.fits(limits):
         say("warning", "by the plan this does not fit; the command above says what to change")

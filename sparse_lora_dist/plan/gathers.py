@@ -150,6 +150,7 @@ def gathered(
     bounds: Bounds,
     *,
     once: Collection[str] = (),
+    ties: Sequence[tuple[str, str]] = (),
     checkpointing: bool,
 ) -> Gathered:
     """Of a micro-batch that finds persistent parameters (``bounds``) whole already.
@@ -158,14 +159,19 @@ def gathered(
         layers: the name under which the model's layers lie, each of which is run again in backward
             where activations are checkpointed.
         once: modules that have no backward.
+        ties: (module, parameter that it uses too): the output head comes last, as it does here.
     """
     moving = [p for p in parameters if p.numel > bounds.persistent]
+    sizes = {p.name: p.numel for p in moving}
     of_module: dict[str, list[str]] = {}
     for parameter in moving:
         of_module.setdefault(parameter.module, []).append(parameter.name)
+    for module, name in ties:
+        if name in sizes:
+            of_module.setdefault(module, []).append(name)
     visits = _visits(list(of_module), once, layers, checkpointing)
     coordinator = _Coordinator(
-        sizes={p.name: p.numel for p in moving},
+        sizes=sizes,
         of_module=of_module,
         order=[module for module, begins in visits if begins],
         bounds=bounds,

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import output_head
@@ -24,6 +24,30 @@ Kind = Literal["packed", "scales", "plain", "embeddings", "rest", "trained"]
 and whatever else there is; trained: adapters and modules trained in full."""
 
 
+FILE_ITEMSIZE = 2
+"""Bytes of a weight in the checkpoint: bf16 or fp16."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Saved:
+    """How bitsandbytes quantised a checkpoint."""
+
+    double_quant: bool
+    skipped: tuple[str, ...]
+    """Modules that it left as they were, by whole names, or ends of them after a dot."""
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> "Saved | None":
+        """What config.json says of it; None where it holds floats."""
+        said = getattr(config, "quantization_config", None)
+        if said is None:
+            return None
+        return cls(
+            double_quant=bool(said.get("bnb_4bit_use_double_quant", False)),
+            skipped=tuple(said.get("llm_int8_skip_modules") or ()),
+        )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Held:
     """One ZeRO-3 parameter."""
@@ -34,7 +58,15 @@ class Held:
     kind: Kind
     numel: int
     in_file: int = 0
-    """Elements of the checkpoint that it is made from."""
+    """Weights of the checkpoint that it is made from."""
+    file_bytes: int = 0
+    """Of them there."""
+
+    @property
+    def sparse(self) -> bool:
+        """Does the method decide on it? Modules trained in full have no statistics and live
+        whole."""
+        return self.kind == "trained" and self.module.endswith(".")
 
     def share(self, world_size: int) -> int:
         """Elements that a rank holds, the same on all: shares are rounded up."""
@@ -50,8 +82,15 @@ def held_parameters(
     quantize: bool,
     double_quant: bool,
     dtype: torch.dtype,
+    saved: Saved | None = None,
 ) -> list[Held]:
-    """Every parameter that ``ShardLoader`` and ``inject`` would make, in the model's order."""
+    """Every parameter that ``ShardLoader`` and ``inject`` would make, in the model's order.
+
+    Args:
+        saved: how the checkpoint is in 4 bits already; None where it holds floats.
+    """
+    skipped = saved.skipped if saved else ()
+    double_quant = saved.double_quant if saved else double_quant
     found: list[Held] = []
     seen: set[int] = set()
     chosen = {site.name: site for site in sites}
@@ -73,12 +112,28 @@ def held_parameters(
                 continue
             seen.add(id(parameter))
             packs = quantize and name not in trained and _is_packed(module, leaf, name == head)
-            if packs:
-                found += _packed(name, leaf, parameter, double_quant, dtype)
+            if packs and not any(_is_under(name, outer) for outer in skipped):
+                found += _packed(name, leaf, parameter, double_quant, dtype, saved is not None)
             else:
                 kind = _kind(module, leaf, name in trained)
                 found.append(_whole(name, leaf, parameter, kind))
     return found
+
+
+def ties(model: PreTrainedModel) -> list[tuple[str, str]]:
+    """(module, name of a parameter that it shares with a module before it)."""
+    first: dict[int, str] = {}
+    found = []
+    for name, module in model.named_modules():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in first:
+                found.append((name, first[id(parameter)]))
+            first.setdefault(id(parameter), f"{name}.{leaf}")
+    return found
+
+
+def _is_under(name: str, outer: str) -> bool:
+    return f".{name}.".endswith(f".{outer}.") or name.startswith(f"{outer}.")
 
 
 def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
@@ -90,25 +145,34 @@ def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
 
 
 def _packed(
-    module: str, leaf: str, weight: Tensor, double_quant: bool, dtype: torch.dtype
+    module: str, leaf: str, weight: Tensor, double_quant: bool, dtype: torch.dtype, saved: bool
 ) -> Iterator[Held]:
     experts = weight.shape[0] if weight.dim() == 3 else 1
     rows, columns = weight.shape[-2:]
     layout = nf4.Layout(shape=(rows, columns), double_quant=double_quant)
     sizes: dict[Kind, int] = {"packed": layout.packed_bytes, "scales": layout.scale_bytes}
     for kind, size in sizes.items():
+        coming = weight.numel() if kind == "packed" else 0
         yield Held(
             name=f"{module}.{leaf}" if kind == "packed" else f"{module}.scales",
             module=module,
             kind=kind,
             numel=clothes_for(experts * size, dtype),
-            in_file=weight.numel() if kind == "packed" else 0,
+            in_file=coming,
+            file_bytes=experts * size if saved else FILE_ITEMSIZE * coming,
         )
 
 
 def _whole(module: str, leaf: str, parameter: Tensor, kind: Kind) -> Held:
     count = parameter.numel()
-    return Held(name=f"{module}.{leaf}", module=module, kind=kind, numel=count, in_file=count)
+    return Held(
+        name=f"{module}.{leaf}",
+        module=module,
+        kind=kind,
+        numel=count,
+        in_file=count,
+        file_bytes=FILE_ITEMSIZE * count,
+    )
 
 
 def _kind(module: nn.Module, leaf: str, trained: bool) -> Kind:

@@ -1,5 +1,6 @@
 """What a plan is about: the run, the ranks it is spread over, and the model's shapes."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,11 +12,12 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.config import AdapterConfig, Config
 from sparse_lora_dist.engine_config import value_at
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.base import Site
 from sparse_lora_dist.plan.forecast import Forecast, forecast
 from sparse_lora_dist.plan.gathers import Bounds, Gathered, gathered
-from sparse_lora_dist.plan.held import Held, held_parameters
+from sparse_lora_dist.plan.held import Held, Saved, held_parameters, ties
 from sparse_lora_dist.plan.llama_sizes import as_llama
 from sparse_lora_dist.plan.shape_step import StepMemory, layers_of, step_memory
 from sparse_lora_dist.targets import find_sites
@@ -23,6 +25,13 @@ from sparse_lora_dist.targets import find_sites
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STEPS = 1000
 """Of a run whose length is not given."""
+
+
+NOT_PLAYED = {
+    "stage3_module_granularity_threshold": 0,
+    "stage3_model_persistence_threshold": sys.maxsize,
+}
+"""{key that changes what is gathered, and is left out of the plan: DeepSpeed's default}."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +46,14 @@ class Engine:
     optimizer: Literal["none", "cpu"] = "none"
     nvme_buffers: int = 0
     """Elements of pinned buffers through which parameters come from disk."""
+    nvme_from: int = 2**20
+    """Bytes of a share that goes to disk; DeepSpeed leaves smaller ones in host memory."""
+    pinned: bool = False
+    """Are offloaded parameters in pinned memory, where there is a GPU?"""
+    settles_ranks: bool = False
+    """Does a train_batch_size allow one number of ranks only?"""
+    not_played: tuple[str, ...] = ()
+    """Keys of the file that the plan ignores."""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "Engine":
@@ -59,10 +76,14 @@ class Engine:
                 one_by_one=bool(number("stage3_allgather_sequential", 0)),
             ),
             reduce_bucket=number("reduce_bucket_size", cls.reduce_bucket),
-            hpz=number("zero_hpz_partition_size", 1),
+            hpz=max(1, number("zero_hpz_partition_size", 1)),
             parameters=param.get("device", "none"),
             optimizer=optimizer.get("device", "none"),
             nvme_buffers=buffers if param.get("device") == "nvme" else 0,
+            nvme_from=max(cls.nvme_from, int(value_at(content, "aio.block_size") or 0)),
+            pinned=bool(param.get("pin_memory", False)),
+            not_played=tuple(k for k, usual in NOT_PLAYED.items() if number(k, usual) != usual),
+            settles_ranks=content.get("train_batch_size", "auto") != "auto",
         )
 
 
@@ -118,7 +139,16 @@ class Shapes:
 
     @cached_property
     def method(self) -> Method:
-        return METHODS[self.config.adapter.method].build(self.config.method_options, self.plan)
+        """Raises:
+        UserError: the schedule does not fit into the steps.
+        """
+        name = self.config.adapter.method
+        try:
+            return METHODS[name].build(self.config.method_options, self.plan)
+        except ValueError as error:
+            assumed = self.config.train.max_steps is None
+            hint = f" ({STEPS} steps are assumed: give --max_steps)" if assumed else ""
+            raise UserError(f"--method {name}: {error}{hint}") from error
 
     @cached_property
     def parameters(self) -> list[Held]:
@@ -130,7 +160,13 @@ class Shapes:
             quantize=self.config.model.quantization == "nf4",
             double_quant=self.config.model.double_quant,
             dtype=self.dtype,
+            saved=self.saved,
         )
+
+    @property
+    def saved(self) -> Saved | None:
+        """How the checkpoint is in 4 bits already."""
+        return Saved.of(self.model.config)
 
     @cached_property
     def forecast(self) -> Forecast:
@@ -151,7 +187,9 @@ class Shapes:
             first = str(error).partition("\n")[0]
             problem = f"{self.model.config.model_type} cannot be run on shapes alone ({first})"
         sizes = as_llama(self.model.config.get_text_config(), problem)
-        self.notes.append(f"{problem}: activations are those of a Llama of its sizes")
+        note = f"{problem}: activations are those of a Llama of its sizes"
+        if note not in self.notes:  # which runs with other options share
+            self.notes.append(note)
         with torch.device("meta"):
             model = LlamaForCausalLM._from_config(sizes, dtype=self.dtype)
         return self._played(model, find_sites(model, AdapterConfig(rank=1), ()))
@@ -178,6 +216,7 @@ class Shapes:
                 layers_of(self.model)[0],
                 bounds,
                 once=self._without_backward(),
+                ties=ties(self.model),
                 checkpointing=self.config.model.gradient_checkpointing,
             )
         return self._gathered[bounds]

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig
 
 from sparse_lora_dist.errors import UserError
@@ -21,13 +22,13 @@ def as_llama(config: Any, problem: str) -> LlamaConfig:
 
     Raises:
         UserError: ``problem``, the fields that are needed, those that are there, those that are
-            missing.
+            missing or no numbers above 0; or why these are no Llama's.
     """
 
     def read(name: str) -> Any:
         return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 
-    got = [name for name in NEEDED if isinstance(read(name), int)]
+    got = [name for name in NEEDED if isinstance(read(name), int) and read(name) > 0]
     missing = [name for name in NEEDED if name not in got]
     if missing:
         raise UserError(
@@ -36,4 +37,7 @@ def as_llama(config: Any, problem: str) -> LlamaConfig:
             f"got {', '.join(got) or 'none of them'}; missing are {', '.join(missing)}."
         )
     sizes = {name: read(name) for name in (*NEEDED, *OPTIONAL)}
-    return LlamaConfig(**{name: size for name, size in sizes.items() if size is not None})
+    try:
+        return LlamaConfig(**{name: size for name, size in sizes.items() if size is not None})
+    except (StrictDataclassError, ValueError, ArithmeticError) as error:
+        raise UserError(f"--model: {problem}, and its sizes are no Llama's: {error}") from error

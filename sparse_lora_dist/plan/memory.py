@@ -6,10 +6,11 @@ shapes; what is assumed is a constant here, with its reason.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.moments import BLOCK
 from sparse_lora_dist.plan.held import Held, Kind, shard_bytes
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
@@ -109,17 +110,33 @@ def _base(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
         staying = [p for p in parameters if p in small or engine.parameters == "none"]
         leaving = [p for p in parameters if p not in staying]
         yield _always(key, label, where, _share(staying, shapes, ranks))
-        if engine.parameters == "cpu":
-            yield _always(key, f"{label}, offloaded", "host", _share(leaving, shapes, ranks))
+        if engine.parameters == "nvme":  # the disk takes what is worth a read
+            leaving = [p for p in leaving if _share([p], shapes, ranks) < engine.nvme_from]
+        offloaded = _offloaded(leaving, shapes, engine, ranks)
+        yield _always(key, f"{label}, offloaded", "host", offloaded)
     if ranks.world_size > 1:
         whole = sum(p.numel for p in small) * shapes.itemsize
         label = "small parameters, whole on every rank"
         yield _line("persistent", label, where, whole, "pass", "step")
     if engine.hpz > 1:
-        copies = _share(shapes.parameters, shapes, Ranks(world_size=engine.hpz))
-        yield _line("hpz_copy", "the node's second copy (hpZ)", where, copies, "pass", "step")
-    buffers = engine.nvme_buffers * shapes.itemsize
+        group = replace(ranks, world_size=engine.hpz)
+        copies, copy_at = _share(shapes.parameters, shapes, group), where
+        if engine.parameters == "cpu":
+            copies, copy_at = _offloaded(shapes.parameters, shapes, engine, group), "host"
+        yield _line("hpz_copy", "the node's second copy (hpZ)", copy_at, copies, "pass", "step")
+    buffers = engine.nvme_buffers * shapes.itemsize  # locked by DeepSpeed itself, not rounded
     yield _always("nvme_buffers", "pinned buffers for the disk", "host", buffers)
+
+
+def pinned_block(size: int) -> int:
+    """Bytes that PyTorch takes from the host for a pinned tensor: a power of two."""
+    return 1 << (size - 1).bit_length() if size else 0
+
+
+def _offloaded(parameters: Sequence[Held], shapes: Shapes, engine: Engine, ranks: Ranks) -> int:
+    """Bytes of a rank's shares in host memory, each a block of its own."""
+    sizes = [_share([p], shapes, ranks) for p in parameters]
+    return sum(map(pinned_block, sizes) if engine.pinned and ranks.on_gpu else sizes)
 
 
 def _share(parameters: Sequence[Held], shapes: Shapes, ranks: Ranks) -> int:
@@ -129,6 +146,11 @@ def _share(parameters: Sequence[Held], shapes: Shapes, ranks: Ranks) -> int:
 def trained_entries(shapes: Shapes, ranks: Ranks) -> int:
     """Of adapters and modules trained in full on one rank, padding included."""
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.kind == "trained")
+
+
+def sparse_entries(shapes: Shapes, ranks: Ranks) -> int:
+    """Of adapters alone."""
+    return sum(p.share(ranks.world_size) for p in shapes.parameters if p.sparse)
 
 
 def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> float:
@@ -150,10 +172,11 @@ def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     label = "adapter: gradients, the optimizer's copy"
     yield _line("gradient_copy", label, state_at, 4 * entries, *during)
     future, bits = shapes.forecast, shapes.config.train.moment_bits
-    live = future.on(ranks.world_size).peak * entries
+    sparse = sparse_entries(shapes, ranks)
+    live = future.on(ranks.world_size).peak * sparse + entries - sparse
     size = moment_bytes(live, entries, bits, future.birth_bytes)
     yield _line("moments", "adapter: moments, at their peak", state_at, size, "pass", "step")
-    statistics = 4 * shapes.method.n_stats * entries
+    statistics = 4 * shapes.method.n_stats * sparse
     yield _line("statistics", "adapter: statistics", state_at, statistics, "pass", "step")
 
 
@@ -161,15 +184,19 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
     where = _device(ranks)
     # One rank has nothing to gather, unless its parameters lie elsewhere.
     alone = ranks.world_size == 1 and (engine.parameters == "none" or not ranks.on_gpu)
-    whole = 0 if alone else shapes.gathered(engine.bounds).peak * shapes.itemsize
+    bounds = engine.bounds
+    if ranks.world_size == 1:  # each is copied to its place, without a buffer
+        bounds = replace(bounds, one_by_one=True)
+    whole = 0 if alone else shapes.gathered(bounds).peak * shapes.itemsize
     yield _line("gathered", "weights gathered for use", where, whole, "pass")
     step, config = shapes.step, shapes.config
     label = "activations kept for backward"
     if config.model.gradient_checkpointing:
         label += ", checkpointed"
     yield _line("activations", label, where, step.kept, "pass")
-    loss = loss_bytes(shapes)
-    work = max(step.forward, step.backward, step.kept + loss) - step.kept
+    handed_on = trained_head(shapes) * shapes.itemsize  # its gradient, until backward is over
+    peak = max(step.forward, step.backward + handed_on, step.kept + loss_bytes(shapes))
+    work = peak - step.kept
     label = "work: a layer, or the logits, with gradients"
     yield _line("work", label, where, work, "pass")
     slack = GPU_SLACK * (whole + step.kept + work) * ranks.on_gpu
@@ -186,7 +213,8 @@ def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]
 
 
 def loss_bytes(shapes: Shapes) -> int:
-    """Logits with their gradients, and the hidden states' own; 0 without an output head."""
+    """Logits with their gradients, the hidden states' own and, where it trains, the head's: as an
+    fp32 sum, of one chunk, and the one handed on. 0 without an output head."""
     head = shapes.model.get_output_embeddings()
     if head is None:
         return 0
@@ -194,14 +222,18 @@ def loss_bytes(shapes: Shapes) -> int:
     tokens = config.train.micro_batch_size * config.data.sequence_length
     vocabulary, width = (int(n) for n in head.weight.shape)
     hidden = tokens * width * shapes.itemsize
+    trained = trained_head(shapes)
     if shapes.whole_logits:
-        return hidden + 2 * tokens * vocabulary * shapes.itemsize
+        return hidden + (2 * tokens * vocabulary + trained) * shapes.itemsize
     chunk = min(LOGITS_CHUNK, 4 * tokens * vocabulary)
-    return hidden + 3 * chunk
+    return hidden + 3 * chunk + trained * (4 + 2 * shapes.itemsize)
 
 
-FILE_ITEMSIZE = 2
-"""Bytes of a weight in the checkpoint: bf16 or fp16."""
+def trained_head(shapes: Shapes) -> int:
+    """Entries of the output head, where it trains in full."""
+    head = output_head(shapes.model)
+    return sum(p.numel for p in shapes.parameters if p.kind == "trained" and p.module == head)
+
 
 SCALE_VECTORS = 4
 """fp32 vectors of all scales of a weight: gathered, joined, less their mean, in 8 bits."""
@@ -226,8 +258,8 @@ def load_work(shapes: Shapes, world_size: int) -> int:
     part that is read ahead for the next, and the scales of all of a weight that is quantised.
     """
     held, most = 0, 0
-    coming = [p for p in shapes.parameters if p.in_file]
-    parts = [-(-p.in_file // world_size) * FILE_ITEMSIZE for p in coming]
+    coming = [p for p in shapes.parameters if p.file_bytes]
+    parts = [-(-p.file_bytes // world_size) for p in coming]
     ahead = dict(
         zip((p.name for p in coming), zip(parts, [*parts[1:], 0], strict=True), strict=True)
     )
@@ -235,7 +267,7 @@ def load_work(shapes: Shapes, world_size: int) -> int:
     for parameter in sorted(shapes.parameters, key=lambda p: p.kind == "trained"):
         held += parameter.share(world_size) * shapes.itemsize
         work = sum(ahead.get(parameter.name, (0, 0)))
-        if parameter.kind == "packed":
+        if parameter.kind == "packed" and shapes.saved is None:
             work += SCALE_VECTORS * 4 * parameter.in_file // nf4.BLOCK
         most = max(most, held + work)
     return max(0, most - held)

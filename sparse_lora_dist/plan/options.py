@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from sparse_lora_dist.command_line import read_options
@@ -28,7 +29,7 @@ class PlanConfig:
     host_memory: str | None = None
     """Memory of a machine; null leaves it unchecked."""
     disk_gb_per_s: float = 1.0
-    """GB/s at which a machine reads the checkpoint."""
+    """GB/s at which a machine reads the checkpoint, and shares of the base that lie on its disk."""
     tflops: float = 100.0
     """TFLOP/s that a GPU reaches in matmuls, dequantising included: not what its maker says."""
     network_gb_per_s: float = 20.0
@@ -43,7 +44,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "world_size", "nodes")
         problems += above(self, 0, "disk_gb_per_s", "tflops", "network_gb_per_s")
-        if self.world_size % self.nodes:
+        if self.nodes >= 1 and self.world_size % self.nodes:
             problems.append(
                 f"world_size must be a multiple of nodes, got {self.world_size} on {self.nodes}"
             )
@@ -94,7 +95,8 @@ def bytes_in(text: str) -> int | None:
     if match is None:
         return None
     unit = (match[2] or "").lower()
-    return int(float(match[1]) * (UNITS | BINARY_UNITS)[unit])
+    size = float(match[1]) * (UNITS | BINARY_UNITS)[unit]
+    return int(size) if isfinite(size) else None
 
 
 def load_request(argv: Sequence[str]) -> PlanRequest:

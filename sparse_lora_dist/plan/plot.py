@@ -28,7 +28,9 @@ def draw(outcome: Outcome, path: Path) -> None:
     for column, count in enumerate(worlds):
         nodes = -(-count // outcome.ranks.per_node)
         ranks = replace(outcome.ranks, world_size=count, nodes=nodes)
-        memory = rank_memory(outcome.shapes, outcome.engine, ranks)
+        # A copy lies on as many ranks as there are, at most.
+        engine = replace(outcome.engine, hpz=min(outcome.engine.hpz, count))
+        memory = rank_memory(outcome.shapes, engine, ranks)
         for line in memory.lines:
             if line.place == place and line.bytes.get("pass"):
                 stacks.setdefault(line.label, [0.0] * len(worlds))

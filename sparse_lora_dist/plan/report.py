@@ -46,7 +46,10 @@ class Outcome:
         return need_of(self.shapes, self.engine, self.ranks)
 
     @property
-    def fits(self) -> bool:
+    def fits(self) -> bool | None:
+        """None where there is no limit: ranks on CPUs, and --host_memory not given."""
+        if not self.ranks.on_gpu and self.limits.host is None:
+            return None
         return self.need.fits(self.limits)
 
     @cached_property
@@ -56,6 +59,12 @@ class Outcome:
     @cached_property
     def changes(self) -> Sequence[Change]:
         return changes(self.shapes, self.engine, self.ranks)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is to be said of the model, and of the engine file."""
+        ignored = [f"{key} of the engine file is ignored" for key in self.engine.not_played]
+        return self.shapes.notes + ignored
 
     @cached_property
     def speed(self) -> Speed:
@@ -118,21 +127,21 @@ def _cell(size: int) -> str:
 
 def _verdict(outcome: Outcome) -> Iterator[str]:
     need, limits = outcome.need, outcome.limits
-    answer = "fits" if outcome.fits else "DOES NOT FIT"
+    answer = {True: "fits", False: "DOES NOT FIT", None: "not checked"}[outcome.fits]
     where = []
     if outcome.ranks.on_gpu:
         where.append(f"{gb(need.gpu)} of {gb(limits.gpu)} GB of a GPU")
     total = "" if limits.host is None else f" of {gb(limits.host)}"
     where.append(f"{gb(need.host)}{total} GB of a machine's memory")
     yield f"verdict   {answer}: {', '.join(where)}"
-    if limits.gpu or limits.host:
+    if outcome.fits is not None:
         least = outcome.smallest
         said = f"no number up to {MOST_RANKS}" if least is None else str(least)
         yield f"least     {said} of such {'GPUs' if outcome.ranks.on_gpu else 'ranks'}"
 
 
 def _changes(outcome: Outcome) -> Iterator[str]:
-    if outcome.fits:
+    if outcome.fits is not False:
         return
     yield f"to change {'GPU GB':>40}{'machine GB':>14}"
     for change in outcome.changes:
@@ -151,6 +160,8 @@ def _speed(outcome: Outcome) -> Iterator[str]:
     )
     if ranks.nodes > 1:
         yield f"          {gb(speed.across_nodes_bytes)} GB of it come into a node from others"
+    if speed.read_bytes:
+        yield f"          a rank reads {gb(speed.read_bytes)} GB of the base from disk"
     yield (
         f"          {fast:.2f} s if traffic hides behind arithmetic, {slow:.2f} s if not: "
         f"{speed.tokens / slow:,.0f} to {speed.tokens / fast:,.0f} tokens/s of all ranks"
@@ -161,9 +172,10 @@ def _speed(outcome: Outcome) -> Iterator[str]:
 
 def _assumptions(outcome: Outcome) -> Iterator[str]:
     plan = outcome.plan
+    held = "2 bytes a weight" if outcome.shapes.saved is None else "4 bits and scales"
     yield (
         f"assumed   {plan.tflops:g} TFLOP/s a GPU, {plan.network_gb_per_s:g} GB/s to a rank, "
-        f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, 2 bytes a weight in the file"
+        f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, {held} in the file"
     )
     if outcome.ranks.on_gpu:
         yield (
@@ -176,7 +188,7 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
         yield "          MALLOC_MMAP_THRESHOLD_=262144 is set, which costs time"
     if outcome.shapes.config.train.max_steps is None:
         yield "          schedules as in a run of 1,000 steps, since --max_steps is not given"
-    for note in outcome.shapes.notes:
+    for note in outcome.notes:
         yield f"          {note}"
 
 
@@ -208,5 +220,5 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
             "gpu_slack": memory.GPU_SLACK,
             "host_process_bytes": memory.HOST_PROCESS,
         },
-        "notes": list(outcome.shapes.notes),
+        "notes": outcome.notes,
     }

@@ -57,9 +57,11 @@ def read_architecture(
         content = json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
         raise UserError(f"--model: {file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"--model: {file} must hold one {{...}} object, got {content!r}")
     kind = content.get("model_type")
     own_code = trust_remote_code and "auto_map" in content
-    if not file.exists() or kind in CONFIG_MAPPING or own_code:
+    if not file.exists() or (isinstance(kind, str) and kind in CONFIG_MAPPING) or own_code:
         return read_config(folder, trust_remote_code=trust_remote_code), []
     problem = f"transformers knows no architecture {kind!r}"
     return as_llama(content, problem), [f"{problem}: planned as a Llama of its sizes"]

@@ -4,10 +4,12 @@ Shapes: N ranks, P weights of linears, M rows, T tokens of a row.
 """
 
 from dataclasses import dataclass
+from math import gcd
 
 from transformers import PreTrainedConfig
 
-from sparse_lora_dist.plan.held import Held
+from sparse_lora_dist.base_model.architecture import output_head
+from sparse_lora_dist.plan.held import Held, ties
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
 from sparse_lora_dist.plan.options import PlanConfig
 from sparse_lora_dist.plan.shape_step import layers_of
@@ -25,10 +27,13 @@ class Speed:
     """Received while gradients are reduced and scattered."""
     across_nodes_bytes: int
     """Of these, what has to come into a node from others."""
+    read_bytes: int
+    """Read from disk (NVMe) by a rank, for every use of its share of the base."""
     flop: float
     """Of a rank."""
     compute_s: float
     network_s: float
+    read_s: float
     tokens: int
     """Of all ranks."""
     file_bytes: int
@@ -41,7 +46,8 @@ class Speed:
     @property
     def step_s(self) -> tuple[float, float]:
         """If all traffic hides behind arithmetic, and if none does."""
-        return max(self.compute_s, self.network_s), self.compute_s + self.network_s
+        parts = self.compute_s, self.network_s, self.read_s
+        return max(parts), sum(parts)
 
 
 def speed_of(shapes: Shapes, engine: Engine, ranks: Ranks, plan: PlanConfig) -> Speed:
@@ -50,23 +56,30 @@ def speed_of(shapes: Shapes, engine: Engine, ranks: Ranks, plan: PlanConfig) -> 
     micro = train.gradient_accumulation_steps
     gathered = shapes.gathered(engine.bounds)
     others = (count - 1) / count
-    frozen = gathered.received * shapes.itemsize * others * micro
+    # Each use of the frozen base gathers it: from all ranks, or (hpZ) from those with one copy.
+    group = engine.hpz if engine.hpz > 1 else count
+    base = gathered.received * shapes.itemsize * micro
+    frozen = base * (group - 1) / group
+    read = base / count if engine.parameters == "nvme" else 0
     adapter = gathered.received_trained * shapes.itemsize * others * micro
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     reduced = 4 * trained * others * micro
-    # What has to enter a node; with its own copy (hpZ) the frozen base does not.
+    # What has to enter a node: of the base nothing, where a whole group lies in it.
     foreign = (1 - 1 / ranks.nodes) / others if count > 1 else 0.0
-    across = (adapter + reduced + (0 if engine.hpz > 1 else frozen)) * foreign
+    across = (adapter + reduced) * foreign
+    across += base * (1 - gcd(ranks.per_node, group) / group)
     flop = step_flop(shapes) * micro
-    file_bytes = 2 * sum(p.in_file for p in shapes.parameters)
+    file_bytes = sum(p.file_bytes for p in shapes.parameters)
     return Speed(
         gathered_bytes=int(frozen),
         gathered_adapter_bytes=int(adapter),
         reduced_bytes=int(reduced),
         across_nodes_bytes=int(across),
+        read_bytes=int(read),
         flop=flop,
         compute_s=flop / (plan.tflops * 1e12),
         network_s=(frozen + adapter + reduced) / (plan.network_gb_per_s * 1e9),
+        read_s=read * ranks.per_node / (plan.disk_gb_per_s * 1e9),
         tokens=train.micro_batch_size * micro * count * shapes.config.data.sequence_length,
         file_bytes=file_bytes,
         load_s=file_bytes / ranks.nodes / (plan.disk_gb_per_s * 1e9),
@@ -90,6 +103,8 @@ def step_flop(shapes: Shapes) -> float:
         if parameter.kind in ("packed", "plain"):
             active = active_fraction(parameter, shapes.model.config)
             weights[parameter.module.startswith(f"{name}.")] += active * parameter.in_file
+    sizes, head = {p.name: p.numel for p in shapes.parameters}, output_head(shapes.model)
+    weights[False] += sum(sizes[tied] for module, tied in ties(shapes.model) if module == head)
     linear = 2 * ((2 + again) * weights[True] + 2 * weights[False])
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     attention = 4 * rows * length**2 * attention_width(shapes.model.config) * len(layers)
@@ -116,7 +131,8 @@ def attention_width(config: PreTrainedConfig) -> int:
 
 
 def checkpoint_bytes(shapes: Shapes, entries: int) -> int:
-    """fp32 masters, a byte of mask and the statistics for all entries; for those that live, two
-    fp32 moments and when they came to life."""
-    live = shapes.forecast.on(1).peak * entries
-    return int(entries * (4 + 1 + 4 * shapes.method.n_stats) + live * (8 + 4))
+    """fp32 masters and a byte of mask for all entries, statistics for those of adapters; for those
+    that live, two fp32 moments and when they came to life."""
+    sparse = sum(p.numel for p in shapes.parameters if p.sparse)
+    live = shapes.forecast.on(1).peak * sparse + entries - sparse
+    return int(entries * (4 + 1) + sparse * 4 * shapes.method.n_stats + live * (8 + 4))
