@@ -94,6 +94,19 @@ class CheckpointFiles:
         source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
         return self.read(source, 0, entry.nbytes // entry.itemsize)
 
+    def same(self, key: str, other: str, rank: int, ranks: int) -> bool:
+        """Do two tensors hold the same bytes, in one rank's part of them?"""
+        one, two = self.entries[key], self.entries[other]
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        share = -(-one.nbytes // ranks)
+        last = min((rank + 1) * share, one.nbytes)
+        raw = [Source(keys=(), parts=(entry,), dtype=torch.uint8) for entry in (one, two)]
+        return all(
+            torch.equal(*(self.read(r, start, min(start + PIECE_BYTES, last)) for r in raw))
+            for start in range(rank * share, last, PIECE_BYTES)
+        )
+
     def read(self, source: Source, start: int, stop: int, *, device: torch.device = CPU) -> Tensor:
         """Elements [start, stop) of a source, 1-D, on ``device``; only their bytes are read.
 

@@ -32,7 +32,6 @@ from sparse_lora_dist.base_model.checkpoint_files import (
     CPU,
     DTYPES,
     FLOATS,
-    PIECE_BYTES,
     CheckpointFiles,
     Entry,
     Source,
@@ -79,7 +78,11 @@ def find_sources(
         held = [keys_of[n] for n in same[id(parameter)] if n in keys_of]
         keys = held[0] if held else None
         for other in held[1:]:
-            _check_same(files, held[0][0], other[0])
+            if not files.same(held[0][0], other[0], comm.rank(), comm.world_size()):
+                raise UserError(
+                    f"{files.folder}: config.json ties {held[0][0]} and {other[0]}, but the files "
+                    "hold two different tensors. Set tie_word_embeddings to false in config.json."
+                )
         if keys is None:
             raise UserError(
                 f"{files.folder} holds no tensor {name!r}, which config.json asks for. "
@@ -90,26 +93,6 @@ def find_sources(
         if name in keys_of:
             sources[name] = _source(name, tuple(buffer.shape), keys_of[name], files)
     return sources
-
-
-def _check_same(files: CheckpointFiles, key: str, other: str) -> None:
-    """Do the files hold the same values twice? This rank reads its part of the ranks' work."""
-    if key == other:
-        return
-    entries = [files.entries[k] for k in (key, other)]
-    same = entries[0].dtype == entries[1].dtype and entries[0].shape == entries[1].shape
-    ways = [Source(keys=(), parts=(entry,), dtype=torch.uint8) for entry in entries]
-    share = -(-entries[0].nbytes // comm.world_size())
-    first = comm.rank() * share
-    last = min(first + share, entries[0].nbytes)
-    for start in range(first, last, PIECE_BYTES) if same else ():
-        pieces = [files.read(way, start, min(start + PIECE_BYTES, last)) for way in ways]
-        same = same and torch.equal(*pieces)
-    if not same:
-        raise UserError(
-            f"{files.folder}: config.json ties {key} and {other}, but the files hold two different "
-            'tensors. Write "tie_word_embeddings": false into config.json.'
-        )
 
 
 def is_quantized(files: CheckpointFiles) -> bool:
