@@ -28,7 +28,8 @@ def test_a_rank_that_goes_astray_is_named(
 ) -> None:
     engine = Path("ds_configs/zero3.json").read_text().replace("8192", str(threshold))
     (tmp_path / "engine.json").write_text(engine)
-    words = flags(tiny, tmp_path / "run", "toy", ds_config=tmp_path / "engine.json", save_every=5)
+    options = {"ds_config": tmp_path / "engine.json", "save_every": 5, "max_steps": 30}
+    words = flags(tiny, tmp_path / "run", "toy", **options)
     for message in ranks(2, "tests.decisions_work:refusal_after", flags=words, what=what):
         assert said in message and "--resume auto" in message
     # Nothing that was saved is lost, and nothing was saved after.
@@ -41,7 +42,7 @@ def test_every_decision_has_a_row_with_each_sites_ranks_and_live_entries(
 ) -> None:
     # With lambda as slow as in the paper, scores change places.
     slow = {"adalora_lambda_lr_factor": 1.0}
-    words = flags(tiny, tmp_path, "adalora", adalora_target_rank=3.0, **slow)
+    words = flags(tiny, tmp_path, "adalora", adalora_target_rank=3.0, max_steps=30, **slow)
     ranks(2, "tests.run_work:train", flags=words)
     rows = read_rows(tmp_path / "decisions.jsonl")
     assert [row["step"] for row in rows] == [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24]
