@@ -11,5 +11,14 @@ def forget_peak() -> int:
 
 def peak_bytes() -> int:
     """Most resident bytes since ``forget_peak``, mapped files included."""
+    return _status("VmHWM")
+
+
+def resident_bytes() -> int:
+    """Now."""
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))

@@ -25,6 +25,7 @@ from _side_by_side import ROOT, on_ranks  # isort: skip  # sets the path
 
 import torch
 from _job import RESULTS, header, write
+from _resident import forget_peak, peak_bytes
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.program import leave, quiet_others
@@ -226,18 +227,6 @@ def give_back() -> None:
     """Freed blocks to the system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-
-
-def forget_peak() -> int:
-    """Resident bytes now; Linux counts its peak anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Most resident bytes of this process since ``forget_peak``, mapped files included."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def report(found: Iterable[tuple[Row, dict[str, int], dict[str, int]]]) -> str:

@@ -21,6 +21,7 @@ from _side_by_side import ZERO3, build, on_ranks  # isort: skip  # sets the path
 
 import torch
 from _job import RESULTS, write
+from _resident import forget_peak, peak_bytes, resident_bytes
 from _step_report import RANK, SHAPE, SMALL, TOKENS, WAYS, figures, plot, report, stored
 from _usual_way import build_usual
 from torch import Tensor
@@ -228,27 +229,6 @@ def peaks(way: str, settings: dict[str, Any]) -> dict[str, int]:
     found["training"] = peak_bytes()
     own = torch.tensor([found[k] - before for k in found], dtype=torch.int64)
     return dict(zip(found, comm.max_over_ranks(own).tolist(), strict=True))
-
-
-def forget_peak() -> int:
-    """Resident bytes now; Linux counts its peak anew from here."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return peak_bytes()
-
-
-def peak_bytes() -> int:
-    """Most resident bytes of this process since ``forget_peak``, mapped files included."""
-    return _status("VmHWM")
-
-
-def resident_bytes() -> int:
-    """Now."""
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 if __name__ == "__main__":

@@ -185,10 +185,10 @@ def _plain(keys: Sequence[str], files: CheckpointFiles) -> Source:
 def _state(key: str, files: CheckpointFiles) -> dict[str, Any] | None:
     """What bitsandbytes noted of a quantised tensor; None for one that is not."""
     names = [key + STATE + kind for kind in ("nf4", "fp4")]
-    return next((read_state(name, files) for name in names if name in files.entries), None)
+    return next((_read_state(name, files) for name in names if name in files.entries), None)
 
 
-def read_state(key: str, files: CheckpointFiles) -> dict[str, Any]:
+def _read_state(key: str, files: CheckpointFiles) -> dict[str, Any]:
     """What bitsandbytes noted of a quantised tensor, from the tensor of that name.
 
     Raises:
