@@ -3,6 +3,7 @@ two revisions of a model have the same headers, and to read all would take as lo
 
 import hashlib
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> 
         )
 
 
+@lru_cache(maxsize=1)  # the base cache asks again, and thousands of small reads take their time
 def hash_of_samples(files: CheckpointFiles) -> str:
     """Of a few places of every tensor."""
     digest = hashlib.sha256()

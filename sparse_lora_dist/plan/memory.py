@@ -153,6 +153,14 @@ def sparse_entries(shapes: Shapes, ranks: Ranks) -> int:
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.sparse)
 
 
+def live_entries(shapes: Shapes, ranks: Ranks) -> float:
+    """Entries that have moments on one rank, at their peak: what the method keeps of adapters, and
+    all of modules trained in full."""
+    sparse = sparse_entries(shapes, ranks)
+    peak = shapes.forecast.on(ranks.world_size).peak
+    return peak * sparse + trained_entries(shapes, ranks) - sparse
+
+
 def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> float:
     """Two moments and maybe a birth for each live entry, a bit for each entry."""
     each = 8.0 if bits == 32 else 2.0 * (1 + 4 / BLOCK)
@@ -172,11 +180,9 @@ def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     label = "adapter: gradients, the optimizer's copy"
     yield _line("gradient_copy", label, state_at, 4 * entries, *during)
     future, bits = shapes.forecast, shapes.config.train.moment_bits
-    sparse = sparse_entries(shapes, ranks)
-    live = future.on(ranks.world_size).peak * sparse + entries - sparse
-    size = moment_bytes(live, entries, bits, future.birth_bytes)
+    size = moment_bytes(live_entries(shapes, ranks), entries, bits, future.birth_bytes)
     yield _line("moments", "adapter: moments, at their peak", state_at, size, "pass", "step")
-    statistics = 4 * shapes.method.n_stats * sparse
+    statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     yield _line("statistics", "adapter: statistics", state_at, statistics, "pass", "step")
 
 
