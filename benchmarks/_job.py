@@ -26,6 +26,17 @@ def train(*flags: str, ranks: int = 2, folder: str | None = None) -> list[dict[s
     return [json.loads(line) for line in lines]
 
 
+def data_folder(name: str, what: str) -> Path | None:
+    """Of the command line, or ``name`` in the folder ``make bench DATA=`` names. None, and a line that
+    asks for the folder that ``what``, where there is neither: not everybody has the data."""
+    if len(sys.argv) == 2:
+        return Path(sys.argv[1])
+    if os.environ.get("DATA"):
+        return Path(os.environ["DATA"]) / name
+    print("skipped: name the folder that", what)
+    return None
+
+
 def held_out(rows: list[dict[str, Any]]) -> tuple[float, float]:
     """Held-out loss before and after, nats per target token."""
     losses = [row["held_out_loss"] for row in rows if "held_out_loss" in row]

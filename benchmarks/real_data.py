@@ -3,10 +3,9 @@
 FOLDER holds gsm8k/, openbookqa/, arc_easy/ and shakespeare/ as their sources publish them.
 """
 
-import sys
 from pathlib import Path
 
-from _job import held_out, train, write
+from _job import data_folder, held_out, train, write
 
 SETS = {
     "gsm8k": ("train.jsonl", "test.jsonl", "question", "answer"),
@@ -45,7 +44,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 2:
-        main(Path(sys.argv[1]))
-    else:  # not a failure: make bench runs every script, and not everybody has the data
-        print("skipped: name the folder that holds", ", ".join(SETS))
+    folder = data_folder(".", f"holds {', '.join(SETS)}")
+    if folder:
+        main(folder)

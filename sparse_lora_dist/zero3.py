@@ -23,7 +23,7 @@ from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.base_model.heap import apart
+from sparse_lora_dist.base_model.heap import return_gaps
 from sparse_lora_dist.zero3_nvme import Disk
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts: about a
@@ -70,7 +70,7 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         assert self._partition_rank(parameter) == comm.rank()
         start, stop = own_range(parameter.ds_numel)
         own = _as_share(values(start, stop), share, parameter.dtype, self.local_device)
-        own = apart(own) if own.device.type == "cpu" else own
+        return_gaps()
         self._adopt(parameter, own, share)
 
     def _adopt(self, parameter: ZeroParameter, own: ZeroParameter, share: int) -> None:

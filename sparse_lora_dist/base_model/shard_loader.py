@@ -19,7 +19,6 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles, Source
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
-from sparse_lora_dist.base_model.heap import large_blocks_apart
 from sparse_lora_dist.base_model.quant_experts import QuantExperts
 from sparse_lora_dist.base_model.quantized_share import (
     QuantLinearParameters,
@@ -94,9 +93,8 @@ class ShardLoader:
         ]
         ranges = [r for job in jobs for r in job.ranges]
         reads = read_ahead(self.files, ranges, self.builder.device)
-        with large_blocks_apart():
-            for job in tqdm(jobs, desc="loading", leave=False, disable=comm.rank() != 0):
-                job.finish([next(reads) for _ in job.ranges])
+        for job in tqdm(jobs, desc="loading", leave=False, disable=comm.rank() != 0):
+            job.finish([next(reads) for _ in job.ranges])
         self._read_buffers(model)
         self.report.bytes_received = comm.traffic_bytes.total() - received
 
