@@ -27,8 +27,8 @@ def train(*flags: str, ranks: int = 2, folder: str | None = None) -> list[dict[s
 
 
 def data_folder(name: str, what: str) -> Path | None:
-    """Of the command line, or ``name`` in the folder ``make bench DATA=`` names. None, and a line that
-    asks for the folder that ``what``, where there is neither: not everybody has the data."""
+    """Of the command line, or ``name`` in the folder that ``make bench DATA=`` names. With neither,
+    None and a line that asks for the folder that ``what``: not everybody has the data."""
     if len(sys.argv) == 2:
         return Path(sys.argv[1])
     if os.environ.get("DATA"):

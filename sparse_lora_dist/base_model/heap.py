@@ -1,8 +1,9 @@
 """glibc's heap while shares are made.
 
-A share stays, what it was made from goes, and the two alternate. glibc keeps the gaps, and torch's aligned
-requests seldom fit the gap that an equal one left, so that the heap grows on: where 64 ranks make the shares
-of 70 B small, by as much again as the shares (``benchmarks/rehearsal_70b.py``).
+A share stays, what it was made from goes, and the two alternate. glibc keeps the gaps, and torch's
+aligned requests seldom fit the gap that an equal one left, so that the heap grows on: where 64
+ranks make the shares of 70 B small, by as much again as the shares
+(``benchmarks/rehearsal_70b.py``).
 """
 
 import ctypes
