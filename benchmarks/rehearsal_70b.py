@@ -1,6 +1,7 @@
 """Llama-3-70B without its weights, and without its GPUs.
 
-    python benchmarks/rehearsal_70b.py [--ranks 8 16 64]     load one rank's shard, on a CPU
+    python benchmarks/rehearsal_70b.py [--ranks 8 16 64]     load one rank's shard, on a CPU;
+                                                             rows of other sizes stay
     python benchmarks/rehearsal_70b.py --train               load and train, on this machine's GPUs
 
 The first writes a checkpoint of the model's shape that is nearly all holes (``_sparse_checkpoint``)
@@ -96,7 +97,10 @@ def rehearse(folder: str, args: argparse.Namespace) -> None:
         load_alone(folder, rank, ranks) for ranks in args.ranks for rank in sorted({0, ranks - 1})
     ]
     if is_llama:
-        (RESULTS / "rehearsal_70b.json").write_text(json.dumps(found, indent=1) + "\n")
+        results = RESULTS / "rehearsal_70b.json"
+        others = [f for f in json.loads(results.read_text()) if f["ranks"] not in args.ranks]
+        found = sorted(others + found, key=lambda f: (f["ranks"], f["rank"]))
+        results.write_text(json.dumps(found, indent=1) + "\n")
         write("rehearsal_70b.md", report(found))
         plot(found, RESULTS / "rehearsal_70b.png")
     else:

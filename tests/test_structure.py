@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -110,3 +111,10 @@ def test_files_and_functions_stay_readable(file: Path) -> None:
     too_long = {name: size for name, size in functions(file) if size > LONGEST_FUNCTION}
     assert too_long == {}
     assert len(file.read_text().splitlines()) <= LONGEST_FILE
+
+
+def test_the_tables_in_readme_are_those_of_the_results() -> None:
+    """Mended by ``python benchmarks/readme_tables.py``."""
+    command = [sys.executable, "benchmarks/readme_tables.py", "--print"]
+    made = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
+    assert made.strip() in (REPOSITORY / "README.md").read_text()
