@@ -116,5 +116,5 @@ def test_files_and_functions_stay_readable(file: Path) -> None:
 def test_the_tables_in_readme_are_those_of_the_results() -> None:
     """Mended by ``python benchmarks/readme_tables.py``."""
     command = [sys.executable, "benchmarks/readme_tables.py", "--print"]
-    made = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True).stdout
-    assert made.strip() in (REPOSITORY / "README.md").read_text()
+    made = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert made.stdout.strip() in (REPOSITORY / "README.md").read_text()
