@@ -17,6 +17,11 @@ from sparse_lora_dist.program import run_program
 def main(config: Config) -> None:
     """Hand over."""
     # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    if config.run.verify is not None:
+        from sparse_lora_dist.verify import verify
+
+        verify(Path(config.run.verify))
+        return
     from sparse_lora_dist.train import run
 
     run(config)

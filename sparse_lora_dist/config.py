@@ -177,7 +177,9 @@ class RunConfig:
     output_dir: str = "runs/default"
     """Folder for checkpoints, metrics and the adapter; made when it is not there."""
     resume: str = "never"
-    """auto (from the newest checkpoint in output_dir, if any), never, or a checkpoint's folder."""
+    """auto (from the newest whole checkpoint in output_dir, if any), never, or its folder."""
+    verify: str | None = None
+    """A run's folder: check all of its checkpoints, and train nothing."""
     log_every: int = 1
     """Steps between two lines of metrics."""
     eval_every: int = 50

@@ -15,8 +15,8 @@ from sparse_lora_dist.screen import say
 
 # Options that say where and how long, not what is trained: a resume changes them without a word.
 FREE = """
-    base_cache resume output_dir stop_after log_every eval_every eval_batches save_every trackers
-    debug
+    base_cache resume verify output_dir stop_after log_every eval_every eval_batches save_every
+    trackers debug
 """
 
 
@@ -42,9 +42,7 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
     wanted = config.run.resume
     if wanted == "never":
         return None
-    path = Path(wanted)
-    if wanted == "auto":  # rank 0's choice: other nodes may see a listing of a while ago
-        path = comm.broadcast_object(checkpoint.newest(Path(config.run.output_dir) / "checkpoints"))
+    path = _chosen(wanted, Path(config.run.output_dir) / "checkpoints")
     if path is None:
         return None
     with comm.together(f"opening {path}"):
@@ -56,6 +54,19 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
         _check_steps(found, config, feed, method)
     _say(found, config, feed)
     return found
+
+
+def _chosen(wanted: str, folder: Path) -> Path | None:
+    """A whole checkpoint: the newest, or the one that is named."""
+    if wanted == "auto":
+        with comm.together(f"cleaning {folder}"):
+            if comm.rank() == 0:
+                checkpoint.clean(folder)
+        return checkpoint.newest_whole(folder)
+    damage = checkpoint.find_damage(Path(wanted))
+    if damage is not None:
+        raise UserError(f"{damage} Resume from another step.", shared=True)
+    return Path(wanted)
 
 
 def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[str, Any]:

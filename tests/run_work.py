@@ -3,6 +3,7 @@
 import io
 import os
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from sparse_lora_dist.data import Batch
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.job import Job
 from sparse_lora_dist.step import batch_loss
+from sparse_lora_dist.verify import verify
 from sparse_lora_dist.zero3 import summed_cross_entropy
 from tests import toy_method
 from tests.toy_engine import live_copy
@@ -27,6 +29,16 @@ def train(flags: list[str], environment: dict[str, str] | None = None) -> str:
     torch.manual_seed(torch.seed() % 2**63)
     with patch.dict(os.environ, environment or {}), redirect_stdout(io.StringIO()) as out:
         program.run(load_config(flags))
+    return out.getvalue()
+
+
+def verified(run: Path) -> str:
+    """What ``--verify`` prints, its error last."""
+    with redirect_stdout(io.StringIO()) as out:
+        try:
+            verify(run)
+        except UserError as error:
+            print(error)
     return out.getvalue()
 
 

@@ -238,12 +238,14 @@ def test_a_damaged_adapter_to_start_from(ranks: Ranks, tiny: TinyRun, tmp_path: 
 def test_a_checkpoint_that_was_altered(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     flags = tiny.flags(tmp_path, max_steps=2, resume="auto")
     ranks(2, "tests.run_work:train", flags=flags)
-    file = tmp_path / "checkpoints" / "step_00000002" / "rank_00001.safetensors"
+    checkpoint = tmp_path / "checkpoints" / "step_00000002"
+    file = checkpoint / "rank_00001.safetensors"
     content = bytearray(file.read_bytes())
     content[-3] ^= 1  # one bit of a number: sizes and header stay right
     file.write_bytes(content)
-    for said in ranks(2, REFUSAL, flags=[*flags, "--max_steps", "4"]):
+    for said in ranks(2, REFUSAL, flags=[*flags, "--resume", str(checkpoint)]):
         assert "rank_00001.safetensors was altered after it was saved" in said
+        assert "Resume from another step" in said
 
 
 def test_a_resume_of_another_run_is_refused_before_a_weight_is_read(

@@ -2,7 +2,7 @@
 
     checkpoints/step_00000100/
         rank_00000.safetensors ...   a rank's slices; the metadata holds the global offset of each
-        manifest.json                written last; a directory without one is no checkpoint
+        manifest.json                written last, with hashes; without one it is no checkpoint
 
 A slice of tensor "t" is stored as ``master/t`` (fp32), ``live/t`` (bool), the statistics
 ``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t``, ``exp_avg_sq/t`` and ``born/t``
@@ -15,9 +15,9 @@ from sparse_lora_dist.checkpoint.manifest import (
     Progress,
     check_description,
     check_tensors,
-    newest,
     read_manifest,
 )
+from sparse_lora_dist.checkpoint.recover import clean, find_damage, newest_whole, published
 from sparse_lora_dist.checkpoint.restore import restore
 from sparse_lora_dist.checkpoint.save import save
 
@@ -25,7 +25,10 @@ __all__ = [
     "Progress",
     "check_description",
     "check_tensors",
-    "newest",
+    "clean",
+    "find_damage",
+    "newest_whole",
+    "published",
     "read_manifest",
     "restore",
     "save",

@@ -1,16 +1,16 @@
 """The manifest of a checkpoint: what it is, how far the run was, which files belong to it."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim import MOMENTS
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 PACKED = (*MOMENTS, "born")
 """What is saved for live entries only."""
@@ -28,19 +28,18 @@ class Progress:
     """Tokens that went through the model, padding not counted."""
 
 
-def newest(folder: Path) -> Path | None:
-    """The last published checkpoint of a run, None where there is none. Rank 0 looks, all get its
-    answer."""
-    found = None
-    if comm.rank() == 0:
-        steps = sorted(p for p in folder.glob("step_*") if (p / MANIFEST).exists())
-        found = str(steps[-1]) if steps else None
-    found = comm.broadcast_object(found)
-    return Path(found) if found else None
+def sealed(manifest: Mapping[str, Any]) -> str:
+    """The text of a manifest, with a hash of all that it says."""
+    return json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, after checking that every file it names is there in its full size."""
+    """The manifest, after checking that it is as it was written and that every file it names is
+    there in its full size.
+
+    Raises:
+        UserError: without saying what to do instead, which the caller knows.
+    """
     path = checkpoint / MANIFEST
     if not path.exists():
         raise UserError(
@@ -48,19 +47,25 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}. Resume from another step.") from error
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} has format {manifest['format']}; this version reads {FORMAT}.")
+        version, digest = manifest["format"], manifest.pop("sha256", None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error!r}.") from error
+    if version != FORMAT:
+        raise UserError(f"{path} has format {version}; this version reads {FORMAT}.")
+    if digest != _hash(manifest):
+        raise UserError(f"{path} was altered after it was saved.")
     for file in manifest["files"]:
         there = checkpoint / file["name"]
         size = there.stat().st_size if there.exists() else 0
         if size != file["bytes"]:
-            raise UserError(
-                f"{there} has {size} bytes, the manifest says {file['bytes']}. "
-                "Resume from another step."
-            )
+            raise UserError(f"{there} has {size} bytes, the manifest says {file['bytes']}.")
     return manifest
+
+
+def _hash(manifest: Mapping[str, Any]) -> str:
+    # As JSON gives it back: tuples are lists there, and keys are text.
+    text = json.dumps(json.loads(json.dumps(manifest)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_description(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

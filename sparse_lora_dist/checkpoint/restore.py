@@ -1,6 +1,5 @@
 """Reading a checkpoint: each rank the ranges it owns, from whichever files hold them."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint.manifest import PACKED, Progress
-from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim import MOMENTS
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.zero3 import Slice
@@ -21,10 +19,10 @@ DTYPES = {"live": torch.bool, "born": torch.int32}
 
 
 def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Progress:
-    """Put everything back that was saved; return how far the run was. Collective."""
+    """Put everything back that was saved; return how far the run was. Its files were checked before
+    (``recover``). Collective."""
     progress = Progress(**manifest["progress"])
     with comm.together(f"reading {checkpoint}"):
-        _check_hashes(checkpoint, manifest["files"])
         reader = _Reader(checkpoint, [file["name"] for file in manifest["files"]])
         pieces = shards.engine.slices
         for piece in pieces:
@@ -48,15 +46,6 @@ def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Pr
             reader.restore_random_states()
     shards.engine.masters_changed()
     return progress
-
-
-def _check_hashes(checkpoint: Path, files: list[Mapping[str, Any]]) -> None:
-    """Each rank some files, so that all are read once."""
-    for file in files[comm.rank() :: comm.world_size()]:
-        path = checkpoint / file["name"]
-        with path.open("rb") as stream:
-            if hashlib.file_digest(stream, "sha256").hexdigest() != file["sha256"]:
-                raise UserError(f"{path} was altered after it was saved. Resume from another step.")
 
 
 class _Reader:

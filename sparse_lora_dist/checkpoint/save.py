@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.checkpoint.manifest import FORMAT, MANIFEST, PACKED, Progress
+from sparse_lora_dist.checkpoint.manifest import FORMAT, MANIFEST, PACKED, Progress, sealed
+from sparse_lora_dist.checkpoint.recover import REPLACED, TEMPORARY
 from sparse_lora_dist.shards import Shards
 
 
@@ -38,7 +39,7 @@ def save(
         config: the merged config.
     """
     final = folder / f"step_{progress.step:08d}"
-    temporary = folder / f".tmp_step_{progress.step:08d}"
+    temporary = folder / f"{TEMPORARY}step_{progress.step:08d}"
     with comm.together(f"preparing {temporary}"):
         if comm.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -92,10 +93,10 @@ def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
 
 
 def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    (temporary / MANIFEST).write_text(sealed(manifest))
     _sync(temporary / MANIFEST)
     _sync(temporary)
-    replaced = final.with_name(f".replaced_{final.name}")
+    replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # saved by an earlier attempt: gone only once the new one stands
         os.rename(final, replaced)
     os.rename(temporary, final)

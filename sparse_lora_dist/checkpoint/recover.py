@@ -1,0 +1,69 @@
+"""Which checkpoints of a run are whole, and what a killed job left behind beside them."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.checkpoint.manifest import MANIFEST, read_manifest
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.screen import say
+
+TEMPORARY, REPLACED = ".tmp_", ".replaced_"
+"""Before the name of a step: what is being written, and what is about to be replaced by that."""
+
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest published checkpoint of ``folder`` that is as it was saved; None where none was
+    saved. A damaged one is skipped with a line that names the file. Collective.
+
+    Raises:
+        UserError: all are damaged: to start afresh is for a person to decide.
+    """
+    # Rank 0's listing: other nodes may see one of a while ago.
+    found: list[Path] = comm.broadcast_object(published(folder) if comm.rank() == 0 else [])
+    for path in reversed(found):
+        damage = find_damage(path)
+        if damage is None:
+            return path
+        say("skipped", damage)
+    if found:
+        raise UserError(
+            f"no checkpoint of {folder} is whole, see above. Start afresh in another --output_dir.",
+            shared=True,
+        )
+    return None
+
+
+def published(folder: Path) -> list[Path]:
+    """Checkpoints by step. Not a collective."""
+    return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).exists())
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What keeps it from being read, None where all is as it was saved. Each rank reads some of the
+    files, so that all are read once. Collective."""
+    try:
+        for file in read_manifest(checkpoint)["files"][comm.rank() :: comm.world_size()]:
+            path = checkpoint / file["name"]
+            with path.open("rb") as stream:
+                if hashlib.file_digest(stream, "sha256").hexdigest() != file["sha256"]:
+                    raise UserError(f"{path} was altered after it was saved.")
+        damage = None
+    except (UserError, OSError) as error:
+        damage = str(error)
+    return next((said for said in comm.gather_objects(damage) if said is not None), None)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed job left: what it was writing, what it had replaced. One that was
+    replaced by nothing gets its name back. Not a collective."""
+    for left in folder.glob(f"{REPLACED}*"):
+        final = folder / left.name.removeprefix(REPLACED)
+        if final.exists():
+            shutil.rmtree(left)
+        else:
+            os.rename(left, final)
+    for left in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left)
