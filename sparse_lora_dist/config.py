@@ -188,13 +188,17 @@ class RunConfig:
     """Global batches per held-out loss, at most."""
     save_every: int = 100
     """Steps between two checkpoints; 0 is at the end only."""
+    keep_last: int | None = None
+    """Checkpoints that stay, the newest of them; null keeps all."""
+    keep_best: bool = True
+    """With keep_last: the one of the smallest held-out loss stays too."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, both, or []."""
     debug: bool = False
     """Show tracebacks, and what other libraries print."""
 
     def __post_init__(self) -> None:
-        problems = at_least(self, 1, "log_every", "eval_batches")
+        problems = at_least(self, 1, "log_every", "eval_batches", "keep_last")
         problems += at_least(self, 0, "eval_every", "save_every")
         problems += [
             f"trackers knows {' and '.join(TRACKERS)} ([] for none), got {name!r}"

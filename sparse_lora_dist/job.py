@@ -81,7 +81,7 @@ class Job:
             results = {**self.shards.facts, "live_ranks": ranks, "held_out_loss": loss}
             self.journal.stage(step, self.rate, self.metrics.path, results)
         if ends or is_due(step, run.save_every):
-            self.save()
+            self.save(held_out.get("held_out_loss"))
         self._bar.update()
 
     def _row(self, result: StepResult) -> dict[str, float | int]:
@@ -120,16 +120,21 @@ class Job:
         batches = self.feed.held_out_batches(self.config.run.eval_batches)
         return self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
 
-    def save(self) -> None:
-        """Publish a checkpoint of this step."""
-        checkpoint.save(
+    def save(self, held_out_loss: float | None) -> None:
+        """Publish a checkpoint of this step; remove those that need not stay."""
+        published = checkpoint.save(
             self.folder / "checkpoints",
             self.shards,
             self.progress,
             description=describe(self.config, self.model, self.feed, self.shards.method),
             total_steps=self.feed.total_steps,
             config=self.config.as_flat_dict(),
+            held_out_loss=held_out_loss,
         )
+        run = self.config.run
+        with comm.together("removing checkpoints"):
+            if comm.rank() == 0:
+                checkpoint.retain(published, keep_last=run.keep_last, keep_best=run.keep_best)
 
     def finish(self) -> None:
         """Export the adapter and say what came of it all."""

@@ -4,9 +4,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from sparse_lora_dist import checkpoint
+from sparse_lora_dist.checkpoint.manifest import FORMAT, sealed
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun
@@ -119,3 +122,61 @@ def test_verify_reads_all_and_changes_nothing(ranks: Ranks, run: Path, tmp_path:
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     told, _ = ranks(2, VERIFY, run=tmp_path)
     assert "holds no published checkpoint" in told
+
+
+def saved_with(run: Path, losses: dict[int, float | None]) -> None:
+    """Checkpoints of nothing but a manifest."""
+    for number, loss in losses.items():
+        step(run, number).mkdir(parents=True)
+        manifest = {"format": FORMAT, "files": [], "held_out_loss": loss}
+        (step(run, number) / "manifest.json").write_text(sealed(manifest))
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_best", "kept"),
+    [
+        (None, True, [1, 2, 3, 4, 5, 6, 7]),
+        (2, False, [5, 6, 7]),
+        (2, True, [2, 5, 6, 7]),
+        (1, True, [2, 6, 7]),
+        (9, True, [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_what_stays(
+    tmp_path: Path, keep_last: int | None, keep_best: bool, kept: list[int]
+) -> None:
+    """Step 7 is of an earlier attempt: this one is at 6."""
+    saved_with(tmp_path, {1: 3.0, 2: 2.0, 3: NAN, 4: None, 5: 2.0, 6: None, 7: 1.0})
+    checkpoint.retain(step(tmp_path, 6), keep_last=keep_last, keep_best=keep_best)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == [f"step_{number:08d}" for number in kept]
+
+
+def test_a_removal_that_was_cut_short_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
+    saved_with(tmp_path, {1: None, 2: None, 3: None})
+    with (
+        patch("shutil.rmtree", side_effect=OSError("killed")),
+        pytest.raises(OSError, match="killed"),
+    ):
+        checkpoint.retain(step(tmp_path, 3), keep_last=1, keep_best=False)
+    folder = tmp_path / "checkpoints"
+    assert checkpoint.published(folder) == [step(tmp_path, 2), step(tmp_path, 3)]
+    checkpoint.clean(folder)
+    assert sorted(folder.iterdir()) == [step(tmp_path, 2), step(tmp_path, 3)]
+
+
+def test_a_run_keeps_the_last_and_the_best(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    """After a stop the rate is absurd, so that the best is an early one."""
+    options = {"max_steps": 6, "save_every": 1, "eval_every": 1, "keep_last": 2}
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options, stop_after=3))
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options, resume="auto", learning_rate=30.0))
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    losses = {row["step"]: row["held_out_loss"] for row in rows if row["step"]}
+    best = min(losses, key=lambda number: losses[number])
+    assert best < 5, "otherwise this test shows nothing"
+    assert checkpoint.published(tmp_path / "checkpoints") == [
+        step(tmp_path, number) for number in (best, 5, 6)
+    ]

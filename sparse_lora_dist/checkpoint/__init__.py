@@ -19,6 +19,7 @@ from sparse_lora_dist.checkpoint.manifest import (
 )
 from sparse_lora_dist.checkpoint.recover import clean, find_damage, newest_whole, published
 from sparse_lora_dist.checkpoint.restore import restore
+from sparse_lora_dist.checkpoint.retain import retain
 from sparse_lora_dist.checkpoint.save import save
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "published",
     "read_manifest",
     "restore",
+    "retain",
     "save",
 ]

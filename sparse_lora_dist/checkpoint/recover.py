@@ -10,8 +10,9 @@ from sparse_lora_dist.checkpoint.manifest import MANIFEST, read_manifest
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.screen import say
 
-TEMPORARY, REPLACED = ".tmp_", ".replaced_"
-"""Before the name of a step: what is being written, and what is about to be replaced by that."""
+TEMPORARY, REPLACED, REMOVED = ".tmp_", ".replaced_", ".removed_"
+"""Before the name of a step: what is being written, what is about to be replaced by that, and what
+is being deleted."""
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -57,7 +58,7 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed job left: what it was writing, what it had replaced. One that was
+    """Remove what a killed job left: what it was writing, deleting, or had replaced. One that was
     replaced by nothing gets its name back. Not a collective."""
     for left in folder.glob(f"{REPLACED}*"):
         final = folder / left.name.removeprefix(REPLACED)
@@ -65,5 +66,5 @@ def clean(folder: Path) -> None:
             shutil.rmtree(left)
         else:
             os.rename(left, final)
-    for left in folder.glob(f"{TEMPORARY}*"):
+    for left in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{REMOVED}*")):
         shutil.rmtree(left)

@@ -27,6 +27,7 @@ def save(
     description: Mapping[str, Any],
     total_steps: int,
     config: Mapping[str, object],
+    held_out_loss: float | None,
 ) -> Path:
     """Write and publish ``folder/step_N``; return it. Collective.
 
@@ -37,6 +38,7 @@ def save(
         description: what a resume must agree with (base, method, seed ...).
         total_steps: where the schedules of this run end; a resume may change it, and then says so.
         config: the merged config.
+        held_out_loss: of this step, where it was taken.
     """
     final = folder / f"step_{progress.step:08d}"
     temporary = folder / f"{TEMPORARY}step_{progress.step:08d}"
@@ -57,6 +59,7 @@ def save(
                 "description": dict(description),
                 "total_steps": total_steps,
                 "config": dict(config),
+                "held_out_loss": held_out_loss,
                 "sites": shards.sites.as_json(),
                 "facts": dict(shards.facts),
                 "ended": shards.ended,
