@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import yaml
 
 from sparse_lora_dist import methods
-from sparse_lora_dist.config import SECTIONS, Config, raise_if
+from sparse_lora_dist.bounds import raise_if
+from sparse_lora_dist.config import SECTIONS, Config
 from sparse_lora_dist.engine_config import check_engine_file, conflicts
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.given import read_flags, read_yaml, split_argv, typed_values

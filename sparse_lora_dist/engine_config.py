@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.config import Config, raise_if
+from sparse_lora_dist.bounds import raise_if
+from sparse_lora_dist.config import Config
 from sparse_lora_dist.engine_keys import AT_LEAST_ONE, FIXED, KEYS, KNOWN_ELSEWHERE, OWNED, WHY_NOT
 from sparse_lora_dist.spelling import did_you_mean
 

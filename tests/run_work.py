@@ -32,6 +32,16 @@ def train(flags: list[str], environment: dict[str, str] | None = None) -> str:
     return out.getvalue()
 
 
+def train_as_if(flags: list[str], held_out: dict[int, float]) -> str:
+    """The main job, whose held-out losses are these, by step."""
+
+    def loss(self: Job) -> dict[str, float]:
+        return {"held_out_loss": held_out[self.progress.step]}
+
+    with patch.object(Job, "held_out", loss):
+        return train(flags)
+
+
 def verified(run: Path) -> str:
     """What ``--verify`` prints, its error last."""
     with redirect_stdout(io.StringIO()) as out:

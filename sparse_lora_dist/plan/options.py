@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import Any
 
+from sparse_lora_dist.bounds import above, at_least, raise_if
 from sparse_lora_dist.command_line import read_options
-from sparse_lora_dist.config import Config, RunConfig, above, at_least, raise_if
+from sparse_lora_dist.config import Config, RunConfig
 from sparse_lora_dist.engine_config import load, world_problems
 from sparse_lora_dist.options import Program
 
