@@ -19,12 +19,14 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.git_version_info import installed_ops as installed_ops
+from deepspeed.ops.op_builder import AsyncIOBuilder as AsyncIOBuilder
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.heap import return_gaps
-from sparse_lora_dist.zero3_nvme import Disk
+from sparse_lora_dist.zero3_disk import Disk
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts: about a
 # minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3 never calls it.

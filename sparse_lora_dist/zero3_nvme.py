@@ -1,5 +1,5 @@
-"""Shares on a local disk: reading and writing them, and what that needs before anything is loaded:
-DeepSpeed's async_io built, a folder with room, and no other job in it."""
+"""What shares on a local disk need before anything is loaded: DeepSpeed's async_io built, a folder
+with room, and no other job in it."""
 
 import fcntl
 import shutil
@@ -9,89 +9,19 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import IO, Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.screen import megabytes, say
+from sparse_lora_dist.zero3 import AsyncIOBuilder, installed_ops
 
 QUIET_S = 1800.0
 """A build in which nothing changes for so long is one that was killed."""
 
 _claims: dict[Path, IO[str]] = {}
 """Lock files of this process, open, and so locked, until it ends."""
-
-
-class Disk:
-    """DeepSpeed's swapper, with every share out of its few buffers as soon as it is read.
-
-    DeepSpeed leaves a share in its buffer until the whole tensor is released, and what it read
-    ahead until that is used; when more tensors are alive than there are buffers, it fails.
-    """
-
-    def __init__(self, swapper: Any, *, whole_up_to: int) -> None:
-        """``whole_up_to``: elements of a tensor that stays whole on every rank."""
-        self._swapper, self._whole_up_to = swapper, whole_up_to
-        self._parameters: dict[int, Any] = {}
-        read = swapper.swap_in
-
-        def read_each_once(params: list[Any], **how: Any) -> None:
-            # Its read-ahead names a tensor twice that comes twice soon: at the end of forward.
-            read(list({p.ds_id: p for p in params}.values()), **how)
-
-        swapper.swap_in = read_each_once
-
-    def takes(self, parameter: Any, share: int) -> bool:
-        """Large shares of what is frozen; DeepSpeed leaves those under 1 MiB in memory."""
-        return bool(
-            self._swapper.swappable_tensor(numel=share)
-            and not parameter.requires_grad
-            and parameter.ds_numel > self._whole_up_to
-        )
-
-    def buffer(self, parameter: Any, own: Tensor) -> Tensor:
-        """A share in a buffer, from where ``write`` takes it."""
-        if own.numel() > self._swapper.elements_per_buffer:
-            raise UserError(
-                f"zero_optimization.offload_param.buffer_size is "
-                f"{self._swapper.elements_per_buffer} elements, the largest share of a "
-                f"tensor has {own.numel()}: raise it, or use more ranks"
-            )
-        buffer = self._swapper.get_buffer(parameter, own.numel())
-        buffer.copy_(own)
-        held = torch.empty(0, dtype=own.dtype, device=buffer.device)
-        held.data = buffer.data
-        return held
-
-    def write(self, parameter: Any) -> None:
-        """Write a parameter's share, and give its buffer back."""
-        self._parameters[parameter.ds_id] = parameter
-        self._swapper.swap_out_and_release([parameter])
-
-    def read(self, parameters: list[Any]) -> None:
-        """The shares of these, in memory of their own until DeepSpeed releases the tensors."""
-        swapper, missing = self._swapper, []
-        swapper.synchronize_reads()
-        for p in parameters:
-            if p.ds_id in swapper.param_id_to_buffer_id:
-                self._take(p)
-            elif p.ds_tensor.status.name == "NOT_AVAILABLE":
-                missing.append(p)
-        if len(missing) > swapper.available_swap_in_buffers():
-            ahead = [self._parameters[i] for i in swapper.param_id_to_buffer_id]
-            swapper.remove_partition_and_release_buffers(ahead)
-        at_once = swapper.param_buffer_count
-        for first in range(0, len(missing), at_once):
-            swapper.swap_in(missing[first : first + at_once], async_op=False)
-            for p in missing[first : first + at_once]:
-                self._take(p)
-
-    def _take(self, parameter: Any) -> None:
-        share, available = parameter.ds_tensor.data.clone(), parameter.ds_tensor.status
-        self._swapper.remove_partition_and_release_buffers([parameter])
-        parameter.ds_tensor.data, parameter.ds_tensor.status = share, available
 
 
 def prepare(engine_config: Mapping[str, Any]) -> None:
@@ -137,10 +67,6 @@ def claim(folder: Path) -> None:
 
 def why_not() -> str | None:
     """Why async_io can be neither loaded nor built here; None where it can. Takes a second."""
-    # Here and below late: zero3.py says which accelerator before DeepSpeed is imported.
-    from deepspeed.git_version_info import installed_ops
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
         return None
     return (
@@ -155,8 +81,6 @@ def load_async_io() -> None:
     Raises:
         UserError: for what is missing, a build that fails, and one that a killed process left.
     """
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
     if (reason := why_not()) is not None:
         raise UserError(f"parameters cannot go to NVMe: {reason}.")
     for op in ("pin_memory", "async_io"):

@@ -46,7 +46,7 @@ def importers(module: str) -> set[str]:
 
 
 def test_only_zero3_imports_deepspeed() -> None:
-    assert importers("deepspeed") == {"zero3.py", "zero3_nvme.py"}
+    assert importers("deepspeed") == {"zero3.py"}
 
 
 def test_only_comm_imports_torch_distributed() -> None:
