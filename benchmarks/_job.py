@@ -43,6 +43,12 @@ def held_out(rows: list[dict[str, Any]]) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
+def stored(name: str) -> Any:
+    """What an earlier call left, so that cases can be run one at a time; None before the first."""
+    file = RESULTS / name
+    return json.loads(file.read_text()) if file.exists() else None
+
+
 def write(name: str, text: str) -> None:
     """Print a result and put it under benchmarks/results."""
     RESULTS.mkdir(exist_ok=True)

@@ -1,22 +1,15 @@
 """What ``step.py`` writes: its figures, the tables, the plot."""
 
-import json
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _job import RESULTS, header
+from _job import header
 
 TOKENS, RANK = 512, 16
 WAYS = ("ours", "usual")
 SHAPE = {"width": 768, "inner": 2048, "layers": 10, "vocabulary": 24000}
 SMALL = SHAPE | {"layers": 1, "vocabulary": 4000}
-
-
-def stored() -> dict[str, Any]:
-    """What an earlier call left, so that cases can be run one at a time."""
-    file = RESULTS / "step.json"
-    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def figures(time: dict[str, Any], peaks: dict[str, dict[str, int]]) -> dict[str, Any]:

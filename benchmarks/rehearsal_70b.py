@@ -25,7 +25,7 @@ from _one_of_many import pretend, true_scales  # isort: skip  # sets the path
 
 import bitsandbytes.functional as bnb
 import torch
-from _job import RESULTS, write
+from _job import RESULTS, stored, write
 from _rehearsal_plan import planned
 from _rehearsal_report import plot, report
 from _resident import forget_peak, peak_bytes
@@ -97,10 +97,10 @@ def rehearse(folder: str, args: argparse.Namespace) -> None:
         load_alone(folder, rank, ranks) for ranks in args.ranks for rank in sorted({0, ranks - 1})
     ]
     if is_llama:
-        results = RESULTS / "rehearsal_70b.json"
-        others = [f for f in json.loads(results.read_text()) if f["ranks"] not in args.ranks]
-        found = sorted(others + found, key=lambda f: (f["ranks"], f["rank"]))
-        results.write_text(json.dumps(found, indent=1) + "\n")
+        earlier = stored("rehearsal_70b.json") or []
+        found += [f for f in earlier if f["ranks"] not in args.ranks]
+        found.sort(key=lambda f: (f["ranks"], f["rank"]))
+        (RESULTS / "rehearsal_70b.json").write_text(json.dumps(found, indent=1) + "\n")
         write("rehearsal_70b.md", report(found))
         plot(found, RESULTS / "rehearsal_70b.png")
     else:

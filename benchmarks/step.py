@@ -20,9 +20,9 @@ from typing import Any
 from _side_by_side import ZERO3, build, on_ranks  # isort: skip  # sets the path
 
 import torch
-from _job import RESULTS, write
+from _job import RESULTS, stored, write
 from _resident import forget_peak, peak_bytes, resident_bytes
-from _step_report import RANK, SHAPE, SMALL, TOKENS, WAYS, figures, plot, report, stored
+from _step_report import RANK, SHAPE, SMALL, TOKENS, WAYS, figures, plot, report
 from _usual_way import build_usual
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -84,7 +84,7 @@ def main() -> None:
             found[CASES[index].name] = figures(left.pop("time"), left)
             print(json.dumps(found, indent=1))
     if not args.tiny:
-        everything = stored() | found
+        everything = (stored("step.json") or {}) | found
         (RESULTS / "step.json").write_text(json.dumps(everything, indent=1) + "\n")
         write("step.md", report(everything))
         plot(everything, RESULTS / "step.png")

@@ -15,7 +15,7 @@ def verify(run: Path) -> None:
     """
     comm.start()
     folder = run / "checkpoints"
-    found = comm.broadcast_object(checkpoint.published(folder) if comm.rank() == 0 else [])
+    found = checkpoint.published_for_all(folder)
     if not found:
         raise UserError(f"--verify {run}: {folder} holds no published checkpoint.", shared=True)
     damages = {path: checkpoint.find_damage(path) for path in found}

@@ -17,7 +17,13 @@ from sparse_lora_dist.checkpoint.manifest import (
     check_tensors,
     read_manifest,
 )
-from sparse_lora_dist.checkpoint.recover import clean, find_damage, newest_whole, published
+from sparse_lora_dist.checkpoint.recover import (
+    clean,
+    find_damage,
+    newest_whole,
+    published,
+    published_for_all,
+)
 from sparse_lora_dist.checkpoint.restore import restore
 from sparse_lora_dist.checkpoint.retain import retain
 from sparse_lora_dist.checkpoint.save import save
@@ -30,6 +36,7 @@ __all__ = [
     "find_damage",
     "newest_whole",
     "published",
+    "published_for_all",
     "read_manifest",
     "restore",
     "retain",

@@ -62,6 +62,12 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def hash_of_file(path: Path) -> str:
+    """sha256 of all its bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _hash(manifest: Mapping[str, Any]) -> str:
     # As JSON gives it back: tuples are lists there, and keys are text.
     text = json.dumps(json.loads(json.dumps(manifest)), sort_keys=True)

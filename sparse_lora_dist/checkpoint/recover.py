@@ -1,12 +1,11 @@
 """Which checkpoints of a run are whole, and what a killed job left behind beside them."""
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.checkpoint.manifest import MANIFEST, read_manifest
+from sparse_lora_dist.checkpoint.manifest import MANIFEST, hash_of_file, read_manifest
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.screen import say
 
@@ -22,8 +21,7 @@ def newest_whole(folder: Path) -> Path | None:
     Raises:
         UserError: all are damaged: to start afresh is for a person to decide.
     """
-    # Rank 0's listing: other nodes may see one of a while ago.
-    found: list[Path] = comm.broadcast_object(published(folder) if comm.rank() == 0 else [])
+    found = published_for_all(folder)
     for path in reversed(found):
         damage = find_damage(path)
         if damage is None:
@@ -42,15 +40,20 @@ def published(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).exists())
 
 
+def published_for_all(folder: Path) -> list[Path]:
+    """Rank 0's listing: other nodes may see one of a while ago. Collective."""
+    found: list[Path] = comm.broadcast_object(published(folder) if comm.rank() == 0 else [])
+    return found
+
+
 def find_damage(checkpoint: Path) -> str | None:
     """What keeps it from being read, None where all is as it was saved. Each rank reads some of the
     files, so that all are read once. Collective."""
     try:
         for file in read_manifest(checkpoint)["files"][comm.rank() :: comm.world_size()]:
             path = checkpoint / file["name"]
-            with path.open("rb") as stream:
-                if hashlib.file_digest(stream, "sha256").hexdigest() != file["sha256"]:
-                    raise UserError(f"{path} was altered after it was saved.")
+            if hash_of_file(path) != file["sha256"]:
+                raise UserError(f"{path} was altered after it was saved.")
         damage = None
     except (UserError, OSError) as error:
         damage = str(error)

@@ -1,6 +1,5 @@
 """Writing a checkpoint: every rank its slices, then rank 0 the manifest and the name."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_lora_dist import comm
-from sparse_lora_dist.checkpoint.manifest import FORMAT, MANIFEST, PACKED, Progress, sealed
+from sparse_lora_dist.checkpoint.manifest import (
+    FORMAT,
+    MANIFEST,
+    PACKED,
+    Progress,
+    hash_of_file,
+    sealed,
+)
 from sparse_lora_dist.checkpoint.recover import REPLACED, TEMPORARY
 from sparse_lora_dist.shards import Shards
 
@@ -90,9 +96,7 @@ def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
         own |= {f"{key}/{name}": t[live[name]].cpu() for name, t in spread.items()}
     save_file(own, path, metadata={"offsets": json.dumps(offsets)})
     _sync(path)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest}
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_of_file(path)}
 
 
 def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
