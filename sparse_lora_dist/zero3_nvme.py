@@ -5,6 +5,7 @@ import fcntl
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CalledProcessError
 from typing import IO, Any
@@ -79,7 +80,7 @@ def load_async_io() -> None:
     """Build async_io, unless that was done before: minutes, once a machine.
 
     Raises:
-        UserError: for what is missing, a build that fails, and one that a killed process left.
+        UserError: for what is missing, and a build that fails.
     """
     if (reason := why_not()) is not None:
         raise UserError(f"parameters cannot go to NVMe: {reason}.")
@@ -100,11 +101,11 @@ def wait_for_another_build(folder: Path) -> None:
     elif not list(folder.glob("*.so")):
         say("note", f"compiling DeepSpeed's {folder.name}: minutes, once on this machine")
     while lock.exists():
-        if time.time() - max(f.stat().st_mtime for f in folder.iterdir()) > QUIET_S:
-            raise UserError(
-                f"a build of DeepSpeed's {folder.name} was killed and left {lock}, "
-                "on which loading would wait for ever; delete that file and start again."
-            )
+        with suppress(FileNotFoundError):  # files of a build that goes on come and go
+            quiet_s = time.time() - max(f.stat().st_mtime for f in folder.iterdir())
+            if quiet_s > QUIET_S:
+                lock.unlink()
+                say("note", f"{lock} was left by a build that was killed: deleted, building anew")
         time.sleep(0.1)
 
 
