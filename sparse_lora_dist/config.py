@@ -190,6 +190,8 @@ class RunConfig:
     """Checkpoints that stay, the newest of them; null keeps all."""
     keep_best: bool = True
     """With keep_last: the one of the smallest held-out loss stays too."""
+    collective_timeout: float = 600.0
+    """Seconds that all ranks may stand still; then the job ends and names who lags. At least 5."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, both, or []."""
     debug: bool = False
@@ -198,6 +200,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "log_every", "eval_batches", "keep_last")
         problems += at_least(self, 0, "eval_every", "save_every")
+        problems += at_least(self, 5, "collective_timeout")
         problems += [
             f"trackers knows {' and '.join(TRACKERS)} ([] for none), got {name!r}"
             for name in self.trackers

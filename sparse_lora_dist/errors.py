@@ -25,3 +25,10 @@ class ConfigError(UserError):
             f"the configuration has {count}:\n" + "\n".join(f"  - {p}" for p in problems),
             shared=True,
         )
+
+
+class PeerError(Exception):
+    """This rank ends because another is gone or stuck; the message says which, where that is known.
+
+    Not the user's mistake, and not a failure of the rank that raises it.
+    """

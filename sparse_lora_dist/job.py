@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from sparse_lora_dist import checkpoint, comm, export
+from sparse_lora_dist import checkpoint, comm, export, watch
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.feed import Feed
@@ -138,6 +138,7 @@ class Job:
 
     def finish(self) -> None:
         """Export the adapter and say what came of it all."""
+        watch.mark("exporting")
         self._bar.close()
         self.metrics.close()
         size = export.save_peft(

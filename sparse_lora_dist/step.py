@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist import comm
+from sparse_lora_dist import comm, watch
 from sparse_lora_dist.adapter import RowSeeds
 from sparse_lora_dist.data import NOT_A_TARGET, Batch, MicroBatch
 from sparse_lora_dist.decisions import Decisions
@@ -59,11 +59,14 @@ def train_step(
     row_seeds.step = step
     decision = None
     for i, batch in enumerate(batches):
+        watch.mark("forward")
         row_seeds.begin(batch.rows_M, num_positions=batch.input_ids_MT.shape[1])
         loss = loss_of(engine, batch)
+        watch.mark("backward")
         engine.backward(loss * scale)
         loss_sum += loss.detach()
         if i == len(batches) - 1:
+            watch.mark("decision and update")
             # Gradients are reduced and sharded from here until engine.step().
             shards.observe(step)
             decision = decisions.make(step)
@@ -106,6 +109,7 @@ def held_out_totals(
     engine: Engine, batches: Iterable[MicroBatch], tally: Callable[[Engine, Any], Tensor]
 ) -> Tensor:
     """The sum of ``tally`` over every rank's ``batches``, equal in number. Collective."""
+    watch.mark("held-out loss")
     with engine.evaluating():
         totals = torch.stack([tally(engine, batch) for batch in batches]).sum(dim=0)
     return comm.sum_over_ranks(totals)

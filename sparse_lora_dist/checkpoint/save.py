@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_lora_dist import comm
+from sparse_lora_dist import comm, run_lock, watch
 from sparse_lora_dist.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -46,10 +46,12 @@ def save(
         config: the merged config.
         held_out_loss: of this step, where it was taken.
     """
+    watch.mark("saving")
     final = folder / f"step_{progress.step:08d}"
     temporary = folder / f"{TEMPORARY}step_{progress.step:08d}"
     with comm.together(f"preparing {temporary}"):
         if comm.rank() == 0:
+            run_lock.check()
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
     with comm.together(f"writing {temporary}"):
@@ -103,6 +105,7 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     (temporary / MANIFEST).write_text(sealed(manifest))
     _sync(temporary / MANIFEST)
     _sync(temporary)
+    run_lock.check()  # a job that was suspended may have been given up, and its folder taken
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # saved by an earlier attempt: gone only once the new one stands
         os.rename(final, replaced)
