@@ -6,6 +6,7 @@ may not honour it.
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -21,6 +22,8 @@ NAME = "run.lock"
 HEARTBEAT_S = 10.0
 MISSED = 3
 """After so many heartbeats that did not come a holder counts as dead."""
+SETTLED_S = 1.0
+"""Two jobs that take over the same lock are through with it by then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,11 +54,11 @@ def held(folder: Path) -> Iterator[None]:
         UserError: another job holds it.
     """
     made = not folder.exists()
-    with comm.together(f"locking {folder}"):
-        if comm.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            _take(folder / NAME)
     try:
+        with comm.together(f"locking {folder}"):
+            if comm.rank() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                _take(folder / NAME)
         yield
     finally:
         if comm.rank() == 0:
@@ -73,29 +76,29 @@ def renew() -> None:
     """
     if _held is None:
         return
-    path, ours = _held
-    if not path.exists():  # a newcomer is looking at it, or a person removed it
-        with suppress(FileExistsError):
-            _create(path, ours)
     check()
-    os.utime(path)
+    os.utime(_held[0])
 
 
 def check() -> None:
     """Is what this process took still its own? Asked before anything is published or removed.
 
     Raises:
-        UserError: another job holds it.
+        UserError: it is not.
     """
     if _held is None:
         return
     path, ours = _held
     now = _read(path)
-    if now is not None and now.token != ours.token:
+    if now is None:  # a newcomer has moved it to look at it, or has yet to write into its own
+        time.sleep(SETTLED_S)
+        now = _read(path)
+    if now is None or now.token != ours.token:
+        taker = f"now held by another job ({now})" if now else "gone"
         raise UserError(
-            f"{path.parent} was taken over by another job ({now}), since this one has the same "
-            f"Slurm job number or gave no sign of life for {MISSED * HEARTBEAT_S:.0f} s. This one "
-            "ends and writes nothing more."
+            f"{path} of this job is {taker}. It changes hands when its holder gives no sign of "
+            f"life for {MISSED * HEARTBEAT_S:.0f} s, and between attempts of one Slurm job. This "
+            "job ends and writes nothing more."
         )
 
 
@@ -107,20 +110,27 @@ def _take(path: Path) -> None:
         since=datetime.now().astimezone().isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
     )
-    while True:
-        try:
-            _create(path, ours)
-            break
-        except FileExistsError:
-            _remove_if_stale(path, ours)
+    contested = False
+    while not _create(path, ours):
+        _remove_if_stale(path, ours)
+        contested = True
     _held = path, ours
+    if contested:
+        time.sleep(SETTLED_S)
+        check()
 
 
-def _create(path: Path, holder: Holder) -> None:
-    with path.open("x") as file:
+def _create(path: Path, holder: Holder) -> bool:
+    """False where there is one."""
+    try:
+        file = path.open("x")
+    except FileExistsError:
+        return False
+    with file:
         json.dump(asdict(holder), file)
         file.flush()
         os.fsync(file.fileno())
+    return True
 
 
 def _remove_if_stale(path: Path, ours: Holder) -> None:

@@ -110,7 +110,7 @@ class _Watch:
 
     def reason(self, error: Exception) -> str:
         """Why a collective failed on this rank."""
-        time.sleep(0.3)  # sockets close a moment before the process is gone
+        time.sleep(0.1)  # its sockets close a moment before a killed process is gone
         now = self.board.read()
         verdict = find_lost(self._at_half, now)
         if verdict is None and "closed by peer" not in str(error):
