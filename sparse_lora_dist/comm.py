@@ -33,7 +33,8 @@ SPARE = timedelta(seconds=60)
 """The groups' own timeout comes so much later than ``watch.py``'s: NCCL's ends the process without
 a word of who lags. It is for ranks whose threads do not run either."""
 
-_timeout = SPARE
+_timeout = timedelta(minutes=10) + SPARE
+"""Of every group but the patient one."""
 
 
 def start(timeout_s: float = 600.0) -> None:

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from sparse_lora_dist import processes
+from tests.conftest import Ranks
 from tests.ranks import RankError, RankPool
 from tests.test_launchers import BIN, ENGINE, KEPT, REPOSITORY, TORCHRUN, deepspeed
 from tests.tiny_run import TinyRun
@@ -136,6 +137,14 @@ def test_long_work_and_a_job_that_is_suspended_go_on(tiny: TinyRun, tmp_path: Pa
             assert all(worker.is_alive() for worker in pool.workers)
             time.sleep(0.1)
     assert (tmp_path / "stderr_0").read_text().count(" ends: ") == 0
+
+
+def test_no_group_of_deepspeed_gives_up_before_the_watch(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    work = "tests.watch_work:timeouts_of_groups"
+    for timeouts in ranks(2, work, flags=tiny.flags(tmp_path, max_steps=1)):
+        assert len(timeouts) >= 2 and set(timeouts) == {660.0}
 
 
 def test_a_process_is_told_from_later_ones_of_its_number() -> None:

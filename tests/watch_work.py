@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
+import torch.distributed as dist
+
 from sparse_lora_dist import comm, run_lock
 from sparse_lora_dist import train as program
 from sparse_lora_dist.errors import UserError
@@ -63,6 +66,16 @@ def train_idling(
     data = idle_first(program.open_feed, lambda *_: where == "data")
     with patch.object(Feed, "batches", batches), patch.object(program, "open_feed", data):
         return train(flags, environment)
+
+
+def timeouts_of_groups(flags: list[str]) -> list[float]:
+    """Seconds, of every group that there is after a run but the one for long waits."""
+    train(flags)
+    return [
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+        for group in dist.distributed_c10d._world.pg_map
+        if group is not comm._patient
+    ]
 
 
 def take_over(folder: Path, all_ready: Barrier, answers: Any) -> None:
