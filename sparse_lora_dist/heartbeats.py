@@ -39,10 +39,15 @@ class Heartbeat:
     def progress(self) -> tuple[int, int]:
         return self.marks, self.collectives
 
-    def __str__(self) -> str:
+    @property
+    def who(self) -> str:
+        return f"rank {self.rank} ({self.process})"
+
+    @property
+    def where(self) -> str:
         return (
-            f"rank {self.rank} ({self.process}) in step {self.step}, {self.phase}, "
-            f"{self.collectives:,} collectives entered, the last of our own {self.last_collective}"
+            f"step {self.step}, {self.phase}, collective {self.collectives:,}, the last of our own "
+            f"{self.last_collective}"
         )
 
 
@@ -59,23 +64,27 @@ class Board:
 
     def post(self, heartbeat: Heartbeat) -> None:
         """In both places; one that cannot be written to is left out."""
-        text = json.dumps(asdict(heartbeat))
         with suppress(Exception):  # before the file: a disk may hang, this does not
-            self._store.set(_key(heartbeat.rank), text)
+            self._store.set(_key(heartbeat.rank), _written(heartbeat))
+        self.post_file(heartbeat)
+
+    def post_file(self, heartbeat: Heartbeat) -> None:
+        """Without the store, which may have gone: torch tells of that with pages of its own."""
+        path = self._file(heartbeat.rank)
+        temporary = path.with_name(f".{path.name}.{threading.get_ident()}")
         with suppress(OSError):
-            path = self._file(heartbeat.rank)
-            temporary = path.with_name(f".{path.name}.tmp")
-            temporary.write_text(text + "\n")
+            temporary.write_text(_written(heartbeat) + "\n")
             temporary.replace(path)
 
     def read(self) -> Heartbeats:
         """The newest of every rank, from wherever it is found in time."""
-        found = [
-            heartbeat
-            for source in (self._of_store, self._of_files)
-            for heartbeat in in_time(source, self.patience_s) or []
-        ]
+        from_store = in_time(self._of_store, self.patience_s) or []
+        found = [*from_store, *self.read_files().values()]
         return {beat.rank: beat for beat in sorted(found, key=lambda beat: beat.number)}
+
+    def read_files(self) -> Heartbeats:
+        """Those that are found in time."""
+        return {beat.rank: beat for beat in in_time(self._of_files, self.patience_s) or []}
 
     def _of_store(self) -> list[Heartbeat]:
         return [_read(text) for text in self._store.get([_key(r) for r in _all_ranks()])]
@@ -107,6 +116,10 @@ def _all_ranks() -> range:
 
 def _key(rank: int) -> str:
     return f"heartbeat/{rank}"
+
+
+def _written(heartbeat: Heartbeat) -> str:
+    return json.dumps(asdict(heartbeat))
 
 
 def _read(text: str) -> Heartbeat:

@@ -39,13 +39,19 @@ def find_behind(now: Heartbeats) -> Verdict:
     behind = [beat for beat in now.values() if beat.progress == least]
     if len(behind) == len(now):
         return Verdict(text="All ranks answer and are at the same place: suspect the network")
-    names = "; ".join(map(str, behind))
+    names = "; ".join(f"{beat.who} at {beat.where}" for beat in behind)
     first = max(now.values(), key=lambda beat: beat.progress)
-    return Verdict(text=f"Not as far as the others: {names}. The first: {first}", behind=behind)
+    return Verdict(
+        text=f"Not as far as the others: {names}. Furthest: {first.who} at {first.where}",
+        behind=behind,
+    )
 
 
 def _in_words(beat: Heartbeat) -> str:
     if is_gone(beat.process):
-        return f"{beat} is gone: killed, perhaps for want of memory"
+        return f"{beat.who} is gone: killed, perhaps for want of memory; last seen at {beat.where}"
     age = max(0.0, time.time() - beat.time)
-    return f"{beat} answers no more for {age:.0f} s: stopped, gone, or its disk hangs"
+    return (
+        f"{beat.who} has not answered for {age:.0f} s: stopped, gone, or its disk hangs; "
+        f"last seen at {beat.where}"
+    )

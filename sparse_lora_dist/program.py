@@ -61,7 +61,7 @@ def run_program(
     except PeerError as error:
         if debug:
             traceback.print_exc()
-        speak(f"rank {os.environ.get('RANK')} ends: {error}")
+        speak(f"\nrank {os.environ.get('RANK')} ends: {error}")
         leave(FAILURE)
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:

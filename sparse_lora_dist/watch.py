@@ -92,7 +92,7 @@ class _Watch:
         self._numbers, self._ended = count(1), False
         self._at_half: Heartbeats = {}
         self._stopped = threading.Event()
-        self._tell()
+        board.post(self._heartbeat())
         work = [self._keep_telling] + [self._keep_counting] * (comm.world_size() > 1)
         self._threads = [threading.Thread(target=one, daemon=True) for one in work]
         for thread in self._threads:
@@ -106,42 +106,39 @@ class _Watch:
     def tell_end(self) -> None:
         """The others need not look for this rank."""
         self._ended = True
-        in_time(self._tell, self.board.patience_s)
+        in_time(lambda: self.board.post_file(self._heartbeat()), self.board.patience_s)
 
     def reason(self, error: Exception) -> str:
         """Why a collective failed on this rank."""
         time.sleep(0.1)  # its sockets close a moment before a killed process is gone
-        now = self.board.read()
-        verdict = find_lost(self._at_half, now)
-        if verdict is None and "closed by peer" not in str(error):
-            verdict = find_behind(now)
+        verdict = find_lost(self._at_half, self.board.read_files())
+        if verdict is None and "imed out" in str(error):
+            verdict = find_behind(self.board.read())
         return verdict.text if verdict else "another rank is gone; its message says why"
 
     def _keep_telling(self) -> None:
         while not self._stopped.wait(min(LONGEST_S, self.timeout_s / TURNS)):
-            self._tell()
+            self.board.post(self._heartbeat())
             try:
                 run_lock.renew()
             except UserError as error:
-                speak(f"error: {error}")
+                speak(f"\nerror: {error}")
                 leave(USER_ERROR)
             except OSError:  # a shared disk may fail for a moment
                 continue
 
-    def _tell(self) -> None:
-        self.board.post(
-            Heartbeat(
-                rank=comm.rank(),
-                process=this_process(),
-                number=next(self._numbers),
-                time=time.time(),
-                step=_place.step,
-                phase=_place.phase,
-                marks=_place.marks,
-                collectives=comm.num_collectives(),
-                last_collective=comm.last_collective,
-                ended=self._ended,
-            )
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            rank=comm.rank(),
+            process=this_process(),
+            number=next(self._numbers),
+            time=time.time(),
+            step=_place.step,
+            phase=_place.phase,
+            marks=_place.marks,
+            collectives=comm.num_collectives(),
+            last_collective=comm.last_collective,
+            ended=self._ended,
         )
 
     def _keep_counting(self) -> None:
@@ -167,7 +164,7 @@ class _Watch:
 
     def _end(self, verdict: Verdict) -> None:
         speak(
-            f"rank {comm.rank()} ends: no rank got on for {self.timeout_s:g} s "
+            f"\nrank {comm.rank()} ends: no rank got on for {self.timeout_s:g} s "
             f"(--collective_timeout). {verdict.text}"
         )
         if any(beat.rank == comm.rank() for beat in verdict.behind):

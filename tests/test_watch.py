@@ -53,10 +53,10 @@ def pool_of_two(**arguments: Any) -> Iterator[RankPool]:
     thread.join()
 
 
-def exit_codes(pool: RankPool) -> list[int | None]:
-    for worker in pool.workers:
-        worker.join(timeout=120)
-    return [worker.exitcode for worker in pool.workers]
+def exit_codes(pool: RankPool, *ranks: int) -> list[int | None]:
+    for rank in ranks:
+        pool.workers[rank].join(timeout=120)
+    return [pool.workers[rank].exitcode for rank in ranks]
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,11 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_job(
         assert job.wait(timeout=120) != 0
     said = screen.read_text()
     assert not any(psutil.pid_exists(pid) for pid in pids)
-    assert "Traceback" not in said
+    assert 'sparse_lora_dist/train.py", line' not in said  # no traceback of ours
     if sign == signal.SIGSTOP:
         assert f"rank {1 - sick} ends: no rank got on for 6 s (--collective_timeout)" in said
-        assert f"rank {sick} (host {os.uname().nodename}, process {pids[sick]}) in step" in said
-        assert "answers no more" in said
+        sick_one = f"rank {sick} (host {os.uname().nodename}, process {pids[sick]})"
+        assert f"{sick_one} has not answered for " in said
     # What it did last stays to be read, after a kill too.
     assert heartbeat(run, sick)["step"] >= 2 and not heartbeat(run, sick)["ended"]
 
@@ -101,13 +101,13 @@ def test_a_rank_that_hangs_is_named_and_shows_where(tiny: TinyRun, tmp_path: Pat
     flags = tiny.flags(tmp_path / "run", max_steps=9, collective_timeout=5)
     how = {"rank": 1, "where": "batches", "how": "stand_here_for_good", "step": 3}
     with pool_of_two(flags=flags, stderr=tmp_path, **how) as pool:
-        assert exit_codes(pool) == [1, 1]
+        assert exit_codes(pool, 0, 1) == [1, 1]
     said, own = ((tmp_path / f"stderr_{rank}").read_text() for rank in (0, 1))
     for text in (said, own):
-        named = text.partition("Not as far as the others: ")[2].partition("The first: ")
+        named = text.partition("Not as far as the others: ")[2].partition("Furthest: ")
         assert named[0].startswith("rank 1 (host ")
-        assert "in step 3, reading its batches" in named[0]
-        assert named[2].startswith("rank 0 (host ") and "in step 3, forward" in named[2]
+        assert "at step 3, reading its batches" in named[0]
+        assert named[2].startswith("rank 0 (host ") and "sum_over_ranks" in named[2]
     assert "stand_here_for_good" in own and "stand_here_for_good" not in said
 
 
@@ -117,10 +117,10 @@ def test_who_stops_where_others_may_wait_for_long_is_named_too(
     flags = tiny.flags(tmp_path / "run", collective_timeout=5)
     how = {"rank": 0, "where": "data", "how": "stop_like_sigstop"}
     with pool_of_two(flags=flags, stderr=tmp_path, **how) as pool:
-        assert exit_codes(pool) == [-signal.SIGKILL, 1]
+        assert exit_codes(pool, 0, 1) == [-signal.SIGKILL, 1]
     said = (tmp_path / "stderr_1").read_text()
     assert "rank 1 ends: no rank got on for 5 s" in said
-    assert "rank 0 (host " in said and "in step 0, starting" in said
+    assert "rank 0 (host " in said and "last seen at step 0, starting" in said
 
 
 def test_long_work_and_a_job_that_is_suspended_go_on(tiny: TinyRun, tmp_path: Path) -> None:
