@@ -195,6 +195,8 @@ class RunConfig:
     """Checkpoints that stay, the newest of them; null keeps all."""
     keep_best: bool = True
     """With keep_last: the one of the smallest held-out loss stays too."""
+    collective_timeout: float = 600.0
+    """Seconds that all ranks may stand still; then the job ends and names who lags. At least 5."""
     max_bad_steps: int = 10
     """Steps in a row without a finite loss and gradient, all left out, that end the run."""
     time_limit: str | None = None
@@ -207,6 +209,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "log_every", "eval_batches", "keep_last", "max_bad_steps")
         problems += at_least(self, 0, "eval_every", "save_every")
+        problems += at_least(self, 5, "collective_timeout")
         problems += bad_duration("time_limit", self.time_limit)
         problems += [
             f"reset knows {', '.join(RESETS)}, got {name!r}"

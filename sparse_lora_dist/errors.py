@@ -30,3 +30,10 @@ class ConfigError(UserError):
 
 class Stopped(Exception):
     """The run is to be saved and left. All ranks raise it together; its text says why."""
+
+
+class PeerError(Exception):
+    """This rank ends because another is gone or stuck; the message says which, where that is known.
+
+    Not the user's mistake, and not a failure of the rank that raises it.
+    """

@@ -5,7 +5,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist import checkpoint, comm, export, stopping
+from sparse_lora_dist import checkpoint, comm, export, stopping, watch
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.data import MicroBatch
@@ -201,6 +201,7 @@ class Job:
 
     def finish(self) -> None:
         """Publish what is being saved, export the adapter, say what came of it all."""
+        watch.mark("exporting")
         self._bar.close()
         self._publish(self._saver.finish())
         self.metrics.close()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config import RunConfig
-from sparse_lora_dist.errors import Stopped, UserError
+from sparse_lora_dist.errors import PeerError, Stopped, UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75
@@ -63,6 +63,11 @@ def run_program(
         raise
     except KeyboardInterrupt:
         leave(INTERRUPTED)
+    except PeerError as error:
+        if debug:
+            traceback.print_exc()
+        speak(f"\nrank {os.environ.get('RANK')} ends: {error}")
+        leave(FAILURE)
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:
             speak(f"rank {os.environ.get('RANK')} ends: another rank is gone; its message says why")

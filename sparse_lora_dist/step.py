@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist import comm, stopping
+from sparse_lora_dist import comm, stopping, watch
 from sparse_lora_dist.adapter import RowSeeds
 from sparse_lora_dist.data import NOT_A_TARGET, Batch, MicroBatch
 from sparse_lora_dist.decisions import Decisions
@@ -62,11 +62,14 @@ def train_step(
     total, is_finite, decision = 0.0, True, None
     for i, batch in enumerate(batches):
         stopping.check()  # what was accumulated is then left: the step is done again whole
+        watch.mark("forward")
         row_seeds.begin(batch.rows_M, num_positions=batch.input_ids_MT.shape[1])
         loss = loss_of(engine, batch)
+        watch.mark("backward")
         engine.backward(loss * scale)
         loss_sum += loss.detach()
         if i == len(batches) - 1:
+            watch.mark("decision and update")
             # Gradients are reduced and sharded from here until engine.step().
             sums = comm.sum_over_ranks(torch.stack([loss_sum, engine.gradient_is_finite()]))
             total, is_finite = float(sums[0]), bool(sums.isfinite().all())
@@ -113,6 +116,7 @@ def held_out_totals(
     engine: Engine, batches: Iterable[MicroBatch], tally: Callable[[Engine, Any], Tensor]
 ) -> Tensor:
     """The sum of ``tally`` over every rank's ``batches``, equal in number. Collective."""
+    watch.mark("held-out loss")
     tallies = []
     with engine.evaluating():
         for batch in batches:

@@ -3,8 +3,9 @@ export."""
 
 import time
 from pathlib import Path
+from typing import Any
 
-from sparse_lora_dist import comm, stopping, zero3_nvme
+from sparse_lora_dist import comm, run_lock, stopping, watch, zero3_nvme
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.engine_config import engine_dict
@@ -31,16 +32,21 @@ def run(config: Config) -> None:
     Raises:
         UserError: for whatever the user can mend, on every rank.
     """
-    comm.start()
-    with stopping.listening(config.run.time_limit_s):
-        _run(config)
-
-
-def _run(config: Config) -> None:
+    folder, timeout_s = Path(config.run.output_dir), config.run.collective_timeout
+    comm.start(timeout_s)
     with comm.together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
-        begins = config.run.resume == "never" or bool(config.run.reset)
-        check_folder(Path(config.run.output_dir), begins=begins)
+        check_folder(folder, begins=config.run.resume == "never" or bool(config.run.reset))
+    # Before anything is written or cleaned: what looks left over may be another job's work.
+    with (
+        run_lock.held(folder),
+        watch.watched(folder, timeout_s),
+        stopping.listening(config.run.time_limit_s),
+    ):
+        _train(config, engine_config)
+
+
+def _train(config: Config, engine_config: dict[str, Any]) -> None:
     zero3_nvme.prepare(engine_config)
     model = Model.open(config)
     zero3_nvme.check_space(
@@ -58,6 +64,7 @@ def _run(config: Config) -> None:
         if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
             write_description(Path(config.run.output_dir), config)
     say_whether_it_fits(config, model, engine_config)
+    watch.mark("loading the base", may_be_long=True)
     row_seeds = model.load(config, method, engine_config)
     stopping.check()
 
@@ -82,6 +89,7 @@ def _run(config: Config) -> None:
         decisions = Decisions(shards)
         for step in range(job.progress.step + 1, last_step + 1):
             started = time.perf_counter()
+            watch.mark("reading its batches", step=step)
             job.set_learning_rate(step)
             batches = feed.batches(job.progress.rows)
             result = train_step(

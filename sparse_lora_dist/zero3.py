@@ -186,6 +186,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(engine_config), dist_init_required=False
         )
+        comm.bound_all_groups()
         self._zero = self._engine.optimizer
         # DeepSpeed would gather these one collective each after every step. Left to the module that
         # uses one first, they come in the same collective as its other tensors, and stay.

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_lora_dist import comm
+from sparse_lora_dist import comm, run_lock, watch
 from sparse_lora_dist.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -62,11 +62,13 @@ class Saver:
         """
         earlier = self.finish()
         assert earlier is None, "ask poll or finish before the next save"
+        watch.mark("saving")
         began = time.perf_counter()
         name = f"step_{progress.step:08d}"
         temporary = self.folder / f"{TEMPORARY}{name}"
         with comm.together(f"preparing {temporary}"):
             if comm.rank() == 0:
+                run_lock.check()
                 shutil.rmtree(temporary, ignore_errors=True)
                 temporary.mkdir(parents=True)
         manifest = {
@@ -101,6 +103,7 @@ class Saver:
         if self._writing is None:
             return None
         now, self._writing = self._writing, None
+        watch.mark("publishing a checkpoint")
         try:
             with comm.together(f"writing {now.temporary}"):
                 own = now.file.result()
@@ -148,6 +151,7 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     (temporary / MANIFEST).write_text(sealed(manifest))
     _sync(temporary / MANIFEST)
     _sync(temporary)
+    run_lock.check()  # a job that was suspended may have been given up, and its folder taken
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # saved by an earlier attempt: gone only once the new one stands
         os.rename(final, replaced)
