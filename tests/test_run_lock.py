@@ -92,7 +92,7 @@ def lock_of_another_host(folder: Path, *, age_s: float, job: str | None = None) 
     ("age_s", "their_job", "our_job", "is_taken"),
     [
         (5, None, None, False),
-        (25, "1", "2", False),
+        (15, "1", "2", False),
         (35, "1", "2", True),
         (5, "1", "1", True),
         (5, None, "1", False),
@@ -112,7 +112,8 @@ def test_a_lock_of_another_host(
         assert json.loads(said)["process"]["host"] == os.uname().nodename
         assert everything_in(tmp_path) == []
     else:
-        assert "host elsewhere, process 4242" in said and f" {age_s} s old" in said
+        assert "host elsewhere, process 4242" in said
+        assert age_s <= int(said.partition(" s old")[0].split()[-1]) < 30
         assert everything_in(tmp_path) == ["run.lock"]
         assert json.loads((tmp_path / "run.lock").read_text())["token"] == "theirs"
 

@@ -34,7 +34,7 @@ def stop_like_sigstop() -> None:
 
 
 def work_for_long() -> None:
-    time.sleep(7)
+    time.sleep(6)
 
 
 IDLE: dict[str, Callable[[], None]] = {
