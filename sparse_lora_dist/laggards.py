@@ -28,14 +28,21 @@ def find_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
     lost = [beat for beat in others if beat.rank in silent or is_gone(beat.process)]
     if lost:
         return Verdict(text="; ".join(map(_in_words, lost)), lost=lost)
-    if 0 not in now and comm.store_is_in_rank_0():  # and no run folder that all nodes see
-        return Verdict(text="rank 0, which holds what the ranks met at, answers no more")
     return None
+
+
+def find_store_lost(now: Heartbeats) -> Verdict | None:
+    """Rank 0 by what it holds, where its file cannot be read either."""
+    if 0 in now or comm.rank() == 0 or not comm.store_is_in_rank_0():
+        return None
+    return Verdict(text="rank 0, which holds what the ranks met at, answers no more")
 
 
 def find_behind(now: Heartbeats) -> Verdict:
     """Of ranks that all answer, who has got least far."""
-    least = min((beat.progress for beat in now.values()), default=(0, 0))
+    if not now:
+        return Verdict(text="Nothing answers: suspect the network, or the disk of the run folder")
+    least = min(beat.progress for beat in now.values())
     behind = [beat for beat in now.values() if beat.progress == least]
     if len(behind) == len(now):
         return Verdict(text="All ranks answer and are at the same place: suspect the network")
@@ -49,7 +56,10 @@ def find_behind(now: Heartbeats) -> Verdict:
 
 def _in_words(beat: Heartbeat) -> str:
     if is_gone(beat.process):
-        return f"{beat.who} is gone: killed, perhaps for want of memory; last seen at {beat.where}"
+        return (
+            f"{beat.who} is gone, last seen at {beat.where}: where it says nothing itself it was "
+            "killed, perhaps for want of memory"
+        )
     age = max(0.0, time.time() - beat.time)
     return (
         f"{beat.who} has not answered for {age:.0f} s: stopped, gone, or its disk hangs; "

@@ -102,6 +102,15 @@ def check() -> None:
         )
 
 
+def is_ours() -> bool:
+    """Does this process hold the lock, and has nobody taken it over?"""
+    try:
+        now = _held and _read(_held[0])
+    except OSError:
+        return False
+    return bool(_held and now and now.token == _held[1].token)
+
+
 def _take(path: Path) -> None:
     global _held
     ours = Holder(
@@ -186,10 +195,7 @@ def _age(path: Path, token: str) -> float:
 
 def _release() -> None:
     global _held
-    if _held is None:
-        return
-    path, ours = _held
+    if _held is not None and is_ours():
+        with suppress(OSError):
+            _held[0].unlink()
     _held = None
-    now = _read(path)
-    if now is not None and now.token == ours.token:
-        path.unlink()

@@ -18,7 +18,7 @@ from pathlib import Path
 from sparse_lora_dist import comm, run_lock
 from sparse_lora_dist.errors import PeerError, Stopped, UserError
 from sparse_lora_dist.heartbeats import Board, Heartbeat, Heartbeats, in_time
-from sparse_lora_dist.laggards import Verdict, find_behind, find_lost
+from sparse_lora_dist.laggards import Verdict, find_behind, find_lost, find_store_lost
 from sparse_lora_dist.processes import kill, this_process
 from sparse_lora_dist.program import FAILURE, USER_ERROR, leave, speak
 
@@ -65,22 +65,21 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
             shutil.rmtree(board.folder, ignore_errors=True)  # of an earlier attempt
             board.folder.mkdir()
     watch = _Watch(board, timeout_s)
-    ended_well = False
+    crashed = False
     try:
         comm.barrier()  # the store answers for all ranks only once all have posted
         yield
-        ended_well = True
     except (Stopped, UserError):
-        ended_well = True
         raise
     except Exception as error:
+        crashed = True
         watch.tell_end()
         if comm.is_about_a_peer(error):
             raise PeerError(watch.reason(error)) from error
         raise
     finally:
         watch.stop()
-        if ended_well and comm.rank() == 0:  # otherwise they tell where each rank was
+        if run_lock.is_ours() and not crashed:  # then they tell where each rank was
             shutil.rmtree(board.folder, ignore_errors=True)
 
 
@@ -118,7 +117,8 @@ class _Watch:
 
     def _keep_telling(self) -> None:
         while not self._stopped.wait(min(LONGEST_S, self.timeout_s / TURNS)):
-            self.board.post(self._heartbeat())
+            with suppress(Exception):  # none is worth the thread
+                self.board.post(self._heartbeat())
             try:
                 run_lock.renew()
             except UserError as error:
@@ -156,7 +156,7 @@ class _Watch:
     def _judge(self) -> None:
         """End the job, unless all answer in a phase that may be long."""
         now = self.board.read()
-        verdict = find_lost(self._at_half, now)
+        verdict = find_lost(self._at_half, now) or find_store_lost(now)
         if verdict is None and not _place.may_be_long:
             verdict = find_behind(now)
         if verdict is not None:

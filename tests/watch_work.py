@@ -16,7 +16,8 @@ from sparse_lora_dist import comm, run_lock
 from sparse_lora_dist import train as program
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import Feed
-from tests.run_work import train
+from sparse_lora_dist.job import Job
+from tests.run_work import refusal, train
 
 
 def write_stderr_to(folder: Path) -> None:
@@ -33,7 +34,7 @@ def stop_like_sigstop() -> None:
 
 
 def work_for_long() -> None:
-    time.sleep(7)
+    time.sleep(6)
 
 
 IDLE: dict[str, Callable[[], None]] = {
@@ -89,6 +90,19 @@ def take_over(folder: Path, all_ready: Barrier, answers: Any) -> None:
         except UserError as error:
             answers.put((number, str(error)))
             all_ready.wait()
+
+
+def refusal_of_robbed(flags: list[str], lock: Path, theirs: str) -> str:
+    """What the main job ends with whose lock another job has taken by its first save."""
+
+    def save(self: Job, held_out_loss: float | None) -> None:
+        if comm.rank() == 0:
+            lock.write_text(theirs)
+        real_save(self, held_out_loss)
+
+    real_save = Job.save
+    with patch.object(Job, "save", save):
+        return refusal(flags)
 
 
 def hold(folder: Path, job: str | None = None) -> str:
