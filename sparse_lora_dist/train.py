@@ -31,7 +31,9 @@ def run(config: Config) -> None:
     Raises:
         UserError: for whatever the user can mend, on every rank.
     """
-    comm.start()
+    launch = comm.start()
+    if launch.world_size > 1:
+        say("launch", launch.in_words(comm.num_nodes()))
     with comm.together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_folder(Path(config.run.output_dir), config.run.resume)
