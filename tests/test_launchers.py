@@ -7,14 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun
+from tests.two_nodes import ADDRESSES, PATH, two_nodes, why_not
 
 pytestmark = pytest.mark.dist
 
@@ -42,17 +46,20 @@ class Ended:
         return [line for line in self.out.splitlines() if not LAUNCHER_LINE.match(line)]
 
 
+def begin(command: list[str], cwd: Path = REPOSITORY, **variables: str) -> subprocess.Popen[str]:
+    environment = {name: os.environ[name] for name in KEPT if name in os.environ}
+    environment |= {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin:/usr/sbin:/sbin"} | variables
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=cwd, env=environment, stdout=pipe, stderr=pipe, text=True)
+
+
+def end(program: subprocess.Popen[str]) -> Ended:
+    out, err = program.communicate(timeout=240)
+    return Ended(program.returncode, out, err)
+
+
 def start(command: list[str], cwd: Path = REPOSITORY, **variables: str) -> Ended:
-    environment = {name: os.environ[name] for name in KEPT if name in os.environ} | variables
-    done = subprocess.run(
-        command,
-        cwd=cwd,
-        env=environment | {"PATH": f"{BIN}:/usr/local/bin:/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return end(begin(command, cwd, **variables))
 
 
 def one_step(tiny: TinyRun, folder: Path, world: int, **options: object) -> list[str]:
@@ -61,11 +68,16 @@ def one_step(tiny: TinyRun, folder: Path, world: int, **options: object) -> list
     return tiny.flags(folder, **size | options)
 
 
-def deepspeed(world: int) -> list[str]:
-    """The command up to our own options. Two runs on a machine need two ports."""
+def free_port() -> str:
+    """Two runs on a machine need two ports."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+        return str(probe.getsockname()[1])
+
+
+def deepspeed(world: int) -> list[str]:
+    """The command up to our own options."""
+    port = free_port()
     return ["deepspeed", "--num_gpus", str(world), "--master_port", port, "launcher/train.py"]
 
 
@@ -76,12 +88,16 @@ def reference(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFact
     return folder
 
 
-def check_run(ended: Ended, folder: Path, reference: Path, world: int) -> None:
-    assert ended.status == 0, ended.out + ended.err
+def check_result(folder: Path, reference: Path) -> None:
     rows, wanted = (read_rows(f / "metrics.jsonl") for f in (folder, reference))
     assert rows[1]["loss"] == pytest.approx(wanted[1]["loss"], abs=1e-5)
     assert rows[1]["held_out_loss"] == pytest.approx(wanted[1]["held_out_loss"], abs=1e-5)
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
+
+
+def check_run(ended: Ended, folder: Path, reference: Path, world: int) -> None:
+    assert ended.status == 0, ended.out + ended.err
+    check_result(folder, reference)
     assert ended.lines[-6].startswith("trained") and f" {world} rank" in ended.lines[-6]
     for line in ended.lines:
         assert not re.search("warn|deprecat|error|failed", line, re.IGNORECASE), line
@@ -123,6 +139,100 @@ def test_a_hub_id_is_found_in_the_cache_of_a_machine_without_network(
     assert loss["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "org/tiny"
+
+
+# --- several nodes, MPI, restarts ---------------------------------------------------------------
+
+
+def hostfile(folder: Path, hosts: Iterable[str]) -> str:
+    """One rank on each host."""
+    file = folder / "hostfile"
+    file.write_text("".join(f"{host} slots=1\n" for host in hosts))
+    return str(file)
+
+
+def test_deepspeed_started_on_each_node_by_hand(
+    tiny: TinyRun, tmp_path: Path, reference: Path
+) -> None:
+    common = ["deepspeed", "--hostfile", hostfile(tmp_path, ("n1", "n2")), "--no_ssh"]
+    common += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
+    own = ["launcher/train.py", *ENGINE, *one_step(tiny, tmp_path / "run", 2)]
+    nodes = [begin([*common, "--node_rank", str(rank), *own]) for rank in (0, 1)]
+    first, second = (end(node) for node in nodes)
+    assert first.status == second.status == 0, first.err + second.err
+    assert "deepspeed: 2 ranks on 2 nodes, meeting at 127.0.0.1:" in first.out
+    check_result(tmp_path / "run", reference)
+
+
+def test_deepspeed_over_ssh_on_two_nodes(tiny: TinyRun, tmp_path: Path, reference: Path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    # This machine's name is the same on both, and no address that the other reaches.
+    (tmp_path / ".deepspeed_env").write_text("GLOO_SOCKET_IFNAME=eth0")
+    command = ["deepspeed", "--hostfile", hostfile(tmp_path, ADDRESSES)]
+    command += [str(REPOSITORY / "launcher" / "train.py")]
+    command += ["--ds_config", str(REPOSITORY / "ds_configs" / "zero3.json")]
+    command += one_step(tiny, tmp_path / "run", 2)
+    with two_nodes(tmp_path) as on_the_first:
+        ended = start([*on_the_first, *command], cwd=tmp_path, PATH=f"{tmp_path}:{BIN}:{PATH}")
+    assert ended.status == 0, ended.out + ended.err
+    assert f"deepspeed: 2 ranks on 2 nodes, meeting at {ADDRESSES[0]}:29500" in ended.out
+    check_result(tmp_path / "run", reference)
+
+
+def same_end(folder: Path, other: Path, step: int) -> None:
+    """Bit for bit, all that trained and its moments."""
+    for rank in (0, 1):
+        file = Path("checkpoints", f"step_{step:08d}", f"rank_{rank:05d}.safetensors")
+        assert (folder / file).read_bytes() == (other / file).read_bytes()
+
+
+def test_mpirun_trains_and_resumes(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    ranks(2, "tests.run_work:train", flags=tiny.flags(whole, max_steps=2))
+    # Root is for CI's containers, --oversubscribe for machines of one core.
+    command = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", "2", "python"]
+    command += ["launcher/train.py", *ENGINE, *tiny.flags(run, max_steps=2)]
+    for more in (["--stop_after", "1"], ["--resume", "auto"]):
+        ended = start([*command, *more], OMP_NUM_THREADS="1")
+        assert ended.status == 0, ended.out + ended.err
+        assert ended.lines[0].startswith("launch    mpirun: 2 ranks on 1 node, meeting at ")
+    same_end(run, whole, 2)
+
+
+def test_an_mpi_that_is_not_that_of_mpirun_is_named(tiny: TinyRun, tmp_path: Path) -> None:
+    """What MPICH's mpirun says to a rank whose mpi4py found Open MPI."""
+    said = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
+    command = ["python", "launcher/train.py", *ENGINE, *one_step(tiny, tmp_path, 2)]
+    ended = start(command, **said)
+    assert ended.status == 2
+    said_once(ended, "mpirun says rank 0 of 2, and mpi4py rank 0 of 1")
+
+
+def test_an_environment_that_contradicts_itself_is_refused() -> None:
+    ended = start(["python", "launcher/train.py", "--help"], WORLD_SIZE="2")
+    assert (ended.status, ended.out) == (2, "")
+    said_once(ended, "WORLD_SIZE=2 is set, but RANK is not")
+
+
+def test_torchrun_starts_killed_ranks_again(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    size = {"max_steps": 60, "save_every": 5}
+    ranks(2, "tests.run_work:train", flags=tiny.flags(whole, **size))
+    command = [*TORCHRUN, "--max_restarts", "1", "launcher/train.py", *ENGINE]
+    program = begin([*command, *tiny.flags(run, **size, resume="auto")])
+    while not (run / "checkpoints" / "step_00000005").exists():
+        assert program.poll() is None, end(program).err
+        time.sleep(0.02)
+    (second,) = (p for p in psutil.Process(program.pid).children() if p.environ()["RANK"] == "1")
+    second.kill()
+    ended = end(program)
+    assert ended.status == 0, ended.out + ended.err
+    assert [line.split()[0] for line in ended.lines].count("launch") == 2
+    assert f"{run}/checkpoints/step_" in ended.out
+    same_end(run, whole, 60)
+    rows, wanted = (read_rows(f / "metrics.jsonl") for f in (run, whole))
+    assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in wanted[1:]]
 
 
 # --- what goes wrong ----------------------------------------------------------------------------
