@@ -5,16 +5,19 @@ same order. On one rank they degenerate to copies; no caller branches on the num
 """
 
 import os
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.launch import Launch, this_launch
@@ -66,8 +69,12 @@ def start(timeout_minutes: float = 10.0) -> Launch:
 
 
 def _join(launch: Launch, timeout_minutes: float) -> None:
-    # A group of one needs no port, so two runs on a machine cannot collide.
-    store = dist.HashStore() if launch.world_size == 1 else None  # type: ignore[attr-defined]
+    store = None
+    if launch.world_size == 1:
+        # A group of one needs no port, so two runs on a machine cannot collide.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+    elif launch.launcher == "torchrun":
+        store = _store_of_this_attempt(launch, timedelta(minutes=timeout_minutes))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu() else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
@@ -75,6 +82,33 @@ def _join(launch: Launch, timeout_minutes: float) -> None:
         rank=launch.rank,
         world_size=launch.world_size,
     )
+
+
+def _store_of_this_attempt(launch: Launch, patience: timedelta) -> Any:
+    """A part of torchrun's store that nobody wrote to before.
+
+    When torchrun starts all ranks again, torch 2.13 gives them the store of the dead ones, with the
+    addresses of those in it. Its count of restarts is each node's own. So rank 0 names a part of
+    the store, and the others believe a name only once rank 0 has answered to their own: that of
+    an earlier attempt is answered by nobody.
+    """
+    whole, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=patience))
+    name = uuid4().hex
+    if launch.rank == 0:
+        part = dist.PrefixStore(name, whole)  # type: ignore[attr-defined]
+        whole.set("attempt", name)
+        for other in range(1, launch.world_size):
+            part.set(part.get(f"rank {other}").decode(), "welcome")
+        return part
+    until = time.monotonic() + patience.total_seconds()
+    while time.monotonic() < until:
+        named = whole.get("attempt").decode()
+        part = dist.PrefixStore(named, whole)  # type: ignore[attr-defined]
+        part.set(f"rank {launch.rank}", name)
+        if part.check([name]):
+            return part
+        time.sleep(0.05)
+    raise dist.DistStoreError("rank 0 does not answer")
 
 
 def ranks_on_this_machine() -> int:
