@@ -221,21 +221,28 @@ def test_an_environment_that_contradicts_itself_is_refused() -> None:
     said_once(ended, "WORLD_SIZE=2 is set, but RANK is not")
 
 
-def test_torchrun_starts_killed_ranks_again(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+def test_torchrun_starts_all_ranks_again_when_one_is_killed(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """Two nodes of a rank each, as far as torchrun can tell: each counts restarts for itself."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     size = {"max_steps": 60, "save_every": 5}
     ranks(2, "tests.run_work:train", flags=tiny.flags(whole, **size))
-    command = [*TORCHRUN, "--max_restarts", "1", "launcher/train.py", *ENGINE]
-    program = begin([*command, *tiny.flags(run, **size, resume="auto")])
+    command = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "1"]
+    command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}"]
+    command += ["launcher/train.py", *ENGINE, *tiny.flags(run, **size, resume="auto")]
+    nodes = [begin(command), begin(command)]
     while not (run / "checkpoints" / "step_00000005").exists():
-        assert program.poll() is None, end(program).err
+        assert [node.poll() for node in nodes] == [None, None], end(nodes[0]).err
         time.sleep(0.02)
-    (second,) = (p for p in psutil.Process(program.pid).children() if p.environ()["RANK"] == "1")
+    started = [child for node in nodes for child in psutil.Process(node.pid).children()]
+    (second,) = (rank for rank in started if rank.environ()["RANK"] == "1")
     second.kill()
-    ended = end(program)
-    assert ended.status == 0, ended.out + ended.err
-    assert sum(line.startswith("launch ") for line in ended.lines) == 2
-    assert f"{run}/checkpoints/step_" in ended.out
+    ended = [end(node) for node in nodes]
+    assert [node.status for node in ended] == [0, 0], ended
+    said = ended[0].out + ended[1].out
+    assert said.count("launch    torchrun: 2 ranks on 2 nodes, meeting at ") == 2
+    assert f"resumes   {run}/checkpoints/step_" in said
     same_end(run, whole, 60)
     rows, wanted = (read_rows(f / "metrics.jsonl") for f in (run, whole))
     assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in wanted[1:]]
