@@ -33,7 +33,9 @@ def run(config: Config) -> None:
         UserError: for whatever the user can mend, on every rank.
     """
     folder, timeout_s = Path(config.run.output_dir), config.run.collective_timeout
-    comm.start(timeout_s)
+    launch = comm.start(timeout_s)
+    if launch.world_size > 1:
+        say("launch", launch.in_words(comm.num_nodes()))
     with comm.together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_folder(folder, begins=config.run.resume == "never" or bool(config.run.reset))
