@@ -39,3 +39,26 @@ def bad_regex(name: str, pattern: str) -> list[str]:
     except re.error as error:
         return [f"{name} is neither names nor a regular expression: {pattern!r} ({error})"]
     return []
+
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
+CLOCK = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_in(text: str) -> float | None:
+    """Of "90s", "30m", "1.5h", or Slurm's "5:30", "2:00:00", "1-12:00:00"; None for what is no
+    duration."""
+    if found := DURATION.fullmatch(text.strip()):
+        return float(found[1]) * SECONDS[found[2]]
+    if found := CLOCK.fullmatch(text.strip()):
+        days, hours, minutes, seconds = (int(n or 0) for n in found.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    return None
+
+
+def bad_duration(name: str, text: str | None) -> list[str]:
+    """A line when ``text`` is no duration above zero; None passes."""
+    if text is None or seconds_in(text):
+        return []
+    return [f"{name} must be a duration like 90s, 30m, 2h or 1-12:00:00, got {text!r}"]

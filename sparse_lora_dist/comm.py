@@ -136,6 +136,15 @@ def _reduce(t: Tensor, op: Any) -> Tensor:
     return out
 
 
+def largest(value: int) -> int:
+    """The largest of every rank's ``value``. Does not wait for what a GPU has yet to do."""
+    if world_size() == 1:
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_patient)
+    return int(box)
+
+
 def broadcast(t: Tensor) -> Tensor:
     """Rank 0's ``t`` on every rank, in place."""
     if world_size() > 1:

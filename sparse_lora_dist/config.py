@@ -7,7 +7,7 @@ A class checks its own numbers when it is made and raises one ``ConfigError`` wi
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from sparse_lora_dist.bounds import above, at_least, bad_regex, raise_if
+from sparse_lora_dist.bounds import above, at_least, bad_duration, bad_regex, raise_if, seconds_in
 from sparse_lora_dist.methods.base import NoOptions
 
 TRACKERS = ("tensorboard", "wandb")
@@ -186,24 +186,36 @@ class RunConfig:
     """Global batches per held-out loss, at most."""
     save_every: int = 100
     """Steps between two checkpoints; 0 is at the end only."""
+    async_save: bool = True
+    """Write checkpoints while training goes on; takes host memory for a copy of what is saved."""
     keep_last: int | None = None
     """Checkpoints that stay, the newest of them; null keeps all."""
     keep_best: bool = True
     """With keep_last: the one of the smallest held-out loss stays too."""
+    max_bad_steps: int = 10
+    """Steps in a row without a finite loss and gradient, all left out, that end the run."""
+    time_limit: str | None = None
+    """Save and leave with status 75 before the program is so old: 90m, 2h, 1-12:00:00."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, both, or []."""
     debug: bool = False
     """Show tracebacks, and what other libraries print."""
 
     def __post_init__(self) -> None:
-        problems = at_least(self, 1, "log_every", "eval_batches", "keep_last")
+        problems = at_least(self, 1, "log_every", "eval_batches", "keep_last", "max_bad_steps")
         problems += at_least(self, 0, "eval_every", "save_every")
+        problems += bad_duration("time_limit", self.time_limit)
         problems += [
             f"trackers knows {' and '.join(TRACKERS)} ([] for none), got {name!r}"
             for name in self.trackers
             if name not in TRACKERS
         ]
         raise_if(problems)
+
+    @property
+    def time_limit_s(self) -> float | None:
+        """Seconds."""
+        return None if self.time_limit is None else seconds_in(self.time_limit)
 
 
 @dataclass(frozen=True, kw_only=True)

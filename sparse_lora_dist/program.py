@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config import RunConfig
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import Stopped, UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+STOPPED = 75
+"""BSD's EX_TEMPFAIL: ended early on purpose and saved; the same command with --resume auto goes
+on."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -54,6 +57,8 @@ def run_program(
             traceback.print_exc()
         speak(f"error: {error}", for_all=error.shared)
         leave(USER_ERROR)
+    except Stopped:
+        leave(STOPPED)
     except SystemExit:  # --help and --print_config end so
         raise
     except KeyboardInterrupt:

@@ -16,7 +16,8 @@ from sparse_lora_dist.screen import say
 # Options that say where and how long, not what is trained: a resume changes them without a word.
 FREE = """
     base_cache resume verify output_dir stop_after log_every eval_every eval_batches save_every
-    keep_last keep_best trackers debug
+    async_save keep_last keep_best
+    max_bad_steps time_limit trackers debug
 """
 
 

@@ -4,11 +4,11 @@ export."""
 import time
 from pathlib import Path
 
-from sparse_lora_dist import comm, zero3_nvme
+from sparse_lora_dist import comm, stopping, zero3_nvme
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.engine_config import engine_dict
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import Stopped, UserError
 from sparse_lora_dist.feed import open_feed
 from sparse_lora_dist.job import Job
 from sparse_lora_dist.methods import METHODS, Method, Plan
@@ -32,6 +32,11 @@ def run(config: Config) -> None:
         UserError: for whatever the user can mend, on every rank.
     """
     comm.start()
+    with stopping.listening(config.run.time_limit_s):
+        _run(config)
+
+
+def _run(config: Config) -> None:
     with comm.together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_folder(Path(config.run.output_dir), config.run.resume)
@@ -43,6 +48,7 @@ def run(config: Config) -> None:
     if config.train.max_steps is not None:  # what does not fit is refused before data is tokenised
         _build_method(config, model, config.train.max_steps)
     feed = open_feed(config, model)
+    stopping.check()
     method = _build_method(config, model, feed.total_steps)
     for note in method.notes:
         say("note", note)
@@ -52,6 +58,7 @@ def run(config: Config) -> None:
             write_description(Path(config.run.output_dir), config)
     say_whether_it_fits(config, model, engine_config)
     row_seeds = model.load(config, method, engine_config)
+    stopping.check()
 
     train = config.train
     optimizer = SparseAdamW(
@@ -67,20 +74,27 @@ def run(config: Config) -> None:
     shards = Shards(engine, optimizer, method, sparse=sites.tensors(), sites=sites)
 
     job = Job(config, model, feed, engine, shards)
-    job.start(resume)
-    decisions = Decisions(shards)
     loss_of = TASKS[config.model.task].loss
     last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
-    for step in range(job.progress.step + 1, last_step + 1):
-        started = time.perf_counter()
-        job.set_learning_rate(step)
-        batches = feed.batches(job.progress.rows)
-        result = train_step(
-            engine, shards, decisions, batches, row_seeds, step=step, loss_of=loss_of
-        )
-        job.after_step(
-            step, result, seconds=time.perf_counter() - started, is_last=step == last_step
-        )
+    try:
+        job.start(resume)
+        decisions = Decisions(shards)
+        for step in range(job.progress.step + 1, last_step + 1):
+            started = time.perf_counter()
+            job.set_learning_rate(step)
+            batches = feed.batches(job.progress.rows)
+            result = train_step(
+                engine, shards, decisions, batches, row_seeds, step=step, loss_of=loss_of
+            )
+            seconds = time.perf_counter() - started
+            job.after_step(step, batches, result, seconds=seconds, is_last=step == last_step)
+    except Stopped as why:
+        job.stop(why)
+        raise
+    except UserError as error:
+        if error.shared:
+            job.publish_what_is_saved()
+        raise
     job.finish()
 
 
