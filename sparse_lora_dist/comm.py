@@ -17,6 +17,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.launch import Launch, this_launch
+from sparse_lora_dist.launch_mpi import with_meeting_place
 
 traffic_bytes: Counter[str] = Counter()
 """Bytes of tensors this rank received through this module, by collective. DeepSpeed's own exchanges
@@ -27,58 +29,62 @@ _patient: Any = None
 to do. A peer that dies still ends the wait at once, since its connection closes."""
 
 
-def start(timeout_minutes: float = 10.0) -> None:
-    """Join the process group the launcher described, or a group of one without a launcher."""
+def start(timeout_minutes: float = 10.0) -> Launch:
+    """Join the process group the launcher described, or a group of one without a launcher.
+
+    Raises:
+        UserError: the environment contradicts itself, or the ranks cannot meet.
+    """
     global _patient
+    launch = this_launch()
     if dist.is_initialized():
-        return
-    store = None
-    if "RANK" not in os.environ:
-        _refuse_unknown_launchers()
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        # A group of one needs no port, so two runs on a machine cannot collide.
-        store = dist.HashStore()  # type: ignore[attr-defined]
-    os.environ.setdefault("LOCAL_RANK", "0")
+        return launch
+    if launch.launcher == "mpirun" and None in (launch.address, launch.port):
+        launch = with_meeting_place(launch)
     if "OMP_NUM_THREADS" not in os.environ:
-        # Each rank would otherwise start a thread per core, and they would fight.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_this_machine()))
+        # Each rank would otherwise start a thread per core, and they would fight. mpirun and srun
+        # may have bound it to a few.
+        share = (os.cpu_count() or 1) // launch.local_size
+        torch.set_num_threads(max(1, min(share, len(os.sched_getaffinity(0)))))
+    device = launch.local_rank
     if on_gpu():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # srun --gpus-per-task=1 shows each rank one GPU, number 0.
+        device %= torch.cuda.device_count()
+        torch.cuda.set_device(device)
+    os.environ.update(launch.variables(device))  # DeepSpeed reads them
     try:
-        _join(timeout_minutes, store)
-    except dist.DistNetworkError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        _join(launch, timeout_minutes)
+    except dist.DistError as error:
         raise UserError(
-            f"the ranks cannot meet at {address}: {error}. If another job on this machine has the "
-            "port, give the launcher another: --master_port (deepspeed, torchrun)."
+            f"the ranks cannot meet at {launch.address}:{launch.port}: {error}. If another job on "
+            "that machine has the port, give another: --master_port (deepspeed, torchrun), "
+            "MASTER_PORT (srun, mpirun). If that is not rank 0's machine as the others know it, "
+            "set MASTER_ADDR."
         ) from error
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return launch
 
 
-def _join(timeout_minutes: float, store: Any) -> None:
+def _join(launch: Launch, timeout_minutes: float) -> None:
+    # A group of one needs no port, so two runs on a machine cannot collide.
+    store = dist.HashStore() if launch.world_size == 1 else None  # type: ignore[attr-defined]
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu() else "gloo",
         timeout=timedelta(minutes=timeout_minutes),
         store=store,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=launch.rank,
+        world_size=launch.world_size,
     )
 
 
-def _refuse_unknown_launchers() -> None:
-    """Without RANK, tasks of mpirun or srun would each be a run of one, in one output folder."""
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if int(os.environ.get(name, "1")) > 1:
-            raise UserError(
-                f"{name} says {os.environ[name]} tasks, but RANK and WORLD_SIZE are not set: "
-                "start with deepspeed or torchrun; mpirun and srun alone are not read yet."
-            )
-
-
 def ranks_on_this_machine() -> int:
-    """torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; else all of them."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    return int(next(os.environ[name] for name in names if name in os.environ))
+    """How many ranks this machine has. Not a collective."""
+    return this_launch().local_size
+
+
+def num_nodes() -> int:
+    """How many machines the ranks are on."""
+    return sum(gather_objects(is_first_on_its_node()))
 
 
 def on_gpu() -> bool:
@@ -172,7 +178,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def is_first_on_its_node() -> bool:
     """Does this rank do what one rank of every node does? Not a collective."""
-    return os.environ["LOCAL_RANK"] == "0"
+    return this_launch().local_rank == 0
 
 
 def barrier() -> None:

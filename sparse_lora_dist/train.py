@@ -31,7 +31,9 @@ def run(config: Config) -> None:
     Raises:
         UserError: for whatever the user can mend, on every rank.
     """
-    comm.start()
+    launch = comm.start()
+    if launch.world_size > 1:
+        say("launch", launch.in_words(comm.num_nodes()))
     with stopping.listening(config.run.time_limit_s):
         _run(config)
 

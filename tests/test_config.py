@@ -9,6 +9,7 @@ from sparse_lora_dist import command_line, locations
 from sparse_lora_dist.command_line import load_config
 from sparse_lora_dist.config import AdapterConfig, Config, TrainConfig
 from sparse_lora_dist.errors import ConfigError
+from sparse_lora_dist.launch import Launch
 from sparse_lora_dist.methods import METHODS, MethodFactory
 from sparse_lora_dist.methods.base import Method
 
@@ -34,7 +35,6 @@ def run_folder(tmp_path, monkeypatch):
         (tmp_path / "assets" / path).mkdir(parents=True)
     monkeypatch.setattr(locations, "ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RANK", raising=False)
     return tmp_path
 
 
@@ -121,7 +121,8 @@ def test_help_lists_every_flag_and_method(capsys):
 
 
 def test_help_is_printed_by_one_rank_only(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    second = Launch(launcher="environment", rank=1, world_size=2)
+    monkeypatch.setattr("sparse_lora_dist.command_line.this_launch", lambda: second)
     with pytest.raises(SystemExit):
         load_config(["--help"])
     assert capsys.readouterr().out == ""
