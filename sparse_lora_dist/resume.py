@@ -17,7 +17,7 @@ from sparse_lora_dist.screen import say
 FREE = """
     base_cache resume verify output_dir stop_after log_every eval_every eval_batches save_every
     async_save keep_last keep_best
-    max_bad_steps time_limit trackers debug
+    max_bad_steps time_limit signal_lead trackers debug
 """
 
 

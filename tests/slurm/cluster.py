@@ -19,6 +19,7 @@ import psutil
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "setpriv")
 NODES = ("n1", "n2")
+REPOSITORY = Path(__file__).parents[2]
 PATIENCE_S = 240
 CONFIG = """
 ClusterName=test
@@ -102,7 +103,12 @@ class Cluster:
     def command(self, *words: str, **variables: str) -> str:
         """What the command said, once it has ended well."""
         done = subprocess.run(
-            words, env=self.environment | variables, capture_output=True, text=True, timeout=60
+            words,
+            cwd=REPOSITORY,
+            env=self.environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}\n{self.report()}"
         return done.stdout
@@ -134,7 +140,9 @@ class Cluster:
     def report(self) -> str:
         """The end of every log."""
         logs = sorted(self.folder.glob("*.log"))
-        return "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs)
+        return "\n".join(
+            f"--- {log.name}\n{log.read_text(errors='replace')[-4000:]}" for log in logs
+        )
 
     def _processes(self) -> Iterator[tuple[psutil.Process, Mapping[str, str]]]:
         """All that run in this cluster, and their variables."""
