@@ -3,8 +3,8 @@
 
 say() { echo "slurm     $*"; }
 
-# An array's first task has the number of the whole array for its own: requeued by that, all tasks
-# would start again.
+# The last task of an array has the whole array's number for its own: requeued by that, all tasks
+# start again.
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 requeues=${SLURM_RESTART_COUNT:-0}
