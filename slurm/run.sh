@@ -29,7 +29,8 @@ requeue() {
 
 # Does every node of the job still start a process?
 all_nodes_answer() {
-    timeout 60 srun --overlap --quiet --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 true
+    local nodes=$SLURM_JOB_NUM_NODES
+    timeout 60 srun --overlap --quiet --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 true
 }
 
 say "job $job, attempt $((requeues + 1)), on $SLURM_JOB_NODELIST, $(date '+%F %T')"

@@ -100,21 +100,27 @@ def submit(
     return Submitted(cluster, cluster.command(*words, **variables).strip(), folder)
 
 
+def edited(folder: Path, lines: dict[str, str]) -> str:
+    """train.sbatch with other #SBATCH lines, as a person fits it to a site."""
+    text = (REPOSITORY / "slurm" / "train.sbatch").read_text()
+    for theirs, ours in lines.items():
+        assert text.count(f"#SBATCH {theirs}\n") == 1
+        text = text.replace(theirs, ours)
+    (folder / "train.sbatch").write_text(text)
+    return str(folder / "train.sbatch")
+
+
 @pytest.fixture(scope="module")
 def limited(
     cluster: Cluster, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Future[Submitted]]:
     """A run that is longer than its time limit, beside the others: Slurm counts in minutes."""
     folder = tmp_path_factory.mktemp("limited")
-    script = folder / "train.sbatch"
-    text = (REPOSITORY / "slurm" / "train.sbatch").read_text()
-    for line, ours in (("--time=24:00:00", "--time=1"), ("--signal=USR1@300", "--signal=USR1@1")):
-        assert text.count(f"#SBATCH {line}\n") == 1
-        text = text.replace(line, ours)
-    script.write_text(text)
+    lines = {"--time=24:00:00": "--time=1", "--signal=USR1@300": "--signal=USR1@1"}
+    script = edited(folder, lines)
 
     def run() -> Submitted:
-        job = submit(cluster, tiny, folder / "run", str(script))
+        job = submit(cluster, tiny, folder / "run", script)
         job.hold(beyond=0)
         job.wait_for("SIGUSR1: saves", attempt=1)
         job.let_go()
@@ -182,6 +188,17 @@ def test_interrupted_in_every_way_it_ends_the_same(
     again = submit(cluster, tiny, tmp_path / "run")
     assert again.check_finished() == undisturbed.check_finished()
     assert "resumes" in again.log
+
+
+def test_a_failure_of_the_program_is_not_tried_again(
+    cluster: Cluster, tiny: TinyRun, tmp_path: Path
+) -> None:
+    script = edited(tmp_path, {"--gpus-per-node=8": "--gpus-per-task=1"})
+    options = ["--ntasks-per-node=2", "--cpus-per-task=1"]
+    job = submit(cluster, tiny, tmp_path / "run", script, options, DS_ACCELERATOR="none")
+    job.end()
+    assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "1:0"), job.log
+    assert "DS_ACCELERATOR must be one of" in job.log and "requeue" not in job.log
 
 
 def test_a_sweep_fills_its_folders(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
