@@ -11,6 +11,7 @@ from sparse_lora_dist.bounds import above, at_least, bad_duration, bad_regex, ra
 from sparse_lora_dist.methods.base import NoOptions
 
 TRACKERS = ("tensorboard", "wandb")
+RESETS = ("optimizer", "schedule", "data")
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
 
@@ -176,6 +177,8 @@ class RunConfig:
     """Folder for checkpoints, metrics and the adapter; made when it is not there."""
     resume: str = "never"
     """auto (from the newest whole checkpoint in output_dir, if any), never, or its folder."""
+    reset: tuple[str, ...] = ()
+    """With --resume FOLDER: what begins anew, of optimizer, schedule (and optimizer), data."""
     verify: str | None = None
     """A run's folder: check all of its checkpoints, and train nothing."""
     log_every: int = 1
@@ -208,6 +211,16 @@ class RunConfig:
         problems += at_least(self, 0, "eval_every", "save_every")
         problems += bad_duration("time_limit", self.time_limit)
         problems += bad_duration("signal_lead", self.signal_lead)
+        problems += [
+            f"reset knows {', '.join(RESETS)}, got {name!r}"
+            for name in self.reset
+            if name not in RESETS
+        ]
+        if self.reset and self.resume in ("auto", "never"):
+            problems.append(
+                f"reset needs --resume with the folder of a checkpoint, got {self.resume}: with "
+                "auto, a run that was interrupted would begin anew each time"
+            )
         problems += [
             f"trackers knows {' and '.join(TRACKERS)} ([] for none), got {name!r}"
             for name in self.trackers

@@ -48,25 +48,26 @@ class Job:
     def start(self, resume: Resume | None) -> None:
         """Go on from a checkpoint, or take the held-out loss of the base."""
         if resume is not None:
-            self.progress = checkpoint.restore(resume.path, self.shards, resume.manifest)
+            self.progress = checkpoint.restore(
+                resume.path, self.shards, resume.manifest, resume.reset
+            )
             self._saved_step = self.progress.step
+        last_step = None if resume is None else resume.step
+        run = self.config.run
         with comm.together("opening the run folder"):
             self.metrics = Metrics(
                 self.folder,
-                self.config.run.trackers,
+                run.trackers,
                 self.config.as_flat_dict(),
-                last_step=None if resume is None else resume.step,
+                last_step=last_step,
+                run_ids={} if resume is None or resume.reset else resume.manifest["trackers"],
             )
-            self.journal = Journal(self.folder, resume)
-            self.health = Health(
-                self.folder,
-                self.config.run.max_bad_steps,
-                last_step=None if resume is None else resume.step,
-            )
+            self.journal = Journal(self.folder, last_step=last_step)
+            self.health = Health(self.folder, run.max_bad_steps, last_step=last_step)
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
         if resume is None and self.feed.held_out is not None:
             self.log(0, {}, held_out=self.held_out())
-        if resume is not None and resume.manifest["owed"] is not None:
+        if resume is not None and resume.step and resume.manifest["owed"] is not None:
             self._conclude(**resume.manifest["owed"])
 
     def set_learning_rate(self, step: int) -> None:
@@ -168,6 +169,7 @@ class Job:
             "config": self.config.as_flat_dict(),
             "held_out_loss": held_out_loss,
             "owed": self._owed,
+            "trackers": self.metrics.run_ids,
         }
         self._saved_step = self.progress.step
         self._publish(self._saver.begin(self.shards, self.progress, about))

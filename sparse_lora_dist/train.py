@@ -41,7 +41,8 @@ def run(config: Config) -> None:
 def _run(config: Config) -> None:
     with comm.together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
-        check_folder(Path(config.run.output_dir), config.run.resume)
+        begins = config.run.resume == "never" or bool(config.run.reset)
+        check_folder(Path(config.run.output_dir), begins=begins)
     zero3_nvme.prepare(engine_config)
     model = Model.open(config)
     zero3_nvme.check_space(
