@@ -201,6 +201,8 @@ class RunConfig:
     """Steps in a row without a finite loss and gradient, all left out, that end the run."""
     time_limit: str | None = None
     """Save and leave with status 75 before the program is so old: 90m, 2h, 1-12:00:00."""
+    signal_lead: str | None = None
+    """How long before its kill a scheduler signals, like 300s: the run warns if that is short."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, both, or []."""
     debug: bool = False
@@ -211,6 +213,7 @@ class RunConfig:
         problems += at_least(self, 0, "eval_every", "save_every")
         problems += at_least(self, 5, "collective_timeout")
         problems += bad_duration("time_limit", self.time_limit)
+        problems += bad_duration("signal_lead", self.signal_lead)
         problems += [
             f"reset knows {', '.join(RESETS)}, got {name!r}"
             for name in self.reset
@@ -232,6 +235,11 @@ class RunConfig:
     def time_limit_s(self) -> float | None:
         """Seconds."""
         return None if self.time_limit is None else seconds_in(self.time_limit)
+
+    @property
+    def signal_lead_s(self) -> float | None:
+        """Seconds."""
+        return None if self.signal_lead is None else seconds_in(self.signal_lead)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.resume import Resume, describe
 from sparse_lora_dist.screen import megabytes, progress_bar, say
 from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.signal_lead import SignalLead
 from sparse_lora_dist.step import StepResult, held_out_totals
 from sparse_lora_dist.summary import in_words, next_command, print_summary
 from sparse_lora_dist.tasks import TASKS
@@ -38,6 +39,7 @@ class Job:
         self.progress = Progress()
         self._seconds, self._tokens = 0.0, 0  # since the last row of metrics
         self._saver = checkpoint.Saver(self.folder / "checkpoints", beside=config.run.async_save)
+        self._lead = SignalLead(config.run.signal_lead_s)
         self._saved_step = 0
         self._owed: dict[str, Any] | None = None
         self.task = TASKS[config.model.task]
@@ -91,6 +93,7 @@ class Job:
             tokens=self.progress.tokens + result.tokens,
         )
         self._seconds += seconds
+        self._lead.step_took(seconds)
         self._tokens += result.tokens
         run = self.config.run
         self._publish(self._saver.poll())
@@ -176,6 +179,7 @@ class Job:
         if path is None:
             return
         stopping.save_took(self._saver.took_s)
+        self._lead.save_took(self._saver.took_s)
         run = self.config.run
         with comm.together("removing checkpoints"):
             if comm.rank() == 0:

@@ -17,7 +17,7 @@ from sparse_lora_dist.screen import counted, say
 FREE = """
     base_cache resume reset verify output_dir stop_after log_every eval_every eval_batches
     save_every async_save keep_last keep_best max_bad_steps collective_timeout time_limit
-    trackers debug
+    signal_lead trackers debug
 """
 
 

@@ -39,13 +39,14 @@ class _Wish:
         self.save_s = UNMEASURED * (time_limit_s or 0.0)
 
     def take(self, number: int) -> None:
-        """A signal has come; one that comes after the first was understood ends the process."""
+        """A signal has come. Another Ctrl-C, or one after it, ends the process; a scheduler repeats
+        itself, with SIGTERM when the time is over that it announced, and then kills."""
         now = time.monotonic()
         if self._told_at is None:
             self._told_at, self.code = now, number
             name = signal.Signals(number).name
-            say("stops", f"{name}: saves at the next boundary; once more ends at once")
-        elif now - self._told_at > ONE_WISH_S:
+            say("stops", f"{name}: saves at the next boundary; Ctrl-C then ends at once")
+        elif signal.SIGINT in (self.code, number) and now - self._told_at > ONE_WISH_S:
             os._exit(128 + number)
 
     def look_at_the_clock(self) -> None:

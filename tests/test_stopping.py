@@ -110,17 +110,27 @@ with listening(None):
 """
 
 
-@pytest.mark.parametrize("pause", [0.0, 2.5])
-def test_a_second_signal_ends_at_once_unless_it_is_the_same_wish(pause: float) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "pause", "ends"),
+    [
+        (signal.SIGINT, signal.SIGTERM, 2.5, True),
+        (signal.SIGUSR1, signal.SIGINT, 2.5, True),
+        (signal.SIGINT, signal.SIGTERM, 0.0, False),  # the same wish, through a launcher
+        (signal.SIGUSR1, signal.SIGTERM, 2.5, False),  # a scheduler's second word
+    ],
+)
+def test_a_second_signal_ends_at_once_if_it_is_a_persons(
+    first: signal.Signals, second: signal.Signals, pause: float, ends: bool
+) -> None:
     process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     while process.stdout.readline() != "ready\n":
         pass
-    process.send_signal(signal.SIGINT)
+    process.send_signal(first)
     time.sleep(pause)
-    process.send_signal(signal.SIGTERM)
-    if pause:
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+    process.send_signal(second)
+    if ends:
+        assert process.wait(timeout=60) == 128 + second
     else:
         time.sleep(1)
         assert process.poll() is None
