@@ -7,7 +7,7 @@ A class checks its own numbers when it is made and raises one ``ConfigError`` wi
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from sparse_lora_dist.bounds import above, at_least, bad_duration, bad_regex, raise_if, seconds_in
+from sparse_lora_dist.bounds import above, at_least, bad_durations, bad_regex, raise_if
 from sparse_lora_dist.methods.base import NoOptions
 
 TRACKERS = ("tensorboard", "wandb")
@@ -195,8 +195,8 @@ class RunConfig:
     """Checkpoints that stay, the newest of them; null keeps all."""
     keep_best: bool = True
     """With keep_last: the one of the smallest held-out loss stays too."""
-    collective_timeout: float = 600.0
-    """Seconds that all ranks may stand still; then the job ends and names who lags. At least 5."""
+    collective_timeout: str = "10m"
+    """How long all ranks may stand still; then the job ends and names who lags. At least 5s."""
     max_bad_steps: int = 10
     """Steps in a row without a finite loss and gradient, all left out, that end the run."""
     time_limit: str | None = None
@@ -211,9 +211,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "log_every", "eval_batches", "keep_last", "max_bad_steps")
         problems += at_least(self, 0, "eval_every", "save_every")
-        problems += at_least(self, 5, "collective_timeout")
-        problems += bad_duration("time_limit", self.time_limit)
-        problems += bad_duration("signal_lead", self.signal_lead)
+        problems += bad_durations(self, "time_limit", "signal_lead")
+        problems += bad_durations(self, "collective_timeout", least_s=5)
         problems += [
             f"reset knows {', '.join(RESETS)}, got {name!r}"
             for name in self.reset
@@ -230,16 +229,6 @@ class RunConfig:
             if name not in TRACKERS
         ]
         raise_if(problems)
-
-    @property
-    def time_limit_s(self) -> float | None:
-        """Seconds."""
-        return None if self.time_limit is None else seconds_in(self.time_limit)
-
-    @property
-    def signal_lead_s(self) -> float | None:
-        """Seconds."""
-        return None if self.signal_lead is None else seconds_in(self.signal_lead)
 
 
 @dataclass(frozen=True, kw_only=True)

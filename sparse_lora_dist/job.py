@@ -17,6 +17,7 @@ from sparse_lora_dist.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.metrics import Metrics, peak_memory_bytes, read_rows
 from sparse_lora_dist.model import Model
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.resume import Resume, describe
 from sparse_lora_dist.screen import megabytes, progress_bar, say
 from sparse_lora_dist.shards import Shards
@@ -39,7 +40,7 @@ class Job:
         self.progress = Progress()
         self._seconds, self._tokens = 0.0, 0  # since the last row of metrics
         self._saver = checkpoint.Saver(self.folder / "checkpoints", beside=config.run.async_save)
-        self._lead = SignalLead(config.run.signal_lead_s)
+        self._lead = SignalLead(config.run.signal_lead)
         self._saved_step = 0
         self._owed: dict[str, Any] | None = None
         self.task = TASKS[config.model.task]
@@ -54,7 +55,7 @@ class Job:
             self._saved_step = self.progress.step
         last_step = None if resume is None else resume.step
         run = self.config.run
-        with comm.together("opening the run folder"):
+        with together("opening the run folder"):
             self.metrics = Metrics(
                 self.folder,
                 run.trackers,
@@ -181,7 +182,7 @@ class Job:
         stopping.save_took(self._saver.took_s)
         self._lead.save_took(self._saver.took_s)
         run = self.config.run
-        with comm.together("removing checkpoints"):
+        with together("removing checkpoints"):
             if comm.rank() == 0:
                 checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
 

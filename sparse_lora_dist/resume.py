@@ -11,6 +11,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model import Model
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.screen import counted, say
 
 # Options that say where and how long, not what is trained: a resume changes them without a word.
@@ -52,7 +53,7 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
     path = _chosen(wanted, Path(config.run.output_dir) / "checkpoints")
     if path is None:
         return None
-    with comm.together(f"opening {path}"):
+    with together(f"opening {path}"):
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest, reset=frozenset(config.run.reset))
         saved, now = manifest["description"], describe(config, model, feed, method)
@@ -69,7 +70,7 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
 def _chosen(wanted: str, folder: Path) -> Path | None:
     """A whole checkpoint: the newest, or the one that is named."""
     if wanted == "auto":
-        with comm.together(f"cleaning {folder}"):
+        with together(f"cleaning {folder}"):
             if comm.rank() == 0:
                 checkpoint.clean(folder)
         return checkpoint.newest_whole(folder)

@@ -2,14 +2,15 @@
 
 from math import ceil
 
+from sparse_lora_dist.bounds import seconds_in
 from sparse_lora_dist.screen import say
 
 
 class SignalLead:
     """Compares the lead with the steps and saves of this run; on every rank, rank 0 speaks."""
 
-    def __init__(self, lead_s: float | None) -> None:
-        self._lead_s = lead_s
+    def __init__(self, lead: str | None) -> None:
+        self._lead_s = None if lead is None else seconds_in(lead)
         self._slowest_s = 0.0
 
     def step_took(self, seconds: float) -> None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import psutil
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.bounds import seconds_in
 from sparse_lora_dist.errors import Stopped
 from sparse_lora_dist.screen import say
 
@@ -63,10 +64,10 @@ _wish: _Wish | None = None
 
 
 @contextmanager
-def listening(time_limit_s: float | None) -> Iterator[None]:
+def listening(time_limit: str | None) -> Iterator[None]:
     """Inside, SIGUSR1, SIGTERM and SIGINT are wishes. For the main thread."""
     global _wish
-    _wish = wish = _Wish(time_limit_s)
+    _wish = wish = _Wish(None if time_limit is None else seconds_in(time_limit))
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # Python's own handlers would wait for the main thread, which may sit in a collective for long.

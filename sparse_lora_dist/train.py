@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import comm, run_lock, stopping, watch, zero3_nvme
+from sparse_lora_dist.bounds import seconds_in
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.engine_config import engine_dict
@@ -15,6 +16,7 @@ from sparse_lora_dist.job import Job
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.plan.check import say_whether_it_fits
 from sparse_lora_dist.resume import find_resume
 from sparse_lora_dist.run_folder import check_folder, write_description
@@ -32,18 +34,18 @@ def run(config: Config) -> None:
     Raises:
         UserError: for whatever the user can mend, on every rank.
     """
-    folder, timeout_s = Path(config.run.output_dir), config.run.collective_timeout
+    folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     launch = comm.start(timeout_s)
     if launch.world_size > 1:
         say("launch", launch.in_words(comm.num_nodes()))
-    with comm.together("checking the output folder"):
+    with together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_folder(folder, begins=config.run.resume == "never" or bool(config.run.reset))
     # Before anything is written or cleaned: what looks left over may be another job's work.
     with (
         run_lock.held(folder),
         watch.watched(folder, timeout_s),
-        stopping.listening(config.run.time_limit_s),
+        stopping.listening(config.run.time_limit),
     ):
         _train(config, engine_config)
 
@@ -62,7 +64,7 @@ def _train(config: Config, engine_config: dict[str, Any]) -> None:
     for note in method.notes:
         say("note", note)
     resume = find_resume(config, model, feed, method)
-    with comm.together("opening the run folder"):
+    with together("opening the run folder"):
         if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
             write_description(Path(config.run.output_dir), config)
     say_whether_it_fits(config, model, engine_config)

@@ -8,7 +8,7 @@ from sparse_lora_dist.signal_lead import SignalLead
 def test_it_warns_once_and_says_how_long_the_lead_should_be(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    lead = SignalLead(60)
+    lead = SignalLead("60s")
     for seconds in (5.0, 12.0, 8.0):
         lead.step_took(seconds)
     lead.save_took(18.0)  # 2 x 12 + 2 x 18: just enough

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint.manifest import PACKED, Progress
 from sparse_lora_dist.optim import MOMENTS
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.zero3 import Slice
 
@@ -29,7 +30,7 @@ def restore(
         progress = replace(progress, step=0, tokens=0)
     if "data" in reset:
         progress = replace(progress, rows=0)
-    with comm.together(f"reading {checkpoint}"):
+    with together(f"reading {checkpoint}"):
         reader = _Reader(checkpoint, [file["name"] for file in manifest["files"]])
         pieces = shards.engine.slices
         for piece in pieces:

@@ -29,6 +29,7 @@ from sparse_lora_dist.checkpoint.manifest import (
 )
 from sparse_lora_dist.checkpoint.recover import LATEST, REPLACED, TEMPORARY
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
 
 
@@ -66,7 +67,7 @@ class Saver:
         began = time.perf_counter()
         name = f"step_{progress.step:08d}"
         temporary = self.folder / f"{TEMPORARY}{name}"
-        with comm.together(f"preparing {temporary}"):
+        with together(f"preparing {temporary}"):
             if comm.rank() == 0:
                 run_lock.check()
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -105,13 +106,13 @@ class Saver:
         now, self._writing = self._writing, None
         watch.mark("publishing a checkpoint")
         try:
-            with comm.together(f"writing {now.temporary}"):
+            with together(f"writing {now.temporary}"):
                 own = now.file.result()
         except UserError:  # most often a full disk, which the half of a checkpoint need not fill
             shutil.rmtree(now.temporary, ignore_errors=True)
             raise
         files = comm.gather_objects(own)
-        with comm.together(f"publishing {now.final}"):
+        with together(f"publishing {now.final}"):
             if comm.rank() == 0:
                 _publish(now.temporary, now.final, {**now.manifest, "files": files})
         self.took_s = time.perf_counter() - now.began
