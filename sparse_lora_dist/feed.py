@@ -43,9 +43,11 @@ class Feed:
         """Where the schedules end."""
         return math.ceil(self.end_row / self.global_batch)
 
-    def batches(self, first_row: int) -> list[MicroBatch]:
+    def batches(self, first_row: int, *, steps_done: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at ``first_row`` of the stream."""
-        return self._cut(self.rows, first_row, self.end_row, shuffle=True)
+        # Not 0 where a schedule or the data began anew.
+        offset = first_row - steps_done * self.global_batch
+        return self._cut(self.rows, first_row, self.end_row + offset, shuffle=True)
 
     def held_out_batches(self, limit: int) -> Iterator[MicroBatch]:
         """This rank's part of the held-out rows, in file order; ``limit`` in global batches."""

@@ -63,6 +63,4 @@ class Health:
     def _write(self, step: int, kind: str, loss: float, batches: Sequence[MicroBatch]) -> None:
         own = [row for batch in batches for row in batch.rows_M if row >= 0]
         rows = [row for part in comm.gather_objects(own) for row in part]
-        # JSON has no number for nan.
-        said = loss if math.isfinite(loss) else str(loss)
-        self._lines.append({"step": step, "kind": kind, "loss": said, "rows": sorted(rows)})
+        self._lines.append({"step": step, "kind": kind, "loss": loss, "rows": sorted(rows)})

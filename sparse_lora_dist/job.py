@@ -48,28 +48,32 @@ class Job:
 
     def start(self, resume: Resume | None) -> None:
         """Go on from a checkpoint, or take the held-out loss of the base."""
+        owed, ids, step = None, {}, None
         if resume is not None:
             self.progress = checkpoint.restore(
                 resume.path, self.shards, resume.manifest, resume.reset
             )
-            self._saved_step = self.progress.step
-        last_step = None if resume is None else resume.step
+            step = self._saved_step = self.progress.step
+            if not resume.reset:
+                owed, ids = resume.manifest["owed"], resume.manifest["trackers"]
         run = self.config.run
         with together("opening the run folder"):
-            self.metrics = Metrics(
-                self.folder,
-                run.trackers,
-                self.config.as_flat_dict(),
-                last_step=last_step,
-                run_ids={} if resume is None or resume.reset else resume.manifest["trackers"],
-            )
-            self.journal = Journal(self.folder, last_step=last_step)
-            self.health = Health(self.folder, run.max_bad_steps, last_step=last_step)
+            # What is owed may have been told, and then is told again.
+            told = step if owed is None else self.progress.step - 1
+            config = self.config.as_flat_dict()
+            self.metrics = Metrics(self.folder, run.trackers, config, last_step=told, run_ids=ids)
+            self.journal = Journal(self.folder, last_step=step, last_stage=told)
+            self.health = Health(self.folder, run.max_bad_steps, last_step=step)
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
         if resume is None and self.feed.held_out is not None:
             self.log(0, {}, held_out=self.held_out())
-        if resume is not None and resume.step and resume.manifest["owed"] is not None:
-            self._conclude(**resume.manifest["owed"])
+        if resume is not None and not resume.is_of(self.folder):
+            self._owed = owed  # stopped before its first step, it goes on from here all the same
+            self.save(None)
+            self._publish(self._saver.finish())
+        if owed is not None:
+            self._conclude(**owed)
+        stopping.begin()
 
     def set_learning_rate(self, step: int) -> None:
         """The schedule's value for optimizer step ``step``, where a stage begins too."""
@@ -184,6 +188,8 @@ class Job:
         run = self.config.run
         with together("removing checkpoints"):
             if comm.rank() == 0:
+                if run.resume not in ("auto", "never"):
+                    checkpoint.drop_later(path)
                 checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
 
     def publish_what_is_saved(self) -> None:

@@ -16,10 +16,11 @@ from sparse_lora_dist.shards import Shards
 class Journal:
     """``decisions.jsonl`` and ``stages.jsonl`` of a run folder."""
 
-    def __init__(self, folder: Path, *, last_step: int | None) -> None:
-        """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it."""
+    def __init__(self, folder: Path, *, last_step: int | None, last_stage: int | None) -> None:
+        """Forgets decisions after ``last_step``, where a resumed run goes on, and stages that end
+        after ``last_stage``; None: all of them."""
         self._decisions = JsonLines(folder / "decisions.jsonl", last_step=last_step)
-        self._stages = JsonLines(folder / "stages.jsonl", last_step=last_step)
+        self._stages = JsonLines(folder / "stages.jsonl", last_step=last_stage)
 
     def decision(self, step: int, decision: Decision, shards: Shards) -> None:
         """A row: the method's facts, every site's open pieces and live entries. Collective."""
@@ -39,7 +40,9 @@ class Journal:
         and ``results`` at its end."""
         start, _ = stage_of(step, rate.stages)
         rows = read_rows(metrics) if comm.rank() == 0 else []
-        losses = [r["loss"] for r in rows if start < r["step"] <= step and "loss" in r]
+        losses = [
+            r["loss"] for r in rows if start < r["step"] <= step and r.get("loss") is not None
+        ]
         rates = [rate.at(s) for s in range(start + 1, step + 1)]
         self._stages.append(
             {

@@ -2,6 +2,7 @@
 memory."""
 
 import json
+import math
 import os
 import resource
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ import torch
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.screen import say
 
 Row = Mapping[str, float | int | str]
 
@@ -30,7 +32,7 @@ class JsonLines:
 
     def __init__(self, path: Path, *, last_step: int | None) -> None:
         """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it."""
-        self.path = path
+        self.path, self._failed = path, False
         if comm.rank() == 0 and path.exists():
             rows = [r for r in read_rows(path) if last_step is not None and r["step"] <= last_step]
             temporary = path.with_suffix(".tmp")
@@ -38,10 +40,21 @@ class JsonLines:
             os.replace(temporary, path)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add one."""
-        if comm.rank() == 0:
+        """Add one; numbers that JSON does not have are null. A disk that takes no more is told of
+        once: what a run cannot do without are checkpoints, and they end it."""
+        if comm.rank() > 0 or self._failed:
+            return
+        finite = {k: v if _has_json(v) else None for k, v in row.items()}
+        try:
             with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            self._failed = True
+            say("warning", f"{error}: {self.path.name} has no rows from step {row['step']} on")
+
+
+def _has_json(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 class Metrics:

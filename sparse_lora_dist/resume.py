@@ -35,6 +35,10 @@ class Resume:
     reset: frozenset[str] = frozenset()
     """What begins anew: optimizer, schedule, data."""
 
+    def is_of(self, run: Path) -> bool:
+        """Does it lie in this run's folder?"""
+        return self.path.resolve().parent == (run / "checkpoints").resolve()
+
     @property
     def step(self) -> int:
         """Optimizer steps that this run has behind it when it begins."""
@@ -69,10 +73,10 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
 
 def _chosen(wanted: str, folder: Path) -> Path | None:
     """A whole checkpoint: the newest, or the one that is named."""
+    with together(f"cleaning {folder}"):
+        if comm.rank() == 0:
+            checkpoint.clean(folder)
     if wanted == "auto":
-        with together(f"cleaning {folder}"):
-            if comm.rank() == 0:
-                checkpoint.clean(folder)
         return checkpoint.newest_whole(folder)
     damage = checkpoint.find_damage(Path(wanted))
     if damage is not None:

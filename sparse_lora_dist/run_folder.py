@@ -36,7 +36,8 @@ def check_folder(folder: Path, *, begins: bool) -> None:
 def write_description(folder: Path, config: Config) -> None:
     """run.yaml (the merged config, good for --config) and environment.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.yaml").write_text(yaml.safe_dump(config.as_flat_dict(), sort_keys=False))
+    said = config.as_flat_dict() | {"reset": []}  # a run that goes on begins nothing anew
+    (folder / "run.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 

@@ -66,6 +66,7 @@ class Shards:
 
     def pass_over(self) -> None:
         """The engine refused the step: bring about what a decision left for its end. Collective."""
+        self.sites.forget()
         for flat in self.engine.flats():
             self.optimizer.pass_over(flat)
         self.engine.masters_changed()

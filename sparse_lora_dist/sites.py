@@ -35,6 +35,10 @@ class Sites:
         # Ranks are averaged, as their gradients are.
         probed_S = comm.sum_over_ranks(probed_S) / comm.world_size()
         self.stats = self.method.observe_sites(self.stats, probed_S.cpu())
+        self.forget()
+
+    def forget(self) -> None:
+        """This step's probes are brought together, or of no use."""
         for adapter in self._in_order():
             adapter.probed = 0.0
 

@@ -35,8 +35,8 @@ class _Wish:
         self.code = 0
         self._told_at: float | None = None
         self._limit_s = time_limit_s
-        self._slowest_s = 0.0  # between two boundaries
-        self._last = time.monotonic()
+        self.slowest_s = 0.0  # between two boundaries
+        self.last = time.monotonic()
         self.save_s = UNMEASURED * (time_limit_s or 0.0)
 
     def take(self, number: int) -> None:
@@ -53,10 +53,10 @@ class _Wish:
     def look_at_the_clock(self) -> None:
         """Is there no room for another stretch to the next boundary, and to save after it?"""
         now = time.monotonic()
-        self._slowest_s, self._last = max(self._slowest_s, now - self._last), now
+        self.slowest_s, self.last = max(self.slowest_s, now - self.last), now
         if self._limit_s is not None and self.code == 0:
             age_s = time.time() - psutil.Process().create_time()
-            if age_s + self._slowest_s + 2 * self.save_s > self._limit_s:
+            if age_s + self.slowest_s + 2 * self.save_s > self._limit_s:
                 self.code = CLOCK
 
 
@@ -91,6 +91,12 @@ def _listen(reading: int, wish: _Wish) -> None:
     while number := os.read(reading, 1):
         if number[0] in SIGNALS:
             wish.take(number[0])
+
+
+def begin() -> None:
+    """Loading is over: what lies between two boundaries from now on is training."""
+    if _wish is not None:
+        _wish.slowest_s, _wish.last = 0.0, time.monotonic()
 
 
 def save_took(seconds: float) -> None:

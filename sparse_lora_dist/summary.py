@@ -62,7 +62,7 @@ def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
     """Held-out loss, and what else is scored, before and after; training loss where nothing was
     held out."""
     for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
-        losses = [row[key] for row in rows if key in row]
+        losses = [row[key] for row in rows if row.get(key) is not None]
         if len(losses) > 1:
             change = 100 * (losses[-1] / losses[0] - 1)
             loss = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per {target} ({change:+.1f}%)"
@@ -71,7 +71,7 @@ def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
 
 
 def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    seen = {name: [row[key] for row in rows if key in row] for key, name in SCORES}
+    seen = {name: [row[key] for row in rows if row.get(key) is not None] for key, name in SCORES}
     return [f"{name} {v[0]:.4f} -> {v[-1]:.4f}" for name, v in seen.items() if len(v) > 1]
 
 

@@ -43,9 +43,9 @@ def run(config: Config) -> None:
         check_folder(folder, begins=config.run.resume == "never" or bool(config.run.reset))
     # Before anything is written or cleaned: what looks left over may be another job's work.
     with (
+        stopping.listening(config.run.time_limit),
         run_lock.held(folder),
         watch.watched(folder, timeout_s),
-        stopping.listening(config.run.time_limit),
     ):
         _train(config, engine_config)
 
@@ -95,7 +95,7 @@ def _train(config: Config, engine_config: dict[str, Any]) -> None:
             started = time.perf_counter()
             watch.mark("reading its batches", step=step)
             job.set_learning_rate(step)
-            batches = feed.batches(job.progress.rows)
+            batches = feed.batches(job.progress.rows, steps_done=job.progress.step)
             result = train_step(
                 engine, shards, decisions, batches, row_seeds, step=step, loss_of=loss_of
             )

@@ -248,7 +248,7 @@ class Engine:
             shards = [cast(Tensor, flat.grad) for flat in self.flats()]
         else:
             shards = [g for group in self._zero.averaged_gradients.values() for g in group]
-        return torch.stack(torch._foreach_norm(shards)).double().sum()
+        return torch.stack(torch._foreach_norm(shards)).double().sum().to(comm.device())
 
     def flats(self) -> list[Tensor]:
         """The fp32 master shards, 1-D, one per sub-group: trained tensors one after another."""

@@ -26,7 +26,7 @@ from sparse_lora_dist.checkpoint.recover import (
     published_for_all,
 )
 from sparse_lora_dist.checkpoint.restore import restore
-from sparse_lora_dist.checkpoint.retain import retain
+from sparse_lora_dist.checkpoint.retain import drop_later, retain
 from sparse_lora_dist.checkpoint.save import Saver
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "check_description",
     "check_tensors",
     "clean",
+    "drop_later",
     "find_damage",
     "newest_whole",
     "published",

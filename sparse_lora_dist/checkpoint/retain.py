@@ -23,8 +23,22 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
         kept.add(min(found, key=lambda path: (_held_out_loss(path), path.name)))
     for path in found:
         if path not in kept:
-            # Its name goes first: killed now, this leaves nothing that looks complete.
-            shutil.rmtree(path.rename(path.with_name(f"{REMOVED}{path.name}")))
+            _remove(path)
+
+
+def drop_later(newest: Path) -> None:
+    """Remove what an earlier attempt saved after the step of ``newest``: a run that went back to an
+    earlier step by name would go on from there. For one rank."""
+    for path in published(newest.parent):
+        if path.name > newest.name:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    # Its name goes first: killed now, this leaves nothing that looks complete.
+    removed = path.with_name(f"{REMOVED}{path.name}")
+    shutil.rmtree(removed, ignore_errors=True)
+    shutil.rmtree(path.rename(removed))
 
 
 def _held_out_loss(checkpoint: Path) -> float:

@@ -40,8 +40,8 @@ class _Writing:
     final: Path
     temporary: Path
     manifest: Mapping[str, Any]
-    file: Future[dict[str, Any]]
-    began: float
+    file: Future[tuple[dict[str, Any], float]]
+    copied_s: float
 
 
 class Saver:
@@ -53,7 +53,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
         self.took_s = 0.0
-        """From the beginning of the last save to its name."""
+        """What the last save took, had one waited for it."""
 
     def begin(self, shards: Shards, progress: Progress, about: Mapping[str, Any]) -> Path | None:
         """Save ``folder/step_N`` of now; what ``finish`` or ``poll`` would return.
@@ -83,13 +83,15 @@ class Saver:
             **about,
         }
         path = temporary / f"rank_{comm.rank():05d}.safetensors"
-        file = self._thread.submit(_write, path, *_copied(shards))
+        own = _copied(shards)
+        copied_s = time.perf_counter() - began
+        file = self._thread.submit(_write, path, *own)
         self._writing = _Writing(
             final=self.folder / name,
             temporary=temporary,
             manifest=manifest,
             file=file,
-            began=began,
+            copied_s=copied_s,
         )
         return None if self.beside else self.finish()
 
@@ -105,17 +107,19 @@ class Saver:
             return None
         now, self._writing = self._writing, None
         watch.mark("publishing a checkpoint")
+        began = time.perf_counter()
         try:
             with together(f"writing {now.temporary}"):
-                own = now.file.result()
+                own, seconds = now.file.result()
+            files, written_s = zip(*comm.gather_objects((own, seconds)), strict=True)
+            with together(f"publishing {now.final}"):
+                if comm.rank() == 0:
+                    _publish(now.temporary, now.final, {**now.manifest, "files": files})
         except UserError:  # most often a full disk, which the half of a checkpoint need not fill
             shutil.rmtree(now.temporary, ignore_errors=True)
             raise
-        files = comm.gather_objects(own)
-        with together(f"publishing {now.final}"):
-            if comm.rank() == 0:
-                _publish(now.temporary, now.final, {**now.manifest, "files": files})
-        self.took_s = time.perf_counter() - now.began
+        # Not from its beginning: a step may lie between, for which nobody waited.
+        self.took_s = now.copied_s + max(written_s) + time.perf_counter() - began
         return now.final
 
 
@@ -141,11 +145,15 @@ def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     return own, offsets
 
 
-def _write(path: Path, own: dict[str, Tensor], offsets: Mapping[str, list[int]]) -> dict[str, Any]:
-    """The file's name, size and hash, once it is on the disk."""
+def _write(
+    path: Path, own: dict[str, Tensor], offsets: Mapping[str, list[int]]
+) -> tuple[dict[str, Any], float]:
+    """The file's name, size and hash, once it is on the disk, and seconds."""
+    began = time.perf_counter()
     save_file(own, path, metadata={"offsets": json.dumps(offsets)})
     _sync(path)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_of_file(path)}
+    about = {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_of_file(path)}
+    return about, time.perf_counter() - began
 
 
 def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
@@ -155,6 +163,7 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     run_lock.check()  # a job that was suspended may have been given up, and its folder taken
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # saved by an earlier attempt: gone only once the new one stands
+        shutil.rmtree(replaced, ignore_errors=True)
         os.rename(final, replaced)
     os.rename(temporary, final)
     _sync(final.parent)
