@@ -5,18 +5,20 @@ same order. On one rank they degenerate to copies; no caller branches on the num
 """
 
 import os
+import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
 
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.launch import Launch, this_launch
+from sparse_lora_dist.launch_mpi import with_meeting_place
 
 traffic_bytes: Counter[str] = Counter()
 """Bytes of tensors this rank received through this module, by collective. DeepSpeed's own exchanges
@@ -37,59 +39,94 @@ _timeout = timedelta(minutes=10) + SPARE
 """Of every group but the patient one."""
 
 
-def start(timeout_s: float = 600.0) -> None:
-    """Join the process group the launcher described, or a group of one without a launcher."""
+def start(timeout_s: float = 600.0) -> Launch:
+    """Join the process group the launcher described, or a group of one without a launcher.
+
+    Raises:
+        UserError: the environment contradicts itself, or the ranks cannot meet.
+    """
     global _patient, _timeout
+    launch = this_launch()
     if dist.is_initialized():
-        return
-    store = None
-    if "RANK" not in os.environ:
-        _refuse_unknown_launchers()
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
-        # A group of one needs no port, so two runs on a machine cannot collide.
-        store = dist.HashStore()  # type: ignore[attr-defined]
-    os.environ.setdefault("LOCAL_RANK", "0")
+        return launch
+    if launch.launcher == "mpirun" and None in (launch.address, launch.port):
+        launch = with_meeting_place(launch)
     if "OMP_NUM_THREADS" not in os.environ:
-        # Each rank would otherwise start a thread per core, and they would fight.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_on_this_machine()))
+        # Each rank would otherwise start a thread per core, and they would fight. mpirun and srun
+        # may have bound it to a few.
+        share = (os.cpu_count() or 1) // launch.local_size
+        torch.set_num_threads(max(1, min(share, len(os.sched_getaffinity(0)))))
+    device = launch.local_rank
     if on_gpu():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        # srun --gpus-per-task=1 shows each rank one GPU, number 0.
+        device %= torch.cuda.device_count()
+        torch.cuda.set_device(device)
+    os.environ.update(launch.variables(device))  # DeepSpeed reads them
     try:
         _timeout = timedelta(seconds=timeout_s) + SPARE
-        _join(store)
-    except dist.DistNetworkError as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        _join(launch)
+    except dist.DistError as error:
         raise UserError(
-            f"the ranks cannot meet at {address}: {error}. If another job on this machine has the "
-            "port, give the launcher another: --master_port (deepspeed, torchrun)."
+            f"the ranks cannot meet at {launch.address}:{launch.port}: {error}. If another job on "
+            "that machine has the port, give another: --master_port (deepspeed, torchrun), "
+            "MASTER_PORT (srun, mpirun). If that is not rank 0's machine as the others know it, "
+            "set MASTER_ADDR."
         ) from error
     _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    return launch
 
 
-def _join(store: Any) -> None:
+def _join(launch: Launch) -> None:
+    store = None
+    if launch.world_size == 1:
+        # A group of one needs no port, so two runs on a machine cannot collide.
+        store = dist.HashStore()  # type: ignore[attr-defined]
+    elif launch.launcher == "torchrun":
+        store = _store_of_this_attempt(launch, _timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu() else "gloo",
         timeout=_timeout,
         store=store,
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
+        rank=launch.rank,
+        world_size=launch.world_size,
     )
 
 
-def _refuse_unknown_launchers() -> None:
-    """Without RANK, tasks of mpirun or srun would each be a run of one, in one output folder."""
-    for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if int(os.environ.get(name, "1")) > 1:
-            raise UserError(
-                f"{name} says {os.environ[name]} tasks, but RANK and WORLD_SIZE are not set: "
-                "start with deepspeed or torchrun; mpirun and srun alone are not read yet."
-            )
+def _store_of_this_attempt(launch: Launch, patience: timedelta) -> Any:
+    """A part of torchrun's store that nobody wrote to before.
+
+    When torchrun starts all ranks again, torch 2.13 gives them the store of the dead ones, with the
+    addresses of those in it. Its count of restarts is each node's own. So rank 0 names a part of
+    the store, and the others believe a name only once rank 0 has answered to their own: that of
+    an earlier attempt is answered by nobody.
+    """
+    whole, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=patience))
+    name = uuid4().hex
+    if launch.rank == 0:
+        part = dist.PrefixStore(name, whole)  # type: ignore[attr-defined]
+        whole.set("attempt", name)
+        for other in range(1, launch.world_size):
+            part.set(part.get(f"rank {other}").decode(), "welcome")
+        return part
+    until = time.monotonic() + patience.total_seconds()
+    while time.monotonic() < until:
+        named = whole.get("attempt").decode()
+        part = dist.PrefixStore(named, whole)  # type: ignore[attr-defined]
+        part.set(f"rank {launch.rank}", name)
+        if part.check([name]):
+            return part
+        time.sleep(0.05)
+    raise dist.DistStoreError("rank 0 does not answer")
 
 
 def ranks_on_this_machine() -> int:
-    """torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; else all of them."""
-    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE")
-    return int(next(os.environ[name] for name in names if name in os.environ))
+    """How many ranks this machine has. Not a collective."""
+    return this_launch().local_size
+
+
+def num_nodes() -> int:
+    """How many machines the ranks are on."""
+    return sum(gather_objects(is_first_on_its_node()))
 
 
 def on_gpu() -> bool:
@@ -155,6 +192,16 @@ def _reduce(t: Tensor, op: Any) -> Tensor:
     return out
 
 
+def largest(value: int) -> int:
+    """The largest of every rank's ``value``. Does not wait for what a GPU has yet to do."""
+    _enter("largest")
+    if world_size() == 1:
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_patient)
+    return int(box)
+
+
 def broadcast(t: Tensor) -> Tensor:
     """Rank 0's ``t`` on every rank, in place."""
     _enter("broadcast")
@@ -185,7 +232,7 @@ def gather_objects(value: Any, *, after: str = "") -> list[Any]:
 
 def is_first_on_its_node() -> bool:
     """Does this rank do what one rank of every node does? Not a collective."""
-    return os.environ["LOCAL_RANK"] == "0"
+    return this_launch().local_rank == 0
 
 
 def barrier() -> None:
@@ -193,46 +240,6 @@ def barrier() -> None:
     _enter("barrier")
     if world_size() > 1:
         dist.barrier(group=_patient)
-
-
-@contextmanager
-def together(phase: str) -> Iterator[None]:
-    """If any rank fails inside, all ranks raise, so that none waits for one that is gone.
-
-    Only for phases without collectives of their own: a rank that fails between two of them would
-    leave the others waiting inside. Foreign exceptions pass through on the rank that has them, with
-    their traceback.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    # No space, no permission, a file gone or damaged: the message says it all.
-    except (OSError, SafetensorError) as error:
-        failure = UserError(f"{phase}: {error}")
-    except Exception as error:
-        failure = error
-    said = gather_objects(str(failure) if failure else None, after=phase)
-    if isinstance(failure, UserError):
-        failure.shared = True
-    if failure:
-        raise failure
-    first = next((r for r, text in enumerate(said) if text is not None), None)
-    if first is not None:
-        raise UserError(f"rank {first} failed while {phase}: {cast(str, said[first])}", shared=True)
-
-
-@contextmanager
-def first_on_its_node() -> Iterator[None]:
-    """One rank of every node runs the body first, so that the node's others find what it cached:
-    nodes may share no disk. No collectives inside."""
-    is_first = is_first_on_its_node()
-    if not is_first:
-        barrier()
-    try:
-        yield
-    finally:
-        if is_first:
-            barrier()
 
 
 # --- what watch.py asks for; not collectives ------------------------------------------------------

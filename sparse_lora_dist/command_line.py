@@ -6,7 +6,6 @@ jsonargparse parses each value by its field's type and writes the help. Going th
 one by one is ours, because a parser stops at its first error.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
@@ -20,6 +19,7 @@ from sparse_lora_dist.config import SECTIONS, Config
 from sparse_lora_dist.engine_config import check_engine_file, conflicts
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.given import read_flags, read_yaml, split_argv, typed_values
+from sparse_lora_dist.launch import this_launch
 from sparse_lora_dist.locations import missing_locations, missing_source
 from sparse_lora_dist.options import TRAIN, Option, Program, build_parser, known_options
 from sparse_lora_dist.spelling import did_you_mean
@@ -62,7 +62,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
 
 def leave_saying(text: str) -> NoReturn:
     """Ends the program with status 0; rank 0 prints ``text`` first."""
-    if os.environ.get("RANK", "0") == "0":
+    if this_launch().rank == 0:
         print(text.rstrip())
     raise SystemExit(0)
 

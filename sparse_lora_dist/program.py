@@ -11,9 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config import RunConfig
-from sparse_lora_dist.errors import PeerError, UserError
+from sparse_lora_dist.errors import PeerError, Stopped, UserError
+from sparse_lora_dist.launch import this_launch
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+STOPPED = 75
+"""BSD's EX_TEMPFAIL: ended early on purpose and saved; the same command with --resume auto goes
+on."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -42,6 +46,7 @@ def run_program(
     mistake, 1 and a traceback on ours."""
     debug = False
     try:
+        this_launch()  # first, so that what follows may ask it without another error
         config = read(argv)
         debug = config.run.debug
         if not debug:
@@ -54,6 +59,8 @@ def run_program(
             traceback.print_exc()
         speak(f"error: {error}", for_all=error.shared)
         leave(USER_ERROR)
+    except Stopped:
+        leave(STOPPED)
     except SystemExit:  # --help and --print_config end so
         raise
     except KeyboardInterrupt:
@@ -61,11 +68,11 @@ def run_program(
     except PeerError as error:
         if debug:
             traceback.print_exc()
-        speak(f"\nrank {os.environ.get('RANK')} ends: {error}")
+        speak(f"\nrank {this_launch().rank} ends: {error}")
         leave(FAILURE)
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:
-            speak(f"rank {os.environ.get('RANK')} ends: another rank is gone; its message says why")
+            speak(f"rank {this_launch().rank} ends: another rank is gone; its message says why")
         else:
             traceback.print_exc()
         leave(FAILURE)
@@ -73,7 +80,7 @@ def run_program(
 
 def speak(message: str, *, for_all: bool = False) -> None:
     """On stderr: once a machine what all ranks found together, else from the rank that found it."""
-    if not for_all or os.environ.get("LOCAL_RANK", "0") == "0":
+    if not for_all or this_launch().local_rank == 0:
         print(message, file=sys.stderr)
     else:
         time.sleep(1)  # launchers end all ranks when one leaves, and the one that speaks with it
@@ -92,7 +99,7 @@ def quiet_others() -> None:
     warnings.filterwarnings("default", module="sparse_lora_dist")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # one bar a machine says how a download goes
+    if this_launch().local_rank != 0:  # one bar a machine says how a download goes
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in FOREIGN_LOGGERS:

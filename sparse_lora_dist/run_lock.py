@@ -16,6 +16,7 @@ from pathlib import Path
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.processes import Process, is_gone, this_process
 
 NAME = "run.lock"
@@ -55,7 +56,7 @@ def held(folder: Path) -> Iterator[None]:
     """
     made = not folder.exists()
     try:
-        with comm.together(f"locking {folder}"):
+        with together(f"locking {folder}"):
             if comm.rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 _take(folder / NAME)

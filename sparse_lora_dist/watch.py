@@ -16,9 +16,10 @@ from itertools import count
 from pathlib import Path
 
 from sparse_lora_dist import comm, run_lock
-from sparse_lora_dist.errors import PeerError, UserError
+from sparse_lora_dist.errors import PeerError, Stopped, UserError
 from sparse_lora_dist.heartbeats import Board, Heartbeat, Heartbeats, in_time
 from sparse_lora_dist.laggards import Verdict, find_behind, find_lost, find_store_lost
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.processes import kill, this_process
 from sparse_lora_dist.program import FAILURE, USER_ERROR, leave, speak
 
@@ -60,7 +61,7 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
     """
     mark("starting", step=0, may_be_long=True)
     board = Board(run, patience_s=min(LONGEST_S, timeout_s / 4))
-    with comm.together(f"opening {board.folder}"):
+    with together(f"opening {board.folder}"):
         if comm.rank() == 0:
             shutil.rmtree(board.folder, ignore_errors=True)  # of an earlier attempt
             board.folder.mkdir()
@@ -69,7 +70,7 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
     try:
         comm.barrier()  # the store answers for all ranks only once all have posted
         yield
-    except UserError:
+    except (Stopped, UserError):
         raise
     except Exception as error:
         crashed = True

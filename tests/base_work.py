@@ -1,7 +1,6 @@
 """What workers run for ``test_base_model.py``: loading, with everything counted that comes in."""
 
 import io
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -285,7 +284,7 @@ def opening_error_of(folders: list[str]) -> tuple[str, str, int]:
 
 def opening_error_of_nodes(folders: list[str]) -> tuple[str, str, int]:
     """The same where each rank is a node of its own."""
-    with patch.dict(os.environ, LOCAL_RANK="0"):
+    with patch.object(comm, "is_first_on_its_node", lambda: True):
         return opening_error_of(folders)
 
 

@@ -90,7 +90,10 @@ def load_on_nodes(folder: str, caches: list[str]) -> dict[str, Any]:
         usual(self, *args, **kwargs)
         begun.append(self.out is not None)
 
-    with patch.dict(os.environ, LOCAL_RANK="0"), patch.object(CacheFolder, "begin", watched):
+    with (
+        patch.object(comm, "is_first_on_its_node", lambda: True),
+        patch.object(CacheFolder, "begin", watched),
+    ):
         return load(folder, caches[comm.rank()]) | {"begun": any(begun)}
 
 

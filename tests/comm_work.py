@@ -1,11 +1,11 @@
 """What workers run for ``test_comm.py``."""
 
-import os
 import time
 from pathlib import Path
 from unittest.mock import patch
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.phases import first_on_its_node
 
 
 def found_on_its_node(folder: Path, ranks_a_node: int) -> list[str]:
@@ -13,7 +13,10 @@ def found_on_its_node(folder: Path, ranks_a_node: int) -> list[str]:
     disk."""
     node, local = divmod(comm.rank(), ranks_a_node)
     disk = folder / f"node {node}"
-    with patch.dict(os.environ, LOCAL_RANK=str(local)), comm.first_on_its_node():
+    with (
+        patch.object(comm, "is_first_on_its_node", lambda: local == 0),
+        first_on_its_node(),
+    ):
         disk.mkdir(exist_ok=True)
         if local == 0:
             time.sleep(0.2)  # the others would come first if nobody held them back

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.errors import UserError
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun
 
@@ -256,12 +254,3 @@ def test_a_resume_of_another_run_is_refused_before_a_weight_is_read(
     for option, word in (("--rank", "trained tensors differ"), ("--seed", "seed was 0, now 8")):
         (said,) = ranks(1, "tests.run_work:refusal_unread", flags=[*flags, option, "8"])
         assert word in said
-
-
-def test_tasks_of_a_launcher_that_is_not_read_are_not_taken_for_one(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="OMPI_COMM_WORLD_SIZE says 4 tasks"):
-        comm.start()

@@ -9,6 +9,7 @@ from sparse_lora_dist import command_line, locations
 from sparse_lora_dist.command_line import load_config
 from sparse_lora_dist.config import AdapterConfig, Config, TrainConfig
 from sparse_lora_dist.errors import ConfigError
+from sparse_lora_dist.launch import Launch
 from sparse_lora_dist.methods import METHODS, MethodFactory
 from sparse_lora_dist.methods.base import Method
 
@@ -20,8 +21,9 @@ FLAGS = """
     modules_to_save init_adapter max_steps num_epochs stop_after micro_batch_size
     gradient_accumulation_steps learning_rate lr_schedule warmup_steps weight_decay adam_beta1
     adam_beta2 adam_eps moment_bits max_grad_norm seed
-    ds_config output_dir resume verify log_every eval_every eval_batches save_every keep_last
-    keep_best trackers debug
+    ds_config output_dir resume reset verify log_every eval_every eval_batches save_every
+    async_save keep_last keep_best collective_timeout max_bad_steps time_limit signal_lead
+    trackers debug
 """.split()
 
 
@@ -34,7 +36,6 @@ def run_folder(tmp_path, monkeypatch):
         (tmp_path / "assets" / path).mkdir(parents=True)
     monkeypatch.setattr(locations, "ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("RANK", raising=False)
     return tmp_path
 
 
@@ -121,7 +122,8 @@ def test_help_lists_every_flag_and_method(capsys):
 
 
 def test_help_is_printed_by_one_rank_only(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    second = Launch(launcher="environment", rank=1, world_size=2)
+    monkeypatch.setattr("sparse_lora_dist.command_line.this_launch", lambda: second)
     with pytest.raises(SystemExit):
         load_config(["--help"])
     assert capsys.readouterr().out == ""

@@ -70,7 +70,7 @@ def test_a_rank_that_is_stopped_ends_the_job(
 ) -> None:
     run, screen = tmp_path / "run", tmp_path / "screen"
     command = deepspeed(2) if launcher == "deepspeed" else [*TORCHRUN, "launcher/train.py"]
-    flags = tiny.flags(run, max_steps=ENDLESS, log_every=ENDLESS, collective_timeout=5)
+    flags = tiny.flags(run, max_steps=ENDLESS, log_every=ENDLESS, collective_timeout="5s")
     environment = {name: os.environ[name] for name in KEPT if name in os.environ}
     with screen.open("w") as file:
         job = subprocess.Popen(
@@ -95,7 +95,7 @@ def test_a_rank_that_is_stopped_ends_the_job(
 
 
 def test_a_rank_that_hangs_is_named_and_shows_where(tiny: TinyRun, tmp_path: Path) -> None:
-    flags = tiny.flags(tmp_path / "run", max_steps=9, collective_timeout=5)
+    flags = tiny.flags(tmp_path / "run", max_steps=9, collective_timeout="5s")
     how = {"rank": 1, "where": "batches", "how": "stand_here_for_good", "step": 3}
     with pool_of_two(flags=flags, stderr=tmp_path, **how) as pool:
         assert exit_codes(pool, 0, 1) == [1, 1]
@@ -123,7 +123,7 @@ def test_a_rank_that_is_killed_is_named_at_once(tiny: TinyRun, tmp_path: Path) -
 def test_who_stops_where_others_may_wait_for_long_is_named_too(
     tiny: TinyRun, tmp_path: Path
 ) -> None:
-    flags = tiny.flags(tmp_path / "run", collective_timeout=5)
+    flags = tiny.flags(tmp_path / "run", collective_timeout="5s")
     how = {"rank": 0, "where": "data", "how": "stop_like_sigstop"}
     with pool_of_two(flags=flags, stderr=tmp_path, **how) as pool:
         assert exit_codes(pool, 0, 1) == [-signal.SIGKILL, 1]
@@ -134,7 +134,7 @@ def test_who_stops_where_others_may_wait_for_long_is_named_too(
 
 def test_long_work_and_a_job_that_is_suspended_go_on(tiny: TinyRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    flags = tiny.flags(run, max_steps=ENDLESS, stop_after=60, collective_timeout=5)
+    flags = tiny.flags(run, max_steps=ENDLESS, stop_after=60, collective_timeout="5s")
     how = {"rank": 0, "where": "data", "how": "work_for_long"}
     with pool_of_two(flags=flags, stderr=tmp_path, **how) as pool:
         wait_for_step(run, 2, lambda: all(worker.is_alive() for worker in pool.workers))
