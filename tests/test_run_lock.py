@@ -12,13 +12,12 @@ import pytest
 from sparse_lora_dist import run_lock
 from tests.conftest import Ranks
 from tests.ranks import CONTEXT
-from tests.test_watch import ENDLESS, exit_codes, pool_of_two, wait_for_step
+from tests.test_watch import ENDLESS, NOWHERE, exit_codes, pool_of_two, wait_for_step
 from tests.tiny_run import TinyRun
 from tests.watch_work import take_over
 
 pytestmark = pytest.mark.dist
 TRAIN, REFUSAL, HOLD = "tests.run_work:train", "tests.run_work:refusal", "tests.watch_work:hold"
-NOWHERE = {"rank": 9, "where": "data", "how": "work_for_long"}
 
 
 def everything_in(run: Path) -> list[str]:

@@ -24,6 +24,8 @@ from tests.tiny_run import TinyRun
 pytestmark = pytest.mark.dist
 IDLING = "tests.watch_work:train_idling"
 ENDLESS = 100_000
+NOWHERE = {"rank": 9, "where": "data", "how": "work_for_long"}
+"""No rank idles."""
 
 
 def heartbeat(run: Path, rank: int) -> dict[str, Any]:
@@ -60,15 +62,11 @@ def exit_codes(pool: RankPool, *ranks: int) -> list[int | None]:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "sick", "sign"),
-    [
-        ("deepspeed", 0, signal.SIGSTOP),  # its process holds the store
-        ("torchrun", 1, signal.SIGSTOP),
-        ("torchrun", 0, signal.SIGKILL),
-    ],
+    ("launcher", "sick"),
+    [("deepspeed", 0), ("torchrun", 1)],  # with deepspeed rank 0 holds the store
 )
-def test_a_rank_that_is_stopped_or_killed_ends_the_job(
-    tiny: TinyRun, tmp_path: Path, launcher: str, sick: int, sign: signal.Signals
+def test_a_rank_that_is_stopped_ends_the_job(
+    tiny: TinyRun, tmp_path: Path, launcher: str, sick: int
 ) -> None:
     run, screen = tmp_path / "run", tmp_path / "screen"
     command = deepspeed(2) if launcher == "deepspeed" else [*TORCHRUN, "launcher/train.py"]
@@ -84,16 +82,15 @@ def test_a_rank_that_is_stopped_or_killed_ends_the_job(
         )
         wait_for_step(run, 2, lambda: job.poll() is None)
         pids = [heartbeat(run, rank)["process"]["pid"] for rank in (0, 1)]
-        os.kill(pids[sick], sign)
+        os.kill(pids[sick], signal.SIGSTOP)
         assert job.wait(timeout=120) != 0
     said = screen.read_text()
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert 'sparse_lora_dist/train.py", line' not in said  # no traceback of ours
-    if sign == signal.SIGSTOP:
-        assert f"rank {1 - sick} ends: no rank got on for 5 s (--collective_timeout)" in said
-        sick_one = f"rank {sick} (host {os.uname().nodename}, process {pids[sick]})"
-        assert f"{sick_one} has not answered for " in said
-    # What it did last stays to be read, after a kill too.
+    assert f"rank {1 - sick} ends: no rank got on for 5 s (--collective_timeout)" in said
+    sick_one = f"rank {sick} (host {os.uname().nodename}, process {pids[sick]})"
+    assert f"{sick_one} has not answered for " in said
+    # What it did last stays to be read.
     assert heartbeat(run, sick)["step"] >= 2 and not heartbeat(run, sick)["ended"]
 
 
@@ -109,6 +106,18 @@ def test_a_rank_that_hangs_is_named_and_shows_where(tiny: TinyRun, tmp_path: Pat
         assert "at step 3, reading its batches" in named[0]
         assert named[2].startswith("rank 0 (host ") and "sum_over_ranks" in named[2]
     assert "stand_here_for_good" in own and "stand_here_for_good" not in said
+
+
+def test_a_rank_that_is_killed_is_named_at_once(tiny: TinyRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    flags = tiny.flags(run, max_steps=ENDLESS, log_every=ENDLESS)
+    with pool_of_two(flags=flags, stderr=tmp_path, **NOWHERE) as pool:
+        wait_for_step(run, 2, lambda: all(worker.is_alive() for worker in pool.workers))
+        os.kill(pool.workers[1].pid or 0, signal.SIGKILL)
+        assert exit_codes(pool, 0) == [1]
+    said = (tmp_path / "stderr_0").read_text()
+    assert f"process {pool.workers[1].pid}) is gone, last seen at step " in said
+    assert heartbeat(run, 0)["ended"] and not heartbeat(run, 1)["ended"]
 
 
 def test_who_stops_where_others_may_wait_for_long_is_named_too(

@@ -14,9 +14,10 @@ import torch.distributed as dist
 
 from sparse_lora_dist import comm, run_lock
 from sparse_lora_dist import train as program
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import PeerError, UserError
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.job import Job
+from sparse_lora_dist.program import FAILURE, leave, speak
 from tests.run_work import refusal, train
 
 
@@ -66,7 +67,11 @@ def train_idling(
     batches = idle_first(Feed.batches, lambda _, done: where == "batches" and done == rows)
     data = idle_first(program.open_feed, lambda *_: where == "data")
     with patch.object(Feed, "batches", batches), patch.object(program, "open_feed", data):
-        return train(flags, environment)
+        try:
+            return train(flags, environment)
+        except PeerError as error:  # as run_program does
+            speak(str(error))
+            leave(FAILURE)
 
 
 def timeouts_of_groups(flags: list[str]) -> list[float]:
