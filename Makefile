@@ -12,7 +12,7 @@ RUN := PATH="$(BIN):$$PATH"
 TRAIN := launcher/train.py --ds_config ds_configs/zero3.json --resume auto --max_steps 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint bench
+.PHONY: help setup train test chaos lint bench
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' Makefile | expand -t 16
@@ -26,6 +26,9 @@ train: $(STAMP)  ## fine-tune the embedded model on all GPUs, or on 2 CPU ranks 
 
 test: $(STAMP)  ## all tests (ARGS="-k config ...")
 	@$(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+chaos: $(STAMP)  ## kill a run at 100 drawn moments, compare each end with the undisturbed one's
+	@$(RUN) python -m tests.chaos $(ARGS)
 
 lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff check --quiet .

@@ -76,6 +76,7 @@ def build(
     tokens: int,
     rows: int = 1,
     bits: Any = 32,
+    rank: int = 16,
     ds_config: Any = ZERO3,
     **base: Any,
 ) -> Run:
@@ -84,7 +85,7 @@ def build(
     config = Config(
         model=ModelConfig(model=folder, **base),
         data=DataConfig(sequence_length=tokens),
-        adapter=AdapterConfig(method=name),
+        adapter=AdapterConfig(method=name, rank=rank),
         train=TrainConfig(
             max_steps=steps, micro_batch_size=rows, learning_rate=RATE, moment_bits=bits
         ),

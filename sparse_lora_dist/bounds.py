@@ -39,3 +39,35 @@ def bad_regex(name: str, pattern: str) -> list[str]:
     except re.error as error:
         return [f"{name} is neither names nor a regular expression: {pattern!r} ({error})"]
     return []
+
+
+DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
+CLOCK = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds_in(text: str) -> float:
+    """Of "90s", "30m", "1.5h", or Slurm's "5:30", "2:00:00", "1-12:00:00".
+
+    Raises:
+        ValueError: it is no duration.
+    """
+    if found := DURATION.fullmatch(text.strip()):
+        return float(found[1]) * SECONDS[found[2]]
+    if found := CLOCK.fullmatch(text.strip()):
+        days, hours, minutes, seconds = (int(n or 0) for n in found.groups())
+        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
+    raise ValueError(f"{text!r} is no duration like 90s, 30m, 2h or 1-12:00:00")
+
+
+def bad_durations(part: object, *names: str, least_s: float = 1.0) -> list[str]:
+    """A line for each named duration of ``part`` that is none, or too short; None passes."""
+    problems = []
+    for name in names:
+        text = getattr(part, name)
+        try:
+            if text is not None and seconds_in(text) < least_s:
+                problems.append(f"{name} must be at least {least_s:g}s, got {text}")
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    return problems

@@ -7,15 +7,12 @@ same order. On one rank they degenerate to copies; no caller branches on the num
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any
 from uuid import uuid4
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
@@ -31,14 +28,24 @@ _patient: Any = None
 """A gloo group for waits that may be long: one rank downloads or tokenises, the others have nothing
 to do. A peer that dies still ends the wait at once, since its connection closes."""
 
+last_collective = "none"
+"""The last one of this module that this rank entered. DeepSpeed's have a number only."""
 
-def start(timeout_minutes: float = 10.0) -> Launch:
+SPARE = timedelta(seconds=60)
+"""The groups' own timeout comes so much later than ``watch.py``'s: NCCL's ends the process without
+a word of who lags. It is for ranks whose threads do not run either."""
+
+_timeout = timedelta(minutes=10) + SPARE
+"""Of every group but the patient one."""
+
+
+def start(timeout_s: float = 600.0) -> Launch:
     """Join the process group the launcher described, or a group of one without a launcher.
 
     Raises:
         UserError: the environment contradicts itself, or the ranks cannot meet.
     """
-    global _patient
+    global _patient, _timeout
     launch = this_launch()
     if dist.is_initialized():
         return launch
@@ -56,7 +63,8 @@ def start(timeout_minutes: float = 10.0) -> Launch:
         torch.cuda.set_device(device)
     os.environ.update(launch.variables(device))  # DeepSpeed reads them
     try:
-        _join(launch, timeout_minutes)
+        _timeout = timedelta(seconds=timeout_s) + SPARE
+        _join(launch)
     except dist.DistError as error:
         raise UserError(
             f"the ranks cannot meet at {launch.address}:{launch.port}: {error}. If another job on "
@@ -68,16 +76,16 @@ def start(timeout_minutes: float = 10.0) -> Launch:
     return launch
 
 
-def _join(launch: Launch, timeout_minutes: float) -> None:
+def _join(launch: Launch) -> None:
     store = None
     if launch.world_size == 1:
         # A group of one needs no port, so two runs on a machine cannot collide.
         store = dist.HashStore()  # type: ignore[attr-defined]
     elif launch.launcher == "torchrun":
-        store = _store_of_this_attempt(launch, timedelta(minutes=timeout_minutes))
+        store = _store_of_this_attempt(launch, _timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu() else "gloo",
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=_timeout,
         store=store,
         rank=launch.rank,
         world_size=launch.world_size,
@@ -143,12 +151,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def _enter(collective: str) -> None:
+    global last_collective
+    last_collective = collective
+
+
 def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
     """Every rank's equal-length 1-D shard in rank order, without the tail padding: ``numel``
     elements.
 
     Each rank receives ``world_size * len(shard)`` elements.
     """
+    _enter("all_gather_flat")
     out = shard.new_empty(shard.numel() * world_size())
     if world_size() == 1:
         out.copy_(shard)
@@ -160,11 +174,13 @@ def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
 
 def sum_over_ranks(t: Tensor) -> Tensor:
     """The elementwise sum of every rank's ``t``, as a new tensor. A ring moves 2x the tensor."""
+    _enter("sum_over_ranks")
     return _reduce(t, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(t: Tensor) -> Tensor:
     """The elementwise maximum of every rank's ``t``, as a new tensor."""
+    _enter("max_over_ranks")
     return _reduce(t, dist.ReduceOp.MAX)
 
 
@@ -176,8 +192,19 @@ def _reduce(t: Tensor, op: Any) -> Tensor:
     return out
 
 
+def largest(value: int) -> int:
+    """The largest of every rank's ``value``. Does not wait for what a GPU has yet to do."""
+    _enter("largest")
+    if world_size() == 1:
+        return value
+    box = torch.tensor(value)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX, group=_patient)
+    return int(box)
+
+
 def broadcast(t: Tensor) -> Tensor:
     """Rank 0's ``t`` on every rank, in place."""
+    _enter("broadcast")
     if world_size() > 1:
         dist.broadcast(t, src=0)
         traffic_bytes["broadcast"] += t.nbytes if rank() else 0
@@ -186,14 +213,16 @@ def broadcast(t: Tensor) -> Tensor:
 
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value on every rank, pickled between our own processes. For small things."""
+    _enter("broadcast_object")
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box, src=0, group=_patient)
     return box[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
+def gather_objects(value: Any, *, after: str = "") -> list[Any]:
     """Every rank's value, in rank order, on every rank. For small things."""
+    _enter(f"gather_objects after {after}" if after else "gather_objects")
     if world_size() == 1:
         return [value]
     box: list[Any] = [None] * world_size()
@@ -208,45 +237,55 @@ def is_first_on_its_node() -> bool:
 
 def barrier() -> None:
     """Nobody goes on before everybody is here."""
+    _enter("barrier")
     if world_size() > 1:
         dist.barrier(group=_patient)
 
 
-@contextmanager
-def together(phase: str) -> Iterator[None]:
-    """If any rank fails inside, all ranks raise, so that none waits for one that is gone.
-
-    Only for phases without collectives of their own: a rank that fails between two of them would
-    leave the others waiting inside. Foreign exceptions pass through on the rank that has them, with
-    their traceback.
-    """
-    failure: Exception | None = None
-    try:
-        yield
-    # No space, no permission, a file gone or damaged: the message says it all.
-    except (OSError, SafetensorError) as error:
-        failure = UserError(f"{phase}: {error}")
-    except Exception as error:
-        failure = error
-    said = gather_objects(str(failure) if failure else None)
-    if isinstance(failure, UserError):
-        failure.shared = True
-    if failure:
-        raise failure
-    first = next((r for r, text in enumerate(said) if text is not None), None)
-    if first is not None:
-        raise UserError(f"rank {first} failed while {phase}: {cast(str, said[first])}", shared=True)
+# --- what watch.py asks for; not collectives ------------------------------------------------------
 
 
-@contextmanager
-def first_on_its_node() -> Iterator[None]:
-    """One rank of every node runs the body first, so that the node's others find what it cached:
-    nodes may share no disk. No collectives inside."""
-    is_first = is_first_on_its_node()
-    if not is_first:
-        barrier()
-    try:
-        yield
-    finally:
-        if is_first:
-            barrier()
+def num_collectives() -> int:
+    """How many this rank has entered, DeepSpeed's among them: the same on ranks that keep step."""
+    backends: set[Any] = {
+        group._get_backend(device)
+        for group in list(dist.distributed_c10d._world.pg_map)
+        for device in group._device_types
+    }
+    return sum(backend._get_sequence_number_for_group() for backend in backends)
+
+
+def bound_all_groups() -> None:
+    """Have the groups that DeepSpeed made give up when ours does: they came with torch's default,
+    10 minutes for NCCL and 30 for gloo."""
+    for group in dist.distributed_c10d._world.pg_map:
+        if group is not _patient:
+            dist.distributed_c10d._set_pg_timeout(_timeout, group)
+
+
+class Store:
+    """What the ranks met at, through a connection of its own: the main thread may be waiting on
+    the other."""
+
+    def __init__(self, answers_within_s: float) -> None:
+        shared: Any = dist.distributed_c10d._get_default_store()
+        self._store = shared.clone()
+        self._store.set_timeout(timedelta(seconds=answers_within_s))
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def get(self, keys: list[str]) -> list[str]:
+        """All of them are there, or it is an error."""
+        return [value.decode() for value in self._store.multi_get(keys)]
+
+
+def store_is_in_rank_0() -> bool:
+    """Does a stopped rank 0 stop the store? torchrun keeps it in a process of its own."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
+def is_about_a_peer(error: BaseException) -> bool:
+    """Did a collective fail because another rank is gone, or did not come?"""
+    said = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)

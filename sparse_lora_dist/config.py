@@ -7,10 +7,11 @@ A class checks its own numbers when it is made and raises one ``ConfigError`` wi
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from sparse_lora_dist.bounds import above, at_least, bad_regex, raise_if
+from sparse_lora_dist.bounds import above, at_least, bad_durations, bad_regex, raise_if
 from sparse_lora_dist.methods.base import NoOptions
 
 TRACKERS = ("tensorboard", "wandb")
+RESETS = ("optimizer", "schedule", "data")
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
 
@@ -176,6 +177,8 @@ class RunConfig:
     """Folder for checkpoints, metrics and the adapter; made when it is not there."""
     resume: str = "never"
     """auto (from the newest whole checkpoint in output_dir, if any), never, or its folder."""
+    reset: tuple[str, ...] = ()
+    """With --resume FOLDER: what begins anew, of optimizer, schedule (and optimizer), data."""
     verify: str | None = None
     """A run's folder: check all of its checkpoints, and train nothing."""
     log_every: int = 1
@@ -186,18 +189,40 @@ class RunConfig:
     """Global batches per held-out loss, at most."""
     save_every: int = 100
     """Steps between two checkpoints; 0 is at the end only."""
+    async_save: bool = True
+    """Write checkpoints while training goes on; takes host memory for a copy of what is saved."""
     keep_last: int | None = None
     """Checkpoints that stay, the newest of them; null keeps all."""
     keep_best: bool = True
     """With keep_last: the one of the smallest held-out loss stays too."""
+    collective_timeout: str = "10m"
+    """How long all ranks may stand still; then the job ends and names who lags. At least 5s."""
+    max_bad_steps: int = 10
+    """Steps in a row without a finite loss and gradient, all left out, that end the run."""
+    time_limit: str | None = None
+    """Save and leave with status 75 before the program is so old: 90m, 2h, 1-12:00:00."""
+    signal_lead: str | None = None
+    """How long before its kill a scheduler signals, like 300s: the run warns if that is short."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, both, or []."""
     debug: bool = False
     """Show tracebacks, and what other libraries print."""
 
     def __post_init__(self) -> None:
-        problems = at_least(self, 1, "log_every", "eval_batches", "keep_last")
+        problems = at_least(self, 1, "log_every", "eval_batches", "keep_last", "max_bad_steps")
         problems += at_least(self, 0, "eval_every", "save_every")
+        problems += bad_durations(self, "time_limit", "signal_lead")
+        problems += bad_durations(self, "collective_timeout", least_s=5)
+        problems += [
+            f"reset knows {', '.join(RESETS)}, got {name!r}"
+            for name in self.reset
+            if name not in RESETS
+        ]
+        if self.reset and self.resume in ("auto", "never"):
+            problems.append(
+                f"reset needs --resume with the folder of a checkpoint, got {self.resume}: with "
+                "auto, a run that was interrupted would begin anew each time"
+            )
         problems += [
             f"trackers knows {' and '.join(TRACKERS)} ([] for none), got {name!r}"
             for name in self.trackers

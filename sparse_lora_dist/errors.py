@@ -1,4 +1,5 @@
-"""What goes wrong through no fault of ours, said so that the user can mend it."""
+"""What ends a run that is no fault of ours: a user's mistake, said so that it can be mended, and a
+wish to stop."""
 
 
 class UserError(Exception):
@@ -25,3 +26,14 @@ class ConfigError(UserError):
             f"the configuration has {count}:\n" + "\n".join(f"  - {p}" for p in problems),
             shared=True,
         )
+
+
+class Stopped(Exception):
+    """The run is to be saved and left. All ranks raise it together; its text says why."""
+
+
+class PeerError(Exception):
+    """This rank ends because another is gone or stuck; the message says which, where that is known.
+
+    Not the user's mistake, and not a failure of the rank that raises it.
+    """

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sparse_lora_dist import comm, zero3
 from sparse_lora_dist.adapter import AdapterLinear
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.zero3 import Values
 
 PREFIX = "base_model.model."
@@ -42,7 +43,7 @@ def save_peft(
     for name, module in saved_modules.items():
         with zero3.gathered(module.parameters()):
             tensors |= {f"{PREFIX}{name}.{k}": _copy(p) for k, p in module.named_parameters()}
-    with comm.together(f"writing {folder}"):
+    with together(f"writing {folder}"):
         if comm.rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})

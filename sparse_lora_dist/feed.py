@@ -15,6 +15,7 @@ from sparse_lora_dist.data import Collate, MicroBatch, Rows, be_quiet, micro_bat
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.locations import eval_source, resolve_default
 from sparse_lora_dist.model import Model
+from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.tasks import TASKS
 
@@ -73,7 +74,7 @@ def open_feed(config: Config, model: Model) -> Feed:
     train = config.train
     if comm.rank() > 0:
         be_quiet()
-    with comm.together("reading the data"), comm.first_on_its_node():
+    with together("reading the data"), first_on_its_node():
         tokenizer = _tokenizer(model.folder, trust_remote_code=config.model.trust_remote_code)
 
         def read(source: str, flag: str, split: str) -> Rows:

@@ -1,22 +1,29 @@
 """What happens around the steps of a run: resume, log, held-out loss, save, export, summary."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
-from sparse_lora_dist import checkpoint, comm, export
+from sparse_lora_dist import checkpoint, comm, export, stopping, watch
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
+from sparse_lora_dist.data import MicroBatch
+from sparse_lora_dist.errors import Stopped
 from sparse_lora_dist.feed import Feed
+from sparse_lora_dist.health import Health
 from sparse_lora_dist.journal import Journal, memory_and_traffic
 from sparse_lora_dist.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.metrics import Metrics, peak_memory_bytes, read_rows
 from sparse_lora_dist.model import Model
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.resume import Resume, describe
 from sparse_lora_dist.screen import megabytes, progress_bar, say
 from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.signal_lead import SignalLead
 from sparse_lora_dist.step import StepResult, held_out_totals
-from sparse_lora_dist.summary import in_words, print_summary
+from sparse_lora_dist.summary import in_words, next_command, print_summary
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.zero3 import Engine
 
@@ -32,24 +39,37 @@ class Job:
         self.folder = Path(config.run.output_dir)
         self.progress = Progress()
         self._seconds, self._tokens = 0.0, 0  # since the last row of metrics
+        self._saver = checkpoint.Saver(self.folder / "checkpoints", beside=config.run.async_save)
+        self._lead = SignalLead(config.run.signal_lead)
+        self._saved_step = 0
+        self._owed: dict[str, Any] | None = None
         self.task = TASKS[config.model.task]
         self.rate = _learning_rate(config, shards.method, feed.total_steps)
 
     def start(self, resume: Resume | None) -> None:
         """Go on from a checkpoint, or take the held-out loss of the base."""
         if resume is not None:
-            self.progress = checkpoint.restore(resume.path, self.shards, resume.manifest)
-        with comm.together("opening the run folder"):
+            self.progress = checkpoint.restore(
+                resume.path, self.shards, resume.manifest, resume.reset
+            )
+            self._saved_step = self.progress.step
+        last_step = None if resume is None else resume.step
+        run = self.config.run
+        with together("opening the run folder"):
             self.metrics = Metrics(
                 self.folder,
-                self.config.run.trackers,
+                run.trackers,
                 self.config.as_flat_dict(),
-                last_step=None if resume is None else resume.step,
+                last_step=last_step,
+                run_ids={} if resume is None or resume.reset else resume.manifest["trackers"],
             )
-            self.journal = Journal(self.folder, resume)
+            self.journal = Journal(self.folder, last_step=last_step)
+            self.health = Health(self.folder, run.max_bad_steps, last_step=last_step)
+        self._bar = progress_bar(self.feed.total_steps, self.progress.step)
         if resume is None and self.feed.held_out is not None:
             self.log(0, {}, held_out=self.held_out())
-        self._bar = progress_bar(self.feed.total_steps, self.progress.step)
+        if resume is not None and resume.step and resume.manifest["owed"] is not None:
+            self._conclude(**resume.manifest["owed"])
 
     def set_learning_rate(self, step: int) -> None:
         """The schedule's value for optimizer step ``step``, where a stage begins too."""
@@ -58,7 +78,15 @@ class Job:
             self.shards.optimizer.reset_moments()
         self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
 
-    def after_step(self, step: int, result: StepResult, *, seconds: float, is_last: bool) -> None:
+    def after_step(
+        self,
+        step: int,
+        batches: Sequence[MicroBatch],
+        result: StepResult,
+        *,
+        seconds: float,
+        is_last: bool,
+    ) -> None:
         """Count the step; log, evaluate and save where one is due."""
         self.progress = Progress(
             step=step,
@@ -66,23 +94,36 @@ class Job:
             tokens=self.progress.tokens + result.tokens,
         )
         self._seconds += seconds
+        self._lead.step_took(seconds)
         self._tokens += result.tokens
         run = self.config.run
+        self._publish(self._saver.poll())
+        self.health.after_step(step, result, batches)
         if result.decision is not None:
             self.journal.decision(step, result.decision, self.shards)
-        stage_ends = step in self.shards.method.stages
-        ends = is_last or stage_ends
-        held_out = self.held_out() if ends or is_due(step, run.eval_every) else {}
-        if ends or held_out or is_due(step, run.log_every):
-            self.log(step, self._row(result), held_out=held_out)
-        if stage_ends:
+        ends = is_last or step in self.shards.method.stages
+        evaluates = ends or is_due(step, run.eval_every)
+        row = self._row(result) if evaluates or is_due(step, run.log_every) else None
+        self._conclude(row, evaluates=evaluates, saves=ends or is_due(step, run.save_every))
+        self._bar.update()
+
+    def _conclude(
+        self, row: Mapping[str, float | int] | None, *, evaluates: bool, saves: bool
+    ) -> None:
+        """What follows the step that was counted. Told to stop meanwhile, a run owes it."""
+        step = self.progress.step
+        self._owed = {"row": row, "evaluates": evaluates, "saves": saves}
+        held_out = self.held_out() if evaluates else {}
+        self._owed = None
+        if row is not None:
+            self.log(step, row, held_out=held_out)
+        if step in self.shards.method.stages:
             ranks = self.shards.ranks_now(step)
             loss = held_out.get("held_out_loss")
             results = {**self.shards.facts, "live_ranks": ranks, "held_out_loss": loss}
             self.journal.stage(step, self.rate, self.metrics.path, results)
-        if ends or is_due(step, run.save_every):
+        if saves:
             self.save(held_out.get("held_out_loss"))
-        self._bar.update()
 
     def _row(self, result: StepResult) -> dict[str, float | int]:
         costs = memory_and_traffic(self.shards)
@@ -121,24 +162,53 @@ class Job:
         return self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
 
     def save(self, held_out_loss: float | None) -> None:
-        """Publish a checkpoint of this step; remove those that need not stay."""
-        published = checkpoint.save(
-            self.folder / "checkpoints",
-            self.shards,
-            self.progress,
-            description=describe(self.config, self.model, self.feed, self.shards.method),
-            total_steps=self.feed.total_steps,
-            config=self.config.as_flat_dict(),
-            held_out_loss=held_out_loss,
-        )
+        """Begin a checkpoint of this step; it is published at a boundary to come."""
+        self._publish(self._saver.finish())
+        about = {
+            "description": describe(self.config, self.model, self.feed, self.shards.method),
+            "total_steps": self.feed.total_steps,
+            "config": self.config.as_flat_dict(),
+            "held_out_loss": held_out_loss,
+            "owed": self._owed,
+            "trackers": self.metrics.run_ids,
+        }
+        self._saved_step = self.progress.step
+        self._publish(self._saver.begin(self.shards, self.progress, about))
+
+    def _publish(self, path: Path | None) -> None:
+        """A checkpoint has got its name: remove those that need not stay."""
+        if path is None:
+            return
+        stopping.save_took(self._saver.took_s)
+        self._lead.save_took(self._saver.took_s)
         run = self.config.run
-        with comm.together("removing checkpoints"):
+        with together("removing checkpoints"):
             if comm.rank() == 0:
-                checkpoint.retain(published, keep_last=run.keep_last, keep_best=run.keep_best)
+                checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
+
+    def publish_what_is_saved(self) -> None:
+        """Before a run ends with an error: it is no fault of the checkpoint's."""
+        with suppress(Exception):  # a rank may be gone; what ended the run is said by another
+            self._bar.close()
+            self._publish(self._saver.finish())
+
+    def stop(self, why: Stopped) -> None:
+        """Publish a checkpoint of the last whole step, and say how to go on."""
+        self._bar.close()
+        if self.progress.step > self._saved_step:
+            self.save(held_out_loss=None)
+        self._publish(self._saver.finish())
+        self.metrics.close()
+        comm.barrier()  # a launcher ends all ranks when the first one leaves
+        done = f"after {self.progress.step} of {self.feed.total_steps} steps, saved"
+        say("stopped", f"by {why} {done if self.progress.step else 'before the first step'}")
+        say("go on", next_command(self.config, self.feed, self.progress))
 
     def finish(self) -> None:
-        """Export the adapter and say what came of it all."""
+        """Publish what is being saved, export the adapter, say what came of it all."""
+        watch.mark("exporting")
         self._bar.close()
+        self._publish(self._saver.finish())
         self.metrics.close()
         size = export.save_peft(
             self.folder / "adapter",

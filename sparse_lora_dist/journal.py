@@ -10,15 +10,14 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.methods.base import Decision
 from sparse_lora_dist.metrics import JsonLines, read_rows
-from sparse_lora_dist.resume import Resume
 from sparse_lora_dist.shards import Shards
 
 
 class Journal:
     """``decisions.jsonl`` and ``stages.jsonl`` of a run folder."""
 
-    def __init__(self, folder: Path, resume: Resume | None) -> None:
-        last_step = None if resume is None else resume.step
+    def __init__(self, folder: Path, *, last_step: int | None) -> None:
+        """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it."""
         self._decisions = JsonLines(folder / "decisions.jsonl", last_step=last_step)
         self._stages = JsonLines(folder / "stages.jsonl", last_step=last_step)
 

@@ -54,8 +54,10 @@ class Metrics:
         config: Mapping[str, object],
         *,
         last_step: int | None,
+        run_ids: Mapping[str, str],
     ) -> None:
-        """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it."""
+        """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it.
+        ``run_ids`` of its trackers go on too."""
         self.writes = comm.rank() == 0
         self._lines = JsonLines(folder / "metrics.jsonl", last_step=last_step)
         self.path = self._lines.path
@@ -67,7 +69,12 @@ class Metrics:
             purge = 0 if last_step is None else last_step + 1
             self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
         if self.writes and "wandb" in trackers:
-            self._wandb = _start_wandb(folder, config)
+            self._wandb = _start_wandb(folder, config, run_ids.get("wandb"))
+
+    @property
+    def run_ids(self) -> dict[str, str]:
+        """By which trackers know this run, for a checkpoint; on rank 0."""
+        return {} if self._wandb is None else {"wandb": self._wandb.id}
 
     def log(self, row: Row) -> None:
         """Append one row; ``step`` is its x axis."""
@@ -98,7 +105,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _start_wandb(folder: Path, config: Mapping[str, object]) -> Any:
+def _start_wandb(folder: Path, config: Mapping[str, object], run_id: str | None) -> Any:
     try:
         import wandb
     except ImportError as error:
@@ -106,5 +113,10 @@ def _start_wandb(folder: Path, config: Mapping[str, object]) -> Any:
             "--trackers wandb needs the package: pip install 'sparse_lora_dist[wandb]'"
         ) from error
     return wandb.init(
-        dir=str(folder), config=dict(config), name=folder.name, settings=wandb.Settings(silent=True)
+        dir=str(folder),
+        config=dict(config),
+        name=folder.name,
+        id=run_id,
+        resume="allow",
+        settings=wandb.Settings(silent=True),
     )

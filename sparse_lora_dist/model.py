@@ -35,6 +35,7 @@ from sparse_lora_dist.head import install
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.base import Site, TensorSpec, zeros
+from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import counted, megabytes, say
 from sparse_lora_dist.targets import find_full, find_sites
 from sparse_lora_dist.tasks import TASKS
@@ -67,16 +68,16 @@ class Model:
         options = config.model
         if options.trust_remote_code:
             say("warning", f"--trust_remote_code: Python code that comes with {options.model} runs")
-        with comm.together("opening the base model"):
-            with comm.first_on_its_node():
+        with together("opening the base model"):
+            with first_on_its_node():
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
             architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
             files = CheckpointFiles(folder)
         check_same_on_all_nodes(options.model, folder, files)
         task = TASKS[options.task]
-        with comm.together("reading the labels"), comm.first_on_its_node():
+        with together("reading the labels"), first_on_its_node():
             task.settle(architecture, config.data)
-        with comm.together("opening the base model"):
+        with together("opening the base model"):
             module = meta_model(
                 architecture,
                 task=options.task,
@@ -135,7 +136,7 @@ class Model:
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
         initial = first_values(self.module, self.head.new, config.train.seed)
-        with comm.together("reading --init_adapter"):
+        with together("reading --init_adapter"):
             if adapter.init_adapter is not None:
                 shapes = self.trained_shapes(method)
                 initial |= export.read_peft(

@@ -11,10 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config import RunConfig
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import PeerError, Stopped, UserError
 from sparse_lora_dist.launch import this_launch
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+STOPPED = 75
+"""BSD's EX_TEMPFAIL: ended early on purpose and saved; the same command with --resume auto goes
+on."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -56,10 +59,17 @@ def run_program(
             traceback.print_exc()
         speak(f"error: {error}", for_all=error.shared)
         leave(USER_ERROR)
+    except Stopped:
+        leave(STOPPED)
     except SystemExit:  # --help and --print_config end so
         raise
     except KeyboardInterrupt:
         leave(INTERRUPTED)
+    except PeerError as error:
+        if debug:
+            traceback.print_exc()
+        speak(f"\nrank {this_launch().rank} ends: {error}")
+        leave(FAILURE)
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:
             speak(f"rank {this_launch().rank} ends: another rank is gone; its message says why")

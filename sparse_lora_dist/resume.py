@@ -11,13 +11,19 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model import Model
-from sparse_lora_dist.screen import say
+from sparse_lora_dist.phases import together
+from sparse_lora_dist.screen import counted, say
 
 # Options that say where and how long, not what is trained: a resume changes them without a word.
 FREE = """
-    base_cache resume verify output_dir stop_after log_every eval_every eval_batches save_every
-    keep_last keep_best trackers debug
+    base_cache resume reset verify output_dir stop_after log_every eval_every eval_batches
+    save_every async_save keep_last keep_best max_bad_steps collective_timeout time_limit
+    signal_lead trackers debug
 """
+
+
+OF_THE_DATA = ("seed", "packing", "sequence_length", "rows_per_epoch")
+"""What a description says of the data; with ``--reset data`` it may be another."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +32,13 @@ class Resume:
 
     path: Path
     manifest: Mapping[str, Any]
+    reset: frozenset[str] = frozenset()
+    """What begins anew: optimizer, schedule, data."""
 
     @property
     def step(self) -> int:
-        """Optimizer steps that it has behind it."""
-        return int(self.manifest["progress"]["step"])
+        """Optimizer steps that this run has behind it when it begins."""
+        return 0 if "schedule" in self.reset else int(self.manifest["progress"]["step"])
 
 
 def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Resume | None:
@@ -45,11 +53,14 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
     path = _chosen(wanted, Path(config.run.output_dir) / "checkpoints")
     if path is None:
         return None
-    with comm.together(f"opening {path}"):
+    with together(f"opening {path}"):
         manifest = checkpoint.read_manifest(path)
-        found = Resume(path=path, manifest=manifest)
-        now = describe(config, model, feed, method)
-        checkpoint.check_description(path, manifest["description"], now)
+        found = Resume(path=path, manifest=manifest, reset=frozenset(config.run.reset))
+        saved, now = manifest["description"], describe(config, model, feed, method)
+        for name in OF_THE_DATA if "data" in found.reset else ():
+            saved.pop(name), now.pop(name)
+        _check_global_batch(path, saved["global_batch"], feed)
+        checkpoint.check_description(path, saved, now)
         checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
         _check_steps(found, config, feed, method)
     _say(found, config, feed)
@@ -59,7 +70,7 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
 def _chosen(wanted: str, folder: Path) -> Path | None:
     """A whole checkpoint: the newest, or the one that is named."""
     if wanted == "auto":
-        with comm.together(f"cleaning {folder}"):
+        with together(f"cleaning {folder}"):
             if comm.rank() == 0:
                 checkpoint.clean(folder)
         return checkpoint.newest_whole(folder)
@@ -89,9 +100,37 @@ def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[s
     }
 
 
+def _check_global_batch(path: Path, saved: int, feed: Feed) -> None:
+    if saved == feed.global_batch:
+        return
+    ranks = comm.world_size()
+    said = (
+        f"{path} trains {saved} rows a step; now {feed.micro_batch_size} x {feed.accumulation} on "
+        f"{counted(ranks, 'rank')} are {feed.global_batch}, and data and schedules would not go on."
+    )
+    if saved % ranks:
+        whole = [n for n in range(1, saved + 1) if saved % n == 0]
+        near = [max(n for n in whole if n < ranks), *[n for n in whole if n > ranks][:1]]
+        raise UserError(
+            f"{said} {saved} rows cannot be shared out to {counted(ranks, 'rank')}; the nearest "
+            f"that can are {' and '.join(map(str, near))}."
+        )
+    own = saved // ranks
+    micro = max(n for n in range(1, min(own, feed.micro_batch_size) + 1) if own % n == 0)
+    raise UserError(
+        f"{said} Take --micro_batch_size {micro} --gradient_accumulation_steps {own // micro}."
+    )
+
+
 def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> None:
     saved_end = found.manifest["total_steps"]
-    if not (method.redraws or found.manifest["ended"]):
+    free = method.redraws or found.manifest["ended"]
+    if "schedule" in found.reset and not free:
+        raise UserError(
+            f"--reset schedule: {found.path} is in the middle of a schedule of {method.name}, "
+            "whose decisions cannot begin anew on what they have left. Resume it to its end first."
+        )
+    if not free:
         differ = _changed(found, config, [f.name for f in fields(config.method_options)])
         if saved_end != feed.total_steps:
             differ.append(f"the last step {saved_end} -> {feed.total_steps}")
@@ -119,9 +158,12 @@ def _changed(found: Resume, config: Config, names: Iterable[str]) -> list[str]:
 def _say(found: Resume, config: Config, feed: Feed) -> None:
     names = [name for name in config.as_flat_dict() if name not in FREE.split()]
     changed = ", ".join(_changed(found, config, names))
-    say(
-        "resumes", f"{found.path}, step {found.step}" + (f"; changed: {changed}" if changed else "")
-    )
+    what = [f"step {found.manifest['progress']['step']}"]
+    what += [f"changed: {changed}"] if changed else []
+    was, now = found.manifest["world_size"], comm.world_size()
+    what += [f"{was} ranks -> {now}"] if was != now else []
+    what += [f"anew: {', '.join(sorted(found.reset))}"] if found.reset else []
+    say("resumes", f"{found.path}, {'; '.join(what)}")
     if found.manifest["total_steps"] != feed.total_steps:
         was_end = found.manifest["total_steps"]
         say("", f"schedules derived anew: they end at step {feed.total_steps}, not {was_end}")

@@ -17,11 +17,11 @@ from sparse_lora_dist.errors import UserError
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "peft", "safetensors")
 
 
-def check_folder(folder: Path, resume: str) -> None:
-    """A run that starts afresh must not write into the folder of another that made a step: one
-    that died while it loaded left a description only."""
+def check_folder(folder: Path, *, begins: bool) -> None:
+    """A run that begins must not write into the folder of another that made a step: one that died
+    while it loaded left a description only."""
     made = ("metrics.jsonl", "checkpoints")
-    if resume == "never" and any((folder / name).exists() for name in made):
+    if begins and any((folder / name).exists() for name in made):
         raise UserError(
             f"--output_dir {folder} already holds a run. Go on with it: --resume auto. "
             "Start a new one: another --output_dir, or remove that folder."

@@ -64,6 +64,12 @@ class Shards:
             w, grad = self.engine.master(piece), self.engine.gradient(piece)
             self.stats[name] = self.method.observe(self.stats[name], w, grad, step)
 
+    def pass_over(self) -> None:
+        """The engine refused the step: bring about what a decision left for its end. Collective."""
+        for flat in self.engine.flats():
+            self.optimizer.pass_over(flat)
+        self.engine.masters_changed()
+
     def decides_at(self, step: int) -> bool:
         """Is a decision due?"""
         return not self.ended and self.method.decides_at(step)

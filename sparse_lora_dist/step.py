@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist import comm
+from sparse_lora_dist import comm, stopping, watch
 from sparse_lora_dist.adapter import RowSeeds
 from sparse_lora_dist.data import NOT_A_TARGET, Batch, MicroBatch
 from sparse_lora_dist.decisions import Decisions
@@ -27,6 +27,8 @@ class StepResult:
 
     loss: float
     """Nats per target, a token or an example, before the update."""
+    applied: bool
+    """False where loss or gradient was not finite on any rank: nothing was updated."""
     tokens: int
     """Tokens of all ranks that went through the model, padding not counted."""
     decision: Decision | None
@@ -57,21 +59,29 @@ def train_step(
     loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device())
 
     row_seeds.step = step
-    decision = None
+    total, is_finite, decision = 0.0, True, None
     for i, batch in enumerate(batches):
+        stopping.check()  # what was accumulated is then left: the step is done again whole
+        watch.mark("forward")
         row_seeds.begin(batch.rows_M, num_positions=batch.input_ids_MT.shape[1])
         loss = loss_of(engine, batch)
+        watch.mark("backward")
         engine.backward(loss * scale)
         loss_sum += loss.detach()
         if i == len(batches) - 1:
+            watch.mark("decision and update")
             # Gradients are reduced and sharded from here until engine.step().
-            shards.observe(step)
+            sums = comm.sum_over_ranks(torch.stack([loss_sum, engine.gradient_is_finite()]))
+            total, is_finite = float(sums[0]), bool(sums.isfinite().all())
+            if is_finite:
+                shards.observe(step)
             decision = decisions.make(step)
-        engine.step()
+        engine.step(refuse=not is_finite)
+    if not is_finite:
+        shards.pass_over()
     decisions.confirm(step)
-
-    total = float(comm.sum_over_ranks(loss_sum))
-    return StepResult(loss=total / max(num_targets, 1), tokens=num_tokens, decision=decision)
+    loss_of_step = total / max(num_targets, 1)
+    return StepResult(loss=loss_of_step, applied=is_finite, tokens=num_tokens, decision=decision)
 
 
 def batch_loss(engine: Engine, batch: Batch) -> Tensor:
@@ -106,6 +116,11 @@ def held_out_totals(
     engine: Engine, batches: Iterable[MicroBatch], tally: Callable[[Engine, Any], Tensor]
 ) -> Tensor:
     """The sum of ``tally`` over every rank's ``batches``, equal in number. Collective."""
+    watch.mark("held-out loss")
+    tallies = []
     with engine.evaluating():
-        totals = torch.stack([tally(engine, batch) for batch in batches]).sum(dim=0)
+        for batch in batches:
+            stopping.check()
+            tallies.append(tally(engine, batch))
+    totals = torch.stack(tallies).sum(dim=0)
     return comm.sum_over_ranks(totals)

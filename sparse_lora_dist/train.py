@@ -3,17 +3,20 @@ export."""
 
 import time
 from pathlib import Path
+from typing import Any
 
-from sparse_lora_dist import comm, zero3_nvme
+from sparse_lora_dist import comm, run_lock, stopping, watch, zero3_nvme
+from sparse_lora_dist.bounds import seconds_in
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.engine_config import engine_dict
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import Stopped, UserError
 from sparse_lora_dist.feed import open_feed
 from sparse_lora_dist.job import Job
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.plan.check import say_whether_it_fits
 from sparse_lora_dist.resume import find_resume
 from sparse_lora_dist.run_folder import check_folder, write_description
@@ -31,12 +34,23 @@ def run(config: Config) -> None:
     Raises:
         UserError: for whatever the user can mend, on every rank.
     """
-    launch = comm.start()
+    folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
+    launch = comm.start(timeout_s)
     if launch.world_size > 1:
         say("launch", launch.in_words(comm.num_nodes()))
-    with comm.together("checking the output folder"):
+    with together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
-        check_folder(Path(config.run.output_dir), config.run.resume)
+        check_folder(folder, begins=config.run.resume == "never" or bool(config.run.reset))
+    # Before anything is written or cleaned: what looks left over may be another job's work.
+    with (
+        run_lock.held(folder),
+        watch.watched(folder, timeout_s),
+        stopping.listening(config.run.time_limit),
+    ):
+        _train(config, engine_config)
+
+
+def _train(config: Config, engine_config: dict[str, Any]) -> None:
     zero3_nvme.prepare(engine_config)
     model = Model.open(config)
     zero3_nvme.check_space(
@@ -45,15 +59,18 @@ def run(config: Config) -> None:
     if config.train.max_steps is not None:  # what does not fit is refused before data is tokenised
         _build_method(config, model, config.train.max_steps)
     feed = open_feed(config, model)
+    stopping.check()
     method = _build_method(config, model, feed.total_steps)
     for note in method.notes:
         say("note", note)
     resume = find_resume(config, model, feed, method)
-    with comm.together("opening the run folder"):
+    with together("opening the run folder"):
         if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
             write_description(Path(config.run.output_dir), config)
     say_whether_it_fits(config, model, engine_config)
+    watch.mark("loading the base", may_be_long=True)
     row_seeds = model.load(config, method, engine_config)
+    stopping.check()
 
     train = config.train
     optimizer = SparseAdamW(
@@ -69,20 +86,28 @@ def run(config: Config) -> None:
     shards = Shards(engine, optimizer, method, sparse=sites.tensors(), sites=sites)
 
     job = Job(config, model, feed, engine, shards)
-    job.start(resume)
-    decisions = Decisions(shards)
     loss_of = TASKS[config.model.task].loss
     last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
-    for step in range(job.progress.step + 1, last_step + 1):
-        started = time.perf_counter()
-        job.set_learning_rate(step)
-        batches = feed.batches(job.progress.rows)
-        result = train_step(
-            engine, shards, decisions, batches, row_seeds, step=step, loss_of=loss_of
-        )
-        job.after_step(
-            step, result, seconds=time.perf_counter() - started, is_last=step == last_step
-        )
+    try:
+        job.start(resume)
+        decisions = Decisions(shards)
+        for step in range(job.progress.step + 1, last_step + 1):
+            started = time.perf_counter()
+            watch.mark("reading its batches", step=step)
+            job.set_learning_rate(step)
+            batches = feed.batches(job.progress.rows)
+            result = train_step(
+                engine, shards, decisions, batches, row_seeds, step=step, loss_of=loss_of
+            )
+            seconds = time.perf_counter() - started
+            job.after_step(step, batches, result, seconds=seconds, is_last=step == last_step)
+    except Stopped as why:
+        job.stop(why)
+        raise
+    except UserError as error:
+        if error.shared:
+            job.publish_what_is_saved()
+        raise
     job.finish()
 
 

@@ -4,6 +4,7 @@ Private attributes of DeepSpeed are read here and nowhere else; ``tests/test_zer
 pins each.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -185,6 +186,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(engine_config), dist_init_required=False
         )
+        comm.bound_all_groups()
         self._zero = self._engine.optimizer
         # DeepSpeed would gather these one collective each after every step. Left to the module that
         # uses one first, they come in the same collective as its other tensors, and stay.
@@ -228,9 +230,25 @@ class Engine:
         """Reduce a micro-batch's gradient, and add this rank's shard of it. Collective."""
         self._engine.backward(loss)
 
-    def step(self) -> None:
-        """Count a micro-batch; the last one clips, steps, refreshes the live copy. Collective."""
-        self._engine.step()
+    def step(self, *, refuse: bool = False) -> None:
+        """Count a micro-batch; the last one clips, steps, refreshes the live copy. Collective.
+
+        With ``refuse`` nothing changes but that the gradient is gone.
+        """
+        if refuse:  # what DeepSpeed does with a norm that is not finite, whatever the norm is
+            self._zero._get_norm_groups = lambda: [math.inf]
+        try:
+            self._engine.step()
+        finally:
+            self._zero.__dict__.pop("_get_norm_groups", None)
+
+    def gradient_is_finite(self) -> Tensor:
+        """Before ``step``: a number that is finite where all of this rank's gradient is."""
+        if self._zero.offload_optimizer:
+            shards = [cast(Tensor, flat.grad) for flat in self.flats()]
+        else:
+            shards = [g for group in self._zero.averaged_gradients.values() for g in group]
+        return torch.stack(torch._foreach_norm(shards)).double().sum()
 
     def flats(self) -> list[Tensor]:
         """The fp32 master shards, 1-D, one per sub-group: trained tensors one after another."""

@@ -15,6 +15,7 @@ from torch.utils.cpp_extension import _get_build_directory
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import megabytes, say
 from sparse_lora_dist.zero3 import AsyncIOBuilder, installed_ops
 
@@ -33,9 +34,9 @@ def prepare(engine_config: Mapping[str, Any]) -> None:
     """
     folder = folder_of(engine_config)
     if folder is not None:
-        with comm.together("claiming nvme_path"):
+        with together("claiming nvme_path"):
             claim(folder)
-        with comm.together("loading async_io"), comm.first_on_its_node():
+        with together("loading async_io"), first_on_its_node():
             load_async_io()
 
 
@@ -124,7 +125,7 @@ def check_space(engine_config: Mapping[str, Any], model: nn.Module, *, quantized
         if p.dim() > 1
     )
     wanted = whole * comm.ranks_on_this_machine() // comm.world_size()
-    with comm.together("checking nvme_path"):
+    with together("checking nvme_path"):
         if (free := shutil.disk_usage(folder).free) < wanted:
             raise UserError(
                 f"zero_optimization.offload_param.nvme_path {folder} has {megabytes(free)} free; "

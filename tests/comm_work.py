@@ -5,6 +5,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.phases import first_on_its_node
 
 
 def found_on_its_node(folder: Path, ranks_a_node: int) -> list[str]:
@@ -14,7 +15,7 @@ def found_on_its_node(folder: Path, ranks_a_node: int) -> list[str]:
     disk = folder / f"node {node}"
     with (
         patch.object(comm, "is_first_on_its_node", lambda: local == 0),
-        comm.first_on_its_node(),
+        first_on_its_node(),
     ):
         disk.mkdir(exist_ok=True)
         if local == 0:

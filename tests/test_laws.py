@@ -3,6 +3,7 @@
 the decisions and numbers of a run do not depend on ranks, accumulation, checkpointing, or where
 ZeRO-3 cuts
 a run that stops before, at and after decisions is, bit for bit, the run in one go
+a run that goes on on 1, 3, 4 and again 2 ranks comes to the same decisions and losses
 a loss eight times as large gives the same masks
 with sparsity off a method is plain LoRA, or the fixed-rank form of its own delta
 """
@@ -174,6 +175,24 @@ def test_stopping_before_at_and_after_decisions_changes_no_bit(
         for rows in (read_rows(run / "metrics.jsonl")[1:] for run in (one, tmp_path))
     ]
     assert told[0] == told[1]
+
+
+@every_method
+def test_a_run_goes_on_on_other_numbers_of_ranks(
+    ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str
+) -> None:
+    """2 ranks to the step before a decision, 1 through it, 3 to the step after, 4, and 2 again."""
+    one = reference(name)
+    steps = [row["step"] for row in decisions(one)] or [10]
+    at = steps[len(steps) // 2]
+    for world, last in [(2, at - 1), (1, at), (3, at + 1), (4, at + 2), (2, STEPS)]:
+        layout = {"micro_batch_size": 12 // world, "stop_after": last, "resume": "auto"}
+        (told, *_) = ranks(
+            world, "tests.run_work:train_toy", flags=flags(tiny, tmp_path, name, **layout)
+        )
+        assert ("ranks ->" in told) == (last != at - 1)
+    assert max(at_the_threshold(one, tmp_path).values(), default=0.0) <= TIES
+    assert losses(tmp_path) == pytest.approx(losses(one), abs=1e-4)
 
 
 @deciding

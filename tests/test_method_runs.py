@@ -37,7 +37,7 @@ def test_each_stage_has_its_schedule_its_checkpoint_and_its_row(
         (2, 12, 1.0),
         (3, 18, 4.0),
     ]
-    checkpoints = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    checkpoints = sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*"))
     assert checkpoints == ["step_00000006", "step_00000012", "step_00000018"]
     rows = {row["step"]: row for row in read_rows(tmp_path / "metrics.jsonl")}
     lambdas = [rows[s]["lambda"] for s in range(1, 19)]

@@ -101,6 +101,7 @@ def test_what_a_killed_job_left_is_cleaned_and_nothing_that_was_published_is_los
     told, _ = ranks(2, TRAIN, flags=tiny.flags(run, max_steps=6, resume="auto"))
     assert f"{step(run, 6)}, step 6" in told
     assert sorted(p.name for p in folder.iterdir()) == [
+        "latest",
         "step_00000002",
         "step_00000004",
         "step_00000006",

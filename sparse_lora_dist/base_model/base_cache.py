@@ -25,6 +25,7 @@ from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.same_base import hash_of_samples
 from sparse_lora_dist.base_model.sources import Sources, find_keys, find_sources
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.screen import say
 
 FORMAT = 1
@@ -85,7 +86,7 @@ def find_cache(
         UserError: a node has none, and cannot write one.
     """
     found: tuple[dict[str, Any], dict[str, int]] | None = None
-    with comm.together("looking for the cache of the base"):
+    with together("looking for the cache of the base"):
         if comm.rank() == 0:
             settings = {"double_quant": double_quant, "unquantised modules": _linears(module, keep)}
             found = _made_of(folder, files) | settings, _dates(files)
@@ -94,7 +95,7 @@ def find_cache(
     place = directory / f"{Path(name).resolve().name}-{key[:16]}"
 
     opened, damage, damaged = None, None, None
-    with comm.together("opening --base_cache"):
+    with together("opening --base_cache"):
         try:
             opened = open_cache(place, made_of, module, new)
         except (UserError, OSError) as error:

@@ -11,6 +11,7 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.architecture import identity
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.phases import together
 
 SAMPLES, SAMPLE_BYTES = 8, 256
 
@@ -18,7 +19,7 @@ SAMPLES, SAMPLE_BYTES = 8, 256
 def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> None:
     """Raise where a node's copy of the model is another one. Collective."""
     own = None
-    with comm.together("comparing the base model of all nodes"):
+    with together("comparing the base model of all nodes"):
         if comm.rank() == 0 or comm.is_first_on_its_node():
             own = (identity(folder, files), hash_of_samples(files))
     said = comm.gather_objects(own)

@@ -3,6 +3,7 @@
     checkpoints/step_00000100/
         rank_00000.safetensors ...   a rank's slices; the metadata holds the global offset of each
         manifest.json                written last, with hashes; without one it is no checkpoint
+    checkpoints/latest               its name, for people
 
 A slice of tensor "t" is stored as ``master/t`` (fp32), ``live/t`` (bool), the statistics
 ``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t``, ``exp_avg_sq/t`` and ``born/t``
@@ -26,10 +27,11 @@ from sparse_lora_dist.checkpoint.recover import (
 )
 from sparse_lora_dist.checkpoint.restore import restore
 from sparse_lora_dist.checkpoint.retain import retain
-from sparse_lora_dist.checkpoint.save import save
+from sparse_lora_dist.checkpoint.save import Saver
 
 __all__ = [
     "Progress",
+    "Saver",
     "check_description",
     "check_tensors",
     "clean",
@@ -40,5 +42,4 @@ __all__ = [
     "read_manifest",
     "restore",
     "retain",
-    "save",
 ]

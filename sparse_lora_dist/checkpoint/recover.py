@@ -12,6 +12,9 @@ from sparse_lora_dist.screen import say
 TEMPORARY, REPLACED, REMOVED = ".tmp_", ".replaced_", ".removed_"
 """Before the name of a step: what is being written, what is about to be replaced by that, and what
 is being deleted."""
+LATEST = "latest"
+"""File with the name of the checkpoint published last: a hint for people, which nothing here
+reads, since another node may see an old one."""
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -1,7 +1,8 @@
 """Reading a checkpoint: each rank the ranges it owns, from whichever files hold them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,24 @@ from torch import Tensor
 from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint.manifest import PACKED, Progress
 from sparse_lora_dist.optim import MOMENTS
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.zero3 import Slice
 
 DTYPES = {"live": torch.bool, "born": torch.int32}
 
 
-def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Progress:
-    """Put everything back that was saved; return how far the run was. Its files were checked before
-    (``recover``). Collective."""
+def restore(
+    checkpoint: Path, shards: Shards, manifest: Mapping[str, Any], reset: Set[str]
+) -> Progress:
+    """Put everything back that was saved, but for what is ``reset``; return how far the run is. Its
+    files were checked before (``recover``). Collective."""
     progress = Progress(**manifest["progress"])
-    with comm.together(f"reading {checkpoint}"):
+    if "schedule" in reset:
+        progress = replace(progress, step=0, tokens=0)
+    if "data" in reset:
+        progress = replace(progress, rows=0)
+    with together(f"reading {checkpoint}"):
         reader = _Reader(checkpoint, [file["name"] for file in manifest["files"]])
         pieces = shards.engine.slices
         for piece in pieces:
@@ -33,6 +41,9 @@ def restore(checkpoint: Path, shards: Shards, manifest: Mapping[str, Any]) -> Pr
             {p.name: reader.dense("born", p) for p in pieces},
             progress.step,
         )
+        # Ages of moments are steps of the schedule.
+        if reset & {"optimizer", "schedule"}:
+            shards.optimizer.reset_moments()
         shards.sites.restore(manifest["sites"])
         shards.facts = manifest["facts"]
         if manifest["ended"]:

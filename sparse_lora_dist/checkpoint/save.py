@@ -1,10 +1,16 @@
-"""Writing a checkpoint: every rank its slices, then rank 0 the manifest and the name."""
+"""Writing a checkpoint: every rank its slices, then rank 0 the manifest and the name.
+
+Only the copying of slices to the host holds training up. They are written beside it, on a thread,
+and published at the first boundary at which every rank's file is on its disk.
+"""
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_lora_dist import comm
+from sparse_lora_dist import comm, run_lock, watch
 from sparse_lora_dist.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -21,62 +27,100 @@ from sparse_lora_dist.checkpoint.manifest import (
     hash_of_file,
     sealed,
 )
-from sparse_lora_dist.checkpoint.recover import REPLACED, TEMPORARY
+from sparse_lora_dist.checkpoint.recover import LATEST, REPLACED, TEMPORARY
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
 
 
-def save(
-    folder: Path,
-    shards: Shards,
-    progress: Progress,
-    *,
-    description: Mapping[str, Any],
-    total_steps: int,
-    config: Mapping[str, object],
-    held_out_loss: float | None,
-) -> Path:
-    """Write and publish ``folder/step_N``; return it. Collective.
+@dataclass(frozen=True, kw_only=True)
+class _Writing:
+    """A checkpoint that has no name yet."""
 
-    Every rank writes and syncs its file into a temporary directory; rank 0 writes the manifest last
-    and renames the directory, so that what carries the final name is complete.
-
-    Args:
-        description: what a resume must agree with (base, method, seed ...).
-        total_steps: where the schedules of this run end; a resume may change it, and then says so.
-        config: the merged config.
-        held_out_loss: of this step, where it was taken.
-    """
-    final = folder / f"step_{progress.step:08d}"
-    temporary = folder / f"{TEMPORARY}step_{progress.step:08d}"
-    with comm.together(f"preparing {temporary}"):
-        if comm.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-    with comm.together(f"writing {temporary}"):
-        about = _write_own(temporary / f"rank_{comm.rank():05d}.safetensors", shards)
-    files = comm.gather_objects(about)
-    with comm.together(f"publishing {final}"):
-        if comm.rank() == 0:
-            manifest = {
-                "format": FORMAT,
-                "progress": asdict(progress),
-                "world_size": comm.world_size(),
-                "tensors": {p.name: list(p.shape) for p in shards.engine.slices},
-                "description": dict(description),
-                "total_steps": total_steps,
-                "config": dict(config),
-                "held_out_loss": held_out_loss,
-                "sites": shards.sites.as_json(),
-                "facts": dict(shards.facts),
-                "ended": shards.ended,
-                "files": files,
-            }
-            _publish(temporary, final, manifest)
-    return final
+    final: Path
+    temporary: Path
+    manifest: Mapping[str, Any]
+    file: Future[dict[str, Any]]
+    began: float
 
 
-def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
-    """Write this rank's slices; return the file's name, size and hash."""
+class Saver:
+    """Writes one checkpoint of ``folder`` at a time. Every method is a collective."""
+
+    def __init__(self, folder: Path, *, beside: bool) -> None:
+        """``beside``: write while training goes on."""
+        self.folder, self.beside = folder, beside
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._writing: _Writing | None = None
+        self.took_s = 0.0
+        """From the beginning of the last save to its name."""
+
+    def begin(self, shards: Shards, progress: Progress, about: Mapping[str, Any]) -> Path | None:
+        """Save ``folder/step_N`` of now; what ``finish`` or ``poll`` would return.
+
+        Args:
+            about: what the manifest says besides: description, config, total_steps ...
+        """
+        earlier = self.finish()
+        assert earlier is None, "ask poll or finish before the next save"
+        watch.mark("saving")
+        began = time.perf_counter()
+        name = f"step_{progress.step:08d}"
+        temporary = self.folder / f"{TEMPORARY}{name}"
+        with together(f"preparing {temporary}"):
+            if comm.rank() == 0:
+                run_lock.check()
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir(parents=True)
+        manifest = {
+            "format": FORMAT,
+            "progress": asdict(progress),
+            "world_size": comm.world_size(),
+            "tensors": {p.name: list(p.shape) for p in shards.engine.slices},
+            "sites": shards.sites.as_json(),
+            "facts": dict(shards.facts),
+            "ended": shards.ended,
+            **about,
+        }
+        path = temporary / f"rank_{comm.rank():05d}.safetensors"
+        file = self._thread.submit(_write, path, *_copied(shards))
+        self._writing = _Writing(
+            final=self.folder / name,
+            temporary=temporary,
+            manifest=manifest,
+            file=file,
+            began=began,
+        )
+        return None if self.beside else self.finish()
+
+    def poll(self) -> Path | None:
+        """The checkpoint that was published just now, if one was due and every rank is ready."""
+        if self._writing is None or comm.largest(int(not self._writing.file.done())):
+            return None
+        return self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for what is being written, and publish it; None where nothing is."""
+        if self._writing is None:
+            return None
+        now, self._writing = self._writing, None
+        watch.mark("publishing a checkpoint")
+        try:
+            with together(f"writing {now.temporary}"):
+                own = now.file.result()
+        except UserError:  # most often a full disk, which the half of a checkpoint need not fill
+            shutil.rmtree(now.temporary, ignore_errors=True)
+            raise
+        files = comm.gather_objects(own)
+        with together(f"publishing {now.final}"):
+            if comm.rank() == 0:
+                _publish(now.temporary, now.final, {**now.manifest, "files": files})
+        self.took_s = time.perf_counter() - now.began
+        return now.final
+
+
+def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """This rank's slices on the host, which training will not change, and where they begin."""
     tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
     if comm.on_gpu():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -88,12 +132,17 @@ def _write_own(path: Path, shards: Shards) -> dict[str, Any]:
         # Of all entries: what is dead may come back, and its average goes on meanwhile.
         stats = shards.stats.get(piece.name, ())
         tensors |= {f"stat{i}/{piece.name}": stat for i, stat in enumerate(stats)}
-    # A clone each: safetensors refuses views that share storage.
-    own = {key: t.cpu().clone() for key, t in tensors.items()}
+    # A copy each: safetensors refuses views that share storage.
+    own = {key: t.to("cpu", copy=True) for key, t in tensors.items()}
     # One after the other: spread out over the dead, each is as large as the masters.
     for key in PACKED:
         spread = shards.born() if key == "born" else shards.moments(key)
         own |= {f"{key}/{name}": t[live[name]].cpu() for name, t in spread.items()}
+    return own, offsets
+
+
+def _write(path: Path, own: dict[str, Tensor], offsets: Mapping[str, list[int]]) -> dict[str, Any]:
+    """The file's name, size and hash, once it is on the disk."""
     save_file(own, path, metadata={"offsets": json.dumps(offsets)})
     _sync(path)
     return {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_of_file(path)}
@@ -103,12 +152,16 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     (temporary / MANIFEST).write_text(sealed(manifest))
     _sync(temporary / MANIFEST)
     _sync(temporary)
+    run_lock.check()  # a job that was suspended may have been given up, and its folder taken
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():  # saved by an earlier attempt: gone only once the new one stands
         os.rename(final, replaced)
     os.rename(temporary, final)
     _sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+    # For people and scripts; a resume looks for itself.
+    (final.parent / f"{LATEST}.tmp").write_text(f"{final.name}\n")
+    os.replace(final.parent / f"{LATEST}.tmp", final.parent / LATEST)
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,230 @@
+"""The scripts of slurm/ on a real Slurm of two nodes: whatever interrupts a run, it ends with the
+bytes of an undisturbed one."""
+
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sparse_lora_dist.metrics import read_rows
+from tests.slurm.cluster import REPOSITORY, Cluster, running_cluster, why_not
+from tests.tiny_run import TinyRun
+
+pytestmark = pytest.mark.dist
+
+BIN = Path(sys.executable).parent
+KEPT = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
+TWO_RANKS = "--nodes=2 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1".split()
+LAST_STEP = 80
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    if reason := why_not():
+        pytest.skip(reason)
+    kept = {name: os.environ[name] for name in KEPT if name in os.environ}
+    # Its nodes' names are found in no DNS.
+    ours = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    with running_cluster(**kept, **ours) as started:
+        started.environment["PATH"] = f"{BIN}:{started.environment['PATH']}"
+        yield started
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A job that trains into ``folder``."""
+
+    cluster: Cluster
+    number: str
+    folder: Path
+
+    @property
+    def log(self) -> str:
+        path = self.cluster.folder / f"job-{self.number}.log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def last_step(self) -> int:
+        path = self.folder / "metrics.jsonl"
+        return int(read_rows(path)[-1]["step"]) if path.exists() else 0
+
+    @property
+    def state(self) -> str:
+        return self.cluster.job(self.number)["JobState"]
+
+    def wait_for(self, text: str, attempt: int) -> None:
+        start = f"attempt {attempt}, on"
+        self.cluster.wait(lambda: text in self.log.partition(start)[2])
+
+    def hold(self, beyond: int) -> None:
+        """Stop rank 1, in some step after ``beyond``: nothing depends on how fast this machine
+        is."""
+        self.cluster.wait(lambda: self.last_step > beyond)
+        rank = self.cluster.rank(self.number, 1)
+        assert rank is not None, self.log
+        rank.suspend()
+
+    def let_go(self) -> None:
+        rank = self.cluster.rank(self.number, 1)
+        assert rank is not None, self.log
+        rank.resume()
+
+    def end(self) -> None:
+        self.cluster.wait(lambda: self.state not in ("PENDING", "RUNNING", "COMPLETING"))
+
+    def check_finished(self) -> bytes:
+        """The adapter."""
+        self.end()
+        assert self.state == "COMPLETED", self.log
+        assert self.log.splitlines()[-1] == "slurm     finished"
+        assert self.last_step == LAST_STEP
+        return (self.folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def submit(
+    cluster: Cluster,
+    tiny: TinyRun,
+    folder: Path,
+    script: str = "slurm/train.sbatch",
+    options: list[str] = TWO_RANKS,
+    **variables: str,
+) -> Submitted:
+    flags = tiny.flags(folder, max_steps=LAST_STEP, save_every=5)
+    output = f"--output={cluster.folder}/job-%j.log"
+    words = ["sbatch", "--parsable", output, *options, script, *flags]
+    return Submitted(cluster, cluster.command(*words, **variables).strip(), folder)
+
+
+def edited(folder: Path, lines: dict[str, str]) -> str:
+    """train.sbatch with other #SBATCH lines, as a person fits it to a site."""
+    text = (REPOSITORY / "slurm" / "train.sbatch").read_text()
+    for theirs, ours in lines.items():
+        assert text.count(f"#SBATCH {theirs}\n") == 1
+        text = text.replace(theirs, ours)
+    (folder / "train.sbatch").write_text(text)
+    return str(folder / "train.sbatch")
+
+
+@pytest.fixture(scope="module")
+def limited(
+    cluster: Cluster, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Future[Submitted]]:
+    """A run that is longer than its time limit, beside the others: Slurm counts in minutes."""
+    folder = tmp_path_factory.mktemp("limited")
+    lines = {"--time=24:00:00": "--time=1", "--signal=USR1@300": "--signal=USR1@1"}
+    script = edited(folder, lines)
+
+    def run() -> Submitted:
+        job = submit(cluster, tiny, folder / "run", script)
+        job.hold(beyond=0)
+        job.wait_for("SIGUSR1: saves", attempt=1)
+        job.let_go()
+        job.end()
+        return job
+
+    pool = ThreadPoolExecutor()
+    yield pool.submit(run)
+    pool.shutdown(wait=False)  # the cluster's end is also the end of an interrupted wait
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    cluster: Cluster,
+    limited: Future[Submitted],
+    tiny: TinyRun,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Submitted:
+    job = submit(cluster, tiny, tmp_path_factory.mktemp("undisturbed") / "run")
+    job.end()
+    return job
+
+
+def test_a_run_over_two_nodes_finishes(undisturbed: Submitted) -> None:
+    assert undisturbed.check_finished()
+    assert f"job {undisturbed.number}, attempt 1, on n[1-2]" in undisturbed.log
+    assert "srun: 2 ranks on 2 nodes" in undisturbed.log
+
+
+def test_interrupted_in_every_way_it_ends_the_same(
+    cluster: Cluster, undisturbed: Submitted, tiny: TinyRun, tmp_path: Path
+) -> None:
+    job = submit(cluster, tiny, tmp_path / "run", MAX_REQUEUES="4")
+
+    # Before the program listens to signals.
+    cluster.wait(lambda: None not in (cluster.rank(job.number, 0), cluster.rank(job.number, 1)))
+    cluster.command("scancel", "--signal=USR1", job.number)
+    job.wait_for("SIGUSR1 came before the program listened; requeues", attempt=1)
+
+    job.hold(beyond=0)
+    cluster.command("scancel", "--signal=USR1", job.number)
+    job.wait_for("SIGUSR1: saves", attempt=2)
+    job.let_go()
+    job.wait_for("stopped and saved; requeues", attempt=2)
+
+    # Held, it cannot save in the seconds that Slurm leaves it.
+    job.hold(beyond=job.last_step)
+    cluster.command("scontrol", "requeue", job.number)
+    job.wait_for(" ", attempt=4)
+    assert "DUE TO JOB REQUEUE" in job.log
+
+    job.hold(beyond=job.last_step)
+    cluster.kill_node("n2")
+    job.wait_for("not every node answers; requeues", attempt=4)
+    cluster.start_node("n2")
+
+    job.hold(beyond=job.last_step)
+    cluster.command("scancel", "--signal=TERM", job.number)  # as preemption with a grace time does
+    job.wait_for("SIGTERM: saves", attempt=5)
+    job.let_go()
+    job.end()
+    assert "not requeued again: that was done 4 times" in job.log
+    assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "75:0")
+
+    again = submit(cluster, tiny, tmp_path / "run")
+    assert again.check_finished() == undisturbed.check_finished()
+    assert "resumes" in again.log
+
+
+def test_a_failure_of_the_program_is_not_tried_again(
+    cluster: Cluster, tiny: TinyRun, tmp_path: Path
+) -> None:
+    script = edited(tmp_path, {"--gpus-per-node=8": "--gpus-per-task=1"})
+    options = ["--ntasks-per-node=2", "--cpus-per-task=1"]
+    job = submit(cluster, tiny, tmp_path / "run", script, options, DS_ACCELERATOR="none")
+    job.end()
+    assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "1:0"), job.log
+    assert "DS_ACCELERATOR must be one of" in job.log and "requeue" not in job.log
+
+
+def test_a_sweep_fills_its_folders(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
+    words = tiny.flags(tmp_path / "sweep", max_steps=2)
+    options = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(yaml.safe_dump(options | {"rank": [2, 4]}))
+    script = ["slurm/train_array.sbatch", str(grid), "--save_every", "1"]
+    output = f"--output={cluster.folder}/task-%a.log"
+    one_rank = "--array=0-1 --ntasks-per-node=1 --gpus-per-node=1 --cpus-per-task=1".split()
+    number = cluster.command("sbatch", "--parsable", output, *one_rank, *script).strip()
+    states = ("squeue", "-h", "-r", "-t", "all", "-o", "%T", "-j", number)
+    done = {"COMPLETED", "FAILED"}
+    cluster.wait(lambda: set(cluster.command(*states).split()) <= done)
+    assert cluster.command(*states).split() == ["COMPLETED"] * 2, cluster.report()
+    for rank in (2, 4):
+        run = tmp_path / "sweep" / f"rank={rank}"
+        written = yaml.safe_load((run / "run.yaml").read_text())
+        assert (written["rank"], written["save_every"]) == (rank, 1)
+        assert (run / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_a_time_limit_shorter_than_the_run(
+    limited: Future[Submitted], undisturbed: Submitted
+) -> None:
+    job = limited.result()
+    assert job.check_finished() == undisturbed.check_finished()
+    assert "attempt 2, on" in job.log
+    assert yaml.safe_load((job.folder / "run.yaml").read_text())["signal_lead"] == "1s"

@@ -1,0 +1,130 @@
+"""Resuming with something begun anew, or under other circumstances: what goes on, what does not."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from sparse_lora_dist.metrics import read_rows
+from tests.conftest import Ranks
+from tests.test_recovery import step
+from tests.tiny_run import TinyRun
+
+pytestmark = pytest.mark.dist
+
+TRAIN, REFUSAL = "tests.run_work:train", "tests.run_work:refusal"
+OPTIONS = {"max_steps": 6, "lr_schedule": "linear"}
+
+
+@pytest.fixture(scope="module")
+def four(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run after 4 of its 6 steps."""
+    folder = tmp_path_factory.mktemp("four") / "run"
+    ranks(2, TRAIN, flags=tiny.flags(folder, **OPTIONS, stop_after=4))
+    return folder
+
+
+def after_one_step(
+    ranks: Ranks, tiny: TinyRun, four: Path, folder: Path, reset: str, first: int
+) -> str:
+    """Resume at step 4 with something reset, for one step, which is then step ``first``."""
+    flags = tiny.flags(folder, **OPTIONS, stop_after=first)
+    flags += ["--resume", str(step(four, 4)), "--reset", reset]
+    told: str = ranks(2, TRAIN, flags=flags)[0]
+    return told
+
+
+def moments_are_of_one_step(checkpoint: Path) -> bool:
+    """m^2 / v is (1 - beta1)^2 / (1 - beta2) = 10 after one step, whatever the gradient was."""
+    saved = load_file(checkpoint / "rank_00000.safetensors")
+    key = next(k for k in saved if k.startswith("exp_avg/") and k.endswith("up_proj.lora_b"))
+    mean, square = saved[key], saved[key.replace("exp_avg", "exp_avg_sq")]
+    at = square > 1e-20
+    assert at.any()
+    return bool(((mean[at] ** 2 / square[at] - 10).abs() < 1e-2).all())
+
+
+def progress(checkpoint: Path) -> dict[str, int]:
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    return dict(manifest["progress"])
+
+
+def test_what_is_not_reset_goes_on(ranks: Ranks, tiny: TinyRun, four: Path, tmp_path: Path) -> None:
+    begun = [row["learning_rate"] for row in read_rows(four / "metrics.jsonl")[1:]]
+    at_four = progress(step(four, 4))
+
+    told = after_one_step(ranks, tiny, four, tmp_path / "optimizer", "optimizer", 5)
+    assert "step 4; anew: optimizer" in told
+    assert moments_are_of_one_step(step(tmp_path / "optimizer", 5))
+    assert progress(step(tmp_path / "optimizer", 5))["rows"] == at_four["rows"] * 5 // 4
+
+    after_one_step(ranks, tiny, four, tmp_path / "data", "data", 5)
+    assert not moments_are_of_one_step(step(tmp_path / "data", 5))
+    assert progress(step(tmp_path / "data", 5))["rows"] == at_four["rows"] // 4
+
+    after_one_step(ranks, tiny, four, tmp_path / "schedule", "schedule", 1)
+    row = read_rows(tmp_path / "schedule" / "metrics.jsonl")[-1]
+    assert row["learning_rate"] == begun[0] and row["step"] == 1
+    assert moments_are_of_one_step(step(tmp_path / "schedule", 1))
+    assert progress(step(tmp_path / "schedule", 1))["rows"] == at_four["rows"] * 5 // 4
+    # Its weights are not the first ones: all three runs of step 5's rows begin with the same loss.
+    losses = [
+        read_rows(tmp_path / n / "metrics.jsonl")[-1]["loss"] for n in ("optimizer", "schedule")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_a_schedule_of_decisions_cannot_begin_anew_in_its_middle(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    method = {"method": "increlora", "max_steps": 6}
+    ranks(2, TRAIN, flags=tiny.flags(tmp_path / "a", **method, stop_after=2))
+    flags = tiny.flags(tmp_path / "b", **method, resume=step(tmp_path / "a", 2), reset="schedule")
+    for said in ranks(2, REFUSAL, flags=flags):
+        assert "in the middle of a schedule of increlora" in said
+
+
+def test_a_reset_needs_a_folder_of_its_own(ranks: Ranks, tiny: TinyRun, four: Path) -> None:
+    flags = tiny.flags(four, **OPTIONS, resume=step(four, 4), reset="optimizer")
+    for said in ranks(2, REFUSAL, flags=flags):
+        assert "already holds a run" in said
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "said"),
+    [
+        (2, {"micro_batch_size": 1}, "--micro_batch_size 1 --gradient_accumulation_steps 2"),
+        (1, {"micro_batch_size": 3}, "--micro_batch_size 2 --gradient_accumulation_steps 2"),
+        (3, {}, "cannot be shared out to 3 ranks; the nearest that can are 2 and 4"),
+    ],
+)
+def test_a_global_batch_that_is_not_kept_is_told_how_it_can_be(
+    ranks: Ranks, tiny: TinyRun, four: Path, size: int, options: dict[str, int], said: str
+) -> None:
+    flags = tiny.flags(four, **(OPTIONS | options), resume="auto")
+    for told in ranks(size, REFUSAL, flags=flags):
+        assert "trains 4 rows a step" in told and said in told
+
+
+def test_the_same_base_at_another_path_goes_on_and_is_told(
+    ranks: Ranks, tiny: TinyRun, four: Path, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(tiny.model, tmp_path / "elsewhere")
+    run = shutil.copytree(four, tmp_path / "run")
+    told, _ = ranks(2, TRAIN, flags=tiny.flags(run, **OPTIONS, model=elsewhere, resume="auto"))
+    assert f"model {tiny.model} -> {elsewhere}" in told
+    assert read_rows(run / "metrics.jsonl")[-1]["step"] == 6
+
+
+def test_a_resumed_run_is_the_same_run_to_its_tracker(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    flags = tiny.flags(tmp_path, max_steps=2, trackers="wandb", resume="auto")
+    ranks(2, TRAIN, flags=[*flags, "--stop_after", "1"], environment=offline)
+    ranks(2, TRAIN, flags=flags, environment=offline)
+    folders = list((tmp_path / "wandb").glob("offline-run-*"))
+    ids = {folder.name.rsplit("-", 1)[1] for folder in folders}
+    assert len(ids) == 1, folders

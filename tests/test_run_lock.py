@@ -1,0 +1,148 @@
+"""One job at a time writes a run folder."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparse_lora_dist import run_lock
+from tests.conftest import Ranks
+from tests.ranks import CONTEXT
+from tests.test_watch import ENDLESS, exit_codes, pool_of_two, wait_for_step
+from tests.tiny_run import TinyRun
+from tests.watch_work import take_over
+
+pytestmark = pytest.mark.dist
+TRAIN, REFUSAL, HOLD = "tests.run_work:train", "tests.run_work:refusal", "tests.watch_work:hold"
+NOWHERE = {"rank": 9, "where": "data", "how": "work_for_long"}
+
+
+def everything_in(run: Path) -> list[str]:
+    return sorted(str(path.relative_to(run)) for path in run.rglob("*"))
+
+
+def test_two_jobs_in_one_folder(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = tiny.flags(run, max_steps=ENDLESS, log_every=ENDLESS)
+    with pool_of_two(flags=first, stderr=tmp_path, **NOWHERE) as pool:
+        wait_for_step(run, 2, lambda: all(worker.is_alive() for worker in pool.workers))
+        # What the second would take for left over.
+        torn = run / "checkpoints" / ".tmp_step_00000009"
+        torn.mkdir(parents=True)
+        for said in ranks(2, REFUSAL, flags=tiny.flags(run, resume="auto")):
+            assert f"{run} is being written by another job: host {os.uname().nodename}" in said
+            assert f"process {pool.workers[0].pid}, since 20" in said
+            assert "another --output_dir" in said
+        assert torn.exists()
+        for worker in pool.workers:
+            assert worker.is_alive()
+            os.kill(worker.pid or 0, signal.SIGKILL)
+        exit_codes(pool, 0, 1)
+        assert (run / "run.lock").exists()
+        told, _ = ranks(2, TRAIN, flags=tiny.flags(run, resume="auto"))
+    assert "trained" in told and (run / "adapter").exists()
+    assert not torn.exists()
+    assert not {"run.lock", "ranks"} & {path.name for path in run.iterdir()}
+
+
+def test_a_later_attempt_of_a_slurm_job_takes_over_and_the_former_ends(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    run, job = tmp_path / "run", {"SLURM_JOB_ID": "77"}
+    first = tiny.flags(run, max_steps=ENDLESS, log_every=ENDLESS)
+    with pool_of_two(flags=first, environment=job, stderr=tmp_path, **NOWHERE) as pool:
+        wait_for_step(run, 2, lambda: all(worker.is_alive() for worker in pool.workers))
+        assert json.loads((run / "run.lock").read_text())["job"] == "77"
+        ranks(2, TRAIN, flags=tiny.flags(run, resume="auto"), environment=job)
+        assert exit_codes(pool, 0) == [2]
+    said = (tmp_path / "stderr_0").read_text()
+    assert "This job ends and writes nothing more" in said
+    assert (run / "adapter").exists()
+
+
+def of_another_host(job: str | None = None) -> str:
+    process = {"host": "elsewhere", "pids": "pid:[1]", "pid": 4242, "started": 9}
+    holder = {"process": process, "job": job, "since": "2026-01-01T00:00:00", "token": "theirs"}
+    return json.dumps(holder)
+
+
+def test_who_lost_the_folder_publishes_nothing(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    work, theirs = "tests.watch_work:refusal_of_robbed", of_another_host()
+    lock, flags = tmp_path / "run.lock", tiny.flags(tmp_path, save_every=2)
+    for said in ranks(2, work, flags=flags, lock=lock, theirs=theirs):
+        assert "now held by another job (host elsewhere, process 4242" in said
+    assert not (tmp_path / "checkpoints").exists()
+    # These may be the other job's.
+    assert lock.read_text() == theirs and (tmp_path / "ranks").exists()
+
+
+def lock_of_another_host(folder: Path, *, age_s: float, job: str | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    lock = folder / run_lock.NAME
+    lock.write_text(of_another_host(job))
+    then = time.time() - age_s
+    os.utime(lock, (then, then))
+
+
+@pytest.mark.parametrize(
+    ("age_s", "their_job", "our_job", "is_taken"),
+    [
+        (5, None, None, False),
+        (15, "1", "2", False),
+        (35, "1", "2", True),
+        (5, "1", "1", True),
+        (5, None, "1", False),
+    ],
+)
+def test_a_lock_of_another_host(
+    ranks: Ranks,
+    tmp_path: Path,
+    age_s: float,
+    their_job: str | None,
+    our_job: str | None,
+    is_taken: bool,
+) -> None:
+    lock_of_another_host(tmp_path, age_s=age_s, job=their_job)
+    (said,) = ranks(1, HOLD, folder=tmp_path, job=our_job)
+    if is_taken:
+        assert json.loads(said)["process"]["host"] == os.uname().nodename
+        assert everything_in(tmp_path) == []
+    else:
+        assert "host elsewhere, process 4242" in said
+        assert age_s <= int(said.partition(" s old")[0].split()[-1]) < 30
+        assert everything_in(tmp_path) == ["run.lock"]
+        assert json.loads((tmp_path / "run.lock").read_text())["token"] == "theirs"
+
+
+@pytest.mark.parametrize(("age_s", "is_taken"), [(1, False), (40, True)])
+def test_a_lock_whose_holder_cannot_be_read(
+    ranks: Ranks, tmp_path: Path, age_s: float, is_taken: bool
+) -> None:
+    """Created, and not yet written; or its job died in between."""
+    lock = tmp_path / "run.lock"
+    lock.touch()
+    then = time.time() - age_s
+    os.utime(lock, (then, then))
+    (said,) = ranks(1, HOLD, folder=tmp_path)
+    assert ("one that is just starting" in said) == (not is_taken)
+
+
+def test_of_many_newcomers_one_takes_a_dead_lock(tmp_path: Path) -> None:
+    rounds, newcomers = 5, 4
+    for number in range(rounds):
+        lock_of_another_host(tmp_path / str(number), age_s=60)
+    answers: Any = CONTEXT.Queue()
+    arguments = (tmp_path, CONTEXT.Barrier(newcomers), answers)
+    crew = [CONTEXT.Process(target=take_over, args=arguments) for _ in range(newcomers)]
+    for one in crew:
+        one.start()
+    said = [answers.get(timeout=60) for _ in range(rounds * newcomers)]
+    for one in crew:
+        one.join()
+    for number in range(rounds):
+        of_round = [text for n, text in said if n == number]
+        assert of_round.count("held") == 1, of_round
