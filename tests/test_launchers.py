@@ -159,7 +159,9 @@ def test_deepspeed_started_on_each_node_by_hand(
     common = ["deepspeed", "--hostfile", hostfile(tmp_path, ("n1", "n2")), "--no_ssh"]
     common += ["--master_addr", "127.0.0.1", "--master_port", free_port()]
     own = ["launcher/train.py", *ENGINE, *one_step(tiny, tmp_path / "run", 2)]
-    nodes = [begin([*common, "--node_rank", str(rank), *own]) for rank in (0, 1)]
+    nodes = [
+        begin([*common, "--node_rank", str(rank), *own], OMP_NUM_THREADS="1") for rank in (0, 1)
+    ]
     first, second = (end(node) for node in nodes)
     assert first.status == second.status == 0, first.err + second.err
     assert "deepspeed: 2 ranks on 2 nodes, meeting at 127.0.0.1:" in first.out
@@ -226,12 +228,13 @@ def test_torchrun_starts_all_ranks_again_when_one_is_killed(
 ) -> None:
     """Two nodes of a rank each, as far as torchrun can tell: each counts restarts for itself."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    size = {"max_steps": 60, "save_every": 5}
+    size = {"max_steps": 40, "save_every": 5}
     ranks(2, "tests.run_work:train", flags=tiny.flags(whole, **size))
     command = ["torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--max_restarts", "1"]
     command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}"]
     command += ["launcher/train.py", *ENGINE, *tiny.flags(run, **size, resume="auto")]
-    nodes = [begin(command), begin(command)]
+    # Each would take all cores of what it believes to be its own machine.
+    nodes = [begin(command, OMP_NUM_THREADS="1") for _ in range(2)]
     while not (run / "checkpoints" / "step_00000005").exists():
         assert [node.poll() for node in nodes] == [None, None], end(nodes[0]).err
         time.sleep(0.02)
@@ -243,7 +246,7 @@ def test_torchrun_starts_all_ranks_again_when_one_is_killed(
     said = ended[0].out + ended[1].out
     assert said.count("launch    torchrun: 2 ranks on 2 nodes, meeting at ") == 2
     assert f"resumes   {run}/checkpoints/step_" in said
-    same_end(run, whole, 60)
+    same_end(run, whole, 40)
     rows, wanted = (read_rows(f / "metrics.jsonl") for f in (run, whole))
     assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in wanted[1:]]
 
