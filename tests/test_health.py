@@ -76,6 +76,15 @@ def test_a_decision_of_a_bad_step_holds_and_a_resume_is_uninterrupted(
     assert dead > 0 and "live" in differ(tmp_path / "whole", 3, 4)
 
 
+def test_probes_of_a_bad_step_are_forgotten(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    options = {"max_steps": 8, "method": "increlora", "increlora_score": "delta"}
+    flags = tiny.flags(tmp_path, **options, increlora_every=2, gradient_accumulation_steps=2)
+    ranks(2, SPOILT, flags=flags, what="loss", steps=[3])
+    assert len(read_rows(tmp_path / "decisions.jsonl")) > 1
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row.get("loss", 0) is None] == [3]
+
+
 def test_too_many_in_a_row_end_the_run(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     options: dict[str, Any] = OPTIONS | {"max_bad_steps": 3}
     flags = tiny.flags(tmp_path, **options)

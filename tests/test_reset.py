@@ -76,6 +76,34 @@ def test_what_is_not_reset_goes_on(ranks: Ranks, tiny: TinyRun, four: Path, tmp_
     assert losses[0] == losses[1]
 
 
+def test_a_schedule_that_begins_anew_on_a_finished_run_has_data_to_its_end(
+    ranks: Ranks, tiny: TinyRun, four: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(four, tmp_path / "run")
+    ranks(2, TRAIN, flags=tiny.flags(run, **OPTIONS, resume="auto"))
+    flags = tiny.flags(tmp_path / "again", **OPTIONS, resume=step(run, 6), reset="schedule")
+    ranks(2, TRAIN, flags=flags)
+    rows = read_rows(tmp_path / "again" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all(row["loss"] > 0 for row in rows)
+    # What it says to type next is a command that works.
+    words = ["--config", str(tmp_path / "again" / "run.yaml"), "--resume", "auto"]
+    assert "step 6" in ranks(2, TRAIN, flags=words)[0]
+
+
+def test_a_run_that_goes_back_by_name_leaves_no_later_step_behind(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    flags = tiny.flags(tmp_path, max_steps=6, save_every=2)
+    ranks(2, TRAIN, flags=flags)
+    # Killed while it removed something: cleaned, whatever is resumed.
+    shutil.copytree(step(tmp_path, 2), tmp_path / "checkpoints" / ".replaced_step_00000004")
+    back = [*flags, "--resume", str(step(tmp_path, 2)), "--stop_after", "4"]
+    ranks(2, TRAIN, flags=back)
+    found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert found == ["latest", "step_00000002", "step_00000004"]
+
+
 def test_a_schedule_of_decisions_cannot_begin_anew_in_its_middle(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from tests.tiny_run import TinyRun
 
 pytestmark = pytest.mark.dist
 
-TRAIN = "tests.run_work:train"
+TRAIN, STOPPED = "tests.run_work:train", "tests.stop_work:stopped"
 STEPS = 8
 # IncreLoRA decides twice; two micro-batches a step; evaluations of two batches.
 OPTIONS = {
@@ -88,6 +88,28 @@ def test_stopped_and_resumed_is_uninterrupted(
     assert not (tmp_path / "adapter").exists()
     ranks(2, TRAIN, flags=flags)
     check_same(tmp_path, undisturbed)
+
+
+def test_stopped_twice_in_what_it_owes_and_begun_elsewhere(
+    ranks: Ranks, tiny: TinyRun, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Once in the evaluation of step 2, again when that was made up, then before a step is made in
+    a folder of its own."""
+    flags = tiny.flags(tmp_path / "a", **OPTIONS, resume="auto")
+    told = [{"point": "evaluation", "call": 3}, {"point": "micro-batch", "call": 1}]
+    for where in told:
+        ranks(2, STOPPED, flags=flags, **where, name="SIGTERM", rank=0)
+    steps = [row["step"] for row in read_rows(tmp_path / "a" / "metrics.jsonl")]
+    assert steps == [0, 1, 2]
+    checkpoint = tmp_path / "a" / "checkpoints" / "step_00000002"
+    flags = tiny.flags(tmp_path / "b", **OPTIONS)
+    first = [*flags, "--resume", str(checkpoint)]
+    ranks(2, STOPPED, flags=first, point="micro-batch", call=1, name="SIGTERM", rank=1)
+    ranks(2, TRAIN, flags=[*flags, "--resume", "auto"])
+    one, other = (
+        r / "adapter" / "adapter_model.safetensors" for r in (tmp_path / "b", undisturbed)
+    )
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_the_clock_stops_a_run_too(

@@ -12,7 +12,7 @@ from sparse_lora_dist.screen import say
 from tests.chaos import harness, moments
 from tests.tiny_run import TinyRun, write_tiny_run
 
-KILLS_OF_A_RUN = 6
+KILLS_OF_A_RUN = 10
 
 
 def main() -> None:
@@ -54,7 +54,8 @@ def one_run(
     story, flags = harness.Story(), harness.flags_of(tiny, run)
     ended = False
     for _ in range(KILLS_OF_A_RUN):
-        plan: dict[str, Any] = moments.drawn(numbers, calls)
+        left = 1 - harness.newest(run) / harness.STEPS
+        plan: dict[str, Any] = moments.drawn(numbers, calls, left)
         ended = ended or harness.killed(flags, run, plan, story)
     assert ended or harness.attempt(flags, None)
     harness.check_same(run, reference)

@@ -117,12 +117,12 @@ def calls_of_each(flags: list[str]) -> dict[str, int]:
     return dict(calls)
 
 
-def drawn(numbers: random.Random, calls: list[dict[str, int]]) -> dict[str, Any]:
-    """A moment, and who is killed then."""
+def drawn(numbers: random.Random, calls: list[dict[str, int]], left: float) -> dict[str, Any]:
+    """A moment in the next part of what is ``left`` of the run, and who is killed then."""
     moment = numbers.choice([*MOMENTS, HALF, ANY_TIME])
     could = [rank for rank, own in enumerate(calls) if own.get(moment)] or list(range(len(calls)))
     victim = numbers.choice(could)
-    number = 1 + numbers.randrange(max(calls[victim].get(moment, 1), 1))
+    number = 1 + int(numbers.random() * calls[victim].get(moment, 1) * left / 3)
     return {
         "moment": moment,
         "call": numbers.uniform(0.0, 4.0) if moment == ANY_TIME else number,

@@ -56,7 +56,7 @@ def test_killed_again_and_again_it_comes_to_the_same_end(
 def test_drawn_moments_are_of_every_kind() -> None:
     calls = [dict.fromkeys([*moments.MOMENTS, moments.HALF], 3)] * harness.RANKS
     numbers = random.Random(0)
-    kinds = {moments.drawn(numbers, calls)["moment"] for _ in range(300)}
+    kinds = {moments.drawn(numbers, calls, 1.0)["moment"] for _ in range(300)}
     assert kinds == {*moments.MOMENTS, moments.HALF, moments.ANY_TIME}
 
 
