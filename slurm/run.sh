@@ -27,6 +27,9 @@ requeue() {
     exit "$status"
 }
 
+# Ranks get what the lines above set, also where the cluster has jobs begin with --export=NONE.
+export SLURM_EXPORT_ENV=ALL
+
 # Does every node of the job still start a process?
 all_nodes_answer() {
     local nodes=$SLURM_JOB_NUM_NODES
@@ -34,6 +37,7 @@ all_nodes_answer() {
 }
 
 say "job $job, attempt $((requeues + 1)), on $SLURM_JOB_NODELIST, $(date '+%F %T')"
+all_nodes_answer && asks=yes || asks=no # where that does not work, its failure tells nothing
 status=0
 # Once one rank has left, the others have a minute to leave by themselves. --kill-on-bad-exit would
 # end them at once, and a stop that went well could end with the status of a kill.
@@ -45,6 +49,6 @@ case $status in
     138) requeue "SIGUSR1 came before the program listened" ;; # 128 + 10
     2) say "status 2, which trying again would not mend" ;;
     # Slurm itself requeues the job only where it notices the loss before the other ranks fail.
-    *) all_nodes_answer || requeue "status $status, and not every node answers" ;;
+    *) [ $asks = no ] || all_nodes_answer || requeue "status $status, and not every node answers" ;;
 esac
 exit "$status"

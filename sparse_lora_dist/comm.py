@@ -5,6 +5,7 @@ same order. On one rank they degenerate to copies; no caller branches on the num
 """
 
 import os
+import socket
 import time
 from collections import Counter
 from datetime import timedelta
@@ -49,7 +50,7 @@ def start(timeout_s: float = 600.0) -> Launch:
     launch = this_launch()
     if dist.is_initialized():
         return launch
-    if launch.launcher == "mpirun" and None in (launch.address, launch.port):
+    if launch.launcher == "mpirun":
         launch = with_meeting_place(launch)
     if "OMP_NUM_THREADS" not in os.environ:
         # Each rank would otherwise start a thread per core, and they would fight. mpirun and srun
@@ -63,17 +64,31 @@ def start(timeout_s: float = 600.0) -> Launch:
         torch.cuda.set_device(device)
     os.environ.update(launch.variables(device))  # DeepSpeed reads them
     try:
-        _timeout = timedelta(seconds=timeout_s) + SPARE
+        # The watch counts in turns of its own, so that it may speak a tenth later.
+        _timeout = timedelta(seconds=1.1 * timeout_s) + SPARE
         _join(launch)
+        _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     except dist.DistError as error:
         raise UserError(
             f"the ranks cannot meet at {launch.address}:{launch.port}: {error}. If another job on "
             "that machine has the port, give another: --master_port (deepspeed, torchrun), "
             "MASTER_PORT (srun, mpirun). If that is not rank 0's machine as the others know it, "
-            "set MASTER_ADDR."
+            "set MASTER_ADDR; where machines find themselves at 127.0.0.1, GLOO_SOCKET_IFNAME."
         ) from error
-    _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    _check_devices()
     return launch
+
+
+def _check_devices() -> None:
+    """A rank whose GPU is not there would wait on the CPU for ever, for others that do not come."""
+    found = gather_objects((on_gpu(), socket.gethostname()))
+    odd = [f"{rank} on {host}" for rank, (gpu, host) in enumerate(found) if not gpu]
+    if 0 < len(odd) < len(found):
+        raise UserError(
+            f"some ranks have a GPU and others do not see one: rank {', '.join(odd)}. Look at its "
+            "driver there (nvidia-smi), or set DS_ACCELERATOR=cpu for all.",
+            shared=True,
+        )
 
 
 def _join(launch: Launch) -> None:
@@ -283,9 +298,3 @@ class Store:
 def store_is_in_rank_0() -> bool:
     """Does a stopped rank 0 stop the store? torchrun keeps it in a process of its own."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
-def is_about_a_peer(error: BaseException) -> bool:
-    """Did a collective fail because another rank is gone, or did not come?"""
-    said = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)

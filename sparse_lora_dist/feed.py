@@ -43,7 +43,7 @@ class Feed:
         """Where the schedules end."""
         return math.ceil(self.end_row / self.global_batch)
 
-    def batches(self, first_row: int, *, steps_done: int) -> list[MicroBatch]:
+    def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at ``first_row`` of the stream."""
         # Not 0 where a schedule or the data began anew.
         offset = first_row - steps_done * self.global_batch

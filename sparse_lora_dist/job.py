@@ -204,6 +204,7 @@ class Job:
         if self.progress.step > self._saved_step:
             self.save(held_out_loss=None)
         self._publish(self._saver.finish())
+        watch.mark("leaving", may_be_long=True)
         self.metrics.close()
         comm.barrier()  # a launcher ends all ranks when the first one leaves
         done = f"after {self.progress.step} of {self.feed.total_steps} steps, saved"
@@ -212,10 +213,9 @@ class Job:
 
     def finish(self) -> None:
         """Publish what is being saved, export the adapter, say what came of it all."""
-        watch.mark("exporting")
+        watch.mark("exporting", may_be_long=True)  # a tracker may upload for long
         self._bar.close()
         self._publish(self._saver.finish())
-        self.metrics.close()
         size = export.save_peft(
             self.folder / "adapter",
             self.model.adapters,
@@ -224,6 +224,7 @@ class Job:
             task_type=self.task.peft_type,
             classes=self.model.classes,
         )
+        self.metrics.close()
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)
             print_summary(

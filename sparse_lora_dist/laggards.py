@@ -31,9 +31,9 @@ def find_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
     return None
 
 
-def find_store_lost(now: Heartbeats) -> Verdict | None:
-    """Rank 0 by what it holds, where its file cannot be read either."""
-    if 0 in now or comm.rank() == 0 or not comm.store_is_in_rank_0():
+def find_store_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
+    """Rank 0 by what it holds, where its file cannot be read either, twice."""
+    if 0 in before or 0 in now or comm.rank() == 0 or not comm.store_is_in_rank_0():
         return None
     return Verdict(text="rank 0, which holds what the ranks met at, answers no more")
 

@@ -114,8 +114,10 @@ def find_launch(environ: Mapping[str, str]) -> Launch:
             return _read(Said(names, environ))
     for names in TASKS:
         said = Said(names, environ)
-        # One task is no launch: an interactive step, or a program that starts ranks by hand.
-        if names.sign in environ and said.number(names.world_size) > 1:
+        # One task is no launch: an interactive step, or a program that starts ranks by hand. In a
+        # shell of a step of several (srun --pty) the others do not come.
+        in_a_shell = names.launcher == "srun" and "SLURM_PTY_PORT" in environ
+        if names.sign in environ and said.number(names.world_size) > 1 and not in_a_shell:
             _check_by_hand(said)
             return _read(said)
     sign = next((name for name in ("RANK", "WORLD_SIZE") if name in environ), None)

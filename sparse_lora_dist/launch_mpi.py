@@ -8,8 +8,8 @@ from sparse_lora_dist.launch import Launch
 
 
 def with_meeting_place(launch: Launch) -> Launch:
-    """``launch`` with what it lacks of rank 0's address and port, which rank 0 tells the others.
-    A collective of MPI, which is not used any further.
+    """``launch`` with rank 0's address and port, which it tells the others: mpirun may not have
+    handed its environment on to other machines. A collective of MPI, which is not used any further.
 
     Raises:
         UserError: mpi4py is not there, finds no MPI, or is at home in another MPI than mpirun.
@@ -32,14 +32,15 @@ def with_meeting_place(launch: Launch) -> Launch:
         )
     address, port = world.bcast(_here(launch))
     MPI.Finalize()
-    return replace(launch, address=launch.address or address, port=launch.port or port)
+    return replace(launch, address=address, port=port)
 
 
 def _here(launch: Launch) -> tuple[str, int]:
-    """This machine's name, and a port that is free on it."""
+    """What was said by hand, else this machine's name, and a port that is free on it."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
     # A name need not resolve where nobody else has to find it.
     alone = launch.local_size == launch.world_size
-    return "127.0.0.1" if alone else socket.gethostname(), port
+    name = "127.0.0.1" if alone else socket.gethostname()
+    return launch.address or name, launch.port or port

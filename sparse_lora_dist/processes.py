@@ -15,7 +15,8 @@ class Process:
 
     host: str
     pids: str
-    """Which numbering of processes ``pid`` belongs to: containers of one host have their own."""
+    """Which numbering of processes ``pid`` belongs to: containers of one host have their own, and
+    so has a host after each start."""
     pid: int
     started: int
     """Clock ticks from the host's start to its own: a later process of this number differs."""
@@ -35,7 +36,10 @@ def this_process() -> Process:
 
 def is_gone(process: Process) -> bool:
     """Has it certainly ended? False too where that cannot be seen from here."""
-    return _is_seen_from_here(process) and _start_of(process.pid) != process.started
+    if not _is_seen_from_here(process):
+        return False
+    start = _start_of(process.pid)
+    return start != process.started if start is not None else not _exists(process.pid)
 
 
 def kill(process: Process) -> None:
@@ -51,17 +55,30 @@ def _is_seen_from_here(process: Process) -> bool:
 
 def _numbering() -> str:
     try:
-        return os.readlink("/proc/self/ns/pid")
+        # Every host's own numbering has the same name, and hosts may have the same name too.
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{os.readlink('/proc/self/ns/pid')} since boot {boot}"
     except OSError:  # no Linux: nothing is seen from anywhere
         return ""
 
 
 def _start_of(pid: int) -> int | None:
-    """When the running process of this number started; None where there is none."""
+    """When the process of this number started, 0 if it has ended; None where that is not seen."""
     # Not psutil's create_time: that is a date, and moves when the host's clock is set.
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     ended = fields[0] in "ZX"  # its parent has not asked yet
-    return None if ended else int(fields[19])
+    return 0 if ended else int(fields[19])
+
+
+def _exists(pid: int) -> bool:
+    """Asked where /proc shows nothing: on some hosts it hides the processes of others."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

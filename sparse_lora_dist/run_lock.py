@@ -5,6 +5,7 @@ may not honour it.
 """
 
 import json
+import math
 import os
 import time
 import uuid
@@ -18,11 +19,14 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.processes import Process, is_gone, this_process
+from sparse_lora_dist.screen import say
 
 NAME = "run.lock"
 HEARTBEAT_S = 10.0
 MISSED = 3
 """After so many heartbeats that did not come a holder counts as dead."""
+LOOK_S = 0.5
+"""Between two looks at the date of another's lock."""
 SETTLED_S = 1.0
 """Two jobs that take over the same lock are through with it by then."""
 
@@ -34,6 +38,8 @@ class Holder:
     process: Process
     job: str | None
     """Slurm's number of the job. A requeued job keeps it."""
+    attempt: int
+    """How often Slurm has requeued it: two runs in one allocation have the same number here too."""
     since: str
     token: str
     """Unlike that of any other attempt."""
@@ -117,6 +123,7 @@ def _take(path: Path) -> None:
     ours = Holder(
         process=this_process(),
         job=os.environ.get("SLURM_JOB_ID"),
+        attempt=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         since=datetime.now().astimezone().isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
     )
@@ -148,12 +155,11 @@ def _remove_if_stale(path: Path, ours: Holder) -> None:
         holder, age = _read(path), _age(path, ours.token)
     except FileNotFoundError:
         return
-    if not _may_take_over(holder, age, ours):
+    if not _may_take_over(holder, age, ours) and _shows_life(path, age):
         raise UserError(
             f"{path.parent} is being written by another job: "
-            f"{holder or 'one that is just starting'}; its last sign of life is {age:.0f} s old. "
-            "Wait for it, end it, or choose another --output_dir. If it is dead, start again "
-            f"{MISSED * HEARTBEAT_S:.0f} s after its last sign of life."
+            f"{holder or 'one that is just starting'}; it is alive. "
+            "Wait for it, end it, or choose another --output_dir."
         )
     # Another newcomer may have judged the same lock and be a step ahead: what is moved away may be
     # its fresh one, and then goes back.
@@ -166,12 +172,29 @@ def _remove_if_stale(path: Path, ours: Holder) -> None:
             moved.rename(path)
 
 
+def _shows_life(path: Path, age: float) -> bool:
+    """Is it renewed before it counts as dead? A job that was killed leaves a lock of a moment ago,
+    and one that was to follow it must not fail of that."""
+    left_s = MISSED * HEARTBEAT_S - age
+    say("waiting", f"up to {left_s:.0f} s, for a sign of life from the job that holds {path}")
+    try:
+        seen = path.stat().st_mtime
+        for _ in range(math.ceil(left_s / LOOK_S) + 1):
+            time.sleep(LOOK_S)
+            if path.stat().st_mtime != seen:
+                return True
+    except FileNotFoundError:  # its job has ended well
+        pass
+    return False
+
+
 def _may_take_over(holder: Holder | None, age: float, ours: Holder) -> bool:
     if age > MISSED * HEARTBEAT_S:
         return True
     if holder is None:  # created, not yet written
         return False
-    return is_gone(holder.process) or (holder.job is not None and holder.job == ours.job)
+    is_requeued = holder.job is not None and holder.job == ours.job
+    return is_gone(holder.process) or (is_requeued and holder.attempt < ours.attempt)
 
 
 def _read(path: Path) -> Holder | None:

@@ -95,7 +95,7 @@ def _train(config: Config, engine_config: dict[str, Any]) -> None:
             started = time.perf_counter()
             watch.mark("reading its batches", step=step)
             job.set_learning_rate(step)
-            batches = feed.batches(job.progress.rows, steps_done=job.progress.step)
+            batches = feed.batches(job.progress.rows, job.progress.step)
             result = train_step(
                 engine, shards, decisions, batches, row_seeds, step=step, loss_of=loss_of
             )

@@ -75,7 +75,7 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
     except Exception as error:
         crashed = True
         watch.tell_end()
-        if comm.is_about_a_peer(error):
+        if _is_about_a_peer(error):
             raise PeerError(watch.reason(error)) from error
         raise
     finally:
@@ -143,7 +143,8 @@ class _Watch:
         )
 
     def _keep_counting(self) -> None:
-        # Turns, not a clock: a job that Slurm suspends and wakes has lost none of them.
+        # Turns, not a clock: a job that Slurm suspends for a while and wakes has lost none of them.
+        # Longer than the groups' own timeout it is ended by that: torch goes by the clock.
         still, seen = 0, (0, 0)
         while not self._stopped.wait(self.timeout_s / TURNS):
             now = _place.marks, comm.num_collectives()
@@ -157,7 +158,7 @@ class _Watch:
     def _judge(self) -> None:
         """End the job, unless all answer in a phase that may be long."""
         now = self.board.read()
-        verdict = find_lost(self._at_half, now) or find_store_lost(now)
+        verdict = find_lost(self._at_half, now) or find_store_lost(self._at_half, now)
         if verdict is None and not _place.may_be_long:
             verdict = find_behind(now)
         if verdict is not None:
@@ -175,3 +176,9 @@ class _Watch:
             with suppress(OSError):
                 kill(beat.process)
         leave(FAILURE)
+
+
+def _is_about_a_peer(error: BaseException) -> bool:
+    """Did a collective fail because another rank is gone, or did not come?"""
+    said = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)

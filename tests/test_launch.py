@@ -204,6 +204,13 @@ def test_what_other_libraries_read() -> None:
     assert "MASTER_ADDR" not in ALONE.variables(device=0)
 
 
+def test_a_shell_in_a_step_is_no_launch() -> None:
+    """srun --pty in an allocation of several tasks: nobody else has a terminal, or comes."""
+    shell = SRUN | {"SLURM_PTY_PORT": "40001"}
+    assert find_launch(shell).launcher == "python"
+    assert find_launch(shell | OPEN_MPI).launcher == "mpirun"
+
+
 def test_in_words() -> None:
     said = find_launch(SRUN).in_words(nodes=2)
     assert said == f"srun: 4 ranks on 2 nodes, meeting at gpu07:{SLURM_PORT}"

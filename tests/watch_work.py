@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
@@ -64,7 +66,7 @@ def train_idling(
         return idle_then_do
 
     rows = 4 * (step - 1)
-    batches = idle_first(Feed.batches, lambda _, done: where == "batches" and done == rows)
+    batches = idle_first(Feed.batches, lambda _, done, __: where == "batches" and done == rows)
     data = idle_first(program.open_feed, lambda *_: where == "data")
     with patch.object(Feed, "batches", batches), patch.object(program, "open_feed", data):
         try:
@@ -110,11 +112,25 @@ def refusal_of_robbed(flags: list[str], lock: Path, theirs: str) -> str:
         return refusal(flags)
 
 
-def hold(folder: Path, job: str | None = None) -> str:
-    """What the lock says while this process holds it, or why it does not."""
+def hold(folder: Path, job: str | None = None, attempt: int = 0, renewed: bool = True) -> str:
+    """What the lock says while this process holds it, or why it does not; three missed heartbeats
+    are three seconds. ``renewed``: the other holder lives."""
+    slurm = {} if job is None else {"SLURM_JOB_ID": job, "SLURM_RESTART_COUNT": str(attempt)}
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(0.7):
+            with suppress(FileNotFoundError):
+                os.utime(folder / run_lock.NAME)
+
+    other = threading.Thread(target=renew)
     try:
-        with patch.dict(os.environ, {} if job is None else {"SLURM_JOB_ID": job}):
+        with patch.dict(os.environ, slurm), patch.object(run_lock, "HEARTBEAT_S", 1.0):
+            if renewed:
+                other.start()
             with run_lock.held(folder):
                 return (folder / run_lock.NAME).read_text()
     except UserError as error:
         return str(error)
+    finally:
+        ended.set()

@@ -106,7 +106,7 @@ class Saver:
         if self._writing is None:
             return None
         now, self._writing = self._writing, None
-        watch.mark("publishing a checkpoint")
+        watch.mark("publishing a checkpoint", may_be_long=True)  # a slow disk is not a hang
         began = time.perf_counter()
         try:
             with together(f"writing {now.temporary}"):
