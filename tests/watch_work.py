@@ -87,13 +87,23 @@ def timeouts_of_groups(flags: list[str]) -> list[float]:
 
 
 def take_over(folder: Path, all_ready: Barrier, answers: Any) -> None:
-    """One of many newcomers; keeps what it gets until all have tried."""
+    """One of many newcomers; keeps what it gets alive until all have tried."""
+
+    def keep_alive() -> None:
+        while not done.wait(0.2):
+            run_lock.renew()
+
     for number in range(5):
         all_ready.wait()
         try:
             with run_lock.held(folder / str(number)):
                 answers.put((number, "held"))
+                done = threading.Event()
+                alive = threading.Thread(target=keep_alive)
+                alive.start()
                 all_ready.wait()
+                done.set()
+                alive.join()
         except UserError as error:
             answers.put((number, str(error)))
             all_ready.wait()

@@ -37,7 +37,8 @@ def drop_later(newest: Path) -> None:
 def _remove(path: Path) -> None:
     # Its name goes first: killed now, this leaves nothing that looks complete.
     removed = path.with_name(f"{REMOVED}{path.name}")
-    shutil.rmtree(removed, ignore_errors=True)
+    if removed.exists():  # a removal of this step was cut short before
+        shutil.rmtree(removed)
     shutil.rmtree(path.rename(removed))
 
 

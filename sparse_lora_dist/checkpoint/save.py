@@ -116,7 +116,8 @@ class Saver:
                 if comm.rank() == 0:
                     _publish(now.temporary, now.final, {**now.manifest, "files": files})
         except UserError:  # most often a full disk, which the half of a checkpoint need not fill
-            shutil.rmtree(now.temporary, ignore_errors=True)
+            if run_lock.is_ours():  # on rank 0; it may be another job's by now
+                shutil.rmtree(now.temporary, ignore_errors=True)
             raise
         # Not from its beginning: a step may lie between, for which nobody waited.
         self.took_s = now.copied_s + max(written_s) + time.perf_counter() - began
