@@ -46,7 +46,7 @@ srun --kill-on-bad-exit=0 --wait=60 \
 case $status in
     0) say "finished" ;;
     75) requeue "stopped and saved" ;;
-    138) requeue "SIGUSR1 came before the program listened" ;; # 128 + 10
+    138 | 143) requeue "a signal came before the program listened" ;; # 128 + SIGUSR1, SIGTERM
     2) say "status 2, which trying again would not mend" ;;
     # Slurm itself requeues the job only where it notices the loss before the other ranks fail.
     *) [ $asks = no ] || all_nodes_answer || requeue "status $status, and not every node answers" ;;
