@@ -38,13 +38,11 @@ all_nodes_answer() {
 
 say "job $job, attempt $((requeues + 1)), on $SLURM_JOB_NODELIST, $(date '+%F %T')"
 all_nodes_answer && asks=yes || asks=no # where that does not work, its failure tells nothing
-again=()
-[ "$requeues" = 0 ] || again=(--resume auto --reset []) # whatever it once began from
 status=0
 # Once one rank has left, the others have a minute to leave by themselves. --kill-on-bad-exit would
 # end them at once, and a stop that went well could end with the status of a kill.
 srun --kill-on-bad-exit=0 --wait=60 \
-    python launcher/train.py --resume auto ${lead:+--signal_lead "${lead}s"} "$@" "${again[@]}" || status=$?
+    python launcher/train.py --resume auto ${lead:+--signal_lead "${lead}s"} "$@" || status=$?
 case $status in
     0) say "finished" ;;
     75) requeue "stopped and saved" ;;

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether it may: settled before a weight is read."""
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -54,12 +55,13 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
     wanted = config.run.resume
     if wanted == "never":
         return None
-    path = _chosen(wanted, Path(config.run.output_dir) / "checkpoints")
+    path = _since_requeued(config) or _chosen(wanted, _own(config))
     if path is None:
         return None
+    reset = frozenset() if path.parent == _own(config) else frozenset(config.run.reset)
     with together(f"opening {path}"):
         manifest = checkpoint.read_manifest(path)
-        found = Resume(path=path, manifest=manifest, reset=frozenset(config.run.reset))
+        found = Resume(path=path, manifest=manifest, reset=reset)
         saved, now = manifest["description"], describe(config, model, feed, method)
         for name in OF_THE_DATA if "data" in found.reset else ():
             saved.pop(name), now.pop(name)
@@ -69,6 +71,27 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
         _check_steps(found, config, feed, method)
     _say(found, config, feed)
     return found
+
+
+def is_requeued() -> bool:
+    """Is this a later attempt of a job of Slurm's?"""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def _own(config: Config) -> Path:
+    return Path(config.run.output_dir) / "checkpoints"
+
+
+def _since_requeued(config: Config) -> Path | None:
+    """What an earlier attempt of this job has saved since it began from ``--resume FOLDER``: its
+    options are the same each time, and it is not to begin there each time."""
+    run = config.run
+    if run.resume == "auto" or not is_requeued():
+        return None
+    newest = checkpoint.newest_whole(_own(config))
+    began = {} if newest is None else checkpoint.read_manifest(newest)["config"]
+    same = (began.get("resume"), began.get("reset")) == (run.resume, list(run.reset))
+    return newest if same else None
 
 
 def _chosen(wanted: str, folder: Path) -> Path | None:

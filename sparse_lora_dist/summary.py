@@ -10,6 +10,7 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.feed import Feed
+from sparse_lora_dist.launch import this_launch
 from sparse_lora_dist.screen import counted, megabytes, say
 
 SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
@@ -97,6 +98,8 @@ def command(name: str) -> str:
 def next_command(config: Config, feed: Feed, progress: Progress) -> str:
     """What to type to train on, from where this run ended."""
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} launcher/train.py"]
+    if this_launch().launcher in ("torchrun", "mpirun", "srun"):
+        words = ["the same launcher with"]
     words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]
     if config.train.stop_after is not None:
         words.append("--stop_after null")

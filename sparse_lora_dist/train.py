@@ -18,7 +18,7 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.plan.check import say_whether_it_fits
-from sparse_lora_dist.resume import find_resume
+from sparse_lora_dist.resume import find_resume, is_requeued
 from sparse_lora_dist.run_folder import check_folder, write_description
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
@@ -40,7 +40,8 @@ def run(config: Config) -> None:
         say("launch", launch.in_words(comm.num_nodes()))
     with together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
-        check_folder(folder, begins=config.run.resume == "never" or bool(config.run.reset))
+        begins = config.run.resume == "never" or (bool(config.run.reset) and not is_requeued())
+        check_folder(folder, begins=begins)
     # Before anything is written or cleaned: what looks left over may be another job's work.
     with (
         stopping.listening(config.run.time_limit),

@@ -91,6 +91,18 @@ def test_a_schedule_that_begins_anew_on_a_finished_run_has_data_to_its_end(
     assert "step 6" in ranks(2, TRAIN, flags=words)[0]
 
 
+def test_a_requeued_job_goes_on_from_what_it_saved_since_it_began_elsewhere(
+    ranks: Ranks, tiny: TinyRun, four: Path, tmp_path: Path
+) -> None:
+    flags = tiny.flags(tmp_path, **OPTIONS, resume=step(four, 4), reset="optimizer")
+    again = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    # Requeued before it saved anything, it begins where it was told to.
+    for last, said in ((5, f"{step(four, 4)}, step 4; anew: optimizer"), (6, "step 5")):
+        told, _ = ranks(2, TRAIN, flags=[*flags, "--stop_after", str(last)], environment=again)
+        assert said in told
+    assert "anew" not in told
+
+
 def test_a_run_that_goes_back_by_name_leaves_no_later_step_behind(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
