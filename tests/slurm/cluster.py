@@ -20,7 +20,7 @@ import psutil
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "setpriv")
 NODES = ("n1", "n2")
 REPOSITORY = Path(__file__).parents[2]
-PATIENCE_S = 240
+PATIENCE_S = 600
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)

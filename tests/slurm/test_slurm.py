@@ -15,7 +15,7 @@ from sparse_lora_dist.metrics import read_rows
 from tests.slurm.cluster import REPOSITORY, Cluster, running_cluster, why_not
 from tests.tiny_run import TinyRun
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(1800)]
 
 BIN = Path(sys.executable).parent
 KEPT = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")
