@@ -135,24 +135,31 @@ class SparseAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             for flat in group["params"]:
                 self._step_shard(flat, group)
-                self.pass_over(flat)
 
     @torch.no_grad()
     def pass_over(self, flat: Tensor) -> None:
-        """The end of a shard's step, and all of one that the engine refused: it counts, so that
-        ages and births stay steps of the run, and what was to be zero after it is."""
-        state = self.state[flat]
-        state["step"] += 1
-        if (zero := state.pop("zero", None)) is not None:
-            flat.data.masked_fill_(zero, 0.0)
+        """What is left of a shard's step that the engine refused: it counts, so that ages and
+        births stay steps of the run, and what was to be zero after it is."""
+        self._begin_step(flat)
+        self._end_step(flat)
 
     def _step_shard(self, flat: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[flat]
+        state = self._begin_step(flat)
         assert flat.grad is not None, "the engine calls step with a gradient in place"
         parts = flat.data.split(CHUNK), flat.grad.split(CHUNK), state["chunks"]
         for whole_N, grad_N, chunk in zip(*parts, strict=True):
             if chunk.count > 0:
-                _step_chunk(whole_N, grad_N, chunk, state["step"] + 1, group)
+                _step_chunk(whole_N, grad_N, chunk, state["step"], group)
+        self._end_step(flat)
+
+    def _begin_step(self, flat: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[flat]
+        state["step"] += 1
+        return state
+
+    def _end_step(self, flat: Tensor) -> None:
+        if (zero := self.state[flat].pop("zero", None)) is not None:
+            flat.data.masked_fill_(zero, 0.0)
 
     def _state(self, flat: Tensor) -> dict[str, Any]:
         """A shard's state; at first nothing lives in it."""
