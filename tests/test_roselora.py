@@ -313,7 +313,9 @@ def test_what_is_dead_is_zero_in_master_and_live_copy_under_bf16(
         assert (weights[f"base_model.model.{theirs}"].flatten()[~mask] == 0).all()
 
 
-def test_offload_and_infinite_scores(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+def test_offload_and_a_learning_rate_that_overflows(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
     engine = {"ds_config": "ds_configs/zero3_offload.json", "max_grad_norm": 0}
     losses = []
     for name, options in (("host", engine), ("device", {"max_grad_norm": 0})):
@@ -322,4 +324,5 @@ def test_offload_and_infinite_scores(ranks: Ranks, tiny: TinyRun, tmp_path: Path
     assert losses[0] == losses[1]
     wild = flags(tiny, tmp_path / "wild", learning_rate=1e30)
     for said in ranks(2, "tests.run_work:refusal", flags=wild):
-        assert "hold NaN or infinity" in said and "--learning_rate" in said
+        assert "10 steps in a row had a loss or gradient that is not finite" in said
+        assert "--learning_rate" in said
