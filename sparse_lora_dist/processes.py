@@ -39,7 +39,7 @@ def is_gone(process: Process) -> bool:
     if not _is_seen_from_here(process):
         return False
     start = _start_of(process.pid)
-    return start != process.started if start is not None else not _exists(process.pid)
+    return start != process.started if start is not None else not exists(process.pid)
 
 
 def kill(process: Process) -> None:
@@ -73,8 +73,8 @@ def _start_of(pid: int) -> int | None:
     return 0 if ended else int(fields[19])
 
 
-def _exists(pid: int) -> bool:
-    """Asked where /proc shows nothing: on some hosts it hides the processes of others."""
+def exists(pid: int) -> bool:
+    """Is there such a process on this host? Where /proc hides those of others, too."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -17,6 +17,7 @@ from pathlib import Path
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.processes import exists
 from sparse_lora_dist.screen import megabytes
 
 PREFIX = ".writing-"
@@ -100,18 +101,8 @@ def remove_left_overs(directory: Path, but: Path) -> None:
         with suppress(ValueError, FileNotFoundError):
             host, pid, _ = folder.name.removeprefix(PREFIX).rsplit("-", 2)
             old = time.time() - folder.stat().st_mtime > LEFT_OVER_SECONDS
-            if old or (host == socket.gethostname() and not _is_alive(int(pid))):
+            if old or (host == socket.gethostname() and not exists(int(pid))):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _sync(folder: Path) -> None:
