@@ -100,7 +100,7 @@ def begin() -> None:
 
 
 def save_took(seconds: float) -> None:
-    """From its beginning until it was published: what the clock must leave room for."""
+    """Had one waited for it until it was published: what the clock must leave room for."""
     if _wish is not None:
         _wish.save_s = max(_wish.save_s, seconds)
 
