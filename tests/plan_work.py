@@ -6,6 +6,7 @@ from typing import Any
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
+from sparse_lora_dist.checkpoint import save
 from sparse_lora_dist.command_line import load_config
 from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.plan.job import Engine, Ranks
@@ -38,6 +39,14 @@ def _real(job: Any) -> dict[str, int]:
     if not job.shards.ended:
         found["statistics"] = sum(t.nbytes for s in job.shards.stats.values() for t in s)
     return found
+
+
+def copied_and_planned(flags: list[str]) -> tuple[int, int]:
+    """Bytes that saving copies on this rank after a run, and of the plan's line for it."""
+    job = finished_job(flags)
+    own, _ = save._copied(job.shards)
+    copied = sum(t.nbytes for key, t in own.items() if not key.startswith("rng/"))
+    return copied, _planned(load_config(flags)).get("saved_copy", 0)
 
 
 def _kind(name: str, is_plain: bool) -> str:

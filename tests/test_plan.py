@@ -102,6 +102,22 @@ def test_packed_weights_are_exact_too(ranks: RealRanks, tiny: TinyRun, tmp_path:
             assert real["packed_weights"] == planned["packed_weights"]
 
 
+def test_a_copy_that_is_written_beside_training_is_planned(
+    ranks: RealRanks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    usual = {"max_steps": 3, "save_every": 2, "method": "sora"}
+    found = ranks(
+        2, "tests.plan_work:copied_and_planned", flags=tiny.flags(tmp_path / "beside", **usual)
+    )
+    copied = max(one for one, _ in found)
+    assert found[0][1] == pytest.approx(copied, rel=0.02)
+    for waits in ({"async_save": "false"}, {"save_every": 0}, {"save_every": 3}):
+        memory = shapes(**{"max_steps": 3} | waits)  # nothing trains while it is there
+        engine = Engine.of({})
+        lines = rank_memory(memory, engine, Ranks(world_size=8)).lines
+        assert "saved_copy" not in {line.key for line in lines}
+
+
 @pytest.fixture(scope="module")
 def saved_in_4_bits(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as bitsandbytes quantised it: scales in fp32, some linears left out."""

@@ -12,6 +12,7 @@ import pytest
 from sparse_lora_dist.bounds import seconds_in
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
+from tests.same_end import check_same
 from tests.tiny_run import TinyRun
 
 pytestmark = pytest.mark.dist
@@ -35,21 +36,6 @@ def undisturbed(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     ranks(2, TRAIN, flags=tiny.flags(folder, **OPTIONS))
     return folder
-
-
-def check_same(run: Path, undisturbed: Path) -> None:
-    one, other = (r / "adapter" / "adapter_model.safetensors" for r in (run, undisturbed))
-    assert one.read_bytes() == other.read_bytes()
-    for name in ("metrics.jsonl", "decisions.jsonl"):
-        rows = [read_rows(r / name) for r in (run, undisturbed)]
-        told = [
-            [{k: v for k, v in row.items() if k in SAME} for row in rows_of_one]
-            for rows_of_one in rows
-        ]
-        assert told[0] == told[1], name
-
-
-SAME = ("step", "loss", "held_out_loss", "tokens", "live_entries", "live", "ranks", "grad_norm")
 
 
 @pytest.mark.parametrize(

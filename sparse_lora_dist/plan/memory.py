@@ -167,6 +167,14 @@ def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> floa
     return live * (each + birth_bytes) + -(-entries // 8)
 
 
+def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
+    """Of a checkpoint, one rank's: fp32 masters and a byte of mask for all entries, statistics for
+    those of adapters; for those that live, two fp32 moments and when they came to life."""
+    statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
+    masters = trained_entries(shapes, ranks) * (4 + 1)
+    return int(masters + statistics + live_entries(shapes, ranks) * (8 + 4))
+
+
 def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
     copy_at: Place = where if engine.parameters == "none" else "host"
@@ -184,6 +192,10 @@ def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     yield _line("moments", "adapter: moments, at their peak", state_at, size, "pass", "step")
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     yield _line("statistics", "adapter: statistics", state_at, statistics, "pass", "step")
+    run = shapes.config.run
+    if run.async_save and 0 < run.save_every < shapes.plan.total_steps:
+        label = "a checkpoint's copy, while it is written"
+        yield _line("saved_copy", label, "host", saved_bytes(shapes, ranks), "pass", "step")
 
 
 def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:

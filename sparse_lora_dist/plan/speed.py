@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.plan.held import Held, ties
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
-from sparse_lora_dist.plan.memory import live_entries, sparse_entries, trained_entries
+from sparse_lora_dist.plan.memory import saved_bytes
 from sparse_lora_dist.plan.options import PlanConfig
 from sparse_lora_dist.plan.shape_step import layers_of
 
@@ -84,7 +84,7 @@ def speed_of(shapes: Shapes, engine: Engine, ranks: Ranks, plan: PlanConfig) -> 
         tokens=train.micro_batch_size * micro * count * shapes.config.data.sequence_length,
         file_bytes=file_bytes,
         load_s=file_bytes / ranks.nodes / (plan.disk_gb_per_s * 1e9),
-        checkpoint_bytes=checkpoint_bytes(shapes),
+        checkpoint_bytes=saved_bytes(shapes, Ranks(world_size=1)),
     )
 
 
@@ -129,12 +129,3 @@ def attention_width(config: PreTrainedConfig) -> int:
     heads = getattr(text, "num_attention_heads", None)
     each = getattr(text, "head_dim", None)
     return int(heads * each) if heads and each else int(getattr(text, "hidden_size", 0))
-
-
-def checkpoint_bytes(shapes: Shapes) -> int:
-    """fp32 masters and a byte of mask for all entries, statistics for those of adapters; for those
-    that live, two fp32 moments and when they came to life."""
-    whole = Ranks(world_size=1)
-    statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, whole)
-    masters = trained_entries(shapes, whole) * (4 + 1)
-    return int(masters + statistics + live_entries(shapes, whole) * (8 + 4))

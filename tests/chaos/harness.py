@@ -11,6 +11,7 @@ from typing import Any
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.metrics import read_rows
 from tests.ranks import RankError, RankPool
+from tests.same_end import check_same
 from tests.tiny_run import TinyRun
 
 RANKS = 2
@@ -24,7 +25,6 @@ OPTIONS: dict[str, Any] = {
     "keep_last": 2,
     "resume": "auto",
 }
-TOLD = ("step", "loss", "held_out_loss", "live", "ranks", "budget")
 OF_THE_LIVING = re.compile("closed by peer|Connection reset|Broken pipe|is gone|no answer")
 """What a survivor says of a rank that was killed."""
 GONE = (RankError, EOFError, ConnectionError, BrokenPipeError)
@@ -90,13 +90,8 @@ def killed(flags: list[str], run: Path, plan: dict[str, Any], story: Story) -> b
     return False
 
 
-def check_same(run: Path, undisturbed: Path) -> None:
-    """Bit for bit the same parameters, the same losses and decisions, and nothing torn left."""
-    one, other = (r / "adapter" / "adapter_model.safetensors" for r in (run, undisturbed))
-    assert one.read_bytes() == other.read_bytes()
-    for name in ("metrics.jsonl", "decisions.jsonl"):
-        rows = [read_rows(r / name) for r in (run, undisturbed)]
-        told = [[{k: r.get(k) for k in TOLD} for r in of_one] for of_one in rows]
-        assert told[0] == told[1], name
+def check_end(run: Path, undisturbed: Path) -> None:
+    """The end of the undisturbed run, and nothing torn left."""
+    check_same(run, undisturbed)
     names = [sorted(p.name for p in (r / "checkpoints").iterdir()) for r in (run, undisturbed)]
     assert names[0] == names[1]

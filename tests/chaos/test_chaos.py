@@ -50,7 +50,7 @@ def test_killed_again_and_again_it_comes_to_the_same_end(
     assert len(story.kills) >= 6, story
     assert max(story.lost_steps) <= harness.EVERY + 1, story
     assert harness.attempt(flags, None)
-    harness.check_same(tmp_path, undisturbed)
+    harness.check_end(tmp_path, undisturbed)
 
 
 def test_drawn_moments_are_of_every_kind() -> None:
@@ -99,4 +99,4 @@ def test_a_full_disk_and_one_that_is_read_only_lose_nothing(
     remount(small_disk, "rw,size=100m")
     (run / "checkpoints" / "latest").write_text("step_00099999\n")
     assert harness.attempt(flags, None)
-    harness.check_same(run, undisturbed)
+    harness.check_end(run, undisturbed)
