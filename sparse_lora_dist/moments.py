@@ -99,7 +99,7 @@ class Packed:
         eight_bit: bool,
     ) -> None:
         self.size, self.count = live_N.numel(), int(live_N.sum())
-        self.bits = _pack_bits(live_N)
+        self.bits = pack_bits(live_N)
         moment = EightBit if eight_bit else Fp32
         self.exp_avg = moment(exp_avg_N[live_N], signed=True)
         self.exp_avg_sq = moment(exp_avg_sq_N[live_N], signed=False)
@@ -113,7 +113,7 @@ class Packed:
 
     def live(self) -> Tensor:
         """bool [N]"""
-        return (self.bits[:, None] & _powers(self.bits.device)).flatten()[: self.size].bool()
+        return unpack_bits(self.bits, self.size)
 
     def where(self) -> Tensor | None:
         """Positions of the live entries, [L]; None: all live."""
@@ -149,9 +149,15 @@ class Packed:
         return values_K[self.birth_L.int()]
 
 
-def _pack_bits(live_N: Tensor) -> Tensor:
-    eights = F.pad(live_N, (0, -len(live_N) % 8)).view(-1, 8)
+def pack_bits(live_N: Tensor) -> Tensor:
+    """bool [N] -> uint8 [ceil(N / 8)], the first entry in the lowest bit."""
+    eights = F.pad(live_N, (0, -len(live_N) % 8)).view(-(-len(live_N) // 8), 8)
     return (eights * _powers(live_N.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, size: int) -> Tensor:
+    """What was packed: bool [size]."""
+    return (bits[:, None] & _powers(bits.device)).flatten()[:size].bool()
 
 
 def _powers(device: torch.device) -> Tensor:

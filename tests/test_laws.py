@@ -10,14 +10,15 @@ with sparsity off a method is plain LoRA, or the fixed-rank form of its own delt
 
 import json
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from sparse_lora_dist import checkpoint
 from sparse_lora_dist.methods import METHODS
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
@@ -46,14 +47,12 @@ def flags(tiny: TinyRun, folder: Path, name: str, **options: object) -> list[str
 def saved(run: Path, key: str, step: int = STEPS) -> dict[str, Tensor]:
     """Every trained tensor's ``key`` from a checkpoint, put together from the ranks' files."""
     folder = run / "checkpoints" / f"step_{step:08d}"
-    whole: dict[str, list[tuple[int, Tensor]]] = {}
-    for path in sorted(folder.glob("rank_*.safetensors")):
-        with safe_open(str(path), framework="pt") as file:
-            for name, (start, _) in json.loads(file.metadata()["offsets"]).items():
-                if f"{key}/{name}" in file.keys():  # noqa: SIM118  safe_open is no dict
-                    whole.setdefault(name, []).append((start, file.get_tensor(f"{key}/{name}")))
+    manifest = checkpoint.read_manifest(folder)
+    slices = checkpoint.SavedSlices(folder, [file["name"] for file in manifest["files"]])
     return {
-        name: torch.cat([t for _, t in sorted(p, key=lambda x: x[0])]) for name, p in whole.items()
+        name: slices.entries(key, name, 0, prod(shape))
+        for name, shape in manifest["tensors"].items()
+        if any(f"{key}/{name}" in file.keys() for file in slices.files)  # noqa: SIM118
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim import MOMENTS
 
-FORMAT = 4
+FORMAT = 5
 MANIFEST = "manifest.json"
 PACKED = (*MOMENTS, "born")
 """What is saved for live entries only."""

@@ -29,6 +29,7 @@ from sparse_lora_dist.checkpoint.manifest import (
 )
 from sparse_lora_dist.checkpoint.recover import LATEST, REPLACED, TEMPORARY
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.moments import pack_bits
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
 
@@ -133,7 +134,7 @@ def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     offsets = {p.name: [p.start, p.length] for p in shards.engine.slices}
     for piece in shards.engine.slices:
         tensors[f"master/{piece.name}"] = shards.engine.master(piece)
-        tensors[f"live/{piece.name}"] = live[piece.name]
+        tensors[f"live/{piece.name}"] = pack_bits(live[piece.name])
         # Of all entries: what is dead may come back, and its average goes on meanwhile.
         stats = shards.stats.get(piece.name, ())
         tensors |= {f"stat{i}/{piece.name}": stat for i, stat in enumerate(stats)}
@@ -142,8 +143,14 @@ def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     # One after the other: spread out over the dead, each is as large as the masters.
     for key in PACKED:
         spread = shards.born() if key == "born" else shards.moments(key)
-        own |= {f"{key}/{name}": t[live[name]].cpu() for name, t in spread.items()}
+        packed = {f"{key}/{name}": t[live[name]].cpu() for name, t in spread.items()}
+        own |= {k: _once(t) for k, t in packed.items()} if key == "born" else packed
     return own, offsets
+
+
+def _once(births_L: Tensor) -> Tensor:
+    """[1] where all came to life together, which is the rule."""
+    return births_L[:1].clone() if (births_L == births_L[:1]).all() else births_L
 
 
 def _write(

@@ -168,11 +168,11 @@ def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> floa
 
 
 def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
-    """Of a checkpoint, one rank's: fp32 masters and a byte of mask for all entries, statistics for
-    those of adapters; for those that live, two fp32 moments and when they came to life."""
+    """Of a checkpoint, one rank's: fp32 masters and a bit for all entries, statistics for those of
+    adapters; for those that live, two fp32 moments, and maybe when they came to life."""
+    entries, birth = trained_entries(shapes, ranks), 4 if shapes.forecast.birth_bytes else 0
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
-    masters = trained_entries(shapes, ranks) * (4 + 1)
-    return int(masters + statistics + live_entries(shapes, ranks) * (8 + 4))
+    return int(4 * entries + entries / 8 + statistics + live_entries(shapes, ranks) * (8 + birth))
 
 
 def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from sparse_lora_dist import checkpoint, comm, export, step
 from sparse_lora_dist.checkpoint import save
-from sparse_lora_dist.checkpoint.restore import _Reader
+from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
 from sparse_lora_dist.job import Job
 from sparse_lora_dist.metrics import JsonLines
 from sparse_lora_dist.optim import SparseAdamW
@@ -38,7 +38,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "removing a folder": (shutil, "rmtree"),
     "retention": (checkpoint, "retain"),
     "a row of metrics": (JsonLines, "append"),
-    "restoring": (_Reader, "dense"),
+    "restoring": (SavedSlices, "entries"),
     "cleaning": (checkpoint, "clean"),
     "exporting": (export, "save_peft"),
     "the summary": (Job, "finish"),
