@@ -135,6 +135,7 @@ def report(found: dict[str, Any]) -> str:
         *header("time, of a synchronous save"),
         "| a synchronous save holds the step | 1.00 |",
         f"| one written beside training holds it | {found['beside'] / held:.2f} |",
+        f"| a step of {TOKENS} tokens a rank, for scale | {found['step'] / held:.2f} |",
         f"| finding, checking and restoring a checkpoint | {found['resume'] / held:.2f} |",
         "",
         f"Written beside, it has its name {found['steps']:.0f} steps later; a step meanwhile takes "
