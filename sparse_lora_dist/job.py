@@ -5,11 +5,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist import checkpoint, comm, export, stopping, watch
+from sparse_lora_dist import checkpoint, comm, stopping, watch
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.errors import Stopped
+from sparse_lora_dist.export import peft_adapter
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.health import Health
 from sparse_lora_dist.journal import Journal, memory_and_traffic
@@ -172,6 +173,8 @@ class Job:
             "description": describe(self.config, self.model, self.feed, self.shards.method),
             "total_steps": self.feed.total_steps,
             "config": self.config.as_flat_dict(),
+            "base": self.model.name,
+            "full_modules": list(self.model.full),
             "held_out_loss": held_out_loss,
             "owed": self._owed,
             "trackers": self.metrics.run_ids,
@@ -216,14 +219,7 @@ class Job:
         watch.mark("exporting", may_be_long=True)  # a tracker may upload for long
         self._bar.close()
         self._publish(self._saver.finish())
-        size = export.save_peft(
-            self.folder / "adapter",
-            self.model.adapters,
-            self.model.full,
-            base=self.model.name,
-            task_type=self.task.peft_type,
-            classes=self.model.classes,
-        )
+        size = self._export()
         self.metrics.close()
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)
@@ -236,6 +232,22 @@ class Job:
                 adapter_bytes=size,
                 goes_on=self.shards.method.redraws or self.shards.ended,
             )
+
+    def _export(self) -> int:
+        """Bytes of the adapter; 0 where nothing of it lives, which is no reason to end in an
+        error."""
+        try:
+            return peft_adapter.save_peft(
+                self.folder / "adapter",
+                self.model.adapters,
+                self.model.full,
+                base=self.model.name,
+                task_type=self.task.peft_type,
+                classes=self.model.classes,
+            )
+        except peft_adapter.NothingLives as error:
+            say("warning", f"no adapter is written: {error}")
+            return 0
 
 
 def _learning_rate(config: Config, method: Method, total_steps: int) -> LearningRate:

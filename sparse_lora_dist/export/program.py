@@ -1,0 +1,117 @@
+"""launcher/export.py: from a checkpoint to a folder that is whole, or not there."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.base import Base
+from sparse_lora_dist.export.card import write_card
+from sparse_lora_dist.export.merged import Merge
+from sparse_lora_dist.export.options import ExportConfig, ExportRequest
+from sparse_lora_dist.export.peft_adapter import APART, write_peft
+from sparse_lora_dist.export.sparse_delta import write_sparse_delta
+from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.plan.job import DTYPES
+from sparse_lora_dist.screen import counted, megabytes, say
+
+Facts = dict[str, str]
+"""Of an export, by name: said on the screen, and on the model's card."""
+
+
+def export(request: ExportRequest) -> None:
+    """Write what is asked.
+
+    Raises:
+        UserError: there is nothing to export, or something in the way.
+    """
+    asked, final = request.export, Path(request.export.output)
+    if final.is_file() or (final.is_dir() and any(final.iterdir()) and not asked.overwrite):
+        raise UserError(f"--output {final} is not empty. Name another folder, or add --overwrite.")
+    trained = Trained.open(Path(request.source))
+    say("from", f"{trained.path}, step {trained.step:,}")
+    temporary = final.with_name(f".tmp_{final.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        facts = WRITERS[asked.format](trained, temporary, asked)
+        write_card(trained, temporary, final, asked.format, facts)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+    except OSError as error:
+        raise UserError(f"writing {final}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for name, text in facts.items():
+        say(name, text)
+    size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+    say("written", f"{final} ({megabytes(size)}); {final}/README.md has the lines that load it")
+
+
+def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
+    lora = trained.plain_lora()
+    write_peft(folder, lora, uniform=asked.uniform_rank)
+    ranks = [len(a_LI) for a_LI, _ in lora.pairs.values()]
+    live = sum(a_LI.numel() + b_OL.numel() for a_LI, b_OL in lora.pairs.values())
+    facts = {
+        "modules": f"{len(ranks)} of {counted(len(trained.sites), 'linear')}, of rank "
+        f"{min(ranks)} to {max(ranks)} (the run's: {lora.rank})",
+        "entries": f"{live:,} in pieces that do something",
+    }
+    if asked.uniform_rank:
+        facts["rank"] = f"{max(ranks)} everywhere, filled up with zeros"
+        if lora.full:
+            facts["apart"] = (
+                f"{', '.join(lora.full_modules)} trained in full, in {APART}: "
+                "servers of LoRA do not read it; use --format merged to keep it"
+            )
+    return facts
+
+
+def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
+    base = Base.open(trained, asked.base)
+    if asked.onto == "dequantised" and base.trained_over_4_bits:
+        raise UserError(
+            f"{base.folder} is not what the adapter was trained over, which came in 4 bits: add "
+            "--onto original."
+        )
+    merge = Merge(
+        dtype=DTYPES[asked.dtype], stochastic=asked.rounding == "stochastic", onto=asked.onto
+    )
+    merge.write(trained, base, folder)
+    where = "the original weights" if asked.onto == "original" else "what it was trained over"
+    facts = {"onto": where}
+    if merge.quantized:
+        facts["onto"] += (
+            f"; original and 4-bit weights are {merge.distance:.1%} of their norm apart"
+        )
+    if base.experts and base.quantized:
+        facts["experts"] = "as the files have them, not as the run had them in 4 bits"
+    share = merge.unchanged / max(merge.touched, 1)
+    facts["rounding"] = (
+        f"to {asked.dtype}, {asked.rounding}: {merge.unchanged:,} of {merge.touched:,} touched "
+        f"weights ({share:.1%}) stay as they were"
+    )
+    if share > 0.01 and asked.rounding == "nearest":
+        facts["rounding"] += "; --rounding stochastic keeps their mean, --dtype fp32 all"
+    return facts
+
+
+def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
+    found = write_sparse_delta(trained, folder)
+    facts = {
+        "changed": f"{found.changed:,} of {found.weights:,} weights",
+        "sparsity": f"{found.zeros:.4%}; at least {found.bound:.4%} by RoseLoRA's Proposition 1",
+    }
+    if trained.full:
+        facts["left out"] = f"{', '.join(trained.manifest['full_modules'])}, trained in full"
+    return facts
+
+
+WRITERS: dict[str, Callable[[Trained, Path, ExportConfig], Facts]] = {
+    "peft": _peft,
+    "merged": _merged,
+    "sparse_delta": _sparse_delta,
+}
+"""By the name that ``--format`` takes."""
