@@ -136,7 +136,7 @@ def test_dead_pieces_and_modules_are_left_out(stops: Any, tmp_path: Path) -> Non
 
 def test_a_wholly_dead_adapter_is_an_error(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     options = {"method": "sora", "sora_lambdas": (1e6,), "max_steps": 3}
-    told = ranks(1, "tests.run_work:train", flags=tiny.flags(tmp_path / "run", **options))
+    told = ranks(2, "tests.run_work:train", flags=tiny.flags(tmp_path / "run", **options))
     assert "no adapter is written: nothing of any adapter lives" in told[0]
     with pytest.raises(UserError, match="nothing of any adapter lives"):
         exported(tmp_path / "run", tmp_path / "out")

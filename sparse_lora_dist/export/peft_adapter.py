@@ -26,6 +26,13 @@ WEIGHTS, APART = "adapter_model.safetensors", "modules_to_save.safetensors"
 class NothingLives(UserError):
     """Every piece of every adapter is zero."""
 
+    def __init__(self) -> None:
+        super().__init__(
+            "nothing of any adapter lives, so there is no LoRA to write. "
+            "Prune less, or train longer or at a higher --learning_rate.",
+            shared=True,
+        )
+
 
 Pair = tuple[Tensor, Tensor]
 """(a_LI, b_OL) of a plain LoRA that is scaled by alpha / R."""
@@ -80,6 +87,8 @@ def save_peft(
         with zero3.gathered(module.parameters()):
             if comm.rank() == 0:
                 full |= {f"{name}.{k}": _copy(p) for k, p in module.named_parameters()}
+    if not any(comm.gather_objects(bool(pairs))):
+        raise NothingLives
     with together(f"writing {folder}"):
         if comm.rank() == 0:
             first = adapters[0]
@@ -109,11 +118,7 @@ def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> in
         NothingLives: there is no piece to write.
     """
     if not trained.pairs:
-        raise NothingLives(
-            "nothing of any adapter lives, so there is no LoRA to write. "
-            "Prune less, or train longer or at a higher --learning_rate.",
-            shared=True,
-        )
+        raise NothingLives
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {name: len(a_LI) for name, (a_LI, _) in trained.pairs.items()}
     each = trained.alpha / trained.rank
