@@ -218,6 +218,8 @@ class Job:
         """Publish what is being saved, export the adapter, say what came of it all."""
         watch.mark("exporting", may_be_long=True)  # a tracker may upload for long
         self._bar.close()
+        if self.progress.step > self._saved_step:  # left by a program of its own before the end
+            self.save(held_out_loss=None)
         self._publish(self._saver.finish())
         size = self._export()
         self.metrics.close()
