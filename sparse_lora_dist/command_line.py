@@ -99,9 +99,10 @@ def saved_config(saved: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: this version does not know what it says.
     """
-    problems: list[str] = []
+    options = known_options()
+    problems = [f"{name} is no option of this version" for name in saved if name not in options]
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
-    flat: dict[str, Any] = {n: option.default for n, option in known_options().items()} | tuples
+    flat: dict[str, Any] = {n: option.default for n, option in options.items()} | tuples
     parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
     factory = methods.METHODS.get(flat["method"])
     if factory is None:

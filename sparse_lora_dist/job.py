@@ -1,11 +1,13 @@
 """What happens around the steps of a run: resume, log, held-out loss, save, export, summary."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint, comm, stopping, watch
+from sparse_lora_dist.base_model.sources import is_quantized
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.data import MicroBatch
@@ -174,6 +176,7 @@ class Job:
             "total_steps": self.feed.total_steps,
             "config": self.config.as_flat_dict(),
             "base": self.model.name,
+            "base_in_4_bits": is_quantized(self.model.files),
             "full_modules": list(self.model.full),
             "held_out_loss": held_out_loss,
             "owed": self._owed,
@@ -244,11 +247,14 @@ class Job:
                 self.model.adapters,
                 self.model.full,
                 base=self.model.name,
+                revision=self.config.model.revision,
                 task_type=self.task.peft_type,
                 classes=self.model.classes,
             )
         except peft_adapter.NothingLives as error:
             say("warning", f"no adapter is written: {error}")
+            if comm.rank() == 0:  # an earlier attempt's is not this run's end
+                shutil.rmtree(self.folder / "adapter", ignore_errors=True)
             return 0
 
 

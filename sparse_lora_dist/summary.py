@@ -32,6 +32,7 @@ def print_summary(
     Args:
         rows: those of metrics.jsonl.
         target: what the loss is a mean over.
+        adapter_bytes: 0 where nothing of it lives.
         goes_on: may the run be made longer, once it is through?
     """
     folder = Path(config.run.output_dir)
@@ -45,11 +46,12 @@ def print_summary(
     )
     say("result", gain(rows, target))
     say("live", sparsity(rows))
-    say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
+    if adapter_bytes:
+        say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
     say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
     if goes_on or progress.step < feed.total_steps:
         say("go on", next_command(config, feed, progress))
-    else:
+    elif adapter_bytes:
         say("go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run")
 
 

@@ -1,6 +1,7 @@
 """launcher/export.py: from checkpoints of real runs to what PEFT and transformers make of them."""
 
 import json
+import os
 import shutil
 import warnings
 from dataclasses import dataclass
@@ -13,14 +14,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from sparse_lora_dist.checkpoint.manifest import sealed
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.merged import Merge
 from sparse_lora_dist.export.options import load_request
 from sparse_lora_dist.export.peft_adapter import APART, WEIGHTS
 from sparse_lora_dist.export.program import export
 from sparse_lora_dist.export.sparse_delta import (
-    FILE,
     Sparsity,
     apply_sparse_delta,
     most_changed,
@@ -138,6 +140,7 @@ def test_a_wholly_dead_adapter_is_an_error(ranks: Ranks, tiny: TinyRun, tmp_path
     options = {"method": "sora", "sora_lambdas": (1e6,), "max_steps": 3}
     told = ranks(2, "tests.run_work:train", flags=tiny.flags(tmp_path / "run", **options))
     assert "no adapter is written: nothing of any adapter lives" in told[0]
+    assert "opens in peft" not in told[0] and "--init_adapter" not in told[0]
     with pytest.raises(UserError, match="nothing of any adapter lives"):
         exported(tmp_path / "run", tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".tmp_*"))
@@ -213,7 +216,7 @@ def test_a_sparse_delta_is_applied_and_taken_back(
     assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
 
     trained = Trained.open(stop.path)
-    stored = sum(len(t) for k, t in load_file(folder / FILE).items() if k.endswith(".values"))
+    stored = sum(len(t) for k, t in whole_weights(folder).items() if k.endswith(".values"))
     weights = sum(s.in_features * s.out_features for s in trained.sites)
     pairs = [pair for _, pair in trained.pairs()]
     bound = 1 - sum(map(most_changed, pairs)) / weights
@@ -273,6 +276,66 @@ def test_a_classifier_is_merged_with_its_head(ranks: Ranks, tmp_path: Path) -> N
     assert list(model.config.id2label.values()) == ["bad", "good", "ugly"]
 
 
+def test_in_bf16_an_export_has_the_bytes_of_the_runs_own_adapter(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    options = {"method": "adalora", "precision": "bf16", "modules_to_save": "norm", "max_steps": 8}
+    ranks(2, "tests.run_work:train", flags=tiny.flags(tmp_path / "run", **options))
+    folder = exported(tmp_path / "run", tmp_path / "out")
+    own = tmp_path / "run" / "adapter"
+    assert (folder / WEIGHTS).read_bytes() == (own / WEIGHTS).read_bytes()
+    configs = [json.loads((f / "adapter_config.json").read_text()) for f in (folder, own)]
+    sets = [set(config.pop("target_modules")) for config in configs]  # PEFT has them in no order
+    assert configs[0] == configs[1] and sets[0] == sets[1]
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "seq_cls"])
+@pytest.mark.parametrize("kind", ["peft", "merged", "sparse_delta"])
+def test_the_lines_of_the_card_load_it(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, kind: str, task: str
+) -> None:
+    options = {"max_steps": 2, "quantization": "none"}
+    flags = tiny.flags(tmp_path / "run", **options)
+    if task == "seq_cls":
+        labelled = write_labelled(tmp_path, save_base(tmp_path / "model", "bert"))
+        flags = labelled.flags(tmp_path / "run", task=task, sequence_length=48, **options)
+    logits = ranks(1, LOGITS, flags=flags, input_ids_MT=TOKENS_MT)[0]
+    folder = exported(tmp_path / "run", tmp_path / "out", "--format", kind)
+    card = (folder / "README.md").read_text()
+    lines = card.partition("```python\n")[2].partition("```")[0].replace("applied.undo()", "")
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    if (kind, task) != ("sparse_delta", "seq_cls"):  # whose head is new, and drawn again
+        assert (logits_of(names["model"]) - logits).abs().max() < 0.3, "but for bf16"
+    assert ("without what was trained of classifier" in card) == (
+        (kind, task) == ("sparse_delta", "seq_cls")
+    )
+
+
+def test_only_touched_weights_are_drawn() -> None:
+    merge = Merge(dtype=torch.bfloat16, stochastic=True, onto="original")
+    before = torch.randn(64, 64)
+    delta = torch.zeros(64, 64)
+    delta[0] = 1e-3
+    rounded = merge._rounded(before, delta, torch.Generator().manual_seed(0))
+    assert torch.equal(rounded[1:], before[1:].bfloat16()) and merge.touched == 64
+
+
+def test_a_delta_of_another_model_changes_nothing(
+    stops: Any, tiny: TinyRun, tmp_path: Path
+) -> None:
+    folder = exported(stops("roselora")[0].path, tmp_path / "delta", "--format", "sparse_delta")
+    config = AutoConfig.from_pretrained(tiny.model)
+    config.intermediate_size = 256
+    model = AutoModelForCausalLM.from_config(config)
+    before = {k: t.clone() for k, t in model.state_dict().items()}
+    with pytest.raises(UserError, match="the delta is for"):
+        apply_sparse_delta(model, folder)
+    assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+    with pytest.raises(UserError, match="holds no sparse delta"):
+        apply_sparse_delta(model, tmp_path)
+
+
 # Bad input
 
 
@@ -288,9 +351,35 @@ def test_what_is_in_the_way_stays(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "precious").write_text("mine")
     with pytest.raises(UserError, match=r"not empty.*--overwrite"):
         exported(run, tmp_path / "out")
+    for place in (tmp_path / "out", run, run / "checkpoints", tmp_path):
+        with pytest.raises(UserError, match=r"no earlier export, and stays"):
+            exported(run, place, "--overwrite", "true")
     assert (tmp_path / "out" / "precious").read_text() == "mine"
-    exported(run, tmp_path / "out", "--overwrite", "true")
-    assert (tmp_path / "out" / WEIGHTS).exists() and not (tmp_path / "out" / "precious").exists()
+    assert (run / "run.yaml").exists()
+    earlier = exported(run, tmp_path / "earlier")
+    (earlier / "left").touch()
+    exported(run, earlier, "--overwrite", "--uniform_rank")
+    assert (earlier / WEIGHTS).exists() and not (earlier / "left").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_cannot_be_put_in_place_leaves_what_was_there(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = exported(run, tmp_path / "earlier")
+    before = {path.name: path.read_bytes() for path in earlier.iterdir()}
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if Path(source).name.startswith(".tmp_"):
+            raise OSError(28, "No space left on device")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(UserError, match="No space left on device"):
+        exported(run, earlier, "--overwrite")
+    assert {path.name: path.read_bytes() for path in earlier.iterdir()} == before
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_run_without_a_checkpoint_and_no_run(run: Path, tmp_path: Path) -> None:
@@ -313,9 +402,48 @@ def test_a_damaged_checkpoint(run: Path, tmp_path: Path) -> None:
         exported(file.parent, tmp_path / "out")
 
 
-def test_another_base(run: Path, tiny: TinyRun, tmp_path: Path) -> None:
+def test_a_checkpoint_named_from_inside(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (step,) = run.glob("checkpoints/step_*")
+    monkeypatch.chdir(step)
+    exported(Path("."), tmp_path / "out")
+    assert "held-out loss" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_run_of_another_version(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("checkpoints/*/manifest.json")
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    path.write_text(sealed(manifest | {"config": manifest["config"] | {"scale_rule": "sqrt"}}))
+    with pytest.raises(UserError, match="scale_rule is no option of this version"):
+        exported(tmp_path / "run", tmp_path / "out")
+    path.write_text(sealed(manifest | {"format": 4}))
+    with pytest.raises(UserError, match="export with the version that saved it"):
+        exported(tmp_path / "run", tmp_path / "out")
+
+
+def test_code_that_comes_with_the_base_runs_only_if_told(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (path,) = (tmp_path / "run").glob("checkpoints/*/manifest.json")
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    trusts = manifest["config"] | {"trust_remote_code": True}
+    path.write_text(sealed(manifest | {"config": trusts}))
+    with pytest.raises(UserError, match="If you trust it, say so here too"):
+        exported(tmp_path / "run", tmp_path / "out", "--format", "merged")
+    exported(tmp_path / "run", tmp_path / "out", "--format=merged", "--trust_remote_code")
+
+
+def test_another_base(
+    run: Path, tiny: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     merged = ["--format", "merged", "--base", str(tmp_path / "base")]
     shutil.copytree(tiny.model, tmp_path / "base")
+    monkeypatch.setattr(Trained, "base", "/gone/model")
+    with pytest.raises(UserError, match="Name the folder of the base model: --base"):
+        exported(run, tmp_path / "moved", *merged[:2])
     exported(run, tmp_path / "moved", *merged)  # the same, elsewhere
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
@@ -342,9 +470,9 @@ def test_a_base_in_4_bits(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     folder = exported(tmp_path / "run", tmp_path / "out", *merged, "--onto", "original")
     weights, original = whole_weights(folder), whole_weights(tiny.model)
     scale = 32.0 / 4
-    for name, (a_LI, b_OL) in Trained.open(tmp_path / "run").pairs():
-        summed = original.pop(f"{name}.weight").float() + b_OL @ a_LI * scale
-        torch.testing.assert_close(weights[f"{name}.weight"], summed, rtol=0, atol=1e-6)
+    for site, (a_LI, b_OL) in Trained.open(tmp_path / "run").pairs():
+        summed = original.pop(f"{site.name}.weight").float() + b_OL @ a_LI * scale
+        torch.testing.assert_close(weights[f"{site.name}.weight"], summed, rtol=0, atol=1e-6)
     assert all(torch.equal(weights[k], w.float()) for k, w in original.items())
 
 
@@ -359,6 +487,8 @@ def test_a_base_in_4_bits(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
             "rounding stochastic is for dtype bf16",
         ),
         (["--wat", "1"], "wat"),
+        (["--forma", "peft"], "forma"),
+        (["--overwrite", "maybe"], "maybe"),
     ],
 )
 def test_wrong_options(flags: list[str], words: str) -> None:

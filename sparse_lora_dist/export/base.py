@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -22,7 +21,6 @@ from sparse_lora_dist.base_model.sources import Keys, find_keys, is_quantized
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.locations import resolve_default
-from sparse_lora_dist.plan.job import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,48 +35,38 @@ class Base:
     trained: Trained
 
     @classmethod
-    def open(cls, trained: Trained, folder: str | None) -> "Base":
-        """The one that the run names, or ``folder`` where that has moved.
+    def open(cls, trained: Trained, elsewhere: str | None, *, trust_remote_code: bool) -> "Base":
+        """The one that the run names, or ``elsewhere`` where that has moved.
 
         Raises:
-            UserError: it is another model, or one in 4 bits.
+            UserError: it is not there, another model, one in 4 bits, or one with code of its own.
         """
-        model = trained.config.model
-        where = resolve_folder(resolve_default("model", folder or trained.base), model.revision)
-        config = _with_labels(
-            read_config(where, trust_remote_code=model.trust_remote_code), trained
-        )
-        files = CheckpointFiles(where)
+        model, revision = elsewhere or trained.base, trained.config.model.revision
+        try:
+            folder = resolve_folder(resolve_default("model", model), revision)
+        except UserError as error:
+            raise UserError(f"{error} Name the folder of the base model: --base.") from error
+        files = CheckpointFiles(folder)
+        _check_identity(trained, folder, files)
+        if trained.config.model.trust_remote_code and not trust_remote_code:
+            raise UserError(
+                f"the run was told --trust_remote_code: Python code that comes with {folder} would "
+                "run. If you trust it, say so here too."
+            )
+        config = read_labelled_config(trained, folder)
         module = meta_model(
             config,
-            task=model.task,
-            dtype=DTYPES[model.precision],
+            task=trained.config.model.task,
+            dtype=trained.dtype,
             attn_implementation=None,
-            trust_remote_code=model.trust_remote_code,
+            trust_remote_code=trust_remote_code,
         )
-        found = cls(
-            folder=where,
-            files=files,
-            module=module,
-            keys_of=find_keys(module, files),
-            trained=trained,
-        )
-        found._check()
+        keys_of = find_keys(module, files)
+        found = cls(folder=folder, files=files, module=module, keys_of=keys_of, trained=trained)
+        found._check_shapes()
         return found
 
-    def _check(self) -> None:
-        was = self.trained.manifest["description"]["base"]
-        if is_quantized(self.files):
-            raise UserError(
-                f"{self.folder} is in 4 bits, which merged weights would not fit into. Give the "
-                "model that it was made from: --base FOLDER --onto original."
-            )
-        same = identity(self.folder, self.files) == was
-        if not same and not self.trained_over_4_bits:
-            raise UserError(
-                f"{self.folder} is not the base of {self.trained.path}: its config.json or the "
-                f"headers of its weights are others. --base takes a copy of {self.trained.base}."
-            )
+    def _check_shapes(self) -> None:
         for site in self.trained.sites:
             keys = self.keys_of.get(f"{site.name}.weight", [])
             shapes = [self.files.entries[key].shape for key in keys]
@@ -89,16 +77,8 @@ class Base:
                 )
 
     @cached_property
-    def trained_over_4_bits(self) -> bool:
-        """Did the run load a checkpoint that was quantised already?"""
-        said = resolve_folder(
-            resolve_default("model", self.trained.base), self.trained.config.model.revision
-        )
-        return said != self.folder and is_quantized(CheckpointFiles(said))
-
-    @cached_property
     def quantized(self) -> Mapping[str, nf4.Layout]:
-        """Keys of the weights that the run had in 4 bits, experts but for, and how."""
+        """Keys of the weights that the run had in 4 bits, but for experts, and how."""
         model = self.trained.config.model
         if model.quantization == "none":
             return {}
@@ -118,9 +98,25 @@ class Base:
         return any(p.dim() == 3 for p in self.module.parameters())
 
 
-def _with_labels(config: PretrainedConfig, trained: Trained) -> Any:
-    classes = trained.manifest["description"].get("classes", ())
-    if classes:
-        config.id2label = dict(enumerate(classes))
+def _check_identity(trained: Trained, folder: Path, files: CheckpointFiles) -> None:
+    if is_quantized(files):
+        raise UserError(
+            f"{folder} is in 4 bits, which merged weights would not fit into. Give the model that "
+            "it was made from: --base FOLDER --onto original."
+        )
+    same = identity(folder, files) == trained.manifest["description"]["base"]
+    if not same and not trained.manifest["base_in_4_bits"]:
+        raise UserError(
+            f"{folder} is not the base of {trained.path}: its config.json or the headers of its "
+            f"weights are others. --base takes a copy of {trained.base}."
+        )
+
+
+def read_labelled_config(trained: Trained, folder: Path) -> PretrainedConfig:
+    """The base's config.json, with the classes that a classifier was trained for."""
+    trusts = trained.config.model.trust_remote_code
+    config = read_config(folder, trust_remote_code=trusts)
+    if trained.classes:
+        config.id2label = dict(enumerate(trained.classes))
         config.label2id = {name: number for number, name in config.id2label.items()}
     return config

@@ -8,25 +8,23 @@ from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.metrics import read_rows
 from sparse_lora_dist.tasks import TASKS
 
+CARD, SIGNATURE = "README.md", "launcher/export.py."
 LOADING = {
     "peft": """\
-from peft import AutoPeftModelFor{peft_class}
-model = AutoPeftModelFor{peft_class}.from_pretrained("{folder}")""",
+from peft import AutoPeftModelFor{kind}
+model = AutoPeftModelFor{kind}.from_pretrained("{folder}"{options})""",
     "merged": """\
-from transformers import AutoModelFor{auto_class}
-model = AutoModelFor{auto_class}.from_pretrained("{folder}", dtype="auto")""",
+from transformers import AutoModelFor{kind}
+model = AutoModelFor{kind}.from_pretrained("{folder}", dtype="auto"{code})""",
     "sparse_delta": """\
 from pathlib import Path
-from transformers import AutoModelFor{auto_class}
-from sparse_lora_dist.export.sparse_delta import apply_sparse_delta
-model = AutoModelFor{auto_class}.from_pretrained("{base}", dtype="auto")
+from transformers import AutoModelFor{kind}
+from sparse_lora_dist import apply_sparse_delta
+model = AutoModelFor{kind}.from_pretrained("{base}", dtype="auto"{options}){note}
 applied = apply_sparse_delta(model, Path("{folder}"))
 applied.undo()  # every weight as it was, bit for bit""",
 }
-CLASSES = {
-    "causal_lm": {"auto_class": "CausalLM", "peft_class": "CausalLM"},
-    "seq_cls": {"auto_class": "SequenceClassification", "peft_class": "SequenceClassification"},
-}
+KINDS = {"causal_lm": "CausalLM", "seq_cls": "SequenceClassification"}
 
 
 def write_card(
@@ -45,7 +43,7 @@ def write_card(
     }
     lines = [f"| {name} | {value} |" for name, value in about.items()]
     library = "peft" if kind == "peft" else "transformers"
-    names = CLASSES[config.model.task] | {"folder": str(final), "base": trained.base}
+    names = _names(trained) | {"folder": str(final)}
     text = "\n".join(
         [
             "---",
@@ -64,11 +62,27 @@ def write_card(
             LOADING[kind].format(**names),
             "```",
             "",
-            f"Written by sparse_lora_dist {__version__}, launcher/export.py.",
+            f"Written by sparse_lora_dist {__version__}, {SIGNATURE}",
             "",
         ]
     )
-    (folder / "README.md").write_text(text)
+    (folder / CARD).write_text(text)
+
+
+def _names(trained: Trained) -> dict[str, str]:
+    """What the lines that load it need to know."""
+    model = trained.config.model
+    code = ", trust_remote_code=True" if model.trust_remote_code else ""
+    labels = f", num_labels={len(trained.classes)}" if trained.classes else ""
+    revision = f', revision="{model.revision}"' if model.revision else ""
+    apart = ", ".join(trained.manifest["full_modules"])
+    return {
+        "kind": KINDS[model.task],
+        "base": trained.base,
+        "code": code,
+        "options": f"{labels}{revision}{code}",
+        "note": f"  # without what was trained of {apart}" if apart else "",
+    }
 
 
 def _losses(trained: Trained) -> dict[str, str]:

@@ -15,17 +15,27 @@ from tqdm import tqdm
 
 from sparse_lora_dist.adapter import seed_of
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.base_model.architecture import read_config
 from sparse_lora_dist.base_model.checkpoint_files import DTYPES, FLOATS, Entry, Source
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
-from sparse_lora_dist.export.base import Base, _with_labels
+from sparse_lora_dist.export.base import Base, read_labelled_config
 from sparse_lora_dist.export.peft_adapter import Pair
 from sparse_lora_dist.export.trained import Trained
-from sparse_lora_dist.plan.job import DTYPES as PRECISIONS
 
 PIECE = 2**23
 """Weights that are summed and rounded at a time."""
-NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".msgpack", ".h5")
+NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".onnx",
+    ".msgpack",
+    ".h5",
+    ".ot",
+    ".ckpt",
+    ".npz",
+)
 """Endings of weights. What else lies beside them, tokenizers say, goes along."""
 
 
@@ -59,10 +69,14 @@ class Merge:
         try:
             entries = sorted(base.files.entries.items(), key=lambda e: (e[1].file, e[1].start))
             names = {keys[0]: name for name, keys in base.keys_of.items() if len(keys) == 1}
+            used = {key for keys in base.keys_of.values() for key in keys}
+            labels = trained.config.model.task == "seq_cls"
             sites = {f"{site.name}.weight": site for site in trained.sites}
             for key, entry in tqdm(entries, desc="merging", leave=False):
+                if labels and key not in used:  # the head that it had before
+                    continue
                 name = names.get(key, key)
-                saved_as = name if trained.config.model.task == "seq_cls" else key
+                saved_as = name if labels else key
                 if name in trained.full:
                     out.add_tensor(saved_as, trained.tensor(name).to(self.dtype))
                 elif entry.dtype in FLOATS:
@@ -87,6 +101,8 @@ class Merge:
         w = base.files.read(source, 0, entry.nbytes // entry.itemsize)
         if key in base.quantized:
             w = self._as_trained_over(w, base, key)
+        elif self.onto == "dequantised":
+            w = w.to(base.trained.dtype)
         rows = w.view(entry.shape[0], -1) if entry.shape else w.view(1, 1)
         step = max(1, PIECE // rows.shape[1])
         generator = torch.Generator().manual_seed(seed_of("rounding", key))
@@ -100,10 +116,10 @@ class Merge:
             yield self._rounded(before, delta, generator)
 
     def _as_trained_over(self, w: Tensor, base: Base, key: str) -> Tensor:
-        layout, precision = base.quantized[key], base.trained.config.model.precision
+        layout = base.quantized[key]
         packed, absmax = nf4.quantize(w, layout)
         scales = nf4.scale_bytes(absmax, nf4.offsets(absmax, layout), layout)
-        again = nf4.dequantize(packed, scales, layout, PRECISIONS[precision]).flatten()
+        again = nf4.dequantize(packed, scales, layout, base.trained.dtype).flatten()
         pieces = zip(w.split(PIECE), again.split(PIECE), strict=True)
         sums = [(float((p.float() - q.float()).square().sum()), p) for p, q in pieces]
         whole = sum(float(p.float().square().sum()) for _, p in sums)
@@ -111,11 +127,11 @@ class Merge:
         return again if self.onto == "dequantised" else w
 
     def _rounded(self, before: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:
-        after = before + delta
+        touched, after = delta != 0, before + delta
         if self.stochastic:
-            _up_or_down(after, generator)
+            drawn = _up_or_down(after.clone(), generator)
+            after = torch.where(touched, drawn, after)
         rounded = after.to(self.dtype)
-        touched = delta != 0
         self.touched += int(touched.sum())
         self.unchanged += int((touched & (rounded == before.to(self.dtype))).sum())
         return rounded
@@ -125,14 +141,13 @@ class Merge:
             is_weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
             if path.is_file() and not is_weights and path.name != "README.md":
                 shutil.copyfile(path, folder / path.name)
-        trusts = trained.config.model.trust_remote_code
-        config = _with_labels(read_config(base.folder, trust_remote_code=trusts), trained)
+        config = read_labelled_config(trained, base.folder)
         config.architectures = [type(base.module).__name__]
         config.dtype = self.dtype
         config.save_pretrained(folder)
 
 
-def _up_or_down(x: Tensor, generator: torch.Generator) -> None:
+def _up_or_down(x: Tensor, generator: torch.Generator) -> Tensor:
     """fp32 -> the bf16 below or above, in place, the nearer the likelier, so that the mean stays.
 
     The lower 16 bits of an fp32 are what bf16 has not; what is random is added to them and carries,
@@ -141,6 +156,7 @@ def _up_or_down(x: Tensor, generator: torch.Generator) -> None:
     bits = x.view(torch.int32)
     bits += torch.randint(2**16, bits.shape, dtype=torch.int32, generator=generator)
     bits &= -(2**16)
+    return x
 
 
 def _raw(base: Base, entry: Entry) -> Iterator[Tensor]:

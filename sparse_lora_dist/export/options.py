@@ -1,7 +1,7 @@
 """The exporter's command line."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -9,6 +9,8 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from sparse_lora_dist.bounds import raise_if
 from sparse_lora_dist.config import RunConfig
 from sparse_lora_dist.errors import ConfigError
+
+OF_MERGED = ("dtype", "rounding", "onto", "base", "trust_remote_code")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,19 +31,22 @@ class ExportConfig:
     """merged: onto what the adapter was trained over, or onto the weights that were quantised."""
     base: str | None = None
     """Folder or hub id of the base model, where it is not where the run had it."""
+    trust_remote_code: bool = False
+    """merged, of a run that was told so: run Python code that comes with the base."""
     overwrite: bool = False
-    """Replace what is in the folder."""
+    """Replace the folder, where it is an earlier export."""
+    debug: bool = False
+    """Show tracebacks, and what other libraries print."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.uniform_rank and self.format != "peft":
             problems.append(f"uniform_rank belongs to format peft, got {self.format}")
         if self.format != "merged":
-            changed = {"dtype": "bf16", "rounding": "nearest", "onto": "dequantised", "base": None}
             problems += [
-                f"{name} belongs to format merged, got {self.format}"
-                for name, usual in changed.items()
-                if getattr(self, name) != usual
+                f"{f.name} belongs to format merged, got {self.format}"
+                for f in fields(self)
+                if f.name in OF_MERGED and getattr(self, f.name) != f.default
             ]
         if self.rounding == "stochastic" and self.dtype == "fp32":
             problems.append("rounding stochastic is for dtype bf16: fp32 keeps what was summed")
@@ -54,8 +59,11 @@ class ExportRequest:
 
     source: str
     export: ExportConfig
-    run: RunConfig = field(default_factory=RunConfig)
-    """Where ``run_program`` looks for --debug."""
+
+    @property
+    def run(self) -> RunConfig:
+        """Where ``run_program`` looks for --debug."""
+        return RunConfig(debug=self.export.debug)
 
 
 def load_request(argv: Sequence[str]) -> ExportRequest:
@@ -69,6 +77,7 @@ def load_request(argv: Sequence[str]) -> ExportRequest:
         prog="launcher/export.py",
         description="The adapter of a run as files that other tools open.",
         exit_on_error=False,
+        allow_abbrev=False,
     )
     parser.add_argument("source", help="a run's folder, or one of its checkpoints/step_...")
     parser.add_class_arguments(ExportConfig, None)
@@ -83,5 +92,6 @@ def load_request(argv: Sequence[str]) -> ExportRequest:
 def _switched_on(argv: Sequence[str]) -> Iterator[str]:
     """A switch without a word after it means true, as everywhere here."""
     switches = {f"--{f.name}" for f in fields(ExportConfig) if isinstance(f.default, bool)}
-    for word, after in zip(argv, [*argv[1:], ""], strict=True):
-        yield f"{word}=true" if word in switches and after not in ("true", "false") else word
+    for word, after in zip(argv, [*argv, ""][1:], strict=True):
+        lone = after.lower() not in ("true", "false", "yes", "no")
+        yield f"{word}=true" if word in switches and lone else word

@@ -5,6 +5,7 @@ O out_features.
 """
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from sparse_lora_dist import comm, zero3
 from sparse_lora_dist.adapter import AdapterLinear
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
 from sparse_lora_dist.phases import together
 
 PREFIX = "base_model.model."
@@ -52,6 +54,8 @@ class PlainLora:
     dropout: float
     base: str
     """Hub id or folder."""
+    revision: str | None = None
+    """Of a hub id."""
     task_type: str
     classes: Sequence[str] = ()
     """Of a classifier; they go into id2label.json, which PEFT has no place for."""
@@ -63,6 +67,7 @@ def save_peft(
     saved_modules: Mapping[str, nn.Module],
     base: str,
     *,
+    revision: str | None,
     task_type: str,
     classes: Sequence[str],
 ) -> int:
@@ -100,10 +105,16 @@ def save_peft(
                 alpha=first.alpha,
                 dropout=first.dropout,
                 base=base,
+                revision=revision,
                 task_type=task_type,
                 classes=classes,
             )
-            return write_peft(folder, trained)
+            temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            size = write_peft(temporary, trained)
+            sync_all(temporary)
+            put_in_place(temporary, folder)
+            return size
     return 0
 
 
@@ -149,6 +160,7 @@ def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) ->
     return LoraConfig(
         task_type=trained.task_type,
         base_model_name_or_path=trained.base,
+        revision=trained.revision,
         inference_mode=True,
         r=usual,
         # Annotated int by PEFT, which divides it like any number.

@@ -5,14 +5,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.base import Base
-from sparse_lora_dist.export.card import write_card
+from sparse_lora_dist.export.card import CARD, SIGNATURE, write_card
 from sparse_lora_dist.export.merged import Merge
 from sparse_lora_dist.export.options import ExportConfig, ExportRequest
 from sparse_lora_dist.export.peft_adapter import APART, write_peft
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
 from sparse_lora_dist.plan.job import DTYPES
 from sparse_lora_dist.screen import counted, megabytes, say
 
@@ -26,27 +29,39 @@ def export(request: ExportRequest) -> None:
     Raises:
         UserError: there is nothing to export, or something in the way.
     """
-    asked, final = request.export, Path(request.export.output)
-    if final.is_file() or (final.is_dir() and any(final.iterdir()) and not asked.overwrite):
-        raise UserError(f"--output {final} is not empty. Name another folder, or add --overwrite.")
+    asked, final = request.export, Path(request.export.output).expanduser().resolve()
     trained = Trained.open(Path(request.source))
+    _check_place(final, trained, asked)
     say("from", f"{trained.path}, step {trained.step:,}")
-    temporary = final.with_name(f".tmp_{final.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
         facts = WRITERS[asked.format](trained, temporary, asked)
         write_card(trained, temporary, final, asked.format, facts)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-    except OSError as error:
-        raise UserError(f"writing {final}: {error}") from error
+        sync_all(temporary)
+        put_in_place(temporary, final)
+    except (OSError, SafetensorError) as error:  # a full disk is either
+        raise UserError(f"exporting to {final}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for name, text in facts.items():
         say(name, text)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
-    say("written", f"{final} ({megabytes(size)}); {final}/README.md has the lines that load it")
+    say("written", f"{final} ({megabytes(size)}); {final}/{CARD} has the lines that load it")
+
+
+def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
+    """An export replaces nothing but an export, and never the base that it is for."""
+    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+        return
+    if not asked.overwrite:
+        raise UserError(f"--output {final} is not empty. Name another folder, or add --overwrite.")
+    card = final / CARD
+    is_export = card.is_file() and SIGNATURE in card.read_text(errors="replace")
+    bases = {Path(name).resolve() for name in (trained.base, asked.base) if name}
+    if not is_export or final in bases:
+        what = "the base model" if final in bases else "no earlier export"
+        raise UserError(f"--overwrite: {final} is {what}, and stays. Name another folder.")
 
 
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
@@ -70,8 +85,8 @@ def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
 
 
 def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
-    base = Base.open(trained, asked.base)
-    if asked.onto == "dequantised" and base.trained_over_4_bits:
+    base = Base.open(trained, asked.base, trust_remote_code=asked.trust_remote_code)
+    if asked.onto == "dequantised" and trained.manifest["base_in_4_bits"]:
         raise UserError(
             f"{base.folder} is not what the adapter was trained over, which came in 4 bits: add "
             "--onto original."
@@ -101,6 +116,8 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
 def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
     found = write_sparse_delta(trained, folder)
     facts = {
+        "onto": "the weights of whoever loads it; it was trained over "
+        + ("4-bit ones" if trained.config.model.quantization == "nf4" else "the base's own"),
         "changed": f"{found.changed:,} of {found.weights:,} weights",
         "sparsity": f"{found.zeros:.4%}; at least {found.bound:.4%} by RoseLoRA's Proposition 1",
     }

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import Pair
 from sparse_lora_dist.export.trained import Trained
 
-FILE = "sparse_delta.safetensors"
+STEM, ABOUT = "sparse_delta", "sparse_delta.json"
 ROWS = 512
 """Of a product that stand whole at a time."""
 
@@ -45,18 +45,25 @@ class Sparsity:
 
 
 def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
-    """``SITE.indices`` (flat, ascending) and ``SITE.values`` (fp32) of every matrix; how sparse all
-    are together, matrices in which nothing lives counted."""
-    tensors: dict[str, Tensor] = {}
+    """``SITE.indices`` (flat, ascending) and ``SITE.values`` (fp32) of every matrix, one after the
+    other; how sparse all are together, matrices in which nothing lives counted."""
     scale = trained.config.adapter.alpha / trained.config.adapter.rank
-    at_most = 0.0
-    for name, pair in trained.pairs():
-        indices_N, values_N = nonzeros(pair, scale)
-        tensors |= {f"{name}.indices": indices_N, f"{name}.values": values_N}
-        at_most += most_changed(pair)
-    changed = sum(len(t) for name, t in tensors.items() if name.endswith(".values"))
-    about = {"base": trained.base, "identity": trained.manifest["description"]["base"]}
-    save_file(tensors, folder / FILE, metadata={k: json.dumps(v) for k, v in about.items()})
+    changed, at_most, shapes = 0, 0.0, {}
+    out = SafetensorsWriter(folder, stem=STEM)
+    try:
+        for site, pair in trained.pairs():
+            indices_N, values_N = nonzeros(pair, scale)
+            small = site.in_features * site.out_features < 2**31
+            out.add_tensor(f"{site.name}.indices", indices_N.int() if small else indices_N)
+            out.add_tensor(f"{site.name}.values", values_N)
+            shapes[site.name] = [site.out_features, site.in_features]
+            changed += len(values_N)
+            at_most += most_changed(pair)
+        out.finish()
+    finally:
+        out.close()
+    about = {"base": trained.base, "shapes": shapes}
+    (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     weights = sum(site.in_features * site.out_features for site in trained.sites)
     return Sparsity(weights=weights, changed=changed, at_most=at_most)
 
@@ -92,7 +99,7 @@ class Applied:
     def undo(self) -> None:
         """Every weight as it was, bit for bit."""
         for name, (indices_N, before_N) in self.overwritten.items():
-            _weight(self.model, name).view(-1)[indices_N] = before_N
+            _weight(self.model, name).view(-1)[indices_N.long()] = before_N
 
 
 @torch.no_grad()
@@ -100,25 +107,28 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
     """Add the delta of ``folder`` to the weights of ``model``: each sum in fp32, rounded once.
 
     Raises:
-        UserError: the model has no such linear, or one of another shape.
+        UserError: the model has no such linear, or one of another shape; nothing is changed.
     """
+    try:
+        shapes = json.loads((folder / ABOUT).read_text())["shapes"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder} holds no sparse delta: {error}") from error
+    for name, shape in shapes.items():  # all, before one is changed
+        there = list(_weight(model, name).shape)
+        if there != shape:
+            raise UserError(f"{name} is {there} in the model; the delta is for {shape}.")
+    files = [safe_open(str(p), framework="pt") for p in folder.glob(f"{STEM}-*.safetensors")]
+    holder = {key: file for file in files for key in file.keys()}  # noqa: SIM118  no dict
     overwritten = {}
-    with safe_open(str(folder / FILE), framework="pt") as file:
-        names = [key.removesuffix(".values") for key in file.keys() if key.endswith(".values")]  # noqa: SIM118
-        deltas = {
-            n: (file.get_tensor(f"{n}.indices"), file.get_tensor(f"{n}.values")) for n in names
-        }
-    for name, (indices_N, _) in deltas.items():  # all, before one is changed
-        if len(indices_N) and int(indices_N[-1]) >= _weight(model, name).numel():
-            raise UserError(
-                f"{folder}: {name} is larger than the model's. Give the base it is for."
-            )
-    for name, (indices_N, values_N) in deltas.items():
+    for name in shapes:
         flat = _weight(model, name).view(-1)
-        indices_N = indices_N.to(flat.device)
-        before_N = flat[indices_N]
+        indices_N, values_N = (
+            holder[key].get_tensor(key).to(flat.device)
+            for key in (f"{name}.indices", f"{name}.values")
+        )
+        before_N = flat[indices_N.long()]
         overwritten[name] = indices_N, before_N
-        flat[indices_N] = (before_N.float() + values_N.to(flat.device)).to(flat.dtype)
+        flat[indices_N.long()] = (before_N.float() + values_N).to(flat.dtype)
     return Applied(model=model, overwritten=overwritten)
 
 

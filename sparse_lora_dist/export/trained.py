@@ -1,6 +1,6 @@
 """What a checkpoint holds, read one linear at a time by one process, without the model."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -19,6 +19,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.methods.base import Pieces, Plan, Site
+from sparse_lora_dist.plan.job import DTYPES
 from sparse_lora_dist.tasks import TASKS
 
 
@@ -38,10 +39,8 @@ class Trained:
         Raises:
             UserError: there is none, or it is damaged.
         """
-        path = _checkpoint_in(source)
+        path = _checkpoint_in(source.resolve())
         manifest = checkpoint.read_manifest(path)
-        if damage := checkpoint.find_damage(path):
-            raise UserError(f"{damage} Name another checkpoint.")
         return cls(
             path=path,
             manifest=manifest,
@@ -53,6 +52,11 @@ class Trained:
     def base(self) -> str:
         """What the run called its base: a hub id, or a folder."""
         return str(self.manifest["base"])
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Of a classifier."""
+        return self.manifest["description"].get("classes", ())  # type: ignore[no-any-return]
 
     @property
     def step(self) -> int:
@@ -78,9 +82,11 @@ class Trained:
         )
         return METHODS[self.config.adapter.method].build(self.config.method_options, plan)
 
-    def pair(self, site: Site) -> Pair | None:
-        """The plain LoRA of a site, of the pieces that do something; None where none does."""
-        named = {key: self.tensor(f"{site.name}.{key}") for key in self.method.tensors(site)}
+    def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
+        """The plain LoRA of a site, of the pieces that do something, made from its masters as
+        ``dtype`` has them; None where none does."""
+        tensors = self.method.tensors(site)
+        named = {key: self.tensor(f"{site.name}.{key}").to(dtype) for key in tensors}
         adapter = AdapterLinear(
             nn.Identity(),  # type: ignore[arg-type]  # its base computes nothing here
             site,
@@ -95,11 +101,16 @@ class Trained:
         with torch.no_grad():
             return live_pair(adapter, list(named.values()))
 
-    def pairs(self) -> Iterator[tuple[str, Pair]]:
+    def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Site, Pair]]:
         """(site, its pair) of all in which something lives, read as they are asked for."""
         for site in self.sites:
-            if pair := self.pair(site):
-                yield site.name, pair
+            if pair := self.pair(site, dtype):
+                yield site, pair
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What forward has of weights and adapters."""
+        return DTYPES[self.config.model.precision]
 
     def tensor(self, name: str) -> Tensor:
         """fp32, in its shape."""
@@ -113,30 +124,39 @@ class Trained:
         return tuple(name for name in self.manifest["tensors"] if not name.startswith(own))
 
     def plain_lora(self) -> PlainLora:
-        """All of it, in memory."""
-        adapter, described = self.config.adapter, self.manifest["description"]
+        """All of it, in memory, as forward had it."""
+        adapter = self.config.adapter
         return PlainLora(
-            pairs=dict(self.pairs()),
-            full={name: self.tensor(name) for name in self.full},
+            pairs={site.name: pair for site, pair in self.pairs(self.dtype)},
+            full={name: self.tensor(name).to(self.dtype) for name in self.full},
             full_modules=self.manifest["full_modules"],
             rank=adapter.rank,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
             base=self.base,
+            revision=self.config.model.revision,
             task_type=TASKS[self.config.model.task].peft_type,
-            classes=described.get("classes", ()),
+            classes=self.classes,
         )
 
 
 def _checkpoint_in(source: Path) -> Path:
-    if (source / "checkpoints").is_dir():
-        newest = checkpoint.newest_whole(source / "checkpoints")
-        if newest is None:
-            raise UserError(
-                f"{source} has no published checkpoint yet. Train until the first --save_every, or "
-                "let the run end."
-            )
-        return newest
+    """The checkpoint itself, or the newest of a run that is as it was saved."""
     if not source.is_dir():
         raise UserError(f"{source}: no such folder. Give a run's folder, or one of its step_... .")
-    return source
+    run = source / "checkpoints"
+    found = checkpoint.published(run)[::-1] if run.is_dir() else [source]
+    if not found:
+        raise UserError(
+            f"{source} has no published checkpoint yet. Train until the first --save_every, or "
+            "let the run end."
+        )
+    damages = []
+    for path in found:
+        damage = checkpoint.find_damage(path)
+        if damage is None:
+            return path
+        damages.append(damage)
+    raise UserError(
+        f"{damages[0]} Name another checkpoint, or export with the version that saved it."
+    )
