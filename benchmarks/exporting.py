@@ -59,7 +59,7 @@ def run_of(method: str, model: str, folder: str) -> None:
     sparse = ["--roselora_keep", "0.05"] if method == "roselora" else []
     train(
         *("--model", model, "--method", method, "--precision", "bf16", "--max_steps", "3"),
-        *("--sequence_length", "64", "--micro_batch_size", "1", "--eval_every", "0"),
+        *("--sequence_length", "128", "--micro_batch_size", "1", "--eval_every", "0"),
         *("--eval_batches", "1", "--save_every", "0", "--trackers", "[]", *sparse),
         ranks=1,
         folder=f"{folder}/{method}",
