@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint, comm, export, stopping, watch
+from sparse_lora_dist.attempts import Attempts
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.data import MicroBatch
@@ -61,6 +62,9 @@ class Job:
             # What is owed may have been told, and then is told again.
             told = step if owed is None else self.progress.step - 1
             config = self.config.as_flat_dict()
+            self.attempts = Attempts(
+                self.folder, step=self.progress.step, total_steps=self.feed.total_steps
+            )
             self.metrics = Metrics(self.folder, run.trackers, config, last_step=told, run_ids=ids)
             self.journal = Journal(self.folder, last_step=step, last_stage=told)
             self.health = Health(self.folder, run.max_bad_steps, last_step=step)
@@ -104,7 +108,8 @@ class Job:
         self._publish(self._saver.poll())
         self.health.after_step(step, result, batches)
         if result.decision is not None:
-            self.journal.decision(step, result.decision, self.shards)
+            sites = self.journal.decision(step, result.decision, self.shards)
+            self.metrics.log_sites(step, sites)
         ends = is_last or step in self.shards.method.stages
         evaluates = ends or is_due(step, run.eval_every)
         row = self._row(result) if evaluates or is_due(step, run.log_every) else None
@@ -206,6 +211,7 @@ class Job:
         self._publish(self._saver.finish())
         watch.mark("leaving", may_be_long=True)
         self.metrics.close()
+        self.attempts.end("stopped", self.progress.step, str(why))
         comm.barrier()  # a launcher ends all ranks when the first one leaves
         done = f"after {self.progress.step} of {self.feed.total_steps} steps, saved"
         say("stopped", f"by {why} {done if self.progress.step else 'before the first step'}")
@@ -225,6 +231,10 @@ class Job:
             classes=self.model.classes,
         )
         self.metrics.close()
+        if self.progress.step < self.feed.total_steps:
+            self.attempts.end("stopped", self.progress.step, "--stop_after")
+        else:
+            self.attempts.end("finished", self.progress.step)
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)
             print_summary(
