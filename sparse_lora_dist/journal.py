@@ -24,7 +24,7 @@ class Journal:
 
     def decision(
         self, step: int, decision: Decision, shards: Shards
-    ) -> dict[str, Mapping[str, int]]:
+    ) -> Mapping[str, Mapping[str, int]]:
         """A row: the method's facts, every site's open pieces and live entries; the last two are
         returned. Collective."""
         sites = {"ranks": shards.sites.ranks(), "live": live_per_site(shards)}
