@@ -35,6 +35,8 @@ class Seen:
     width: int = 0
     """Of its content: wider than the window is what a phone must scroll sideways."""
     background: str = ""
+    ink: str = ""
+    """Colour of a word in the first figure."""
     png: bytes = b""
 
 
@@ -97,6 +99,7 @@ class Browser:
             complaints=[json.dumps(e["params"]) for e in self._of(*COMPLAINTS)],
             width=int(self.value("document.documentElement.scrollWidth")),
             background=self.value("getComputedStyle(document.body).backgroundColor"),
+            ink=self.value("getComputedStyle(document.querySelector('svg text')).fill"),
             png=base64.b64decode(shot["data"]),
         )
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from cycler import cycler
-from matplotlib import pyplot
 from matplotlib.figure import Figure
 
 WIDTH, HEIGHT = 4.6, 2.7
@@ -20,8 +18,7 @@ SERIES = ("#0b66c2", "#c4540a", "#157f3b", "#8250df", "#bf3989", "#6e5a00")
 """On white, as PNG files have it. In a page these stand for the page's own: ``currentColor``,
 ``var(--faint)``, ``var(--series-0)`` ..."""
 
-matplotlib.use("agg")
-pyplot.rcParams.update(
+matplotlib.rcParams.update(
     {
         "svg.fonttype": "none",  # text stays text, in the page's font
         "font.size": 9,
@@ -34,7 +31,6 @@ pyplot.rcParams.update(
         "grid.linewidth": 0.6,
         "legend.frameon": False,
         "legend.fontsize": 8.5,
-        "axes.prop_cycle": cycler(color=SERIES),
         "grid.color": FAINT,
         **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT),
         "axes.edgecolor": TEXT,
@@ -55,13 +51,8 @@ class Picture:
 
 def panels(rows: int = 1, *, height: float | None = None, **options: Any) -> tuple[Figure, Any]:
     """A figure and its axes, below each other: [rows]."""
-    figure, axes = pyplot.subplots(
-        rows,
-        figsize=(WIDTH, height or HEIGHT * rows),
-        layout="constrained",
-        squeeze=False,
-        **options,
-    )
+    figure = Figure(figsize=(WIDTH, height or HEIGHT * rows), layout="constrained")
+    axes = figure.subplots(rows, squeeze=False, **options)
     return figure, axes[:, 0]
 
 
@@ -73,7 +64,7 @@ def colours(count: int) -> Sequence[str]:
 def as_svg(picture: Picture) -> str:
     """An <svg> for inside a page: it names no address, no id twice, and no colour of its own."""
     buffer = io.StringIO()
-    with pyplot.rc_context({"svg.hashsalt": picture.name}):
+    with matplotlib.rc_context({"svg.hashsalt": picture.name}):
         # dpi is that of what is drawn as pixels: heat maps.
         picture.figure.savefig(buffer, format="svg", transparent=True, dpi=200)
     svg = buffer.getvalue()

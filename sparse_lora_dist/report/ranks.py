@@ -5,7 +5,8 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sparse_lora_dist.report.layout import Layout, layout_of
@@ -50,7 +51,7 @@ class Shares:
         """For a mesh of values."""
         steps = self.capacity + 1 if self.of_ranks and self.capacity <= FEW_RANKS else 256
         return {
-            "cmap": pyplot.get_cmap("viridis", steps),
+            "cmap": colormaps["viridis"].resampled(steps),
             "vmin": 0,
             "vmax": self.capacity if self.of_ranks else 1.0,
             "rasterized": True,  # a path a cell would make the page of a large model megabytes
@@ -115,15 +116,9 @@ def growth(story: RunStory) -> Picture:
     edges = [*steps, max(story.last_step, steps[-1] + 1)]  # each holds until the next
     modules, num_layers = shares.layout.modules, len(shares.layout.layers)
     rows = -(-len(modules) // 2)
-    figure, grid_of_axes = pyplot.subplots(
-        rows,
-        2,
-        figsize=(WIDTH, rows * min(2.4, 0.7 + 0.14 * num_layers) + 0.5),
-        layout="constrained",
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-    )
+    height = rows * min(2.4, 0.7 + 0.14 * num_layers) + 0.5
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid_of_axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
     for axes in grid_of_axes.flat[len(modules) :]:
         axes.set_visible(False)
     for column, (module, axes) in enumerate(zip(modules, grid_of_axes.flat, strict=False)):
