@@ -98,8 +98,18 @@ def test_curves_hold_the_numbers_of_the_file_and_no_null(run: Path) -> None:
     assert budget.get_title(loc="left") == "budget"
 
 
-def test_a_running_mean_is_of_the_last_twentieth() -> None:
-    assert curves.running_mean([0.0, 2.0] * 20) == [0.0] + [1.0] * 39
+def test_a_running_mean_damps_noise_and_leaves_a_slope_where_it_is() -> None:
+    assert curves.running_mean(range(100)) == list(range(100))
+    noisy = curves.running_mean([0.0, 2.0] * 50)
+    assert noisy[0] == 0.0 and all(abs(value - 1.0) <= 0.34 for value in noisy[1:-1])
+
+
+def test_a_long_curve_is_thinned_to_means_and_a_plateau_to_its_ends() -> None:
+    steps, values = curves.thinned((range(1, 2401), [0.0, 2.0, 1.0, 5.0] * 600))
+    assert (steps[:2], steps[-1], set(values), len(steps)) == ([4, 8], 2400, {2.0}, 600)
+    assert curves.thinned(([1, 2], [3.0, 4.0])) == ([1, 2], [3.0, 4.0])
+    plateaus = curves.without_plateaus((range(10), [7] * 5 + [8] * 5))
+    assert plateaus == ([0, 4, 5, 9], [7, 7, 8, 8])
 
 
 def test_throughput_of_a_rank_is_that_of_the_job_that_made_the_step_last(run: Path) -> None:
@@ -143,6 +153,10 @@ def test_a_kill_shows_as_a_job_cut_short_and_the_steps_it_lost(run: Path) -> Non
     bars = [(bar.get_x(), bar.get_width()) for bar in picture.figure.axes[0].patches]
     assert bars == [(0, 5), (4, 4), (4, 1)]
     assert "2 jobs, 1 step lost" in picture.caption
+    assert [text.get_text().partition(", ")[2] for text in picture.figure.axes[0].texts] == [
+        "2 ranks: cut short",
+        "4 ranks, 90 s: finished",
+    ]
 
 
 def test_a_run_of_before_attempts_were_written_has_one_job_of_unknown_end(run: Path) -> None:

@@ -10,32 +10,52 @@ from sparse_lora_dist.report.look import SERIES, Picture, colours, panels
 from sparse_lora_dist.report.read import RunStory
 
 Stories = Sequence[RunStory]
+Points = tuple[Sequence[float], Sequence[float]]
+MOST = 600
+"""Points of a curve: more than a screen has room for are a solid band, and a large page."""
 
 
 def loss(stories: Stories) -> Picture:
     """Training loss, its running mean, held-out loss."""
     figure, (axes,) = panels(height=3.2)
     for story, colour in _coloured(stories):
-        steps, values = story.series("loss")
+        steps, values = thinned(story.series("loss"))
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(steps, running_mean(values), color=colour, linewidth=1.4, label=story.name)
         held_out = colour if len(stories) > 1 else SERIES[1]
-        axes.plot(*story.series("held_out_loss"), "o--", color=held_out, markersize=4, linewidth=1)
+        marks = {"marker": "o", "markersize": 3.5, "linestyle": "--", "linewidth": 1}
+        axes.plot(*story.series("held_out_loss"), color=held_out, **marks)
     axes.set(xlabel="step", ylabel="nats per target")
     _legend(figure, stories)
     return Picture(
         name="loss",
         title="Loss",
-        caption="Line: training loss, its running mean; faint: every logged step. Dots: the "
-        "held-out set.",
+        caption="Line: training loss, its running mean; faint: as it was logged"
+        + (f", in means of {every} rows" if (every := _every(stories)) > 1 else "")
+        + ". Dots: the held-out set.",
         figure=figure,
     )
 
 
+def thinned(points: Points) -> Points:
+    """As many as there is room for: means of so many points each that stand one after another."""
+    steps, values = points
+    every = -(-len(steps) // MOST)
+    if every <= 1:
+        return points
+    parts = [slice(i, i + every) for i in range(0, len(steps), every)]
+    return [steps[part][-1] for part in parts], [float(np.mean(values[part])) for part in parts]
+
+
+def _every(stories: Stories) -> int:
+    return max(-(-len(story.series("loss")[0]) // MOST) for story in stories)
+
+
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Of the last twentieth of them, so that noise of single batches does not hide the slope."""
-    window = max(1, len(values) // 20)
-    return [float(np.mean(values[max(0, i + 1 - window) : i + 1])) for i in range(len(values))]
+    """Of a twentieth of them around each, fewer at the ends: a straight line stays where it is."""
+    last, half = len(values) - 1, len(values) // 40
+    reaches = [min(half, i, last - i) for i in range(len(values))]
+    return [float(np.mean(values[i - r : i + r + 1])) for i, r in enumerate(reaches)]
 
 
 def live(stories: Stories) -> Picture:
@@ -46,7 +66,8 @@ def live(stories: Stories) -> Picture:
         for story, colour in _coloured(stories):
             # The legend of all stands at the first.
             label = story.name if axes is rows[0] else None
-            axes.plot(*story.series(key), color=colour, drawstyle="steps-post", label=label)
+            line = without_plateaus(story.series(key))
+            axes.plot(*line, color=colour, drawstyle="steps-post", label=label)
         axes.set_title(key.replace("_", " "))
         axes.set_ylim(bottom=0)
         _plain_thousands(axes)
@@ -59,6 +80,14 @@ def live(stories: Stories) -> Picture:
         + (f"; {', '.join(facts)} as the method says it." if facts else "."),
         figure=figure,
     )
+
+
+def without_plateaus(points: Points) -> Points:
+    """Those at either side of a change, and the ends: all that a line of plateaus needs."""
+    steps, values = points
+    ends = {0, len(steps) - 1}
+    kept = [i for i in range(len(steps)) if i in ends or len({*values[i - 1 : i + 2]}) > 1]
+    return [steps[i] for i in kept], [values[i] for i in kept]
 
 
 def stages(stories: Stories) -> Picture:
@@ -86,7 +115,7 @@ def throughput(stories: Stories) -> Picture:
     """Tokens a second of the whole job, and of a rank."""
     figure, (axes,) = panels()
     for story, colour in _coloured(stories):
-        steps, values = story.series("tokens_per_s")
+        steps, values = thinned(story.series("tokens_per_s"))
         a_rank = [v / _world_size(story, s) for s, v in zip(steps, values, strict=True)]
         axes.plot(steps, values, color=colour, linewidth=1, label=story.name)
         axes.plot(steps, a_rank, color=colour, linewidth=1, linestyle=":")
@@ -102,7 +131,7 @@ def throughput(stories: Stories) -> Picture:
     )
 
 
-def _world_size(story: RunStory, step: int) -> int:
+def _world_size(story: RunStory, step: float) -> int:
     """Ranks of the job that made this step last; the newest job's where nobody wrote that down."""
     sizes = [a.world_size for a in story.attempts if a.first < step <= a.last and a.world_size]
     return sizes[-1] if sizes else int(story.environment.get("world_size", 1))
@@ -112,7 +141,7 @@ def memory(stories: Stories) -> Picture:
     """Peak memory: the worst rank at every logged step, and each rank at every checkpoint."""
     figure, (axes,) = panels()
     for story, colour in _coloured(stories):
-        steps, values = story.series("peak_memory_bytes")
+        steps, values = without_plateaus(story.series("peak_memory_bytes"))
         axes.plot(steps, in_gb(values), color=colour, linewidth=1, label=story.name)
         for saved in story.checkpoints:
             axes.plot([saved.step] * len(saved.peaks), in_gb(saved.peaks), "x", color=colour)

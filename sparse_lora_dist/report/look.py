@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 WIDTH, HEIGHT = 4.6, 2.7
 """Inches. So small that text stays readable where a phone shrinks it."""
@@ -52,8 +53,10 @@ class Picture:
 def panels(rows: int = 1, *, height: float | None = None, **options: Any) -> tuple[Figure, Any]:
     """A figure and its axes, below each other: [rows]."""
     figure = Figure(figsize=(WIDTH, height or HEIGHT * rows), layout="constrained")
-    axes = figure.subplots(rows, squeeze=False, **options)
-    return figure, axes[:, 0]
+    axes = figure.subplots(rows, squeeze=False, **options)[:, 0]
+    for each in axes:
+        each.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # steps of long runs are wide
+    return figure, axes
 
 
 def colours(count: int) -> Sequence[str]:

@@ -81,7 +81,7 @@ def final_map(story: RunStory) -> Picture:
     if num_layers <= READABLE:
         _write_numbers(axes, grid, shares)
     axes.set_xticks(np.arange(num_modules) + 0.5, shares.layout.modules, rotation=35, ha="right")
-    _label_layers(axes, shares.layout)
+    _label_layers(axes, shares.layout, most=20)
     axes.set_ylabel("layer")
     axes.grid(False)
     shares.colours(axes, mesh, figure)
@@ -102,8 +102,10 @@ def _write_numbers(axes: Any, grid: Any, shares: Shares) -> None:
             axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, size=8)
 
 
-def _label_layers(axes: Any, layout: Layout) -> None:
-    every = -(-len(layout.layers) // 20)
+def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
+    every = next(
+        n for n in (1, 2, 5, 10, 20, 50, len(layout.layers)) if n * most >= len(layout.layers)
+    )
     places = range(0, len(layout.layers), every)
     axes.set_yticks([p + 0.5 for p in places], [str(layout.layers[p]) for p in places])
 
@@ -126,7 +128,8 @@ def growth(story: RunStory) -> Picture:
         mesh = axes.pcolormesh(edges, np.arange(num_layers + 1), cells, **shares.style)
         axes.set_title(module)
         axes.grid(False)
-        _label_layers(axes, shares.layout)
+        _label_layers(axes, shares.layout, most=6)
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
     figure.supxlabel("step", size=9)
     figure.supylabel("layer", size=9)
     shares.colours(grid_of_axes, mesh, figure)

@@ -6,6 +6,7 @@ from math import prod
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import AutoLocator
 from numpy.typing import NDArray
 
 from sparse_lora_dist.checkpoint import SavedSlices
@@ -45,6 +46,7 @@ def gates(story: RunStory) -> Picture | None:
         label = f"step {step}: {(values == 0).sum():,} zero"
         axes.stairs(counts, bins, color=colour, label=label)
     kind = next(_vectors(having[0].manifest)).rpartition(".")[2].removeprefix("lora_")
+    axes.xaxis.set_major_locator(AutoLocator())
     axes.set(xlabel=kind, ylabel="pieces", yscale="log")  # those held near zero tower
     figure.legend(loc="outside lower center", ncols=2)
     return Picture(

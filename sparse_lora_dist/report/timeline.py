@@ -9,6 +9,8 @@ from sparse_lora_dist.report.read import Attempt, RunStory
 from sparse_lora_dist.screen import counted
 
 BAR: dict[str, Any] = {"height": 0.3, "color": SERIES[0]}
+MOST = 12
+"""Jobs with a bar, the last of them: a run that is preempted may have hundreds."""
 KINDS = {
     "left out": ("step left out", "x", SERIES[4]),
     "spike": ("loss spike", "^", SERIES[3]),
@@ -18,29 +20,29 @@ KINDS = {
 
 def timeline(story: RunStory) -> Picture:
     """A bar a job, the first on top; checkpoints and bad steps below."""
-    jobs, end = story.attempts, max(story.total_steps or 0, story.last_step)
-    figure, (axes,) = panels(height=1.3 + 0.55 * len(jobs))
+    jobs, end = story.attempts[-MOST:], max(story.total_steps or 0, story.last_step)
+    first = len(story.attempts) - len(jobs) + 1
+    figure, (axes,) = panels(height=1.3 + 0.5 * len(jobs))
     for row, job in enumerate(jobs):
         axes.barh(row, max(job.last - job.first, end / 200), left=job.first, **BAR)
-        late = job.first > end / 2  # its words would leave the figure
-        side, at = ("right", end) if late else ("left", job.first)
-        axes.text(at, row - 0.22, described(job), va="bottom", ha=side, size=8)
+        # Of words that are too many for the figure the last ones are cut, not the axes.
+        axes.text(0, row - 0.2, described(job), va="bottom", size=8, in_layout=False)
     for row, (job, following) in enumerate(pairwise(jobs)):
         axes.barh(row, lost(job, following), left=following.first, **BAR | {"color": SERIES[1]})
     _marks(axes, story, len(jobs))
     axes.set(xlabel="step", xlim=(0, end), ylim=(len(jobs) + 0.4, -0.8))
-    axes.set_yticks(range(len(jobs)), [f"job {i + 1}" for i in range(len(jobs))])
+    axes.set_yticks(range(len(jobs)), [f"job {first + i}" for i in range(len(jobs))])
     axes.grid(axis="y", visible=False)
     axes.spines.left.set_visible(False)
     axes.tick_params(axis="y", length=0)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3)
-    made_again = sum(starmap(lost, pairwise(jobs)))
+    made_again = sum(starmap(lost, pairwise(story.attempts)))
     losses = f", {counted(made_again, 'step')} lost and made again (orange)" if made_again else ""
     return Picture(
         name="timeline",
         title="Jobs, checkpoints and interruptions",
-        caption=f"{counted(len(jobs), 'job')}{losses}. Checkpoints are those that are still there.",
+        caption=f"{counted(len(story.attempts), 'job')}{losses}. Checkpoints: those still there.",
         figure=figure,
     )
 

@@ -53,7 +53,7 @@ def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
         pairs, full = _sorted(list(file.keys()))
         for name, pair in pairs.items():
             if set(pair) != {"A", "B"}:
-                raise UserError(f"{path} is damaged: {name} has lora_{'and '.join(pair)} only.")
+                raise UserError(f"{path} is damaged: {name} has lora_{min(pair)} only.")
             yield _of_pair(file, name, pair, config)
         for key in full:
             tensor = file.get_tensor(key)
