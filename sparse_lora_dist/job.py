@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint, comm, stopping, watch
+from sparse_lora_dist.attempts import Attempts
 from sparse_lora_dist.base_model.sources import is_quantized
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
@@ -64,6 +65,9 @@ class Job:
             # What is owed may have been told, and then is told again.
             told = step if owed is None else self.progress.step - 1
             config = self.config.as_flat_dict()
+            self.attempts = Attempts(
+                self.folder, step=self.progress.step, total_steps=self.feed.total_steps
+            )
             self.metrics = Metrics(self.folder, run.trackers, config, last_step=told, run_ids=ids)
             self.journal = Journal(self.folder, last_step=step, last_stage=told)
             self.health = Health(self.folder, run.max_bad_steps, last_step=step)
@@ -107,7 +111,8 @@ class Job:
         self._publish(self._saver.poll())
         self.health.after_step(step, result, batches)
         if result.decision is not None:
-            self.journal.decision(step, result.decision, self.shards)
+            sites = self.journal.decision(step, result.decision, self.shards)
+            self.metrics.log_sites(step, sites)
         ends = is_last or step in self.shards.method.stages
         evaluates = ends or is_due(step, run.eval_every)
         row = self._row(result) if evaluates or is_due(step, run.log_every) else None
@@ -212,6 +217,7 @@ class Job:
         self._publish(self._saver.finish())
         watch.mark("leaving", may_be_long=True)
         self.metrics.close()
+        self.attempts.end("stopped", self.progress.step, str(why))
         comm.barrier()  # a launcher ends all ranks when the first one leaves
         done = f"after {self.progress.step} of {self.feed.total_steps} steps, saved"
         say("stopped", f"by {why} {done if self.progress.step else 'before the first step'}")
@@ -226,6 +232,10 @@ class Job:
         self._publish(self._saver.finish())
         size = self._export()
         self.metrics.close()
+        if self.progress.step < self.feed.total_steps:
+            self.attempts.end("stopped", self.progress.step, "--stop_after")
+        else:
+            self.attempts.end("finished", self.progress.step)
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)
             print_summary(

@@ -30,6 +30,7 @@ from sparse_lora_dist.checkpoint.manifest import (
 from sparse_lora_dist.checkpoint.recover import LATEST
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync
+from sparse_lora_dist.metrics import own_peak_memory_bytes
 from sparse_lora_dist.moments import pack_bits
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
@@ -113,10 +114,12 @@ class Saver:
         try:
             with together(f"writing {now.temporary}"):
                 own, seconds = now.file.result()
+            own["peak_memory_bytes"] = own_peak_memory_bytes()
             files, written_s = zip(*comm.gather_objects((own, seconds)), strict=True)
             with together(f"publishing {now.final}"):
                 if comm.rank() == 0:
-                    _publish(now.temporary, now.final, {**now.manifest, "files": files})
+                    manifest = {**now.manifest, "files": files, "time": time.time()}
+                    _publish(now.temporary, now.final, manifest)
         except UserError:  # most often a full disk, which the half of a checkpoint need not fill
             if run_lock.is_ours():  # on rank 0; it may be another job's by now
                 shutil.rmtree(now.temporary, ignore_errors=True)
