@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing import event_accumulator
 
+from sparse_lora_dist import run_lock
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.processes import Process, this_process
 from sparse_lora_dist.report import curves, spread
 from sparse_lora_dist.report.layout import layout_of
 from sparse_lora_dist.report.options import load_request
@@ -197,11 +200,22 @@ def test_a_run_that_is_still_going_is_reported_and_said_to_be(run: Path) -> None
     lines(run / "attempts.jsonl", BEGINS | {"step": 0})
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # is being written
-    (run / "run.lock").touch()
+    hold(run, this_process())
     assert "run is still going:</b> what follows is as of step 8 of 8" in page_of(run)
     long_ago = time.time() - 60
     os.utime(run / "run.lock", (long_ago, long_ago))
     assert read_story(run).state == "cut short" and "still going" not in page_of(run)
+
+
+def test_a_lock_of_a_process_that_is_gone_is_no_sign_of_life(run: Path) -> None:
+    lines(run / "attempts.jsonl", BEGINS | {"step": 0})
+    hold(run, replace(this_process(), started=1))
+    assert read_story(run).state == "cut short"
+
+
+def hold(run: Path, process: Process) -> None:
+    holder = run_lock.Holder(process=process, job=None, attempt=0, since="", token="")
+    (run / run_lock.NAME).write_text(json.dumps(asdict(holder)))
 
 
 def test_a_method_without_decisions_has_a_sentence_instead_of_a_map(run: Path) -> None:
@@ -220,6 +234,8 @@ def test_the_same_figures_are_written_as_png(run: Path) -> None:
 def test_a_file_that_is_no_report_is_not_replaced_and_a_report_is(run: Path) -> None:
     other = run.parent / "mine.html"
     other.write_text("<p>mine</p>")
+    with pytest.raises(UserError, match="there is no folder"):
+        page_of(run, flags=("--output", str(run / "none" / "page.html")))
     with pytest.raises(UserError, match=r"mine\.html is no report"):
         page_of(run, flags=("--output", str(other)))
     assert other.read_text() == "<p>mine</p>"

@@ -33,7 +33,7 @@ def write_page(stories: Sequence[RunStory], sections: Sequence[Section]) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("page.html.jinja").render(
-        title=", ".join(story.name for story in stories),
+        title=stories[0].name if len(stories) == 1 else f"{len(stories)} runs",
         generator=GENERATOR,
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         going=[s for s in stories if s.state == GOING],
@@ -61,7 +61,7 @@ def overview(story: RunStory) -> dict[str, str]:
         "live entries": change(story.series("live_entries")[1], digits=0),
         "tokens / s": median_of(story.series("tokens_per_s")[1]),
         "peak memory of a rank": f"{max(peaks) / 1e9:.2f} GB" if peaks else "–",
-        "ranks": str(story.environment.get("world_size", "?")),
+        "ranks of the job": str(story.environment.get("world_size", "?")),
         "jobs": str(len(story.attempts)),
         "checkpoints": str(sum(not s.damage for s in story.checkpoints)),
         "steps left out": str(sum(r["kind"] == "left out" for r in story.bad_steps)),

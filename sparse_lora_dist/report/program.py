@@ -20,8 +20,8 @@ def report(request: ReportRequest) -> None:
     Raises:
         UserError: a folder is no run, or something else stands where the page would.
     """
-    check_output(request.output)
     stories = [read_story(run, name) for run, name in names_of(request.runs).items()]
+    check_output(request.output)
     sections = [together(stories), *(of_one(story) for story in stories)]
     try:
         write(request.output, write_page(stories, sections))
@@ -36,7 +36,9 @@ def report(request: ReportRequest) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raises UserError where a file would be replaced that is no report."""
+    """Raises UserError where the page has no place, or would replace what is no report."""
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.parent}.")
     if path.is_dir():
         raise UserError(f"--output {path} is a folder; name a file in it.")
     if path.exists() and GENERATOR not in path.read_text(errors="replace")[:1000]:

@@ -1,7 +1,6 @@
 """A run folder -> its story. Nothing is written, so a run may still be going."""
 
 import json
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +123,7 @@ def read_story(folder: Path, name: str | None = None) -> RunStory:
             if row["held_out_loss"] is not None
         ],
         bad_steps=_optional(folder / "bad_steps.jsonl", is_bad_step),
-        attempts=_attempts(begun, metrics, going=_is_going(folder)),
+        attempts=_attempts(begun, metrics, going=run_lock.is_held(folder)),
         checkpoints=_checkpoints(folder / "checkpoints"),
         total_steps=next((r["total_steps"] for r in reversed(begun) if "total_steps" in r), None),
     )
@@ -142,15 +141,6 @@ def _mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} must hold names and values.")
     return content
-
-
-def _is_going(folder: Path) -> bool:
-    """Does a job show life? A killed one leaves its lock, but renews it no more."""
-    try:
-        age = time.time() - (folder / run_lock.NAME).stat().st_mtime
-    except OSError:
-        return False
-    return age < run_lock.MISSED * run_lock.HEARTBEAT_S
 
 
 def _attempts(rows: Sequence[Row], metrics: Sequence[Row], *, going: bool) -> list[Attempt]:
