@@ -119,8 +119,8 @@ def is_ours() -> bool:
 
 
 def is_held(folder: Path) -> bool:
-    """Does a job show life in ``folder``? For who only looks: it writes no probe, so that a clock of
-    this host that is far from the file system's misleads it."""
+    """Does a job show life in ``folder``? For who only looks: it writes no probe, so that a clock
+    of this host that is far from the file system's misleads it."""
     try:
         holder, age = _read(folder / NAME), time.time() - (folder / NAME).stat().st_mtime
     except OSError:
