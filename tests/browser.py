@@ -4,6 +4,7 @@ to install, no port to find."""
 import base64
 import json
 import os
+import select
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+PATIENCE_S = 60
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 FLAGS = """
     --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run
@@ -80,6 +82,7 @@ class Browser:
     ) -> None:
         self._process.kill()
         self._process.wait()
+        self._in.close(), self._out.close()
 
     def look(self, page: Path, *, width: int, dark: bool) -> Seen:
         """Open it in a window so wide, photograph all of it."""
@@ -121,6 +124,8 @@ class Browser:
 
     def _take(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
+            answers, _, _ = select.select([self._in], [], [], PATIENCE_S)
+            assert answers, f"chromium has said nothing for {PATIENCE_S} s"
             part = os.read(self._in.fileno(), 2**16)
             assert part, "chromium has ended"
             self._rest += part

@@ -207,6 +207,15 @@ def test_a_run_that_is_still_going_is_reported_and_said_to_be(run: Path) -> None
     assert read_story(run).state == "cut short" and "still going" not in page_of(run)
 
 
+def test_a_run_that_has_only_measured_its_base_is_reported(run: Path) -> None:
+    for name in ("decisions.jsonl", "attempts.jsonl"):
+        (run / name).unlink()
+    lines(run / "metrics.jsonl", {"step": 0, "held_out_loss": 4.5})
+    page = page_of(run)
+    assert "<dt>held-out loss</dt><dd>4.5000</dd>" in page
+    assert "<dt>training loss</dt><dd>–</dd>" in page
+
+
 def test_a_lock_of_a_process_that_is_gone_is_no_sign_of_life(run: Path) -> None:
     lines(run / "attempts.jsonl", BEGINS | {"step": 0})
     hold(run, replace(this_process(), started=1))
@@ -262,6 +271,10 @@ def test_a_file_that_is_no_report_is_not_replaced_and_a_report_is(run: Path) -> 
         (
             lambda run: lines(run / "metrics.jsonl", {"step": 1}, {"step": 2, "loss": [3]}),
             r"metrics\.jsonl, line 2 is no row",
+        ),
+        (
+            lambda run: lines(run / "metrics.jsonl", {"step": 1, "loss": "5.0"}),
+            r"metrics\.jsonl, line 1 is no row",
         ),
         (
             lambda run: lines(run / "decisions.jsonl", {"step": 1, "ranks": {"a": 1}}),
@@ -321,6 +334,10 @@ def test_a_damaged_checkpoint_is_named_and_the_rest_is_drawn(real: Path, tmp_pat
     (copy / "checkpoints/step_00000008/manifest.json").write_text("{")
     assert "step_00000008/manifest.json is damaged" in page_of(copy)
     assert read_story(copy).checkpoints[-1].peaks == []
+    file = copy / "checkpoints/step_00000002/rank_00001.safetensors"
+    file.write_bytes(bytes(file.stat().st_size))
+    page = page_of(copy)
+    assert "No distribution of gates: " in page and "<h3>Rank over time</h3>" in page
 
 
 def test_tensorboard_has_ranks_of_every_decision(real: Path) -> None:

@@ -41,7 +41,7 @@ def is_count(value: object) -> bool:
 
 def is_metrics(row: Row) -> bool:
     """A step and its numbers, null where JSON has none."""
-    numbers = (int, float, str, type(None))
+    numbers = (int, float, type(None))
     return is_count(row.get("step")) and all(isinstance(v, numbers) for v in row.values())
 
 

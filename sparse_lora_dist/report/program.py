@@ -5,6 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report import curves, ranks, spread
 from sparse_lora_dist.report.look import save_png
@@ -73,7 +75,12 @@ def of_one(story: RunStory) -> Section:
             "No map of ranks: the method has made no decision, every linear is as it was."
         )
     for draw, what in ((spread.gates, "gates"), (spread.importance, "importance")):
-        picture = draw(story)
+        try:
+            picture = draw(story)
+        # Damaged, or --keep_last has just removed it.
+        except (OSError, SafetensorError) as error:
+            absent.append(f"No distribution of {what}: {error}")
+            continue
         if picture is None:
             absent.append(f"No distribution of {what}: no checkpoint here has any.")
         else:

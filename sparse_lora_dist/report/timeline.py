@@ -20,7 +20,7 @@ KINDS = {
 
 def timeline(story: RunStory) -> Picture:
     """A bar a job, the first on top; checkpoints and bad steps below."""
-    jobs, end = story.attempts[-MOST:], max(story.total_steps or 0, story.last_step)
+    jobs, end = story.attempts[-MOST:], max(story.total_steps or 1, story.last_step)
     first = len(story.attempts) - len(jobs) + 1
     figure, (axes,) = panels(height=1.3 + 0.5 * len(jobs))
     for row, job in enumerate(jobs):
