@@ -18,8 +18,9 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.plan.check import say_whether_it_fits
+from sparse_lora_dist.purpose import TRAINING, Purpose
 from sparse_lora_dist.resume import find_resume, is_requeued
-from sparse_lora_dist.run_folder import check_folder, write_description
+from sparse_lora_dist.run_folder import check_folder, clear, write_description
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.sites import Sites
@@ -28,7 +29,7 @@ from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.zero3 import Engine
 
 
-def run(config: Config) -> None:
+def run(config: Config, purpose: Purpose = TRAINING) -> None:
     """Fine-tune as ``config`` says. Collective.
 
     Raises:
@@ -41,17 +42,20 @@ def run(config: Config) -> None:
     with together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         begins = config.run.resume == "never" or (bool(config.run.reset) and not is_requeued())
-        check_folder(folder, begins=begins)
+        check_folder(folder, begins=begins and not purpose.replaces)
     # Before anything is written or cleaned: what looks left over may be another job's work.
     with (
         stopping.listening(config.run.time_limit),
         run_lock.held(folder),
         watch.watched(folder, timeout_s),
     ):
-        _train(config, engine_config)
+        if purpose.replaces:
+            with together("removing the earlier run"):
+                clear(folder)
+        _train(config, engine_config, purpose)
 
 
-def _train(config: Config, engine_config: dict[str, Any]) -> None:
+def _train(config: Config, engine_config: dict[str, Any], purpose: Purpose) -> None:
     zero3_nvme.prepare(engine_config)
     model = Model.open(config)
     zero3_nvme.check_space(
@@ -59,7 +63,7 @@ def _train(config: Config, engine_config: dict[str, Any]) -> None:
     )
     if config.train.max_steps is not None:  # what does not fit is refused before data is tokenised
         _build_method(config, model, config.train.max_steps)
-    feed = open_feed(config, model)
+    feed = (purpose.open_feed or open_feed)(config, model)
     stopping.check()
     method = _build_method(config, model, feed.total_steps)
     for note in method.notes:
@@ -102,6 +106,7 @@ def _train(config: Config, engine_config: dict[str, Any]) -> None:
             )
             seconds = time.perf_counter() - started
             job.after_step(step, batches, result, seconds=seconds, is_last=step == last_step)
+        purpose.conclude(job)
     except Stopped as why:
         job.stop(why)
         raise
