@@ -99,7 +99,7 @@ def command(name: str) -> str:
 
 def next_command(config: Config, feed: Feed, progress: Progress) -> str:
     """What to type to train on, from where this run ended."""
-    words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} launcher/train.py"]
+    words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
     if this_launch().launcher in ("torchrun", "mpirun", "srun"):
         words = ["the same launcher with"]
     words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]

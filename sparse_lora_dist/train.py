@@ -20,8 +20,9 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.plan.check import say_whether_it_fits
+from sparse_lora_dist.purpose import TRAINING, Purpose
 from sparse_lora_dist.resume import find_resume, is_requeued
-from sparse_lora_dist.run_folder import check_folder, write_description
+from sparse_lora_dist.run_folder import check_folder, clear, write_description
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.sites import Sites
@@ -30,20 +31,20 @@ from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.zero3 import Engine
 
 
-def run(config: Config) -> None:
+def run(config: Config, purpose: Purpose = TRAINING) -> None:
     """Fine-tune as ``config`` says. Collective.
 
     Raises:
         UserError: for whatever the user can mend, on every rank.
         Stopped: it was told to stop, and is saved.
     """
-    with training(config) as now:
+    with training(config, purpose) as now:
         for step in now.steps:
             now.step(step)
 
 
 @contextmanager
-def training(config: Config) -> Iterator["Training"]:
+def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"]:
     """A run that stands, resumed where it was left; ended, its adapter is written. Collective.
 
     Raises:
@@ -57,17 +58,21 @@ def training(config: Config) -> Iterator["Training"]:
     with together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         begins = config.run.resume == "never" or (bool(config.run.reset) and not is_requeued())
-        check_folder(folder, begins=begins)
+        check_folder(folder, begins=begins and not purpose.replaces)
     # Before anything is written or cleaned: what looks left over may be another job's work.
     with (
         stopping.listening(config.run.time_limit),
         run_lock.held(folder),
         watch.watched(folder, timeout_s),
     ):
-        now = Training(config, engine_config)
+        if purpose.replaces:
+            with together("removing the earlier run"):
+                clear(folder)
+        now = Training(config, engine_config, purpose)
         try:
             now.begin()
             yield now
+            purpose.conclude(now.job)
         except Stopped as why:
             now.job.stop(why)
             raise
@@ -81,7 +86,7 @@ def training(config: Config) -> Iterator["Training"]:
 class Training:
     """All that a step needs."""
 
-    def __init__(self, config: Config, engine_config: dict[str, Any]) -> None:
+    def __init__(self, config: Config, engine_config: dict[str, Any], purpose: Purpose) -> None:
         """Read the data, load the base, inject adapters. Collective."""
         self.config = config
         zero3_nvme.prepare(engine_config)
@@ -91,7 +96,7 @@ class Training:
         )
         if config.train.max_steps is not None:  # what does not fit is refused before tokenising
             _build_method(config, model, config.train.max_steps)
-        feed = open_feed(config, model)
+        feed = (purpose.open_feed or open_feed)(config, model)
         stopping.check()
         method = _build_method(config, model, feed.total_steps)
         for note in method.notes:
