@@ -53,6 +53,8 @@ def print_summary(
         say("go on", next_command(config, feed, progress))
     elif adapter_bytes:
         say("go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run")
+    else:
+        say("go on", "its schedule is through; prune less, in another --output_dir")
 
 
 def in_words(scores: Mapping[str, float], target: str) -> str:
