@@ -68,6 +68,12 @@ def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_pat
     last = [line for line in one["said"].splitlines() if line.startswith("edited")]
     assert last == [line for line in two["said"].splitlines() if line.startswith("edited")]
 
+    # Stopped on one rank and gone on with on two, it ends the same.
+    part = flags(tiny, tmp_path, output_dir=tmp_path / "parts", micro_batch_size=2)
+    ranks(1, EDIT, flags=[*part, "--stop_after", "5"])
+    (whole, _) = ranks(2, EDIT, flags=[*part, "--resume", "auto"])
+    assert whole["edits"] == one["edits"]
+
 
 @pytest.mark.dist
 def test_an_adapter_that_does_nothing_leaves_locality_at_100(
