@@ -77,7 +77,7 @@ def open_feed(config: Config, model: Model) -> Feed:
     if comm.rank() > 0:
         be_quiet()
     with together("reading the data"), first_on_its_node():
-        tokenizer = _tokenizer(model.folder, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = open_tokenizer(model.folder, trust_remote_code=config.model.trust_remote_code)
 
         def read(source: str, flag: str, split: str) -> Rows:
             return _read(config, model, tokenizer, source, flag, split)
@@ -86,9 +86,8 @@ def open_feed(config: Config, model: Model) -> Feed:
         source = eval_source(config.data)
         held_out = None if source is None else read(source, "--eval_data", "test")
         architecture = model.module.config.get_text_config()
-        padding = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         # Classifiers made of decoders look for it: a row's last token before it gives the answer.
-        architecture.pad_token_id = next(i for i in padding if i is not None and i >= 0)
+        architecture.pad_token_id = padding_id(architecture, tokenizer)
         feed = Feed(
             rows=rows,
             held_out=held_out,
@@ -106,7 +105,14 @@ def open_feed(config: Config, model: Model) -> Feed:
     return feed
 
 
-def _tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+def padding_id(architecture: Any, tokenizer: Any) -> int:
+    """A token to fill rows up with."""
+    ids = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(i for i in ids if i is not None and i >= 0)
+
+
+def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
+    """The one that lies beside a model."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # a missing or damaged file raises whatever its reader does

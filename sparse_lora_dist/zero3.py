@@ -178,10 +178,13 @@ class Slice:
 
 
 class Engine:
-    """The DeepSpeed engine as this project uses it."""
+    """The DeepSpeed engine as this project uses it. Without an optimizer it only evaluates."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, engine_config: Mapping[str, Any]
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,
+        engine_config: Mapping[str, Any],
     ) -> None:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(engine_config), dist_init_required=False
