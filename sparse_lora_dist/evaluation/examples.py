@@ -83,9 +83,11 @@ class Table:
     def choices(self, record: Mapping[str, Any]) -> tuple[list[str], int]:
         """(choices, place of the right one). ``choices`` is a list of texts, or, as on the hub,
         their ``text`` and ``label``; the answer an index from 0, a label or letter, or the text."""
-        given, labels = record.get("choices"), list(LETTERS)
+        given: Any = record.get("choices")
+        labels = list(LETTERS)
         if isinstance(given, dict):
-            given, labels = given.get("text"), list(given.get("label") or LETTERS)
+            labels = list(given.get("label") or LETTERS)
+            given = given.get("text")
         if not isinstance(given, list) or len(given) < 2:
             raise ExampleError(f"'choices' must be a list of at least two, got {str(given)[:40]}")
         texts = [text_of(choice, "a choice") for choice in given]
