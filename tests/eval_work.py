@@ -1,14 +1,19 @@
 """What the workers of ``tests/ranks.py`` run for the tests of evaluation."""
 
+import gc
 import io
+import weakref
 from contextlib import redirect_stdout
+from typing import Any
 from unittest.mock import patch
 
 import torch
 
+from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation import program, results, scoring
 from sparse_lora_dist.evaluation.options import load_request
+from sparse_lora_dist.model import Model
 
 
 def evaluate(flags: list[str]) -> str:
@@ -79,19 +84,19 @@ def _ended(flags: list[str]) -> str:
     raise AssertionError("nothing ended it")
 
 
-def memory_comes_back(flags: list[str]) -> list[int]:
-    """Models alive when each of those compared is loaded."""
-    import weakref
-
+def shares_alive(flags: list[str]) -> list[int]:
+    """Of the models before, whenever one of those compared is loaded."""
     alive: list[int] = []
-    seen: list[weakref.ref[torch.nn.Module]] = []
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(config: Config, model: Model, *rest: Any) -> None:
+        gc.collect()
+        alive.append(sum(share() is not None for share in seen))
+        load(config, model, *rest)
+        seen.extend(weakref.ref(p.ds_tensor) for p in model.module.parameters())
+
     load = program.load
-
-    def watched(config, model, adapter, engine_config):  # type: ignore[no-untyped-def]
-        alive.append(sum(ref() is not None for ref in seen))
-        load(config, model, adapter, engine_config)
-        seen.append(weakref.ref(model.module))
-
     with patch.object(program, "load", watched):
         evaluate(flags)
+    assert len(seen) > 60
     return alive

@@ -215,11 +215,11 @@ def test_answers_are_those_of_transformers_and_ranks_forward_alike(
     assert len({len(text) for text in wanted}) > 1, "answers of different lengths"
 
 
-def test_a_model_that_was_compared_is_gone_before_the_next_is_loaded(
+def test_a_model_that_was_compared_is_freed_before_the_next_is_loaded(
     ranks: Ranks, tiny: TinyRun, odd: Path
 ) -> None:
     asked = flags(tiny, compare=f"base,{odd},base", limit=2)
-    assert ranks(1, f"{WORK}:memory_comes_back", flags=asked) == [[0, 0, 0]]
+    assert ranks(1, f"{WORK}:shares_alive", flags=asked) == [[0, 0, 0]]
 
 
 @pytest.mark.parametrize("how", ["interrupted", "unwritten"])
@@ -289,7 +289,7 @@ def test_exact_is_but_for_case_and_white_space() -> None:
 
 
 def test_intervals_are_those_of_a_calculator() -> None:
-    # 7 of 10: centre (0.7 + 1.92073 / 10) / 1.384146, half 1.959964 * 0.173203 / 1.384146.
+    # 7 of 10: centre (0.7 + 1.92073 / 10) / 1.384146, half 1.959964 * 0.174939 / 1.384146.
     assert wilson(7, 10) == pytest.approx((0.396775, 0.892209), abs=1e-6)
     assert wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
     low, high = ratio([1.0, 2.0, 3.0, 6.0], [1.0] * 4) or (0.0, 0.0)

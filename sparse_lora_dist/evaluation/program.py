@@ -1,6 +1,5 @@
 """launcher/eval.py: models and data opened and checked, then one model after another evaluated."""
 
-import gc
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -64,10 +63,9 @@ def evaluate(request: EvalRequest) -> None:
     exam = _open_exam(request, config, models[0], engine_config)
 
     measured = []
-    for adapter in adapters:
-        measures = _take(exam, models.pop(0), adapter)
+    for model, adapter in zip(models, adapters, strict=True):
+        measures = _take(exam, model, adapter)
         measured.append((adapter.name, {m.name: m for m in measures}))
-        gc.collect()  # hooks and engine hold each other, and the model with them
     found = results(measured)
     with together(f"writing {own.output}"):
         if comm.rank() == 0:
@@ -122,19 +120,22 @@ def _take(exam: Exam, model: Model, adapter: Adapter) -> list[Measure]:
     """Load one model, and have it measured by every metric. Collective."""
     say("evaluates", adapter.name)
     load(exam.config, model, adapter, exam.engine_config)
+    engine = Engine(model.module, None, exam.engine_config)
     scorer = Scorer(
-        engine=Engine(model.module, None, exam.engine_config),
+        engine=engine,
         tokenizer=exam.tokenizer,
         pad_id=padding_id(model.module.config.get_text_config(), exam.tokenizer),
         stop_ids=exam.stop_ids,
         batch_size=exam.own.batch_size,
         max_new_tokens=exam.own.max_new_tokens,
     )
-    return [
+    measures = [
         measure
         for name, items in exam.items.items()
         for measure in METRICS[name].measure(name, scorer, items)
     ]
+    engine.close()
+    return measures
 
 
 def _about(exam: Exam) -> dict[str, Any]:
