@@ -1,3 +1,32 @@
-"""Sparse low-rank adapters over a 4-bit base model that DeepSpeed ZeRO-3 shards across ranks."""
+"""Sparse low-rank adapters over a 4-bit base model that DeepSpeed ZeRO-3 shards across ranks.
+
+``settings``, ``run``, ``training``, ``export_run`` and ``apply_sparse_delta`` are what a program
+needs; docs/python.md has examples. They are imported when they are asked for, so that a command
+that is wrong need not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparse_lora_dist.export.sparse_delta import apply_sparse_delta as apply_sparse_delta
+    from sparse_lora_dist.from_python import export_run as export_run
+    from sparse_lora_dist.from_python import settings as settings
+    from sparse_lora_dist.train import run as run
+    from sparse_lora_dist.train import training as training
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "settings": "from_python",
+    "run": "train",
+    "training": "train",
+    "export_run": "from_python",
+    "apply_sparse_delta": "export.sparse_delta",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no {name!r}; it has {', '.join(_HOMES)}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -93,6 +93,26 @@ def build(
     return config
 
 
+def saved_config(saved: Mapping[str, Any]) -> Config:
+    """The config that ``as_flat_dict`` was saved of; places that it names need not exist here.
+
+    Raises:
+        ConfigError: this version does not know what it says.
+    """
+    options = known_options()
+    problems = [f"{name} is no option of this version" for name in saved if name not in options]
+    tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+    flat: dict[str, Any] = {n: option.default for n, option in options.items()} | tuples
+    parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
+    factory = methods.METHODS.get(flat["method"])
+    if factory is None:
+        problems.append(f"method {flat['method']!r} is not one of {', '.join(methods.METHODS)}")
+    else:
+        parts["method_options"] = make(factory.options, flat, problems)
+    raise_if(problems)
+    return Config(**parts)
+
+
 def whole(parts: dict[str, Any], problems: list[str]) -> Config | None:
     """The parts together, or None with the problems that lie between them added."""
     try:

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -32,6 +31,8 @@ class Feed:
     accumulation: int
     end_row: int
     """Rows of the stream that are trained on; empty rows fill up the last global batch."""
+    program: str = "launcher/train.py"
+    """What to type to go on with such rows."""
 
     @property
     def global_batch(self) -> int:
@@ -77,7 +78,7 @@ def open_feed(config: Config, model: Model) -> Feed:
     if comm.rank() > 0:
         be_quiet()
     with together("reading the data"), first_on_its_node():
-        tokenizer = open_tokenizer(model.folder, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = open_tokenizer(config, model)
 
         def read(source: str, flag: str, split: str) -> Rows:
             return _read(config, model, tokenizer, source, flag, split)
@@ -85,13 +86,10 @@ def open_feed(config: Config, model: Model) -> Feed:
         rows = read(resolve_default("data", config.data.data), "--data", "train")
         source = eval_source(config.data)
         held_out = None if source is None else read(source, "--eval_data", "test")
-        architecture = model.module.config.get_text_config()
-        # Classifiers made of decoders look for it: a row's last token before it gives the answer.
-        architecture.pad_token_id = padding_id(architecture, tokenizer)
         feed = Feed(
             rows=rows,
             held_out=held_out,
-            pad_id=architecture.pad_token_id,
+            pad_id=settle_padding(model, tokenizer),
             collate=TASKS[config.model.task].collate,
             micro_batch_size=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps,
@@ -105,18 +103,24 @@ def open_feed(config: Config, model: Model) -> Feed:
     return feed
 
 
-def padding_id(architecture: Any, tokenizer: Any) -> int:
-    """A token to fill rows up with."""
-    ids = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(i for i in ids if i is not None and i >= 0)
-
-
-def open_tokenizer(folder: Path, *, trust_remote_code: bool) -> Any:
-    """The one that lies beside a model."""
+def open_tokenizer(config: Config, model: Model) -> Any:
+    """The one that lies beside the model."""
+    trust = config.model.trust_remote_code
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust)
     except Exception as error:  # a missing or damaged file raises whatever its reader does
-        raise UserError(f"--model {folder}: its tokenizer cannot be opened: {error}") from error
+        raise UserError(
+            f"--model {model.folder}: its tokenizer cannot be opened: {error}"
+        ) from error
+
+
+def settle_padding(model: Model, tokenizer: Any) -> int:
+    """The token that fills rows up, which the model's config then names too."""
+    architecture = model.module.config.get_text_config()
+    padding = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    # Classifiers made of decoders look for it: a row's last token before it gives the answer.
+    architecture.pad_token_id = next(i for i in padding if i is not None and i >= 0)
+    return int(architecture.pad_token_id)
 
 
 def _end_row(config: Config, rows_per_epoch: int) -> int:
@@ -150,7 +154,7 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         packing=config.packs,
         seed=config.train.seed,
     )
-    _check_positions(model.module, int(documents.lengths.max()), flag)
+    check_positions(model.module, int(documents.lengths.max()), flag)
     say(
         flag.lstrip("-"),
         f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
@@ -158,7 +162,7 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
     return rows
 
 
-def _check_positions(model: nn.Module, longest: int, flag: str) -> None:
+def check_positions(model: nn.Module, longest: int, flag: str) -> None:
     """Where positions are a table, a row must not be longer: torch would name an index only."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):

@@ -1,15 +1,19 @@
 """What happens around the steps of a run: resume, log, held-out loss, save, export, summary."""
 
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist import checkpoint, comm, export, stopping, watch
+from sparse_lora_dist import checkpoint, comm, stopping, watch
+from sparse_lora_dist.attempts import Attempts
+from sparse_lora_dist.base_model.sources import is_quantized
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.errors import Stopped
+from sparse_lora_dist.export import peft_adapter
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.health import Health
 from sparse_lora_dist.journal import Journal, memory_and_traffic
@@ -61,6 +65,9 @@ class Job:
             # What is owed may have been told, and then is told again.
             told = step if owed is None else self.progress.step - 1
             config = self.config.as_flat_dict()
+            self.attempts = Attempts(
+                self.folder, step=self.progress.step, total_steps=self.feed.total_steps
+            )
             self.metrics = Metrics(self.folder, run.trackers, config, last_step=told, run_ids=ids)
             self.journal = Journal(self.folder, last_step=step, last_stage=told)
             self.health = Health(self.folder, run.max_bad_steps, last_step=step)
@@ -104,7 +111,8 @@ class Job:
         self._publish(self._saver.poll())
         self.health.after_step(step, result, batches)
         if result.decision is not None:
-            self.journal.decision(step, result.decision, self.shards)
+            sites = self.journal.decision(step, result.decision, self.shards)
+            self.metrics.log_sites(step, sites)
         ends = is_last or step in self.shards.method.stages
         evaluates = ends or is_due(step, run.eval_every)
         row = self._row(result) if evaluates or is_due(step, run.log_every) else None
@@ -172,6 +180,9 @@ class Job:
             "description": describe(self.config, self.model, self.feed, self.shards.method),
             "total_steps": self.feed.total_steps,
             "config": self.config.as_flat_dict(),
+            "base": self.model.name,
+            "base_in_4_bits": is_quantized(self.model.files),
+            "full_modules": list(self.model.full),
             "held_out_loss": held_out_loss,
             "owed": self._owed,
             "trackers": self.metrics.run_ids,
@@ -206,6 +217,7 @@ class Job:
         self._publish(self._saver.finish())
         watch.mark("leaving", may_be_long=True)
         self.metrics.close()
+        self.attempts.end("stopped", self.progress.step, str(why))
         comm.barrier()  # a launcher ends all ranks when the first one leaves
         done = f"after {self.progress.step} of {self.feed.total_steps} steps, saved"
         say("stopped", f"by {why} {done if self.progress.step else 'before the first step'}")
@@ -215,16 +227,15 @@ class Job:
         """Publish what is being saved, export the adapter, say what came of it all."""
         watch.mark("exporting", may_be_long=True)  # a tracker may upload for long
         self._bar.close()
+        if self.progress.step > self._saved_step:  # left by a program of its own before the end
+            self.save(held_out_loss=None)
         self._publish(self._saver.finish())
-        size = export.save_peft(
-            self.folder / "adapter",
-            self.model.adapters,
-            self.model.full,
-            base=self.model.name,
-            task_type=self.task.peft_type,
-            classes=self.model.classes,
-        )
+        size = self._export()
         self.metrics.close()
+        if self.progress.step < self.feed.total_steps:
+            self.attempts.end("stopped", self.progress.step, "--stop_after")
+        else:
+            self.attempts.end("finished", self.progress.step)
         if comm.rank() == 0:
             rows = read_rows(self.metrics.path)
             print_summary(
@@ -236,6 +247,25 @@ class Job:
                 adapter_bytes=size,
                 goes_on=self.shards.method.redraws or self.shards.ended,
             )
+
+    def _export(self) -> int:
+        """Bytes of the adapter; 0 where nothing of it lives, which is no reason to end in an
+        error."""
+        try:
+            return peft_adapter.save_peft(
+                self.folder / "adapter",
+                self.model.adapters,
+                self.model.full,
+                base=self.model.name,
+                revision=self.config.model.revision,
+                task_type=self.task.peft_type,
+                classes=self.model.classes,
+            )
+        except peft_adapter.NothingLives as error:
+            say("warning", f"no adapter is written: {error}")
+            if comm.rank() == 0:  # an earlier attempt's is not this run's end
+                shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+            return 0
 
 
 def _learning_rate(config: Config, method: Method, total_steps: int) -> LearningRate:

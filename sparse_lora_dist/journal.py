@@ -22,16 +22,14 @@ class Journal:
         self._decisions = JsonLines(folder / "decisions.jsonl", last_step=last_step)
         self._stages = JsonLines(folder / "stages.jsonl", last_step=last_stage)
 
-    def decision(self, step: int, decision: Decision, shards: Shards) -> None:
-        """A row: the method's facts, every site's open pieces and live entries. Collective."""
-        self._decisions.append(
-            {
-                "step": step,
-                **decision.facts,
-                "ranks": shards.sites.ranks(),
-                "live": live_per_site(shards),
-            }
-        )
+    def decision(
+        self, step: int, decision: Decision, shards: Shards
+    ) -> Mapping[str, Mapping[str, int]]:
+        """A row: the method's facts, every site's open pieces and live entries; the last two are
+        returned. Collective."""
+        sites = {"ranks": shards.sites.ranks(), "live": live_per_site(shards)}
+        self._decisions.append({"step": step, **decision.facts, **sites})
+        return sites
 
     def stage(
         self, step: int, rate: LearningRate, metrics: Path, results: Mapping[str, float | None]

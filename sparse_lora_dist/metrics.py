@@ -18,13 +18,17 @@ from sparse_lora_dist.screen import say
 Row = Mapping[str, float | int | str]
 
 
-def peak_memory_bytes() -> int:
-    """Largest peak of any rank: allocated on its GPU, else resident in its process. Collective."""
+def own_peak_memory_bytes() -> int:
+    """Peak of this rank: allocated on its GPU, else resident in its process. Not a collective."""
     if comm.on_gpu():
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(comm.max_over_ranks(torch.tensor(peak, device=comm.device())))
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory_bytes() -> int:
+    """Largest peak of any rank. Collective."""
+    peak = torch.tensor(own_peak_memory_bytes(), device=comm.device())
+    return int(comm.max_over_ranks(peak))
 
 
 class JsonLines:
@@ -98,6 +102,15 @@ class Metrics:
                 self._tensorboard.add_scalar(name, value, int(row["step"]))
         if self._wandb is not None:
             self._wandb.log(numbers, step=int(row["step"]))
+
+    def log_sites(self, step: int, numbers: Mapping[str, Mapping[str, int]]) -> None:
+        """What a decision left of every site, by name of the number: histograms of TensorBoard,
+        whose scalars would be thousands. W&B has the scalars of ``log`` only."""
+        if self._tensorboard is not None:
+            for name, sites in numbers.items():
+                self._tensorboard.add_histogram(
+                    f"sites/{name}", torch.tensor([*sites.values()]), step
+                )
 
     def close(self) -> None:
         """Flush what the trackers hold."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparse_lora_dist import comm, export
+from sparse_lora_dist import comm
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds, inject
 from sparse_lora_dist.base_model.architecture import (
     fill_buffers,
@@ -31,6 +31,7 @@ from sparse_lora_dist.base_model.sources import Sources, find_keys, find_sources
 from sparse_lora_dist.class_head import Head, classes_of, first_values, modules_inside
 from sparse_lora_dist.config import Config, ModelConfig
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.init_adapter import read_peft
 from sparse_lora_dist.head import install
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
@@ -149,7 +150,7 @@ class Model:
         with together("reading --init_adapter"):
             if adapter.init_adapter is not None:
                 shapes = self.trained_shapes(method)
-                initial |= export.read_peft(
+                initial |= read_peft(
                     adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
                 )
         builder = ShardBuilder(engine_config, DTYPES[config.model.precision])

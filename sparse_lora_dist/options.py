@@ -2,7 +2,8 @@
 
 import re
 import types
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -32,6 +33,8 @@ class Program:
     """Dataclass of options beside those of a run."""
     trains: bool = True
     """Does it need what a run reads and writes besides the model?"""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """Of options of a run, where they are not a run's."""
 
 
 TRAIN = Program(
@@ -61,7 +64,11 @@ def known_options(program: Program = TRAIN) -> dict[str, Option]:
     owners: list[tuple[str | None, type[Any]]] = [(None, section) for section in sections]
     owners += [(name, factory.options) for name, factory in methods.METHODS.items()]
     return {
-        f.name: Option(hint=get_type_hints(owner)[f.name], default=f.default, method=method)
+        f.name: Option(
+            hint=get_type_hints(owner)[f.name],
+            default=program.defaults.get(f.name, f.default),
+            method=method,
+        )
         for method, owner in owners
         for f in fields(owner)
     }
@@ -88,6 +95,7 @@ def build_parser(program: Program = TRAIN) -> ArgumentParser:
     for name, factory in methods.METHODS.items():
         group = parser.add_argument_group(f"Options of --method {name}")
         group.add_class_arguments(factory.options, None, as_group=False)
+    parser.set_defaults(dict(program.defaults))
     return parser
 
 

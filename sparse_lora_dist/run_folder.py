@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -14,6 +15,11 @@ from sparse_lora_dist import __version__, comm
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 
+MADE = """
+    run.yaml environment.json metrics.jsonl decisions.jsonl stages.jsonl bad_steps.jsonl
+    attempts.jsonl edits.json tensorboard checkpoints adapter
+""".split()
+"""By a run, of which a new one makes its own."""
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "peft", "safetensors")
 
 
@@ -31,6 +37,13 @@ def check_folder(folder: Path, *, begins: bool) -> None:
         raise UserError(
             f"--output_dir {folder}: {probe} is not writable. Choose another --output_dir."
         )
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run made, but the lock; rank 0 does."""
+    if comm.rank() == 0:
+        for path in (folder / name for name in MADE):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_description(folder: Path, config: Config) -> None:

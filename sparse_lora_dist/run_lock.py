@@ -118,6 +118,16 @@ def is_ours() -> bool:
     return bool(_held and now and now.token == _held[1].token)
 
 
+def is_held(folder: Path) -> bool:
+    """Does a job show life in ``folder``? For who only looks: it writes no probe, so that a clock
+    of this host that is far from the file system's misleads it."""
+    try:
+        holder, age = _read(folder / NAME), time.time() - (folder / NAME).stat().st_mtime
+    except OSError:
+        return False
+    return holder is not None and not is_gone(holder.process) and age < MISSED * HEARTBEAT_S
+
+
 def _take(path: Path) -> None:
     global _held
     ours = Holder(

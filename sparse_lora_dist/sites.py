@@ -60,9 +60,11 @@ class Sites:
         return {name: adapter.pieces.open for name, adapter in self.adapters.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """What ``restore`` takes."""
+        """What ``restore`` takes, and for who has no model the shape (I, O, R) of each."""
         pieces = {name: adapter.pieces for name, adapter in self.adapters.items()}
+        linears = {name: adapter.site for name, adapter in self.adapters.items()}
         return {
+            "shapes": {n: [s.in_features, s.out_features, s.rank] for n, s in linears.items()},
             "pieces": {name: [list(p.computed), p.open] for name, p in pieces.items()},
             "stats": self.stats.tolist(),
         }

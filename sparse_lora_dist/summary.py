@@ -32,6 +32,7 @@ def print_summary(
     Args:
         rows: those of metrics.jsonl.
         target: what the loss is a mean over.
+        adapter_bytes: 0 where nothing of it lives.
         goes_on: may the run be made longer, once it is through?
     """
     folder = Path(config.run.output_dir)
@@ -45,12 +46,15 @@ def print_summary(
     )
     say("result", gain(rows, target))
     say("live", sparsity(rows))
-    say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
+    if adapter_bytes:
+        say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
     say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
     if goes_on or progress.step < feed.total_steps:
         say("go on", next_command(config, feed, progress))
-    else:
+    elif adapter_bytes:
         say("go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run")
+    else:
+        say("go on", "its schedule is through; prune less, in another --output_dir")
 
 
 def in_words(scores: Mapping[str, float], target: str) -> str:
@@ -97,7 +101,7 @@ def command(name: str) -> str:
 
 def next_command(config: Config, feed: Feed, progress: Progress) -> str:
     """What to type to train on, from where this run ended."""
-    words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} launcher/train.py"]
+    words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
     if this_launch().launcher in ("torchrun", "mpirun", "srun"):
         words = ["the same launcher with"]
     words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]

@@ -2,6 +2,8 @@
 export."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +20,36 @@ from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.plan.check import say_whether_it_fits
+from sparse_lora_dist.purpose import TRAINING, Purpose
 from sparse_lora_dist.resume import find_resume, is_requeued
-from sparse_lora_dist.run_folder import check_folder, write_description
+from sparse_lora_dist.run_folder import check_folder, clear, write_description
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.sites import Sites
-from sparse_lora_dist.step import train_step
+from sparse_lora_dist.step import StepResult, train_step
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.zero3 import Engine
 
 
-def run(config: Config) -> None:
+def run(config: Config, purpose: Purpose = TRAINING) -> None:
     """Fine-tune as ``config`` says. Collective.
 
     Raises:
         UserError: for whatever the user can mend, on every rank.
+        Stopped: it was told to stop, and is saved.
+    """
+    with training(config, purpose) as now:
+        for step in now.steps:
+            now.step(step)
+
+
+@contextmanager
+def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"]:
+    """A run that stands, resumed where it was left; ended, its adapter is written. Collective.
+
+    Raises:
+        UserError: for whatever the user can mend, on every rank.
+        Stopped: it was told to stop, and is saved.
     """
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     launch = comm.start(timeout_s)
@@ -41,40 +58,100 @@ def run(config: Config) -> None:
     with together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         begins = config.run.resume == "never" or (bool(config.run.reset) and not is_requeued())
-        check_folder(folder, begins=begins)
+        check_folder(folder, begins=begins and not purpose.replaces)
     # Before anything is written or cleaned: what looks left over may be another job's work.
     with (
         stopping.listening(config.run.time_limit),
         run_lock.held(folder),
         watch.watched(folder, timeout_s),
     ):
-        _train(config, engine_config)
+        if purpose.replaces:
+            with together("removing the earlier run"):
+                clear(folder)
+        now = Training(config, engine_config, purpose)
+        try:
+            now.begin()
+            yield now
+            purpose.conclude(now.job)
+        except Stopped as why:
+            now.job.stop(why)
+            raise
+        except UserError as error:
+            if error.shared:
+                now.job.publish_what_is_saved()
+            raise
+        now.job.finish()
 
 
-def _train(config: Config, engine_config: dict[str, Any]) -> None:
-    zero3_nvme.prepare(engine_config)
-    model = Model.open(config)
-    zero3_nvme.check_space(
-        engine_config, model.module, quantized=config.model.quantization == "nf4"
-    )
-    if config.train.max_steps is not None:  # what does not fit is refused before data is tokenised
-        _build_method(config, model, config.train.max_steps)
-    feed = open_feed(config, model)
-    stopping.check()
-    method = _build_method(config, model, feed.total_steps)
-    for note in method.notes:
-        say("note", note)
-    resume = find_resume(config, model, feed, method)
-    with together("opening the run folder"):
-        if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
-            write_description(Path(config.run.output_dir), config)
-    say_whether_it_fits(config, model, engine_config)
-    watch.mark("loading the base", may_be_long=True)
-    row_seeds = model.load(config, method, engine_config)
-    stopping.check()
+class Training:
+    """All that a step needs."""
 
+    def __init__(self, config: Config, engine_config: dict[str, Any], purpose: Purpose) -> None:
+        """Read the data, load the base, inject adapters. Collective."""
+        self.config = config
+        zero3_nvme.prepare(engine_config)
+        model = Model.open(config)
+        zero3_nvme.check_space(
+            engine_config, model.module, quantized=config.model.quantization == "nf4"
+        )
+        if config.train.max_steps is not None:  # what does not fit is refused before tokenising
+            _build_method(config, model, config.train.max_steps)
+        feed = (purpose.open_feed or open_feed)(config, model)
+        stopping.check()
+        method = _build_method(config, model, feed.total_steps)
+        for note in method.notes:
+            say("note", note)
+        self._resume = find_resume(config, model, feed, method)
+        with together("opening the run folder"):
+            if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
+                write_description(Path(config.run.output_dir), config)
+        say_whether_it_fits(config, model, engine_config)
+        watch.mark("loading the base", may_be_long=True)
+        self.row_seeds = model.load(config, method, engine_config)
+        stopping.check()
+        optimizer = _optimizer(config, model)
+        self.engine = Engine(model.module, optimizer, engine_config)
+        sites = Sites(model.adapters, method)
+        self.shards = Shards(self.engine, optimizer, method, sparse=sites.tensors(), sites=sites)
+        self.job = Job(config, model, feed, self.engine, self.shards)
+        self.loss_of = TASKS[config.model.task].loss
+        self.last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
+
+    def begin(self) -> None:
+        """Go on from a checkpoint, or take the held-out loss of the base. Collective."""
+        self.job.start(self._resume)
+        self.decisions = Decisions(self.shards)
+
+    @property
+    def steps(self) -> range:
+        """Those that are left, counted from 1."""
+        return range(self.job.progress.step + 1, self.last_step + 1)
+
+    def step(self, step: int) -> StepResult:
+        """Read its batches, train on them; log, evaluate and save where one is due. Collective."""
+        started = time.perf_counter()
+        watch.mark("reading its batches", step=step)
+        self.job.set_learning_rate(step)
+        progress = self.job.progress
+        batches = self.job.feed.batches(progress.rows, progress.step)
+        result = train_step(
+            self.engine,
+            self.shards,
+            self.decisions,
+            batches,
+            self.row_seeds,
+            step=step,
+            loss_of=self.loss_of,
+        )
+        seconds = time.perf_counter() - started
+        is_last = step == self.last_step
+        self.job.after_step(step, batches, result, seconds=seconds, is_last=is_last)
+        return result
+
+
+def _optimizer(config: Config, model: Model) -> SparseAdamW:
     train = config.train
-    optimizer = SparseAdamW(
+    return SparseAdamW(
         model.param_groups(train.weight_decay),
         lr=train.learning_rate,
         weight_decay=train.weight_decay,
@@ -82,34 +159,6 @@ def _train(config: Config, engine_config: dict[str, Any]) -> None:
         eps=train.adam_eps,
         eight_bit=train.moment_bits == 8,
     )
-    engine = Engine(model.module, optimizer, engine_config)
-    sites = Sites(model.adapters, method)
-    shards = Shards(engine, optimizer, method, sparse=sites.tensors(), sites=sites)
-
-    job = Job(config, model, feed, engine, shards)
-    loss_of = TASKS[config.model.task].loss
-    last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
-    try:
-        job.start(resume)
-        decisions = Decisions(shards)
-        for step in range(job.progress.step + 1, last_step + 1):
-            started = time.perf_counter()
-            watch.mark("reading its batches", step=step)
-            job.set_learning_rate(step)
-            batches = feed.batches(job.progress.rows, job.progress.step)
-            result = train_step(
-                engine, shards, decisions, batches, row_seeds, step=step, loss_of=loss_of
-            )
-            seconds = time.perf_counter() - started
-            job.after_step(step, batches, result, seconds=seconds, is_last=step == last_step)
-    except Stopped as why:
-        job.stop(why)
-        raise
-    except UserError as error:
-        if error.shared:
-            job.publish_what_is_saved()
-        raise
-    job.finish()
 
 
 def _build_method(config: Config, model: Model, total_steps: int) -> Method:

@@ -8,6 +8,7 @@ of that size; what it returns (anything picklable) comes back in rank order; wha
 raised here, with its traceback.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -88,6 +89,9 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     quiet_others()
     torch.set_num_threads(1)
     comm.start()
+    # DeepSpeed collects garbage whenever it makes an engine, and looking through all that torch and
+    # transformers imported is a third of a short run.
+    gc.freeze()
     while True:
         function, arguments = pipe.recv()
         module, name = function.split(":")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.export import plain_pair
+from sparse_lora_dist.export.peft_adapter import plain_pair
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.base import Decision, Pieces, Site, Stats, TensorSpec, Update
 from tests.laws import LAWS, Law

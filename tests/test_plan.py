@@ -18,9 +18,8 @@ from sparse_lora_dist.plan.forecast import forecast
 from sparse_lora_dist.plan.gathers import Bounds, gathered
 from sparse_lora_dist.plan.held import Held, shard_bytes
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.load_memory import base_shard_bytes, load_peak_bytes
 from sparse_lora_dist.plan.memory import (
-    base_shard_bytes,
-    load_peak_bytes,
     loss_bytes,
     moment_bytes,
     rank_memory,
@@ -111,11 +110,17 @@ def test_a_copy_that_is_written_beside_training_is_planned(
     )
     copied = max(one for one, _ in found)
     assert found[0][1] == pytest.approx(copied, rel=0.02)
-    for waits in ({"async_save": "false"}, {"save_every": 0}, {"save_every": 3}):
-        memory = shapes(**{"max_steps": 3} | waits)  # nothing trains while it is there
-        engine = Engine.of({})
-        lines = rank_memory(memory, engine, Ranks(world_size=8)).lines
-        assert "saved_copy" not in {line.key for line in lines}
+    cases: list[tuple[dict[str, object], bool]] = [
+        ({"async_save": "false", "save_every": 2}, False),
+        ({"save_every": 4}, False),
+        ({"save_every": 2}, True),
+        ({"method": "sora", "sora_lambdas": "1,2", "save_every": 0}, True),  # after each stage
+    ]
+    for options, trains in cases:
+        memory = shapes(**{"max_steps": 4} | options)
+        lines = rank_memory(memory, Engine.of({}), Ranks(world_size=8)).lines
+        (line,) = [line for line in lines if line.key == "saved_copy"]
+        assert line.bytes["save"] > 0 and ("pass" in line.bytes) == trains
 
 
 @pytest.fixture(scope="module")

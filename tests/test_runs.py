@@ -325,6 +325,7 @@ def test_no_held_out_set_no_trackers_and_rare_logging(
     assert not any("held_out_loss" in row for row in rows)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter",
+        "attempts.jsonl",
         "checkpoints",
         "environment.json",
         "metrics.jsonl",

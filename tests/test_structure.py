@@ -67,9 +67,14 @@ def test_torch_distributed_is_not_reached_by_attribute_either() -> None:
 
 
 def test_nobody_in_the_package_imports_the_main_program() -> None:
-    assert importers("sparse_lora_dist.train") == set()
+    assert importers("sparse_lora_dist.train") == {"__init__.py"}  # for who reads types
     launcher = set(imported(REPOSITORY / "launcher" / "train.py"))
     assert "sparse_lora_dist.train" in launcher
+
+
+def test_the_package_itself_is_open_at_once() -> None:
+    code = "import sys, sparse_lora_dist as s; sys.exit('torch' in sys.modules or hasattr(s, 'x'))"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def pure_files() -> list[Path]:

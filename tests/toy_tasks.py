@@ -25,7 +25,7 @@ from sparse_lora_dist.class_head import Head
 from sparse_lora_dist.config import Config, ModelConfig, TrainConfig
 from sparse_lora_dist.decisions import Decisions
 from sparse_lora_dist.engine_config import engine_dict
-from sparse_lora_dist.export import plain_pair
+from sparse_lora_dist.export.peft_adapter import plain_pair
 from sparse_lora_dist.learning_rate import LearningRate
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.base import Site

@@ -17,6 +17,7 @@ from pathlib import Path
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.folders import sync
 from sparse_lora_dist.processes import exists
 from sparse_lora_dist.screen import megabytes
 
@@ -74,7 +75,7 @@ class CacheFolder:
         """Give the folder its name, unless another job was first; a damaged one is replaced."""
 
         def rename(out: SafetensorsWriter) -> None:
-            _sync(out.folder)
+            sync(out.folder)
             if self.final.exists() and not can_stay(self.final):
                 # Aside first: nobody may open a folder of that name that is half removed.
                 aside = out.folder.with_name(f"{out.folder.name}old")
@@ -86,7 +87,7 @@ class CacheFolder:
                 if not can_stay(self.final):
                     raise
                 shutil.rmtree(out.folder)  # another job was first
-            _sync(self.final.parent)
+            sync(self.final.parent)
 
         self.do(rename)
 
@@ -103,12 +104,3 @@ def remove_left_overs(directory: Path, but: Path) -> None:
             old = time.time() - folder.stat().st_mtime > LEFT_OVER_SECONDS
             if old or (host == socket.gethostname() and not exists(int(pid))):
                 shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """The names in a folder, on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -25,9 +25,11 @@ class SafetensorsWriter:
     """The header of a file comes last, into the room that was left for it: a file cut short is no
     safetensors file."""
 
-    def __init__(self, folder: Path, header_bytes: int = HEADER_BYTES) -> None:
-        """``header_bytes``: what all headers together need at most."""
-        self.folder = folder
+    def __init__(
+        self, folder: Path, header_bytes: int = HEADER_BYTES, *, stem: str = "model"
+    ) -> None:
+        """``header_bytes``: what all headers together need at most; ``stem``: how names begin."""
+        self.folder, self.stem = folder, stem
         self._room = -(-min(header_bytes, HEADER_BYTES) // 8) * 8  # tensors begin aligned
         self._files: list[FileIO] = []
         self._headers: list[dict[str, Any]] = []
@@ -67,13 +69,13 @@ class SafetensorsWriter:
             _write_all(file, self._room.to_bytes(8, "little"))
             os.fsync(file.fileno())
             file.close()
-            name = f"model-{number:05d}-of-{count:05d}.safetensors"
+            name = f"{self.stem}-{number:05d}-of-{count:05d}.safetensors"
             (self.folder / f"{number}.part").rename(self.folder / name)
             weight_map |= dict.fromkeys(header, name)
         sizes = [about["data_offsets"] for header in self._headers for about in header.values()]
         total = sum(stop - start for start, stop in sizes)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_synced(self.folder / "model.safetensors.index.json", index)
+        write_synced(self.folder / f"{self.stem}.safetensors.index.json", index)
 
     def close(self) -> None:
         """Let go of what was not finished."""
@@ -88,7 +90,10 @@ class SafetensorsWriter:
         self._header_bytes = self._position = 0
 
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
 
 
 def _write_all(file: FileIO, data: bytes | memoryview) -> None:

@@ -7,11 +7,11 @@ from pathlib import Path
 from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint.manifest import MANIFEST, hash_of_file, read_manifest
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.folders import REPLACED, TEMPORARY
 from sparse_lora_dist.screen import say
 
-TEMPORARY, REPLACED, REMOVED = ".tmp_", ".replaced_", ".removed_"
-"""Before the name of a step: what is being written, what is about to be replaced by that, and what
-is being deleted."""
+REMOVED = ".removed_"
+"""Before the name of a step that is being deleted."""
 LATEST = "latest"
 """File with the name of the checkpoint published last: a hint for people, which nothing here
 reads, since another node may see an old one."""

@@ -27,8 +27,10 @@ from sparse_lora_dist.checkpoint.manifest import (
     hash_of_file,
     sealed,
 )
-from sparse_lora_dist.checkpoint.recover import LATEST, REPLACED, TEMPORARY
+from sparse_lora_dist.checkpoint.recover import LATEST
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync
+from sparse_lora_dist.metrics import own_peak_memory_bytes
 from sparse_lora_dist.moments import pack_bits
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
@@ -112,10 +114,12 @@ class Saver:
         try:
             with together(f"writing {now.temporary}"):
                 own, seconds = now.file.result()
+            own["peak_memory_bytes"] = own_peak_memory_bytes()
             files, written_s = zip(*comm.gather_objects((own, seconds)), strict=True)
             with together(f"publishing {now.final}"):
                 if comm.rank() == 0:
-                    _publish(now.temporary, now.final, {**now.manifest, "files": files})
+                    manifest = {**now.manifest, "files": files, "time": time.time()}
+                    _publish(now.temporary, now.final, manifest)
         except UserError:  # most often a full disk, which the half of a checkpoint need not fill
             if run_lock.is_ours():  # on rank 0; it may be another job's by now
                 shutil.rmtree(now.temporary, ignore_errors=True)
@@ -165,32 +169,17 @@ def _write(
     """The file's name, size and hash, once it is on the disk, and seconds."""
     began = time.perf_counter()
     save_file(own, path, metadata={"offsets": json.dumps(offsets)})
-    _sync(path)
+    sync(path)
     about = {"name": path.name, "bytes": path.stat().st_size, "sha256": hash_of_file(path)}
     return about, time.perf_counter() - began
 
 
 def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     (temporary / MANIFEST).write_text(sealed(manifest))
-    _sync(temporary / MANIFEST)
-    _sync(temporary)
+    sync(temporary / MANIFEST)
+    sync(temporary)
     run_lock.check()  # a job that was suspended may have been given up, and its folder taken
-    replaced = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():  # saved by an earlier attempt: gone only once the new one stands
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
-    os.rename(temporary, final)
-    _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    put_in_place(temporary, final)  # an earlier attempt may have saved this step
     # For people and scripts; a resume looks for itself.
     (final.parent / f"{LATEST}.tmp").write_text(f"{final.name}\n")
     os.replace(final.parent / f"{LATEST}.tmp", final.parent / LATEST)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk take it, or a crash after the rename could leave a name without its bytes."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,9 +15,17 @@ from sparse_lora_dist.data.labelled import LabelledBatch, labelled_batch, load_l
 from sparse_lora_dist.data.labels import class_names, read_classes
 from sparse_lora_dist.data.read import be_quiet
 from sparse_lora_dist.data.rows import Rows, pack
-from sparse_lora_dist.data.tokens import NOT_A_TARGET, Document, Documents, load_documents
+from sparse_lora_dist.data.tokens import (
+    FEATURES,
+    NOT_A_TARGET,
+    Document,
+    Documents,
+    document_row,
+    load_documents,
+)
 
 __all__ = [
+    "FEATURES",
     "NOT_A_TARGET",
     "Batch",
     "Collate",
@@ -28,6 +36,7 @@ __all__ = [
     "Rows",
     "be_quiet",
     "class_names",
+    "document_row",
     "labelled_batch",
     "load_documents",
     "load_labelled",

@@ -140,7 +140,7 @@ def load_documents(
             return _text_rows(encode_text(tokenizer, fields.text(record)), sequence_length)
         chat = fields.messages(record)
         encoded = encode_chat(tokenizer, chat, template=template, train_on=train_on)
-        return [_row(encoded.ids, encoded.is_target, sequence_length)]
+        return [document_row(encoded.ids, encoded.is_target, sequence_length)]
 
     key = (CACHE_VERSION, fields, template, train_on, sequence_length, *identity(tokenizer))
     table = tokenise(examples, fields.columns, rows_of, key)
@@ -187,8 +187,8 @@ def tokenise(
     )
 
 
-def _row(ids: list[int], is_target: list[bool], sequence_length: int) -> dict[str, Any]:
-    """A cached document; of one that is too long, its length only."""
+def document_row(ids: list[int], is_target: list[bool], sequence_length: int) -> dict[str, Any]:
+    """A row of ``FEATURES``; of a document that is too long, its length only."""
     is_target = [False, *is_target[1:]][: len(ids)]
     fits = len(ids) <= sequence_length
     labels = [i if t else NOT_A_TARGET for i, t in zip(ids, is_target, strict=True)]
@@ -208,7 +208,7 @@ def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
     """
     starts = range(0, max(len(ids) - 1, 1), sequence_length - 1)
     pieces = [ids[start : start + sequence_length] for start in starts]
-    return [_row(piece, [True] * len(piece), sequence_length) for piece in pieces]
+    return [document_row(piece, [True] * len(piece), sequence_length) for piece in pieces]
 
 
 def identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:

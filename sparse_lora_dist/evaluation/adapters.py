@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 
 from sparse_lora_dist.config import AdapterConfig, Config
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export import open_peft
+from sparse_lora_dist.export.init_adapter import open_peft
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.phases import first_on_its_node, together

@@ -21,7 +21,7 @@ from sparse_lora_dist.evaluation.options import EvalConfig, EvalRequest
 from sparse_lora_dist.evaluation.questions import Encoder
 from sparse_lora_dist.evaluation.results import as_text, results, write
 from sparse_lora_dist.evaluation.scoring import Scorer
-from sparse_lora_dist.feed import open_tokenizer, padding_id
+from sparse_lora_dist.feed import open_tokenizer, settle_padding
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import counted, say
@@ -91,7 +91,7 @@ def _open_exam(
     if comm.rank() > 0:
         be_quiet()
     with together("reading the data"), first_on_its_node():
-        tokenizer = open_tokenizer(model.folder, trust_remote_code=config.model.trust_remote_code)
+        tokenizer = open_tokenizer(config, model)
         template = find_template(tokenizer, config.data.chat_template)
         encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data)
         table = Table.read(request.source, config.data, request.own.limit)
@@ -124,7 +124,7 @@ def _take(exam: Exam, model: Model, adapter: Adapter) -> list[Measure]:
     scorer = Scorer(
         engine=engine,
         tokenizer=exam.tokenizer,
-        pad_id=padding_id(model.module.config.get_text_config(), exam.tokenizer),
+        pad_id=settle_padding(model, exam.tokenizer),
         stop_ids=exam.stop_ids,
         batch_size=exam.own.batch_size,
         max_new_tokens=exam.own.max_new_tokens,

@@ -9,19 +9,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.moments import BLOCK
 from sparse_lora_dist.plan.held import Held, Kind, shard_bytes
 from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.load_memory import load_work
 
-Phase = Literal["load", "pass", "step"]
+Phase = Literal["load", "pass", "step", "save"]
 Place = Literal["gpu", "host"]
 PHASES: dict[Phase, str] = {
     "load": "loading",
     "pass": "forward and backward",
     "step": "optimizer step",
+    "save": "saving",
 }
+TRAINED: tuple[Phase, ...] = ("pass", "step", "save")
+"""Once the base is loaded."""
 
 LOGITS_CHUNK = 2**26
 """Bytes of the fp32 logits of one chunk of the loss; three such tensors are alive at a time."""
@@ -117,13 +120,13 @@ def _base(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     if ranks.world_size > 1:
         whole = sum(p.numel for p in small) * shapes.itemsize
         label = "small parameters, whole on every rank"
-        yield _line("persistent", label, where, whole, "pass", "step")
+        yield _line("persistent", label, where, whole, *TRAINED)
     if engine.hpz > 1:
         group = replace(ranks, world_size=engine.hpz)
         copies, copy_at = _share(shapes.parameters, shapes, group), where
         if engine.parameters == "cpu":
             copies, copy_at = _offloaded(shapes.parameters, shapes, engine, group), "host"
-        yield _line("hpz_copy", "the node's second copy (hpZ)", copy_at, copies, "pass", "step")
+        yield _line("hpz_copy", "the node's second copy (hpZ)", copy_at, copies, *TRAINED)
     buffers = engine.nvme_buffers * shapes.itemsize  # locked by DeepSpeed itself, not rounded
     yield _always("nvme_buffers", "pinned buffers for the disk", "host", buffers)
 
@@ -167,6 +170,12 @@ def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> floa
     return live * (each + birth_bytes) + -(-entries // 8)
 
 
+def writes_beside_training(shapes: Shapes) -> bool:
+    """Is any checkpoint but the last one written while training goes on?"""
+    run, stages = shapes.config.run, shapes.method.stages
+    return run.async_save and (0 < run.save_every < shapes.plan.total_steps or len(stages) > 1)
+
+
 def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
     """Of a checkpoint, one rank's: fp32 masters and a bit for all entries, statistics for those of
     adapters; for those that live, two fp32 moments, and maybe when they came to life."""
@@ -181,21 +190,20 @@ def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     state_at: Place = where if engine.optimizer == "none" else "host"
     entries = trained_entries(shapes, ranks)
     yield _always("adapter", "adapter: live copy", copy_at, entries * shapes.itemsize)
-    yield _line("master", "adapter: fp32 master", state_at, 4 * entries, "pass", "step")
-    yield _line("gradients", "adapter: gradients", state_at, 4 * entries, "pass", "step")
+    yield _line("master", "adapter: fp32 master", state_at, 4 * entries, *TRAINED)
+    yield _line("gradients", "adapter: gradients", state_at, 4 * entries, *TRAINED)
     # Without offload the copy that the optimizer gets is made for the step only.
-    during: tuple[Phase, ...] = ("pass", "step") if engine.optimizer == "cpu" else ("step",)
+    during: tuple[Phase, ...] = TRAINED if engine.optimizer == "cpu" else ("step",)
     label = "adapter: gradients, the optimizer's copy"
     yield _line("gradient_copy", label, state_at, 4 * entries, *during)
     future, bits = shapes.forecast, shapes.config.train.moment_bits
     size = moment_bytes(live_entries(shapes, ranks), entries, bits, future.birth_bytes)
-    yield _line("moments", "adapter: moments, at their peak", state_at, size, "pass", "step")
+    yield _line("moments", "adapter: moments, at their peak", state_at, size, *TRAINED)
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
-    yield _line("statistics", "adapter: statistics", state_at, statistics, "pass", "step")
-    run = shapes.config.run
-    if run.async_save and 0 < run.save_every < shapes.plan.total_steps:
-        label = "a checkpoint's copy, while it is written"
-        yield _line("saved_copy", label, "host", saved_bytes(shapes, ranks), "pass", "step")
+    yield _line("statistics", "adapter: statistics", state_at, statistics, *TRAINED)
+    label = "a checkpoint's copy, while it is written"
+    during = TRAINED if writes_beside_training(shapes) else ("save",)
+    yield _line("saved_copy", label, "host", saved_bytes(shapes, ranks), *during)
 
 
 def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
@@ -251,44 +259,6 @@ def trained_head(shapes: Shapes) -> int:
     """Entries of the output head, where it trains in full."""
     head = output_head(shapes.model)
     return sum(p.numel for p in shapes.parameters if p.kind == "trained" and p.module == head)
-
-
-SCALE_VECTORS = 4
-"""fp32 vectors of all scales of a weight: gathered, joined, less their mean, in 8 bits."""
-
-
-def base_shard_bytes(shapes: Shapes, world_size: int) -> int:
-    """Of the frozen base on one rank."""
-    frozen = [p for p in shapes.parameters if p.kind != "trained"]
-    return shard_bytes(frozen, world_size, shapes.itemsize)
-
-
-def load_peak_bytes(shapes: Shapes, world_size: int) -> int:
-    """The most that a rank holds while the base and the adapters are loaded."""
-    shares = shard_bytes(shapes.parameters, world_size, shapes.itemsize)
-    return shares + load_work(shapes, world_size)
-
-
-def load_work(shapes: Shapes, world_size: int) -> int:
-    """What the load's peak has beyond all shares.
-
-    Parameters come one after another: to the shares so far come this one, its part of the file, the
-    part that is read ahead for the next, and the scales of all of a weight that is quantised.
-    """
-    held, most = 0, 0
-    coming = [p for p in shapes.parameters if p.file_bytes]
-    parts = [-(-p.file_bytes // world_size) for p in coming]
-    ahead = dict(
-        zip((p.name for p in coming), zip(parts, [*parts[1:], 0], strict=True), strict=True)
-    )
-    # Adapters come when the base stands.
-    for parameter in sorted(shapes.parameters, key=lambda p: p.kind == "trained"):
-        held += parameter.share(world_size) * shapes.itemsize
-        work = sum(ahead.get(parameter.name, (0, 0)))
-        if parameter.kind == "packed" and shapes.saved is None:
-            work += SCALE_VECTORS * 4 * parameter.in_file // nf4.BLOCK
-        most = max(most, held + work)
-    return max(0, most - held)
 
 
 def _framework(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:

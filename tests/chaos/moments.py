@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from sparse_lora_dist import checkpoint, comm, export, step
+from sparse_lora_dist import checkpoint, comm, step
 from sparse_lora_dist.checkpoint import save
 from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
+from sparse_lora_dist.export import peft_adapter
 from sparse_lora_dist.job import Job
 from sparse_lora_dist.metrics import JsonLines
 from sparse_lora_dist.optim import SparseAdamW
@@ -40,7 +41,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "a row of metrics": (JsonLines, "append"),
     "restoring": (SavedSlices, "entries"),
     "cleaning": (checkpoint, "clean"),
-    "exporting": (export, "save_peft"),
+    "exporting": (peft_adapter, "save_peft"),
     "the summary": (Job, "finish"),
 }
 HALF = "half of a rank's file"

@@ -185,6 +185,20 @@ def test_interrupted_in_every_way_it_ends_the_same(
     assert "resumes" in job.log.partition("attempt 5, on")[2]
 
 
+def test_an_export_is_a_job_of_its_own(
+    cluster: Cluster, undisturbed: Submitted, tmp_path: Path
+) -> None:
+    adapter, output = undisturbed.check_finished(), f"--output={cluster.folder}/export-%j.log"
+    usual = ("sbatch", "--parsable", output, "--mem=0", "--cpus-per-task=1", "slurm/export.sbatch")
+    words = (str(undisturbed.folder), "--output", str(tmp_path / "out"))
+    number = cluster.command(*usual, *words).strip()
+    cluster.wait(lambda: cluster.job(number)["JobState"] in ("COMPLETED", "FAILED"))
+    log = (cluster.folder / f"export-{number}.log").read_text()
+    assert cluster.job(number)["JobState"] == "COMPLETED", log
+    assert "written" in log
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
+
+
 def test_requeues_come_to_an_end(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
     job = submit(cluster, tiny, tmp_path / "run", MAX_REQUEUES="0")
     job.signal_early("TERM")

@@ -1,103 +1,17 @@
-"""EXPORT: the trained adapter as PEFT reads it, and a PEFT adapter as first values of ours."""
+"""A PEFT adapter as first values of ours: ``--init_adapter``."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from sparse_lora_dist import comm, zero3
-from sparse_lora_dist.adapter import AdapterLinear
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.phases import together
+from sparse_lora_dist.export.peft_adapter import PREFIX, WEIGHTS
 from sparse_lora_dist.zero3 import Values
-
-PREFIX = "base_model.model."
-WEIGHTS = "adapter_model.safetensors"
-
-
-def save_peft(
-    folder: Path,
-    adapters: Sequence[AdapterLinear],
-    saved_modules: dict[str, nn.Module],
-    base: str,
-    *,
-    task_type: str,
-    classes: Sequence[str],
-) -> int:
-    """Write adapter_config.json and adapter_model.safetensors; return the bytes of the latter.
-    Collective. Names of ``classes`` go into id2label.json, which PEFT has no place for.
-
-    ``peft.PeftModel.from_pretrained(base, folder)`` gives the trained logits. One module at a time
-    is gathered.
-    """
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in _plain_lora(adapters):
-        tensors[f"{PREFIX}{name}.weight"] = tensor
-    for name, module in saved_modules.items():
-        with zero3.gathered(module.parameters()):
-            tensors |= {f"{PREFIX}{name}.{k}": _copy(p) for k, p in module.named_parameters()}
-    with together(f"writing {folder}"):
-        if comm.rank() == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-            config = _peft_config(adapters, list(saved_modules), base, task_type)
-            config.save_pretrained(str(folder))
-            if classes:
-                (folder / "id2label.json").write_text(
-                    json.dumps(dict(enumerate(classes)), indent=1) + "\n"
-                )
-            return (folder / WEIGHTS).stat().st_size
-    return 0
-
-
-def _plain_lora(adapters: Sequence[AdapterLinear]) -> Iterator[tuple[str, Tensor]]:
-    for adapter in adapters:
-        parameters = {name: getattr(adapter, name) for name in adapter.specs}
-        with zero3.gathered(parameters.values()):
-            a_RI, b_OR = plain_pair(adapter, [p.data for p in parameters.values()])
-            yield f"{adapter.site.name}.lora_A", _copy(a_RI)
-            yield f"{adapter.site.name}.lora_B", _copy(b_OR)
-
-
-def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """(a_RI, b_OR) of the plain LoRA, scaled by alpha / R, that gives the adapter's delta; zero in
-    the pieces that it does not compute."""
-    a_QI, b_OQ = adapter.method.to_lora(adapter.computed(tensors))
-    places = torch.tensor(adapter.pieces.computed, dtype=torch.int64, device=a_QI.device)
-    a_RI = a_QI.new_zeros(adapter.site.rank, a_QI.shape[1]).index_copy_(0, places, a_QI)
-    b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.site.rank).index_copy_(1, places, b_OQ)
-    rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
-    return a_RI, b_OR if rescale == 1.0 else b_OR * rescale
-
-
-def _copy(t: Tensor) -> Tensor:
-    """On rank 0 only: the others would hold the whole adapter for nothing."""
-    return t.detach().cpu().clone().contiguous() if comm.rank() == 0 else torch.empty(0)
-
-
-def _peft_config(
-    adapters: Sequence[AdapterLinear], saved_modules: list[str], base: str, task_type: str
-) -> LoraConfig:
-    first = adapters[0]
-    return LoraConfig(
-        task_type=task_type,
-        base_model_name_or_path=base,
-        inference_mode=True,
-        r=first.site.rank,
-        # Annotated int by PEFT, which divides it like any number.
-        lora_alpha=first.alpha,  # type: ignore[arg-type]
-        lora_dropout=first.dropout,
-        # Whole names: an ending might match a linear that has no adapter.
-        target_modules=[a.site.name for a in adapters],
-        modules_to_save=saved_modules or None,
-    )
 
 
 def read_peft(

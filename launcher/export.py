@@ -1,0 +1,25 @@
+"""The adapter of a run as files that other tools open. ``--help`` lists every option.
+
+python launcher/export.py runs/default --output exported
+"""
+
+import sys
+from pathlib import Path
+
+# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sparse_lora_dist.export.options import ExportRequest, load_request
+from sparse_lora_dist.program import run_program
+
+
+def main(request: ExportRequest) -> None:
+    """Hand over."""
+    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    from sparse_lora_dist.export.program import export
+
+    export(request)
+
+
+if __name__ == "__main__":
+    run_program(sys.argv[1:], load_request, main)

@@ -1,0 +1,120 @@
+"""launcher/edit.py: train on the edits, then ask the model without the adapter and with it."""
+
+import json
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from sparse_lora_dist import comm
+from sparse_lora_dist.config import Config
+from sparse_lora_dist.editing.answers import Encoded, Speaker, encode, silent
+from sparse_lora_dist.editing.feed import EditFeed, feed_of
+from sparse_lora_dist.editing.metrics import COLUMNS, Scores, table_row
+from sparse_lora_dist.editing.options import EditRequest
+from sparse_lora_dist.editing.scores import Said, asked_of, scored
+from sparse_lora_dist.feed import open_tokenizer
+from sparse_lora_dist.job import Job
+from sparse_lora_dist.model import Model
+from sparse_lora_dist.phases import first_on_its_node, together
+from sparse_lora_dist.purpose import Purpose
+from sparse_lora_dist.screen import counted, say
+
+RESULTS = "edits.json"
+
+
+def purpose_of(request: EditRequest) -> Purpose:
+    """What ``train.run`` is to do besides training."""
+    return Purpose(
+        open_feed=partial(_open_feed, request),
+        conclude=partial(_conclude, request),
+        replaces=request.options.overwrite,
+    )
+
+
+def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
+    options = request.options
+    number = "" if options.number is None else f" --number {options.number}"
+    with together("reading the edits"), first_on_its_node():
+        feed = feed_of(
+            request.edits,
+            config,
+            model,
+            open_tokenizer(config, model),
+            program=f"launcher/edit.py --edits {options.edits}{number}",
+        )
+    say("edits", f"{counted(len(feed.rows), 'edit')} of {options.edits}, all in each step")
+    return feed
+
+
+def _conclude(request: EditRequest, job: Job) -> None:
+    """Measure it, write it, say it."""
+    tokenizer = open_tokenizer(job.config, job.model)
+    asked = asked_of(request.edits)
+    questions = [encode(tokenizer, ask.question) for ask in asked]
+    speaker = Speaker(
+        engine=job.engine,
+        tokenizer=tokenizer,
+        pad_id=job.feed.pad_id,
+        batch_size=job.feed.micro_batch_size,
+    )
+    with silent(job.model.adapters):
+        before = _said(request, job, speaker, questions)
+    after = _said(request, job, speaker, questions)
+    answers = [question.answer for question in questions]
+    scores = {
+        "before": scored(asked, answers, before, before),
+        "after": scored(asked, answers, after, before),
+    }
+    with together(f"writing {RESULTS}"):
+        if comm.rank() == 0:
+            texts = {"before": before.texts, "after": after.texts}
+            _write(job.folder / RESULTS, _results(request, job, scores, texts))
+    for name in COLUMNS:
+        was, now = (_in_words(table_row(rows)[name]) for rows in scores.values())
+        say("edited", f"{name} {now}" if name == "locality" else f"{name} {was} -> {now}")
+
+
+def _said(request: EditRequest, job: Job, speaker: Speaker, questions: Sequence[Encoded]) -> Said:
+    prompts = [edit.fact.prompt for edit in request.edits]
+    longest = max(len(ids) for ids in speaker.tokenizer(prompts).input_ids)
+    positions = job.model.module.config.get_text_config().max_position_embeddings
+    num_tokens = min(request.options.fluency_tokens, positions - longest)
+    return Said(
+        chosen=speaker.first_choices(questions),
+        texts=speaker.texts(prompts, num_tokens) if num_tokens > 0 else (),
+    )
+
+
+def _results(
+    request: EditRequest,
+    job: Job,
+    scores: dict[str, list[Scores]],
+    texts: dict[str, Sequence[str]],
+) -> dict[str, object]:
+    """The content of edits.json."""
+    each = [
+        {"subject": edit.subject, "prompt": edit.fact.prompt, "target_new": edit.fact.answer}
+        | {when: dict(rows[i]) for when, rows in scores.items()}
+        | {f"text {when}": said[i] for when, said in texts.items() if said}
+        for i, edit in enumerate(request.edits)
+    ]
+    return {
+        "file": request.options.edits,
+        "number": request.options.number,
+        "method": job.config.adapter.method,
+        "steps": job.progress.step,
+        **{when: table_row(rows) for when, rows in scores.items()},
+        "edits": each,
+    }
+
+
+def _write(path: Path, results: dict[str, object]) -> None:
+    """Whole, or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+def _in_words(value: float | None) -> str:
+    return "none asked" if value is None else f"{value:.2f}"

@@ -1,0 +1,122 @@
+"""The base model that an adapter was trained over, as its files have it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model.architecture import (
+    identity,
+    meta_model,
+    output_head,
+    read_config,
+    resolve_folder,
+)
+from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
+from sparse_lora_dist.base_model.shard_loader import is_plain_linear
+from sparse_lora_dist.base_model.sources import Keys, find_keys, is_quantized
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.locations import resolve_default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """Files, and which of their tensors is what in the model."""
+
+    folder: Path
+    files: CheckpointFiles
+    module: PreTrainedModel
+    """On the meta device."""
+    keys_of: Keys
+    trained: Trained
+
+    @classmethod
+    def open(cls, trained: Trained, elsewhere: str | None, *, trust_remote_code: bool) -> "Base":
+        """The one that the run names, or ``elsewhere`` where that has moved.
+
+        Raises:
+            UserError: it is not there, another model, one in 4 bits, or one with code of its own.
+        """
+        model, revision = elsewhere or trained.base, trained.config.model.revision
+        try:
+            folder = resolve_folder(resolve_default("model", model), revision)
+        except UserError as error:
+            raise UserError(f"{error} Name the folder of the base model: --base.") from error
+        files = CheckpointFiles(folder)
+        _check_identity(trained, folder, files)
+        if trained.config.model.trust_remote_code and not trust_remote_code:
+            raise UserError(
+                f"the run was told --trust_remote_code: Python code that comes with {folder} would "
+                "run. If you trust it, say so here too."
+            )
+        config = read_labelled_config(trained, folder)
+        module = meta_model(
+            config,
+            task=trained.config.model.task,
+            dtype=trained.dtype,
+            attn_implementation=None,
+            trust_remote_code=trust_remote_code,
+        )
+        keys_of = find_keys(module, files)
+        found = cls(folder=folder, files=files, module=module, keys_of=keys_of, trained=trained)
+        found._check_shapes()
+        return found
+
+    def _check_shapes(self) -> None:
+        for site in self.trained.sites:
+            keys = self.keys_of.get(f"{site.name}.weight", [])
+            shapes = [self.files.entries[key].shape for key in keys]
+            if shapes != [(site.out_features, site.in_features)]:
+                raise UserError(
+                    f"{self.folder}: {site.name} is {shapes or 'not there'}, the adapter is for "
+                    f"{[site.out_features, site.in_features]}. Give the base it was trained over."
+                )
+
+    @cached_property
+    def quantized(self) -> Mapping[str, nf4.Layout]:
+        """Keys of the weights that the run had in 4 bits, but for experts, and how."""
+        model = self.trained.config.model
+        if model.quantization == "none":
+            return {}
+        head = output_head(self.module)
+        whole = tuple(f"{name}." for name in self.trained.manifest["full_modules"])
+        found = {}
+        for name, module in self.module.named_modules():
+            if is_plain_linear(module) and name != head and not f"{name}.".startswith(whole):
+                for key in self.keys_of[f"{name}.weight"]:
+                    rows, columns = self.files.entries[key].shape
+                    found[key] = nf4.Layout(shape=(rows, columns), double_quant=model.double_quant)
+        return found
+
+    @property
+    def experts(self) -> bool:
+        """Are there weights of experts, which stay as the files have them?"""
+        return any(p.dim() == 3 for p in self.module.parameters())
+
+
+def _check_identity(trained: Trained, folder: Path, files: CheckpointFiles) -> None:
+    if is_quantized(files):
+        raise UserError(
+            f"{folder} is in 4 bits, which merged weights would not fit into. Give the model that "
+            "it was made from: --base FOLDER --onto original."
+        )
+    same = identity(folder, files) == trained.manifest["description"]["base"]
+    if not same and not trained.manifest["base_in_4_bits"]:
+        raise UserError(
+            f"{folder} is not the base of {trained.path}: its config.json or the headers of its "
+            f"weights are others. --base takes a copy of {trained.base}."
+        )
+
+
+def read_labelled_config(trained: Trained, folder: Path) -> PretrainedConfig:
+    """The base's config.json, with the classes that a classifier was trained for."""
+    trusts = trained.config.model.trust_remote_code
+    config = read_config(folder, trust_remote_code=trusts)
+    if trained.classes:
+        config.id2label = dict(enumerate(trained.classes))
+        config.label2id = {name: number for number, name in config.id2label.items()}
+    return config

@@ -1,0 +1,165 @@
+"""A whole model, the deltas added to its weights: tensor after tensor, one at a time in memory.
+
+Sums are made in fp32 and rounded once. Shapes: O out_features, I in_features, L live pieces.
+"""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sparse_lora_dist.adapter import seed_of
+from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model.checkpoint_files import DTYPES, FLOATS, Entry, Source
+from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
+from sparse_lora_dist.export.base import Base, read_labelled_config
+from sparse_lora_dist.export.peft_adapter import Pair
+from sparse_lora_dist.export.trained import Trained
+
+PIECE = 2**23
+"""Weights that are summed and rounded at a time."""
+NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".onnx",
+    ".msgpack",
+    ".h5",
+    ".ot",
+    ".ckpt",
+    ".npz",
+)
+"""Endings of weights. What else lies beside them, tokenizers say, goes along."""
+
+
+@dataclass(kw_only=True)
+class Merge:
+    """How to merge; and, once it is done, what that did."""
+
+    dtype: torch.dtype
+    stochastic: bool
+    onto: Literal["dequantised", "original"]
+    touched: int = 0
+    """Weights with a delta other than zero."""
+    unchanged: int = 0
+    """Of these, those that rounding left as they were."""
+    _distances: list[tuple[float, float]] = field(default_factory=list)
+
+    @property
+    def distance(self) -> float:
+        """||W - dequantised|| / ||W|| over all weights that the run had in 4 bits."""
+        apart, whole = (sum(column) for column in zip(*self._distances, strict=True))
+        return float((apart / whole) ** 0.5)
+
+    @property
+    def quantized(self) -> bool:
+        return bool(self._distances)
+
+    def write(self, trained: Trained, base: Base, folder: Path) -> None:
+        """The model of ``base`` with what was trained, into an empty ``folder``."""
+        self._copy_other_files(trained, base, folder)
+        out = SafetensorsWriter(folder)
+        try:
+            entries = sorted(base.files.entries.items(), key=lambda e: (e[1].file, e[1].start))
+            names = {keys[0]: name for name, keys in base.keys_of.items() if len(keys) == 1}
+            used = {key for keys in base.keys_of.values() for key in keys}
+            labels = trained.config.model.task == "seq_cls"
+            sites = {f"{site.name}.weight": site for site in trained.sites}
+            for key, entry in tqdm(entries, desc="merging", leave=False):
+                if labels and key not in used:  # the head that it had before
+                    continue
+                name = names.get(key, key)
+                saved_as = name if labels else key
+                if name in trained.full:
+                    out.add_tensor(saved_as, trained.tensor(name).to(self.dtype))
+                elif entry.dtype in FLOATS:
+                    site = sites.get(name)
+                    pair = trained.pair(site) if site else None
+                    scale = trained.config.adapter.alpha / site.rank if site else 0.0
+                    pieces = self._pieces(base, key, pair, scale)
+                    out.add(saved_as, NAMES[self.dtype], entry.shape, pieces)
+                else:
+                    out.add(saved_as, entry.dtype, entry.shape, _raw(base, entry))
+            for name in trained.full:
+                if name not in base.keys_of:
+                    out.add_tensor(name, trained.tensor(name).to(self.dtype))
+            out.finish()
+        finally:
+            out.close()
+
+    def _pieces(self, base: Base, key: str, pair: Pair | None, scale: float) -> Iterator[Tensor]:
+        """A tensor of floats, some rows at a time."""
+        entry = base.files.entries[key]
+        source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
+        w = base.files.read(source, 0, entry.nbytes // entry.itemsize)
+        if key in base.quantized:
+            w = self._as_trained_over(w, base, key)
+        elif self.onto == "dequantised":
+            w = w.to(base.trained.dtype)
+        rows = w.view(entry.shape[0], -1) if entry.shape else w.view(1, 1)
+        step = max(1, PIECE // rows.shape[1])
+        generator = torch.Generator().manual_seed(seed_of("rounding", key))
+        for start in range(0, len(rows), step):
+            before = rows[start : start + step].float()
+            if pair is None:
+                yield before.to(self.dtype)
+                continue
+            a_LI, b_OL = pair
+            delta = b_OL[start : start + step] @ a_LI * scale
+            yield self._rounded(before, delta, generator)
+
+    def _as_trained_over(self, w: Tensor, base: Base, key: str) -> Tensor:
+        layout = base.quantized[key]
+        packed, absmax = nf4.quantize(w, layout)
+        scales = nf4.scale_bytes(absmax, nf4.offsets(absmax, layout), layout)
+        again = nf4.dequantize(packed, scales, layout, base.trained.dtype).flatten()
+        pieces = zip(w.split(PIECE), again.split(PIECE), strict=True)
+        sums = [(float((p.float() - q.float()).square().sum()), p) for p, q in pieces]
+        whole = sum(float(p.float().square().sum()) for _, p in sums)
+        self._distances.append((sum(apart for apart, _ in sums), whole))
+        return again if self.onto == "dequantised" else w
+
+    def _rounded(self, before: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:
+        touched, after = delta != 0, before + delta
+        if self.stochastic:
+            drawn = _up_or_down(after.clone(), generator)
+            after = torch.where(touched, drawn, after)
+        rounded = after.to(self.dtype)
+        self.touched += int(touched.sum())
+        self.unchanged += int((touched & (rounded == before.to(self.dtype))).sum())
+        return rounded
+
+    def _copy_other_files(self, trained: Trained, base: Base, folder: Path) -> None:
+        for path in base.folder.iterdir():
+            is_weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
+            if path.is_file() and not is_weights and path.name != "README.md":
+                shutil.copyfile(path, folder / path.name)
+        config = read_labelled_config(trained, base.folder)
+        config.architectures = [type(base.module).__name__]
+        config.dtype = self.dtype
+        config.save_pretrained(folder)
+
+
+def _up_or_down(x: Tensor, generator: torch.Generator) -> Tensor:
+    """fp32 -> the bf16 below or above, in place, the nearer the likelier, so that the mean stays.
+
+    The lower 16 bits of an fp32 are what bf16 has not; what is random is added to them and carries,
+    or does not. A bf16 value has none, and stays.
+    """
+    bits = x.view(torch.int32)
+    bits += torch.randint(2**16, bits.shape, dtype=torch.int32, generator=generator)
+    bits &= -(2**16)
+    return x
+
+
+def _raw(base: Base, entry: Entry) -> Iterator[Tensor]:
+    source = Source(keys=(), parts=(entry,), dtype=torch.uint8)
+    for start in range(0, entry.nbytes, PIECE):
+        yield base.files.read(source, start, min(start + PIECE, entry.nbytes))

@@ -1,0 +1,204 @@
+"""The trained adapter as PEFT reads it: a plain LoRA of the pieces that live.
+
+Shapes: R rank of a site, Q its pieces that are computed, L those that do something, I in_features,
+O out_features.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparse_lora_dist import comm, zero3
+from sparse_lora_dist.adapter import AdapterLinear
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
+from sparse_lora_dist.phases import together
+
+PREFIX = "base_model.model."
+WEIGHTS, APART = "adapter_model.safetensors", "modules_to_save.safetensors"
+
+
+class NothingLives(UserError):
+    """Every piece of every adapter is zero."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "nothing of any adapter lives, so there is no LoRA to write. "
+            "Prune less, or train longer or at a higher --learning_rate.",
+            shared=True,
+        )
+
+
+Pair = tuple[Tensor, Tensor]
+"""(a_LI, b_OL) of a plain LoRA that is scaled by alpha / R."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainLora:
+    """What PEFT's two files say."""
+
+    pairs: Mapping[str, Pair]
+    """By site; one in which nothing lives is left out."""
+    full: Mapping[str, Tensor] = field(default_factory=dict)
+    """Parameters of modules trained in full, as the model names them."""
+    full_modules: Sequence[str] = ()
+    rank: int
+    alpha: float
+    dropout: float
+    base: str
+    """Hub id or folder."""
+    revision: str | None = None
+    """Of a hub id."""
+    task_type: str
+    classes: Sequence[str] = ()
+    """Of a classifier; they go into id2label.json, which PEFT has no place for."""
+
+
+def save_peft(
+    folder: Path,
+    adapters: Sequence[AdapterLinear],
+    saved_modules: Mapping[str, nn.Module],
+    base: str,
+    *,
+    revision: str | None,
+    task_type: str,
+    classes: Sequence[str],
+) -> int:
+    """Write adapter_config.json and adapter_model.safetensors; return the bytes of the latter.
+    Collective.
+
+    ``peft.PeftModel.from_pretrained(base, folder)`` gives the trained logits. One module at a time
+    is gathered.
+
+    Raises:
+        NothingLives: there is no piece to write.
+    """
+    pairs: dict[str, Pair] = {}
+    full: dict[str, Tensor] = {}
+    for adapter in adapters:
+        parameters = [getattr(adapter, name) for name in adapter.specs]
+        with zero3.gathered(parameters):
+            if comm.rank() == 0:
+                pair = live_pair(adapter, [p.data for p in parameters])
+                pairs |= {adapter.site.name: (_copy(pair[0]), _copy(pair[1]))} if pair else {}
+    for name, module in saved_modules.items():
+        with zero3.gathered(module.parameters()):
+            if comm.rank() == 0:
+                full |= {f"{name}.{k}": _copy(p) for k, p in module.named_parameters()}
+    if not any(comm.gather_objects(bool(pairs))):
+        raise NothingLives
+    with together(f"writing {folder}"):
+        if comm.rank() == 0:
+            first = adapters[0]
+            trained = PlainLora(
+                pairs=pairs,
+                full=full,
+                full_modules=list(saved_modules),
+                rank=first.site.rank,
+                alpha=first.alpha,
+                dropout=first.dropout,
+                base=base,
+                revision=revision,
+                task_type=task_type,
+                classes=classes,
+            )
+            temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            size = write_peft(temporary, trained)
+            sync_all(temporary)
+            put_in_place(temporary, folder)
+            return size
+    return 0
+
+
+def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> int:
+    """The same from what is at hand.
+
+    Args:
+        uniform: for servers that know one rank and no ``modules_to_save``: pieces of zeros up to
+            the largest rank, the scale in B, modules trained in full in a file of their own.
+
+    Raises:
+        NothingLives: there is no piece to write.
+    """
+    if not trained.pairs:
+        raise NothingLives
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = {name: len(a_LI) for name, (a_LI, _) in trained.pairs.items()}
+    each = trained.alpha / trained.rank
+    pairs, apart = trained.pairs, dict(trained.full)
+    if uniform:
+        pairs = {name: _padded(pair, max(ranks.values()), each) for name, pair in pairs.items()}
+    tensors = {}
+    for name, (a_LI, b_OL) in pairs.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = a_LI
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = b_OL
+    if uniform and apart:
+        save_file(apart, folder / APART, metadata={"format": "pt"})
+    elif apart:
+        tensors |= {f"{PREFIX}{name}": t for name, t in apart.items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    _peft_config(trained, ranks, uniform).save_pretrained(str(folder))
+    if trained.classes:
+        names = json.dumps(dict(enumerate(trained.classes)), indent=1)
+        (folder / "id2label.json").write_text(names + "\n")
+    return (folder / WEIGHTS).stat().st_size
+
+
+def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) -> LoraConfig:
+    usual, alpha = trained.rank, trained.alpha
+    if uniform:
+        usual, alpha = max(ranks.values()), max(ranks.values())  # a scale of 1
+    others = {} if uniform else {name: r for name, r in ranks.items() if r != usual}
+    return LoraConfig(
+        task_type=trained.task_type,
+        base_model_name_or_path=trained.base,
+        revision=trained.revision,
+        inference_mode=True,
+        r=usual,
+        # Annotated int by PEFT, which divides it like any number.
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=trained.dropout,
+        # Whole names: an ending might match a linear that has no adapter.
+        target_modules=list(ranks),
+        rank_pattern=others,
+        # Pieces are scaled by alpha / R, however many live.
+        alpha_pattern={name: alpha * r / usual for name, r in others.items()},
+        modules_to_save=None if uniform else list(trained.full_modules) or None,
+    )
+
+
+def _padded(pair: Pair, rank: int, scale: float) -> Pair:
+    (a_LI, b_OL), live = pair, len(pair[0])
+    a_RI, b_OR = a_LI.new_zeros(rank, a_LI.shape[1]), b_OL.new_zeros(len(b_OL), rank)
+    a_RI[:live], b_OR[:, :live] = a_LI, b_OL * scale
+    return a_RI, b_OR
+
+
+def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
+    """The pieces that do something; None where there is none."""
+    a_RI, b_OR = plain_pair(adapter, tensors)
+    lives_R = (a_RI != 0).any(1) & (b_OR != 0).any(0)
+    return (a_RI[lives_R], b_OR[:, lives_R]) if lives_R.any() else None
+
+
+def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
+    """(a_RI, b_OR) of the plain LoRA, scaled by alpha / R, that gives the adapter's delta; zero in
+    the pieces that it does not compute."""
+    a_QI, b_OQ = adapter.method.to_lora(adapter.computed(tensors))
+    places = torch.tensor(adapter.pieces.computed, dtype=torch.int64, device=a_QI.device)
+    a_RI = a_QI.new_zeros(adapter.site.rank, a_QI.shape[1]).index_copy_(0, places, a_QI)
+    b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.site.rank).index_copy_(1, places, b_OQ)
+    rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
+    return a_RI, b_OR if rescale == 1.0 else b_OR * rescale
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.detach().cpu().clone().contiguous()

@@ -1,0 +1,162 @@
+"""What a checkpoint holds, read one linear at a time by one process, without the model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_lora_dist import checkpoint
+from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
+from sparse_lora_dist.checkpoint import SavedSlices
+from sparse_lora_dist.command_line import saved_config
+from sparse_lora_dist.config import Config
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
+from sparse_lora_dist.methods import METHODS, Method
+from sparse_lora_dist.methods.base import Pieces, Plan, Site
+from sparse_lora_dist.plan.job import DTYPES
+from sparse_lora_dist.tasks import TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The newest whole checkpoint of a run, or the one that was named."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    config: Config
+    slices: SavedSlices
+
+    @classmethod
+    def open(cls, source: Path) -> "Trained":
+        """From a run's folder, or a checkpoint's.
+
+        Raises:
+            UserError: there is none, or it is damaged.
+        """
+        path = _checkpoint_in(source.resolve())
+        manifest = checkpoint.read_manifest(path)
+        return cls(
+            path=path,
+            manifest=manifest,
+            config=saved_config(manifest["config"]),
+            slices=SavedSlices(path, [file["name"] for file in manifest["files"]]),
+        )
+
+    @property
+    def base(self) -> str:
+        """What the run called its base: a hub id, or a folder."""
+        return str(self.manifest["base"])
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Of a classifier."""
+        return self.manifest["description"].get("classes", ())  # type: ignore[no-any-return]
+
+    @property
+    def step(self) -> int:
+        return int(self.manifest["progress"]["step"])
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The adapted linears, in the model's order."""
+        shapes = self.manifest["sites"]["shapes"].items()
+        return tuple(
+            Site(name=name, in_features=i, out_features=o, rank=r) for name, (i, o, r) in shapes
+        )
+
+    @cached_property
+    def method(self) -> Method:
+        """As the run had it."""
+        train = self.config.train
+        plan = Plan(
+            total_steps=self.manifest["total_steps"],
+            warmup_steps=train.warmup_steps,
+            learning_rate=train.learning_rate,
+            sites=self.sites,
+        )
+        return METHODS[self.config.adapter.method].build(self.config.method_options, plan)
+
+    def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
+        """The plain LoRA of a site, of the pieces that do something, made from its masters as
+        ``dtype`` has them; None where none does."""
+        tensors = self.method.tensors(site)
+        named = {key: self.tensor(f"{site.name}.{key}").to(dtype) for key in tensors}
+        adapter = AdapterLinear(
+            nn.Identity(),  # type: ignore[arg-type]  # its base computes nothing here
+            site,
+            self.method,
+            {key: nn.Parameter(t, requires_grad=False) for key, t in named.items()},
+            alpha=self.config.adapter.alpha,
+            dropout=0.0,
+            row_seeds=RowSeeds(seed=0, sequence_length=1),
+        )
+        computed, opened = self.manifest["sites"]["pieces"][site.name]
+        adapter.set_pieces(Pieces(computed=tuple(computed), open=opened))
+        with torch.no_grad():
+            return live_pair(adapter, list(named.values()))
+
+    def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Site, Pair]]:
+        """(site, its pair) of all in which something lives, read as they are asked for."""
+        for site in self.sites:
+            if pair := self.pair(site, dtype):
+                yield site, pair
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What forward has of weights and adapters."""
+        return DTYPES[self.config.model.precision]
+
+    def tensor(self, name: str) -> Tensor:
+        """fp32, in its shape."""
+        shape = self.manifest["tensors"][name]
+        return self.slices.entries("master", name, 0, prod(shape)).view(shape)
+
+    @cached_property
+    def full(self) -> tuple[str, ...]:
+        """Parameters of modules that were trained in full."""
+        own = tuple(f"{site.name}." for site in self.sites)
+        return tuple(name for name in self.manifest["tensors"] if not name.startswith(own))
+
+    def plain_lora(self) -> PlainLora:
+        """All of it, in memory, as forward had it."""
+        adapter = self.config.adapter
+        return PlainLora(
+            pairs={site.name: pair for site, pair in self.pairs(self.dtype)},
+            full={name: self.tensor(name).to(self.dtype) for name in self.full},
+            full_modules=self.manifest["full_modules"],
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            base=self.base,
+            revision=self.config.model.revision,
+            task_type=TASKS[self.config.model.task].peft_type,
+            classes=self.classes,
+        )
+
+
+def _checkpoint_in(source: Path) -> Path:
+    """The checkpoint itself, or the newest of a run that is as it was saved."""
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder. Give a run's folder, or one of its step_... .")
+    run = source / "checkpoints"
+    found = checkpoint.published(run)[::-1] if run.is_dir() else [source]
+    if not found:
+        raise UserError(
+            f"{source} has no published checkpoint yet. Train until the first --save_every, or "
+            "let the run end."
+        )
+    damages = []
+    for path in found:
+        damage = checkpoint.find_damage(path)
+        if damage is None:
+            return path
+        damages.append(damage)
+    raise UserError(
+        f"{damages[0]} Name another checkpoint, or export with the version that saved it."
+    )

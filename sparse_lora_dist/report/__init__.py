@@ -1,0 +1,1 @@
+"""What a run did, on one page: ``read.py`` reads its folder, the others draw and write."""

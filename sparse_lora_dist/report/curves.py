@@ -1,0 +1,177 @@
+"""Figures of numbers over steps, of one run or of several in one."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sparse_lora_dist.report.look import SERIES, Picture, colours, panels
+from sparse_lora_dist.report.read import RunStory
+
+Stories = Sequence[RunStory]
+Points = tuple[Sequence[float], Sequence[float]]
+MOST = 600
+"""Points of a curve: more than a screen has room for are a solid band, and a large page."""
+
+
+def loss(stories: Stories) -> Picture:
+    """Training loss, its running mean, held-out loss."""
+    figure, (axes,) = panels(height=3.2)
+    for story, colour in _coloured(stories):
+        steps, values = thinned(story.series("loss"))
+        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, running_mean(values), color=colour, linewidth=1.4, label=story.name)
+        held_out = colour if len(stories) > 1 else SERIES[1]
+        marks = {"marker": "o", "markersize": 3.5, "linestyle": "--", "linewidth": 1}
+        axes.plot(*story.series("held_out_loss"), color=held_out, **marks)
+    axes.set(xlabel="step", ylabel="nats per target")
+    _legend(figure, stories)
+    return Picture(
+        name="loss",
+        title="Loss",
+        caption="Line: training loss, its running mean; faint: as it was logged"
+        + (f", in means of {every} rows" if (every := _every(stories)) > 1 else "")
+        + ". Dots: the held-out set.",
+        figure=figure,
+    )
+
+
+def thinned(points: Points) -> Points:
+    """As many as there is room for: means of so many points each that stand one after another."""
+    steps, values = points
+    every = -(-len(steps) // MOST)
+    if every <= 1:
+        return points
+    parts = [slice(i, i + every) for i in range(0, len(steps), every)]
+    return [steps[part][-1] for part in parts], [float(np.mean(values[part])) for part in parts]
+
+
+def _every(stories: Stories) -> int:
+    return max(-(-len(story.series("loss")[0]) // MOST) for story in stories)
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Of a twentieth of them around each, fewer at the ends: a straight line stays where it is."""
+    last, half = len(values) - 1, len(values) // 40
+    reaches = [min(half, i, last - i) for i in range(len(values))]
+    return [float(np.mean(values[i - r : i + r + 1])) for i, r in enumerate(reaches)]
+
+
+def live(stories: Stories) -> Picture:
+    """Live entries; below, each number that a method says of its budget."""
+    facts = list(dict.fromkeys(fact for story in stories for fact in story.facts()))
+    figure, rows = panels(1 + len(facts), height=2.4 + 1.4 * len(facts), sharex=True)
+    for axes, key in zip(rows, ["live_entries", *facts], strict=True):
+        for story, colour in _coloured(stories):
+            # The legend of all stands at the first.
+            label = story.name if axes is rows[0] else None
+            line = without_plateaus(story.series(key))
+            axes.plot(*line, color=colour, drawstyle="steps-post", label=label)
+        axes.set_title(key.replace("_", " "))
+        axes.set_ylim(bottom=0)
+        _plain_thousands(axes)
+    rows[-1].set_xlabel("step")
+    _legend(figure, stories)
+    return Picture(
+        name="live",
+        title="Live parameters and budget",
+        caption="Entries that are stepped and have moments, of all ranks together"
+        + (f"; {', '.join(facts)} as the method says it." if facts else "."),
+        figure=figure,
+    )
+
+
+def without_plateaus(points: Points) -> Points:
+    """Those at either side of a change, and the ends: all that a line of plateaus needs."""
+    steps, values = points
+    ends = {0, len(steps) - 1}
+    kept = [i for i in range(len(steps)) if i in ends or len({*values[i - 1 : i + 2]}) > 1]
+    return [steps[i] for i in kept], [values[i] for i in kept]
+
+
+def stages(stories: Stories) -> Picture:
+    """Live ranks against held-out loss, a point a stage: the curve that one run draws."""
+    figure, (axes,) = panels()
+    for story, colour in _coloured(stories):
+        points = [(r["live_ranks"], r["held_out_loss"], r["lambda"]) for r in story.stages]
+        ranks, losses, lambdas = zip(*points, strict=True)
+        axes.plot(ranks, losses, "o-", color=colour, label=story.name)
+        for point in zip(ranks, losses, lambdas, strict=True):
+            axes.annotate(
+                f"{point[2]:g}", point[:2], xytext=(4, 4), textcoords="offset points", size=8
+            )
+    axes.set(xlabel="live ranks of all linears", ylabel="held-out loss")
+    _legend(figure, stories)
+    return Picture(
+        name="stages",
+        title="Rank against quality",
+        caption="The end of every stage, by its lambda.",
+        figure=figure,
+    )
+
+
+def throughput(stories: Stories) -> Picture:
+    """Tokens a second of the whole job, and of a rank."""
+    figure, (axes,) = panels()
+    for story, colour in _coloured(stories):
+        steps, values = thinned(story.series("tokens_per_s"))
+        a_rank = [v / _world_size(story, s) for s, v in zip(steps, values, strict=True)]
+        axes.plot(steps, values, color=colour, linewidth=1, label=story.name)
+        axes.plot(steps, a_rank, color=colour, linewidth=1, linestyle=":")
+    axes.set(xlabel="step", ylabel="tokens / s")
+    axes.set_ylim(bottom=0)
+    _plain_thousands(axes)
+    _legend(figure, stories)
+    return Picture(
+        name="throughput",
+        title="Throughput",
+        caption="Of all ranks; dotted: of one. Ranks keep step, so that is an equal part.",
+        figure=figure,
+    )
+
+
+def _world_size(story: RunStory, step: float) -> int:
+    """Ranks of the job that made this step last; the newest job's where nobody wrote that down."""
+    sizes = [a.world_size for a in story.attempts if a.first < step <= a.last and a.world_size]
+    return sizes[-1] if sizes else int(story.environment.get("world_size", 1))
+
+
+def memory(stories: Stories) -> Picture:
+    """Peak memory: the worst rank at every logged step, and each rank at every checkpoint."""
+    figure, (axes,) = panels()
+    for story, colour in _coloured(stories):
+        steps, values = without_plateaus(story.series("peak_memory_bytes"))
+        axes.plot(steps, in_gb(values), color=colour, linewidth=1, label=story.name)
+        for saved in story.checkpoints:
+            axes.plot([saved.step] * len(saved.peaks), in_gb(saved.peaks), "x", color=colour)
+    axes.set(xlabel="step", ylabel="GB")
+    axes.set_ylim(bottom=0)
+    _legend(figure, stories)
+    on_gpu = stories[0].environment.get("device") == "cuda"
+    return Picture(
+        name="memory",
+        title="Peak memory of a rank",
+        caption="Since its job began, "
+        + ("allocated on its GPU" if on_gpu else "resident in its process")
+        + ". Line: the worst rank; crosses: each rank, at checkpoints.",
+        figure=figure,
+    )
+
+
+def in_gb(sizes: Sequence[float]) -> list[float]:
+    """Bytes in 10^9."""
+    return [size / 1e9 for size in sizes]
+
+
+def _coloured(stories: Stories) -> Iterator[tuple[RunStory, str]]:
+    yield from zip(stories, colours(len(stories)), strict=True)
+
+
+def _legend(figure: Figure, stories: Stories) -> None:
+    if len(stories) > 1:
+        figure.legend(loc="outside lower center", ncols=2)
+
+
+def _plain_thousands(axes: Any) -> None:
+    axes.yaxis.set_major_formatter(lambda value, place: f"{value:,.10g}")

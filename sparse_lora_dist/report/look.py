@@ -1,0 +1,91 @@
+"""How figures look, and a figure as text of a page that follows its colours, light or dark."""
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+WIDTH, HEIGHT = 4.6, 2.7
+"""Inches. So small that text stays readable where a phone shrinks it."""
+TEXT, FAINT = "#1f2328", "#d0d7dd"
+SERIES = ("#0b66c2", "#c4540a", "#157f3b", "#8250df", "#bf3989", "#6e5a00")
+"""On white, as PNG files have it. In a page these stand for the page's own: ``currentColor``,
+``var(--faint)``, ``var(--series-0)`` ..."""
+
+matplotlib.rcParams.update(
+    {
+        "svg.fonttype": "none",  # text stays text, in the page's font
+        "font.size": 9,
+        "axes.titlesize": 9.5,
+        "axes.titlelocation": "left",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "grid.linewidth": 0.6,
+        "legend.frameon": False,
+        "legend.fontsize": 8.5,
+        "grid.color": FAINT,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), TEXT),
+        "axes.edgecolor": TEXT,
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A figure and what stands around it."""
+
+    name: str
+    """Of its PNG file."""
+    title: str
+    caption: str
+    figure: Figure
+
+
+def panels(rows: int = 1, *, height: float | None = None, **options: Any) -> tuple[Figure, Any]:
+    """A figure and its axes, below each other: [rows]."""
+    figure = Figure(figsize=(WIDTH, height or HEIGHT * rows), layout="constrained")
+    axes = figure.subplots(rows, squeeze=False, **options)[:, 0]
+    for each in axes:
+        each.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # steps of long runs are wide
+    return figure, axes
+
+
+def colours(count: int) -> Sequence[str]:
+    """One a series; they come again after six."""
+    return list(islice(cycle(SERIES), count))
+
+
+def as_svg(picture: Picture) -> str:
+    """An <svg> for inside a page: it names no address, no id twice, and no colour of its own."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": picture.name}):
+        # dpi is that of what is drawn as pixels: heat maps.
+        picture.figure.savefig(buffer, format="svg", transparent=True, dpi=200)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[A-Za-z0-9]+_[\w.]*"', "", svg)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)
+    for colour, instead in _page_colours().items():
+        svg = svg.replace(colour, instead)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{picture.title}"', 1)
+
+
+def _page_colours() -> dict[str, str]:
+    series = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)}
+    return {TEXT: "currentColor", FAINT: "var(--faint)"} | series
+
+
+def save_png(picture: Picture, path: Path) -> None:
+    """The figure in a file, on white, under its title."""
+    picture.figure.suptitle(picture.title, size=10.5, weight="bold")
+    picture.figure.savefig(path, dpi=160)

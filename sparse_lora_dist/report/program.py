@@ -1,0 +1,104 @@
+"""launcher/report.py: folders in, a page out."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.report import curves, ranks, spread
+from sparse_lora_dist.report.look import save_png
+from sparse_lora_dist.report.options import ReportRequest
+from sparse_lora_dist.report.page import GENERATOR, Section, write_page
+from sparse_lora_dist.report.read import RunStory, read_story
+from sparse_lora_dist.report.timeline import timeline
+
+
+def report(request: ReportRequest) -> None:
+    """Write what the request asks, and say where it is.
+
+    Raises:
+        UserError: a folder is no run, or something else stands where the page would.
+    """
+    stories = [read_story(run, name) for run, name in names_of(request.runs).items()]
+    check_output(request.output)
+    sections = [together(stories), *(of_one(story) for story in stories)]
+    try:
+        write(request.output, write_page(stories, sections))
+        if request.png:
+            folder = request.output.with_name(f"{request.output.stem}_figures")
+            save_all(folder, stories, sections)
+    except OSError as error:
+        raise UserError(f"--output {request.output}: {error}") from error
+    for story in stories:
+        print(f"{story.name}: {story.state}, step {story.last_step}")
+    print(f"report    {request.output}" + (f"\nfigures   {folder}" if request.png else ""))
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError where the page has no place, or would replace what is no report."""
+    if not path.parent.is_dir():
+        raise UserError(f"--output {path}: there is no folder {path.parent}.")
+    if path.is_dir():
+        raise UserError(f"--output {path} is a folder; name a file in it.")
+    if path.exists() and GENERATOR not in path.read_text(errors="replace")[:1000]:
+        raise UserError(f"{path} is no report of this program, and stays. Give another --output.")
+
+
+def names_of(runs: Sequence[Path]) -> dict[Path, str]:
+    """The last part of each folder's path, or as many as tell them apart."""
+    whole = {run: run.resolve().parts for run in runs}
+    for count in range(1, max(len(parts) for parts in whole.values()) + 1):
+        names = {run: "/".join(parts[-count:]) for run, parts in whole.items()}
+        if max(Counter(names.values()).values()) == 1:
+            return names
+    raise UserError(f"a run is named twice: {', '.join(map(str, runs))}")
+
+
+def together(stories: Sequence[RunStory]) -> Section:
+    """All runs in one figure each."""
+    drawn = [draw(stories) for draw in (curves.loss, curves.live, curves.throughput, curves.memory)]
+    if staged := [story for story in stories if story.stages]:
+        drawn.insert(2, curves.stages(staged))
+    return Section(title="Over the run" if len(stories) == 1 else "Side by side", pictures=drawn)
+
+
+def of_one(story: RunStory) -> Section:
+    """What cannot share axes with another run's."""
+    pictures, absent = [timeline(story)], []
+    if story.decisions:
+        pictures += [ranks.final_map(story), ranks.growth(story)]
+    else:
+        absent.append(
+            "No map of ranks: the method has made no decision, every linear is as it was."
+        )
+    for draw, what in ((spread.gates, "gates"), (spread.importance, "importance")):
+        try:
+            picture = draw(story)
+        # Damaged, or --keep_last has just removed it.
+        except (OSError, SafetensorError) as error:
+            absent.append(f"No distribution of {what}: {error}")
+            continue
+        if picture is None:
+            absent.append(f"No distribution of {what}: no checkpoint here has any.")
+        else:
+            pictures.append(picture)
+    return Section(title=story.name, pictures=pictures, absent=absent)
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_all(folder: Path, stories: Sequence[RunStory], sections: Sequence[Section]) -> None:
+    """A PNG a picture; those of one of several runs bear its name."""
+    folder.mkdir(exist_ok=True)
+    prefixes = [""] + ["" if len(stories) == 1 else f"{s.name.replace('/', '_')}_" for s in stories]
+    for prefix, section in zip(prefixes, sections, strict=True):
+        for picture in section.pictures:
+            save_png(picture, folder / f"{prefix}{picture.name}.png")

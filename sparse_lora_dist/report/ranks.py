@@ -1,0 +1,141 @@
+"""Figures of where parameters live: layer x module at the end, and layer x decision on the way."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sparse_lora_dist.report.layout import Layout, layout_of
+from sparse_lora_dist.report.look import WIDTH, Picture, panels
+from sparse_lora_dist.report.read import RunStory
+
+READABLE = 16
+"""Layers of a grid whose cells are large enough for a number."""
+FEW_RANKS = 32
+"""A colour a rank up to here."""
+
+
+class Shares:
+    """What is drawn of every site: its rank where a method changes ranks, else the share of its
+    entries that live."""
+
+    def __init__(self, story: RunStory) -> None:
+        first = story.decisions[0]
+        ranks = {rank for row in story.decisions for rank in row["ranks"].values()}
+        self.sizes = _entries(story)
+        self.capacity = int(story.options.get("rank", max(ranks)))
+        self.of_ranks = len(ranks) > 1 or not self.sizes
+        self.name = "rank" if self.of_ranks else "density"
+        self.layout: Layout = layout_of(first["ranks"])
+
+    def of(self, decision: Mapping[str, Any]) -> Mapping[str, float]:
+        """Site -> value after a decision."""
+        if self.of_ranks:
+            return dict(decision["ranks"])
+        return {site: live / self.sizes[site] for site, live in decision["live"].items()}
+
+    def colours(self, axes: Any, mesh: Any, figure: Any) -> None:
+        """The bar beside the axes that says which is which."""
+        bar = figure.colorbar(mesh, ax=axes, label=self.name, fraction=0.04, pad=0.02)
+        bar.outline.set_visible(False)
+        bar.locator = MaxNLocator(integer=self.of_ranks)
+        bar.update_ticks()
+        bar.solids.set(rasterized=True)
+
+    @property
+    def style(self) -> dict[str, Any]:
+        """For a mesh of values."""
+        steps = self.capacity + 1 if self.of_ranks and self.capacity <= FEW_RANKS else 256
+        return {
+            "cmap": colormaps["viridis"].resampled(steps),
+            "vmin": 0,
+            "vmax": self.capacity if self.of_ranks else 1.0,
+            "rasterized": True,  # a path a cell would make the page of a large model megabytes
+        }
+
+
+def _entries(story: RunStory) -> dict[str, int]:
+    """Site -> entries of its tensors, as a checkpoint knows them; empty without one."""
+    manifest = next((s.manifest for s in reversed(story.checkpoints) if s.manifest), None)
+    if manifest is None:
+        return {}
+    sizes = dict.fromkeys(manifest["sites"]["pieces"], 0)
+    for name, shape in manifest["tensors"].items():
+        if (site := name.rpartition(".")[0]) in sizes:
+            sizes[site] += prod(shape)
+    return sizes
+
+
+def final_map(story: RunStory) -> Picture:
+    """Layer x module after the last decision."""
+    shares, decision = Shares(story), story.decisions[-1]
+    grid = shares.layout.grid(shares.of(decision))
+    num_layers, num_modules = grid.shape
+    height = min(9.0, 1.5 + 0.26 * num_layers)
+    figure, (axes,) = panels(height=height)
+    mesh = axes.pcolormesh(grid, edgecolors="none", **shares.style)
+    if num_layers <= READABLE:
+        _write_numbers(axes, grid, shares)
+    axes.set_xticks(np.arange(num_modules) + 0.5, shares.layout.modules, rotation=35, ha="right")
+    _label_layers(axes, shares.layout, most=20)
+    axes.set_ylabel("layer")
+    axes.grid(False)
+    shares.colours(axes, mesh, figure)
+    return Picture(
+        name=f"final_{shares.name}",
+        title=f"Where {'rank' if shares.of_ranks else 'density'} ended up",
+        caption=f"After the decision of step {decision['step']}, the last so far.",
+        figure=figure,
+    )
+
+
+def _write_numbers(axes: Any, grid: Any, shares: Shares) -> None:
+    bright = shares.style["vmax"] * 0.6
+    for (row, column), value in np.ndenumerate(grid):
+        if not np.isnan(value):
+            text = f"{value:.0f}" if shares.of_ranks else f"{value:.2f}"
+            colour = "#000000" if value > bright else "#ffffff"
+            axes.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=colour, size=8)
+
+
+def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
+    every = next(
+        n for n in (1, 2, 5, 10, 20, 50, len(layout.layers)) if n * most >= len(layout.layers)
+    )
+    places = range(0, len(layout.layers), every)
+    axes.set_yticks([p + 0.5 for p in places], [str(layout.layers[p]) for p in places])
+
+
+def growth(story: RunStory) -> Picture:
+    """A panel a module, layers over decisions: how it came to be."""
+    shares = Shares(story)
+    grids = np.stack([shares.layout.grid(shares.of(row)) for row in story.decisions])
+    steps = [row["step"] for row in story.decisions]
+    edges = [*steps, max(story.last_step, steps[-1] + 1)]  # each holds until the next
+    modules, num_layers = shares.layout.modules, len(shares.layout.layers)
+    rows = -(-len(modules) // 2)
+    height = rows * min(2.4, 0.7 + 0.14 * num_layers) + 0.5
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    grid_of_axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey=True)
+    for axes in grid_of_axes.flat[len(modules) :]:
+        axes.set_visible(False)
+    for column, (module, axes) in enumerate(zip(modules, grid_of_axes.flat, strict=False)):
+        cells = grids[:, :, column].T
+        mesh = axes.pcolormesh(edges, np.arange(num_layers + 1), cells, **shares.style)
+        axes.set_title(module)
+        axes.grid(False)
+        _label_layers(axes, shares.layout, most=6)
+        axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    figure.supxlabel("step", size=9)
+    figure.supylabel("layer", size=9)
+    shares.colours(grid_of_axes, mesh, figure)
+    return Picture(
+        name=f"{shares.name}_over_time",
+        title=f"{shares.name.capitalize()} over time",
+        caption=f"A panel a kind of module; {len(steps)} decisions, from step {steps[0]} on.",
+        figure=figure,
+    )

@@ -1,0 +1,73 @@
+"""Modules and their numbers as lines of text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+from torch import Tensor
+
+from sparse_lora_dist.screen import counted, megabytes
+
+TITLES = ("module", "rank", "of", "density", "bytes", "norm of the update")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """One that was trained."""
+
+    name: str
+    rank: int | None = None
+    """Pieces in use; None where it was trained in full."""
+    capacity: int | None = None
+    entries: int
+    alive: int
+    """Of the entries."""
+    bytes: int
+    """On disk."""
+    norm: float | None = None
+    """Frobenius norm of what is added to the weight; None where the weight itself is in the
+    file."""
+
+
+def norm_of(a_RI: Tensor, b_OR: Tensor, scale: float) -> float:
+    """|scale * B A|_F, without the O x I product: the sum of (B^T B) * (A A^T) is its square."""
+    a_RI, b_OR = a_RI.double(), b_OR.double()
+    return abs(scale) * sqrt(max(0.0, float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum())))
+
+
+def table(modules: Sequence[Module]) -> str:
+    """A line a module, and all together."""
+    rows = [TITLES, *map(_cells, modules), _together(modules)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(TITLES))]
+    return "\n".join(_line(row, widths) for row in rows)
+
+
+def _cells(module: Module) -> tuple[str, ...]:
+    return (
+        module.name,
+        "full" if module.rank is None else str(module.rank),
+        "" if module.capacity is None else str(module.capacity),
+        _density(module.alive, module.entries),
+        f"{module.bytes:,}",
+        "" if module.norm is None else f"{module.norm:.4g}",
+    )
+
+
+def _together(modules: Sequence[Module]) -> tuple[str, ...]:
+    return (
+        counted(len(modules), "module"),
+        str(sum(m.rank or 0 for m in modules)),
+        str(sum(m.capacity or 0 for m in modules)),
+        _density(sum(m.alive for m in modules), sum(m.entries for m in modules)),
+        megabytes(sum(m.bytes for m in modules)),
+        f"{sqrt(sum((m.norm or 0.0) ** 2 for m in modules)):.4g}",
+    )
+
+
+def _density(alive: int, entries: int) -> str:
+    return f"{alive / max(1, entries):.4f}"
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    first, *others = (f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    return "  ".join([f"{cells[0]:<{len(first)}}", *others]).rstrip()

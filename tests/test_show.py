@@ -1,0 +1,180 @@
+"""The table of an adapter and of a checkpoint: its numbers are those of the tensors."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sparse_lora_dist.checkpoint import read_manifest
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.show import checkpoint, peft_adapter
+from sparse_lora_dist.show.program import as_text
+from sparse_lora_dist.show.table import Module, norm_of, table
+from tests.conftest import Ranks
+from tests.tiny_run import TinyRun
+
+ROOT = Path(__file__).parents[1]
+PREFIX = "base_model.model.model.layers."
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    folder.mkdir()
+    said = {"peft_type": "LORA", "r": 4, "lora_alpha": 8} | config
+    (folder / "adapter_config.json").write_text(json.dumps(said))
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+def pair(name: str, rank: int = 4, inputs: int = 6, outputs: int = 5) -> dict[str, Tensor]:
+    a_RI, b_OR = torch.randn(rank, inputs), torch.randn(outputs, rank)
+    return {f"{PREFIX}{name}.lora_A.weight": a_RI, f"{PREFIX}{name}.lora_B.weight": b_OR}
+
+
+def found(folder: Path) -> dict[str, Module]:
+    config = peft_adapter.read_config(folder)
+    return {m.name: m for m in peft_adapter.modules(folder, config)}
+
+
+def test_rank_density_bytes_and_norm_are_those_of_the_tensors(tmp_path: Path) -> None:
+    tensors = pair("0.q_proj")
+    a_RI, b_OR = tensors.values()
+    a_RI[1] = 0.0  # no row
+    b_OR[:, 3] = 0.0  # no column
+    a_RI[0, :2] = 0.0  # a piece that is sparse, but in use
+    module = found(write_adapter(tmp_path / "a", tensors))["model.layers.0.q_proj"]
+    assert (module.rank, module.capacity) == (2, 4)
+    assert (module.alive, module.entries, module.bytes) == (44 - 6 - 5 - 2, 44, 176)
+    assert module.norm == pytest.approx(float(2.0 * (b_OR @ a_RI).norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({}, 8 / 2),
+        ({"use_rslora": True}, 8 / 2**0.5),
+        ({"alpha_pattern": {"q_proj": 3}}, 3 / 2),
+        ({"alpha_pattern": {"k_proj": 3}}, 8 / 2),
+    ],
+)
+def test_the_scale_is_that_of_the_module(
+    tmp_path: Path, config: dict[str, Any], scale: float
+) -> None:
+    tensors = pair("0.q_proj", rank=2)  # not that of the config: rank_pattern
+    a_RI, b_OR = tensors.values()
+    (module,) = found(write_adapter(tmp_path / "a", tensors, **config)).values()
+    assert module.norm == pytest.approx(scale * norm_of(a_RI, b_OR, 1.0))
+
+
+def test_layers_are_in_order_and_what_trained_in_full_comes_last(tmp_path: Path) -> None:
+    head = {"base_model.model.score.weight": torch.tensor([[1.0, 0.0]])}
+    tensors = head | pair("10.q_proj") | pair("9.q_proj")
+    modules = found(write_adapter(tmp_path / "a", tensors))
+    assert list(modules) == ["model.layers.9.q_proj", "model.layers.10.q_proj", "score.weight"]
+    last = modules["score.weight"]
+    assert (last.rank, last.norm, last.alive, last.entries) == (None, None, 1, 2)
+    text = table(list(modules.values()))
+    assert [line.split()[:2] for line in text.splitlines()[3:]] == [
+        ["score.weight", "full"],
+        ["3", "modules"],
+    ]
+
+
+@pytest.fixture(scope="module")
+def real(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks, gates in the middle of their way, and a head that trains in full."""
+    folder = tmp_path_factory.mktemp("show") / "real"
+    flags = tiny.flags(folder, method="sora", max_steps=6, sora_reopen="false", alpha=6)
+    ranks(2, "tests.run_work:train", flags=[*flags, "--modules_to_save", "lm_head"])
+    return folder
+
+
+def test_a_checkpoint_has_the_norms_and_ranks_of_the_adapter_it_became(real: Path) -> None:
+    saved = real / "checkpoints" / "step_00000006"
+    modules = {m.name: m for m in checkpoint.modules(Trained.open(saved))}
+    exported = found(real / "adapter")
+    assert len(modules) == 15
+    lives = {name for name, m in modules.items() if m.norm != 0}
+    assert set(exported) == lives and len(lives) < 15, "linears without a piece are left out"
+    assert modules["lm_head.weight"].rank is None and modules["lm_head.weight"].norm is None
+    weights = load_file(real / "adapter" / "adapter_model.safetensors")
+    last = read_rows(real / "decisions.jsonl")[-1]
+    for name, rank in last["ranks"].items():
+        assert (modules[name].rank, modules[name].alive) == (rank, last["live"][name])
+        if name not in exported:
+            continue
+        a_RI, b_OR = (weights[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+        dense = float((6 / 4 * b_OR.double() @ a_RI.double()).norm())
+        assert modules[name].norm == pytest.approx(dense, rel=1e-5, abs=1e-12)
+        assert exported[name].norm == pytest.approx(dense, rel=1e-5, abs=1e-12)
+    assert 0 < sum(last["ranks"].values()) < 4 * 14
+
+
+def test_bytes_of_a_checkpoint_are_those_of_its_files(real: Path) -> None:
+    saved = real / "checkpoints" / "step_00000006"
+    manifest = read_manifest(saved)
+    expected = 0
+    for file in manifest["files"]:
+        content = (saved / file["name"]).read_bytes()
+        random_state = load_file(saved / file["name"])["rng/cpu"].nbytes
+        header = 8 + int.from_bytes(content[:8], "little")
+        expected += len(content) - header - random_state
+    assert sum(m.bytes for m in checkpoint.modules(Trained.open(saved))) == expected
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (shutil.rmtree, "is no folder"),
+        (lambda a: (a / "adapter_config.json").unlink(), "neither an adapter"),
+        (lambda a: (a / "adapter_config.json").write_text("{"), r"adapter_config\.json is damaged"),
+        (
+            lambda a: (a / "adapter_config.json").write_text('{"peft_type": "IA3"}'),
+            "not of a plain LoRA",
+        ),
+        (lambda a: (a / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
+        (
+            lambda a: (a / "adapter_model.safetensors").write_bytes(b"\0" * 9),
+            "is damaged: SafetensorError",
+        ),
+        (
+            lambda a: save_file(
+                {f"{PREFIX}0.q.lora_A.weight": torch.zeros(1, 1)}, a / "adapter_model.safetensors"
+            ),
+            "has lora_A only",
+        ),
+    ],
+)
+def test_what_is_no_adapter_is_refused(tmp_path: Path, spoil: Any, said: str) -> None:
+    adapter = write_adapter(tmp_path / "a", pair("0.q_proj"))
+    spoil(adapter)
+    with pytest.raises(UserError, match=said):
+        as_text(adapter)
+
+
+def test_a_checkpoint_that_is_cut_short_is_refused(real: Path, tmp_path: Path) -> None:
+    saved = shutil.copytree(real / "checkpoints" / "step_00000006", tmp_path / "step_00000006")
+    file = saved / "rank_00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(UserError, match=r"rank_00001\.safetensors has"):
+        as_text(saved)
+
+
+def test_the_program_prints_the_table_and_refuses_a_run_by_what_to_name(real: Path) -> None:
+    def typed(path: Path) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "launcher/show.py"), str(path)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    shown, refused = typed(real / "adapter"), typed(real)
+    assert shown.returncode == 0 and shown.stdout.startswith(f"adapter   {real}/adapter: LoRA of")
+    assert len(shown.stdout.splitlines()) == 2 + len(found(real / "adapter")) + 1
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith(f"error: {real} is a run: name {real}/adapter")
