@@ -10,11 +10,12 @@ Shapes: M rows of a micro-batch, T tokens of a row, N target tokens of a micro-b
 hidden states, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
@@ -48,6 +49,8 @@ class LossHead(nn.Module):
         """Something it does that needs them whole."""
         self.targets: tuple[Tensor, Tensor] | None = None
         """(where_N among the micro-batch's tokens, labels_N)."""
+        self.one_by_one = False
+        """Is the loss of each target wanted, not their sum?"""
         self._loss: Tensor | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -58,6 +61,10 @@ class LossHead(nn.Module):
         """Logits; or, while labels are expected, an empty tensor in their place."""
         if self.targets is None:
             return cast(Tensor, self._linear[0](x_MTI))
+        if self.one_by_one:
+            chunks = self.chunks(self.at_targets(x_MTI))
+            self._loss = torch.cat([each_loss(self.logits(x, {}), labels) for x, labels in chunks])
+            return x_MTI.new_empty(*x_MTI.shape[:-1], 0)
         trained = self.trained().values()
         logits_MT0: Tensor
         self._loss, logits_MT0 = _SummedLoss.apply(  # type: ignore[no-untyped-call]
@@ -74,9 +81,22 @@ class LossHead(nn.Module):
             y_NV = operation(y_NV)
         return y_NV
 
+    def at_targets(self, x_MTI: Tensor) -> Tensor:
+        """x_NI, of the tokens whose logits are asked for."""
+        assert self.targets is not None
+        return x_MTI.flatten(0, -2).index_select(0, self.targets[0])
+
+    def chunks(self, x_NI: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
+        """(x_NI, labels_N), a few targets at a time."""
+        assert self.targets is not None
+        rows = max(1, CHUNK_BYTES // (4 * self.vocabulary))
+        return zip(x_NI.split(rows), self.targets[1].split(rows), strict=True)
+
     @contextmanager
-    def expecting(self, labels_MT: Tensor) -> Iterator[None]:
-        """Inside, the model returns as ``loss`` the sum over these labels, and empty logits."""
+    def expecting(self, labels_MT: Tensor, *, one_by_one: bool = False) -> Iterator[None]:
+        """Inside, the model returns empty logits, and as ``loss`` the sum over these labels or the
+        loss of each."""
+        self.one_by_one = one_by_one
         labels_T = labels_MT.flatten()
         # Counted where the labels are, on the host: on a GPU that would wait for it.
         where_N = (labels_T != NOT_A_TARGET).nonzero().squeeze(1)
@@ -85,6 +105,7 @@ class LossHead(nn.Module):
             yield
         finally:
             self.targets = self._loss = None
+            self.one_by_one = False
 
     def put_loss(self, output: Any) -> None:
         """Into the model's output: DeepSpeed's backward begins at a tensor it has seen there."""
@@ -103,13 +124,11 @@ class _SummedLoss(torch.autograd.Function):
         ctx: Any, x_MTI: Tensor, head: LossHead, with_gradient: bool, *trained: Tensor
     ) -> tuple[Tensor, Tensor]:
         assert head.targets is not None
-        where_N, labels_N = head.targets
-        x_NI = x_MTI.flatten(0, -2).index_select(0, where_N)
+        where_N, x_NI = head.targets[0], head.at_targets(x_MTI)
         leaves = {n: p.detach().requires_grad_() for n, p in head.trained().items()}
         sums = [torch.zeros_like(p, dtype=torch.float32) for p in trained if with_gradient]
         total = x_NI.new_zeros((), dtype=torch.float32)
-        rows = max(1, CHUNK_BYTES // (4 * head.vocabulary))
-        for x, labels in zip(x_NI.split(rows), labels_N.split(rows), strict=True):
+        for x, labels in head.chunks(x_NI):
             with torch.set_grad_enabled(with_gradient):
                 leaf = x.detach().requires_grad_()
                 loss = summed_cross_entropy(head.logits(leaf, leaves), labels)
@@ -153,15 +172,37 @@ def summed_loss(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
         labels_MT: what each token's logits are to say, on the host.
         inputs: of the model, on the device.
     """
-    head = cast(PreTrainedModel, engine.model).get_output_embeddings()
-    if isinstance(head, LossHead):
-        if head.after is None:
-            _learn(engine, head, inputs)
-        if head.refused is None:
-            with head.expecting(labels_MT):
-                return cast(Tensor, engine(**inputs).loss)
+    if head := _loss_head(engine, inputs):
+        with head.expecting(labels_MT):
+            return cast(Tensor, engine(**inputs).loss)
     logits_MTV = engine(**inputs).logits
     return summed_cross_entropy(logits_MTV.flatten(0, 1), labels_MT.flatten().to(comm.device()))
+
+
+def target_losses(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
+    """-log p(label) of each target of a micro-batch, fp32 [N], in their order, without gradient.
+    Collective. Arguments as of ``summed_loss``."""
+    if head := _loss_head(engine, inputs):
+        with head.expecting(labels_MT, one_by_one=True):
+            return cast(Tensor, engine(**inputs).loss)
+    logits_TV, labels_T = engine(**inputs).logits.flatten(0, 1), labels_MT.flatten()
+    where_N = labels_T != NOT_A_TARGET
+    return each_loss(logits_TV[where_N.to(comm.device())], labels_T[where_N].to(comm.device()))
+
+
+def each_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """-log p(label), fp32 [N]."""
+    return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
+
+
+def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
+    """The model's, where its logits need not be whole."""
+    head = cast(PreTrainedModel, engine.model).get_output_embeddings()
+    if not isinstance(head, LossHead):
+        return None
+    if head.after is None:
+        _learn(engine, head, inputs)
+    return head if head.refused is None else None
 
 
 def _learn(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:

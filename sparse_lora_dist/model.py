@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +40,7 @@ from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import counted, megabytes, say
 from sparse_lora_dist.targets import find_full, find_sites
 from sparse_lora_dist.tasks import TASKS
-from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3 import ShardBuilder, Values
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -132,11 +132,21 @@ class Model:
         head = output_head(self.module)
         return {head} if head else set()
 
-    def load(self, config: Config, method: Method, engine_config: dict[str, Any]) -> RowSeeds:
-        """Read this rank's share, inject adapters; return what seeds their dropout. Collective."""
+    def load(
+        self,
+        config: Config,
+        method: Method,
+        engine_config: dict[str, Any],
+        given: Mapping[str, Values] | None = None,
+    ) -> RowSeeds:
+        """Read this rank's share, inject adapters; return what seeds their dropout. Collective.
+
+        Args:
+            given: first values of what trains, "site.tensor" or as the base names it.
+        """
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
-        initial = first_values(self.module, self.head.new, config.train.seed)
+        initial = first_values(self.module, self.head.new, config.train.seed) | dict(given or {})
         with together("reading --init_adapter"):
             if adapter.init_adapter is not None:
                 shapes = self.trained_shapes(method)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -178,10 +179,10 @@ class Slice:
 
 
 class Engine:
-    """The DeepSpeed engine as this project uses it."""
+    """The DeepSpeed engine as this project uses it. Without an optimizer it only evaluates."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, engine_config: Mapping[str, Any]
+        self, model: nn.Module, optimizer: Optimizer | None, engine_config: Mapping[str, Any]
     ) -> None:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(engine_config), dist_init_required=False
@@ -226,6 +227,11 @@ class Engine:
         finally:
             self._engine.train()
 
+    def close(self) -> None:
+        """Free this rank's shares. The modules themselves stay alive in caches of DeepSpeed's."""
+        for parameter in cast(Iterable[ZeroParameter], self.model.parameters()):
+            parameter.ds_tensor, parameter.data = None, parameter.data.new_empty(0)
+
     def backward(self, loss: Tensor) -> None:
         """Reduce a micro-batch's gradient, and add this rank's shard of it. Collective."""
         self._engine.backward(loss)
@@ -269,8 +275,7 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """Norm of the whole gradient of the last step, before clipping."""
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else 0.0
+        return float(self._engine.get_global_grad_norm() or 0.0)
 
     def set_learning_rate(self, rate: Callable[[int], float]) -> None:
         """For the next step: that of entries that came to life after so many steps; 0: at first."""

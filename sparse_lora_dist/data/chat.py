@@ -73,6 +73,31 @@ def encode_chat(
     return _whole(encoded.ids) if train_on == "all" else encoded
 
 
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, template: str | None
+) -> list[int]:
+    """The ids after which the model is to answer, as ``encode_chat`` has them before a response.
+
+    Raises:
+        ExampleError: the template refuses the chat.
+    """
+    if template is None:
+        (message,) = messages
+        return _framed(tokenizer, _ids(tokenizer, message["content"]), ends=False)
+    ids: list[int] = _render(tokenizer, messages, template, add_generation_prompt=True)["input_ids"]
+    return ids
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> list[int]:
+    """The ids that end a response: eos, and the special tokens that the template puts there."""
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    encoded = encode_chat(tokenizer, messages, template=template, train_on="response")
+    targets = {i for i, t in zip(encoded.ids, encoded.is_target, strict=True) if t}
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    eos = tokenizer.eos_token_id
+    return sorted((targets & special) | (set() if eos is None else {int(eos)}))
+
+
 def _whole(ids: list[int]) -> Encoded:
     return Encoded(ids=ids, is_target=[True] * len(ids))
 

@@ -22,9 +22,7 @@ def read_peft(
     Keys are "site.lora_a" and "site.lora_b", and "name.weight" for modules trained in full, which
     the adapter need not have. It must have our rank, scale and sites.
     """
-    config, weights = _open_peft(folder)
-    keys = {_our_name(key): key for key in weights.keys()}  # noqa: SIM118  safe_open is no dict
-    theirs = {name: tuple(weights.get_slice(key).get_shape()) for name, key in keys.items()}
+    config, values, theirs = open_peft(folder)
     problems = []
     if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
         problems.append("it is not a plain LoRA adapter")
@@ -37,7 +35,21 @@ def read_peft(
     # A fault above would only repeat itself in every tensor.
     if problems := problems or _misfits(theirs, shapes):
         raise UserError(f"--init_adapter {folder}: " + "; ".join(problems))
-    return {name: _range_of(weights.get_slice(key), theirs[name]) for name, key in keys.items()}
+    return values
+
+
+def open_peft(
+    folder: str, flag: str = "--init_adapter"
+) -> tuple[dict[str, Any], dict[str, Values], dict[str, tuple[int, ...]]]:
+    """(adapter_config.json, values, shapes) of a folder or hub id. Values are read when asked for.
+
+    Names are ours: "site.lora_a", "site.lora_b", and "name.weight" for modules trained in full.
+    """
+    config, weights = _open_files(folder, flag)
+    keys = {_our_name(key): key for key in weights.keys()}  # noqa: SIM118  safe_open is no dict
+    shapes = {name: tuple(weights.get_slice(key).get_shape()) for name, key in keys.items()}
+    values = {name: _range_of(weights.get_slice(key), shapes[name]) for name, key in keys.items()}
+    return config, values, shapes
 
 
 def _range_of(tensor: Any, shape: tuple[int, ...]) -> Values:
@@ -70,22 +82,27 @@ def _sites(names: Iterable[str]) -> set[str]:
     return {n.rpartition(".")[0] for n in names if n.endswith((".lora_a", ".lora_b"))}
 
 
-def _open_peft(folder: str) -> tuple[dict[str, Any], Any]:
+def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], Any]:
     """adapter_config.json, and the weights file opened."""
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 
-        folder = snapshot_download(folder, allow_patterns=["adapter_*"])
+        try:
+            folder = snapshot_download(folder, allow_patterns=["adapter_*"])
+        except Exception as error:  # the hub raises a dozen kinds
+            raise UserError(
+                f"{flag} {folder}: not a folder here, and the hub says: {error}"
+            ) from error
     config, weights = Path(folder) / "adapter_config.json", Path(folder) / WEIGHTS
     absent = [p.name for p in (config, weights) if not p.exists()]
     if absent:
         raise UserError(
-            f"--init_adapter {folder} has no {' and no '.join(absent)}; give a PEFT adapter folder."
+            f"{flag} {folder} has no {' and no '.join(absent)}; give a PEFT adapter folder."
         )
     try:
         return json.loads(config.read_text()), safe_open(str(weights), framework="pt")
     except (ValueError, SafetensorError) as error:
-        raise UserError(f"--init_adapter {folder} is damaged: {error}") from error
+        raise UserError(f"{flag} {folder} is damaged: {error}") from error
 
 
 def _our_name(key: str) -> str:

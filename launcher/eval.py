@@ -1,0 +1,25 @@
+"""How good is a model, with an adapter or without? ``--help`` lists every option.
+
+deepspeed launcher/eval.py --model M --adapter runs/mine --eval_data heldout.jsonl --metrics loss
+"""
+
+import sys
+from pathlib import Path
+
+# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from sparse_lora_dist.evaluation.options import EvalRequest, load_request
+from sparse_lora_dist.program import run_program
+
+
+def main(request: EvalRequest) -> None:
+    """Hand over."""
+    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    from sparse_lora_dist.evaluation.program import evaluate
+
+    evaluate(request)
+
+
+if __name__ == "__main__":
+    run_program(sys.argv[1:], load_request, main)

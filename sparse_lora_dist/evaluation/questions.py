@@ -1,0 +1,118 @@
+"""Examples -> what a model is asked: tokens to score, or a prompt and which answers are right."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from sparse_lora_dist.config import DataConfig
+from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents, load_documents
+from sparse_lora_dist.data.chat import encode_chat, encode_prompt
+from sparse_lora_dist.data.fields import ExampleError, Message
+from sparse_lora_dist.evaluation.answers import (
+    LETTERS,
+    chosen,
+    final_number,
+    is_exact,
+    is_same_number,
+)
+from sparse_lora_dist.evaluation.examples import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One question, answered in each way there is."""
+
+    documents: list[Document]
+    right: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One prompt, and whether the text that follows it is right."""
+
+    prompt: list[int]
+    is_right: Callable[[str], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """Text -> tokens, as in training."""
+
+    tokenizer: PreTrainedTokenizerFast
+    template: str | None
+    data: DataConfig
+
+    def prompt(self, messages: list[Message]) -> list[int]:
+        """What comes before an answer."""
+        return self._fitting(encode_prompt(self.tokenizer, messages, template=self.template))
+
+    def answered(self, messages: list[Message], answer: str) -> Document:
+        """The chat with this answer, of which the answer alone is scored, its end included."""
+        chat = [*messages, {"role": "assistant", "content": answer}]
+        encoded = encode_chat(self.tokenizer, chat, template=self.template, train_on="response")
+        ids, start = self._fitting(encoded.ids), len(self.prompt(messages))
+        labels = [
+            token if target and place >= start else NOT_A_TARGET
+            for place, (token, target) in enumerate(zip(ids, encoded.is_target, strict=True))
+        ]
+        return Document(input_ids=np.array(ids), labels=np.array(labels))
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        if len(ids) > self.data.sequence_length:
+            most = self.data.sequence_length
+            raise ExampleError(f"it has {len(ids)} tokens, more than --sequence_length {most}")
+        return ids
+
+
+def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
+    """As training has them for its held-out loss, tokens and mask."""
+    data = encoder.data
+    return load_documents(
+        table.examples.source,
+        encoder.tokenizer,
+        text_field=data.text_field,
+        prompt_field=table.prompt,
+        response_field=table.answer,
+        chat_template=data.chat_template,
+        train_on=data.train_on,
+        sequence_length=data.sequence_length,
+        max_samples=limit,
+        column_names=data.column_names,
+        flag="--eval_data",
+        split="test",
+    )
+
+
+def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Choice:
+    """By likelihood."""
+    texts, right = table.choices(record)
+    messages = table.messages(record)
+    return Choice(documents=[encoder.answered(messages, text) for text in texts], right=right)
+
+
+def choice_generated(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Task:
+    """By what the model says when the choices stand under the question, each with a letter."""
+    texts, right = table.choices(record)
+    *before, last = table.messages(record)
+    listed = [last["content"], *(f"{a}. {text}" for a, text in zip(LETTERS, texts, strict=False))]
+    prompt = encoder.prompt([*before, last | {"content": "\n".join(listed)}])
+    return Task(prompt=prompt, is_right=lambda text: chosen(text, texts) == right)
+
+
+def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Task:
+    """By the whole text."""
+    prompt = encoder.prompt(table.messages(record))
+    return Task(prompt=prompt, is_right=partial(is_exact, answer=table.reference(record)))
+
+
+def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Task:
+    """By the final number."""
+    answer = table.reference(record)
+    if final_number(answer) is None:
+        raise ExampleError(f"{table.answer!r} holds no number")
+    prompt = encoder.prompt(table.messages(record))
+    return Task(prompt=prompt, is_right=partial(is_same_number, answer=answer))

@@ -1,0 +1,89 @@
+"""Measures -> numbers with 95% intervals, as JSON and as a table."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist.evaluation.intervals import Interval, ratio, wilson
+from sparse_lora_dist.evaluation.metrics import Measure
+
+Named = Mapping[str, Measure]
+"""The measures of one model, by name."""
+Numbers = dict[str, Any]
+
+
+def results(measured: Sequence[tuple[str, Named]]) -> dict[str, Any]:
+    """Numbers of each model, and of each one's difference from the first."""
+    first, base = measured[0]
+    return {
+        "results": [{"adapter": name, "measures": _numbers(m)} for name, m in measured],
+        "differences": [
+            {"adapter": name, "from": first, "measures": _differences(m, base)}
+            for name, m in measured[1:]
+        ],
+    }
+
+
+def _numbers(measures: Named) -> dict[str, Numbers]:
+    numbers = {}
+    for name, m in measures.items():
+        interval = wilson(math.fsum(m.sums), len(m.sums)) if m.is_share else None
+        numbers[name] = _number(m.sums, m.weights, interval or ratio(m.sums, m.weights))
+        if not m.is_share:
+            numbers["perplexity"] = _exponential(numbers[name])
+            numbers[name]["tokens"] = int(math.fsum(m.weights))
+    return numbers
+
+
+def _differences(measures: Named, base: Named) -> dict[str, Numbers]:
+    """Example by example, so that what is hard for both does not widen the interval."""
+    differences = {}
+    for name, m in measures.items():
+        sums = [ours - theirs for ours, theirs in zip(m.sums, base[name].sums, strict=True)]
+        differences[name] = _number(sums, m.weights, ratio(sums, m.weights))
+    return differences
+
+
+def _number(sums: Sequence[float], weights: Sequence[float], interval: Interval) -> Numbers:
+    value = math.fsum(sums) / math.fsum(weights)
+    low, high = interval or (None, None)
+    return {"value": value, "low": low, "high": high, "examples": len(sums)}
+
+
+def _exponential(number: Numbers) -> Numbers:
+    """Of the value and both ends."""
+    return {k: v if k == "examples" or v is None else math.exp(v) for k, v in number.items()}
+
+
+def write(path: Path, content: Mapping[str, Any]) -> None:
+    """All of it or nothing: under another name first."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """A line a number."""
+    rows = [("adapter", "measure", "value", "95% interval", "examples")]
+    for one in content["results"]:
+        rows += [(one["adapter"], *_cells(name, n)) for name, n in one["measures"].items()]
+    for one in content["differences"]:
+        label = f"{one['adapter']} - {one['from']}"
+        rows += [(label, *_cells(name, n, "+")) for name, n in one["measures"].items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def _cells(name: str, number: Numbers, sign: str = "") -> tuple[str, str, str, str]:
+    low, high = number["low"], number["high"]
+    interval = "" if low is None else f"{low:{sign}.4f} to {high:{sign}.4f}"
+    return name, f"{number['value']:{sign}.4f}", interval, f"{number['examples']:,}"
