@@ -134,8 +134,8 @@ def report(found: list[Row]) -> str:
     parts = [
         "`python benchmarks/study.py`: methods x budgets x 3 seeds on 2 CPU ranks; rank 16 where no"
         " other is said, all linears. Parameters: entries of the exported adapter that act. Bytes: "
-        "the adapter's file. Time: processor time of the whole program, of plain LoRA's of rank 16 in "
-        "the same task."
+        "the adapter's file. Time: the whole program's on processors, of plain LoRA's of rank 16 "
+        "in the same task."
     ]
     for task, what in WHAT.items():
         own = [row for row in found if row["task"] == task]

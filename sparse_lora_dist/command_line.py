@@ -77,10 +77,8 @@ def build(
     """The config of ``values`` over the defaults; None when a part of it cannot be made. Places
     that only a run reads or writes need not exist where nobody ``trains``."""
     flat: dict[str, Any] = {name: option.default for name, option in options.items()} | dict(values)
-    parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
-    check_method(values, flat["method"], options, problems)
-    if flat["method"] in methods.METHODS:
-        parts["method_options"] = make(methods.METHODS[flat["method"]].options, flat, problems)
+    parts = parts_of(flat, problems)
+    problems += foreign_options(values, flat["method"], options)
     config = None if None in parts.values() else whole(parts, problems)
 
     problems += missing_locations(flat) if trains else missing_source("model", flat["model"])
@@ -103,14 +101,21 @@ def saved_config(saved: Mapping[str, Any]) -> Config:
     problems = [f"{name} is no option of this version" for name in saved if name not in options]
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     flat: dict[str, Any] = {n: option.default for n, option in options.items()} | tuples
-    parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
-    factory = methods.METHODS.get(flat["method"])
-    if factory is None:
-        problems.append(f"method {flat['method']!r} is not one of {', '.join(methods.METHODS)}")
-    else:
-        parts["method_options"] = make(factory.options, flat, problems)
+    parts = parts_of(flat, problems)
     raise_if(problems)
     return Config(**parts)
+
+
+def parts_of(flat: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
+    """The parts of a Config, each None where it has problems, which are added."""
+    parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
+    name = flat["method"]
+    if name in methods.METHODS:
+        parts["method_options"] = make(methods.METHODS[name].options, flat, problems)
+    else:
+        known, hint = ", ".join(methods.METHODS), did_you_mean(name, methods.METHODS)
+        problems.append(f"method must be one of {known}, got {name!r}{hint}")
+    return parts
 
 
 def whole(parts: dict[str, Any], problems: list[str]) -> Config | None:
@@ -133,16 +138,13 @@ def make(part: type[Any], flat: Mapping[str, Any], problems: list[str]) -> Any:
     return None
 
 
-def check_method(
-    values: Mapping[str, Any], method: str, options: Mapping[str, Option], problems: list[str]
-) -> None:
-    """Adds an unknown method, or options the user gave that belong to another one."""
+def foreign_options(
+    values: Mapping[str, Any], method: str, options: Mapping[str, Option]
+) -> list[str]:
+    """A line for each option the user gave that belongs to another method."""
     if method not in methods.METHODS:
-        known = ", ".join(methods.METHODS)
-        hint = did_you_mean(method, methods.METHODS)
-        problems.append(f"method must be one of {known}, got {method!r}{hint}")
-        return
-    problems += [
+        return []
+    return [
         f"--{name} belongs to method {options[name].method}, but --method is {method}"
         for name in values
         if options[name].method not in (None, method)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sparse_lora_dist.bounds import above, at_least, bad_durations, bad_regex, raise_if
-from sparse_lora_dist.methods.base import NoOptions
+from sparse_lora_dist.methods.base import NoOptions, Plan, Site
 
 TRACKERS = ("tensorboard", "wandb")
 RESETS = ("optimizer", "schedule", "data")
@@ -250,6 +250,15 @@ class Config:
     def packs(self) -> bool:
         """Do several documents share a row?"""
         return self.model.task == "causal_lm" and self.data.packing is not False
+
+    def plan(self, total_steps: int, sites: tuple[Site, ...]) -> Plan:
+        """What a method is built for."""
+        return Plan(
+            total_steps=total_steps,
+            warmup_steps=self.train.warmup_steps,
+            learning_rate=self.train.learning_rate,
+            sites=sites,
+        )
 
     def _bad_for_the_task(self) -> list[str]:
         problems = []

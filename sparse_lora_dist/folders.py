@@ -1,5 +1,5 @@
-"""Folders that are whole, or not there: written under another name, which is changed when all of it
-is on disk."""
+"""Folders and files that are whole, or not there: written under another name, which is changed when
+all of it is on disk."""
 
 import os
 import shutil
@@ -28,6 +28,16 @@ def put_in_place(temporary: Path, final: Path) -> None:
         raise
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file with this text, or what was there before."""
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_all(folder: Path) -> None:

@@ -3,7 +3,6 @@ memory."""
 
 import json
 import math
-import os
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.folders import write_whole
 from sparse_lora_dist.screen import say
 
 Row = Mapping[str, float | int | str]
@@ -39,9 +39,7 @@ class JsonLines:
         self.path, self._failed = path, False
         if comm.rank() == 0 and path.exists():
             rows = [r for r in read_rows(path) if last_step is not None and r["step"] <= last_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(temporary, path)
+            write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one; numbers that JSON does not have are null. A disk that takes no more is told of

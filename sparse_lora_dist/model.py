@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sparse_lora_dist import comm
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds, inject
 from sparse_lora_dist.base_model.architecture import (
+    PRECISIONS,
     fill_buffers,
     identity,
     meta_model,
@@ -41,8 +42,6 @@ from sparse_lora_dist.screen import counted, megabytes, say
 from sparse_lora_dist.targets import find_full, find_sites
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.zero3 import ShardBuilder, Values
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(kw_only=True)
@@ -82,7 +81,7 @@ class Model:
             module = meta_model(
                 architecture,
                 task=options.task,
-                dtype=DTYPES[options.precision],
+                dtype=PRECISIONS[options.precision],
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
@@ -153,7 +152,7 @@ class Model:
                 initial |= read_peft(
                     adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
                 )
-        builder = ShardBuilder(engine_config, DTYPES[config.model.precision])
+        builder = ShardBuilder(engine_config, PRECISIONS[config.model.precision])
         fill_buffers(self.module, builder.device)
         files, sources, cache = self.files, self.sources, self.cache
         if cache is not None and cache.files is not None:

@@ -15,7 +15,7 @@ from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.errors import Stopped, UserError
 from sparse_lora_dist.feed import open_feed
 from sparse_lora_dist.job import Job
-from sparse_lora_dist.methods import METHODS, Method, Plan
+from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.phases import together
@@ -162,13 +162,7 @@ def _optimizer(config: Config, model: Model) -> SparseAdamW:
 
 
 def _build_method(config: Config, model: Model, total_steps: int) -> Method:
-    train = config.train
-    plan = Plan(
-        total_steps=total_steps,
-        warmup_steps=train.warmup_steps,
-        learning_rate=train.learning_rate,
-        sites=tuple(model.sites),
-    )
+    plan = config.plan(total_steps, tuple(model.sites))
     try:
         method = METHODS[config.adapter.method].build(config.method_options, plan)
     except ValueError as error:

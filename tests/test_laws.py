@@ -48,7 +48,7 @@ def saved(run: Path, key: str, step: int = STEPS) -> dict[str, Tensor]:
     """Every trained tensor's ``key`` from a checkpoint, put together from the ranks' files."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     manifest = checkpoint.read_manifest(folder)
-    slices = checkpoint.SavedSlices(folder, [file["name"] for file in manifest["files"]])
+    slices = checkpoint.SavedSlices.of(folder, manifest)
     return {
         name: slices.entries(key, name, 0, prod(shape))
         for name, shape in manifest["tensors"].items()

@@ -25,6 +25,8 @@ AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,
     "seq_cls": AutoModelForSequenceClassification,
 }
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""--precision -> what forward has weights in."""
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
 EXPERT_MODELS = ("mixtral", "qwen3_moe")
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -105,10 +105,7 @@ def _held(model: nn.Module, sources: Sources) -> Iterator[Held]:
 def _copy(plain: Mapping[str, Entry], files: CheckpointFiles, out: SafetensorsWriter) -> None:
     """What is not quantised, as the files have it."""
     for key, entry in plain.items():
-        source = Source(keys=(key,), parts=(entry,), dtype=torch.uint8)
-        starts = range(0, entry.nbytes, PIECE)
-        pieces = (files.read(source, s, min(s + PIECE, entry.nbytes)) for s in starts)
-        out.add(key, entry.dtype, entry.shape, pieces)
+        out.add(key, entry.dtype, entry.shape, files.raw(entry, PIECE))
 
 
 def _save(weight: Held, out: SafetensorsWriter) -> None:

@@ -10,6 +10,7 @@ inside one.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -93,6 +94,12 @@ class CheckpointFiles:
         entry = self.entries[key]
         source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
         return self.read(source, 0, entry.nbytes // entry.itemsize)
+
+    def raw(self, entry: Entry, piece_bytes: int) -> Iterator[Tensor]:
+        """A tensor's bytes as they are, some at a time."""
+        source = Source(keys=(), parts=(entry,), dtype=torch.uint8)
+        for start in range(0, entry.nbytes, piece_bytes):
+            yield self.read(source, start, min(start + piece_bytes, entry.nbytes))
 
     def same(self, key: str, other: str, rank: int, ranks: int) -> bool:
         """Do two tensors hold the same bytes, in one rank's part of them?"""

@@ -28,7 +28,7 @@ def restore(
     if "data" in reset:
         progress = replace(progress, rows=0)
     with together(f"reading {checkpoint}"):
-        saved = SavedSlices(checkpoint, [file["name"] for file in manifest["files"]])
+        saved = SavedSlices.of(checkpoint, manifest)
         pieces = shards.engine.slices
 
         def own(key: str, piece: Slice) -> Tensor:

@@ -5,7 +5,6 @@ and published at the first boundary at which every rank's file is on its disk.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ from sparse_lora_dist.checkpoint.manifest import (
 )
 from sparse_lora_dist.checkpoint.recover import LATEST
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync
+from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync, write_whole
 from sparse_lora_dist.metrics import own_peak_memory_bytes
 from sparse_lora_dist.moments import pack_bits
 from sparse_lora_dist.phases import together
@@ -181,5 +180,4 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     run_lock.check()  # a job that was suspended may have been given up, and its folder taken
     put_in_place(temporary, final)  # an earlier attempt may have saved this step
     # For people and scripts; a resume looks for itself.
-    (final.parent / f"{LATEST}.tmp").write_text(f"{final.name}\n")
-    os.replace(final.parent / f"{LATEST}.tmp", final.parent / LATEST)
+    write_whole(final.parent / LATEST, f"{final.name}\n")

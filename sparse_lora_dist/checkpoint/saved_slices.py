@@ -1,7 +1,7 @@
 """The tensors of a checkpoint, by ranges, from whichever rank files hold them."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,16 @@ DTYPES = {"live": torch.bool, "born": torch.int32}
 
 
 class SavedSlices:
-    """Reads what is asked for and nothing else; ``files`` are those that the manifest names."""
+    """Reads what is asked for and nothing else."""
 
     def __init__(self, checkpoint: Path, files: Iterable[str]) -> None:
         self.files = [safe_open(str(checkpoint / name), framework="pt") for name in files]
         self.offsets = [json.loads(f.metadata()["offsets"]) for f in self.files]
+
+    @classmethod
+    def of(cls, checkpoint: Path, manifest: Mapping[str, Any]) -> "SavedSlices":
+        """All that its manifest names."""
+        return cls(checkpoint, [file["name"] for file in manifest["files"]])
 
     def entries(self, key: str, name: str, first: int, last: int) -> Tensor:
         """Entries [first, last) of ``key`` of a tensor, flattened; zero where nothing lives."""

@@ -1,27 +1,24 @@
 """What the model says: its first choices at an answer's tokens, and texts that go on from a prompt.
 
-Everything here is a collective. Questions are cut into batches by their order alone, so a batch is
-the same on any number of ranks; batch i is rank (i mod ranks)'s, and a rank that has none left runs
-one for company, since every forward gathers weights from all.
+Everything here is a collective.
 
 Shapes: M rows of a batch, T tokens of its longest row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sparse_lora_dist import comm, watch
+from sparse_lora_dist import comm
 from sparse_lora_dist.adapter import AdapterLinear
 from sparse_lora_dist.editing.edits import Question
+from sparse_lora_dist.evaluation.spread import in_batches
 from sparse_lora_dist.zero3 import Engine
-
-Said = TypeVar("Said")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +64,8 @@ class Speaker:
             places = [slice(q.num_prompt - 1, len(q.ids) - 1) for q in batch]
             return [row[place].tolist() for row, place in zip(chosen_MT, places, strict=True)]
 
-        return self._shared_out(questions, of_batch)
+        with self.engine.evaluating():
+            return in_batches(questions, self.batch_size, of_batch, name="questions")
 
     def texts(self, prompts: Sequence[str], num_tokens: int) -> list[str]:
         """Each prompt with so many of the likeliest tokens after it, an end of text not heeded.
@@ -84,7 +82,9 @@ class Speaker:
                     row.append(int(chosen_T[len(row) - 1]))
             return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
-        return self._shared_out([self.tokenizer(p).input_ids for p in prompts], of_batch)
+        with self.engine.evaluating():
+            encoded = [self.tokenizer(p).input_ids for p in prompts]
+            return in_batches(encoded, self.batch_size, of_batch, name="texts")
 
     def _choices(self, rows: Sequence[list[int]]) -> Tensor:
         # Padding comes last, where no token looks.
@@ -94,21 +94,6 @@ class Speaker:
         positions_MT = torch.arange(ids_MT.shape[1], device=ids_MT.device).expand_as(ids_MT)
         output = self.engine(input_ids=ids_MT, position_ids=positions_MT, use_cache=False)
         return output.logits.argmax(dim=-1).cpu()  # type: ignore[no-any-return]
-
-    def _shared_out(
-        self, items: Sequence[Any], of_batch: Callable[[Sequence[Any]], list[Said]]
-    ) -> list[Said]:
-        """``of_batch`` of all items, on every rank."""
-        watch.mark("asking the model")
-        starts, ranks = range(0, len(items), self.batch_size), comm.world_size()
-        own: dict[int, list[Said]] = {}
-        with self.engine.evaluating():
-            for first in range(0, len(starts), ranks):
-                turn = starts[first : first + ranks]
-                start = turn[comm.rank()] if comm.rank() < len(turn) else turn[0]
-                own[start] = of_batch(items[start : start + self.batch_size])
-        said = {start: batch for part in comm.gather_objects(own) for start, batch in part.items()}
-        return [one for start in starts for one in said[start]]
 
 
 @contextmanager

@@ -1,10 +1,8 @@
 """launcher/edit.py: train on the edits, then ask the model without the adapter and with it."""
 
 import json
-import os
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.config import Config
@@ -14,6 +12,7 @@ from sparse_lora_dist.editing.metrics import COLUMNS, Scores, table_row
 from sparse_lora_dist.editing.options import EditRequest
 from sparse_lora_dist.editing.scores import Said, asked_of, scored
 from sparse_lora_dist.feed import open_tokenizer
+from sparse_lora_dist.folders import write_whole
 from sparse_lora_dist.job import Job
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.phases import first_on_its_node, together
@@ -69,7 +68,9 @@ def _conclude(request: EditRequest, job: Job) -> None:
     with together(f"writing {RESULTS}"):
         if comm.rank() == 0:
             texts = {"before": before.texts, "after": after.texts}
-            _write(job.folder / RESULTS, _results(request, job, scores, texts))
+            results = _results(request, job, scores, texts)
+            text = json.dumps(results, indent=1, ensure_ascii=False)
+            write_whole(job.folder / RESULTS, text + "\n")
     for name in COLUMNS:
         was, now = (_in_words(table_row(rows)[name]) for rows in scores.values())
         say("edited", f"{name} {now}" if name == "locality" else f"{name} {was} -> {now}")
@@ -107,13 +108,6 @@ def _results(
         **{when: table_row(rows) for when, rows in scores.items()},
         "edits": each,
     }
-
-
-def _write(path: Path, results: dict[str, object]) -> None:
-    """Whole, or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
 
 
 def _in_words(value: float | None) -> str:

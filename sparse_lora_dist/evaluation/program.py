@@ -1,5 +1,6 @@
 """launcher/eval.py: models and data opened and checked, then one model after another evaluated."""
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,9 +20,10 @@ from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.metrics import METRICS, Measure
 from sparse_lora_dist.evaluation.options import EvalConfig, EvalRequest
 from sparse_lora_dist.evaluation.questions import Encoder
-from sparse_lora_dist.evaluation.results import as_text, results, write
+from sparse_lora_dist.evaluation.results import as_text, results
 from sparse_lora_dist.evaluation.scoring import Scorer
 from sparse_lora_dist.feed import open_tokenizer, settle_padding
+from sparse_lora_dist.folders import write_whole
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import counted, say
@@ -71,7 +73,8 @@ def evaluate(request: EvalRequest) -> None:
         if comm.rank() == 0:
             print(as_text(found), flush=True)
             if own.output is not None:
-                write(Path(own.output), _about(exam) | found)
+                content = json.dumps(_about(exam) | found, indent=1)
+                write_whole(Path(own.output), content + "\n")
 
 
 def _check_place(output: str | None) -> None:

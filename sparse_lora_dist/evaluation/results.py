@@ -1,10 +1,7 @@
 """Measures -> numbers with 95% intervals, as JSON and as a table."""
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.evaluation.intervals import Interval, ratio, wilson
@@ -56,16 +53,6 @@ def _number(sums: Sequence[float], weights: Sequence[float], interval: Interval)
 def _exponential(number: Numbers) -> Numbers:
     """Of the value and both ends."""
     return {k: v if k == "examples" or v is None else math.exp(v) for k, v in number.items()}
-
-
-def write(path: Path, content: Mapping[str, Any]) -> None:
-    """All of it or nothing: under another name first."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def as_text(content: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@ Sums are made in fp32 and rounded once. Shapes: O out_features, I in_features, L
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from sparse_lora_dist.adapter import seed_of
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.base_model.checkpoint_files import DTYPES, FLOATS, Entry, Source
+from sparse_lora_dist.base_model.checkpoint_files import DTYPES, FLOATS, Source
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
 from sparse_lora_dist.export.base import Base, read_labelled_config
 from sparse_lora_dist.export.peft_adapter import Pair
@@ -50,17 +51,19 @@ class Merge:
     """Weights with a delta other than zero."""
     unchanged: int = 0
     """Of these, those that rounding left as they were."""
-    _distances: list[tuple[float, float]] = field(default_factory=list)
+    _apart: float = 0.0
+    """||W - dequantised||^2 of all weights that the run had in 4 bits."""
+    _whole: float = 0.0
+    """||W||^2 of the same."""
 
     @property
     def distance(self) -> float:
-        """||W - dequantised|| / ||W|| over all weights that the run had in 4 bits."""
-        apart, whole = (sum(column) for column in zip(*self._distances, strict=True))
-        return float((apart / whole) ** 0.5)
+        """||W - dequantised|| / ||W||."""
+        return sqrt(self._apart / self._whole)
 
     @property
     def quantized(self) -> bool:
-        return bool(self._distances)
+        return self._whole > 0
 
     def write(self, trained: Trained, base: Base, folder: Path) -> None:
         """The model of ``base`` with what was trained, into an empty ``folder``."""
@@ -82,11 +85,10 @@ class Merge:
                 elif entry.dtype in FLOATS:
                     site = sites.get(name)
                     pair = trained.pair(site) if site else None
-                    scale = trained.config.adapter.alpha / site.rank if site else 0.0
-                    pieces = self._pieces(base, key, pair, scale)
+                    pieces = self._pieces(base, key, pair, trained.scale)
                     out.add(saved_as, NAMES[self.dtype], entry.shape, pieces)
                 else:
-                    out.add(saved_as, entry.dtype, entry.shape, _raw(base, entry))
+                    out.add(saved_as, entry.dtype, entry.shape, base.files.raw(entry, PIECE))
             for name in trained.full:
                 if name not in base.keys_of:
                     out.add_tensor(name, trained.tensor(name).to(self.dtype))
@@ -120,10 +122,9 @@ class Merge:
         packed, absmax = nf4.quantize(w, layout)
         scales = nf4.scale_bytes(absmax, nf4.offsets(absmax, layout), layout)
         again = nf4.dequantize(packed, scales, layout, base.trained.dtype).flatten()
-        pieces = zip(w.split(PIECE), again.split(PIECE), strict=True)
-        sums = [(float((p.float() - q.float()).square().sum()), p) for p, q in pieces]
-        whole = sum(float(p.float().square().sum()) for _, p in sums)
-        self._distances.append((sum(apart for apart, _ in sums), whole))
+        for ours, theirs in zip(w.split(PIECE), again.split(PIECE), strict=True):
+            self._apart += float((ours.float() - theirs.float()).square().sum())
+            self._whole += float(ours.float().square().sum())
         return again if self.onto == "dequantised" else w
 
     def _rounded(self, before: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:
@@ -157,9 +158,3 @@ def _up_or_down(x: Tensor, generator: torch.Generator) -> Tensor:
     bits += torch.randint(2**16, bits.shape, dtype=torch.int32, generator=generator)
     bits &= -(2**16)
     return x
-
-
-def _raw(base: Base, entry: Entry) -> Iterator[Tensor]:
-    source = Source(keys=(), parts=(entry,), dtype=torch.uint8)
-    for start in range(0, entry.nbytes, PIECE):
-        yield base.files.read(source, start, min(start + PIECE, entry.nbytes))

@@ -22,6 +22,7 @@ from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
 from sparse_lora_dist.phases import together
 
 PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
 WEIGHTS, APART = "adapter_model.safetensors", "modules_to_save.safetensors"
 
 

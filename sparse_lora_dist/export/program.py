@@ -7,6 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparse_lora_dist.base_model.architecture import PRECISIONS
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.base import Base
 from sparse_lora_dist.export.card import CARD, SIGNATURE, write_card
@@ -16,7 +17,6 @@ from sparse_lora_dist.export.peft_adapter import APART, write_peft
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
-from sparse_lora_dist.plan.job import DTYPES
 from sparse_lora_dist.screen import counted, megabytes, say
 
 Facts = dict[str, str]
@@ -92,7 +92,7 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
             "--onto original."
         )
     merge = Merge(
-        dtype=DTYPES[asked.dtype], stochastic=asked.rounding == "stochastic", onto=asked.onto
+        dtype=PRECISIONS[asked.dtype], stochastic=asked.rounding == "stochastic", onto=asked.onto
     )
     merge.write(trained, base, folder)
     where = "the original weights" if asked.onto == "original" else "what it was trained over"

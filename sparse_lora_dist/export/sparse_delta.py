@@ -29,7 +29,7 @@ class Sparsity:
 
     weights: int
     changed: int
-    at_most: float
+    at_most: int
     """Changed ones by the bound of RoseLoRA's Proposition 1 (arXiv:2406.10777)."""
 
     @property
@@ -47,12 +47,11 @@ class Sparsity:
 def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
     """``SITE.indices`` (flat, ascending) and ``SITE.values`` (fp32) of every matrix, one after the
     other; how sparse all are together, matrices in which nothing lives counted."""
-    scale = trained.config.adapter.alpha / trained.config.adapter.rank
-    changed, at_most, shapes = 0, 0.0, {}
+    changed, at_most, shapes = 0, 0, {}
     out = SafetensorsWriter(folder, stem=STEM)
     try:
         for site, pair in trained.pairs():
-            indices_N, values_N = nonzeros(pair, scale)
+            indices_N, values_N = nonzeros(pair, trained.scale)
             small = site.in_features * site.out_features < 2**31
             out.add_tensor(f"{site.name}.indices", indices_N.int() if small else indices_N)
             out.add_tensor(f"{site.name}.values", values_N)
@@ -79,12 +78,12 @@ def nonzeros(pair: Pair, scale: float) -> tuple[Tensor, Tensor]:
     return torch.cat(indices), torch.cat(values)
 
 
-def most_changed(pair: Pair) -> float:
+def most_changed(pair: Pair) -> int:
     """Weights of a matrix that its pieces can change at most: of each the outer product of what
     lives in its row of A and its column of B, no two of them in one place."""
     a_LI, b_OL = pair
     together = ((a_LI != 0).sum(1) * (b_OL != 0).sum(0)).sum()
-    return float(min(int(together), a_LI.shape[1] * len(b_OL)))
+    return min(int(together), a_LI.shape[1] * len(b_OL))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +98,7 @@ class Applied:
     def undo(self) -> None:
         """Every weight as it was, bit for bit."""
         for name, (indices_N, before_N) in self.overwritten.items():
-            _weight(self.model, name).view(-1)[indices_N.long()] = before_N
+            _weight(self.model, name).view(-1)[indices_N] = before_N
 
 
 @torch.no_grad()
@@ -126,9 +125,10 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
             holder[key].get_tensor(key).to(flat.device)
             for key in (f"{name}.indices", f"{name}.values")
         )
-        before_N = flat[indices_N.long()]
+        indices_N = indices_N.long()
+        before_N = flat[indices_N]
         overwritten[name] = indices_N, before_N
-        flat[indices_N.long()] = (before_N.float() + values_N).to(flat.dtype)
+        flat[indices_N] = (before_N.float() + values_N).to(flat.dtype)
     return Applied(model=model, overwritten=overwritten)
 
 

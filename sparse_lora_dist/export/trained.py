@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
+from sparse_lora_dist.base_model.architecture import PRECISIONS
 from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.command_line import saved_config
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
 from sparse_lora_dist.methods import METHODS, Method
-from sparse_lora_dist.methods.base import Pieces, Plan, Site
-from sparse_lora_dist.plan.job import DTYPES
+from sparse_lora_dist.methods.base import Pieces, Site
 from sparse_lora_dist.tasks import TASKS
 
 
@@ -45,7 +45,7 @@ class Trained:
             path=path,
             manifest=manifest,
             config=saved_config(manifest["config"]),
-            slices=SavedSlices(path, [file["name"] for file in manifest["files"]]),
+            slices=SavedSlices.of(path, manifest),
         )
 
     @property
@@ -73,14 +73,13 @@ class Trained:
     @cached_property
     def method(self) -> Method:
         """As the run had it."""
-        train = self.config.train
-        plan = Plan(
-            total_steps=self.manifest["total_steps"],
-            warmup_steps=train.warmup_steps,
-            learning_rate=train.learning_rate,
-            sites=self.sites,
-        )
+        plan = self.config.plan(self.manifest["total_steps"], self.sites)
         return METHODS[self.config.adapter.method].build(self.config.method_options, plan)
+
+    @property
+    def scale(self) -> float:
+        """What the product of a pair is multiplied by."""
+        return self.config.adapter.alpha / self.config.adapter.rank
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
         """The plain LoRA of a site, of the pieces that do something, made from its masters as
@@ -110,7 +109,7 @@ class Trained:
     @property
     def dtype(self) -> torch.dtype:
         """What forward has of weights and adapters."""
-        return DTYPES[self.config.model.precision]
+        return PRECISIONS[self.config.model.precision]
 
     def tensor(self, name: str) -> Tensor:
         """fp32, in its shape."""

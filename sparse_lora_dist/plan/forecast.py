@@ -8,7 +8,7 @@ Shapes: R rank.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -83,12 +83,7 @@ def _shortest(
 ) -> tuple[Method, int]:
     for steps in (min(STEPS, plan.total_steps), plan.total_steps):
         try:
-            short = Plan(
-                total_steps=steps,
-                warmup_steps=0,
-                learning_rate=plan.learning_rate,
-                sites=sites,
-            )
+            short = replace(plan, total_steps=steps, warmup_steps=0, sites=sites)
             return factory.build(options, short), steps
         except ValueError:  # options in steps that want a longer run
             continue

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from sparse_lora_dist.base_model.architecture import output_head
+from sparse_lora_dist.base_model.architecture import PRECISIONS, output_head
 from sparse_lora_dist.config import AdapterConfig, Config
 from sparse_lora_dist.engine_config import value_at
 from sparse_lora_dist.errors import UserError
@@ -22,7 +22,6 @@ from sparse_lora_dist.plan.llama_sizes import as_llama
 from sparse_lora_dist.plan.shape_step import StepMemory, layers_of, step_memory
 from sparse_lora_dist.targets import find_sites
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 STEPS = 1000
 """Of a run whose length is not given."""
 
@@ -125,17 +124,11 @@ class Shapes:
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self.config.model.precision]
+        return PRECISIONS[self.config.model.precision]
 
     @cached_property
     def plan(self) -> Plan:
-        train = self.config.train
-        return Plan(
-            total_steps=train.max_steps or STEPS,
-            warmup_steps=train.warmup_steps,
-            learning_rate=train.learning_rate,
-            sites=self.sites,
-        )
+        return self.config.plan(self.config.train.max_steps or STEPS, self.sites)
 
     @cached_property
     def method(self) -> Method:

@@ -5,12 +5,17 @@ from pathlib import Path
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from sparse_lora_dist.base_model.architecture import meta_model, read_config, resolve_folder
+from sparse_lora_dist.base_model.architecture import (
+    PRECISIONS,
+    meta_model,
+    read_config,
+    resolve_folder,
+)
 from sparse_lora_dist.class_head import Head, beside_base, modules_inside
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.locations import resolve_default
-from sparse_lora_dist.plan.job import DTYPES, Shapes
+from sparse_lora_dist.plan.job import Shapes
 from sparse_lora_dist.plan.llama_sizes import as_llama
 from sparse_lora_dist.targets import find_full, find_sites
 
@@ -30,7 +35,7 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
     model = meta_model(
         architecture,
         task=options.task,
-        dtype=DTYPES[options.precision],
+        dtype=PRECISIONS[options.precision],
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )

@@ -1,6 +1,5 @@
 """launcher/report.py: folders in, a page out."""
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.folders import write_whole
 from sparse_lora_dist.report import curves, ranks, spread
 from sparse_lora_dist.report.look import save_png
 from sparse_lora_dist.report.options import ReportRequest
@@ -26,7 +26,7 @@ def report(request: ReportRequest) -> None:
     check_output(request.output)
     sections = [together(stories), *(of_one(story) for story in stories)]
     try:
-        write(request.output, write_page(stories, sections))
+        write_whole(request.output, write_page(stories, sections))
         if request.png:
             folder = request.output.with_name(f"{request.output.stem}_figures")
             save_all(folder, stories, sections)
@@ -86,13 +86,6 @@ def of_one(story: RunStory) -> Section:
         else:
             pictures.append(picture)
     return Section(title=story.name, pictures=pictures, absent=absent)
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def save_all(folder: Path, stories: Sequence[RunStory], sections: Sequence[Section]) -> None:

@@ -115,7 +115,7 @@ def _has_statistics(manifest: Mapping[str, Any]) -> bool:
 
 
 def _open(saved: Saved) -> SavedSlices:
-    return SavedSlices(saved.path, [file["name"] for file in saved.manifest["files"]])
+    return SavedSlices.of(saved.path, saved.manifest)
 
 
 def _whole(slices: SavedSlices, saved: Saved, key: str, name: str) -> NDArray[np.float32]:

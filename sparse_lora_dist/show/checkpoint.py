@@ -32,7 +32,7 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
     """What is live of its tensors, and the delta that they make."""
     names = [f"{site.name}.{key}" for key in saved.method.tensors(site)]
     _, open_pieces = saved.manifest["sites"]["pieces"][site.name]
-    pair, adapter = saved.pair(site), saved.config.adapter
+    pair = saved.pair(site)
     return Module(
         name=site.name,
         rank=open_pieces,
@@ -40,7 +40,7 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
         entries=sum(prod(saved.manifest["tensors"][name]) for name in names),
         alive=sum(_num_live(saved, name) for name in names),
         bytes=sum(sizes[name] for name in names),
-        norm=norm_of(*pair, adapter.alpha / adapter.rank) if pair else 0.0,
+        norm=norm_of(*pair, saved.scale) if pair else 0.0,
     )
 
 

@@ -13,10 +13,9 @@ from typing import Any
 from safetensors import safe_open
 
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.peft_adapter import CONFIG, PREFIX, WEIGHTS
 from sparse_lora_dist.show.table import Module, norm_of
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.weight)?")
 
 

@@ -6,6 +6,7 @@ from safetensors import SafetensorError
 
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.peft_adapter import CONFIG
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.show import checkpoint, peft_adapter
 from sparse_lora_dist.show.options import ShowRequest
@@ -24,7 +25,7 @@ def show(request: ShowRequest) -> None:
 def as_text(path: Path) -> str:
     """A head line and the table."""
     try:
-        if (path / peft_adapter.CONFIG).exists():
+        if (path / CONFIG).exists():
             config = peft_adapter.read_config(path)
             head, found = peft_adapter.head(path, config), peft_adapter.modules(path, config)
         elif (path / MANIFEST).exists():
@@ -45,6 +46,4 @@ def _neither(path: Path) -> UserError:
         return UserError(
             f"{path} is a run: name {path}/adapter, or a step_... folder of {path}/checkpoints."
         )
-    return UserError(
-        f"{path} is neither an adapter ({peft_adapter.CONFIG}) nor a checkpoint ({MANIFEST})."
-    )
+    return UserError(f"{path} is neither an adapter ({CONFIG}) nor a checkpoint ({MANIFEST}).")
