@@ -9,9 +9,10 @@ from unittest.mock import patch
 
 import torch
 
+from sparse_lora_dist import folders
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation import program, results, scoring
+from sparse_lora_dist.evaluation import program, scoring
 from sparse_lora_dist.evaluation.options import load_request
 from sparse_lora_dist.model import Model
 
@@ -72,7 +73,7 @@ def interrupted(flags: list[str]) -> str:
 
 def unwritten(flags: list[str]) -> str:
     """Ended between writing the file and giving it its name; what ended it."""
-    with patch.object(results.os, "replace", side_effect=OSError("no space left")):
+    with patch.object(folders.os, "replace", side_effect=OSError("no space left")):
         return _ended(flags)
 
 

@@ -15,6 +15,7 @@ from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edits import Edit, Question, numbered
 from sparse_lora_dist.editing.metrics import COLUMNS, fluency, table_row
 from sparse_lora_dist.editing.options import load_request
+from sparse_lora_dist.editing.program import how_to_take
 from sparse_lora_dist.editing.scores import Said, asked_of, scored
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.options import load_request as export_request
@@ -65,6 +66,7 @@ def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_pat
     assert two["after"] == one["after"] and one["steps"] == two["steps"] == 12
     assert one["after"]["edit success"] > one["before"]["edit success"]
     assert one["after"]["locality"] < 100.0
+    assert "all in each step: 3 x 2 rows on each rank\n" in one["said"]
     last = [line for line in one["said"].splitlines() if line.startswith("edited")]
     assert last == [line for line in two["said"].splitlines() if line.startswith("edited")]
 
@@ -293,7 +295,12 @@ def test_defaults_are_the_released_ones_where_none_is_given(tmp_path: Path, tiny
     assert config.adapter.target_modules == ("q_proj", "v_proj")
     assert (config.train.learning_rate, config.train.max_steps) == (5e-4, 25)
     assert config.train.gradient_accumulation_steps == 3  # 5 edits, 2 a micro-batch
-    assert load_request([*asked, "--method", "lora"]).config.adapter.method == "lora"
+    assert "or --roselora_preset paper: the released one clamps" in how_to_take(config)
+    lora = load_request([*asked, "--method", "lora"]).config
+    assert lora.adapter.method == "lora"
+    assert how_to_take(lora).endswith(
+        "more --max_steps than 25, a higher --learning_rate than 0.0005"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,15 @@
 """EleutherAI's lm-evaluation-harness opens what a run exports, and chooses as launcher/eval.py.
 
-Skipped where it is not installed: pip install lm-eval. Its task is local, nothing is downloaded.
+Its task is local, nothing is downloaded.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.conftest import Ranks
 from tests.test_evaluation import QUESTIONS, flags, numbers, write
 from tests.tiny_run import TinyRun
-
-lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
 
 def task(data: Path) -> Any:
@@ -37,6 +33,7 @@ def task(data: Path) -> Any:
 
 
 def test_the_harness_chooses_as_we_do(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     run, output = tmp_path / "run", tmp_path / "results.json"

@@ -20,6 +20,8 @@ from sparse_lora_dist.purpose import Purpose
 from sparse_lora_dist.screen import counted, say
 
 RESULTS = "edits.json"
+TAKEN = 90.0
+"""Edit success, in hundredths, below which a way to more of it is said."""
 
 
 def purpose_of(request: EditRequest) -> Purpose:
@@ -42,7 +44,8 @@ def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
             open_tokenizer(config, model),
             program=f"launcher/edit.py --edits {options.edits}{number}",
         )
-    say("edits", f"{counted(len(feed.rows), 'edit')} of {options.edits}, all in each step")
+    cut = f"{feed.accumulation} x {counted(feed.micro_batch_size, 'row')} on each rank"
+    say("edits", f"{counted(len(feed.rows), 'edit')} of {options.edits}, all in each step: {cut}")
     return feed
 
 
@@ -74,6 +77,8 @@ def _conclude(request: EditRequest, job: Job) -> None:
     for name in COLUMNS:
         was, now = (_in_words(table_row(rows)[name]) for rows in scores.values())
         say("edited", f"{name} {now}" if name == "locality" else f"{name} {was} -> {now}")
+    if (table_row(scores["after"])["edit success"] or 0.0) < TAKEN:
+        say("try", how_to_take(job.config))
 
 
 def _said(request: EditRequest, job: Job, speaker: Speaker, questions: Sequence[Encoded]) -> Said:
@@ -108,6 +113,16 @@ def _results(
         **{when: table_row(rows) for when, rows in scores.items()},
         "edits": each,
     }
+
+
+def how_to_take(config: Config) -> str:
+    """What to change where too few edits took."""
+    more = f"more --max_steps than {config.train.max_steps}, a higher --learning_rate than "
+    more += f"{config.train.learning_rate:g}"
+    if getattr(config.method_options, "roselora_preset", None) == "released":
+        more += ", or --roselora_preset paper: the released one clamps weights, to a bound that is "
+        more += "made for models of billions of them"
+    return f"not every edit took: {more}"
 
 
 def _in_words(value: float | None) -> str:
