@@ -53,6 +53,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     config = build(values, options, problems, trains=program.trains)
     flat = {name: option.default for name, option in options.items()} | values
     own = None if program.own is None else make(program.own, flat, problems)
+    problems += program.check(flat)
     raise_if(problems)
     assert config is not None, "neither a config nor a problem"
     if "print_config" in names:

@@ -35,12 +35,19 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
     for option in ("model", "data", "eval_data", "init_adapter"):
         if flat[option] is not None:
             problems += missing_source(option, flat[option])
-    if flat["chat_template"] is not None and not Path(flat["chat_template"]).expanduser().is_file():
-        problems.append(f"chat_template: no such file: {flat['chat_template']}")
+    problems += missing_files(flat)
     if flat["resume"] not in ("auto", "never") and not Path(flat["resume"]).is_dir():
         problems.append(f"resume must be auto, never or an existing folder, got {flat['resume']!r}")
     if Path(flat["output_dir"]).is_file():
         problems.append(f"output_dir is a file, must be a folder: {flat['output_dir']}")
+    return problems
+
+
+def missing_files(flat: Mapping[str, Any]) -> list[str]:
+    """One line for each fault of what goes with the model, whether a run trains or not."""
+    problems = []
+    if flat["chat_template"] is not None and not Path(flat["chat_template"]).expanduser().is_file():
+        problems.append(f"chat_template: no such file: {flat['chat_template']}")
     if flat["revision"] is not None and Path(resolve_default("model", flat["model"])).exists():
         problems.append(f"revision is for hub models, but model is a local path: {flat['model']}")
     return problems

@@ -2,7 +2,7 @@
 
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -35,6 +35,8 @@ class Program:
     """Does it need what a run reads and writes besides the model?"""
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Of options of a run, where they are not a run's."""
+    check: Callable[[Mapping[str, Any]], list[str]] = lambda flat: []
+    """{option: value} -> a line for each that the program cannot do with."""
 
 
 TRAIN = Program(

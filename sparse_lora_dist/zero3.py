@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -175,7 +174,7 @@ class Slice:
 
     @property
     def numel(self) -> int:
-        return prod(self.shape)
+        return math.prod(self.shape)
 
 
 class Engine:
@@ -228,9 +227,10 @@ class Engine:
             self._engine.train()
 
     def close(self) -> None:
-        """Free this rank's shares. The modules themselves stay alive in caches of DeepSpeed's."""
+        """Free this rank's shares, and hpZ's. Modules stay alive in caches of DeepSpeed's."""
         for parameter in cast(Iterable[ZeroParameter], self.model.parameters()):
-            parameter.ds_tensor, parameter.data = None, parameter.data.new_empty(0)
+            parameter.ds_tensor = parameter.ds_secondary_tensor = None
+            parameter.data = parameter.data.new_empty(0)
 
     def backward(self, loss: Tensor) -> None:
         """Reduce a micro-batch's gradient, and add this rank's shard of it. Collective."""

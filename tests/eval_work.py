@@ -36,6 +36,15 @@ def refusal(flags: list[str]) -> str:
     raise AssertionError("the program did not complain")
 
 
+def complaint(flags: list[str]) -> str:
+    """The message of the user error that it ends with."""
+    try:
+        evaluate(flags)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the program did not complain")
+
+
 def said(flags: list[str]) -> tuple[list[str], int]:
     """(texts that were generated, in the order of the examples; forwards of this rank)."""
     texts: list[str] = []

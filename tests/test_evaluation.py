@@ -17,12 +17,21 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from sparse_lora_dist.data import load_documents
 from sparse_lora_dist.errors import ConfigError
-from sparse_lora_dist.evaluation.answers import chosen, final_number, is_exact, is_same_number
-from sparse_lora_dist.evaluation.intervals import ratio, wilson
+from sparse_lora_dist.evaluation.answers import (
+    LETTERS,
+    chosen,
+    final_number,
+    is_exact,
+    is_same_number,
+)
+from sparse_lora_dist.evaluation.examples import place_of
+from sparse_lora_dist.evaluation.intervals import paired, ratio, wilson
 from sparse_lora_dist.evaluation.metrics import METRICS
 from sparse_lora_dist.evaluation.options import METRICS as NAMES
 from sparse_lora_dist.evaluation.options import load_request
 from sparse_lora_dist.evaluation.results import as_text
+from sparse_lora_dist.export.options import load_request as export_request
+from sparse_lora_dist.export.program import export
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.reference import loss_of_documents, whole_model
@@ -187,9 +196,12 @@ def test_a_merged_model_is_the_adapter_on_its_base(
     assert loss == pytest.approx(again, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 4])
 def test_answers_are_those_of_transformers_and_ranks_forward_alike(
-    ranks: Ranks, tiny: TinyRun, run: Path
+    ranks: Ranks, tiny: TinyRun, run: Path, tmp_path: Path, batch_size: int
 ) -> None:
+    # Four rows of a batch are padded on the left to one length. Two batches, or six, on three
+    # ranks and four: some have none in the last round.
     model = theirs(tiny, run / "adapter")
     tokenizer = AutoTokenizer.from_pretrained(tiny.model)
     end = tokenizer.convert_tokens_to_ids("<|end|>")
@@ -206,11 +218,91 @@ def test_answers_are_those_of_transformers_and_ranks_forward_alike(
         ids = out[0, inputs["input_ids"].shape[1] :].tolist()
         ids = ids[: ids.index(end)] if end in ids else ids
         wanted.append(tokenizer.decode(ids, skip_special_tokens=True))
-    asked = {"metrics": "exact", "adapter": run, "max_new_tokens": 24, "batch_size": 1}
-    found = ranks(2, f"{WORK}:said", flags=flags(tiny, **asked))
-    assert [texts for texts, _ in found] == [wanted, wanted]
-    assert found[0][1] == found[1][1]
+    answers, count = tmp_path / "answers.jsonl", 4 if batch_size == 1 else 3
+    asked = {"metrics": "exact", "adapter": run, "max_new_tokens": 24, "batch_size": batch_size}
+    found = ranks(count, f"{WORK}:said", flags=flags(tiny, **asked, answers=answers))
+    assert [texts for texts, _ in found] == [wanted] * count
+    assert len({forwards for _, forwards in found}) == 1
     assert len({len(text) for text in wanted}) > 1, "answers of different lengths"
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [(row["example"], row["said"]) for row in rows] == list(enumerate(wanted))
+
+
+def test_choices_are_taken_by_likelihood(
+    ranks: Ranks, tiny: TinyRun, run: Path, tmp_path: Path
+) -> None:
+    model, answers = theirs(tiny, run / "adapter"), tmp_path / "answers.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(tiny.model)
+    summed, per_token = [], []
+    for question in QUESTIONS:
+        sums, means = [], []
+        for choice in question["choices"]:
+            chat: list[dict[str, str]] = [{"role": "user", "content": question["question"]}]
+            before = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+            chat.append({"role": "assistant", "content": choice})
+            ids = torch.tensor([tokenizer.apply_chat_template(chat)["input_ids"]])
+            with torch.no_grad():
+                logits = model(input_ids=ids).logits[0, len(before) - 1 : -1]
+            each = torch.nn.functional.cross_entropy(
+                logits.float(), ids[0, len(before) :], reduction="none"
+            )
+            sums.append(float(each.sum()))
+            means.append(float(each.mean()))
+        summed.append(min(range(len(sums)), key=sums.__getitem__))
+        per_token.append(min(range(len(means)), key=means.__getitem__))
+    rights = [1, 1, 0, 3, 0]
+    asked = {"metrics": "choice", "eval_data": write(tmp_path / "q.jsonl", QUESTIONS)}
+    ranks(2, EVALUATE, flags=flags(tiny, **asked, adapter=run, answers=answers))
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    for name, taken in (("choice", summed), ("choice_per_token", per_token)):
+        own = [row["value"] for row in rows if row["measure"] == name]
+        assert own == [float(a == b) for a, b in zip(taken, rights, strict=True)]
+    assert 0 < sum(row["value"] for row in rows) < len(rows), "some are right, some are not"
+
+
+def test_a_run_s_config_evaluates_its_adapter_and_not_what_it_began_with(
+    ranks: Ranks, tiny: TinyRun, run: Path, tmp_path: Path
+) -> None:
+    later, output = tmp_path / "later", tmp_path / "results.json"
+    begun = {"init_adapter": run / "adapter", "modules_to_save": "lm_head", "alpha": 5.0}
+    ranks(2, "tests.run_work:train", flags=tiny.flags(later, **begun, eval_batches=9))
+    own = ["--config", str(later / "run.yaml"), "--eval_data", str(tiny.held_out)]
+    own += ["--compare", f"{later},{run},base", "--output", str(output)]
+    ranks(2, EVALUATE, flags=own)
+    losses = [numbers(output, place)["loss"]["value"] for place in range(3)]
+    last = [read_rows(folder / "metrics.jsonl")[-1]["held_out_loss"] for folder in (later, run)]
+    assert losses[:2] == pytest.approx(last, rel=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-4 < abs(losses[2] - losses[1])
+
+
+def test_an_export_of_one_rank_is_evaluated_with_what_was_trained_in_full(
+    ranks: Ranks, tiny: TinyRun, run: Path, tmp_path: Path
+) -> None:
+    uniform, output = tmp_path / "uniform", tmp_path / "results.json"
+    export(export_request([str(run), "--output", str(uniform), "--uniform_rank"]))
+    assert (uniform / "modules_to_save.safetensors").exists()
+    ranks(2, EVALUATE, flags=flags(tiny, compare=f"{run},{uniform}", output=output))
+    one, two = (numbers(output, place)["loss"]["value"] for place in (0, 1))
+    assert two == pytest.approx(one, rel=1e-6)
+
+
+def test_a_run_trained_otherwise_is_told_of(
+    ranks: Ranks, tiny: TinyRun, run: Path, tmp_path: Path
+) -> None:
+    asked = flags(tiny, adapter=run, quantization="none", limit=2)
+    (said,) = ranks(1, EVALUATE, flags=asked)
+    assert "note      it was trained with quantization nf4, here it is none\n" in said
+    assert f"note      --config {run}/run.yaml evaluates it as it was trained\n" in said
+
+
+def test_a_loss_that_is_no_number_ends_it(
+    ranks: Ranks, tiny: TinyRun, run: Path, tmp_path: Path
+) -> None:
+    broken = shutil.copytree(run / "adapter", tmp_path / "broken")
+    file = broken / "adapter_model.safetensors"
+    save_file({k: t * math.nan for k, t in load_file(file).items()}, file, {"format": "pt"})
+    one, two = ranks(2, f"{WORK}:complaint", flags=flags(tiny, adapter=broken))
+    assert one == two and one.startswith("loss: the loss of 6 of 6 texts is no finite number")
 
 
 def test_a_model_that_was_compared_is_freed_before_the_next_is_loaded(
@@ -249,6 +341,9 @@ def test_what_is_cut_short_leaves_nothing_half_written(
         ("x2 and room2b", None),
         ("#### none, but 5 before? no", "5"),
         ("3 ####", None),
+        ("so _18_ then", "18"),
+        ("#### –5", "-5"),  # noqa: RUF001  a dash
+        ("1,2345", "2345"),
         ("", None),
     ],
 )
@@ -274,11 +369,39 @@ CHOICES = ["A dog", "a cat", "the cat on a hill", "dog"]
         ("Certainly a cat or a dog", 1),
         ("doggy", None),
         ("E.", None),
+        ("The answer is B", 1),
+        ("Answer: (C)", 2),
+        ("**B**", 1),
+        ("B is right", 1),
+        ("I, personally, think a cat", 1),
+        ("no option", None),
         ("", None),
     ],
 )
 def test_which_choice_a_text_takes(text: str, place: int | None) -> None:
     assert chosen(text, CHOICES) == place
+
+
+def test_a_number_is_not_taken_for_another() -> None:
+    assert chosen("-5", ["sat", "3", "5"]) is None
+    assert chosen("3.5", ["sat", "3", "5"]) is None
+    assert chosen("it is 3.", ["sat", "3", "5"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("answer", "labels", "place"),
+    [
+        (" Paris", LETTERS, 0),
+        (1, LETTERS, 1),
+        ("1", LETTERS, 1),
+        ("B", LETTERS, 1),
+        (1, ["1", "2", "3"], 0),
+        ("2", [1, 2, 3], 1),
+        ("same", LETTERS, 2),
+    ],
+)
+def test_which_choice_is_right(answer: object, labels: Sequence[object], place: int) -> None:
+    assert place_of(answer, [" Paris", " Rome", "same", "same"], labels, "'answer'") == place
 
 
 def test_exact_is_but_for_case_and_white_space() -> None:
@@ -290,6 +413,7 @@ def test_intervals_are_those_of_a_calculator() -> None:
     # 7 of 10: centre (0.7 + 1.92073 / 10) / 1.384146, half 1.959964 * 0.174939 / 1.384146.
     assert wilson(7, 10) == pytest.approx((0.396778, 0.892209), abs=1e-6)
     assert wilson(0, 10) == pytest.approx((0.0, 0.277533), abs=1e-6)
+    assert all(wilson(0, n)[0] == 0.0 and wilson(n, n)[1] == 1.0 for n in range(1, 300))
     low, high = ratio([1.0, 2.0, 3.0, 6.0], [1.0] * 4) or (0.0, 0.0)
     # Mean 3, standard deviation sqrt(14 / 3), of the mean half of it.
     assert (low, high) == pytest.approx(
@@ -297,6 +421,16 @@ def test_intervals_are_those_of_a_calculator() -> None:
     )
     assert ratio([3.0, 3.0], [1.5, 1.5]) == (2.0, 2.0)
     assert ratio([1.0], [1.0]) is None
+    # 6 of 6 weights: r = 1.5; residuals 1 - 1.5 * 2, 2 - 1.5, 6 - 4.5: squares 4, 0.25, 2.25.
+    low, high = ratio([1.0, 2.0, 6.0], [2.0, 1.0, 3.0]) or (0.0, 0.0)
+    half = 1.959964 * math.sqrt(3 / 2 * 6.5) / 6
+    assert (low, high) == pytest.approx((1.5 - half, 1.5 + half), abs=1e-6)
+    # 3 gained, 1 lost of 10: (3.5 - 1.5) / 12, half 1.959964 sqrt(5 - 12 / 36) / 12.
+    ours, theirs = [1.0] * 5 + [0.0] * 5, [0.0] * 3 + [1.0] * 3 + [0.0] * 4
+    middle, half = 2 / 12, 1.959964 * math.sqrt(5 - 1 / 3) / 12
+    assert paired(ours, theirs) == pytest.approx((middle - half, middle + half), abs=1e-6)
+    low, high = paired(ours, ours) or (0.0, 0.0)
+    assert low < -0.1 < 0.1 < high, "no disagreement among ten is not certainty"
 
 
 def test_the_table_has_a_line_for_every_number() -> None:
@@ -323,6 +457,9 @@ def test_the_command_line_knows_the_metrics_there_are() -> None:
     [
         ({"metrics": "loss,gsmk8"}, "got 'gsmk8'; did you mean gsm8k?"),
         ({"adapter": "./nowhere"}, "adapter: no such folder, and no hub id: ./nowhere"),
+        ({"compare": "base,./nowhere"}, "compare: no such folder, and no hub id: ./nowhere"),
+        ({"chat_template": "nowhere.jinja"}, "chat_template: no such file: nowhere.jinja"),
+        ({"answers": "."}, "answers is a folder"),
         ({"eval_data": "./nowhere.jsonl"}, "eval_data: no such file or folder"),
         ({"adapter": "a", "compare": "b,base"}, "adapter and compare exclude each other"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -336,6 +473,13 @@ def test_wrong_options_are_refused(tiny: TinyRun, options: dict[str, object], sa
         load_request(flags(tiny, **options))
     assert said in str(refused.value)
     assert len(refused.value.problems) == 1
+
+
+def test_all_wrong_options_are_told_of_at_once(tiny: TinyRun) -> None:
+    wrong = {"metrics": "gsmk8", "task": "seq_cls", "eval_data": "./no.jsonl", "batch_size": 0}
+    with pytest.raises(ConfigError) as refused:
+        load_request(flags(tiny, **wrong))
+    assert len(refused.value.problems) == 4
 
 
 def test_a_file_is_replaced_only_when_that_is_asked(tiny: TinyRun, tmp_path: Path) -> None:
@@ -356,7 +500,7 @@ def test_a_faulty_example_is_named_by_line_and_field(
         ({"question": None}, "exact", "'question' is missing or null"),
         ({"answer": "C"}, "choice", "'answer' is 'C', which is none of its 2 choices"),
         ({"choices": ["sat"]}, "choice", "'choices' must be a list of at least two"),
-        ({"answer": "two"}, "gsm8k", "'answer' holds no number"),
+        ({"answer": "two"}, "gsm8k", "its answer holds no number: 'two'"),
         ({"question": "far " * 30}, "exact", "more than --sequence_length 64"),
     ]:
         first = good | ({"answer": "2"} if metric == "gsm8k" else {})
@@ -364,9 +508,23 @@ def test_a_faulty_example_is_named_by_line_and_field(
         (message,) = ranks(1, REFUSAL, flags=flags(tiny, eval_data=data, metrics=metric))
         assert message.startswith(f"{data}:2: ")
         assert said in message
-    write(data, [{"prompt": "the cat"}])
+    long = "far " * 20
+    write(data, [good | {"question": long + "a" * i} for i in range(9)])
+    (message,) = ranks(1, REFUSAL, flags=flags(tiny, eval_data=data, metrics="exact"))
+    *lines, more, last = message.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{data}:{n}" for n in range(1, 6)]
+    assert more == "and 4 more" and last.endswith(" to take the longest.")
+    enough = last.split()[2]
+    ranks(1, EVALUATE, flags=flags(tiny, eval_data=data, metrics="exact", sequence_length=enough))
+    write(data, [{"prompt": "the cat", "why": "because"}])
     (message,) = ranks(1, REFUSAL, flags=flags(tiny, eval_data=data, metrics="gsm8k"))
-    assert message == f"{data}:1: 'response' is missing or null; it must be text"
+    assert message == (
+        f"--eval_data {data} has no column 'response', nor 'answer'. Its columns are: prompt, why. "
+        "Name the one of the response with --response_field"
+    )
+    write(data, [{"messages": [{"role": "user", "content": "the cat"}, "sat"]}])
+    (message,) = ranks(1, REFUSAL, flags=flags(tiny, eval_data=data, metrics="exact"))
+    assert "must be" in message and "Traceback" not in message
 
 
 def test_an_adapter_that_does_not_fit_is_refused(
@@ -380,6 +538,13 @@ def test_an_adapter_that_does_not_fit_is_refused(
         return str(first)
 
     assert "has no adapter_config.json" in message(tiny.model)
+    unexported = tmp_path / "unexported"
+    unexported.mkdir()
+    (unexported / "run.yaml").write_text("method: lora\n")
+    assert f"launcher/export.py {unexported} --output" in message(unexported)
+    two = flags(tiny, compare=f"{tiny.model},{unexported}")
+    (both,) = ranks(1, REFUSAL, flags=two)
+    assert "has no adapter_config.json" in both and "launcher/export.py" in both
 
     def other(name: str, change: Any, **config: object) -> Path:
         folder = shutil.copytree(odd, tmp_path / name)
@@ -390,11 +555,16 @@ def test_an_adapter_that_does_not_fit_is_refused(
         return folder
 
     wider = other("wider", lambda w: {k: torch.cat([t, t], 1) for k, t in w.items()})
-    assert "of another base: " in message(wider) and "this model makes it" in message(wider)
+    assert "does not fit this model: " in message(wider)
+    assert "this model makes it" in message(wider)
     deeper = other("deeper", lambda w: {k.replace("layers.1", "layers.9"): t for k, t in w.items()})
     assert "this model has no linear model.layers.9" in message(deeper)
     dora = other("dora", lambda w: w, use_dora=True)
-    assert "is not a plain LoRA adapter" in message(dora)
+    assert "is not a plain LoRA adapter: it has use_dora" in message(dora)
+    half = other(
+        "half", lambda w: {k: t for k, t in w.items() if "layers.1.mlp" not in k or "_A" in k}
+    )
+    assert "has one of lora_A and lora_B only" in message(half)
     head = {"base_model.model.other_head.weight": torch.zeros(2, 2)}
     assert "nothing is called other_head" in message(other("head", lambda w: w | head))
     assert not output.exists()

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,20 +83,66 @@ def encode_prompt(
         ExampleError: the template refuses the chat.
     """
     if template is None:
-        (message,) = messages
-        return _framed(tokenizer, _ids(tokenizer, message["content"]), ends=False)
-    ids: list[int] = _render(tokenizer, messages, template, add_generation_prompt=True)["input_ids"]
+        if len(messages) > 1:
+            raise ExampleError("a chat needs a template; give one with --chat_template")
+        ids = _framed(tokenizer, _ids(tokenizer, messages[0]["content"]), ends=False)
+    else:
+        ids = _render(tokenizer, messages, template, add_generation_prompt=True)["input_ids"]
+    if not ids:
+        raise ExampleError("its prompt is empty")
     return ids
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> list[int]:
-    """The ids that end a response: eos, and the special tokens that the template puts there."""
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    encoded = encode_chat(tokenizer, messages, template=template, train_on="response")
-    targets = {i for i, t in zip(encoded.ids, encoded.is_target, strict=True) if t}
+def encode_answer(
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[Message],
+    answer: str,
+    *,
+    template: str | None,
+) -> Encoded:
+    """The chat with this answer after it, of which all that the answer adds is a target, the end of
+    its turn included.
+
+    Raises:
+        ExampleError: the template refuses the chat, or renders what comes before otherwise once an
+            answer follows; or the answer adds nothing.
+    """
+    before = encode_prompt(tokenizer, messages, template=template)
+    chat = [*messages, {"role": "assistant", "content": answer}]
+    ids = encode_chat(tokenizer, chat, template=template, train_on="all").ids
+    if ids[: len(before)] != before:
+        raise ExampleError(
+            "the chat template renders the prompt otherwise once an answer follows it, so answers "
+            "have no likelihood. Give another --chat_template, or let the model answer: "
+            "choice_generated"
+        )
+    if len(ids) == len(before):
+        raise ExampleError(f"the choice {answer!r} becomes no token")
+    return Encoded(ids=ids, is_target=[i >= len(before) for i in range(len(ids))])
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> set[int]:
+    """The ids that end a response: eos, and the special tokens that come after it.
+
+    Raises:
+        ExampleError: the template refuses a question and its answer.
+    """
+    user = {"role": "user", "content": "a"}
+    one, two = (
+        encode_chat(
+            tokenizer,
+            [user, {"role": "assistant", "content": answer}],
+            template=template,
+            train_on="all",
+        ).ids
+        for answer in "ab"
+    )
+    # What two renderings that differ in the answer alone have in common at their ends.
+    pairs = zip(reversed(one), reversed(two), strict=False)
+    end = {i for i, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)} if one != two else set()
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     eos = tokenizer.eos_token_id
-    return sorted((targets & special) | (set() if eos is None else {int(eos)}))
+    return (end & special) | (set() if eos is None else {int(eos)})
 
 
 def _whole(ids: list[int]) -> Encoded:

@@ -29,7 +29,7 @@ class Fields:
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         """The chat of an example of the other kinds; a pair is a user and an assistant turn."""
         if self.kind == "messages":
-            return _chat(record[MESSAGES])
+            return chat_of(record[MESSAGES])
         prompt, response = (text_of(record[c], repr(c)) for c in self.columns)
         return [
             {"role": "user", "content": prompt},
@@ -72,7 +72,8 @@ def text_of(value: Any, name: str) -> str:
     return value
 
 
-def _chat(value: Any) -> list[Message]:
+def chat_of(value: Any) -> list[Message]:
+    """``value``, once it is sure to be a list of messages."""
     if not isinstance(value, list) or not value:
         raise ExampleError(
             f"{MESSAGES!r} must be a list of at least one {{role, content}}, got {str(value)[:40]}"

@@ -1,22 +1,27 @@
-"""A PEFT LoRA adapter to evaluate, of any ranks and scales, and the base opened to carry it."""
+"""A PEFT LoRA adapter to evaluate, of any ranks and scales."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from peft.utils.other import get_pattern_key
 
-from sparse_lora_dist.config import AdapterConfig, Config
+from sparse_lora_dist.checkpoint.manifest import MANIFEST
+from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.init_adapter import open_peft
-from sparse_lora_dist.methods import Method
-from sparse_lora_dist.model import Model
+from sparse_lora_dist.export.peft_adapter import CONFIG
+from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.zero3 import Values
 
-PLAIN = Method(name="lora")
+AS_TRAINED = ("quantization", "double_quant", "precision", "chat_template", "train_on")
+"""Options that decide what an adapter is worth; another one may be meant."""
+RUN = "run.yaml"
+"""In the folder of every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,8 @@ class Adapter:
     """Of the same."""
     scales: Mapping[str, float] = field(default_factory=dict)
     """Site -> what its delta is multiplied by."""
+    base: str | None = None
+    """What it says it was trained over."""
 
     @property
     def full(self) -> tuple[str, ...]:
@@ -38,27 +45,57 @@ class Adapter:
         return tuple(dict.fromkeys(owners))
 
 
-def open_adapter(name: str | None) -> Adapter:
-    """That of a PEFT folder, of a run's folder, or of the hub. Collective; values are read later.
+def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
+    """Those of PEFT's folders, of runs' folders, or of the hub; None is the base. Collective;
+    values are read later.
 
     Raises:
-        UserError: it is not there, or of a kind that is not a plain LoRA.
+        UserError: with all that are not there, or of a kind that is not a plain LoRA.
     """
+    adapters, problems = [], []
+    with together("opening adapters"), first_on_its_node():
+        for name in names:
+            try:
+                adapters.append(_open(name))
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise UserError("\n".join(problems))
+    return adapters
+
+
+def _open(name: str | None) -> Adapter:
     if name is None:
         return Adapter(name="base")
-    with together("opening the adapter"), first_on_its_node():
-        folder = Path(name).expanduser()
-        is_run = (folder / "adapter" / "adapter_config.json").exists()
-        config, values, shapes = open_peft(
-            str(folder / "adapter") if is_run else str(folder), "--adapter"
+    folder = Path(name).expanduser()
+    if (folder / "adapter" / CONFIG).exists():
+        folder = folder / "adapter"
+    elif not (folder / CONFIG).exists() and any((folder / n).exists() for n in (RUN, MANIFEST)):
+        raise UserError(
+            f"adapter {name} has no adapter yet, only checkpoints: write one with "
+            f"launcher/export.py {name} --output FOLDER, and name that"
         )
-        odd = [n for n in shapes if "lora_" in n and not n.endswith(("lora_a", "lora_b"))]
-        if config.get("peft_type") != "LORA" or config.get("use_dora") or odd:
-            more = f": it holds {odd[0]}" if odd else ""
-            raise UserError(f"--adapter {name} is not a plain LoRA adapter{more}")
-        ranks = {n.removesuffix(".lora_a"): s[0] for n, s in shapes.items() if n.endswith("lora_a")}
-        scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}
-    return Adapter(name=name, values=values, shapes=shapes, scales=scales)
+    config, values, shapes = open_peft(str(folder), "adapter")
+    if why := _not_plain(config, shapes):
+        raise UserError(f"adapter {name} is not a plain LoRA adapter: {why}")
+    ranks = {n.removesuffix(".lora_a"): s[0] for n, s in shapes.items() if n.endswith("lora_a")}
+    scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}
+    base = config.get("base_model_name_or_path")
+    return Adapter(name=name, values=values, shapes=shapes, scales=scales, base=base)
+
+
+def _not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | None:
+    if config.get("peft_type") != "LORA":
+        return f"it is of PEFT's type {config.get('peft_type')}"
+    for other in ("use_dora", "alora_invocation_tokens"):
+        if config.get(other):
+            return f"it has {other}"
+    if odd := [n for n in shapes if "lora_" in n and not n.endswith(("lora_a", "lora_b"))]:
+        return f"it holds {odd[0]}"
+    halves = ({n[:-7] for n in shapes if n.endswith(half)} for half in (".lora_a", ".lora_b"))
+    if alone := set.symmetric_difference(*halves):
+        return f"{min(alone)} has one of lora_A and lora_B only"
+    return None
 
 
 def scale_of(config: Mapping[str, Any], site: str, rank: int) -> float:
@@ -69,44 +106,17 @@ def scale_of(config: Mapping[str, Any], site: str, rank: int) -> float:
     return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
-def open_model(config: Config, adapter: Adapter) -> Model:
-    """The base with the adapter's modules as its sites, nothing read yet. Collective.
-
-    Raises:
-        UserError: the adapter is one of another base.
-    """
-    wanted = AdapterConfig(rank=1, target_modules=".*", modules_to_save=adapter.full)
-    try:
-        model = Model.open(replace(config, adapter=wanted))
-    except UserError as error:
-        if not str(error).startswith("--modules_to_save"):
-            raise
-        raise _misfit(adapter, str(error).partition(": ")[2]) from error
-    linears = {site.name: site for site in model.sites}
-    absent = [site for site in adapter.scales if site not in linears]
-    if absent:
-        raise _misfit(adapter, f"this model has no linear {absent[0]}")
-    # In the model's order.
-    model.sites = [
-        replace(site, rank=adapter.shapes[f"{name}.lora_a"][0])
-        for name, site in linears.items()
-        if name in adapter.scales
-    ]
-    ours = model.trained_shapes(PLAIN)
-    for name, shape in adapter.shapes.items():
-        if shape != ours.get(name):
-            here = list(ours[name]) if name in ours else "nothing so called"
-            raise _misfit(adapter, f"{name} has shape {list(shape)}, this model makes it {here}")
-    return model
-
-
-def _misfit(adapter: Adapter, what: str) -> UserError:
-    return UserError(f"--adapter {adapter.name} is of another base: {what}", shared=True)
-
-
-def load(config: Config, model: Model, adapter: Adapter, engine_config: dict[str, Any]) -> None:
-    """Read this rank's share of base and adapter; nothing trains. Collective."""
-    model.load(config, PLAIN, engine_config, adapter.values)
-    for linear in model.adapters:
-        linear.scale = adapter.scales[linear.site.name]
-    model.module.requires_grad_(False)
+def unlike_training(adapter: Adapter, config: Config) -> list[str]:
+    """What a run that wrote ``adapter`` had otherwise, where it left word of it."""
+    notes = []
+    here = resolve_default("model", config.model.model)
+    if adapter.base and Path(adapter.base).name != Path(here).name:
+        notes.append(f"it was trained over {adapter.base}, this is {here}")
+    folder = Path(adapter.name).expanduser()
+    run = next((p for p in (folder / RUN, folder.parent / RUN) if p.is_file()), None)
+    if run is not None:
+        now, then = config.as_flat_dict(), yaml.safe_load(run.read_text())
+        differ = [n for n in AS_TRAINED if n in then and then[n] != now[n]]
+        notes += [f"it was trained with {n} {then[n]}, here it is {now[n]}" for n in differ]
+        notes += [f"--config {run} evaluates it as it was trained"] if differ else []
+    return notes

@@ -4,10 +4,14 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 
-NUMBER = re.compile(r"(?<!\w)-?\$?(\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+)")
+NUMBER = re.compile(r"(?<![^\W_])-?\$?(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.\d+|\d+)")
 """18, -3, $1,234.50, .5; in 16-3 the two are 16 and 3."""
-LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s*\n)")
+LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s*\n|\s+is\b)")
 """A. or (B) or c: at the start, or a letter alone."""
+CALLED = re.compile(r"\b(?i:answer|option|choice)\b(?:\s+is\b)?\s*:?\s*\(?([A-Z])(?![\w'])")
+"""The answer is B; Option C."""
+MARKS = re.compile(r"[*_`\"]")
+"""Of emphasis, and quotes."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -23,7 +27,7 @@ def is_exact(text: str, answer: str) -> bool:
 
 def final_number(text: str) -> Decimal | None:
     """The first number after the last ####, which is how GSM8K marks an answer, or the last one."""
-    _, mark, marked = text.replace("−", "-").rpartition("####")  # noqa: RUF001  a minus sign
+    _, mark, marked = re.sub("[−–]", "-", text).rpartition("####")  # noqa: RUF001  minus, dash
     found = list(NUMBER.finditer(marked))
     if not found:
         return None
@@ -39,20 +43,24 @@ def is_same_number(text: str, answer: str) -> bool:
 
 
 def chosen(text: str, choices: Sequence[str]) -> int | None:
-    """Which choice the text takes: the one it begins with, else its letter, else the one that it
-    names first. Of those that begin alike, the longest."""
-    said, wanted = plain(text), [plain(choice) for choice in choices]
+    """Which choice the text takes: the one it begins with, else its letter (B. at the start, or
+    "the answer is B"), else the one that it names first. Of those that begin alike, the longest."""
+    text = MARKS.sub("", text).strip()
+    said, wanted = plain(text), [plain(MARKS.sub("", choice)) for choice in choices]
     begins = [i for i, choice in enumerate(wanted) if _at(said, choice) == 0]
     if begins:
         return max(begins, key=lambda i: len(wanted[i]))
-    if letter := LETTER.match(text.strip()):
+    for letter in filter(None, (LETTER.match(text), CALLED.search(text))):
         place = LETTERS.index(letter[1].upper())
-        return place if place < len(choices) else None
+        if place < len(choices):
+            return place
     named = [i for i, choice in enumerate(wanted) if _at(said, choice) is not None]
     return min(named, key=lambda i: (_at(said, wanted[i]), -len(wanted[i])), default=None)
 
 
 def _at(text: str, words: str) -> int | None:
     """Where ``words`` stand in ``text`` as whole words."""
-    found = re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) if words else None
+    # 3 is not in -3, nor in 3.5.
+    pattern = rf"(?<![\w.-]){re.escape(words)}(?!\w|[.,]\d)"
+    found = re.search(pattern, text) if words else None
     return found.start() if found else None

@@ -1,15 +1,27 @@
 """A row of a data set -> a chat that ends where the model is to answer, and the right answer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sparse_lora_dist.config import DataConfig
-from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message, text_of
+from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message, chat_of, text_of
 from sparse_lora_dist.data.read import Examples, read_examples
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.answers import LETTERS
 
 Made = TypeVar("Made")
+
+SHOWN = 5
+"""Faulty examples that are named; the others are counted."""
+
+
+class TooLong(ExampleError):
+    """More tokens than a row takes."""
+
+    def __init__(self, tokens: int, most: int) -> None:
+        super().__init__(f"it has {tokens} tokens, more than --sequence_length {most}")
+        self.tokens = tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +33,7 @@ class Table:
     """
 
     examples: Examples
-    prompt: str
-    answer: str
+    data: DataConfig
 
     @classmethod
     def read(cls, source: str, data: DataConfig, limit: int | None) -> "Table":
@@ -34,80 +45,100 @@ class Table:
             flag="--eval_data",
             column_names=data.column_names,
         )
-        columns = examples.table.column_names
-        return cls(
-            examples=examples,
-            prompt=_known(columns, data.prompt_field, "question"),
-            answer=_known(columns, data.response_field, "answer"),
-        )
+        return cls(examples=examples, data=data)
 
     def make(self, make: Callable[["Table", Mapping[str, Any]], Made]) -> list[Made]:
         """What ``make`` makes of every example.
 
         Raises:
-            UserError: with file, line and field, for the first that it refuses.
+            UserError: with file, line and fault of the first that it refuses, and how many more.
         """
-        return list(self._made(make))
-
-    def _made(self, make: Callable[["Table", Mapping[str, Any]], Made]) -> Iterator[Made]:
+        made: list[Made] = []
+        faults: list[tuple[int, ExampleError]] = []
         for index, record in enumerate(self.examples.table):
             try:
-                yield make(self, record)
+                made.append(make(self, record))
             except ExampleError as error:
-                raise self.examples.fault(index, str(error)) from error
+                faults.append((index, error))
+        if faults:
+            raise self._refusal(faults)
+        return made
+
+    def _refusal(self, faults: Sequence[tuple[int, ExampleError]]) -> UserError:
+        lines = [str(self.examples.fault(index, str(error))) for index, error in faults[:SHOWN]]
+        if len(faults) > SHOWN:
+            lines.append(f"and {len(faults) - SHOWN:,} more")
+        longest = max((e.tokens for _, e in faults if isinstance(e, TooLong)), default=0)
+        if longest:
+            lines.append(f"Set --sequence_length {longest} to take the longest.")
+        return UserError("\n".join(lines))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         """The chat up to the answer."""
         if MESSAGES not in record:
-            return [
-                {"role": "user", "content": text_of(record.get(self.prompt), repr(self.prompt))}
-            ]
-        chat = record[MESSAGES] or []
-        is_answered = bool(chat) and chat[-1].get("role") == "assistant"
-        chat = chat[:-1] if is_answered else chat
+            column = self.column("prompt")
+            return [{"role": "user", "content": text_of(record[column], repr(column))}]
+        chat = chat_of(record[MESSAGES])
+        chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
         if not chat:
             raise ExampleError(f"{MESSAGES!r} has nothing to answer")
-        return [
-            {k: text_of(m.get(k), f"{k!r} of a message") for k in ("role", "content")} for m in chat
-        ]
+        return chat
 
     def reference(self, record: Mapping[str, Any]) -> str:
         """The right answer as text."""
         if MESSAGES not in record:
-            return text_of(record.get(self.answer), repr(self.answer))
-        last: Message = (record[MESSAGES] or [{}])[-1]
-        if last.get("role") != "assistant":
+            column = self.column("response")
+            return text_of(record[column], repr(column))
+        last = chat_of(record[MESSAGES])[-1]
+        if last["role"] != "assistant":
             raise ExampleError(f"{MESSAGES!r} does not end with an assistant's answer")
-        return text_of(last.get("content"), "'content' of the last message")
+        return str(last["content"])
 
     def choices(self, record: Mapping[str, Any]) -> tuple[list[str], int]:
         """(choices, place of the right one). ``choices`` is a list of texts, or, as on the hub,
         their ``text`` and ``label``; the answer an index from 0, a label or letter, or the text."""
         given: Any = record.get("choices")
-        labels = list(LETTERS)
+        labels: Sequence[object] = ()
         if isinstance(given, dict):
-            labels = list(given.get("label") or LETTERS)
-            given = given.get("text")
+            labels, given = given.get("label") or (), given.get("text")
         if not isinstance(given, list) or len(given) < 2:
             raise ExampleError(f"'choices' must be a list of at least two, got {str(given)[:40]}")
         texts = [text_of(choice, "a choice") for choice in given]
-        return texts, _place(record.get(self.answer), texts, labels, repr(self.answer))
+        column = self.column("response")
+        return texts, place_of(record[column], texts, labels or LETTERS, repr(column))
+
+    def column(self, kind: str) -> str:
+        """That of the prompt, or of the response.
+
+        Raises:
+            UserError: there is none.
+        """
+        flag, second = f"{kind}_field", {"prompt": "question", "response": "answer"}[kind]
+        named, there = getattr(self.data, flag), self.examples.table.column_names
+        if named in there:
+            return str(named)
+        is_default = named == getattr(DataConfig(), flag)
+        if is_default and second in there:
+            return second
+        wanted = f"{named!r}, nor {second!r}" if is_default else repr(named)
+        raise UserError(
+            f"--eval_data {self.examples.source} has no column {wanted}. Its columns are: "
+            f"{', '.join(there)}. Name the one of the {kind} with --{flag}"
+        )
 
 
-def _known(columns: Sequence[str], first: str, second: str) -> str:
-    return first if first in columns or second not in columns else second
-
-
-def _place(answer: Any, texts: Sequence[str], labels: Sequence[str], name: str) -> int:
-    """Which choice is right. Text comes before label, and label before index, where it could be
-    two of them."""
-    ways = {str(i): i for i in range(len(texts))}
-    ways |= {label: i for i, label in enumerate(labels[: len(texts)])}
-    ways |= {text: i for i, text in enumerate(texts)}
+def place_of(answer: object, texts: Sequence[str], labels: Sequence[object], name: str) -> int:
+    """Which choice is right, the first of those that are called so. A text is looked for among
+    texts, then labels, then indices; a number is no text."""
     if isinstance(answer, bool) or not isinstance(answer, int | str):
         raise ExampleError(f"{name} must be an index, a letter or a choice, got {answer!r}")
-    if isinstance(answer, int) and 0 <= answer < len(texts):
-        return answer
-    if isinstance(answer, str) and answer.strip() in ways:
-        return ways[answer.strip()]
-    raise ExampleError(f"{name} is {answer!r}, which is none of its {len(texts)} choices")
+    places: dict[str, int] = {}
+    named = texts if isinstance(answer, str) else ()
+    for names in (named, labels[: len(texts)], range(len(texts))):
+        for place, one in enumerate(names):
+            places.setdefault(str(one).strip(), place)
+    try:
+        return places[str(answer).strip()]
+    except KeyError:
+        said = f"{name} is {answer!r}, which is none of its {len(texts)} choices"
+        raise ExampleError(said) from None

@@ -14,7 +14,22 @@ def wilson(successes: float, count: int) -> Interval:
     share, z2 = successes / count, Z95**2
     centre = share + z2 / (2 * count)
     half = Z95 * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return (centre - half) / (1 + z2 / count), (centre + half) / (1 + z2 / count)
+    low, high = (centre - half) / (1 + z2 / count), (centre + half) / (1 + z2 / count)
+    return max(0.0, low), min(1.0, high)  # but for rounding they are inside
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
+    """Of the difference of two shares over the same examples: Wald's, half an example added to
+    each of the four cells, so that no disagreement is not certainty.
+
+    A. Agresti and Y. Min, Statistics in Medicine 24 (2005), 729.
+    """
+    gained = 0.5 + sum(a > b for a, b in zip(ours, theirs, strict=True))
+    lost = 0.5 + sum(a < b for a, b in zip(ours, theirs, strict=True))
+    n = len(ours) + 2
+    middle = (gained - lost) / n
+    half = Z95 * math.sqrt(gained + lost - n * middle**2) / n
+    return max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def ratio(sums: Sequence[float], weights: Sequence[float]) -> Interval:

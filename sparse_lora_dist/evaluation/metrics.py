@@ -23,6 +23,8 @@ class Measure:
     weights: Sequence[float]
     is_share: bool = True
     """Is each example right or wrong?"""
+    said: Sequence[str] = ()
+    """What the model answered, where it did."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,8 @@ class Metric:
     """(encoder, examples, limit) -> what is scored, before a weight is read. No collectives."""
     measure: Callable[[str, Scorer, Any], list[Measure]]
     """(name, model, items) -> numbers. Collective."""
+    generates: bool = False
+    """Does the model answer in its own words?"""
 
 
 def loss(name: str, scorer: Scorer, documents: Documents) -> list[Measure]:
@@ -55,15 +59,17 @@ def likeliest(name: str, scorer: Scorer, choices: Sequence[Choice]) -> list[Meas
 def generated(name: str, scorer: Scorer, tasks: Sequence[Task]) -> list[Measure]:
     """The share of prompts that are answered rightly."""
     texts = scorer.answers([task.prompt for task in tasks], name)
-    return [_share(name, [t.is_right(text) for t, text in zip(tasks, texts, strict=True)])]
+    rights = [t.is_right(text) for t, text in zip(tasks, texts, strict=True)]
+    return [_share(name, rights, texts)]
 
 
 def _least(values: Sequence[float]) -> int:
     return min(range(len(values)), key=values.__getitem__)
 
 
-def _share(name: str, rights: Sequence[bool]) -> Measure:
-    return Measure(name=name, sums=[float(r) for r in rights], weights=[1.0] * len(rights))
+def _share(name: str, rights: Sequence[bool], said: Sequence[str] = ()) -> Measure:
+    sums, weights = [float(r) for r in rights], [1.0] * len(rights)
+    return Measure(name=name, sums=sums, weights=weights, said=said)
 
 
 def _each(item: Callable[[Encoder, Table, Mapping[str, Any]], Any]) -> Items:
@@ -71,11 +77,12 @@ def _each(item: Callable[[Encoder, Table, Mapping[str, Any]], Any]) -> Items:
     return lambda encoder, table, limit: table.make(partial(item, encoder))
 
 
+_Answered = partial(Metric, measure=generated, generates=True)
 METRICS = {
     "loss": Metric(items=questions.documents, measure=loss),
     "choice": Metric(items=_each(questions.choice), measure=likeliest),
-    "choice_generated": Metric(items=_each(questions.choice_generated), measure=generated),
-    "exact": Metric(items=_each(questions.exact), measure=generated),
-    "gsm8k": Metric(items=_each(questions.gsm8k), measure=generated),
+    "choice_generated": _Answered(items=_each(questions.choice_generated)),
+    "exact": _Answered(items=_each(questions.exact)),
+    "gsm8k": _Answered(items=_each(questions.gsm8k)),
 }
 """By the name that ``--metrics`` takes."""

@@ -1,13 +1,14 @@
 """The evaluation's command line: every option of a run, and a few of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sparse_lora_dist.bounds import at_least, raise_if
 from sparse_lora_dist.command_line import read_options
 from sparse_lora_dist.config import Config, RunConfig
-from sparse_lora_dist.locations import eval_source, looks_local, missing_source
+from sparse_lora_dist.locations import eval_source, looks_local, missing_files, missing_source
 from sparse_lora_dist.options import Program
 from sparse_lora_dist.spelling import did_you_mean
 
@@ -34,8 +35,10 @@ class EvalConfig:
     """Use the first so many examples only; null uses all."""
     output: str | None = None
     """JSON file for the results; null only prints them."""
+    answers: str | None = None
+    """File of JSON lines for each example's number and what the model said; null keeps none."""
     overwrite: bool = False
-    """May --output replace a file?"""
+    """May --output and --answers replace a file?"""
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "batch_size", "max_new_tokens", "limit")
@@ -50,10 +53,17 @@ class EvalConfig:
             problems.append("adapter and compare exclude each other: name all of them in compare")
         for name in self.names:
             if name is not None and looks_local(name) and not Path(name).expanduser().exists():
-                problems.append(f"adapter: no such folder, and no hub id: {name}")
-        if self.output is not None:
-            problems += bad_output(Path(self.output), overwrite=self.overwrite)
+                flag = "compare" if self.compare else "adapter"
+                problems.append(f"{flag}: no such folder, and no hub id: {name}")
+        for flag, path in self.files.items():
+            problems += bad_output(flag, path, overwrite=self.overwrite)
         raise_if(problems)
+
+    @property
+    def files(self) -> dict[str, Path]:
+        """What is written, by option."""
+        given = {"output": self.output, "answers": self.answers}
+        return {flag: Path(p).expanduser() for flag, p in given.items() if p is not None}
 
     @property
     def names(self) -> tuple[str | None, ...]:
@@ -77,22 +87,38 @@ class EvalRequest:
         return self.config.run
 
 
+def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
+    """A line when results must not be written there."""
+    if path.is_dir():
+        return [f"{flag} is a folder, must be a file: {path}"]
+    if path.exists() and not overwrite:
+        return [f"{flag} is there already: {path}. Give --overwrite, or another name"]
+    return []
+
+
+def bad_options(flat: Mapping[str, Any]) -> list[str]:
+    """A line for each option of a run that evaluation cannot do with."""
+    problems = missing_files(flat)
+    if flat["task"] != "causal_lm":
+        problems.append(
+            f"task must be causal_lm here, got {flat['task']}: of a classifier, launcher/train.py "
+            "says loss and accuracy on its --eval_data"
+        )
+    if flat["eval_data"] is None and flat["data"] != "default":
+        problems.append("eval_data is missing: the examples to evaluate on")
+    elif flat["eval_data"] is not None:
+        problems += missing_source("eval_data", flat["eval_data"])
+    return problems
+
+
 PROGRAM = Program(
     name="launcher/eval.py",
     usage="deepspeed launcher/eval.py --model M --adapter A --eval_data FILE --metrics loss [...]",
     description="Held-out loss and accuracy of a sharded model, with an adapter or without.",
     own=EvalConfig,
     trains=False,
+    check=bad_options,
 )
-
-
-def bad_output(path: Path, *, overwrite: bool) -> list[str]:
-    """A line when results must not be written there."""
-    if path.is_dir():
-        return [f"output is a folder, must be a file: {path}"]
-    if path.exists() and not overwrite:
-        return [f"output is there already: {path}. Give --overwrite, or another name"]
-    return []
 
 
 def load_request(argv: Sequence[str]) -> EvalRequest:
@@ -103,13 +129,5 @@ def load_request(argv: Sequence[str]) -> EvalRequest:
     """
     config, own = read_options(argv, PROGRAM)
     source = eval_source(config.data)
-    problems = []
-    if config.model.task != "causal_lm":
-        problems.append(f"task must be causal_lm here, got {config.model.task}")
-    if source is None:
-        problems.append("eval_data is missing: the examples to evaluate on")
-    else:
-        problems += missing_source("eval_data", source)
-    raise_if(problems)
-    assert source is not None
+    assert source is not None, "bad_options has seen to it"
     return EvalRequest(config=config, own=own, source=source)

@@ -1,7 +1,7 @@
 """Examples -> what a model is asked: tokens to score, or a prompt and which answers are right."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.config import DataConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents, load_documents
-from sparse_lora_dist.data.chat import encode_chat, encode_prompt
-from sparse_lora_dist.data.fields import ExampleError, Message
+from sparse_lora_dist.data.chat import encode_answer, encode_prompt
+from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message
 from sparse_lora_dist.evaluation.answers import (
     LETTERS,
     chosen,
@@ -19,7 +19,7 @@ from sparse_lora_dist.evaluation.answers import (
     is_exact,
     is_same_number,
 )
-from sparse_lora_dist.evaluation.examples import Table
+from sparse_lora_dist.evaluation.examples import Table, TooLong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,31 +52,30 @@ class Encoder:
 
     def answered(self, messages: list[Message], answer: str) -> Document:
         """The chat with this answer, of which the answer alone is scored, its end included."""
-        chat = [*messages, {"role": "assistant", "content": answer}]
-        encoded = encode_chat(self.tokenizer, chat, template=self.template, train_on="response")
-        ids, start = self._fitting(encoded.ids), len(self.prompt(messages))
-        labels = [
-            token if target and place >= start else NOT_A_TARGET
-            for place, (token, target) in enumerate(zip(ids, encoded.is_target, strict=True))
-        ]
-        return Document(input_ids=np.array(ids), labels=np.array(labels))
+        encoded = encode_answer(self.tokenizer, messages, answer, template=self.template)
+        ids = np.array(self._fitting(encoded.ids))
+        labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
+        return Document(input_ids=ids, labels=labels)
 
     def _fitting(self, ids: list[int]) -> list[int]:
         if len(ids) > self.data.sequence_length:
-            most = self.data.sequence_length
-            raise ExampleError(f"it has {len(ids)} tokens, more than --sequence_length {most}")
+            raise TooLong(len(ids), self.data.sequence_length)
         return ids
 
 
 def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
     """As training has them for its held-out loss, tokens and mask."""
-    data = encoder.data
+    data, there = encoder.data, set(table.examples.table.column_names)
+    as_trained = {data.prompt_field, data.response_field} <= there
+    if not (as_trained or there & {MESSAGES, data.text_field} or table.examples.is_plain_text):
+        columns = table.column("prompt"), table.column("response")
+        data = replace(data, prompt_field=columns[0], response_field=columns[1])
     return load_documents(
         table.examples.source,
         encoder.tokenizer,
         text_field=data.text_field,
-        prompt_field=table.prompt,
-        response_field=table.answer,
+        prompt_field=data.prompt_field,
+        response_field=data.response_field,
         chat_template=data.chat_template,
         train_on=data.train_on,
         sequence_length=data.sequence_length,
@@ -98,6 +97,8 @@ def choice_generated(encoder: Encoder, table: Table, record: Mapping[str, Any]) 
     """By what the model says when the choices stand under the question, each with a letter."""
     texts, right = table.choices(record)
     *before, last = table.messages(record)
+    if len(texts) > len(LETTERS):
+        raise ExampleError(f"it has {len(texts)} choices, more than there are letters")
     listed = [last["content"], *(f"{a}. {text}" for a, text in zip(LETTERS, texts, strict=False))]
     prompt = encoder.prompt([*before, last | {"content": "\n".join(listed)}])
     return Task(prompt=prompt, is_right=lambda text: chosen(text, texts) == right)
@@ -113,6 +114,6 @@ def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Task:
     """By the final number."""
     answer = table.reference(record)
     if final_number(answer) is None:
-        raise ExampleError(f"{table.answer!r} holds no number")
+        raise ExampleError(f"its answer holds no number: {answer[-40:]!r}")
     prompt = encoder.prompt(table.messages(record))
     return Task(prompt=prompt, is_right=partial(is_same_number, answer=answer))

@@ -1,10 +1,11 @@
 """Measures -> numbers with 95% intervals, as JSON and as a table."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sparse_lora_dist.evaluation.intervals import Interval, ratio, wilson
+from sparse_lora_dist.evaluation.intervals import Interval, paired, ratio, wilson
 from sparse_lora_dist.evaluation.metrics import Measure
 
 Named = Mapping[str, Measure]
@@ -39,9 +40,25 @@ def _differences(measures: Named, base: Named) -> dict[str, Numbers]:
     """Example by example, so that what is hard for both does not widen the interval."""
     differences = {}
     for name, m in measures.items():
-        sums = [ours - theirs for ours, theirs in zip(m.sums, base[name].sums, strict=True)]
-        differences[name] = _number(sums, m.weights, ratio(sums, m.weights))
+        theirs = base[name].sums
+        sums = [a - b for a, b in zip(m.sums, theirs, strict=True)]
+        interval = paired(m.sums, theirs) if m.is_share else ratio(sums, m.weights)
+        differences[name] = _number(sums, m.weights, interval)
     return differences
+
+
+def each_example(measured: Sequence[tuple[str, Named]]) -> str:
+    """JSON lines: of every model, measure and example, counted from 0, its number and what the
+    model said."""
+    rows = [
+        {"adapter": adapter, "measure": name, "example": i, "value": value}
+        | ({"tokens": int(m.weights[i])} if not m.is_share else {})
+        | ({"said": m.said[i]} if m.said else {})
+        for adapter, measures in measured
+        for name, m in measures.items()
+        for i, value in enumerate(m.sums)
+    ]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def _number(sums: Sequence[float], weights: Sequence[float], interval: Interval) -> Numbers:

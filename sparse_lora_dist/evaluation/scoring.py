@@ -3,6 +3,7 @@
 Shapes: M rows of a batch, T tokens of its longest row (padded).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from transformers import GenerationConfig
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents
-from sparse_lora_dist.data.batches import padded, padded_length
+from sparse_lora_dist.data.batches import padded
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.spread import in_batches
 from sparse_lora_dist.head import target_losses
 from sparse_lora_dist.zero3 import Engine
@@ -30,23 +32,34 @@ class Scorer:
     engine: Engine
     tokenizer: Any
     pad_id: int
-    stop_ids: list[int]
+    stop_ids: frozenset[int]
     """What ends an answer."""
     batch_size: int
     max_new_tokens: int
 
     def scores(self, documents: Sequence[Document] | Documents, name: str) -> list[Score]:
-        """Likelihood of each document's targets."""
-        return in_batches(
+        """Likelihood of each document's targets.
+
+        Raises:
+            UserError: one is no number.
+        """
+        found = in_batches(
             range(len(documents)),
             self.batch_size,
             lambda numbers: self._scores([documents[n] for n in numbers]),
             name=name,
         )
+        if bad := [i for i, (total, _) in enumerate(found) if not math.isfinite(total)]:
+            raise UserError(
+                f"{name}: the loss of {len(bad)} of {len(found)} texts is no finite number, the "
+                f"first is number {bad[0] + 1}. Try --precision fp32; if it stays, the weights of "
+                "the model or its adapter are broken.",
+                shared=True,
+            )
+        return found
 
     def _scores(self, documents: Sequence[Document]) -> list[Score]:
-        lengths = [len(d.input_ids) for d in documents]
-        length = padded_length(lengths, max(lengths))
+        length = max(len(d.input_ids) for d in documents)
         ids_MT = padded([d.input_ids for d in documents], length, self.pad_id)
         labels_MT = padded([d.labels for d in documents], length, NOT_A_TARGET)
         next_MT = F.pad(labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
@@ -82,7 +95,7 @@ class Scorer:
                 generation_config=GenerationConfig(
                     do_sample=False,
                     max_new_tokens=self.max_new_tokens,
-                    eos_token_id=self.stop_ids or None,
+                    eos_token_id=sorted(self.stop_ids) or None,
                     pad_token_id=self.pad_id,
                 ),
                 # A rank that is done runs on, its tokens dropped, until all are.

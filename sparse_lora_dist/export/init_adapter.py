@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.peft_adapter import PREFIX, WEIGHTS
+from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
 from sparse_lora_dist.zero3 import Values
 
 
@@ -45,10 +45,10 @@ def open_peft(
 
     Names are ours: "site.lora_a", "site.lora_b", and "name.weight" for modules trained in full.
     """
-    config, weights = _open_files(folder, flag)
-    keys = {_our_name(key): key for key in weights.keys()}  # noqa: SIM118  safe_open is no dict
-    shapes = {name: tuple(weights.get_slice(key).get_shape()) for name, key in keys.items()}
-    values = {name: _range_of(weights.get_slice(key), shapes[name]) for name, key in keys.items()}
+    config, files = _open_files(folder, flag)
+    saved = {_our_name(key): file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118  safe_open is no dict
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in saved.items()}
+    values = {name: _range_of(tensor, shapes[name]) for name, tensor in saved.items()}
     return config, values, shapes
 
 
@@ -82,25 +82,27 @@ def _sites(names: Iterable[str]) -> set[str]:
     return {n.rpartition(".")[0] for n in names if n.endswith((".lora_a", ".lora_b"))}
 
 
-def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], Any]:
-    """adapter_config.json, and the weights file opened."""
+def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
+    """adapter_config.json, and the files of weights opened."""
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 
         try:
-            folder = snapshot_download(folder, allow_patterns=["adapter_*"])
+            folder = snapshot_download(folder, allow_patterns=["adapter_*", APART])
         except Exception as error:  # the hub raises a dozen kinds
             raise UserError(
                 f"{flag} {folder}: not a folder here, and the hub says: {error}"
             ) from error
-    config, weights = Path(folder) / "adapter_config.json", Path(folder) / WEIGHTS
+    config, weights, apart = (Path(folder) / name for name in (CONFIG, WEIGHTS, APART))
     absent = [p.name for p in (config, weights) if not p.exists()]
     if absent:
         raise UserError(
             f"{flag} {folder} has no {' and no '.join(absent)}; give a PEFT adapter folder."
         )
     try:
-        return json.loads(config.read_text()), safe_open(str(weights), framework="pt")
+        # Of one rank for all, exports keep what was trained in full in a file of its own.
+        there = [path for path in (weights, apart) if path.exists()]
+        return json.loads(config.read_text()), [safe_open(str(p), framework="pt") for p in there]
     except (ValueError, SafetensorError) as error:
         raise UserError(f"{flag} {folder} is damaged: {error}") from error
 
