@@ -92,6 +92,8 @@ def _publish(exam: Exam, measured: Sequence[tuple[str, Mapping[str, Measure]]]) 
             if "output" in files:
                 content = json.dumps(exam.about() | found, indent=1, allow_nan=False)
                 write_whole(files["output"], content + "\n")
+            for path in files.values():
+                say("written", str(path))
 
 
 def _take(exam: Exam, model: Model, adapter: Adapter) -> list[Measure]:
