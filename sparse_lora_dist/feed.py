@@ -35,6 +35,11 @@ class Feed:
     """What to type to go on with such rows."""
 
     @property
+    def identity(self) -> str:
+        """Of rows that the options of a run do not name; "" where they do."""
+        return ""
+
+    @property
     def global_batch(self) -> int:
         """Rows per step, over all ranks and micro-batches."""
         return self.micro_batch_size * self.accumulation * comm.world_size()

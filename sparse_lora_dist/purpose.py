@@ -20,8 +20,8 @@ class Purpose:
     open_feed: Callable[[Config, Model], Feed] | None = None
     """What the loop eats; None is what ``--data`` says."""
     conclude: Callable[[Job], None] = ask_nothing
-    """After the last step, before the adapter is exported. Told to stop there, a run that goes on
-    does it again."""
+    """After the last step of the schedule, before the adapter is exported. Told to stop there, a
+    run that goes on does it again."""
     replaces: bool = False
     """Does the run take the place of an earlier one in its folder?"""
 

@@ -65,6 +65,11 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
         saved, now = manifest["description"], describe(config, model, feed, method)
         for name in OF_THE_DATA if "data" in found.reset else ():
             saved.pop(name), now.pop(name)
+        if saved.get("rows", "") != feed.identity:
+            raise UserError(
+                f"{path} was trained on other edits. Give --edits and --number as then, or begin "
+                "anew in another --output_dir."
+            )
         _check_global_batch(path, saved["global_batch"], feed)
         checkpoint.check_description(path, saved, now)
         checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
@@ -122,7 +127,8 @@ def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[s
         "sequence_length": config.data.sequence_length,
         "rows_per_epoch": len(feed.rows),
         "global_batch": feed.global_batch,
-        # Only so, since checkpoints that know of no other task than the other do not name it.
+        # Only so, since checkpoints that know of no other rows or tasks do not name them.
+        **({"rows": feed.identity} if feed.identity else {}),
         **({"task": config.model.task, "classes": model.classes} if model.classes else {}),
     }
 

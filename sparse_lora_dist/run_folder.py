@@ -23,11 +23,16 @@ MADE = """
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "peft", "safetensors")
 
 
-def check_folder(folder: Path, *, begins: bool) -> None:
+def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
     """A run that begins must not write into the folder of another that made a step: one that died
-    while it loaded left a description only."""
-    made = ("metrics.jsonl", "checkpoints")
-    if begins and any((folder / name).exists() for name in made):
+    while it loaded left a description only. One that ``replaces`` another must find one."""
+    made = [name for name in MADE if (folder / name).exists()]
+    if replaces and made and "run.yaml" not in made:
+        raise UserError(
+            f"--overwrite: {folder} holds {made[0]}, but no run.yaml, so it is no run, and stays. "
+            "Choose another --output_dir."
+        )
+    if begins and not replaces and {"metrics.jsonl", "checkpoints"} & set(made):
         raise UserError(
             f"--output_dir {folder} already holds a run. Go on with it: --resume auto. "
             "Start a new one: another --output_dir, or remove that folder."
@@ -40,10 +45,9 @@ def check_folder(folder: Path, *, begins: bool) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run made, but the lock; rank 0 does."""
-    if comm.rank() == 0:
-        for path in (folder / name for name in MADE):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    """Remove what an earlier run made, but the lock. Only rank 0 does."""
+    for path in (folder / name for name in MADE):
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_description(folder: Path, config: Config) -> None:

@@ -58,21 +58,19 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
     with together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         begins = config.run.resume == "never" or (bool(config.run.reset) and not is_requeued())
-        check_folder(folder, begins=begins and not purpose.replaces)
+        check_folder(folder, begins=begins, replaces=purpose.replaces)
     # Before anything is written or cleaned: what looks left over may be another job's work.
     with (
         stopping.listening(config.run.time_limit),
         run_lock.held(folder),
         watch.watched(folder, timeout_s),
     ):
-        if purpose.replaces:
-            with together("removing the earlier run"):
-                clear(folder)
         now = Training(config, engine_config, purpose)
         try:
             now.begin()
             yield now
-            purpose.conclude(now.job)
+            if now.job.progress.step == now.job.feed.total_steps:
+                purpose.conclude(now.job)
         except Stopped as why:
             now.job.stop(why)
             raise
@@ -104,6 +102,8 @@ class Training:
         self._resume = find_resume(config, model, feed, method)
         with together("opening the run folder"):
             if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
+                if purpose.replaces:  # now that the new one stands
+                    clear(Path(config.run.output_dir))
                 write_description(Path(config.run.output_dir), config)
         say_whether_it_fits(config, model, engine_config)
         watch.mark("loading the base", may_be_long=True)

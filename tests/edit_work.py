@@ -3,11 +3,16 @@
 import io
 import json
 from contextlib import redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.editing.options import load_request
-from sparse_lora_dist.editing.program import RESULTS, purpose_of
+from sparse_lora_dist.editing.answers import Speaker
+from sparse_lora_dist.editing.options import RESULTS, load_request
+from sparse_lora_dist.editing.program import purpose_of
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.feed import open_tokenizer
+from sparse_lora_dist.job import Job
 from sparse_lora_dist.train import run
 
 
@@ -23,7 +28,7 @@ def made(subject: str, relation: str, target: str, **more: Any) -> dict[str, Any
     }
 
 
-def probe(prompt: str, *answers: Any) -> dict[str, Any]:
+def probe(prompt: str | None, *answers: Any) -> dict[str, Any]:
     return {"prompt": prompt, "ground_truth": answers[0] if len(answers) == 1 else list(answers)}
 
 
@@ -69,6 +74,38 @@ def edit(flags: list[str]) -> dict[str, Any]:
         run(request.config, purpose_of(request))
     results = json.loads((Path(request.run.output_dir) / RESULTS).read_text())
     return {**results, "said": out.getvalue()}
+
+
+def stopped(flags: list[str]) -> None:
+    """An edit that ends before its last step."""
+    request = load_request(flags)
+    run(request.config, purpose_of(request))
+
+
+def complaint(flags: list[str]) -> str:
+    """The message of the user error that it ends with."""
+    try:
+        stopped(flags)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the program did not complain")
+
+
+def said_after(flags: list[str], prompts: list[str], num_tokens: int) -> list[str]:
+    """What a finished edit's model says after these prompts."""
+    request, said = load_request(flags), list[str]()
+
+    def ask(job: Job) -> None:
+        speaker = Speaker(
+            engine=job.engine,
+            tokenizer=open_tokenizer(job.config, job.model),
+            pad_id=job.feed.pad_id,
+            batch_size=2,
+        )
+        said.extend(speaker.texts(prompts, num_tokens))
+
+    run(request.config, replace(purpose_of(request), conclude=ask))
+    return said
 
 
 def silent_logits_are_the_bases(flags: list[str]) -> bool:

@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from peft import PeftModel
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
+from sparse_lora_dist.editing.answers import encode, without_end
 from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edits import Edit, Question, numbered
 from sparse_lora_dist.editing.metrics import COLUMNS, fluency, table_row
@@ -24,8 +27,9 @@ from sparse_lora_dist.export.sparse_delta import apply_sparse_delta
 from tests.conftest import Ranks
 from tests.edit_work import FIVE, probe
 from tests.tiny_run import TinyRun
+from tests.tiny_tokenizer import byte_tokenizer
 
-EDIT = "tests.edit_work:edit"
+EDIT, COMPLAINT = "tests.edit_work:edit", "tests.edit_work:complaint"
 ROOT = Path(__file__).parents[1]
 
 
@@ -72,7 +76,10 @@ def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_pat
 
     # Stopped on one rank and gone on with on two, it ends the same.
     part = flags(tiny, tmp_path, output_dir=tmp_path / "parts", micro_batch_size=2)
-    ranks(1, EDIT, flags=[*part, "--stop_after", "5"])
+    ranks(1, "tests.edit_work:stopped", flags=[*part, "--stop_after", "5"])
+    assert not (tmp_path / "parts" / "edits.json").exists()
+    (complaint, _) = ranks(2, COMPLAINT, flags=[*part, "--resume", "auto", "--number", "0:4"])
+    assert "was trained on other edits. Give --edits and --number as then" in complaint
     (whole, _) = ranks(2, EDIT, flags=[*part, "--resume", "auto"])
     assert whole["edits"] == one["edits"]
 
@@ -142,6 +149,64 @@ def test_an_edit_as_a_sparse_delta_measures_the_same_and_is_undone_bit_for_bit(
         assert torch.equal(weight, edited.state_dict()[name]), name
 
 
+@pytest.mark.dist
+def test_texts_are_those_of_transformers(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    written(tmp_path)
+    prompts = ["The dog of Ada is", "Who", "The hat of Bo is a red one"]
+    asked = flags(tiny, tmp_path, precision="fp32")
+    one, two = ranks(2, "tests.edit_work:said_after", flags=asked, prompts=prompts, num_tokens=9)
+    base = AutoModelForCausalLM.from_pretrained(tiny.model, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, str(tmp_path / "run" / "adapter")).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.model)
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([without_end(tokenizer, prompt)])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=GenerationConfig(
+                do_sample=False, max_new_tokens=9, eos_token_id=None, pad_token_id=0
+            ),
+        )
+        wanted.append(tokenizer.decode(out[0], skip_special_tokens=True))
+    assert one == two == wanted
+
+
+def test_an_answer_begins_with_the_first_token_that_it_changes_and_has_no_end() -> None:
+    plain, framed = byte_tokenizer(), byte_tokenizer(adds_bos=True)
+    for tokenizer, before in ((plain, 5), (framed, 6)):
+        encoded = encode(tokenizer, Question(prompt="a dog", answer="Rex"))
+        assert (encoded.num_prompt, len(encoded.answer)) == (before, 4)
+    ends = byte_tokenizer()
+    ends._tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", ends.eos_token_id)]
+    )
+    again = encode(ends, Question(prompt="a dog", answer="Rex"))
+    assert again == encode(plain, Question(prompt="a dog", answer="Rex"))
+
+
+def test_what_is_no_run_is_not_replaced(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    written(tmp_path)
+    keep = tmp_path / "run" / "adapter" / "mine.txt"
+    keep.parent.mkdir(parents=True)
+    keep.write_text("kept")
+    (said,) = ranks(1, COMPLAINT, flags=[*flags(tiny, tmp_path), "--overwrite"])
+    assert "holds adapter, but no run.yaml, so it is no run, and stays" in said
+    assert keep.read_text() == "kept"
+
+
+def test_an_earlier_run_stays_until_the_new_one_stands(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    written(tmp_path)
+    ranks(1, EDIT, flags=flags(tiny, tmp_path))
+    before = sorted((tmp_path / "run").rglob("*"))
+    short = flags(tiny, tmp_path, sequence_length=8)
+    (said,) = ranks(1, COMPLAINT, flags=[*short, "--overwrite"])
+    assert "Set --sequence_length" in said
+    assert sorted((tmp_path / "run").rglob("*")) == before
+
+
 # --- by hand --------------------------------------------------------------------------------------
 
 WRONG = 0
@@ -209,7 +274,8 @@ def test_all_forms_are_read(tmp_path: Path) -> None:
     assert file.report() == (
         "5 edits; 4 rephrased; locality Forgetfulness 1; locality Relation_Specificity 3; "
         "portability Logical_Generalization 1; portability Reasoning 3; "
-        "portability Subject_Aliasing 1; 1 probe left out, without an answer"
+        "portability Subject_Aliasing 1; 1 probe left out, without an answer; "
+        "fields that are not read: cond, ground_truth"
     )
     assert file.edits[1].locality["Forgetfulness"] == (
         Question(prompt="The sky is", answer="blue"),
@@ -234,7 +300,8 @@ def test_number_names_edits(tmp_path: Path, number: str | None, subjects: str) -
 def test_all_problems_of_a_file_are_told_by_line_and_field(tmp_path: Path) -> None:
     bad: list[Any] = [
         {k: v for k, v in FIVE[0].items() if k != "target_new"},
-        FIVE[1] | {"prompt": " ", "locality": {"Kind": [{"prompt": "no answer"}]}},
+        FIVE[1]
+        | {"prompt": " ", "locality": {"Kind": [{"prompt": "no answer"}, probe(None, "x")]}},
         FIVE[2],
         FIVE[3] | {"target_new": 7, "portability": {"Kind": [probe("fine", "yes"), probe(3, "x")]}},
         "no object",
@@ -245,10 +312,11 @@ def test_all_problems_of_a_file_are_told_by_line_and_field(tmp_path: Path) -> No
         read_edits(path)
     told = str(error.value)
     for said in (
-        "has 6 problems",
+        "has 7 problems",
         f"{path}:1: edit 1: target_new is missing or null",
         f"{path}:2: edit 2: prompt is blank",
         f"{path}:2: edit 2: locality.Kind[0].ground_truth is missing",
+        f"{path}:2: edit 2: locality.Kind[1].prompt is null; it must be text",
         f"{path}:4: edit 4: target_new must be text, got int: 7",
         f"{path}:4: edit 4: portability.Kind[1].prompt must be text, got int: 3",
         f"{path}:5: edit 5: must be an object, got str",
@@ -313,6 +381,7 @@ def test_defaults_are_the_released_ones_where_none_is_given(tmp_path: Path, tiny
         (["--packing", "true", "--eval_data", "default"], ["packing is not for", "eval_data is"]),
         (["--max_steps", "null"], ["max_steps must be a number"]),
         (["--overwrite", "--resume", "auto"], ["leave one of them out"]),
+        (["--init_adapter", "."], ["init_adapter is not for edits"]),
         (["--modules_to_save", "norm"], ["would not undo"]),
     ],
 )

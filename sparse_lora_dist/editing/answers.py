@@ -40,11 +40,17 @@ def encode(tokenizer: Any, question: Question) -> Encoded:
     EasyEdit counts the prompt's own tokens; where the answer changes the last of them, ours begins
     with the first that differs.
     """
-    prompt: list[int] = tokenizer(question.prompt).input_ids
-    ids: list[int] = tokenizer(f"{question.prompt} {question.answer}").input_ids
+    prompt = without_end(tokenizer, question.prompt)
+    ids = without_end(tokenizer, f"{question.prompt} {question.answer}")
     pairs = zip(prompt, ids, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt))
     return Encoded(ids=ids, num_prompt=max(1, min(same, len(ids) - 1)))
+
+
+def without_end(tokenizer: Any, text: str) -> list[int]:
+    """The text's ids, without the eos that some tokenizers put after every text."""
+    ids: list[int] = tokenizer(text).input_ids
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +89,7 @@ class Speaker:
             return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
         with self.engine.evaluating():
-            encoded = [self.tokenizer(p).input_ids for p in prompts]
+            encoded = [without_end(self.tokenizer, prompt) for prompt in prompts]
             return in_batches(encoded, self.batch_size, of_batch, name="texts")
 
     def _choices(self, rows: Sequence[list[int]]) -> Tensor:

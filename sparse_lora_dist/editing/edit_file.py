@@ -22,6 +22,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "rephrase_prompt": ("rephrase_prompt", "rephrase"),
 }
 """The first is ZsRE's, which messages use; WikiBio and counterfact have others."""
+READ = {"portability", "locality", *(name for names in NAMES.values() for name in names)}
 NEEDED = ("subject", "prompt", "target_new")
 BETWEEN = re.compile(r"[\s,]*")
 MOST_TOLD = 20
@@ -40,10 +41,15 @@ def read_edits(path: Path) -> Edits:
         if edit := reader.edit(record):
             edits.append(edit)
     if not (edits or reader.problems):
-        raise UserError(f"{path}: no edit in it; it needs a JSON list of them, or one a line")
+        none = f"{path}: no edit in it; it needs a JSON list of them, or one a line"
+        raise UserError(none, shared=True)
     if reader.problems:
         raise UserError(_all_of(path, reader.problems), shared=True)
-    return Edits(edits=tuple(edits), without_answer=reader.without_answer)
+    return Edits(
+        edits=tuple(edits),
+        without_answer=reader.without_answer,
+        unread=tuple(sorted(reader.unread)),
+    )
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -53,7 +59,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         if text.lstrip().startswith("["):
             json.loads(text)  # what lies between the elements too
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--edits {path} cannot be read: {error}") from error
+        raise UserError(f"--edits {path} cannot be read: {error}", shared=True) from error
     except json.JSONDecodeError as error:
         raise _not_json(path, error) from error
     at, end = _after(text, 0), len(text)
@@ -77,7 +83,7 @@ def _after(text: str, at: int) -> int:
 
 def _not_json(path: Path, error: json.JSONDecodeError) -> UserError:
     where = f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
-    return UserError(f"{where}; edits are a JSON list of objects, or an object a line")
+    return UserError(f"{where}; edits are a JSON list of objects, or an object a line", shared=True)
 
 
 def _all_of(path: Path, problems: Sequence[str]) -> str:
@@ -98,6 +104,7 @@ class _Reader:
         self.place = ""
         self.problems: list[str] = []
         self.without_answer = 0
+        self.unread: set[str] = set()
 
     def edit(self, record: Any) -> Edit | None:
         """None where there is a problem."""
@@ -105,6 +112,7 @@ class _Reader:
         if not isinstance(record, dict):
             self._bad(f"must be an object, got {type(record).__name__}")
             return None
+        self.unread |= record.keys() - READ
         given = {name: self._text_of(record, name) for name in NAMES}
         probes = {
             name: self._probes(record.get(name), name) for name in ("portability", "locality")
@@ -149,7 +157,9 @@ class _Reader:
         for key in ("prompt", "ground_truth"):
             if key not in value:
                 self._bad(f"{name}.{key} is missing")
-        prompt = self._text(value.get("prompt", "?"), f"{name}.prompt")
+            elif key == "prompt" and _first(value[key]) is None:
+                self._bad(f"{name}.prompt is null; it must be text")
+        prompt = self._text(value.get("prompt"), f"{name}.prompt")
         answer = self._text(value.get("ground_truth"), f"{name}.ground_truth", may_be_blank=True)
         if prompt and not answer:
             self.without_answer += 1

@@ -40,6 +40,8 @@ class Edits:
     edits: tuple[Edit, ...]
     without_answer: int = 0
     """Probes left out because their answer is blank or null."""
+    unread: tuple[str, ...] = ()
+    """Fields of which nothing is known here."""
 
     def report(self) -> str:
         """One line of what there is."""
@@ -53,6 +55,8 @@ class Edits:
         parts += [f"{name} {count:,}" for name, count in sorted(probes.items())]
         if self.without_answer:
             parts.append(f"{counted(self.without_answer, 'probe')} left out, without an answer")
+        if self.unread:
+            parts.append(f"fields that are not read: {', '.join(self.unread)}")
         return "; ".join(parts)
 
 
@@ -68,6 +72,7 @@ def numbered(edits: Sequence[Edit], number: str | None, place: str) -> tuple[Edi
     if not first < last <= len(edits):
         raise UserError(
             f"--number {number}: {place} has {counted(len(edits), 'edit')}, from 0 to "
-            f"{len(edits) - 1}"
+            f"{len(edits) - 1}",
+            shared=True,
         )
     return tuple(edits[first:last])

@@ -1,5 +1,7 @@
 """Edits as rows to train on: every step takes all of them, each once."""
 
+from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import datasets
@@ -16,17 +18,26 @@ from sparse_lora_dist.data import (
 )
 from sparse_lora_dist.editing.answers import encode
 from sparse_lora_dist.editing.edits import Edit
+from sparse_lora_dist.editing.scores import asked_of
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import Feed, check_positions, settle_padding
 from sparse_lora_dist.model import Model
 
 
+@dataclass(frozen=True, kw_only=True)
 class EditFeed(Feed):
     """A step's rows are the edits in their order, on any number of ranks; empty rows fill up."""
+
+    edits: tuple[Edit, ...] = ()
 
     @property
     def global_batch(self) -> int:
         return len(self.rows)
+
+    @property
+    def identity(self) -> str:
+        texts = "\n".join(f"{e.fact.prompt}\t{e.fact.answer}" for e in self.edits)
+        return sha256(texts.encode()).hexdigest()
 
     def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
         """This rank's part of all edits, whatever the step."""
@@ -42,7 +53,9 @@ def feed_of(
         UserError: an edit is too long.
     """
     rows = rows_of(edits, tokenizer, config)
-    check_positions(model.module, int(rows.documents.lengths.max()), "--edits")
+    asked = [encode(tokenizer, ask.question) for ask in asked_of(edits)]
+    longest = max(int(rows.documents.lengths.max()), *(len(question.ids) for question in asked))
+    check_positions(model.module, longest, "--edits")
     assert config.train.max_steps is not None
     return EditFeed(
         rows=rows,
@@ -53,6 +66,7 @@ def feed_of(
         accumulation=config.train.gradient_accumulation_steps,
         end_row=config.train.max_steps * len(rows),
         program=program,
+        edits=edits,
     )
 
 

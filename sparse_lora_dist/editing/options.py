@@ -15,6 +15,8 @@ from sparse_lora_dist.editing.edits import Edit, Edits, numbered
 from sparse_lora_dist.launch import this_launch
 from sparse_lora_dist.options import Program
 
+RESULTS = "edits.json"
+"""In the folder of the run."""
 NUMBER = re.compile(r"\d+|\d*:\d*")
 
 
@@ -79,7 +81,8 @@ RELEASED: dict[str, object] = {
     "max_steps": 25,
 }
 """What RoseLoRA's released code edits with (hparams/ROSELORA; 3 and 20 of its 25 passes). There a
-pass over several edits is a step each, and it ends early once the loss is below 0.1."""
+pass over several edits is a step each, and it ends early once the loss is below 0.1. Ours clips
+gradients at the usual --max_grad_norm, of which its settings say nothing."""
 
 PROGRAM = Program(
     name="launcher/edit.py",
@@ -99,6 +102,8 @@ NOT_FOR_EDITS = {
     "modules_to_save": "taking the adapter away would not undo what they have learned",
     "verify": "launcher/train.py does that",
     "task": "edits are of language models",
+    "init_adapter": "an edit is measured against the base, and undone by leaving its adapter away: "
+    "merge the other one first (launcher/export.py --format merged)",
 }
 
 
@@ -129,6 +134,9 @@ def _not_for_edits(config: Config, options: EditConfig) -> list[str]:
         for name, why in NOT_FOR_EDITS.items()
         if given[name] not in (usual[name], earlier.get(name, usual[name]))
     ]
+    results = Path(config.run.output_dir) / RESULTS
+    if results.resolve() == options.path.resolve():
+        problems.append(f"edits is {results}, which results will replace: take another output_dir")
     if config.train.max_steps is None:
         problems.append("max_steps must be a number: a step takes all edits, epochs mean nothing")
     if options.overwrite and config.run.resume != "never":

@@ -1,6 +1,7 @@
 """launcher/edit.py: train on the edits, then ask the model without the adapter and with it."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from functools import partial
 
@@ -9,7 +10,7 @@ from sparse_lora_dist.config import Config
 from sparse_lora_dist.editing.answers import Encoded, Speaker, encode, silent
 from sparse_lora_dist.editing.feed import EditFeed, feed_of
 from sparse_lora_dist.editing.metrics import COLUMNS, Scores, table_row
-from sparse_lora_dist.editing.options import EditRequest
+from sparse_lora_dist.editing.options import RESULTS, EditRequest
 from sparse_lora_dist.editing.scores import Said, asked_of, scored
 from sparse_lora_dist.feed import open_tokenizer
 from sparse_lora_dist.folders import write_whole
@@ -19,7 +20,6 @@ from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.purpose import Purpose
 from sparse_lora_dist.screen import counted, say
 
-RESULTS = "edits.json"
 TAKEN = 90.0
 """Edit success, in hundredths, below which a way to more of it is said."""
 
@@ -35,14 +35,16 @@ def purpose_of(request: EditRequest) -> Purpose:
 
 def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
     options = request.options
-    number = "" if options.number is None else f" --number {options.number}"
+    again = ["launcher/edit.py", "--edits", str(options.edits)]
+    again += [] if options.number is None else ["--number", options.number]
+    again += ["--fluency_tokens", str(options.fluency_tokens)]
     with together("reading the edits"), first_on_its_node():
         feed = feed_of(
             request.edits,
             config,
             model,
             open_tokenizer(config, model),
-            program=f"launcher/edit.py --edits {options.edits}{number}",
+            program=shlex.join(again),
         )
     cut = f"{feed.accumulation} x {counted(feed.micro_batch_size, 'row')} on each rank"
     say("edits", f"{counted(len(feed.rows), 'edit')} of {options.edits}, all in each step: {cut}")
@@ -84,8 +86,10 @@ def _conclude(request: EditRequest, job: Job) -> None:
 def _said(request: EditRequest, job: Job, speaker: Speaker, questions: Sequence[Encoded]) -> Said:
     prompts = [edit.fact.prompt for edit in request.edits]
     longest = max(len(ids) for ids in speaker.tokenizer(prompts).input_ids)
-    positions = job.model.module.config.get_text_config().max_position_embeddings
-    num_tokens = min(request.options.fluency_tokens, positions - longest)
+    architecture = job.model.module.config.get_text_config()
+    positions = getattr(architecture, "max_position_embeddings", None)  # ALiBi has no bound
+    num_tokens = request.options.fluency_tokens
+    num_tokens = num_tokens if positions is None else min(num_tokens, positions - longest)
     return Said(
         chosen=speaker.first_choices(questions),
         texts=speaker.texts(prompts, num_tokens) if num_tokens > 0 else (),
