@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,12 +19,20 @@ def train(*flags: str, ranks: int = 2, folder: str | None = None) -> list[dict[s
     place = nullcontext(folder) if folder else tempfile.TemporaryDirectory()
     with place as folder:
         command = [str(Path(sys.executable).with_name("deepspeed")), "--quiet"]
-        command += ["--num_gpus", str(ranks), "launcher/train.py"]
+        command += ["--master_port", str(free_port()), "--num_gpus", str(ranks)]
+        command += ["launcher/train.py"]
         command += ["--ds_config", "ds_configs/zero3.json", "--output_dir", folder, *flags]
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         subprocess.run(command, cwd=ROOT, check=True, env=os.environ | {"PATH": path})
         lines = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
+
+
+def free_port() -> int:
+    """One that no other job on this machine has."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def data_folder(name: str, what: str) -> Path | None:
