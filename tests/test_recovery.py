@@ -94,6 +94,7 @@ def test_what_a_killed_job_left_is_cleaned_and_nothing_that_was_published_is_los
     torn = folder / ".tmp_step_00000008"
     torn.mkdir()
     (torn / "rank_00000.safetensors").write_bytes(b"half of")
+    (folder / ".tmp_latest").write_text("step_")
     # Killed between the two renames that replace a step: the old one has no name yet.
     step(run, 6).rename(folder / ".replaced_step_00000006")
     # Killed after them: the old one is still there.

@@ -73,4 +73,4 @@ def clean(folder: Path) -> None:
         else:
             os.rename(left, final)
     for left in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{REMOVED}*")):
-        shutil.rmtree(left)
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
