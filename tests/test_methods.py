@@ -15,7 +15,8 @@ from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.export.peft_adapter import plain_pair
 from sparse_lora_dist.methods import METHODS, Method, Plan
-from sparse_lora_dist.methods.base import Decision, Pieces, Site, Stats, TensorSpec, Update
+from sparse_lora_dist.methods.base import Decision, Pieces, Stats
+from sparse_lora_dist.methods.form import Site, TensorSpec, Update
 from tests.laws import LAWS, Law
 from tests.whole_scores import WholeScores
 
@@ -50,7 +51,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 
 def specs(method: Method) -> dict[str, TensorSpec]:
-    return {f"{s.name}.{k}": spec for s in SITES for k, spec in method.tensors(s).items()}
+    return {f"{s.name}.{k}": spec for s in SITES for k, spec in method.form.tensors(s).items()}
 
 
 def adapter(method: Method, values: dict[str, Tensor]) -> AdapterLinear:
@@ -61,7 +62,7 @@ def adapter(method: Method, values: dict[str, Tensor]) -> AdapterLinear:
         FrozenLinear(site.in_features, site.out_features, weight, None),
         site,
         method,
-        {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.tensors(site)},
+        {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.form.tensors(site)},
         alpha=12.0,
         dropout=0.0,
         row_seeds=RowSeeds(seed=0, sequence_length=8),

@@ -19,7 +19,8 @@ from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
 from sparse_lora_dist.methods import METHODS, Method
-from sparse_lora_dist.methods.base import Pieces, Site
+from sparse_lora_dist.methods.base import Pieces
+from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.tasks import TASKS
 
 
@@ -84,7 +85,7 @@ class Trained:
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
         """The plain LoRA of a site, of the pieces that do something, made from its masters as
         ``dtype`` has them; None where none does."""
-        tensors = self.method.tensors(site)
+        tensors = self.method.form.tensors(site)
         named = {key: self.tensor(f"{site.name}.{key}").to(dtype) for key in tensors}
         adapter = AdapterLinear(
             nn.Identity(),  # type: ignore[arg-type]  # its base computes nothing here

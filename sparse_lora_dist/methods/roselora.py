@@ -33,13 +33,10 @@ from sparse_lora_dist.methods.base import (
     MethodFactory,
     Plan,
     Scores,
-    Site,
     Stats,
-    TensorSpec,
-    Update,
     as_preset,
-    low_rank_pair,
 )
+from sparse_lora_dist.methods.form import Form, Site, TensorSpec, Update, low_rank_pair
 from sparse_lora_dist.schedule import cubic_keep
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column"}
@@ -158,7 +155,7 @@ def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
 
     return Method(
         name="roselora",
-        tensors=tensors,
+        form=Form(tensors=tensors),
         n_stats=1 if prunes else 0,
         observe=observe,
         observes_until=None if dense else end,

@@ -37,16 +37,19 @@ from sparse_lora_dist.methods.base import (
     MethodFactory,
     Pieces,
     Plan,
-    Project,
     Scores,
-    Site,
     Stats,
+    as_preset,
+    site_names,
+)
+from sparse_lora_dist.methods.form import (
+    Form,
+    Project,
+    Site,
     Tensors,
     TensorSpec,
     Update,
-    as_preset,
     low_rank_pair,
-    site_names,
 )
 from sparse_lora_dist.schedule import equal_stages, stage_at
 
@@ -156,9 +159,11 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
 
     return Method(
         name="sora",
-        tensors=gated_pair(chosen, plan, projection(chosen.sora_threshold, lambda_at)),
-        delta=gated_delta,
-        to_lora=gate_in_b,
+        form=Form(
+            tensors=gated_pair(chosen, plan, projection(chosen.sora_threshold, lambda_at)),
+            delta=gated_delta,
+            to_lora=gate_in_b,
+        ),
         penalty=penalty if l1 > 0.0 else None,
         score=magnitude,
         # At the first step of a stage too: from there its lambda is the one in force.
