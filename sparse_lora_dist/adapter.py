@@ -94,7 +94,8 @@ class AdapterLinear(nn.Module):
         self.base, self.site, self.method = base, site, method
         self.alpha, self.dropout, self.row_seeds = alpha, dropout, row_seeds
         self.micro_batches = micro_batches
-        self.specs = method.form.tensors(site)
+        self.form = method.form(site)
+        self.specs = self.form.tensors
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self.probe = method.probe
@@ -106,7 +107,7 @@ class AdapterLinear(nn.Module):
     def set_pieces(self, pieces: Pieces) -> None:
         """Compute these from now on."""
         self.pieces = pieces
-        self.scale = self.method.form.scale(self.alpha, self.site.rank, pieces.open)
+        self.scale = self.form.scale(self.alpha, self.site.rank, pieces.open)
         self._places = torch.tensor(pieces.computed, dtype=torch.int64)
 
     def forward(self, x_MTI: Tensor) -> Tensor:
@@ -160,7 +161,7 @@ class _Delta(torch.autograd.Function):
         ctx.layer, ctx.rows_M, ctx.step = layer, layer.row_seeds.rows_M, layer.row_seeds.step
         ctx.save_for_backward(x_MTI)
         dropped_MTI = layer.dropped(x_MTI, ctx.rows_M, ctx.step)
-        return layer.method.form.delta(dropped_MTI, layer.computed(tensors), layer.scale)
+        return layer.form.delta(dropped_MTI, layer.computed(tensors), layer.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -171,7 +172,7 @@ class _Delta(torch.autograd.Function):
             x = x_MTI.detach().requires_grad_(wants_x)
             dropped_MTI = layer.dropped(x, ctx.rows_M, ctx.step).to(dtype)
             tensors = {name: t.to(dtype) for name, t in layer.computed(leaves).items()}
-            y = layer.method.form.delta(dropped_MTI, tensors, layer.scale)
+            y = layer.form.delta(dropped_MTI, tensors, layer.scale)
         outputs, gradients = [y], [grads[0].to(dtype)]
         if layer.method.penalty is not None and layer.owes_penalty(layer.row_seeds.micro_batch):
             penalty = layer.method.penalty({k: t.detach() for k, t in tensors.items()})
@@ -209,7 +210,7 @@ def inject(
         base = model.get_submodule(site.name)
         assert isinstance(base, FrozenLinear), f"{site.name} was not loaded as a frozen linear"
         parameters = {}
-        for key, spec in method.form.tensors(site).items():
+        for key, spec in method.form(site).tensors.items():
             name = f"{site.name}.{key}"
             values = initial.get(name) or _drawn(spec, seed_of(row_seeds.seed, name))
             parameters[key] = builder.parameter(spec.shape, values, trainable=True)

@@ -195,7 +195,7 @@ class Model:
         shapes = {
             f"{site.name}.{key}": spec.shape
             for site in self.sites
-            for key, spec in method.form.tensors(site).items()
+            for key, spec in method.form(site).tensors.items()
         }
         for name, module in self.full.items():
             shapes |= {f"{name}.{k}": tuple(p.shape) for k, p in module.named_parameters()}

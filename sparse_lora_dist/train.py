@@ -170,7 +170,7 @@ def _build_method(config: Config, model: Model, total_steps: int) -> Method:
     plain = {"lora_a", "lora_b"}
     if (
         config.adapter.init_adapter is not None
-        and set(method.form.tensors(model.sites[0])) != plain
+        and set(method.form(model.sites[0]).tensors) != plain
     ):
         raise UserError(
             f"--init_adapter is a plain LoRA pair, which --method {method.name} cannot begin with: "

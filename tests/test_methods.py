@@ -51,7 +51,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 
 def specs(method: Method) -> dict[str, TensorSpec]:
-    return {f"{s.name}.{k}": spec for s in SITES for k, spec in method.form.tensors(s).items()}
+    return {f"{s.name}.{k}": spec for s in SITES for k, spec in method.form(s).tensors.items()}
 
 
 def adapter(method: Method, values: dict[str, Tensor]) -> AdapterLinear:
@@ -62,7 +62,7 @@ def adapter(method: Method, values: dict[str, Tensor]) -> AdapterLinear:
         FrozenLinear(site.in_features, site.out_features, weight, None),
         site,
         method,
-        {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.form.tensors(site)},
+        {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.form(site).tensors},
         alpha=12.0,
         dropout=0.0,
         row_seeds=RowSeeds(seed=0, sequence_length=8),

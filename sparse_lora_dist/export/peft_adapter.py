@@ -193,7 +193,7 @@ def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
 def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
     """(a_RI, b_OR) of the plain LoRA, scaled by alpha / R, that gives the adapter's delta; zero in
     the pieces that it does not compute."""
-    a_QI, b_OQ = adapter.method.form.to_lora(adapter.computed(tensors))
+    a_QI, b_OQ = adapter.form.to_lora(adapter.computed(tensors))
     places = torch.tensor(adapter.pieces.computed, dtype=torch.int64, device=a_QI.device)
     a_RI = a_QI.new_zeros(adapter.site.rank, a_QI.shape[1]).index_copy_(0, places, a_QI)
     b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.site.rank).index_copy_(1, places, b_OQ)

@@ -85,7 +85,7 @@ class Trained:
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
         """The plain LoRA of a site, of the pieces that do something, made from its masters as
         ``dtype`` has them; None where none does."""
-        tensors = self.method.form.tensors(site)
+        tensors = self.method.form(site).tensors
         named = {key: self.tensor(f"{site.name}.{key}").to(dtype) for key in tensors}
         adapter = AdapterLinear(
             nn.Identity(),  # type: ignore[arg-type]  # its base computes nothing here

@@ -19,6 +19,7 @@ Shapes: R rank, S sites.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from typing import Literal
 
@@ -136,8 +137,11 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
     released = options.adalora_preset == "released"
     return Method(
         name="adalora",
-        form=triplet(
-            lambda_init=zeros, lr_factor=options.adalora_lambda_lr_factor, released=released
+        form=partial(
+            triplet,
+            lambda_init=zeros,
+            lr_factor=options.adalora_lambda_lr_factor,
+            released=released,
         ),
         penalty=orthogonality(
             options.adalora_orthogonality, 2 * len(plan.sites), released=released

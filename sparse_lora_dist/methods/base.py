@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from sparse_lora_dist.methods.form import Form, Site, Tensors
+from sparse_lora_dist.methods.form import Form, Site, Tensors, low_rank
 
 Stats = tuple[Tensor, ...]
 By = Literal["row", "column", "tensor"]
@@ -122,8 +122,8 @@ class Method:
     name: str
     notes: tuple[str, ...] = ()
     """What the user should know before it starts."""
-    form: Form = Form()
-    """What its delta is."""
+    form: Callable[[Site], Form] = low_rank
+    """site -> what its delta is."""
     penalty: Callable[[Tensors], dict[str, Tensor]] | None = None
     """tensors -> gradients of what is added to the loss of every optimizer step, in closed form."""
 

@@ -1,5 +1,5 @@
-"""What a delta is: the tensors that a site trains, how they act on its input, and which plain LoRA
-that is. Plain LoRA's is the default.
+"""What a site's delta is: the tensors that it trains, how they act on its input, and which plain
+LoRA that is.
 
 Shapes: T tokens, I in_features, O out_features, R rank.
 """
@@ -94,14 +94,19 @@ def alpha_over_capacity(alpha: float, capacity: int, open_pieces: int) -> float:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """``delta`` and ``to_lora`` see the computed pieces of a site's tensors only, in place of all
-    R."""
+    """Of one site. ``delta`` and ``to_lora`` see the computed pieces of its tensors only, in place
+    of all R."""
 
-    tensors: Callable[[Site], dict[str, TensorSpec]] = low_rank_pair
-    """site -> the tensors it trains."""
+    tensors: Mapping[str, TensorSpec]
+    """Those that it trains."""
     delta: Callable[[Tensor, Tensors, float], Tensor] = low_rank_delta
     """(x_TI, tensors, scale) -> y_TO, what the site adds to the base's output."""
     to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] = pair_itself
     """tensors -> (a_RI, b_OR), the plain LoRA pair of the same scale that is exported."""
     scale: Callable[[float, int, int], float] = alpha_over_capacity
     """(alpha, capacity R, open pieces) -> the site's scale."""
+
+
+def low_rank(site: Site) -> Form:
+    """Plain LoRA's."""
+    return Form(tensors=low_rank_pair(site))

@@ -195,7 +195,8 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
     return Method(
         name="increlora",
         notes=growth.notes(),
-        form=triplets.triplet(
+        form=partial(
+            triplets.triplet,
             lambda_init=partial(first_lambda, start=growth.start),
             lr_factor=options.increlora_lambda_lr_factor,
             released=released,

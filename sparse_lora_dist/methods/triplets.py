@@ -83,6 +83,7 @@ def lambda_in_a(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def triplet(
+    site: Site,
     *,
     lambda_init: Init,
     lr_factor: float | None,
@@ -90,9 +91,7 @@ def triplet(
     scale: Callable[[float, int, int], float] = alpha_over_capacity,
 ) -> Form:
     """All of it together."""
-    tensors = partial(
-        triplet_tensors, lambda_init=lambda_init, lr_factor=lr_factor, released=released
-    )
+    tensors = triplet_tensors(site, lambda_init=lambda_init, lr_factor=lr_factor, released=released)
     return Form(tensors=tensors, delta=triplet_delta, to_lora=lambda_in_a, scale=scale)
 
 

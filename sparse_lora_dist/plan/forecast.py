@@ -65,7 +65,7 @@ def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
     live = {
         f"{site.name}.{key}": torch.ones(spec.shape, dtype=torch.bool)
         for site in sites
-        for key, spec in method.form.tensors(site).items()
+        for key, spec in method.form(site).tensors.items()
     }
     births = {name: torch.zeros_like(mask, dtype=torch.int32) for name, mask in live.items()}
     profiles, aged = [], False

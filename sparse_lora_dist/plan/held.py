@@ -98,7 +98,7 @@ def held_parameters(
     head = output_head(model)
     for name, module in model.named_modules():
         if name in chosen:
-            specs = method.form.tensors(chosen[name]).items()
+            specs = method.form(chosen[name]).tensors.items()
             found += [
                 Held(
                     name=f"{name}.{key}",

@@ -245,7 +245,7 @@ def _adapted(
     assert isinstance(base, FrozenLinear)
     parameters = {
         key: nn.Parameter(torch.empty(spec.shape, dtype=base.weight.dtype, device=META))
-        for key, spec in method.form.tensors(site).items()
+        for key, spec in method.form(site).tensors.items()
     }
     return AdapterLinear(
         base, site, method, parameters, alpha=1.0, dropout=dropout, row_seeds=seeds

@@ -30,7 +30,7 @@ def modules(saved: Trained) -> Iterator[Module]:
 
 def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
     """What is live of its tensors, and the delta that they make."""
-    names = [f"{site.name}.{key}" for key in saved.method.form.tensors(site)]
+    names = [f"{site.name}.{key}" for key in saved.method.form(site).tensors]
     _, open_pieces = saved.manifest["sites"]["pieces"][site.name]
     pair = saved.pair(site)
     return Module(
