@@ -96,6 +96,7 @@ class AdapterLinear(nn.Module):
         self.micro_batches = micro_batches
         self.form = method.form(site)
         self.specs = self.form.tensors
+        self._seed = seed_of(row_seeds.seed, site.name)
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self.probe = method.probe
@@ -125,11 +126,12 @@ class AdapterLinear(nn.Module):
         return x_MTI * mask
 
     def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The computed pieces of whole tensors, which are in the order of the specs."""
+        """The computed pieces of whole tensors, which are in the order of the specs, and what the
+        form draws besides."""
         named = dict(zip(self.specs, tensors, strict=True))
-        if len(self.pieces.computed) == self.site.rank:
-            return named
-        return {name: self._slice(t, self.specs[name].piece_axis) for name, t in named.items()}
+        if len(self.pieces.computed) < self.site.rank:
+            named = {n: self._slice(t, self.specs[n].piece_axis) for n, t in named.items()}
+        return named | self.form.drawn(self._seed, tensors[0].device)
 
     def owes_penalty(self, micro_batch: int) -> bool:
         """Once a micro-batch, however often the model calls this linear in it (ALBERT's layers are
@@ -171,7 +173,10 @@ class _Delta(torch.autograd.Function):
         with torch.enable_grad():
             x = x_MTI.detach().requires_grad_(wants_x)
             dropped_MTI = layer.dropped(x, ctx.rows_M, ctx.step).to(dtype)
-            tensors = {name: t.to(dtype) for name, t in layer.computed(leaves).items()}
+            tensors = {
+                name: t.to(dtype) if t.is_floating_point() else t
+                for name, t in layer.computed(leaves).items()
+            }
             y = layer.form.delta(dropped_MTI, tensors, layer.scale)
         outputs, gradients = [y], [grads[0].to(dtype)]
         if layer.method.penalty is not None and layer.owes_penalty(layer.row_seeds.micro_batch):

@@ -194,11 +194,14 @@ def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
     """(a_RI, b_OR) of the plain LoRA, scaled by alpha / R, that gives the adapter's delta; zero in
     the pieces that it does not compute."""
     a_QI, b_OQ = adapter.form.to_lora(adapter.computed(tensors))
+    rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
+    b_OQ = b_OQ if rescale == 1.0 else b_OQ * rescale
+    if len(adapter.pieces.computed) == adapter.site.rank:
+        return a_QI, b_OQ
     places = torch.tensor(adapter.pieces.computed, dtype=torch.int64, device=a_QI.device)
     a_RI = a_QI.new_zeros(adapter.site.rank, a_QI.shape[1]).index_copy_(0, places, a_QI)
     b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.site.rank).index_copy_(1, places, b_OQ)
-    rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
-    return a_RI, b_OR if rescale == 1.0 else b_OR * rescale
+    return a_RI, b_OR
 
 
 def _copy(t: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ class Trained:
             {key: nn.Parameter(t, requires_grad=False) for key, t in named.items()},
             alpha=self.config.adapter.alpha,
             dropout=0.0,
-            row_seeds=RowSeeds(seed=0, sequence_length=1),
+            row_seeds=RowSeeds(seed=self.config.train.seed, sequence_length=1),
         )
         computed, opened = self.manifest["sites"]["pieces"][site.name]
         adapter.set_pieces(Pieces(computed=tuple(computed), open=opened))

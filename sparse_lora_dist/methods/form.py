@@ -92,13 +92,21 @@ def alpha_over_capacity(alpha: float, capacity: int, open_pieces: int) -> float:
     return alpha / capacity
 
 
+def draw_nothing(seed: int, device: torch.device) -> dict[str, Tensor]:
+    """All that there is trains."""
+    return {}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
     """Of one site. ``delta`` and ``to_lora`` see the computed pieces of its tensors only, in place
-    of all R."""
+    of all R, and what is drawn besides."""
 
     tensors: Mapping[str, TensorSpec]
     """Those that it trains."""
+    drawn: Callable[[int, torch.device], dict[str, Tensor]] = draw_nothing
+    """(seed, device) -> tensors that never train: made anew at every use, the same wherever, and in
+    no checkpoint."""
     delta: Callable[[Tensor, Tensors, float], Tensor] = low_rank_delta
     """(x_TI, tensors, scale) -> y_TO, what the site adds to the base's output."""
     to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] = pair_itself
