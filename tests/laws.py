@@ -59,5 +59,6 @@ LAWS: dict[str, Law] = {
         penalty={"adalora_orthogonality": 0.1},
         off_is="increlora",
     ),
+    "sbora": Law(factory=METHODS["sbora"], decides=False, off_is=None),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

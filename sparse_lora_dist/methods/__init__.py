@@ -6,6 +6,7 @@ from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
 from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
 from sparse_lora_dist.methods.roselora import ROSELORA
+from sparse_lora_dist.methods.sbora import SBORA
 from sparse_lora_dist.methods.sora import SORA
 
 METHODS: dict[str, MethodFactory] = {
@@ -14,6 +15,7 @@ METHODS: dict[str, MethodFactory] = {
     "sora": SORA,
     "increlora": INCRELORA,
     "adalora": ADALORA,
+    "sbora": SBORA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]
