@@ -60,5 +60,6 @@ LAWS: dict[str, Law] = {
         off_is="increlora",
     ),
     "sbora": Law(factory=METHODS["sbora"], decides=False, off_is=None),
+    "melora": Law(factory=METHODS["melora"], decides=False, off={"melora_blocks": 1}),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

@@ -5,6 +5,7 @@ from sparse_lora_dist.methods.adalora import ADALORA
 from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
 from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
+from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sbora import SBORA
 from sparse_lora_dist.methods.sora import SORA
@@ -16,6 +17,7 @@ METHODS: dict[str, MethodFactory] = {
     "increlora": INCRELORA,
     "adalora": ADALORA,
     "sbora": SBORA,
+    "melora": MELORA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]
