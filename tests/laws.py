@@ -61,5 +61,8 @@ LAWS: dict[str, Law] = {
     ),
     "sbora": Law(factory=METHODS["sbora"], decides=False, off_is=None),
     "melora": Law(factory=METHODS["melora"], decides=False, off={"melora_blocks": 1}),
+    "lora_mini": Law(
+        factory=METHODS["lora_mini"], on={"lora_mini_size": 5}, decides=False, off_is=None
+    ),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

@@ -5,6 +5,7 @@ from sparse_lora_dist.methods.adalora import ADALORA
 from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
 from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
+from sparse_lora_dist.methods.lora_mini import LORA_MINI
 from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sbora import SBORA
@@ -18,6 +19,7 @@ METHODS: dict[str, MethodFactory] = {
     "adalora": ADALORA,
     "sbora": SBORA,
     "melora": MELORA,
+    "lora_mini": LORA_MINI,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]
