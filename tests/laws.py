@@ -23,6 +23,8 @@ class Law:
     """Do pieces open in the order of their slots?"""
     penalty: dict[str, float] = field(default_factory=dict)
     """Options that weigh what is added to the loss, and their values."""
+    is_pair: bool = True
+    """Is its delta a low-rank pair, which PEFT can open?"""
     off_is: str | None = "lora"
     """The method that it is step for step when off; None: it has no off."""
 

@@ -37,6 +37,17 @@ class NothingLives(UserError):
         )
 
 
+class NoPair(UserError):
+    """The method's updates are no low-rank pairs."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(
+            f"what --method {method} adds to a weight is no low-rank pair, so there is no LoRA of "
+            "it. Take --format merged, or sparse_delta where it is sparse.",
+            shared=True,
+        )
+
+
 Pair = tuple[Tensor, Tensor]
 """(a_LI, b_OL) of a plain LoRA that is scaled by alpha / R."""
 
@@ -80,9 +91,12 @@ def save_peft(
 
     Raises:
         NothingLives: there is no piece to write.
+        NoPair: a piece is no LoRA.
     """
     pairs: dict[str, Pair] = {}
     full: dict[str, Tensor] = {}
+    if any(adapter.form.to_lora is None for adapter in adapters):
+        raise NoPair(adapters[0].method.name)
     for adapter in adapters:
         parameters = [getattr(adapter, name) for name in adapter.specs]
         with zero3.gathered(parameters):
@@ -192,7 +206,13 @@ def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
 
 def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
     """(a_RI, b_OR) of the plain LoRA, scaled by alpha / R, that gives the adapter's delta; zero in
-    the pieces that it does not compute."""
+    the pieces that it does not compute.
+
+    Raises:
+        NoPair: there is none.
+    """
+    if adapter.form.to_lora is None:
+        raise NoPair(adapter.method.name)
     a_QI, b_OQ = adapter.form.to_lora(adapter.computed(tensors))
     rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
     b_OQ = b_OQ if rescale == 1.0 else b_OQ * rescale

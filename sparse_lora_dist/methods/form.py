@@ -109,8 +109,9 @@ class Form:
     no checkpoint."""
     delta: Callable[[Tensor, Tensors, float], Tensor] = low_rank_delta
     """(x_TI, tensors, scale) -> y_TO, what the site adds to the base's output."""
-    to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] = pair_itself
-    """tensors -> (a_RI, b_OR), the plain LoRA pair of the same scale that is exported."""
+    to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] | None = pair_itself
+    """tensors -> (a_RI, b_OR), the plain LoRA pair of the same scale that is exported; None: there
+    is none, and exports ask ``delta``, linear in x, what it makes of the identity."""
     scale: Callable[[float, int, int], float] = alpha_over_capacity
     """(alpha, capacity R, open pieces) -> the site's scale."""
 
