@@ -105,7 +105,7 @@ def test_what_is_exported_computes_the_trained_logits(
     assert logits_of(model).numpy() == pytest.approx(stop.logits.numpy(), abs=1e-4)
     assert (merged / "tokenizer.json").exists()
     if not LAWS[name].is_pair:
-        with pytest.raises(NoPair, match="Take --format merged"):
+        with pytest.raises(NoPair, match="launcher/export.py has --format merged"):
             exported(stop.path, tmp_path / "plain")
         return
     plain = exported(stop.path, tmp_path / "plain")

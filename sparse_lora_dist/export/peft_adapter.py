@@ -43,7 +43,7 @@ class NoPair(UserError):
     def __init__(self, method: str) -> None:
         super().__init__(
             f"what --method {method} adds to a weight is no low-rank pair, so there is no LoRA of "
-            "it. Take --format merged, or sparse_delta where it is sparse.",
+            "it: launcher/export.py has --format merged, and sparse_delta for what is sparse.",
             shared=True,
         )
 
