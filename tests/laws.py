@@ -66,5 +66,6 @@ LAWS: dict[str, Law] = {
     "lora_mini": Law(
         factory=METHODS["lora_mini"], on={"lora_mini_size": 5}, decides=False, off_is=None
     ),
+    "mora": Law(factory=METHODS["mora"], decides=False, is_pair=False, off_is=None),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

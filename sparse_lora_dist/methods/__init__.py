@@ -7,6 +7,7 @@ from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
 from sparse_lora_dist.methods.lora_mini import LORA_MINI
 from sparse_lora_dist.methods.melora import MELORA
+from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sbora import SBORA
 from sparse_lora_dist.methods.sora import SORA
@@ -20,6 +21,7 @@ METHODS: dict[str, MethodFactory] = {
     "sbora": SBORA,
     "melora": MELORA,
     "lora_mini": LORA_MINI,
+    "mora": MORA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]
