@@ -2,7 +2,7 @@
 
 import torch
 
-from sparse_lora_dist.methods.hashed import distinct, hashes, uniform
+from sparse_lora_dist.methods.hashed import distinct, hashes, stratified, uniform
 
 CPU = torch.device("cpu")
 
@@ -32,3 +32,12 @@ def test_distinct_numbers_are_in_range_and_all_are_as_likely() -> None:
     counts = torch.cat(drawn).bincount(minlength=20)
     assert counts.min() > 60 and counts.max() < 140, "100 each, but for chance"
     assert distinct(20, 20, 3, CPU).tolist() == list(range(20))
+
+
+def test_stratified_numbers_are_one_of_each_part() -> None:
+    for count, below in ((7, 50), (1, 3), (13, 13), (1000, 2**40)):
+        numbers = stratified(count, below, 3, CPU)
+        edges = [i * below // count for i in range(count + 1)]
+        assert all(a <= n < b for a, n, b in zip(edges, numbers.tolist(), edges[1:], strict=False))
+    drawn = torch.cat([stratified(7, 50, seed, CPU) for seed in range(2000)])
+    assert drawn.bincount(minlength=50).min() > 200, "2000 in parts of 7 or 8: 250 each"

@@ -10,6 +10,7 @@ from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sbora import SBORA
+from sparse_lora_dist.methods.shira import SHIRA
 from sparse_lora_dist.methods.sora import SORA
 
 METHODS: dict[str, MethodFactory] = {
@@ -18,6 +19,7 @@ METHODS: dict[str, MethodFactory] = {
     "sora": SORA,
     "increlora": INCRELORA,
     "adalora": ADALORA,
+    "shira": SHIRA,
     "sbora": SBORA,
     "melora": MELORA,
     "lora_mini": LORA_MINI,

@@ -37,3 +37,12 @@ def uniform(shape: tuple[int, ...], bound: float, seed: int, device: torch.devic
 def distinct(count: int, below: int, seed: int, device: torch.device) -> Tensor:
     """``count`` different numbers below ``below``, drawn without order, ascending, int64."""
     return hashes(below, seed, device).argsort()[:count].sort().values
+
+
+def stratified(count: int, below: int, seed: int, device: torch.device) -> Tensor:
+    """A number of each of ``count`` equal parts of what is below ``below``, ascending, int64: as
+    good as drawn at random where all that matters is that they lie everywhere, and there is nothing
+    to sort."""
+    edges = torch.arange(count + 1, device=device) * below // count
+    widths_N = edges.diff()
+    return edges[:-1] + _shifted(hashes(count, seed, device), 1) % widths_N
