@@ -70,7 +70,5 @@ def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="shira_density must be in"):
         ShiraOptions(shira_density=1.5)
     small = Site(name="k", in_features=10, out_features=10, rank=6)
-    with pytest.raises(
-        ValueError, match="k is 10 x 10: --rank 6 makes 120 entries of its 100; take 5"
-    ):
+    with pytest.raises(ValueError, match="k is 10 x 10: --rank 6 makes 120 .* take 5"):
         form_of(small)
