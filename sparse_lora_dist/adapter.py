@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
-from sparse_lora_dist.methods.base import Method, Pieces, Site, TensorSpec
+from sparse_lora_dist.methods.base import Method, Pieces
+from sparse_lora_dist.methods.form import Site, TensorSpec
 from sparse_lora_dist.zero3 import ShardBuilder, Values
 
 
@@ -93,7 +94,9 @@ class AdapterLinear(nn.Module):
         self.base, self.site, self.method = base, site, method
         self.alpha, self.dropout, self.row_seeds = alpha, dropout, row_seeds
         self.micro_batches = micro_batches
-        self.specs = method.tensors(site)
+        self.form = method.form(site)
+        self.specs = self.form.tensors
+        self._seed = seed_of(row_seeds.seed, site.name)
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self.probe = method.probe
@@ -105,7 +108,7 @@ class AdapterLinear(nn.Module):
     def set_pieces(self, pieces: Pieces) -> None:
         """Compute these from now on."""
         self.pieces = pieces
-        self.scale = self.method.scale(self.alpha, self.site.rank, pieces.open)
+        self.scale = self.form.scale(self.alpha, self.site.rank, pieces.open)
         self._places = torch.tensor(pieces.computed, dtype=torch.int64)
 
     def forward(self, x_MTI: Tensor) -> Tensor:
@@ -123,11 +126,12 @@ class AdapterLinear(nn.Module):
         return x_MTI * mask
 
     def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The computed pieces of whole tensors, which are in the order of the specs."""
+        """The computed pieces of whole tensors, which are in the order of the specs, and what the
+        form draws besides."""
         named = dict(zip(self.specs, tensors, strict=True))
-        if len(self.pieces.computed) == self.site.rank:
-            return named
-        return {name: self._slice(t, self.specs[name].piece_axis) for name, t in named.items()}
+        if len(self.pieces.computed) < self.site.rank:
+            named = {n: self._slice(t, self.specs[n].piece_axis) for n, t in named.items()}
+        return named | self.form.drawn(self._seed, tensors[0].device)
 
     def owes_penalty(self, micro_batch: int) -> bool:
         """Once a micro-batch, however often the model calls this linear in it (ALBERT's layers are
@@ -159,7 +163,7 @@ class _Delta(torch.autograd.Function):
         ctx.layer, ctx.rows_M, ctx.step = layer, layer.row_seeds.rows_M, layer.row_seeds.step
         ctx.save_for_backward(x_MTI)
         dropped_MTI = layer.dropped(x_MTI, ctx.rows_M, ctx.step)
-        return layer.method.delta(dropped_MTI, layer.computed(tensors), layer.scale)
+        return layer.form.delta(dropped_MTI, layer.computed(tensors), layer.scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -169,8 +173,11 @@ class _Delta(torch.autograd.Function):
         with torch.enable_grad():
             x = x_MTI.detach().requires_grad_(wants_x)
             dropped_MTI = layer.dropped(x, ctx.rows_M, ctx.step).to(dtype)
-            tensors = {name: t.to(dtype) for name, t in layer.computed(leaves).items()}
-            y = layer.method.delta(dropped_MTI, tensors, layer.scale)
+            tensors = {
+                name: t.to(dtype) if t.is_floating_point() else t
+                for name, t in layer.computed(leaves).items()
+            }
+            y = layer.form.delta(dropped_MTI, tensors, layer.scale)
         outputs, gradients = [y], [grads[0].to(dtype)]
         if layer.method.penalty is not None and layer.owes_penalty(layer.row_seeds.micro_batch):
             penalty = layer.method.penalty({k: t.detach() for k, t in tensors.items()})
@@ -208,7 +215,7 @@ def inject(
         base = model.get_submodule(site.name)
         assert isinstance(base, FrozenLinear), f"{site.name} was not loaded as a frozen linear"
         parameters = {}
-        for key, spec in method.tensors(site).items():
+        for key, spec in method.form(site).tensors.items():
             name = f"{site.name}.{key}"
             values = initial.get(name) or _drawn(spec, seed_of(row_seeds.seed, name))
             parameters[key] = builder.parameter(spec.shape, values, trainable=True)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sparse_lora_dist.bounds import above, at_least, bad_durations, bad_regex, raise_if
-from sparse_lora_dist.methods.base import NoOptions, Plan, Site
+from sparse_lora_dist.methods.base import NoOptions, Plan
+from sparse_lora_dist.methods.form import Site
 
 TRACKERS = ("tensorboard", "wandb")
 RESETS = ("optimizer", "schedule", "data")
@@ -261,15 +262,14 @@ class Config:
         )
 
     def _bad_for_the_task(self) -> list[str]:
-        problems = []
         if self.model.task == "seq_cls" and self.data.packing:
-            problems.append(
+            return [
                 "packing puts several documents in one row, but for task seq_cls a row is one "
                 "example with one label: leave packing out"
-            )
+            ]
         if self.model.task == "causal_lm" and self.data.text_pair_field is not None:
-            problems.append("text_pair_field belongs to task seq_cls, but task is causal_lm")
-        return problems
+            return ["text_pair_field belongs to task seq_cls, but task is causal_lm"]
+        return []
 
     def _bad_for_flash_attention(self) -> list[str]:
         flash = "flash" in (self.model.attn_implementation or "")

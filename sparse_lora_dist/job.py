@@ -261,7 +261,7 @@ class Job:
                 task_type=self.task.peft_type,
                 classes=self.model.classes,
             )
-        except peft_adapter.NothingLives as error:
+        except (peft_adapter.NothingLives, peft_adapter.NoPair) as error:
             say("warning", f"no adapter is written: {error}")
             if comm.rank() == 0:  # an earlier attempt's is not this run's end
                 shutil.rmtree(self.folder / "adapter", ignore_errors=True)

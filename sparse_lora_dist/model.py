@@ -36,7 +36,7 @@ from sparse_lora_dist.export.init_adapter import read_peft
 from sparse_lora_dist.head import install
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
-from sparse_lora_dist.methods.base import Site, TensorSpec, zeros
+from sparse_lora_dist.methods.form import Site, TensorSpec, zeros
 from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import counted, megabytes, say
 from sparse_lora_dist.targets import find_full, find_sites
@@ -195,7 +195,7 @@ class Model:
         shapes = {
             f"{site.name}.{key}": spec.shape
             for site in self.sites
-            for key, spec in method.tensors(site).items()
+            for key, spec in method.form(site).tensors.items()
         }
         for name, module in self.full.items():
             shapes |= {f"{name}.{k}": tuple(p.shape) for k, p in module.named_parameters()}

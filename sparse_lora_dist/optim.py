@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.methods.base import Update
+from sparse_lora_dist.methods.form import Update
 from sparse_lora_dist.moments import Packed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,7 +11,7 @@ from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.class_head import Head, modules_inside
 from sparse_lora_dist.config import AdapterConfig
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.methods.base import Site
+from sparse_lora_dist.methods.form import Site
 
 
 def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[str]) -> list[Site]:

@@ -168,7 +168,10 @@ def _build_method(config: Config, model: Model, total_steps: int) -> Method:
     except ValueError as error:
         raise UserError(f"--method {config.adapter.method}: {error}", shared=True) from error
     plain = {"lora_a", "lora_b"}
-    if config.adapter.init_adapter is not None and set(method.tensors(model.sites[0])) != plain:
+    if (
+        config.adapter.init_adapter is not None
+        and set(method.form(model.sites[0]).tensors) != plain
+    ):
         raise UserError(
             f"--init_adapter is a plain LoRA pair, which --method {method.name} cannot begin with: "
             "it trains factors between the two. Use lora or roselora.",

@@ -23,8 +23,10 @@ class Law:
     """Do pieces open in the order of their slots?"""
     penalty: dict[str, float] = field(default_factory=dict)
     """Options that weigh what is added to the loss, and their values."""
-    off_is: str = "lora"
-    """The method that it is step for step when off."""
+    is_pair: bool = True
+    """Is its delta a low-rank pair, which PEFT can open?"""
+    off_is: str | None = "lora"
+    """The method that it is step for step when off; None: it has no off."""
 
 
 LAWS: dict[str, Law] = {
@@ -59,5 +61,12 @@ LAWS: dict[str, Law] = {
         penalty={"adalora_orthogonality": 0.1},
         off_is="increlora",
     ),
+    "shira": Law(factory=METHODS["shira"], decides=False, is_pair=False, off_is=None),
+    "sbora": Law(factory=METHODS["sbora"], decides=False, off_is=None),
+    "melora": Law(factory=METHODS["melora"], decides=False, off={"melora_blocks": 1}),
+    "lora_mini": Law(
+        factory=METHODS["lora_mini"], on={"lora_mini_size": 5}, decides=False, off_is=None
+    ),
+    "mora": Law(factory=METHODS["mora"], decides=False, is_pair=False, off_is=None),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

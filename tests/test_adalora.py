@@ -12,7 +12,8 @@ from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor, nn
 
 from sparse_lora_dist.methods.adalora import AdaLoraOptions, adalora, top_pieces
-from sparse_lora_dist.methods.base import Decision, Method, Plan, Site, Stats
+from sparse_lora_dist.methods.base import Decision, Method, Plan, Stats
+from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.methods.triplets import triplet_scores
 from sparse_lora_dist.schedule import cubic_budget
 from tests.whole_scores import WholeScores
@@ -37,7 +38,7 @@ def first_values(method: Method, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     values = {}
     for site in SITES:
-        for name, spec in method.tensors(site).items():
+        for name, spec in method.form(site).tensors.items():
             values[f"{site.name}.{name}"] = torch.zeros(spec.shape)
             spec.init(values[f"{site.name}.{name}"], generator)
     return values
@@ -54,7 +55,7 @@ def toy_loss(method: Method, tensors: dict[str, Tensor], step: int) -> Tensor:
 
     def added(x_TI: Tensor, site: str) -> Tensor:
         own = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{site}.")}
-        return method.delta(x_TI, own, SCALE)
+        return method.form(SITES[0]).delta(x_TI, own, SCALE)
 
     hidden_TI = torch.tanh(x_TI @ w1_OI.t() + added(x_TI, "first"))
     out_TO = hidden_TI @ w2_OI.t() + added(hidden_TI, "second")
@@ -328,14 +329,16 @@ def test_of_equal_scores_the_lowest_index_of_the_first_site_stays() -> None:
 
 def test_a_site_may_end_without_a_piece_and_adds_nothing() -> None:
     method = adalora(OPTIONS, plan())
-    shapes = {f"{s.name}.{n}": t.shape for s in SITES for n, t in method.tensors(s).items()}
+    shapes = {f"{s.name}.{n}": t.shape for s in SITES for n, t in method.form(s).tensors.items()}
     scores = WholeScores({n: torch.full(s, float("second" in n)) for n, s in shapes.items()})
     decision = method.decide(END, scores)
     assert decision.pieces["first"].computed == () and decision.pieces["first"].open == 0
     assert decision.pieces["second"].open == RANK
     empty = {"lora_a": torch.zeros(0, 10), "lora_b": torch.zeros(14, 0)}
     empty["lora_lambda"] = torch.zeros(0)
-    assert torch.equal(method.delta(torch.randn(4, 10), empty, SCALE), torch.zeros(4, 14))
+    assert torch.equal(
+        method.form(SITES[0]).delta(torch.randn(4, 10), empty, SCALE), torch.zeros(4, 14)
+    )
     assert method.penalty is not None
     assert {n: g.shape for n, g in method.penalty(empty).items()} == {
         "lora_a": (0, 10),
@@ -375,7 +378,9 @@ def test_a_piece_scores_by_lambda_and_the_means_of_its_row_and_column() -> None:
 def test_the_delta_starts_at_nothing() -> None:
     method = adalora(OPTIONS, plan())
     w = {n.partition(".")[2]: t for n, t in first_values(method).items() if n.startswith("first")}
-    assert torch.equal(method.delta(torch.randn(4, 10), w, SCALE), torch.zeros(4, 14))
+    assert torch.equal(
+        method.form(SITES[0]).delta(torch.randn(4, 10), w, SCALE), torch.zeros(4, 14)
+    )
     assert (w["lora_a"] != 0).all() and (w["lora_b"] != 0).all()
 
 

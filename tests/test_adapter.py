@@ -8,7 +8,8 @@ from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model import frozen_linear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
 from sparse_lora_dist.methods import METHODS, Plan
-from sparse_lora_dist.methods.base import Method, Pieces, Site
+from sparse_lora_dist.methods.base import Method, Pieces
+from sparse_lora_dist.methods.form import Site
 
 DROPOUT, SCALE = 0.3, 2.0
 

@@ -18,14 +18,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from sparse_lora_dist.checkpoint.manifest import sealed
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.changes import LowRank
 from sparse_lora_dist.export.merged import Merge
 from sparse_lora_dist.export.options import load_request
-from sparse_lora_dist.export.peft_adapter import APART, WEIGHTS
+from sparse_lora_dist.export.peft_adapter import APART, WEIGHTS, NoPair
 from sparse_lora_dist.export.program import export
 from sparse_lora_dist.export.sparse_delta import (
     Sparsity,
     apply_sparse_delta,
-    most_changed,
     nonzeros,
 )
 from sparse_lora_dist.export.trained import Trained
@@ -99,6 +99,15 @@ def test_what_is_exported_computes_the_trained_logits(
     stops: Any, tiny: TinyRun, tmp_path: Path, name: str, when: str
 ) -> None:
     stop: Stop = stops(name)[when == "at its end"]
+    merged = exported(stop.path, tmp_path / "merged", "--format", "merged", "--dtype", "fp32")
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
+    assert model.dtype == torch.float32
+    assert logits_of(model).numpy() == pytest.approx(stop.logits.numpy(), abs=1e-4)
+    assert (merged / "tokenizer.json").exists()
+    if not LAWS[name].is_pair:
+        with pytest.raises(NoPair, match="launcher/export.py has --format merged"):
+            exported(stop.path, tmp_path / "plain")
+        return
     plain = exported(stop.path, tmp_path / "plain")
     theirs = with_peft(tiny, plain)
     assert theirs.numpy() == pytest.approx(stop.logits.numpy(), abs=5e-5)
@@ -107,12 +116,6 @@ def test_what_is_exported_computes_the_trained_logits(
     assert with_peft(tiny, uniform).numpy() == pytest.approx(theirs.numpy(), abs=1e-5)
     config = json.loads((uniform / "adapter_config.json").read_text())
     assert not config["rank_pattern"] and config["lora_alpha"] == config["r"]
-
-    merged = exported(stop.path, tmp_path / "merged", "--format", "merged", "--dtype", "fp32")
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
-    assert model.dtype == torch.float32
-    assert logits_of(model).numpy() == pytest.approx(stop.logits.numpy(), abs=1e-4)
-    assert (merged / "tokenizer.json").exists()
 
 
 def test_dead_pieces_and_modules_are_left_out(stops: Any, tmp_path: Path) -> None:
@@ -218,8 +221,7 @@ def test_a_sparse_delta_is_applied_and_taken_back(
     trained = Trained.open(stop.path)
     stored = sum(len(t) for k, t in whole_weights(folder).items() if k.endswith(".values"))
     weights = sum(s.in_features * s.out_features for s in trained.sites)
-    pairs = [pair for _, pair in trained.pairs()]
-    bound = 1 - sum(map(most_changed, pairs)) / weights
+    bound = 1 - sum(change.at_most for _, change in trained.changes()) / weights
     assert changed <= stored and stored / weights <= 1 - bound
     assert 0 < bound and f"{1 - stored / weights:.4%}; at least {bound:.4%}" in told
 
@@ -233,8 +235,9 @@ def test_the_bound_is_reached_where_pieces_lie_apart() -> None:
     a_LI, b_OL = torch.zeros(2, 10), torch.zeros(8, 2)
     a_LI[0, :2], b_OL[:3, 0] = 1.0, 2.0
     a_LI[1, 5:9], b_OL[4:5, 1] = 1.0, 2.0
-    indices_N, values_N = nonzeros((a_LI, b_OL), 0.5)
-    assert len(indices_N) == most_changed((a_LI, b_OL)) == 2 * 3 + 4 * 1
+    change = LowRank(a_LI=a_LI, b_OL=b_OL, scale=0.5)
+    indices_N, values_N = nonzeros(change)
+    assert len(indices_N) == change.at_most == 2 * 3 + 4 * 1
     assert indices_N.tolist() == [0, 1, 10, 11, 20, 21, 45, 46, 47, 48]
     assert values_N.tolist() == [1.0] * 10
     found = Sparsity(weights=80, changed=10, at_most=10.0)

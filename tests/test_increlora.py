@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Decision, Method, Pieces, Plan, Site, Stats, Tensors
+from sparse_lora_dist.methods.base import Decision, Method, Pieces, Plan, Stats
+from sparse_lora_dist.methods.form import Site, Tensors
 from sparse_lora_dist.methods.increlora import INCRELORA, IncreLoraOptions, increlora
 from tests.whole_scores import WholeScores
 
@@ -38,7 +39,7 @@ class Run:
         self.shapes = {
             f"{site.name}.{name}": spec.shape
             for site in of.sites
-            for name, spec in self.method.tensors(site).items()
+            for name, spec in self.method.form(site).tensors.items()
         }
         self.live = {n: torch.zeros(shape).bool() for n, shape in self.shapes.items()}
         self.pieces: dict[str, Pieces] = {}
@@ -102,7 +103,7 @@ def test_at_first_the_start_is_open_and_one_piece_more_learns_in_advance() -> No
 
 @pytest.mark.parametrize("start", [1, 3])
 def test_lambda_starts_at_zero_where_open_and_at_the_reserves_elsewhere(start: int) -> None:
-    spec = increlora(options(start_rank=start), plan()).tensors(plan().sites[0])["lora_lambda"]
+    spec = increlora(options(start_rank=start), plan()).form(plan().sites[0]).tensors["lora_lambda"]
     values = torch.empty(spec.shape)
     spec.init(values, torch.Generator())
     assert (values[:start] == 0).all() and (values[start:] == 1e-5).all()
@@ -112,10 +113,10 @@ def test_the_delta_starts_at_next_to_nothing() -> None:
     site = Site(name="s", in_features=64, out_features=48, rank=4)
     method, generator = increlora(options(), plan(rank=4)), torch.Generator().manual_seed(0)
     tensors = {}
-    for name, spec in method.tensors(site).items():
+    for name, spec in method.form(site).tensors.items():
         tensors[name] = torch.empty(spec.shape)
         spec.init(tensors[name], generator)
-    a_RI, b_OR = method.to_lora(tensors)
+    a_RI, b_OR = method.form(site).to_lora(tensors)
     assert 0.0 < float((b_OR @ a_RI).abs().max()) < 1e-5
 
 
@@ -332,9 +333,9 @@ def test_the_released_overshoot_ends_where_capacity_does() -> None:
 
 
 def test_scales() -> None:
-    scale = increlora(options(), plan()).scale
+    scale = increlora(options(), plan()).form(plan().sites[0]).scale
     assert scale(32.0, 16, 1) == scale(32.0, 16, 9) == 2.0
-    released = increlora(options(preset="released"), plan()).scale
+    released = increlora(options(preset="released"), plan()).form(plan().sites[0]).scale
     assert released(32.0, 16, 4) == 32.0 / (4 + 1e-5)
     ratios = [released(32.0, 16, b) / released(32.0, 16, a) for a, b in ((1, 2), (1, 5), (5, 9))]
     assert ratios == pytest.approx([0.5, 0.2, 0.556], abs=1e-3)
@@ -351,7 +352,8 @@ def test_opening_a_trained_reserve_changes_the_function_in_the_released_preset_o
         seen: Tensors = {
             n: t[:, :computed] if n == "lora_b" else t[:computed] for n, t in tensors.items()
         }
-        return method.delta(random(5, IN), seen, method.scale(16.0, 8, num_open))
+        form = method.form(plan().sites[0])
+        return form.delta(random(5, IN), seen, form.scale(16.0, 8, num_open))
 
     paper, released = (increlora(options(preset=p), plan()) for p in ("paper", "released"))
     torch.testing.assert_close(at(paper, 3, 2), at(paper, 2, 1), rtol=0.0, atol=1e-3)

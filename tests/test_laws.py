@@ -227,6 +227,6 @@ def switched_off(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathF
     return run
 
 
-@deciding
+@pytest.mark.parametrize("name", [n for n in METHODS if LAWS[n].off and LAWS[n].off_is])
 def test_off_is_the_fixed_rank_method_step_for_step(switched_off: Any, name: str) -> None:
     assert switched_off(name) == switched_off(LAWS[name].off_is)

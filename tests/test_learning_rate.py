@@ -10,7 +10,7 @@ from sparse_lora_dist.config import Config, TrainConfig
 from sparse_lora_dist.job import _learning_rate
 from sparse_lora_dist.learning_rate import LearningRate
 from sparse_lora_dist.methods import METHODS, Plan
-from sparse_lora_dist.methods.base import Site
+from sparse_lora_dist.methods.form import Site
 
 
 def rates(name: str, total_steps: int, *, warmup_steps: int = 0, **options: object) -> LearningRate:

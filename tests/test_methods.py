@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.export.peft_adapter import plain_pair
+from sparse_lora_dist.export.changes import dense_change
+from sparse_lora_dist.export.peft_adapter import NoPair, plain_pair
 from sparse_lora_dist.methods import METHODS, Method, Plan
-from sparse_lora_dist.methods.base import Decision, Pieces, Site, Stats, TensorSpec, Update
+from sparse_lora_dist.methods.base import Decision, Pieces, Stats
+from sparse_lora_dist.methods.form import Site, TensorSpec, Update
 from tests.laws import LAWS, Law
 from tests.whole_scores import WholeScores
 
@@ -50,7 +52,7 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 
 def specs(method: Method) -> dict[str, TensorSpec]:
-    return {f"{s.name}.{k}": spec for s in SITES for k, spec in method.tensors(s).items()}
+    return {f"{s.name}.{k}": spec for s in SITES for k, spec in method.form(s).tensors.items()}
 
 
 def adapter(method: Method, values: dict[str, Tensor]) -> AdapterLinear:
@@ -61,7 +63,7 @@ def adapter(method: Method, values: dict[str, Tensor]) -> AdapterLinear:
         FrozenLinear(site.in_features, site.out_features, weight, None),
         site,
         method,
-        {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.tensors(site)},
+        {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.form(site).tensors},
         alpha=12.0,
         dropout=0.0,
         row_seeds=RowSeeds(seed=0, sequence_length=8),
@@ -107,13 +109,22 @@ def test_the_delta_is_nothing_at_first(law: Law) -> None:
         assert delta <= largest and bool(delta > 0.0) == (largest > 0.0)
 
 
-def test_the_delta_is_that_of_the_exported_pair(method: Method) -> None:
+def test_the_delta_is_that_of_what_is_exported(law: Law, method: Method) -> None:
     x, values = random(5, 24), trained_values(method)
     layer = adapter(method, values)
-    for computed in (layer.pieces.computed, (0, 2, 3), ()):
+    has_pieces = all(spec.piece_axis is not None for spec in layer.specs.values())
+    for computed in (layer.pieces.computed, *[(0, 2, 3), ()][: 2 * has_pieces]):
         layer.set_pieces(type(layer.pieces)(computed=computed, open=len(computed)))
-        a_RI, b_OR = plain_pair(layer, [getattr(layer, name) for name in layer.specs])
-        assert a_RI.shape == (6, 24) and b_OR.shape == (24, 6)
+        tensors = [getattr(layer, name) for name in layer.specs]
+        if not law.is_pair:
+            change_OI = dense_change(layer, layer.computed(tensors)).change_OI
+            torch.testing.assert_close(layer(x), x @ change_OI.t(), rtol=1e-4, atol=1e-5)
+            with pytest.raises(NoPair, match=f"--method {method.name} adds"):
+                plain_pair(layer, tensors)
+            continue
+        a_RI, b_OR = plain_pair(layer, tensors)
+        assert a_RI.shape[1:] == (24,) and b_OR.shape[:1] == (24,)
+        assert not has_pieces or len(a_RI) == 6
         wanted = layer.alpha / 6 * x @ a_RI.t() @ b_OR.t()
         torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
 

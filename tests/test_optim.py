@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Update
+from sparse_lora_dist.methods.form import Update
 from sparse_lora_dist.optim import MOMENTS, SparseAdamW
 
 N, LR, DECAY, BETA2, EPS = 500, 1e-2, 0.1, 0.999, 1e-8

@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_lora_dist.methods import Plan
-from sparse_lora_dist.methods.base import Decision, Site, Stats, Update
+from sparse_lora_dist.methods.base import Decision, Stats
+from sparse_lora_dist.methods.form import Site, Update
 from sparse_lora_dist.methods.roselora import (
     RoseLoraOptions,
     keep_within_pieces,
@@ -184,7 +185,7 @@ def ours(preset: str, **options: object) -> list[Both]:
     run = Plan(total_steps=RELEASED_STEPS, warmup_steps=0, learning_rate=1e-3, sites=(site,))
     method = roselora(factory, run)
     flat = start().flatten()
-    project = method.tensors(site)["lora_a"].project
+    project = method.form(site).tensors["lora_a"].project
     optimizer = SparseAdamW([{"params": [flat], "project": project}], lr=1e-3, weight_decay=0.0)
     optimizer.set_live(flat, torch.ones(flat.numel(), dtype=torch.bool))
     stats: Stats = (torch.zeros_like(flat),)
@@ -266,7 +267,9 @@ def test_a_released_mask_cannot_be_held_between_decisions() -> None:
 
 
 def test_the_clamp_begins_with_the_pruning() -> None:
-    project = roselora(RoseLoraOptions(roselora_clamp=0.5), plan(100)).tensors(plan(1).sites[0])
+    project = (
+        roselora(RoseLoraOptions(roselora_clamp=0.5), plan(100)).form(plan(1).sites[0]).tensors
+    )
     for spec in project.values():
         w = torch.tensor([-2.0, 0.1, 2.0])
         for step, wanted in ((10, w), (11, w.clamp(-0.5, 0.5))):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, Plan, Site, Update
+from sparse_lora_dist.methods.base import Method, Plan
+from sparse_lora_dist.methods.form import Site, Update
 from sparse_lora_dist.methods.sora import (
     TRAVEL,
     SoraOptions,
@@ -45,7 +46,7 @@ def update(step: int = 1, lr: float | Tensor = 1.0, denominator: float = 1.0) ->
 
 
 def projected(method: Method, gate_R: Tensor, how: Update) -> Tensor:
-    project = method.tensors(SITES[0])["lora_gate"].project
+    project = method.form(SITES[0]).tensors["lora_gate"].project
     assert project is not None
     return project(gate_R, how)
 
@@ -178,7 +179,7 @@ def test_lambda_zero_is_plain_gated_lora_to_the_bit() -> None:
 
 
 def test_the_tensors_are_loras_and_gates_that_never_decay() -> None:
-    specs = sora(SoraOptions(), plan()).tensors(SITES[0])
+    specs = sora(SoraOptions(), plan()).form(SITES[0]).tensors
     assert {name: (spec.shape, spec.piece_axis) for name, spec in specs.items()} == {
         "lora_a": ((8, 24), 0),
         "lora_b": ((16, 8), 1),
@@ -246,12 +247,12 @@ def test_every_step_belongs_to_one_stage_and_the_stages_differ_by_one_at_most(
 
 def test_gates_can_travel_alike_in_runs_of_any_length_and_rate() -> None:
     for steps in (30, 3000):
-        gate = sora(SoraOptions(), plan(steps)).tensors(SITES[0])["lora_gate"]
+        gate = sora(SoraOptions(), plan(steps)).form(SITES[0]).tensors["lora_gate"]
         assert gate.lr_factor * LEARNING_RATE * steps == pytest.approx(TRAVEL)
     staged = SoraOptions(sora_lambdas=(0.1, 0.2, 0.3, 0.4))
-    gate = sora(staged, plan(400)).tensors(SITES[0])["lora_gate"]
+    gate = sora(staged, plan(400)).form(SITES[0]).tensors["lora_gate"]
     assert gate.lr_factor * LEARNING_RATE * 100 == pytest.approx(TRAVEL)
-    given = sora(SoraOptions(sora_gate_lr_factor=3.0), plan()).tensors(SITES[0])["lora_gate"]
+    given = sora(SoraOptions(sora_gate_lr_factor=3.0), plan()).form(SITES[0]).tensors["lora_gate"]
     assert given.lr_factor == 3.0
 
 
@@ -261,7 +262,7 @@ def test_gates_can_travel_alike_in_runs_of_any_length_and_rate() -> None:
 def gate_scores(closed: dict[str, list[int]]) -> WholeScores:
     method, values = sora(SoraOptions(), plan()), {}
     for site in SITES:
-        for name, spec in method.tensors(site).items():
+        for name, spec in method.form(site).tensors.items():
             values[f"{site.name}.{name}"] = torch.full(spec.shape, -0.5)
         values[f"{site.name}.lora_gate"][closed.get(site.name, [])] = 0.0
     return WholeScores({name: method.score((), w) for name, w in values.items()})
@@ -311,7 +312,7 @@ def learn(options: SoraOptions, steps: int, seed: int, *, apart: bool) -> tuple[
     generator = torch.Generator().manual_seed(seed)
     site = Site(name="q", in_features=32, out_features=16, rank=8)
     run = Plan(total_steps=steps, warmup_steps=0, learning_rate=1.0 / steps, sites=(site,))
-    specs, w = sora(options, run).tensors(site), {}
+    specs, w = sora(options, run).form(site).tensors, {}
     for name, spec in specs.items():
         w[name] = torch.zeros(spec.shape)
         spec.init(w[name], generator)
@@ -398,7 +399,7 @@ def test_a_gate_at_zero_opens_again_in_a_real_run_unless_told_not_to(
 
 def test_the_released_preset_is_the_released_code() -> None:
     method = sora(SoraOptions(sora_preset="released"), plan())
-    gate = method.tensors(SITES[0])["lora_gate"]
+    gate = method.form(SITES[0]).tensors["lora_gate"]
     assert gate.lr_factor == 1.0 and not gate.decays
     gate_R = torch.zeros(10_000)
     gate.init(gate_R, torch.Generator().manual_seed(0))
@@ -434,7 +435,7 @@ def test_what_the_user_gives_wins_over_the_preset() -> None:
     )
     method = sora(options, plan())
     gate_R = torch.zeros(8)
-    method.tensors(SITES[0])["lora_gate"].init(gate_R, torch.Generator())
+    method.form(SITES[0]).tensors["lora_gate"].init(gate_R, torch.Generator())
     assert gate_R.tolist() == [1.0] * 8
     assert method.penalty is None
     found = projected(method, torch.ones(1), update(lr=100.0))

@@ -12,14 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_lora_dist.methods import triplets
-from sparse_lora_dist.methods.base import (
-    Site,
-    Stats,
-    Tensors,
-    TensorSpec,
-    low_rank_pair,
-    zeros,
-)
+from sparse_lora_dist.methods.base import Stats
+from sparse_lora_dist.methods.form import Site, Tensors, TensorSpec, low_rank_pair, zeros
 from sparse_lora_dist.methods.triplets import (
     WITHIN,
     delta_sensitivity,

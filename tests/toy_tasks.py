@@ -28,7 +28,7 @@ from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.export.peft_adapter import plain_pair
 from sparse_lora_dist.learning_rate import LearningRate
 from sparse_lora_dist.methods import METHODS, Method, Plan
-from sparse_lora_dist.methods.base import Site
+from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.optim import SparseAdamW
 from sparse_lora_dist.shards import Shards

@@ -19,7 +19,7 @@ from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.checkpoint_files import DTYPES, FLOATS, Source
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
 from sparse_lora_dist.export.base import Base, read_labelled_config
-from sparse_lora_dist.export.peft_adapter import Pair
+from sparse_lora_dist.export.changes import Change
 from sparse_lora_dist.export.trained import Trained
 
 PIECE = 2**23
@@ -84,8 +84,7 @@ class Merge:
                     out.add_tensor(saved_as, trained.tensor(name).to(self.dtype))
                 elif entry.dtype in FLOATS:
                     site = sites.get(name)
-                    pair = trained.pair(site) if site else None
-                    pieces = self._pieces(base, key, pair, trained.scale)
+                    pieces = self._pieces(base, key, trained.change(site) if site else None)
                     out.add(saved_as, NAMES[self.dtype], entry.shape, pieces)
                 else:
                     out.add(saved_as, entry.dtype, entry.shape, base.files.raw(entry, PIECE))
@@ -96,7 +95,7 @@ class Merge:
         finally:
             out.close()
 
-    def _pieces(self, base: Base, key: str, pair: Pair | None, scale: float) -> Iterator[Tensor]:
+    def _pieces(self, base: Base, key: str, change: Change | None) -> Iterator[Tensor]:
         """A tensor of floats, some rows at a time."""
         entry = base.files.entries[key]
         source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
@@ -110,12 +109,10 @@ class Merge:
         generator = torch.Generator().manual_seed(seed_of("rounding", key))
         for start in range(0, len(rows), step):
             before = rows[start : start + step].float()
-            if pair is None:
+            if change is None:
                 yield before.to(self.dtype)
-                continue
-            a_LI, b_OL = pair
-            delta = b_OL[start : start + step] @ a_LI * scale
-            yield self._rounded(before, delta, generator)
+            else:
+                yield self._rounded(before, change.rows(start, start + step), generator)
 
     def _as_trained_over(self, w: Tensor, base: Base, key: str) -> Tensor:
         layout = base.quantized[key]

@@ -37,6 +37,17 @@ class NothingLives(UserError):
         )
 
 
+class NoPair(UserError):
+    """The method's updates are no low-rank pairs."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__(
+            f"what --method {method} adds to a weight is no low-rank pair, so there is no LoRA of "
+            "it: launcher/export.py has --format merged, and sparse_delta for what is sparse.",
+            shared=True,
+        )
+
+
 Pair = tuple[Tensor, Tensor]
 """(a_LI, b_OL) of a plain LoRA that is scaled by alpha / R."""
 
@@ -80,9 +91,12 @@ def save_peft(
 
     Raises:
         NothingLives: there is no piece to write.
+        NoPair: a piece is no LoRA.
     """
     pairs: dict[str, Pair] = {}
     full: dict[str, Tensor] = {}
+    if any(adapter.form.to_lora is None for adapter in adapters):
+        raise NoPair(adapters[0].method.name)
     for adapter in adapters:
         parameters = [getattr(adapter, name) for name in adapter.specs]
         with zero3.gathered(parameters):
@@ -192,13 +206,22 @@ def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
 
 def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
     """(a_RI, b_OR) of the plain LoRA, scaled by alpha / R, that gives the adapter's delta; zero in
-    the pieces that it does not compute."""
-    a_QI, b_OQ = adapter.method.to_lora(adapter.computed(tensors))
+    the pieces that it does not compute.
+
+    Raises:
+        NoPair: there is none.
+    """
+    if adapter.form.to_lora is None:
+        raise NoPair(adapter.method.name)
+    a_QI, b_OQ = adapter.form.to_lora(adapter.computed(tensors))
+    rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
+    b_OQ = b_OQ if rescale == 1.0 else b_OQ * rescale
+    if len(adapter.pieces.computed) == adapter.site.rank:
+        return a_QI, b_OQ
     places = torch.tensor(adapter.pieces.computed, dtype=torch.int64, device=a_QI.device)
     a_RI = a_QI.new_zeros(adapter.site.rank, a_QI.shape[1]).index_copy_(0, places, a_QI)
     b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.site.rank).index_copy_(1, places, b_OQ)
-    rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
-    return a_RI, b_OR if rescale == 1.0 else b_OR * rescale
+    return a_RI, b_OR
 
 
 def _copy(t: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.peft_adapter import Pair
+from sparse_lora_dist.export.changes import Change
 from sparse_lora_dist.export.trained import Trained
 
 STEM, ABOUT = "sparse_delta", "sparse_delta.json"
@@ -30,7 +30,7 @@ class Sparsity:
     weights: int
     changed: int
     at_most: int
-    """Changed ones by the bound of RoseLoRA's Proposition 1 (arXiv:2406.10777)."""
+    """Changed ones by a bound: for pairs that of RoseLoRA's Proposition 1 (arXiv:2406.10777)."""
 
     @property
     def zeros(self) -> float:
@@ -50,14 +50,14 @@ def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
     changed, at_most, shapes = 0, 0, {}
     out = SafetensorsWriter(folder, stem=STEM)
     try:
-        for site, pair in trained.pairs():
-            indices_N, values_N = nonzeros(pair, trained.scale)
+        for site, change in trained.changes():
+            indices_N, values_N = nonzeros(change)
             small = site.in_features * site.out_features < 2**31
             out.add_tensor(f"{site.name}.indices", indices_N.int() if small else indices_N)
             out.add_tensor(f"{site.name}.values", values_N)
             shapes[site.name] = [site.out_features, site.in_features]
             changed += len(values_N)
-            at_most += most_changed(pair)
+            at_most += change.at_most
         out.finish()
     finally:
         out.close()
@@ -67,23 +67,15 @@ def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
     return Sparsity(weights=weights, changed=changed, at_most=at_most)
 
 
-def nonzeros(pair: Pair, scale: float) -> tuple[Tensor, Tensor]:
-    """Flat indices and values of what ``scale * B A`` changes."""
-    (a_LI, b_OL), indices, values = pair, [], []
-    for start in range(0, len(b_OL), ROWS):
-        delta = (b_OL[start : start + ROWS] @ a_LI * scale).flatten()
+def nonzeros(change: Change) -> tuple[Tensor, Tensor]:
+    """Flat indices and values of what it changes."""
+    indices, values, (num_rows, num_columns) = [], [], change.shape
+    for start in range(0, num_rows, ROWS):
+        delta = change.rows(start, start + ROWS).flatten()
         (here,) = delta.nonzero(as_tuple=True)
-        indices.append(here + start * a_LI.shape[1])
+        indices.append(here + start * num_columns)
         values.append(delta[here])
     return torch.cat(indices), torch.cat(values)
-
-
-def most_changed(pair: Pair) -> int:
-    """Weights of a matrix that its pieces can change at most: of each the outer product of what
-    lives in its row of A and its column of B, no two of them in one place."""
-    a_LI, b_OL = pair
-    together = ((a_LI != 0).sum(1) * (b_OL != 0).sum(0)).sum()
-    return min(int(together), a_LI.shape[1] * len(b_OL))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,9 +17,11 @@ from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.command_line import saved_config
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.changes import Change, LowRank, dense_change
 from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
 from sparse_lora_dist.methods import METHODS, Method
-from sparse_lora_dist.methods.base import Pieces, Site
+from sparse_lora_dist.methods.base import Pieces
+from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.tasks import TASKS
 
 
@@ -83,8 +85,34 @@ class Trained:
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
         """The plain LoRA of a site, of the pieces that do something, made from its masters as
-        ``dtype`` has them; None where none does."""
-        tensors = self.method.tensors(site)
+        ``dtype`` has them; None where none does.
+
+        Raises:
+            NoPair: the method's updates are no such.
+        """
+        adapter, tensors = self._adapter(site, dtype)
+        with torch.no_grad():
+            return live_pair(adapter, tensors)
+
+    def change(self, site: Site) -> Change | None:
+        """What is added to its weight, from its masters; None where that is nothing."""
+        adapter, tensors = self._adapter(site, torch.float32)
+        with torch.no_grad():
+            if adapter.form.to_lora is None:
+                dense = dense_change(adapter, adapter.computed(tensors))
+                return dense if dense.at_most else None
+            pair = live_pair(adapter, tensors)
+        return LowRank(a_LI=pair[0], b_OL=pair[1], scale=self.scale) if pair else None
+
+    def changes(self) -> Iterator[tuple[Site, Change]]:
+        """(site, its change) of all in which something lives, read as they are asked for."""
+        for site in self.sites:
+            if change := self.change(site):
+                yield site, change
+
+    def _adapter(self, site: Site, dtype: torch.dtype) -> tuple[AdapterLinear, list[nn.Parameter]]:
+        """Over a base that computes nothing, with its masters as ``dtype`` has them."""
+        tensors = self.method.form(site).tensors
         named = {key: self.tensor(f"{site.name}.{key}").to(dtype) for key in tensors}
         adapter = AdapterLinear(
             nn.Identity(),  # type: ignore[arg-type]  # its base computes nothing here
@@ -93,12 +121,11 @@ class Trained:
             {key: nn.Parameter(t, requires_grad=False) for key, t in named.items()},
             alpha=self.config.adapter.alpha,
             dropout=0.0,
-            row_seeds=RowSeeds(seed=0, sequence_length=1),
+            row_seeds=RowSeeds(seed=self.config.train.seed, sequence_length=1),
         )
         computed, opened = self.manifest["sites"]["pieces"][site.name]
         adapter.set_pieces(Pieces(computed=tuple(computed), open=opened))
-        with torch.no_grad():
-            return live_pair(adapter, list(named.values()))
+        return adapter, [getattr(adapter, key) for key in tensors]
 
     def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Site, Pair]]:
         """(site, its pair) of all in which something lives, read as they are asked for."""

@@ -5,7 +5,12 @@ from sparse_lora_dist.methods.adalora import ADALORA
 from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
 from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
+from sparse_lora_dist.methods.lora_mini import LORA_MINI
+from sparse_lora_dist.methods.melora import MELORA
+from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.roselora import ROSELORA
+from sparse_lora_dist.methods.sbora import SBORA
+from sparse_lora_dist.methods.shira import SHIRA
 from sparse_lora_dist.methods.sora import SORA
 
 METHODS: dict[str, MethodFactory] = {
@@ -14,6 +19,11 @@ METHODS: dict[str, MethodFactory] = {
     "sora": SORA,
     "increlora": INCRELORA,
     "adalora": ADALORA,
+    "shira": SHIRA,
+    "sbora": SBORA,
+    "melora": MELORA,
+    "lora_mini": LORA_MINI,
+    "mora": MORA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]

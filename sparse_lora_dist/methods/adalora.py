@@ -34,17 +34,15 @@ from sparse_lora_dist.methods.base import (
     Plan,
     Scores,
     Stats,
-    zeros,
 )
+from sparse_lora_dist.methods.form import zeros
 from sparse_lora_dist.methods.triplets import (
     WITHIN,
-    lambda_in_a,
     mean_times_spread,
     orthogonality,
     smooth_pair,
-    triplet_delta,
+    triplet,
     triplet_scores,
-    triplet_tensors,
 )
 from sparse_lora_dist.schedule import cubic_budget
 
@@ -139,14 +137,12 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
     released = options.adalora_preset == "released"
     return Method(
         name="adalora",
-        tensors=partial(
-            triplet_tensors,
+        form=partial(
+            triplet,
             lambda_init=zeros,
             lr_factor=options.adalora_lambda_lr_factor,
             released=released,
         ),
-        delta=triplet_delta,
-        to_lora=lambda_in_a,
         penalty=orthogonality(
             options.adalora_orthogonality, 2 * len(plan.sites), released=released
         ),

@@ -7,16 +7,15 @@ of them see single-device tensors; which rank holds what is the business of ``sh
 Shapes: T tokens, I in_features, O out_features, R rank, S sites, K statistics a site.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor
 
-Tensors = Mapping[str, Tensor]
+from sparse_lora_dist.methods.form import Form, Site, Tensors, low_rank
+
 Stats = tuple[Tensor, ...]
 By = Literal["row", "column", "tensor"]
 """What is summed or ranked together: a matrix's row, its column, or all of it."""
@@ -58,31 +57,6 @@ class Scores(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Update:
-    """What a projection may know of the optimizer step that it ends, for the entries it gets."""
-
-    step: int
-    lr: float | Tensor
-    """Learning rate; one an entry where entries of different age live together."""
-    denominator: Tensor
-    """Adam's sqrt(v_hat) + eps of each entry."""
-
-
-Project = Callable[[Tensor, Update], Tensor]
-"""(w, update) -> w. Elementwise, so exact on any shard; runs inside ``optimizer.step``."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Site:
-    """One linear of the base that carries a delta."""
-
-    name: str
-    in_features: int
-    out_features: int
-    rank: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """The run a method is built for."""
 
@@ -91,23 +65,6 @@ class Plan:
     learning_rate: float
     """At its peak."""
     sites: tuple[Site, ...]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TensorSpec:
-    """A trained tensor of a site: its shape, its first values, how its entries are stepped."""
-
-    shape: tuple[int, ...]
-    init: Callable[[Tensor, torch.Generator], None]
-    """Fills an fp32 tensor of ``shape`` in place, from a seeded generator."""
-    piece_axis: int | None = None
-    """The axis along which the site's rank-1 pieces lie. None: it has no pieces."""
-    lr_factor: float = 1.0
-    """Its learning rate, in those of the run."""
-    decays: bool = True
-    """Does the run's weight decay hold for it?"""
-    project: Project | None = None
-    """What ends an update of its entries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,42 +97,6 @@ class Decision:
     """What the log says of it: keep fraction, budget, lambda ..."""
 
 
-def kaiming_uniform(t: Tensor, generator: torch.Generator) -> None:
-    """U(-1/sqrt(I), 1/sqrt(I)) with I the last axis: what PEFT and loralib give A."""
-    bound = 1.0 / math.sqrt(t.shape[-1])
-    t.uniform_(-bound, bound, generator=generator)
-
-
-def zeros(t: Tensor, generator: torch.Generator) -> None:
-    """Zero, so that the delta starts at nothing."""
-    t.zero_()
-
-
-def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, TensorSpec]:
-    """A (R x I) random, B (O x R) zero: Hu et al. 2021, arXiv:2106.09685, section 4.1."""
-    a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
-    return {
-        "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform, piece_axis=0, project=project),
-        "lora_b": TensorSpec(shape=b_shape, init=zeros, piece_axis=1, project=project),
-    }
-
-
-def low_rank_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """y_TO = scale * x A^T B^T"""
-    # Scaled where it is narrow: R numbers a token, not O.
-    return (x_TI @ tensors["lora_a"].t() * scale) @ tensors["lora_b"].t()
-
-
-def pair_itself(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(a_RI, b_OR) of the plain LoRA that gives the same delta."""
-    return tensors["lora_a"], tensors["lora_b"]
-
-
-def alpha_over_capacity(alpha: float, capacity: int, open_pieces: int) -> float:
-    """alpha / R, whatever is open: a delta does not jump when a piece is opened or dies."""
-    return alpha / capacity
-
-
 def observe_nothing(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
     """No statistics."""
     return stats
@@ -195,21 +116,14 @@ def decide_nothing(step: int, scores: Scores) -> Decision:
 class Method:
     """Plain LoRA is ``Method(name="lora")``: every field has a do-nothing default.
 
-    ``delta``, ``to_lora``, ``probe`` and ``penalty`` see the computed pieces of a site's tensors
-    only, in place of all R.
+    ``probe`` and ``penalty`` see the computed pieces of a site's tensors only, in place of all R.
     """
 
     name: str
     notes: tuple[str, ...] = ()
     """What the user should know before it starts."""
-    tensors: Callable[[Site], dict[str, TensorSpec]] = low_rank_pair
-    """site -> the tensors it trains."""
-    delta: Callable[[Tensor, Tensors, float], Tensor] = low_rank_delta
-    """(x_TI, tensors, scale) -> y_TO, what the site adds to the base's output."""
-    to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] = pair_itself
-    """tensors -> (a_RI, b_OR), the plain LoRA pair of the same scale that is exported."""
-    scale: Callable[[float, int, int], float] = alpha_over_capacity
-    """(alpha, capacity R, open pieces) -> the site's scale."""
+    form: Callable[[Site], Form] = low_rank
+    """site -> what its delta is."""
     penalty: Callable[[Tensors], dict[str, Tensor]] | None = None
     """tensors -> gradients of what is added to the loss of every optimizer step, in closed form."""
 

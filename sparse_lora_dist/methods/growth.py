@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 
-from sparse_lora_dist.methods.base import Site
+from sparse_lora_dist.methods.form import Site
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -44,9 +44,9 @@ from sparse_lora_dist.methods.base import (
     Plan,
     Scores,
     Stats,
-    alpha_over_capacity,
     as_preset,
 )
+from sparse_lora_dist.methods.form import alpha_over_capacity
 from sparse_lora_dist.methods.growth import Growth
 from sparse_lora_dist.methods.triplets import WITHIN
 
@@ -195,15 +195,13 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
     return Method(
         name="increlora",
         notes=growth.notes(),
-        tensors=partial(
-            triplets.triplet_tensors,
+        form=partial(
+            triplets.triplet,
             lambda_init=partial(first_lambda, start=growth.start),
             lr_factor=options.increlora_lambda_lr_factor,
             released=released,
+            scale=alpha_over_open if released else alpha_over_capacity,
         ),
-        delta=triplets.triplet_delta,
-        to_lora=triplets.lambda_in_a,
-        scale=alpha_over_open if released else alpha_over_capacity,
         penalty=triplets.orthogonality(
             options.increlora_orthogonality, 2 * len(growth.sites), released=released
         ),

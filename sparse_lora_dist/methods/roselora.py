@@ -33,13 +33,10 @@ from sparse_lora_dist.methods.base import (
     MethodFactory,
     Plan,
     Scores,
-    Site,
     Stats,
-    TensorSpec,
-    Update,
     as_preset,
-    low_rank_pair,
 )
+from sparse_lora_dist.methods.form import Form, Site, Update, low_rank_pair
 from sparse_lora_dist.schedule import cubic_keep
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column"}
@@ -153,12 +150,13 @@ def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
         bound = options.roselora_clamp if update.step > begin else None
         return w.clamp(-bound, bound) if bound else w
 
-    def tensors(site: Site) -> dict[str, TensorSpec]:
-        return low_rank_pair(site, project=clamp if options.roselora_clamp else None)
+    def form(site: Site) -> Form:
+        project = clamp if options.roselora_clamp else None
+        return Form(tensors=low_rank_pair(site, project=project))
 
     return Method(
         name="roselora",
-        tensors=tensors,
+        form=form,
         n_stats=1 if prunes else 0,
         observe=observe,
         observes_until=None if dense else end,

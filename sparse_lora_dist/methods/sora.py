@@ -37,16 +37,19 @@ from sparse_lora_dist.methods.base import (
     MethodFactory,
     Pieces,
     Plan,
-    Project,
     Scores,
-    Site,
     Stats,
+    as_preset,
+    site_names,
+)
+from sparse_lora_dist.methods.form import (
+    Form,
+    Project,
+    Site,
     Tensors,
     TensorSpec,
     Update,
-    as_preset,
     low_rank_pair,
-    site_names,
 )
 from sparse_lora_dist.schedule import equal_stages, stage_at
 
@@ -156,9 +159,7 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
 
     return Method(
         name="sora",
-        tensors=gated_pair(chosen, plan, projection(chosen.sora_threshold, lambda_at)),
-        delta=gated_delta,
-        to_lora=gate_in_b,
+        form=gated(chosen, plan, projection(chosen.sora_threshold, lambda_at)),
         penalty=penalty if l1 > 0.0 else None,
         score=magnitude,
         # At the first step of a stage too: from there its lambda is the one in force.
@@ -173,14 +174,12 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
     )
 
 
-def gated_pair(
-    options: SoraOptions, plan: Plan, project: Project
-) -> Callable[[Site], dict[str, TensorSpec]]:
+def gated(options: SoraOptions, plan: Plan, project: Project) -> Callable[[Site], Form]:
     """site -> A and B of LoRA, and its gates g (R)."""
     init = {"ones": ones, "normal": normal}[options.sora_gate_init]
     lr_factor = gate_lr_factor(options, plan)
 
-    def tensors(site: Site) -> dict[str, TensorSpec]:
+    def form(site: Site) -> Form:
         gate = TensorSpec(
             shape=(site.rank,),
             init=init,
@@ -189,9 +188,10 @@ def gated_pair(
             decays=False,
             project=project,
         )
-        return low_rank_pair(site) | {"lora_gate": gate}
+        tensors = low_rank_pair(site) | {"lora_gate": gate}
+        return Form(tensors=tensors, delta=gated_delta, to_lora=gate_in_b)
 
-    return tensors
+    return form
 
 
 def gate_lr_factor(options: SoraOptions, plan: Plan) -> float:

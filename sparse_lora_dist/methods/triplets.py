@@ -19,7 +19,8 @@ from math import ceil, pow
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import By, Scores, Site, Stats, Tensors, TensorSpec, site_names
+from sparse_lora_dist.methods.base import By, Scores, Stats, site_names
+from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, alpha_over_capacity
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_lambda": "row"}
 """Where piece i lies in each tensor: a_RI, b_OR, lambda_R."""
@@ -79,6 +80,19 @@ def triplet_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
 def lambda_in_a(tensors: Tensors) -> tuple[Tensor, Tensor]:
     """(diag(lambda) A, B), the plain LoRA pair of the same delta."""
     return tensors["lora_lambda"][:, None] * tensors["lora_a"], tensors["lora_b"]
+
+
+def triplet(
+    site: Site,
+    *,
+    lambda_init: Init,
+    lr_factor: float | None,
+    released: bool,
+    scale: Callable[[float, int, int], float] = alpha_over_capacity,
+) -> Form:
+    """All of it together."""
+    tensors = triplet_tensors(site, lambda_init=lambda_init, lr_factor=lr_factor, released=released)
+    return Form(tensors=tensors, delta=triplet_delta, to_lora=lambda_in_a, scale=scale)
 
 
 def smooth_pair(stats: Stats, importance: Tensor, *, beta1: float, beta2: float) -> Stats:

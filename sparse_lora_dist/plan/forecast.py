@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import By, Decision, Method, MethodFactory, Plan, Site, Ties
+from sparse_lora_dist.methods.base import By, Decision, Method, MethodFactory, Plan, Ties
+from sparse_lora_dist.methods.form import Site
 
 SITES, FEATURES, STEPS = 8, 200, 200
 
@@ -64,7 +65,7 @@ def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
     live = {
         f"{site.name}.{key}": torch.ones(spec.shape, dtype=torch.bool)
         for site in sites
-        for key, spec in method.tensors(site).items()
+        for key, spec in method.form(site).tensors.items()
     }
     births = {name: torch.zeros_like(mask, dtype=torch.int32) for name, mask in live.items()}
     profiles, aged = [], False

@@ -17,7 +17,8 @@ from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.base_model.quantized_share import clothes_for
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
-from sparse_lora_dist.methods.base import Method, Site
+from sparse_lora_dist.methods.base import Method
+from sparse_lora_dist.methods.form import Site
 
 Kind = Literal["packed", "scales", "plain", "embeddings", "rest", "trained"]
 """plain: linears that stay in the engine's dtype, the output head among them; rest: norms, biases
@@ -97,7 +98,7 @@ def held_parameters(
     head = output_head(model)
     for name, module in model.named_modules():
         if name in chosen:
-            specs = method.tensors(chosen[name]).items()
+            specs = method.form(chosen[name]).tensors.items()
             found += [
                 Held(
                     name=f"{name}.{key}",

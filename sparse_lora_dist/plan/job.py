@@ -14,7 +14,7 @@ from sparse_lora_dist.config import AdapterConfig, Config
 from sparse_lora_dist.engine_config import value_at
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods import METHODS, Method, Plan
-from sparse_lora_dist.methods.base import Site
+from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.plan.forecast import Forecast, forecast
 from sparse_lora_dist.plan.gathers import Bounds, Gathered, gathered
 from sparse_lora_dist.plan.held import Held, Saved, held_parameters, ties

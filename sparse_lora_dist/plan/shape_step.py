@@ -27,7 +27,8 @@ from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.base_model.nf4 import BLOCK
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
-from sparse_lora_dist.methods.base import Method, Site
+from sparse_lora_dist.methods.base import Method
+from sparse_lora_dist.methods.form import Site
 
 FEW, MORE = 2, 4
 """Layers of the two models that are run."""
@@ -244,7 +245,7 @@ def _adapted(
     assert isinstance(base, FrozenLinear)
     parameters = {
         key: nn.Parameter(torch.empty(spec.shape, dtype=base.weight.dtype, device=META))
-        for key, spec in method.tensors(site).items()
+        for key, spec in method.form(site).tensors.items()
     }
     return AdapterLinear(
         base, site, method, parameters, alpha=1.0, dropout=dropout, row_seeds=seeds

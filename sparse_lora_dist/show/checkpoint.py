@@ -5,7 +5,7 @@ from math import prod
 
 from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.export.trained import Trained
-from sparse_lora_dist.methods.base import Site
+from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.screen import counted
 from sparse_lora_dist.show.table import Module, norm_of
 
@@ -30,7 +30,7 @@ def modules(saved: Trained) -> Iterator[Module]:
 
 def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
     """What is live of its tensors, and the delta that they make."""
-    names = [f"{site.name}.{key}" for key in saved.method.tensors(site)]
+    names = [f"{site.name}.{key}" for key in saved.method.form(site).tensors]
     _, open_pieces = saved.manifest["sites"]["pieces"][site.name]
     pair = saved.pair(site)
     return Module(

@@ -1,0 +1,78 @@
+"""LoRA-Mini: LoRA's factors are products themselves, and only the small inner ones train.
+
+Singh et al. 2024, arXiv:2411.15804. W + s B_aux B_tr A_tr A_aux with B_aux (O x n) and A_aux
+(m x I) random and frozen, B_tr (n x R) zero and A_tr (R x m) random: R (n + m) parameters a linear.
+
+The frozen factors are made anew from the seed at every use, by ``hashed.py``, and never kept. No
+code is released, and the paper's first values and sizes are not certain; ours: U(-1/sqrt(I),
+1/sqrt(I)) for A_aux as for LoRA's A, U(-sqrt(3/n), sqrt(3/n)) for B_aux and U(-sqrt(3/m),
+sqrt(3/m)) for A_tr, which keep the size of what goes through them; n and m are one number.
+
+Shapes: T tokens, I in_features, O out_features, R rank, N inner size.
+"""
+
+from dataclasses import dataclass
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.hashed import uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraMiniOptions:
+    """LoRA-Mini: small factors between large frozen ones"""
+
+    lora_mini_size: int = 64
+    """Numbers that the frozen factors hand to the trained ones, and take from them."""
+
+    def __post_init__(self) -> None:
+        if self.lora_mini_size < 1:
+            raise ValueError(f"lora_mini_size must be at least 1, got {self.lora_mini_size}")
+
+
+def lora_mini(options: LoraMiniOptions, plan: Plan) -> Method:
+    """Nothing is decided."""
+    size = options.lora_mini_size
+
+    def form(site: Site) -> Form:
+        def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
+            a_shape, b_shape = (size, site.in_features), (site.out_features, size)
+            return {
+                "aux_a": uniform(a_shape, site.in_features**-0.5, seed, device),
+                "aux_b": uniform(b_shape, sqrt(3 / size), seed + 1, device),
+            }
+
+        tensors = {
+            "lora_a": TensorSpec(shape=(site.rank, size), init=of_one_size),
+            "lora_b": TensorSpec(shape=(size, site.rank), init=zeros),
+        }
+        return Form(tensors=tensors, drawn=drawn, delta=nested, to_lora=multiplied)
+
+    return Method(name="lora_mini", form=form)
+
+
+def of_one_size(t: Tensor, generator: torch.Generator) -> None:
+    """U(-sqrt(3/N), sqrt(3/N)) with N the last axis: variance 1/N."""
+    bound = sqrt(3 / t.shape[-1])
+    t.uniform_(-bound, bound, generator=generator)
+
+
+def nested(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+    """y_TO = scale * x A_aux^T A_tr^T B_tr^T B_aux^T"""
+    z_TR = x_TI @ tensors["aux_a"].to(x_TI.dtype).t() @ tensors["lora_a"].t() * scale
+    return z_TR @ tensors["lora_b"].t() @ tensors["aux_b"].to(x_TI.dtype).t()
+
+
+def multiplied(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """(A_tr A_aux, B_aux B_tr), the plain LoRA pair of the same delta."""
+    a_RN, b_NR = tensors["lora_a"], tensors["lora_b"]
+    return a_RN @ tensors["aux_a"].to(a_RN.dtype), tensors["aux_b"].to(b_NR.dtype) @ b_NR
+
+
+LORA_MINI = MethodFactory(
+    options=LoraMiniOptions, build=lora_mini, summary="few parameters between frozen random factors"
+)

@@ -1,0 +1,103 @@
+"""MELoRA: mini adapters side by side, each from a slice of the input to a slice of the output.
+
+Ren et al. 2024, arXiv:2402.17263. W + blockdiag(s_1 B_1 A_1, ..., s_n B_n A_n) with A_k (R_k x I/n)
+random, B_k (O/n x R_k) zero and s_k = alpha / R_k. With all ranks R that is as many parameters as
+a LoRA of rank R, and an update of rank up to n R.
+
+Where we differ from the released code (github.com/ChasonShi/MELoRA, 4ebb8b4), on purpose: sides
+that n does not divide are refused (there the remainder is lost); one alpha holds for all blocks;
+it is exported, as a plain LoRA of rank R_1 + ... + R_n with zeros outside the blocks.
+
+Shapes: T tokens, I in_features, O out_features, n blocks, R sum of their ranks.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import gcd
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, kaiming_uniform, zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeLoraOptions:
+    """MELoRA: mini adapters on slices of a linear"""
+
+    melora_blocks: int = 2
+    """How many; both sides of every linear must be divisible by it."""
+    melora_ranks: tuple[int, ...] = ()
+    """The rank of each, as many as melora_blocks; empty: --rank for all."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.melora_blocks < 1:
+            problems.append(f"melora_blocks must be at least 1, got {self.melora_blocks}")
+        if any(rank < 1 for rank in self.melora_ranks):
+            problems.append(f"melora_ranks must be at least 1, got {list(self.melora_ranks)}")
+        if self.melora_ranks and len(self.melora_ranks) != self.melora_blocks:
+            problems.append(
+                f"melora_ranks must be {self.melora_blocks} numbers, one a block, "
+                f"got {list(self.melora_ranks)}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def melora(options: MeLoraOptions, plan: Plan) -> Method:
+    """Nothing is decided.
+
+    Raises:
+        ValueError: a side of a linear is not divisible.
+    """
+    blocks = options.melora_blocks
+    check_sides(plan.sites, blocks)
+
+    def form(site: Site) -> Form:
+        ranks = options.melora_ranks or (site.rank,) * blocks
+        a_shape = (sum(ranks), site.in_features // blocks)
+        b_shape = (site.out_features // blocks, sum(ranks))
+
+        def each(tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, float]]:
+            """Of every block A_k, B_k, and alpha / R_k in alpha / --rank."""
+            parts = tensors["lora_a"].split(ranks), tensors["lora_b"].split(ranks, dim=1)
+            for a, b, rank in zip(*parts, ranks, strict=True):
+                yield a, b, site.rank / rank
+
+        def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+            parts = zip(x_TI.chunk(blocks, dim=-1), each(tensors), strict=True)
+            return torch.cat([x @ a.t() * (scale * own) @ b.t() for x, (a, b, own) in parts], -1)
+
+        def to_lora(tensors: Tensors) -> tuple[Tensor, Tensor]:
+            a, b = zip(*((a, b * own) for a, b, own in each(tensors)), strict=True)
+            return torch.block_diag(*a), torch.block_diag(*b)
+
+        tensors = {
+            "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform),
+            "lora_b": TensorSpec(shape=b_shape, init=zeros),
+        }
+        return Form(tensors=tensors, delta=delta, to_lora=to_lora)
+
+    return Method(name="melora", form=form)
+
+
+def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
+    """Raises ValueError where ``blocks`` does not divide a side, with the nearest that divides
+    all."""
+    common = gcd(*(side for site in sites for side in (site.in_features, site.out_features)))
+    if common % blocks == 0:
+        return
+    odd = next(s for s in sites if s.in_features % blocks or s.out_features % blocks)
+    whole = [n for n in range(1, common + 1) if common % n == 0]
+    nearest = min(whole, key=lambda n: (abs(n - blocks), n))
+    raise ValueError(
+        f"{odd.name} is {odd.out_features} x {odd.in_features}, which melora_blocks {blocks} does "
+        f"not divide; the nearest that divides every linear is {nearest}"
+    )
+
+
+MELORA = MethodFactory(
+    options=MeLoraOptions, build=melora, summary="mini adapters on slices, a high rank for the cost"
+)
