@@ -1,6 +1,7 @@
 """The table of an adapter and of a checkpoint: its numbers are those of the tensors."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sparse_lora_dist.checkpoint import read_manifest
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.peft_adapter import PlainLora, write_peft
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.metrics import read_rows
 from sparse_lora_dist.show import checkpoint, peft_adapter
@@ -63,6 +65,7 @@ def test_rank_density_bytes_and_norm_are_those_of_the_tensors(tmp_path: Path) ->
         ({"use_rslora": True}, 8 / 2**0.5),
         ({"alpha_pattern": {"q_proj": 3}}, 3 / 2),
         ({"alpha_pattern": {"k_proj": 3}}, 8 / 2),
+        ({"alpha_pattern": {r"model\.layers\.0\..*": 3}}, 3 / 2),
     ],
 )
 def test_the_scale_is_that_of_the_module(
@@ -88,6 +91,32 @@ def test_layers_are_in_order_and_what_trained_in_full_comes_last(tmp_path: Path)
     ]
 
 
+def test_a_norm_that_is_no_number_is_said_to_be_none(tmp_path: Path) -> None:
+    tensors = pair("0.q_proj") | pair("1.q_proj")
+    tensors[f"{PREFIX}0.q_proj.lora_B.weight"][0, 0] = torch.nan
+    lines = as_text(write_adapter(tmp_path / "a", tensors)).splitlines()
+    assert [line.split()[-1] == "nan" for line in lines[2:]] == [True, False, True]
+
+
+def test_an_export_of_one_rank_for_all_has_what_was_trained_in_full_too(tmp_path: Path) -> None:
+    a_LI, b_OL = pair("0.q_proj").values()
+    head = torch.ones(2, 6)
+    trained = PlainLora(
+        pairs={"q_proj": (a_LI, b_OL)},
+        full={"score.weight": head},
+        full_modules=["score"],
+        rank=4,
+        alpha=8.0,
+        dropout=0.0,
+        base="tiny",
+        task_type="SEQ_CLS",
+    )
+    write_peft(tmp_path / "a", trained, uniform=True)
+    modules = found(tmp_path / "a")
+    assert list(modules) == ["q_proj", "score.weight"]
+    assert (modules["score.weight"].entries, modules["score.weight"].bytes) == (12, 48)
+
+
 @pytest.fixture(scope="module")
 def real(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks, gates in the middle of their way, and a head that trains in full."""
@@ -108,7 +137,9 @@ def test_a_checkpoint_has_the_norms_and_ranks_of_the_adapter_it_became(real: Pat
     weights = load_file(real / "adapter" / "adapter_model.safetensors")
     last = read_rows(real / "decisions.jsonl")[-1]
     for name, rank in last["ranks"].items():
-        assert (modules[name].rank, modules[name].alive) == (rank, last["live"][name])
+        # A gate that is zero is stepped still, and counts for nothing.
+        assert modules[name].rank == rank
+        assert 0 <= last["live"][name] - modules[name].alive <= rank
         if name not in exported:
             continue
         a_RI, b_OR = (weights[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
@@ -116,6 +147,18 @@ def test_a_checkpoint_has_the_norms_and_ranks_of_the_adapter_it_became(real: Pat
         assert modules[name].norm == pytest.approx(dense, rel=1e-5, abs=1e-12)
         assert exported[name].norm == pytest.approx(dense, rel=1e-5, abs=1e-12)
     assert 0 < sum(last["ranks"].values()) < 4 * 14
+
+
+def test_what_is_zeroed_after_every_step_does_not_count_as_alive(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    flags = tiny.flags(tmp_path / "run", method="roselora", max_steps=6, roselora_keep=0.25)
+    ranks(2, "tests.run_work:train", flags=[*flags, "--roselora_preset", "released"])
+    saved = Trained.open(tmp_path / "run")
+    for module in checkpoint.modules(saved):
+        tensors = (saved.tensor(f"{module.name}.{name}") for name in ("lora_a", "lora_b"))
+        assert module.alive == sum(int(t.count_nonzero()) for t in tensors)
+        assert 0.2 < module.alive / module.entries < 0.5
 
 
 def test_bytes_of_a_checkpoint_are_those_of_its_files(real: Path) -> None:
@@ -158,6 +201,36 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, spoil: Any, said: str) ->
     spoil(adapter)
     with pytest.raises(UserError, match=said):
         as_text(adapter)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"lora_alpha": None}, "alpha of lora_alpha must be a number, got None"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha of q_proj must be a number, got '8'"),
+        ({"alpha_pattern": {"q_(proj": 8}}, "alpha_pattern is neither names nor a regular"),
+        ({"alpha_pattern": [8]}, "alpha_pattern must be names and their alphas"),
+        ({"use_dora": True}, "it has use_dora"),
+        ({"use_qalora": True}, "it has use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "it has use_bdlora"),
+        ({"alora_invocation_tokens": [1, 2]}, "it has alora_invocation_tokens"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "it has target_parameters"),
+        ({"kasa_config": {}, "monteclora_config": {"n": 1}}, "it has monteclora_config"),
+    ],
+)
+def test_an_adapter_whose_update_is_not_b_a_is_refused(
+    tmp_path: Path, config: dict[str, Any], said: str
+) -> None:
+    adapter = write_adapter(tmp_path / "a", pair("0.q_proj"), **config)
+    with pytest.raises(UserError, match=re.escape(said)):
+        as_text(adapter)
+
+
+@pytest.mark.parametrize("other", ["lora_B.bias", "lora_magnitude_vector.weight", "lora_diag"])
+def test_a_tensor_that_changes_the_update_is_refused(tmp_path: Path, other: str) -> None:
+    tensors = pair("0.q_proj") | {f"{PREFIX}0.q_proj.{other}": torch.ones(5)}
+    with pytest.raises(UserError, match=rf"no plain LoRA adapter: it holds .*{other}"):
+        as_text(write_adapter(tmp_path / "a", tensors))
 
 
 def test_a_checkpoint_that_is_cut_short_is_refused(real: Path, tmp_path: Path) -> None:

@@ -45,8 +45,10 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
 
 
 def _num_live(saved: Trained, name: str) -> int:
+    """Entries that are stepped and are not zero: a method may zero them again after every step."""
     size = prod(saved.manifest["tensors"][name])
-    return int(saved.slices.entries("live", name, 0, size).sum())
+    live, master = (saved.slices.entries(key, name, 0, size) for key in ("live", "master"))
+    return int((live & (master != 0)).sum())
 
 
 def _bytes(slices: SavedSlices) -> dict[str, int]:

@@ -6,17 +6,23 @@ Shapes: I in_features, O out_features, R rank.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from math import sqrt
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from safetensors import safe_open
 
+from sparse_lora_dist.bounds import bad_regex
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.peft_adapter import CONFIG, PREFIX, WEIGHTS
+from sparse_lora_dist.evaluation.adapters import scale_of
+from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
 from sparse_lora_dist.show.table import Module, norm_of
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.weight)?")
+MARKED = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+VARIANTS = (*MARKED, "use_qalora", "target_parameters")
+"""What PEFT makes another kind of adapter of: DoRA, block-diagonal, routed ..."""
 
 
 def head(folder: Path, config: Mapping[str, Any]) -> str:
@@ -38,30 +44,64 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or config.get("use_dora"):
-        raise UserError(f"{path} is not of a plain LoRA adapter, which is what can be shown.")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold names and values.")
+    if other := _other_kind(config):
+        raise UserError(
+            f"{path} is not of a plain LoRA adapter, which is what can be shown: it has {other}."
+        )
+    if faults := _faults(config):
+        raise UserError(f"{path}: {'; '.join(faults)}")
     return config
+
+
+def _other_kind(config: Mapping[str, Any]) -> str | None:
+    if config.get("peft_type") != "LORA":
+        return f"the type {config.get('peft_type')}"
+    return next((name for name in VARIANTS if config.get(name)), None)
+
+
+def _faults(config: Mapping[str, Any]) -> list[str]:
+    """Of what a module's scale is made of."""
+    own = config.get("alpha_pattern") or {}
+    if not isinstance(own, dict):
+        return [f"alpha_pattern must be names and their alphas, got {own!r}"]
+    alphas = {"lora_alpha": config.get("lora_alpha"), **own}
+    no_numbers = [
+        f"alpha of {name} must be a number, got {alpha!r}"
+        for name, alpha in alphas.items()
+        if type(alpha) not in (int, float)
+    ]
+    return no_numbers + [fault for key in own for fault in bad_regex("alpha_pattern", key)]
 
 
 def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
     """Each with its numbers, one read at a time; what was trained in full comes last."""
-    path = folder / WEIGHTS
-    if not path.exists():
+    files = _files(folder)
+    pairs, full = _sorted(list(files))
+    if odd := [key for key in full if ".lora_" in key]:  # a bias of B, a magnitude ...
+        raise UserError(f"{folder} is no plain LoRA adapter: it holds {odd[0]}.")
+    for name, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise UserError(f"{folder} is damaged: {name} has lora_{min(pair)} only.")
+        yield _of_pair(files, name, pair, config)
+    for key in full:
+        tensor = files[key].get_tensor(key)
+        yield Module(
+            name=key.removeprefix(PREFIX),
+            entries=tensor.numel(),
+            alive=int(tensor.count_nonzero()),
+            bytes=tensor.nbytes,
+        )
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """Tensor -> the file that holds it: exports of one rank for all have two."""
+    weights, apart = folder / WEIGHTS, folder / APART
+    if not weights.exists():
         raise UserError(f"{folder} has no {WEIGHTS}; other files of weights are not read.")
-    with safe_open(str(path), framework="pt") as file:
-        pairs, full = _sorted(list(file.keys()))
-        for name, pair in pairs.items():
-            if set(pair) != {"A", "B"}:
-                raise UserError(f"{path} is damaged: {name} has lora_{min(pair)} only.")
-            yield _of_pair(file, name, pair, config)
-        for key in full:
-            tensor = file.get_tensor(key)
-            yield Module(
-                name=key.removeprefix(PREFIX),
-                entries=tensor.numel(),
-                alive=int(tensor.count_nonzero()),
-                bytes=tensor.nbytes,
-            )
+    there = [safe_open(str(path), framework="pt") for path in (weights, apart) if path.exists()]
+    return {key: file for file in there for key in file.keys()}  # noqa: SIM118  safe_open is no dict
 
 
 def _sorted(keys: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
@@ -82,8 +122,10 @@ def _in_order(key: str) -> list[tuple[int, str]]:
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in key.split(".")]
 
 
-def _of_pair(file: Any, name: str, pair: Mapping[str, str], config: Mapping[str, Any]) -> Module:
-    stored = [file.get_tensor(pair[factor]) for factor in "AB"]
+def _of_pair(
+    files: Mapping[str, Any], name: str, pair: Mapping[str, str], config: Mapping[str, Any]
+) -> Module:
+    stored = [files[pair[factor]].get_tensor(pair[factor]) for factor in "AB"]
     # Of convolutions too, whose factors have more than two axes.
     a_RI, b_OR = (t.flatten(1).double() for t in stored)
     in_use = a_RI.any(dim=1) & b_OR.any(dim=0)
@@ -94,13 +136,5 @@ def _of_pair(file: Any, name: str, pair: Mapping[str, str], config: Mapping[str,
         entries=a_RI.numel() + b_OR.numel(),
         alive=int(a_RI.count_nonzero() + b_OR.count_nonzero()),
         bytes=sum(t.nbytes for t in stored),
-        norm=norm_of(a_RI, b_OR, _scale(name, len(a_RI), config)),
+        norm=norm_of(a_RI, b_OR, scale_of(config, name, len(a_RI))),
     )
-
-
-def _scale(name: str, rank: int, config: Mapping[str, Any]) -> float:
-    """alpha / R, where the module may have an alpha of its own."""
-    patterns = config.get("alpha_pattern") or {}
-    own = (alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", name))
-    alpha = next(own, config["lora_alpha"])
-    return float(alpha) / (sqrt(rank) if config.get("use_rslora") else rank)

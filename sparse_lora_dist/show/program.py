@@ -12,6 +12,9 @@ from sparse_lora_dist.show import checkpoint, peft_adapter
 from sparse_lora_dist.show.options import ShowRequest
 from sparse_lora_dist.show.table import table
 
+DAMAGE = (OSError, SafetensorError, LookupError, ArithmeticError, ValueError, RuntimeError)
+"""What files of another make, or altered ones, bring about."""
+
 
 def show(request: ShowRequest) -> None:
     """Print what the folder holds.
@@ -34,8 +37,7 @@ def as_text(path: Path) -> str:
         else:
             raise _neither(path)
         return f"{head}\n{table(list(found))}"
-    # What files of another make, or altered ones, bring about.
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
 
 

@@ -32,7 +32,9 @@ class Module:
 def norm_of(a_RI: Tensor, b_OR: Tensor, scale: float) -> float:
     """|scale * B A|_F, without the O x I product: the sum of (B^T B) * (A A^T) is its square."""
     a_RI, b_OR = a_RI.double(), b_OR.double()
-    return abs(scale) * sqrt(max(0.0, float(((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum())))
+    square = ((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum()
+    # Rounding may leave a little less than zero. No max() of Python's: it makes 0 of nan.
+    return abs(scale) * float(square.clamp(min=0).sqrt())
 
 
 def table(modules: Sequence[Module]) -> str:
