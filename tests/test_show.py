@@ -15,12 +15,13 @@ from torch import Tensor
 
 from sparse_lora_dist.checkpoint import read_manifest
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.changes import LowRank
 from sparse_lora_dist.export.peft_adapter import PlainLora, write_peft
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.metrics import read_rows
 from sparse_lora_dist.show import checkpoint, peft_adapter
 from sparse_lora_dist.show.program import as_text
-from sparse_lora_dist.show.table import Module, norm_of, table
+from sparse_lora_dist.show.table import Module, table
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun
 
@@ -74,7 +75,7 @@ def test_the_scale_is_that_of_the_module(
     tensors = pair("0.q_proj", rank=2)  # not that of the config: rank_pattern
     a_RI, b_OR = tensors.values()
     (module,) = found(write_adapter(tmp_path / "a", tensors, **config)).values()
-    assert module.norm == pytest.approx(scale * norm_of(a_RI, b_OR, 1.0))
+    assert module.norm == pytest.approx(LowRank(a_LI=a_RI, b_OL=b_OR, scale=scale).norm)
 
 
 def test_layers_are_in_order_and_what_trained_in_full_comes_last(tmp_path: Path) -> None:

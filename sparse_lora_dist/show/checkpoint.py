@@ -7,7 +7,7 @@ from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.screen import counted
-from sparse_lora_dist.show.table import Module, norm_of
+from sparse_lora_dist.show.table import Module
 
 
 def head(saved: Trained) -> str:
@@ -32,7 +32,7 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
     """What is live of its tensors, and the delta that they make."""
     names = [f"{site.name}.{key}" for key in saved.method.form(site).tensors]
     _, open_pieces = saved.manifest["sites"]["pieces"][site.name]
-    pair = saved.pair(site)
+    change = saved.change(site)
     return Module(
         name=site.name,
         rank=open_pieces,
@@ -40,7 +40,7 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
         entries=sum(prod(saved.manifest["tensors"][name]) for name in names),
         alive=sum(_num_live(saved, name) for name in names),
         bytes=sum(sizes[name] for name in names),
-        norm=norm_of(*pair, saved.scale) if pair else 0.0,
+        norm=change.norm if change else 0.0,
     )
 
 

@@ -16,8 +16,9 @@ from safetensors import safe_open
 from sparse_lora_dist.bounds import bad_regex
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import scale_of
+from sparse_lora_dist.export.changes import LowRank
 from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
-from sparse_lora_dist.show.table import Module, norm_of
+from sparse_lora_dist.show.table import Module
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.weight)?")
 MARKED = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
@@ -136,5 +137,5 @@ def _of_pair(
         entries=a_RI.numel() + b_OR.numel(),
         alive=int(a_RI.count_nonzero() + b_OR.count_nonzero()),
         bytes=sum(t.nbytes for t in stored),
-        norm=norm_of(a_RI, b_OR, scale_of(config, name, len(a_RI))),
+        norm=LowRank(a_LI=a_RI, b_OL=b_OR, scale=scale_of(config, name, len(a_RI))).norm,
     )

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from torch import Tensor
-
 from sparse_lora_dist.screen import counted, megabytes
 
 TITLES = ("module", "rank", "of", "density", "bytes", "norm of the update")
@@ -27,14 +25,6 @@ class Module:
     norm: float | None = None
     """Frobenius norm of what is added to the weight; None where the weight itself is in the
     file."""
-
-
-def norm_of(a_RI: Tensor, b_OR: Tensor, scale: float) -> float:
-    """|scale * B A|_F, without the O x I product: the sum of (B^T B) * (A A^T) is its square."""
-    a_RI, b_OR = a_RI.double(), b_OR.double()
-    square = ((b_OR.T @ b_OR) * (a_RI @ a_RI.T)).sum()
-    # Rounding may leave a little less than zero. No max() of Python's: it makes 0 of nan.
-    return abs(scale) * float(square.clamp(min=0).sqrt())
 
 
 def table(modules: Sequence[Module]) -> str:
