@@ -25,7 +25,7 @@ from sparse_lora_dist.report.layout import layout_of
 from sparse_lora_dist.report.look import FAINT, SERIES, TEXT
 from sparse_lora_dist.report.options import load_request
 from sparse_lora_dist.report.page import overview
-from sparse_lora_dist.report.program import names_of, report
+from sparse_lora_dist.report.program import names_of, of_one, report
 from sparse_lora_dist.report.ranks import final_map, growth
 from sparse_lora_dist.report.read import RunStory, read_story
 from sparse_lora_dist.report.saved import Saved
@@ -182,7 +182,7 @@ def stepped(story: RunStory, *, of: int) -> RunStory:
     """The same of a method that leaves ranks alone, with a checkpoint that knows sizes."""
     full = [row | {"ranks": dict.fromkeys(SITES, 4)} for row in story.decisions]
     sizes = {f"{site}.lora_a": [4, of // 4] for site in SITES}
-    manifest = {"sites": {"pieces": dict.fromkeys(SITES)}, "tensors": sizes}
+    manifest = {"sites": {"pieces": dict.fromkeys(SITES)}, "tensors": sizes, "ended": True}
     last = Saved(path=story.folder / "step_00000008", manifest=manifest)
     return replace(story, decisions=full, checkpoints=[last])
 
@@ -190,13 +190,21 @@ def stepped(story: RunStory, *, of: int) -> RunStory:
 def test_where_ranks_stay_the_map_is_of_the_share_of_entries_that_are_stepped(run: Path) -> None:
     story = stepped(read_story(run), of=40)
     picture = final_map(story)
-    assert picture.name == "final_share" and "may be zeroed" in picture.caption
+    assert picture.name == "final_share" and "are stepped" in picture.caption
     assert picture.figure.axes[0].collections[0].get_array().tolist() == [[0.25, 1], [0.75, 0]]
     assert [t.get_text() for t in picture.figure.axes[0].texts] == ["0.25", "1.00", "0.75", "0.00"]
     assert growth(story).figure.axes[0].collections[0].get_array().tolist() == [
         [0.25, 0.25],
         [0.5, 0.75],
     ]
+
+
+def test_where_all_is_stepped_to_the_end_a_sentence_stands_for_the_map(run: Path) -> None:
+    story = stepped(read_story(run), of=40)
+    full = [row | {"live": dict.fromkeys(SITES, 40)} for row in story.decisions]
+    section = of_one(replace(story, decisions=full, total_steps=8))
+    assert "final_share" not in [picture.name for picture in section.pictures]
+    assert "all entries are stepped to the end" in section.absent[0]
 
 
 def test_one_rank_for_all_that_is_not_the_capacity_is_a_rank(run: Path) -> None:

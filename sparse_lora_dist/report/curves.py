@@ -176,6 +176,6 @@ def _legend(figure: Figure, stories: Stories) -> None:
     if len(stories) < 2:
         return
     # By name one by one: of lines that are found matplotlib leaves out those named _something.
-    handles = [Line2D([], [], **_as(line), marker=line.mark) for _, line in _drawn(stories)]
+    handles = [Line2D([], [], **_as(line)) for _, line in _drawn(stories)]
     names = [story.name for story in stories]
     figure.legend(handles, names, loc="outside lower center", ncols=2)

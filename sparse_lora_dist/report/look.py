@@ -56,8 +56,8 @@ def panels(rows: int = 1, *, height: float | None = None, **options: Any) -> tup
     """A figure and its axes, below each other: [rows]."""
     figure = Figure(figsize=(WIDTH, height or HEIGHT * rows), layout="constrained")
     axes = figure.subplots(rows, squeeze=False, **options)[:, 0]
-    for each in axes:
-        each.xaxis.set_major_locator(MaxNLocator(6, integer=True))  # steps of long runs are wide
+    for each in axes:  # few ticks: steps of long runs are wide
+        each.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     return figure, axes
 
 

@@ -71,12 +71,17 @@ def together(stories: Sequence[RunStory]) -> Section:
 def of_one(story: RunStory) -> Section:
     """What cannot share axes with another run's."""
     pictures, absent = [timeline(story)], []
-    if story.decisions:
-        pictures += [ranks.final_map(story), ranks.growth(story)]
-    else:
+    if not story.decisions:
         absent.append(
             "No map of ranks: the method has made no decision, every linear is as it was."
         )
+    elif ranks.Shares(story).say_nothing:
+        absent.append(
+            "No map of ranks: they never change, and all entries are stepped to the end. How many "
+            "of them are zero launcher/show.py says of a checkpoint."
+        )
+    else:
+        pictures += [ranks.final_map(story), ranks.growth(story)]
     for draw, what in ((spread.gates, "gates"), (spread.importance, "importance")):
         try:
             picture = draw(story)

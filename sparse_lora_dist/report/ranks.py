@@ -25,14 +25,14 @@ class Shares:
     entries that are stepped."""
 
     def __init__(self, story: RunStory) -> None:
-        sites = story.decisions[0]["ranks"]
+        self.story, sites = story, story.decisions[0]["ranks"]
         ranks = {rank for row in story.decisions for rank in row["ranks"].values()}
         rank = story.options.get("rank")
         self.sizes = _entries(story)
         self.capacity = rank if is_count(rank) and rank else max(1, *ranks)
         self.of_ranks = ranks != {self.capacity} or not sites.keys() <= self.sizes.keys()
         self.name = "rank" if self.of_ranks else "share"
-        self.title = "Rank" if self.of_ranks else "Share of entries that are stepped,"
+        self.title = "Rank" if self.of_ranks else "Stepped entries"
         self.layout: Layout = layout_of(sites)
 
     @property
@@ -40,7 +40,17 @@ class Shares:
         """What the numbers are not; for a caption."""
         if self.of_ranks:
             return ""
-        return " What is stepped may be zeroed again each time: launcher/show.py counts zeros."
+        return (
+            " Shares of a linear's entries that are stepped; of these some may be zero, which "
+            "launcher/show.py counts."
+        )
+
+    @property
+    def say_nothing(self) -> bool:
+        """Is everything stepped all the time? A method that zeroes entries after every step may
+        do so."""
+        rows = self.story.decisions
+        return not self.of_ranks and all(v == 1 for row in rows for v in self.of(row).values())
 
     def of(self, decision: Mapping[str, Any]) -> Mapping[str, float]:
         """Site -> value after a decision."""
@@ -147,6 +157,7 @@ def growth(story: RunStory) -> Picture:
     return Picture(
         name=f"{shares.name}_over_time",
         title=f"{shares.title} over time",
-        caption=f"A panel a kind of module; {len(steps)} decisions, from step {steps[0]} on.",
+        caption=f"A panel a kind of module; {len(steps)} decisions, from step {steps[0]} on."
+        f"{shares.note}",
         figure=figure,
     )

@@ -85,13 +85,14 @@ def importance(story: RunStory) -> Picture | None:
     axes.xaxis.set_major_formatter(lambda power, place: f"1e{power:g}")
     figure.legend(loc="outside lower center", ncols=3)
     zeros = sum(h.zeros for h in found.values())
+    without = f"; the {zeros:,} that have none (zero) are left out" if zeros else ""
     outer = any(h.counts[0] or h.counts[-1] for h in found.values())
     beyond = " What is below 1e-24 or above 1e4 is counted at that end." if outer else ""
     return Picture(
         name="importance",
         title="Importance",
         caption=f"Running importance of every entry at step {saved.step}, the last checkpoint that "
-        f"has it; {zeros:,} entries have none (zero) and are left out.{beyond}",
+        f"has it{without}.{beyond}",
         figure=figure,
     )
 
