@@ -386,7 +386,7 @@ def test_figures_of_an_earlier_report_go_and_what_is_not_ours_stays(
 
 
 def test_figures_of_runs_whose_names_are_alike_are_files_of_their_own(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / name) for name in ("x/a_b/r", "x_a/b/r", "x/r")]
+    runs = [write_run(tmp_path / name) for name in ("x/a_b", "x_a/b", "y/b")]
     page = page_of(*runs, flags=("--png", "--output", str(tmp_path / "page.html")))
     assert len([*(tmp_path / "page_figures").iterdir()]) == page.count("<figure>")
 
