@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from sparse_lora_dist.report.look import SERIES, Picture, colours, panels
+from sparse_lora_dist.report.look import SERIES, Line, Picture, lines, panels, plain_numbers
 from sparse_lora_dist.report.read import RunStory
 
 Stories = Sequence[RunStory]
@@ -18,12 +19,12 @@ MOST = 600
 def loss(stories: Stories) -> Picture:
     """Training loss, its running mean, held-out loss."""
     figure, (axes,) = panels(height=3.2)
-    for story, colour in _coloured(stories):
+    for story, line in _drawn(stories):
         steps, values = thinned(story.series("loss"))
-        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, running_mean(values), color=colour, linewidth=1.4, label=story.name)
-        held_out = colour if len(stories) > 1 else SERIES[1]
-        marks = {"marker": "o", "markersize": 3.5, "linestyle": "--", "linewidth": 1}
+        axes.plot(steps, values, color=line.colour, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, running_mean(values), **_as(line), linewidth=1.4)
+        held_out = line.colour if len(stories) > 1 else SERIES[1]
+        marks = {"marker": line.mark, "markersize": 3.5, "linestyle": "--", "linewidth": 1}
         axes.plot(*story.series("held_out_loss"), color=held_out, **marks)
     axes.set(xlabel="step", ylabel="nats per target")
     _legend(figure, stories)
@@ -44,7 +45,8 @@ def thinned(points: Points) -> Points:
     if every <= 1:
         return points
     parts = [slice(i, i + every) for i in range(0, len(steps), every)]
-    return [steps[part][-1] for part in parts], [float(np.mean(values[part])) for part in parts]
+    means = [[float(np.mean(each[part])) for part in parts] for each in points]
+    return means[0], means[1]  # a mean stands in the middle of what it is of
 
 
 def _every(stories: Stories) -> int:
@@ -63,14 +65,12 @@ def live(stories: Stories) -> Picture:
     facts = list(dict.fromkeys(fact for story in stories for fact in story.facts()))
     figure, rows = panels(1 + len(facts), height=2.4 + 1.4 * len(facts), sharex=True)
     for axes, key in zip(rows, ["live_entries", *facts], strict=True):
-        for story, colour in _coloured(stories):
-            # The legend of all stands at the first.
-            label = story.name if axes is rows[0] else None
-            line = without_plateaus(story.series(key))
-            axes.plot(*line, color=colour, drawstyle="steps-post", label=label)
+        for story, line in _drawn(stories):
+            points = without_plateaus(story.series(key))
+            axes.plot(*points, **_as(line), drawstyle="steps-post")
         axes.set_title(key.replace("_", " "))
         axes.set_ylim(bottom=0)
-        _plain_thousands(axes)
+        plain_numbers(axes)
     rows[-1].set_xlabel("step")
     _legend(figure, stories)
     return Picture(
@@ -93,10 +93,10 @@ def without_plateaus(points: Points) -> Points:
 def stages(stories: Stories) -> Picture:
     """Live ranks against held-out loss, a point a stage: the curve that one run draws."""
     figure, (axes,) = panels()
-    for story, colour in _coloured(stories):
+    for story, line in _drawn(stories):
         points = [(r["live_ranks"], r["held_out_loss"], r["lambda"]) for r in story.stages]
         ranks, losses, lambdas = zip(*points, strict=True)
-        axes.plot(ranks, losses, "o-", color=colour, label=story.name)
+        axes.plot(ranks, losses, **_as(line), marker=line.mark)
         for point in zip(ranks, losses, lambdas, strict=True):
             axes.annotate(
                 f"{point[2]:g}", point[:2], xytext=(4, 4), textcoords="offset points", size=8
@@ -114,14 +114,14 @@ def stages(stories: Stories) -> Picture:
 def throughput(stories: Stories) -> Picture:
     """Tokens a second of the whole job, and of a rank."""
     figure, (axes,) = panels()
-    for story, colour in _coloured(stories):
+    for story, line in _drawn(stories):
         steps, values = thinned(story.series("tokens_per_s"))
         a_rank = [v / _world_size(story, s) for s, v in zip(steps, values, strict=True)]
-        axes.plot(steps, values, color=colour, linewidth=1, label=story.name)
-        axes.plot(steps, a_rank, color=colour, linewidth=1, linestyle=":")
+        axes.plot(steps, values, **_as(line), linewidth=1)
+        axes.plot(steps, a_rank, color=line.colour, linewidth=1, linestyle=":")
     axes.set(xlabel="step", ylabel="tokens / s")
     axes.set_ylim(bottom=0)
-    _plain_thousands(axes)
+    plain_numbers(axes)
     _legend(figure, stories)
     return Picture(
         name="throughput",
@@ -134,27 +134,27 @@ def throughput(stories: Stories) -> Picture:
 def _world_size(story: RunStory, step: float) -> int:
     """Ranks of the job that made this step last; the newest job's where nobody wrote that down."""
     sizes = [a.world_size for a in story.attempts if a.first < step <= a.last and a.world_size]
-    return sizes[-1] if sizes else int(story.environment.get("world_size", 1))
+    return sizes[-1] if sizes else story.world_size or 1
 
 
 def memory(stories: Stories) -> Picture:
     """Peak memory: the worst rank at every logged step, and each rank at every checkpoint."""
     figure, (axes,) = panels()
-    for story, colour in _coloured(stories):
+    for story, line in _drawn(stories):
         steps, values = without_plateaus(story.series("peak_memory_bytes"))
-        axes.plot(steps, in_gb(values), color=colour, linewidth=1, label=story.name)
+        axes.plot(steps, in_gb(values), **_as(line), linewidth=1)
         for saved in story.checkpoints:
-            axes.plot([saved.step] * len(saved.peaks), in_gb(saved.peaks), "x", color=colour)
+            axes.plot([saved.step] * len(saved.peaks), in_gb(saved.peaks), "x", color=line.colour)
     axes.set(xlabel="step", ylabel="GB")
     axes.set_ylim(bottom=0)
     _legend(figure, stories)
-    on_gpu = stories[0].environment.get("device") == "cuda"
+    words = {True: "allocated on its GPU", False: "resident in its process"}
+    where = dict.fromkeys(words[s.environment.get("device") == "cuda"] for s in stories)
     return Picture(
         name="memory",
         title="Peak memory of a rank",
-        caption="Since its job began, "
-        + ("allocated on its GPU" if on_gpu else "resident in its process")
-        + ". Line: the worst rank; crosses: each rank, at checkpoints.",
+        caption=f"Since its job began, {' or '.join(where)}. "
+        "Line: the worst rank; crosses: each rank, at checkpoints.",
         figure=figure,
     )
 
@@ -164,14 +164,18 @@ def in_gb(sizes: Sequence[float]) -> list[float]:
     return [size / 1e9 for size in sizes]
 
 
-def _coloured(stories: Stories) -> Iterator[tuple[RunStory, str]]:
-    yield from zip(stories, colours(len(stories)), strict=True)
+def _drawn(stories: Stories) -> Iterator[tuple[RunStory, Line]]:
+    yield from zip(stories, lines(len(stories)), strict=True)
+
+
+def _as(line: Line) -> dict[str, Any]:
+    return {"color": line.colour, "linestyle": line.dash}
 
 
 def _legend(figure: Figure, stories: Stories) -> None:
-    if len(stories) > 1:
-        figure.legend(loc="outside lower center", ncols=2)
-
-
-def _plain_thousands(axes: Any) -> None:
-    axes.yaxis.set_major_formatter(lambda value, place: f"{value:,.10g}")
+    if len(stories) < 2:
+        return
+    # By name one by one: of lines that are found matplotlib leaves out those named _something.
+    handles = [Line2D([], [], **_as(line)) for _, line in _drawn(stories)]
+    names = [story.name for story in stories]
+    figure.legend(handles, names, loc="outside lower center", ncols=2)

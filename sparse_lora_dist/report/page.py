@@ -9,8 +9,9 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from sparse_lora_dist.report.jobs import GOING
 from sparse_lora_dist.report.look import SERIES, Picture, as_svg
-from sparse_lora_dist.report.read import GOING, RunStory
+from sparse_lora_dist.report.read import RunStory
 
 GENERATOR = "sparse_lora_dist report"
 """By which the page knows its own kind, and replaces no other."""
@@ -56,16 +57,25 @@ def overview(story: RunStory) -> dict[str, str]:
         "method": str(story.options.get("method", "?")),
         "model": str(story.options.get("model", "?")),
         "steps": f"{story.last_step:,}{total}",
-        "training loss": change(story.series("loss")[1]),
-        "held-out loss": change(story.series("held_out_loss")[1]),
+        "training loss": loss_of(story, "loss"),
+        "held-out loss": loss_of(story, "held_out_loss"),
         "live entries": change(story.series("live_entries")[1], digits=0),
         "tokens / s": median_of(story.series("tokens_per_s")[1]),
         "peak memory of a rank": f"{max(peaks) / 1e9:.2f} GB" if peaks else "–",
-        "ranks of the job": str(story.environment.get("world_size", "?")),
+        "ranks of the job": str(story.world_size or "?"),
         "jobs": str(len(story.attempts)),
         "checkpoints": str(sum(not s.damage for s in story.checkpoints)),
         "steps left out": str(sum(r["kind"] == "left out" for r in story.bad_steps)),
     }
+
+
+def loss_of(story: RunStory, key: str) -> str:
+    """The first and the last, and whether it ended in none."""
+    since, values = story.lost_number(key), story.series(key)[1]
+    if since is None:
+        return change(values)
+    none = f"NaN or infinite from step {since:,} on"
+    return f"{change(values)}, {none}" if values else none
 
 
 def change(values: Sequence[float], digits: int = 4) -> str:

@@ -1,6 +1,5 @@
 """launcher/report.py: folders in, a page out."""
 
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -49,12 +48,16 @@ def check_output(path: Path) -> None:
 
 def names_of(runs: Sequence[Path]) -> dict[Path, str]:
     """The last part of each folder's path, or as many as tell them apart."""
-    whole = {run: run.resolve().parts for run in runs}
-    for count in range(1, max(len(parts) for parts in whole.values()) + 1):
-        names = {run: "/".join(parts[-count:]) for run, parts in whole.items()}
-        if max(Counter(names.values()).values()) == 1:
-            return names
-    raise UserError(f"a run is named twice: {', '.join(map(str, runs))}")
+    whole = [run.resolve().parts for run in runs]  # runs/a and runs/a/ are one
+    if twice := [
+        str(run) for run, parts in zip(runs, whole, strict=True) if whole.count(parts) > 1
+    ]:
+        raise UserError(f"a run is named twice: {', '.join(twice)}")
+    for count in range(1, max(map(len, whole)) + 1):
+        names = ["/".join(parts[-count:]) for parts in whole]
+        if len(set(names)) == len(runs):
+            break
+    return dict(zip(runs, names, strict=True))
 
 
 def together(stories: Sequence[RunStory]) -> Section:
@@ -68,12 +71,17 @@ def together(stories: Sequence[RunStory]) -> Section:
 def of_one(story: RunStory) -> Section:
     """What cannot share axes with another run's."""
     pictures, absent = [timeline(story)], []
-    if story.decisions:
-        pictures += [ranks.final_map(story), ranks.growth(story)]
-    else:
+    if not story.decisions:
         absent.append(
             "No map of ranks: the method has made no decision, every linear is as it was."
         )
+    elif ranks.Shares(story).say_nothing:
+        absent.append(
+            "No map of ranks: they never change, and all entries are stepped to the end. How many "
+            "of them are zero launcher/show.py says of a checkpoint."
+        )
+    else:
+        pictures += [ranks.final_map(story), ranks.growth(story)]
     for draw, what in ((spread.gates, "gates"), (spread.importance, "importance")):
         try:
             picture = draw(story)
@@ -89,9 +97,15 @@ def of_one(story: RunStory) -> Section:
 
 
 def save_all(folder: Path, stories: Sequence[RunStory], sections: Sequence[Section]) -> None:
-    """A PNG a picture; those of one of several runs bear its name."""
+    """A PNG a picture, instead of those of an earlier report; those of one of several runs bear its
+    place and name."""
     folder.mkdir(exist_ok=True)
-    prefixes = [""] + ["" if len(stories) == 1 else f"{s.name.replace('/', '_')}_" for s in stories]
+    for path in folder.glob("*.png"):
+        if GENERATOR.encode() in path.read_bytes()[:1000]:
+            path.unlink()
+    # By name alone x/a_b and x_a/b would be the same.
+    named = [f"{i}_{s.name.replace('/', '_')}_" for i, s in enumerate(stories, start=1)]
+    prefixes = ["", *(named if len(stories) > 1 else [""])]
     for prefix, section in zip(prefixes, sections, strict=True):
         for picture in section.pictures:
-            save_png(picture, folder / f"{prefix}{picture.name}.png")
+            save_png(picture, folder / f"{prefix}{picture.name}.png", maker=GENERATOR)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from sparse_lora_dist.report.layout import Layout, layout_of
+from sparse_lora_dist.report.lines import is_count
 from sparse_lora_dist.report.look import WIDTH, Picture, panels
 from sparse_lora_dist.report.read import RunStory
 
@@ -21,16 +22,35 @@ FEW_RANKS = 32
 
 class Shares:
     """What is drawn of every site: its rank where a method changes ranks, else the share of its
-    entries that live."""
+    entries that are stepped."""
 
     def __init__(self, story: RunStory) -> None:
-        first = story.decisions[0]
+        self.story, sites = story, story.decisions[0]["ranks"]
         ranks = {rank for row in story.decisions for rank in row["ranks"].values()}
+        rank = story.options.get("rank")
         self.sizes = _entries(story)
-        self.capacity = int(story.options.get("rank", max(ranks)))
-        self.of_ranks = len(ranks) > 1 or not self.sizes
-        self.name = "rank" if self.of_ranks else "density"
-        self.layout: Layout = layout_of(first["ranks"])
+        self.capacity = rank if is_count(rank) and rank else max(1, *ranks)
+        self.of_ranks = ranks != {self.capacity} or not sites.keys() <= self.sizes.keys()
+        self.name = "rank" if self.of_ranks else "share"
+        self.title = "Rank" if self.of_ranks else "Stepped entries"
+        self.layout: Layout = layout_of(sites)
+
+    @property
+    def note(self) -> str:
+        """What the numbers are not; for a caption."""
+        if self.of_ranks:
+            return ""
+        return (
+            " Shares of a linear's entries that are stepped; of these some may be zero, which "
+            "launcher/show.py counts."
+        )
+
+    @property
+    def say_nothing(self) -> bool:
+        """Is everything stepped all the time? A method that zeroes entries after every step may
+        do so."""
+        rows = self.story.decisions
+        return not self.of_ranks and all(v == 1 for row in rows for v in self.of(row).values())
 
     def of(self, decision: Mapping[str, Any]) -> Mapping[str, float]:
         """Site -> value after a decision."""
@@ -40,7 +60,8 @@ class Shares:
 
     def colours(self, axes: Any, mesh: Any, figure: Any) -> None:
         """The bar beside the axes that says which is which."""
-        bar = figure.colorbar(mesh, ax=axes, label=self.name, fraction=0.04, pad=0.02)
+        label = "rank" if self.of_ranks else "share stepped"
+        bar = figure.colorbar(mesh, ax=axes, label=label, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)
         bar.locator = MaxNLocator(integer=self.of_ranks)
         bar.update_ticks()
@@ -87,8 +108,8 @@ def final_map(story: RunStory) -> Picture:
     shares.colours(axes, mesh, figure)
     return Picture(
         name=f"final_{shares.name}",
-        title=f"Where {'rank' if shares.of_ranks else 'density'} ended up",
-        caption=f"After the decision of step {decision['step']}, the last so far.",
+        title=f"{shares.title} at the end",
+        caption=f"After the decision of step {decision['step']}, the last so far.{shares.note}",
         figure=figure,
     )
 
@@ -135,7 +156,8 @@ def growth(story: RunStory) -> Picture:
     shares.colours(grid_of_axes, mesh, figure)
     return Picture(
         name=f"{shares.name}_over_time",
-        title=f"{shares.name.capitalize()} over time",
-        caption=f"A panel a kind of module; {len(steps)} decisions, from step {steps[0]} on.",
+        title=f"{shares.title} over time",
+        caption=f"A panel a kind of module; {len(steps)} decisions, from step {steps[0]} on."
+        f"{shares.note}",
         figure=figure,
     )

@@ -10,11 +10,12 @@ from matplotlib.ticker import AutoLocator
 from numpy.typing import NDArray
 
 from sparse_lora_dist.checkpoint import SavedSlices
-from sparse_lora_dist.report.look import Picture, colours, panels
-from sparse_lora_dist.report.read import RunStory, Saved
+from sparse_lora_dist.report.look import Picture, lines, panels, plain_numbers
+from sparse_lora_dist.report.read import RunStory
+from sparse_lora_dist.report.saved import Saved
 
 EDGES = np.arange(-24.0, 4.01, 0.2)
-"""Of importance, in powers of ten."""
+"""Of importance, in powers of ten; the outer bins have what lies beyond too."""
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Histogram:
     def add(self, values: NDArray[np.float32]) -> None:
         """One tensor at a time: a large model's do not fit in memory together."""
         above = values[values > 0]
-        self.counts += np.histogram(np.log10(above), EDGES)[0]
+        powers = np.log10(above.astype(np.float64))
+        self.counts += np.histogram(powers.clip(EDGES[0], EDGES[-1]), EDGES)[0]
         self.zeros += values.size - above.size
 
 
@@ -38,16 +40,18 @@ def gates(story: RunStory) -> Picture | None:
     if not having:
         return None
     chosen = {s.step: gate_values(s) for s in (having[0], having[len(having) // 2], having[-1])}
-    largest = max(float(np.abs(values).max()) for values in chosen.values()) or 1.0
+    every = np.abs(np.concatenate([*chosen.values()]))
+    largest = float(every[np.isfinite(every)].max(initial=0.0)) or 1.0
     bins = np.linspace(-largest, largest, 42)
     figure, (axes,) = panels(height=3.0)
-    for (step, values), colour in zip(chosen.items(), colours(len(chosen)), strict=True):
+    for (step, values), line in zip(chosen.items(), lines(len(chosen)), strict=True):
         counts, _ = np.histogram(values[values != 0], bins)
         label = f"step {step}: {(values == 0).sum():,} zero"
-        axes.stairs(counts, bins, color=colour, label=label)
+        axes.stairs(counts, bins, color=line.colour, label=label)
     kind = next(_vectors(having[0].manifest)).rpartition(".")[2].removeprefix("lora_")
     axes.xaxis.set_major_locator(AutoLocator())
     axes.set(xlabel=kind, ylabel="pieces", yscale="log")  # those held near zero tower
+    plain_numbers(axes)
     figure.legend(loc="outside lower center", ncols=2)
     return Picture(
         name="gates",
@@ -71,20 +75,24 @@ def importance(story: RunStory) -> Picture | None:
         return None
     figure, (axes,) = panels()
     found = importances(saved)
-    for (kind, histogram), colour in zip(found.items(), colours(len(found)), strict=True):
-        axes.stairs(histogram.counts, EDGES, color=colour, label=kind.removeprefix("lora_"))
+    for (kind, histogram), line in zip(found.items(), lines(len(found)), strict=True):
+        axes.stairs(histogram.counts, EDGES, color=line.colour, label=kind.removeprefix("lora_"))
     seen = np.flatnonzero(sum(h.counts for h in found.values()))
     if len(seen):
         axes.set_xlim(EDGES[seen[0]] - 0.5, EDGES[seen[-1] + 1] + 0.5)
     axes.set(xlabel="importance", ylabel="entries", yscale="log")
+    plain_numbers(axes)
     axes.xaxis.set_major_formatter(lambda power, place: f"1e{power:g}")
     figure.legend(loc="outside lower center", ncols=3)
     zeros = sum(h.zeros for h in found.values())
+    without = f"; the {zeros:,} that have none (zero) are left out" if zeros else ""
+    outer = any(h.counts[0] or h.counts[-1] for h in found.values())
+    beyond = " What is below 1e-24 or above 1e4 is counted at that end." if outer else ""
     return Picture(
         name="importance",
         title="Importance",
         caption=f"Running importance of every entry at step {saved.step}, the last checkpoint that "
-        f"has it; {zeros:,} entries have none (zero) and are left out.",
+        f"has it{without}.{beyond}",
         figure=figure,
     )
 

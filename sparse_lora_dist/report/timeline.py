@@ -4,8 +4,9 @@ from datetime import datetime
 from itertools import pairwise, starmap
 from typing import Any
 
+from sparse_lora_dist.report.jobs import Attempt
 from sparse_lora_dist.report.look import SERIES, Picture, panels
-from sparse_lora_dist.report.read import Attempt, RunStory
+from sparse_lora_dist.report.read import RunStory
 from sparse_lora_dist.screen import counted
 
 BAR: dict[str, Any] = {"height": 0.3, "color": SERIES[0]}
@@ -38,11 +39,13 @@ def timeline(story: RunStory) -> Picture:
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3)
     made_again = sum(starmap(lost, pairwise(story.attempts)))
-    losses = f", {counted(made_again, 'step')} lost and made again (orange)" if made_again else ""
+    jobs_made = counted(len(story.attempts), "job")
+    if made_again:  # at least: nobody knows of those after the last that was logged
+        jobs_made += f", at least {counted(made_again, 'step')} lost and made again (orange)"
     return Picture(
         name="timeline",
         title="Jobs, checkpoints and interruptions",
-        caption=f"{counted(len(story.attempts), 'job')}{losses}. Checkpoints: those still there.",
+        caption=f"{jobs_made}. Checkpoints: those still there.",
         figure=figure,
     )
 
