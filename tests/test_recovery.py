@@ -99,6 +99,8 @@ def test_what_a_killed_job_left_is_cleaned_and_nothing_that_was_published_is_los
     step(run, 6).rename(folder / ".replaced_step_00000006")
     # Killed after them: the old one is still there.
     shutil.copytree(step(run, 4), folder / ".replaced_step_00000004")
+    # Somebody's own copy is no checkpoint of this run's, and stays.
+    shutil.copytree(step(run, 4), folder / "step_00000008_backup")
     told, _ = ranks(2, TRAIN, flags=tiny.flags(run, max_steps=6, resume="auto"))
     assert f"{step(run, 6)}, step 6" in told
     assert sorted(p.name for p in folder.iterdir()) == [
@@ -106,6 +108,7 @@ def test_what_a_killed_job_left_is_cleaned_and_nothing_that_was_published_is_los
         "step_00000002",
         "step_00000004",
         "step_00000006",
+        "step_00000008_backup",
     ]
 
 

@@ -39,8 +39,10 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def published(folder: Path) -> list[Path]:
-    """Checkpoints by step. Not a collective."""
-    return sorted(p for p in folder.glob("step_*") if (p / MANIFEST).exists())
+    """Checkpoints by step; not a copy that somebody called step_00000004_backup. Not a
+    collective."""
+    named = (p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdecimal())
+    return sorted(p for p in named if (p / MANIFEST).exists())
 
 
 def published_for_all(folder: Path) -> list[Path]:

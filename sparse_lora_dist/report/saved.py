@@ -1,6 +1,5 @@
 """The checkpoints of a run, as far as their manifests tell."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +7,6 @@ from typing import Any
 
 from sparse_lora_dist.checkpoint import published, read_manifest
 from sparse_lora_dist.errors import UserError
-
-OURS = re.compile(r"step_(\d+)")
-"""Not step_00000004_backup, which somebody has put there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +31,8 @@ class Saved:
 
 def saved_in(folder: Path) -> list[Saved]:
     """By step."""
-    return [
-        saved
-        for path in published(folder)
-        if OURS.fullmatch(path.name) and (saved := _read(path)) is not None
-    ]
+    found = map(_read, published(folder))
+    return [saved for saved in found if saved is not None]
 
 
 def _read(path: Path) -> Saved | None:
