@@ -41,6 +41,9 @@ bench: $(STAMP)  ## every benchmark in benchmarks/, one after the other (DATA=FO
 		echo "== $$script"; $(RUN) DATA="$(DATA)" python "$$script" || exit 1; \
 	done
 
+bench-methods: $(STAMP)  ## all methods at about the same number of parameters, side by side; resumable
+	@$(RUN) python benchmarks/family.py
+
 $(STAMP): setup.cfg pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "setup: needs Python 3.11 or newer, and $(PYTHON) is not that; try make setup PYTHON=python3.11"; \
