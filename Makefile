@@ -12,10 +12,10 @@ RUN := PATH="$(BIN):$$PATH"
 TRAIN := launcher/train.py --ds_config ds_configs/zero3.json --resume auto --max_steps 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test chaos lint bench
+.PHONY: help setup train test chaos lint bench bench-methods
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## */  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' Makefile | expand -t 24
 
 setup: $(STAMP)  ## .venv with everything pinned
 
