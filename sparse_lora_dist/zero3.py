@@ -24,6 +24,7 @@ from deepspeed.git_version_info import installed_ops as installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder as AsyncIOBuilder
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
+from deepspeed.utils import groups
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.heap import return_gaps
@@ -201,10 +202,9 @@ class Engine:
         flat, offset, share = self._zero.grad_position[self._zero.get_param_id(parameter)]
         start = min(share * comm.rank(), parameter.ds_numel)
         length = min(share, parameter.ds_numel - start)
-        shape = tuple(parameter.ds_shape)
         return Slice(
             name=name,
-            shape=shape,
+            shape=tuple(parameter.ds_shape),
             start=start,
             length=length,
             flat=flat,
@@ -231,6 +231,8 @@ class Engine:
         for parameter in cast(Iterable[ZeroParameter], self.model.parameters()):
             parameter.ds_tensor = parameter.ds_secondary_tensor = None
             parameter.data = parameter.data.new_empty(0)
+        # hpZ's group, which the next zero.Init makes anew or refuses to.
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
     def backward(self, loss: Tensor) -> None:
         """Reduce a micro-batch's gradient, and add this rank's shard of it. Collective."""
@@ -267,9 +269,7 @@ class Engine:
     def gradient(self, piece: Slice) -> Tensor:
         """The gradient between the last backward and ``step``: fp32, the global mean, unclipped."""
         grad = deepspeed.utils.safe_get_local_grad(self.trained[piece.name])
-        assert grad is not None and grad.dtype == torch.float32, (
-            f"no fp32 gradient for {piece.name}"
-        )
+        assert grad is not None and grad.dtype == torch.float32, piece.name
         # DeepSpeed hands it out on the GPU even where masters are offloaded to the host.
         return cast(Tensor, grad.flatten()[: piece.length].to(self.master(piece).device))
 

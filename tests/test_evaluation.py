@@ -312,6 +312,20 @@ def test_a_model_that_was_compared_is_freed_before_the_next_is_loaded(
     assert ranks(1, f"{WORK}:shares_alive", flags=asked) == [[0, 0, 0]]
 
 
+@pytest.mark.parametrize("file", ["zero3_offload", "zero3_hpz"])
+def test_other_engines_compare_the_same(
+    ranks: Ranks, tiny: TinyRun, odd: Path, tmp_path: Path, file: str
+) -> None:
+    engine = Path("ds_configs", f"{file}.json").read_text()
+    engine = engine.replace('"zero_hpz_partition_size": 8', '"zero_hpz_partition_size": 2')
+    (tmp_path / "engine.json").write_text(engine)
+    asked = {"metrics": "loss,exact", "compare": f"base,{odd},base", "limit": 4}
+    for name, more in (("usual", {}), ("other", {"ds_config": tmp_path / "engine.json"})):
+        ranks(4, EVALUATE, flags=flags(tiny, **asked, **more, output=tmp_path / f"{name}.json"))
+    usual, other = (tmp_path / f"{name}.json" for name in ("usual", "other"))
+    assert other.read_bytes() == usual.read_bytes()
+
+
 @pytest.mark.parametrize("how", ["interrupted", "unwritten"])
 def test_what_is_cut_short_leaves_nothing_half_written(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, how: str
