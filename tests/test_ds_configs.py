@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from sparse_lora_dist.methods import METHODS
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.laws import LAWS
@@ -61,7 +62,7 @@ def test_clipping_under_offload_differs_by_rounding(
         assert [r[key] for r in offloaded] == pytest.approx([r[key] for r in usual], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in LAWS if m not in ("lora", "toy")])
+@pytest.mark.parametrize("method", [m for m in METHODS if LAWS[m].decides])
 def test_methods_decide_alike_in_host_memory(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, method: str
 ) -> None:

@@ -78,7 +78,7 @@ def rate_of_a_job(method: str, **options: Any) -> LearningRate:
     train = TrainConfig(
         max_steps=STEPS, learning_rate=0.5, lr_schedule="linear", warmup_steps=WARMUP
     )
-    sites = tuple(Site(name=f"m.{i}", in_features=6, out_features=4, rank=8) for i in range(4))
+    sites = tuple(Site(name=f"m.{i}", in_features=60, out_features=40, rank=8) for i in range(4))
     plan = Plan(total_steps=STEPS, warmup_steps=WARMUP, learning_rate=0.5, sites=sites)
     factory = METHODS[method]
     record = factory.build(factory.options(**options), plan)
