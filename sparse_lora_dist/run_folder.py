@@ -15,6 +15,8 @@ from sparse_lora_dist import __version__, comm
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 
+RUN_YAML = "run.yaml"
+"""The merged config of a run, by which its folder is known."""
 MADE = """
     run.yaml environment.json metrics.jsonl decisions.jsonl stages.jsonl bad_steps.jsonl
     attempts.jsonl edits.json tensorboard checkpoints adapter
@@ -27,7 +29,7 @@ def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
     """A run that begins must not write into the folder of another that made a step: one that died
     while it loaded left a description only. One that ``replaces`` another must find one."""
     made = [name for name in MADE if (folder / name).exists()]
-    if replaces and made and "run.yaml" not in made:
+    if replaces and made and RUN_YAML not in made:
         raise UserError(
             f"--overwrite: {folder} holds {made[0]}, but no run.yaml, so it is no run, and stays. "
             "Choose another --output_dir."
@@ -54,7 +56,7 @@ def write_description(folder: Path, config: Config) -> None:
     """run.yaml (the merged config, good for --config) and environment.json."""
     folder.mkdir(parents=True, exist_ok=True)
     said = config.as_flat_dict() | {"reset": []}  # a run that goes on begins nothing anew
-    (folder / "run.yaml").write_text(yaml.safe_dump(said, sort_keys=False))
+    (folder / RUN_YAML).write_text(yaml.safe_dump(said, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from sparse_lora_dist.editing.answers import Speaker
 from sparse_lora_dist.editing.options import RESULTS, load_request
 from sparse_lora_dist.editing.program import purpose_of
-from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import open_tokenizer
 from sparse_lora_dist.job import Job
 from sparse_lora_dist.train import run
+from tests import work
 
 
 def made(subject: str, relation: str, target: str, **more: Any) -> dict[str, Any]:
@@ -84,11 +84,7 @@ def stopped(flags: list[str]) -> None:
 
 def complaint(flags: list[str]) -> str:
     """The message of the user error that it ends with."""
-    try:
-        stopped(flags)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("the program did not complain")
+    return work.complaint(stopped, flags)
 
 
 def said_after(flags: list[str], prompts: list[str], num_tokens: int) -> list[str]:

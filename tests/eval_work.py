@@ -15,6 +15,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation import program, scoring
 from sparse_lora_dist.evaluation.options import load_request
 from sparse_lora_dist.model import Model
+from tests import work
 
 
 def evaluate(flags: list[str]) -> str:
@@ -29,20 +30,12 @@ def refusal(flags: list[str]) -> str:
     unread = AssertionError("a weight was read first")
     where = "sparse_lora_dist.base_model.checkpoint_files.CheckpointFiles.read"
     with patch(where, side_effect=unread):
-        try:
-            evaluate(flags)
-        except UserError as error:
-            return str(error)
-    raise AssertionError("the program did not complain")
+        return work.complaint(evaluate, flags)
 
 
 def complaint(flags: list[str]) -> str:
     """The message of the user error that it ends with."""
-    try:
-        evaluate(flags)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("the program did not complain")
+    return work.complaint(evaluate, flags)
 
 
 def said(flags: list[str]) -> tuple[list[str], int]:

@@ -6,9 +6,9 @@ import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sparse_lora_dist.data import Documents
+from sparse_lora_dist.data import Documents, load_documents
 
 
 def whole_model(folder: Path, *, quantization: str, double_quant: bool = True) -> PreTrainedModel:
@@ -22,6 +22,20 @@ def whole_model(folder: Path, *, quantization: str, double_quant: bool = True) -
             )
             module.weight.data = bnb.dequantize_4bit(packed, state).view_as(weight)
     return model.eval()
+
+
+def documents_of(path: Path, model: Path) -> Documents:
+    return load_documents(
+        str(path),
+        AutoTokenizer.from_pretrained(model),
+        text_field="text",
+        prompt_field="prompt",
+        response_field="response",
+        chat_template=None,
+        train_on="response",
+        sequence_length=64,
+        max_samples=None,
+    )
 
 
 @torch.no_grad()

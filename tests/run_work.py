@@ -19,7 +19,7 @@ from sparse_lora_dist.job import Job
 from sparse_lora_dist.step import batch_loss
 from sparse_lora_dist.verify import verify
 from sparse_lora_dist.zero3 import summed_cross_entropy
-from tests import toy_method
+from tests import toy_method, work
 from tests.toy_engine import live_copy
 
 
@@ -54,11 +54,7 @@ def verified(run: Path) -> str:
 
 def refusal(flags: list[str]) -> str:
     """The message of the user error that the main job ends with."""
-    try:
-        train(flags)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("the job did not complain")
+    return work.complaint(train, flags)
 
 
 def train_toy(flags: list[str]) -> str:

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
-from sparse_lora_dist.data import load_documents
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.evaluation.answers import (
     LETTERS,
@@ -34,7 +33,7 @@ from sparse_lora_dist.export.options import load_request as export_request
 from sparse_lora_dist.export.program import export
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
-from tests.reference import loss_of_documents, whole_model
+from tests.reference import documents_of, loss_of_documents, whole_model
 from tests.tiny_run import TinyRun
 
 WORK = "tests.eval_work"
@@ -111,18 +110,7 @@ def theirs(tiny: TinyRun, adapter: Path | None) -> PreTrainedModel:
 
 
 def loss_of(tiny: TinyRun, model: PreTrainedModel) -> float:
-    documents = load_documents(
-        str(tiny.held_out),
-        AutoTokenizer.from_pretrained(tiny.model),
-        text_field="text",
-        prompt_field="prompt",
-        response_field="response",
-        chat_template=None,
-        train_on="response",
-        sequence_length=64,
-        max_samples=None,
-    )
-    return loss_of_documents(model, documents)
+    return loss_of_documents(model, documents_of(tiny.held_out, tiny.model))
 
 
 def test_one_and_three_ranks_give_the_same_file(

@@ -13,14 +13,12 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
-from transformers import AutoTokenizer
 
 from sparse_lora_dist.command_line import load_config
-from sparse_lora_dist.data import Documents, load_documents
 from sparse_lora_dist.learning_rate import LearningRate
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
-from tests.reference import loss_of_documents, whole_model
+from tests.reference import documents_of, loss_of_documents, whole_model
 from tests.tiny_run import TinyRun
 
 TRAIN = "tests.run_work:train"
@@ -53,20 +51,6 @@ def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def column(folder: Path, key: str) -> list[float]:
     return [row[key] for row in rows_of(folder) if key in row]
-
-
-def documents_of(path: Path, model: Path) -> Documents:
-    return load_documents(
-        str(path),
-        AutoTokenizer.from_pretrained(model),
-        text_field="text",
-        prompt_field="prompt",
-        response_field="response",
-        chat_template=None,
-        train_on="response",
-        sequence_length=64,
-        max_samples=None,
-    )
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """What the workers of ``tests/ranks.py`` run: real jobs, in the process group of the pool."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.metrics import read_rows
 from sparse_lora_dist.train import run
 
@@ -13,3 +15,12 @@ def train(flags: list[str]) -> list[dict[str, Any]]:
     config = load_config(flags)
     run(config)
     return read_rows(Path(config.run.output_dir) / "metrics.jsonl")
+
+
+def complaint(work: Callable[[list[str]], object], flags: list[str]) -> str:
+    """The message of the user error that it ends with."""
+    try:
+        work(flags)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("the program did not complain")

@@ -98,16 +98,16 @@ def encode_answer(
     messages: list[Message],
     answer: str,
     *,
+    before: list[int],
     template: str | None,
 ) -> Encoded:
     """The chat with this answer after it, of which all that the answer adds is a target, the end of
-    its turn included.
+    its turn included. ``before``: the chat without it, as ``encode_prompt`` has it.
 
     Raises:
         ExampleError: the template refuses the chat, or renders what comes before otherwise once an
             answer follows; or the answer adds nothing.
     """
-    before = encode_prompt(tokenizer, messages, template=template)
     chat = [*messages, {"role": "assistant", "content": answer}]
     ids = encode_chat(tokenizer, chat, template=template, train_on="all").ids
     if ids[: len(before)] != before:

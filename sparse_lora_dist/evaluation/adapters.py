@@ -1,27 +1,25 @@
 """A PEFT LoRA adapter to evaluate, of any ranks and scales."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from peft.utils.other import get_pattern_key
 
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.init_adapter import open_peft
 from sparse_lora_dist.export.peft_adapter import CONFIG
+from sparse_lora_dist.export.peft_config import other_kind, scale_of
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.phases import first_on_its_node, together
+from sparse_lora_dist.run_folder import RUN_YAML
 from sparse_lora_dist.zero3 import Values
 
 AS_TRAINED = ("quantization", "double_quant", "precision", "chat_template", "train_on")
 """Options that decide what an adapter is worth; another one may be meant."""
-RUN = "run.yaml"
-"""In the folder of every run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +68,9 @@ def _open(name: str | None) -> Adapter:
     folder = Path(name).expanduser()
     if (folder / "adapter" / CONFIG).exists():
         folder = folder / "adapter"
-    elif not (folder / CONFIG).exists() and any((folder / n).exists() for n in (RUN, MANIFEST)):
+    elif not (folder / CONFIG).exists() and any(
+        (folder / n).exists() for n in (RUN_YAML, MANIFEST)
+    ):
         raise UserError(
             f"adapter {name} has no adapter yet, only checkpoints: write one with "
             f"launcher/export.py {name} --output FOLDER, and name that"
@@ -85,25 +85,14 @@ def _open(name: str | None) -> Adapter:
 
 
 def _not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | None:
-    if config.get("peft_type") != "LORA":
-        return f"it is of PEFT's type {config.get('peft_type')}"
-    for other in ("use_dora", "alora_invocation_tokens"):
-        if config.get(other):
-            return f"it has {other}"
+    if other := other_kind(config):
+        return f"it has {other}"
     if odd := [n for n in shapes if "lora_" in n and not n.endswith(("lora_a", "lora_b"))]:
         return f"it holds {odd[0]}"
     halves = ({n[:-7] for n in shapes if n.endswith(half)} for half in (".lora_a", ".lora_b"))
     if alone := set.symmetric_difference(*halves):
         return f"{min(alone)} has one of lora_A and lora_B only"
     return None
-
-
-def scale_of(config: Mapping[str, Any], site: str, rank: int) -> float:
-    """alpha / rank of one module, as PEFT has it: alpha_pattern names modules by the end of their
-    names or by a regex, and rank-stabilised LoRA divides by the root."""
-    alphas: dict[str, float] = config.get("alpha_pattern") or {}
-    alpha: float = alphas.get(get_pattern_key(list(alphas), site), config["lora_alpha"])
-    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
 
 
 def unlike_training(adapter: Adapter, config: Config) -> list[str]:
@@ -113,7 +102,7 @@ def unlike_training(adapter: Adapter, config: Config) -> list[str]:
     if adapter.base and Path(adapter.base).name != Path(here).name:
         notes.append(f"it was trained over {adapter.base}, this is {here}")
     folder = Path(adapter.name).expanduser()
-    run = next((p for p in (folder / RUN, folder.parent / RUN) if p.is_file()), None)
+    run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)
     if run is not None:
         now, then = config.as_flat_dict(), yaml.safe_load(run.read_text())
         differ = [n for n in AS_TRAINED if n in then and then[n] != now[n]]

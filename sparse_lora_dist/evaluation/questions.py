@@ -1,6 +1,6 @@
 """Examples -> what a model is asked: tokens to score, or a prompt and which answers are right."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -50,12 +50,17 @@ class Encoder:
         """What comes before an answer."""
         return self._fitting(encode_prompt(self.tokenizer, messages, template=self.template))
 
-    def answered(self, messages: list[Message], answer: str) -> Document:
-        """The chat with this answer, of which the answer alone is scored, its end included."""
-        encoded = encode_answer(self.tokenizer, messages, answer, template=self.template)
-        ids = np.array(self._fitting(encoded.ids))
-        labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
-        return Document(input_ids=ids, labels=labels)
+    def answered(self, messages: list[Message], answers: Sequence[str]) -> list[Document]:
+        """The chat with each answer, of which the answer alone is scored, its end included."""
+        before, found = self.prompt(messages), []
+        for answer in answers:
+            encoded = encode_answer(
+                self.tokenizer, messages, answer, before=before, template=self.template
+            )
+            ids = np.array(self._fitting(encoded.ids))
+            labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
+            found.append(Document(input_ids=ids, labels=labels))
+        return found
 
     def _fitting(self, ids: list[int]) -> list[int]:
         if len(ids) > self.data.sequence_length:
@@ -90,7 +95,7 @@ def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Choice:
     """By likelihood."""
     texts, right = table.choices(record)
     messages = table.messages(record)
-    return Choice(documents=[encoder.answered(messages, text) for text in texts], right=right)
+    return Choice(documents=encoder.answered(messages, texts), right=right)
 
 
 def choice_generated(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Task:

@@ -92,10 +92,9 @@ def dense_change(adapter: AdapterLinear, tensors: Tensors) -> Dense:
     """What the delta, which is linear in its input, makes of the identity."""
     site = adapter.site
     change_OI = torch.empty(site.out_features, site.in_features)
-    eye = torch.eye(min(COLUMNS, site.in_features))
     for start in range(0, site.in_features, COLUMNS):
         count = min(COLUMNS, site.in_features - start)
         x_TI = torch.zeros(count, site.in_features)
-        x_TI[:, start : start + count] = eye[:count, :count]
+        x_TI.diagonal(start).fill_(1.0)
         change_OI[:, start : start + count] = adapter.form.delta(x_TI, tensors, adapter.scale).t()
     return Dense(change_OI=change_OI)

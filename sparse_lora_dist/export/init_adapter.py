@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
+from sparse_lora_dist.export.peft_config import other_kind
 from sparse_lora_dist.zero3 import Values
 
 
@@ -24,7 +25,7 @@ def read_peft(
     """
     config, values, theirs = open_peft(folder)
     problems = []
-    if config.get("peft_type") != "LORA" or config.get("use_dora") or config.get("use_rslora"):
+    if other_kind(config) or config.get("use_rslora"):
         problems.append("it is not a plain LoRA adapter")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         problems.append("its modules have different ranks or alphas (rank_pattern, alpha_pattern)")

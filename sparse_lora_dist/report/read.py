@@ -26,6 +26,7 @@ from sparse_lora_dist.report.lines import (
     read_lines,
 )
 from sparse_lora_dist.report.saved import Saved, saved_in
+from sparse_lora_dist.run_folder import RUN_YAML
 
 STAGE = ("live_ranks", "held_out_loss", "lambda")
 """Numbers that a stage is drawn by."""
@@ -88,7 +89,7 @@ def read_story(folder: Path, name: str | None = None) -> RunStory:
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder; give the --output_dir of a run.")
-    if not (folder / "run.yaml").exists():
+    if not (folder / RUN_YAML).exists():
         raise UserError(f"{folder} is no run: it has no run.yaml. Give the --output_dir of a run.")
     going = run_lock.is_held(folder)
     metrics = _metrics(folder / "metrics.jsonl", going=going)
@@ -99,7 +100,7 @@ def read_story(folder: Path, name: str | None = None) -> RunStory:
     return RunStory(
         name=name or folder.resolve().name,
         folder=folder,
-        options=_mapping(folder / "run.yaml", yaml.safe_load),
+        options=_mapping(folder / RUN_YAML, yaml.safe_load),
         environment=_mapping(folder / "environment.json", _json),
         metrics=metrics,
         decisions=decisions,

@@ -6,24 +6,19 @@ Shapes: I in_features, O out_features, R rank.
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
 from safetensors import safe_open
 
 from sparse_lora_dist.bounds import bad_regex
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation.adapters import scale_of
 from sparse_lora_dist.export.changes import LowRank
 from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
+from sparse_lora_dist.export.peft_config import other_kind, scale_of
 from sparse_lora_dist.show.table import Module
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.weight)?")
-MARKED = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
-VARIANTS = (*MARKED, "use_qalora", "target_parameters")
-"""What PEFT makes another kind of adapter of: DoRA, block-diagonal, routed ..."""
 
 
 def head(folder: Path, config: Mapping[str, Any]) -> str:
@@ -47,19 +42,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"{path} must hold names and values.")
-    if other := _other_kind(config):
+    if other := other_kind(config):
         raise UserError(
             f"{path} is not of a plain LoRA adapter, which is what can be shown: it has {other}."
         )
     if faults := _faults(config):
         raise UserError(f"{path}: {'; '.join(faults)}")
     return config
-
-
-def _other_kind(config: Mapping[str, Any]) -> str | None:
-    if config.get("peft_type") != "LORA":
-        return f"the type {config.get('peft_type')}"
-    return next((name for name in VARIANTS if config.get(name)), None)
 
 
 def _faults(config: Mapping[str, Any]) -> list[str]:

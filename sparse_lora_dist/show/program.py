@@ -8,6 +8,7 @@ from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import CONFIG
 from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.run_folder import RUN_YAML
 from sparse_lora_dist.show import checkpoint, peft_adapter
 from sparse_lora_dist.show.options import ShowRequest
 from sparse_lora_dist.show.table import table
@@ -44,7 +45,7 @@ def as_text(path: Path) -> str:
 def _neither(path: Path) -> UserError:
     if not path.is_dir():
         return UserError(f"{path} is no folder; give that of an adapter or a checkpoint.")
-    if (path / "run.yaml").exists():
+    if (path / RUN_YAML).exists():
         return UserError(
             f"{path} is a run: name {path}/adapter, or a step_... folder of {path}/checkpoints."
         )
