@@ -40,7 +40,8 @@ from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.methods.base import Method
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.program import leave, quiet_others
-from sparse_lora_dist.zero3 import ShardBuilder, own_range
+from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3_shares import own_range
 
 LLAMA_3_70B = {
     "hidden_size": 8192,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
 from sparse_lora_dist.methods.base import Method, Pieces
 from sparse_lora_dist.methods.form import Site, TensorSpec
-from sparse_lora_dist.zero3 import ShardBuilder, Values
+from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3_shares import Values
 
 
 @dataclass

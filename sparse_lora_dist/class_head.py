@@ -19,7 +19,7 @@ from sparse_lora_dist.adapter import seed_of
 from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.sources import Keys
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.zero3 import Values
+from sparse_lora_dist.zero3_shares import Values
 
 
 @dataclass(frozen=True, kw_only=True)

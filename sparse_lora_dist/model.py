@@ -41,7 +41,8 @@ from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import counted, megabytes, say
 from sparse_lora_dist.targets import find_full, find_sites
 from sparse_lora_dist.tasks import TASKS
-from sparse_lora_dist.zero3 import ShardBuilder, Values
+from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3_shares import Values
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -29,28 +28,14 @@ from deepspeed.utils import groups
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.heap import return_gaps
 from sparse_lora_dist.zero3_disk import Disk
+from sparse_lora_dist.zero3_shares import Slice, Values, as_share, own_range, share_of
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts: about a
 # minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3 never calls it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-Values = Callable[[int, int], Tensor]
-"""(start, stop) -> those elements of a flattened tensor, 1-D: the ones this rank is to own."""
-
 ZeroParameter = Any
 """A tensor with the ``ds_`` attributes that DeepSpeed hangs on it, of which no type knows."""
-
-
-def share_of(numel: int) -> int:
-    """How ZeRO-3 cuts: equal shares, rounded up."""
-    return -(-numel // comm.world_size())
-
-
-def own_range(numel: int) -> tuple[int, int]:
-    """This rank's share of a flattened tensor, without the padding that makes shares equal."""
-    share = share_of(numel)
-    start = min(share * comm.rank(), numel)
-    return start, min(start + share, numel)
 
 
 class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
@@ -73,9 +58,21 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         assert share * comm.world_size() == self._aligned_size(parameter)
         assert self._partition_rank(parameter) == comm.rank()
         start, stop = own_range(parameter.ds_numel)
-        own = _as_share(values(start, stop), share, parameter.dtype, self.local_device)
+        own = as_share(values(start, stop), share, parameter.dtype, self.local_device)
         return_gaps()
         self._adopt(parameter, own, share)
+
+    def refill(self, parameter: ZeroParameter, values: Values) -> None:
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole
+            parameter.partition([parameter])
+        own = as_share(
+            values(*own_range(parameter.ds_numel)),
+            parameter.ds_tensor.ds_numel,
+            parameter.dtype,
+            self.local_device,
+        )
+        parameter.ds_secondary_tensor = None
+        self._adopt(parameter, own, parameter.ds_tensor.ds_numel)
 
     def _adopt(self, parameter: ZeroParameter, own: ZeroParameter, share: int) -> None:
         """What ``_partition_param`` does once it has cut a share from the whole.
@@ -105,16 +102,6 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
             self._disk.read(params)
 
 
-def _as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``own`` padded to a whole share. Kept as it is where it fits: a large share is not copied."""
-    lonely = own.untyped_storage().nbytes() == own.nbytes  # a view would keep what it is a part of
-    if (own.numel(), own.dtype, own.device) == (share, dtype, device) and lonely:
-        return own
-    padded = torch.zeros(share, dtype=dtype, device=device)
-    padded[: own.numel()] = own
-    return padded
-
-
 class ShardBuilder:
     """Makes parameters of which every rank holds its ZeRO-3 share only, in the engine's dtype.
 
@@ -137,6 +124,10 @@ class ShardBuilder:
         self._init.fill(parameter, values)
         return parameter
 
+    def refill(self, parameter: nn.Parameter, values: Values) -> None:
+        """Other values for a frozen one, wherever its share lies. Collective under hpZ."""
+        self._init.refill(parameter, values)
+
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -155,27 +146,6 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     finally:
         if absent:
             absent[0].partition(absent)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Slice:
-    """This rank's part of one trained tensor: elements [start, start + length) of it, flattened."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    length: int
-    """Without the padding that makes shares equal; 0 where a small tensor left nothing."""
-    flat: int
-    """Which of the engine's flat fp32 tensors it lies in."""
-    offset: int
-    """Where in that flat tensor it begins."""
-    share: int
-    """Elements reserved for it there, the same on every rank."""
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
 
 
 class Engine:

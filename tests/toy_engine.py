@@ -10,7 +10,8 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.config import Config, ModelConfig, TrainConfig
 from sparse_lora_dist.engine_config import engine_dict
 from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.zero3 import Engine, ShardBuilder, Slice, gathered
+from sparse_lora_dist.zero3 import Engine, ShardBuilder, gathered
+from sparse_lora_dist.zero3_shares import Slice
 
 # 3 elements and 1 are less than four ranks; no share of the others is a whole number of rows.
 SHAPES = {"three": (3,), "one": (1,), "odd": (5, 7), "wide": (33, 10), "big": (64, 33)}

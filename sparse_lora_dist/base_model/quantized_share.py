@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.zero3 import ShardBuilder, own_range, share_of
+from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3_shares import own_range, share_of
 
 QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]
 

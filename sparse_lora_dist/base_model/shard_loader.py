@@ -30,7 +30,8 @@ from sparse_lora_dist.base_model.quantized_share import (
 from sparse_lora_dist.base_model.read_ahead import Range, read_ahead
 from sparse_lora_dist.base_model.sources import Packed, Sources
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.zero3 import ShardBuilder, Values, own_range
+from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3_shares import Values, own_range
 
 
 @dataclass

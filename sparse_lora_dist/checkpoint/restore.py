@@ -14,7 +14,7 @@ from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
 from sparse_lora_dist.optim import MOMENTS
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.zero3 import Slice
+from sparse_lora_dist.zero3_shares import Slice
 
 
 def restore(

@@ -16,7 +16,7 @@ from sparse_lora_dist.export.peft_config import other_kind, scale_of
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.run_folder import RUN_YAML
-from sparse_lora_dist.zero3 import Values
+from sparse_lora_dist.zero3_shares import Values
 
 AS_TRAINED = ("quantization", "double_quant", "precision", "chat_template", "train_on")
 """Options that decide what an adapter is worth; another one may be meant."""

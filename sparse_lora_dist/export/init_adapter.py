@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
 from sparse_lora_dist.export.peft_config import other_kind
-from sparse_lora_dist.zero3 import Values
+from sparse_lora_dist.zero3_shares import Values
 
 
 def read_peft(
