@@ -124,7 +124,7 @@ def random_rows(step: int, rows: int, tokens: int) -> Batch:
         labels_MT=ids,
         position_ids_MT=torch.arange(tokens).expand(rows, tokens),
         rows_M=tuple(range(rows * comm.rank(), rows * comm.rank() + rows)),
-        num_tokens=rows * tokens,
+        lengths_M=(tokens,) * rows,
     )
 
 

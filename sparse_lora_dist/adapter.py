@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
+from sparse_lora_dist.base_model.quantized_share import clothes_for
 from sparse_lora_dist.methods.base import Method, Pieces
-from sparse_lora_dist.methods.form import Site, TensorSpec
-from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.methods.form import WEIGHT, KeptSpec, Site, TensorSpec
+from sparse_lora_dist.watching import Looked, Watch
+from sparse_lora_dist.zero3 import ShardBuilder, gathers_too
 from sparse_lora_dist.zero3_shares import Values
 
 
@@ -30,15 +32,25 @@ class RowSeeds:
     sequence_length: int
     step: int = 0
     rows_M: tuple[int, ...] = field(default=())
+    lengths_M: tuple[int, ...] = field(default=())
+    """Tokens of each of them, at its front; what follows is padding."""
     num_positions: int | None = None
     """T of the micro-batch; None takes any input for one of its rows."""
     micro_batch: int = 0
     """How many there were."""
 
-    def begin(self, rows_M: tuple[int, ...], *, num_positions: int) -> None:
+    def begin(
+        self, rows_M: tuple[int, ...], lengths_M: tuple[int, ...], *, num_positions: int
+    ) -> None:
         """The model looks at these rows from now on."""
-        self.rows_M, self.num_positions = rows_M, num_positions
+        self.rows_M, self.lengths_M, self.num_positions = rows_M, lengths_M, num_positions
         self.micro_batch += 1
+
+    def looked(self) -> Looked:
+        """What of them outlives a forward."""
+        return Looked(
+            rows_M=self.rows_M, lengths_M=self.lengths_M, num_positions=self.num_positions
+        )
 
     def keep_mask(
         self, x: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float
@@ -97,13 +109,19 @@ class AdapterLinear(nn.Module):
         self.micro_batches = micro_batches
         self.form = method.form(site)
         self.specs = self.form.tensors
-        self._seed = seed_of(row_seeds.seed, site.name)
+        self.seed = seed_of(row_seeds.seed, site.name)
         for name, parameter in parameters.items():
             self.register_parameter(name, parameter)
         self.probe = method.probe
         self.probed: Tensor | float = 0.0
         """What the probe saw in the backwards of this step, added up."""
         self._penalised = 0
+        self.watch: Watch | None = None
+        """What looks at its input and its output's gradient in the backwards of this step."""
+        self.silent = False
+        """Does the base alone answer?"""
+        if self.form.reads_base:
+            gathers_too(self, base.parameters())
         self.set_pieces(Pieces(computed=tuple(range(site.rank)), open=site.rank))
 
     def set_pieces(self, pieces: Pieces) -> None:
@@ -115,6 +133,8 @@ class AdapterLinear(nn.Module):
     def forward(self, x_MTI: Tensor) -> Tensor:
         tensors = [getattr(self, name) for name in self.specs]
         y_MTO: Tensor = self.base(x_MTI)
+        if self.silent:
+            return y_MTO
         delta_MTO: Tensor = _Delta.apply(x_MTI, self, *tensors)  # type: ignore[no-untyped-call]
         delta_MTO += y_MTO  # not the other way round: the base's output is a view of DeepSpeed's
         return delta_MTO
@@ -132,7 +152,17 @@ class AdapterLinear(nn.Module):
         named = dict(zip(self.specs, tensors, strict=True))
         if len(self.pieces.computed) < self.site.rank:
             named = {n: self._slice(t, self.specs[n].piece_axis) for n, t in named.items()}
-        return named | self.form.drawn(self._seed, tensors[0].device)
+        dtype = tensors[0].dtype
+        for key, t in self.kept().items():
+            named[key] = t.to(dtype) if t.is_floating_point() else t
+        named |= self.form.drawn(self.seed, tensors[0].device)
+        if self.form.reads_base:
+            named[WEIGHT] = self.base.weight_OI(dtype)
+        return named
+
+    def kept(self) -> dict[str, Tensor]:
+        """Its kept tensors, while they are whole."""
+        return {key: undressed(getattr(self, key), spec) for key, spec in self.form.kept.items()}
 
     def owes_penalty(self, micro_batch: int) -> bool:
         """Once a micro-batch, however often the model calls this linear in it (ALBERT's layers are
@@ -162,6 +192,7 @@ class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MTI: Tensor, layer: AdapterLinear, *tensors: Tensor) -> Tensor:
         ctx.layer, ctx.rows_M, ctx.step = layer, layer.row_seeds.rows_M, layer.row_seeds.step
+        ctx.looked = layer.row_seeds.looked()
         ctx.save_for_backward(x_MTI)
         dropped_MTI = layer.dropped(x_MTI, ctx.rows_M, ctx.step)
         return layer.form.delta(dropped_MTI, layer.computed(tensors), layer.scale)
@@ -190,6 +221,8 @@ class _Delta(torch.autograd.Function):
         if layer.probe is not None:
             seen = {k: t.detach() for k, t in tensors.items()}
             layer.probed += layer.probe(dropped_MTI.detach(), gradients[0], seen, layer.scale)
+        if layer.watch is not None:
+            layer.watch.look(x_MTI, grads[0], ctx.looked)
         got = torch.autograd.grad(outputs, [x, *leaves] if wants_x else leaves, gradients)
         return (got[0], None, *got[1:]) if wants_x else (None, None, *got)
 
@@ -211,15 +244,20 @@ def inject(
     ``initial`` gives first values by "site.tensor"; what it lacks is drawn from (seed, name), so it
     is the same on any number of ranks.
     """
-    adapters = []
+    adapters: list[AdapterLinear] = []
     for site in sites:
         base = model.get_submodule(site.name)
         assert isinstance(base, FrozenLinear), f"{site.name} was not loaded as a frozen linear"
-        parameters = {}
-        for key, spec in method.form(site).tensors.items():
+        form, parameters = method.form(site), {}
+        for key, spec in form.tensors.items():
+            if spec.shared and adapters:
+                parameters[key] = getattr(adapters[0], key)
+                continue
             name = f"{site.name}.{key}"
             values = initial.get(name) or _drawn(spec, seed_of(row_seeds.seed, name))
             parameters[key] = builder.parameter(spec.shape, values, trainable=True)
+        for key, kept in form.kept.items():
+            parameters[key] = builder.bytes(clothes_for(kept.num_bytes, builder.dtype), _nothing)
         adapter = AdapterLinear(
             base,
             site,
@@ -234,6 +272,17 @@ def inject(
         setattr(model.get_submodule(parent), leaf, adapter)
         adapters.append(adapter)
     return adapters
+
+
+def _nothing(start: int, stop: int) -> Tensor:
+    return torch.zeros(stop - start)
+
+
+def undressed(parameter: Tensor, spec: KeptSpec) -> Tensor:
+    """From the bytes that are gathered. A copy, but of single bytes: the view of wider entries
+    must not begin anywhere."""
+    raw = parameter.data.view(torch.uint8)[: spec.num_bytes]
+    return (raw if spec.dtype.itemsize == 1 else raw.clone()).view(spec.dtype).view(spec.shape)
 
 
 def _drawn(spec: TensorSpec, seed: int) -> Values:

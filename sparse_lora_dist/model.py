@@ -36,6 +36,7 @@ from sparse_lora_dist.export.init_adapter import read_peft
 from sparse_lora_dist.head import install
 from sparse_lora_dist.locations import resolve_default
 from sparse_lora_dist.methods import Method
+from sparse_lora_dist.methods.base import trained_specs
 from sparse_lora_dist.methods.form import Site, TensorSpec, zeros
 from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import counted, megabytes, say
@@ -62,6 +63,8 @@ class Model:
     cache: BaseCache | None = None
     """The 4-bit base on disk, which need not be there yet."""
     adapters: list[AdapterLinear] = field(default_factory=list)
+    builder: ShardBuilder | None = None
+    """Of what was loaded."""
 
     @classmethod
     def open(cls, config: Config) -> "Model":
@@ -153,7 +156,7 @@ class Model:
                 initial |= read_peft(
                     adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
                 )
-        builder = ShardBuilder(engine_config, PRECISIONS[config.model.precision])
+        self.builder = builder = ShardBuilder(engine_config, PRECISIONS[config.model.precision])
         fill_buffers(self.module, builder.device)
         files, sources, cache = self.files, self.sources, self.cache
         if cache is not None and cache.files is not None:
@@ -193,11 +196,7 @@ class Model:
 
     def trained_shapes(self, method: Method) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor that is to train, "site.tensor" or as the base names it."""
-        shapes = {
-            f"{site.name}.{key}": spec.shape
-            for site in self.sites
-            for key, spec in method.form(site).tensors.items()
-        }
+        shapes = {name: spec.shape for name, spec in trained_specs(method, self.sites).items()}
         for name, module in self.full.items():
             shapes |= {f"{name}.{k}": tuple(p.shape) for k, p in module.named_parameters()}
         return shapes

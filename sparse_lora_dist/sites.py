@@ -8,19 +8,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from sparse_lora_dist import comm
 from sparse_lora_dist.adapter import AdapterLinear
+from sparse_lora_dist.base_model.quantized_share import dressed, own_bytes
 from sparse_lora_dist.methods.base import Method, Pieces
+from sparse_lora_dist.methods.form import KeptSpec
+from sparse_lora_dist.zero3 import ShardBuilder
+from sparse_lora_dist.zero3_shares import Slice, Values
 
 
 class Sites:
     """Every adapter of the model, in its order."""
 
-    def __init__(self, adapters: Sequence[AdapterLinear], method: Method) -> None:
+    def __init__(
+        self,
+        adapters: Sequence[AdapterLinear],
+        method: Method,
+        builder: ShardBuilder | None = None,
+    ) -> None:
+        """``builder``: of who fills kept tensors."""
         self.adapters = {adapter.site.name: adapter for adapter in adapters}
-        self.method = method
+        self.method, self._builder = method, builder
         self.stats = torch.zeros(method.n_site_stats, len(adapters), dtype=torch.float64)
+        self.squares: dict[str, Tensor] = {}
+        """Site -> running mean of its squared inputs, float64 [I]; zero before the first step."""
+        if method.rewriting is not None and method.rewriting.squares_decay is not None:
+            for site in (a.site for a in adapters):
+                nothing_I = torch.zeros(site.in_features, dtype=torch.float64)
+                self.squares[site.name] = nothing_I.to(comm.device())
 
     def tensors(self) -> set[str]:
         """Names of the adapters' tensors, "site.tensor"."""
@@ -46,6 +63,34 @@ class Sites:
         """Nobody asks for probes any more."""
         for adapter in self._in_order():
             adapter.probe = None
+
+    def piece(self, pieces: Mapping[str, Slice], site: str, key: str) -> Slice:
+        """A trained tensor's slice: the site's own, or the first one's where all share it."""
+        first = next(iter(self.adapters)) if self.adapters[site].specs[key].shared else site
+        return pieces[f"{first}.{key}"]
+
+    def kept(self) -> dict[str, tuple[nn.Parameter, KeptSpec]]:
+        """Kept tensors as they are sharded, "site.tensor"."""
+        return {
+            f"{name}.{key}": (getattr(a, key), spec)
+            for name, a in self.adapters.items()
+            for key, spec in a.form.kept.items()
+        }
+
+    def put_kept(self, adapter: AdapterLinear, key: str, t: Tensor) -> None:
+        """A kept tensor anew, of which each rank takes its share. Collective."""
+        spec = adapter.form.kept[key]
+        assert (tuple(t.shape), t.dtype) == (spec.shape, spec.dtype), (key, t.shape, t.dtype)
+        raw = t.contiguous().view(-1).view(torch.uint8)
+        self.fill_kept(getattr(adapter, key), lambda first, last: raw[first:last], spec)
+
+    def fill_kept(self, parameter: nn.Parameter, values: Values, spec: KeptSpec) -> None:
+        """``values``: (start, stop) -> those bytes, uint8."""
+        assert self._builder is not None, "these sites were made to be read"
+        dtype = self._builder.dtype
+        first, last = own_bytes(spec.num_bytes, dtype)
+        own = dressed(values(first, last), dtype)
+        self._builder.refill(parameter, lambda start, stop: own)
 
     def _in_order(self) -> Iterable[AdapterLinear]:
         return self.adapters.values()

@@ -52,7 +52,7 @@ def train_step(
     by (ranks x micro-batches) / targets.
     """
     counts = torch.tensor(
-        [[b.num_targets, b.num_tokens] for b in batches], device=comm.device()
+        [[b.num_targets, sum(b.lengths_M)] for b in batches], device=comm.device()
     ).sum(dim=0)
     num_targets, num_tokens = (int(n) for n in comm.sum_over_ranks(counts))
     scale = comm.world_size() * len(batches) / max(num_targets, 1)
@@ -63,7 +63,7 @@ def train_step(
     for i, batch in enumerate(batches):
         stopping.check()  # what was accumulated is then left: the step is done again whole
         watch.mark("forward")
-        row_seeds.begin(batch.rows_M, num_positions=batch.input_ids_MT.shape[1])
+        row_seeds.begin(batch.rows_M, batch.lengths_M, num_positions=batch.input_ids_MT.shape[1])
         loss = loss_of(engine, batch)
         watch.mark("backward")
         engine.backward(loss * scale)

@@ -4,6 +4,7 @@ export."""
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from sparse_lora_dist.phases import together
 from sparse_lora_dist.plan.check import say_whether_it_fits
 from sparse_lora_dist.purpose import TRAINING, Purpose
 from sparse_lora_dist.resume import find_resume, is_requeued
+from sparse_lora_dist.rewriter import Rewriter
 from sparse_lora_dist.run_folder import check_folder, clear, write_description
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
@@ -111,14 +113,17 @@ class Training:
         stopping.check()
         optimizer = _optimizer(config, model)
         self.engine = Engine(model.module, optimizer, engine_config)
-        sites = Sites(model.adapters, method)
+        sites = Sites(model.adapters, method, model.builder)
         self.shards = Shards(self.engine, optimizer, method, sparse=sites.tensors(), sites=sites)
+        self.rewriter = Rewriter(self.shards, config.train.seed)
         self.job = Job(config, model, feed, self.engine, self.shards)
         self.loss_of = TASKS[config.model.task].loss
         self.last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
 
     def begin(self) -> None:
         """Go on from a checkpoint, or take the held-out loss of the base. Collective."""
+        if self._resume is None:
+            self.rewriter.begin()
         self.job.start(self._resume)
         self.decisions = Decisions(self.shards)
 
@@ -134,6 +139,7 @@ class Training:
         self.job.set_learning_rate(step)
         progress = self.job.progress
         batches = self.job.feed.batches(progress.rows, progress.step)
+        self.rewriter.watch(step)
         result = train_step(
             self.engine,
             self.shards,
@@ -143,6 +149,8 @@ class Training:
             step=step,
             loss_of=self.loss_of,
         )
+        rewritten = self.rewriter.after(step, applied=result.applied)
+        result = result if rewritten is None else replace(result, decision=rewritten)
         seconds = time.perf_counter() - started
         is_last = step == self.last_step
         self.job.after_step(step, batches, result, seconds=seconds, is_last=is_last)

@@ -124,9 +124,29 @@ class ShardBuilder:
         self._init.fill(parameter, values)
         return parameter
 
+    def bytes(self, numel: int, values: Values) -> nn.Parameter:
+        """``numel`` elements' worth of bytes that are never numbers and never on a disk."""
+        nothing = torch.empty(1, dtype=self.dtype, device=self.device).expand(numel)
+        parameter: ZeroParameter = nn.Parameter(nothing, requires_grad=False)
+        parameter.stays_in_memory = True
+        self._init.fill(parameter, values)
+        return cast(nn.Parameter, parameter)
+
     def refill(self, parameter: nn.Parameter, values: Values) -> None:
         """Other values for a frozen one, wherever its share lies. Collective under hpZ."""
         self._init.refill(parameter, values)
+
+
+def gathers_too(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """These of another module are whole too whenever ``module`` runs, forward and backward."""
+    for parameter in parameters:
+        deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def own_share(parameter: nn.Parameter) -> Tensor:
+    """This rank's share of a parameter that is in memory, without padding, 1-D, a view."""
+    start, stop = own_range(cast(ZeroParameter, parameter).ds_numel)
+    return cast(Tensor, cast(ZeroParameter, parameter).ds_tensor.data[: stop - start])
 
 
 @contextmanager

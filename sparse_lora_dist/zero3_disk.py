@@ -32,6 +32,7 @@ class Disk:
         return bool(
             self._swapper.swappable_tensor(numel=share)
             and not parameter.requires_grad
+            and not getattr(parameter, "stays_in_memory", False)
             and parameter.ds_numel > self._whole_up_to
         )
 

@@ -118,7 +118,7 @@ def micro_batch(number: int, vocabulary: int) -> Batch:
         labels_MT=labels_MT,
         position_ids_MT=torch.arange(TOKENS).expand(ROWS, TOKENS),
         rows_M=(0, 1),
-        num_tokens=ids_MT.numel(),
+        lengths_M=(ids_MT.shape[1],) * len(ids_MT),
     )
 
 

@@ -128,7 +128,7 @@ def packed_documents(flags: list[str]) -> dict[str, Any]:
             labels_MT=ids_MT.clone(),
             position_ids_MT=positions_T.expand_as(ids_MT),
             rows_M=(7, 8),
-            num_tokens=ids_MT.numel(),
+            lengths_M=(sum(LENGTHS), sum(LENGTHS)),
         )
         seen: list[Tensor] = []
         head = job.model.module.get_output_embeddings()

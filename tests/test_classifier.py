@@ -180,7 +180,7 @@ def test_a_batch_is_padded_under_a_mask_and_filler_is_no_target(tmp_path: Path) 
     assert batch.input_ids_MT.shape == (3, 16)
     assert batch.input_ids_MT[1, 3:].eq(9).all() and batch.input_ids_MT[2].eq(9).all()
     assert batch.labels_M.tolist() == [0, 1, -100]
-    assert (batch.num_targets, batch.num_tokens) == (2, 13)
+    assert (batch.num_targets, sum(batch.lengths_M)) == (2, 13)
 
 
 # --- scores --------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ def with_head(folder: Path, names: dict[int, str]) -> TinyRun:
 def test_masks_of_pooled_tokens_belong_to_rows_and_those_of_positions_to_none() -> None:
     def seeds(*rows: int) -> RowSeeds:
         seeds = RowSeeds(seed=0, sequence_length=16, step=1)
-        seeds.begin(rows, num_positions=8)
+        seeds.begin(rows, (8,) * len(rows), num_positions=8)
         return seeds
 
     def mask(rows: tuple[int, ...], *shape: int) -> torch.Tensor:

@@ -105,7 +105,7 @@ def test_a_spike_is_told_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFix
     health = Health(tmp_path, 2, last_step=None)
     none = torch.zeros(2, 1, dtype=torch.long)
     batch = Batch(
-        input_ids_MT=none, labels_MT=none, position_ids_MT=none, rows_M=(7, -1), num_tokens=1
+        input_ids_MT=none, labels_MT=none, position_ids_MT=none, rows_M=(7, -1), lengths_M=(1, 0)
     )
     for step in range(1, ENOUGH + 1):
         health.after_step(step, result(2.0 + 0.1 * (step % 2)), [batch])

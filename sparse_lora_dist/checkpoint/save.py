@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_lora_dist import comm, run_lock, watch
+from sparse_lora_dist.base_model.quantized_share import own_bytes
 from sparse_lora_dist.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -33,6 +34,8 @@ from sparse_lora_dist.metrics import own_peak_memory_bytes
 from sparse_lora_dist.moments import pack_bits
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.zero3 import own_share
+from sparse_lora_dist.zero3_shares import own_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +144,7 @@ def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         # Of all entries: what is dead may come back, and its average goes on meanwhile.
         stats = shards.stats.get(piece.name, ())
         tensors |= {f"stat{i}/{piece.name}": stat for i, stat in enumerate(stats)}
+    tensors |= _whole_by_site(shards, offsets)
     # A copy each: safetensors refuses views that share storage.
     own = {key: t.to("cpu", copy=True) for key, t in tensors.items()}
     # One after the other: spread out over the dead, each is as large as the masters.
@@ -149,6 +153,19 @@ def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         packed = {f"{key}/{name}": _packed(t, live[name]) for name, t in spread.items()}
         own |= {k: _once(t) for k, t in packed.items()} if key == "born" else packed
     return own, offsets
+
+
+def _whole_by_site(shards: Shards, offsets: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Kept tensors, as bytes, and squared inputs: this rank's part of each."""
+    own = {}
+    for name, (parameter, spec) in shards.sites.kept().items():
+        raw = own_share(parameter).view(torch.uint8)
+        first, last = own_bytes(spec.num_bytes, parameter.dtype)
+        own[f"kept/{name}"], offsets[name] = raw[: last - first], [first, last - first]
+    for name, squares_I in shards.sites.squares.items():
+        first, last = own_range(len(squares_I))
+        own[f"squares/{name}"], offsets[name] = squares_I[first:last], [first, last - first]
+    return own
 
 
 def _packed(spread_N: Tensor, live_N: Tensor) -> Tensor:

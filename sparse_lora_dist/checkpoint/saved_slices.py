@@ -12,7 +12,12 @@ from torch import Tensor
 from sparse_lora_dist.checkpoint.manifest import PACKED
 from sparse_lora_dist.moments import unpack_bits
 
-DTYPES = {"live": torch.bool, "born": torch.int32}
+DTYPES = {
+    "live": torch.bool,
+    "born": torch.int32,
+    "kept": torch.uint8,
+    "squares": torch.float64,
+}
 
 
 class SavedSlices:

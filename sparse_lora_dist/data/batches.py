@@ -33,8 +33,8 @@ class Batch:
     """Restart at 0 at each document and where the padding begins."""
     rows_M: tuple[int, ...]
     """Row numbers in the stream; -1 for filler rows."""
-    num_tokens: int
-    """Tokens of documents: padding and filler are not counted."""
+    lengths_M: tuple[int, ...]
+    """Tokens of each row, at its front: 0 for filler, padding not counted."""
 
     @property
     def num_targets(self) -> int:
@@ -48,7 +48,7 @@ class Batch:
             labels_MT=self.labels_MT.to(device),
             position_ids_MT=self.position_ids_MT.to(device),
             rows_M=self.rows_M,
-            num_tokens=self.num_tokens,
+            lengths_M=self.lengths_M,
         )
 
 
@@ -62,7 +62,7 @@ class MicroBatch(Protocol):
     def rows_M(self) -> tuple[int, ...]: ...  # noqa: D102
 
     @property
-    def num_tokens(self) -> int: ...  # noqa: D102
+    def lengths_M(self) -> tuple[int, ...]: ...  # noqa: D102
 
     @property
     def num_targets(self) -> int: ...  # noqa: D102
@@ -129,9 +129,7 @@ def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: 
             [np.append(p.position_ids, np.arange(length - len(p.position_ids))) for p in parts]
         ),
         rows_M=numbers,
-        num_tokens=sum(
-            len(p.input_ids) for n, p in zip(numbers, parts, strict=True) if n != FILLER
-        ),
+        lengths_M=tuple(0 if p is filler else len(p.input_ids) for p in parts),
     )
 
 

@@ -169,8 +169,8 @@ class LabelledBatch:
     """Class of each row; -100 for filler rows."""
     rows_M: tuple[int, ...]
     """Row numbers in the stream; -1 for filler rows."""
-    num_tokens: int
-    """Tokens of examples: padding and filler are not counted."""
+    lengths_M: tuple[int, ...]
+    """Tokens of each row, at its front: 0 for filler, padding not counted."""
 
     @property
     def num_targets(self) -> int:
@@ -209,5 +209,5 @@ def labelled_batch(
         segment_ids_MT=padded(segments, length, 0) if any(len(s) for s in segments) else None,
         labels_M=torch.from_numpy(np.concatenate([d.labels for d in parts])),
         rows_M=numbers,
-        num_tokens=sum(len(d.input_ids) for d in parts if d is not filler),
+        lengths_M=tuple(0 if d is filler else len(d.input_ids) for d in parts),
     )

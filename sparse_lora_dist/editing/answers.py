@@ -105,11 +105,10 @@ class Speaker:
 @contextmanager
 def silent(adapters: Sequence[AdapterLinear]) -> Iterator[None]:
     """The base alone answers inside: every delta is zero."""
-    scales = [adapter.scale for adapter in adapters]
     for adapter in adapters:
-        adapter.scale = 0.0
+        adapter.silent = True
     try:
         yield
     finally:
-        for adapter, scale in zip(adapters, scales, strict=True):
-            adapter.scale = scale
+        for adapter in adapters:
+            adapter.silent = False

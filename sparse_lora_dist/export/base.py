@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sparse_lora_dist.base_model import nf4
@@ -15,12 +16,13 @@ from sparse_lora_dist.base_model.architecture import (
     read_config,
     resolve_folder,
 )
-from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
+from sparse_lora_dist.base_model.checkpoint_files import DTYPES, CheckpointFiles, Source
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.base_model.sources import Keys, find_keys, is_quantized
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.locations import resolve_default
+from sparse_lora_dist.methods.form import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,26 @@ class Base:
                     f"{self.folder}: {site.name} is {shapes or 'not there'}, the adapter is for "
                     f"{[site.out_features, site.in_features]}. Give the base it was trained over."
                 )
+
+    def weight(self, site: Site) -> Tensor:
+        """w_OI of an adapted linear as the run had it."""
+        (key,) = self.keys_of[f"{site.name}.weight"]
+        w, shape = self.read(key), self.files.entries[key].shape
+        w = self.dequantised(w, key) if key in self.quantized else w.to(self.trained.dtype)
+        return w.view(shape)
+
+    def read(self, key: str) -> Tensor:
+        """A tensor as the files have it, flattened."""
+        entry = self.files.entries[key]
+        source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
+        return self.files.read(source, 0, entry.nbytes // entry.itemsize)
+
+    def dequantised(self, w: Tensor, key: str) -> Tensor:
+        """A weight that the run had in 4 bits as these have it, flattened."""
+        layout = self.quantized[key]
+        packed, absmax = nf4.quantize(w, layout)
+        scales = nf4.scale_bytes(absmax, nf4.offsets(absmax, layout), layout)
+        return nf4.dequantize(packed, scales, layout, self.trained.dtype).flatten()
 
     @cached_property
     def quantized(self) -> Mapping[str, nf4.Layout]:

@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sparse_lora_dist.adapter import seed_of
-from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.base_model.checkpoint_files import DTYPES, FLOATS, Source
+from sparse_lora_dist.base_model.checkpoint_files import FLOATS
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
 from sparse_lora_dist.export.base import Base, read_labelled_config
 from sparse_lora_dist.export.changes import Change
@@ -98,8 +97,7 @@ class Merge:
     def _pieces(self, base: Base, key: str, change: Change | None) -> Iterator[Tensor]:
         """A tensor of floats, some rows at a time."""
         entry = base.files.entries[key]
-        source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
-        w = base.files.read(source, 0, entry.nbytes // entry.itemsize)
+        w = base.read(key)
         if key in base.quantized:
             w = self._as_trained_over(w, base, key)
         elif self.onto == "dequantised":
@@ -115,10 +113,7 @@ class Merge:
                 yield self._rounded(before, change.rows(start, start + step), generator)
 
     def _as_trained_over(self, w: Tensor, base: Base, key: str) -> Tensor:
-        layout = base.quantized[key]
-        packed, absmax = nf4.quantize(w, layout)
-        scales = nf4.scale_bytes(absmax, nf4.offsets(absmax, layout), layout)
-        again = nf4.dequantize(packed, scales, layout, base.trained.dtype).flatten()
+        again = base.dequantised(w, key)
         for ours, theirs in zip(w.split(PIECE), again.split(PIECE), strict=True):
             self._apart += float((ours.float() - theirs.float()).square().sum())
             self._whole += float(ours.float().square().sum())

@@ -99,7 +99,9 @@ def save_peft(
         raise NoPair(adapters[0].method.name)
     for adapter in adapters:
         parameters = [getattr(adapter, name) for name in adapter.specs]
-        with zero3.gathered(parameters):
+        kept = [getattr(adapter, key) for key in adapter.form.kept]
+        read = list(adapter.base.parameters()) if adapter.form.reads_base else []
+        with zero3.gathered([*parameters, *kept, *read]):
             if comm.rank() == 0:
                 pair = live_pair(adapter, [p.data for p in parameters])
                 pairs |= {adapter.site.name: (_copy(pair[0]), _copy(pair[1]))} if pair else {}

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -30,7 +31,7 @@ def export(request: ExportRequest) -> None:
         UserError: there is nothing to export, or something in the way.
     """
     asked, final = request.export, Path(request.export.output).expanduser().resolve()
-    trained = Trained.open(Path(request.source))
+    trained = with_base(Trained.open(Path(request.source)), asked)
     _check_place(final, trained, asked)
     say("from", f"{trained.path}, step {trained.step:,}")
     temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}")
@@ -48,6 +49,14 @@ def export(request: ExportRequest) -> None:
         say(name, text)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
     say("written", f"{final} ({megabytes(size)}); {final}/{CARD} has the lines that load it")
+
+
+def with_base(trained: Trained, asked: ExportConfig) -> Trained:
+    """Where what is added depends on the base's weights, the one that can read them."""
+    if not trained.reads_base:
+        return trained
+    base = Base.open(trained, asked.base, trust_remote_code=asked.trust_remote_code)
+    return replace(trained, read_base=base.weight)
 
 
 def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:

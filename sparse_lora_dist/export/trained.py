@@ -1,6 +1,6 @@
 """What a checkpoint holds, read one linear at a time by one process, without the model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.architecture import PRECISIONS
+from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.command_line import saved_config
 from sparse_lora_dist.config import Config
@@ -33,6 +34,8 @@ class Trained:
     manifest: Mapping[str, Any]
     config: Config
     slices: SavedSlices
+    read_base: Callable[[Site], Tensor] | None = None
+    """w_OI of a site as the run had it; None: nobody has looked for the base."""
 
     @classmethod
     def open(cls, source: Path) -> "Trained":
@@ -110,12 +113,35 @@ class Trained:
             if change := self.change(site):
                 yield site, change
 
+    @property
+    def reads_base(self) -> bool:
+        """Does what it adds depend on the base's weights?"""
+        return any(self.method.form(site).reads_base for site in self.sites)
+
+    def _linear(self, site: Site) -> nn.Module:
+        """What its adapter lies over."""
+        if not self.method.form(site).reads_base:
+            return nn.Identity()  # which is not asked
+        if self.read_base is None:
+            raise UserError(
+                f"what --method {self.method.name} adds to a weight depends on the base's: export "
+                "it with launcher/export.py, which reads both."
+            )
+        weight = nn.Parameter(self.read_base(site), requires_grad=False)
+        return FrozenLinear(site.in_features, site.out_features, weight, None)
+
     def _adapter(self, site: Site, dtype: torch.dtype) -> tuple[AdapterLinear, list[nn.Parameter]]:
         """Over a base that computes nothing, with its masters as ``dtype`` has them."""
-        tensors = self.method.form(site).tensors
-        named = {key: self.tensor(f"{site.name}.{key}").to(dtype) for key in tensors}
+        form = self.method.form(site)
+        tensors = form.tensors
+        named = {}
+        for key, spec in tensors.items():
+            owner = self.sites[0] if spec.shared else site
+            named[key] = self.tensor(f"{owner.name}.{key}").to(dtype)
+        for key, kept in form.kept.items():
+            named[key] = self.slices.entries("kept", f"{site.name}.{key}", 0, kept.num_bytes)
         adapter = AdapterLinear(
-            nn.Identity(),  # type: ignore[arg-type]  # its base computes nothing here
+            self._linear(site),  # type: ignore[arg-type]
             site,
             self.method,
             {key: nn.Parameter(t, requires_grad=False) for key, t in named.items()},

@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor
 
-from sparse_lora_dist.methods.form import Form, Site, Tensors, low_rank
+from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, low_rank
+from sparse_lora_dist.methods.rewriting import Rewriting
 
 Stats = tuple[Tensor, ...]
 By = Literal["row", "column", "tensor"]
@@ -151,6 +152,9 @@ class Method:
     """What it learns of other ranks it learns through the scores, so equal numbers give equal
     decisions on every rank, with no broadcast."""
 
+    rewriting: Rewriting | None = None
+    """None: what a site has is changed by optimizer steps and decisions alone."""
+
     redraws: bool = True
     """May a resume change the length of the run, which draws the schedule anew, before the last
     decision is made?"""
@@ -185,6 +189,16 @@ class MethodFactory:
     options: type[Any]
     build: Callable[[Any, Plan], Method]
     summary: str
+
+
+def trained_specs(method: Method, sites: Sequence[Site]) -> dict[str, TensorSpec]:
+    """ "site.tensor" -> its spec, in order; what all sites share stands at the first alone."""
+    found: dict[str, TensorSpec] = {}
+    for site in sites:
+        for key, spec in method.form(site).tensors.items():
+            if not spec.shared or site is sites[0]:
+                found[f"{site.name}.{key}"] = spec
+    return found
 
 
 def site_names(scores: Scores) -> Sequence[str]:

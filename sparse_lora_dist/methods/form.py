@@ -6,7 +6,7 @@ Shapes: T tokens, I in_features, O out_features, R rank.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -54,6 +54,22 @@ class TensorSpec:
     """Does the run's weight decay hold for it?"""
     project: Project | None = None
     """What ends an update of its entries."""
+    shared: bool = False
+    """Is it one for all sites? Then it bears the name of the first."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptSpec:
+    """A tensor of a site that never trains: sharded, saved with the run, zero until the method
+    writes it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its entries."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def kaiming_uniform(t: Tensor, generator: torch.Generator) -> None:
@@ -92,6 +108,10 @@ def alpha_over_capacity(alpha: float, capacity: int, open_pieces: int) -> float:
     return alpha / capacity
 
 
+WEIGHT = "weight"
+"""Under this name a form that reads the base finds w_OI, while it is there."""
+
+
 def draw_nothing(seed: int, device: torch.device) -> dict[str, Tensor]:
     """All that there is trains."""
     return {}
@@ -100,13 +120,17 @@ def draw_nothing(seed: int, device: torch.device) -> dict[str, Tensor]:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
     """Of one site. ``delta`` and ``to_lora`` see the computed pieces of its tensors only, in place
-    of all R, and what is drawn besides."""
+    of all R, and what is kept, drawn or read besides."""
 
     tensors: Mapping[str, TensorSpec]
     """Those that it trains."""
     drawn: Callable[[int, torch.device], dict[str, Tensor]] = draw_nothing
     """(seed, device) -> tensors that never train: made anew at every use, the same wherever, and in
     no checkpoint."""
+    kept: Mapping[str, KeptSpec] = field(default_factory=dict)
+    """Those that the method writes, and no gradient."""
+    reads_base: bool = False
+    """Is the delta one of the base's weight too? It is then among the tensors, as ``WEIGHT``."""
     delta: Callable[[Tensor, Tensors, float], Tensor] = low_rank_delta
     """(x_TI, tensors, scale) -> y_TO, what the site adds to the base's output."""
     to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] | None = pair_itself

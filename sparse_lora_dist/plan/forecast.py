@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import By, Decision, Method, MethodFactory, Plan, Ties
+from sparse_lora_dist.methods.base import (
+    By,
+    Decision,
+    Method,
+    MethodFactory,
+    Plan,
+    Ties,
+    trained_specs,
+)
 from sparse_lora_dist.methods.form import Site
 
 SITES, FEATURES, STEPS = 8, 200, 200
@@ -63,9 +71,8 @@ def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
     )
     method, steps = _shortest(factory, options, plan, sites)
     live = {
-        f"{site.name}.{key}": torch.ones(spec.shape, dtype=torch.bool)
-        for site in sites
-        for key, spec in method.form(site).tensors.items()
+        name: torch.ones(spec.shape, dtype=torch.bool)
+        for name, spec in trained_specs(method, sites).items()
     }
     births = {name: torch.zeros_like(mask, dtype=torch.int32) for name, mask in live.items()}
     profiles, aged = [], False

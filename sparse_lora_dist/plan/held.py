@@ -98,7 +98,9 @@ def held_parameters(
     head = output_head(model)
     for name, module in model.named_modules():
         if name in chosen:
-            specs = method.form(chosen[name]).tensors.items()
+            form = method.form(chosen[name])
+            first = name == sites[0].name
+            specs = [(k, s) for k, s in form.tensors.items() if first or not s.shared]
             found += [
                 Held(
                     name=f"{name}.{key}",
@@ -107,6 +109,15 @@ def held_parameters(
                     numel=prod(spec.shape),
                 )
                 for key, spec in specs
+            ]
+            found += [
+                Held(
+                    name=f"{name}.{key}",
+                    module=f"{name}.",
+                    kind="rest",
+                    numel=clothes_for(kept.num_bytes, dtype),
+                )
+                for key, kept in form.kept.items()
             ]
         for leaf, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:  # tied

@@ -243,10 +243,14 @@ def _adapted(
     base: nn.Module, site: Site, method: Method, dropout: float, seeds: RowSeeds
 ) -> AdapterLinear:
     assert isinstance(base, FrozenLinear)
+    form = method.form(site)
     parameters = {
         key: nn.Parameter(torch.empty(spec.shape, dtype=base.weight.dtype, device=META))
-        for key, spec in method.form(site).tensors.items()
+        for key, spec in form.tensors.items()
     }
+    for key, kept in form.kept.items():
+        raw = torch.empty(kept.num_bytes, dtype=torch.uint8, device=META)
+        parameters[key] = nn.Parameter(raw, requires_grad=False)
     return AdapterLinear(
         base, site, method, parameters, alpha=1.0, dropout=dropout, row_seeds=seeds
     )

@@ -32,7 +32,7 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
     """What is live of its tensors, and the delta that they make."""
     names = [f"{site.name}.{key}" for key in saved.method.form(site).tensors]
     _, open_pieces = saved.manifest["sites"]["pieces"][site.name]
-    change = saved.change(site)
+    change = None if saved.reads_base else saved.change(site)
     return Module(
         name=site.name,
         rank=open_pieces,
@@ -40,7 +40,7 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
         entries=sum(prod(saved.manifest["tensors"][name]) for name in names),
         alive=sum(_num_live(saved, name) for name in names),
         bytes=sum(sizes[name] for name in names),
-        norm=change.norm if change else 0.0,
+        norm=None if saved.reads_base else change.norm if change else 0.0,
     )
 
 
@@ -63,5 +63,5 @@ def _bytes(slices: SavedSlices) -> dict[str, int]:
     return sizes
 
 
-WIDTHS = {"F32": 4, "I32": 4, "U8": 1}
+WIDTHS = {"F32": 4, "I32": 4, "U8": 1, "F64": 8}
 """Bytes of an entry, by the file's name of its type."""

@@ -23,8 +23,8 @@ class Module:
     bytes: int
     """On disk."""
     norm: float | None = None
-    """Frobenius norm of what is added to the weight; None where the weight itself is in the
-    file."""
+    """Frobenius norm of what is added to the weight; None where the weight itself is in the file,
+    or what is added depends on the base's."""
 
 
 def table(modules: Sequence[Module]) -> str:

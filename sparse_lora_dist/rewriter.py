@@ -1,0 +1,174 @@
+"""Has a method write tensors of its sites anew, when it is time: one site whole at a time, equal on
+every rank, which each keep their share.
+
+Shapes: I in_features, O out_features, S sites.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from statistics import fmean
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist import comm, zero3
+from sparse_lora_dist.adapter import AdapterLinear, seed_of
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.methods.base import Decision, Pieces
+from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.screen import say
+from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.watching import Watch
+
+Said = TypeVar("Said")
+
+
+class Rewriter:
+    """Does nothing for a method that rewrites nothing."""
+
+    def __init__(self, shards: Shards, seed: int) -> None:
+        self.shards, self.seed = shards, seed
+        self.rewriting: Rewriting | None = shards.method.rewriting
+        self.adapters = list(shards.sites.adapters.values())
+
+    def begin(self) -> None:
+        """Before the first step of a run that goes on from nothing. Collective."""
+        if self.rewriting is not None and self.rewriting.at(0):
+            self._rewrite(self.rewriting, 0)
+
+    def watch(self, step: int) -> None:
+        """Before the forward of a step: look at what will be asked for."""
+        now = self.rewriting
+        if now is None:
+            return
+        rows = now.collects_rows is not None and now.collects_rows(step)
+        squares = now.squares_decay is not None
+        for i, adapter in enumerate(self.adapters):
+            gradient = now.collects_gradient is not None and now.collects_gradient(step, i)
+            if squares or gradient or rows:
+                adapter.watch = Watch(squares=squares, gradient=gradient, rows=rows)
+
+    def after(self, step: int, *, applied: bool) -> Decision | None:
+        """After a step, or one that was refused; what the log is to say. Collective.
+
+        Raises:
+            UserError: it was to choose by a gradient that is not finite.
+        """
+        now = self.rewriting
+        if now is None:
+            return None
+        if applied and now.squares_decay is not None:
+            self._take_squares(now.squares_decay)
+        if not applied and any(a.watch and a.watch.gradient for a in self.adapters):
+            raise UserError(
+                f"step {step}: --method {self.shards.method.name} was to choose by a gradient "
+                "that is not finite. Lower --learning_rate, or take other data.",
+                shared=True,
+            )
+        decision = self._rewrite(now, step) if now.at(step) else None
+        for adapter in self.adapters:
+            adapter.watch = None
+        return decision
+
+    def _take_squares(self, decay: float) -> None:
+        """One all-reduce of the numbers of all sites."""
+        watches = [a.watch for a in self.adapters if a.watch is not None]
+        sums = [torch.as_tensor(w.squares_I, device=comm.device()).double() for w in watches]
+        widths = [a.site.in_features for a in self.adapters]
+        sums = [s.expand(width) for s, width in zip(sums, widths, strict=True)]
+        counts = torch.tensor([w.num_tokens for w in watches], device=comm.device()).double()
+        everything = comm.sum_over_ranks(torch.cat([*sums, counts]))
+        *parts, counts_S = everything.split([*widths, len(watches)])
+        running = self.shards.sites.squares
+        for adapter, sum_I, count in zip(self.adapters, parts, counts_S, strict=True):
+            mean_I, before_I = sum_I / count.clamp(min=1.0), running[adapter.site.name]
+            was = bool(before_I.any())
+            running[adapter.site.name] = decay * before_I + (1 - decay) * mean_I if was else mean_I
+
+    def _rewrite(self, now: Rewriting, step: int) -> Decision:
+        measures_SK = None
+        if now.measure is not None:
+            numbers = [self._of_whole(now, now.measure, i, step) for i in range(len(self.adapters))]
+            measures_SK = torch.stack(numbers).double().cpu()
+        said, pieces, trained = defaultdict(list), {}, False
+        for i, adapter in enumerate(self.adapters):
+            done = self._of_whole(now, now.write, i, step, measures_SK)
+            trained |= self._put(adapter, done)
+            for name, value in done.facts.items():
+                said[name].append(value)
+            if done.computed is not None:
+                computed = Pieces(computed=done.computed, open=len(done.computed))
+                pieces[adapter.site.name] = computed
+        if trained:
+            self.shards.engine.masters_changed()
+        if now.resets_moments:
+            self.shards.optimizer.reset_moments()
+        self.shards.sites.set_pieces(pieces)
+        facts = {name: fmean(values) for name, values in said.items()}
+        self.shards.facts = facts
+        if facts:
+            say("", f"step {step}: {', '.join(f'{n} {value:.4g}' for n, value in facts.items())}")
+        return Decision(pieces=pieces, facts=facts)
+
+    @torch.no_grad()
+    def _of_whole(
+        self,
+        now: Rewriting,
+        ask: Callable[[Whole], Said],
+        index: int,
+        step: int,
+        measures_SK: Tensor | None = None,
+    ) -> Said:
+        adapter = self.adapters[index]
+        site, watch = adapter.site, adapter.watch
+        kept = [getattr(adapter, key) for key in adapter.form.kept]
+        base = list(adapter.base.parameters()) if now.reads_weight else []
+        with zero3.gathered([*kept, *base]):
+            trained = {key: self._master(adapter, key) for key in adapter.specs}
+            drawn = adapter.form.drawn(adapter.seed, comm.device())
+            squares = self.shards.sites.squares.get(site.name)
+            whole = Whole(
+                site=site,
+                index=index,
+                step=step,
+                tensors=trained | adapter.kept() | drawn,
+                scale=adapter.scale,
+                weight_OI=lambda: adapter.base.weight_OI(torch.float32),
+                generator=torch.Generator().manual_seed(seed_of(self.seed, site.name, step)),
+                squares_I=squares if squares is not None and squares.any() else None,
+                gradient_OI=_gradient(adapter, watch),
+                rows_NI=watch.gathered_rows() if watch is not None and watch.rows else None,
+                measures_SK=measures_SK,
+            )
+            return ask(whole)
+
+    def _master(self, adapter: AdapterLinear, key: str) -> Tensor:
+        """A trained tensor in fp32, whole."""
+        piece = self.shards.sites.piece(self.shards.sparse, adapter.site.name, key)
+        own = self.shards.engine.master(piece).new_zeros(piece.share)
+        own[: piece.length] = self.shards.engine.master(piece)
+        return comm.all_gather_flat(own.to(comm.device()), piece.numel).view(piece.shape)
+
+    def _put(self, adapter: AdapterLinear, done: Rewritten) -> bool:
+        """Every rank its share; was a trained tensor among them?"""
+        for key, t in done.tensors.items():
+            if key in adapter.specs:
+                piece = self.shards.sparse[f"{adapter.site.name}.{key}"]
+                assert t.shape == piece.shape, (key, t.shape, piece.shape)
+                own = t.flatten()[piece.start : piece.start + piece.length]
+                self.shards.engine.master(piece).copy_(own)
+            else:
+                self.shards.sites.put_kept(adapter, key, t)
+        return any(key in adapter.specs for key in done.tensors)
+
+
+def _gradient(adapter: AdapterLinear, watch: Watch | None) -> Tensor | None:
+    """[O, I], while it is asked for."""
+    if watch is None or not isinstance(watch.gradient_share, Tensor):
+        return None
+    shape = adapter.site.out_features, adapter.site.in_features
+    share = -(-shape[0] * shape[1] // comm.world_size())
+    own = watch.gradient_share.new_zeros(share)
+    own[: len(watch.gradient_share)] = watch.gradient_share
+    return comm.all_gather_flat(own, shape[0] * shape[1]).view(shape)
