@@ -107,7 +107,7 @@ class Rewriter:
         self.shards.sites.set_pieces(pieces)
         facts = {name: fmean(values) for name, values in said.items()}
         self.shards.facts = facts
-        if facts:
+        if facts and now.says:
             say("", f"step {step}: {', '.join(f'{n} {value:.4g}' for n, value in facts.items())}")
         return Decision(pieces=pieces, facts=facts)
 

@@ -61,7 +61,13 @@ LAWS: dict[str, Law] = {
         penalty={"adalora_orthogonality": 0.1},
         off_is="increlora",
     ),
-    "shira": Law(factory=METHODS["shira"], decides=False, is_pair=False, off_is=None),
+    "shira": Law(
+        factory=METHODS["shira"],
+        on={"shira_support": "snip", "shira_calibration_steps": 2},
+        decides=False,
+        is_pair=False,
+        off_is=None,
+    ),
     "sbora": Law(factory=METHODS["sbora"], decides=False, off_is=None),
     "melora": Law(factory=METHODS["melora"], decides=False, off={"melora_blocks": 1}),
     "lora_mini": Law(

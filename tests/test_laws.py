@@ -26,7 +26,7 @@ from tests.laws import LAWS
 from tests.tiny_run import TinyRun
 
 STEPS, SAVED = 18, (6, 12, 18)
-KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1")
+KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1", "kept", "squares")
 TIES = 1e-4
 """Share of entries, or of pieces, that may be decided otherwise where scores lie within rounding of
 the threshold: in each row of decisions, and in each mask that was saved."""
@@ -49,6 +49,10 @@ def saved(run: Path, key: str, step: int = STEPS) -> dict[str, Tensor]:
     folder = run / "checkpoints" / f"step_{step:08d}"
     manifest = checkpoint.read_manifest(folder)
     slices = checkpoint.SavedSlices.of(folder, manifest)
+    if key in ("kept", "squares"):
+        names = {k.partition("/")[2] for f in slices.files for k in f.keys() if k.startswith(key)}  # noqa: SIM118
+        sizes = {name: max(sum(o[name]) for o in slices.offsets) for name in names}
+        return {name: slices.entries(key, name, 0, size) for name, size in sizes.items()}
     return {
         name: slices.entries(key, name, 0, prod(shape))
         for name, shape in manifest["tensors"].items()

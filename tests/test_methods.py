@@ -18,6 +18,7 @@ from sparse_lora_dist.export.peft_adapter import NoPair, plain_pair
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.base import Decision, Pieces, Stats
 from sparse_lora_dist.methods.form import Site, TensorSpec, Update
+from sparse_lora_dist.methods.rewriting import Whole
 from tests.laws import LAWS, Law
 from tests.whole_scores import WholeScores
 
@@ -55,19 +56,49 @@ def specs(method: Method) -> dict[str, TensorSpec]:
     return {f"{s.name}.{k}": spec for s in SITES for k, spec in method.form(s).tensors.items()}
 
 
-def adapter(method: Method, values: dict[str, Tensor]) -> AdapterLinear:
-    """The first site's, on a base of zeros."""
+def adapter(method: Method, values: dict[str, Tensor], *, written: bool = True) -> AdapterLinear:
+    """The first site's, on a random base; what it keeps as the method has ``written`` it first."""
     site = SITES[0]
-    weight = nn.Parameter(torch.zeros(site.out_features, site.in_features), requires_grad=False)
+    weight = nn.Parameter(random(site.out_features, site.in_features, seed=5), requires_grad=False)
+    trained = {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.form(site).tensors}
+    kept = {
+        k: nn.Parameter(t, requires_grad=False)
+        for k, t in kept_bytes(method, written=written).items()
+    }
     return AdapterLinear(
         FrozenLinear(site.in_features, site.out_features, weight, None),
         site,
         method,
-        {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.form(site).tensors},
+        trained | kept,
         alpha=12.0,
         dropout=0.0,
         row_seeds=RowSeeds(seed=0, sequence_length=8),
     )
+
+
+def kept_bytes(method: Method, *, written: bool) -> dict[str, Tensor]:
+    """What the first site keeps before the first step, or when the method has first written it."""
+    site, form = SITES[0], method.form(SITES[0])
+    kept = {k: torch.zeros(spec.shape, dtype=spec.dtype) for k, spec in form.kept.items()}
+    if method.rewriting is not None and (written or method.rewriting.at(0)):
+        shape = site.out_features, site.in_features
+        whole = Whole(
+            site=site,
+            index=0,
+            step=next(s for s in range(STEPS) if method.rewriting.at(s)),
+            tensors=kept | {k: random(*spec.shape) for k, spec in form.tensors.items()},
+            scale=2.0,
+            weight_OI=lambda: random(*shape, seed=5),
+            generator=torch.Generator().manual_seed(1),
+            squares_I=random(site.in_features).square().double(),
+            gradient_OI=random(*shape, seed=6),
+            rows_NI=random(4, site.in_features),
+        )
+        if method.rewriting.measure is not None:
+            measures = method.rewriting.measure(whole).double()
+            whole = replace(whole, measures_SK=measures.repeat(len(SITES), 1))
+        kept |= {k: t for k, t in method.rewriting.write(whole).tensors.items() if k in kept}
+    return {k: t.contiguous().view(-1).view(torch.uint8) for k, t in kept.items()}
 
 
 def first_values(method: Method) -> dict[str, Tensor]:
@@ -103,9 +134,10 @@ def test_the_delta_is_nothing_at_first(law: Law) -> None:
     for options, largest in ((law.on, law.first_delta), (law.off, 0.0)):
         method = build(options, law)
         values = first_values(method)
-        layer = adapter(method, values)
+        layer = adapter(method, values, written=False)
         layer.set_pieces(first_decision(method, values).pieces.get("q", layer.pieces))
-        delta = layer(random(5, 24)).abs().max()
+        x = random(5, 24)
+        delta = (layer(x) - layer.base(x)).abs().max()
         assert delta <= largest and bool(delta > 0.0) == (largest > 0.0)
 
 
@@ -118,14 +150,15 @@ def test_the_delta_is_that_of_what_is_exported(law: Law, method: Method) -> None
         tensors = [getattr(layer, name) for name in layer.specs]
         if not law.is_pair:
             change_OI = dense_change(layer, layer.computed(tensors)).change_OI
-            torch.testing.assert_close(layer(x), x @ change_OI.t(), rtol=1e-4, atol=1e-5)
+            wanted = layer.base(x) + x @ change_OI.t()
+            torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
             with pytest.raises(NoPair, match=f"--method {method.name} adds"):
                 plain_pair(layer, tensors)
             continue
         a_RI, b_OR = plain_pair(layer, tensors)
         assert a_RI.shape[1:] == (24,) and b_OR.shape[:1] == (24,)
         assert not has_pieces or len(a_RI) == 6
-        wanted = layer.alpha / 6 * x @ a_RI.t() @ b_OR.t()
+        wanted = layer.base(x) + layer.alpha / 6 * x @ a_RI.t() @ b_OR.t()
         torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
 
 

@@ -22,11 +22,11 @@ def test_only_the_chosen_entries_change() -> None:
     drawn = form.drawn(7, CPU)
     values_N = torch.randn(form.tensors["shira_values"].shape)
     change_OI = form.delta(torch.eye(40), drawn | {"shira_values": values_N}, 1.0).t()
-    places_N = drawn["places"]
+    places_N = drawn["shira_places"]
     assert torch.equal(change_OI.flatten()[places_N], values_N)
     assert int(change_OI.count_nonzero()) == len(values_N) == 3 * (28 + 40)
-    assert torch.equal(places_N, form.drawn(7, CPU)["places"])
-    assert not torch.equal(places_N, form.drawn(8, CPU)["places"])
+    assert torch.equal(places_N, form.drawn(7, CPU)["shira_places"])
+    assert not torch.equal(places_N, form.drawn(8, CPU)["shira_places"])
     # Everywhere: rows and columns alike have some.
     assert change_OI.any(0).all() and change_OI.any(1).all()
 
@@ -41,7 +41,7 @@ def test_the_gradient_is_that_of_the_whole_weight_at_the_places(
     values_N = torch.randn(form.tensors["shira_values"].shape, dtype=torch.float64)
     x = torch.randn(2, 5, 40, dtype=torch.float64)
     weight_OI = torch.zeros(28 * 40, dtype=torch.float64)
-    weight_OI[tensors["places"]] = values_N
+    weight_OI[tensors["shira_places"]] = values_N
     weight_OI = weight_OI.view(28, 40).requires_grad_()
     for leaf in (values_N, x):
         leaf.requires_grad_()
@@ -51,7 +51,7 @@ def test_the_gradient_is_that_of_the_whole_weight_at_the_places(
     ours = torch.autograd.grad(y, [x, values_N], above)
     theirs = torch.autograd.grad(wanted, [x, weight_OI], above)
     torch.testing.assert_close(ours[0], theirs[0])
-    torch.testing.assert_close(ours[1], theirs[1].flatten()[tensors["places"]])
+    torch.testing.assert_close(ours[1], theirs[1].flatten()[tensors["shira_places"]])
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ Shapes: T tokens, I in_features, O out_features, R rank.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -118,6 +119,18 @@ def draw_nothing(seed: int, device: torch.device) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PeftForm:
+    """A delta that is no LoRA as PEFT itself knows it."""
+
+    kind: str
+    """PEFT's name of the type, in capitals."""
+    tensors: Mapping[str, Tensor]
+    """By what follows the linear's name in PEFT's file."""
+    config: Mapping[str, Any]
+    """Of all linears alike."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
     """Of one site. ``delta`` and ``to_lora`` see the computed pieces of its tensors only, in place
     of all R, and what is kept, drawn or read besides."""
@@ -136,6 +149,8 @@ class Form:
     to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] | None = pair_itself
     """tensors -> (a_RI, b_OR), the plain LoRA pair of the same scale that is exported; None: there
     is none, and exports ask ``delta``, linear in x, what it makes of the identity."""
+    to_peft: Callable[[Tensors], PeftForm] | None = None
+    """tensors -> the same as a type of PEFT's own; None: it has none."""
     scale: Callable[[float, int, int], float] = alpha_over_capacity
     """(alpha, capacity R, open pieces) -> the site's scale."""
 

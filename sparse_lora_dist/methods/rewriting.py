@@ -61,6 +61,8 @@ class Rewriting:
     """K numbers of every site, before any is written."""
     resets_moments: bool = False
     """Do all moments start anew after it?"""
+    says: bool = False
+    """Are its facts told on the screen too?"""
     reads_weight: bool = True
     """Does it ask for the base's weight?"""
     squares_decay: float | None = None

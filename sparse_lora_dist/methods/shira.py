@@ -4,26 +4,53 @@ Bhardwaj et al. 2024, arXiv:2406.13175 (SHiRA-Rand); Xu and Zhang 2024, arXiv:24
 zero but for N entries whose places do not change and whose values train from zero. N is R (I + O),
 what a LoRA of rank R has, or a share of the weight. Without a scale: --alpha has no meaning here.
 
-Places are drawn from the seed and the linear's name at every use, one in each of N equal parts of
-the flattened weight, where the papers draw all from one urn, and are never kept. The gradient of
-the values is taken at their places only: no gradient of the whole weight is made, as automatic
-differentiation would.
+The support, ``--shira_support``:
+
+    random      one place in each of N equal parts of the flattened weight, where the papers draw
+                all from one urn
+    rows        evenly spaced rows and the diagonal, as many as N pays for (SHiRA-Struct)
+    columns     the same of columns
+    magnitude   the N largest |W| (SHiRA-WM)
+    gradient    the N largest |dL/dW| over the rows of a step (SHiRA-Grad)
+    snip        the N largest |W dL/dW| (SHiRA-SNIP)
+
+The first three follow from seed and shape, are made at every use and never kept. The others are
+chosen from the weight, one linear whole at a time, and kept as sharded indices. The gradient costs
+steps: in the n-th of ``--shira_calibration_steps`` that of each n-th linear is summed over all
+ranks, in shares of 4 bytes a weight; all values go back to zero and moments are reset after it.
+
+The gradient of the values is taken at their places only: no gradient of the whole weight is made,
+as automatic differentiation would. PEFT has the form as its ``shira``, where N is R (I + O).
 
 Shapes: T tokens, I in_features, O out_features, N entries that train.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.chosen import k_largest
+from sparse_lora_dist.methods.form import (
+    Form,
+    KeptSpec,
+    PeftForm,
+    Site,
+    Tensors,
+    TensorSpec,
+    zeros,
+)
 from sparse_lora_dist.methods.hashed import stratified
+from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
 
 CHUNK = 2**24
 """Products of gradient and input that are held at a time, at most."""
+
+Support = Literal["random", "rows", "columns", "magnitude", "gradient", "snip"]
+CHOSEN: tuple[Support, ...] = ("magnitude", "gradient", "snip")
+BY_GRADIENT: tuple[Support, ...] = ("gradient", "snip")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,27 +59,61 @@ class ShiraOptions:
 
     shira_density: float | None = None
     """Share of each weight's entries that train, in (0, 1]; null: as many as LoRA of --rank has."""
+    shira_support: Support = "random"
+    """Which: at random, evenly spaced rows or columns with the diagonal, those of largest weight,
+    of largest gradient, or of largest product of the two."""
+    shira_calibration_steps: int = 1
+    """Steps in which gradients choose, each a part of the linears; more take less memory. What is
+    trained in them is forgotten."""
 
     def __post_init__(self) -> None:
+        problems = []
         if self.shira_density is not None and not 0.0 < self.shira_density <= 1.0:
-            raise ValueError(f"shira_density must be in (0, 1], got {self.shira_density}")
+            problems.append(f"shira_density must be in (0, 1], got {self.shira_density}")
+        if self.shira_calibration_steps < 1:
+            problems.append(
+                f"shira_calibration_steps must be at least 1, got {self.shira_calibration_steps}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
 
 
 def shira(options: ShiraOptions, plan: Plan) -> Method:
-    """Nothing is decided.
+    """Chooses its places before or in the first steps.
 
     Raises:
-        ValueError: more entries are to train than a weight has.
+        ValueError: more entries are to train than a weight has, fewer than its diagonal, or the run
+            is over before the places are chosen.
     """
     for site in plan.sites:
-        weight = site.out_features * site.in_features
-        if count_of(site, options.shira_density) > weight:
-            most = weight // (site.out_features + site.in_features)
-            raise ValueError(
-                f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} "
-                f"makes {count_of(site, None):,} entries of its {weight:,}; take {most} or less"
-            )
-    return Method(name="shira", form=lambda site: chosen_entries(site, options.shira_density))
+        check_count(site, options)
+    steps, support = options.shira_calibration_steps, options.shira_support
+    if support in BY_GRADIENT and steps >= plan.total_steps:
+        raise ValueError(
+            f"shira_calibration_steps is {steps}, and the run has {plan.total_steps} steps: at "
+            "least one must be left to train in"
+        )
+    return Method(
+        name="shira",
+        form=lambda site: chosen_entries(site, options),
+        rewriting=choosing(support, steps) if support in CHOSEN else None,
+    )
+
+
+def check_count(site: Site, options: ShiraOptions) -> None:
+    """Does a weight have room for N?"""
+    weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
+    asked = f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} makes"
+    if count > weight:
+        most = weight // (site.out_features + site.in_features)
+        raise ValueError(f"{asked} {count:,} entries of its {weight:,}; take {most} or less")
+    diagonal = min(site.out_features, site.in_features)
+    if options.shira_support in ("rows", "columns") and count < diagonal:
+        raise ValueError(
+            f"{asked if options.shira_density is None else f'{site.name}: the density makes'} "
+            f"{count:,} entries, its diagonal alone has {diagonal:,}; "
+            f"take a density of {diagonal / weight:.2g} or more"
+        )
 
 
 def count_of(site: Site, density: float | None) -> int:
@@ -62,21 +123,97 @@ def count_of(site: Site, density: float | None) -> int:
     return max(1, int(density * site.in_features * site.out_features))
 
 
-def chosen_entries(site: Site, density: float | None) -> Form:
+def chosen_entries(site: Site, options: ShiraOptions) -> Form:
     """y_TO = x S^T"""
-    count, weight = count_of(site, density), site.out_features * site.in_features
+    support, weight = options.shira_support, site.out_features * site.in_features
+    count = wanted = count_of(site, options.shira_density)
+    as_peft = options.shira_density is None and support not in ("rows", "columns")
+    if support in ("rows", "columns"):
+        count = structured_count(site, count, support)
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
-        return {"places": stratified(count, weight, seed, device)}
+        if support == "random":
+            return {"shira_places": stratified(count, weight, seed, device)}
+        if support in CHOSEN:
+            return {}
+        return {"shira_places": structured(site, wanted, support, device)}
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         y_TO: Tensor = _SparseProduct.apply(  # type: ignore[no-untyped-call]
-            x_TI, tensors["shira_values"], tensors["places"], site.out_features
+            x_TI, tensors["shira_values"], tensors["shira_places"].long(), site.out_features
         )
         return y_TO
 
-    tensors = {"shira_values": TensorSpec(shape=(count,), init=zeros)}
-    return Form(tensors=tensors, drawn=drawn, delta=delta, to_lora=None, scale=lambda *_: 1.0)
+    def to_peft(tensors: Tensors) -> PeftForm:
+        places_N = tensors["shira_places"]
+        rows_N, columns_N = places_N // site.in_features, places_N % site.in_features
+        indices = torch.stack([rows_N, columns_N]).int()
+        named = {"shira_weight": tensors["shira_values"], "shira_indices": indices}
+        return PeftForm(kind="SHIRA", tensors=named, config={"r": site.rank})
+
+    places = KeptSpec(shape=(count,), dtype=torch.int32 if weight < 2**31 else torch.int64)
+    return Form(
+        tensors={"shira_values": TensorSpec(shape=(count,), init=zeros)},
+        kept={"shira_places": places} if support in CHOSEN else {},
+        drawn=drawn,
+        delta=delta,
+        to_lora=None,
+        to_peft=to_peft if as_peft else None,
+        scale=lambda *_: 1.0,
+    )
+
+
+def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int]:
+    """(the rows, or columns, that train; how many entries one has; how long the diagonal is)."""
+    sides = site.out_features, site.in_features
+    number, length = sides if support == "rows" else sides[::-1]
+    some = max(0, (count - min(sides)) // length)
+    return torch.arange(some) * number // max(some, 1), length, min(sides)
+
+
+def structured_count(site: Site, count: int, support: Support) -> int:
+    """N of what ``structured`` gives."""
+    lines_K, length, diagonal = lines_of(site, count, support)
+    return len(lines_K) * length + diagonal - int((lines_K < diagonal).sum())
+
+
+def structured(site: Site, count: int, support: Support, device: torch.device) -> Tensor:
+    """Flat places, ascending: the diagonal, and as many evenly spaced rows, or columns, as
+    ``count`` entries pay for beside it."""
+    lines_K, length, diagonal = lines_of(site, count, support)
+    lines_K, along = lines_K.to(device), torch.arange(length, device=device)
+    in_lines = lines_K[:, None] * site.in_features + along
+    if support == "columns":
+        in_lines = lines_K[:, None] + along * site.in_features
+    beside = torch.arange(diagonal, device=device)
+    beside = beside[~torch.isin(beside, lines_K)] * (site.in_features + 1)
+    return torch.cat([in_lines.flatten(), beside]).sort().values
+
+
+def choosing(support: Support, steps: int) -> Rewriting:
+    """The N places of largest score, from the weight before the first step, or from gradients."""
+
+    def write(whole: Whole) -> Rewritten:
+        values_N, gradient_OI = whole.tensors["shira_values"], whole.gradient_OI
+        # What was trained was trained at places that nobody chose.
+        tensors = {"shira_values": torch.zeros_like(values_N)}
+        if support == "magnitude" or gradient_OI is not None:
+            scores_OI = torch.ones(()) if support == "gradient" else whole.weight_OI().abs()
+            if gradient_OI is not None:
+                scores_OI = scores_OI * gradient_OI.abs()
+            (places_N,) = k_largest(scores_OI, len(values_N)).flatten().nonzero(as_tuple=True)
+            tensors["shira_places"] = places_N.to(whole.tensors["shira_places"].dtype)
+        return Rewritten(tensors=tensors)
+
+    if support == "magnitude":
+        return Rewriting(at=lambda step: step == 0, write=write)
+    return Rewriting(
+        at=lambda step: 0 < step <= steps,
+        write=write,
+        resets_moments=True,
+        reads_weight=support == "snip",
+        collects_gradient=lambda step, index: step <= steps and index % steps == step - 1,
+    )
 
 
 class _SparseProduct(torch.autograd.Function):
