@@ -14,6 +14,7 @@ from sparse_lora_dist.config import Config
 from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.errors import Stopped
 from sparse_lora_dist.export import peft_adapter
+from sparse_lora_dist.export.at_the_end import save_own_type
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.health import Health
 from sparse_lora_dist.journal import Journal, memory_and_traffic
@@ -262,6 +263,9 @@ class Job:
                 classes=self.model.classes,
             )
         except (peft_adapter.NothingLives, peft_adapter.NoPair) as error:
+            is_none = isinstance(error, peft_adapter.NoPair)
+            if size := save_own_type(self.folder, self.folder / "adapter") if is_none else 0:
+                return size
             say("warning", f"no adapter is written: {error}")
             if comm.rank() == 0:  # an earlier attempt's is not this run's end
                 shutil.rmtree(self.folder / "adapter", ignore_errors=True)

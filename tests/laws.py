@@ -25,6 +25,8 @@ class Law:
     """Options that weigh what is added to the loss, and their values."""
     is_pair: bool = True
     """Is its delta a low-rank pair, which PEFT can open?"""
+    peft_type: str | None = None
+    """PEFT's own type of it, where it has one."""
     off_is: str | None = "lora"
     """The method that it is step for step when off; None: it has no off."""
 
@@ -66,6 +68,7 @@ LAWS: dict[str, Law] = {
         on={"shira_support": "snip", "shira_calibration_steps": 2},
         decides=False,
         is_pair=False,
+        peft_type="SHIRA",
         off_is=None,
     ),
     "sbora": Law(factory=METHODS["sbora"], decides=False, off_is=None),

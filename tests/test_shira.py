@@ -1,11 +1,16 @@
 """SHiRA: as many entries as were asked for train, at places that stay, with their own gradient."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from sparse_lora_dist.methods import shira as module
 from sparse_lora_dist.methods.base import Plan
+from sparse_lora_dist.methods.chosen import k_largest
 from sparse_lora_dist.methods.form import Form, Site
+from sparse_lora_dist.methods.rewriting import Rewritten, Whole
 from sparse_lora_dist.methods.shira import ShiraOptions, shira
 
 SITE = Site(name="q", in_features=40, out_features=28, rank=3)
@@ -72,3 +77,103 @@ def test_wrong_numbers_are_refused() -> None:
     small = Site(name="k", in_features=10, out_features=10, rank=6)
     with pytest.raises(ValueError, match="k is 10 x 10: --rank 6 makes 120 .* take 5"):
         form_of(small)
+
+
+def whole(support: str, step: int, **shown: Any) -> Rewritten:
+    """What the method makes of a site that trained a step; NF4 gives many equal weights."""
+    method = shira(ShiraOptions(shira_support=support, shira_calibration_steps=2), PLAN)  # type: ignore[arg-type]
+    form = method.form(SITE)
+    assert method.rewriting is not None and method.rewriting.at(step)
+    kept = {k: torch.zeros(spec.shape, dtype=spec.dtype) for k, spec in form.kept.items()}
+    count = form.tensors["shira_values"].shape
+    return method.rewriting.write(
+        Whole(
+            site=SITE,
+            index=0,
+            step=step,
+            tensors=kept | {"shira_values": torch.ones(count)},
+            scale=1.0,
+            weight_OI=lambda: WEIGHT_OI,
+            generator=torch.Generator(),
+            **shown,
+        )
+    )
+
+
+PLAN = Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
+WEIGHT_OI = torch.randint(-4, 5, (28, 40), generator=torch.Generator().manual_seed(3)) / 8.0
+GRADIENT_OI = torch.randn(28, 40, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize(
+    ("support", "score_OI"),
+    [
+        ("magnitude", WEIGHT_OI.abs()),
+        ("gradient", GRADIENT_OI.abs()),
+        ("snip", (WEIGHT_OI * GRADIENT_OI).abs()),
+    ],
+)
+def test_the_places_of_largest_score_train(support: str, score_OI: torch.Tensor) -> None:
+    by_gradient = {} if support == "magnitude" else {"gradient_OI": GRADIENT_OI}
+    made = whole(support, 0 if support == "magnitude" else 1, **by_gradient).tensors
+    order = sorted(range(28 * 40), key=lambda place: (-float(score_OI.flatten()[place]), place))
+    assert made["shira_places"].tolist() == sorted(order[: 3 * 68])
+    assert made["shira_places"].dtype == torch.int32
+    assert not made["shira_values"].any(), "what was trained elsewhere is forgotten"
+
+
+def test_a_linear_whose_turn_has_not_come_only_forgets() -> None:
+    assert list(whole("snip", 1).tensors) == ["shira_values"]
+    method = shira(ShiraOptions(shira_support="snip", shira_calibration_steps=2), PLAN)
+    collects = method.rewriting.collects_gradient  # type: ignore[union-attr]
+    assert [[collects(step, i) for i in range(4)] for step in (1, 2, 3)] == [  # type: ignore[misc]
+        [True, False, True, False],
+        [False, True, False, True],
+        [False, False, False, False],
+    ]
+
+
+@pytest.mark.parametrize("support", ["rows", "columns"])
+@pytest.mark.parametrize(("out", "inner"), [(28, 40), (40, 28), (30, 30)])
+def test_rows_and_columns_come_with_the_diagonal(support: str, out: int, inner: int) -> None:
+    site = Site(name="q", in_features=inner, out_features=out, rank=3)
+    options = ShiraOptions(shira_support=support)  # type: ignore[arg-type]
+    form = shira(options, replace(PLAN, sites=(site,))).form(site)
+    places_N = form.drawn(7, CPU)["shira_places"]
+    assert form.tensors["shira_values"].shape == places_N.shape
+    assert len(places_N.unique()) == len(places_N) <= 3 * (out + inner)
+    mask_OI = torch.zeros(out * inner).index_fill_(0, places_N, 1.0).view(out, inner)
+    assert mask_OI.diagonal().all()
+    lines = mask_OI if support == "rows" else mask_OI.t()
+    full = lines.all(dim=1)
+    assert int(full.sum()) == (3 * (out + inner) - min(out, inner)) // lines.shape[1] > 0
+    assert int(lines[~full].sum(dim=1).max()) == 1, "nothing but the diagonal beside them"
+
+
+def test_the_support_must_fit_the_run() -> None:
+    with pytest.raises(ValueError, match="at least one must be left to train in"):
+        shira(ShiraOptions(shira_support="snip", shira_calibration_steps=10), PLAN)
+    with pytest.raises(ValueError, match="its diagonal alone has 28; take a density of 0.025"):
+        shira(ShiraOptions(shira_support="rows", shira_density=0.01), PLAN)
+    with pytest.raises(ValueError, match="density must be in.*; shira_calibration_steps must be"):
+        ShiraOptions(shira_density=2.0, shira_calibration_steps=0)
+
+
+def test_equal_scores_go_by_their_place_and_nan_is_refused() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0], [2.0, 0.0, 3.0]])
+    assert k_largest(scores, 3).tolist() == [[False, True, True], [False, False, True]]
+    assert k_largest(scores, 6).all() and not k_largest(scores, 0).any()
+    with pytest.raises(FloatingPointError, match="NaN"):
+        k_largest(torch.tensor([1.0, torch.nan]), 1)
+
+
+def test_counts_at_rank_8_and_at_one_percent() -> None:
+    for out, inner, count, share in (
+        (768, 768, 12_288, 5_898),
+        (3072, 768, 30_720, 23_592),
+        (4096, 4096, 65_536, 167_772),
+        (11008, 4096, 120_832, 450_887),
+    ):
+        site = Site(name="q", in_features=inner, out_features=out, rank=8)
+        assert form_of(site).tensors["shira_values"].shape == (count,)
+        assert form_of(site, 0.01).tensors["shira_values"].shape in ((share,), (share + 1,))

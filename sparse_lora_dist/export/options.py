@@ -10,7 +10,7 @@ from sparse_lora_dist.bounds import raise_if
 from sparse_lora_dist.config import RunConfig
 from sparse_lora_dist.errors import ConfigError
 
-OF_MERGED = ("dtype", "rounding", "onto", "base", "trust_remote_code")
+OF_MERGED = ("dtype", "rounding", "onto")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,9 +20,12 @@ class ExportConfig:
     output: str
     """Folder to write; it must not be there, or be empty."""
     format: Literal["peft", "merged", "sparse_delta"] = "peft"
-    """peft: a LoRA adapter of what lives; merged: a whole model; sparse_delta: changed weights."""
+    """peft: a LoRA adapter of what lives, or PEFT's own type of the method where its update is no
+    LoRA; merged: a whole model; sparse_delta: changed weights."""
     uniform_rank: bool = False
     """peft: one rank for all modules and the scale in B, for servers that know no other (vLLM)."""
+    own_type: bool = False
+    """peft: PEFT's own type of the method where its update is a LoRA too (neat: peanut)."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """merged: what weights are rounded to, once."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
@@ -32,7 +35,7 @@ class ExportConfig:
     base: str | None = None
     """Folder or hub id of the base model, where it is not where the run had it."""
     trust_remote_code: bool = False
-    """merged, of a run that was told so: run Python code that comes with the base."""
+    """Of a run that was told so, where the base is read: run Python code that comes with it."""
     overwrite: bool = False
     """Replace the folder, where it is an earlier export."""
     debug: bool = False
@@ -42,6 +45,8 @@ class ExportConfig:
         problems = []
         if self.uniform_rank and self.format != "peft":
             problems.append(f"uniform_rank belongs to format peft, got {self.format}")
+        if self.own_type and (self.format != "peft" or self.uniform_rank):
+            problems.append("own_type belongs to format peft, and not with uniform_rank")
         if self.format != "merged":
             problems += [
                 f"{f.name} belongs to format merged, got {self.format}"

@@ -163,10 +163,15 @@ def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> in
         tensors |= {f"{PREFIX}{name}": t for name, t in apart.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _peft_config(trained, ranks, uniform).save_pretrained(str(folder))
-    if trained.classes:
-        names = json.dumps(dict(enumerate(trained.classes)), indent=1)
-        (folder / "id2label.json").write_text(names + "\n")
+    write_labels(folder, trained.classes)
     return (folder / WEIGHTS).stat().st_size
+
+
+def write_labels(folder: Path, classes: Sequence[str]) -> None:
+    """Names of a classifier's classes, which PEFT has no place for."""
+    if classes:
+        names = json.dumps(dict(enumerate(classes)), indent=1)
+        (folder / "id2label.json").write_text(names + "\n")
 
 
 def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) -> LoraConfig:

@@ -14,6 +14,7 @@ from sparse_lora_dist.export.base import Base
 from sparse_lora_dist.export.card import CARD, SIGNATURE, write_card
 from sparse_lora_dist.export.merged import Merge
 from sparse_lora_dist.export.options import ExportConfig, ExportRequest
+from sparse_lora_dist.export.own_type import write_own_type
 from sparse_lora_dist.export.peft_adapter import APART, write_peft
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.trained import Trained
@@ -54,6 +55,9 @@ def export(request: ExportRequest) -> None:
 def with_base(trained: Trained, asked: ExportConfig) -> Trained:
     """Where what is added depends on the base's weights, the one that can read them."""
     if not trained.reads_base:
+        for name in ("base", "trust_remote_code"):
+            if asked.format != "merged" and getattr(asked, name):
+                raise UserError(f"--{name}: --format {asked.format} of this run reads no base.")
         return trained
     base = Base.open(trained, asked.base, trust_remote_code=asked.trust_remote_code)
     return replace(trained, read_base=base.weight)
@@ -74,6 +78,15 @@ def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
 
 
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
+    if asked.own_type or not trained.is_lora:
+        if own := trained.own_type():
+            write_own_type(folder, own)
+            return {"modules": counted(len(own.forms), "linear"), "type": own.kind.lower()}
+        if asked.own_type:
+            raise UserError(
+                f"--own_type: PEFT has no type of --method {trained.method.name} as it was trained "
+                "here. Leave the flag out."
+            )
     lora = trained.plain_lora()
     write_peft(folder, lora, uniform=asked.uniform_rank)
     ranks = [len(a_LI) for a_LI, _ in lora.pairs.values()]

@@ -19,6 +19,7 @@ from sparse_lora_dist.command_line import saved_config
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.changes import Change, LowRank, dense_change
+from sparse_lora_dist.export.own_type import OwnType
 from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.methods.base import Pieces
@@ -44,7 +45,11 @@ class Trained:
         Raises:
             UserError: there is none, or it is damaged.
         """
-        path = _checkpoint_in(source.resolve())
+        return cls.at(_checkpoint_in(source.resolve()))
+
+    @classmethod
+    def at(cls, path: Path) -> "Trained":
+        """From a checkpoint that is known to be whole."""
         manifest = checkpoint.read_manifest(path)
         return cls(
             path=path,
@@ -114,6 +119,11 @@ class Trained:
                 yield site, change
 
     @property
+    def is_lora(self) -> bool:
+        """Is what it adds a LoRA everywhere?"""
+        return all(self.method.form(site).to_lora is not None for site in self.sites)
+
+    @property
     def reads_base(self) -> bool:
         """Does what it adds depend on the base's weights?"""
         return any(self.method.form(site).reads_base for site in self.sites)
@@ -152,6 +162,26 @@ class Trained:
         computed, opened = self.manifest["sites"]["pieces"][site.name]
         adapter.set_pieces(Pieces(computed=tuple(computed), open=opened))
         return adapter, [getattr(adapter, key) for key in tensors]
+
+    def own_type(self) -> OwnType | None:
+        """As forward had it, as a type of PEFT's own; None where PEFT has none that agrees."""
+        forms = {}
+        for site in self.sites:
+            if self.method.form(site).to_peft is None:
+                return None
+            adapter, tensors = self._adapter(site, self.dtype)
+            assert adapter.form.to_peft is not None
+            with torch.no_grad():
+                forms[site.name] = adapter.form.to_peft(adapter.computed(tensors), adapter.scale)
+        return OwnType(
+            forms=forms,
+            full={name: self.tensor(name).to(self.dtype) for name in self.full},
+            full_modules=self.manifest["full_modules"],
+            base=self.base,
+            revision=self.config.model.revision,
+            task_type=TASKS[self.config.model.task].peft_type,
+            classes=self.classes,
+        )
 
     def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Site, Pair]]:
         """(site, its pair) of all in which something lives, read as they are asked for."""

@@ -149,8 +149,8 @@ class Form:
     to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] | None = pair_itself
     """tensors -> (a_RI, b_OR), the plain LoRA pair of the same scale that is exported; None: there
     is none, and exports ask ``delta``, linear in x, what it makes of the identity."""
-    to_peft: Callable[[Tensors], PeftForm] | None = None
-    """tensors -> the same as a type of PEFT's own; None: it has none."""
+    to_peft: Callable[[Tensors, float], PeftForm] | None = None
+    """(tensors, scale) -> the same as a type of PEFT's own; None: it has none."""
     scale: Callable[[float, int, int], float] = alpha_over_capacity
     """(alpha, capacity R, open pieces) -> the site's scale."""
 

@@ -144,7 +144,7 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
         )
         return y_TO
 
-    def to_peft(tensors: Tensors) -> PeftForm:
+    def to_peft(tensors: Tensors, scale: float) -> PeftForm:
         places_N = tensors["shira_places"]
         rows_N, columns_N = places_N // site.in_features, places_N % site.in_features
         indices = torch.stack([rows_N, columns_N]).int()

@@ -1,0 +1,26 @@
+"""The adapter that a run leaves where its updates are no LoRA: PEFT's own type, if there is one."""
+
+import shutil
+from pathlib import Path
+
+from sparse_lora_dist import checkpoint, comm
+from sparse_lora_dist.export.own_type import write_own_type
+from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
+from sparse_lora_dist.phases import together
+
+
+def save_own_type(run: Path, adapter: Path) -> int:
+    """From the last checkpoint of ``run``; bytes of its weights on rank 0, 0 where PEFT has no such
+    type. Collective."""
+    with together(f"writing {adapter}"):
+        last = checkpoint.published(run / "checkpoints")[-1]
+        own = Trained.at(last).own_type() if comm.rank() == 0 else None
+        if own is not None:
+            temporary = adapter.with_name(f"{TEMPORARY}{adapter.name}")
+            shutil.rmtree(temporary, ignore_errors=True)
+            size = write_own_type(temporary, own)
+            sync_all(temporary)
+            put_in_place(temporary, adapter)
+            return size
+    return 0
