@@ -77,5 +77,12 @@ LAWS: dict[str, Law] = {
         factory=METHODS["lora_mini"], on={"lora_mini_size": 5}, decides=False, off_is=None
     ),
     "mora": Law(factory=METHODS["mora"], decides=False, is_pair=False, off_is=None),
+    "neat": Law(
+        factory=METHODS["neat"],
+        on={"neat_form": "peft", "neat_depth": 1},
+        decides=False,
+        peft_type="PEANUT",
+        off_is=None,
+    ),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

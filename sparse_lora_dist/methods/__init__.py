@@ -8,6 +8,7 @@ from sparse_lora_dist.methods.lora import LORA
 from sparse_lora_dist.methods.lora_mini import LORA_MINI
 from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.mora import MORA
+from sparse_lora_dist.methods.neat import NEAT
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sbora import SBORA
 from sparse_lora_dist.methods.shira import SHIRA
@@ -24,6 +25,7 @@ METHODS: dict[str, MethodFactory] = {
     "melora": MELORA,
     "lora_mini": LORA_MINI,
     "mora": MORA,
+    "neat": NEAT,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]

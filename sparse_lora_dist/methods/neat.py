@@ -1,0 +1,132 @@
+"""NEAT (PEANuT): the delta is a small network of the base's own weight.
+
+Zhong et al. 2024, arXiv:2410.01870. W + (alpha / R) f(W), where W is the base's weight, dequantised
+while ZeRO-3 has it gathered, and
+
+    official    f(W) = h B, h = relu(W A^T)            A and B both R x I
+    peft        f(W) = B h, h = relu(A W)              A is R x O, B is O x R
+
+B starts at zero. ``--neat_depth`` D puts layers of R x R in between: D of them, h = relu(h M^T), in
+the official form; D encoders and D decoders with the sum of what went in, as PEFT's ``peanut`` has
+them, in the other. The official form trains 2 R I + D R^2 entries, PEFT's 2 R O + 2 D R^2, which
+differ where I and O do.
+
+Where we differ from both codes: f(W) is a product of two thin matrices, one of them h, and is never
+multiplied out; a LoRA pair is exported, with h as it was trained. Another base, or the same one
+rounded otherwise, would have another h: so the pair is what servers should take, and PEFT's
+``peanut`` what goes on training.
+
+Shapes: T tokens, I in_features, O out_features, R rank.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.form import (
+    WEIGHT,
+    Form,
+    PeftForm,
+    Site,
+    Tensors,
+    TensorSpec,
+    kaiming_uniform,
+    zeros,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeatOptions:
+    """NEAT: a small network of the base weight"""
+
+    neat_form: Literal["official", "peft"] = "official"
+    """Which side of the weight the network reads: its inputs (official) or its outputs (as PEFT's
+    peanut, which can then go on with it)."""
+    neat_depth: int = 0
+    """Layers of R x R in between; PEFT's form has twice as many."""
+
+    def __post_init__(self) -> None:
+        if self.neat_depth < 0:
+            raise ValueError(f"neat_depth must be at least 0, got {self.neat_depth}")
+
+
+def neat(options: NeatOptions, plan: Plan) -> Method:
+    """Nothing is decided."""
+    form = official if options.neat_form == "official" else as_peft
+    return Method(name="neat", form=lambda site: form(site, options.neat_depth))
+
+
+def official(site: Site, depth: int) -> Form:
+    """B is the pair's A, and h its B."""
+    inner = [f"neat_m{k}" for k in range(depth)]
+
+    def pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
+        h_OR = torch.relu(tensors[WEIGHT] @ tensors["neat_a"].t())
+        for name in inner:
+            h_OR = torch.relu(h_OR @ tensors[name].t())
+        return tensors["neat_b"], h_OR
+
+    shapes = site.rank, site.in_features
+    return network(site, inner, a_shape=shapes, b_shape=shapes, pair=pair)
+
+
+def as_peft(site: Site, depth: int) -> Form:
+    """h is the pair's A."""
+    encoders, decoders = ([f"neat_{k}{i}" for i in range(depth)] for k in ("encoder", "decoder"))
+
+    def pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
+        h_IR, before = torch.relu(tensors[WEIGHT].t() @ tensors["neat_a"].t()), []
+        for name in encoders:
+            before.append(h_IR)
+            h_IR = torch.relu(h_IR @ tensors[name].t())
+        for name in decoders:
+            h_IR = torch.relu(h_IR @ tensors[name].t()) + before.pop()
+        return h_IR.t(), tensors["neat_b"]
+
+    def to_peft(tensors: Tensors, scale: float) -> PeftForm:
+        named = {f"peanut_{k.upper()}.weight": tensors[f"neat_{k}"] for k in "ab"}
+        for kind, names in (("encoders", encoders), ("decoders", decoders)):
+            named |= {f"peanut_{kind}.{i}.weight": tensors[n] for i, n in enumerate(names)}
+        config = {"r": site.rank, "depth": depth, "scaling": scale, "act_fn": "relu"}
+        return PeftForm(kind="PEANUT", tensors=named, config=config)
+
+    a_shape, b_shape = (site.rank, site.out_features), (site.out_features, site.rank)
+    inner = [*encoders, *decoders]
+    return network(site, inner, a_shape=a_shape, b_shape=b_shape, pair=pair, to_peft=to_peft)
+
+
+def network(
+    site: Site,
+    inner: Sequence[str],
+    *,
+    a_shape: tuple[int, int],
+    b_shape: tuple[int, int],
+    pair: Callable[[Tensors], tuple[Tensor, Tensor]],
+    to_peft: Callable[[Tensors, float], PeftForm] | None = None,
+) -> Form:
+    """y_TO = scale * x a^T b^T with the ``pair`` (a_RI, b_OR) that the weight makes."""
+
+    def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+        a_RI, b_OR = pair(tensors)
+        return (x_TI @ a_RI.t() * scale) @ b_OR.t()
+
+    return Form(
+        tensors={
+            "neat_a": TensorSpec(shape=a_shape, init=kaiming_uniform),
+            "neat_b": TensorSpec(shape=b_shape, init=zeros),
+            **{n: TensorSpec(shape=(site.rank, site.rank), init=kaiming_uniform) for n in inner},
+        },
+        reads_base=True,
+        delta=delta,
+        to_lora=pair,
+        to_peft=to_peft,
+    )
+
+
+NEAT = MethodFactory(
+    options=NeatOptions, build=neat, summary="a small network of the base weight itself"
+)
