@@ -84,5 +84,11 @@ LAWS: dict[str, Law] = {
         peft_type="PEANUT",
         off_is=None,
     ),
+    "prilora": Law(
+        factory=METHODS["prilora"],
+        on={"prilora_every": 3},
+        off={"prilora_first": 6, "prilora_sparsity": 0.0},
+        decides=False,
+    ),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

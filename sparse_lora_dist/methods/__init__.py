@@ -9,6 +9,7 @@ from sparse_lora_dist.methods.lora_mini import LORA_MINI
 from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.neat import NEAT
+from sparse_lora_dist.methods.prilora import PRILORA
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sbora import SBORA
 from sparse_lora_dist.methods.shira import SHIRA
@@ -26,6 +27,7 @@ METHODS: dict[str, MethodFactory] = {
     "lora_mini": LORA_MINI,
     "mora": MORA,
     "neat": NEAT,
+    "prilora": PRILORA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]
