@@ -32,7 +32,7 @@ class Watch:
     squares_I: Tensor | float = 0.0
     """Sum over this rank's tokens, float64."""
     gradient_share: Tensor | float = 0.0
-    """This rank's share of the sum over all ranks, fp32, 1-D."""
+    """This rank's share of the mean over all ranks, fp32, 1-D."""
     means: dict[int, Tensor] = field(default_factory=dict)
     """Row -> its mean input, fp32 [I]."""
 
@@ -54,7 +54,9 @@ class Watch:
             self.means |= {row: mean_I for row, length, mean_I in rows if length > 0}
 
     def _take_gradient(self, x_TI: Tensor, grad_TO: Tensor) -> None:
-        whole = comm.sum_over_ranks(grad_TO.float().t() @ x_TI.float()).flatten()
+        own_OI = grad_TO.float().t() @ x_TI.float()
+        # Averaged, as DeepSpeed averages what trains: the loss was scaled up for it.
+        whole = comm.sum_over_ranks(own_OI).flatten() / comm.world_size()
         start, stop = own_range(whole.numel())
         self.gradient_share = self.gradient_share + whole[start:stop]
 

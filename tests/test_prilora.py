@@ -111,9 +111,7 @@ def test_the_trainable_count_is_loras() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match="first 16 and a mean of --rank 8 leave 0.*most 15"
-    ):
+    with pytest.raises(ValueError, match="first 16 and a mean of --rank 8 leave 0.*most 15"):
         method_of(prilora_first=16)
-    with pytest.raises(ValueError, match="sparsity must be.*; prilora_decay must.*; prilora_first"):
+    with pytest.raises(ValueError, match="sparsity must.*; prilora_decay must.*; prilora_first"):
         PriloraOptions(prilora_sparsity=1.0, prilora_decay=-1.0, prilora_first=0)

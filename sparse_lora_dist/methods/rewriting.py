@@ -31,7 +31,7 @@ class Whole:
     squares_I: Tensor | None = None
     """Running mean of the squares of each feature of its input, float64."""
     gradient_OI: Tensor | None = None
-    """Of the loss by the base's weight, summed over the step, fp32."""
+    """Of the step's loss by the base's weight, fp32."""
     rows_NI: Tensor | None = None
     """The mean input of each row of the step, fp32, in the order of the stream."""
     measures_SK: Tensor | None = None
