@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import comm, run_lock, stopping, watch, zero3_nvme
+from sparse_lora_dist.base_model.sources import is_quantized
 from sparse_lora_dist.bounds import seconds_in
 from sparse_lora_dist.config import Config
 from sparse_lora_dist.decisions import Decisions
@@ -175,14 +176,22 @@ def _build_method(config: Config, model: Model, total_steps: int) -> Method:
         method = METHODS[config.adapter.method].build(config.method_options, plan)
     except ValueError as error:
         raise UserError(f"--method {config.adapter.method}: {error}", shared=True) from error
-    plain = {"lora_a", "lora_b"}
-    if (
-        config.adapter.init_adapter is not None
-        and set(method.form(model.sites[0]).tensors) != plain
-    ):
+    _check_form(config, model, method)
+    return method
+
+
+def _check_form(config: Config, model: Model, method: Method) -> None:
+    form, plain = method.form(model.sites[0]), {"lora_a", "lora_b"}
+    if form.masks_base and is_quantized(model.files):
+        raise UserError(
+            f"--method {method.name} makes a sparse model of the base's own weights, and "
+            f"{config.model.model} has them in 4 bits already. Give the model that it was made "
+            "from; --quantization nf4 quantises it while it is loaded.",
+            shared=True,
+        )
+    if config.adapter.init_adapter is not None and set(form.tensors) != plain:
         raise UserError(
             f"--init_adapter is a plain LoRA pair, which --method {method.name} cannot begin with: "
             "it trains factors between the two. Use lora or roselora.",
             shared=True,
         )
-    return method

@@ -95,10 +95,11 @@ def test_an_adapter_that_does_nothing_leaves_locality_at_100(
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("method", ["adalora", "mora"])  # mora has no scale
 def test_a_silent_adapter_is_the_base_bit_for_bit(
-    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, method: str
 ) -> None:
-    own = tiny.flags(tmp_path / "run", method="adalora", max_steps=8)
+    own = tiny.flags(tmp_path / "run", method=method, max_steps=8)
     assert ranks(1, "tests.edit_work:silent_logits_are_the_bases", flags=own) == [True]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sparse_lora_dist import __version__
 from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.export.union import Union
 from sparse_lora_dist.metrics import read_rows
 from sparse_lora_dist.tasks import TASKS
 
@@ -39,6 +40,7 @@ def write_card(
         "steps": f"{trained.step:,} of {trained.manifest['total_steps']:,}",
         "tokens": f"{trained.manifest['progress']['tokens']:,}",
         **_losses(trained),
+        **_others(trained),
         **facts,
     }
     lines = [f"| {name} | {value} |" for name, value in about.items()]
@@ -83,6 +85,13 @@ def _names(trained: Trained) -> dict[str, str]:
         "options": f"{labels}{revision}{code}",
         "note": f"  # without what was trained of {apart}" if apart else "",
     }
+
+
+def _others(trained: Trained) -> dict[str, str]:
+    """What was added to it."""
+    if not isinstance(trained, Union):
+        return {}
+    return {"plus": ", ".join(str(other.path) for other in trained.others)}
 
 
 def _losses(trained: Trained) -> dict[str, str]:

@@ -22,6 +22,9 @@ class ExportConfig:
     format: Literal["peft", "merged", "sparse_delta"] = "peft"
     """peft: a LoRA adapter of what lives, or PEFT's own type of the method where its update is no
     LoRA; merged: a whole model; sparse_delta: changed weights."""
+    plus: str | None = None
+    """Other runs over the same base, or checkpoints of theirs, whose updates are added: folders,
+    separated by commas."""
     uniform_rank: bool = False
     """peft: one rank for all modules and the scale in B, for servers that know no other (vLLM)."""
     own_type: bool = False

@@ -18,6 +18,7 @@ from sparse_lora_dist.export.own_type import write_own_type
 from sparse_lora_dist.export.peft_adapter import APART, write_peft
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.export.union import Union
 from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
 from sparse_lora_dist.screen import counted, megabytes, say
 
@@ -33,8 +34,12 @@ def export(request: ExportRequest) -> None:
     """
     asked, final = request.export, Path(request.export.output).expanduser().resolve()
     trained = with_base(Trained.open(Path(request.source)), asked)
+    if asked.plus is not None:
+        trained = Union.of(trained, [source.strip() for source in asked.plus.split(",")])
     _check_place(final, trained, asked)
     say("from", f"{trained.path}, step {trained.step:,}")
+    for other in trained.others if isinstance(trained, Union) else ():
+        say("plus", f"{other.path}, step {other.step:,}")
     temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -112,6 +117,11 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
         raise UserError(
             f"{base.folder} is not what the adapter was trained over, which came in 4 bits: add "
             "--onto original."
+        )
+    if asked.onto == "original" and any(trained.method.form(s).masks_base for s in trained.sites):
+        raise UserError(
+            f"--onto original: --method {trained.method.name} takes weights away as it had them, "
+            "in 4 bits; of the original ones something would be left. Leave the flag out."
         )
     merge = Merge(
         dtype=PRECISIONS[asked.dtype], stochastic=asked.rounding == "stochastic", onto=asked.onto

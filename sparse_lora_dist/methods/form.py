@@ -154,6 +154,11 @@ class Form:
     scale: Callable[[float, int, int], float] = alpha_over_capacity
     """(alpha, capacity R, open pieces) -> the site's scale."""
 
+    @property
+    def masks_base(self) -> bool:
+        """Is what it adds no LoRA, and one of the base's weights: so that it may take some away?"""
+        return self.reads_base and self.to_lora is None
+
 
 def low_rank(site: Site) -> Form:
     """Plain LoRA's."""
