@@ -4,7 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_lora_dist.methods import METHODS, MethodFactory
+from sparse_lora_dist.methods.form import Site
 from tests.toy_method import TOY
+
+
+def sites_of(widths: dict[str, int]) -> tuple[Site, ...]:
+    """Linears of so many outputs, all with 24 inputs."""
+    return tuple(Site(name=n, in_features=24, out_features=o, rank=6) for n, o in widths.items())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,7 +19,8 @@ class Law:
 
     factory: MethodFactory
     on: dict[str, Any] = field(default_factory=dict)
-    """Options under which a run of 12 steps decides several times."""
+    """Options under which a run of 12 steps decides several times, and ``target_modules`` of a tiny
+    Llama, where the method does not take all."""
     off: dict[str, Any] = field(default_factory=dict)
     """Options under which it prunes or grows nothing."""
     decides: bool = True
@@ -29,6 +36,8 @@ class Law:
     """PEFT's own type of it, where it has one."""
     off_is: str | None = "lora"
     """The method that it is step for step when off; None: it has no off."""
+    sites: tuple[Site, ...] = sites_of({"q": 24, "k": 12, "up": 40})
+    """Linears on which its functions are tried; the first is q, 24 x 24."""
 
 
 LAWS: dict[str, Law] = {

@@ -16,18 +16,13 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.export.changes import dense_change
 from sparse_lora_dist.export.peft_adapter import NoPair, plain_pair
 from sparse_lora_dist.methods import METHODS, Method, Plan
-from sparse_lora_dist.methods.base import Decision, Pieces, Stats
+from sparse_lora_dist.methods.base import Decision, Pieces, Stats, trained_specs
 from sparse_lora_dist.methods.form import Site, TensorSpec, Update
 from sparse_lora_dist.methods.rewriting import Whole
 from tests.laws import LAWS, Law
 from tests.whole_scores import WholeScores
 
 STEPS = 12
-SITES = tuple(
-    Site(name=name, in_features=24, out_features=out, rank=6)
-    for name, out in (("q", 24), ("k", 12), ("up", 40))
-)
-PLAN = Plan(total_steps=STEPS, warmup_steps=0, learning_rate=1e-2, sites=SITES)
 
 
 def test_every_method_has_a_row() -> None:
@@ -45,7 +40,13 @@ def method(law: Law) -> Method:
 
 
 def build(options: dict[str, Any], law: Law) -> Method:
-    return law.factory.build(law.factory.options(**options), PLAN)
+    own = {name: value for name, value in options.items() if name != "target_modules"}
+    plan = Plan(total_steps=STEPS, warmup_steps=0, learning_rate=1e-2, sites=law.sites)
+    return law.factory.build(law.factory.options(**own), plan)
+
+
+def sites_of(method: Method) -> tuple[Site, ...]:
+    return LAWS[method.name].sites
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -53,12 +54,12 @@ def random(*shape: int, seed: int = 1) -> Tensor:
 
 
 def specs(method: Method) -> dict[str, TensorSpec]:
-    return {f"{s.name}.{k}": spec for s in SITES for k, spec in method.form(s).tensors.items()}
+    return trained_specs(method, sites_of(method))
 
 
 def adapter(method: Method, values: dict[str, Tensor], *, written: bool = True) -> AdapterLinear:
     """The first site's, on a random base; what it keeps as the method has ``written`` it first."""
-    site = SITES[0]
+    site = sites_of(method)[0]
     weight = nn.Parameter(random(site.out_features, site.in_features, seed=5), requires_grad=False)
     trained = {k: nn.Parameter(values[f"{site.name}.{k}"]) for k in method.form(site).tensors}
     kept = {
@@ -78,7 +79,8 @@ def adapter(method: Method, values: dict[str, Tensor], *, written: bool = True) 
 
 def kept_bytes(method: Method, *, written: bool) -> dict[str, Tensor]:
     """What the first site keeps before the first step, or when the method has first written it."""
-    site, form = SITES[0], method.form(SITES[0])
+    site = sites_of(method)[0]
+    form = method.form(site)
     kept = {k: torch.zeros(spec.shape, dtype=spec.dtype) for k, spec in form.kept.items()}
     if method.rewriting is not None and (written or method.rewriting.at(0)):
         shape = site.out_features, site.in_features
@@ -96,7 +98,7 @@ def kept_bytes(method: Method, *, written: bool) -> dict[str, Tensor]:
         )
         if method.rewriting.measure is not None:
             measures = method.rewriting.measure(whole).double()
-            whole = replace(whole, measures_SK=measures.repeat(len(SITES), 1))
+            whole = replace(whole, measures_SK=measures.repeat(len(sites_of(method)), 1))
         kept |= {k: t for k, t in method.rewriting.write(whole).tensors.items() if k in kept}
     return {k: t.contiguous().view(-1).view(torch.uint8) for k, t in kept.items()}
 
@@ -199,7 +201,8 @@ def course(
     stats: dict[str, Stats] = {
         n: tuple(torch.zeros_like(t) for _ in range(method.n_stats)) for n, t in values.items()
     }
-    site_stats = torch.zeros(method.n_site_stats, len(SITES), dtype=torch.float64)
+    num_sites = len(sites_of(method))
+    site_stats = torch.zeros(method.n_site_stats, num_sites, dtype=torch.float64)
     live = {n: torch.ones(t.numel(), dtype=torch.bool) for n, t in values.items()}
     made = []
     for step in range(STEPS + 1):
@@ -209,7 +212,7 @@ def course(
             if method.n_stats:
                 stats[name] = method.observe(stats[name], w, grad, step)
         if method.observe_sites is not None and step:
-            probed = loss_scale * random(len(SITES), seed=step).abs().double()
+            probed = loss_scale * random(num_sites, seed=step).abs().double()
             site_stats = method.observe_sites(site_stats, probed)
         if method.decides_at(step):
             now = {
