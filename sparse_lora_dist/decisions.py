@@ -63,9 +63,11 @@ class Decisions:
         adapters = list(self.shards.sites.adapters.values())
         for first in range(0, len(adapters), MODULES):
             parameters = {
-                f"{adapter.site.name}.{key}": getattr(adapter, key)
+                name: getattr(adapter, key)
                 for adapter in adapters[first : first + MODULES]
                 for key in adapter.specs
+                # What all sites share stands at the first alone.
+                if (name := f"{adapter.site.name}.{key}") in self.shards.sparse
             }
             with zero3.gathered(parameters.values()):
                 for name, parameter in parameters.items():

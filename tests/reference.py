@@ -1,14 +1,15 @@
 """The base model as transformers and bitsandbytes hold it, in one process: what ours must equal."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import bitsandbytes.functional as bnb
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from sparse_lora_dist.data import Documents, load_documents
+from sparse_lora_dist.data import Batch, Documents, load_documents
 
 
 def whole_model(folder: Path, *, quantization: str, double_quant: bool = True) -> PreTrainedModel:
@@ -49,3 +50,18 @@ def loss_of_documents(model: nn.Module, documents: Documents) -> float:
         total += float(F.cross_entropy(logits_TV[:-1], labels_T, reduction="sum"))
         targets += int((labels_T >= 0).sum())
     return total / targets
+
+
+def loss_of_batches(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
+    """The mean over all target tokens of all batches."""
+    sums, targets = [], 0
+    for batch in batches:
+        logits_MTV = model(
+            input_ids=batch.input_ids_MT, position_ids=batch.position_ids_MT, use_cache=False
+        ).logits
+        labels = batch.labels_MT[:, 1:].flatten()
+        sums.append(
+            F.cross_entropy(logits_MTV[:, :-1].flatten(0, 1).float(), labels, reduction="sum")
+        )
+        targets += int((labels != -100).sum())
+    return torch.stack(sums).sum() / targets

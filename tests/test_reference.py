@@ -2,12 +2,10 @@
 and a LoRA written by hand, and several of AdaLoRA's and IncreLoRA's against B diag(lambda) A."""
 
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conftest import Ranks
 from tests.growth_work import Watched, whole_masters
-from tests.reference import whole_model
+from tests.reference import loss_of_batches, whole_model
 from tests.tiny_run import TinyRun
 
 RANK, ALPHA = 4, 6.0
@@ -96,7 +94,7 @@ def test_first_loss_and_gradients_are_those_of_one_process(
     assert len(batches) == 4 and len({b.rows_M for b in batches}) == 4
 
     model = _reference(tiny.model, adapter, DTYPES[precision], double_quant=double_quant)
-    loss = _loss(model, batches)
+    loss = loss_of_batches(model, batches)
     loss.backward()
     for rank in everyone:
         torch.testing.assert_close(rank.loss, loss.item(), rtol=tolerance, atol=0)
@@ -119,21 +117,6 @@ def _reference(
         weight = model.get_submodule(name).weight.data
         model.set_submodule(name, LoraOverLinear4bit(weight, a_RI, b_OR, double_quant))
     return model.train()
-
-
-def _loss(model: PreTrainedModel, batches: list[Any]) -> Tensor:
-    """The mean over all target tokens of all batches."""
-    sums, targets = [], 0
-    for batch in batches:
-        logits_MTV = model(
-            input_ids=batch.input_ids_MT, position_ids=batch.position_ids_MT, use_cache=False
-        ).logits
-        labels = batch.labels_MT[:, 1:].flatten()
-        sums.append(
-            F.cross_entropy(logits_MTV[:, :-1].flatten(0, 1).float(), labels, reduction="sum")
-        )
-        targets += int((labels != -100).sum())
-    return torch.stack(sums).sum() / targets
 
 
 # --- AdaLoRA and IncreLoRA with nothing to prune and nothing to grow -----------------------------
@@ -200,7 +183,7 @@ def test_off_is_adamw_on_b_diag_lambda_a_with_the_penalty_in_the_loss(
         batches = [batch for rank in everyone for batch in rank.batches[step]]
         assert len(batches) == 4
         adamw.zero_grad()
-        loss = _loss(model, batches)
+        loss = loss_of_batches(model, batches)
         (loss + ORTHOGONALITY * torch.stack([t.penalty() for t in triplets]).sum()).backward()
         norms.append(float(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         adamw.step()

@@ -7,6 +7,7 @@ depends on the data (SoRA's gates) is taken as if nothing died of it.
 Shapes: R rank.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -42,7 +43,8 @@ class Forecast:
     """What lives, from decision to decision."""
 
     profiles: tuple[dict[str, Tensor], ...]
-    """Tensor of a linear -> how many of the linears have each of its entries alive, 1-D."""
+    """Tensor of a linear -> the fraction of the linears that have each of its entries alive, 1-D.
+    What all share is one."""
     birth_bytes: int
     """Of a birth for each live entry, where ages differ."""
 
@@ -54,12 +56,12 @@ class Forecast:
     def _worst(self, profile: dict[str, Tensor], world_size: int) -> float:
         live = torch.zeros(world_size)
         size = 0
-        for counts in profile.values():
-            share = -(-counts.numel() // world_size)
-            padded = F.pad(counts, (0, share * world_size - counts.numel()))
+        for fractions in profile.values():
+            share = -(-fractions.numel() // world_size)
+            padded = F.pad(fractions, (0, share * world_size - fractions.numel()))
             live += padded.view(world_size, share).sum(1)
             size += share
-        return float(live.max()) / (size * SITES)
+        return float(live.max()) / size
 
 
 def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
@@ -108,11 +110,10 @@ def _take(
 
 
 def _profile(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    counts: dict[str, Tensor] = {}
+    masks = defaultdict(list)
     for name, mask in live.items():
-        key = name.rpartition(".")[2]
-        counts[key] = counts.get(key, 0.0) + mask.flatten().float()
-    return counts
+        masks[name.rpartition(".")[2]].append(mask.flatten().float())
+    return {key: torch.stack(of_all).mean(0) for key, of_all in masks.items()}
 
 
 class _RandomScores:

@@ -29,8 +29,10 @@ def modules(saved: Trained) -> Iterator[Module]:
 
 
 def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
-    """What is live of its tensors, and the delta that they make."""
-    names = [f"{site.name}.{key}" for key in saved.method.form(site).tensors]
+    """What is live of its tensors, and the delta that they make; what all linears share is counted
+    at the first."""
+    mine = [f"{site.name}.{key}" for key in saved.method.form(site).tensors]
+    names = [name for name in mine if name in saved.manifest["tensors"]]
     _, open_pieces = saved.manifest["sites"]["pieces"][site.name]
     change = None if saved.reads_base else saved.change(site)
     return Module(
