@@ -99,5 +99,12 @@ LAWS: dict[str, Law] = {
         off={"prilora_first": 6, "prilora_sparsity": 0.0},
         decides=False,
     ),
+    "lorta": Law(
+        factory=METHODS["lorta"],
+        on={"target_modules": "q_proj,o_proj"},
+        decides=False,
+        off_is=None,
+        sites=sites_of({"q": 24, "k": 24, "up": 24}),
+    ),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

@@ -6,6 +6,7 @@ from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
 from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
 from sparse_lora_dist.methods.lora_mini import LORA_MINI
+from sparse_lora_dist.methods.lorta import LORTA
 from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.neat import NEAT
@@ -28,6 +29,7 @@ METHODS: dict[str, MethodFactory] = {
     "mora": MORA,
     "neat": NEAT,
     "prilora": PRILORA,
+    "lorta": LORTA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]

@@ -1,0 +1,160 @@
+"""LoRTA: the updates of all linears are one tensor of low CP rank, whose factors they share.
+
+Hounie et al. 2024, arXiv:2410.04060. The update of matrix m in layer l is
+
+    dW[(h, e), i] = s sum_r In[i, r] E[e, r] H[h, r] L[l, r] M[m, r]
+
+over heads h of O / H outputs e each: R (I + O / H + H + layers + matrices) parameters for the whole
+model. Of one linear it is a LoRA of rank R with A = In^T, and is exported as that.
+
+No code could be had, and the paper's first values are not known to us. Ours: In from N(0, 1 / I),
+E, H and L from N(0, 1), M zero, so that M begins as LoRA's B does between factors of LoRA's size;
+s = alpha / R. Heads are on the output side everywhere, also of output projections, whose inputs
+come in heads: all matrices are alike then, and need not be square.
+
+The layer is the first whole number in a linear's name, the matrix is what the rest of the name
+says, so that no two linears have one update; what has no number is in layer 0. The gradient of a
+factor is the sum over all linears, taken in the engine's precision: in bf16 a sum over 128 is off
+by about 1%.
+
+Shapes: T tokens, I in_features, O out_features, H heads, E outputs of a head, L layers, M matrices,
+R CP rank.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, low_rank_delta, zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class LortaOptions:
+    """LoRTA: one low-rank tensor for all linears"""
+
+    lorta_heads: int | None = None
+    """Heads that the outputs of every linear are cut into; null: as many as there are of 128
+    outputs each (64 where a linear has fewer than 4096), or the nearest number that divides."""
+
+    def __post_init__(self) -> None:
+        if self.lorta_heads is not None and self.lorta_heads < 1:
+            raise ValueError(f"lorta_heads must be at least 1, got {self.lorta_heads}")
+
+
+def lorta(options: LortaOptions, plan: Plan) -> Method:
+    """Nothing is decided.
+
+    Raises:
+        ValueError: the linears differ in shape, or heads do not divide their outputs.
+    """
+    check_shapes(plan.sites)
+    check_heads(plan.sites[0], options.lorta_heads)
+    places = dict(zip((site.name for site in plan.sites), map(place, plan.sites), strict=True))
+    layers = sorted({layer for layer, _ in places.values()})
+    matrices = list(dict.fromkeys(matrix for _, matrix in places.values()))
+
+    def form(site: Site) -> Form:
+        # The planner also asks of linears that are not of the run: for their sizes alone.
+        layer, matrix = places.get(site.name, (layers[0], matrices[0]))
+        l, m = layers.index(layer), matrices.index(matrix)  # noqa: E741
+        heads = heads_of(site.out_features, options.lorta_heads)
+
+        def to_lora(tensors: Tensors) -> tuple[Tensor, Tensor]:
+            of_site_R = tensors["lorta_l"][l] * tensors["lorta_m"][m]
+            b_HER = tensors["lorta_h"][:, None] * tensors["lorta_e"] * of_site_R
+            return tensors["lorta_in"].t(), b_HER.flatten(0, 1)
+
+        def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+            a_RI, b_OR = to_lora(tensors)
+            return low_rank_delta(x_TI, {"lora_a": a_RI, "lora_b": b_OR}, scale)
+
+        def factor(size: int, init: Callable[[Tensor, torch.Generator], None]) -> TensorSpec:
+            return TensorSpec(shape=(size, site.rank), init=init, shared=True)
+
+        tensors = {
+            "lorta_in": factor(site.in_features, of_unit_columns),
+            "lorta_e": factor(site.out_features // heads, normal),
+            "lorta_h": factor(heads, normal),
+            "lorta_l": factor(len(layers), normal),
+            "lorta_m": factor(len(matrices), zeros),
+        }
+        return Form(tensors=tensors, delta=delta, to_lora=to_lora)
+
+    return Method(name="lorta", form=form)
+
+
+def normal(t: Tensor, generator: torch.Generator) -> None:
+    """N(0, 1)"""
+    t.normal_(generator=generator)
+
+
+def of_unit_columns(t_IR: Tensor, generator: torch.Generator) -> None:
+    """N(0, 1 / I): columns of length 1 or so."""
+    t_IR.normal_(std=len(t_IR) ** -0.5, generator=generator)
+
+
+def place(site: Site) -> tuple[int, str]:
+    """(layer, matrix) by its name."""
+    parts = site.name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdecimal():
+            return int(part), ".".join(parts[:i] + parts[i + 1 :])
+    return 0, site.name
+
+
+def nearest_divisors(number: int, wanted: float) -> list[int]:
+    """All there are, those near ``wanted`` first."""
+    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    return sorted(divisors, key=lambda n: (abs(n - wanted), n))
+
+
+@cache
+def heads_of(num_outputs: int, wanted: int | None) -> int:
+    """As many as wanted, or else as is usual; of both, the nearest number that divides."""
+    usual = num_outputs / (128 if num_outputs >= 4096 else 64)
+    return nearest_divisors(num_outputs, wanted or usual)[0]
+
+
+def check_heads(site: Site, wanted: int | None) -> None:
+    """Raises ValueError where they do not divide the outputs, with the nearest that do."""
+    if wanted is not None and site.out_features % wanted:
+        near = sorted(nearest_divisors(site.out_features, wanted)[:2])
+        raise ValueError(
+            f"lorta_heads {wanted} does not divide the {site.out_features} outputs of {site.name}; "
+            f"the nearest that do are {' and '.join(map(str, near))}"
+        )
+
+
+def check_shapes(sites: Sequence[Site]) -> None:
+    """Raises ValueError where linears differ in shape, with the names of the most that do not."""
+    groups = defaultdict(list)
+    for site in sites:
+        groups[site.out_features, site.in_features].append(site)
+    if len(groups) == 1:
+        return
+    got = [f"{o} x {i} ({group[0].name})" for (o, i), group in groups.items()]
+    most = max(groups.values(), key=len)
+    others = [site.name for group in groups.values() if group is not most for site in group]
+    names = dict.fromkeys(own_ending(site.name, others) for site in most)
+    raise ValueError(
+        f"all linears must have one shape, got {', '.join(got)}; the largest group that does is "
+        f"--target_modules {','.join(names)}"
+    )
+
+
+def own_ending(name: str, others: Sequence[str]) -> str:
+    """The shortest end of a name, from a dot on, that none of the others has."""
+    parts = name.split(".")
+    ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
+    own = (e for e in ends if not any(f".{other}".endswith(f".{e}") for other in others))
+    return next(own, name)
+
+
+LORTA = MethodFactory(
+    options=LortaOptions, build=lorta, summary="one low-rank tensor whose factors all linears share"
+)
