@@ -106,5 +106,8 @@ LAWS: dict[str, Law] = {
         off_is=None,
         sites=sites_of({"q": 24, "k": 24, "up": 24}),
     ),
+    "cola": Law(
+        factory=METHODS["cola"], on={"cola_links": 3}, decides=False, off={"cola_links": 1}
+    ),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

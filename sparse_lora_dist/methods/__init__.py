@@ -3,6 +3,7 @@ table."""
 
 from sparse_lora_dist.methods.adalora import ADALORA
 from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.cola import COLA
 from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
 from sparse_lora_dist.methods.lora_mini import LORA_MINI
@@ -30,6 +31,7 @@ METHODS: dict[str, MethodFactory] = {
     "neat": NEAT,
     "prilora": PRILORA,
     "lorta": LORTA,
+    "cola": COLA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]

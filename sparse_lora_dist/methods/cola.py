@@ -1,0 +1,185 @@
+"""Chain of LoRA: the run is cut into links, and at the end of each the trained pair is folded into
+what is frozen and a new one begins.
+
+Xia et al. 2024, arXiv:2401.04151. In link m the update is
+
+    y = scale (B A + sum over the links before of B_j A_j) x,
+
+A drawn as LoRA's and B zero at the start of each, with a learning-rate schedule and Adam's moments
+of its own; so it has a rank of up to links x R where R trains.
+
+The paper merges each pair into the weight. A base in 4 bits would round most of it away, so the sum
+is kept as a frozen stack beside the base: C (Q x I) and D (O x Q) in fp32, zero at first, D C the
+sum of the pairs. Q has room for all of them unless it is bounded; then the sum is replaced by the
+nearest product of rank Q, and the log has its relative distance, ``fold_error``. Where the paper's
+merged pairs see the whole input, the stack sees it as dropout leaves it. The variant whose rank
+falls from link to link is not here.
+
+Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L pieces of a sum.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.form import (
+    Form,
+    KeptSpec,
+    Site,
+    Tensors,
+    TensorSpec,
+    kaiming_uniform,
+    low_rank_delta,
+    zeros,
+)
+from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.schedule import equal_stages
+
+ROOM = 8
+"""Pairs that the stack has room for, at most, unless the user says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColaOptions:
+    """Chain of LoRA: pairs are folded away, and new ones train"""
+
+    cola_links: int = 3
+    """Parts of the run, equal in length, that each train a pair from its start; 1 is plain LoRA."""
+    cola_stack_rank: int | None = None
+    """Rank that is kept of the pairs of earlier links; null: all of it, up to that of 8 pairs."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.cola_links < 1:
+            problems.append(f"cola_links must be at least 1, got {self.cola_links}")
+        if self.cola_stack_rank is not None and self.cola_stack_rank < 1:
+            problems.append(f"cola_stack_rank must be at least 1, got {self.cola_stack_rank}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def cola(options: ColaOptions, plan: Plan) -> Method:
+    """Folds at the end of each link but the last.
+
+    Raises:
+        ValueError: a link is shorter than the warm-up, or the stack's rank above that of a weight.
+    """
+    if options.cola_links == 1:
+        return Method(name="cola")
+    check(options, plan)
+    stages = equal_stages(plan.total_steps, options.cola_links)
+    return Method(
+        name="cola",
+        form=partial(stacked, options=options),
+        rewriting=Rewriting(
+            at=lambda step: step in stages[:-1],
+            write=lambda whole: fold(whole, stages.index(whole.step)),
+            says=True,
+            reads_weight=False,
+        ),
+        redraws=False,
+        stages=stages,
+        stage_resets_moments=True,
+    )
+
+
+def check(options: ColaOptions, plan: Plan) -> None:
+    """Does the run have room for the links, and every weight for the stack?"""
+    shortest = max(1, plan.warmup_steps)
+    most = max(1, plan.total_steps // shortest)
+    if options.cola_links > most:
+        raise ValueError(
+            f"cola_links is {options.cola_links}, and the run has {plan.total_steps} steps: a link "
+            f"needs at least 1, and warmup_steps ({plan.warmup_steps}); take {most} or fewer"
+        )
+    least = min(plan.sites, key=lambda site: min(site.out_features, site.in_features))
+    side = min(least.out_features, least.in_features)
+    if options.cola_stack_rank is not None and options.cola_stack_rank > side:
+        raise ValueError(
+            f"cola_stack_rank is {options.cola_stack_rank}, and {least.name} is "
+            f"{least.out_features} x {least.in_features}: take {side} or less"
+        )
+
+
+def stack_rank(site: Site, options: ColaOptions) -> int:
+    """Q: of all pairs that are folded, if nothing bounds it."""
+    pairs = (options.cola_links - 1) * site.rank
+    asked = options.cola_stack_rank or ROOM * site.rank
+    return min(pairs, asked, site.out_features, site.in_features)
+
+
+def stacked(site: Site, options: ColaOptions) -> Form:
+    """A trained pair beside a frozen one, which is kept."""
+    rank = stack_rank(site, options)
+    a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
+    return Form(
+        tensors={
+            "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform),
+            "lora_b": TensorSpec(shape=b_shape, init=zeros),
+        },
+        kept={
+            "cola_a": KeptSpec(shape=(rank, site.in_features)),
+            "cola_b": KeptSpec(shape=(site.out_features, rank)),
+        },
+        delta=stacked_delta,
+        to_lora=side_by_side,
+    )
+
+
+def stacked_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+    """y_TO = scale * x (B A + D C)^T"""
+    # Not as one pair of rank R + Q: autograd would make gradients of the stack too.
+    stack = {"lora_a": tensors["cola_a"], "lora_b": tensors["cola_b"]}
+    return low_rank_delta(x_TI, tensors, scale) + low_rank_delta(x_TI, stack, scale)
+
+
+def side_by_side(tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """(A over C, B beside D), the plain LoRA pair of the same delta."""
+    a_LI = torch.cat([tensors["lora_a"], tensors["cola_a"]])
+    return a_LI, torch.cat([tensors["lora_b"], tensors["cola_b"]], dim=1)
+
+
+def fold(whole: Whole, link: int) -> Rewritten:
+    """The pair of ``link``, counted from 0, goes into the stack; a new one whose product is zero
+    takes its place."""
+    a_RI, b_OR = whole.tensors["lora_a"], whole.tensors["lora_b"]
+    c_QI, d_OQ = whole.tensors["cola_a"], whole.tensors["cola_b"]
+    rank, used, error = len(c_QI), link * len(a_RI), 0.0
+    c_LI = torch.cat([c_QI[:used], a_RI])
+    d_OL = torch.cat([d_OQ[:, :used], b_OR], dim=1)
+    if len(c_LI) > rank:
+        c_LI, d_OL, error = nearest(c_LI, d_OL, rank)
+    fresh_RI = torch.empty(a_RI.shape)
+    kaiming_uniform(fresh_RI, whole.generator)
+    free = rank - len(c_LI)
+    tensors = {
+        "lora_a": fresh_RI.to(a_RI.device),
+        "lora_b": torch.zeros_like(b_OR),
+        "cola_a": F.pad(c_LI, (0, 0, 0, free)),
+        "cola_b": F.pad(d_OL, (0, free)),
+    }
+    return Rewritten(tensors=tensors, facts={"fold_error": error})
+
+
+def nearest(c_LI: Tensor, d_OL: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """The pair of this rank whose product is nearest to D C, and how far it is, in D C's Frobenius
+    norm: by the singular values of D C, without the O x I product."""
+    # On the CPU: ranks must get the same bits, or their shares would not fit together.
+    q_OL, r_LL = torch.linalg.qr(d_OL.double().cpu())
+    p_IL, s_LL = torch.linalg.qr(c_LI.double().cpu().t())
+    u_LL, sigma_L, v_LL = torch.linalg.svd(r_LL @ s_LL.t(), full_matrices=False)
+    root_Q = sigma_L[:rank].sqrt()
+    near_OQ = q_OL @ u_LL[:, :rank] * root_Q
+    near_QI = root_Q[:, None] * (v_LL[:rank] @ p_IL.t())
+    norm = float(sigma_L.norm())
+    error = float(sigma_L[rank:].norm()) / norm if norm else 0.0
+    return near_QI.to(c_LI), near_OQ.to(d_OL), error
+
+
+COLA = MethodFactory(
+    options=ColaOptions, build=cola, summary="a chain of pairs, each folded away when it is trained"
+)
