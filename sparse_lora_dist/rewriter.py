@@ -1,13 +1,13 @@
-"""Has a method write tensors of its sites anew, when it is time: one site whole at a time, equal on
-every rank, which each keep their share.
+"""Has a method write tensors of its sites anew, when it is time: one site whole at a time, as rank
+0 writes it, of which each rank keeps its share.
 
 Shapes: I in_features, O out_features, S sites.
 """
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from statistics import fmean
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,8 +20,6 @@ from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.watching import Watch
-
-Said = TypeVar("Said")
 
 
 class Rewriter:
@@ -89,8 +87,9 @@ class Rewriter:
     def _rewrite(self, now: Rewriting, step: int) -> Decision:
         measures_SK = None
         if now.measure is not None:
-            numbers = [self._of_whole(now, now.measure, i, step) for i in range(len(self.adapters))]
-            measures_SK = torch.stack(numbers).double().cpu()
+            asked = partial(_measured, now.measure)
+            told = [self._of_whole(now, asked, i, step) for i in range(len(self.adapters))]
+            measures_SK = torch.stack([t.tensors["measured"] for t in told]).double().cpu()
         said, pieces, trained = defaultdict(list), {}, False
         for i, adapter in enumerate(self.adapters):
             done = self._of_whole(now, now.write, i, step, measures_SK)
@@ -115,11 +114,11 @@ class Rewriter:
     def _of_whole(
         self,
         now: Rewriting,
-        ask: Callable[[Whole], Said],
+        ask: Callable[[Whole], Rewritten],
         index: int,
         step: int,
         measures_SK: Tensor | None = None,
-    ) -> Said:
+    ) -> Rewritten:
         adapter = self.adapters[index]
         site, watch = adapter.site, adapter.watch
         kept = [getattr(adapter, key) for key in adapter.form.kept]
@@ -141,7 +140,7 @@ class Rewriter:
                 rows_NI=watch.gathered_rows() if watch is not None and watch.rows else None,
                 measures_SK=measures_SK,
             )
-            return ask(whole)
+            return _as_rank_0_has_it(ask, whole)
 
     def _master(self, adapter: AdapterLinear, key: str) -> Tensor:
         """A trained tensor in fp32, whole."""
@@ -161,6 +160,31 @@ class Rewriter:
             else:
                 self.shards.sites.put_kept(adapter, key, t)
         return any(key in adapter.specs for key in done.tensors)
+
+
+def _measured(measure: Callable[[Whole], Tensor], whole: Whole) -> Rewritten:
+    return Rewritten(tensors={"measured": measure(whole)})
+
+
+def _as_rank_0_has_it(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewritten:
+    """Other machines might round otherwise, or give a singular vector another sign, and shares of
+    two answers are no answer. Collective."""
+    own, failure = Rewritten(), None
+    if comm.rank() == 0:
+        try:
+            own = ask(whole)
+        except FloatingPointError as error:
+            failure = f"step {whole.step}, {whole.site.name}: {error}. Lower --learning_rate."
+    kinds = {key: (tuple(t.shape), t.dtype) for key, t in own.tensors.items()}
+    said = comm.broadcast_object((failure, kinds, own.computed, dict(own.facts)))
+    failure, kinds, computed, facts = said
+    if failure is not None:
+        raise UserError(failure, shared=True)
+    tensors = {}
+    for key, (shape, dtype) in kinds.items():
+        t = own.tensors[key] if comm.rank() == 0 else torch.empty(shape, dtype=dtype)
+        tensors[key] = comm.broadcast(t.to(comm.device()).contiguous())
+    return Rewritten(tensors=tensors, computed=computed, facts=facts)
 
 
 def _gradient(adapter: AdapterLinear, watch: Watch | None) -> Tensor | None:

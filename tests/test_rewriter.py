@@ -75,10 +75,7 @@ def test_it_is_shown_what_one_process_would_see(
     assert int(later["toy_step"]) == 2**40 + 2 and later["toy_bits"].tolist() == [2, 3, 4, 5, 250]
     assert torch.equal(later["toy_large"], later["weight"] * 3)
     assert "gradient_OI" not in later and "rows_NI" not in later
-    for other in everyone[1:]:
-        assert other.keys() == everyone[0].keys()
-        for key, tensors in everyone[0].items():
-            assert all(torch.equal(t, other[key][name]) for name, t in tensors.items()), key
+    assert not any(everyone[1:]), "the answer is rank 0's"
 
 
 def test_what_is_kept_goes_with_the_run(

@@ -14,7 +14,7 @@ from sparse_lora_dist.methods.form import Site, Tensors
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Whole:
-    """A site while all of it is on every rank."""
+    """A site while all of it is there."""
 
     site: Site
     index: int
@@ -52,7 +52,7 @@ class Rewritten:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewriting:
-    """All of it sees whole tensors of one site at a time, equal on every rank."""
+    """All of it sees whole tensors of a site at a time, on rank 0, whose answer all ranks take."""
 
     at: Callable[[int], bool]
     """Is it done after this step? 0: before the first."""
