@@ -109,5 +109,13 @@ LAWS: dict[str, Law] = {
     "cola": Law(
         factory=METHODS["cola"], on={"cola_links": 3}, decides=False, off={"cola_links": 1}
     ),
+    "pst": Law(
+        factory=METHODS["pst"],
+        on={"pst_every": 3},
+        off={"pst_sparsity": 0.0},
+        decides=False,
+        is_pair=False,
+        off_is=None,
+    ),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

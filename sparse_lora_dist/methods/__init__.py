@@ -12,6 +12,7 @@ from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.neat import NEAT
 from sparse_lora_dist.methods.prilora import PRILORA
+from sparse_lora_dist.methods.pst import PST
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sbora import SBORA
 from sparse_lora_dist.methods.shira import SHIRA
@@ -32,6 +33,7 @@ METHODS: dict[str, MethodFactory] = {
     "prilora": PRILORA,
     "lorta": LORTA,
     "cola": COLA,
+    "pst": PST,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]

@@ -1,0 +1,215 @@
+"""PST: the weights become sparse while they are tuned, by a mask whose score is learned.
+
+Li et al. 2022, arXiv:2205.11005. Of the frozen weight and its low-rank change W' = W + beta U V,
+U ~ N(0, 1) and V zero at first, a mask M keeps those of largest score
+
+    S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T)    A ~ N(0, 1); B, R and C zero at first
+
+and y = x (M . W')^T. The gradient of M goes straight to S, and so through |W'| to U and V as well.
+What is pruned is not lost: its W' goes on changing, and may come back. Each weight has exactly
+int(sparsity O I) zeros, and of equal scores those of lowest index stay; the sparsity rises on a
+cubic curve between ``--pst_warmup`` and ``--pst_cooldown``, on which a run that is prolonged goes
+back. The scale is beta, and --alpha has no meaning here. U is of size 1, so a step changes W' by
+about sqrt(R) learning rates: take less than for LoRA. In 60 steps of the embedded model (rank 16,
+half of the weights pruned, one seed) 1e-3 comes to 2.60 nats, as 1e-2 does for LoRA; 1e-2 to 4.11.
+
+The mask is made every so many steps, of fp32 numbers, by all ranks alike; it is kept, a bit a
+weight. The released code (github.com/alibaba/AliceMind, S4/PST, 41153b1) makes it in every forward:
+there each sorts all weights, which takes longer than to multiply by them, and what it sorts in bf16
+is not what is exported. Our last mask is made before the last step: what is exported was trained.
+There the score has rank 8 and the initial sparsity begins after the first step; here it has --rank,
+unless told, and begins before. What is adapted is --target_modules: the output head is not pruned.
+
+It ends in a sparse model, which --format merged writes with exact zeros, in any --dtype. Not so
+--onto original after a run in 4 bits: what the mask takes away is then not what is there.
+
+The delta is M . W' - W = where(pruned, -W, beta U V): no W' rounds off a small change of a large
+weight in bf16. Base and delta are rounded before they are added; on random weights (2048 x 2048)
+that is 0.25% of the norm of y with half of them pruned and 0.35% with nine tenths, where a product
+with M . W' has 0.24%. --dropout drops inputs of the delta alone, and so brings pruned weights back
+at random: better none.
+
+Shapes: T tokens, I in_features, O out_features, R rank of U and V, K rank of A and B.
+"""
+
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.bits import mask_spec, pack, unpack
+from sparse_lora_dist.methods.chosen import k_largest
+from sparse_lora_dist.methods.form import WEIGHT, Form, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.schedule import cubic_keep
+
+
+@dataclass(frozen=True, kw_only=True)
+class PstOptions:
+    """PST: weights are pruned by a learned score while they are tuned"""
+
+    pst_sparsity: float = 0.5
+    """Share of each weight's entries that are zero in the end, in [0, 1)."""
+    pst_initial_sparsity: float = 0.0
+    """The same at first, at most pst_sparsity."""
+    pst_warmup: float = 0.1
+    """Fraction of the run after which the sparsity begins to rise."""
+    pst_cooldown: float = 0.3
+    """Fraction of the run that is left when pst_sparsity is reached."""
+    pst_every: int | None = None
+    """Steps between two masks, also once pst_sparsity is reached; null is a fiftieth of the run."""
+    pst_score_rank: int | None = None
+    """Rank of the score's low-rank part; null: --rank."""
+    pst_beta: float = 1.0
+    """Weight of the low-rank change of the weights, above 0."""
+    pst_alpha1: float = 1.0
+    """Weight of the score's low-rank part; 0 is none."""
+    pst_alpha2: float = 1.0
+    """Weight of the score's rows and columns; 0 is none."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0.0 <= self.pst_initial_sparsity <= self.pst_sparsity < 1.0:
+            problems.append(
+                "pst_initial_sparsity and pst_sparsity must be 0 <= initial <= final < 1, "
+                f"got {self.pst_initial_sparsity} and {self.pst_sparsity}"
+            )
+        if not (min(self.pst_warmup, self.pst_cooldown) >= 0.0) or not (
+            self.pst_warmup + self.pst_cooldown < 1.0
+        ):
+            problems.append(
+                "pst_warmup and pst_cooldown must be at least 0 and together below 1, "
+                f"got {self.pst_warmup} and {self.pst_cooldown}"
+            )
+        for name in ("pst_every", "pst_score_rank"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                problems.append(f"{name} must be at least 1, got {number}")
+        if not 0.0 < self.pst_beta < float("inf"):
+            problems.append(f"pst_beta must be above 0, got {self.pst_beta}")
+        for name in ("pst_alpha1", "pst_alpha2"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                problems.append(f"{name} must be at least 0, got {getattr(self, name)}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+def pst(options: PstOptions, plan: Plan) -> Method:
+    """Makes its masks every so many steps, and none after the last.
+
+    Raises:
+        ValueError: the run is over before its masks have all been trained with.
+    """
+    total, final = plan.total_steps, options.pst_sparsity
+    begin = round(options.pst_warmup * total)
+    end = max(begin + 1, min(round((1.0 - options.pst_cooldown) * total), total - 1))
+    if final > 0.0 and end >= total:
+        least = next(n for n in count(total + 1) if round(options.pst_warmup * n) + 1 < n)
+        raise ValueError(
+            f"pst_sparsity would be reached at step {end}, and the run has {total}: a step must "
+            f"be left to train in; take max_steps {least} or more, or a smaller pst_warmup"
+        )
+    every = options.pst_every or max(1, total // 50)
+
+    def sparsity(step: int) -> float:
+        left = cubic_keep(step, begin=begin, end=end, final=0.0)
+        return final + (options.pst_initial_sparsity - final) * left
+
+    def at(step: int) -> bool:
+        due = step == end or step % every == 0
+        return due and step < total and sparsity(step) > 0.0
+
+    def write(whole: Whole) -> Rewritten:
+        weights = whole.site.out_features * whole.site.in_features
+        pruned = int(sparsity(whole.step) * weights)
+        score_OI = score(whole.weight_OI(), whole.tensors, options)
+        bits_B = pack(~k_largest(score_OI, weights - pruned))
+        return Rewritten(tensors={"pst_pruned": bits_B}, facts={"sparsity": pruned / weights})
+
+    return Method(
+        name="pst",
+        form=lambda site: masked(site, options),
+        rewriting=Rewriting(at=at, write=write),
+    )
+
+
+def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
+    """S"""
+    u_OR, v_RI, a_OK, b_KI, r_O, c_I = (tensors[f"pst_{key}"] for key in "uvabrc")
+    changed_OI = torch.addmm(w_OI, u_OR, v_RI, alpha=options.pst_beta)
+    lines_OI = options.pst_alpha2 * (r_O[:, None] + c_I)
+    return torch.addmm(changed_OI.abs() + lines_OI, a_OK, b_KI, alpha=options.pst_alpha1)
+
+
+def masked(site: Site, options: PstOptions) -> Form:
+    """y_TO = x (M . W' - W)^T"""
+    height, width, rank = site.out_features, site.in_features, site.rank
+    score_rank = options.pst_score_rank or rank
+
+    def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+        change_OI: Tensor = _Masked.apply(  # type: ignore[no-untyped-call]
+            options.pst_beta * tensors["pst_u"] @ tensors["pst_v"],
+            tensors[WEIGHT],
+            unpack(tensors["pst_pruned"], (height, width)),
+            *(tensors[f"pst_{key}"] for key in "abrc"),
+            options,
+        )
+        return x_TI @ change_OI.t()
+
+    return Form(
+        tensors={
+            "pst_u": TensorSpec(shape=(height, rank), init=normal),
+            "pst_v": TensorSpec(shape=(rank, width), init=zeros),
+            "pst_a": TensorSpec(shape=(height, score_rank), init=normal),
+            "pst_b": TensorSpec(shape=(score_rank, width), init=zeros),
+            "pst_r": TensorSpec(shape=(height,), init=zeros),
+            "pst_c": TensorSpec(shape=(width,), init=zeros),
+        },
+        # Of the pruned, not the kept: what was never written is zero, and prunes nothing.
+        kept={"pst_pruned": mask_spec(site)},
+        reads_base=True,
+        delta=delta,
+        to_lora=None,
+        scale=lambda *_: 1.0,
+    )
+
+
+def normal(t: Tensor, generator: torch.Generator) -> None:
+    """N(0, 1)"""
+    t.normal_(generator=generator)
+
+
+class _Masked(torch.autograd.Function):
+    """M . W' - W. The gradient of M is that of S, whose value it does not take to find it."""
+
+    @staticmethod
+    def forward(ctx: Any, change_OI: Tensor, w_OI: Tensor, pruned_OI: Tensor, *rest: Any) -> Tensor:
+        *parts, ctx.options = rest
+        ctx.save_for_backward(change_OI, w_OI, pruned_OI, *parts[:2])
+        return torch.where(pruned_OI, -w_OI, change_OI)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_OI,), (change_OI, w_OI, pruned_OI, a_OK, b_KI) = grads, ctx.saved_tensors
+        changed_OI = w_OI + change_OI
+        score_OI = grad_OI * changed_OI
+        through_abs = score_OI * changed_OI.sign()
+        alpha1, alpha2 = ctx.options.pst_alpha1, ctx.options.pst_alpha2
+        return (
+            grad_OI.masked_fill(pruned_OI, 0.0) + through_abs,
+            None,
+            None,
+            score_OI @ b_KI.t() * alpha1,
+            a_OK.t() @ score_OI * alpha1,
+            score_OI.sum(1) * alpha2,
+            score_OI.sum(0) * alpha2,
+            None,
+        )
+
+
+PST = MethodFactory(
+    options=PstOptions, build=pst, summary="weights are pruned by a learned score, and tuned"
+)
