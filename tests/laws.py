@@ -117,5 +117,6 @@ LAWS: dict[str, Law] = {
         is_pair=False,
         off_is=None,
     ),
+    "losa": Law(factory=METHODS["losa"], decides=False, is_pair=False, off_is=None),
     "toy": Law(factory=TOY, off={"toy_keep": 1.0}),
 }

@@ -8,6 +8,7 @@ from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
 from sparse_lora_dist.methods.lora_mini import LORA_MINI
 from sparse_lora_dist.methods.lorta import LORTA
+from sparse_lora_dist.methods.losa import LOSA
 from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.neat import NEAT
@@ -34,6 +35,7 @@ METHODS: dict[str, MethodFactory] = {
     "lorta": LORTA,
     "cola": COLA,
     "pst": PST,
+    "losa": LOSA,
 }
 
 __all__ = ["METHODS", "Method", "MethodFactory", "Plan"]

@@ -1,0 +1,261 @@
+"""LoSA: the base is pruned while it is trained, so that the merged model is sparse.
+
+Huang et al. 2025, arXiv:2502.14816. The weight of a linear is, merged,
+
+    keep . (W + (alpha / R) B_r A_r)        B_r, A_r: the first r of R rank-1 pieces
+
+so the delta is -W where keep is 0 and (alpha / R) B_r A_r elsewhere. keep and r are chosen in T
+rounds, between which one trains. In round t, of the running mean square of each input feature:
+
+    s_t = s - s (1 - t / T)^3                                       sparsity of all linears
+    score = |W + (alpha / R) B A| sqrt(squares), lowest pruned in each row         (Wanda)
+    importance = exp(-mean linear CKA of a linear's inputs with those of the others)
+    sparsity of a linear: s_t + spread, where it is least important, down to s_t - spread
+    r: in proportion to the share of the scores' squares that go at s_t, rbar_t in the mean
+
+Where we differ from the released code (github.com/wzhuang-xmu/LoSA, 51b4e57), on purpose: pieces go
+up to R (there at most 8 exist, and ranks above are cut); a linear's r never falls, so that nothing
+that it learnt is lost; linears are weighed one by one, not decoder layers; corrections of sparsity
+are proportional to how far importance is from the mean over weights, which keeps that of sparsity
+exactly, where a linear program (SLSQP) gives nearly all linears either bound; the error is that of
+the linear's own output, features taken as uncorrelated; a pruned weight may come back, since W
+stays; statistics are those of the run's batches. As there, each round begins with fresh moments.
+
+Dropout holds for the input of the delta, so with it pruned weights are taken away with noise.
+
+Shapes: T tokens, I in_features, O out_features, R rank, N rows of a step, S sites, K numbers
+measured, G entries of a Gram matrix.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.bits import mask_spec, pack, unpack
+from sparse_lora_dist.methods.form import WEIGHT, Form, Site, Tensors, low_rank_pair
+from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+
+ROWS = 16
+"""Of a step, at most, whose inputs are compared between linears."""
+SORTED = 1024
+"""Rows of a weight that are sorted at a time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LosaOptions:
+    """LoSA: a sparse base and its low-rank update"""
+
+    losa_sparsity: float = 0.5
+    """Share of the weights that is zero in the end, in [0, 1)."""
+    losa_rounds: int = 5
+    """In how many rounds it is reached, from step 1 on, at equal distances."""
+    losa_until: float = 0.4
+    """Share of the run at which the last round is, below 1."""
+    losa_mean_rank: int | None = None
+    """Pieces a linear has after the last round, on average; a round earlier one less. Null: five
+    eighths of --rank, which is the most that one may have."""
+    losa_spread: float = 0.02
+    """By how much a linear's sparsity may differ from that of all, at most."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0.0 <= self.losa_sparsity < 1.0:
+            problems.append(f"losa_sparsity must be in [0, 1), got {self.losa_sparsity}")
+        if self.losa_rounds < 1:
+            problems.append(f"losa_rounds must be at least 1, got {self.losa_rounds}")
+        if not 0.0 < self.losa_until < 1.0:
+            problems.append(f"losa_until must be between 0 and 1, got {self.losa_until}")
+        if self.losa_mean_rank is not None and self.losa_mean_rank < 1:
+            problems.append(f"losa_mean_rank must be at least 1, got {self.losa_mean_rank}")
+        if not 0.0 <= self.losa_spread < 1.0:
+            problems.append(f"losa_spread must be in [0, 1), got {self.losa_spread}")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """What all linears come to in it."""
+
+    sparsity: float
+    mean_rank: int
+
+
+def losa(options: LosaOptions, plan: Plan) -> Method:
+    """Chooses masks and ranks in the first part of the run.
+
+    Raises:
+        ValueError: the run has too few steps for the rounds, or ranks are to rise above --rank.
+    """
+    rounds = rounds_of(options, plan)
+    return Method(
+        name="losa",
+        form=masked,
+        rewriting=in_rounds(rounds, plan.sites, options.losa_spread),
+        redraws=False,
+    )
+
+
+def rounds_of(options: LosaOptions, plan: Plan) -> dict[int, Round]:
+    """Step -> the round after it."""
+    count, capacity = options.losa_rounds, min(site.rank for site in plan.sites)
+    # One step is left to train in, at least.
+    last = min(int(options.losa_until * plan.total_steps), plan.total_steps - 2)
+    if count > last + 1:
+        raise ValueError(
+            f"losa_rounds is {count}, and up to losa_until {options.losa_until} the run's "
+            f"{plan.total_steps} steps have room for {last + 1}: take fewer rounds, or more steps"
+        )
+    final = options.losa_mean_rank or max(1, round(capacity * 5 / 8))
+    if final > capacity:
+        raise ValueError(
+            f"losa_mean_rank is {final}, and a linear has {capacity} pieces at most: "
+            f"take {capacity} or less, or raise --rank"
+        )
+    s = options.losa_sparsity
+    return {
+        1 + (t - 1) * last // max(1, count - 1): Round(
+            sparsity=s - s * (1 - t / count) ** 3, mean_rank=max(1, final - count + t)
+        )
+        for t in range(1, count + 1)
+    }
+
+
+def masked(site: Site) -> Form:
+    """y_TO = x ( keep . (W + scale B A) - W )^T, without the rounding of W + scale B A."""
+
+    def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+        update_OI = tensors["lora_b"] * scale @ tensors["lora_a"]
+        pruned_OI = unpack(tensors["losa_pruned"], (site.out_features, site.in_features))
+        return x_TI @ torch.where(pruned_OI, -tensors[WEIGHT], update_OI).t()
+
+    return Form(
+        tensors=low_rank_pair(site),
+        kept={"losa_pruned": mask_spec(site)},
+        reads_base=True,
+        delta=delta,
+        to_lora=None,
+    )
+
+
+def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: float) -> Rewriting:
+    """One piece a linear before the first step; then the rounds."""
+    sizes_S = torch.tensor([site.out_features * site.in_features for site in sites]).double()
+    capacities_S = torch.tensor([site.rank for site in sites]).double()
+
+    def measure(whole: Whole) -> Tensor:
+        if whole.step == 0:
+            return torch.zeros(2 + ROWS * ROWS, dtype=torch.float64)
+        gone = error(scores_of(whole), rounds[whole.step].sparsity)
+        return torch.cat([torch.stack([gone, opened(whole)]).cpu(), gram(whole.rows_NI)])
+
+    def write(whole: Whole) -> Rewritten:
+        if whole.step == 0:
+            return Rewritten(computed=tuple(range(int(opened(whole)))))
+        now, measures_SK = rounds[whole.step], whole.measures_SK
+        assert measures_SK is not None
+        importance_S = torch.exp(-similarity(measures_SK[:, 2:]))
+        sparsity_S = sparsities(importance_S, sizes_S, target=now.sparsity, spread=spread)
+        total = now.mean_rank * len(sites)
+        ranks_S = ranks(measures_SK[:, 0], measures_SK[:, 1], capacities_S, total)
+        pruned_OI = lowest(scores_of(whole), float(sparsity_S[whole.index]))
+        rank = int(ranks_S[whole.index])
+        return Rewritten(
+            tensors={"losa_pruned": pack(pruned_OI)},
+            computed=tuple(range(rank)),
+            facts={"sparsity": float(pruned_OI.double().mean()), "rank": rank},
+        )
+
+    return Rewriting(
+        at=lambda step: step == 0 or step in rounds,
+        write=write,
+        measure=measure,
+        resets_moments=True,
+        says=True,
+        squares_decay=0.9,
+        collects_rows=lambda step: step in rounds,
+    )
+
+
+def scores_of(whole: Whole) -> Tensor:
+    """|W + scale B A| sqrt(squares); without squares, the magnitude."""
+    tensors, w_OI = whole.tensors, whole.weight_OI()
+    merged_OI = torch.addmm(w_OI, tensors["lora_b"], tensors["lora_a"], alpha=whole.scale)
+    if whole.squares_I is None:
+        return merged_OI.abs()
+    return merged_OI.abs() * whole.squares_I.sqrt().to(w_OI)
+
+
+def lowest(scores_OI: Tensor, share: float) -> Tensor:
+    """The mask of so many of each row; of equal ones, those of lowest index."""
+    count = round(share * scores_OI.shape[1])
+    order = [rows.argsort(dim=1, stable=True)[:, :count] for rows in scores_OI.split(SORTED)]
+    return torch.zeros_like(scores_OI, dtype=torch.bool).scatter_(1, torch.cat(order), True)
+
+
+def error(scores_OI: Tensor, sparsity: float) -> Tensor:
+    """Share of the output's square that goes with the lowest scores."""
+    squares_OI = scores_OI.square()
+    gone_OI = torch.where(lowest(scores_OI, sparsity), squares_OI, 0.0)
+    every = squares_OI.sum(dtype=torch.float64)
+    return gone_OI.sum(dtype=torch.float64) / every.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def opened(whole: Whole) -> Tensor:
+    """How many pieces have a B that has moved, all before the last of them counted; at least 1."""
+    moved_R = (whole.tensors["lora_b"] != 0).any(0).double()
+    places_R = torch.arange(1, len(moved_R) + 1, device=moved_R.device)
+    return (moved_R * places_R).max().clamp(min=1.0)
+
+
+def gram(rows_NI: Tensor | None) -> Tensor:
+    """Of the first rows, centred: float64 [ROWS * ROWS], zero where there are fewer."""
+    if rows_NI is None:
+        return torch.zeros(ROWS * ROWS, dtype=torch.float64)
+    first_NI = rows_NI[:ROWS].cpu().double()
+    centred_NI = first_NI - first_NI.mean(dim=0)
+    missing = ROWS - len(first_NI)
+    return F.pad(centred_NI @ centred_NI.t(), (0, missing, 0, missing)).flatten()
+
+
+def similarity(grams_SG: Tensor) -> Tensor:
+    """The mean of a site's linear CKA with the others, [S]."""
+    unit_SG = F.normalize(grams_SG, dim=1)
+    others_SG = unit_SG.sum(0) - unit_SG
+    return (unit_SG * others_SG).sum(1) / max(1, len(unit_SG) - 1)
+
+
+def sparsities(importance_S: Tensor, sizes_S: Tensor, *, target: float, spread: float) -> Tensor:
+    """Of each site: the mean over weights is the target, none is further from it than ``spread``,
+    and the more important of two is no sparser."""
+    behind_S = torch.dot(sizes_S / sizes_S.sum(), importance_S) - importance_S
+    # The least is above rounding, so that equal importance is no difference.
+    furthest = behind_S.abs().max().clamp(min=1e-4)
+    return target + min(spread, target, 1 - target) * behind_S / furthest
+
+
+def ranks(errors_S: Tensor, least_S: Tensor, most_S: Tensor, total: int) -> Tensor:
+    """Whole numbers in proportion to the errors, none outside its bounds, that sum to ``total``,
+    or as near as the bounds allow."""
+    total = min(max(total, int(least_S.sum())), int(most_S.sum()))
+    largest = errors_S.max().clamp(min=torch.finfo(torch.float64).tiny)
+    shares_S = (errors_S / largest).clamp(min=1e-9)
+    low, high = 0.0, float((most_S / shares_S).max())
+    for _ in range(100):
+        middle = (low + high) / 2
+        enough = (middle * shares_S).clamp(least_S, most_S).sum() >= total
+        low, high = (low, middle) if enough else (middle, high)
+    exact_S = (high * shares_S).clamp(least_S, most_S)
+    ranks_S = exact_S.floor()
+    by_remainder = (exact_S - ranks_S).argsort(descending=True, stable=True)
+    ranks_S[by_remainder[: total - int(ranks_S.sum())]] += 1
+    return ranks_S
+
+
+LOSA = MethodFactory(
+    options=LosaOptions, build=losa, summary="the base is pruned in rounds; ranks follow its error"
+)
