@@ -189,6 +189,12 @@ def _check_form(config: Config, model: Model, method: Method) -> None:
             "from; --quantization nf4 quantises it while it is loaded.",
             shared=True,
         )
+    if form.masks_base and config.adapter.dropout > 0.0:
+        raise UserError(
+            f"--dropout {config.adapter.dropout} would bring back at random what --method "
+            f"{method.name} takes away from the base. Leave it at 0.",
+            shared=True,
+        )
     if config.adapter.init_adapter is not None and set(form.tensors) != plain:
         raise UserError(
             f"--init_adapter is a plain LoRA pair, which --method {method.name} cannot begin with: "

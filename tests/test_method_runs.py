@@ -1,12 +1,19 @@
 """What a method's options do to a real run: stages, 8-bit moments, bf16, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.options import load_request
+from sparse_lora_dist.export.program import export
+from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.learning_rate import LearningRate
+from sparse_lora_dist.methods.bits import unpack
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
 from tests.laws import LAWS
@@ -293,6 +300,14 @@ BAD = {
     "target above": (["adalora_target_rank=5"], ["makes 70 pieces", "raise rank"]),
     "target below": (["adalora_target_rank=0.5"], ["adalora_target_rank must be at least 1"]),
     "another's": (["adalora_every=2", "method=lora"], ["belongs to method adalora"]),
+    "a support": (["method=shira", "rank=40"], ["40 makes 5,120 entries of its 4,096; take 32 or"]),
+    "sides": (["melora_blocks=7"], ["64", "7"]),
+    "shapes": (["lorta_heads=2"], ["all linears must have one shape", "--target_modules q_proj,"]),
+    "links": (["cola_links=9"], ["cola_links is 9, and the run has 4 steps", "take 4 or fewer"]),
+    "calibration": (
+        ["method=shira", "shira_support=snip", "shira_calibration_steps=4"],
+        ["shira_calibration_steps is 4, and the run has 4 steps"],
+    ),
     "8 bits": (["moment_bits=16", "method=lora"], ["moment_bits must be one of 32, 8"]),
 }
 
@@ -322,3 +337,40 @@ def test_a_first_rank_that_is_the_last_works(
 ) -> None:
     ranks(2, TRAIN, flags=tiny.flags(tmp_path, max_steps=10, **options))
     assert all(mask.all() for mask in saved(tmp_path, "live", 10).values())
+
+
+@pytest.mark.parametrize("method", ["pst", "losa"])
+def test_a_sparse_model_is_made_of_weights_that_are_there_and_without_dropout(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, method: str
+) -> None:
+    cached = tiny.flags(tmp_path / "cache", max_steps=1, base_cache=tmp_path / "cache")
+    ranks(1, TRAIN, flags=cached)
+    (quantized,) = (p.parent for p in (tmp_path / "cache").rglob("config.json"))
+    for path in tiny.model.glob("*token*"):
+        shutil.copyfile(path, quantized / path.name)
+    for options, said in (
+        ({"model": quantized}, "has them in 4 bits already. Give the model that it was made from"),
+        ({"dropout": 0.1}, "--dropout 0.1 would bring back at random what"),
+    ):
+        flags = tiny.flags(tmp_path / "run", method=method, max_steps=20, **options)
+        # Of a model in 4 bits the few bytes that say how are read when it is opened.
+        (message,) = ranks(1, "tests.run_work:refusal", flags=flags)
+        assert said in message and f"--method {method}" in message
+
+
+def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    flags = tiny.flags(tmp_path / "run", method="pst", max_steps=8, pst_every=2, precision="bf16")
+    ranks(2, TRAIN, flags=flags)
+    merged = [str(tmp_path / "run"), "--format", "merged", "--output"]
+    export(load_request([*merged, str(tmp_path / "out")]))
+    (file,) = (tmp_path / "out").glob("*.safetensors")
+    weights, run = load_file(file), Trained.open(tmp_path / "run")
+    for site in run.sites:
+        weight = weights[f"{site.name}.weight"]
+        assert int((weight == 0).sum()) >= weight.numel() // 2
+        kept = run.slices.entries("kept", f"{site.name}.pst_pruned", 0, -(-weight.numel() // 8))
+        assert not weight[unpack(kept, tuple(weight.shape))].any()
+    with pytest.raises(UserError, match="--onto original: --method pst takes weights away"):
+        export(load_request([*merged, str(tmp_path / "no"), "--onto", "original"]))

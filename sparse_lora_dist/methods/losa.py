@@ -21,7 +21,7 @@ exactly, where a linear program (SLSQP) gives nearly all linears either bound; t
 the linear's own output, features taken as uncorrelated; a pruned weight may come back, since W
 stays; statistics are those of the run's batches. As there, each round begins with fresh moments.
 
-Dropout holds for the input of the delta, so with it pruned weights are taken away with noise.
+Dropout, of inputs of the delta alone, would bring pruned weights back at random, and is refused.
 
 Shapes: T tokens, I in_features, O out_features, R rank, N rows of a step, S sites, K numbers
 measured, G entries of a Gram matrix.

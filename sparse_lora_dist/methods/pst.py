@@ -26,8 +26,8 @@ It ends in a sparse model, which --format merged writes with exact zeros, in any
 The delta is M . W' - W = where(pruned, -W, beta U V): no W' rounds off a small change of a large
 weight in bf16. Base and delta are rounded before they are added; on random weights (2048 x 2048)
 that is 0.25% of the norm of y with half of them pruned and 0.35% with nine tenths, where a product
-with M . W' has 0.24%. --dropout drops inputs of the delta alone, and so brings pruned weights back
-at random: better none.
+with M . W' has 0.24%. --dropout, which drops inputs of the delta alone, would bring pruned weights
+back at random, and is refused.
 
 Shapes: T tokens, I in_features, O out_features, R rank of U and V, K rank of A and B.
 """
