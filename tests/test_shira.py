@@ -11,7 +11,7 @@ from sparse_lora_dist.methods.base import Plan
 from sparse_lora_dist.methods.chosen import k_largest
 from sparse_lora_dist.methods.form import Form, Site
 from sparse_lora_dist.methods.rewriting import Rewritten, Whole
-from sparse_lora_dist.methods.shira import ShiraOptions, shira
+from sparse_lora_dist.methods.shira import ShiraOptions, SparseProduct, scattered, shira
 
 SITE = Site(name="q", in_features=40, out_features=28, rank=3)
 CPU = torch.device("cpu")
@@ -57,6 +57,18 @@ def test_the_gradient_is_that_of_the_whole_weight_at_the_places(
     theirs = torch.autograd.grad(wanted, [x, weight_OI], above)
     torch.testing.assert_close(ours[0], theirs[0])
     torch.testing.assert_close(ours[1], theirs[1].flatten()[tensors["shira_places"]])
+
+
+def test_of_a_product_only_the_first_values_have_a_gradient_if_told() -> None:
+    places_N = torch.randperm(28 * 40)[:9]
+    values_N, x, above = torch.randn(9, requires_grad=True), torch.randn(5, 40), torch.randn(5, 28)
+    got, whole = [], []
+    for told, grads in (((4,), got), ((), whole)):
+        y = SparseProduct.apply(x, values_N, places_N, 28, *told)
+        torch.testing.assert_close(y, x @ scattered(values_N.detach(), places_N, 28, 40).t())
+        grads.append(torch.autograd.grad(y, values_N, above)[0])
+    torch.testing.assert_close(got[0][:4], whole[0][:4])
+    assert not got[0][4:].any() and whole[0].all()
 
 
 @pytest.mark.parametrize(

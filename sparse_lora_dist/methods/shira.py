@@ -139,7 +139,7 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
         return {"shira_places": structured(site, wanted, support, device)}
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-        y_TO: Tensor = _SparseProduct.apply(  # type: ignore[no-untyped-call]
+        y_TO: Tensor = SparseProduct.apply(  # type: ignore[no-untyped-call]
             x_TI, tensors["shira_values"], tensors["shira_places"].long(), site.out_features
         )
         return y_TO
@@ -216,17 +216,23 @@ def choosing(support: Support, steps: int) -> Rewriting:
     )
 
 
-class _SparseProduct(torch.autograd.Function):
-    """x S^T. S is whole while it is multiplied by: a weight of one linear, which GPUs multiply
-    faster than they gather."""
+class SparseProduct(torch.autograd.Function):
+    """x S^T, S with ``values_N`` at its flat ``places_N``; the first ``num_trained`` of them have a
+    gradient, all unless told. S is whole while it is multiplied by: a weight of one linear, which
+    GPUs multiply faster than they gather."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_TI: Tensor, values_N: Tensor, places_N: Tensor, out_features: int
+        ctx: Any,
+        x_TI: Tensor,
+        values_N: Tensor,
+        places_N: Tensor,
+        out_features: int,
+        num_trained: int | None = None,
     ) -> Tensor:
         ctx.save_for_backward(x_TI, values_N, places_N)
-        ctx.out_features = out_features
-        return x_TI @ _whole(values_N, places_N, out_features, x_TI.shape[-1]).t()
+        ctx.out_features, ctx.num_trained = out_features, num_trained
+        return x_TI @ scattered(values_N, places_N, out_features, x_TI.shape[-1]).t()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -234,14 +240,17 @@ class _SparseProduct(torch.autograd.Function):
         (grad_TO,), width = grads, x_TI.shape[-1]
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_TO @ _whole(values_N, places_N, ctx.out_features, width)
+            grad_x = grad_TO @ scattered(values_N, places_N, ctx.out_features, width)
         flat_TO, flat_TI = grad_TO.flatten(0, -2), x_TI.flatten(0, -2)
-        parts = places_N.split(max(1, CHUNK // max(1, len(flat_TI))))
+        parts = places_N[: ctx.num_trained].split(max(1, CHUNK // max(1, len(flat_TI))))
         sums = [(flat_TO[:, p // width] * flat_TI[:, p % width]).sum(dim=0) for p in parts]
-        return grad_x, torch.cat(sums), None, None
+        grad_N = torch.zeros_like(values_N)
+        grad_N[: ctx.num_trained] = torch.cat(sums)
+        return grad_x, grad_N, None, None, None
 
 
-def _whole(values_N: Tensor, places_N: Tensor, out_features: int, in_features: int) -> Tensor:
+def scattered(values_N: Tensor, places_N: Tensor, out_features: int, in_features: int) -> Tensor:
+    """S_OI, zero but at ``places_N``, which differ from each other."""
     flat = values_N.new_zeros(out_features * in_features)
     return flat.index_copy_(0, places_N, values_N).view(out_features, in_features)
 
