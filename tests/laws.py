@@ -80,6 +80,14 @@ LAWS: dict[str, Law] = {
         peft_type="SHIRA",
         off_is=None,
     ),
+    "sara": Law(
+        factory=METHODS["sara"],
+        on={"sara_nuclear": 1e-3},
+        decides=False,
+        penalty={"sara_nuclear": 1e-3},
+        is_pair=False,
+        off_is=None,
+    ),
     "sbora": Law(factory=METHODS["sbora"], decides=False, off_is=None),
     "melora": Law(factory=METHODS["melora"], decides=False, off={"melora_blocks": 1}),
     "lora_mini": Law(

@@ -15,6 +15,7 @@ from sparse_lora_dist.methods.neat import NEAT
 from sparse_lora_dist.methods.prilora import PRILORA
 from sparse_lora_dist.methods.pst import PST
 from sparse_lora_dist.methods.roselora import ROSELORA
+from sparse_lora_dist.methods.sara import SARA
 from sparse_lora_dist.methods.sbora import SBORA
 from sparse_lora_dist.methods.shira import SHIRA
 from sparse_lora_dist.methods.sora import SORA
@@ -26,6 +27,7 @@ METHODS: dict[str, MethodFactory] = {
     "increlora": INCRELORA,
     "adalora": ADALORA,
     "shira": SHIRA,
+    "sara": SARA,
     "sbora": SBORA,
     "melora": MELORA,
     "lora_mini": LORA_MINI,
