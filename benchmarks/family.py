@@ -29,10 +29,19 @@ OPTIONS: dict[str, dict[str, str]] = {
     "melora": {"rank": "4", "melora_blocks": "4"},
     "lora_mini": {"rank": "16", "lora_mini_size": "65"},
     "mora": {"rank": "4"},
+    "prilora": {"rank": "4"},
+    "neat": {"rank": "4"},
+    "cola": {"rank": "4"},
+    "lorta": {"rank": "192", "target_modules": "q_proj,o_proj"},
+    "pst": {"rank": "2", "pst_score_rank": "1"},
+    "losa": {"rank": "4"},
+    "sara": {"rank": "4"},
 }
 """What brings each to LoRA's number; rank 16 where none is said. Where pieces or entries die, at
 the end of the run."""
-JOB = {"max_steps": "60", "learning_rate": "1e-2", "eval_every": "0"}
+JOB = {"max_steps": "40", "learning_rate": "1e-2", "eval_every": "0"}
+RATES = {"pst": "1e-3"}
+"""Learning rates of methods for which the others' is far off: PST's U begins at N(0, 1)."""
 Row = dict[str, Any]
 
 
@@ -56,6 +65,7 @@ def missing(found: list[Row]) -> Iterator[tuple[str, int]]:
 def one(method: str, seed: int) -> Row:
     """A run: what it reached, what it took."""
     flags = {"method": method, "seed": str(seed), **JOB, **OPTIONS[method]}
+    flags["learning_rate"] = RATES.get(method, JOB["learning_rate"])
     before = processor_seconds()
     with tempfile.TemporaryDirectory() as folder:
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -79,8 +89,8 @@ def report(found: list[Row]) -> str:
     """Markdown, a line a method."""
     lines = [
         f"`make bench-methods`: {JOB['max_steps']} steps of 8 rows at {JOB['learning_rate']}, 2 CPU"
-        f" ranks, {len(SEEDS)} seeds; {found[0]['before']:.3f} nats a token before. Options: "
-        "`benchmarks/family.py`. Peak memory of a rank, and time on processors of the whole "
+        f" ranks, {len(SEEDS)} seeds; {found[0]['before']:.3f} nats a token before; {rates()}. "
+        "Options: `benchmarks/family.py`. Peak memory of a rank, and time on processors of the whole "
         "program: in LoRA's.",
         "",
         *header("held-out loss", "parameters", "live at the end", "peak", "time", first="method"),
@@ -100,6 +110,11 @@ def report(found: list[Row]) -> str:
         cells = (f"{mean(losses):.3f}{spread}", *numbers, *(f"{r:.2f}" for r in relative))
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def rates() -> str:
+    """Who has another learning rate."""
+    return ", ".join(f"{method} at {rate}" for method, rate in RATES.items())
 
 
 def plot(found: list[Row], path: Path) -> None:
