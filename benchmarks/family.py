@@ -90,8 +90,8 @@ def report(found: list[Row]) -> str:
     lines = [
         f"`make bench-methods`: {JOB['max_steps']} steps of 8 rows at {JOB['learning_rate']}, 2 CPU"
         f" ranks, {len(SEEDS)} seeds; {found[0]['before']:.3f} nats a token before; {rates()}. "
-        "Options: `benchmarks/family.py`. Peak memory of a rank, and time on processors of the whole "
-        "program: in LoRA's.",
+        "Options: `benchmarks/family.py`. Peak memory of a rank, and time on processors of the "
+        "whole program: in LoRA's.",
         "",
         *header("held-out loss", "parameters", "live at the end", "peak", "time", first="method"),
     ]

@@ -246,12 +246,13 @@ class Job:
                 rows,
                 target=self.task.target,
                 adapter_bytes=size,
+                is_lora=all(a.form.to_lora is not None for a in self.model.adapters),
                 goes_on=self.shards.method.redraws or self.shards.ended,
             )
 
     def _export(self) -> int:
         """Bytes of the adapter; 0 where nothing of it lives, which is no reason to end in an
-        error."""
+        error, or where it is none."""
         try:
             return peft_adapter.save_peft(
                 self.folder / "adapter",
@@ -262,10 +263,9 @@ class Job:
                 task_type=self.task.peft_type,
                 classes=self.model.classes,
             )
-        except (peft_adapter.NothingLives, peft_adapter.NoPair) as error:
-            is_none = isinstance(error, peft_adapter.NoPair)
-            if size := save_own_type(self.folder, self.folder / "adapter") if is_none else 0:
-                return size
+        except peft_adapter.NoPair:
+            return save_own_type(self.folder, self.folder / "adapter")
+        except peft_adapter.NothingLives as error:
             say("warning", f"no adapter is written: {error}")
             if comm.rank() == 0:  # an earlier attempt's is not this run's end
                 shutil.rmtree(self.folder / "adapter", ignore_errors=True)

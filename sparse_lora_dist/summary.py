@@ -25,6 +25,7 @@ def print_summary(
     *,
     target: str,
     adapter_bytes: int,
+    is_lora: bool,
     goes_on: bool,
 ) -> None:
     """Say how it went.
@@ -32,7 +33,8 @@ def print_summary(
     Args:
         rows: those of metrics.jsonl.
         target: what the loss is a mean over.
-        adapter_bytes: 0 where nothing of it lives.
+        adapter_bytes: 0 where nothing of it lives, or no adapter can say what was trained.
+        is_lora: is what was trained one?
         goes_on: may the run be made longer, once it is through?
     """
     folder = Path(config.run.output_dir)
@@ -48,9 +50,14 @@ def print_summary(
     say("live", sparsity(rows))
     if adapter_bytes:
         say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
+    if not is_lora:
+        export = f"{command('python')} launcher/export.py {folder} --format merged"
+        say("model", f"{export} --output {folder}/merged")
     say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
     if goes_on or progress.step < feed.total_steps:
         say("go on", next_command(config, feed, progress))
+    elif not is_lora:
+        say("go on", "its schedule is through; the merged model is a base for another run")
     elif adapter_bytes:
         say("go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run")
     else:

@@ -77,7 +77,10 @@ def _open(name: str | None) -> Adapter:
         )
     config, values, shapes = open_peft(str(folder), "adapter")
     if why := _not_plain(config, shapes):
-        raise UserError(f"adapter {name} is not a plain LoRA adapter: {why}")
+        raise UserError(
+            f"adapter {name} is not a plain LoRA adapter: {why}. Merge it (launcher/export.py "
+            "--format merged) and name the result with --model."
+        )
     ranks = {n.removesuffix(".lora_a"): s[0] for n, s in shapes.items() if n.endswith("lora_a")}
     scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}
     base = config.get("base_model_name_or_path")

@@ -23,4 +23,6 @@ def save_own_type(run: Path, adapter: Path) -> int:
             sync_all(temporary)
             put_in_place(temporary, adapter)
             return size
+        if comm.rank() == 0:  # an earlier attempt's is not this run's end
+            shutil.rmtree(adapter, ignore_errors=True)
     return 0

@@ -11,8 +11,8 @@ NF4 base has about a tenth of its weights at exactly 0, and N of them by index w
 few rows.
 
 The low-rank term adds ``--sara_nuclear`` times the nuclear norm of S, the trained part of D. The
-paper has an SVD a step, of one matrix drawn from all; here all count in each step, and the norm is
-smoothed: with S = U Sigma V^T and delta its K-th singular value the gradient is
+release has an SVD a step, of one matrix drawn from all; here all count in each step, and the norm
+is smoothed: with S = U Sigma V^T and delta its K-th singular value the gradient is
 
     U min(Sigma / delta, 1) V^T                     at the N places
 
@@ -20,8 +20,9 @@ which needs the K leading pairs only. They come from ``POWER_STEPS`` of subspace
 fixed vectors, so where singular values lie close together they are those of a nearby subspace; what
 it gives is never uphill. The leading pairs alone will not do: to shrink them and nothing else makes
 the spectrum flatter. Scattered entries have a broad one, and there the term is little else than
-decay of the values. It is 0 unless asked for: it costs six products of S with K vectors a linear
-and step, 5e-4 of the paper is for another sum, and what it does to language models is not measured.
+decay of the values. It is 0 unless asked for: it costs five products of S with K vectors a linear
+and step, the 5e-4 of the release is for another sum, and what it does to language models is not
+measured.
 
 Where we differ from the released code (github.com/sjtuplayer/SaRA, ea21192), on purpose:
 
