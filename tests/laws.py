@@ -84,7 +84,6 @@ LAWS: dict[str, Law] = {
         factory=METHODS["sara"],
         on={"sara_nuclear": 1e-3},
         decides=False,
-        penalty={"sara_nuclear": 1e-3},
         is_pair=False,
         off_is=None,
     ),

@@ -93,10 +93,22 @@ def shira(options: ShiraOptions, plan: Plan) -> Method:
             f"shira_calibration_steps is {steps}, and the run has {plan.total_steps} steps: at "
             "least one must be left to train in"
         )
+    notes = (cost_of_gradients(plan, steps),) if support in BY_GRADIENT else ()
     return Method(
         name="shira",
+        notes=notes,
         form=lambda site: chosen_entries(site, options),
         rewriting=choosing(support, steps) if support in CHOSEN else None,
+    )
+
+
+def cost_of_gradients(plan: Plan, steps: int) -> str:
+    """What the user should know of them."""
+    weights = sum(site.out_features * site.in_features for site in plan.sites)
+    held = 4e-9 * weights / steps
+    return (
+        f"gradients that choose the support take {held:,.2f} GB over all ranks together in the "
+        f"first steps ({steps}), which is not in the plan; more --shira_calibration_steps take less"
     )
 
 
