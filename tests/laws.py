@@ -92,7 +92,6 @@ LAWS: dict[str, Law] = {
     "lora_mini": Law(
         factory=METHODS["lora_mini"], on={"lora_mini_size": 5}, decides=False, off_is=None
     ),
-    "mora": Law(factory=METHODS["mora"], decides=False, is_pair=False, off_is=None),
     "neat": Law(
         factory=METHODS["neat"],
         on={"neat_form": "peft", "neat_depth": 1},
@@ -112,6 +111,13 @@ LAWS: dict[str, Law] = {
         decides=False,
         off_is=None,
         sites=sites_of({"q": 24, "k": 24, "up": 24}),
+    ),
+    "mora": Law(
+        factory=METHODS["mora"],
+        on={"mora_restarts": 2},
+        decides=False,
+        is_pair=False,
+        off_is=None,
     ),
     "cola": Law(
         factory=METHODS["cola"], on={"cola_links": 3}, decides=False, off={"cola_links": 1}

@@ -303,6 +303,7 @@ BAD = {
     "a support": (["method=shira", "rank=40"], ["40 makes 5,120 entries of its 4,096; take 32 or"]),
     "sides": (["melora_blocks=7"], ["64", "7"]),
     "shapes": (["lorta_heads=2"], ["all linears must have one shape", "--target_modules q_proj,"]),
+    "restarts": (["mora_restarts=4"], ["mora_restarts is 4, and the run has 4 steps", "3 fit"]),
     "links": (["cola_links=9"], ["cola_links is 9, and the run has 4 steps", "take 4 or fewer"]),
     "calibration": (
         ["method=shira", "shira_support=snip", "shira_calibration_steps=4"],

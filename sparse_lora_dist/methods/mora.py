@@ -13,11 +13,23 @@ and the results stand one after another in y; h is even.
 The update is no low-rank pair, so it is exported as a merged model (the released fork,
 github.com/kongds/MoRA, de5df31, cannot merge type 6 where I <= h; here nothing is special there).
 
+ReMoRA, ``--mora_restarts``: the run is cut into equal stages, each with a learning-rate schedule
+and Adam's moments of its own. At the end of each but the last M is merged and begins again at zero,
+and the grouping changes, so that ranks add up (type 1: to 2 h). Two groupings take turns:
+
+    contiguous  group g of x is features g h to g h + h - 1; y in groups of h likewise
+    strided     group g is every G-th feature from g on, G the number of groups; y likewise
+
+The paper merges into the weight, which a base in 4 bits would round away. Here each grouping has a
+frozen square of its own beside the base, in fp32, and M is added to that of its grouping: exact,
+and never larger than two squares however often it restarts. Forward then pays for three squares,
+and with dropout all of them see the input that it leaves.
+
 Shapes: T tokens, I in_features, O out_features, H side of M, G groups.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal
 
@@ -25,10 +37,18 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.schedule import equal_stages
 
 THETA = 10000.0
 """Of rotary embeddings."""
+
+Turn = int | Tensor
+"""Whose it is: 0 the contiguous grouping's, 1 the strided one's; a tensor where only the device
+knows."""
+Act = Callable[[Tensor, Tensor, Turn], Tensor]
+"""(x_TI, m_HH, turn) -> y_TO"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +58,39 @@ class MoraOptions:
     mora_type: Literal[1, 6] = 6
     """How input and output are mapped: 1 (sums and repeats, for large --rank) or 6 (rotated
     groups, for small)."""
+    mora_restarts: int = 0
+    """How often the matrix is merged and begins again, features grouped another way (ReMoRA); each
+    time with a learning-rate schedule of its own."""
+
+    def __post_init__(self) -> None:
+        if self.mora_restarts < 0:
+            raise ValueError(f"mora_restarts must be at least 0, got {self.mora_restarts}")
 
 
 def mora(options: MoraOptions, plan: Plan) -> Method:
-    """Nothing is decided."""
-    return Method(name="mora", form=shared if options.mora_type == 1 else rotated)
+    """Merges at each restart.
+
+    Raises:
+        ValueError: a part of the run between restarts is shorter than the warm-up.
+    """
+    action = shared if options.mora_type == 1 else rotated
+    if options.mora_restarts == 0:
+        return Method(name="mora", form=lambda site: square(*action(site)))
+    most = max(1, plan.total_steps // max(1, plan.warmup_steps)) - 1
+    if options.mora_restarts > most:
+        raise ValueError(
+            f"mora_restarts is {options.mora_restarts}, and the run has {plan.total_steps} steps: "
+            f"each part needs at least 1, and warmup_steps ({plan.warmup_steps}); {most} fit"
+        )
+    stages = equal_stages(plan.total_steps, options.mora_restarts + 1)
+    return Method(
+        name="mora",
+        form=lambda site: with_merged(*action(site)),
+        rewriting=Rewriting(at=lambda step: step in stages[:-1], write=merge, reads_weight=False),
+        redraws=False,
+        stages=stages,
+        stage_resets_moments=True,
+    )
 
 
 def side_of(site: Site) -> int:
@@ -50,46 +98,87 @@ def side_of(site: Site) -> int:
     return int(sqrt((site.in_features + site.out_features) * site.rank) + 0.5)
 
 
-def shared(site: Site) -> Form:
-    """Type 1: y_o = sum over g of M[o mod H] x_g"""
+def shared(site: Site) -> tuple[int, Act]:
+    """(H, type 1): all groups of x are summed, and every group of y is M's result."""
     side = side_of(site)
 
-    def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-        x_TH = grouped(x_TI, side).sum(dim=-2)
-        return repeated(x_TH @ tensors["mora_m"].t(), site.out_features)
+    def act(x_TI: Tensor, m_HH: Tensor, turn: Turn) -> Tensor:
+        x_TH = grouped(x_TI, side, turn).sum(dim=-2)
+        return spread((x_TH @ m_HH.t()).unsqueeze(-2), site.out_features, turn)
 
-    return square(side, delta)
+    return side, act
 
 
-def rotated(site: Site) -> Form:
-    """Type 6: y of group g is M rotate_g(x_g)"""
+def rotated(site: Site) -> tuple[int, Act]:
+    """(H, type 6): group g of y is M rotate_g(x_g)."""
     side = side_of(site) // 2 * 2
 
-    def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-        x_TGH = turned(grouped(x_TI, side))
-        return repeated((x_TGH @ tensors["mora_m"].t()).flatten(-2), site.out_features)
+    def act(x_TI: Tensor, m_HH: Tensor, turn: Turn) -> Tensor:
+        x_TGH = turned(grouped(x_TI, side, turn))
+        return spread(x_TGH @ m_HH.t(), site.out_features, turn)
 
-    return square(side, delta)
+    return side, act
 
 
-def square(side: int, delta: Callable[[Tensor, Tensors, float], Tensor]) -> Form:
+def square(side: int, act: Act) -> Form:
     """M alone trains, and nothing scales it."""
+
+    def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+        return act(x_TI, tensors["mora_m"], 0)
+
     tensors = {"mora_m": TensorSpec(shape=(side, side), init=zeros)}
     return Form(tensors=tensors, delta=delta, to_lora=None, scale=lambda *_: 1.0)
 
 
-def grouped(x_TI: Tensor, side: int) -> Tensor:
-    """x_TGH, the last group filled up from the front of x."""
+def with_merged(side: int, act: Act) -> Form:
+    """M acts through the grouping whose turn it is, beside what was merged in each."""
+
+    def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
+        # Not as one square a grouping: bf16 would round M away beside what was merged.
+        y_TO = act(x_TI, tensors["mora_m"], tensors["mora_turn"])
+        y_TO = y_TO + act(x_TI, tensors["mora_contiguous"], 0)
+        return y_TO + act(x_TI, tensors["mora_strided"], 1)
+
+    kept = {
+        "mora_contiguous": KeptSpec(shape=(side, side)),
+        "mora_strided": KeptSpec(shape=(side, side)),
+        "mora_turn": KeptSpec(shape=(1,), dtype=torch.uint8),
+    }
+    return replace(square(side, act), delta=delta, kept=kept)
+
+
+def merge(whole: Whole) -> Rewritten:
+    """M goes into the square of its grouping, and begins again in the other one."""
+    m_HH, turn_1 = whole.tensors["mora_m"], whole.tensors["mora_turn"]
+    into = "mora_strided" if turn_1.any() else "mora_contiguous"
+    return Rewritten(
+        tensors={
+            "mora_m": torch.zeros_like(m_HH),
+            into: whole.tensors[into] + m_HH,
+            "mora_turn": 1 - turn_1,
+        }
+    )
+
+
+def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
+    """x_TGH, the last group, or the end of all, filled up from the front of x."""
     width = x_TI.shape[-1]
-    places = torch.arange(-(-width // side) * side, device=x_TI.device) % width
-    x_TGH: Tensor = x_TI.index_select(-1, places).unflatten(-1, (-1, side))
+    groups = -(-width // side)
+    g_G1 = torch.arange(groups, device=x_TI.device)[:, None]
+    h_H = torch.arange(side, device=x_TI.device)
+    contiguous, strided = g_G1 * side + h_H, h_H * groups + g_G1
+    places_GH = (contiguous + turn * (strided - contiguous)) % width
+    x_TGH: Tensor = x_TI.index_select(-1, places_GH.flatten()).unflatten(-1, (groups, side))
     return x_TGH
 
 
-def repeated(y_TN: Tensor, width: int) -> Tensor:
-    """As often as it takes, and cut."""
-    places = torch.arange(width, device=y_TN.device) % y_TN.shape[-1]
-    return y_TN.index_select(-1, places)
+def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
+    """y_TO, made of the groups one after another, as often as it takes, and cut."""
+    groups, side = y_TGH.shape[-2:]
+    o, all_groups = torch.arange(width, device=y_TGH.device), -(-width // side)
+    contiguous = o // side % groups * side + o % side
+    strided = o % all_groups % groups * side + o // all_groups
+    return y_TGH.flatten(-2).index_select(-1, contiguous + turn * (strided - contiguous))
 
 
 def turned(x_TGH: Tensor) -> Tensor:
