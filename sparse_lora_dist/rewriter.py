@@ -175,6 +175,8 @@ def _as_rank_0_has_it(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
             own = ask(whole)
         except FloatingPointError as error:
             failure = f"step {whole.step}, {whole.site.name}: {error}. Lower --learning_rate."
+        except ValueError as error:
+            failure = f"step {whole.step}, {whole.site.name}: {error}."
     kinds = {key: (tuple(t.shape), t.dtype) for key, t in own.tensors.items()}
     said = comm.broadcast_object((failure, kinds, own.computed, dict(own.facts)))
     failure, kinds, computed, facts = said

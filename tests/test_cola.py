@@ -35,11 +35,13 @@ def change(method: Method, tensors: dict[str, Tensor]) -> Tensor:
     return form.delta(torch.eye(SITE.in_features), tensors, SCALE).t()
 
 
-def chain(method: Method, links: int) -> list[tuple[Tensor, dict[str, Tensor], float]]:
+def chain(
+    method: Method, links: int, first: dict[str, Tensor] | None = None
+) -> list[tuple[Tensor, dict[str, Tensor], float]]:
     """Of every link: the delta at its end, the tensors after its fold, the fold's error; pairs are
     random, and nothing follows the last."""
     form, ended = method.form(SITE), []
-    tensors = {k: torch.zeros(spec.shape) for k, spec in form.kept.items()}
+    tensors = first or {k: torch.zeros(spec.shape) for k, spec in form.kept.items()}
     assert method.rewriting is not None
     for link in range(links):
         generator = torch.Generator().manual_seed(link)
@@ -80,6 +82,14 @@ def test_the_update_is_the_sum_of_all_pairs_and_of_no_higher_rank() -> None:
         assert error == 0.0
         if link < 3:
             torch.testing.assert_close(change(method, tensors), before_OI)
+
+
+def test_a_schedule_that_begins_anew_folds_onto_the_stack_that_is_there() -> None:
+    method = built(4)
+    (_, tensors, _), *_ = chain(method, 2)
+    before_OI, after, _ = chain(method, 2, tensors)[0]
+    torch.testing.assert_close(before_OI, naive(1) + naive(1))
+    torch.testing.assert_close(change(method, after), before_OI)
 
 
 def test_a_new_pair_is_drawn_as_loras_and_differs_from_link_to_link() -> None:

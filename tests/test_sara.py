@@ -267,3 +267,14 @@ def test_all_problems_are_told_at_once_and_a_weight_must_have_room() -> None:
     with pytest.raises(ValueError, match="q is 28 x 40: --rank 17 makes 1,156 .* take 16 or less"):
         built(replace(SITE, rank=17))
     built(replace(SITE, rank=16))
+
+
+def test_a_third_choice_for_which_there_is_no_room_is_refused() -> None:
+    """As after --reset schedule."""
+    method, weight_OI = built(), weight()
+    form = method.form(SITE)
+    tensors, _ = rewritten(method, weight_OI, first(form), 0)
+    with pytest.raises(ValueError, match="more entries have left.*--sara_reselect 0"):
+        for _ in range(4):
+            tensors["sara_values"] = 1.0 + tensors["sara_values"].abs()
+            tensors, _ = rewritten(method, weight_OI, tensors, 5)

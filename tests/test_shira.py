@@ -91,12 +91,13 @@ def test_wrong_numbers_are_refused() -> None:
         form_of(small)
 
 
-def whole(support: str, step: int, **shown: Any) -> Rewritten:
+def whole(support: str, step: int, *, settled: bool = False, **shown: Any) -> Rewritten:
     """What the method makes of a site that trained a step; NF4 gives many equal weights."""
     method = shira(ShiraOptions(shira_support=support, shira_calibration_steps=2), PLAN)  # type: ignore[arg-type]
     form = method.form(SITE)
     assert method.rewriting is not None and method.rewriting.at(step)
     kept = {k: torch.zeros(spec.shape, dtype=spec.dtype) for k, spec in form.kept.items()}
+    kept |= {"shira_settled": torch.ones(1, dtype=torch.uint8)} if settled else {}
     count = form.tensors["shira_values"].shape
     return method.rewriting.write(
         Whole(
@@ -134,8 +135,13 @@ def test_the_places_of_largest_score_train(support: str, score_OI: torch.Tensor)
     assert not made["shira_values"].any(), "what was trained elsewhere is forgotten"
 
 
+def test_a_schedule_that_begins_anew_chooses_and_forgets_nothing() -> None:
+    assert not whole("snip", 1, settled=True, gradient_OI=GRADIENT_OI).tensors
+
+
 def test_a_linear_whose_turn_has_not_come_only_forgets() -> None:
     assert list(whole("snip", 1).tensors) == ["shira_values"]
+    assert sorted(whole("snip", 2).tensors) == ["shira_settled", "shira_values"]
     method = shira(ShiraOptions(shira_support="snip", shira_calibration_steps=2), PLAN)
     collects = method.rewriting.collects_gradient  # type: ignore[union-attr]
     assert [[collects(step, i) for i in range(4)] for step in (1, 2, 3)] == [  # type: ignore[misc]

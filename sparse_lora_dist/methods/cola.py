@@ -77,7 +77,7 @@ def cola(options: ColaOptions, plan: Plan) -> Method:
         form=partial(stacked, options=options),
         rewriting=Rewriting(
             at=lambda step: step in stages[:-1],
-            write=lambda whole: fold(whole, stages.index(whole.step)),
+            write=fold,
             says=True,
             reads_weight=False,
         ),
@@ -143,12 +143,12 @@ def side_by_side(tensors: Tensors) -> tuple[Tensor, Tensor]:
     return a_LI, torch.cat([tensors["lora_b"], tensors["cola_b"]], dim=1)
 
 
-def fold(whole: Whole, link: int) -> Rewritten:
-    """The pair of ``link``, counted from 0, goes into the stack; a new one whose product is zero
-    takes its place."""
+def fold(whole: Whole) -> Rewritten:
+    """The pair goes into the stack; a new one whose product is zero takes its place."""
     a_RI, b_OR = whole.tensors["lora_a"], whole.tensors["lora_b"]
     c_QI, d_OQ = whole.tensors["cola_a"], whole.tensors["cola_b"]
-    rank, used, error = len(c_QI), link * len(a_RI), 0.0
+    # Not by the number of links: a run whose schedule began anew has a stack already.
+    rank, used, error = len(c_QI), int((c_QI != 0).any(1).sum()), 0.0
     c_LI = torch.cat([c_QI[:used], a_RI])
     d_OL = torch.cat([d_OQ[:, :used], b_OR], dim=1)
     if len(c_LI) > rank:

@@ -187,7 +187,13 @@ def choose(whole: Whole) -> Rewritten:
     if "sara_left_places" in whole.tensors:
         # All that is not zero, filled up with zeros: places must differ.
         rest_E = change_E.abs().index_fill_(0, places_N, -1.0)
-        places_C = first_of(rest_E, len(whole.tensors["sara_left_places"]))
+        room = len(whole.tensors["sara_left_places"])
+        if int((rest_E > 0.0).sum()) > room:
+            raise ValueError(
+                f"more entries have left what trains than there is room for ({room:,}): the "
+                "schedule began anew (--reset) after a re-selection. Add --sara_reselect 0"
+            )
+        places_C = first_of(rest_E, room)
         tensors["sara_left_places"] = places_C.to(before.dtype)
         tensors["sara_left_values"] = change_E[places_C]
     facts = {"reselected": float((~torch.isin(places_N, before)).double().mean())}

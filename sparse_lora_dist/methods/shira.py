@@ -164,9 +164,12 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
         return PeftForm(kind="SHIRA", tensors=named, config={"r": site.rank})
 
     places = KeptSpec(shape=(count,), dtype=torch.int32 if weight < 2**31 else torch.int64)
+    kept = {"shira_places": places} if support in CHOSEN else {}
+    if support in BY_GRADIENT:
+        kept["shira_settled"] = KeptSpec(shape=(1,), dtype=torch.uint8)
     return Form(
         tensors={"shira_values": TensorSpec(shape=(count,), init=zeros)},
-        kept={"shira_places": places} if support in CHOSEN else {},
+        kept=kept,
         drawn=drawn,
         delta=delta,
         to_lora=None,
@@ -207,6 +210,8 @@ def choosing(support: Support, steps: int) -> Rewriting:
 
     def write(whole: Whole) -> Rewritten:
         values_N, gradient_OI = whole.tensors["shira_values"], whole.gradient_OI
+        if "shira_settled" in whole.tensors and whole.tensors["shira_settled"].any():
+            return Rewritten()  # a schedule that began anew (--reset) chooses nothing anew
         # What was trained was trained at places that nobody chose.
         tensors = {"shira_values": torch.zeros_like(values_N)}
         if support == "magnitude" or gradient_OI is not None:
@@ -215,6 +220,8 @@ def choosing(support: Support, steps: int) -> Rewriting:
                 scores_OI = scores_OI * gradient_OI.abs()
             (places_N,) = k_largest(scores_OI, len(values_N)).flatten().nonzero(as_tuple=True)
             tensors["shira_places"] = places_N.to(whole.tensors["shira_places"].dtype)
+        if whole.step == steps:
+            tensors["shira_settled"] = torch.ones_like(whole.tensors["shira_settled"])
         return Rewritten(tensors=tensors)
 
     if support == "magnitude":
