@@ -1,5 +1,6 @@
 """The learning rate is transformers' schedule, as a pure function of the step and the birth."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -114,5 +115,8 @@ def test_what_comes_to_life_under_other_methods_warms_up_like_the_run_and_goes_o
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_lives_from_the_start_is_on_the_runs_schedule(method: str) -> None:
-    assert seen(rate_of_a_job(method), 0) == pytest.approx(schedule(WARMUP, STEPS))
+def test_what_lives_from_the_start_is_on_the_schedule_of_each_stage(method: str) -> None:
+    rate = rate_of_a_job(method)
+    stages = [end - start for start, end in pairwise((0, *rate.stages))]
+    wanted = [x for steps in stages for x in schedule(WARMUP, steps)]
+    assert seen(rate, 0) == pytest.approx(wanted) and len(wanted) == STEPS
