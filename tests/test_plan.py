@@ -5,14 +5,18 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from sparse_lora_dist.engine_config import world_problems
 from sparse_lora_dist.errors import ConfigError, UserError
 from sparse_lora_dist.methods import METHODS
+from sparse_lora_dist.methods.base import Decision, Method, MethodFactory, NoOptions, Scores
+from sparse_lora_dist.methods.form import Form, Site, low_rank
 from sparse_lora_dist.plan.advice import Limits, need_of, smallest_world
 from sparse_lora_dist.plan.forecast import forecast
 from sparse_lora_dist.plan.gathers import Bounds, gathered
@@ -126,7 +130,7 @@ def test_a_copy_that_is_written_beside_training_is_planned(
 @pytest.fixture(scope="module")
 def saved_in_4_bits(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model as bitsandbytes quantised it: scales in fp32, some linears left out."""
-    import torch
+
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     folder = tmp_path_factory.mktemp("saved") / "model"
@@ -326,6 +330,21 @@ def test_open_pieces_lie_on_the_first_rank(llama_70b: Shapes) -> None:
     assert 0.55 < found.on(4).peak <= 0.75
 
 
+def test_a_linear_counts_by_its_own_rank(llama_70b: Shapes) -> None:
+    def form(site: Site) -> Form:
+        return low_rank(replace(site, rank=1 + int(site.name)))
+
+    def decide(step: int, scores: Scores) -> Decision:
+        dead = [n for n in scores.shapes if n.startswith("3.")]
+        return Decision(live={n: torch.zeros(prod(scores.shapes[n])).bool() for n in dead})
+
+    method = Method(name="own", form=form, decides_at=lambda step: step == 0, decide=decide)
+    factory = MethodFactory(options=NoOptions, build=lambda options, plan: method, summary="")
+    live = forecast(factory, NoOptions(), llama_70b.plan).on(1)
+    # Ranks 1 to 8, without the one of rank 4.
+    assert live.first == live.last == pytest.approx(32 / 36)
+
+
 def test_moments_cost_8_bytes_a_live_entry_and_a_bit_each() -> None:
     assert moment_bytes(1000, 1000, 32, 0) == 8 * 1000 + 125
     assert moment_bytes(500, 1000, 8, 2) == 500 * (2 + 8 / 256 + 2) + 125
@@ -433,7 +452,7 @@ def test_architectures_are_planned_from_config_alone(
 
 def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path) -> None:
     """torch's saved_tensors_hooks on the real model, on the CPU, with real numbers."""
-    import torch
+
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from sparse_lora_dist.methods.base import Method
@@ -475,8 +494,6 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
 
 def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
     from unittest.mock import patch
-
-    import torch
 
     from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
     from sparse_lora_dist.plan import shape_step

@@ -42,9 +42,9 @@ class Live:
 class Forecast:
     """What lives, from decision to decision."""
 
-    profiles: tuple[dict[str, Tensor], ...]
-    """Tensor of a linear -> the fraction of the linears that have each of its entries alive, 1-D.
-    What all share is one."""
+    profiles: tuple[list[tuple[Tensor, int]], ...]
+    """Of tensors of one name and size: how many have each of their entries alive, 1-D; how many
+    there are, of what all linears share one."""
     birth_bytes: int
     """Of a birth for each live entry, where ages differ."""
 
@@ -53,14 +53,14 @@ class Forecast:
         fractions = [self._worst(profile, world_size) for profile in self.profiles]
         return Live(first=fractions[0], peak=max(fractions), last=fractions[-1])
 
-    def _worst(self, profile: dict[str, Tensor], world_size: int) -> float:
+    def _worst(self, profile: list[tuple[Tensor, int]], world_size: int) -> float:
         live = torch.zeros(world_size)
         size = 0
-        for fractions in profile.values():
-            share = -(-fractions.numel() // world_size)
-            padded = F.pad(fractions, (0, share * world_size - fractions.numel()))
+        for counts, number in profile:
+            share = -(-counts.numel() // world_size)
+            padded = F.pad(counts, (0, share * world_size - counts.numel()))
             live += padded.view(world_size, share).sum(1)
-            size += share
+            size += share * number
         return float(live.max()) / size
 
 
@@ -109,11 +109,11 @@ def _take(
         live[name] = new
 
 
-def _profile(live: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _profile(live: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
     masks = defaultdict(list)
     for name, mask in live.items():
-        masks[name.rpartition(".")[2]].append(mask.flatten().float())
-    return {key: torch.stack(of_all).mean(0) for key, of_all in masks.items()}
+        masks[name.rpartition(".")[2], mask.numel()].append(mask.flatten().float())
+    return [(torch.stack(alike).sum(0), len(alike)) for alike in masks.values()]
 
 
 class _RandomScores:
