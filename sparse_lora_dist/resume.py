@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, and whether it may: settled before a weight is read."""
 
+import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -11,6 +12,7 @@ from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.methods import Method
+from sparse_lora_dist.methods.form import draw_nothing
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.phases import together
 from sparse_lora_dist.screen import counted, say
@@ -127,6 +129,7 @@ def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[s
         "sequence_length": config.data.sequence_length,
         "rows_per_epoch": len(feed.rows),
         "global_batch": feed.global_batch,
+        **_what_chose(config, model, method),
         # Only so, since checkpoints that know of no other rows or tasks do not name them.
         **({"rows": feed.identity} if feed.identity else {}),
         **({"task": config.model.task, "classes": model.classes} if model.classes else {}),
@@ -153,6 +156,20 @@ def _check_global_batch(path: Path, saved: int, feed: Feed) -> None:
     raise UserError(
         f"{said} Take --micro_batch_size {micro} --gradient_accumulation_steps {own // micro}."
     )
+
+
+def _what_chose(config: Config, model: Model, method: Method) -> dict[str, Any]:
+    """Options that decided where values lie or what was folded away, where there is such: other
+    ones would put them elsewhere, or lose them."""
+    form = method.form(model.sites[0])
+    is_drawn = form.drawn is not draw_nothing
+    if method.rewriting is None and not form.kept and not is_drawn:
+        return {}
+    flat = config.as_flat_dict()
+    options = {f.name: flat[f.name] for f in fields(config.method_options)}
+    drawn_by = {"drawn by seed": config.train.seed} if is_drawn else {}
+    said: dict[str, Any] = json.loads(json.dumps(options | drawn_by))  # tuples as lists
+    return said
 
 
 def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> None:

@@ -51,17 +51,18 @@ class Rewriter:
         """After a step, or one that was refused; what the log is to say. Collective.
 
         Raises:
-            UserError: it was to choose by a gradient that is not finite.
+            UserError: it was to choose by a gradient or inputs that are not finite.
         """
         now = self.rewriting
         if now is None:
             return None
         if applied and now.squares_decay is not None:
             self._take_squares(now.squares_decay)
-        if not applied and any(a.watch and a.watch.gradient for a in self.adapters):
+        watches = [adapter.watch for adapter in self.adapters if adapter.watch is not None]
+        if not applied and any(watch.gradient or watch.rows for watch in watches):
             raise UserError(
-                f"step {step}: --method {self.shards.method.name} was to choose by a gradient "
-                "that is not finite. Lower --learning_rate, or take other data.",
+                f"step {step}: --method {self.shards.method.name} was to choose by a step that "
+                "is not finite. Lower --learning_rate, or take other data.",
                 shared=True,
             )
         decision = self._rewrite(now, step) if now.at(step) else None
@@ -94,6 +95,7 @@ class Rewriter:
         for i, adapter in enumerate(self.adapters):
             done = self._of_whole(now, now.write, i, step, measures_SK)
             trained |= self._put(adapter, done)
+            adapter.watch = None  # a share of a whole gradient may go with it
             for name, value in done.facts.items():
                 said[name].append(value)
             if done.computed is not None:
@@ -173,10 +175,8 @@ def _as_rank_0_has_it(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
     if comm.rank() == 0:
         try:
             own = ask(whole)
-        except FloatingPointError as error:
-            failure = f"step {whole.step}, {whole.site.name}: {error}. Lower --learning_rate."
-        except ValueError as error:
-            failure = f"step {whole.step}, {whole.site.name}: {error}."
+        except Exception as error:  # of whatever kind: no rank is to wait for an answer
+            failure = f"step {whole.step}, {whole.site.name}: {type(error).__name__}: {error}"
     kinds = {key: (tuple(t.shape), t.dtype) for key, t in own.tensors.items()}
     said = comm.broadcast_object((failure, kinds, own.computed, dict(own.facts)))
     failure, kinds, computed, facts = said

@@ -56,9 +56,9 @@ class Watch:
     def _take_gradient(self, x_TI: Tensor, grad_TO: Tensor) -> None:
         own_OI = grad_TO.float().t() @ x_TI.float()
         # Averaged, as DeepSpeed averages what trains: the loss was scaled up for it.
-        whole = comm.sum_over_ranks(own_OI).flatten() / comm.world_size()
+        whole = comm.sum_over_ranks(own_OI).flatten()
         start, stop = own_range(whole.numel())
-        self.gradient_share = self.gradient_share + whole[start:stop]
+        self.gradient_share = self.gradient_share + whole[start:stop] / comm.world_size()
 
     def gathered_rows(self) -> Tensor:
         """[N, I], of all ranks, in the order of the stream. Collective."""

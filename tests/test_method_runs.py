@@ -375,3 +375,32 @@ def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(
         assert not weight[unpack(kept, tuple(weight.shape))].any()
     with pytest.raises(UserError, match="--onto original: --method pst takes weights away"):
         export(load_request([*merged, str(tmp_path / "no"), "--onto", "original"]))
+
+
+@pytest.mark.parametrize(
+    ("began", "goes_on", "said"),
+    [
+        ("method=cola,cola_links=3", "method=cola,cola_links=1", "cola_links was 3, now None"),
+        ("method=mora,mora_restarts=1", "method=mora", "mora_restarts was 1, now None"),
+        (
+            "method=shira,shira_support=magnitude",
+            "method=shira",
+            "shira_support was 'magnitude', now 'random'",
+        ),
+        (
+            "method=prilora,prilora_sparsity=0",
+            "method=prilora",
+            "prilora_sparsity was None, now 0.5",
+        ),
+    ],
+)
+def test_a_resume_does_not_lose_or_move_what_was_chosen(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, began: str, goes_on: str, said: str
+) -> None:
+    def flags(words: str, **options: object) -> list[str]:
+        given = dict(word.split("=") for word in words.split(","))
+        return tiny.flags(tmp_path, max_steps=9, **given, **options)
+
+    ranks(1, TRAIN, flags=flags(began, stop_after=5))
+    (message,) = ranks(1, REFUSAL, flags=flags(goes_on, resume="auto"))
+    assert "belongs to another run" in message and said in message

@@ -274,7 +274,7 @@ def test_a_third_choice_for_which_there_is_no_room_is_refused() -> None:
     method, weight_OI = built(), weight()
     form = method.form(SITE)
     tensors, _ = rewritten(method, weight_OI, first(form), 0)
-    with pytest.raises(ValueError, match="more entries have left.*--sara_reselect 0"):
+    with pytest.raises(ValueError, match="more entries have left"):
         for _ in range(4):
             tensors["sara_values"] = 1.0 + tensors["sara_values"].abs()
             tensors, _ = rewritten(method, weight_OI, tensors, 5)

@@ -14,8 +14,9 @@ def save_own_type(run: Path, adapter: Path) -> int:
     """From the last checkpoint of ``run``; bytes of its weights on rank 0, 0 where PEFT has no such
     type. Collective."""
     with together(f"writing {adapter}"):
-        last = checkpoint.published(run / "checkpoints")[-1]
-        own = Trained.at(last).own_type() if comm.rank() == 0 else None
+        # On rank 0 alone: another node may see an earlier listing.
+        published = checkpoint.published(run / "checkpoints") if comm.rank() == 0 else []
+        own = Trained.at(published[-1]).own_type() if published else None
         if own is not None:
             temporary = adapter.with_name(f"{TEMPORARY}{adapter.name}")
             shutil.rmtree(temporary, ignore_errors=True)

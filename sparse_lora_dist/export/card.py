@@ -96,6 +96,8 @@ def _others(trained: Trained) -> dict[str, str]:
 
 def _losses(trained: Trained) -> dict[str, str]:
     """Held-out losses, first and at this step."""
+    if isinstance(trained, Union):  # nobody has measured a sum
+        return {}
     path = trained.path.parents[1] / "metrics.jsonl"
     rows = [r for r in read_rows(path) if r["step"] <= trained.step] if path.exists() else []
     losses = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]

@@ -48,6 +48,8 @@ class ExportConfig:
         problems = []
         if self.uniform_rank and self.format != "peft":
             problems.append(f"uniform_rank belongs to format peft, got {self.format}")
+        if self.plus is not None and not all(part.strip() for part in self.plus.split(",")):
+            problems.append(f"plus must be folders separated by commas, got {self.plus!r}")
         if self.own_type and (self.format != "peft" or self.uniform_rank):
             problems.append("own_type belongs to format peft, and not with uniform_rank")
         if self.format != "merged":

@@ -118,7 +118,7 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
             f"{base.folder} is not what the adapter was trained over, which came in 4 bits: add "
             "--onto original."
         )
-    if asked.onto == "original" and any(trained.method.form(s).masks_base for s in trained.sites):
+    if asked.onto == "original" and trained.masks_base:
         raise UserError(
             f"--onto original: --method {trained.method.name} takes weights away as it had them, "
             "in 4 bits; of the original ones something would be left. Leave the flag out."

@@ -128,6 +128,11 @@ class Trained:
         """Does what it adds depend on the base's weights?"""
         return any(self.method.form(site).reads_base for site in self.sites)
 
+    @property
+    def masks_base(self) -> bool:
+        """Does it take weights of the base away?"""
+        return any(self.method.form(site).masks_base for site in self.sites)
+
     def _linear(self, site: Site) -> nn.Module:
         """What its adapter lies over."""
         if not self.method.form(site).reads_base:

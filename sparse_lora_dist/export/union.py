@@ -16,6 +16,7 @@ from sparse_lora_dist.export.changes import Change
 from sparse_lora_dist.export.own_type import OwnType
 from sparse_lora_dist.export.peft_adapter import Pair
 from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.form import Site
 
 
@@ -75,10 +76,25 @@ class Union(Trained):
             found = {site.name: site for site in run.sites} | found
         return tuple(found.values())
 
+    @cached_property
+    def method(self) -> Method:
+        """The first run's."""
+        return self.first.method
+
+    @cached_property
+    def full(self) -> tuple[str, ...]:
+        """Those of the first run: others have none."""
+        return self.first.full
+
     @property
     def is_lora(self) -> bool:
         """Is what each adds a LoRA everywhere?"""
         return self.first.is_lora and all(run.is_lora for run in self.others)
+
+    @property
+    def masks_base(self) -> bool:
+        """Such runs are refused."""
+        return False
 
     def own_type(self) -> OwnType | None:
         """PEFT has none of sums."""
@@ -114,6 +130,19 @@ def _check(run: Trained, first: Trained) -> None:
         raise UserError(
             f"--plus: {run.path} trained {', '.join(run.manifest['full_modules'])} in full, which "
             "cannot be added. Name that run first."
+        )
+    for name in ("quantization", "double_quant", "precision"):
+        was, own = getattr(first.config.model, name), getattr(run.config.model, name)
+        if was != own:
+            raise UserError(
+                f"--plus: {first.path} was trained with --{name} {was}, {run.path} with {own}. "
+                "Only what was trained over the same weights adds up."
+            )
+    whole = set(first.manifest["full_modules"])
+    if both := [site.name for site in run.sites if run is not first and site.name in whole]:
+        raise UserError(
+            f"--plus: {first.path} trained {both[0]} in full, {run.path} adapts it. They cannot be "
+            "added."
         )
     if run.reads_base:
         raise UserError(

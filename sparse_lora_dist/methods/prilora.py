@@ -1,146 +1,178 @@
-"""PRILoRA: ranks that grow with depth, and an A of which the less important half is zeroed.
+"""PRILoRA: ranks that rise with depth, and an A whose least important entries are zeroed again and
+again.
 
-Benedek and Wolf 2024, arXiv:2401.11316. W + (alpha / R) B A with A r x I and B O x r, where r grows
-linearly from the first layer to the last and is R, ``--rank``, in the mean: layers of equal shapes
-train as many entries as LoRA of rank R. Every so many steps the entries of least importance
+Benedek and Wolf 2024, arXiv:2401.11316. W + s B_l A_l, with A and B as in LoRA and a rank r_l that
+is linear in the depth l: from --prilora_first at the bottom up to 2 * --rank - prilora_first, so
+that the ranks of all layers add up to --rank times their number. s is alpha / --rank in all of
+them: a piece of the top counts as much as one of the bottom. Every so many steps the share
+``--prilora_sparsity`` of each row of A of the smallest
 
-    |a_ri| * sqrt(mean of x_i^2)
+    |a_ri| sqrt(mean x_i^2)
 
-in each row of A become zero. They go on to receive gradient, their moments stay, and they may come
-back. The mean is a running one, over the tokens of all ranks, of the input as it is before dropout.
+is zeroed. The mean is a running one of the site's input before dropout, over the tokens of all
+rows and ranks. Where nothing is known of the input, |a_ri| alone is compared.
 
-Only the abstract and secondary descriptions were at hand: the grouping by rows, the ramp from R / 2
-to 3 R / 2, the 40 steps and the half are as those have them. Every layer is scaled by alpha / R, so
-that a piece counts for as much wherever it lies.
+A zeroed entry keeps its moments and its gradient, and moves again at the next step: A is sparse in
+the end only if the last step prunes.
 
-Shapes: I in_features, O out_features, R rank of a site.
+The paper gives no code that could be read. Not confirmed by it are: ranks 4 to 12, 40 steps and
+half of A as defaults; that entries are compared within a row; that zeroed ones may return; the
+running mean's decay; a constant s.
+
+A site's layer is the first whole number in its name, "model.layers.3.self_attn.q_proj", or where
+there is none the site itself. Layers lie as their first sites do in the model.
+
+Shapes: I in_features, R the site's rank, L layers.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.chosen import k_largest
 from sparse_lora_dist.methods.form import Form, Site, TensorSpec, kaiming_uniform, zeros
 from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
 
 EVERY = 40
-"""Steps between two prunings, in runs that are long enough for ten of them."""
+"""Steps between two prunings, in a run that has room for four."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriloraOptions:
-    """PRILoRA: ranks grow with depth, A is pruned"""
+class PriLoraOptions:
+    """PRILoRA: ranks rise with depth, A is pruned"""
 
     prilora_first: int | None = None
-    """Rank in the first layer; that of the last follows, since --rank is the mean. null: half of
-    --rank."""
+    """Rank of the bottom layer; --rank is the mean, and the top layer's is as much above it as this
+    is below. null: half of --rank, or the nearest that fits the linears."""
     prilora_sparsity: float = 0.5
-    """Share of each row of A that a pruning zeroes, in [0, 1); 0 prunes nothing."""
+    """Share of each row of A that a pruning zeroes, in [0, 1); 0 never prunes."""
     prilora_every: int | None = None
-    """Steps between two prunings; null: 40, or a tenth of the run where that is less."""
+    """Steps between two prunings; null: 40, or a quarter of what follows prilora_start, if that is
+    less."""
+    prilora_start: int = 0
+    """Steps after which the first prilora_every begins."""
     prilora_decay: float = 0.9
-    """What stays of the running mean of squared inputs at each step, in [0, 1)."""
+    """How much of the running mean of squared inputs stays at each step, in [0, 1)."""
 
     def __post_init__(self) -> None:
         problems = []
-        for name in ("prilora_sparsity", "prilora_decay"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                problems.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
         for name in ("prilora_first", "prilora_every"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if (value := getattr(self, name)) is not None and value < 1:
                 problems.append(f"{name} must be at least 1, got {value}")
+        if self.prilora_start < 0:
+            problems.append(f"prilora_start must be at least 0, got {self.prilora_start}")
+        for name in ("prilora_sparsity", "prilora_decay"):
+            if not 0.0 <= (share := getattr(self, name)) < 1.0:
+                problems.append(f"{name} must be in [0, 1), got {share}")
         if problems:
             raise ValueError("; ".join(problems))
 
 
-def prilora(options: PriloraOptions, plan: Plan) -> Method:
-    """Prunes A at every so many steps.
+def prilora(options: PriLoraOptions, plan: Plan) -> Method:
+    """Gives every layer its rank, and prunes A.
 
     Raises:
-        ValueError: the ramp would end below rank 1.
+        ValueError: the linears have no such ranks, or the run is over before the first pruning.
     """
-    ranks = ranks_of(plan.sites, options.prilora_first)
-    every = options.prilora_every or min(EVERY, max(1, plan.total_steps // 10))
+    ranks = ranks_of_layers(plan.sites, options.prilora_first)
 
-    def write(whole: Whole) -> Rewritten:
-        return pruned(whole, options.prilora_sparsity)
+    def form(site: Site) -> Form:
+        # The memory planner also plays with sites that the plan does not know.
+        rank = ranks.get(layer_of(site), site.rank)
+        a_shape, b_shape = (rank, site.in_features), (site.out_features, rank)
+        return Form(
+            tensors={
+                "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform),
+                "lora_b": TensorSpec(shape=b_shape, init=zeros),
+            }
+        )
 
-    rewriting = Rewriting(
-        at=lambda step: step > 0 and step % every == 0,
-        write=write,
+    return Method(name="prilora", form=form, rewriting=pruning(options, plan.total_steps))
+
+
+def layer_of(site: Site) -> str:
+    """The first whole number in its name, or the name."""
+    return next((part for part in site.name.split(".") if part.isdecimal()), site.name)
+
+
+def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
+    """Layer -> the rank of its sites.
+
+    Raises:
+        ValueError: a ramp from ``first`` does not keep the mean, or has a rank above a side.
+    """
+    sides: dict[str, int] = {}
+    for site in sites:
+        side = min(site.in_features, site.out_features)
+        sides[layer_of(site)] = min(side, sides.get(layer_of(site), side))
+    mean = sites[0].rank
+
+    def fits(start: int) -> bool:
+        ranks = ramp(start, mean, len(sides))
+        within = all(1 <= r <= side for r, side in zip(ranks, sides.values(), strict=True))
+        return within and sum(ranks) == mean * len(sides)
+
+    wanted = max(1, mean // 2) if first is None else first
+    fitting = [start for start in range(1, 2 * mean) if fits(start)]
+    nearest = min(fitting, key=lambda start: abs(start - wanted), default=mean)
+    if first not in (None, nearest):
+        raise ValueError(
+            f"prilora_first is {first}: with --rank {mean} as the mean the top layer would have "
+            f"{2 * mean - wanted}. Ranks go from 1 to the shortest side of a layer's linears, and "
+            f"a single layer has --rank; the nearest that works is {nearest}"
+        )
+    return dict(zip(sides, ramp(nearest, mean, len(sides)), strict=True))
+
+
+def ramp(first: int, mean: int, layers: int) -> list[int]:
+    """Whole numbers from ``first`` to 2 * mean - first, nearest to a line, whose mean is ``mean``:
+    of what the line has after the point, the largest are rounded up."""
+    steps = max(1, layers - 1)
+    parts = [divmod(first * steps + 2 * (mean - first) * i, steps) for i in range(layers)]
+    missing = sum(left for _, left in parts) // steps
+    order = sorted(range(layers), key=lambda i: parts[i][1], reverse=True)
+    return [whole + (i in order[:missing]) for i, (whole, _) in enumerate(parts)]
+
+
+def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
+    """None where nothing is to be pruned.
+
+    Raises:
+        ValueError: the run is over before.
+    """
+    sparsity, start = options.prilora_sparsity, options.prilora_start
+    if sparsity == 0.0:
+        return None
+    every = options.prilora_every or max(1, min(EVERY, (total_steps - start) // 4))
+    if start + every > total_steps:
+        raise ValueError(
+            f"prilora_start {start} and prilora_every {every} prune first at step {start + every}, "
+            f"and the run has {total_steps}: take at most {total_steps} for their sum, or "
+            "prilora_sparsity 0"
+        )
+    return Rewriting(
+        at=lambda step: step > start and (step - start) % every == 0,
+        write=lambda whole: pruned(whole, sparsity),
         reads_weight=False,
         squares_decay=options.prilora_decay,
-    )
-    return Method(
-        name="prilora",
-        form=lambda site: pair_of(site, ranks[site.name]),
-        rewriting=rewriting if options.prilora_sparsity > 0.0 else None,
-    )
-
-
-def ranks_of(sites: Sequence[Site], first: int | None) -> dict[str, int]:
-    """Site -> its rank."""
-    depths = depths_of(sites)
-    of_depth = ramp(len(set(depths.values())), sites[0].rank, first)
-    return {name: of_depth[depth] for name, depth in depths.items()}
-
-
-def depths_of(sites: Sequence[Site]) -> dict[str, int]:
-    """Site -> its layer, counted from 0: by the first whole number in its name; where names have
-    none, a layer is a site."""
-    numbers = {site.name: re.search(r"(?:^|\.)(\d+)(?=\.|$)", site.name) for site in sites}
-    if not all(numbers.values()):
-        return {site.name: i for i, site in enumerate(sites)}
-    layers = {name: int(found[1]) for name, found in numbers.items() if found}
-    order = sorted(set(layers.values()))
-    return {name: order.index(layer) for name, layer in layers.items()}
-
-
-def ramp(layers: int, mean: int, first: int | None) -> list[int]:
-    """Whole ranks along the line from ``first`` to 2 ``mean`` - ``first``, which add up to
-    ``layers * mean`` exactly: differences of its rounded sums.
-
-    Raises:
-        ValueError: the last would be below 1.
-    """
-    first = max(1, mean // 2) if first is None else first
-    if first >= 2 * mean:
-        raise ValueError(
-            f"prilora_first {first} and a mean of --rank {mean} leave {2 * mean - first} for the "
-            f"last layer; take at most {2 * mean - 1}"
-        )
-    step = 2 * (mean - first) / max(layers - 1, 1)
-    start = first if layers > 1 else mean
-    sums = [round(n * start + step * n * (n - 1) / 2) for n in range(layers + 1)]
-    return [after - before for before, after in zip(sums, sums[1:], strict=False)]
-
-
-def pair_of(site: Site, rank: int) -> Form:
-    """LoRA's pair of this rank. Without pieces: those of a site are counted by --rank."""
-    a_shape, b_shape = (rank, site.in_features), (site.out_features, rank)
-    return Form(
-        tensors={
-            "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform),
-            "lora_b": TensorSpec(shape=b_shape, init=zeros),
-        }
     )
 
 
 def pruned(whole: Whole, sparsity: float) -> Rewritten:
-    """A with the share ``sparsity`` of each row at zero, of equal ones the first."""
-    a_RI = whole.tensors["lora_a"]
-    scores_RI = a_RI.abs().double()
-    if whole.squares_I is not None:
-        scores_RI = scores_RI * whole.squares_I.sqrt()
-    count = int(sparsity * a_RI.shape[1])
-    least = scores_RI.argsort(dim=1, stable=True)[:, :count]
-    a_RI = a_RI.scatter(1, least, 0.0)
-    share = float((a_RI == 0).double().mean())
-    return Rewritten(tensors={"lora_a": a_RI}, facts={"zeros_in_a": share})
+    """A with ``sparsity`` of each row, rounded down, at zero."""
+    a_RI, squares_I = whole.tensors["lora_a"], whole.squares_I
+    importance_RI = a_RI.abs().double()
+    if squares_I is not None:
+        importance_RI = importance_RI * squares_I.sqrt()
+    keep = a_RI.shape[1] - int(sparsity * a_RI.shape[1])
+    kept_RI = torch.stack([k_largest(importance_I, keep) for importance_I in importance_RI])
+    a_RI = torch.where(kept_RI, a_RI, 0.0)
+    zeros_in_a = float((a_RI == 0.0).double().mean())
+    return Rewritten(tensors={"lora_a": a_RI}, facts={"zeros_in_a": zeros_in_a})
 
 
 PRILORA = MethodFactory(
-    options=PriloraOptions, build=prilora, summary="ranks grow with depth, A is pruned by its input"
+    options=PriLoraOptions, build=prilora, summary="ranks rise with depth, A is pruned and regrows"
 )

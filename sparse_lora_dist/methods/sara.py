@@ -191,7 +191,7 @@ def choose(whole: Whole) -> Rewritten:
         if int((rest_E > 0.0).sum()) > room:
             raise ValueError(
                 f"more entries have left what trains than there is room for ({room:,}): the "
-                "schedule began anew (--reset) after a re-selection. Add --sara_reselect 0"
+                "schedule began anew after a re-selection, which SaRA has no place for"
             )
         places_C = first_of(rest_E, room)
         tensors["sara_left_places"] = places_C.to(before.dtype)

@@ -26,6 +26,7 @@ Shapes: T tokens, I in_features, O out_features, N entries that train.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -148,7 +149,9 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
             return {"shira_places": stratified(count, weight, seed, device)}
         if support in CHOSEN:
             return {}
-        return {"shira_places": structured(site, wanted, support, device)}
+        if device.type == "meta":  # who plans wants sizes
+            return {"shira_places": torch.empty(count, dtype=torch.int64, device=device)}
+        return {"shira_places": structured(site, wanted, support).to(device)}
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         y_TO: Tensor = SparseProduct.apply(  # type: ignore[no-untyped-call]
@@ -192,15 +195,16 @@ def structured_count(site: Site, count: int, support: Support) -> int:
     return len(lines_K) * length + diagonal - int((lines_K < diagonal).sum())
 
 
-def structured(site: Site, count: int, support: Support, device: torch.device) -> Tensor:
-    """Flat places, ascending: the diagonal, and as many evenly spaced rows, or columns, as
-    ``count`` entries pay for beside it."""
+@cache
+def structured(site: Site, count: int, support: Support) -> Tensor:
+    """Flat places, ascending, on the CPU: the diagonal, and as many evenly spaced rows, or columns,
+    as ``count`` entries pay for beside it."""
     lines_K, length, diagonal = lines_of(site, count, support)
-    lines_K, along = lines_K.to(device), torch.arange(length, device=device)
+    along = torch.arange(length)
     in_lines = lines_K[:, None] * site.in_features + along
     if support == "columns":
         in_lines = lines_K[:, None] + along * site.in_features
-    beside = torch.arange(diagonal, device=device)
+    beside = torch.arange(diagonal)
     beside = beside[~torch.isin(beside, lines_K)] * (site.in_features + 1)
     return torch.cat([in_lines.flatten(), beside]).sort().values
 
