@@ -300,7 +300,7 @@ BAD = {
     "target above": (["adalora_target_rank=5"], ["makes 70 pieces", "raise rank"]),
     "target below": (["adalora_target_rank=0.5"], ["adalora_target_rank must be at least 1"]),
     "another's": (["adalora_every=2", "method=lora"], ["belongs to method adalora"]),
-    "a support": (["method=shira", "rank=40"], ["40 makes 5,120 entries of its 4,096; take 32 or"]),
+    "a support": (["method=shira", "rank=22"], ["22 makes 2,112 entries of its 2,048; take 21 or"]),
     "sides": (["melora_blocks=7"], ["64", "7"]),
     "shapes": (["lorta_heads=2"], ["all linears must have one shape", "--target_modules q_proj,"]),
     "restarts": (["mora_restarts=4"], ["mora_restarts is 4, and the run has 4 steps", "3 fit"]),
