@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -99,7 +100,12 @@ class BaseStorages:
     def after_forward(self, logits: Tensor) -> Alive:
         """What is left, with the graph still there."""
         kept = {t.untyped_storage()._cdata for t in saved_tensors(logits)}
-        living = [entry for entry in self.seen if not entry[1].expired()]
+        # A thread that moved a tensor may let go of it a moment after who waited for it goes on.
+        for _ in range(100):
+            living = [entry for entry in self.seen if not entry[1].expired()]
+            if not any(entry[1].cdata not in kept for entry in living):
+                break
+            time.sleep(0.02)
         return Alive(
             used=_by_kind(self.seen),
             alive=_by_kind(living),
