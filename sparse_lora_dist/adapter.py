@@ -257,7 +257,8 @@ def inject(
             values = initial.get(name) or _drawn(spec, seed_of(row_seeds.seed, name))
             parameters[key] = builder.parameter(spec.shape, values, trainable=True)
         for key, kept in form.kept.items():
-            parameters[key] = builder.bytes(clothes_for(kept.num_bytes, builder.dtype), _nothing)
+            shape = (clothes_for(kept.num_bytes, builder.dtype),)
+            parameters[key] = builder.parameter(shape, _nothing, in_memory=True)
         adapter = AdapterLinear(
             base,
             site,

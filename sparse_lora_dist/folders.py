@@ -3,6 +3,7 @@ all of it is on disk."""
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY, REPLACED = ".tmp_", ".replaced_"
@@ -28,6 +29,17 @@ def put_in_place(temporary: Path, final: Path) -> None:
         raise
     sync(final.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
+    """What ``write`` makes of an empty place beside ``folder``, on the disk, in the name of
+    ``folder``; what it returned."""
+    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    size = write(temporary)
+    sync_all(temporary)
+    put_in_place(temporary, folder)
+    return size
 
 
 def write_whole(path: Path, text: str) -> None:

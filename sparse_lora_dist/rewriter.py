@@ -7,6 +7,7 @@ Shapes: I in_features, O out_features, S sites.
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
+from math import prod
 from statistics import fmean
 
 import torch
@@ -20,6 +21,7 @@ from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.screen import say
 from sparse_lora_dist.shards import Shards
 from sparse_lora_dist.watching import Watch
+from sparse_lora_dist.zero3_shares import as_share, share_of
 
 
 class Rewriter:
@@ -147,9 +149,7 @@ class Rewriter:
     def _master(self, adapter: AdapterLinear, key: str) -> Tensor:
         """A trained tensor in fp32, whole."""
         piece = self.shards.sites.piece(self.shards.sparse, adapter.site.name, key)
-        own = self.shards.engine.master(piece).new_zeros(piece.share)
-        own[: piece.length] = self.shards.engine.master(piece)
-        return comm.all_gather_flat(own.to(comm.device()), piece.numel).view(piece.shape)
+        return _whole_of(self.shards.engine.master(piece), piece.share, piece.shape)
 
     def _put(self, adapter: AdapterLinear, done: Rewritten) -> bool:
         """Every rank its share; was a trained tensor among them?"""
@@ -194,7 +194,10 @@ def _gradient(adapter: AdapterLinear, watch: Watch | None) -> Tensor | None:
     if watch is None or not isinstance(watch.gradient_share, Tensor):
         return None
     shape = adapter.site.out_features, adapter.site.in_features
-    share = -(-shape[0] * shape[1] // comm.world_size())
-    own = watch.gradient_share.new_zeros(share)
-    own[: len(watch.gradient_share)] = watch.gradient_share
-    return comm.all_gather_flat(own, shape[0] * shape[1]).view(shape)
+    return _whole_of(watch.gradient_share, share_of(prod(shape)), shape)
+
+
+def _whole_of(own: Tensor, share: int, shape: tuple[int, ...]) -> Tensor:
+    """From every rank's part, of which ``share`` is the largest. Collective."""
+    padded = as_share(own, share, own.dtype, comm.device())
+    return comm.all_gather_flat(padded, prod(shape)).view(shape)

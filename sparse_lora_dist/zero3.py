@@ -116,19 +116,21 @@ class ShardBuilder:
         self.device = cast(torch.device, self._init.local_device)
 
     def parameter(
-        self, shape: tuple[int, ...], values: Values, *, trainable: bool = False
+        self,
+        shape: tuple[int, ...],
+        values: Values,
+        *,
+        trainable: bool = False,
+        in_memory: bool = False,
     ) -> nn.Parameter:
-        """A sharded parameter of ``shape``; ``values`` is asked once, for this rank's share."""
-        nothing = torch.empty(1, dtype=self.dtype, device=self.device).expand(shape)
-        parameter = nn.Parameter(nothing, requires_grad=trainable)
-        self._init.fill(parameter, values)
-        return parameter
+        """A sharded parameter of ``shape``; ``values`` is asked once, for this rank's share.
 
-    def bytes(self, numel: int, values: Values) -> nn.Parameter:
-        """``numel`` elements' worth of bytes that are never numbers and never on a disk."""
-        nothing = torch.empty(1, dtype=self.dtype, device=self.device).expand(numel)
-        parameter: ZeroParameter = nn.Parameter(nothing, requires_grad=False)
-        parameter.stays_in_memory = True
+        Args:
+            in_memory: it stays there where others go to NVMe, and may be filled anew.
+        """
+        nothing = torch.empty(1, dtype=self.dtype, device=self.device).expand(shape)
+        parameter: ZeroParameter = nn.Parameter(nothing, requires_grad=trainable)
+        parameter.stays_in_memory = in_memory
         self._init.fill(parameter, values)
         return cast(nn.Parameter, parameter)
 

@@ -1,12 +1,13 @@
 """The adapter that a run leaves where its updates are no LoRA: PEFT's own type, if there is one."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 from sparse_lora_dist import checkpoint, comm
 from sparse_lora_dist.export.own_type import write_own_type
 from sparse_lora_dist.export.trained import Trained
-from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
+from sparse_lora_dist.folders import replace_whole
 from sparse_lora_dist.phases import together
 
 
@@ -18,12 +19,7 @@ def save_own_type(run: Path, adapter: Path) -> int:
         published = checkpoint.published(run / "checkpoints") if comm.rank() == 0 else []
         own = Trained.at(published[-1]).own_type() if published else None
         if own is not None:
-            temporary = adapter.with_name(f"{TEMPORARY}{adapter.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            size = write_own_type(temporary, own)
-            sync_all(temporary)
-            put_in_place(temporary, adapter)
-            return size
+            return replace_whole(adapter, partial(write_own_type, trained=own))
         if comm.rank() == 0:  # an earlier attempt's is not this run's end
             shutil.rmtree(adapter, ignore_errors=True)
     return 0

@@ -5,9 +5,9 @@ O out_features.
 """
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparse_lora_dist import comm, zero3
 from sparse_lora_dist.adapter import AdapterLinear
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync_all
+from sparse_lora_dist.folders import replace_whole
 from sparse_lora_dist.phases import together
 
 PREFIX = "base_model.model."
@@ -126,12 +126,7 @@ def save_peft(
                 task_type=task_type,
                 classes=classes,
             )
-            temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
-            shutil.rmtree(temporary, ignore_errors=True)
-            size = write_peft(temporary, trained)
-            sync_all(temporary)
-            put_in_place(temporary, folder)
-            return size
+            return replace_whole(folder, partial(write_peft, trained=trained))
     return 0
 
 
