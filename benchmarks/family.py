@@ -11,11 +11,10 @@ import tempfile
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import harmonic_mean, mean, stdev
 from typing import Any
 
 from _job import RESULTS, header, stored, train, write
-from study import processor_seconds
 
 SEEDS = (0, 1, 2)
 OPTIONS: dict[str, dict[str, str]] = {
@@ -66,13 +65,13 @@ def one(method: str, seed: int) -> Row:
     """A run: what it reached, what it took."""
     flags = {"method": method, "seed": str(seed), **JOB, **OPTIONS[method]}
     flags["learning_rate"] = RATES.get(method, JOB["learning_rate"])
-    before = processor_seconds()
     with tempfile.TemporaryDirectory() as folder:
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
         rows = train(*words, folder=folder)
         newest = max((Path(folder) / "checkpoints").glob("step_*/manifest.json"))
         shapes = json.loads(newest.read_text())["tensors"].values()
     losses = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
+    trained = [row for row in rows if "tokens_per_s" in row]
     return {
         "method": method,
         "seed": seed,
@@ -81,7 +80,8 @@ def one(method: str, seed: int) -> Row:
         "parameters": sum(map(prod, shapes)),
         "live": rows[-1]["live_entries"],
         "peak_memory_bytes": max(row.get("peak_memory_bytes", 0) for row in rows),
-        "seconds": processor_seconds() - before,
+        # Not the first step's, in which much is set up.
+        "seconds_per_token": 1 / harmonic_mean([row["tokens_per_s"] for row in trained[1:]]),
     }
 
 
@@ -90,10 +90,10 @@ def report(found: list[Row]) -> str:
     lines = [
         f"`make bench-methods`: {JOB['max_steps']} steps of 8 rows at {JOB['learning_rate']}, 2 CPU"
         f" ranks, {len(SEEDS)} seeds; {found[0]['before']:.3f} nats a token before; {rates()}. "
-        "Options: `benchmarks/family.py`. Peak memory of a rank, and time on processors of the "
-        "whole program: in LoRA's.",
+        "Options: `benchmarks/family.py`. Peak memory of a rank, and time of a step, with what the "
+        "method does between two: in LoRA's.",
         "",
-        *header("held-out loss", "parameters", "live at the end", "peak", "time", first="method"),
+        *header("held-out loss", "parameters", "live at the end", "peak", "step", first="method"),
     ]
     usual = [row for row in found if row["method"] == "lora"]
     for method in OPTIONS:
@@ -104,7 +104,7 @@ def report(found: list[Row]) -> str:
         spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
         relative = (
             mean(row[key] for row in own) / mean(row[key] for row in usual)
-            for key in ("peak_memory_bytes", "seconds")
+            for key in ("peak_memory_bytes", "seconds_per_token")
         )
         numbers = (f"{mean(row[key] for row in own):,.0f}" for key in ("parameters", "live"))
         cells = (f"{mean(losses):.3f}{spread}", *numbers, *(f"{r:.2f}" for r in relative))

@@ -51,7 +51,9 @@ class Submitted:
     @property
     def last_step(self) -> int:
         path = self.folder / "metrics.jsonl"
-        return int(read_rows(path)[-1]["step"]) if path.exists() else 0
+        # The file is there a moment before its first row.
+        rows = read_rows(path) if path.exists() else []
+        return int(rows[-1]["step"]) if rows else 0
 
     @property
     def state(self) -> str:
