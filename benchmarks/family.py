@@ -2,21 +2,28 @@
 
     make bench-methods
 
-The embedded model and its slice of GSM8K; rank 4 of plain LoRA sets the number. Every run is kept
-in results/family.json as it ends: started again, the script makes what is missing.
+The embedded model and its slice of GSM8K; rank 4 of plain LoRA sets the number. Each method first
+looks for its learning rate, with a seed of its own. Every run is kept in results/family.json as it
+ends: started again, the script makes what is missing.
 """
 
 import json
 import tempfile
 from collections.abc import Iterator
-from math import prod
+from math import inf, isfinite, prod
 from pathlib import Path
 from statistics import harmonic_mean, mean, stdev
 from typing import Any
 
 from _job import RESULTS, header, stored, train, write
+from methods import acting
+from safetensors.torch import load_file
 
 SEEDS = (0, 1, 2)
+LOOKING = 3
+"""The seed with which a learning rate is looked for."""
+RATES = ("3e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1", "3e-1")
+FIRST = RATES.index("1e-2")
 OPTIONS: dict[str, dict[str, str]] = {
     "lora": {"rank": "4"},
     "adalora": {"adalora_target_rank": "4"},
@@ -38,62 +45,105 @@ OPTIONS: dict[str, dict[str, str]] = {
 }
 """What brings each to LoRA's number; rank 16 where none is said. Where pieces or entries die, at
 the end of the run."""
-JOB = {"max_steps": "40", "learning_rate": "1e-2", "eval_every": "0"}
-RATES = {"pst": "1e-3"}
-"""Learning rates of methods for which the others' is far off: PST's U begins at N(0, 1)."""
+JOB = {"max_steps": "40", "eval_every": "0"}
 Row = dict[str, Any]
 
 
 def main() -> None:
     """What is missing, then the table and the plot of all there is."""
     found: list[Row] = stored("family.json") or []
-    for method, seed in missing(found):
-        found.append(one(method, seed))
+    for case in missing(found):
+        found.append(one(*case))
         print(found[-1], flush=True)
         (RESULTS / "family.json").write_text(json.dumps(found, indent=1) + "\n")
     write("family.md", report(found))
     plot(found, RESULTS / "family.png")
 
 
-def missing(found: list[Row]) -> Iterator[tuple[str, int]]:
-    """All methods with a seed before the next seed."""
+def missing(found: list[Row]) -> Iterator[tuple[str, int, str]]:
+    """(method, seed, learning rate): rates first, then all methods with a seed before the next.
+    ``found`` grows meanwhile."""
+    for method in OPTIONS:
+        while (rate := untried(looked(found, method))) is not None:
+            yield method, LOOKING, rate
     done = {(row["method"], row["seed"]) for row in found}
-    yield from ((m, seed) for seed in SEEDS for m in OPTIONS if (m, seed) not in done)
+    for seed in SEEDS:
+        for method in OPTIONS:
+            if (method, seed) not in done:
+                yield method, seed, best(looked(found, method))
 
 
-def one(method: str, seed: int) -> Row:
+def looked(found: list[Row], method: str) -> dict[str, float]:
+    """Learning rate -> held-out loss."""
+    own = [row for row in found if (row["method"], row["seed"]) == (method, LOOKING)]
+    return {row["learning_rate"]: row["held_out"] for row in own}
+
+
+def best(losses: dict[str, float]) -> str:
+    """The learning rate of least loss; one that is not finite is none."""
+    return min(losses, key=lambda rate: losses[rate] if isfinite(losses[rate]) else inf)
+
+
+def untried(losses: dict[str, float]) -> str | None:
+    """The best and both its neighbours are tried."""
+    at = RATES.index(best(losses)) if losses else FIRST
+    near = [RATES[at], *RATES[max(at - 1, 0) : at], *RATES[at + 1 : at + 2]]
+    return next((rate for rate in near if rate not in losses), None)
+
+
+def one(method: str, seed: int, rate: str) -> Row:
     """A run: what it reached, what it took."""
-    flags = {"method": method, "seed": str(seed), **JOB, **OPTIONS[method]}
-    flags["learning_rate"] = RATES.get(method, JOB["learning_rate"])
+    flags = {"method": method, "seed": str(seed), "learning_rate": rate, **JOB, **OPTIONS[method]}
     with tempfile.TemporaryDirectory() as folder:
         words = [word for name, value in flags.items() for word in (f"--{name}", value)]
         rows = train(*words, folder=folder)
         newest = max((Path(folder) / "checkpoints").glob("step_*/manifest.json"))
         shapes = json.loads(newest.read_text())["tensors"].values()
+        live = that_act(Path(folder) / "adapter", rows[-1]["live_entries"])
     losses = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
     trained = [row for row in rows if "tokens_per_s" in row]
     return {
         "method": method,
         "seed": seed,
+        "learning_rate": rate,
         "before": losses[0],
         "held_out": losses[-1],
         "parameters": sum(map(prod, shapes)),
-        "live": rows[-1]["live_entries"],
+        "live": live,
         "peak_memory_bytes": max(row.get("peak_memory_bytes", 0) for row in rows),
         # Not the first step's, in which much is set up.
         "seconds_per_token": 1 / harmonic_mean([row["tokens_per_s"] for row in trained[1:]]),
     }
 
 
-def report(found: list[Row]) -> str:
+def that_act(adapter: Path, live: int) -> int:
+    """Of ``live`` entries those of pieces that do something: SoRA steps also those whose gate is
+    zero, since it may open again. An exported pair may be wider than what trains."""
+    file = adapter / "adapter_model.safetensors"
+    weights = load_file(file) if file.exists() else {}
+    is_lora = any(name.endswith("lora_A.weight") for name in weights)
+    return min(live, acting(weights)) if is_lora else live
+
+
+def report(everything: list[Row]) -> str:
     """Markdown, a line a method."""
+    found = [row for row in everything if row["seed"] in SEEDS]
     lines = [
-        f"`make bench-methods`: {JOB['max_steps']} steps of 8 rows at {JOB['learning_rate']}, 2 CPU"
-        f" ranks, {len(SEEDS)} seeds; {found[0]['before']:.3f} nats a token before; {rates()}. "
+        f"`make bench-methods`: {JOB['max_steps']} steps of 8 rows on 2 CPU ranks, "
+        f"{len(SEEDS)} seeds; {found[0]['before']:.3f} nats a token before. Learning rate: of "
+        f"{', '.join(RATES)} the best of another seed, its neighbours tried. "
         "Options: `benchmarks/family.py`. Peak memory of a rank, and time of a step, with what the "
         "method does between two: in LoRA's.",
         "",
-        *header("held-out loss", "parameters", "live at the end", "peak", "step", first="method"),
+        *header(
+            "held-out loss",
+            "learning rate",
+            "parameters",
+            "live at the end",
+            "peak",
+            "step",
+            first="method",
+        ),
     ]
     usual = [row for row in found if row["method"] == "lora"]
     for method in OPTIONS:
@@ -107,14 +157,14 @@ def report(found: list[Row]) -> str:
             for key in ("peak_memory_bytes", "seconds_per_token")
         )
         numbers = (f"{mean(row[key] for row in own):,.0f}" for key in ("parameters", "live"))
-        cells = (f"{mean(losses):.3f}{spread}", *numbers, *(f"{r:.2f}" for r in relative))
+        cells = (
+            f"{mean(losses):.3f}{spread}",
+            own[0]["learning_rate"],
+            *numbers,
+            *(f"{r:.2f}" for r in relative),
+        )
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def rates() -> str:
-    """Who has another learning rate."""
-    return ", ".join(f"{method} at {rate}" for method, rate in RATES.items())
 
 
 def plot(found: list[Row], path: Path) -> None:
@@ -126,7 +176,7 @@ def plot(found: list[Row], path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6.5, 4))
     for method in OPTIONS:
-        own = [row for row in found if row["method"] == method]
+        own = [row for row in found if row["method"] == method and row["seed"] in SEEDS]
         if own:
             losses = [row["held_out"] for row in own]
             spread = stdev(losses) if len(losses) > 1 else 0.0
