@@ -273,14 +273,17 @@ class Job:
 
 
 def _learning_rate(config: Config, method: Method, total_steps: int) -> LearningRate:
-    train, warmup = config.train, method.newborn_warmup
+    train, rewriting = config.train, method.rewriting
+    newborn = train.warmup_steps if method.newborn_warmup is None else method.newborn_warmup
+    if rewriting is not None and rewriting.resets_moments:
+        newborn = 0  # all that trains is born then: the run's schedule is theirs
     return LearningRate(
         name=train.lr_schedule,
         peak=train.learning_rate,
         warmup_steps=train.warmup_steps,
         stages=method.stages or (total_steps,),
         first_stage_only=method.stage_rate == "first",
-        newborn_warmup=train.warmup_steps if warmup is None else warmup,
+        newborn_warmup=newborn,
         newborn_restarts=method.newborn_restarts,
     )
 

@@ -178,7 +178,7 @@ def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> N
     if "schedule" in found.reset and not free:
         raise UserError(
             f"--reset schedule: {found.path} is in the middle of a schedule of {method.name}, "
-            "whose decisions cannot begin anew on what they have left. Resume it to its end first."
+            f"which cannot begin anew on what it has left. {_instead(method)}"
         )
     if not free:
         differ = _changed(found, config, [f.name for f in fields(config.method_options)])
@@ -197,6 +197,13 @@ def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> N
                 f"{found.path} is at step {found.step} already, but this run is to end at step "
                 f"{last}: raise --{name}, or resume from an earlier checkpoint."
             )
+
+
+def _instead(method: Method) -> str:
+    """Of beginning a schedule anew."""
+    if method.observes_until is not None:
+        return "Resume it to its end first."
+    return "Merge what it learned (launcher/export.py --format merged) and train that --model."
 
 
 def _changed(found: Resume, config: Config, names: Iterable[str]) -> list[str]:

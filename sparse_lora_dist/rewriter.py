@@ -84,8 +84,9 @@ class Rewriter:
         running = self.shards.sites.squares
         for adapter, sum_I, count in zip(self.adapters, parts, counts_S, strict=True):
             mean_I, before_I = sum_I / count.clamp(min=1.0), running[adapter.site.name]
-            was = bool(before_I.any())
-            running[adapter.site.name] = decay * before_I + (1 - decay) * mean_I if was else mean_I
+            # Not ``if``, which would wait for the GPU at each site.
+            weight = torch.where(before_I.any(), decay, 0.0)
+            running[adapter.site.name] = weight * before_I + (1 - weight) * mean_I
 
     def _rewrite(self, now: Rewriting, step: int) -> Decision:
         measures_SK = None

@@ -16,7 +16,7 @@ from sparse_lora_dist.base_model.quantized_share import dressed, own_bytes
 from sparse_lora_dist.methods.base import Method, Pieces
 from sparse_lora_dist.methods.form import KeptSpec
 from sparse_lora_dist.zero3 import ShardBuilder
-from sparse_lora_dist.zero3_shares import Slice, Values
+from sparse_lora_dist.zero3_shares import Slice
 
 
 class Sites:
@@ -82,15 +82,22 @@ class Sites:
         spec = adapter.form.kept[key]
         assert (tuple(t.shape), t.dtype) == (spec.shape, spec.dtype), (key, t.shape, t.dtype)
         raw = t.contiguous().view(-1).view(torch.uint8)
-        self.fill_kept(getattr(adapter, key), lambda first, last: raw[first:last], spec)
+        first, last = self.own_kept(spec)
+        self.fill_kept(getattr(adapter, key), raw[first:last])
 
-    def fill_kept(self, parameter: nn.Parameter, values: Values, spec: KeptSpec) -> None:
-        """``values``: (start, stop) -> those bytes, uint8."""
+    def own_kept(self, spec: KeptSpec) -> tuple[int, int]:
+        """Which bytes of it are this rank's: from, to."""
+        return own_bytes(spec.num_bytes, self._filler.dtype)
+
+    def fill_kept(self, parameter: nn.Parameter, raw: Tensor) -> None:
+        """With this rank's bytes, uint8. Collective under hpZ."""
+        own = dressed(raw, self._filler.dtype)
+        self._filler.refill(parameter, lambda start, stop: own)
+
+    @property
+    def _filler(self) -> ShardBuilder:
         assert self._builder is not None, "these sites were made to be read"
-        dtype = self._builder.dtype
-        first, last = own_bytes(spec.num_bytes, dtype)
-        own = dressed(values(first, last), dtype)
-        self._builder.refill(parameter, lambda start, stop: own)
+        return self._builder
 
     def _in_order(self) -> Iterable[AdapterLinear]:
         return self.adapters.values()

@@ -5,6 +5,7 @@ from contextlib import redirect_stdout
 from typing import Any
 
 from sparse_lora_dist import comm
+from sparse_lora_dist.adapter import AdapterLinear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.checkpoint import save
 from sparse_lora_dist.command_line import load_config
@@ -24,11 +25,13 @@ def real_and_planned(flags: list[str]) -> tuple[dict[str, int], dict[str, int]]:
 
 def _real(job: Any) -> dict[str, int]:
     found = dict.fromkeys(("packed_weights", "scales", "unquantised_linears", "embeddings"), 0)
-    found["norms_and_biases"] = 0
+    found |= {"norms_and_biases": 0, "kept": 0}
     for name, parameter in job.model.module.named_parameters():
         if not parameter.requires_grad:
             owner = job.model.module.get_submodule(name.rpartition(".")[0])
-            found[_kind(name, type(owner) is FrozenLinear)] += parameter.ds_tensor.nbytes
+            is_kept = isinstance(owner, AdapterLinear)
+            kind = "kept" if is_kept else _kind(name, type(owner) is FrozenLinear)
+            found[kind] += parameter.ds_tensor.nbytes
     zero = job.engine._zero
     flats = job.engine.flats()
     live = zero.lp_param_buffer

@@ -323,6 +323,13 @@ def test_the_lines_of_the_card_load_it(
     )
 
 
+def test_a_card_calls_lora_what_is_one(stops: Any, tmp_path: Path) -> None:
+    for name, tag in (("lora", "lora"), ("cola", "lora"), ("shira", "shira"), ("pst", "pst")):
+        kind = "merged" if name == "pst" else "peft"
+        card = exported(stops(name)[1].path, tmp_path / name, "--format", kind) / "README.md"
+        assert f"tags: [sparse-lora-dist, {tag}]" in card.read_text()
+
+
 def test_only_touched_weights_are_drawn() -> None:
     merge = Merge(dtype=torch.bfloat16, stochastic=True, onto="original")
     before = torch.randn(64, 64)
@@ -485,6 +492,32 @@ def test_a_base_in_4_bits(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
         summed = original.pop(f"{site.name}.weight").float() + b_OL @ a_LI * scale
         torch.testing.assert_close(weights[f"{site.name}.weight"], summed, rtol=0, atol=1e-6)
     assert all(torch.equal(weights[k], w.float()) for k, w in original.items())
+
+
+def test_what_reads_a_base_in_4_bits_is_exported(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """NEAT's h is of the weights that the run had; merged, it goes onto those that they were."""
+    cache = tiny.flags(tmp_path / "a", base_cache=tmp_path / "cache")
+    ranks(1, "tests.run_work:train", flags=cache)
+    (quantized,) = (p.parent for p in (tmp_path / "cache").rglob("config.json"))
+    for path in tiny.model.glob("*token*"):
+        shutil.copyfile(path, quantized / path.name)
+    options = {"method": "neat", "max_steps": 3, "learning_rate": 0.02}
+    flags = tiny.flags(tmp_path / "run", model=quantized, **options)
+    logits = ranks(2, LOGITS, flags=flags, input_ids_MT=TOKENS_MT)[0]
+    adapter = exported(tmp_path / "run", tmp_path / "peft")
+    assert with_peft(tiny, adapter).numpy() == pytest.approx(logits.numpy(), abs=5e-5)
+    onto = ["--format", "merged", "--dtype", "fp32", "--onto", "original"]
+    merged = exported(tmp_path / "run", tmp_path / "out", *onto, "--base", str(tiny.model))
+    weights, original = whole_weights(merged), whole_weights(tiny.model)
+    pairs = load_file(adapter / WEIGHTS)
+    for key, a_RI in ((k, t) for k, t in pairs.items() if "lora_A" in k):
+        name = key.removeprefix("base_model.model.").replace("lora_A.", "")
+        delta_OI = pairs[key.replace("lora_A", "lora_B")] @ a_RI * 8.0
+        torch.testing.assert_close(weights[name] - original[name], delta_OI, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match="is not the base of"):
+        exported(tmp_path / "run", tmp_path / "no", "--base", str(tiny.model))
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,16 @@ def test_what_comes_to_life_under_other_methods_warms_up_like_the_run_and_goes_o
     assert seen(rate, 10) == pytest.approx([r * f for r, f in zip(of_run, ramp, strict=True)])
 
 
+@pytest.mark.parametrize(
+    ("method", "options"), [("shira", {"shira_support": "gradient"}), ("sara", {}), ("losa", {})]
+)
+def test_moments_that_start_anew_leave_the_rate_as_it_was(
+    method: str, options: dict[str, Any]
+) -> None:
+    rate = rate_of_a_job(method, **options)
+    assert seen(rate, 10) == pytest.approx(schedule(WARMUP, STEPS)[10:])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_what_lives_from_the_start_is_on_the_schedule_of_each_stage(method: str) -> None:
     rate = rate_of_a_job(method)

@@ -18,7 +18,7 @@ from sparse_lora_dist.export.peft_adapter import NoPair, plain_pair
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.base import Decision, Pieces, Stats, trained_specs
 from sparse_lora_dist.methods.form import Site, TensorSpec, Update
-from sparse_lora_dist.methods.rewriting import Whole
+from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
 from tests.laws import LAWS, Law
 from tests.whole_scores import WholeScores
 
@@ -300,3 +300,10 @@ def test_off_leaves_everything_alive(law: Law) -> None:
     update = Update(step=STEPS, lr=0.1, denominator=torch.ones(101))
     for spec in specs(method).values():
         assert spec.project is None or torch.equal(spec.project(random(101), update), random(101))
+
+
+def test_a_method_decides_or_writes_anew() -> None:
+    """A step has one row in the log."""
+    writing = Rewriting(at=lambda step: step == 3, write=lambda whole: Rewritten())
+    with pytest.raises(AssertionError, match="both"):
+        Method(name="both", rewriting=writing, decide=lambda step, scores: Decision())

@@ -78,6 +78,8 @@ def outcome(**options: object) -> Outcome:
         {"moment_bits": 8, "modules_to_save": "embed_tokens"},
         {"method": "adalora", "max_steps": 40, "stop_after": 1, "modules_to_save": "lm_head"},
         {"method": "increlora", "rank": 8, "max_steps": 12, "modules_to_save": "lm_head"},
+        {"method": "pst", "max_steps": 6, "precision": "bf16"},
+        {"method": "shira", "shira_support": "magnitude"},
     ],
     ids=lambda options: options.get("method", "lora") + str(len(options)),
 )
@@ -628,6 +630,16 @@ def test_small_shares_stay_in_memory_beside_a_disk(llama_70b: Shapes) -> None:
     )
     content["aio"]["block_size"] = 2**30
     assert host_bytes(llama_70b, Engine.of(content), "packed_weights") > 4e9
+
+
+def test_what_adapters_keep_stays_in_memory_beside_a_disk() -> None:
+    disk = Engine.of(json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text()))
+    found = shapes(method="pst", **LEAN)
+    kept = [p for p in found.parameters if p.kind == "kept"]
+    # A bit a weight of the base.
+    weights = sum(s.in_features * s.out_features for s in found.plan.sites)
+    assert sum(p.numel for p in kept) * 2 == weights / 8
+    assert host_bytes(found, disk, "kept", on_gpu=False) == weights / 8 / 8
 
 
 def test_hpz_keeps_the_base_within_a_node() -> None:

@@ -116,14 +116,18 @@ def test_a_run_that_goes_back_by_name_leaves_no_later_step_behind(
     assert found == ["latest", "step_00000002", "step_00000004"]
 
 
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [("increlora", "Resume it to its end first"), ("cola", "--format merged) and train that")],
+)
 def test_a_schedule_of_decisions_cannot_begin_anew_in_its_middle(
-    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str, instead: str
 ) -> None:
-    method = {"method": "increlora", "max_steps": 6}
+    method = {"method": name, "max_steps": 6}
     ranks(2, TRAIN, flags=tiny.flags(tmp_path / "a", **method, stop_after=2))
     flags = tiny.flags(tmp_path / "b", **method, resume=step(tmp_path / "a", 2), reset="schedule")
     for said in ranks(2, REFUSAL, flags=flags):
-        assert "in the middle of a schedule of increlora" in said
+        assert f"in the middle of a schedule of {name}" in said and instead in said
 
 
 def test_a_reset_needs_a_folder_of_its_own(ranks: Ranks, tiny: TinyRun, four: Path) -> None:

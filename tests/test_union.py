@@ -81,6 +81,20 @@ def test_peft_opens_pairs_side_by_side(runs: Any, tiny: TinyRun, tmp_path: Path)
     assert with_peft(tiny, adapter).numpy() == pytest.approx(logits_of(merged).numpy(), abs=1e-4)
 
 
+def test_a_scale_in_b_is_not_rounded_once_more(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    """In bf16, and where the scales are no powers of two apart."""
+    for name, alpha in (("one", 16), ("other", 9)):
+        options = {"alpha": alpha, "precision": "bf16", "max_steps": 2}
+        ranks(1, "tests.run_work:train", flags=tiny.flags(tmp_path / name, **options))
+    exported(tmp_path / "one", tmp_path / "sum", "--plus", str(tmp_path / "other"))
+    tensors = load_file(tmp_path / "sum" / "adapter_model.safetensors")
+    alone = load_file(tmp_path / "other" / "adapter" / "adapter_model.safetensors")
+    for key, b_OR in alone.items():
+        if "lora_B" in key:
+            assert b_OR.dtype == torch.bfloat16
+            assert torch.equal(tensors[key][:, -b_OR.shape[1] :], b_OR.float() * (9 / 16))
+
+
 def test_supports_of_sbora_meet_where_rows_and_columns_cross(runs: Any) -> None:
     """What the union of a few columns and a few rows changes, and no more."""
     union = Union.of(Trained.open(runs("fa")), [str(runs("fb"))])

@@ -88,10 +88,10 @@ def find_sources(
                 f"{files.folder} holds no tensor {name!r}, which config.json asks for. "
                 "Is it the checkpoint of another architecture, or an incomplete download?"
             )
-        sources[name] = _source(name, tuple(parameter.shape), keys, files)
+        sources[name] = source_of(name, tuple(parameter.shape), keys, files)
     for name, buffer in model.named_buffers():
         if name in keys_of:
-            sources[name] = _source(name, tuple(buffer.shape), keys_of[name], files)
+            sources[name] = source_of(name, tuple(buffer.shape), keys_of[name], files)
     return sources
 
 
@@ -148,7 +148,7 @@ def _stacked(
     return [key for keys in zip(*columns, strict=True) for key in keys]
 
 
-def _source(
+def source_of(
     name: str, shape: tuple[int, ...], keys: Sequence[str], files: CheckpointFiles
 ) -> Source | Packed:
     """The source of one parameter, once it is sure to have its shape and a dtype that is read."""

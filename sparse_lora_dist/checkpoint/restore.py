@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Set
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +52,19 @@ def restore(
         for name, stats in shards.stats.items():
             piece, device = shards.sparse[name], shards.engine.master(shards.sparse[name]).device
             shards.stats[name] = tuple(own(f"stat{i}", piece).to(device) for i in range(len(stats)))
-        _restore_by_site(shards, saved)
+        kept = {
+            name: saved.entries("kept", name, *shards.sites.own_kept(spec))
+            for name, (_, spec) in shards.sites.kept().items()
+        }
+        for name, squares_I in shards.sites.squares.items():
+            squares_I.copy_(saved.entries("squares", name, 0, len(squares_I)))
         if manifest["world_size"] == comm.world_size():
             _restore_random_states(saved.files[comm.rank()])
+    # Collective under hpZ, so not while another rank may have failed to read.
+    for name, (parameter, _) in shards.sites.kept().items():
+        shards.sites.fill_kept(parameter, kept.pop(name))
     shards.engine.masters_changed()
     return progress
-
-
-def _restore_by_site(shards: Shards, saved: SavedSlices) -> None:
-    for name, (parameter, spec) in shards.sites.kept().items():
-        shards.sites.fill_kept(parameter, partial(saved.entries, "kept", name), spec)
-    for name, squares_I in shards.sites.squares.items():
-        squares_I.copy_(saved.entries("squares", name, 0, len(squares_I)))
 
 
 def _restore_random_states(own: Any) -> None:

@@ -18,7 +18,13 @@ from sparse_lora_dist.base_model.architecture import (
 )
 from sparse_lora_dist.base_model.checkpoint_files import DTYPES, CheckpointFiles, Source
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
-from sparse_lora_dist.base_model.sources import Keys, find_keys, is_quantized
+from sparse_lora_dist.base_model.sources import (
+    Keys,
+    Packed,
+    find_keys,
+    is_quantized,
+    source_of,
+)
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.locations import resolve_default
@@ -37,8 +43,19 @@ class Base:
     trained: Trained
 
     @classmethod
-    def open(cls, trained: Trained, elsewhere: str | None, *, trust_remote_code: bool) -> "Base":
+    def open(
+        cls,
+        trained: Trained,
+        elsewhere: str | None,
+        *,
+        trust_remote_code: bool,
+        to_read: bool = False,
+    ) -> "Base":
         """The one that the run names, or ``elsewhere`` where that has moved.
+
+        Args:
+            to_read: its weights are only looked at, so they may be in 4 bits, and must be the
+                run's own.
 
         Raises:
             UserError: it is not there, another model, one in 4 bits, or one with code of its own.
@@ -49,7 +66,9 @@ class Base:
         except UserError as error:
             raise UserError(f"{error} Name the folder of the base model: --base.") from error
         files = CheckpointFiles(folder)
-        _check_identity(trained, folder, files)
+        if not to_read:
+            _check_floats(folder, files)
+        _check_identity(trained, folder, files, any_floats=not to_read)
         if trained.config.model.trust_remote_code and not trust_remote_code:
             raise UserError(
                 f"the run was told --trust_remote_code: Python code that comes with {folder} would "
@@ -65,7 +84,8 @@ class Base:
         )
         keys_of = find_keys(module, files)
         found = cls(folder=folder, files=files, module=module, keys_of=keys_of, trained=trained)
-        found._check_shapes()
+        if not is_quantized(files):
+            found._check_shapes()
         return found
 
     def _check_shapes(self) -> None:
@@ -80,8 +100,15 @@ class Base:
 
     def weight(self, site: Site) -> Tensor:
         """w_OI of an adapted linear as the run had it."""
-        (key,) = self.keys_of[f"{site.name}.weight"]
-        w, shape = self.read(key), self.files.entries[key].shape
+        (key,) = keys = self.keys_of[f"{site.name}.weight"]
+        shape = site.out_features, site.in_features
+        source = source_of(f"{site.name}.weight", shape, keys, self.files)
+        if isinstance(source, Packed):
+            packed, scales = (
+                self.files.read(part, 0, part.nbytes) for part in (source.packed, source.scales)
+            )
+            return nf4.dequantize(packed, scales, source.layout, self.trained.dtype)
+        w = self.read(key)
         w = self.dequantised(w, key) if key in self.quantized else w.to(self.trained.dtype)
         return w.view(shape)
 
@@ -120,14 +147,20 @@ class Base:
         return any(p.dim() == 3 for p in self.module.parameters())
 
 
-def _check_identity(trained: Trained, folder: Path, files: CheckpointFiles) -> None:
+def _check_floats(folder: Path, files: CheckpointFiles) -> None:
     if is_quantized(files):
         raise UserError(
             f"{folder} is in 4 bits, which merged weights would not fit into. Give the model that "
             "it was made from: --base FOLDER --onto original."
         )
+
+
+def _check_identity(
+    trained: Trained, folder: Path, files: CheckpointFiles, *, any_floats: bool
+) -> None:
+    """``any_floats``: of a run over 4 bits, what they were made from cannot be known."""
     same = identity(folder, files) == trained.manifest["description"]["base"]
-    if not same and not trained.manifest["base_in_4_bits"]:
+    if not same and not (any_floats and trained.manifest["base_in_4_bits"]):
         raise UserError(
             f"{folder} is not the base of {trained.path}: its config.json or the headers of its "
             f"weights are others. --base takes a copy of {trained.base}."

@@ -51,7 +51,7 @@ def write_card(
             "---",
             f"base_model: {trained.base}",
             f"library_name: {library}",
-            "tags: [sparse-lora-dist, lora]",
+            f"tags: [sparse-lora-dist, {'lora' if trained.is_lora else config.adapter.method}]",
             "---",
             "",
             f"# {config.adapter.method} over {Path(trained.base).name}",

@@ -64,7 +64,10 @@ def with_base(trained: Trained, asked: ExportConfig) -> Trained:
             if asked.format != "merged" and getattr(asked, name):
                 raise UserError(f"--{name}: --format {asked.format} of this run reads no base.")
         return trained
-    base = Base.open(trained, asked.base, trust_remote_code=asked.trust_remote_code)
+    # What a merge writes onto need not be what the run read.
+    other = asked.format == "merged" and trained.manifest["base_in_4_bits"]
+    elsewhere, trusts = None if other else asked.base, asked.trust_remote_code
+    base = Base.open(trained, elsewhere, trust_remote_code=trusts, to_read=True)
     return replace(trained, read_base=base.weight)
 
 

@@ -101,11 +101,12 @@ class Union(Trained):
         return None
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
-        """All pairs side by side, the scales of the others in their B."""
+        """All pairs side by side as ``dtype`` has them, the scales of the others in their B. In
+        fp32: B times a scale would be rounded once more."""
         found = []
         for run, own in self._with(site):
             if pair := run.pair(own, dtype):
-                found.append((pair[0], pair[1] * (run.scale / self.scale)))
+                found.append((pair[0].float(), pair[1].float() * (run.scale / self.scale)))
         if not found:
             return None
         return torch.cat([a_LI for a_LI, _ in found]), torch.cat([b_OL for _, b_OL in found], dim=1)

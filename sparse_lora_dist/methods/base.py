@@ -153,7 +153,8 @@ class Method:
     decisions on every rank, with no broadcast."""
 
     rewriting: Rewriting | None = None
-    """None: what a site has is changed by optimizer steps and decisions alone."""
+    """None: what a site has is changed by optimizer steps and decisions alone. A method has one of
+    the two: a step tells the log of one."""
 
     redraws: bool = True
     """May a resume change the length of the run, which draws the schedule anew, before the last
@@ -170,6 +171,9 @@ class Method:
     """"first": only the first stage has a learning rate above 0."""
     stage_resets_moments: bool = False
     """Do moments start anew at each stage?"""
+
+    def __post_init__(self) -> None:
+        assert self.rewriting is None or self.decide is decide_nothing, self.name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,7 +60,7 @@ class Rewriting:
     measure: Callable[[Whole], Tensor] | None = None
     """K numbers of every site, before any is written."""
     resets_moments: bool = False
-    """Do all moments start anew after it?"""
+    """Do all moments start anew after it? The learning rate goes on as it was."""
     says: bool = False
     """Are its facts told on the screen too?"""
     reads_weight: bool = True

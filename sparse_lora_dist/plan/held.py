@@ -20,9 +20,10 @@ from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.methods.base import Method
 from sparse_lora_dist.methods.form import Site
 
-Kind = Literal["packed", "scales", "plain", "embeddings", "rest", "trained"]
+Kind = Literal["packed", "scales", "plain", "embeddings", "rest", "kept", "trained"]
 """plain: linears that stay in the engine's dtype, the output head among them; rest: norms, biases
-and whatever else there is; trained: adapters and modules trained in full."""
+and whatever else there is; kept: of adapters, what never trains; trained: the rest of them, and
+modules trained in full."""
 
 
 FILE_ITEMSIZE = 2
@@ -114,7 +115,7 @@ def held_parameters(
                 Held(
                     name=f"{name}.{key}",
                     module=f"{name}.",
-                    kind="rest",
+                    kind="kept",
                     numel=clothes_for(kept.num_bytes, dtype),
                 )
                 for key, kept in form.kept.items()

@@ -96,24 +96,25 @@ def _device(ranks: Ranks) -> Place:
     return "gpu" if ranks.on_gpu else "host"
 
 
-BASE: dict[Kind, tuple[str, str]] = {
+FROZEN: dict[Kind, tuple[str, str]] = {
     "packed": ("packed_weights", "base: packed 4-bit weights"),
     "scales": ("scales", "base: block scales"),
     "plain": ("unquantised_linears", "base: linears not quantised (the head)"),
     "embeddings": ("embeddings", "base: embeddings"),
     "rest": ("norms_and_biases", "base: norms, biases"),
+    "kept": ("kept", "adapter: what it keeps and never trains"),
 }
 
 
 def _base(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
     small = [p for p in shapes.parameters if p.numel <= engine.bounds.persistent]
-    for kind, (key, label) in BASE.items():
+    for kind, (key, label) in FROZEN.items():
         parameters = [p for p in shapes.parameters if p.kind == kind]
         staying = [p for p in parameters if p in small or engine.parameters == "none"]
         leaving = [p for p in parameters if p not in staying]
         yield _always(key, label, where, _share(staying, shapes, ranks))
-        if engine.parameters == "nvme":  # the disk takes what is worth a read
+        if engine.parameters == "nvme" and kind != "kept":  # the disk takes what is worth a read
             leaving = [p for p in leaving if _share([p], shapes, ranks) < engine.nvme_from]
         offloaded = _offloaded(leaving, shapes, engine, ranks)
         yield _always(key, f"{label}, offloaded", "host", offloaded)
