@@ -1,34 +1,23 @@
 """An adapter as a type of PEFT's own, where it is no LoRA, or more than one."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from safetensors.torch import save_file
-from torch import Tensor
 
-from sparse_lora_dist.export.peft_adapter import PREFIX, WEIGHTS, write_labels
+from sparse_lora_dist.export.peft_adapter import PREFIX, WEIGHTS, ForPeft, write_labels
 from sparse_lora_dist.methods.form import PeftForm
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnType:
-    """What PEFT's two files say."""
+class OwnType(ForPeft):
+    """Of another type."""
 
     forms: Mapping[str, PeftForm]
     """By site; of one type all."""
-    full: Mapping[str, Tensor] = field(default_factory=dict)
-    """Parameters of modules trained in full, as the model names them."""
-    full_modules: Sequence[str] = ()
-    base: str
-    """Hub id or folder."""
-    revision: str | None = None
-    """Of a hub id."""
-    task_type: str
-    classes: Sequence[str] = ()
-    """Of a classifier."""
 
     @property
     def kind(self) -> str:

@@ -53,17 +53,12 @@ Pair = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainLora:
-    """What PEFT's two files say."""
+class ForPeft:
+    """What PEFT's two files say, of whatever type."""
 
-    pairs: Mapping[str, Pair]
-    """By site; one in which nothing lives is left out."""
     full: Mapping[str, Tensor] = field(default_factory=dict)
     """Parameters of modules trained in full, as the model names them."""
     full_modules: Sequence[str] = ()
-    rank: int
-    alpha: float
-    dropout: float
     base: str
     """Hub id or folder."""
     revision: str | None = None
@@ -71,6 +66,17 @@ class PlainLora:
     task_type: str
     classes: Sequence[str] = ()
     """Of a classifier; they go into id2label.json, which PEFT has no place for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlainLora(ForPeft):
+    """Of a LoRA."""
+
+    pairs: Mapping[str, Pair]
+    """By site; one in which nothing lives is left out."""
+    rank: int
+    alpha: float
+    dropout: float
 
 
 def save_peft(

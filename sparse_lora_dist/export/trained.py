@@ -178,15 +178,7 @@ class Trained:
             assert adapter.form.to_peft is not None
             with torch.no_grad():
                 forms[site.name] = adapter.form.to_peft(adapter.computed(tensors), adapter.scale)
-        return OwnType(
-            forms=forms,
-            full={name: self.tensor(name).to(self.dtype) for name in self.full},
-            full_modules=self.manifest["full_modules"],
-            base=self.base,
-            revision=self.config.model.revision,
-            task_type=TASKS[self.config.model.task].peft_type,
-            classes=self.classes,
-        )
+        return OwnType(forms=forms, **self._for_peft())
 
     def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Site, Pair]]:
         """(site, its pair) of all in which something lives, read as they are asked for."""
@@ -215,16 +207,22 @@ class Trained:
         adapter = self.config.adapter
         return PlainLora(
             pairs={site.name: pair for site, pair in self.pairs(self.dtype)},
-            full={name: self.tensor(name).to(self.dtype) for name in self.full},
-            full_modules=self.manifest["full_modules"],
             rank=adapter.rank,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
-            base=self.base,
-            revision=self.config.model.revision,
-            task_type=TASKS[self.config.model.task].peft_type,
-            classes=self.classes,
+            **self._for_peft(),
         )
+
+    def _for_peft(self) -> dict[str, Any]:
+        """The fields of ``ForPeft``."""
+        return {
+            "full": {name: self.tensor(name).to(self.dtype) for name in self.full},
+            "full_modules": self.manifest["full_modules"],
+            "base": self.base,
+            "revision": self.config.model.revision,
+            "task_type": TASKS[self.config.model.task].peft_type,
+            "classes": self.classes,
+        }
 
 
 def _checkpoint_in(source: Path) -> Path:
