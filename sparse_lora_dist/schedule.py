@@ -39,6 +39,23 @@ def equal_stages(total_steps: int, num_stages: int) -> tuple[int, ...]:
     return tuple(total_steps * (i + 1) // num_stages for i in range(num_stages))
 
 
+def warmed_up_stages(
+    total_steps: int, num_stages: int, *, warmup_steps: int, asked: str
+) -> tuple[int, ...]:
+    """The same, for stages that each warm up; ``asked``: the option and its value.
+
+    Raises:
+        ValueError: a stage is shorter than the warm-up, or has no step.
+    """
+    most = total_steps // max(1, warmup_steps)
+    if num_stages > most:
+        raise ValueError(
+            f"{asked}, {num_stages} stages, and the run has {total_steps} steps: a stage needs at "
+            f"least 1, and warmup_steps ({warmup_steps}); {most} stages fit"
+        )
+    return equal_stages(total_steps, num_stages)
+
+
 def stage_at(step: int, stages: tuple[int, ...]) -> int:
     """Which stage, counted from 0, ``step`` belongs to; after the last one, the last."""
     return min(bisect_left(stages, step), len(stages) - 1)

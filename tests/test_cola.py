@@ -186,10 +186,12 @@ def test_wrong_options_are_refused(options: dict[str, int], said: str) -> None:
 
 
 def test_what_does_not_fit_the_run_is_refused_with_what_does() -> None:
-    with pytest.raises(ValueError, match="cola_links is 21, and the run has 20 steps.* take 20 or"):
+    with pytest.raises(
+        ValueError, match="cola_links is 21, 21 stages, and the run has 20 steps.* 20 st"
+    ):
         built(21)
     warm = replace(PLAN, warmup_steps=7)
-    with pytest.raises(ValueError, match=r"cola_links is 3.* warmup_steps \(7\); take 2 or fewer"):
+    with pytest.raises(ValueError, match=r"cola_links is 3.* warmup_steps \(7\); 2 stages fit"):
         built(3, None, warm)
     built(2, None, warm)
     with pytest.raises(ValueError, match="cola_stack_rank is 15, and q is 14 x 20: take 14 or"):

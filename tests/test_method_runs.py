@@ -303,8 +303,14 @@ BAD = {
     "a support": (["method=shira", "rank=22"], ["22 makes 2,112 entries of its 2,048; take 21 or"]),
     "sides": (["melora_blocks=7"], ["64", "7"]),
     "shapes": (["lorta_heads=2"], ["all linears must have one shape", "--target_modules q_proj,"]),
-    "restarts": (["mora_restarts=4"], ["mora_restarts is 4, and the run has 4 steps", "3 fit"]),
-    "links": (["cola_links=9"], ["cola_links is 9, and the run has 4 steps", "take 4 or fewer"]),
+    "restarts": (
+        ["mora_restarts=4"],
+        ["mora_restarts is 4, 5 stages, and the run has 4 steps", "4 stages fit"],
+    ),
+    "links": (
+        ["cola_links=9"],
+        ["cola_links is 9, 9 stages, and the run has 4 steps", "4 stages fit"],
+    ),
     "calibration": (
         ["method=shira", "shira_support=snip", "shira_calibration_steps=4"],
         ["shira_calibration_steps is 4, and the run has 4 steps"],

@@ -39,7 +39,7 @@ from torch import Tensor
 from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
 from sparse_lora_dist.methods.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
 from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
-from sparse_lora_dist.schedule import equal_stages
+from sparse_lora_dist.schedule import warmed_up_stages
 
 THETA = 10000.0
 """Of rotary embeddings."""
@@ -76,13 +76,12 @@ def mora(options: MoraOptions, plan: Plan) -> Method:
     action = shared if options.mora_type == 1 else rotated
     if options.mora_restarts == 0:
         return Method(name="mora", form=lambda site: square(*action(site)))
-    most = max(1, plan.total_steps // max(1, plan.warmup_steps)) - 1
-    if options.mora_restarts > most:
-        raise ValueError(
-            f"mora_restarts is {options.mora_restarts}, and the run has {plan.total_steps} steps: "
-            f"each part needs at least 1, and warmup_steps ({plan.warmup_steps}); {most} fit"
-        )
-    stages = equal_stages(plan.total_steps, options.mora_restarts + 1)
+    stages = warmed_up_stages(
+        plan.total_steps,
+        options.mora_restarts + 1,
+        warmup_steps=plan.warmup_steps,
+        asked=f"mora_restarts is {options.mora_restarts}",
+    )
     return Method(
         name="mora",
         form=lambda site: with_merged(*action(site)),

@@ -51,7 +51,7 @@ from sparse_lora_dist.methods.form import (
     Update,
     low_rank_pair,
 )
-from sparse_lora_dist.schedule import equal_stages, stage_at
+from sparse_lora_dist.schedule import stage_at, warmed_up_stages
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_gate": "row"}
 """Where piece i lies in each tensor: a_RI, b_OR, gate_R."""
@@ -133,14 +133,12 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
     """
     chosen = as_preset(options, options.sora_preset, PRESETS)
     lambdas: tuple[float, ...] = chosen.sora_lambdas
-    longest_warmup = plan.total_steps // len(lambdas)
-    if longest_warmup < max(1, plan.warmup_steps):
-        raise ValueError(
-            f"sora_lambdas has {len(lambdas)} stages, and a stage of the run's {plan.total_steps} "
-            f"steps has {longest_warmup}: it needs at least 1, and warmup_steps "
-            f"({plan.warmup_steps}) at most"
-        )
-    stages = equal_stages(plan.total_steps, len(lambdas))
+    stages = warmed_up_stages(
+        plan.total_steps,
+        len(lambdas),
+        warmup_steps=plan.warmup_steps,
+        asked=f"sora_lambdas is {', '.join(map(str, lambdas))}",
+    )
     several = len(stages) > 1
     every = options.sora_every or max(1, plan.total_steps // 50)
     # The released script with stages has a smaller one.
