@@ -45,6 +45,7 @@ OPTIONS: dict[str, dict[str, str]] = {
 }
 """What brings each to LoRA's number; rank 16 where none is said. Where pieces or entries die, at
 the end of the run."""
+PRUNES_PAIRS = ("adalora", "increlora", "sora", "roselora", "prilora")
 JOB = {"max_steps": "40", "eval_every": "0"}
 Row = dict[str, Any]
 
@@ -99,7 +100,8 @@ def one(method: str, seed: int, rate: str) -> Row:
         rows = train(*words, folder=folder)
         newest = max((Path(folder) / "checkpoints").glob("step_*/manifest.json"))
         shapes = json.loads(newest.read_text())["tensors"].values()
-        live = that_act(Path(folder) / "adapter", rows[-1]["live_entries"])
+        live = rows[-1]["live_entries"]
+        live = that_act(Path(folder) / "adapter", live) if method in PRUNES_PAIRS else live
     losses = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
     trained = [row for row in rows if "tokens_per_s" in row]
     return {
@@ -117,12 +119,9 @@ def one(method: str, seed: int, rate: str) -> Row:
 
 
 def that_act(adapter: Path, live: int) -> int:
-    """Of ``live`` entries those of pieces that do something: SoRA steps also those whose gate is
-    zero, since it may open again. An exported pair may be wider than what trains."""
-    file = adapter / "adapter_model.safetensors"
-    weights = load_file(file) if file.exists() else {}
-    is_lora = any(name.endswith("lora_A.weight") for name in weights)
-    return min(live, acting(weights)) if is_lora else live
+    """Of ``live`` entries of pairs those that do something: SoRA also steps those whose gate is
+    zero, since it may open again, PRILoRA those of A that it zeroed."""
+    return min(live, acting(load_file(adapter / "adapter_model.safetensors")))
 
 
 def report(everything: list[Row]) -> str:
@@ -168,24 +167,29 @@ def report(everything: list[Row]) -> str:
 
 
 def plot(found: list[Row], path: Path) -> None:
-    """Held-out loss against what lives at the end."""
+    """Held-out loss of all, best first, and beside each what it costs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.5, 4))
-    for method in OPTIONS:
-        own = [row for row in found if row["method"] == method and row["seed"] in SEEDS]
-        if own:
-            losses = [row["held_out"] for row in own]
-            spread = stdev(losses) if len(losses) > 1 else 0.0
-            x, y = mean(row["live"] for row in own), mean(losses)
-            axes.errorbar(x, y, yerr=spread, marker="o", capsize=3, linestyle="none")
-            axes.annotate(method, (x, y), xytext=(6, 4), textcoords="offset points", size=8)
-    axes.set(xscale="log", xlabel="live parameters at the end", ylabel="held-out loss")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    own = {m: [r for r in found if r["method"] == m and r["seed"] in SEEDS] for m in OPTIONS}
+    losses = {m: [row["held_out"] for row in rows] for m, rows in own.items() if len(rows) > 1}
+    usual = mean(row["seconds_per_token"] for row in own["lora"])
+    figure, axes = plt.subplots(figsize=(7, 6))
+    for place, method in enumerate(sorted(losses, key=lambda m: -mean(losses[m]))):
+        found_losses, spread = mean(losses[method]), stdev(losses[method])
+        axes.errorbar(found_losses, place, xerr=spread, marker="o", capsize=3, color="C0")
+        live = mean(row["live"] for row in own[method])
+        step = mean(row["seconds_per_token"] for row in own[method]) / usual
+        text = f"{live:,.0f} live, a step {step:.2f}"
+        axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", size=8)
+        axes.text(
+            -0.02, place, method, transform=axes.get_yaxis_transform(), ha="right", va="center"
+        )
+    axes.set(xlabel="held-out loss, nats a token", yticks=[])
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 if __name__ == "__main__":

@@ -198,6 +198,6 @@ def _check_form(config: Config, model: Model, method: Method) -> None:
     if config.adapter.init_adapter is not None and set(form.tensors) != plain:
         raise UserError(
             f"--init_adapter is a plain LoRA pair, which --method {method.name} cannot begin with: "
-            "it trains {', '.join(form.tensors)}. Use lora or roselora.",
+            f"it trains {', '.join(form.tensors)}. Use lora or roselora.",
             shared=True,
         )
