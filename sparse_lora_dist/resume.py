@@ -12,6 +12,7 @@ from sparse_lora_dist.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.feed import Feed
 from sparse_lora_dist.methods import Method
+from sparse_lora_dist.methods.base import decide_nothing
 from sparse_lora_dist.methods.form import draw_nothing
 from sparse_lora_dist.model import Model
 from sparse_lora_dist.phases import together
@@ -159,11 +160,12 @@ def _check_global_batch(path: Path, saved: int, feed: Feed) -> None:
 
 
 def _what_chose(config: Config, model: Model, method: Method) -> dict[str, Any]:
-    """Options that decided where values lie or what was folded away, where there is such: other
-    ones would put them elsewhere, or lose them."""
+    """Options that say what the tensors are, where values lie or what was folded away: other ones
+    would read them as something else, or lose them. Those of decisions may change."""
     form = method.form(model.sites[0])
     is_drawn = form.drawn is not draw_nothing
-    if method.rewriting is None and not form.kept and not is_drawn:
+    decides = method.decide is not decide_nothing
+    if decides and method.rewriting is None and not form.kept and not is_drawn:
         return {}
     flat = config.as_flat_dict()
     options = {f.name: flat[f.name] for f in fields(config.method_options)}

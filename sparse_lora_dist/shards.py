@@ -97,8 +97,9 @@ class Shards:
 
     def ranks_now(self, step: int) -> int:
         """Open pieces of all sites, as a decision would find them now. Collective."""
-        pieces = self.method.decide(step, self._scores(self.live())).pieces
-        return sum(now.open for now in pieces.values())
+        decided = self.method.decide(step, self._scores(self.live())).pieces
+        now = self.sites.ranks() | {name: pieces.open for name, pieces in decided.items()}
+        return sum(now.values())
 
     def end(self) -> None:
         """The last decision is made: give the statistics' memory back."""

@@ -60,11 +60,14 @@ class Watch:
         start, stop = own_range(whole.numel())
         self.gradient_share = self.gradient_share + whole[start:stop] / comm.world_size()
 
-    def gathered_rows(self) -> Tensor:
-        """[N, I], of all ranks, in the order of the stream. Collective."""
+    def gathered_rows(self) -> Tensor | None:
+        """[N, I], of all ranks, in the order of the stream; None where the site saw none.
+        Collective."""
         everyone: dict[int, Tensor] = {}
         for theirs in comm.gather_objects({row: m.cpu() for row, m in self.means.items()}):
             everyone |= theirs
+        if not everyone:
+            return None
         return torch.stack([everyone[row] for row in sorted(everyone)]).to(comm.device())
 
 

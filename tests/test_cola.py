@@ -16,6 +16,7 @@ from sparse_lora_dist.methods.cola import ColaOptions, cola, nearest
 from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.methods.rewriting import Whole
 from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.report.read import read_story
 from tests.conftest import Ranks
 from tests.test_laws import saved
 from tests.tiny_run import TinyRun
@@ -213,4 +214,9 @@ def test_a_real_run_folds_and_starts_anew(ranks: Ranks, tiny: TinyRun, tmp_path:
         assert b.any() == (step not in (3, 6))
         born = torch.cat(list(saved(tmp_path, "born", step).values()))
         assert (born == (step - 1) // 3 * 3).all()
-    assert [row["step"] for row in read_rows(tmp_path / "stages.jsonl")] == [3, 6, 9]
+    stages = read_rows(tmp_path / "stages.jsonl")
+    assert [row["step"] for row in stages] == [3, 6, 9]
+    ranks_now = sum(rows[-1]["ranks"].values())
+    assert ranks_now > 0 and {row["live_ranks"] for row in stages} == {ranks_now}
+    story = read_story(tmp_path)
+    assert len(story.decisions) == 2 and story.stages == []

@@ -365,6 +365,14 @@ def test_a_sparse_model_is_made_of_weights_that_are_there_and_without_dropout(
         assert said in message and f"--method {method}" in message
 
 
+def test_a_pair_is_no_beginning_of_other_tensors(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    flags = tiny.flags(tmp_path / "run", method="mora", init_adapter=tmp_path)
+    (message,) = ranks(1, "tests.run_work:refusal", flags=flags)
+    assert "--method mora cannot begin with: it trains mora_m. Use lora" in message
+
+
 def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
@@ -386,8 +394,9 @@ def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(
 @pytest.mark.parametrize(
     ("began", "goes_on", "said"),
     [
-        ("method=cola,cola_links=3", "method=cola,cola_links=1", "cola_links was 3, now None"),
-        ("method=mora,mora_restarts=1", "method=mora", "mora_restarts was 1, now None"),
+        ("method=cola,cola_links=3", "method=cola,cola_links=1", "cola_links was 3, now 1"),
+        ("method=mora,mora_restarts=1", "method=mora", "mora_restarts was 1, now 0"),
+        ("method=mora", "method=mora,mora_type=1", "mora_type was 6, now 1"),
         (
             "method=shira,shira_support=magnitude",
             "method=shira",
@@ -396,7 +405,7 @@ def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(
         (
             "method=prilora,prilora_sparsity=0",
             "method=prilora",
-            "prilora_sparsity was None, now 0.5",
+            "prilora_sparsity was 0.0, now 0.5",
         ),
     ],
 )

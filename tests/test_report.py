@@ -500,6 +500,12 @@ def test_a_real_run_has_its_jobs_memory_gates_and_importance(real: Path) -> None
     assert counted["lora_lambda"] == len(lambdas) and early["lora_a"].counts.sum() > 0
 
 
+def test_values_on_a_support_are_no_gates(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    flags = tiny.flags(tmp_path / "run", method="shira", max_steps=2)
+    ranks(1, "tests.run_work:train", flags=flags)
+    assert spread.gates(read_story(tmp_path / "run")) is None
+
+
 def test_a_damaged_checkpoint_is_named_and_the_rest_is_drawn(real: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(real, tmp_path / "copy")
     (copy / "checkpoints/step_00000008/manifest.json").write_text("{")

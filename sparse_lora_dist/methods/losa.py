@@ -59,7 +59,8 @@ class LosaOptions:
     """Pieces a linear has after the last round, on average; a round earlier one less. Null: five
     eighths of --rank, which is the most that one may have."""
     losa_spread: float = 0.02
-    """By how much a linear's sparsity may differ from that of all, at most."""
+    """By how much a linear's sparsity may differ from that of all, at most. Of fewer than 3 rows a
+    step nothing can be compared, and all get the same."""
 
     def __post_init__(self) -> None:
         problems = []

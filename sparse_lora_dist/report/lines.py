@@ -75,8 +75,8 @@ def check_sites(path: Path, decisions: Sequence[Row]) -> None:
 
 
 def is_stage(row: Row) -> bool:
-    """The end of a stage: what lives, and how good it is."""
-    return is_metrics(row) and {"live_ranks", "held_out_loss", "lambda"} <= row.keys()
+    """The end of a stage: what lives, and how good it is; of methods that have one, its lambda."""
+    return is_metrics(row) and {"live_ranks", "held_out_loss"} <= row.keys()
 
 
 def is_bad_step(row: Row) -> bool:

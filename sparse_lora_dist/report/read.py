@@ -104,7 +104,7 @@ def read_story(folder: Path, name: str | None = None) -> RunStory:
         environment=_mapping(folder / "environment.json", _json),
         metrics=metrics,
         decisions=decisions,
-        stages=[row for row in ended if all(row[name] is not None for name in STAGE)],
+        stages=[row for row in ended if all(row.get(name) is not None for name in STAGE)],
         bad_steps=_optional(folder / "bad_steps.jsonl", is_bad_step),
         attempts=jobs_of(begun, metrics, going=going),
         checkpoints=saved_in(folder / "checkpoints"),

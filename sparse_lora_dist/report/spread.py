@@ -114,7 +114,9 @@ def _adapter_tensors(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 def _vectors(manifest: Mapping[str, Any]) -> Iterator[str]:
     shapes = manifest.get("tensors", {})
-    yield from (name for name in _adapter_tensors(manifest) if len(shapes[name]) == 1)
+    # Others' vectors, values on a support say, stand between no A and B.
+    between = (name for name in _adapter_tensors(manifest) if ".lora_" in name)
+    yield from (name for name in between if len(shapes[name]) == 1)
 
 
 def _has_statistics(manifest: Mapping[str, Any]) -> bool:
