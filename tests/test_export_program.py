@@ -239,6 +239,17 @@ def test_a_sparse_delta_is_applied_and_taken_back(
     assert all(torch.equal(t, original[k]) for k, t in bf16.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["shira", "sara", "sbora"])
+def test_a_delta_on_a_support_computes_the_trained_logits(
+    stops: Any, tiny: TinyRun, tmp_path: Path, name: str
+) -> None:
+    stop: Stop = stops(name)[1]
+    folder = exported(stop.path, tmp_path / "delta", "--format", "sparse_delta")
+    model = whole_model(tiny.model, quantization="nf4")
+    apply_sparse_delta(model, folder)
+    assert logits_of(model).numpy() == pytest.approx(stop.logits.numpy(), abs=1e-4)
+
+
 def test_the_bound_is_reached_where_pieces_lie_apart() -> None:
     a_LI, b_OL = torch.zeros(2, 10), torch.zeros(8, 2)
     a_LI[0, :2], b_OL[:3, 0] = 1.0, 2.0
