@@ -8,6 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from deepspeed.utils import groups
 from torch import Tensor
 
 from sparse_lora_dist import comm, methods
@@ -27,7 +28,12 @@ def train(flags: list[str], environment: dict[str, str] | None = None) -> str:
     """The main job; what it printed."""
     # A pool's worker has a past, and that must not be what makes two runs equal.
     torch.manual_seed(torch.seed() % 2**63)
-    with patch.dict(os.environ, environment or {}), redirect_stdout(io.StringIO()) as out:
+    with (
+        patch.dict(os.environ, environment or {}),
+        # DeepSpeed makes a node's group once per process, and a pool's worker runs many jobs.
+        patch.object(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None),
+        redirect_stdout(io.StringIO()) as out,
+    ):
         program.run(load_config(flags))
     return out.getvalue()
 
