@@ -10,6 +10,7 @@ ends: started again, the script makes what is missing.
 import json
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import inf, isfinite, prod
 from pathlib import Path
 from statistics import harmonic_mean, mean, stdev
@@ -101,7 +102,8 @@ def one(method: str, seed: int, rate: str) -> Row:
         newest = max((Path(folder) / "checkpoints").glob("step_*/manifest.json"))
         shapes = json.loads(newest.read_text())["tensors"].values()
         live = rows[-1]["live_entries"]
-        live = that_act(Path(folder) / "adapter", live) if method in PRUNES_PAIRS else live
+        if method in PRUNES_PAIRS:
+            live = that_act(Path(folder) / "adapter", live)
     losses = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
     trained = [row for row in rows if "tokens_per_s" in row]
     return {
@@ -124,9 +126,46 @@ def that_act(adapter: Path, live: int) -> int:
     return min(live, acting(load_file(adapter / "adapter_model.safetensors")))
 
 
-def report(everything: list[Row]) -> str:
+@dataclass(frozen=True)
+class Reached:
+    """Of a method, over its seeds."""
+
+    losses: list[float]
+    rate: str
+    parameters: float
+    live: float
+    peak: float
+    """In LoRA's, as a step."""
+    step: float
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the loss."""
+        return stdev(self.losses) if len(self.losses) > 1 else 0.0
+
+
+def reached(found: list[Row]) -> dict[str, Reached]:
+    """By method, of the seeds that are reported."""
+    rows = {m: [r for r in found if r["method"] == m and r["seed"] in SEEDS] for m in OPTIONS}
+
+    def average(method: str, key: str) -> float:
+        return mean(row[key] for row in rows[method])
+
+    return {
+        method: Reached(
+            losses=[row["held_out"] for row in own],
+            rate=own[0]["learning_rate"],
+            parameters=average(method, "parameters"),
+            live=average(method, "live"),
+            peak=average(method, "peak_memory_bytes") / average("lora", "peak_memory_bytes"),
+            step=average(method, "seconds_per_token") / average("lora", "seconds_per_token"),
+        )
+        for method, own in rows.items()
+    }
+
+
+def report(found: list[Row]) -> str:
     """Markdown, a line a method."""
-    found = [row for row in everything if row["seed"] in SEEDS]
     lines = [
         f"`make bench-methods`: {JOB['max_steps']} steps of 8 rows on 2 CPU ranks, "
         f"{len(SEEDS)} seeds; {found[0]['before']:.3f} nats a token before. Learning rate: of "
@@ -144,25 +183,11 @@ def report(everything: list[Row]) -> str:
             first="method",
         ),
     ]
-    usual = [row for row in found if row["method"] == "lora"]
-    for method in OPTIONS:
-        own = [row for row in found if row["method"] == method]
-        if not own:
-            continue
-        losses = [row["held_out"] for row in own]
-        spread = f" ± {stdev(losses):.3f}" if len(losses) > 1 else ""
-        relative = (
-            mean(row[key] for row in own) / mean(row[key] for row in usual)
-            for key in ("peak_memory_bytes", "seconds_per_token")
+    for method, own in reached(found).items():
+        lines.append(
+            f"| {method} | {mean(own.losses):.3f} ± {own.spread:.3f} | {own.rate} | "
+            f"{own.parameters:,.0f} | {own.live:,.0f} | {own.peak:.2f} | {own.step:.2f} |"
         )
-        numbers = (f"{mean(row[key] for row in own):,.0f}" for key in ("parameters", "live"))
-        cells = (
-            f"{mean(losses):.3f}{spread}",
-            own[0]["learning_rate"],
-            *numbers,
-            *(f"{r:.2f}" for r in relative),
-        )
-        lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -173,20 +198,14 @@ def plot(found: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    own = {m: [r for r in found if r["method"] == m and r["seed"] in SEEDS] for m in OPTIONS}
-    losses = {m: [row["held_out"] for row in rows] for m, rows in own.items() if len(rows) > 1}
-    usual = mean(row["seconds_per_token"] for row in own["lora"])
     figure, axes = plt.subplots(figsize=(7, 6))
-    for place, method in enumerate(sorted(losses, key=lambda m: -mean(losses[m]))):
-        found_losses, spread = mean(losses[method]), stdev(losses[method])
-        axes.errorbar(found_losses, place, xerr=spread, marker="o", capsize=3, color="C0")
-        live = mean(row["live"] for row in own[method])
-        step = mean(row["seconds_per_token"] for row in own[method]) / usual
-        text = f"{live:,.0f} live, a step {step:.2f}"
-        axes.text(1.02, place, text, transform=axes.get_yaxis_transform(), va="center", size=8)
-        axes.text(
-            -0.02, place, method, transform=axes.get_yaxis_transform(), ha="right", va="center"
-        )
+    best_last = sorted(reached(found).items(), key=lambda item: -mean(item[1].losses))
+    beside = {"transform": axes.get_yaxis_transform(), "va": "center"}
+    for place, (method, own) in enumerate(best_last):
+        loss = mean(own.losses)
+        axes.errorbar(loss, place, xerr=own.spread, marker="o", capsize=3, color="C0")
+        axes.text(-0.02, place, method, ha="right", **beside)
+        axes.text(1.02, place, f"{own.live:,.0f} live, a step {own.step:.2f}", size=8, **beside)
     axes.set(xlabel="held-out loss, nats a token", yticks=[])
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=120, bbox_inches="tight")

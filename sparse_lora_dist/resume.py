@@ -164,8 +164,7 @@ def _what_chose(config: Config, model: Model, method: Method) -> dict[str, Any]:
     would read them as something else, or lose them. Those of decisions may change."""
     form = method.form(model.sites[0])
     is_drawn = form.drawn is not draw_nothing
-    decides = method.decide is not decide_nothing
-    if decides and method.rewriting is None and not form.kept and not is_drawn:
+    if method.decide is not decide_nothing and not form.kept and not is_drawn:
         return {}
     flat = config.as_flat_dict()
     options = {f.name: flat[f.name] for f in fields(config.method_options)}

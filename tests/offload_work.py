@@ -14,7 +14,6 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
     AsyncPartitionedParameterSwapper as Swapper,
 )
 from deepspeed.runtime.zero import partition_parameters
-from deepspeed.utils import groups
 from torch import Tensor
 
 from sparse_lora_dist import zero3_nvme
@@ -99,8 +98,6 @@ def train_watched(
         patches.enter_context(patch.object(Job, "start", watched_start))
         patches.enter_context(patch.object(Job, "finish", watched_finish))
         patches.enter_context(patch.object(partition_parameters, "_dist_allgather_fn", counted))
-        # DeepSpeed makes a node's group once per process, and a pool's worker runs many jobs.
-        patches.enter_context(patch.object(groups, "_ZERO_PARAM_INTRA_PARALLEL_GROUP", None))
         if swap_from is not None:
 
             def swappable(swapper: Any, param: Any = None, numel: int = 0) -> bool:

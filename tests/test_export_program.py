@@ -480,14 +480,20 @@ def test_another_base(
         exported(run, tmp_path / "out", *merged)
 
 
-def test_a_base_in_4_bits(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
-    """Refused with the way, which works."""
-    ranks(
-        1, "tests.run_work:train", flags=tiny.flags(tmp_path / "a", base_cache=tmp_path / "cache")
-    )
-    (quantized,) = (p.parent for p in (tmp_path / "cache").rglob("config.json"))
+@pytest.fixture(scope="module")
+def quantized(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base as bitsandbytes saves it."""
+    folder = tmp_path_factory.mktemp("quantized")
+    flags = tiny.flags(folder / "run", base_cache=folder / "cache")
+    ranks(1, "tests.run_work:train", flags=flags)
+    (found,) = (p.parent for p in (folder / "cache").rglob("config.json"))
     for path in tiny.model.glob("*token*"):
-        shutil.copyfile(path, quantized / path.name)
+        shutil.copyfile(path, found / path.name)
+    return found
+
+
+def test_a_base_in_4_bits(ranks: Ranks, tiny: TinyRun, quantized: Path, tmp_path: Path) -> None:
+    """Refused with the way, which works."""
     flags = tiny.flags(tmp_path / "run", max_steps=2, model=quantized)
     ranks(1, "tests.run_work:train", flags=flags)
     merged = ["--format", "merged", "--dtype", "fp32"]
@@ -506,14 +512,9 @@ def test_a_base_in_4_bits(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
 
 
 def test_what_reads_a_base_in_4_bits_is_exported(
-    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+    ranks: Ranks, tiny: TinyRun, quantized: Path, tmp_path: Path
 ) -> None:
     """NEAT's h is of the weights that the run had; merged, it goes onto those that they were."""
-    cache = tiny.flags(tmp_path / "a", base_cache=tmp_path / "cache")
-    ranks(1, "tests.run_work:train", flags=cache)
-    (quantized,) = (p.parent for p in (tmp_path / "cache").rglob("config.json"))
-    for path in tiny.model.glob("*token*"):
-        shutil.copyfile(path, quantized / path.name)
     options = {"method": "neat", "max_steps": 3, "learning_rate": 0.02}
     flags = tiny.flags(tmp_path / "run", model=quantized, **options)
     logits = ranks(2, LOGITS, flags=flags, input_ids_MT=TOKENS_MT)[0]

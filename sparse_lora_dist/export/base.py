@@ -66,9 +66,7 @@ class Base:
         except UserError as error:
             raise UserError(f"{error} Name the folder of the base model: --base.") from error
         files = CheckpointFiles(folder)
-        if not to_read:
-            _check_floats(folder, files)
-        _check_identity(trained, folder, files, any_floats=not to_read)
+        _check_identity(trained, folder, files, to_read=to_read)
         if trained.config.model.trust_remote_code and not trust_remote_code:
             raise UserError(
                 f"the run was told --trust_remote_code: Python code that comes with {folder} would "
@@ -147,20 +145,18 @@ class Base:
         return any(p.dim() == 3 for p in self.module.parameters())
 
 
-def _check_floats(folder: Path, files: CheckpointFiles) -> None:
-    if is_quantized(files):
+def _check_identity(
+    trained: Trained, folder: Path, files: CheckpointFiles, *, to_read: bool
+) -> None:
+    if is_quantized(files) and not to_read:
         raise UserError(
             f"{folder} is in 4 bits, which merged weights would not fit into. Give the model that "
             "it was made from: --base FOLDER --onto original."
         )
-
-
-def _check_identity(
-    trained: Trained, folder: Path, files: CheckpointFiles, *, any_floats: bool
-) -> None:
-    """``any_floats``: of a run over 4 bits, what they were made from cannot be known."""
+    # What a run's 4 bits were made from cannot be known.
+    may_differ = trained.manifest["base_in_4_bits"] and not to_read
     same = identity(folder, files) == trained.manifest["description"]["base"]
-    if not same and not (any_floats and trained.manifest["base_in_4_bits"]):
+    if not same and not may_differ:
         raise UserError(
             f"{folder} is not the base of {trained.path}: its config.json or the headers of its "
             f"weights are others. --base takes a copy of {trained.base}."
