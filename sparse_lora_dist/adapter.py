@@ -122,7 +122,8 @@ class AdapterLinear(nn.Module):
         """Does the base alone answer?"""
         if self.form.reads_base:
             gathers_too(self, base.parameters())
-        self.set_pieces(Pieces(computed=tuple(range(site.rank)), open=site.rank))
+        self.num_pieces = self.form.num_pieces(site)
+        self.set_pieces(Pieces(computed=tuple(range(self.num_pieces)), open=self.num_pieces))
 
     def set_pieces(self, pieces: Pieces) -> None:
         """Compute these from now on."""
@@ -150,7 +151,7 @@ class AdapterLinear(nn.Module):
         """The computed pieces of whole tensors, which are in the order of the specs, and what the
         form draws besides."""
         named = dict(zip(self.specs, tensors, strict=True))
-        if len(self.pieces.computed) < self.site.rank:
+        if len(self.pieces.computed) < self.num_pieces:
             named = {n: self._slice(t, self.specs[n].piece_axis) for n, t in named.items()}
         dtype = tensors[0].dtype
         for key, t in self.kept().items():

@@ -19,6 +19,8 @@ from sparse_lora_dist.export.changes import LowRank
 from sparse_lora_dist.export.peft_adapter import PlainLora, write_peft
 from sparse_lora_dist.export.trained import Trained
 from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.report.ranks import Shares
+from sparse_lora_dist.report.read import read_story
 from sparse_lora_dist.show import checkpoint, peft_adapter
 from sparse_lora_dist.show.program import as_text
 from sparse_lora_dist.show.table import Module, table
@@ -160,6 +162,31 @@ def test_what_is_zeroed_after_every_step_does_not_count_as_alive(
         tensors = (saved.tensor(f"{module.name}.{name}") for name in ("lora_a", "lora_b"))
         assert module.alive == sum(int(t.count_nonzero()) for t in tensors)
         assert 0.2 < module.alive / module.entries < 0.5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "prilora", "rank": 3, "prilora_every": 2},
+        {"method": "melora", "rank": 3, "melora_ranks": "1,4"},
+    ],
+)
+def test_a_linear_whose_rank_is_not_the_runs_is_told_with_its_own(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, options: dict[str, object]
+) -> None:
+    """In the table, in decisions and on the report's map: as many as its A has rows."""
+    flags = tiny.flags(tmp_path / "run", max_steps=2, **options)
+    ranks(2, "tests.run_work:train", flags=flags)
+    saved = Trained.open(tmp_path / "run")
+    own = {site.name: len(saved.tensor(f"{site.name}.lora_a")) for site in saved.sites}
+    assert set(own.values()) == ({1, 5} if options["method"] == "prilora" else {5})
+    told = {m.name: (m.rank, m.capacity) for m in checkpoint.modules(saved)}
+    assert told == {name: (rank, rank) for name, rank in own.items()}
+    assert {name: m.capacity for name, m in found(tmp_path / "run" / "adapter").items()} == own
+    if options["method"] == "prilora":
+        assert read_rows(tmp_path / "run" / "decisions.jsonl")[-1]["ranks"] == own
+        shares = Shares(read_story(tmp_path / "run"))
+        assert (shares.of_ranks, shares.capacity) == (True, 5)
 
 
 def test_bytes_of_a_checkpoint_are_those_of_its_files(real: Path) -> None:

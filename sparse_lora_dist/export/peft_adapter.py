@@ -213,8 +213,8 @@ def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
 
 
 def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
-    """(a_RI, b_OR) of the plain LoRA, scaled by alpha / R, that gives the adapter's delta; zero in
-    the pieces that it does not compute.
+    """(a_RI, b_OR) of the plain LoRA, scaled by alpha / --rank, that gives the adapter's delta;
+    zero in the pieces that it does not compute.
 
     Raises:
         NoPair: there is none.
@@ -224,11 +224,11 @@ def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
     a_QI, b_OQ = adapter.form.to_lora(adapter.computed(tensors))
     rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
     b_OQ = b_OQ if rescale == 1.0 else b_OQ * rescale
-    if len(adapter.pieces.computed) == adapter.site.rank:
+    if len(adapter.pieces.computed) == adapter.num_pieces:
         return a_QI, b_OQ
     places = torch.tensor(adapter.pieces.computed, dtype=torch.int64, device=a_QI.device)
-    a_RI = a_QI.new_zeros(adapter.site.rank, a_QI.shape[1]).index_copy_(0, places, a_QI)
-    b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.site.rank).index_copy_(1, places, b_OQ)
+    a_RI = a_QI.new_zeros(adapter.num_pieces, a_QI.shape[1]).index_copy_(0, places, a_QI)
+    b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.num_pieces).index_copy_(1, places, b_OQ)
     return a_RI, b_OR
 
 

@@ -152,7 +152,13 @@ class Form:
     to_peft: Callable[[Tensors, float], PeftForm] | None = None
     """(tensors, scale) -> the same as a type of PEFT's own; None: it has none."""
     scale: Callable[[float, int, int], float] = alpha_over_capacity
-    """(alpha, capacity R, open pieces) -> the site's scale."""
+    """(alpha, --rank, open pieces) -> the site's scale."""
+    own_rank: int | None = None
+    """Its rank-1 pieces at most, R; None: --rank."""
+
+    def num_pieces(self, site: Site) -> int:
+        """Of the site whose form this is."""
+        return site.rank if self.own_rank is None else self.own_rank
 
     @property
     def masks_base(self) -> bool:

@@ -78,7 +78,7 @@ def melora(options: MeLoraOptions, plan: Plan) -> Method:
             "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform),
             "lora_b": TensorSpec(shape=b_shape, init=zeros),
         }
-        return Form(tensors=tensors, delta=delta, to_lora=to_lora)
+        return Form(tensors=tensors, delta=delta, to_lora=to_lora, own_rank=sum(ranks))
 
     return Method(name="melora", form=form)
 

@@ -86,7 +86,8 @@ def prilora(options: PriLoraOptions, plan: Plan) -> Method:
             tensors={
                 "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform),
                 "lora_b": TensorSpec(shape=b_shape, init=zeros),
-            }
+            },
+            own_rank=rank,
         )
 
     return Method(name="prilora", form=form, rewriting=pruning(options, plan.total_steps))

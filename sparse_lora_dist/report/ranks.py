@@ -29,7 +29,7 @@ class Shares:
         ranks = {rank for row in story.decisions for rank in row["ranks"].values()}
         rank = story.options.get("rank")
         self.sizes = _entries(story)
-        self.capacity = rank if is_count(rank) and rank else max(1, *ranks)
+        self.capacity = max(rank if is_count(rank) else 1, 1, *ranks)
         self.of_ranks = ranks != {self.capacity} or not sites.keys() <= self.sizes.keys()
         self.name = "rank" if self.of_ranks else "share"
         self.title = "Rank" if self.of_ranks else "Stepped entries"

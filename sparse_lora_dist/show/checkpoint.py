@@ -31,14 +31,15 @@ def modules(saved: Trained) -> Iterator[Module]:
 def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
     """What is live of its tensors, and the delta that they make; what all linears share is counted
     at the first."""
-    mine = [f"{site.name}.{key}" for key in saved.method.form(site).tensors]
+    form = saved.method.form(site)
+    mine = [f"{site.name}.{key}" for key in form.tensors]
     names = [name for name in mine if name in saved.manifest["tensors"]]
     _, open_pieces = saved.manifest["sites"]["pieces"][site.name]
     change = None if saved.reads_base else saved.change(site)
     return Module(
         name=site.name,
         rank=open_pieces,
-        capacity=site.rank,
+        capacity=form.num_pieces(site),
         entries=sum(prod(saved.manifest["tensors"][name]) for name in names),
         alive=sum(_num_live(saved, name) for name in names),
         bytes=sum(sizes[name] for name in names),
