@@ -1,6 +1,7 @@
 """Sites written anew: what a method is shown is what one process alone would see, on any ranks;
 what it keeps lies in shares wherever they lie, and goes with the run."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from sparse_lora_dist.metrics import read_rows
 from tests.conftest import Ranks
+from tests.laws import LAWS
 from tests.test_ds_configs import engine_file
-from tests.test_laws import saved
+from tests.test_laws import KEYS, saved
 from tests.test_nvme import nvme_file
 from tests.tiny_run import TinyRun
 from tests.writing_work import Plainly
@@ -117,6 +119,40 @@ def test_wherever_shares_lie(
     file = engine_file(tmp_path, name, **HOMES[home])
     ranks(2, TRAIN, flags=words(tiny, tmp_path / "run", ds_config=file))
     same(ends(straight), ends(tmp_path / "run"))
+
+
+def test_what_is_kept_is_not_rounded_where_shares_are_of_16_bits(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """Numbers of 8, 32 and 64 bits lie in shares of bf16, are gathered, saved and read again."""
+    one, parts = tmp_path / "one", tmp_path / "parts"
+    seen = ranks(2, "tests.writing_work:shown", flags=words(tiny, one, precision="bf16"))[0]
+    for size, last in ((2, 3), (3, 4), (2, 5)):
+        layout = {"micro_batch_size": 12 // size, "stop_after": last, "resume": "auto"}
+        ranks(size, TRAIN, flags=words(tiny, parts, precision="bf16", **layout))
+    large_OI = seen[SITE, 4]["weight"] * 5
+    assert not torch.equal(large_OI, large_OI.bfloat16().float())
+    for kept in (saved(one, "kept", 5), saved(parts, "kept", 5)):
+        assert torch.equal(kept[f"{SITE}.toy_large"].view(torch.float32), large_OI.flatten())
+        assert kept[f"{SITE}.toy_step"].view(torch.int64).tolist() == [2**40 + 4]
+        assert kept[f"{SITE}.toy_bits"].tolist() == [2, 3, 4, 5, 250]
+
+
+@pytest.mark.parametrize("name", ["cola", "mora", "sara", "shira", "pst", "prilora", "losa"])
+def test_under_bf16_what_is_written_and_kept_resumes_bit_for_bit(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
+) -> None:
+    usual = {"method": name, "precision": "bf16", "max_steps": 12, "save_every": 8, "rank": 6}
+    flags = tiny.flags(tmp_path, **usual | LAWS[name].on, micro_batch_size=3)
+    ranks(2, "tests.run_work:train", flags=flags)
+    straight = {key: saved(tmp_path, key, 12) for key in KEYS}
+    assert straight["kept"] or straight["squares"]
+    shutil.rmtree(tmp_path / "checkpoints" / "step_00000012")
+    ranks(2, "tests.run_work:train", flags=[*flags, "--resume", "auto"])
+    for key, tensors in straight.items():
+        resumed = saved(tmp_path, key, 12)
+        assert tensors.keys() == resumed.keys()
+        assert all(torch.equal(t, resumed[n]) for n, t in tensors.items()), key
 
 
 @pytest.mark.timeout(1800)
