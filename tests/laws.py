@@ -47,13 +47,13 @@ LAWS: dict[str, Law] = {
     ),
     "sora": Law(
         factory=METHODS["sora"],
-        on={"sora_every": 3, "sora_reopen": False},
+        on={"sora_every": 2, "sora_reopen": False},
         # Gates that stay at 1.
         off={"sora_lambdas": (0.0,), "sora_gate_init": "ones", "sora_gate_lr_factor": 1e-30},
     ),
     "increlora": Law(
         factory=METHODS["increlora"],
-        on={"increlora_every": 3, "increlora_target_rank": 2.0},
+        on={"increlora_every": 2, "increlora_target_rank": 2.0},
         off={
             "increlora_start_rank": 6,
             "increlora_target_rank": 6.0,
