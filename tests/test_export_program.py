@@ -77,10 +77,10 @@ def stops(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory)
             return found[name]
         number = list(METHODS).index(name)
         folder = tmp_path_factory.mktemp(name) / "run"
-        for world, last in ((1 + number % 4, 7), (1 + (number + 2) % 4, 18)):
+        for world, last in ((1 + number % 4, 5), (1 + (number + 2) % 4, 12)):
             options: dict[str, Any] = {
                 "method": name,
-                "max_steps": 18,
+                "max_steps": 12,
                 "rank": 6,
                 "stop_after": last,
             }

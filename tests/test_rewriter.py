@@ -138,13 +138,14 @@ def test_what_is_kept_is_not_rounded_where_shares_are_of_16_bits(
         assert kept[f"{SITE}.toy_bits"].tolist() == [2, 3, 4, 5, 250]
 
 
-@pytest.mark.parametrize("name", ["cola", "mora", "sara", "shira", "pst", "prilora", "losa"])
+@pytest.mark.parametrize("name", ["cola", "sara", "prilora"])
 def test_under_bf16_what_is_written_and_kept_resumes_bit_for_bit(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
 ) -> None:
     usual = {"method": name, "precision": "bf16", "max_steps": 12, "save_every": 8, "rank": 6}
     flags = tiny.flags(tmp_path, **usual | LAWS[name].on, micro_batch_size=3)
     ranks(2, "tests.run_work:train", flags=flags)
+    # Floats, places, squares of inputs; bits are as the bytes above.
     straight = {key: saved(tmp_path, key, 12) for key in KEYS}
     assert straight["kept"] or straight["squares"]
     shutil.rmtree(tmp_path / "checkpoints" / "step_00000012")
