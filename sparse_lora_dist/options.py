@@ -4,6 +4,7 @@ import re
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
@@ -22,7 +23,7 @@ WORDS = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
     """What reads options, and says so on its help page."""
 
@@ -78,8 +79,15 @@ def known_options(program: Program = TRAIN) -> dict[str, Option]:
 
 def build_parser(program: Program = TRAIN) -> ArgumentParser:
     """A parser that knows the type of every option, and prints the help page."""
+    return _parser(program, tuple(methods.METHODS.items()))
+
+
+@cache  # it is a fifth of what a test's short run costs to begin
+def _parser(
+    program: Program, known: tuple[tuple[str, methods.MethodFactory], ...]
+) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    summaries = "; ".join(f"{name} ({m.summary})" for name, m in methods.METHODS.items())
+    summaries = "; ".join(f"{name} ({m.summary})" for name, m in known)
     parser = ArgumentParser(
         prog=program.name,
         usage=program.usage,
@@ -94,7 +102,7 @@ def build_parser(program: Program = TRAIN) -> ArgumentParser:
     command.add_argument("--help", action="store_true", help="print this page and leave")
     for section in sections_of(program).values():
         parser.add_class_arguments(section, None)
-    for name, factory in methods.METHODS.items():
+    for name, factory in known:
         group = parser.add_argument_group(f"Options of --method {name}")
         group.add_class_arguments(factory.options, None, as_group=False)
     parser.set_defaults(dict(program.defaults))

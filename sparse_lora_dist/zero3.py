@@ -21,6 +21,7 @@ import deepspeed
 import deepspeed.ops
 from deepspeed.git_version_info import installed_ops as installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder as AsyncIOBuilder
+from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder as PinMemoryBuilder
 from deepspeed.runtime.chunked_cross_entropy import chunked_cross_entropy
 from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus, ZeroParamStatus
 from deepspeed.utils import groups

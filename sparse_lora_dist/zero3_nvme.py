@@ -17,7 +17,7 @@ from sparse_lora_dist import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.phases import first_on_its_node, together
 from sparse_lora_dist.screen import megabytes, say
-from sparse_lora_dist.zero3 import AsyncIOBuilder, installed_ops
+from sparse_lora_dist.zero3 import AsyncIOBuilder, PinMemoryBuilder, installed_ops
 
 QUIET_S = 1800.0
 """A build in which nothing changes for so long is one that was killed."""
@@ -67,14 +67,6 @@ def claim(folder: Path) -> None:
         shutil.rmtree(left)
 
 
-class _WithoutSymbols(AsyncIOBuilder):  # type: ignore[misc]
-    """DeepSpeed's build, but for debug symbols: they are a third of its minutes."""
-
-    def cxx_args(self) -> list[str]:
-        # The last -g holds. DeepSpeed itself finds what is loaded here, by its name.
-        return [*super().cxx_args(), "-g0"]
-
-
 def why_not() -> str | None:
     """Why async_io can be neither loaded nor built here; None where it can. Takes a second."""
     if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
@@ -96,10 +88,19 @@ def load_async_io() -> None:
     for op in ("pin_memory", "async_io"):
         wait_for_another_build(Path(_get_build_directory(op, verbose=False)))
     try:
-        _WithoutSymbols().load(verbose=False)
+        # The first is loaded by the second, and DeepSpeed finds what is loaded by its name.
+        for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
+            _without_symbols(builder).load(verbose=False)
     except (RuntimeError, ImportError, CalledProcessError) as error:
         last = "\n".join(str(error).splitlines()[-20:])
         raise UserError(f"DeepSpeed's async_io does not build or load here:\n{last}") from error
+
+
+def _without_symbols(builder: Any) -> Any:
+    """A build without those that a debugger reads: they are a third of its minutes."""
+    flags = [*builder.cxx_args(), "-g0"]  # the last -g holds
+    builder.cxx_args = lambda: flags  # no subclass: pin_memory's would load itself for ever
+    return builder
 
 
 def wait_for_another_build(folder: Path) -> None:

@@ -209,13 +209,17 @@ def test_stopping_before_at_and_after_decisions_changes_no_bit(
 def test_a_run_goes_on_on_other_numbers_of_ranks(
     ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str
 ) -> None:
-    """2 ranks to the step before a decision, 1 through it, 3 to the step after, 4, and 2 again;
-    2, 3 and 1 where nothing is decided. The first of them take their rows in several turns."""
+    """2 ranks to the step before a decision, 1 through it, 3 to the step after, and 2 again, for what
+    ranks decide together after 4; 2, 3 and 1 where nothing is decided. The first of them take their
+    rows in several turns."""
     one = reference(name)
     steps = [row["step"] for row in decisions(one)] or [7]
     at = steps[len(steps) // 2]
-    course = [(2, at - 1), (1, at), (3, at + 1), (4, at + 2), (2, STEPS)]
-    for world, last in course if decisions(one) else [(2, at - 1), (3, at + 1), (1, STEPS)]:
+    course = [(2, at - 1), (3, at + 1), (1, STEPS)]
+    if decisions(one):
+        four = [(4, at + 2)] if LAWS[name].decides else []
+        course = [(2, at - 1), (1, at), (3, at + 1), *four, (2, STEPS)]
+    for world, last in course:
         layout = {"micro_batch_size": 12 // world, "stop_after": last, "resume": "auto"}
         if last == at - 1:
             layout |= {"micro_batch_size": 3, "gradient_accumulation_steps": 2}
@@ -225,6 +229,10 @@ def test_a_run_goes_on_on_other_numbers_of_ranks(
         assert ("ranks ->" in told) == (last != at - 1)
     assert max(at_the_threshold(one, tmp_path).values(), default=0.0) <= TIES
     assert losses(tmp_path) == pytest.approx(losses(one), abs=1e-4)
+    one_live, live, masters = saved(one, "live"), saved(tmp_path, "live"), saved(tmp_path, "master")
+    for n, w in saved(one, "master").items():
+        same = one_live[n] == live[n]
+        torch.testing.assert_close(masters[n][same], w[same], rtol=0, atol=1e-4)
 
 
 @deciding

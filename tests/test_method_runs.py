@@ -241,24 +241,6 @@ def test_a_schedule_in_its_middle_cannot_be_drawn_anew(
     assert all(torch.equal(live[n], later[n]) for n in live)
 
 
-@pytest.mark.parametrize("name", ["roselora", "sora", "increlora", "adalora"])
-def test_another_number_of_ranks_goes_on_in_the_middle_of_a_schedule(
-    ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
-) -> None:
-    options: dict[str, object] = {"method": name, "max_steps": 16, "max_grad_norm": 0, "rank": 6}
-    options |= LAWS[name].on | {"learning_rate": 2e-3}
-    ranks(2, TRAIN, flags=tiny.flags(tmp_path / "straight", **options, micro_batch_size=3))
-    parts = tmp_path / "parts"
-    ranks(2, TRAIN, flags=tiny.flags(parts, **options, micro_batch_size=3, stop_after=7))
-    ranks(3, TRAIN, flags=tiny.flags(parts, **options, micro_batch_size=2, resume="auto"))
-    straight, elastic = (read_rows(tmp_path / n / "decisions.jsonl") for n in ("straight", "parts"))
-    assert straight == elastic
-    for key in ("live", "born", "master"):
-        first, second = (saved(tmp_path / n, key, 16) for n in ("straight", "parts"))
-        for tensor, t in first.items():
-            torch.testing.assert_close(second[tensor], t, rtol=0, atol=1e-5)
-
-
 def test_another_rule_is_another_run(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     options = {"method": "increlora", "max_steps": 12, "stop_after": 6}
     ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))

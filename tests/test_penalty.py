@@ -49,6 +49,7 @@ def test_the_penalty_adds_its_autograd_gradient_once_a_step(
             adalora_preset=preset,
             adalora_orthogonality=weight,
             max_steps=4,
+            stop_after=1,
             rank=RANK,
             **options,
         )
