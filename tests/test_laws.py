@@ -209,9 +209,9 @@ def test_stopping_before_at_and_after_decisions_changes_no_bit(
 def test_a_run_goes_on_on_other_numbers_of_ranks(
     ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str
 ) -> None:
-    """2 ranks to the step before a decision, 1 through it, 3 to the step after, and 2 again, for what
-    ranks decide together after 4; 2, 3 and 1 where nothing is decided. The first of them take their
-    rows in several turns."""
+    """2 ranks to the step before a decision, 1 through it, 3 to the step after, and 2 again, after
+    4 for what ranks decide together; 2, 3 and 1 where nothing is decided. The first of them take
+    their rows in several turns."""
     one = reference(name)
     steps = [row["step"] for row in decisions(one)] or [7]
     at = steps[len(steps) // 2]
