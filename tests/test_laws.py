@@ -105,6 +105,16 @@ def at_the_threshold(one: Path, other: Path) -> dict[str, float]:
     return {where: share for where, share in shares.items() if share}
 
 
+def same_where_alike(one: Path, other: Path) -> None:
+    """Entries of which two runs decided alike have one age and one value."""
+    live, others = saved(one, "live"), saved(other, "live")
+    for key, atol in (("born", 0.0), ("master", 1e-5)):
+        theirs = saved(other, key)
+        for n, t in saved(one, key).items():
+            same = live[n] == others[n]
+            torch.testing.assert_close(theirs[n][same], t[same], rtol=0, atol=atol)
+
+
 @pytest.fixture(scope="session")
 def reference(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Method -> the folder of its run on two ranks, 12 rows a step, everything sharded."""
@@ -160,16 +170,12 @@ def test_the_layout_changes_no_decision_no_mask_and_no_parameter(
         options = options | {"ds_config": tmp_path / "engine.json"}
     ranks(world, "tests.run_work:train_toy", flags=flags(tiny, tmp_path / "run", name, **options))
     one, other = reference(name), tmp_path / "run"
-    live, others = saved(one, "live"), saved(other, "live")
     otherwise = at_the_threshold(one, other)
     if otherwise:
         print(f"{name}, {layout}, at the threshold: {otherwise}")
     assert max(otherwise.values(), default=0.0) <= TIES
     assert losses(other) == pytest.approx(losses(one), abs=1e-5)
-    masters = saved(other, "master")
-    for n, w in saved(one, "master").items():
-        same = live[n] == others[n]
-        torch.testing.assert_close(masters[n][same], w[same], rtol=0, atol=1e-5)
+    same_where_alike(one, other)
     theirs = kept(other)
     for n, t in kept(one).items():
         if t.is_floating_point():
@@ -229,10 +235,7 @@ def test_a_run_goes_on_on_other_numbers_of_ranks(
         assert ("ranks ->" in told) == (last != at - 1)
     assert max(at_the_threshold(one, tmp_path).values(), default=0.0) <= TIES
     assert losses(tmp_path) == pytest.approx(losses(one), abs=1e-4)
-    one_live, live, masters = saved(one, "live"), saved(tmp_path, "live"), saved(tmp_path, "master")
-    for n, w in saved(one, "master").items():
-        same = one_live[n] == live[n]
-        torch.testing.assert_close(masters[n][same], w[same], rtol=0, atol=1e-4)
+    same_where_alike(one, tmp_path)
 
 
 @deciding
