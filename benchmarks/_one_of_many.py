@@ -22,9 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.base_model.quantized_share import own_weights, quantized_part
+from sparse_lora_dist.base_model.nf4_shard import own_weights, quantized_part
+from sparse_lora_dist.distributed import comm
 
 
 def pretend(rank: int, ranks: int) -> None:

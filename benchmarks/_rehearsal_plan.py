@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-from sparse_lora_dist.config import Config
-from sparse_lora_dist.plan.job import Engine, Ranks
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.plan.load_memory import base_shard_bytes
 from sparse_lora_dist.plan.memory import rank_memory
+from sparse_lora_dist.plan.scenario import Engine, Ranks
 from sparse_lora_dist.plan.shapes import shapes_of
 
 

@@ -22,10 +22,10 @@ from _job import RESULTS, header, write
 from _resident import forget_peak, peak_bytes
 from torch import Tensor
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.base_model.checkpoint_files import CPU, CheckpointFiles, Source
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.base_model.safetensors_reader import CPU, CheckpointFiles, Source
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 
 CAP_BYTES = 24_000_000_000
 OFFLOAD = ZERO3.replace("zero3.json", "zero3_offload.json")

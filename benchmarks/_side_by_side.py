@@ -13,26 +13,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.adapter import RowSeeds
-from sparse_lora_dist.config import (
+from sparse_lora_dist.adapter.linear import RowSeeds
+from sparse_lora_dist.config.config import (
     AdapterConfig,
     Config,
     DataConfig,
     ModelConfig,
     TrainConfig,
 )
+from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.data import Batch
-from sparse_lora_dist.decisions import Decisions
-from sparse_lora_dist.engine_config import engine_dict
-from sparse_lora_dist.learning_rate import LearningRate
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods import METHODS, Method, Plan
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.sites import Sites
-from sparse_lora_dist.step import batch_loss, train_step
-from sparse_lora_dist.zero3 import Engine
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.optim.learning_rate import LearningRate
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+from sparse_lora_dist.sparsity.decisions import Decisions
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.sparsity.sites import Sites
+from sparse_lora_dist.training.step import batch_loss, train_step
+from sparse_lora_dist.zero3.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 ZERO3 = str(ROOT / "ds_configs" / "zero3.json")

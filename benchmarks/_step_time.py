@@ -16,11 +16,11 @@ from _side_by_side import Run, build  # isort: skip  # sets the path
 import torch
 from torch import Tensor
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.decisions import Decisions
-from sparse_lora_dist.methods.triplets import triplet_delta
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.methods.shared.triplets import triplet_delta
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+from sparse_lora_dist.sparsity.decisions import Decisions
+from sparse_lora_dist.sparsity.shards import Shards
 
 EVERY, WARM_UP, RANK, TOKENS = 10, 2, 16, 512
 TIMED = {"width": 1024, "inner": 2816, "layers": 9}

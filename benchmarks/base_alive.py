@@ -39,14 +39,14 @@ ZERO = {
 
 def ours(folder: str, precision: Literal["bf16", "fp32"] = "bf16") -> Alive:
     """This project's model and engine."""
-    from sparse_lora_dist import comm
     from sparse_lora_dist.base_model import nf4
-    from sparse_lora_dist.config import Config, ModelConfig
-    from sparse_lora_dist.engine_config import engine_dict
-    from sparse_lora_dist.methods.base import Method
-    from sparse_lora_dist.model import Model
-    from sparse_lora_dist.optim import SparseAdamW
-    from sparse_lora_dist.zero3 import Engine
+    from sparse_lora_dist.config.config import Config, ModelConfig
+    from sparse_lora_dist.config.deepspeed_file import engine_dict
+    from sparse_lora_dist.distributed import comm
+    from sparse_lora_dist.methods.protocol.method import Method
+    from sparse_lora_dist.model.model import Model
+    from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+    from sparse_lora_dist.zero3.engine import Engine
 
     comm.start()
     method = Method(name="lora")
@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.program:
-        from sparse_lora_dist.program import quiet_others
+        from sparse_lora_dist.runtime.entry_point import quiet_others
 
         quiet_others()
         alive = PROGRAMS[args.program](args.folder)

@@ -22,12 +22,12 @@ from _side_by_side import ZERO3, on_ranks  # isort: skip  # sets the path
 import torch
 from _job import header, write
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.config import Config, ModelConfig
-from sparse_lora_dist.engine_config import engine_dict
-from sparse_lora_dist.methods.base import Method
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.config.config import Config, ModelConfig
+from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.methods.protocol.method import Method
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 
 LLAMA = {
     "hidden_size": 2048,

@@ -71,8 +71,8 @@ def measure(words: list[str]) -> None:
     sys.path.insert(0, str(ROOT))
     from transformers.models.llama import modeling_llama  # noqa: F401
 
-    from sparse_lora_dist.export.options import load_request
-    from sparse_lora_dist.export.program import export
+    from sparse_lora_dist.export.export_command import export
+    from sparse_lora_dist.export.export_options import load_request
 
     before, started = forget_peak(), time.perf_counter()
     export(load_request(words))

@@ -28,14 +28,14 @@ from _job import header, write
 from _made_world import World, save_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sparse_lora_dist.editing.answers import encode
+from sparse_lora_dist.editing.answer_tokens import encode
+from sparse_lora_dist.editing.edit_command import RESULTS, purpose_of
+from sparse_lora_dist.editing.edit_metrics import agreement
+from sparse_lora_dist.editing.edit_options import load_request
 from sparse_lora_dist.editing.edits import Question
-from sparse_lora_dist.editing.metrics import agreement
-from sparse_lora_dist.editing.options import load_request
-from sparse_lora_dist.editing.program import RESULTS, purpose_of
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
-from sparse_lora_dist.export.trained import Trained
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 from sparse_lora_dist.train import run
 
 SEEDS = (0, 1, 2, 3, 4)

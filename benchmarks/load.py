@@ -25,10 +25,10 @@ from _job import RESULTS, write
 from _load_report import plot, report
 from _resident import forget_peak, peak_bytes
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 
 LLAMA = {
     "hidden_size": 2048,

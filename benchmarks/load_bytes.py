@@ -46,14 +46,14 @@ def main() -> None:
 
 def load(folder: str, seen: Path) -> None:
     """One rank: load, and write down what it cost."""
-    from sparse_lora_dist import comm
     from sparse_lora_dist.base_model import shard_loader
     from sparse_lora_dist.base_model.shard_loader import ShardLoader
-    from sparse_lora_dist.config import Config, ModelConfig
-    from sparse_lora_dist.engine_config import engine_dict
-    from sparse_lora_dist.methods.base import Method
-    from sparse_lora_dist.model import Model
-    from sparse_lora_dist.program import quiet_others
+    from sparse_lora_dist.config.config import Config, ModelConfig
+    from sparse_lora_dist.config.deepspeed_file import engine_dict
+    from sparse_lora_dist.distributed import comm
+    from sparse_lora_dist.methods.protocol.method import Method
+    from sparse_lora_dist.model.model import Model
+    from sparse_lora_dist.runtime.entry_point import quiet_others
 
     quiet_others()
     comm.start()

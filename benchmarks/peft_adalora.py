@@ -23,8 +23,9 @@ import torch
 from _job import write
 from torch import Tensor, nn
 
-from sparse_lora_dist import comm, zero3
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.zero3 import engine as zero3
 
 RANKS, TOKENS, PIECES, TARGET = 2, 32, 16, 4
 STEPS, BEGIN, EVERY, FREEZE = 30, 5, 10, 20

@@ -27,8 +27,8 @@ import torch
 from _job import RESULTS, header, write
 from _resident import forget_peak, peak_bytes
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 
 LLAMA = {
     "hidden_size": 1024,
@@ -154,9 +154,9 @@ def flags_of(row: Row, folder: str) -> list[str]:
 
 def planned(row: Row, folder: str) -> dict[str, int]:
     """{line: bytes} in the phase that needs most, and their sum."""
-    from sparse_lora_dist.command_line import load_config
-    from sparse_lora_dist.plan.job import Engine, Ranks
+    from sparse_lora_dist.config.load import load_config
     from sparse_lora_dist.plan.memory import PHASES, rank_memory
+    from sparse_lora_dist.plan.scenario import Engine, Ranks
     from sparse_lora_dist.plan.shapes import shapes_of
 
     config = load_config(flags_of(row, folder))
@@ -195,7 +195,7 @@ def on_this_rank(rows: list[Row], folder: str) -> None:
 def peak_of(row: Row, folder: str) -> int:
     """From where training begins to the end of its last step."""
     from sparse_lora_dist import train as program
-    from sparse_lora_dist.command_line import load_config
+    from sparse_lora_dist.config.load import load_config
 
     give_back()
     before = forget_peak()

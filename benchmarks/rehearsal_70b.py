@@ -34,14 +34,14 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.base_model.quantized_share import own_bytes, own_weights, quantized_parameters
-from sparse_lora_dist.config import Config, ModelConfig
-from sparse_lora_dist.engine_config import engine_dict
-from sparse_lora_dist.methods.base import Method
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.program import leave, quiet_others
-from sparse_lora_dist.zero3 import ShardBuilder
-from sparse_lora_dist.zero3_shares import own_range
+from sparse_lora_dist.base_model.nf4_shard import own_bytes, own_weights, quantized_parameters
+from sparse_lora_dist.config.config import Config, ModelConfig
+from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.methods.protocol.method import Method
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.zero3.engine import ShardBuilder
+from sparse_lora_dist.zero3.shares import own_range
 
 LLAMA_3_70B = {
     "hidden_size": 8192,

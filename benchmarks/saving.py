@@ -21,9 +21,10 @@ from _side_by_side import ZERO3, Run, build, on_ranks, save_llama  # isort: skip
 from _job import header, write
 from _usual_way import build_usual
 
-from sparse_lora_dist import checkpoint, comm
+from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint import Progress, Saver
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 
 RANKS, ROUNDS, TOKENS = 2, 5, 256
 MODEL = {"width": 1024, "inner": 2816, "layers": 11}

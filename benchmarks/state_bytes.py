@@ -16,9 +16,9 @@ import torch
 from _job import header, write
 from torch import Tensor
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.optim import CHUNK
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.optim.sparse_adamw import CHUNK
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 
 RANKS = 2
 MODEL = {"width": 1024, "inner": 2816, "layers": 9}

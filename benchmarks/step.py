@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.program import leave, quiet_others
-from sparse_lora_dist.screen import say
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 
 WARM_UP = 1
 PHASES = ("time", *WAYS)
@@ -143,7 +143,7 @@ def build_ours(settings: dict[str, Any], peaks: dict[str, int] | None) -> Any:
     """As ``train.run`` does; the peak while loading is seen when loading ends."""
     from unittest.mock import patch
 
-    from sparse_lora_dist.model import Model
+    from sparse_lora_dist.model.model import Model
 
     load = Model.load
 

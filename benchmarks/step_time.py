@@ -29,10 +29,10 @@ from _step_time import (
     times,
 )
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.config import TrainConfig
-from sparse_lora_dist.decisions import MODULES
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.config.config import TrainConfig
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.sparsity.decisions import MODULES
 
 TINY = {"width": 256, "inner": 704, "layers": 4}
 RANKS, ROWS = 2, TrainConfig().micro_batch_size

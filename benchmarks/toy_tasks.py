@@ -18,9 +18,8 @@ from _side_by_side import on_ranks  # isort: skip  # sets the path
 import torch
 from _job import write
 
-from sparse_lora_dist import comm
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods import METHODS, Method
-from sparse_lora_dist.methods.base import Decision, Scores
 from sparse_lora_dist.methods.increlora import (
     IncreLoraOptions,
     delta_scores,
@@ -28,7 +27,8 @@ from sparse_lora_dist.methods.increlora import (
     piece_scores,
     planned,
 )
-from sparse_lora_dist.program import leave, quiet_others
+from sparse_lora_dist.methods.protocol.method import Decision, Scores
+from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 from tests.toy_tasks import (
     GROWN,
     Learned,

@@ -9,8 +9,8 @@ from pathlib import Path
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.editing.options import EditRequest, load_request
-from sparse_lora_dist.program import run_program
+from sparse_lora_dist.editing.edit_options import EditRequest, load_request
+from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(request: EditRequest) -> None:
@@ -19,7 +19,7 @@ def main(request: EditRequest) -> None:
         print(request.file.report())
         return
     # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
-    from sparse_lora_dist.editing.program import purpose_of
+    from sparse_lora_dist.editing.edit_command import purpose_of
     from sparse_lora_dist.train import run
 
     run(request.config, purpose_of(request))

@@ -9,14 +9,14 @@ from pathlib import Path
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.export.options import ExportRequest, load_request
-from sparse_lora_dist.program import run_program
+from sparse_lora_dist.export.export_options import ExportRequest, load_request
+from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(request: ExportRequest) -> None:
     """Hand over."""
     # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
-    from sparse_lora_dist.export.program import export
+    from sparse_lora_dist.export.export_command import export
 
     export(request)
 

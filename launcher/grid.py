@@ -9,8 +9,8 @@ from pathlib import Path
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.grid import load_grid, show
-from sparse_lora_dist.program import run_program
+from sparse_lora_dist.config.sweep import load_grid, show
+from sparse_lora_dist.runtime.entry_point import run_program
 
 if __name__ == "__main__":
     run_program(sys.argv[1:], load_grid, show)

@@ -9,14 +9,14 @@ from pathlib import Path
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.program import run_program
-from sparse_lora_dist.report.options import ReportRequest, load_request
+from sparse_lora_dist.report.report_options import ReportRequest, load_request
+from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(request: ReportRequest) -> None:
     """Hand over."""
     # Late, so that --help and a wrong option need not wait for torch and matplotlib.
-    from sparse_lora_dist.report.program import report
+    from sparse_lora_dist.report.report_command import report
 
     report(request)
 

@@ -9,14 +9,14 @@ from pathlib import Path
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.program import run_program
-from sparse_lora_dist.show.options import ShowRequest, load_request
+from sparse_lora_dist.runtime.entry_point import run_program
+from sparse_lora_dist.show.show_options import ShowRequest, load_request
 
 
 def main(request: ShowRequest) -> None:
     """Hand over."""
     # Late, so that --help and a wrong option need not wait for torch.
-    from sparse_lora_dist.show.program import show
+    from sparse_lora_dist.show.show_command import show
 
     show(request)
 

@@ -9,16 +9,16 @@ from pathlib import Path
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.command_line import load_config
-from sparse_lora_dist.config import Config
-from sparse_lora_dist.program import run_program
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(config: Config) -> None:
     """Hand over."""
     # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
     if config.run.verify is not None:
-        from sparse_lora_dist.verify import verify
+        from sparse_lora_dist.checkpoint.verify import verify
 
         verify(Path(config.run.verify))
         return

@@ -9,19 +9,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparse_lora_dist.api import export_run as export_run
+    from sparse_lora_dist.api import settings as settings
     from sparse_lora_dist.export.sparse_delta import apply_sparse_delta as apply_sparse_delta
-    from sparse_lora_dist.from_python import export_run as export_run
-    from sparse_lora_dist.from_python import settings as settings
     from sparse_lora_dist.train import run as run
     from sparse_lora_dist.train import training as training
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "settings": "from_python",
+    "settings": "api",
     "run": "train",
     "training": "train",
-    "export_run": "from_python",
+    "export_run": "api",
     "apply_sparse_delta": "export.sparse_delta",
 }
 

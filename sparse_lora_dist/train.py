@@ -8,30 +8,34 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist import comm, run_lock, stopping, watch, zero3_nvme
-from sparse_lora_dist.base_model.sources import is_quantized
-from sparse_lora_dist.bounds import seconds_in
-from sparse_lora_dist.config import Config
-from sparse_lora_dist.decisions import Decisions
-from sparse_lora_dist.engine_config import engine_dict
+from sparse_lora_dist.base_model.weight_map import is_quantized
+from sparse_lora_dist.config.checks import seconds_in
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.phases import together
 from sparse_lora_dist.errors import Stopped, UserError
-from sparse_lora_dist.feed import open_feed
-from sparse_lora_dist.job import Job
 from sparse_lora_dist.methods import METHODS, Method
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.phases import together
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.plan.check import say_whether_it_fits
-from sparse_lora_dist.purpose import TRAINING, Purpose
-from sparse_lora_dist.resume import find_resume, is_requeued
-from sparse_lora_dist.rewriter import Rewriter
-from sparse_lora_dist.run_folder import check_folder, clear, write_description
-from sparse_lora_dist.screen import say
-from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.sites import Sites
-from sparse_lora_dist.step import StepResult, train_step
-from sparse_lora_dist.tasks import TASKS
-from sparse_lora_dist.zero3 import Engine
+from sparse_lora_dist.run_folder import lock as run_lock
+from sparse_lora_dist.run_folder.description import check_folder, clear, write_description
+from sparse_lora_dist.runtime import stop_signals as stopping
+from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.sparsity.decisions import Decisions
+from sparse_lora_dist.sparsity.rewriter import Rewriter
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.sparsity.sites import Sites
+from sparse_lora_dist.tasks.task import TASKS
+from sparse_lora_dist.training.feed import open_feed
+from sparse_lora_dist.training.job import Job
+from sparse_lora_dist.training.purpose import TRAINING, Purpose
+from sparse_lora_dist.training.resume import find_resume, is_requeued
+from sparse_lora_dist.training.step import StepResult, train_step
+from sparse_lora_dist.zero3 import nvme as zero3_nvme
+from sparse_lora_dist.zero3.engine import Engine
 
 
 def run(config: Config, purpose: Purpose = TRAINING) -> None:

@@ -17,21 +17,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
+from sparse_lora_dist.base_model.nf4_shard import own_weights, quantized_parameters
 from sparse_lora_dist.base_model.quant_experts import Matrix
-from sparse_lora_dist.base_model.quantized_share import own_weights, quantized_parameters
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
-from sparse_lora_dist.base_model.sources import find_keys, find_sources
-from sparse_lora_dist.config import Config, ModelConfig
-from sparse_lora_dist.engine_config import engine_dict
+from sparse_lora_dist.base_model.weight_map import find_keys, find_sources
+from sparse_lora_dist.config.config import Config, ModelConfig
+from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.methods.base import Method
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.zero3 import Engine, ShardBuilder, gathered
+from sparse_lora_dist.methods.protocol.method import Method
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+from sparse_lora_dist.zero3.engine import Engine, ShardBuilder, gathered
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.base_model import cache_folder, safetensors_writer
-from sparse_lora_dist.base_model.cache_folder import CacheFolder
+from sparse_lora_dist.base_model import safetensors_writer
+from sparse_lora_dist.base_model.cache import folder as cache_folder
+from sparse_lora_dist.base_model.cache.folder import CacheFolder
 from sparse_lora_dist.base_model.frozen_linear import QuantLinear
 from sparse_lora_dist.base_model.quant_experts import QuantExperts
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
-from sparse_lora_dist.config import AdapterConfig, Config
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.zero3 import gathered
+from sparse_lora_dist.config.config import AdapterConfig, Config
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.zero3.engine import gathered
 from tests.base_work import config_of, load_model
 from tests.kinds_work import logits_of
 

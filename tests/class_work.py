@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparse_lora_dist import train as program
 from sparse_lora_dist.data import LabelledBatch
-from sparse_lora_dist.step import train_step
+from sparse_lora_dist.training.step import train_step
 from tests.run_work import finished_job
 
 

@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 from unittest.mock import patch
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.phases import first_on_its_node
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.phases import first_on_its_node
 
 
 def found_on_its_node(folder: Path, ranks_a_node: int) -> list[str]:

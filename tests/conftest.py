@@ -45,7 +45,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyRun":
 def async_io() -> None:
     """DeepSpeed's op for NVMe, built: minutes, once a machine. Skips, and says so, where it cannot
     be built."""
-    from sparse_lora_dist import zero3_nvme  # late: it imports torch and DeepSpeed
+    from sparse_lora_dist.zero3 import nvme as zero3_nvme
 
     if reason := zero3_nvme.why_not():
         pytest.skip(reason)

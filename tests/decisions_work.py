@@ -8,9 +8,10 @@ from unittest.mock import patch
 
 from torch import nn
 
-from sparse_lora_dist import comm, zero3
-from sparse_lora_dist.decisions import Decisions
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.sparsity.decisions import Decisions
+from sparse_lora_dist.zero3 import engine as zero3
 from tests.run_work import train_toy
 from tests.toy_method import TOY, toy
 

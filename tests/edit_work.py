@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.editing.answers import Speaker
-from sparse_lora_dist.editing.options import RESULTS, load_request
-from sparse_lora_dist.editing.program import purpose_of
-from sparse_lora_dist.feed import open_tokenizer
-from sparse_lora_dist.job import Job
+from sparse_lora_dist.editing.answer_tokens import Speaker
+from sparse_lora_dist.editing.edit_command import purpose_of
+from sparse_lora_dist.editing.edit_options import RESULTS, load_request
 from sparse_lora_dist.train import run
+from sparse_lora_dist.training.feed import open_tokenizer
+from sparse_lora_dist.training.job import Job
 from tests import work
 
 
@@ -108,7 +108,7 @@ def silent_logits_are_the_bases(flags: list[str]) -> bool:
     """Does the model answer bit for bit as before, once its deltas are silent?"""
     import torch
 
-    from sparse_lora_dist.editing.answers import silent
+    from sparse_lora_dist.editing.answer_tokens import silent
     from tests.run_work import finished_job
 
     job = finished_job(flags)

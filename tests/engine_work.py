@@ -11,11 +11,11 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
 
-from sparse_lora_dist import comm
 from sparse_lora_dist import train as program
 from sparse_lora_dist.data import Batch
-from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.step import train_step
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.training.step import train_step
 from tests.run_work import train
 
 

@@ -9,12 +9,13 @@ from unittest.mock import patch
 
 import torch
 
-from sparse_lora_dist import folders
-from sparse_lora_dist.config import Config
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation import program, scoring
-from sparse_lora_dist.evaluation.options import load_request
-from sparse_lora_dist.model import Model
+from sparse_lora_dist.evaluation import eval_command as program
+from sparse_lora_dist.evaluation import scoring
+from sparse_lora_dist.evaluation.eval_options import load_request
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.system import atomic_files as folders
 from tests import work
 
 
@@ -28,7 +29,7 @@ def evaluate(flags: list[str]) -> str:
 def refusal(flags: list[str]) -> str:
     """The message of the user error that it ends with, before a weight is read."""
     unread = AssertionError("a weight was read first")
-    where = "sparse_lora_dist.base_model.checkpoint_files.CheckpointFiles.read"
+    where = "sparse_lora_dist.base_model.safetensors_reader.CheckpointFiles.read"
     with patch(where, side_effect=unread):
         return work.complaint(evaluate, flags)
 

@@ -7,14 +7,15 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.base_model import checkpoint_files, nf4
-from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles, Source
+from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model import safetensors_reader as checkpoint_files
 from sparse_lora_dist.base_model.frozen_linear import QuantLinear
-from sparse_lora_dist.base_model.quantized_share import own_weights, quantized_parameters
-from sparse_lora_dist.base_model.read_ahead import Range, read_ahead
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.zero3 import ShardBuilder, gathered
+from sparse_lora_dist.base_model.nf4_shard import own_weights, quantized_parameters
+from sparse_lora_dist.base_model.prefetch import Range, read_ahead
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Source
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.zero3.engine import ShardBuilder, gathered
 from tests.base_work import (
     DTYPES,
     compare_with_bitsandbytes,

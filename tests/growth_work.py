@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparse_lora_dist import train as program
 from sparse_lora_dist.data import Batch
-from sparse_lora_dist.step import StepResult, train_step
-from sparse_lora_dist.zero3 import Engine
+from sparse_lora_dist.training.step import StepResult, train_step
+from sparse_lora_dist.zero3.engine import Engine
 from tests.run_work import train
 
 

@@ -8,10 +8,10 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from sparse_lora_dist import comm
 from sparse_lora_dist import train as program
-from sparse_lora_dist.step import train_step
-from sparse_lora_dist.zero3 import Engine
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.training.step import train_step
+from sparse_lora_dist.zero3.engine import Engine
 from tests.run_work import refusal, train
 
 

@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from sparse_lora_dist import comm
 from sparse_lora_dist.base_model.quant_experts import QuantExperts
-from sparse_lora_dist.base_model.sources import Packed
-from sparse_lora_dist.config import AdapterConfig
+from sparse_lora_dist.base_model.weight_map import Packed
+from sparse_lora_dist.config.config import AdapterConfig
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.zero3 import Engine, gathered
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+from sparse_lora_dist.zero3.engine import Engine, gathered
 from tests.base_work import (
     compare_with_bitsandbytes,
     config_of,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparse_lora_dist.methods import METHODS, MethodFactory
-from sparse_lora_dist.methods.form import Site
+from sparse_lora_dist.methods.protocol.form import Site
 from tests.toy_method import TOY
 
 

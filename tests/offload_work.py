@@ -16,11 +16,11 @@ from deepspeed.runtime.swap_tensor.partitioned_param_swapper import (
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
 
-from sparse_lora_dist import zero3_nvme
 from sparse_lora_dist.base_model.frozen_linear import QuantLinear
-from sparse_lora_dist.job import Job
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.zero3 import gathered
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.training.job import Job
+from sparse_lora_dist.zero3 import nvme as zero3_nvme
+from sparse_lora_dist.zero3.engine import gathered
 from tests.base_work import (
     compare_with_bitsandbytes,
     config_of,

@@ -5,7 +5,7 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from sparse_lora_dist.shards import Shards
+from sparse_lora_dist.sparsity.shards import Shards
 from tests.run_work import train
 
 Part = tuple[int, Tensor, Tensor]

@@ -4,14 +4,14 @@ import io
 from contextlib import redirect_stdout
 from typing import Any
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.adapter import AdapterLinear
+from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.checkpoint import save
-from sparse_lora_dist.command_line import load_config
-from sparse_lora_dist.engine_config import engine_dict
-from sparse_lora_dist.plan.job import Engine, Ranks
+from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.plan.memory import rank_memory
+from sparse_lora_dist.plan.scenario import Engine, Ranks
 from sparse_lora_dist.plan.shapes import shapes_of
 from tests.run_work import finished_job
 
@@ -90,7 +90,7 @@ def run_that_dies_loading(flags: list[str], room: int) -> str:
     out = io.StringIO()
     with (
         patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=room)),
-        patch("sparse_lora_dist.model.Model.load", side_effect=MemoryError),
+        patch("sparse_lora_dist.model.model.Model.load", side_effect=MemoryError),
         redirect_stdout(out),
     ):
         try:

@@ -83,8 +83,8 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
     )
     import torch
 
-    from sparse_lora_dist import comm
-    from sparse_lora_dist.program import quiet_others
+    from sparse_lora_dist.distributed import comm
+    from sparse_lora_dist.runtime.entry_point import quiet_others
 
     quiet_others()
     torch.set_num_threads(1)

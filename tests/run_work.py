@@ -11,15 +11,16 @@ import torch
 from deepspeed.utils import groups
 from torch import Tensor
 
-from sparse_lora_dist import comm, methods
+from sparse_lora_dist import methods
 from sparse_lora_dist import train as program
-from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.checkpoint.verify import verify
+from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.data import Batch
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.job import Job
-from sparse_lora_dist.step import batch_loss
-from sparse_lora_dist.verify import verify
-from sparse_lora_dist.zero3 import summed_cross_entropy
+from sparse_lora_dist.training.job import Job
+from sparse_lora_dist.training.step import batch_loss
+from sparse_lora_dist.zero3.engine import summed_cross_entropy
 from tests import toy_method, work
 from tests.toy_engine import live_copy
 
@@ -75,7 +76,7 @@ def train_scaled(flags: list[str], loss_scale: float) -> str:
     def scaled(*args: Any) -> Tensor:
         return loss_scale * summed_cross_entropy(*args)
 
-    with patch("sparse_lora_dist.head.summed_cross_entropy", scaled):
+    with patch("sparse_lora_dist.tasks.loss_head.summed_cross_entropy", scaled):
         return train_toy(flags)
 
 
@@ -171,7 +172,7 @@ def refusal_unread(flags: list[str]) -> str:
     """The message of the user error, which must come before a weight is read."""
     unread = AssertionError("a weight was read first")
     with patch(
-        "sparse_lora_dist.base_model.checkpoint_files.CheckpointFiles.read", side_effect=unread
+        "sparse_lora_dist.base_model.safetensors_reader.CheckpointFiles.read", side_effect=unread
     ):
         return refusal(flags)
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 
 TOLD = (
     *("step", "loss", "held_out_loss", "grad_norm", "tokens"),

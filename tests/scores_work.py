@@ -10,9 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sparse_lora_dist import comm, scores
-from sparse_lora_dist.methods.base import By
-from sparse_lora_dist.scores import ShardScores
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.methods.protocol.method import By
+from sparse_lora_dist.sparsity import sharded_scores as scores
+from sparse_lora_dist.sparsity.sharded_scores import ShardScores
 
 Shards = dict[str, Tensor]
 

@@ -5,12 +5,12 @@ from math import prod
 import torch
 from torch import Tensor
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.methods.base import By, Decision, Method, Scores, Stats
-from sparse_lora_dist.optim import MOMENTS, SparseAdamW
-from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.sites import Sites
-from sparse_lora_dist.zero3 import Engine
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.methods.protocol.method import By, Decision, Method, Scores, Stats
+from sparse_lora_dist.optim.sparse_adamw import MOMENTS, SparseAdamW
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.sparsity.sites import Sites
+from sparse_lora_dist.zero3.engine import Engine
 from tests.toy_engine import (
     DECAY,
     LR,

@@ -9,11 +9,13 @@ from unittest.mock import patch
 
 import psutil
 
-from sparse_lora_dist import checkpoint, comm, stopping
-from sparse_lora_dist import step as loop
+from sparse_lora_dist import checkpoint
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import Stopped
-from sparse_lora_dist.job import Job
-from sparse_lora_dist.zero3 import Engine
+from sparse_lora_dist.runtime import stop_signals as stopping
+from sparse_lora_dist.training import step as loop
+from sparse_lora_dist.training.job import Job
+from sparse_lora_dist.zero3.engine import Engine
 from tests.run_work import train
 
 POINTS: dict[str, tuple[Any, str]] = {

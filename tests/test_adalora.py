@@ -12,10 +12,10 @@ from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor, nn
 
 from sparse_lora_dist.methods.adalora import AdaLoraOptions, adalora, top_pieces
-from sparse_lora_dist.methods.base import Decision, Method, Plan, Stats
-from sparse_lora_dist.methods.form import Site
-from sparse_lora_dist.methods.triplets import triplet_scores
-from sparse_lora_dist.schedule import cubic_budget
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.protocol.method import Decision, Method, Plan, Stats
+from sparse_lora_dist.methods.shared.schedules import cubic_budget
+from sparse_lora_dist.methods.shared.triplets import triplet_scores
 from tests.whole_scores import WholeScores
 
 TOTAL, RANK, TARGET = 50, 6, 3

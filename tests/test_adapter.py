@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model import frozen_linear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
 from sparse_lora_dist.methods import METHODS, Plan
-from sparse_lora_dist.methods.base import Method, Pieces
-from sparse_lora_dist.methods.form import Site
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.protocol.method import Method, Pieces
 
 DROPOUT, SCALE = 0.3, 2.0
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.errors import UserError
 from tests.conftest import Ranks
 from tests.tiny_models import save_llama

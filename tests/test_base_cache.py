@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sparse_lora_dist.base_model.base_cache import ABOUT
-from sparse_lora_dist.base_model.cache_folder import PREFIX, remove_left_overs
+from sparse_lora_dist.base_model.cache.folder import PREFIX, remove_left_overs
+from sparse_lora_dist.base_model.cache.lookup import ABOUT
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
-from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.errors import ConfigError
 from tests.cache_work import fuse_experts
 from tests.conftest import Ranks

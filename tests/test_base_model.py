@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_lora_dist.base_model.checkpoint_files import read_header
 from sparse_lora_dist.base_model.nf4 import BLOCK
+from sparse_lora_dist.base_model.safetensors_reader import read_header
 from tests.conftest import Ranks
 from tests.tiny_models import FAMILIES, save_family, save_llama, save_qwen
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse_lora_dist.methods.bits import mask_spec, pack, unpack
-from sparse_lora_dist.methods.form import Site
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 
 SHAPES = ((1, 1), (1, 8), (3, 5), (8, 8), (28, 40), (13, 11))
 

@@ -16,17 +16,17 @@ from transformers import (
     CodeGenConfig,
 )
 
-from sparse_lora_dist import class_head
-from sparse_lora_dist.adapter import RowSeeds
+from sparse_lora_dist.adapter.linear import RowSeeds
 from sparse_lora_dist.base_model.architecture import meta_model, read_config
-from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
-from sparse_lora_dist.base_model.sources import find_keys
-from sparse_lora_dist.class_head import find_head, first_values
-from sparse_lora_dist.classification import class_scores
-from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
+from sparse_lora_dist.base_model.weight_map import find_keys
+from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.data import class_names, labelled_batch, load_labelled, pack, read_classes
 from sparse_lora_dist.data.labelled import LabelledDocuments
 from sparse_lora_dist.errors import ConfigError, UserError
+from sparse_lora_dist.tasks import class_head
+from sparse_lora_dist.tasks.class_head import find_head, first_values
+from sparse_lora_dist.tasks.seq_cls import class_scores
 from tests.conftest import Ranks
 from tests.tiny_classifier import SIZES, framing_tokenizer, save_base, write_labelled
 from tests.tiny_run import TinyRun

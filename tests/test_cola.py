@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, Plan
 from sparse_lora_dist.methods.cola import ColaOptions, cola, nearest
-from sparse_lora_dist.methods.form import Site
-from sparse_lora_dist.methods.rewriting import Whole
-from sparse_lora_dist.metrics import read_rows
-from sparse_lora_dist.report.read import read_story
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Whole
+from sparse_lora_dist.report.run_data import read_story
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.test_laws import saved
 from tests.tiny_run import TinyRun

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from sparse_lora_dist import command_line, locations
-from sparse_lora_dist.command_line import load_config
-from sparse_lora_dist.config import AdapterConfig, Config, TrainConfig
+from sparse_lora_dist.config import load as command_line
+from sparse_lora_dist.config import paths as locations
+from sparse_lora_dist.config.config import AdapterConfig, Config, TrainConfig
+from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.distributed.launch import Launch
 from sparse_lora_dist.errors import ConfigError
-from sparse_lora_dist.launch import Launch
 from sparse_lora_dist.methods import METHODS, MethodFactory
-from sparse_lora_dist.methods.base import Method
+from sparse_lora_dist.methods.protocol.method import Method
 
 FLAGS = """
     model revision task trust_remote_code quantization double_quant base_cache precision
@@ -123,7 +124,7 @@ def test_help_lists_every_flag_and_method(capsys):
 
 def test_help_is_printed_by_one_rank_only(capsys, monkeypatch):
     second = Launch(launcher="environment", rank=1, world_size=2)
-    monkeypatch.setattr("sparse_lora_dist.command_line.this_launch", lambda: second)
+    monkeypatch.setattr("sparse_lora_dist.config.load.this_launch", lambda: second)
     with pytest.raises(SystemExit):
         load_config(["--help"])
     assert capsys.readouterr().out == ""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_lora_dist.methods import METHODS, Plan
-from sparse_lora_dist.methods.form import Site
+from sparse_lora_dist.methods.protocol.form import Site
 from tests.whole_scores import WholeScores
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096), (11008, 4096))

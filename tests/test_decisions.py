@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.test_laws import flags
 from tests.tiny_run import TinyRun

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.options import known_options
+from sparse_lora_dist.config.schema import known_options
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)

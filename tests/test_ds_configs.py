@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.laws import LAWS
 from tests.offload_work import Watched

@@ -13,16 +13,16 @@ from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from sparse_lora_dist.editing.answers import encode, without_end
+from sparse_lora_dist.editing.answer_tokens import encode, without_end
+from sparse_lora_dist.editing.edit_command import how_to_take
 from sparse_lora_dist.editing.edit_file import read_edits
+from sparse_lora_dist.editing.edit_metrics import COLUMNS, fluency, table_row
+from sparse_lora_dist.editing.edit_options import load_request
 from sparse_lora_dist.editing.edits import Edit, Question, numbered
-from sparse_lora_dist.editing.metrics import COLUMNS, fluency, table_row
-from sparse_lora_dist.editing.options import load_request
-from sparse_lora_dist.editing.program import how_to_take
-from sparse_lora_dist.editing.scores import Said, asked_of, scored
+from sparse_lora_dist.editing.probe_scores import Said, asked_of, scored
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.options import load_request as export_request
-from sparse_lora_dist.export.program import export
+from sparse_lora_dist.export.export_command import export
+from sparse_lora_dist.export.export_options import load_request as export_request
 from sparse_lora_dist.export.sparse_delta import apply_sparse_delta
 from tests.conftest import Ranks
 from tests.edit_work import FIVE, probe

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.config import Config, ModelConfig, TrainConfig
-from sparse_lora_dist.engine_config import check_engine_file, conflicts, engine_dict
-from sparse_lora_dist.engine_keys import (
+from sparse_lora_dist.config.config import Config, ModelConfig, TrainConfig
+from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts, engine_dict
+from sparse_lora_dist.config.deepspeed_keys import (
     AT_LEAST_ONE,
     FIXED,
     KEYS,

@@ -16,22 +16,22 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedModel
 
 from sparse_lora_dist.errors import ConfigError
-from sparse_lora_dist.evaluation.answers import (
+from sparse_lora_dist.evaluation.eval_metrics import METRICS
+from sparse_lora_dist.evaluation.eval_options import METRICS as NAMES
+from sparse_lora_dist.evaluation.eval_options import load_request
+from sparse_lora_dist.evaluation.examples import place_of
+from sparse_lora_dist.evaluation.intervals import paired, ratio, wilson
+from sparse_lora_dist.evaluation.results import as_text
+from sparse_lora_dist.evaluation.right_answers import (
     LETTERS,
     chosen,
     final_number,
     is_exact,
     is_same_number,
 )
-from sparse_lora_dist.evaluation.examples import place_of
-from sparse_lora_dist.evaluation.intervals import paired, ratio, wilson
-from sparse_lora_dist.evaluation.metrics import METRICS
-from sparse_lora_dist.evaluation.options import METRICS as NAMES
-from sparse_lora_dist.evaluation.options import load_request
-from sparse_lora_dist.evaluation.results import as_text
-from sparse_lora_dist.export.options import load_request as export_request
-from sparse_lora_dist.export.program import export
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.export.export_command import export
+from sparse_lora_dist.export.export_options import load_request as export_request
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.reference import documents_of, loss_of_documents, whole_model
 from tests.tiny_run import TinyRun

@@ -18,17 +18,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from sparse_lora_dist.checkpoint.manifest import sealed
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.changes import LowRank
+from sparse_lora_dist.export.export_command import export
+from sparse_lora_dist.export.export_options import load_request
 from sparse_lora_dist.export.merged import Merge
-from sparse_lora_dist.export.options import load_request
 from sparse_lora_dist.export.peft_adapter import APART, WEIGHTS, NoPair
-from sparse_lora_dist.export.program import export
 from sparse_lora_dist.export.sparse_delta import (
     Sparsity,
     apply_sparse_delta,
     nonzeros,
 )
-from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.methods import METHODS
 from tests.conftest import Ranks
 from tests.laws import LAWS

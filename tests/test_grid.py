@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sparse_lora_dist.config.sweep import load_grid
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.grid import load_grid
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 from torch import Tensor
 
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.growth_work import Watched, whole_masters
 from tests.tiny_run import TinyRun

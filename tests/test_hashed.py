@@ -2,7 +2,7 @@
 
 import torch
 
-from sparse_lora_dist.methods.hashed import distinct, hashes, stratified, uniform
+from sparse_lora_dist.methods.shared.hashed_random import distinct, hashes, stratified, uniform
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.after_head import Watch
+from sparse_lora_dist.tasks.logit_ops import Watch
 from tests.conftest import Ranks
 from tests.head_work import CHUNK_ROWS, ROWS, TOKENS
 from tests.tiny_models import save_family, save_llama

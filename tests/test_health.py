@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.health import ENOUGH, Health
-from sparse_lora_dist.metrics import read_rows
-from sparse_lora_dist.moments import unpack_bits
-from sparse_lora_dist.step import StepResult
+from sparse_lora_dist.optim.moments import unpack_bits
+from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.training.bad_steps import ENOUGH, Health
+from sparse_lora_dist.training.step import StepResult
 from tests.conftest import Ranks
 from tests.test_ds_configs import engine_file
 from tests.tiny_run import TinyRun

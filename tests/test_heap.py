@@ -10,7 +10,7 @@ PROGRAM = f"""
 from pathlib import Path
 import sys
 import torch
-from sparse_lora_dist.base_model.heap import return_gaps
+from sparse_lora_dist.system.heap import return_gaps
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

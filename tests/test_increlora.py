@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Decision, Method, Pieces, Plan, Stats
-from sparse_lora_dist.methods.form import Site, Tensors
 from sparse_lora_dist.methods.increlora import INCRELORA, IncreLoraOptions, increlora
+from sparse_lora_dist.methods.protocol.form import Site, Tensors
+from sparse_lora_dist.methods.protocol.method import Decision, Method, Pieces, Plan, Stats
 from tests.whole_scores import WholeScores
 
 IN, OUT = 3, 2

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 
 import pytest
 
+from sparse_lora_dist.distributed.launch import Launch, find_launch
+from sparse_lora_dist.distributed.launch_slurm import first_host, port_of_step, tasks_on_node
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.launch import Launch, find_launch
-from sparse_lora_dist.launch_slurm import first_host, port_of_step, tasks_on_node
 
 PLACE = {"MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
 BY_HAND = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist import checkpoint
-from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.laws import LAWS
 from tests.tiny_run import TinyRun

@@ -7,11 +7,11 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from sparse_lora_dist.config import Config, TrainConfig
-from sparse_lora_dist.job import _learning_rate
-from sparse_lora_dist.learning_rate import LearningRate
+from sparse_lora_dist.config.config import Config, TrainConfig
 from sparse_lora_dist.methods import METHODS, Plan
-from sparse_lora_dist.methods.form import Site
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.optim.learning_rate import LearningRate
+from sparse_lora_dist.training.job import _learning_rate
 
 
 def rates(name: str, total_steps: int, *, warmup_steps: int = 0, **options: object) -> LearningRate:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.methods.base import Method, Plan, trained_specs
-from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.methods.lorta import LortaOptions, lorta, place
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.protocol.method import Method, Plan, trained_specs
 from sparse_lora_dist.plan.forecast import forecast
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun

@@ -6,12 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.export.changes import dense_change
-from sparse_lora_dist.methods.base import Method, Pieces, Plan
-from sparse_lora_dist.methods.bits import pack, unpack
-from sparse_lora_dist.methods.form import WEIGHT, Site
+from sparse_lora_dist.export.weight_change import dense_change
 from sparse_lora_dist.methods.losa import (
     LosaOptions,
     gram,
@@ -22,7 +19,10 @@ from sparse_lora_dist.methods.losa import (
     similarity,
     sparsities,
 )
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.form import WEIGHT, Site
+from sparse_lora_dist.methods.protocol.method import Method, Pieces, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.bit_masks import pack, unpack
 
 WIDTHS = {"q": (12, 20), "k": (7, 20), "up": (30, 20), "down": (20, 31)}
 """Out and in features; those of k fill no whole bytes."""

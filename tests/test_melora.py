@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sparse_lora_dist.methods.base import Plan
-from sparse_lora_dist.methods.form import Site
 from sparse_lora_dist.methods.melora import MeLoraOptions, melora
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.protocol.method import Plan
 
 SITE = Site(name="q", in_features=24, out_features=36, rank=2)
 

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.options import load_request
-from sparse_lora_dist.export.program import export
-from sparse_lora_dist.export.trained import Trained
-from sparse_lora_dist.learning_rate import LearningRate
-from sparse_lora_dist.methods.bits import unpack
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.export.export_command import export
+from sparse_lora_dist.export.export_options import load_request
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.methods.shared.bit_masks import unpack
+from sparse_lora_dist.optim.learning_rate import LearningRate
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.laws import LAWS
 from tests.test_laws import saved

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.export.changes import dense_change
 from sparse_lora_dist.export.peft_adapter import NoPair, plain_pair
+from sparse_lora_dist.export.weight_change import dense_change
 from sparse_lora_dist.methods import METHODS, Method, Plan
-from sparse_lora_dist.methods.base import Decision, Pieces, Stats, trained_specs
-from sparse_lora_dist.methods.form import Site, TensorSpec, Update
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, Update
+from sparse_lora_dist.methods.protocol.method import Decision, Pieces, Stats, trained_specs
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from tests.laws import LAWS, Law
 from tests.whole_scores import WholeScores
 

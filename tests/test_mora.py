@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, Plan
-from sparse_lora_dist.methods.form import Form, Site
 from sparse_lora_dist.methods.mora import MoraOptions, mora
-from sparse_lora_dist.methods.rewriting import Whole
+from sparse_lora_dist.methods.protocol.form import Form, Site
+from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Whole
 
 SITE = Site(name="q", in_features=24, out_features=36, rank=2)
 SITES = [

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.methods.base import Plan
-from sparse_lora_dist.methods.form import WEIGHT, Form, Site
 from sparse_lora_dist.methods.neat import NeatOptions, neat
+from sparse_lora_dist.methods.protocol.form import WEIGHT, Form, Site
+from sparse_lora_dist.methods.protocol.method import Plan
 
 SITE = Site(name="q", in_features=20, out_features=14, rank=4)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_lora_dist import zero3_nvme
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.zero3 import nvme as zero3_nvme
 from tests.conftest import Ranks
 from tests.offload_work import Watched
 from tests.test_ds_configs import SHIPPED, USES, WATCHED, engine_file, numbers

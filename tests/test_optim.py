@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.form import Update
-from sparse_lora_dist.optim import MOMENTS, SparseAdamW
+from sparse_lora_dist.methods.protocol.form import Update
+from sparse_lora_dist.optim.sparse_adamw import MOMENTS, SparseAdamW
 
 N, LR, DECAY, BETA2, EPS = 500, 1e-2, 0.1, 0.999, 1e-8
 ALL = torch.ones(N, dtype=torch.bool)
@@ -123,7 +123,7 @@ def test_state_is_packed_to_the_live_entries() -> None:
 def test_memory_of_the_dead_is_returned_and_its_peak_is_known(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sparse_lora_dist.optim.CHUNK", 256)
+    monkeypatch.setattr("sparse_lora_dist.optim.sparse_adamw.CHUNK", 256)
     flat = start()
     optimizer = sparse(flat, ALL)
     bits, few = -(-N // 8), torch.arange(N) % 25 == 0
@@ -210,7 +210,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     second[256:384] = False
     seen = []
     for chunk in (N, 64):
-        monkeypatch.setattr("sparse_lora_dist.optim.CHUNK", chunk)
+        monkeypatch.setattr("sparse_lora_dist.optim.sparse_adamw.CHUNK", chunk)
         flat = start()
         optimizer = sparse(flat, first, rate=lambda born: LR / (1 + born), project=shrink)
         for live, steps in ((first | second, 2), (second, 3), (first | second, 2)):
@@ -301,7 +301,7 @@ def test_reset_moments_is_a_fresh_start_from_the_same_weights() -> None:
 def test_a_restored_shard_goes_on_bit_for_bit(
     monkeypatch: pytest.MonkeyPatch, eight_bit: bool
 ) -> None:
-    monkeypatch.setattr("sparse_lora_dist.optim.CHUNK", 264)
+    monkeypatch.setattr("sparse_lora_dist.optim.sparse_adamw.CHUNK", 264)
     flat, live = start(), every_third_dies()
     optimizer = sparse(flat, live, eight_bit=eight_bit)
     train(flat, optimizer, gradients(3))

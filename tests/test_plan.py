@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_lora_dist.engine_config import world_problems
+from sparse_lora_dist.config.deepspeed_file import world_problems
 from sparse_lora_dist.errors import ConfigError, UserError
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.methods.base import Decision, Method, MethodFactory, NoOptions, Scores
-from sparse_lora_dist.methods.form import Form, Site, low_rank
+from sparse_lora_dist.methods.protocol.form import Form, Site, low_rank
+from sparse_lora_dist.methods.protocol.method import (
+    Decision,
+    Method,
+    MethodFactory,
+    NoOptions,
+    Scores,
+)
 from sparse_lora_dist.plan.advice import Limits, need_of, smallest_world
 from sparse_lora_dist.plan.forecast import forecast
-from sparse_lora_dist.plan.gathers import Bounds, gathered
-from sparse_lora_dist.plan.held import Held, shard_bytes
-from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
 from sparse_lora_dist.plan.load_memory import base_shard_bytes, load_peak_bytes
 from sparse_lora_dist.plan.memory import (
     loss_bytes,
@@ -29,8 +32,11 @@ from sparse_lora_dist.plan.memory import (
     rank_memory,
     trained_entries,
 )
-from sparse_lora_dist.plan.options import PlanRequest, bytes_in, load_request
-from sparse_lora_dist.plan.report import Outcome, as_json, as_text
+from sparse_lora_dist.plan.output import Outcome, as_json, as_text
+from sparse_lora_dist.plan.plan_options import PlanRequest, bytes_in, load_request
+from sparse_lora_dist.plan.playback.gathers import Bounds, gathered
+from sparse_lora_dist.plan.playback.parameters import Held, shard_bytes
+from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
 from sparse_lora_dist.plan.shapes import shapes_of
 from sparse_lora_dist.plan.speed import step_flop
 from tests.conftest import Ranks as RealRanks
@@ -457,8 +463,8 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
 
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from sparse_lora_dist.methods.base import Method
-    from sparse_lora_dist.plan import shape_step
+    from sparse_lora_dist.methods.protocol.method import Method
+    from sparse_lora_dist.plan.playback import meta_step as shape_step
 
     of = small(tmp_path, precision="fp32")
     config = AutoConfig.from_pretrained(of.config.model.model)
@@ -498,7 +504,7 @@ def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
     from unittest.mock import patch
 
     from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-    from sparse_lora_dist.plan import shape_step
+    from sparse_lora_dist.plan.playback import meta_step as shape_step
 
     with (
         patch.object(shape_step, "META", torch.device("cpu")),

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, Plan
-from sparse_lora_dist.methods.form import Site, low_rank
 from sparse_lora_dist.methods.prilora import PriLoraOptions, layer_of, prilora, ramp
-from sparse_lora_dist.methods.rewriting import Rewritten, Whole
+from sparse_lora_dist.methods.protocol.form import Site, low_rank
+from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewritten, Whole
 
 WIDE = 40
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.adapter import AdapterLinear, RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.export.changes import dense_change
-from sparse_lora_dist.methods.base import Method, Plan
-from sparse_lora_dist.methods.bits import pack, unpack
-from sparse_lora_dist.methods.form import WEIGHT, Site
+from sparse_lora_dist.export.weight_change import dense_change
+from sparse_lora_dist.methods.protocol.form import WEIGHT, Site
+from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.pst import PstOptions, pst
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.bit_masks import pack, unpack
 
 SHAPE = (28, 40)
 SITE = Site(name="q", out_features=SHAPE[0], in_features=SHAPE[1], rank=3)

@@ -16,20 +16,22 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing import event_accumulator
 
-from sparse_lora_dist import run_lock
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.metrics import read_rows
-from sparse_lora_dist.processes import Process, this_process
-from sparse_lora_dist.report import curves, saved, spread
-from sparse_lora_dist.report.layout import layout_of
-from sparse_lora_dist.report.look import FAINT, SERIES, TEXT
-from sparse_lora_dist.report.options import load_request
+from sparse_lora_dist.report import curves
+from sparse_lora_dist.report import distributions as spread
+from sparse_lora_dist.report import saved_steps as saved
+from sparse_lora_dist.report.layer_grid import layout_of
 from sparse_lora_dist.report.page import overview
-from sparse_lora_dist.report.program import names_of, of_one, report
 from sparse_lora_dist.report.ranks import final_map, growth
-from sparse_lora_dist.report.read import RunStory, read_story
-from sparse_lora_dist.report.saved import Saved
+from sparse_lora_dist.report.report_command import names_of, of_one, report
+from sparse_lora_dist.report.report_options import load_request
+from sparse_lora_dist.report.run_data import RunStory, read_story
+from sparse_lora_dist.report.saved_steps import Saved
+from sparse_lora_dist.report.style import FAINT, SERIES, TEXT
 from sparse_lora_dist.report.timeline import timeline
+from sparse_lora_dist.run_folder import lock as run_lock
+from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.system.processes import Process, this_process
 from tests.browser import Browser, found
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun

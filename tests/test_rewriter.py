@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.laws import LAWS
 from tests.test_ds_configs import engine_file

@@ -8,17 +8,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_lora_dist.methods import Plan
-from sparse_lora_dist.methods.base import Decision, Stats
-from sparse_lora_dist.methods.form import Site, Update
+from sparse_lora_dist.methods.protocol.form import Site, Update
+from sparse_lora_dist.methods.protocol.method import Decision, Stats
 from sparse_lora_dist.methods.roselora import (
     RoseLoraOptions,
     keep_within_pieces,
     roselora,
     smooth_sensitivity,
 )
-from sparse_lora_dist.metrics import read_rows
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.schedule import cubic_keep
+from sparse_lora_dist.methods.shared.schedules import cubic_keep
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.test_laws import saved
 from tests.tiny_run import TinyRun

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from sparse_lora_dist import run_lock
+from sparse_lora_dist.run_folder import lock as run_lock
 from tests.conftest import Ranks
 from tests.ranks import CONTEXT
 from tests.test_watch import ENDLESS, NOWHERE, exit_codes, pool_of_two, wait_for_step

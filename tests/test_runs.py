@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
 
-from sparse_lora_dist.command_line import load_config
-from sparse_lora_dist.learning_rate import LearningRate
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.optim.learning_rate import LearningRate
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.reference import documents_of, loss_of_documents, whole_model
 from tests.tiny_run import TinyRun

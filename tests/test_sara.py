@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, Plan
-from sparse_lora_dist.methods.form import Form, Site, Tensors
-from sparse_lora_dist.methods.rewriting import Whole
+from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors
+from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Whole
 from sparse_lora_dist.methods.sara import PAIRS, SaraOptions, first_of, nuclear_gradient, sara
 from sparse_lora_dist.methods.shira import scattered
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse_lora_dist.methods.base import Plan
-from sparse_lora_dist.methods.form import Site
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.protocol.method import Plan
 from sparse_lora_dist.methods.sbora import SBoraOptions, sbora
 
 SITE = Site(name="q", in_features=40, out_features=28, rank=6)

@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparse_lora_dist.methods.base import By, Scores
-from sparse_lora_dist.scores import (
+from sparse_lora_dist.methods.protocol.method import By, Scores
+from sparse_lora_dist.sparsity.sharded_scores import (
     GROUP_ENTRIES,
     GROUP_SEGMENTS,
     ShardScores,

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist import methods
-from sparse_lora_dist.adapter import seed_of
-from sparse_lora_dist.export.trained import Trained
-from sparse_lora_dist.methods.base import Plan, trained_specs
-from sparse_lora_dist.methods.form import Site
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.adapter.linear import seed_of
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.protocol.method import Plan, trained_specs
 from sparse_lora_dist.plan.forecast import forecast
-from sparse_lora_dist.show import checkpoint as show
+from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.show import checkpoint_table as show
 from tests.conftest import Ranks
 from tests.reference import loss_of_batches, whole_model
 from tests.test_laws import saved

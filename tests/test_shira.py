@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from sparse_lora_dist.methods import shira as module
-from sparse_lora_dist.methods.base import Plan
-from sparse_lora_dist.methods.chosen import k_largest
-from sparse_lora_dist.methods.form import Form, Site
-from sparse_lora_dist.methods.rewriting import Rewritten, Whole
+from sparse_lora_dist.methods.protocol.form import Form, Site
+from sparse_lora_dist.methods.protocol.method import Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewritten, Whole
+from sparse_lora_dist.methods.shared.top_k import k_largest
 from sparse_lora_dist.methods.shira import ShiraOptions, SparseProduct, scattered, shira
 
 SITE = Site(name="q", in_features=40, out_features=28, rank=3)

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from sparse_lora_dist.checkpoint import read_manifest
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.changes import LowRank
 from sparse_lora_dist.export.peft_adapter import PlainLora, write_peft
-from sparse_lora_dist.export.trained import Trained
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.report.ranks import Shares
-from sparse_lora_dist.report.read import read_story
-from sparse_lora_dist.show import checkpoint, peft_adapter
-from sparse_lora_dist.show.program import as_text
+from sparse_lora_dist.report.run_data import read_story
+from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.show import checkpoint_table as checkpoint
+from sparse_lora_dist.show import peft_table as peft_adapter
+from sparse_lora_dist.show.show_command import as_text
 from sparse_lora_dist.show.table import Module, table
 from tests.conftest import Ranks
 from tests.tiny_run import TinyRun

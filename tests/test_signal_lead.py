@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_lora_dist.signal_lead import SignalLead
+from sparse_lora_dist.runtime.signal_lead import SignalLead
 
 
 def test_it_warns_once_and_says_how_long_the_lead_should_be(

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, Plan
-from sparse_lora_dist.methods.form import Site, Update
+from sparse_lora_dist.methods.protocol.form import Site, Update
+from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.shared.schedules import equal_stages, stage_at
 from sparse_lora_dist.methods.sora import (
     TRAVEL,
     SoraOptions,
@@ -23,8 +24,7 @@ from sparse_lora_dist.methods.sora import (
     soft_threshold,
     sora,
 )
-from sparse_lora_dist.metrics import read_rows
-from sparse_lora_dist.schedule import equal_stages, stage_at
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.growth_work import whole_masters
 from tests.tiny_run import TinyRun

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.bounds import seconds_in
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.config.checks import seconds_in
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.conftest import Ranks
 from tests.same_end import check_same
 from tests.tiny_run import TinyRun
@@ -110,7 +110,7 @@ def test_the_clock_stops_a_run_too(
 
 SLEEPER = """
 import time
-from sparse_lora_dist.stopping import listening
+from sparse_lora_dist.runtime.stop_signals import listening
 with listening(None):
     print("ready", flush=True)
     while True:

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sparse_lora_dist.methods import triplets
-from sparse_lora_dist.methods.base import Stats
-from sparse_lora_dist.methods.form import Site, Tensors, TensorSpec, low_rank_pair, zeros
-from sparse_lora_dist.methods.triplets import (
+from sparse_lora_dist.methods.protocol.form import Site, Tensors, TensorSpec, low_rank_pair, zeros
+from sparse_lora_dist.methods.protocol.method import Stats
+from sparse_lora_dist.methods.shared import triplets
+from sparse_lora_dist.methods.shared.triplets import (
     WITHIN,
     delta_sensitivity,
     lambda_in_a,

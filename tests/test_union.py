@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.trained import Trained
-from sparse_lora_dist.export.union import Union
+from sparse_lora_dist.export.sum_of_runs import Union
+from sparse_lora_dist.export.trained_run import Trained
 from tests.conftest import Ranks
 from tests.test_export_program import exported, whole_weights, with_peft
 from tests.tiny_run import TinyRun

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from sparse_lora_dist import processes
+from sparse_lora_dist.system import processes
 from tests.conftest import Ranks
 from tests.ranks import RankError, RankPool
 from tests.test_launchers import BIN, ENGINE, KEPT, REPOSITORY, TORCHRUN, deepspeed

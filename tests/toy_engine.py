@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.config import Config, ModelConfig, TrainConfig
-from sparse_lora_dist.engine_config import engine_dict
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.zero3 import Engine, ShardBuilder, gathered
-from sparse_lora_dist.zero3_shares import Slice
+from sparse_lora_dist.config.config import Config, ModelConfig, TrainConfig
+from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+from sparse_lora_dist.zero3.engine import Engine, ShardBuilder, gathered
+from sparse_lora_dist.zero3.shares import Slice
 
 # 3 elements and 1 are less than four ranks; no share of the others is a whole number of rows.
 SHAPES = {"three": (3,), "one": (1,), "odd": (5, 7), "wide": (33, 10), "big": (64, 33)}

@@ -5,7 +5,15 @@ from math import prod
 
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import By, Decision, Method, MethodFactory, Plan, Scores, Stats
+from sparse_lora_dist.methods.protocol.method import (
+    By,
+    Decision,
+    Method,
+    MethodFactory,
+    Plan,
+    Scores,
+    Stats,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, low_rank_delta
+from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors, TensorSpec, low_rank_delta
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
 from tests.toy_method import ToyOptions, toy
 
 

@@ -18,22 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist import comm, zero3
-from sparse_lora_dist.adapter import AdapterLinear, RowSeeds, inject, seed_of
+from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds, inject, seed_of
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.class_head import Head
-from sparse_lora_dist.config import Config, ModelConfig, TrainConfig
-from sparse_lora_dist.decisions import Decisions
-from sparse_lora_dist.engine_config import engine_dict
+from sparse_lora_dist.config.config import Config, ModelConfig, TrainConfig
+from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.export.peft_adapter import plain_pair
-from sparse_lora_dist.learning_rate import LearningRate
 from sparse_lora_dist.methods import METHODS, Method, Plan
-from sparse_lora_dist.methods.form import Site
-from sparse_lora_dist.model import Model
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.sites import Sites
-from sparse_lora_dist.zero3 import Engine, ShardBuilder
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.optim.learning_rate import LearningRate
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+from sparse_lora_dist.sparsity.decisions import Decisions
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.sparsity.sites import Sites
+from sparse_lora_dist.tasks.class_head import Head
+from sparse_lora_dist.zero3 import engine as zero3
+from sparse_lora_dist.zero3.engine import Engine, ShardBuilder
 from tests.toy_engine import range_of
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}

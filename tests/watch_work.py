@@ -14,12 +14,13 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 
-from sparse_lora_dist import comm, run_lock
 from sparse_lora_dist import train as program
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import PeerError, UserError
-from sparse_lora_dist.feed import Feed
-from sparse_lora_dist.job import Job
-from sparse_lora_dist.program import FAILURE, leave, speak
+from sparse_lora_dist.run_folder import lock as run_lock
+from sparse_lora_dist.runtime.entry_point import FAILURE, leave, speak
+from sparse_lora_dist.training.feed import Feed
+from sparse_lora_dist.training.job import Job
 from tests.run_work import refusal, train
 
 

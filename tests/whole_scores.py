@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import By
+from sparse_lora_dist.methods.protocol.method import By
 
 
 class WholeScores:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.command_line import load_config
+from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from sparse_lora_dist.train import run
 
 

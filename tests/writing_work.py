@@ -13,9 +13,8 @@ from torch import Tensor
 
 from sparse_lora_dist import methods
 from sparse_lora_dist import train as program
-from sparse_lora_dist.command_line import load_config
-from sparse_lora_dist.methods.base import Method, MethodFactory, NoOptions, Plan
-from sparse_lora_dist.methods.form import (
+from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.methods.protocol.form import (
     WEIGHT,
     Form,
     KeptSpec,
@@ -24,8 +23,9 @@ from sparse_lora_dist.methods.form import (
     low_rank_delta,
     low_rank_pair,
 )
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
-from sparse_lora_dist.zero3 import summed_cross_entropy
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOptions, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.zero3.engine import summed_cross_entropy
 from tests.reference import whole_model
 from tests.run_work import refusal, train
 
@@ -151,5 +151,5 @@ def refusal_of_infinite(flags: list[str]) -> str:
     def infinite(*args: Any) -> Tensor:
         return summed_cross_entropy(*args) * torch.inf
 
-    with patch("sparse_lora_dist.head.summed_cross_entropy", infinite):
+    with patch("sparse_lora_dist.tasks.loss_head.summed_cross_entropy", infinite):
         return refusal(flags)

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.errors import UserError
 
 AUTO_CLASSES = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.base_model.checkpoint_files import DTYPES
+from sparse_lora_dist.base_model.safetensors_reader import DTYPES
 
 FILE_BYTES = 5 * 10**9
 """A file that has so many is closed, and the next one begun."""

@@ -15,23 +15,23 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from sparse_lora_dist import comm
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.base_model.checkpoint_files import CheckpointFiles, Source
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
-from sparse_lora_dist.base_model.quant_experts import QuantExperts
-from sparse_lora_dist.base_model.quantized_share import (
+from sparse_lora_dist.base_model.nf4_shard import (
     QuantLinearParameters,
     bytes_parameter,
     own_bytes,
     own_weights,
     quantized_parameters,
 )
-from sparse_lora_dist.base_model.read_ahead import Range, read_ahead
-from sparse_lora_dist.base_model.sources import Packed, Sources
+from sparse_lora_dist.base_model.prefetch import Range, read_ahead
+from sparse_lora_dist.base_model.quant_experts import QuantExperts
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Source
+from sparse_lora_dist.base_model.weight_map import Packed, Sources
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.zero3 import ShardBuilder
-from sparse_lora_dist.zero3_shares import Values, own_range
+from sparse_lora_dist.zero3.engine import ShardBuilder
+from sparse_lora_dist.zero3.shares import Values, own_range
 
 
 @dataclass

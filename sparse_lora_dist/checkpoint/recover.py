@@ -4,11 +4,11 @@ import os
 import shutil
 from pathlib import Path
 
-from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint.manifest import MANIFEST, hash_of_file, read_manifest
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import say
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.folders import REPLACED, TEMPORARY
-from sparse_lora_dist.screen import say
+from sparse_lora_dist.system.atomic_files import REPLACED, TEMPORARY
 
 REMOVED = ".removed_"
 """Before the name of a step that is being deleted."""

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_lora_dist import comm
 from sparse_lora_dist.checkpoint.manifest import Progress
 from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
-from sparse_lora_dist.optim import MOMENTS
-from sparse_lora_dist.phases import together
-from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.zero3_shares import Slice
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.optim.sparse_adamw import MOMENTS
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.zero3.shares import Slice
 
 
 def restore(

@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparse_lora_dist import comm, run_lock, watch
-from sparse_lora_dist.base_model.quantized_share import own_bytes
+from sparse_lora_dist.base_model.nf4_shard import own_bytes
 from sparse_lora_dist.checkpoint.manifest import (
     FORMAT,
     MANIFEST,
@@ -28,14 +27,17 @@ from sparse_lora_dist.checkpoint.manifest import (
     sealed,
 )
 from sparse_lora_dist.checkpoint.recover import LATEST
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.phases import together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.folders import TEMPORARY, put_in_place, sync, write_whole
-from sparse_lora_dist.metrics import own_peak_memory_bytes
-from sparse_lora_dist.moments import pack_bits
-from sparse_lora_dist.phases import together
-from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.zero3 import own_share
-from sparse_lora_dist.zero3_shares import own_range
+from sparse_lora_dist.optim.moments import pack_bits
+from sparse_lora_dist.run_folder import lock as run_lock
+from sparse_lora_dist.run_folder.metrics_log import own_peak_memory_bytes
+from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync, write_whole
+from sparse_lora_dist.zero3.engine import own_share
+from sparse_lora_dist.zero3.shares import own_range
 
 
 @dataclass(frozen=True, kw_only=True)

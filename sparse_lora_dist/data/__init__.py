@@ -13,8 +13,8 @@ from sparse_lora_dist.data.batches import (
 )
 from sparse_lora_dist.data.labelled import LabelledBatch, labelled_batch, load_labelled
 from sparse_lora_dist.data.labels import class_names, read_classes
-from sparse_lora_dist.data.read import be_quiet
-from sparse_lora_dist.data.rows import Rows, pack
+from sparse_lora_dist.data.packing import Rows, pack
+from sparse_lora_dist.data.read_files import be_quiet
 from sparse_lora_dist.data.tokens import (
     FEATURES,
     NOT_A_TARGET,

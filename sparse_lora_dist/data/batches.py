@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.data.rows import Row, Rows
+from sparse_lora_dist.data.packing import Row, Rows
 from sparse_lora_dist.data.tokens import NOT_A_TARGET, Ints
 
 FILLER = -1

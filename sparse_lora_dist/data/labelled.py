@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from sparse_lora_dist.data.batches import FILLER, padded, padded_length
 from sparse_lora_dist.data.fields import ExampleError, text_of
 from sparse_lora_dist.data.labels import check_columns, label_of
-from sparse_lora_dist.data.read import Columns, read_examples
-from sparse_lora_dist.data.rows import Rows
+from sparse_lora_dist.data.packing import Rows
+from sparse_lora_dist.data.read_files import Columns, read_examples
 from sparse_lora_dist.data.tokens import (
     CACHE_VERSION,
     FEATURES,

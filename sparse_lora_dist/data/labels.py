@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 
 from sparse_lora_dist.data.fields import ExampleError
-from sparse_lora_dist.data.read import Columns, read_examples
+from sparse_lora_dist.data.read_files import Columns, read_examples
 from sparse_lora_dist.errors import UserError
 
 

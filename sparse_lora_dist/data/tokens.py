@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.data.chat import TrainOn, encode_chat, encode_text, find_template
 from sparse_lora_dist.data.fields import ExampleError, find_fields
-from sparse_lora_dist.data.read import Columns, Examples, read_examples
+from sparse_lora_dist.data.read_files import Columns, Examples, read_examples
 from sparse_lora_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]

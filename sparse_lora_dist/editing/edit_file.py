@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.editing.edits import Edit, Edits, Question
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.screen import counted
 
 NAMES: dict[str, tuple[str, ...]] = {
     "subject": ("subject", "concept"),

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.screen import counted
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,16 @@ from typing import Any
 
 import yaml
 
+from sparse_lora_dist.adapter.peft_config import other_kind, scale_of
+from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
-from sparse_lora_dist.config import Config
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.distributed.phases import first_on_its_node, together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.init_adapter import open_peft
 from sparse_lora_dist.export.peft_adapter import CONFIG
-from sparse_lora_dist.export.peft_config import other_kind, scale_of
-from sparse_lora_dist.locations import resolve_default
-from sparse_lora_dist.phases import first_on_its_node, together
-from sparse_lora_dist.run_folder import RUN_YAML
-from sparse_lora_dist.zero3_shares import Values
+from sparse_lora_dist.run_folder.description import RUN_YAML
+from sparse_lora_dist.zero3.shares import Values
 
 AS_TRAINED = ("quantization", "double_quant", "precision", "chat_template", "train_on")
 """Options that decide what an adapter is worth; another one may be meant."""

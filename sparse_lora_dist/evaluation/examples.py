@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sparse_lora_dist.config import DataConfig
+from sparse_lora_dist.config.config import DataConfig
 from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message, chat_of, text_of
-from sparse_lora_dist.data.read import Examples, read_examples
+from sparse_lora_dist.data.read_files import Examples, read_examples
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation.answers import LETTERS
+from sparse_lora_dist.evaluation.right_answers import LETTERS
 
 Made = TypeVar("Made")
 

@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.config import DataConfig
+from sparse_lora_dist.config.config import DataConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents, load_documents
 from sparse_lora_dist.data.chat import encode_answer, encode_prompt
 from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message
-from sparse_lora_dist.evaluation.answers import (
+from sparse_lora_dist.evaluation.examples import Table, TooLong
+from sparse_lora_dist.evaluation.right_answers import (
     LETTERS,
     chosen,
     final_number,
     is_exact,
     is_same_number,
 )
-from sparse_lora_dist.evaluation.examples import Table, TooLong
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparse_lora_dist.evaluation.eval_metrics import Measure
 from sparse_lora_dist.evaluation.intervals import Interval, paired, ratio, wilson
-from sparse_lora_dist.evaluation.metrics import Measure
 
 Named = Mapping[str, Measure]
 """The measures of one model, by name."""

@@ -13,13 +13,13 @@ import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig
 
-from sparse_lora_dist import comm
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents
 from sparse_lora_dist.data.batches import padded
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation.spread import in_batches
-from sparse_lora_dist.head import target_losses
-from sparse_lora_dist.zero3 import Engine
+from sparse_lora_dist.runtime.batches_over_ranks import in_batches
+from sparse_lora_dist.tasks.loss_head import target_losses
+from sparse_lora_dist.zero3.engine import Engine
 
 Score = tuple[float, int]
 """(sum of -log p over an example's targets, in float64; how many they are)."""

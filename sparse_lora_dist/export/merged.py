@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_lora_dist.adapter import seed_of
-from sparse_lora_dist.base_model.checkpoint_files import FLOATS
+from sparse_lora_dist.adapter.linear import seed_of
+from sparse_lora_dist.base_model.safetensors_reader import FLOATS
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
-from sparse_lora_dist.export.base import Base, read_labelled_config
-from sparse_lora_dist.export.changes import Change
-from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.export.open_base import Base, read_labelled_config
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.export.weight_change import Change
 
 PIECE = 2**23
 """Weights that are summed and rounded at a time."""

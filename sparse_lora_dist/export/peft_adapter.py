@@ -15,11 +15,12 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparse_lora_dist import comm, zero3
-from sparse_lora_dist.adapter import AdapterLinear
+from sparse_lora_dist.adapter.linear import AdapterLinear
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.phases import together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.folders import replace_whole
-from sparse_lora_dist.phases import together
+from sparse_lora_dist.system.atomic_files import replace_whole
+from sparse_lora_dist.zero3 import engine as zero3
 
 PREFIX = "base_model.model."
 CONFIG = "adapter_config.json"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.changes import Change
-from sparse_lora_dist.export.trained import Trained
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.export.weight_change import Change
 
 STEM, ABOUT = "sparse_delta", "sparse_delta.json"
 ROWS = 512

@@ -2,7 +2,6 @@
 table."""
 
 from sparse_lora_dist.methods.adalora import ADALORA
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
 from sparse_lora_dist.methods.cola import COLA
 from sparse_lora_dist.methods.increlora import INCRELORA
 from sparse_lora_dist.methods.lora import LORA
@@ -13,6 +12,7 @@ from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.neat import NEAT
 from sparse_lora_dist.methods.prilora import PRILORA
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
 from sparse_lora_dist.methods.pst import PST
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sara import SARA

@@ -26,7 +26,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import (
+from sparse_lora_dist.methods.protocol.form import zeros
+from sparse_lora_dist.methods.protocol.method import (
     Decision,
     Method,
     MethodFactory,
@@ -35,8 +36,8 @@ from sparse_lora_dist.methods.base import (
     Scores,
     Stats,
 )
-from sparse_lora_dist.methods.form import zeros
-from sparse_lora_dist.methods.triplets import (
+from sparse_lora_dist.methods.shared.schedules import cubic_budget
+from sparse_lora_dist.methods.shared.triplets import (
     WITHIN,
     mean_times_spread,
     orthogonality,
@@ -44,7 +45,6 @@ from sparse_lora_dist.methods.triplets import (
     triplet,
     triplet_scores,
 )
-from sparse_lora_dist.schedule import cubic_budget
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import (
+from sparse_lora_dist.methods.protocol.form import (
     Form,
     KeptSpec,
     Site,
@@ -36,8 +35,9 @@ from sparse_lora_dist.methods.form import (
     low_rank_delta,
     zeros,
 )
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
-from sparse_lora_dist.schedule import warmed_up_stages
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 ROOM = 8
 """Pairs that the stack has room for, at most, unless the user says."""

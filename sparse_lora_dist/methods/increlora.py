@@ -35,8 +35,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods import triplets
-from sparse_lora_dist.methods.base import (
+from sparse_lora_dist.methods.protocol.form import alpha_over_capacity
+from sparse_lora_dist.methods.protocol.method import (
     Decision,
     Method,
     MethodFactory,
@@ -46,9 +46,9 @@ from sparse_lora_dist.methods.base import (
     Stats,
     as_preset,
 )
-from sparse_lora_dist.methods.form import alpha_over_capacity
-from sparse_lora_dist.methods.growth import Growth
-from sparse_lora_dist.methods.triplets import WITHIN
+from sparse_lora_dist.methods.shared import triplets
+from sparse_lora_dist.methods.shared.growth import Growth
+from sparse_lora_dist.methods.shared.triplets import WITHIN
 
 RESERVE_LAMBDA = 1e-5
 """Small beside lambdas that were trained, 1e-2 to 1e-1, yet enough to let gradients through."""

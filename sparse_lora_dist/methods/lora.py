@@ -4,7 +4,7 @@ Every default of the record is plain LoRA, so there is nothing to fill in. As in
 U(-1/sqrt(I), 1/sqrt(I)) (the paper says Gaussian) and B at zero.
 """
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, NoOptions, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOptions, Plan
 
 
 def lora(options: NoOptions, plan: Plan) -> Method:

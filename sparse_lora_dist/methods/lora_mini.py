@@ -17,9 +17,9 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.hashed import uniform
+from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.shared.hashed_random import uniform
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,8 +29,15 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, low_rank_delta, zeros
+from sparse_lora_dist.methods.protocol.form import (
+    Form,
+    Site,
+    Tensors,
+    TensorSpec,
+    low_rank_delta,
+    zeros,
+)
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,10 +34,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.bits import mask_spec, pack, unpack
-from sparse_lora_dist.methods.form import WEIGHT, Form, Site, Tensors, low_rank_pair
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.form import WEIGHT, Form, Site, Tensors, low_rank_pair
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 
 ROWS = 16
 """Of a step, at most, whose inputs are compared between linears."""

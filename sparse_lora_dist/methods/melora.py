@@ -18,8 +18,15 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, kaiming_uniform, zeros
+from sparse_lora_dist.methods.protocol.form import (
+    Form,
+    Site,
+    Tensors,
+    TensorSpec,
+    kaiming_uniform,
+    zeros,
+)
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
 
 
 @dataclass(frozen=True, kw_only=True)

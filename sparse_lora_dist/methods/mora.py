@@ -36,10 +36,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
-from sparse_lora_dist.schedule import warmed_up_stages
+from sparse_lora_dist.methods.protocol.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 THETA = 10000.0
 """Of rotary embeddings."""

@@ -26,8 +26,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import (
+from sparse_lora_dist.methods.protocol.form import (
     WEIGHT,
     Form,
     PeftForm,
@@ -37,6 +36,7 @@ from sparse_lora_dist.methods.form import (
     kaiming_uniform,
     zeros,
 )
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
 
 
 @dataclass(frozen=True, kw_only=True)

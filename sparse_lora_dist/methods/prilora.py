@@ -30,10 +30,10 @@ from dataclasses import dataclass
 
 import torch
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.chosen import k_largest
-from sparse_lora_dist.methods.form import Form, Site, TensorSpec, kaiming_uniform, zeros
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.form import Form, Site, TensorSpec, kaiming_uniform, zeros
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.top_k import k_largest
 
 EVERY = 40
 """Steps between two prunings, in a run that has room for four."""

@@ -39,12 +39,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.bits import mask_spec, pack, unpack
-from sparse_lora_dist.methods.chosen import k_largest
-from sparse_lora_dist.methods.form import WEIGHT, Form, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
-from sparse_lora_dist.schedule import cubic_keep
+from sparse_lora_dist.methods.protocol.form import WEIGHT, Form, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
+from sparse_lora_dist.methods.shared.schedules import cubic_keep
+from sparse_lora_dist.methods.shared.top_k import k_largest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import (
+from sparse_lora_dist.methods.protocol.form import Form, Site, Update, low_rank_pair
+from sparse_lora_dist.methods.protocol.method import (
     By,
     Decision,
     Method,
@@ -36,8 +37,7 @@ from sparse_lora_dist.methods.base import (
     Stats,
     as_preset,
 )
-from sparse_lora_dist.methods.form import Form, Site, Update, low_rank_pair
-from sparse_lora_dist.schedule import cubic_keep
+from sparse_lora_dist.methods.shared.schedules import cubic_keep
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column"}
 """Piece i of the delta is row i of a_RI times column i of b_OR."""

@@ -48,11 +48,11 @@ from math import gcd
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.chosen import k_largest
-from sparse_lora_dist.methods.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.hashed import uniform
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.hashed_random import uniform
+from sparse_lora_dist.methods.shared.top_k import k_largest
 from sparse_lora_dist.methods.shira import SparseProduct, scattered
 
 PAIRS = 8

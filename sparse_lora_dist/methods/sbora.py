@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.form import Form, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.hashed import distinct
+from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors, TensorSpec, zeros
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.shared.hashed_random import distinct
 
 
 @dataclass(frozen=True, kw_only=True)

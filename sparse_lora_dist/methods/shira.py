@@ -32,9 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import Method, MethodFactory, Plan
-from sparse_lora_dist.methods.chosen import k_largest
-from sparse_lora_dist.methods.form import (
+from sparse_lora_dist.methods.protocol.form import (
     Form,
     KeptSpec,
     PeftForm,
@@ -43,8 +41,10 @@ from sparse_lora_dist.methods.form import (
     TensorSpec,
     zeros,
 )
-from sparse_lora_dist.methods.hashed import stratified
-from sparse_lora_dist.methods.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.hashed_random import stratified
+from sparse_lora_dist.methods.shared.top_k import k_largest
 
 CHUNK = 2**24
 """Products of gradient and input that are held at a time, at most."""

@@ -30,7 +30,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import (
+from sparse_lora_dist.methods.protocol.form import (
+    Form,
+    Project,
+    Site,
+    Tensors,
+    TensorSpec,
+    Update,
+    low_rank_pair,
+)
+from sparse_lora_dist.methods.protocol.method import (
     By,
     Decision,
     Method,
@@ -42,16 +51,7 @@ from sparse_lora_dist.methods.base import (
     as_preset,
     site_names,
 )
-from sparse_lora_dist.methods.form import (
-    Form,
-    Project,
-    Site,
-    Tensors,
-    TensorSpec,
-    Update,
-    low_rank_pair,
-)
-from sparse_lora_dist.schedule import stage_at, warmed_up_stages
+from sparse_lora_dist.methods.shared.schedules import stage_at, warmed_up_stages
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_gate": "row"}
 """Where piece i lies in each tensor: a_RI, b_OR, gate_R."""

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sparse_lora_dist.config import Config
-from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.plan.memory import rank_memory
+from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
 
 MOST_RANKS = 4096
 

@@ -6,13 +6,13 @@ from typing import Any
 import psutil
 import torch
 
-from sparse_lora_dist import comm
-from sparse_lora_dist.class_head import modules_inside
-from sparse_lora_dist.config import Config
-from sparse_lora_dist.model import Model
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.plan.advice import Limits, Need, need_of
-from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
-from sparse_lora_dist.screen import say
+from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
+from sparse_lora_dist.tasks.class_head import modules_inside
 
 
 def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str, Any]) -> None:

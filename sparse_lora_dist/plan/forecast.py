@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist.methods.base import (
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.methods.protocol.method import (
     By,
     Decision,
     Method,
@@ -24,7 +25,6 @@ from sparse_lora_dist.methods.base import (
     Ties,
     trained_specs,
 )
-from sparse_lora_dist.methods.form import Site
 
 SITES, FEATURES, STEPS = 8, 200, 200
 

@@ -1,8 +1,8 @@
 """Bytes of one rank while it loads: its shares, and what is on its way from the files."""
 
 from sparse_lora_dist.base_model import nf4
-from sparse_lora_dist.plan.held import shard_bytes
-from sparse_lora_dist.plan.job import Shapes
+from sparse_lora_dist.plan.playback.parameters import shard_bytes
+from sparse_lora_dist.plan.scenario import Shapes
 
 SCALE_VECTORS = 4
 """fp32 vectors of all scales of a weight: gathered, joined, less their mean, in 8 bits."""

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparse_lora_dist.base_model.architecture import output_head
-from sparse_lora_dist.moments import BLOCK
-from sparse_lora_dist.plan.held import Held, Kind, shard_bytes
-from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
+from sparse_lora_dist.optim.moments import BLOCK
 from sparse_lora_dist.plan.load_memory import load_work
+from sparse_lora_dist.plan.playback.parameters import Held, Kind, shard_bytes
+from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
 
 Phase = Literal["load", "pass", "step", "save"]
 Place = Literal["gpu", "host"]

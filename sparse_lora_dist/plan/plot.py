@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.plan.memory import Place, rank_memory
-from sparse_lora_dist.plan.report import Outcome
+from sparse_lora_dist.plan.output import Outcome
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 

@@ -11,13 +11,13 @@ from sparse_lora_dist.base_model.architecture import (
     read_config,
     resolve_folder,
 )
-from sparse_lora_dist.class_head import Head, beside_base, modules_inside
-from sparse_lora_dist.config import Config
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.paths import resolve_default
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.locations import resolve_default
-from sparse_lora_dist.plan.job import Shapes
-from sparse_lora_dist.plan.llama_sizes import as_llama
-from sparse_lora_dist.targets import find_full, find_sites
+from sparse_lora_dist.model.targets import find_full, find_sites
+from sparse_lora_dist.plan.playback.llama_sizes import as_llama
+from sparse_lora_dist.plan.scenario import Shapes
+from sparse_lora_dist.tasks.class_head import Head, beside_base, modules_inside
 
 CONFIG_PATTERNS = ["config.json", "*.py"]
 

@@ -9,11 +9,11 @@ from math import gcd
 from transformers import PreTrainedConfig
 
 from sparse_lora_dist.base_model.architecture import output_head
-from sparse_lora_dist.plan.held import Held, ties
-from sparse_lora_dist.plan.job import Engine, Ranks, Shapes
 from sparse_lora_dist.plan.memory import saved_bytes
-from sparse_lora_dist.plan.options import PlanConfig
-from sparse_lora_dist.plan.shape_step import layers_of
+from sparse_lora_dist.plan.plan_options import PlanConfig
+from sparse_lora_dist.plan.playback.meta_step import layers_of
+from sparse_lora_dist.plan.playback.parameters import Held, ties
+from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from sparse_lora_dist.report.look import SERIES, Line, Picture, lines, panels, plain_numbers
-from sparse_lora_dist.report.read import RunStory
+from sparse_lora_dist.report.run_data import RunStory
+from sparse_lora_dist.report.style import SERIES, Line, Picture, lines, panels, plain_numbers
 
 Stories = Sequence[RunStory]
 Points = tuple[Sequence[float], Sequence[float]]

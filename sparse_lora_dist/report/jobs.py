@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparse_lora_dist.report.lines import Row
+from sparse_lora_dist.report.jsonl import Row
 
 GOING = "still going"
 

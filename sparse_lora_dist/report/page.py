@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sparse_lora_dist.report.jobs import GOING
-from sparse_lora_dist.report.look import SERIES, Picture, as_svg
-from sparse_lora_dist.report.read import RunStory
+from sparse_lora_dist.report.run_data import RunStory
+from sparse_lora_dist.report.style import SERIES, Picture, as_svg
 
 GENERATOR = "sparse_lora_dist report"
 """By which the page knows its own kind, and replaces no other."""

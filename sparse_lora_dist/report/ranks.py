@@ -9,10 +9,10 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sparse_lora_dist.report.layout import Layout, layout_of
-from sparse_lora_dist.report.lines import is_count
-from sparse_lora_dist.report.look import WIDTH, Picture, panels
-from sparse_lora_dist.report.read import RunStory
+from sparse_lora_dist.report.jsonl import is_count
+from sparse_lora_dist.report.layer_grid import Layout, layout_of
+from sparse_lora_dist.report.run_data import RunStory
+from sparse_lora_dist.report.style import WIDTH, Picture, panels
 
 READABLE = 16
 """Layers of a grid whose cells are large enough for a number."""

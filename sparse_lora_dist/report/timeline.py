@@ -4,10 +4,10 @@ from datetime import datetime
 from itertools import pairwise, starmap
 from typing import Any
 
+from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.report.jobs import Attempt
-from sparse_lora_dist.report.look import SERIES, Picture, panels
-from sparse_lora_dist.report.read import RunStory
-from sparse_lora_dist.screen import counted
+from sparse_lora_dist.report.run_data import RunStory
+from sparse_lora_dist.report.style import SERIES, Picture, panels
 
 BAR: dict[str, Any] = {"height": 0.3, "color": SERIES[0]}
 MOST = 12

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 
-from sparse_lora_dist.screen import counted, megabytes
+from sparse_lora_dist.distributed.console import counted, megabytes
 
 TITLES = ("module", "rank", "of", "density", "bytes", "norm of the update")
 

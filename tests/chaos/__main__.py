@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.screen import say
+from sparse_lora_dist.distributed.console import say
 from tests.chaos import harness, moments
 from tests.tiny_run import TinyRun, write_tiny_run
 

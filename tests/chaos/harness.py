@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.ranks import RankError, RankPool
 from tests.same_end import check_same
 from tests.tiny_run import TinyRun

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from sparse_lora_dist import checkpoint, comm, step
+from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint import save
 from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.export import peft_adapter
-from sparse_lora_dist.job import Job
-from sparse_lora_dist.metrics import JsonLines
-from sparse_lora_dist.optim import SparseAdamW
-from sparse_lora_dist.shards import Shards
-from sparse_lora_dist.zero3 import Engine
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
+from sparse_lora_dist.run_folder.metrics_log import JsonLines
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.training import step
+from sparse_lora_dist.training.job import Job
+from sparse_lora_dist.zero3.engine import Engine
 from tests.run_work import train
 
 MOMENTS: dict[str, tuple[Any, str]] = {

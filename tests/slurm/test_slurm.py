@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_lora_dist.metrics import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_rows
 from tests.slurm.cluster import REPOSITORY, Cluster, running_cluster, why_not
 from tests.tiny_run import TinyRun
 

@@ -1,0 +1,188 @@
+"""What a cache of the base holds, written one linear at a time right after a base was loaded.
+
+Every rank takes part in gathering, one rank of every disk writes. A cache that cannot be written
+is a warning: the run goes on without.
+
+Shapes: K tensors of the original files that a weight came from, E matrices of each.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import bitsandbytes.functional as bnb
+import torch
+from bitsandbytes.utils import pack_dict_to_tensor, unpack_tensor_to_dict
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model.cache.folder import CacheFolder, new_token
+from sparse_lora_dist.base_model.cache.lookup import ABOUT, BaseCache
+from sparse_lora_dist.base_model.frozen_linear import QuantLinear
+from sparse_lora_dist.base_model.quant_experts import QuantExperts
+from sparse_lora_dist.base_model.safetensors_reader import CPU, CheckpointFiles, Entry, Source
+from sparse_lora_dist.base_model.safetensors_writer import (
+    ABOUT_ONE,
+    SafetensorsWriter,
+    write_synced,
+)
+from sparse_lora_dist.base_model.weight_map import COMPONENTS, STATE, Sources
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.zero3.engine import gathered
+
+COMPUTE_DTYPE = torch.bfloat16
+"""What bitsandbytes is to dequantise to; we do as the run's precision says."""
+PIECE = 2**25
+"""Bytes of an original file that are copied at a time."""
+SMALL_PARTS = 2**11
+"""Bytes of a quantised tensor's codes and state, at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A weight that the model holds in 4 bits."""
+
+    source: Source
+    layout: nf4.Layout
+    packed: nn.Parameter
+    scales: nn.Parameter
+
+
+def write_cache(
+    cache: BaseCache,
+    model: PreTrainedModel,
+    folder: Path,
+    files: CheckpointFiles,
+    sources: Sources,
+) -> None:
+    """Write the base that ``model`` holds; ``folder``, ``files`` and ``sources`` are those it was
+    loaded from. Collective."""
+    held = list(_held(model, sources))
+    quantized = {key for h in held for key in h.source.keys}
+    plain = {key: entry for key, entry in files.entries.items() if key not in quantized}
+    parts = ("", STATE + "nf4", *COMPONENTS)
+    names = [*plain, *(key + part for key in quantized for part in parts)]
+    header_bytes = sum(len(json.dumps(name)) + ABOUT_ONE for name in names)
+    needed = sum(h.layout.packed_bytes + h.layout.scale_bytes for h in held)
+    needed += sum(e.nbytes for e in plain.values()) + len(quantized) * SMALL_PARTS + header_bytes
+
+    own, token = CacheFolder(cache.folder), new_token()
+    if comm.is_first_on_its_node() and not cache.here:
+        own.begin(token, needed=needed, header_bytes=header_bytes)
+    if any(comm.gather_objects(own.out is not None)):
+        own.do(lambda out: _copy(plain, files, out))
+        comm.barrier()  # patient, as gathers are not
+        for weight in held:
+            with gathered([weight.packed, weight.scales]):
+                own.do(lambda out, weight=weight: _save(weight, out))  # type: ignore[misc]
+        own.do(lambda out: _describe(out, cache, model, folder))
+        own.publish(cache.can_stay)
+    everyone = comm.gather_objects((own.out is not None, own.problem))
+    problems = [problem for _, problem in everyone if problem]
+    if problems:
+        say("warning", f"--base_cache: it was not written, training goes on: {problems[0]}")
+    elif any(written for written, _ in everyone):
+        say("cache", f"the base was written to {cache.folder}")
+
+
+def _held(model: nn.Module, sources: Sources) -> Iterator[Held]:
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            source = cast(Source, sources[f"{name}.weight"])
+            yield Held(source, module.layout, module.weight, module.scales)
+        elif isinstance(module, QuantExperts):
+            for leaf, layout in module.layouts.items():
+                first = module.matrix(leaf, 0)
+                yield Held(
+                    cast(Source, sources[f"{name}.{leaf}"]), layout, first.packed, first.scales
+                )
+
+
+def _copy(plain: Mapping[str, Entry], files: CheckpointFiles, out: SafetensorsWriter) -> None:
+    """What is not quantised, as the files have it."""
+    for key, entry in plain.items():
+        out.add(key, entry.dtype, entry.shape, files.raw(entry, PIECE))
+
+
+def _save(weight: Held, out: SafetensorsWriter) -> None:
+    """A gathered weight under the names it has in the original files."""
+    packed, scales = (p.data.view(torch.uint8).cpu() for p in (weight.packed, weight.scales))
+    for name, tensor in saved_tensors(packed, scales, weight.layout, weight.source):
+        out.add_tensor(name, tensor)
+
+
+def saved_tensors(
+    packed: Tensor, scales: Tensor, layout: nf4.Layout, source: Source
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) as bitsandbytes saves a quantised weight, from its bytes as ``layout`` has
+    them."""
+    count = len(source.keys)
+    packed_K = packed[: layout.packed_bytes].view(count, -1, 1)
+    # Aligned, since ZeRO-3 may gather to an odd place.
+    scales = scales[: layout.scale_bytes].clone()
+    sizes = [4 * layout.num_nested, 4 * layout.count] if layout.double_quant else []
+    *nested_and_offset, absmax = scales.split([*sizes, layout.scale_bytes - sum(sizes)])
+    for k, (key, shape) in enumerate(zip(source.keys, source.shapes, strict=True)):
+        state = bnb.QuantState(
+            absmax=absmax.view(count, -1)[k],
+            shape=torch.Size(shape),
+            code=bnb.get_4bit_type(layout.quant_type, device="cpu"),
+            blocksize=layout.block,
+            quant_type=layout.quant_type,
+            dtype=COMPUTE_DTYPE,
+        )
+        if not layout.double_quant:
+            state.absmax = state.absmax.view(torch.float32)
+            yield from _named(key, packed_K[k], state, [])
+            continue
+        nested, offset_E = (t.view(torch.float32).view(count, -1)[k] for t in nested_and_offset)
+        state.nested, state.offset = True, offset_E[0]
+        state.state2 = bnb.QuantState(
+            absmax=nested,
+            code=nf4.dynamic_map(CPU),
+            blocksize=layout.nested_block,
+            dtype=torch.float32,
+        )
+        yield from _named(key, packed_K[k], state, offset_E.tolist())
+
+
+def _named(
+    key: str, packed: Tensor, state: bnb.QuantState, offset_E: list[float]
+) -> Iterator[tuple[str, Tensor]]:
+    yield key, packed
+    for part, tensor in state.as_dict(packed=True).items():
+        if part.startswith("quant_state"):
+            about = unpack_tensor_to_dict(tensor)
+            if len(offset_E) > 1:  # a stack of experts has one each
+                about["nested_offset"] = offset_E
+            tensor = _padded(pack_dict_to_tensor(about))
+        yield f"{key}.{part}", tensor
+
+
+def _padded(text: Tensor) -> Tensor:
+    """JSON with spaces after it, so that the tensor that follows in the file begins aligned."""
+    spaces = text.new_full((-text.numel() % 8,), ord(" "))
+    return torch.cat([text, spaces])
+
+
+def _describe(
+    out: SafetensorsWriter, cache: BaseCache, model: PreTrainedModel, folder: Path
+) -> None:
+    """All but the tensors."""
+    out.finish()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=cache.made_of["double_quant"],
+        bnb_4bit_compute_dtype=COMPUTE_DTYPE,
+        bnb_4bit_quant_storage=torch.uint8,
+        llm_int8_skip_modules=cache.not_quantized,
+    ).to_dict()
+    write_synced(out.folder / "config.json", config)
+    about = {"made_of": cache.made_of, "model": str(folder), "dates": cache.dates}
+    write_synced(out.folder / ABOUT, about)

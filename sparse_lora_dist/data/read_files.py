@@ -1,0 +1,211 @@
+"""A file, a folder or a hub id -> a table of examples, each with a file and line to name it by.
+
+Hugging Face ``datasets`` reads everything; its Arrow cache keeps memory flat for any length.
+"""
+
+import glob
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from sparse_lora_dist.data.line_numbers import (
+    CELLS,
+    broken_line,
+    example_lines,
+    first_cells,
+    has_content,
+)
+from sparse_lora_dist.errors import UserError
+
+BUILDERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+KINDS = " ".join(BUILDERS)
+
+Columns = Sequence[str]
+"""Names for the columns of a table that brings none; empty where its first line names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The examples of one source, untouched, in the source's order."""
+
+    table: datasets.Dataset
+    source: str
+    files: tuple[Path, ...]
+    """The local files in reading order; empty if they are not on this machine."""
+    column_names: Columns = ()
+
+    @property
+    def is_plain_text(self) -> bool:
+        """One example per ``.txt`` file: its whole text, in a column ``text``."""
+        return bool(self.files) and self.files[0].suffix == ".txt"
+
+    def fault(self, index: int, what: str) -> UserError:
+        """The error that example ``index`` deserves, with its place. Reads the files to find it."""
+        # JSON readers let some broken lines pass, which come out as missing or extra examples.
+        problem = next(filter(None, map(broken_line, self.files)), None)
+        return UserError(problem or f"{self.place(index)}: {what}")
+
+    def place(self, index: int) -> str:
+        """``file:line`` for JSON lines, ``file, example n`` (from 1) for other kinds."""
+        for file in self.files:
+            lines = example_lines(file)
+            count = _count(file, self.column_names) if lines is None else len(lines)
+            if index < count:
+                return f"{file}:{lines[index]}" if lines else f"{file}, example {index + 1}"
+            index -= count
+        return f"{self.source}, example {index + 1}"
+
+
+def read_examples(
+    source: str,
+    *,
+    split: str,
+    max_samples: int | None,
+    flag: str,
+    column_names: Columns = (),
+) -> Examples:
+    """The first ``max_samples`` examples (all if None) of ``source``.
+
+    Args:
+        source: a file (.jsonl .json .parquet .txt .csv .tsv), a folder of files of one of these
+            kinds, a folder laid out like a hub data set, or a hub id.
+        split: which part of a folder or hub data set; a single file has no parts.
+        flag: the command-line flag that holds ``source``, for messages.
+        column_names: of a CSV or TSV table whose first line is an example already.
+
+    Raises:
+        UserError: nothing there, an unknown kind, broken content (with file and line), no example.
+    """
+    path = Path(source).expanduser()
+    place = f"{flag} {source}"
+    if path.is_file():
+        table, files = _read_file(path, place, column_names)
+    elif path.is_dir():
+        table, files = _read_folder(path, split, place, column_names)
+    elif path.suffix in BUILDERS or source.startswith((".", "~", "/")) or source.count("/") > 1:
+        raise UserError(f"{place}: there is no such file or folder")
+    else:
+        place += ": not a file or folder here, and as a hub data set"
+        table, files = _build(source, split, (), place, {})
+    if max_samples is not None:
+        table = table.select(range(min(max_samples, len(table))))
+    return Examples(table=table, source=source, files=files, column_names=column_names)
+
+
+def be_quiet() -> None:
+    """Switch off progress bars and notes of ``datasets`` in this process: for all ranks but one."""
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+
+
+Read = tuple[datasets.Dataset, tuple[Path, ...]]
+"""A table and the local files it came from."""
+
+
+def _read_file(path: Path, place: str, column_names: Columns) -> Read:
+    if path.suffix not in BUILDERS:
+        raise UserError(f"{place}: cannot read {path.suffix or 'this kind'}; known: {KINDS}")
+    # An empty file has no columns, at which each reader fails in words of its own.
+    if not has_content(path):
+        raise UserError(f"{place}: the file is empty; it needs at least one example")
+    options = _file_options(path, column_names)
+    return _build(BUILDERS[path.suffix], "train", (path,), place, options)
+
+
+def _read_folder(folder: Path, split: str, place: str, column_names: Columns) -> Read:
+    files = sorted(p for p in folder.rglob("*") if p.suffix in BUILDERS and has_content(p))
+    kinds = sorted({p.suffix for p in files})
+    if not files:
+        raise UserError(f"{place}: the folder holds no data; known kinds: {KINDS}")
+    if len(kinds) == 1:
+        options = _reader_options(files, column_names)
+        return _build(str(folder), split, tuple(files), place, options)
+    # A README makes it a data set as the hub lays them out: it says itself which files count.
+    if (folder / "README.md").is_file():
+        return _build(str(folder), split, tuple(files), place, {})
+    raise UserError(f"{place}: it mixes {', '.join(kinds)}; keep one kind, or name one file")
+
+
+def _build(
+    name: str, split: str, suspects: tuple[Path, ...], place: str, options: dict[str, Any]
+) -> Read:
+    """What the builder ``name`` reads; a failure is traced to a line of ``suspects``."""
+    try:
+        with _silent_log():
+            builder = datasets.load_dataset_builder(name, **options)
+            builder.download_and_prepare()
+        part = builder.info.splits.get(split)
+        if part is not None and part.num_examples == 0:
+            raise ValueError("it is empty; it needs at least one example")
+        table = builder.as_dataset(split=split)
+    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
+        problem = next(filter(None, map(broken_line, suspects)), None)
+        raise UserError(problem or f"{place}: cannot be read: {_root(error)}") from error
+    names = (builder.config.data_files or {}).get(split, [])
+    return table, tuple(Path(name) for name in names if Path(name).is_file())
+
+
+def _count(file: Path, column_names: Columns) -> int:
+    """Examples in one file of a kind that has no lines to count."""
+    options = _file_options(file, column_names)
+    return len(_build(BUILDERS[file.suffix], "train", (), str(file), options)[0])
+
+
+def _file_options(file: Path, column_names: Columns) -> dict[str, Any]:
+    # Names with [brackets] would otherwise be taken for glob patterns.
+    return {"data_files": [glob.escape(str(file))], **_reader_options([file], column_names)}
+
+
+def _reader_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
+    if files[0].suffix == ".txt":
+        return {"sample_by": "document"}
+    if files[0].suffix in CELLS:
+        return _table_options(files, column_names)
+    return {}
+
+
+def _table_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
+    # Checked before reading: pandas takes surplus cells for an index and shifts the columns.
+    problem = next(filter(None, map(broken_line, files)), None)
+    if problem is not None:
+        raise UserError(problem)
+    # Everything stays text: an answer "42" is not a number, and "NA" is not a missing value.
+    text = datasets.Value("string")
+    first = first_cells(files[0])
+    if column_names and len(column_names) != len(first):
+        raise UserError(
+            f"{files[0]}: its first line has {len(first)} cells, but --column_names has "
+            f"{len(column_names)} names"
+        )
+    features = datasets.Features(dict.fromkeys(column_names or first, text))
+    names = {"names": list(column_names)} if column_names else {}
+    return {"features": features, "keep_default_na": False, **names, **CELLS[files[0].suffix]}
+
+
+@contextmanager
+def _silent_log() -> Iterator[None]:
+    """``datasets`` logs an error before it raises it; one report is enough."""
+    before = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(before)
+
+
+def _root(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip() or type(error).__name__

@@ -1,0 +1,90 @@
+"""What is asked of every model that is evaluated: examples read and tokenised."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.data import Documents, be_quiet
+from sparse_lora_dist.data.chat import end_of_turn, find_template
+from sparse_lora_dist.data.fields import ExampleError
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import counted, say
+from sparse_lora_dist.distributed.phases import first_on_its_node, together
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.evaluation.eval_metrics import METRICS
+from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
+from sparse_lora_dist.evaluation.examples import Table
+from sparse_lora_dist.evaluation.questions import Encoder
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.training.feed import check_positions, open_tokenizer
+
+DECISIVE = (
+    *("model", "revision", "quantization", "double_quant", "precision", "attn_implementation"),
+    *("eval_data", "text_field", "prompt_field", "response_field", "chat_template", "train_on"),
+    "sequence_length",
+)
+"""Options of a run on which numbers depend."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """All that does not depend on the adapter."""
+
+    config: Config
+    own: EvalConfig
+    engine_config: dict[str, Any]
+    tokenizer: Any
+    stop_ids: set[int]
+    items: Mapping[str, Any]
+    """What each metric scores."""
+
+    def about(self) -> dict[str, Any]:
+        """All that decides the numbers, and nothing that differs between launches of the same."""
+        flat = self.config.as_flat_dict() | {"eval_data": self.config.data.eval_data or "default"}
+        left_out = {
+            name: {"too_long": found.too_long, "no_target": found.no_target}
+            for name, found in self.items.items()
+            if isinstance(found, Documents)
+        }
+        return (
+            {name: flat[name] for name in DECISIVE}
+            | {"metrics": list(self.own.metrics), "left_out": left_out}
+            | {name: getattr(self.own, name) for name in ("batch_size", "max_new_tokens", "limit")}
+        )
+
+
+def open_exam(
+    request: EvalRequest, config: Config, model: Model, engine_config: dict[str, Any]
+) -> Exam:
+    """Read and tokenise what every metric asks for. Collective."""
+    if comm.rank() > 0:
+        be_quiet()
+    with together("reading the data"), first_on_its_node():
+        tokenizer = open_tokenizer(config, model)
+        template = find_template(tokenizer, config.data.chat_template)
+        encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data)
+        table = Table.read(request.source, config.data, request.own.limit)
+        items = {
+            name: METRICS[name].items(encoder, table, request.own.limit)
+            for name in request.own.metrics
+        }
+        generates = [name for name in items if METRICS[name].generates]
+        try:
+            stop_ids = end_of_turn(tokenizer, template=template) if generates else set()
+        except ExampleError as error:
+            raise UserError(f"--chat_template: {error}") from error
+        prompts = [len(task.prompt) for name in generates for task in items[name]]
+        longest = max(prompts, default=0) + request.own.max_new_tokens
+        check_positions(model.module, longest if prompts else 0, "a prompt and --max_new_tokens")
+    for name, found in items.items():
+        counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
+        say(name, counts)
+    return Exam(
+        config=config,
+        own=request.own,
+        engine_config=engine_config,
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        items=items,
+    )

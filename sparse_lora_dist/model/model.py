@@ -1,0 +1,284 @@
+"""The model that trains: sharded frozen base, adapters on it, modules trained in full."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds, inject
+from sparse_lora_dist.adapter.peft_read import read_peft
+from sparse_lora_dist.base_model.architecture import (
+    PRECISIONS,
+    fill_buffers,
+    identity,
+    meta_model,
+    output_head,
+    read_config,
+    resolve_folder,
+)
+from sparse_lora_dist.base_model.cache.lookup import BaseCache, find_cache
+from sparse_lora_dist.base_model.cache.writer import write_cache
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
+from sparse_lora_dist.base_model.same_on_all_nodes import check_same_on_all_nodes
+from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
+from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources, is_quantized
+from sparse_lora_dist.config.config import Config, ModelConfig
+from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import counted, megabytes, say
+from sparse_lora_dist.distributed.phases import first_on_its_node, together
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.methods import Method
+from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
+from sparse_lora_dist.methods.protocol.method import trained_specs
+from sparse_lora_dist.model.targets import find_full, find_sites
+from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, modules_inside
+from sparse_lora_dist.tasks.loss_head import install
+from sparse_lora_dist.tasks.task import TASKS
+from sparse_lora_dist.zero3.engine import ShardBuilder
+from sparse_lora_dist.zero3.shares import Values
+
+
+@dataclass(kw_only=True)
+class Model:
+    """A model on its way from an empty shell on the meta device (``open``) to shards (``load``)."""
+
+    module: PreTrainedModel
+    folder: Path
+    files: CheckpointFiles
+    sources: Sources
+    name: str
+    """What the user calls it: a hub id, or the folder."""
+    sites: list[Site]
+    head: Head
+    full: dict[str, nn.Module]
+    """Modules trained in full, the head's among them, by name; modules may lie inside."""
+    cache: BaseCache | None = None
+    """The 4-bit base on disk, which need not be there yet."""
+    adapters: list[AdapterLinear] = field(default_factory=list)
+    builder: ShardBuilder | None = None
+    """Of what was loaded."""
+
+    @classmethod
+    def open(cls, config: Config) -> "Model":
+        """Everything that can be checked before a weight is read. Collective."""
+        options = config.model
+        if options.trust_remote_code:
+            say("warning", f"--trust_remote_code: Python code that comes with {options.model} runs")
+        with together("opening the base model"):
+            with first_on_its_node():
+                folder = resolve_folder(resolve_default("model", options.model), options.revision)
+            architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
+            files = CheckpointFiles(folder)
+        check_same_on_all_nodes(options.model, folder, files)
+        task = TASKS[options.task]
+        with together("reading the labels"), first_on_its_node():
+            task.settle(architecture, config.data)
+        with together("opening the base model"):
+            module = meta_model(
+                architecture,
+                task=options.task,
+                dtype=PRECISIONS[options.precision],
+                attn_implementation=options.attn_implementation,
+                trust_remote_code=options.trust_remote_code,
+            )
+            if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
+                raise UserError(
+                    f"--gradient_checkpointing: {type(module).__name__} knows of none; leave it out"
+                )
+            keys_of = find_keys(module, files)
+            head = task.head(module, files, keys_of)
+            full = {**head.modules, **find_full(module, config.adapter.modules_to_save, head)}
+            sites = find_sites(module, config.adapter, modules_inside(full))
+            sources = find_sources(module, files, keys_of, new=head.new)
+            _check_quantization(options, architecture, files)
+        hub = folder != Path(resolve_default("model", options.model))
+        model = cls(
+            module=module,
+            folder=folder,
+            files=files,
+            sources=sources,
+            name=options.model if hub else str(folder),
+            sites=sites,
+            head=head,
+            full=full,
+        )
+        model._find_cache(options)
+        return model
+
+    def _find_cache(self, options: ModelConfig) -> None:
+        """Collective where there is to be one."""
+        if options.base_cache is None:
+            return
+        if is_quantized(self.files):
+            say("note", f"--base_cache is not needed: {options.model} is in 4 bits already")
+            return
+        self.cache = find_cache(
+            Path(options.base_cache),
+            self.name,
+            self.folder,
+            self.files,
+            self.module,
+            keep={*self._not_quantized(), *modules_inside(self.full)},
+            new=self.head.new,
+            double_quant=options.double_quant,
+        )
+
+    def _not_quantized(self) -> set[str]:
+        head = output_head(self.module)
+        return {head} if head else set()
+
+    def load(
+        self,
+        config: Config,
+        method: Method,
+        engine_config: dict[str, Any],
+        given: Mapping[str, Values] | None = None,
+    ) -> RowSeeds:
+        """Read this rank's share, inject adapters; return what seeds their dropout. Collective.
+
+        Args:
+            given: first values of what trains, "site.tensor" or as the base names it.
+        """
+        adapter = config.adapter
+        seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
+        initial = first_values(self.module, self.head.new, config.train.seed) | dict(given or {})
+        with together("reading --init_adapter"):
+            if adapter.init_adapter is not None:
+                shapes = self.trained_shapes(method)
+                initial |= read_peft(
+                    adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
+                )
+        self.builder = builder = ShardBuilder(engine_config, PRECISIONS[config.model.precision])
+        fill_buffers(self.module, builder.device)
+        files, sources, cache = self.files, self.sources, self.cache
+        if cache is not None and cache.files is not None:
+            files, sources = cache.files, cache.sources
+        loader = ShardLoader(
+            files,
+            sources,
+            builder,
+            # What a checkpoint that came quantised has in floats stays so: its maker's choice.
+            quantize=config.model.quantization == "nf4" and not is_quantized(files),
+            double_quant=config.model.double_quant,
+            initial=initial,
+        )
+        train = modules_inside(self.full)
+        loader.load(self.module, keep=self._not_quantized(), train=train)
+        if cache is not None and cache.files is None:
+            write_cache(cache, self.module, self.folder, self.files, self.sources)
+        self.adapters = inject(
+            self.module,
+            self.sites,
+            method,
+            builder,
+            seeds,
+            alpha=adapter.alpha,
+            dropout=adapter.dropout,
+            micro_batches=config.train.gradient_accumulation_steps,
+            initial=initial,
+        )
+        install(self.module)
+        self.full = {name: self.module.get_submodule(name) for name in self.full}
+        if config.model.gradient_checkpointing:
+            self.module.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+        _say_what_was_loaded(self, loader.report)
+        return seeds
+
+    def trained_shapes(self, method: Method) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor that is to train, "site.tensor" or as the base names it."""
+        shapes = {name: spec.shape for name, spec in trained_specs(method, self.sites).items()}
+        for name, module in self.full.items():
+            shapes |= {f"{name}.{k}": tuple(p.shape) for k, p in module.named_parameters()}
+        return shapes
+
+    def trainable(self) -> list[nn.Parameter]:
+        """What the optimizer steps."""
+        return [p for p in self.module.parameters() if p.requires_grad]
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """The same for the optimizer, grouped by how they are stepped."""
+        usual = TensorSpec(shape=(), init=zeros)
+        special = {
+            id(getattr(a, name)): spec for a in self.adapters for name, spec in a.specs.items()
+        }
+        groups: dict[Any, dict[str, Any]] = {}
+        for parameter in self.trainable():
+            spec = special.get(id(parameter), usual)
+            group = groups.setdefault(
+                (spec.lr_factor, spec.decays, spec.project),
+                {
+                    "params": [],
+                    "lr_factor": spec.lr_factor,
+                    "weight_decay": weight_decay if spec.decays else 0.0,
+                    "project": spec.project,
+                },
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of what the head tells apart, in order; none without such a head."""
+        return classes_of(self.module.config) if self.head.modules else []
+
+    @cached_property
+    def identity(self) -> str:
+        """Hash that tells this base from another; it reads every file's header, so once a run."""
+        return identity(self.folder, self.files)
+
+
+def _check_quantization(
+    options: ModelConfig, architecture: PretrainedConfig, files: CheckpointFiles
+) -> None:
+    """Do the files hold what config.json and the user say?"""
+    said = getattr(architecture, "quantization_config", None) is not None
+    if said and not is_quantized(files):
+        raise UserError(
+            f"{files.folder}/config.json says that the weights are already quantised by "
+            "bitsandbytes, but the files hold none that are. Remove quantization_config from it, "
+            "or download the model again."
+        )
+    if is_quantized(files) and options.quantization == "none":
+        raise UserError(
+            f"--model {options.model} is already quantised to 4 bits: use --quantization nf4, or "
+            "the original weights."
+        )
+
+
+def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
+    """What stands, what it cost the rank that paid most, what was left unquantised. Collective."""
+    costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
+    most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
+    linear, other, received = (megabytes(int(n)) for n in most)
+    trained = sum(p.ds_numel for p in model.trainable())  # type: ignore[attr-defined]
+    say("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
+    say("", f"read by each: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights")
+    say("", f"and {other} of the rest; received from others: {received} of scales")
+    if report.experts:
+        say("", f"{report.experts:,} experts in 4 bits, one by one; they carry no adapters")
+    for name, count, size in _alike(report.unquantized):
+        times = f"{count} x " if count > 1 else ""
+        say("", f"not quantised: {times}{name} ({megabytes(size)})")
+    if model.head.modules:
+        say("head", f"{counted(len(model.classes), 'label')}; {model.head.report()}")
+    say("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")
+
+
+def _alike(sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    """(name, how many, bytes together) of what differs in layer and expert numbers only."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for name, size in sizes.items():
+        groups[re.sub(r"\b\d+\b", "*", name)].append(size)
+    first = {re.sub(r"\b\d+\b", "*", name): name for name in reversed(sizes)}
+    for pattern, group in groups.items():
+        yield pattern if len(group) > 1 else first[pattern], len(group), sum(group)

@@ -1,0 +1,27 @@
+"""launcher/plan.py: a request in, a plan on the screen."""
+
+import json
+from pathlib import Path
+
+from sparse_lora_dist.plan.output import Outcome, as_json, as_text
+from sparse_lora_dist.plan.plan_options import PlanRequest
+from sparse_lora_dist.plan.scenario import Engine, Ranks
+from sparse_lora_dist.plan.shapes import shapes_of
+
+
+def plan(request: PlanRequest) -> None:
+    """Print what the request asks, and draw it where that is asked too."""
+    options = request.plan
+    outcome = Outcome(
+        shapes=shapes_of(request.config, whole_logits=options.whole_logits),
+        engine=Engine.of(request.engine),
+        ranks=Ranks(
+            world_size=options.world_size, nodes=options.nodes, on_gpu=options.gpu_bytes > 0
+        ),
+        plan=options,
+    )
+    print(json.dumps(as_json(outcome), indent=1) if options.json else as_text(outcome))
+    if options.plot is not None:
+        from sparse_lora_dist.plan.plot import draw
+
+        draw(outcome, Path(options.plot))

@@ -1,0 +1,222 @@
+"""What a plan is about: the run, the ranks it is spread over, and the model's shapes."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from transformers import LlamaForCausalLM, PreTrainedModel
+
+from sparse_lora_dist.base_model.architecture import PRECISIONS, output_head
+from sparse_lora_dist.config.config import AdapterConfig, Config
+from sparse_lora_dist.config.deepspeed_file import value_at
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.methods import METHODS, Method, Plan
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.model.targets import find_sites
+from sparse_lora_dist.plan.forecast import Forecast, forecast
+from sparse_lora_dist.plan.playback.gathers import Bounds, Gathered, gathered
+from sparse_lora_dist.plan.playback.llama_sizes import as_llama
+from sparse_lora_dist.plan.playback.meta_step import StepMemory, layers_of, step_memory
+from sparse_lora_dist.plan.playback.parameters import Held, Saved, held_parameters, ties
+
+STEPS = 1000
+"""Of a run whose length is not given."""
+
+
+NOT_PLAYED = {
+    "stage3_module_granularity_threshold": 0,
+    "stage3_model_persistence_threshold": sys.maxsize,
+}
+"""{key that changes what is gathered, and is left out of the plan: DeepSpeed's default}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """What an engine file says of memory; what it leaves out is DeepSpeed's default."""
+
+    bounds: Bounds
+    reduce_bucket: int = 500_000_000
+    hpz: int = 1
+    parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where they are offloaded to."""
+    optimizer: Literal["none", "cpu"] = "none"
+    nvme_buffers: int = 0
+    """Elements of pinned buffers through which parameters come from disk."""
+    nvme_from: int = 2**20
+    """Bytes of a share that goes to disk; DeepSpeed leaves smaller ones in host memory."""
+    pinned: bool = False
+    """Are offloaded parameters in pinned memory, where there is a GPU?"""
+    settles_ranks: bool = False
+    """Does a train_batch_size allow one number of ranks only?"""
+    not_played: tuple[str, ...] = ()
+    """Keys of the file that the plan ignores."""
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "Engine":
+        """From the content of a file in ds_configs/, which is well formed."""
+
+        def number(key: str, default: int) -> int:
+            value = value_at(content, f"zero_optimization.{key}")
+            return default if value is None else int(value)
+
+        param = value_at(content, "zero_optimization.offload_param") or {}
+        optimizer = value_at(content, "zero_optimization.offload_optimizer") or {}
+        buffers = int(param.get("buffer_count", 5)) * int(param.get("buffer_size", 100_000_000))
+        usual = Bounds()
+        return cls(
+            bounds=Bounds(
+                prefetch=number("stage3_prefetch_bucket_size", usual.prefetch),
+                live=number("stage3_max_live_parameters", usual.live),
+                reuse=number("stage3_max_reuse_distance", usual.reuse),
+                persistent=number("stage3_param_persistence_threshold", usual.persistent),
+                one_by_one=bool(number("stage3_allgather_sequential", 0)),
+            ),
+            reduce_bucket=number("reduce_bucket_size", cls.reduce_bucket),
+            hpz=max(1, number("zero_hpz_partition_size", 1)),
+            parameters=param.get("device", "none"),
+            optimizer=optimizer.get("device", "none"),
+            nvme_buffers=buffers if param.get("device") == "nvme" else 0,
+            nvme_from=max(cls.nvme_from, int(value_at(content, "aio.block_size") or 0)),
+            pinned=bool(param.get("pin_memory", False)),
+            not_played=tuple(k for k, usual in NOT_PLAYED.items() if number(k, usual) != usual),
+            settles_ranks=content.get("train_batch_size", "auto") != "auto",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How the job is spread."""
+
+    world_size: int
+    nodes: int = 1
+    on_gpu: bool = True
+
+    @property
+    def per_node(self) -> int:
+        return -(-self.world_size // self.nodes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """A model on the meta device and what trains on it, with what follows from these alone."""
+
+    model: PreTrainedModel
+    sites: tuple[Site, ...]
+    trained: tuple[str, ...]
+    """Modules trained in full."""
+    config: Config
+    whole_logits: bool = False
+    """Are logits of all tokens made at once?"""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said of the model."""
+    _gathered: dict[Bounds, Gathered] = field(default_factory=dict, repr=False, compare=False)
+
+    def with_config(self, config: Config, **others: Any) -> "Shapes":
+        """Of another run with the same model."""
+        return replace(self, config=config, _gathered={}, **others)
+
+    @property
+    def itemsize(self) -> int:
+        return self.dtype.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.config.model.precision]
+
+    @cached_property
+    def plan(self) -> Plan:
+        return self.config.plan(self.config.train.max_steps or STEPS, self.sites)
+
+    @cached_property
+    def method(self) -> Method:
+        """Raises:
+        UserError: the schedule does not fit into the steps.
+        """
+        name = self.config.adapter.method
+        try:
+            return METHODS[name].build(self.config.method_options, self.plan)
+        except ValueError as error:
+            assumed = self.config.train.max_steps is None
+            hint = f" ({STEPS} steps are assumed: give --max_steps)" if assumed else ""
+            raise UserError(f"--method {name}: {error}{hint}") from error
+
+    @cached_property
+    def parameters(self) -> list[Held]:
+        return held_parameters(
+            self.model,
+            self.sites,
+            self.method,
+            self.trained,
+            quantize=self.config.model.quantization == "nf4",
+            double_quant=self.config.model.double_quant,
+            dtype=self.dtype,
+            saved=self.saved,
+        )
+
+    @property
+    def saved(self) -> Saved | None:
+        """How the checkpoint is in 4 bits already."""
+        return Saved.of(self.model.config)
+
+    @cached_property
+    def forecast(self) -> Forecast:
+        factory = METHODS[self.config.adapter.method]
+        return forecast(factory, self.config.method_options, self.plan)
+
+    @cached_property
+    def step(self) -> StepMemory:
+        """Of one micro-batch.
+
+        Raises:
+            UserError: shapes are not enough for this model, nor has its config the sizes of a
+                Llama, which would stand in for it.
+        """
+        try:
+            return self._played(self.model, self.sites)
+        except Exception as error:  # whatever a model raises that wants numbers
+            first = str(error).partition("\n")[0]
+            problem = f"{self.model.config.model_type} cannot be run on shapes alone ({first})"
+        sizes = as_llama(self.model.config.get_text_config(), problem)
+        note = f"{problem}: activations are those of a Llama of its sizes"
+        if note not in self.notes:  # which runs with other options share
+            self.notes.append(note)
+        with torch.device("meta"):
+            model = LlamaForCausalLM._from_config(sizes, dtype=self.dtype)
+        return self._played(model, find_sites(model, AdapterConfig(rank=1), ()))
+
+    def _played(self, model: PreTrainedModel, sites: Sequence[Site]) -> StepMemory:
+        config = self.config
+        return step_memory(
+            model,
+            sites,
+            self.method,
+            rows=config.train.micro_batch_size,
+            tokens=config.data.sequence_length,
+            trained=self.trained,
+            checkpointing=config.model.gradient_checkpointing,
+            dropout=config.adapter.dropout,
+            packed=config.packs,
+        )
+
+    def gathered(self, bounds: Bounds) -> Gathered:
+        """Of one micro-batch."""
+        if bounds not in self._gathered:
+            self._gathered[bounds] = gathered(
+                self.parameters,
+                layers_of(self.model)[0],
+                bounds,
+                once=self._without_backward(),
+                ties=ties(self.model),
+                checkpointing=self.config.model.gradient_checkpointing,
+            )
+        return self._gathered[bounds]
+
+    def _without_backward(self) -> set[str]:
+        """Nothing before the first linear wants a gradient, and a loss in chunks has taken its own
+        through the head in forward."""
+        first = {p.module for p in self.parameters if p.kind == "embeddings"}
+        head = None if self.whole_logits else output_head(self.model)
+        return first if head is None or head in self.trained else first | {head}

@@ -1,0 +1,37 @@
+"""Work on batches, spread over ranks, with results that do not depend on how many there are."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from tqdm import tqdm
+
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.runtime import watchdog as watch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_batches(
+    items: Sequence[Item],
+    batch_size: int,
+    work: Callable[[Sequence[Item]], Sequence[Result]],
+    *,
+    name: str,
+) -> list[Result]:
+    """What ``work`` makes of each item, in their order, on every rank. Collective, as ``work`` is.
+
+    Batch i holds ``batch_size`` items from i * batch_size on, whatever the number of ranks, since
+    rounding depends on what else is in a batch. It goes to rank i % ranks. Ranks that have none in
+    the last round do the last one again, since every forward is a collective, for nobody.
+    """
+    watch.mark(name)
+    starts = range(0, len(items), batch_size)
+    rank, world_size = comm.rank(), comm.world_size()
+    own = []
+    for first in tqdm(starts[::world_size], desc=name, leave=False, disable=rank != 0):
+        start = min(first + rank * batch_size, starts[-1])
+        own.append(list(work(items[start : start + batch_size])))
+    of_rank = comm.gather_objects(own)
+    batches = (of_rank[i % world_size][i // world_size] for i in range(len(starts)))
+    return [result for batch in batches for result in batch]

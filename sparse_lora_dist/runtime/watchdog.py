@@ -1,0 +1,185 @@
+"""Does the job get on? Each rank posts where it is; when all stand still for too long, the
+survivors name who lags and end the job, on every node, instead of waiting for ever.
+
+Two threads beside the main one. The first posts heartbeats and renews the run's lock. The second
+only counts, so that no disk or store can keep it from speaking.
+"""
+
+import faulthandler
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.errors import PeerError, Stopped, UserError
+from sparse_lora_dist.run_folder import lock as run_lock
+from sparse_lora_dist.runtime.entry_point import FAILURE, USER_ERROR, leave, speak
+from sparse_lora_dist.runtime.heartbeats import Board, Heartbeat, Heartbeats, in_time
+from sparse_lora_dist.runtime.stuck_ranks import Verdict, find_behind, find_lost, find_store_lost
+from sparse_lora_dist.system.processes import kill, this_process
+
+TURNS = 20
+"""Into which the timeout is cut."""
+LONGEST_S = 5.0
+"""Between two heartbeats, and for an answer of the store or the disk."""
+
+
+@dataclass
+class _Place:
+    step: int = 0
+    phase: str = "starting"
+    marks: int = 0
+    may_be_long: bool = True
+
+
+_place = _Place()
+
+
+def mark(phase: str, *, step: int | None = None, may_be_long: bool = False) -> None:
+    """Say what this rank does from here on; all ranks say the same things in the same order.
+
+    Args:
+        step: from here on; None is the one before.
+        may_be_long: ranks may wait for as long as the one that works answers.
+    """
+    _place.phase, _place.may_be_long = phase, may_be_long
+    _place.step = _place.step if step is None else step
+    _place.marks += 1
+
+
+@contextmanager
+def watched(run: Path, timeout_s: float) -> Iterator[None]:
+    """Inside, ranks that stand still for ``timeout_s`` are ended. Collective.
+
+    Raises:
+        PeerError: a collective failed because of another rank; the message names it.
+    """
+    mark("starting", step=0, may_be_long=True)
+    board = Board(run, patience_s=min(LONGEST_S, timeout_s / 4))
+    with together(f"opening {board.folder}"):
+        if comm.rank() == 0:
+            shutil.rmtree(board.folder, ignore_errors=True)  # of an earlier attempt
+            board.folder.mkdir()
+    watch = _Watch(board, timeout_s)
+    crashed = False
+    try:
+        comm.barrier()  # the store answers for all ranks only once all have posted
+        yield
+    except (Stopped, UserError):
+        raise
+    except Exception as error:
+        crashed = True
+        watch.tell_end()
+        if _is_about_a_peer(error):
+            raise PeerError(watch.reason(error)) from error
+        raise
+    finally:
+        watch.stop()
+        if run_lock.is_ours() and not crashed:  # then they tell where each rank was
+            shutil.rmtree(board.folder, ignore_errors=True)
+
+
+class _Watch:
+    """The threads of one run."""
+
+    def __init__(self, board: Board, timeout_s: float) -> None:
+        self.board, self.timeout_s = board, timeout_s
+        self._numbers, self._ended = count(1), False
+        self._at_half: Heartbeats = {}
+        self._stopped = threading.Event()
+        board.post(self._heartbeat())
+        work = [self._keep_telling] + [self._keep_counting] * (comm.world_size() > 1)
+        self._threads = [threading.Thread(target=one, daemon=True) for one in work]
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        for thread in self._threads:
+            thread.join(LONGEST_S)
+
+    def tell_end(self) -> None:
+        """The others need not look for this rank."""
+        self._ended = True
+        in_time(lambda: self.board.post_file(self._heartbeat()), self.board.patience_s)
+
+    def reason(self, error: Exception) -> str:
+        """Why a collective failed on this rank."""
+        time.sleep(0.1)  # its sockets close a moment before a killed process is gone
+        verdict = find_lost(self._at_half, self.board.read_files())
+        if verdict is None and "imed out" in str(error):
+            verdict = find_behind(self.board.read())
+        return verdict.text if verdict else "another rank is gone; its message says why"
+
+    def _keep_telling(self) -> None:
+        while not self._stopped.wait(min(LONGEST_S, self.timeout_s / TURNS)):
+            with suppress(Exception):  # none is worth the thread
+                self.board.post(self._heartbeat())
+            try:
+                run_lock.renew()
+            except UserError as error:
+                speak(f"\nerror: {error}")
+                leave(USER_ERROR)
+            except OSError:  # a shared disk may fail for a moment
+                continue
+
+    def _heartbeat(self) -> Heartbeat:
+        return Heartbeat(
+            rank=comm.rank(),
+            process=this_process(),
+            number=next(self._numbers),
+            time=time.time(),
+            step=_place.step,
+            phase=_place.phase,
+            marks=_place.marks,
+            collectives=comm.num_collectives(),
+            last_collective=comm.last_collective,
+            ended=self._ended,
+        )
+
+    def _keep_counting(self) -> None:
+        # Turns, not a clock: a job that Slurm suspends for a while and wakes has lost none of them.
+        # Longer than the groups' own timeout it is ended by that: torch goes by the clock.
+        still, seen = 0, (0, 0)
+        while not self._stopped.wait(self.timeout_s / TURNS):
+            now = _place.marks, comm.num_collectives()
+            still, seen = (still + 1 if now == seen else 0), now
+            if still == TURNS // 2:
+                self._at_half = self.board.read()
+            if still == TURNS:
+                self._judge()
+                still = 0
+
+    def _judge(self) -> None:
+        """End the job, unless all answer in a phase that may be long."""
+        now = self.board.read()
+        verdict = find_lost(self._at_half, now) or find_store_lost(self._at_half, now)
+        if verdict is None and not _place.may_be_long:
+            verdict = find_behind(now)
+        if verdict is not None:
+            self._end(verdict)
+
+    def _end(self, verdict: Verdict) -> None:
+        speak(
+            f"\nrank {comm.rank()} ends: no rank got on for {self.timeout_s:g} s "
+            f"(--collective_timeout). {verdict.text}"
+        )
+        if any(beat.rank == comm.rank() for beat in verdict.behind):
+            faulthandler.dump_traceback()  # where it is stuck
+        self.tell_end()
+        for beat in verdict.lost:  # a stopped process takes no other signal
+            with suppress(OSError):
+                kill(beat.process)
+        leave(FAILURE)
+
+
+def _is_about_a_peer(error: BaseException) -> bool:
+    """Did a collective fail because another rank is gone, or did not come?"""
+    said = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)

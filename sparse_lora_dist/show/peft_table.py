@@ -1,0 +1,130 @@
+"""The modules of a PEFT LoRA adapter, ours or anyone's.
+
+Shapes: I in_features, O out_features, R rank.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from sparse_lora_dist.adapter.peft_config import other_kind, scale_of
+from sparse_lora_dist.config.checks import bad_regex
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
+from sparse_lora_dist.export.weight_change import LowRank
+from sparse_lora_dist.show.table import Module
+
+FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.weight)?")
+
+
+def head(folder: Path, config: Mapping[str, Any]) -> str:
+    """What it says of itself."""
+    return (
+        f"adapter   {folder}: LoRA of rank {config.get('r')}, alpha {config.get('lora_alpha')}, "
+        f"for {config.get('base_model_name_or_path')}"
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json.
+
+    Raises:
+        UserError: it is damaged, or not of a LoRA whose update is B A.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} must hold names and values.")
+    if other := other_kind(config):
+        raise UserError(
+            f"{path} is not of a plain LoRA adapter, which is what can be shown: it has {other}."
+        )
+    if faults := _faults(config):
+        raise UserError(f"{path}: {'; '.join(faults)}")
+    return config
+
+
+def _faults(config: Mapping[str, Any]) -> list[str]:
+    """Of what a module's scale is made of."""
+    own = config.get("alpha_pattern") or {}
+    if not isinstance(own, dict):
+        return [f"alpha_pattern must be names and their alphas, got {own!r}"]
+    alphas = {"lora_alpha": config.get("lora_alpha"), **own}
+    no_numbers = [
+        f"alpha of {name} must be a number, got {alpha!r}"
+        for name, alpha in alphas.items()
+        if type(alpha) not in (int, float)
+    ]
+    return no_numbers + [fault for key in own for fault in bad_regex("alpha_pattern", key)]
+
+
+def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
+    """Each with its numbers, one read at a time; what was trained in full comes last."""
+    files = _files(folder)
+    pairs, full = _sorted(list(files))
+    if odd := [key for key in full if ".lora_" in key]:  # a bias of B, a magnitude ...
+        raise UserError(f"{folder} is no plain LoRA adapter: it holds {odd[0]}.")
+    for name, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            raise UserError(f"{folder} is damaged: {name} has lora_{min(pair)} only.")
+        yield _of_pair(files, name, pair, config)
+    for key in full:
+        tensor = files[key].get_tensor(key)
+        yield Module(
+            name=key.removeprefix(PREFIX),
+            entries=tensor.numel(),
+            alive=int(tensor.count_nonzero()),
+            bytes=tensor.nbytes,
+        )
+
+
+def _files(folder: Path) -> dict[str, Any]:
+    """Tensor -> the file that holds it: exports of one rank for all have two."""
+    weights, apart = folder / WEIGHTS, folder / APART
+    if not weights.exists():
+        raise UserError(f"{folder} has no {WEIGHTS}; other files of weights are not read.")
+    there = [safe_open(str(path), framework="pt") for path in (weights, apart) if path.exists()]
+    return {key: file for file in there for key in file.keys()}  # noqa: SIM118  safe_open is no dict
+
+
+def _sorted(keys: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """{module: {"A": key, "B": key}}, and keys of other tensors."""
+    pairs: dict[str, dict[str, str]] = {}
+    full = []
+    for key in sorted(keys, key=_in_order):
+        match = FACTOR.fullmatch(key.removeprefix(PREFIX))
+        if match is None:
+            full.append(key)
+        else:
+            pairs.setdefault(match["module"], {})[match["factor"]] = key
+    return pairs, full
+
+
+def _in_order(key: str) -> list[tuple[int, str]]:
+    """Layer 10 after layer 9."""
+    return [(int(word), "") if word.isdecimal() else (-1, word) for word in key.split(".")]
+
+
+def _of_pair(
+    files: Mapping[str, Any], name: str, pair: Mapping[str, str], config: Mapping[str, Any]
+) -> Module:
+    stored = [files[pair[factor]].get_tensor(pair[factor]) for factor in "AB"]
+    # Of convolutions too, whose factors have more than two axes.
+    a_RI, b_OR = (t.flatten(1).double() for t in stored)
+    in_use = a_RI.any(dim=1) & b_OR.any(dim=0)
+    return Module(
+        name=name,
+        rank=int(in_use.sum()),
+        capacity=len(a_RI),
+        entries=a_RI.numel() + b_OR.numel(),
+        alive=int(a_RI.count_nonzero() + b_OR.count_nonzero()),
+        bytes=sum(t.nbytes for t in stored),
+        norm=LowRank(a_LI=a_RI, b_OL=b_OR, scale=scale_of(config, name, len(a_RI))).norm,
+    )

@@ -1,0 +1,53 @@
+"""launcher/show.py: a folder in, a table on the screen."""
+
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from sparse_lora_dist.checkpoint.manifest import MANIFEST
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.export.peft_adapter import CONFIG
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.run_folder.description import RUN_YAML
+from sparse_lora_dist.show import checkpoint_table as checkpoint
+from sparse_lora_dist.show import peft_table as peft_adapter
+from sparse_lora_dist.show.show_options import ShowRequest
+from sparse_lora_dist.show.table import table
+
+DAMAGE = (OSError, SafetensorError, LookupError, ArithmeticError, ValueError, RuntimeError)
+"""What files of another make, or altered ones, bring about."""
+
+
+def show(request: ShowRequest) -> None:
+    """Print what the folder holds.
+
+    Raises:
+        UserError: it is neither an adapter nor a checkpoint, or it is damaged.
+    """
+    print(as_text(request.path))
+
+
+def as_text(path: Path) -> str:
+    """A head line and the table."""
+    try:
+        if (path / CONFIG).exists():
+            config = peft_adapter.read_config(path)
+            head, found = peft_adapter.head(path, config), peft_adapter.modules(path, config)
+        elif (path / MANIFEST).exists():
+            saved = Trained.open(path)
+            head, found = checkpoint.head(saved), checkpoint.modules(saved)
+        else:
+            raise _neither(path)
+        return f"{head}\n{table(list(found))}"
+    except DAMAGE as error:
+        raise UserError(f"{path} is damaged: {error!r}") from error
+
+
+def _neither(path: Path) -> UserError:
+    if not path.is_dir():
+        return UserError(f"{path} is no folder; give that of an adapter or a checkpoint.")
+    if (path / RUN_YAML).exists():
+        return UserError(
+            f"{path} is a run: name {path}/adapter, or a step_... folder of {path}/checkpoints."
+        )
+    return UserError(f"{path} is neither an adapter ({CONFIG}) nor a checkpoint ({MANIFEST}).")

@@ -1,0 +1,98 @@
+"""Task seq_cls: a label for each row. The classes, the loss, and what held-out rows are scored by.
+
+Shapes: M rows of a micro-batch, C classes.
+"""
+
+from math import isqrt, sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from sparse_lora_dist.config.config import DataConfig
+from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.data import (
+    NOT_A_TARGET,
+    Documents,
+    LabelledBatch,
+    class_names,
+    load_labelled,
+    read_classes,
+)
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.tasks.class_head import classes_of
+from sparse_lora_dist.zero3.engine import Engine
+
+
+def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
+    """Write the classes of ``--data`` into the model's config, which makes its head as wide."""
+    labels = read_classes(
+        resolve_default("data", data.data),
+        label_field=data.label_field,
+        column_names=data.column_names,
+        flag="--data",
+    )
+    names = class_names(labels, classes_of(architecture))
+    architecture.id2label = dict(enumerate(names))
+    architecture.label2id = {name: place for place, name in enumerate(names)}
+    architecture.use_cache = False  # a decoder would keep keys and values for tokens to come
+
+
+def read_labelled(
+    source: str, tokenizer: Any, architecture: PretrainedConfig, data: DataConfig, **options: Any
+) -> Documents:
+    """The examples of ``source`` in the classes of ``architecture``."""
+    pair = () if data.text_pair_field is None else (data.text_pair_field,)
+    return load_labelled(
+        source,
+        tokenizer,
+        text_fields=(data.text_field, *pair),
+        label_field=data.label_field,
+        classes=classes_of(architecture),
+        # One type of token is none: RoBERTa counts so, and its tokenizer makes no second.
+        segments=getattr(architecture, "type_vocab_size", 0) > 1,
+        **options,
+    )
+
+
+def class_loss(engine: Engine, batch: LabelledBatch) -> Tensor:
+    """Sum of -log p(class) over the batch's examples. Collective."""
+    return _summed_loss(engine(**batch.inputs(comm.device())).logits, batch)
+
+
+def class_tally(engine: Engine, batch: LabelledBatch) -> Tensor:
+    """[1 + C * C] float64: the loss, and how many examples of class i were taken for class j.
+    Collective."""
+    logits_MC = engine(**batch.inputs(comm.device())).logits
+    num_classes = logits_MC.shape[-1]
+    is_example = batch.labels_M != NOT_A_TARGET
+    pairs = batch.labels_M * num_classes + logits_MC.argmax(-1).cpu()
+    confusion = torch.bincount(pairs[is_example], minlength=num_classes**2)
+    loss = _summed_loss(logits_MC, batch).reshape(1)
+    return torch.cat([loss.double(), confusion.to(comm.device(), torch.float64)])
+
+
+def class_scores(totals: Tensor) -> dict[str, float]:
+    """From the sum of all tallies: nats per example, accuracy, and Matthews correlation.
+
+    Counts add up exactly, so ranks and micro-batches change nothing. Matthews' is the correlation
+    of labels and predictions, 0 for any constant answer; for more than two classes Gorodkin's R_K
+    (2004, doi:10.1016/j.compbiolchem.2004.09.006).
+    """
+    loss, counts = float(totals[0]), totals[1:].cpu()
+    confusion_CC = counts.view(isqrt(len(counts)), -1)
+    n, right = float(counts.sum()), float(confusion_CC.trace())
+    true_C, said_C = confusion_CC.sum(1), confusion_CC.sum(0)
+    spread = sqrt((n**2 - float(true_C @ true_C)) * (n**2 - float(said_C @ said_C)))
+    return {
+        "held_out_loss": loss / n,
+        "held_out_accuracy": right / n,
+        "held_out_matthews": (right * n - float(true_C @ said_C)) / spread if spread else 0.0,
+    }
+
+
+def _summed_loss(logits_MC: Tensor, batch: LabelledBatch) -> Tensor:
+    labels_M = batch.labels_M.to(logits_MC.device)
+    return F.cross_entropy(logits_MC.float(), labels_M, ignore_index=NOT_A_TARGET, reduction="sum")

@@ -1,0 +1,181 @@
+"""What the loop eats: how long the run is, and the batches of any step of it."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import AutoTokenizer
+
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.paths import eval_source, resolve_default
+from sparse_lora_dist.data import Collate, MicroBatch, Rows, be_quiet, micro_batches, pack
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.phases import first_on_its_node, together
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.tasks.task import TASKS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Feed:
+    """The rows of a run and its length. Steps are optimizer steps, counted from 1."""
+
+    rows: Rows
+    held_out: Rows | None
+    pad_id: int
+    collate: Collate
+    micro_batch_size: int
+    accumulation: int
+    end_row: int
+    """Rows of the stream that are trained on; empty rows fill up the last global batch."""
+    program: str = "launcher/train.py"
+    """What to type to go on with such rows."""
+
+    @property
+    def identity(self) -> str:
+        """Of rows that the options of a run do not name; "" where they do."""
+        return ""
+
+    @property
+    def global_batch(self) -> int:
+        """Rows per step, over all ranks and micro-batches."""
+        return self.micro_batch_size * self.accumulation * comm.world_size()
+
+    @property
+    def total_steps(self) -> int:
+        """Where the schedules end."""
+        return math.ceil(self.end_row / self.global_batch)
+
+    def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the step that begins at ``first_row`` of the stream."""
+        # Not 0 where a schedule or the data began anew.
+        offset = first_row - steps_done * self.global_batch
+        return self._cut(self.rows, first_row, self.end_row + offset, shuffle=True)
+
+    def held_out_batches(self, limit: int) -> Iterator[MicroBatch]:
+        """This rank's part of the held-out rows, in file order; ``limit`` in global batches."""
+        assert self.held_out is not None
+        starts = range(0, len(self.held_out), self.global_batch)
+        for first_row in starts[:limit]:
+            yield from self._cut(self.held_out, first_row, len(self.held_out), shuffle=False)
+
+    def _cut(self, rows: Rows, first_row: int, end_row: int, *, shuffle: bool) -> list[MicroBatch]:
+        return micro_batches(
+            rows,
+            first_row=first_row,
+            end_row=end_row,
+            rank=comm.rank(),
+            world_size=comm.world_size(),
+            micro_batch_size=self.micro_batch_size,
+            accumulation=self.accumulation,
+            pad_id=self.pad_id,
+            collate=self.collate,
+            shuffle=shuffle,
+        )
+
+
+def open_feed(config: Config, model: Model) -> Feed:
+    """Read, tokenise and pack the data sets. Collective: rank 0 first, others find its cache."""
+    train = config.train
+    if comm.rank() > 0:
+        be_quiet()
+    with together("reading the data"), first_on_its_node():
+        tokenizer = open_tokenizer(config, model)
+
+        def read(source: str, flag: str, split: str) -> Rows:
+            return _read(config, model, tokenizer, source, flag, split)
+
+        rows = read(resolve_default("data", config.data.data), "--data", "train")
+        source = eval_source(config.data)
+        held_out = None if source is None else read(source, "--eval_data", "test")
+        feed = Feed(
+            rows=rows,
+            held_out=held_out,
+            pad_id=settle_padding(model, tokenizer),
+            collate=TASKS[config.model.task].collate,
+            micro_batch_size=train.micro_batch_size,
+            accumulation=train.gradient_accumulation_steps,
+            end_row=_end_row(config, len(rows)),
+        )
+        if train.warmup_steps > feed.total_steps:
+            raise UserError(
+                f"--warmup_steps {train.warmup_steps} is more than "
+                f"the {feed.total_steps} steps of this run."
+            )
+    return feed
+
+
+def open_tokenizer(config: Config, model: Model) -> Any:
+    """The one that lies beside the model."""
+    trust = config.model.trust_remote_code
+    try:
+        return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust)
+    except Exception as error:  # a missing or damaged file raises whatever its reader does
+        raise UserError(
+            f"--model {model.folder}: its tokenizer cannot be opened: {error}"
+        ) from error
+
+
+def settle_padding(model: Model, tokenizer: Any) -> int:
+    """The token that fills rows up, which the model's config then names too."""
+    architecture = model.module.config.get_text_config()
+    padding = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    # Classifiers made of decoders look for it: a row's last token before it gives the answer.
+    architecture.pad_token_id = next(i for i in padding if i is not None and i >= 0)
+    return int(architecture.pad_token_id)
+
+
+def _end_row(config: Config, rows_per_epoch: int) -> int:
+    train = config.train
+    if train.max_steps is None:
+        return math.ceil(rows_per_epoch * train.num_epochs)
+    return (
+        train.max_steps
+        * train.micro_batch_size
+        * train.gradient_accumulation_steps
+        * comm.world_size()
+    )
+
+
+def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, split: str) -> Rows:
+    data = config.data
+    documents = TASKS[config.model.task].read(
+        source,
+        tokenizer,
+        model.module.config,
+        data,
+        column_names=data.column_names,
+        sequence_length=data.sequence_length,
+        max_samples=data.max_samples if flag == "--data" else None,
+        flag=flag,
+        split=split,
+    )
+    rows = pack(
+        documents,
+        sequence_length=data.sequence_length,
+        packing=config.packs,
+        seed=config.train.seed,
+    )
+    check_positions(model.module, int(documents.lengths.max()), flag)
+    say(
+        flag.lstrip("-"),
+        f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
+    )
+    return rows
+
+
+def check_positions(model: nn.Module, longest: int, flag: str) -> None:
+    """Where positions are a table, a row must not be longer: torch would name an index only."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            # RoBERTa counts positions from the one after its padding's.
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            room = module.num_embeddings - before
+            if longest > room:
+                raise UserError(
+                    f"{flag}: the longest row has {longest} tokens, but the model has positions "
+                    f"for {room} ({name}). Set --sequence_length {room} or less."
+                )

@@ -1,0 +1,296 @@
+"""What happens around the steps of a run: resume, log, held-out loss, save, export, summary."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist import checkpoint
+from sparse_lora_dist.base_model.weight_map import is_quantized
+from sparse_lora_dist.checkpoint import Progress
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.data import MicroBatch
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import megabytes, progress_bar, say
+from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.errors import Stopped
+from sparse_lora_dist.export import peft_adapter
+from sparse_lora_dist.export.after_training import save_own_type
+from sparse_lora_dist.methods import Method
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
+from sparse_lora_dist.run_folder.attempts import Attempts
+from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes, read_rows
+from sparse_lora_dist.runtime import stop_signals as stopping
+from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.runtime.signal_lead import SignalLead
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.tasks.task import TASKS
+from sparse_lora_dist.training.bad_steps import Health
+from sparse_lora_dist.training.feed import Feed
+from sparse_lora_dist.training.journal import Journal, memory_and_traffic
+from sparse_lora_dist.training.resume import Resume, describe
+from sparse_lora_dist.training.step import StepResult, held_out_totals
+from sparse_lora_dist.training.summary import in_words, next_command, print_summary
+from sparse_lora_dist.zero3.engine import Engine
+
+
+class Job:
+    """One program's part of a run. Every method is a collective."""
+
+    def __init__(
+        self, config: Config, model: Model, feed: Feed, engine: Engine, shards: Shards
+    ) -> None:
+        self.config, self.model, self.feed = config, model, feed
+        self.engine, self.shards = engine, shards
+        self.folder = Path(config.run.output_dir)
+        self.progress = Progress()
+        self._seconds, self._tokens = 0.0, 0  # since the last row of metrics
+        self._saver = checkpoint.Saver(self.folder / "checkpoints", beside=config.run.async_save)
+        self._lead = SignalLead(config.run.signal_lead)
+        self._saved_step = 0
+        self._owed: dict[str, Any] | None = None
+        self.task = TASKS[config.model.task]
+        self.rate = _learning_rate(config, shards.method, feed.total_steps)
+
+    def start(self, resume: Resume | None) -> None:
+        """Go on from a checkpoint, or take the held-out loss of the base."""
+        owed, ids, step = None, {}, None
+        if resume is not None:
+            self.progress = checkpoint.restore(
+                resume.path, self.shards, resume.manifest, resume.reset
+            )
+            step = self._saved_step = self.progress.step
+            if not resume.reset:
+                owed, ids = resume.manifest["owed"], resume.manifest["trackers"]
+        run = self.config.run
+        with together("opening the run folder"):
+            # What is owed may have been told, and then is told again.
+            told = step if owed is None else self.progress.step - 1
+            config = self.config.as_flat_dict()
+            self.attempts = Attempts(
+                self.folder, step=self.progress.step, total_steps=self.feed.total_steps
+            )
+            self.metrics = Metrics(self.folder, run.trackers, config, last_step=told, run_ids=ids)
+            self.journal = Journal(self.folder, last_step=step, last_stage=told)
+            self.health = Health(self.folder, run.max_bad_steps, last_step=step)
+        self._bar = progress_bar(self.feed.total_steps, self.progress.step)
+        if resume is None and self.feed.held_out is not None:
+            self.log(0, {}, held_out=self.held_out())
+        if resume is not None and not resume.is_of(self.folder):
+            self._owed = owed  # stopped before its first step, it goes on from here all the same
+            self.save(None)
+            self._publish(self._saver.finish())
+        if owed is not None:
+            self._conclude(**owed)
+        stopping.begin()
+
+    def set_learning_rate(self, step: int) -> None:
+        """The schedule's value for optimizer step ``step``, where a stage begins too."""
+        start, _ = stage_of(step, self.rate.stages)
+        if 0 < start == step - 1 and self.shards.method.stage_resets_moments:
+            self.shards.optimizer.reset_moments()
+        self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
+
+    def after_step(
+        self,
+        step: int,
+        batches: Sequence[MicroBatch],
+        result: StepResult,
+        *,
+        seconds: float,
+        is_last: bool,
+    ) -> None:
+        """Count the step; log, evaluate and save where one is due."""
+        self.progress = Progress(
+            step=step,
+            rows=self.progress.rows + self.feed.global_batch,
+            tokens=self.progress.tokens + result.tokens,
+        )
+        self._seconds += seconds
+        self._lead.step_took(seconds)
+        self._tokens += result.tokens
+        run = self.config.run
+        self._publish(self._saver.poll())
+        self.health.after_step(step, result, batches)
+        if result.decision is not None:
+            sites = self.journal.decision(step, result.decision, self.shards)
+            self.metrics.log_sites(step, sites)
+        ends = is_last or step in self.shards.method.stages
+        evaluates = ends or is_due(step, run.eval_every)
+        row = self._row(result) if evaluates or is_due(step, run.log_every) else None
+        self._conclude(row, evaluates=evaluates, saves=ends or is_due(step, run.save_every))
+        self._bar.update()
+
+    def _conclude(
+        self, row: Mapping[str, float | int] | None, *, evaluates: bool, saves: bool
+    ) -> None:
+        """What follows the step that was counted. Told to stop meanwhile, a run owes it."""
+        step = self.progress.step
+        self._owed = {"row": row, "evaluates": evaluates, "saves": saves}
+        held_out = self.held_out() if evaluates else {}
+        self._owed = None
+        if row is not None:
+            self.log(step, row, held_out=held_out)
+        if step in self.shards.method.stages:
+            ranks = self.shards.ranks_now(step)
+            loss = held_out.get("held_out_loss")
+            results = {**self.shards.facts, "live_ranks": ranks, "held_out_loss": loss}
+            self.journal.stage(step, self.rate, self.metrics.path, results)
+        if saves:
+            self.save(held_out.get("held_out_loss"))
+
+    def _row(self, result: StepResult) -> dict[str, float | int]:
+        costs = memory_and_traffic(self.shards)
+        row = {
+            "loss": result.loss,
+            "learning_rate": self.rate.at(self.progress.step),
+            "grad_norm": self.engine.gradient_norm(),
+            "tokens": self.progress.tokens,
+            "tokens_per_s": self._tokens / self._seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+            "live_entries": self.shards.num_live(),
+            **self.shards.facts,
+            **costs,
+        }
+        self._seconds, self._tokens = 0.0, 0
+        self._bar.set_postfix_str(
+            f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s, "
+            f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB, {row['live_entries']:,} live "
+            f"(state {megabytes(costs['state_bytes'])})"
+        )
+        return row
+
+    def log(
+        self, step: int, row: Mapping[str, float | int], *, held_out: Mapping[str, float]
+    ) -> None:
+        """One row of metrics; scores of the held-out set stand in the row of their step."""
+        self.metrics.log({"step": step, **row, **held_out})
+        if held_out:
+            say("held-out", f"{in_words(held_out, self.task.target)} at step {step}")
+
+    def held_out(self) -> dict[str, float]:
+        """Loss of the held-out set and the task's other scores; nothing without such a set."""
+        if self.feed.held_out is None:
+            return {}
+        batches = self.feed.held_out_batches(self.config.run.eval_batches)
+        return self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
+
+    def save(self, held_out_loss: float | None) -> None:
+        """Begin a checkpoint of this step; it is published at a boundary to come."""
+        self._publish(self._saver.finish())
+        about = {
+            "description": describe(self.config, self.model, self.feed, self.shards.method),
+            "total_steps": self.feed.total_steps,
+            "config": self.config.as_flat_dict(),
+            "base": self.model.name,
+            "base_in_4_bits": is_quantized(self.model.files),
+            "full_modules": list(self.model.full),
+            "held_out_loss": held_out_loss,
+            "owed": self._owed,
+            "trackers": self.metrics.run_ids,
+        }
+        self._saved_step = self.progress.step
+        self._publish(self._saver.begin(self.shards, self.progress, about))
+
+    def _publish(self, path: Path | None) -> None:
+        """A checkpoint has got its name: remove those that need not stay."""
+        if path is None:
+            return
+        stopping.save_took(self._saver.took_s)
+        self._lead.save_took(self._saver.took_s)
+        run = self.config.run
+        with together("removing checkpoints"):
+            if comm.rank() == 0:
+                if run.resume not in ("auto", "never"):
+                    checkpoint.drop_later(path)
+                checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
+
+    def publish_what_is_saved(self) -> None:
+        """Before a run ends with an error: it is no fault of the checkpoint's."""
+        with suppress(Exception):  # a rank may be gone; what ended the run is said by another
+            self._bar.close()
+            self._publish(self._saver.finish())
+
+    def stop(self, why: Stopped) -> None:
+        """Publish a checkpoint of the last whole step, and say how to go on."""
+        self._bar.close()
+        if self.progress.step > self._saved_step:
+            self.save(held_out_loss=None)
+        self._publish(self._saver.finish())
+        watch.mark("leaving", may_be_long=True)
+        self.metrics.close()
+        self.attempts.end("stopped", self.progress.step, str(why))
+        comm.barrier()  # a launcher ends all ranks when the first one leaves
+        done = f"after {self.progress.step} of {self.feed.total_steps} steps, saved"
+        say("stopped", f"by {why} {done if self.progress.step else 'before the first step'}")
+        say("go on", next_command(self.config, self.feed, self.progress))
+
+    def finish(self) -> None:
+        """Publish what is being saved, export the adapter, say what came of it all."""
+        watch.mark("exporting", may_be_long=True)  # a tracker may upload for long
+        self._bar.close()
+        if self.progress.step > self._saved_step:  # left by a program of its own before the end
+            self.save(held_out_loss=None)
+        self._publish(self._saver.finish())
+        size = self._export()
+        self.metrics.close()
+        if self.progress.step < self.feed.total_steps:
+            self.attempts.end("stopped", self.progress.step, "--stop_after")
+        else:
+            self.attempts.end("finished", self.progress.step)
+        if comm.rank() == 0:
+            rows = read_rows(self.metrics.path)
+            print_summary(
+                self.config,
+                self.feed,
+                self.progress,
+                rows,
+                target=self.task.target,
+                adapter_bytes=size,
+                is_lora=all(a.form.to_lora is not None for a in self.model.adapters),
+                goes_on=self.shards.method.redraws or self.shards.ended,
+            )
+
+    def _export(self) -> int:
+        """Bytes of the adapter; 0 where nothing of it lives, which is no reason to end in an
+        error, or where it is none."""
+        try:
+            return peft_adapter.save_peft(
+                self.folder / "adapter",
+                self.model.adapters,
+                self.model.full,
+                base=self.model.name,
+                revision=self.config.model.revision,
+                task_type=self.task.peft_type,
+                classes=self.model.classes,
+            )
+        except peft_adapter.NoPair:
+            return save_own_type(self.folder, self.folder / "adapter")
+        except peft_adapter.NothingLives as error:
+            say("warning", f"no adapter is written: {error}")
+            if comm.rank() == 0:  # an earlier attempt's is not this run's end
+                shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+            return 0
+
+
+def _learning_rate(config: Config, method: Method, total_steps: int) -> LearningRate:
+    train, rewriting = config.train, method.rewriting
+    newborn = train.warmup_steps if method.newborn_warmup is None else method.newborn_warmup
+    if rewriting is not None and rewriting.resets_moments:
+        newborn = 0  # all that trains is born then: the run's schedule is theirs
+    return LearningRate(
+        name=train.lr_schedule,
+        peak=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        stages=method.stages or (total_steps,),
+        first_stage_only=method.stage_rate == "first",
+        newborn_warmup=newborn,
+        newborn_restarts=method.newborn_restarts,
+    )
+
+
+def is_due(step: int, every: int) -> bool:
+    """Every so many steps; 0 is never."""
+    return every > 0 and step % every == 0

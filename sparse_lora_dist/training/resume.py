@@ -1,0 +1,228 @@
+"""Which checkpoint a run goes on from, and whether it may: settled before a weight is read."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist import checkpoint
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import counted, say
+from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.methods import Method
+from sparse_lora_dist.methods.protocol.form import draw_nothing
+from sparse_lora_dist.methods.protocol.method import decide_nothing
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.training.feed import Feed
+
+# Options that say where and how long, not what is trained: a resume changes them without a word.
+FREE = """
+    base_cache resume reset verify output_dir stop_after log_every eval_every eval_batches
+    save_every async_save keep_last keep_best max_bad_steps collective_timeout time_limit
+    signal_lead trackers debug
+"""
+
+
+OF_THE_DATA = ("seed", "packing", "sequence_length", "rows_per_epoch")
+"""What a description says of the data; with ``--reset data`` it may be another."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Resume:
+    """A checkpoint that fits this run."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    reset: frozenset[str] = frozenset()
+    """What begins anew: optimizer, schedule, data."""
+
+    def is_of(self, run: Path) -> bool:
+        """Does it lie in this run's folder?"""
+        return self.path.resolve().parent == (run / "checkpoints").resolve()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps that this run has behind it when it begins."""
+        return 0 if "schedule" in self.reset else int(self.manifest["progress"]["step"])
+
+
+def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Resume | None:
+    """The checkpoint that ``--resume`` means, None to start afresh. Collective.
+
+    Raises:
+        UserError: it is damaged, of another run, or past the end of this one.
+    """
+    wanted = config.run.resume
+    if wanted == "never":
+        return None
+    path = _since_requeued(config) or _chosen(wanted, _own(config))
+    if path is None:
+        return None
+    reset = frozenset() if path.parent == _own(config) else frozenset(config.run.reset)
+    with together(f"opening {path}"):
+        manifest = checkpoint.read_manifest(path)
+        found = Resume(path=path, manifest=manifest, reset=reset)
+        saved, now = manifest["description"], describe(config, model, feed, method)
+        for name in OF_THE_DATA if "data" in found.reset else ():
+            saved.pop(name), now.pop(name)
+        if saved.get("rows", "") != feed.identity:
+            raise UserError(
+                f"{path} was trained on other edits. Give --edits and --number as then, or begin "
+                "anew in another --output_dir."
+            )
+        _check_global_batch(path, saved["global_batch"], feed)
+        checkpoint.check_description(path, saved, now)
+        checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
+        _check_steps(found, config, feed, method)
+    _say(found, config, feed)
+    return found
+
+
+def is_requeued() -> bool:
+    """Is this a later attempt of a job of Slurm's?"""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+
+
+def _own(config: Config) -> Path:
+    return Path(config.run.output_dir) / "checkpoints"
+
+
+def _since_requeued(config: Config) -> Path | None:
+    """What an earlier attempt of this job has saved since it began from ``--resume FOLDER``: its
+    options are the same each time, and it is not to begin there each time."""
+    run = config.run
+    if run.resume == "auto" or not is_requeued():
+        return None
+    newest = checkpoint.newest_whole(_own(config))
+    began = {} if newest is None else checkpoint.read_manifest(newest)["config"]
+    same = (began.get("resume"), began.get("reset")) == (run.resume, list(run.reset))
+    return newest if same else None
+
+
+def _chosen(wanted: str, folder: Path) -> Path | None:
+    """A whole checkpoint: the newest, or the one that is named."""
+    with together(f"cleaning {folder}"):
+        if comm.rank() == 0:
+            checkpoint.clean(folder)
+    if wanted == "auto":
+        return checkpoint.newest_whole(folder)
+    damage = checkpoint.find_damage(Path(wanted))
+    if damage is not None:
+        raise UserError(f"{damage} Resume from another step.", shared=True)
+    return Path(wanted)
+
+
+def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[str, Any]:
+    """What must be the same for a resume to be the same run."""
+    return {
+        "base": model.identity,
+        "quantization": config.model.quantization,
+        "double_quant": config.model.double_quant,
+        "method": config.adapter.method,
+        "preset": getattr(config.method_options, f"{config.adapter.method}_preset", None),
+        "statistics": [method.n_stats, method.n_site_stats],
+        "alpha": config.adapter.alpha,
+        "seed": config.train.seed,
+        "packing": config.packs,
+        "sequence_length": config.data.sequence_length,
+        "rows_per_epoch": len(feed.rows),
+        "global_batch": feed.global_batch,
+        **_what_chose(config, model, method),
+        # Only so, since checkpoints that know of no other rows or tasks do not name them.
+        **({"rows": feed.identity} if feed.identity else {}),
+        **({"task": config.model.task, "classes": model.classes} if model.classes else {}),
+    }
+
+
+def _check_global_batch(path: Path, saved: int, feed: Feed) -> None:
+    if saved == feed.global_batch:
+        return
+    ranks = comm.world_size()
+    said = (
+        f"{path} trains {saved} rows a step; now {feed.micro_batch_size} x {feed.accumulation} on "
+        f"{counted(ranks, 'rank')} are {feed.global_batch}, and data and schedules would not go on."
+    )
+    if saved % ranks:
+        whole = [n for n in range(1, saved + 1) if saved % n == 0]
+        near = [max(n for n in whole if n < ranks), *[n for n in whole if n > ranks][:1]]
+        raise UserError(
+            f"{said} {saved} rows cannot be shared out to {counted(ranks, 'rank')}; the nearest "
+            f"that can are {' and '.join(map(str, near))}."
+        )
+    own = saved // ranks
+    micro = max(n for n in range(1, min(own, feed.micro_batch_size) + 1) if own % n == 0)
+    raise UserError(
+        f"{said} Take --micro_batch_size {micro} --gradient_accumulation_steps {own // micro}."
+    )
+
+
+def _what_chose(config: Config, model: Model, method: Method) -> dict[str, Any]:
+    """Options that say what the tensors are, where values lie or what was folded away: other ones
+    would read them as something else, or lose them. Those of decisions may change."""
+    form = method.form(model.sites[0])
+    is_drawn = form.drawn is not draw_nothing
+    if method.decide is not decide_nothing and not form.kept and not is_drawn:
+        return {}
+    flat = config.as_flat_dict()
+    options = {f.name: flat[f.name] for f in fields(config.method_options)}
+    drawn_by = {"drawn by seed": config.train.seed} if is_drawn else {}
+    said: dict[str, Any] = json.loads(json.dumps(options | drawn_by))  # tuples as lists
+    return said
+
+
+def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> None:
+    saved_end = found.manifest["total_steps"]
+    free = method.redraws or found.manifest["ended"]
+    if "schedule" in found.reset and not free:
+        raise UserError(
+            f"--reset schedule: {found.path} is in the middle of a schedule of {method.name}, "
+            f"which cannot begin anew on what it has left. {_instead(method)}"
+        )
+    if not free:
+        differ = _changed(found, config, [f.name for f in fields(config.method_options)])
+        if saved_end != feed.total_steps:
+            differ.append(f"the last step {saved_end} -> {feed.total_steps}")
+        if differ:
+            raise UserError(
+                f"{found.path} is in the middle of a schedule of {method.name} that ends with step "
+                f"{saved_end}; drawn anew it would go back. Changed: {', '.join(differ)}. Keep "
+                f"these (--max_steps {saved_end}), or start afresh in another --output_dir."
+            )
+    ends = (("max_steps", feed.total_steps), ("stop_after", config.train.stop_after))
+    for name, last in ends:
+        if last is not None and last < found.step:
+            raise UserError(
+                f"{found.path} is at step {found.step} already, but this run is to end at step "
+                f"{last}: raise --{name}, or resume from an earlier checkpoint."
+            )
+
+
+def _instead(method: Method) -> str:
+    """Of beginning a schedule anew."""
+    if method.observes_until is not None:
+        return "Resume it to its end first."
+    return "Merge what it learned (launcher/export.py --format merged) and train that --model."
+
+
+def _changed(found: Resume, config: Config, names: Iterable[str]) -> list[str]:
+    """ "name old -> new" for each of these options that has changed."""
+    was, now = found.manifest["config"], config.as_flat_dict()
+    return [f"{n} {was.get(n)} -> {now[n]}" for n in names if was.get(n) != now[n]]
+
+
+def _say(found: Resume, config: Config, feed: Feed) -> None:
+    names = [name for name in config.as_flat_dict() if name not in FREE.split()]
+    changed = ", ".join(_changed(found, config, names))
+    what = [f"step {found.manifest['progress']['step']}"]
+    what += [f"changed: {changed}"] if changed else []
+    was, now = found.manifest["world_size"], comm.world_size()
+    what += [f"{was} ranks -> {now}"] if was != now else []
+    what += [f"anew: {', '.join(sorted(found.reset))}"] if found.reset else []
+    say("resumes", f"{found.path}, {'; '.join(what)}")
+    if found.manifest["total_steps"] != feed.total_steps:
+        was_end = found.manifest["total_steps"]
+        say("", f"schedules derived anew: they end at step {feed.total_steps}, not {was_end}")

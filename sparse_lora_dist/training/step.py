@@ -1,0 +1,128 @@
+"""STEP: one optimizer step, and held-out loss by the same forward.
+
+Shapes: M rows of a micro-batch, T tokens of a row.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_lora_dist.adapter.linear import RowSeeds
+from sparse_lora_dist.data import NOT_A_TARGET, Batch, MicroBatch
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.methods.protocol.method import Decision
+from sparse_lora_dist.runtime import stop_signals as stopping
+from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.sparsity.decisions import Decisions
+from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.tasks.loss_head import summed_loss
+from sparse_lora_dist.zero3.engine import Engine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one optimizer step did, the same on every rank."""
+
+    loss: float
+    """Nats per target, a token or an example, before the update."""
+    applied: bool
+    """False where loss or gradient was not finite on any rank: nothing was updated."""
+    tokens: int
+    """Tokens of all ranks that went through the model, padding not counted."""
+    decision: Decision | None
+    """What the method decided, where a decision was due."""
+
+
+def train_step(
+    engine: Engine,
+    shards: Shards,
+    decisions: Decisions,
+    batches: Sequence[MicroBatch],
+    row_seeds: RowSeeds,
+    *,
+    step: int,
+    loss_of: Callable[[Engine, Any], Tensor],
+) -> StepResult:
+    """Run every micro-batch of optimizer step ``step`` (counted from 1), then update. Collective.
+
+    The loss is the mean over the targets of the whole step: all ranks, all micro-batches. DeepSpeed
+    averages gradients over both, so each micro-batch's sum, ``loss_of(engine, batch)``, is scaled
+    by (ranks x micro-batches) / targets.
+    """
+    counts = torch.tensor(
+        [[b.num_targets, sum(b.lengths_M)] for b in batches], device=comm.device()
+    ).sum(dim=0)
+    num_targets, num_tokens = (int(n) for n in comm.sum_over_ranks(counts))
+    scale = comm.world_size() * len(batches) / max(num_targets, 1)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=comm.device())
+
+    row_seeds.step = step
+    total, is_finite, decision = 0.0, True, None
+    for i, batch in enumerate(batches):
+        stopping.check()  # what was accumulated is then left: the step is done again whole
+        watch.mark("forward")
+        row_seeds.begin(batch.rows_M, batch.lengths_M, num_positions=batch.input_ids_MT.shape[1])
+        loss = loss_of(engine, batch)
+        watch.mark("backward")
+        engine.backward(loss * scale)
+        loss_sum += loss.detach()
+        if i == len(batches) - 1:
+            watch.mark("decision and update")
+            # Gradients are reduced and sharded from here until engine.step().
+            sums = comm.sum_over_ranks(torch.stack([loss_sum, engine.gradient_is_finite()]))
+            total, is_finite = float(sums[0]), bool(sums.isfinite().all())
+            if is_finite:
+                shards.observe(step)
+            decision = decisions.make(step)
+        engine.step(refuse=not is_finite)
+    if not is_finite:
+        shards.pass_over()
+    decisions.confirm(step)
+    loss_of_step = total / max(num_targets, 1)
+    return StepResult(loss=loss_of_step, applied=is_finite, tokens=num_tokens, decision=decision)
+
+
+def batch_loss(engine: Engine, batch: Batch) -> Tensor:
+    """Sum of -log p over the batch's target tokens. Collective."""
+    # Labels move left instead of logits.
+    next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
+    batch = batch.to(comm.device())
+    # Documents are told apart by positions that restart; transformers reads them so only without an
+    # attention mask and without a cache.
+    return summed_loss(
+        engine,
+        next_labels_MT,
+        input_ids=batch.input_ids_MT,
+        position_ids=batch.position_ids_MT,
+        use_cache=False,
+    )
+
+
+def batch_tally(engine: Engine, batch: Batch) -> Tensor:
+    """[sum of -log p, target tokens] of a micro-batch, float64. Collective."""
+    loss = batch_loss(engine, batch)
+    return torch.stack([loss.double(), loss.new_tensor(batch.num_targets, dtype=torch.float64)])
+
+
+def loss_per_target(totals: Tensor) -> dict[str, float]:
+    """From the sum of all tallies: nats per target token."""
+    loss, targets = totals
+    return {"held_out_loss": float(loss / targets.clamp(min=1.0))}
+
+
+def held_out_totals(
+    engine: Engine, batches: Iterable[MicroBatch], tally: Callable[[Engine, Any], Tensor]
+) -> Tensor:
+    """The sum of ``tally`` over every rank's ``batches``, equal in number. Collective."""
+    watch.mark("held-out loss")
+    tallies = []
+    with engine.evaluating():
+        for batch in batches:
+            stopping.check()
+            tallies.append(tally(engine, batch))
+    totals = torch.stack(tallies).sum(dim=0)
+    return comm.sum_over_ranks(totals)

@@ -1,0 +1,119 @@
+"""The lines at the end of a run: what was trained, what it gained, and what to type next."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist.checkpoint import Progress
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import counted, megabytes, say
+from sparse_lora_dist.distributed.launch import this_launch
+from sparse_lora_dist.training.feed import Feed
+
+SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
+"""What a task may score besides the loss."""
+
+
+def print_summary(
+    config: Config,
+    feed: Feed,
+    progress: Progress,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    target: str,
+    adapter_bytes: int,
+    is_lora: bool,
+    goes_on: bool,
+) -> None:
+    """Say how it went.
+
+    Args:
+        rows: those of metrics.jsonl.
+        target: what the loss is a mean over.
+        adapter_bytes: 0 where nothing of it lives, or no adapter can say what was trained.
+        is_lora: is what was trained one?
+        goes_on: may the run be made longer, once it is through?
+    """
+    folder = Path(config.run.output_dir)
+    device = comm.device().type
+    where = f"on {counted(comm.world_size(), 'rank')} ({device})"
+    curves = f"{command('tensorboard')} --logdir {folder}/tensorboard"
+    say("")
+    say(
+        "trained",
+        f"{progress.step} of {feed.total_steps} steps, {progress.tokens:,} tokens, {where}",
+    )
+    say("result", gain(rows, target))
+    say("live", sparsity(rows))
+    if adapter_bytes:
+        say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
+    if not is_lora:
+        export = f"{command('python')} launcher/export.py {folder} --format merged"
+        say("model", f"{export} --output {folder}/merged")
+    say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
+    if goes_on or progress.step < feed.total_steps:
+        say("go on", next_command(config, feed, progress))
+    elif not is_lora:
+        say("go on", "its schedule is through; the merged model is a base for another run")
+    elif adapter_bytes:
+        say("go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run")
+    else:
+        say("go on", "its schedule is through; prune less, in another --output_dir")
+
+
+def in_words(scores: Mapping[str, float], target: str) -> str:
+    """Scores of the held-out set: the loss, and what else the task has."""
+    others = [f"{name} {scores[key]:.4f}" for key, name in SCORES if key in scores]
+    return ", ".join([f"{scores['held_out_loss']:.4f} nats per {target}", *others])
+
+
+def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
+    """Held-out loss, and what else is scored, before and after; training loss where nothing was
+    held out."""
+    for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
+        losses = [row[key] for row in rows if row.get(key) is not None]
+        if len(losses) > 1:
+            change = 100 * (losses[-1] / losses[0] - 1)
+            loss = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per {target} ({change:+.1f}%)"
+            return "; ".join([f"{name} {loss}", *_changes(rows)])
+    return "too short to tell: raise --max_steps"
+
+
+def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    seen = {name: [row[key] for row in rows if row.get(key) is not None] for key, name in SCORES}
+    return [f"{name} {v[0]:.4f} -> {v[-1]:.4f}" for name, v in seen.items() if len(v) > 1]
+
+
+def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Entries that live at the first and the last step, and what the optimizer holds for them."""
+    steps = [row for row in rows if "live_entries" in row]
+    if not steps:
+        return "no step was logged"
+    first, last = steps[0], steps[-1]
+    peak = max(row["state_bytes_peak"] for row in steps)
+    return (
+        f"{first['live_entries']:,} -> {last['live_entries']:,} entries; optimizer state of a rank "
+        f"{megabytes(last['state_bytes'])}, at its peak {megabytes(peak)}"
+    )
+
+
+def command(name: str) -> str:
+    """What to type for a program of this environment: its path if it lies below, or its name."""
+    path = os.path.relpath(Path(sys.executable).with_name(name))
+    return name if path.startswith("..") else path
+
+
+def next_command(config: Config, feed: Feed, progress: Progress) -> str:
+    """What to type to train on, from where this run ended."""
+    words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
+    if this_launch().launcher in ("torchrun", "mpirun", "srun"):
+        words = ["the same launcher with"]
+    words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]
+    if config.train.stop_after is not None:
+        words.append("--stop_after null")
+    if progress.step >= feed.total_steps:
+        words.append(f"--max_steps {2 * feed.total_steps}")
+    return " ".join(words)
