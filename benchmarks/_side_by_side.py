@@ -13,15 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from sparse_lora_dist.adapter.linear import RowSeeds
-from sparse_lora_dist.config.config import (
-    AdapterConfig,
-    Config,
-    DataConfig,
-    ModelConfig,
-    TrainConfig,
-)
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods import METHODS, Method, Plan
@@ -31,7 +26,8 @@ from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.sparsity.sites import Sites
-from sparse_lora_dist.training.step import batch_loss, train_step
+from sparse_lora_dist.tasks.causal_lm import batch_loss
+from sparse_lora_dist.training.step import train_step
 from sparse_lora_dist.zero3.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,9 @@ from _side_by_side import random_rows  # isort: skip  # sets the path
 
 import torch
 
-from sparse_lora_dist.config.config import Config, DataConfig, ModelConfig, TrainConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import DataConfig, ModelConfig, TrainConfig
 from sparse_lora_dist.distributed import comm
 
 

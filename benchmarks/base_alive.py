@@ -40,8 +40,9 @@ ZERO = {
 def ours(folder: str, precision: Literal["bf16", "fp32"] = "bf16") -> Alive:
     """This project's model and engine."""
     from sparse_lora_dist.base_model import nf4
-    from sparse_lora_dist.config.config import Config, ModelConfig
+    from sparse_lora_dist.config.config import Config
     from sparse_lora_dist.config.deepspeed_file import engine_dict
+    from sparse_lora_dist.config.sections import ModelConfig
     from sparse_lora_dist.distributed import comm
     from sparse_lora_dist.methods.protocol.method import Method
     from sparse_lora_dist.model.model import Model

@@ -22,8 +22,9 @@ from _side_by_side import ZERO3, on_ranks  # isort: skip  # sets the path
 import torch
 from _job import header, write
 
-from sparse_lora_dist.config.config import Config, ModelConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import Method
 from sparse_lora_dist.model.model import Model

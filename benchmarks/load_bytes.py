@@ -48,8 +48,9 @@ def load(folder: str, seen: Path) -> None:
     """One rank: load, and write down what it cost."""
     from sparse_lora_dist.base_model import shard_loader
     from sparse_lora_dist.base_model.shard_loader import ShardLoader
-    from sparse_lora_dist.config.config import Config, ModelConfig
+    from sparse_lora_dist.config.config import Config
     from sparse_lora_dist.config.deepspeed_file import engine_dict
+    from sparse_lora_dist.config.sections import ModelConfig
     from sparse_lora_dist.distributed import comm
     from sparse_lora_dist.methods.protocol.method import Method
     from sparse_lora_dist.model.model import Model

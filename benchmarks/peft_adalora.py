@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.runtime.entry_point import leave, quiet_others
-from sparse_lora_dist.zero3 import engine as zero3
+from sparse_lora_dist.zero3.parameters import gathered
 
 RANKS, TOKENS, PIECES, TARGET = 2, 32, 16, 4
 STEPS, BEGIN, EVERY, FREEZE = 30, 5, 10, 20
@@ -157,7 +157,7 @@ def ours(folder: str, *, zero: dict[str, Any]) -> Counts:
 
     def count() -> list[int]:
         live = run.shards.live()
-        with zero3.gathered(run.engine.trained[n] for n in slices):
+        with gathered(run.engine.trained[n] for n in slices):
             copies = {n: run.engine.trained[n].data.clone() for n in slices}
         masters = {n: whole(n, run.engine.master(p)) for n, p in slices.items()}
         masked = {n: ~whole(n, live[n].float()).bool() for n in slices}
@@ -177,7 +177,7 @@ def _live_copy(parameter: nn.Parameter) -> Tensor:
     # Not where it is whole already: leaving the gathering would bring its old values back.
     if parameter.numel():
         return parameter.data
-    with zero3.gathered([parameter]):
+    with gathered([parameter]):
         return parameter.data.clone()
 
 

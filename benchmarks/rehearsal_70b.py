@@ -35,12 +35,13 @@ from transformers import LlamaConfig
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.nf4_shard import own_bytes, own_weights, quantized_parameters
-from sparse_lora_dist.config.config import Config, ModelConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.methods.protocol.method import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.runtime.entry_point import leave, quiet_others
-from sparse_lora_dist.zero3.engine import ShardBuilder
+from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.shares import own_range
 
 LLAMA_3_70B = {

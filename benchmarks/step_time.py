@@ -29,7 +29,7 @@ from _step_time import (
     times,
 )
 
-from sparse_lora_dist.config.config import TrainConfig
+from sparse_lora_dist.config.sections import TrainConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.runtime.entry_point import leave, quiet_others
 from sparse_lora_dist.sparsity.decisions import MODULES

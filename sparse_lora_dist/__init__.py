@@ -8,14 +8,14 @@ that is wrong need not wait for torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from sparse_lora_dist.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from sparse_lora_dist.api import export_run as export_run
     from sparse_lora_dist.api import settings as settings
     from sparse_lora_dist.export.sparse_delta import apply_sparse_delta as apply_sparse_delta
     from sparse_lora_dist.train import run as run
     from sparse_lora_dist.train import training as training
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "settings": "api",

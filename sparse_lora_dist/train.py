@@ -28,7 +28,7 @@ from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.rewriter import Rewriter
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.sparsity.sites import Sites
-from sparse_lora_dist.tasks.task import TASKS
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.feed import open_feed
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import TRAINING, Purpose

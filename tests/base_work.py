@@ -24,14 +24,16 @@ from sparse_lora_dist.base_model.quant_experts import Matrix
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.weight_map import find_keys, find_sources
-from sparse_lora_dist.config.config import Config, ModelConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.method import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
-from sparse_lora_dist.zero3.engine import Engine, ShardBuilder, gathered
+from sparse_lora_dist.zero3.engine import Engine
+from sparse_lora_dist.zero3.parameters import ShardBuilder, gathered
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

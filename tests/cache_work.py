@@ -22,10 +22,11 @@ from sparse_lora_dist.base_model.cache.folder import CacheFolder
 from sparse_lora_dist.base_model.frozen_linear import QuantLinear
 from sparse_lora_dist.base_model.quant_experts import QuantExperts
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
-from sparse_lora_dist.config.config import AdapterConfig, Config
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.zero3.engine import gathered
+from sparse_lora_dist.zero3.parameters import gathered
 from tests.base_work import config_of, load_model
 from tests.kinds_work import logits_of
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.sparsity import decisions as deciding
 from sparse_lora_dist.sparsity.decisions import Decisions
-from sparse_lora_dist.zero3 import engine as zero3
 from tests.run_work import train_toy
 from tests.toy_method import TOY, toy
 
@@ -40,7 +40,9 @@ def refusal_after(flags: list[str], what: str) -> str:
         patch.object(Decisions, "make", hurt_before),
         patch.object(Decisions, "confirm", hurt_after),
         patch("tests.toy_method.TOY", factory),
-        patch.object(zero3, "gathered", zero3.gathered),  # put back what _hurt_gathered replaces
+        patch.object(
+            deciding, "gathered", deciding.gathered
+        ),  # put back what _hurt_gathered replaces
     ):
         try:
             train_toy(flags)
@@ -70,7 +72,7 @@ def _hurt_live_copy(decisions: Decisions) -> None:
 def _hurt_gathered(decisions: Decisions) -> None:
     """What this rank gathers of a tensor is not what the others gather."""
     wrong = next(iter(decisions.shards.sparse.values()))
-    gathered = zero3.gathered
+    gathered = deciding.gathered
 
     @contextmanager
     def hurt(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
@@ -79,7 +81,7 @@ def _hurt_gathered(decisions: Decisions) -> None:
             found[0].data.view(-1)[wrong.numel - 1] = 0.0
             yield
 
-    zero3.gathered = hurt
+    deciding.gathered = hurt
 
 
 def _astray(options: Any, plan: Any) -> Any:

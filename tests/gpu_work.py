@@ -15,7 +15,7 @@ from sparse_lora_dist.base_model.prefetch import Range, read_ahead
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Source
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.zero3.engine import ShardBuilder, gathered
+from sparse_lora_dist.zero3.parameters import ShardBuilder, gathered
 from tests.base_work import (
     DTYPES,
     compare_with_bitsandbytes,

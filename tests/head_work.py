@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
-from sparse_lora_dist.config.config import AdapterConfig, Config, ModelConfig, TrainConfig
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.sections import AdapterConfig, ModelConfig, TrainConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Batch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.model.model import Model
@@ -22,8 +23,9 @@ from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.tasks import loss_head as head
+from sparse_lora_dist.tasks.causal_lm import batch_loss, batch_tally, loss_per_target
 from sparse_lora_dist.tasks.loss_head import LossHead
-from sparse_lora_dist.training.step import batch_loss, batch_tally, held_out_totals, loss_per_target
+from sparse_lora_dist.training.step import held_out_totals
 from sparse_lora_dist.zero3.engine import Engine
 from tests.base_work import engine_config_of, small_method
 
@@ -143,7 +145,7 @@ def _found(engine: Engine, loss_of: BatchLoss) -> Found:
         if i == 1:
             gradients = {s.name: engine.gradient(s).clone() for s in engine.slices}
         engine.step()
-    with patch("sparse_lora_dist.training.step.batch_loss", loss_of):
+    with patch("sparse_lora_dist.tasks.causal_lm.batch_loss", loss_of):
         scores = loss_per_target(held_out_totals(engine, batches, batch_tally))
         return Found(losses, gradients, scores["held_out_loss"])
 

@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from sparse_lora_dist.base_model.quant_experts import QuantExperts
 from sparse_lora_dist.base_model.weight_map import Packed
-from sparse_lora_dist.config.config import AdapterConfig
+from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
-from sparse_lora_dist.zero3.engine import Engine, gathered
+from sparse_lora_dist.zero3.engine import Engine
+from sparse_lora_dist.zero3.parameters import gathered
 from tests.base_work import (
     compare_with_bitsandbytes,
     config_of,

@@ -20,7 +20,7 @@ from sparse_lora_dist.base_model.frozen_linear import QuantLinear
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
-from sparse_lora_dist.zero3.engine import gathered
+from sparse_lora_dist.zero3.parameters import gathered
 from tests.base_work import (
     compare_with_bitsandbytes,
     config_of,

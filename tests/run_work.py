@@ -18,8 +18,8 @@ from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.tasks.causal_lm import batch_loss
 from sparse_lora_dist.training.job import Job
-from sparse_lora_dist.training.step import batch_loss
 from sparse_lora_dist.zero3.engine import summed_cross_entropy
 from tests import toy_method, work
 from tests.toy_engine import live_copy

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import By, Decision, Method, Scores, Stats
-from sparse_lora_dist.optim.sparse_adamw import MOMENTS, SparseAdamW
+from sparse_lora_dist.optim.moments import MOMENTS
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.zero3.engine import Engine

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model import frozen_linear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
 from sparse_lora_dist.methods import METHODS, Plan

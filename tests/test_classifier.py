@@ -16,7 +16,7 @@ from transformers import (
     CodeGenConfig,
 )
 
-from sparse_lora_dist.adapter.linear import RowSeeds
+from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.base_model.architecture import meta_model, read_config
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.weight_map import find_keys

@@ -7,8 +7,9 @@ import yaml
 
 from sparse_lora_dist.config import load as command_line
 from sparse_lora_dist.config import paths as locations
-from sparse_lora_dist.config.config import AdapterConfig, Config, TrainConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.config.sections import AdapterConfig, TrainConfig
 from sparse_lora_dist.distributed.launch import Launch
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.methods import METHODS, MethodFactory

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.config.config import Config, ModelConfig, TrainConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts, engine_dict
 from sparse_lora_dist.config.deepspeed_keys import (
     AT_LEAST_ONE,
@@ -15,6 +15,7 @@ from sparse_lora_dist.config.deepspeed_keys import (
     OWNED,
     WHY_NOT,
 )
+from sparse_lora_dist.config.sections import ModelConfig, TrainConfig
 from sparse_lora_dist.errors import ConfigError
 
 SHIPPED = sorted(Path(__file__).parents[1].glob("ds_configs/*.json"))

@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from sparse_lora_dist.adapter.peft_config import APART, WEIGHTS
 from sparse_lora_dist.checkpoint.manifest import sealed
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.export_command import export
 from sparse_lora_dist.export.export_options import load_request
 from sparse_lora_dist.export.merged import Merge
-from sparse_lora_dist.export.peft_adapter import APART, WEIGHTS, NoPair
+from sparse_lora_dist.export.peft_adapter import NoPair
 from sparse_lora_dist.export.sparse_delta import (
     Sparsity,
     apply_sparse_delta,

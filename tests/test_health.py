@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.optim.moments import unpack_bits
+from sparse_lora_dist.methods.shared.bit_masks import unpack_bits
 from sparse_lora_dist.run_folder.metrics_log import read_rows
 from sparse_lora_dist.training.bad_steps import ENOUGH, Health
 from sparse_lora_dist.training.step import StepResult

@@ -7,7 +7,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from sparse_lora_dist.config.config import Config, TrainConfig
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.sections import TrainConfig
 from sparse_lora_dist.methods import METHODS, Plan
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.optim.learning_rate import LearningRate

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import Update
-from sparse_lora_dist.optim.sparse_adamw import MOMENTS, SparseAdamW
+from sparse_lora_dist.optim.moments import MOMENTS
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 
 N, LR, DECAY, BETA2, EPS = 500, 1e-2, 0.1, 0.999, 1e-8
 ALL = torch.ones(N, dtype=torch.bool)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.export.weight_change import dense_change
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Site

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.checkpoint.save import _once
-from sparse_lora_dist.optim.moments import pack_bits
+from sparse_lora_dist.methods.shared.bit_masks import pack_bits
 
 SIZE = 61
 

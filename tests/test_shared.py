@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist import methods
-from sparse_lora_dist.adapter.linear import seed_of
+from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Plan, trained_specs

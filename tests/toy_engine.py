@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.config.config import Config, ModelConfig, TrainConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import ModelConfig, TrainConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
-from sparse_lora_dist.zero3.engine import Engine, ShardBuilder, gathered
+from sparse_lora_dist.zero3.engine import Engine
+from sparse_lora_dist.zero3.parameters import ShardBuilder, gathered
 from sparse_lora_dist.zero3.shares import Slice
 
 # 3 elements and 1 are less than four ranks; no share of the others is a whole number of rows.

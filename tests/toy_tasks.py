@@ -18,10 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds, inject, seed_of
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.inject import inject
+from sparse_lora_dist.adapter.linear import AdapterLinear
+from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.config.config import Config, ModelConfig, TrainConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import ModelConfig, TrainConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.export.peft_adapter import plain_pair
 from sparse_lora_dist.methods import METHODS, Method, Plan
@@ -33,8 +37,8 @@ from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.tasks.class_head import Head
-from sparse_lora_dist.zero3 import engine as zero3
-from sparse_lora_dist.zero3.engine import Engine, ShardBuilder
+from sparse_lora_dist.zero3.engine import Engine
+from sparse_lora_dist.zero3.parameters import ShardBuilder, gathered
 from tests.toy_engine import range_of
 
 ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 1000}}
@@ -237,7 +241,7 @@ def _held_out_loss(engine: Engine, task: Task) -> float:
 def _product(adapter: AdapterLinear) -> Tensor:
     """The learned delta_OI; alpha is the rank, so its scale is 1."""
     parameters = [getattr(adapter, name) for name in adapter.specs]
-    with zero3.gathered(parameters):
+    with gathered(parameters):
         a_RI, b_OR = plain_pair(adapter, [p.data for p in parameters])
         return b_OR @ a_RI
 

@@ -7,10 +7,12 @@ import deepspeed
 import torch
 from deepspeed.comm.torch import TorchBackend
 
-from sparse_lora_dist.config.config import Config, ModelConfig, TrainConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import ModelConfig, TrainConfig
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.zero3.engine import Engine, ShardBuilder, gathered
+from sparse_lora_dist.zero3.engine import Engine
+from sparse_lora_dist.zero3.parameters import ShardBuilder, gathered
 from sparse_lora_dist.zero3.shares import Slice
 from tests.toy_engine import (
     DECAY,

@@ -1,90 +1,22 @@
-"""INJECT: the module that adds a delta to a frozen linear, and putting it there.
+"""The module that adds a delta to a frozen linear.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features.
 """
 
-import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from sparse_lora_dist.adapter.input_statistics import Looked, Watch
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.input_statistics import Watch
+from sparse_lora_dist.adapter.kept_tensors import undressed
+from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
-from sparse_lora_dist.base_model.nf4_shard import clothes_for
-from sparse_lora_dist.methods.protocol.form import WEIGHT, KeptSpec, Site, TensorSpec
+from sparse_lora_dist.methods.protocol.form import WEIGHT, Site
 from sparse_lora_dist.methods.protocol.method import Method, Pieces
-from sparse_lora_dist.zero3.engine import ShardBuilder, gathers_too
-from sparse_lora_dist.zero3.shares import Values
-
-
-@dataclass
-class RowSeeds:
-    """Which rows the model is looking at; all adapters of a model draw their dropout from one.
-
-    A mask depends on (seed, step, row, site) alone, so neither the number of ranks nor the
-    micro-batch size changes it.
-    """
-
-    seed: int
-    sequence_length: int
-    step: int = 0
-    rows_M: tuple[int, ...] = field(default=())
-    lengths_M: tuple[int, ...] = field(default=())
-    """Tokens of each of them, at its front; what follows is padding."""
-    num_positions: int | None = None
-    """T of the micro-batch; None takes any input for one of its rows."""
-    micro_batch: int = 0
-    """How many there were."""
-
-    def begin(
-        self, rows_M: tuple[int, ...], lengths_M: tuple[int, ...], *, num_positions: int
-    ) -> None:
-        """The model looks at these rows from now on."""
-        self.rows_M, self.lengths_M, self.num_positions = rows_M, lengths_M, num_positions
-        self.micro_batch += 1
-
-    def looked(self) -> Looked:
-        """What of them outlives a forward."""
-        return Looked(
-            rows_M=self.rows_M, lengths_M=self.lengths_M, num_positions=self.num_positions
-        )
-
-    def keep_mask(
-        self, x: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float
-    ) -> Tensor:
-        """1 / (1 - dropout) where an entry of ``x`` stays and 0 where it is dropped.
-
-        ``x`` is [M, T, I], [M * T, I], [M, I] where one token stands for each row, or of no row.
-        """
-        if x.dim() == 2 and len(x) == len(rows_M) * (self.num_positions or 0):
-            x_MTI = x.view(len(rows_M), -1, x.shape[1])
-            return self.keep_mask(x_MTI, site, rows_M, step, dropout).view_as(x)
-        mask = torch.empty_like(x)
-        if not self._is_of_rows(x, rows_M):
-            generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, step, site))
-            return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
-        # Drawn for a full-length row and cut: a row's mask must not depend on the padding after it.
-        full_LI = x.new_empty(self.sequence_length, x.shape[-1])
-        for m, row in enumerate(rows_M):
-            generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, step, row, site))
-            full_LI.bernoulli_(1.0 - dropout, generator=generator)
-            mask[m] = full_LI[: x.shape[1]] if x.dim() == 3 else full_LI[0]
-        return mask.div_(1.0 - dropout)
-
-    def _is_of_rows(self, x: Tensor, rows_M: tuple[int, ...]) -> bool:
-        """DeBERTa's linears also take the table of relative positions, the same for all rows."""
-        if x.dim() == 3 and self.num_positions is not None and x.shape[1] != self.num_positions:
-            return False
-        return x.shape[0] == len(rows_M)
-
-
-def seed_of(*parts: int | str) -> int:
-    """A 63-bit seed from anything printable, the same on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+from sparse_lora_dist.zero3.parameters import gathers_too
 
 
 class AdapterLinear(nn.Module):
@@ -226,73 +158,3 @@ class _Delta(torch.autograd.Function):
             layer.watch.look(x_MTI, grads[0], ctx.looked)
         got = torch.autograd.grad(outputs, [x, *leaves] if wants_x else leaves, gradients)
         return (got[0], None, *got[1:]) if wants_x else (None, None, *got)
-
-
-def inject(
-    model: nn.Module,
-    sites: Sequence[Site],
-    method: Method,
-    builder: ShardBuilder,
-    row_seeds: RowSeeds,
-    *,
-    alpha: float,
-    dropout: float,
-    micro_batches: int,
-    initial: Mapping[str, Values],
-) -> list[AdapterLinear]:
-    """Put an adapter at each site and return them. Collective.
-
-    ``initial`` gives first values by "site.tensor"; what it lacks is drawn from (seed, name), so it
-    is the same on any number of ranks.
-    """
-    adapters: list[AdapterLinear] = []
-    for site in sites:
-        base = model.get_submodule(site.name)
-        assert isinstance(base, FrozenLinear), f"{site.name} was not loaded as a frozen linear"
-        form, parameters = method.form(site), {}
-        for key, spec in form.tensors.items():
-            if spec.shared and adapters:
-                parameters[key] = getattr(adapters[0], key)
-                continue
-            name = f"{site.name}.{key}"
-            values = initial.get(name) or _drawn(spec, seed_of(row_seeds.seed, name))
-            parameters[key] = builder.parameter(spec.shape, values, trainable=True)
-        for key, kept in form.kept.items():
-            shape = (clothes_for(kept.num_bytes, builder.dtype),)
-            parameters[key] = builder.parameter(shape, _nothing, in_memory=True)
-        adapter = AdapterLinear(
-            base,
-            site,
-            method,
-            parameters,
-            alpha=alpha,
-            dropout=dropout,
-            row_seeds=row_seeds,
-            micro_batches=micro_batches,
-        )
-        parent, _, leaf = site.name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, adapter)
-        adapters.append(adapter)
-    return adapters
-
-
-def _nothing(start: int, stop: int) -> Tensor:
-    return torch.zeros(stop - start)
-
-
-def undressed(parameter: Tensor, spec: KeptSpec) -> Tensor:
-    """From the bytes that are gathered. A copy, but of single bytes: the view of wider entries
-    must not begin anywhere."""
-    raw = parameter.data.view(torch.uint8)[: spec.num_bytes]
-    return (raw if spec.dtype.itemsize == 1 else raw.clone()).view(spec.dtype).view(spec.shape)
-
-
-def _drawn(spec: TensorSpec, seed: int) -> Values:
-    """First values that are the same on any number of ranks: drawn whole, then cut."""
-
-    def values(start: int, stop: int) -> Tensor:
-        whole = torch.empty(spec.shape)
-        spec.init(whole, torch.Generator().manual_seed(seed))
-        return whole.flatten()[start:stop]
-
-    return values

@@ -8,6 +8,10 @@ from typing import Any
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 
+PREFIX = "base_model.model."
+CONFIG = "adapter_config.json"
+WEIGHTS, APART = "adapter_model.safetensors", "modules_to_save.safetensors"
+
 MARKED = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
 VARIANTS = (*MARKED, "use_qalora", "target_parameters")
 """What PEFT makes another kind of adapter of: DoRA, block-diagonal, routed ..."""

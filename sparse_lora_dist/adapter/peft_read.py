@@ -9,9 +9,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from sparse_lora_dist.adapter.peft_config import other_kind
+from sparse_lora_dist.adapter.peft_config import APART, CONFIG, PREFIX, WEIGHTS, other_kind
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
 from sparse_lora_dist.zero3.shares import Values
 
 

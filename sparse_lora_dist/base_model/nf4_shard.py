@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.zero3.engine import ShardBuilder
+from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.shares import own_range, share_of
 
 QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]

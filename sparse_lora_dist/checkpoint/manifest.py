@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.optim.sparse_adamw import MOMENTS
+from sparse_lora_dist.optim.moments import MOMENTS
 
 FORMAT = 5
 MANIFEST = "manifest.json"

@@ -12,7 +12,7 @@ from sparse_lora_dist.checkpoint.manifest import Progress
 from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import together
-from sparse_lora_dist.optim.sparse_adamw import MOMENTS
+from sparse_lora_dist.optim.moments import MOMENTS
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.shares import Slice
 

@@ -30,13 +30,13 @@ from sparse_lora_dist.checkpoint.recover import LATEST
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.optim.moments import pack_bits
+from sparse_lora_dist.methods.shared.bit_masks import pack_bits
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.metrics_log import own_peak_memory_bytes
 from sparse_lora_dist.runtime import watchdog as watch
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync, write_whole
-from sparse_lora_dist.zero3.engine import own_share
+from sparse_lora_dist.zero3.parameters import own_share
 from sparse_lora_dist.zero3.shares import own_range
 
 

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_lora_dist.checkpoint.manifest import PACKED
-from sparse_lora_dist.optim.moments import unpack_bits
+from sparse_lora_dist.methods.shared.bit_masks import unpack_bits
 
 DTYPES = {
     "live": torch.bool,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.config.config import DataConfig
+from sparse_lora_dist.config.sections import DataConfig
 
 ASSETS = Path(__file__).parents[2] / "assets"
 EMBEDDED = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from sparse_lora_dist.config.config import RunConfig
 from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.errors import ConfigError, UserError
 
 USAGE = """usage: launcher/grid.py FILE [NUMBER]

@@ -1,1 +1,2 @@
-"""distributed"""
+"""Ranks: who started them, their collectives, what rank 0 prints. Only ``comm.py`` imports
+torch.distributed."""

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.config.checks import at_least, raise_if
-from sparse_lora_dist.config.config import Config, RunConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import read_options
 from sparse_lora_dist.config.schema import Program
+from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edits import Edit, Edits, numbered

@@ -7,14 +7,13 @@ from typing import Any
 
 import yaml
 
-from sparse_lora_dist.adapter.peft_config import other_kind, scale_of
+from sparse_lora_dist.adapter.peft_config import CONFIG, other_kind, scale_of
 from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
 from sparse_lora_dist.distributed.phases import first_on_its_node, together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.peft_adapter import CONFIG
 from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.zero3.shares import Values
 

@@ -10,8 +10,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sparse_lora_dist.config.checks import seconds_in
-from sparse_lora_dist.config.config import AdapterConfig, Config
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import say
 from sparse_lora_dist.distributed.phases import together

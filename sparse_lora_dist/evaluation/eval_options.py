@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.config.checks import at_least, raise_if
-from sparse_lora_dist.config.config import Config, RunConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import read_options
 from sparse_lora_dist.config.paths import eval_source, looks_local, missing_files, missing_source
 from sparse_lora_dist.config.schema import Program
+from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.config.spelling import did_you_mean
 
 METRICS = ("loss", "choice", "choice_generated", "exact", "gsm8k")

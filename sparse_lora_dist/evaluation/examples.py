@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sparse_lora_dist.config.config import DataConfig
+from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message, chat_of, text_of
 from sparse_lora_dist.data.read_files import Examples, read_examples
 from sparse_lora_dist.errors import UserError

@@ -3,7 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from sparse_lora_dist.config.config import AdapterConfig, Config
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import Adapter
 from sparse_lora_dist.methods import Method

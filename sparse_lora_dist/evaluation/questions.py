@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.config.config import DataConfig
+from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents, load_documents
 from sparse_lora_dist.data.chat import encode_answer, encode_prompt
 from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message

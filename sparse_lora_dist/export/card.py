@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from sparse_lora_dist import __version__
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.run_folder.metrics_log import read_rows
-from sparse_lora_dist.tasks.task import TASKS
+from sparse_lora_dist.tasks import TASKS
+from sparse_lora_dist.version import __version__
 
 CARD, SIGNATURE = "README.md", "launcher/export.py."
 LOADING = {

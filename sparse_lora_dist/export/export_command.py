@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparse_lora_dist.adapter.peft_config import APART
 from sparse_lora_dist.base_model.architecture import PRECISIONS
 from sparse_lora_dist.distributed.console import counted, megabytes, say
 from sparse_lora_dist.errors import UserError
@@ -15,7 +16,7 @@ from sparse_lora_dist.export.card import CARD, SIGNATURE, write_card
 from sparse_lora_dist.export.export_options import ExportConfig, ExportRequest
 from sparse_lora_dist.export.merged import Merge
 from sparse_lora_dist.export.open_base import Base
-from sparse_lora_dist.export.peft_adapter import APART, write_peft
+from sparse_lora_dist.export.peft_adapter import write_peft
 from sparse_lora_dist.export.peft_own_type import write_own_type
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.sum_of_runs import Union

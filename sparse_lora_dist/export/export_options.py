@@ -7,7 +7,7 @@ from typing import Literal
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
 from sparse_lora_dist.config.checks import raise_if
-from sparse_lora_dist.config.config import RunConfig
+from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.errors import ConfigError
 
 OF_MERGED = ("dtype", "rounding", "onto")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sparse_lora_dist.adapter.linear import seed_of
+from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.safetensors_reader import FLOATS
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
 from sparse_lora_dist.export.open_base import Base, read_labelled_config

@@ -16,15 +16,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparse_lora_dist.adapter.linear import AdapterLinear
+from sparse_lora_dist.adapter.peft_config import APART, PREFIX, WEIGHTS
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.atomic_files import replace_whole
-from sparse_lora_dist.zero3 import engine as zero3
-
-PREFIX = "base_model.model."
-CONFIG = "adapter_config.json"
-WEIGHTS, APART = "adapter_model.safetensors", "modules_to_save.safetensors"
+from sparse_lora_dist.zero3.parameters import gathered
 
 
 class NothingLives(UserError):
@@ -108,12 +105,12 @@ def save_peft(
         parameters = [getattr(adapter, name) for name in adapter.specs]
         kept = [getattr(adapter, key) for key in adapter.form.kept]
         read = list(adapter.base.parameters()) if adapter.form.reads_base else []
-        with zero3.gathered([*parameters, *kept, *read]):
+        with gathered([*parameters, *kept, *read]):
             if comm.rank() == 0:
                 pair = live_pair(adapter, [p.data for p in parameters])
                 pairs |= {adapter.site.name: (_copy(pair[0]), _copy(pair[1]))} if pair else {}
     for name, module in saved_modules.items():
-        with zero3.gathered(module.parameters()):
+        with gathered(module.parameters()):
             if comm.rank() == 0:
                 full |= {f"{name}.{k}": _copy(p) for k, p in module.named_parameters()}
     if not any(comm.gather_objects(bool(pairs))):

@@ -8,7 +8,8 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from safetensors.torch import save_file
 
-from sparse_lora_dist.export.peft_adapter import PREFIX, WEIGHTS, ForPeft, write_labels
+from sparse_lora_dist.adapter.peft_config import PREFIX, WEIGHTS
+from sparse_lora_dist.export.peft_adapter import ForPeft, write_labels
 from sparse_lora_dist.methods.protocol.form import PeftForm
 
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist import checkpoint
-from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model.architecture import PRECISIONS
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.checkpoint import SavedSlices
@@ -24,7 +25,7 @@ from sparse_lora_dist.export.weight_change import Change, LowRank, dense_change
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Pieces
-from sparse_lora_dist.tasks.task import TASKS
+from sparse_lora_dist.tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)

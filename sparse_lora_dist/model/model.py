@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds, inject
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.inject import inject
+from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
@@ -29,8 +31,9 @@ from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.same_on_all_nodes import check_same_on_all_nodes
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources, is_quantized
-from sparse_lora_dist.config.config import Config, ModelConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, megabytes, say
 from sparse_lora_dist.distributed.phases import first_on_its_node, together
@@ -39,10 +42,10 @@ from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import trained_specs
 from sparse_lora_dist.model.targets import find_full, find_sites
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, modules_inside
 from sparse_lora_dist.tasks.loss_head import install
-from sparse_lora_dist.tasks.task import TASKS
-from sparse_lora_dist.zero3.engine import ShardBuilder
+from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.shares import Values
 
 

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
-from sparse_lora_dist.config.config import AdapterConfig
+from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.tasks.class_head import Head, modules_inside

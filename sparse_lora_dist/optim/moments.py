@@ -8,9 +8,12 @@ from collections.abc import Sequence
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from bitsandbytes.functional import create_dynamic_map, dequantize_blockwise, quantize_blockwise
 from torch import Tensor
+
+from sparse_lora_dist.methods.shared.bit_masks import pack_bits, unpack_bits
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 BLOCK = 256
 """8-bit values that share a scale."""
@@ -149,18 +152,3 @@ class Packed:
     def _pick(self, values_K: Tensor) -> Tensor:
         assert self.birth_L is not None
         return values_K[self.birth_L.int()]
-
-
-def pack_bits(live_N: Tensor) -> Tensor:
-    """bool [N] -> uint8 [ceil(N / 8)], the first entry in the lowest bit."""
-    eights = F.pad(live_N, (0, -len(live_N) % 8)).view(-(-len(live_N) // 8), 8)
-    return (eights * _powers(live_N.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, size: int) -> Tensor:
-    """What was packed: bool [size]."""
-    return (bits[:, None] & _powers(bits.device)).flatten()[:size].bool()
-
-
-def _powers(device: torch.device) -> Tensor:
-    return 2 ** torch.arange(8, dtype=torch.uint8, device=device)

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist.methods.protocol.form import Update
-from sparse_lora_dist.optim.moments import Packed
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from sparse_lora_dist.optim.moments import MOMENTS, Packed
 
 CHUNK = 2**18
 """Entries stepped and re-packed at a time, since both take scratch for each; a multiple of 8."""

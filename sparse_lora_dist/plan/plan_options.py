@@ -7,10 +7,11 @@ from math import isfinite
 from typing import Any
 
 from sparse_lora_dist.config.checks import above, at_least, raise_if
-from sparse_lora_dist.config.config import Config, RunConfig
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import load, world_problems
 from sparse_lora_dist.config.load import read_options
 from sparse_lora_dist.config.schema import Program
+from sparse_lora_dist.config.sections import RunConfig
 
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(B|MB|GB|TB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12}

@@ -10,8 +10,9 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from sparse_lora_dist.base_model.architecture import PRECISIONS, output_head
-from sparse_lora_dist.config.config import AdapterConfig, Config
+from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import value_at
+from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods import METHODS, Method, Plan
 from sparse_lora_dist.methods.protocol.form import Site

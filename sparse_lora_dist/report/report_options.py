@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from sparse_lora_dist.config.config import RunConfig
+from sparse_lora_dist.config.sections import RunConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,1 +1,2 @@
-"""run_folder"""
+"""Files of a run folder besides checkpoints and the adapter: its description, metrics,
+attempts, lock."""

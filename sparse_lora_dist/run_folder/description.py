@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from sparse_lora_dist import __version__
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.version import __version__
 
 RUN_YAML = "run.yaml"
 """The merged config of a run, by which its folder is known."""

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import NoReturn, Protocol, TypeVar
 
-from sparse_lora_dist.config.config import RunConfig
+from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.errors import PeerError, Stopped, UserError
 

@@ -11,10 +11,16 @@ from typing import Any
 
 from safetensors import safe_open
 
-from sparse_lora_dist.adapter.peft_config import other_kind, scale_of
+from sparse_lora_dist.adapter.peft_config import (
+    APART,
+    CONFIG,
+    PREFIX,
+    WEIGHTS,
+    other_kind,
+    scale_of,
+)
 from sparse_lora_dist.config.checks import bad_regex
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.peft_adapter import APART, CONFIG, PREFIX, WEIGHTS
 from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.show.table import Module
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparse_lora_dist.adapter.peft_config import CONFIG
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.peft_adapter import CONFIG
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.show import checkpoint_table as checkpoint

@@ -1,1 +1,2 @@
-"""sparsity"""
+"""The global decisions: sharded scores and statistics -> masks and ranks, the same bits on
+every rank."""

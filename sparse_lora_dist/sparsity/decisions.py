@@ -16,7 +16,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.method import Decision
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.zero3 import engine as zero3
+from sparse_lora_dist.zero3.parameters import gathered
 
 Digests = Mapping[str, str]
 
@@ -70,7 +70,7 @@ class Decisions:
                 # What all sites share stands at the first alone.
                 if (name := f"{adapter.site.name}.{key}") in self.shards.sparse
             }
-            with zero3.gathered(parameters.values()):
+            with gathered(parameters.values()):
                 for name, parameter in parameters.items():
                     zero = parameter.data.flatten() == 0
                     patterns[name] = digest(zero)

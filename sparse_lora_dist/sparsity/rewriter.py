@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.adapter.input_statistics import Watch
-from sparse_lora_dist.adapter.linear import AdapterLinear, seed_of
+from sparse_lora_dist.adapter.linear import AdapterLinear
+from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import say
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.method import Decision, Pieces
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.zero3 import engine as zero3
+from sparse_lora_dist.zero3.parameters import gathered
 from sparse_lora_dist.zero3.shares import as_share, share_of
 
 
@@ -129,7 +130,7 @@ class Rewriter:
         site, watch = adapter.site, adapter.watch
         kept = [getattr(adapter, key) for key in adapter.form.kept]
         base = list(adapter.base.parameters()) if now.reads_weight else []
-        with zero3.gathered([*kept, *base]):
+        with gathered([*kept, *base]):
             trained = {key: self._master(adapter, key) for key in adapter.specs}
             drawn = adapter.form.drawn(adapter.seed, comm.device())
             squares = self.shards.sites.squares.get(site.name)

@@ -9,7 +9,8 @@ from torch import Tensor
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.method import Decision, Method, Stats
-from sparse_lora_dist.optim.sparse_adamw import MOMENTS, SparseAdamW
+from sparse_lora_dist.optim.moments import MOMENTS
+from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.sparsity.sharded_scores import ShardScores
 from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.zero3.engine import Engine

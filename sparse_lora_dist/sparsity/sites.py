@@ -15,7 +15,7 @@ from sparse_lora_dist.base_model.nf4_shard import dressed, own_bytes
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.form import KeptSpec
 from sparse_lora_dist.methods.protocol.method import Method, Pieces
-from sparse_lora_dist.zero3.engine import ShardBuilder
+from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.shares import Slice
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from sparse_lora_dist.adapter.linear import seed_of
+from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.weight_map import Keys
 from sparse_lora_dist.errors import UserError

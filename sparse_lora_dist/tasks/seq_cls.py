@@ -11,18 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from sparse_lora_dist.config.config import DataConfig
 from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import (
     NOT_A_TARGET,
     Documents,
     LabelledBatch,
     class_names,
+    labelled_batch,
     load_labelled,
     read_classes,
 )
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.tasks.class_head import classes_of
+from sparse_lora_dist.tasks.class_head import classes_of, find_head
+from sparse_lora_dist.tasks.task import Task
 from sparse_lora_dist.zero3.engine import Engine
 
 
@@ -96,3 +98,16 @@ def class_scores(totals: Tensor) -> dict[str, float]:
 def _summed_loss(logits_MC: Tensor, batch: LabelledBatch) -> Tensor:
     labels_M = batch.labels_M.to(logits_MC.device)
     return F.cross_entropy(logits_MC.float(), labels_M, ignore_index=NOT_A_TARGET, reduction="sum")
+
+
+SEQ_CLS = Task(
+    settle=settle_classes,
+    head=find_head,
+    read=read_labelled,
+    collate=labelled_batch,
+    loss=class_loss,
+    tally=class_tally,
+    scores=class_scores,
+    target="example",
+    peft_type="SEQ_CLS",
+)

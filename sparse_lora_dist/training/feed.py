@@ -16,7 +16,7 @@ from sparse_lora_dist.distributed.console import say
 from sparse_lora_dist.distributed.phases import first_on_its_node, together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.tasks.task import TASKS
+from sparse_lora_dist.tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from sparse_lora_dist.runtime import stop_signals as stopping
 from sparse_lora_dist.runtime import watchdog as watch
 from sparse_lora_dist.runtime.signal_lead import SignalLead
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.tasks.task import TASKS
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.bad_steps import Health
 from sparse_lora_dist.training.feed import Feed
 from sparse_lora_dist.training.journal import Journal, memory_and_traffic

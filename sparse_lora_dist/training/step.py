@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_lora_dist.adapter.linear import RowSeeds
-from sparse_lora_dist.data import NOT_A_TARGET, Batch, MicroBatch
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import Decision
 from sparse_lora_dist.runtime import stop_signals as stopping
 from sparse_lora_dist.runtime import watchdog as watch
 from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.tasks.loss_head import summed_loss
 from sparse_lora_dist.zero3.engine import Engine
 
 
@@ -84,34 +82,6 @@ def train_step(
     decisions.confirm(step)
     loss_of_step = total / max(num_targets, 1)
     return StepResult(loss=loss_of_step, applied=is_finite, tokens=num_tokens, decision=decision)
-
-
-def batch_loss(engine: Engine, batch: Batch) -> Tensor:
-    """Sum of -log p over the batch's target tokens. Collective."""
-    # Labels move left instead of logits.
-    next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
-    batch = batch.to(comm.device())
-    # Documents are told apart by positions that restart; transformers reads them so only without an
-    # attention mask and without a cache.
-    return summed_loss(
-        engine,
-        next_labels_MT,
-        input_ids=batch.input_ids_MT,
-        position_ids=batch.position_ids_MT,
-        use_cache=False,
-    )
-
-
-def batch_tally(engine: Engine, batch: Batch) -> Tensor:
-    """[sum of -log p, target tokens] of a micro-batch, float64. Collective."""
-    loss = batch_loss(engine, batch)
-    return torch.stack([loss.double(), loss.new_tensor(batch.num_targets, dtype=torch.float64)])
-
-
-def loss_per_target(totals: Tensor) -> dict[str, float]:
-    """From the sum of all tallies: nats per target token."""
-    loss, targets = totals
-    return {"held_out_loss": float(loss / targets.clamp(min=1.0))}
 
 
 def held_out_totals(

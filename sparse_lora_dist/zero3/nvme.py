@@ -10,6 +10,9 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import IO, Any
 
+from deepspeed.git_version_info import installed_ops
+from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
@@ -17,7 +20,6 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import megabytes, say
 from sparse_lora_dist.distributed.phases import first_on_its_node, together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.zero3.engine import AsyncIOBuilder, PinMemoryBuilder, installed_ops
 
 QUIET_S = 1800.0
 """A build in which nothing changes for so long is one that was killed."""

@@ -32,7 +32,7 @@ from sparse_lora_dist.base_model.safetensors_writer import (
 from sparse_lora_dist.base_model.weight_map import COMPONENTS, STATE, Sources
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import say
-from sparse_lora_dist.zero3.engine import gathered
+from sparse_lora_dist.zero3.parameters import gathered
 
 COMPUTE_DTYPE = torch.bfloat16
 """What bitsandbytes is to dequantise to; we do as the run's precision says."""

@@ -1,1 +1,1 @@
-"""protocol"""
+"""The records of functions that a method fills in."""

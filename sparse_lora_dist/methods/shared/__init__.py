@@ -1,1 +1,1 @@
-"""shared"""
+"""Pure functions that several methods use."""

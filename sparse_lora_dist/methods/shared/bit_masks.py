@@ -17,15 +17,23 @@ def mask_spec(site: Site) -> KeptSpec:
 
 def pack(mask_OI: Tensor) -> Tensor:
     """bool [O, I] -> uint8 [B], the first entry in the lowest bit of the first byte."""
-    flat = mask_OI.flatten()
-    eights = F.pad(flat, (0, -len(flat) % 8)).view(-1, 8)
-    return (eights * _powers(flat.device)).sum(1, dtype=torch.uint8)
+    return pack_bits(mask_OI.flatten())
 
 
 def unpack(bits_B: Tensor, shape: tuple[int, int]) -> Tensor:
     """The mask that was packed: bool [O, I], ``shape``."""
-    spread = bits_B[:, None] & _powers(bits_B.device)
-    return spread.flatten()[: shape[0] * shape[1]].bool().view(shape)
+    return unpack_bits(bits_B, shape[0] * shape[1]).view(shape)
+
+
+def pack_bits(mask_N: Tensor) -> Tensor:
+    """bool [N] -> uint8 [ceil(N / 8)], the first entry in the lowest bit."""
+    eights = F.pad(mask_N, (0, -len(mask_N) % 8)).view(-(-len(mask_N) // 8), 8)
+    return (eights * _powers(mask_N.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, size: int) -> Tensor:
+    """What was packed: bool [size]."""
+    return (bits[:, None] & _powers(bits.device)).flatten()[:size].bool()
 
 
 def _powers(device: torch.device) -> Tensor:

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from sparse_lora_dist.adapter.linear import AdapterLinear, RowSeeds
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.base_model.nf4 import BLOCK
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear

@@ -1,0 +1,79 @@
+"""INJECT: put an adapter at each site of a loaded model."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.linear import AdapterLinear
+from sparse_lora_dist.adapter.seeds import seed_of
+from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
+from sparse_lora_dist.base_model.nf4_shard import clothes_for
+from sparse_lora_dist.methods.protocol.form import Site, TensorSpec
+from sparse_lora_dist.methods.protocol.method import Method
+from sparse_lora_dist.zero3.parameters import ShardBuilder
+from sparse_lora_dist.zero3.shares import Values
+
+
+def inject(
+    model: nn.Module,
+    sites: Sequence[Site],
+    method: Method,
+    builder: ShardBuilder,
+    row_seeds: RowSeeds,
+    *,
+    alpha: float,
+    dropout: float,
+    micro_batches: int,
+    initial: Mapping[str, Values],
+) -> list[AdapterLinear]:
+    """Put an adapter at each site and return them. Collective.
+
+    ``initial`` gives first values by "site.tensor"; what it lacks is drawn from (seed, name), so it
+    is the same on any number of ranks.
+    """
+    adapters: list[AdapterLinear] = []
+    for site in sites:
+        base = model.get_submodule(site.name)
+        assert isinstance(base, FrozenLinear), f"{site.name} was not loaded as a frozen linear"
+        form, parameters = method.form(site), {}
+        for key, spec in form.tensors.items():
+            if spec.shared and adapters:
+                parameters[key] = getattr(adapters[0], key)
+                continue
+            name = f"{site.name}.{key}"
+            values = initial.get(name) or _drawn(spec, seed_of(row_seeds.seed, name))
+            parameters[key] = builder.parameter(spec.shape, values, trainable=True)
+        for key, kept in form.kept.items():
+            shape = (clothes_for(kept.num_bytes, builder.dtype),)
+            parameters[key] = builder.parameter(shape, _nothing, in_memory=True)
+        adapter = AdapterLinear(
+            base,
+            site,
+            method,
+            parameters,
+            alpha=alpha,
+            dropout=dropout,
+            row_seeds=row_seeds,
+            micro_batches=micro_batches,
+        )
+        parent, _, leaf = site.name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, adapter)
+        adapters.append(adapter)
+    return adapters
+
+
+def _nothing(start: int, stop: int) -> Tensor:
+    return torch.zeros(stop - start)
+
+
+def _drawn(spec: TensorSpec, seed: int) -> Values:
+    """First values that are the same on any number of ranks: drawn whole, then cut."""
+
+    def values(start: int, stop: int) -> Tensor:
+        whole = torch.empty(spec.shape)
+        spec.init(whole, torch.Generator().manual_seed(seed))
+        return whole.flatten()[start:stop]
+
+    return values
