@@ -2,7 +2,7 @@
 
     python benchmarks/toy_tasks.py
 
-The tasks of ``tests/toy_tasks.py``, on the real machinery, over three seeds.
+The tasks of ``tests/fixtures/toy_tasks.py``, on the real machinery, over three seeds.
 
 Shapes: S sites.
 """
@@ -29,7 +29,7 @@ from sparse_lora_dist.methods.increlora import (
 )
 from sparse_lora_dist.methods.protocol.method import Decision, Scores
 from sparse_lora_dist.runtime.entry_point import leave, quiet_others
-from tests.toy_tasks import (
+from tests.fixtures.toy_tasks import (
     GROWN,
     Learned,
     Task,
@@ -135,7 +135,7 @@ def report() -> str:
     agreement = "\n".join(second for _, second in pairs)
     return f"""\
 `python benchmarks/toy_tasks.py`: y = (W + planted) x + noise of 0.05, 120 to 150 steps of 64 rows,
-2 CPU ranks, ZeRO-3, fp32; options as in `tests/toy_tasks.py`. A number for each of three seeds.
+2 CPU ranks, ZeRO-3, fp32; options of `tests/fixtures/toy_tasks.py`. A number for each of 3 seeds.
 Left: share of the held-out loss above noise that is still there. Zeros: of the entries of B A;
 covered: planted entries that are not zero there.
 

@@ -8,7 +8,7 @@ import pytest
 from tests.ranks import RankError, RankPool
 
 if TYPE_CHECKING:
-    from tests.tiny_run import TinyRun
+    from tests.fixtures.tiny_run import TinyRun
 
 Ranks = Callable[..., list[Any]]
 
@@ -36,7 +36,7 @@ def ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyRun":
     """A model and data small enough for a run of seconds."""
-    from tests.tiny_run import write_tiny_run  # late: it imports torch and transformers
+    from tests.fixtures.tiny_run import write_tiny_run  # late: it imports torch and transformers
 
     return write_tiny_run(tmp_path_factory.mktemp("tiny"))
 

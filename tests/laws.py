@@ -5,7 +5,7 @@ from typing import Any
 
 from sparse_lora_dist.methods import METHODS, MethodFactory
 from sparse_lora_dist.methods.protocol.form import Site
-from tests.toy_method import TOY
+from tests.fixtures.toy_method import TOY
 
 
 def sites_of(widths: dict[str, int]) -> tuple[Site, ...]:

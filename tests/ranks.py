@@ -1,7 +1,7 @@
 """Real process groups for tests: persistent workers, so that torch and DeepSpeed are imported once,
 not per test.
 
-    result_of_each_rank = ranks(2, "tests.work:losses", flags=[...])
+    result_of_each_rank = ranks(2, "tests.work.jobs:losses", flags=[...])
 
 ``ranks`` is the fixture of ``conftest.py``. The function named runs on every worker of a gloo group
 of that size; what it returns (anything picklable) comes back in rank order; what it raises is

@@ -1,6 +1,6 @@
 """Everything that touches DeepSpeed: sharded parameters, the engine, where its shards lie.
 
-Private attributes of DeepSpeed are read here and nowhere else; ``tests/test_zero3_contract.py``
+Private attributes of DeepSpeed are read here and nowhere else; ``test_zero3_contract.py``
 pins each.
 """
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from sparse_lora_dist.distributed.console import say
 from tests.chaos import harness, moments
-from tests.tiny_run import TinyRun, write_tiny_run
+from tests.fixtures.tiny_run import TinyRun, write_tiny_run
 
 KILLS_OF_A_RUN = 10
 

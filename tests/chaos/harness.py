@@ -10,9 +10,9 @@ from typing import Any
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.run_folder.metrics_log import read_rows
+from tests.fixtures.same_end import check_same
+from tests.fixtures.tiny_run import TinyRun
 from tests.ranks import RankError, RankPool
-from tests.same_end import check_same
-from tests.tiny_run import TinyRun
 
 RANKS = 2
 STEPS, EVERY = 40, 5
@@ -58,7 +58,7 @@ def attempt(flags: list[str], plan: dict[str, Any] | None) -> bool:
     with fresh_ranks() as pool:
         try:
             if plan is None:
-                pool.run("tests.run_work:train", flags=flags)
+                pool.run("tests.work.run:train", flags=flags)
             else:
                 pool.run("tests.chaos.moments:train_until", flags=flags, **plan)
         except GONE as death:

@@ -25,7 +25,7 @@ from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.training import step
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.zero3.engine import Engine
-from tests.run_work import train
+from tests.work.run import train
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "a backward": (Engine, "backward"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.chaos import harness, moments
-from tests.tiny_run import TinyRun
+from tests.fixtures.tiny_run import TinyRun
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
 
@@ -84,7 +84,7 @@ def test_a_full_disk_and_one_that_is_read_only_lose_nothing(
     run = small_disk / "run"
     flags = harness.flags_of(tiny, run)
     with harness.fresh_ranks() as pool:
-        for said in pool.run("tests.run_work:refusal", flags=flags):
+        for said in pool.run("tests.work.run:refusal", flags=flags):
             assert "No space left" in said and str(run) in said
     last = harness.newest(run)
     assert last > 0
@@ -92,7 +92,7 @@ def test_a_full_disk_and_one_that_is_read_only_lose_nothing(
 
     remount(small_disk, "ro")
     with harness.fresh_ranks() as pool:
-        for said in pool.run("tests.run_work:refusal", flags=flags):
+        for said in pool.run("tests.work.run:refusal", flags=flags):
             assert "Read-only file system" in said or "is not writable" in said
     assert harness.newest(run) == last
 

@@ -12,8 +12,8 @@ import pytest
 import yaml
 
 from sparse_lora_dist.run_folder.metrics_log import read_rows
+from tests.fixtures.tiny_run import TinyRun
 from tests.slurm.cluster import REPOSITORY, Cluster, running_cluster, why_not
-from tests.tiny_run import TinyRun
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(1800)]
 

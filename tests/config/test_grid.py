@@ -1,0 +1,85 @@
+"""A sweep's file becomes command lines that launcher/train.py takes."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparse_lora_dist.config.sweep import load_grid
+from sparse_lora_dist.errors import UserError
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def grid(folder: Path, text: str) -> str:
+    path = folder / "grid.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_every_combination_is_a_run_with_a_folder_of_its_own(tmp_path: Path) -> None:
+    text = """
+        output_dir: out
+        learning_rate: [2e-4, 1e-3]
+        double_quant: true
+        target_modules: [all-linear, [q_proj, v_proj]]
+    """
+    runs = load_grid([grid(tmp_path, text)]).runs
+    assert list(runs) == [
+        "learning_rate=2e-4,target_modules=all-linear",
+        "learning_rate=2e-4,target_modules=q_proj,v_proj",
+        "learning_rate=1e-3,target_modules=all-linear",
+        "learning_rate=1e-3,target_modules=q_proj,v_proj",
+    ]
+    last = "--double_quant true --learning_rate 1e-3 --target_modules q_proj,v_proj --output_dir"
+    assert runs["learning_rate=1e-3,target_modules=q_proj,v_proj"] == [
+        *last.split(),
+        "out/learning_rate=1e-3,target_modules=q_proj,v_proj",
+    ]
+
+
+def test_values_that_are_paths_stay_out_of_the_folders_path(tmp_path: Path) -> None:
+    data = [tmp_path / "a.jsonl", tmp_path / "b c.jsonl"]
+    for file in data:
+        file.write_text('{"text": "a"}\n')
+    runs = load_grid([grid(tmp_path, f"data: ['{data[0]}', '{data[1]}']")]).runs
+    assert [("/" in name, " " in name) for name in runs] == [(False, False)] * 2
+    assert [flags[1] for flags in runs.values()] == [str(file) for file in data]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rnak: [8, 16]", "--rnak is no option; did you mean --rank?"),
+        ("rank: [8, 0]", "run rank=0: "),
+        ("rank: [8, 8]", "share the folder runs/grid/rank=8"),
+        ("rank: []", "describes no run"),
+        ("method: {lora: 1}", "must hold 'name: value'"),
+        ("- 8", "must hold 'name: value'"),
+        ("rank: [8", "cannot be read"),
+    ],
+)
+def test_what_cannot_run_is_said_before_it_is_queued(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_grid([grid(tmp_path, text)])
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("number", ["2", "-1", "x"])
+def test_a_number_without_a_run_names_the_array(tmp_path: Path, number: str) -> None:
+    with pytest.raises(UserError, match="sbatch --array=0-1"):
+        load_grid([grid(tmp_path, "rank: [8, 16]"), number])
+
+
+def test_the_program_lists_all_runs_or_prints_one(tmp_path: Path) -> None:
+    command = [sys.executable, "launcher/grid.py", "slurm/grid.yaml"]
+    listed, one = (
+        subprocess.run(
+            [*command, *more], cwd=REPOSITORY, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+        for more in ([], ["3"])
+    )
+    assert listed[3].split() == ["3", "method=roselora,rank=16"]
+    assert "sbatch --array=0-5 slurm/train_array.sbatch slurm/grid.yaml" in listed[-1]
+    assert one[-1] == "runs/grid/method=roselora,rank=16"
