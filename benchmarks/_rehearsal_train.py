@@ -25,7 +25,7 @@ from torch import Tensor
 from sparse_lora_dist.base_model.safetensors_reader import CPU, CheckpointFiles, Source
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 
 CAP_BYTES = 24_000_000_000
 OFFLOAD = ZERO3.replace("zero3.json", "zero3_offload.json")
@@ -112,7 +112,7 @@ def train(folder: str, case: dict[str, Any]) -> None:
     if comm.rank() == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def random(

@@ -19,7 +19,7 @@ from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.config.sections import AdapterConfig, DataConfig, ModelConfig, TrainConfig
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.methods import METHODS, Method, Plan
+from sparse_lora_dist.methods import METHODS, Method, RunContext
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.optim.learning_rate import LearningRate
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
@@ -89,7 +89,9 @@ def build(
     )
     engine_config = engine_dict(ds_config, config, comm.world_size())
     model = Model.open(config)
-    plan = Plan(total_steps=steps, warmup_steps=0, learning_rate=RATE, sites=tuple(model.sites))
+    plan = RunContext(
+        total_steps=steps, warmup_steps=0, learning_rate=RATE, sites=tuple(model.sites)
+    )
     method = factory.build(config.method_options, plan)
     row_seeds = model.load(config, method, engine_config)
     optimizer = SparseAdamW(model.param_groups(0.0), lr=RATE, weight_decay=0.0, eight_bit=bits == 8)

@@ -28,7 +28,7 @@ from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import Method
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 
 LLAMA = {
     "hidden_size": 2048,
@@ -95,7 +95,7 @@ def on_this_rank(folder: Path, repeats: int) -> None:
         found["cache"] = size_of(next(cache.iterdir()))
         (folder / "found.json").write_text(json.dumps(found))
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def load(folder: Path, cache: Path | None) -> tuple[float, float]:

@@ -44,8 +44,8 @@ OPTIONS: dict[str, dict[str, str]] = {
     "losa": {"rank": "4"},
     "sara": {"rank": "4"},
 }
-"""What brings each to LoRA's number; rank 16 where none is said. Where pieces or entries die, at
-the end of the run."""
+"""What brings each to LoRA's number; rank 16 where none is said. Where components or entries die,
+at the end of the run."""
 PRUNES_PAIRS = ("adalora", "increlora", "sora", "roselora", "prilora")
 JOB = {"max_steps": "40", "eval_every": "0"}
 Row = dict[str, Any]

@@ -35,7 +35,7 @@ from sparse_lora_dist.editing.edit_options import load_request
 from sparse_lora_dist.editing.edits import Question
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 from sparse_lora_dist.train import run
 
 SEEDS = (0, 1, 2, 3, 4)
@@ -81,7 +81,7 @@ def main() -> None:
                 outcomes[method].append(found)
                 print(seed, method, found, flush=True)
     write("knowledge_edit.md", report(world, knows, outcomes))
-    leave(0)
+    exit_process(0)
 
 
 def edited(method: str, folder: Path, edits: Path, seed: int) -> Outcome:

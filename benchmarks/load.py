@@ -28,7 +28,7 @@ from _resident import forget_peak, peak_bytes
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 
 LLAMA = {
     "hidden_size": 2048,
@@ -109,7 +109,7 @@ def on_this_rank(way: str, folder: str) -> None:
         found = dict(zip(own, most, strict=True))
         (Path(folder) / "found.json").write_text(json.dumps(found))
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def import_all() -> None:

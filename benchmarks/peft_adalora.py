@@ -2,9 +2,9 @@
 
     python benchmarks/peft_adalora.py
 
-A random Llama of two layers, 14 linears of 16 pieces; the choice is final at step 20 of 30, with 4
-pieces a linear. PEFT fills its parameters in place, which under ZeRO-3 are empty, or low-precision
-copies of fp32 masters; ours sets the masters inside the optimizer's step.
+A random Llama of two layers, 14 linears of 16 components; the choice is final at step 20 of 30,
+with 4 components a linear. PEFT fills its parameters in place, which under ZeRO-3 are empty, or
+low-precision copies of fp32 masters; ours sets the masters inside the optimizer's step.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from _job import write
 from torch import Tensor, nn
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 from sparse_lora_dist.zero3.parameters import gathered
 
 RANKS, TOKENS, PIECES, TARGET = 2, 32, 16, 4
@@ -237,7 +237,7 @@ def on_this_rank(case: str, folder: str) -> None:
     if comm.rank() == 0:
         (Path(folder) / "row").write_text(said)
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def row(counts: Counts) -> str:
@@ -252,9 +252,10 @@ def report(rows: Mapping[str, str], versions: str) -> str:
     return f"""\
 `python benchmarks/peft_adalora.py`: {versions}; {RANKS} CPU ranks, bf16, ZeRO-3.
 
-A random Llama, 14 linears of {PIECES} pieces. At step {FREEZE} of {STEPS} the choice of {TARGET} a
-linear is final, and the lambdas of the others are masked. How many of these are exactly zero: in
-what forward uses, and in the fp32 masters, from which the next step and a checkpoint are made.
+A random Llama, 14 linears of {PIECES} components. At step {FREEZE} of {STEPS} the choice of
+{TARGET} a linear is final, and the lambdas of the others are masked. How many of these are exactly
+zero: in what forward uses, and in the fp32 masters, from which the next step and a checkpoint
+are made.
 Adapters are sharded (persistence threshold 0), or whole on every rank, as DeepSpeed's default keeps
 tensors this small. PEFT's documentation masks after the optimizer's step, and again after each that
 follows; what is masked may move in between, but from zero. PEFT masks ties too, so at times more.

@@ -28,7 +28,7 @@ from _job import RESULTS, header, write
 from _resident import forget_peak, peak_bytes
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 
 LLAMA = {
     "hidden_size": 1024,
@@ -189,7 +189,7 @@ def on_this_rank(rows: list[Row], folder: str) -> None:
             print(row, found[-1], flush=True)
             (Path(folder) / "found.json").write_text(json.dumps(found))
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def peak_of(row: Row, folder: str) -> int:

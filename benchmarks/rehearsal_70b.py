@@ -40,7 +40,7 @@ from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.methods.protocol.method import Method
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.shares import own_range
 
@@ -162,7 +162,7 @@ def one_rank(folder: str, rank: int, ranks: int) -> None:
         "planned_peak": planned_peak,
     }
     (Path(folder) / "found.json").write_text(json.dumps(found))
-    leave(0)
+    exit_process(0)
 
 
 class Clock:

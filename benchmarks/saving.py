@@ -24,7 +24,7 @@ from _usual_way import build_usual
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint import Progress, Saver
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 
 RANKS, ROUNDS, TOKENS = 2, 5, 256
 MODEL = {"width": 1024, "inner": 2816, "layers": 11}
@@ -55,7 +55,7 @@ def on_this_rank(folder: Path, rank: int) -> None:
     if comm.rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def times_of(run: Run, folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.optim.sparse_adamw import CHUNK
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 
 RANKS = 2
 MODEL = {"width": 1024, "inner": 2816, "layers": 9}
@@ -56,7 +56,7 @@ def on_this_rank(folder: str) -> None:
     if comm.rank() == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def states(folder: str) -> dict[str, Any]:

@@ -29,8 +29,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 
 WARM_UP = 1
 PHASES = ("time", *WAYS)
@@ -129,7 +129,7 @@ def on_this_rank(phase: str, folder: str, case: Case, rounds: int) -> None:
     if comm.rank() == 0:
         (Path(folder) / f"{phase}.json").write_text(json.dumps(found))
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def built(way: str, settings: dict[str, Any], peaks: dict[str, int] | None = None) -> Any:
@@ -167,7 +167,9 @@ def times(settings: dict[str, Any], rounds: int) -> dict[str, Any]:
     for step in range(2, WARM_UP + rounds + 1):
         for way in shuffled.sample(WAYS, len(WAYS)):
             seconds = timed(runs[way], step)
-            say(way, f"step {step}: {seconds['clock']:.1f} s, {seconds['processor']:.1f} computed")
+            print_line(
+                way, f"step {step}: {seconds['clock']:.1f} s, {seconds['processor']:.1f} computed"
+            )
             if step > WARM_UP:
                 measured[way].append(seconds)
     traffic = {}

@@ -31,7 +31,7 @@ from _step_time import (
 
 from sparse_lora_dist.config.sections import TrainConfig
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 from sparse_lora_dist.sparsity.decisions import MODULES
 
 TINY = {"width": 256, "inner": 704, "layers": 4}
@@ -76,7 +76,7 @@ def on_this_rank(phase: str, folder: str, rounds: int) -> None:
     if comm.rank() == 0:
         (Path(folder) / "found.json").write_text(json.dumps(found))
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 def report(found: dict[str, dict[str, Any]], rounds: int) -> str:
@@ -115,8 +115,8 @@ moved.
 {table(parts_table(small))}
 
 A delta kept in factors, against the released IncreLoRA's, which multiplies B diag(lambda) A out to
-O x I in each forward: time of its forward and backward in those of ours, {RANK} pieces, {TOKENS}
-tokens, one thread, bf16, paired, median.
+O x I in each forward: time of its forward and backward in those of ours, {RANK} components,
+{TOKENS} tokens, one thread, bf16, paired, median.
 
 {table(delta_table())}"""
 

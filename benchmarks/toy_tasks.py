@@ -22,13 +22,13 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.methods.increlora import (
     IncreLoraOptions,
+    component_scores,
     delta_scores,
-    open_pieces,
-    piece_scores,
+    open_components,
     planned,
 )
 from sparse_lora_dist.methods.protocol.method import Decision, Scores
-from sparse_lora_dist.runtime.entry_point import leave, quiet_others
+from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 from tests.fixtures.toy_tasks import (
     GROWN,
     Learned,
@@ -72,7 +72,7 @@ class Comparison:
     correlations: list[float] = field(default_factory=list)
     """Spearman's, over the linears."""
     same: list[bool] = field(default_factory=list)
-    """Would both have opened the same pieces?"""
+    """Would both have opened the same components?"""
 
     def watching(self, task: Task, options: Mapping[str, Any]) -> Callable[[Method], Method]:
         """method -> the same one, with the statistics of both scores."""
@@ -87,10 +87,15 @@ class Comparison:
         def watched(method: Method) -> Method:
             def decide(step: int, scores: Scores) -> Decision:
                 if step > 0:
-                    open_S = open_pieces(growth, scores)
-                    piece_S, delta_S = piece_scores(growth, scores, open_S), delta_scores(scores)
-                    self.correlations.append(spearman(piece_S, delta_S))
-                    self.same.append(growth.grown(open_S, piece_S) == growth.grown(open_S, delta_S))
+                    open_S = open_components(growth, scores)
+                    component_S, delta_S = (
+                        component_scores(growth, scores, open_S),
+                        delta_scores(scores),
+                    )
+                    self.correlations.append(spearman(component_S, delta_S))
+                    self.same.append(
+                        growth.grown(open_S, component_S) == growth.grown(open_S, delta_S)
+                    )
                 return method.decide(step, scores)
 
             return replace(
@@ -139,7 +144,7 @@ def report() -> str:
 Left: share of the held-out loss above noise that is still there. Zeros: of the entries of B A;
 covered: planted entries that are not zero there.
 
-| method | planted | left | open pieces | zeros | covered |
+| method | planted | left | open components | zeros | covered |
 |---|---|---|---|---|---|
 {learned}
 
@@ -149,7 +154,7 @@ would be best there. Ranks grow from 1 to 3 on average.
 
 Do the triplet and the delta score agree? Both taken at every growth of the IncreLoRA runs above, in
 each of which one of them chose: Spearman's correlation over the linears, mean and range; growths at
-which both would have opened the same pieces.
+which both would have opened the same components.
 
 | task | chosen by | growths | correlation | same choice |
 |---|---|---|---|---|
@@ -175,7 +180,7 @@ def on_this_rank() -> None:
     if comm.rank() == 0:
         write("toy_tasks.md", text)
     comm.barrier()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Stopped, UserError
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.model.model import Model
@@ -22,8 +22,7 @@ from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.plan.check import say_whether_it_fits
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.description import check_folder, clear, write_description
-from sparse_lora_dist.runtime import stop_signals as stopping
-from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.rewriter import Rewriter
 from sparse_lora_dist.sparsity.shards import Shards
@@ -61,16 +60,16 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     launch = comm.start(timeout_s)
     if launch.world_size > 1:
-        say("launch", launch.in_words(comm.num_nodes()))
-    with together("checking the output folder"):
+        print_line("launch", launch.in_words(comm.num_nodes()))
+    with fail_together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         begins = config.run.resume == "never" or (bool(config.run.reset) and not is_requeued())
         check_folder(folder, begins=begins, replaces=purpose.replaces)
     # Before anything is written or cleaned: what looks left over may be another job's work.
     with (
-        stopping.listening(config.run.time_limit),
+        stop_signals.listening(config.run.time_limit),
         run_lock.held(folder),
-        watch.watched(folder, timeout_s),
+        watchdog.watched(folder, timeout_s),
     ):
         now = Training(config, engine_config, purpose)
         try:
@@ -102,20 +101,20 @@ class Training:
         if config.train.max_steps is not None:  # what does not fit is refused before tokenising
             _build_method(config, model, config.train.max_steps)
         feed = (purpose.open_feed or open_feed)(config, model)
-        stopping.check()
+        stop_signals.check()
         method = _build_method(config, model, feed.total_steps)
         for note in method.notes:
-            say("note", note)
+            print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
-        with together("opening the run folder"):
+        with fail_together("opening the run folder"):
             if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
                 if purpose.replaces:  # now that the new one stands
                     clear(Path(config.run.output_dir))
                 write_description(Path(config.run.output_dir), config)
         say_whether_it_fits(config, model, engine_config)
-        watch.mark("loading the base", may_be_long=True)
+        watchdog.set_phase("loading the base", may_be_long=True)
         self.row_seeds = model.load(config, method, engine_config)
-        stopping.check()
+        stop_signals.check()
         optimizer = _optimizer(config, model)
         self.engine = Engine(model.module, optimizer, engine_config)
         sites = Sites(model.adapters, method, model.builder)
@@ -140,11 +139,11 @@ class Training:
     def step(self, step: int) -> StepResult:
         """Read its batches, train on them; log, evaluate and save where one is due. Collective."""
         started = time.perf_counter()
-        watch.mark("reading its batches", step=step)
+        watchdog.set_phase("reading its batches", step=step)
         self.job.set_learning_rate(step)
         progress = self.job.progress
         batches = self.job.feed.batches(progress.rows, progress.step)
-        self.rewriter.watch(step)
+        self.rewriter.collect_inputs(step)
         result = train_step(
             self.engine,
             self.shards,
@@ -175,9 +174,9 @@ def _optimizer(config: Config, model: Model) -> SparseAdamW:
 
 
 def _build_method(config: Config, model: Model, total_steps: int) -> Method:
-    plan = config.plan(total_steps, tuple(model.sites))
+    context = config.run_context(total_steps, tuple(model.sites))
     try:
-        method = METHODS[config.adapter.method].build(config.method_options, plan)
+        method = METHODS[config.adapter.method].build(config.method_options, context)
     except ValueError as error:
         raise UserError(f"--method {config.adapter.method}: {error}", shared=True) from error
     _check_form(config, model, method)

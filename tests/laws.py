@@ -26,8 +26,8 @@ class Law:
     decides: bool = True
     first_delta: float = 0.0
     """How large an entry of the delta may be before the first step."""
-    first_piece_first: bool = False
-    """Do pieces open in the order of their slots?"""
+    first_component_first: bool = False
+    """Do components open in the order of their slots?"""
     penalty: dict[str, float] = field(default_factory=dict)
     """Options that weigh what is added to the loss, and their values."""
     is_pair: bool = True
@@ -59,9 +59,9 @@ LAWS: dict[str, Law] = {
             "increlora_target_rank": 6.0,
             "increlora_orthogonality": 0.0,
         },
-        # The reserve piece trains ahead at lambda 1e-5.
+        # The reserve component trains ahead at lambda 1e-5.
         first_delta=1e-4,
-        first_piece_first=True,
+        first_component_first=True,
         penalty={"increlora_orthogonality": 0.1},
         off_is="adalora",
     ),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.adapter.input_statistics import Looked
+from sparse_lora_dist.adapter.input_statistics import RowMetadata
 from sparse_lora_dist.adapter.seeds import seed_of
 
 
@@ -38,9 +38,9 @@ class RowSeeds:
         self.rows_M, self.lengths_M, self.num_positions = rows_M, lengths_M, num_positions
         self.micro_batch += 1
 
-    def looked(self) -> Looked:
+    def row_metadata(self) -> RowMetadata:
         """What of them outlives a forward."""
-        return Looked(
+        return RowMetadata(
             rows_M=self.rows_M, lengths_M=self.lengths_M, num_positions=self.num_positions
         )
 

@@ -9,7 +9,7 @@ from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
-from sparse_lora_dist.base_model.nf4_shard import clothes_for
+from sparse_lora_dist.base_model.nf4_shard import num_elements_for
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec
 from sparse_lora_dist.methods.protocol.method import Method
 from sparse_lora_dist.zero3.parameters import ShardBuilder
@@ -46,7 +46,7 @@ def inject(
             values = initial.get(name) or _drawn(spec, seed_of(row_seeds.seed, name))
             parameters[key] = builder.parameter(spec.shape, values, trainable=True)
         for key, kept in form.kept.items():
-            shape = (clothes_for(kept.num_bytes, builder.dtype),)
+            shape = (num_elements_for(kept.num_bytes, builder.dtype),)
             parameters[key] = builder.parameter(shape, _nothing, in_memory=True)
         adapter = AdapterLinear(
             base,

@@ -13,7 +13,7 @@ from sparse_lora_dist.zero3.shares import own_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Looked:
+class RowMetadata:
     """Which rows a micro-batch has."""
 
     rows_M: tuple[int, ...]
@@ -22,7 +22,7 @@ class Looked:
 
 
 @dataclass(kw_only=True)
-class Watch:
+class InputStatistics:
     """Adds up, over the micro-batches of a step, what it was told to."""
 
     squares: bool = False
@@ -36,13 +36,13 @@ class Watch:
     means: dict[int, Tensor] = field(default_factory=dict)
     """Row -> its mean input, fp32 [I]."""
 
-    def look(self, x: Tensor, grad_y: Tensor, looked: Looked) -> None:
+    def add(self, x: Tensor, grad_y: Tensor, row_metadata: RowMetadata) -> None:
         """At one backward. Collective where the gradient is taken."""
         if self.gradient:
             self._take_gradient(x.flatten(0, -2), grad_y.flatten(0, -2))
-        if (x_MTI := _by_row(x, looked)) is None or not (self.squares or self.rows):
+        if (x_MTI := _by_row(x, row_metadata)) is None or not (self.squares or self.rows):
             return
-        lengths_M = torch.tensor(looked.lengths_M, device=x.device).clamp(max=x_MTI.shape[1])
+        lengths_M = torch.tensor(row_metadata.lengths_M, device=x.device).clamp(max=x_MTI.shape[1])
         is_token_MT = torch.arange(x_MTI.shape[1], device=x.device) < lengths_M[:, None]
         kept_MTI = torch.where(is_token_MT[..., None], x_MTI.float(), 0.0)
         if self.squares:
@@ -50,7 +50,7 @@ class Watch:
             self.num_tokens += int(lengths_M.sum())
         if self.rows:
             means_MI = kept_MTI.sum(dim=1) / lengths_M.clamp(min=1)[:, None]
-            rows = zip(looked.rows_M, looked.lengths_M, means_MI, strict=True)
+            rows = zip(row_metadata.rows_M, row_metadata.lengths_M, means_MI, strict=True)
             self.means |= {row: mean_I for row, length, mean_I in rows if length > 0}
 
     def _take_gradient(self, x_TI: Tensor, grad_TO: Tensor) -> None:
@@ -71,12 +71,16 @@ class Watch:
         return torch.stack([everyone[row] for row in sorted(everyone)]).to(comm.device())
 
 
-def _by_row(x: Tensor, looked: Looked) -> Tensor | None:
+def _by_row(x: Tensor, row_metadata: RowMetadata) -> Tensor | None:
     """[M, T, I]; None for what is of no row, as DeBERTa's table of relative positions."""
-    count = len(looked.rows_M)
+    count = len(row_metadata.rows_M)
     if x.dim() == 3:
-        whole = looked.num_positions in (None, x.shape[1])
+        whole = row_metadata.num_positions in (None, x.shape[1])
         return x if whole and len(x) == count else None
     if len(x) == count:  # one token stands for each row
         return x[:, None]
-    return x.view(count, -1, x.shape[-1]) if len(x) == count * (looked.num_positions or 0) else None
+    return (
+        x.view(count, -1, x.shape[-1])
+        if len(x) == count * (row_metadata.num_positions or 0)
+        else None
+    )

@@ -6,7 +6,7 @@ from torch import Tensor
 from sparse_lora_dist.methods.protocol.form import KeptSpec
 
 
-def undressed(parameter: Tensor, spec: KeptSpec) -> Tensor:
+def from_bytes(parameter: Tensor, spec: KeptSpec) -> Tensor:
     """From the bytes that are gathered. A copy, but of single bytes: the view of wider entries
     must not begin anywhere."""
     raw = parameter.data.view(torch.uint8)[: spec.num_bytes]

@@ -10,18 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist.adapter.dropout import RowSeeds
-from sparse_lora_dist.adapter.input_statistics import Watch
-from sparse_lora_dist.adapter.kept_tensors import undressed
+from sparse_lora_dist.adapter.input_statistics import InputStatistics
+from sparse_lora_dist.adapter.kept_tensors import from_bytes
 from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Site
-from sparse_lora_dist.methods.protocol.method import Method, Pieces
+from sparse_lora_dist.methods.protocol.method import Components, Method
 from sparse_lora_dist.zero3.parameters import gathers_too
 
 
 class AdapterLinear(nn.Module):
     """y_TO = base(x_TI) + delta(drop(x_TI)), the delta being the method's, of its computed
-    pieces."""
+    components."""
 
     def __init__(
         self,
@@ -48,25 +48,27 @@ class AdapterLinear(nn.Module):
         self.probed: Tensor | float = 0.0
         """What the probe saw in the backwards of this step, added up."""
         self._penalised = 0
-        self.watch: Watch | None = None
+        self.input_statistics: InputStatistics | None = None
         """What looks at its input and its output's gradient in the backwards of this step."""
-        self.silent = False
+        self.base_only = False
         """Does the base alone answer?"""
         if self.form.reads_base:
             gathers_too(self, base.parameters())
-        self.num_pieces = self.form.num_pieces(site)
-        self.set_pieces(Pieces(computed=tuple(range(self.num_pieces)), open=self.num_pieces))
+        self.num_components = self.form.num_components(site)
+        self.set_components(
+            Components(computed=tuple(range(self.num_components)), open=self.num_components)
+        )
 
-    def set_pieces(self, pieces: Pieces) -> None:
+    def set_components(self, components: Components) -> None:
         """Compute these from now on."""
-        self.pieces = pieces
-        self.scale = self.form.scale(self.alpha, self.site.rank, pieces.open)
-        self._places = torch.tensor(pieces.computed, dtype=torch.int64)
+        self.components = components
+        self.scale = self.form.scale(self.alpha, self.site.rank, components.open)
+        self._places = torch.tensor(components.computed, dtype=torch.int64)
 
     def forward(self, x_MTI: Tensor) -> Tensor:
         tensors = [getattr(self, name) for name in self.specs]
         y_MTO: Tensor = self.base(x_MTI)
-        if self.silent:
+        if self.base_only:
             return y_MTO
         delta_MTO: Tensor = _Delta.apply(x_MTI, self, *tensors)  # type: ignore[no-untyped-call]
         delta_MTO += y_MTO  # not the other way round: the base's output is a view of DeepSpeed's
@@ -80,11 +82,11 @@ class AdapterLinear(nn.Module):
         return x_MTI * mask
 
     def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The computed pieces of whole tensors, which are in the order of the specs, and what the
-        form draws besides."""
+        """The computed components of whole tensors, which are in the order of the specs, and what
+        the form draws besides."""
         named = dict(zip(self.specs, tensors, strict=True))
-        if len(self.pieces.computed) < self.num_pieces:
-            named = {n: self._slice(t, self.specs[n].piece_axis) for n, t in named.items()}
+        if len(self.components.computed) < self.num_components:
+            named = {n: self._slice(t, self.specs[n].component_axis) for n, t in named.items()}
         dtype = tensors[0].dtype
         for key, t in self.kept().items():
             named[key] = t.to(dtype) if t.is_floating_point() else t
@@ -95,7 +97,7 @@ class AdapterLinear(nn.Module):
 
     def kept(self) -> dict[str, Tensor]:
         """Its kept tensors, while they are whole."""
-        return {key: undressed(getattr(self, key), spec) for key, spec in self.form.kept.items()}
+        return {key: from_bytes(getattr(self, key), spec) for key, spec in self.form.kept.items()}
 
     def owes_penalty(self, micro_batch: int) -> bool:
         """Once a micro-batch, however often the model calls this linear in it (ALBERT's layers are
@@ -107,8 +109,8 @@ class AdapterLinear(nn.Module):
     def _slice(self, t: Tensor, axis: int | None) -> Tensor:
         if axis is None:
             return t
-        count = len(self.pieces.computed)
-        if self.pieces.computed == tuple(range(count)):
+        count = len(self.components.computed)
+        if self.components.computed == tuple(range(count)):
             return t.narrow(axis, 0, count)  # a view, where ranks grow
         self._places = self._places.to(t.device)  # once a decision
         return t.index_select(axis, self._places)
@@ -125,7 +127,7 @@ class _Delta(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MTI: Tensor, layer: AdapterLinear, *tensors: Tensor) -> Tensor:
         ctx.layer, ctx.rows_M, ctx.step = layer, layer.row_seeds.rows_M, layer.row_seeds.step
-        ctx.looked = layer.row_seeds.looked()
+        ctx.row_metadata = layer.row_seeds.row_metadata()
         ctx.save_for_backward(x_MTI)
         dropped_MTI = layer.dropped(x_MTI, ctx.rows_M, ctx.step)
         return layer.form.delta(dropped_MTI, layer.computed(tensors), layer.scale)
@@ -154,7 +156,7 @@ class _Delta(torch.autograd.Function):
         if layer.probe is not None:
             seen = {k: t.detach() for k, t in tensors.items()}
             layer.probed += layer.probe(dropped_MTI.detach(), gradients[0], seen, layer.scale)
-        if layer.watch is not None:
-            layer.watch.look(x_MTI, grads[0], ctx.looked)
+        if layer.input_statistics is not None:
+            layer.input_statistics.add(x_MTI, grads[0], ctx.row_metadata)
         got = torch.autograd.grad(outputs, [x, *leaves] if wants_x else leaves, gradients)
         return (got[0], None, *got[1:]) if wants_x else (None, None, *got)

@@ -21,7 +21,7 @@ QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]
 
 def own_bytes(num_bytes: int, dtype: torch.dtype) -> tuple[int, int]:
     """This rank's range of so many bytes in the clothing of ``dtype``."""
-    start, stop = own_range(clothes_for(num_bytes, dtype))
+    start, stop = own_range(num_elements_for(num_bytes, dtype))
     return min(start * dtype.itemsize, num_bytes), min(stop * dtype.itemsize, num_bytes)
 
 
@@ -63,19 +63,21 @@ def quantized_part(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> tuple
 
 def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Parameter:
     """A sharded parameter of ``num_bytes`` bytes, of which ``own`` are this rank's."""
-    clothes = dressed(own, builder.dtype)
-    return builder.parameter((clothes_for(num_bytes, builder.dtype),), lambda start, stop: clothes)
+    clothes = as_parameter_dtype(own, builder.dtype)
+    return builder.parameter(
+        (num_elements_for(num_bytes, builder.dtype),), lambda start, stop: clothes
+    )
 
 
-def clothes_for(num_bytes: int, dtype: torch.dtype) -> int:
+def num_elements_for(num_bytes: int, dtype: torch.dtype) -> int:
     """How many elements of ``dtype`` hold that many bytes."""
     return -(-num_bytes // dtype.itemsize)
 
 
-def dressed(raw: Tensor, dtype: torch.dtype) -> Tensor:
+def as_parameter_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 bytes seen as ``dtype``, zero-padded to whole elements. Bit for bit: these are not
     numbers."""
-    length = clothes_for(raw.numel(), dtype) * dtype.itemsize
+    length = num_elements_for(raw.numel(), dtype) * dtype.itemsize
     # A view of other bytes may begin where no element can.
     fits = raw.numel() == length and raw.storage_offset() == 0
     return (raw if fits else _padded(raw, length)).view(dtype)
@@ -83,7 +85,7 @@ def dressed(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tensor:
     """absmax fp32 [B] of the whole tensor. Collective."""
-    share = share_of(clothes_for(layout.packed_bytes, dtype)) * dtype.itemsize
+    share = share_of(num_elements_for(layout.packed_bytes, dtype)) * dtype.itemsize
     cuts = [min(share * r, layout.packed_bytes) for r in range(comm.world_size() + 1)]
     owned = [layout.blocks_of_bytes(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
     most = max(stop - start for start, stop in owned)

@@ -26,7 +26,7 @@ FLOATS = ("BF16", "F16", "F32")
 CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-PIECE_BYTES = 2**26
+BLOCK_BYTES = 2**26
 """Read at a time for a GPU, through pinned memory: PyTorch keeps what it pinned, for ever."""
 
 
@@ -95,11 +95,11 @@ class CheckpointFiles:
         source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
         return self.read(source, 0, entry.nbytes // entry.itemsize)
 
-    def raw(self, entry: Entry, piece_bytes: int) -> Iterator[Tensor]:
+    def raw(self, entry: Entry, component_bytes: int) -> Iterator[Tensor]:
         """A tensor's bytes as they are, some at a time."""
         source = Source(keys=(), parts=(entry,), dtype=torch.uint8)
-        for start in range(0, entry.nbytes, piece_bytes):
-            yield self.read(source, start, min(start + piece_bytes, entry.nbytes))
+        for start in range(0, entry.nbytes, component_bytes):
+            yield self.read(source, start, min(start + component_bytes, entry.nbytes))
 
     def same(self, key: str, other: str, rank: int, ranks: int) -> bool:
         """Do two tensors hold the same bytes, in one rank's part of them?"""
@@ -110,8 +110,8 @@ class CheckpointFiles:
         last = min((rank + 1) * share, one.nbytes)
         raw = [Source(keys=(), parts=(entry,), dtype=torch.uint8) for entry in (one, two)]
         return all(
-            torch.equal(*(self.read(r, start, min(start + PIECE_BYTES, last)) for r in raw))
-            for start in range(rank * share, last, PIECE_BYTES)
+            torch.equal(*(self.read(r, start, min(start + BLOCK_BYTES, last)) for r in raw))
+            for start in range(rank * share, last, BLOCK_BYTES)
         )
 
     def read(self, source: Source, start: int, stop: int, *, device: torch.device = CPU) -> Tensor:
@@ -123,12 +123,12 @@ class CheckpointFiles:
         if device.type == "cpu":
             self._fill(out, source, start)
             return out
-        for piece in out.split(PIECE_BYTES // out.element_size()):
+        for block in out.split(BLOCK_BYTES // out.element_size()):
             # PyTorch hands a pinned block to nobody else before the copy from it is done.
-            pinned = torch.empty_like(piece, device=CPU, pin_memory=True)
+            pinned = torch.empty_like(block, device=CPU, pin_memory=True)
             self._fill(pinned, source, start)
-            piece.copy_(pinned, non_blocking=True)
-            start += piece.numel()
+            block.copy_(pinned, non_blocking=True)
+            start += block.numel()
         return out
 
     def _fill(self, out: Tensor, source: Source, start: int) -> None:

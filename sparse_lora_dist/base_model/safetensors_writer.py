@@ -35,8 +35,8 @@ class SafetensorsWriter:
         self._headers: list[dict[str, Any]] = []
         self._header_bytes = self._position = 0  # of the file being written
 
-    def add(self, name: str, dtype: str, shape: Sequence[int], pieces: Iterable[Tensor]) -> None:
-        """One tensor, its bytes in pieces.
+    def add(self, name: str, dtype: str, shape: Sequence[int], blocks: Iterable[Tensor]) -> None:
+        """One tensor, its bytes in blocks.
 
         Raises:
             OSError: no space, no permission, a broken disk.
@@ -46,9 +46,9 @@ class SafetensorsWriter:
         if full or not self._files:
             self._begin_file()
         start = self._position
-        for piece in pieces:
-            self._position += piece.nbytes
-            _write_all(self._files[-1], piece.contiguous().flatten().view(torch.uint8).numpy().data)
+        for block in blocks:
+            self._position += block.nbytes
+            _write_all(self._files[-1], block.contiguous().flatten().view(torch.uint8).numpy().data)
         offsets = [start, self._position]
         self._headers[-1][name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
         self._header_bytes += about_it

@@ -10,7 +10,7 @@ from pathlib import Path
 from sparse_lora_dist.base_model.architecture import identity
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 
 SAMPLES, SAMPLE_BYTES = 8, 256
@@ -19,7 +19,7 @@ SAMPLES, SAMPLE_BYTES = 8, 256
 def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> None:
     """Raise where a node's copy of the model is another one. Collective."""
     own = None
-    with together("comparing the base model of all nodes"):
+    with fail_together("comparing the base model of all nodes"):
         if comm.rank() == 0 or comm.is_first_on_its_node():
             own = (identity(folder, files), hash_of_samples(files))
     said = comm.gather_objects(own)

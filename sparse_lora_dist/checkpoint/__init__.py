@@ -7,7 +7,7 @@
 
 A slice of tensor "t" is stored as ``master/t`` (fp32), ``live/t`` (a bit an entry), the statistics
 ``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t``, ``exp_avg_sq/t`` and ``born/t``
-(int32; once, where all came to life together). What is the same on every rank (pieces and
+(int32; once, where all came to life together). What is the same on every rank (components and
 statistics of each site) is in the manifest. A reader takes the ranges it needs from whichever files
 hold them, so nothing here depends on how many ranks wrote.
 """

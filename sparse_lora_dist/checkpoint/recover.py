@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sparse_lora_dist.checkpoint.manifest import MANIFEST, hash_of_file, read_manifest
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.atomic_files import REPLACED, TEMPORARY
 
@@ -29,7 +29,7 @@ def newest_whole(folder: Path) -> Path | None:
         damage = find_damage(path)
         if damage is None:
             return path
-        say("skipped", damage)
+        print_line("skipped", damage)
     if found:
         raise UserError(
             f"no checkpoint of {folder} is whole, see above. Start afresh in another --output_dir.",

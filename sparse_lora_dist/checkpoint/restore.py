@@ -11,10 +11,10 @@ from torch import Tensor
 from sparse_lora_dist.checkpoint.manifest import Progress
 from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.optim.moments import MOMENTS
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.zero3.shares import Slice
+from sparse_lora_dist.zero3.shares import TensorSlice
 
 
 def restore(
@@ -27,31 +27,38 @@ def restore(
         progress = replace(progress, step=0, tokens=0)
     if "data" in reset:
         progress = replace(progress, rows=0)
-    with together(f"reading {checkpoint}"):
+    with fail_together(f"reading {checkpoint}"):
         saved = SavedSlices.of(checkpoint, manifest)
-        pieces = shards.engine.slices
+        slices = shards.engine.slices
 
-        def own(key: str, piece: Slice) -> Tensor:
-            return saved.entries(key, piece.name, piece.start, piece.start + piece.length)
+        def own(key: str, tensor_slice: TensorSlice) -> Tensor:
+            return saved.entries(
+                key, tensor_slice.name, tensor_slice.start, tensor_slice.start + tensor_slice.length
+            )
 
-        for piece in pieces:
-            shards.engine.master(piece).copy_(own("master", piece))
+        for tensor_slice in slices:
+            shards.engine.master(tensor_slice).copy_(own("master", tensor_slice))
         shards.restore(
-            {p.name: own("live", p) for p in pieces},
-            {key: {p.name: own(key, p) for p in pieces} for key in MOMENTS},
-            {p.name: own("born", p) for p in pieces},
+            {p.name: own("live", p) for p in slices},
+            {key: {p.name: own(key, p) for p in slices} for key in MOMENTS},
+            {p.name: own("born", p) for p in slices},
             progress.step,
         )
         # Ages of moments are steps of the schedule.
         if reset & {"optimizer", "schedule"}:
             shards.optimizer.reset_moments()
         shards.sites.restore(manifest["sites"])
-        shards.facts = manifest["facts"]
+        shards.log_values = manifest["facts"]
         if manifest["ended"]:
-            shards.end()
+            shards.free_statistics()
         for name, stats in shards.stats.items():
-            piece, device = shards.sparse[name], shards.engine.master(shards.sparse[name]).device
-            shards.stats[name] = tuple(own(f"stat{i}", piece).to(device) for i in range(len(stats)))
+            tensor_slice, device = (
+                shards.sparse[name],
+                shards.engine.master(shards.sparse[name]).device,
+            )
+            shards.stats[name] = tuple(
+                own(f"stat{i}", tensor_slice).to(device) for i in range(len(stats))
+            )
         kept = {
             name: saved.entries("kept", name, *shards.sites.own_kept(spec))
             for name, (_, spec) in shards.sites.kept().items()

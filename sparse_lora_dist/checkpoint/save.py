@@ -28,12 +28,12 @@ from sparse_lora_dist.checkpoint.manifest import (
 )
 from sparse_lora_dist.checkpoint.recover import LATEST
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.shared.bit_masks import pack_bits
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.metrics_log import own_peak_memory_bytes
-from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.runtime import watchdog
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync, write_whole
 from sparse_lora_dist.zero3.parameters import own_share
@@ -70,11 +70,11 @@ class Saver:
         """
         earlier = self.finish()
         assert earlier is None, "ask poll or finish before the next save"
-        watch.mark("saving")
+        watchdog.set_phase("saving")
         began = time.perf_counter()
         name = f"step_{progress.step:08d}"
         temporary = self.folder / f"{TEMPORARY}{name}"
-        with together(f"preparing {temporary}"):
+        with fail_together(f"preparing {temporary}"):
             if comm.rank() == 0:
                 run_lock.check()
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -85,7 +85,7 @@ class Saver:
             "world_size": comm.world_size(),
             "tensors": {p.name: list(p.shape) for p in shards.engine.slices},
             "sites": shards.sites.as_json(),
-            "facts": dict(shards.facts),
+            "facts": dict(shards.log_values),
             "ended": shards.ended,
             **about,
         }
@@ -113,14 +113,14 @@ class Saver:
         if self._writing is None:
             return None
         now, self._writing = self._writing, None
-        watch.mark("publishing a checkpoint", may_be_long=True)  # a slow disk is not a hang
+        watchdog.set_phase("publishing a checkpoint", may_be_long=True)  # a slow disk is not a hang
         began = time.perf_counter()
         try:
-            with together(f"writing {now.temporary}"):
+            with fail_together(f"writing {now.temporary}"):
                 own, seconds = now.file.result()
             own["peak_memory_bytes"] = own_peak_memory_bytes()
             files, written_s = zip(*comm.gather_objects((own, seconds)), strict=True)
-            with together(f"publishing {now.final}"):
+            with fail_together(f"publishing {now.final}"):
                 if comm.rank() == 0:
                     manifest = {**now.manifest, "files": files, "time": time.time()}
                     _publish(now.temporary, now.final, manifest)
@@ -140,12 +140,12 @@ def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
     live = shards.live()
     offsets = {p.name: [p.start, p.length] for p in shards.engine.slices}
-    for piece in shards.engine.slices:
-        tensors[f"master/{piece.name}"] = shards.engine.master(piece)
-        tensors[f"live/{piece.name}"] = pack_bits(live[piece.name])
+    for tensor_slice in shards.engine.slices:
+        tensors[f"master/{tensor_slice.name}"] = shards.engine.master(tensor_slice)
+        tensors[f"live/{tensor_slice.name}"] = pack_bits(live[tensor_slice.name])
         # Of all entries: what is dead may come back, and its average goes on meanwhile.
-        stats = shards.stats.get(piece.name, ())
-        tensors |= {f"stat{i}/{piece.name}": stat for i, stat in enumerate(stats)}
+        stats = shards.stats.get(tensor_slice.name, ())
+        tensors |= {f"stat{i}/{tensor_slice.name}": stat for i, stat in enumerate(stats)}
     tensors |= _whole_by_site(shards, offsets)
     # A copy each: safetensors refuses views that share storage.
     own = {key: t.to("cpu", copy=True) for key, t in tensors.items()}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import counted, say
+from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.errors import UserError
 
 
@@ -21,7 +21,9 @@ def verify(run: Path) -> None:
         raise UserError(f"--verify {run}: {folder} holds no published checkpoint.", shared=True)
     damages = {path: checkpoint.find_damage(path) for path in found}
     for path, damage in damages.items():
-        say("whole" if damage is None else "damaged", str(path) if damage is None else damage)
+        print_line(
+            "whole" if damage is None else "damaged", str(path) if damage is None else damage
+        )
     num_damaged = sum(damage is not None for damage in damages.values())
     if num_damaged:
         raise UserError(

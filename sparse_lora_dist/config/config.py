@@ -16,7 +16,7 @@ from sparse_lora_dist.config.sections import (
     TrainConfig,
 )
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import NoOptions, Plan
+from sparse_lora_dist.methods.protocol.method import NoOptions, RunContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +39,9 @@ class Config:
         """Do several documents share a row?"""
         return self.model.task == "causal_lm" and self.data.packing is not False
 
-    def plan(self, total_steps: int, sites: tuple[Site, ...]) -> Plan:
+    def run_context(self, total_steps: int, sites: tuple[Site, ...]) -> RunContext:
         """What a method is built for."""
-        return Plan(
+        return RunContext(
             total_steps=total_steps,
             warmup_steps=self.train.warmup_steps,
             learning_rate=self.train.learning_rate,

@@ -24,7 +24,7 @@ from sparse_lora_dist.config.deepspeed_keys import (
 )
 from sparse_lora_dist.config.spelling import did_you_mean
 
-Engine = dict[str, Any]
+EngineDict = dict[str, Any]
 
 NEVER = 2**31 - 1  # a step that no run reaches
 DEFAULTS = {
@@ -42,10 +42,10 @@ def check_engine_file(path: str) -> list[str]:
     return problems if engine is None else problems + check_engine(engine, path)
 
 
-def read_engine_file(path: str, problems: list[str]) -> Engine | None:
+def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
     """The file's content, or None with the reason added to ``problems``."""
 
-    def without_doubles(pairs: list[tuple[str, Any]]) -> Engine:
+    def without_doubles(pairs: list[tuple[str, Any]]) -> EngineDict:
         names = [name for name, _ in pairs]
         doubles = {name for name in names if names.count(name) > 1}
         problems.extend(f"{path}: {name} stands twice in one block" for name in sorted(doubles))
@@ -140,7 +140,7 @@ def kind_in_words(kind: Any) -> str:
     return words.get(kind, "text")
 
 
-def engine_dict(source: str | Engine, config: Config, world_size: int) -> Engine:
+def engine_dict(source: str | EngineDict, config: Config, world_size: int) -> EngineDict:
     """What ``deepspeed.initialize`` gets: the file (or its content) with the run's numbers in it.
 
     Raises:
@@ -159,7 +159,7 @@ def engine_dict(source: str | Engine, config: Config, world_size: int) -> Engine
     return engine
 
 
-def conflicts(source: str | Engine, config: Config, *, trains: bool = True) -> list[str]:
+def conflicts(source: str | EngineDict, config: Config, *, trains: bool = True) -> list[str]:
     """Every number of a well-formed file that differs from the run's, and a missing NVMe folder
     where a run is to train here."""
     engine, place = load(source)
@@ -177,7 +177,7 @@ def conflicts(source: str | Engine, config: Config, *, trains: bool = True) -> l
     return problems
 
 
-def world_problems(engine: Engine, config: Config, world_size: int, place: str) -> list[str]:
+def world_problems(engine: EngineDict, config: Config, world_size: int, place: str) -> list[str]:
     """What does not fit this number of ranks."""
     problems = []
     train = config.train
@@ -211,7 +211,7 @@ def differs(place: str, key: str, theirs: object, ours: object) -> str:
     )
 
 
-def load(source: str | Engine) -> tuple[Engine, str]:
+def load(source: str | EngineDict) -> tuple[EngineDict, str]:
     """(content, name for messages) of a file or of content itself."""
     if not isinstance(source, str):
         return source, "engine config"
@@ -230,7 +230,7 @@ def value_at(engine: Mapping[str, Any], dotted: str) -> Any:
     return value
 
 
-def set_at(engine: Engine, dotted: str, value: object) -> None:
+def set_at(engine: EngineDict, dotted: str, value: object) -> None:
     """Puts ``value`` under ``a.b``, making the block ``a`` when it is not there."""
     *way, last = dotted.split(".")
     for key in way:

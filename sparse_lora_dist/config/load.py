@@ -47,7 +47,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     flags = split_argv(argv, problems)
     names = [name for name, _ in flags]
     if "help" in names:
-        leave_saying(parser.format_help())
+        print_and_exit(parser.format_help())
     given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
     values = typed_values(given, options, parser, problems)
     config = build(values, options, problems, trains=program.trains)
@@ -57,11 +57,11 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     raise_if(problems)
     assert config is not None, "neither a config nor a problem"
     if "print_config" in names:
-        leave_saying(yaml.safe_dump(config.as_flat_dict(), sort_keys=False))
+        print_and_exit(yaml.safe_dump(config.as_flat_dict(), sort_keys=False))
     return config, own
 
 
-def leave_saying(text: str) -> NoReturn:
+def print_and_exit(text: str) -> NoReturn:
     """Ends the program with status 0; rank 0 prints ``text`` first."""
     if this_launch().rank == 0:
         print(text.rstrip())

@@ -1,6 +1,6 @@
 """Examples -> documents: token ids with labels, none longer than the sequence length.
 
-Plain text is cut into pieces; a pair or chat that is too long is left out and counted.
+Plain text is cut into parts; a pair or chat that is too long is left out and counted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -201,14 +201,14 @@ def document_row(ids: list[int], is_target: list[bool], sequence_length: int) ->
 
 
 def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
-    """Pieces of at most ``sequence_length`` tokens.
+    """Components of at most ``sequence_length`` tokens.
 
-    Each begins with the last token of the piece before, as context only, so that every token of the
+    Each begins with the last token of the part before, as context only, so that every token of the
     text but its first is a target exactly once.
     """
     starts = range(0, max(len(ids) - 1, 1), sequence_length - 1)
-    pieces = [ids[start : start + sequence_length] for start in starts]
-    return [document_row(piece, [True] * len(piece), sequence_length) for piece in pieces]
+    parts = [ids[start : start + sequence_length] for start in starts]
+    return [document_row(part, [True] * len(part), sequence_length) for part in parts]
 
 
 def identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from sparse_lora_dist.distributed import comm
 
 
-def say(label: str, text: str = "") -> None:
+def print_line(label: str, text: str = "") -> None:
     """One line, above the progress bar where there is one."""
     if comm.rank() == 0:
         tqdm.write(f"{label:<10}{text}".rstrip(), file=sys.stdout)

@@ -78,7 +78,7 @@ SRUN = Names(
 )
 # mpirun before srun: inside a Slurm job it starts its daemons with srun, one a node, and the ranks
 # inherit the daemon's task. Its PMI_SIZE alone comes last, since srun --mpi=pmi2 sets that too.
-TASKS = (
+LAUNCHERS = (
     Names(
         "mpirun",
         "OMPI_COMM_WORLD_SIZE",
@@ -111,23 +111,25 @@ def find_launch(environ: Mapping[str, str]) -> Launch:
     """
     for names in AGENTS:
         if names.sign in environ:
-            return _read(Said(names, environ))
-    for names in TASKS:
-        said = Said(names, environ)
+            return _read(LauncherVariables(names, environ))
+    for names in LAUNCHERS:
+        variables = LauncherVariables(names, environ)
         # One task is no launch: an interactive step, or a program that starts ranks by hand. In a
         # shell of a step of several (srun --pty) the others do not come.
         in_a_shell = names.launcher == "srun" and "SLURM_PTY_PORT" in environ
-        if names.sign in environ and said.number(names.world_size) > 1 and not in_a_shell:
-            _check_by_hand(said)
-            return _read(said)
+        if names.sign in environ and variables.number(names.world_size) > 1 and not in_a_shell:
+            _check_by_hand(variables)
+            return _read(variables)
     sign = next((name for name in ("RANK", "WORLD_SIZE") if name in environ), None)
     if sign is None:
         return Launch(launcher="python")
-    return _read(Said(Names("environment", sign, *RANKED, "LOCAL_WORLD_SIZE"), environ))
+    return _read(
+        LauncherVariables(Names("environment", sign, *RANKED, "LOCAL_WORLD_SIZE"), environ)
+    )
 
 
 @dataclass(frozen=True)
-class Said:
+class LauncherVariables:
     """The environment, and what the launcher calls things in it."""
 
     names: Names
@@ -147,13 +149,13 @@ class Said:
         return int(self.text(name))
 
 
-def _read(said: Said) -> Launch:
-    names = said.names
-    rank, world_size = said.number(names.rank), said.number(names.world_size)
-    local_size_name, local_size = _local_size(said, world_size)
+def _read(variables: LauncherVariables) -> Launch:
+    names = variables.names
+    rank, world_size = variables.number(names.rank), variables.number(names.world_size)
+    local_size_name, local_size = _local_size(variables, world_size)
     local_rank = 0
-    if local_size > 1 or names.local_rank in said.environ:
-        local_rank = said.number(names.local_rank)
+    if local_size > 1 or names.local_rank in variables.environ:
+        local_rank = variables.number(names.local_rank)
     _check_below(names.rank, rank, names.world_size, world_size)
     _check_below(names.local_rank, local_rank, local_size_name, local_size)
     if local_size > world_size:
@@ -167,7 +169,7 @@ def _read(said: Said) -> Launch:
         local_rank=local_rank,
         local_size=local_size,
     )
-    return here if world_size == 1 else _with_meeting_place(here, said)
+    return here if world_size == 1 else _with_meeting_place(here, variables)
 
 
 def _check_below(name: str, number: int, limit_name: str, limit: int) -> None:
@@ -175,37 +177,40 @@ def _check_below(name: str, number: int, limit_name: str, limit: int) -> None:
         raise UserError(f"{name}={number} contradicts {limit_name}={limit}. {ADVICE}")
 
 
-def _local_size(said: Said, world_size: int) -> tuple[str, int]:
+def _local_size(variables: LauncherVariables, world_size: int) -> tuple[str, int]:
     """Which variable says how many ranks this machine has, and how many."""
-    name = said.names.local_size
-    if said.names is SRUN:
-        return name, tasks_on_node(said.text(name), said.number("SLURM_NODEID"))
-    if said.names.launcher == "environment" and name not in said.environ:
-        return said.names.world_size, world_size
-    return name, said.number(name)
+    name = variables.names.local_size
+    if variables.names is SRUN:
+        return name, tasks_on_node(variables.text(name), variables.number("SLURM_NODEID"))
+    if variables.names.launcher == "environment" and name not in variables.environ:
+        return variables.names.world_size, world_size
+    return name, variables.number(name)
 
 
-def _with_meeting_place(launch: Launch, said: Said) -> Launch:
+def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
     """What is set wins: a cluster's names of nodes may not be those of its fast network."""
-    address = said.environ.get("MASTER_ADDR")
-    port = said.number("MASTER_PORT") if "MASTER_PORT" in said.environ else None
-    if said.names is SRUN:
+    address = variables.environ.get("MASTER_ADDR")
+    port = variables.number("MASTER_PORT") if "MASTER_PORT" in variables.environ else None
+    if variables.names is SRUN:
         # The name need not resolve where no other node has to find this one.
         alone = launch.local_size == launch.world_size
-        host = "127.0.0.1" if alone else first_host(said.text("SLURM_STEP_NODELIST"))
-        job, step = said.number("SLURM_JOB_ID"), said.number("SLURM_STEP_ID")
+        host = "127.0.0.1" if alone else first_host(variables.text("SLURM_STEP_NODELIST"))
+        job, step = variables.number("SLURM_JOB_ID"), variables.number("SLURM_STEP_ID")
         address, port = address or host, port or port_of_step(job, step)
     elif launch.launcher != "mpirun":
-        address, port = said.text("MASTER_ADDR"), said.number("MASTER_PORT")
+        address, port = variables.text("MASTER_ADDR"), variables.number("MASTER_PORT")
     return replace(launch, address=address, port=port)
 
 
-def _check_by_hand(said: Said) -> None:
+def _check_by_hand(variables: LauncherVariables) -> None:
     """LOCAL_RANK is not looked at: where each task sees one GPU, scripts set it to 0."""
-    for ours, theirs in (("RANK", said.names.rank), ("WORLD_SIZE", said.names.world_size)):
-        if ours in said.environ and said.number(ours) != said.number(theirs):
+    for ours, theirs in (
+        ("RANK", variables.names.rank),
+        ("WORLD_SIZE", variables.names.world_size),
+    ):
+        if ours in variables.environ and variables.number(ours) != variables.number(theirs):
             raise UserError(
-                f"{ours}={said.text(ours)} contradicts {theirs}={said.text(theirs)}: "
-                f"{said.names.launcher} numbers the ranks. Unset RANK and WORLD_SIZE, or let "
-                f"{said.names.launcher} start one task."
+                f"{ours}={variables.text(ours)} contradicts {theirs}={variables.text(theirs)}: "
+                f"{variables.names.launcher} numbers the ranks. Unset RANK and WORLD_SIZE, or let "
+                f"{variables.names.launcher} start one task."
             )

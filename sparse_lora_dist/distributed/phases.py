@@ -11,7 +11,7 @@ from sparse_lora_dist.errors import UserError
 
 
 @contextmanager
-def together(phase: str) -> Iterator[None]:
+def fail_together(phase: str) -> Iterator[None]:
     """If any rank fails inside, all ranks raise, so that none waits for one that is gone.
 
     Only for phases without collectives of their own: a rank that fails between two of them would

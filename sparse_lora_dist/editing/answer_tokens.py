@@ -103,12 +103,12 @@ class Speaker:
 
 
 @contextmanager
-def silent(adapters: Sequence[AdapterLinear]) -> Iterator[None]:
+def without_adapters(adapters: Sequence[AdapterLinear]) -> Iterator[None]:
     """The base alone answers inside: every delta is zero."""
     for adapter in adapters:
-        adapter.silent = True
+        adapter.base_only = True
     try:
         yield
     finally:
         for adapter in adapters:
-            adapter.silent = False
+            adapter.base_only = False

@@ -7,13 +7,13 @@ from functools import partial
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import counted, say
-from sparse_lora_dist.distributed.phases import first_on_its_node, together
-from sparse_lora_dist.editing.answer_tokens import Encoded, Speaker, encode, silent
+from sparse_lora_dist.distributed.console import counted, print_line
+from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
+from sparse_lora_dist.editing.answer_tokens import Encoded, Speaker, encode, without_adapters
 from sparse_lora_dist.editing.edit_feed import EditFeed, feed_of
 from sparse_lora_dist.editing.edit_metrics import COLUMNS, Scores, table_row
 from sparse_lora_dist.editing.edit_options import RESULTS, EditRequest
-from sparse_lora_dist.editing.probe_scores import Said, asked_of, scored
+from sparse_lora_dist.editing.probe_scores import ModelAnswers, asked_of, scored
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import open_tokenizer
@@ -38,7 +38,7 @@ def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
     again = ["launcher/edit.py", "--edits", str(options.edits)]
     again += [] if options.number is None else ["--number", options.number]
     again += ["--fluency_tokens", str(options.fluency_tokens)]
-    with together("reading the edits"), first_on_its_node():
+    with fail_together("reading the edits"), first_on_its_node():
         feed = feed_of(
             request.edits,
             config,
@@ -47,7 +47,9 @@ def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
             program=shlex.join(again),
         )
     cut = f"{feed.accumulation} x {counted(feed.micro_batch_size, 'row')} on each rank"
-    say("edits", f"{counted(len(feed.rows), 'edit')} of {options.edits}, all in each step: {cut}")
+    print_line(
+        "edits", f"{counted(len(feed.rows), 'edit')} of {options.edits}, all in each step: {cut}"
+    )
     return feed
 
 
@@ -62,7 +64,7 @@ def _conclude(request: EditRequest, job: Job) -> None:
         pad_id=job.feed.pad_id,
         batch_size=job.feed.micro_batch_size,
     )
-    with silent(job.model.adapters):
+    with without_adapters(job.model.adapters):
         before = _said(request, job, speaker, questions)
     after = _said(request, job, speaker, questions)
     answers = [question.answer for question in questions]
@@ -70,7 +72,7 @@ def _conclude(request: EditRequest, job: Job) -> None:
         "before": scored(asked, answers, before, before),
         "after": scored(asked, answers, after, before),
     }
-    with together(f"writing {RESULTS}"):
+    with fail_together(f"writing {RESULTS}"):
         if comm.rank() == 0:
             texts = {"before": before.texts, "after": after.texts}
             results = _results(request, job, scores, texts)
@@ -78,19 +80,21 @@ def _conclude(request: EditRequest, job: Job) -> None:
             write_whole(job.folder / RESULTS, text + "\n")
     for name in COLUMNS:
         was, now = (_in_words(table_row(rows)[name]) for rows in scores.values())
-        say("edited", f"{name} {now}" if name == "locality" else f"{name} {was} -> {now}")
+        print_line("edited", f"{name} {now}" if name == "locality" else f"{name} {was} -> {now}")
     if (table_row(scores["after"])["edit success"] or 0.0) < TAKEN:
-        say("try", how_to_take(job.config))
+        print_line("try", how_to_take(job.config))
 
 
-def _said(request: EditRequest, job: Job, speaker: Speaker, questions: Sequence[Encoded]) -> Said:
+def _said(
+    request: EditRequest, job: Job, speaker: Speaker, questions: Sequence[Encoded]
+) -> ModelAnswers:
     prompts = [edit.fact.prompt for edit in request.edits]
     longest = max(len(ids) for ids in speaker.tokenizer(prompts).input_ids)
     architecture = job.model.module.config.get_text_config()
     positions = getattr(architecture, "max_position_embeddings", None)  # ALiBi has no bound
     num_tokens = request.options.fluency_tokens
     num_tokens = num_tokens if positions is None else min(num_tokens, positions - longest)
-    return Said(
+    return ModelAnswers(
         chosen=speaker.first_choices(questions),
         texts=speaker.texts(prompts, num_tokens) if num_tokens > 0 else (),
     )

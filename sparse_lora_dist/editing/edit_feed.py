@@ -21,11 +21,11 @@ from sparse_lora_dist.editing.edits import Edit
 from sparse_lora_dist.editing.probe_scores import asked_of
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.training.feed import Feed, check_positions, settle_padding
+from sparse_lora_dist.training.feed import DataFeed, check_positions, settle_padding
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditFeed(Feed):
+class EditFeed(DataFeed):
     """A step's rows are the edits in their order, on any number of ranks; empty rows fill up."""
 
     edits: tuple[Edit, ...] = ()

@@ -19,7 +19,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Said:
+class ModelAnswers:
     """What the model answered."""
 
     chosen: Sequence[Sequence[int]]
@@ -48,7 +48,10 @@ def asked_of(edits: Sequence[Edit]) -> list[Asked]:
 
 
 def scored(
-    asked: Sequence[Asked], answers: Sequence[Sequence[int]], said: Said, before: Said
+    asked: Sequence[Asked],
+    answers: Sequence[Sequence[int]],
+    said: ModelAnswers,
+    before: ModelAnswers,
 ) -> list[Scores]:
     """One row an edit.
 

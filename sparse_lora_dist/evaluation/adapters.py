@@ -12,7 +12,7 @@ from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
-from sparse_lora_dist.distributed.phases import first_on_its_node, together
+from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.zero3.shares import Values
@@ -50,7 +50,7 @@ def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
         UserError: with all that are not there, or of a kind that is not a plain LoRA.
     """
     adapters, problems = [], []
-    with together("opening adapters"), first_on_its_node():
+    with fail_together("opening adapters"), first_on_its_node():
         for name in names:
             try:
                 adapters.append(_open(name))

@@ -14,18 +14,18 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import Adapter, open_adapters, unlike_training
 from sparse_lora_dist.evaluation.eval_metrics import METRICS, Measure
 from sparse_lora_dist.evaluation.eval_options import EvalRequest
-from sparse_lora_dist.evaluation.eval_set import Exam, open_exam
+from sparse_lora_dist.evaluation.eval_set import EvalSet, open_eval_set
 from sparse_lora_dist.evaluation.load_model import load, open_model
 from sparse_lora_dist.evaluation.results import as_text, each_example, results
 from sparse_lora_dist.evaluation.scoring import Scorer
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.runtime import watchdog
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import settle_padding
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
@@ -45,22 +45,22 @@ def evaluate(request: EvalRequest) -> None:
     config = replace(request.config, model=model_config, adapter=AdapterConfig())
     launch = comm.start(seconds_in(config.run.collective_timeout))
     if launch.world_size > 1:
-        say("launch", launch.in_words(comm.num_nodes()))
-    with together("reading --ds_config"):
+        print_line("launch", launch.in_words(comm.num_nodes()))
+    with fail_together("reading --ds_config"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
-    with together("checking where results go"):
+    with fail_together("checking where results go"):
         for flag, path in own.files.items():
             _check_place(flag, path)
     with _watched(config):
         zero3_nvme.prepare(engine_config)
         adapters = open_adapters(own.names)
         models = [open_model(config, adapter) for adapter in adapters]
-        exam = open_exam(request, config, models[0], engine_config)
+        eval_set = open_eval_set(request, config, models[0], engine_config)
         measured = []
         for model, adapter in zip(models, adapters, strict=True):
-            measures = _take(exam, model, adapter)
+            measures = _take(eval_set, model, adapter)
             measured.append((adapter.name, {m.name: m for m in measures}))
-        _publish(exam, measured)
+        _publish(eval_set, measured)
 
 
 def _check_place(flag: str, path: Path) -> None:
@@ -79,45 +79,45 @@ def _watched(config: Config) -> Iterator[None]:
     with TemporaryDirectory() as own:
         # That of one rank. Other nodes do not see it, and find heartbeats in the store.
         place = Path(comm.gather_objects(own)[0])
-        with watch.watched(place, seconds_in(config.run.collective_timeout)):
+        with watchdog.watched(place, seconds_in(config.run.collective_timeout)):
             yield
         comm.barrier()
 
 
-def _publish(exam: Exam, measured: Sequence[tuple[str, Mapping[str, Measure]]]) -> None:
+def _publish(eval_set: EvalSet, measured: Sequence[tuple[str, Mapping[str, Measure]]]) -> None:
     """Numbers on the screen and in files."""
-    found, files = results(measured), exam.own.files
-    with together("writing results"):
+    found, files = results(measured), eval_set.own.files
+    with fail_together("writing results"):
         if comm.rank() == 0:
             print(as_text(found), flush=True)
             if "answers" in files:
                 write_whole(files["answers"], each_example(measured))
             if "output" in files:
-                content = json.dumps(exam.about() | found, indent=1, allow_nan=False)
+                content = json.dumps(eval_set.about() | found, indent=1, allow_nan=False)
                 write_whole(files["output"], content + "\n")
             for path in files.values():
-                say("written", str(path))
+                print_line("written", str(path))
 
 
-def _take(exam: Exam, model: Model, adapter: Adapter) -> list[Measure]:
+def _take(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[Measure]:
     """Load one model, and have it measured by every metric. Collective."""
-    say("evaluates", adapter.name)
-    for note in unlike_training(adapter, exam.config) if comm.rank() == 0 else ():
-        say("note", note)
-    watch.mark("loading the base", may_be_long=True)
-    load(exam.config, model, adapter, exam.engine_config)
-    engine = Engine(model.module, None, exam.engine_config)
+    print_line("evaluates", adapter.name)
+    for note in unlike_training(adapter, eval_set.config) if comm.rank() == 0 else ():
+        print_line("note", note)
+    watchdog.set_phase("loading the base", may_be_long=True)
+    load(eval_set.config, model, adapter, eval_set.engine_config)
+    engine = Engine(model.module, None, eval_set.engine_config)
     scorer = Scorer(
         engine=engine,
-        tokenizer=exam.tokenizer,
-        pad_id=settle_padding(model, exam.tokenizer),
-        stop_ids=frozenset(exam.stop_ids | ends_of(model.module)),
-        batch_size=exam.own.batch_size,
-        max_new_tokens=exam.own.max_new_tokens,
+        tokenizer=eval_set.tokenizer,
+        pad_id=settle_padding(model, eval_set.tokenizer),
+        stop_ids=frozenset(eval_set.stop_ids | ends_of(model.module)),
+        batch_size=eval_set.own.batch_size,
+        max_new_tokens=eval_set.own.max_new_tokens,
     )
     measures = [
         measure
-        for name, items in exam.items.items()
+        for name, items in eval_set.items.items()
         for measure in METRICS[name].measure(name, scorer, items)
     ]
     engine.close()

@@ -8,7 +8,7 @@ from typing import Any
 from sparse_lora_dist.data import Documents
 from sparse_lora_dist.evaluation import questions
 from sparse_lora_dist.evaluation.examples import Table
-from sparse_lora_dist.evaluation.questions import Choice, Encoder, Task
+from sparse_lora_dist.evaluation.questions import Choice, Encoder, Prompted
 from sparse_lora_dist.evaluation.scoring import Scorer
 
 Items = Callable[[Encoder, Table, int | None], Any]
@@ -56,7 +56,7 @@ def likeliest(name: str, scorer: Scorer, choices: Sequence[Choice]) -> list[Meas
     return [_share(name, sums), _share(f"{name}_per_token", means)]
 
 
-def generated(name: str, scorer: Scorer, tasks: Sequence[Task]) -> list[Measure]:
+def generated(name: str, scorer: Scorer, tasks: Sequence[Prompted]) -> list[Measure]:
     """The share of prompts that are answered rightly."""
     texts = scorer.answers([task.prompt for task in tasks], name)
     rights = [t.is_right(text) for t, text in zip(tasks, texts, strict=True)]

@@ -9,8 +9,8 @@ from sparse_lora_dist.data import Documents, be_quiet
 from sparse_lora_dist.data.chat import end_of_turn, find_template
 from sparse_lora_dist.data.fields import ExampleError
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import counted, say
-from sparse_lora_dist.distributed.phases import first_on_its_node, together
+from sparse_lora_dist.distributed.console import counted, print_line
+from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.eval_metrics import METRICS
 from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
@@ -28,7 +28,7 @@ DECISIVE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exam:
+class EvalSet:
     """All that does not depend on the adapter."""
 
     config: Config
@@ -54,13 +54,13 @@ class Exam:
         )
 
 
-def open_exam(
+def open_eval_set(
     request: EvalRequest, config: Config, model: Model, engine_config: dict[str, Any]
-) -> Exam:
+) -> EvalSet:
     """Read and tokenise what every metric asks for. Collective."""
     if comm.rank() > 0:
         be_quiet()
-    with together("reading the data"), first_on_its_node():
+    with fail_together("reading the data"), first_on_its_node():
         tokenizer = open_tokenizer(config, model)
         template = find_template(tokenizer, config.data.chat_template)
         encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data)
@@ -79,8 +79,8 @@ def open_exam(
         check_positions(model.module, longest if prompts else 0, "a prompt and --max_new_tokens")
     for name, found in items.items():
         counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
-        say(name, counts)
-    return Exam(
+        print_line(name, counts)
+    return EvalSet(
         config=config,
         own=request.own,
         engine_config=engine_config,

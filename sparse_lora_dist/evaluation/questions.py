@@ -31,7 +31,7 @@ class Choice:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task:
+class Prompted:
     """One prompt, and whether the text that follows it is right."""
 
     prompt: list[int]
@@ -98,7 +98,7 @@ def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Choice:
     return Choice(documents=encoder.answered(messages, texts), right=right)
 
 
-def choice_generated(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Task:
+def choice_generated(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Prompted:
     """By what the model says when the choices stand under the question, each with a letter."""
     texts, right = table.choices(record)
     *before, last = table.messages(record)
@@ -106,19 +106,19 @@ def choice_generated(encoder: Encoder, table: Table, record: Mapping[str, Any]) 
         raise ExampleError(f"it has {len(texts)} choices, more than there are letters")
     listed = [last["content"], *(f"{a}. {text}" for a, text in zip(LETTERS, texts, strict=False))]
     prompt = encoder.prompt([*before, last | {"content": "\n".join(listed)}])
-    return Task(prompt=prompt, is_right=lambda text: chosen(text, texts) == right)
+    return Prompted(prompt=prompt, is_right=lambda text: chosen(text, texts) == right)
 
 
-def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Task:
+def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Prompted:
     """By the whole text."""
     prompt = encoder.prompt(table.messages(record))
-    return Task(prompt=prompt, is_right=partial(is_exact, answer=table.reference(record)))
+    return Prompted(prompt=prompt, is_right=partial(is_exact, answer=table.reference(record)))
 
 
-def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Task:
+def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Prompted:
     """By the final number."""
     answer = table.reference(record)
     if final_number(answer) is None:
         raise ExampleError(f"its answer holds no number: {answer[-40:]!r}")
     prompt = encoder.prompt(table.messages(record))
-    return Task(prompt=prompt, is_right=partial(is_same_number, answer=answer))
+    return Prompted(prompt=prompt, is_right=partial(is_same_number, answer=answer))

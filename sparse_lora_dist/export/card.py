@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.version import __version__
 
@@ -29,7 +29,7 @@ KINDS = {"causal_lm": "CausalLM", "seq_cls": "SequenceClassification"}
 
 
 def write_card(
-    trained: Trained, folder: Path, final: Path, kind: str, facts: Mapping[str, str]
+    trained: Trained, folder: Path, final: Path, kind: str, summary: Mapping[str, str]
 ) -> None:
     """Facts of the run, then those of this export, then the commands to load it from ``final``."""
     config = trained.config
@@ -41,7 +41,7 @@ def write_card(
         "tokens": f"{trained.manifest['progress']['tokens']:,}",
         **_losses(trained),
         **_others(trained),
-        **facts,
+        **summary,
     }
     lines = [f"| {name} | {value} |" for name, value in about.items()]
     library = "peft" if kind == "peft" else "transformers"
@@ -99,7 +99,7 @@ def _losses(trained: Trained) -> dict[str, str]:
     if isinstance(trained, Union):  # nobody has measured a sum
         return {}
     path = trained.path.parents[1] / "metrics.jsonl"
-    rows = [r for r in read_rows(path) if r["step"] <= trained.step] if path.exists() else []
+    rows = [r for r in read_records(path) if r["step"] <= trained.step] if path.exists() else []
     losses = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
     if not losses:
         return {}

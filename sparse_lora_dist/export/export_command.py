@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from sparse_lora_dist.adapter.peft_config import APART
 from sparse_lora_dist.base_model.architecture import PRECISIONS
-from sparse_lora_dist.distributed.console import counted, megabytes, say
+from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.card import CARD, SIGNATURE, write_card
 from sparse_lora_dist.export.export_options import ExportConfig, ExportRequest
@@ -38,24 +38,24 @@ def export(request: ExportRequest) -> None:
     if asked.plus is not None:
         trained = Union.of(trained, [source.strip() for source in asked.plus.split(",")])
     _check_place(final, trained, asked)
-    say("from", f"{trained.path}, step {trained.step:,}")
+    print_line("from", f"{trained.path}, step {trained.step:,}")
     for other in trained.others if isinstance(trained, Union) else ():
-        say("plus", f"{other.path}, step {other.step:,}")
+        print_line("plus", f"{other.path}, step {other.step:,}")
     temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        facts = WRITERS[asked.format](trained, temporary, asked)
-        write_card(trained, temporary, final, asked.format, facts)
+        summary = WRITERS[asked.format](trained, temporary, asked)
+        write_card(trained, temporary, final, asked.format, summary)
         sync_all(temporary)
         put_in_place(temporary, final)
     except (OSError, SafetensorError) as error:  # a full disk is either
         raise UserError(f"exporting to {final}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for name, text in facts.items():
-        say(name, text)
+    for name, text in summary.items():
+        print_line(name, text)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
-    say("written", f"{final} ({megabytes(size)}); {final}/{CARD} has the lines that load it")
+    print_line("written", f"{final} ({megabytes(size)}); {final}/{CARD} has the lines that load it")
 
 
 def with_base(trained: Trained, asked: ExportConfig) -> Trained:
@@ -100,19 +100,19 @@ def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
     write_peft(folder, lora, uniform=asked.uniform_rank)
     ranks = [len(a_LI) for a_LI, _ in lora.pairs.values()]
     live = sum(a_LI.numel() + b_OL.numel() for a_LI, b_OL in lora.pairs.values())
-    facts = {
+    summary = {
         "modules": f"{len(ranks)} of {counted(len(trained.sites), 'linear')}, of rank "
         f"{min(ranks)} to {max(ranks)} (the run's: {lora.rank})",
-        "entries": f"{live:,} in pieces that do something",
+        "entries": f"{live:,} in components that do something",
     }
     if asked.uniform_rank:
-        facts["rank"] = f"{max(ranks)} everywhere, filled up with zeros"
+        summary["rank"] = f"{max(ranks)} everywhere, filled up with zeros"
         if lora.full:
-            facts["apart"] = (
+            summary["apart"] = (
                 f"{', '.join(lora.full_modules)} trained in full, in {APART}: "
                 "servers of LoRA do not read it; use --format merged to keep it"
             )
-    return facts
+    return summary
 
 
 def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
@@ -132,34 +132,34 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
     )
     merge.write(trained, base, folder)
     where = "the original weights" if asked.onto == "original" else "what it was trained over"
-    facts = {"onto": where}
+    summary = {"onto": where}
     if merge.quantized:
-        facts["onto"] += (
+        summary["onto"] += (
             f"; original and 4-bit weights are {merge.distance:.1%} of their norm apart"
         )
     if base.experts and base.quantized:
-        facts["experts"] = "as the files have them, not as the run had them in 4 bits"
+        summary["experts"] = "as the files have them, not as the run had them in 4 bits"
     share = merge.unchanged / max(merge.touched, 1)
-    facts["rounding"] = (
+    summary["rounding"] = (
         f"to {asked.dtype}, {asked.rounding}: {merge.unchanged:,} of {merge.touched:,} touched "
         f"weights ({share:.1%}) stay as they were"
     )
     if share > 0.01 and asked.rounding == "nearest":
-        facts["rounding"] += "; --rounding stochastic keeps their mean, --dtype fp32 all"
-    return facts
+        summary["rounding"] += "; --rounding stochastic keeps their mean, --dtype fp32 all"
+    return summary
 
 
 def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
     found = write_sparse_delta(trained, folder)
-    facts = {
+    summary = {
         "onto": "the weights of whoever loads it; it was trained over "
         + ("4-bit ones" if trained.config.model.quantization == "nf4" else "the base's own"),
         "changed": f"{found.changed:,} of {found.weights:,} weights",
         "sparsity": f"{found.zeros:.4%}; at least {found.bound:.4%} by RoseLoRA's Proposition 1",
     }
     if trained.full:
-        facts["left out"] = f"{', '.join(trained.manifest['full_modules'])}, trained in full"
-    return facts
+        summary["left out"] = f"{', '.join(trained.manifest['full_modules'])}, trained in full"
+    return summary
 
 
 WRITERS: dict[str, Callable[[Trained, Path, ExportConfig], Facts]] = {

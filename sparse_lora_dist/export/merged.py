@@ -1,6 +1,6 @@
 """A whole model, the deltas added to its weights: tensor after tensor, one at a time in memory.
 
-Sums are made in fp32 and rounded once. Shapes: O out_features, I in_features, L live pieces.
+Sums are made in fp32 and rounded once. Shapes: O out_features, I in_features, L live components.
 """
 
 import shutil
@@ -21,7 +21,7 @@ from sparse_lora_dist.export.open_base import Base, read_labelled_config
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import Change
 
-PIECE = 2**23
+BLOCK_ENTRIES = 2**23
 """Weights that are summed and rounded at a time."""
 NOT_COPIED = (
     ".safetensors",
@@ -83,10 +83,12 @@ class Merge:
                     out.add_tensor(saved_as, trained.tensor(name).to(self.dtype))
                 elif entry.dtype in FLOATS:
                     site = sites.get(name)
-                    pieces = self._pieces(base, key, trained.change(site) if site else None)
-                    out.add(saved_as, NAMES[self.dtype], entry.shape, pieces)
+                    components = self._components(base, key, trained.change(site) if site else None)
+                    out.add(saved_as, NAMES[self.dtype], entry.shape, components)
                 else:
-                    out.add(saved_as, entry.dtype, entry.shape, base.files.raw(entry, PIECE))
+                    out.add(
+                        saved_as, entry.dtype, entry.shape, base.files.raw(entry, BLOCK_ENTRIES)
+                    )
             for name in trained.full:
                 if name not in base.keys_of:
                     out.add_tensor(name, trained.tensor(name).to(self.dtype))
@@ -94,7 +96,7 @@ class Merge:
         finally:
             out.close()
 
-    def _pieces(self, base: Base, key: str, change: Change | None) -> Iterator[Tensor]:
+    def _components(self, base: Base, key: str, change: Change | None) -> Iterator[Tensor]:
         """A tensor of floats, some rows at a time."""
         entry = base.files.entries[key]
         w = base.read(key)
@@ -103,7 +105,7 @@ class Merge:
         elif self.onto == "dequantised":
             w = w.to(base.trained.dtype)
         rows = w.view(entry.shape[0], -1) if entry.shape else w.view(1, 1)
-        step = max(1, PIECE // rows.shape[1])
+        step = max(1, BLOCK_ENTRIES // rows.shape[1])
         generator = torch.Generator().manual_seed(seed_of("rounding", key))
         for start in range(0, len(rows), step):
             before = rows[start : start + step].float()
@@ -114,7 +116,7 @@ class Merge:
 
     def _as_trained_over(self, w: Tensor, base: Base, key: str) -> Tensor:
         again = base.dequantised(w, key)
-        for ours, theirs in zip(w.split(PIECE), again.split(PIECE), strict=True):
+        for ours, theirs in zip(w.split(BLOCK_ENTRIES), again.split(BLOCK_ENTRIES), strict=True):
             self._apart += float((ours.float() - theirs.float()).square().sum())
             self._whole += float(ours.float().square().sum())
         return again if self.onto == "dequantised" else w

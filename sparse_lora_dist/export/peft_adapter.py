@@ -1,7 +1,7 @@
-"""The trained adapter as PEFT reads it: a plain LoRA of the pieces that live.
+"""The trained adapter as PEFT reads it: a plain LoRA of the components that live.
 
-Shapes: R rank of a site, Q its pieces that are computed, L those that do something, I in_features,
-O out_features.
+Shapes: R rank of a site, Q its components that are computed, L those that do something, I
+in_features, O out_features.
 """
 
 import json
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.adapter.peft_config import APART, PREFIX, WEIGHTS
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.atomic_files import replace_whole
 from sparse_lora_dist.zero3.parameters import gathered
 
 
 class NothingLives(UserError):
-    """Every piece of every adapter is zero."""
+    """Every component of every adapter is zero."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -94,8 +94,8 @@ def save_peft(
     is gathered.
 
     Raises:
-        NothingLives: there is no piece to write.
-        NoPair: a piece is no LoRA.
+        NothingLives: there is no component to write.
+        NoPair: a component is no LoRA.
     """
     pairs: dict[str, Pair] = {}
     full: dict[str, Tensor] = {}
@@ -115,7 +115,7 @@ def save_peft(
                 full |= {f"{name}.{k}": _copy(p) for k, p in module.named_parameters()}
     if not any(comm.gather_objects(bool(pairs))):
         raise NothingLives
-    with together(f"writing {folder}"):
+    with fail_together(f"writing {folder}"):
         if comm.rank() == 0:
             first = adapters[0]
             trained = PlainLora(
@@ -138,11 +138,12 @@ def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> in
     """The same from what is at hand.
 
     Args:
-        uniform: for servers that know one rank and no ``modules_to_save``: pieces of zeros up to
+        uniform: for servers that know one rank and no ``modules_to_save``: components of zeros up
+        to
             the largest rank, the scale in B, modules trained in full in a file of their own.
 
     Raises:
-        NothingLives: there is no piece to write.
+        NothingLives: there is no component to write.
     """
     if not trained.pairs:
         raise NothingLives
@@ -190,7 +191,7 @@ def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) ->
         # Whole names: an ending might match a linear that has no adapter.
         target_modules=list(ranks),
         rank_pattern=others,
-        # Pieces are scaled by alpha / R, however many live.
+        # Components are scaled by alpha / R, however many live.
         alpha_pattern={name: alpha * r / usual for name, r in others.items()},
         modules_to_save=None if uniform else list(trained.full_modules) or None,
     )
@@ -204,7 +205,7 @@ def _padded(pair: Pair, rank: int, scale: float) -> Pair:
 
 
 def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
-    """The pieces that do something; None where there is none."""
+    """The components that do something; None where there is none."""
     a_RI, b_OR = plain_pair(adapter, tensors)
     lives_R = (a_RI != 0).any(1) & (b_OR != 0).any(0)
     return (a_RI[lives_R], b_OR[:, lives_R]) if lives_R.any() else None
@@ -212,7 +213,7 @@ def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
 
 def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
     """(a_RI, b_OR) of the plain LoRA, scaled by alpha / --rank, that gives the adapter's delta;
-    zero in the pieces that it does not compute.
+    zero in the components that it does not compute.
 
     Raises:
         NoPair: there is none.
@@ -222,11 +223,11 @@ def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
     a_QI, b_OQ = adapter.form.to_lora(adapter.computed(tensors))
     rescale = adapter.scale / (adapter.alpha / adapter.site.rank)
     b_OQ = b_OQ if rescale == 1.0 else b_OQ * rescale
-    if len(adapter.pieces.computed) == adapter.num_pieces:
+    if len(adapter.components.computed) == adapter.num_components:
         return a_QI, b_OQ
-    places = torch.tensor(adapter.pieces.computed, dtype=torch.int64, device=a_QI.device)
-    a_RI = a_QI.new_zeros(adapter.num_pieces, a_QI.shape[1]).index_copy_(0, places, a_QI)
-    b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.num_pieces).index_copy_(1, places, b_OQ)
+    places = torch.tensor(adapter.components.computed, dtype=torch.int64, device=a_QI.device)
+    a_RI = a_QI.new_zeros(adapter.num_components, a_QI.shape[1]).index_copy_(0, places, a_QI)
+    b_OR = b_OQ.new_zeros(b_OQ.shape[0], adapter.num_components).index_copy_(1, places, b_OQ)
     return a_RI, b_OR
 
 

@@ -1,7 +1,7 @@
 """The weights that a sparse method changed, alone: indices and values of every matrix, to be
 applied to a model and taken back bit for bit.
 
-Shapes: O out_features, I in_features, L live pieces, N weights that change.
+Shapes: O out_features, I in_features, L live components, N weights that change.
 """
 
 import json

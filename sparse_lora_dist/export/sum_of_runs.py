@@ -1,6 +1,6 @@
 """Several adapters over one base, added up: pairs side by side, changes summed.
 
-Shapes: O out_features, I in_features, L live pieces.
+Shapes: O out_features, I in_features, L live components.
 """
 
 from collections.abc import Iterator, Sequence

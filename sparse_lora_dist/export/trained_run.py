@@ -24,7 +24,7 @@ from sparse_lora_dist.export.peft_own_type import OwnType
 from sparse_lora_dist.export.weight_change import Change, LowRank, dense_change
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Pieces
+from sparse_lora_dist.methods.protocol.method import Components
 from sparse_lora_dist.tasks import TASKS
 
 
@@ -84,7 +84,7 @@ class Trained:
     @cached_property
     def method(self) -> Method:
         """As the run had it."""
-        plan = self.config.plan(self.manifest["total_steps"], self.sites)
+        plan = self.config.run_context(self.manifest["total_steps"], self.sites)
         return METHODS[self.config.adapter.method].build(self.config.method_options, plan)
 
     @property
@@ -93,7 +93,7 @@ class Trained:
         return self.config.adapter.alpha / self.config.adapter.rank
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
-        """The plain LoRA of a site, of the pieces that do something, made from its masters as
+        """The plain LoRA of a site, of the components that do something, made from its masters as
         ``dtype`` has them; None where none does.
 
         Raises:
@@ -166,7 +166,7 @@ class Trained:
             row_seeds=RowSeeds(seed=self.config.train.seed, sequence_length=1),
         )
         computed, opened = self.manifest["sites"]["pieces"][site.name]
-        adapter.set_pieces(Pieces(computed=tuple(computed), open=opened))
+        adapter.set_components(Components(computed=tuple(computed), open=opened))
         return adapter, [getattr(adapter, key) for key in tensors]
 
     def own_type(self) -> OwnType | None:

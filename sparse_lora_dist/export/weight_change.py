@@ -1,6 +1,6 @@
 """What a run adds to the weight of one linear, some rows at a time.
 
-Shapes: O out_features, I in_features, L live pieces.
+Shapes: O out_features, I in_features, L live components.
 """
 
 from dataclasses import dataclass
@@ -53,8 +53,8 @@ class LowRank:
 
     @property
     def at_most(self) -> int:
-        """Of each piece the outer product of what lives in its row of A and its column of B, no two
-        of them in one place: the bound of RoseLoRA's Proposition 1 (arXiv:2406.10777)."""
+        """Of each component the outer product of what lives in its row of A and its column of B,
+        no two of them in one place: the bound of RoseLoRA's Proposition 1 (arXiv:2406.10777)."""
         together = ((self.a_LI != 0).sum(1) * (self.b_OL != 0).sum(0)).sum()
         return min(int(together), self.a_LI.shape[1] * len(self.b_OL))
 

@@ -12,7 +12,7 @@ from sparse_lora_dist.methods.melora import MELORA
 from sparse_lora_dist.methods.mora import MORA
 from sparse_lora_dist.methods.neat import NEAT
 from sparse_lora_dist.methods.prilora import PRILORA
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.pst import PST
 from sparse_lora_dist.methods.roselora import ROSELORA
 from sparse_lora_dist.methods.sara import SARA
@@ -40,4 +40,4 @@ METHODS: dict[str, MethodFactory] = {
     "losa": LOSA,
 }
 
-__all__ = ["METHODS", "Method", "MethodFactory", "Plan"]
+__all__ = ["METHODS", "Method", "MethodFactory", "RunContext"]

@@ -1,17 +1,18 @@
-"""AdaLoRA: a budget of rank-1 pieces for the whole model, given to those that matter most.
+"""AdaLoRA: a budget of rank-1 components for the whole model, given to those that matter most.
 
 Zhang et al. 2023, arXiv:2303.10512. W + (alpha / R) B diag(lambda) A, scored as in ``triplets.py``.
-From ``begin`` on, every so many steps, the top b_t pieces of all sites together keep their lambda,
-and the others' becomes zero (equation 6):
+From ``begin`` on, every so many steps, the top b_t components of all sites together keep their
+lambda, and the others' becomes zero (equation 6):
 
     b_t = floor(b_T + (b_0 - b_T) * (1 - (t - begin) / (end - begin))^3)
 
-A and B of all pieces go on training, so a piece may come back. At ``end`` the choice is final: the
-others lose A, B and lambda, and are no longer computed. A site may end with no piece.
+A and B of all components go on training, so a component may come back. At ``end`` the choice is
+final: the others lose A, B and lambda, and are no longer computed. A site may end with no
+component.
 
 Where we differ from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and PEFT, on
 purpose: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
-exactly b_t pieces stay, ties going to the lowest index, even where b_t is all of them and both
+exactly b_t components stay, ties going to the lowest index, even where b_t is all of them and both
 fail; the penalty is the paper's squared norm, which ``--adalora_preset released`` changes; lambda
 has a learning rate of its own (``triplets.triplet_tensors``).
 
@@ -28,11 +29,11 @@ from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import zeros
 from sparse_lora_dist.methods.protocol.method import (
+    Components,
     Decision,
     Method,
     MethodFactory,
-    Pieces,
-    Plan,
+    RunContext,
     Scores,
     Stats,
 )
@@ -49,20 +50,21 @@ from sparse_lora_dist.methods.shared.triplets import (
 
 @dataclass(frozen=True, kw_only=True)
 class AdaLoraOptions:
-    """AdaLoRA: a falling budget of pieces over all sites"""
+    """AdaLoRA: a falling budget of components over all sites"""
 
     adalora_preset: Literal["paper", "released"] = "paper"
     """Orthogonality penalty: the squared norms of all matrices added up, as in the paper, or the
     mean of the norms, as in the released code, which also starts A and B at N(0, 0.02^2)."""
     adalora_lambda_lr_factor: float | None = None
     """Learning rate of lambda, in those of the run; null: 1 in released, else sqrt(out_features /
-    3), at which a piece moves as far in a step as one of LoRA's."""
+    3), at which a component moves as far in a step as one of LoRA's."""
     adalora_target_rank: float | None = None
-    """Pieces a site keeps in the end, on average, from 1 to rank; null is two thirds of rank."""
+    """Components a site keeps in the end, on average, from 1 to rank; null is two thirds of
+    rank."""
     adalora_begin: float = 0.1
-    """Fraction of the run after which pieces begin to go."""
+    """Fraction of the run after which components begin to go."""
     adalora_final: float = 0.2
-    """Fraction of the run, its end, in which the pieces that are left train alone."""
+    """Fraction of the run, its end, in which the components that are left train alone."""
     adalora_every: int | None = None
     """Steps between two decisions; null is a hundredth of the run."""
     adalora_beta1: float = 0.85
@@ -100,30 +102,31 @@ class AdaLoraOptions:
             raise ValueError("; ".join(problems))
 
 
-def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
-    """Takes pieces away from ``begin`` to ``end`` of the run, and trains what is left.
+def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
+    """Takes components away from ``begin`` to ``end`` of the run, and trains what is left.
 
     Raises:
         ValueError: the budget does not fit the ranks, or the run is too short to prune in.
     """
     # Not before step 2: lambda starts at zero, so at step 1 every score is, and ties would decide.
-    begin = max(1, round(options.adalora_begin * plan.total_steps))
-    end = plan.total_steps - round(options.adalora_final * plan.total_steps)
-    first, last = budget_ends(options, plan)
+    begin = max(1, round(options.adalora_begin * context.total_steps))
+    end = context.total_steps - round(options.adalora_final * context.total_steps)
+    first, last = budget_ends(options, context)
     problems = []
     if last > first:
         problems.append(
-            f"adalora_target_rank {options.adalora_target_rank} makes {last} pieces, but rank only "
+            f"adalora_target_rank {options.adalora_target_rank} makes {last} components, but "
+            f"rank only "
             f"{first}: raise rank"
         )
     if begin >= end:
         problems.append(
-            f"pieces would go between steps {begin} and {end} of {plan.total_steps}, "
+            f"components would go between steps {begin} and {end} of {context.total_steps}, "
             f"{begin + 1 - end} too few: raise max_steps, or lower adalora_begin or adalora_final"
         )
     if problems:
         raise ValueError("; ".join(problems))
-    every = options.adalora_every or max(1, plan.total_steps // 100)
+    every = options.adalora_every or max(1, context.total_steps // 100)
 
     def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
         beta1, beta2 = options.adalora_beta1, options.adalora_beta2
@@ -131,8 +134,8 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
 
     def decide(step: int, scores: Scores) -> Decision:
         budget = cubic_budget(step, begin=begin, end=end, first=first, last=last)
-        kept = top_pieces(triplet_scores(scores), budget)
-        return keep(scores, kept, final=step == end, facts={"budget": float(budget)})
+        kept = top_components(triplet_scores(scores), budget)
+        return keep(scores, kept, final=step == end, log_values={"budget": float(budget)})
 
     released = options.adalora_preset == "released"
     return Method(
@@ -144,7 +147,7 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
             released=released,
         ),
         penalty=orthogonality(
-            options.adalora_orthogonality, 2 * len(plan.sites), released=released
+            options.adalora_orthogonality, 2 * len(context.sites), released=released
         ),
         n_stats=2 if first > last else 0,
         observe=observe,
@@ -158,16 +161,16 @@ def adalora(options: AdaLoraOptions, plan: Plan) -> Method:
     )
 
 
-def budget_ends(options: AdaLoraOptions, plan: Plan) -> tuple[int, int]:
-    """(b_0, b_T): pieces of the whole model, at first and in the end."""
-    capacity = sum(site.rank for site in plan.sites)
+def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]:
+    """(b_0, b_T): components of the whole model, at first and in the end."""
+    capacity = sum(site.rank for site in context.sites)
     if options.adalora_target_rank is None:
-        return capacity, max(len(plan.sites), capacity * 2 // 3)
-    return capacity, round(options.adalora_target_rank * len(plan.sites))
+        return capacity, max(len(context.sites), capacity * 2 // 3)
+    return capacity, round(options.adalora_target_rank * len(context.sites))
 
 
-def top_pieces(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """Site -> which of its pieces are among the ``budget`` best of all sites; ties: the lowest
+def top_components(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
+    """Site -> which of its components are among the ``budget`` best of all sites; ties: the lowest
     index first."""
     flat = torch.cat(list(scores.values()))
     kept = torch.zeros_like(flat, dtype=torch.bool)
@@ -177,28 +180,29 @@ def top_pieces(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
 
 
 def keep(
-    scores: Scores, kept: dict[str, Tensor], *, final: bool, facts: dict[str, float]
+    scores: Scores, kept: dict[str, Tensor], *, final: bool, log_values: dict[str, float]
 ) -> Decision:
-    """Zeroes lambda of the pieces that are not kept, or, if ``final``, lets only the kept live."""
+    """Zeroes lambda of the components that are not kept, or, if ``final``, lets only the kept
+    live."""
     kept_parts = {
         f"{site}.{name}": scores.spread(f"{site}.{name}", kept_R, by)
         for site, kept_R in kept.items()
         for name, by in WITHIN.items()
         if final or name == "lora_lambda"
     }
-    pieces = {}
+    components = {}
     for site, kept_R in kept.items():
         open_ones = tuple(kept_R.nonzero().flatten().tolist())
         computed = open_ones if final else tuple(range(len(kept_R)))
-        pieces[site] = Pieces(computed=computed, open=len(open_ones))
+        components[site] = Components(computed=computed, open=len(open_ones))
     if final:
-        return Decision(live=kept_parts, pieces=pieces, facts=facts)
+        return Decision(live=kept_parts, components=components, log_values=log_values)
     zero = {name: ~part for name, part in kept_parts.items()}
-    return Decision(zero=zero, pieces=pieces, facts=facts)
+    return Decision(zero=zero, components=components, log_values=log_values)
 
 
 ADALORA = MethodFactory(
     options=AdaLoraOptions,
     build=adalora,
-    summary="a budget of pieces falls, and goes to the sites where they matter most",
+    summary="a budget of components falls, and goes to the sites where they matter most",
 )

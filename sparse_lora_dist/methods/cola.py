@@ -15,7 +15,7 @@ nearest product of rank Q, and the log has its relative distance, ``fold_error``
 merged pairs see the whole input, the stack sees it as dropout leaves it. The variant whose rank
 falls from link to link is not here.
 
-Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L pieces of a sum.
+Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L components of a sum.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ from sparse_lora_dist.methods.protocol.form import (
     low_rank_delta,
     zeros,
 )
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
@@ -62,7 +62,7 @@ class ColaOptions:
             raise ValueError("; ".join(problems))
 
 
-def cola(options: ColaOptions, plan: Plan) -> Method:
+def cola(options: ColaOptions, context: RunContext) -> Method:
     """Folds at the end of each link but the last.
 
     Raises:
@@ -70,11 +70,11 @@ def cola(options: ColaOptions, plan: Plan) -> Method:
     """
     if options.cola_links == 1:
         return Method(name="cola")
-    check(options, plan)
+    check(options, context)
     stages = warmed_up_stages(
-        plan.total_steps,
+        context.total_steps,
         options.cola_links,
-        warmup_steps=plan.warmup_steps,
+        warmup_steps=context.warmup_steps,
         asked=f"cola_links is {options.cola_links}",
     )
     return Method(
@@ -92,9 +92,9 @@ def cola(options: ColaOptions, plan: Plan) -> Method:
     )
 
 
-def check(options: ColaOptions, plan: Plan) -> None:
+def check(options: ColaOptions, context: RunContext) -> None:
     """Has every weight room for the stack?"""
-    least = min(plan.sites, key=lambda site: min(site.out_features, site.in_features))
+    least = min(context.sites, key=lambda site: min(site.out_features, site.in_features))
     side = min(least.out_features, least.in_features)
     if options.cola_stack_rank is not None and options.cola_stack_rank > side:
         raise ValueError(
@@ -160,7 +160,7 @@ def fold(whole: Whole) -> Rewritten:
         "cola_a": F.pad(c_LI, (0, 0, 0, free)),
         "cola_b": F.pad(d_OL, (0, free)),
     }
-    return Rewritten(tensors=tensors, facts={"fold_error": error})
+    return Rewritten(tensors=tensors, log_values={"fold_error": error})
 
 
 def nearest(c_LI: Tensor, d_OL: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

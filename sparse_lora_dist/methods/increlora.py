@@ -1,26 +1,30 @@
 """IncreLoRA: every linear starts at a low rank, and those that matter most are given more.
 
-Zhang et al. 2023, arXiv:2308.12043. dW = B diag(lambda) A, inside a capacity of R pieces a site:
+Zhang et al. 2023, arXiv:2308.12043. dW = B diag(lambda) A, inside a capacity of R components a
+site:
 
-    growth     every nu steps the h linears of highest score open n pieces each, until the ranks of
-               all of them add up to the budget; each growth opens h n pieces, the last one what is
-               left. Where capacity ends, what a linear cannot take goes to the next in order.
+    growth     every nu steps the h linears of highest score open n components each, until the
+    ranks of
+               all of them add up to the budget; each growth opens h n components, the last one
+               what is left. Where capacity ends, what a linear cannot take goes to the next in
+               order.
     score      mean_t * spread_t of a linear's importance (``triplets.smooth_pair``)
-    advance    the next piece to be opened, the reserve, is trained before: its a and b move while
+    advance    the next component to be opened, the reserve, is trained before: its a and b move
+    while
     learning   its lambda is held at 1e-5. When the budget is reached, reserves are zeroed.
     restart    what comes to life during the run warms up on its own and decays to the run's end.
 
-Where we differ from the paper, on purpose: the default score is the sum over a linear's open pieces
-of AdaLoRA's triplet scores, of reduced gradients, so the same on any number of ranks. The paper's
-|dW * dL/dW| is ``increlora_score delta``; ``triplets.delta_sensitivity`` says how ranks change it.
-Lambda has a learning rate of its own (``triplets.triplet_tensors``).
+Where we differ from the paper, on purpose: the default score is the sum over a linear's open
+components of AdaLoRA's triplet scores, of reduced gradients, so the same on any number of ranks.
+The paper's |dW * dL/dW| is ``increlora_score delta``; ``triplets.delta_sensitivity`` says how
+ranks change it. Lambda has a learning rate of its own (``triplets.triplet_tensors``).
 
 Preset "released" (github.com/FeiyuZhang98/IncreLoRA, 51a2d73) does what that code does: the scale
-is alpha / open pieces, so a delta jumps at growth; h counts linears even where fewer pieces are
-left, and ties with the h-th all grow, so the budget may be overshot, and then reserves stay; the
-first growth is at 2 nu; the delta score is divided by sqrt(O I), which favours large linears; the
-penalty is that of ``triplets.released_penalty``; A and B start at N(0, 0.02^2). Unlike there,
-pieces have a capacity.
+is alpha / open components, so a delta jumps at growth; h counts linears even where fewer
+components are left, and ties with the h-th all grow, so the budget may be overshot, and then
+reserves stay; the first growth is at 2 nu; the delta score is divided by sqrt(O I), which favours
+large linears; the penalty is that of ``triplets.released_penalty``; A and B start at N(0, 0.02^2).
+Unlike there, components have a capacity.
 
 Shapes: T tokens, I in_features, O out_features, R rank, S sites.
 """
@@ -37,11 +41,11 @@ from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import alpha_over_capacity
 from sparse_lora_dist.methods.protocol.method import (
+    Components,
     Decision,
     Method,
     MethodFactory,
-    Pieces,
-    Plan,
+    RunContext,
     Scores,
     Stats,
     as_preset,
@@ -71,15 +75,15 @@ class IncreLoraOptions:
     increlora_preset: Literal["paper", "released"] = "paper"
     """paper, or what the released code does: it rescales at growth and may overshoot the budget."""
     increlora_start_rank: int = 1
-    """Pieces that are open in every linear at first."""
+    """Components that are open in every linear at first."""
     increlora_target_rank: float | None = None
-    """Pieces a linear has in the end, on average; null is half of rank."""
+    """Components a linear has in the end, on average; null is half of rank."""
     increlora_budget: int | None = None
     """The same as a total over all linears; give one of the two."""
     increlora_modules: int | None = None
     """Linears that grow at a time; null is as few as get there by increlora_end."""
     increlora_pieces: int | None = None
-    """Pieces that each of them opens; null is half of the average in the end."""
+    """Components that each of them opens; null is half of the average in the end."""
     increlora_every: int | None = None
     """Steps between two growths; null is a tenth of the span from begin to end."""
     increlora_begin: float | None = None
@@ -87,10 +91,10 @@ class IncreLoraOptions:
     increlora_end: float = 0.6
     """Fraction of the run by which growth ends, unless increlora_modules says otherwise."""
     increlora_warmup: int | None = None
-    """Warm-up steps of pieces that come to life during the run; null is increlora_every."""
+    """Warm-up steps of components that come to life during the run; null is increlora_every."""
     increlora_lambda_lr_factor: float | None = None
     """Learning rate of lambda, in those of the run; null: 1 in released, else sqrt(out_features /
-    3), at which a piece moves as far in a step as one of LoRA's."""
+    3), at which a component moves as far in a step as one of LoRA's."""
     increlora_beta1: float = 0.85
     """Weight of the past in the running mean of the importance, in [0, 1)."""
     increlora_beta2: float = 0.85
@@ -98,7 +102,7 @@ class IncreLoraOptions:
     increlora_orthogonality: float = 0.1
     """Weight of the penalty that holds A and B near orthonormal; 0 is off."""
     increlora_score: Literal["triplet", "delta"] | None = None
-    """Importance by pieces, or by all of |dW * dL/dW|; null is triplet, in released delta."""
+    """Importance by components, or by all of |dW * dL/dW|; null is triplet, in released delta."""
 
     def __post_init__(self) -> None:
         problems = self._outside("at least 1", 1, inf, *COUNTS)
@@ -125,16 +129,16 @@ class IncreLoraOptions:
         ]
 
 
-def planned(options: IncreLoraOptions, plan: Plan) -> Growth:
+def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
     """The growth that ``options`` ask for in this run.
 
     Raises:
         ValueError: with every reason why it does not fit the run.
     """
-    total, sites = plan.total_steps, len(plan.sites)
+    total, sites = context.total_steps, len(context.sites)
     begin, end, start = options.increlora_begin, options.increlora_end, options.increlora_start_rank
     average = options.increlora_target_rank or max(
-        float(start), sum(site.rank for site in plan.sites) / sites / 2
+        float(start), sum(site.rank for site in context.sites) / sites / 2
     )
     budget = options.increlora_budget or round(average * sites)
     every = options.increlora_every or max(1, int((end - (begin or 0.0)) * total / GROWTHS))
@@ -144,15 +148,15 @@ def planned(options: IncreLoraOptions, plan: Plan) -> Growth:
     first = (begins // every + 1) * every
     growths = max(1, (min(round(end * total), total - 1) - first) // every + 1)
     needed = max(0, budget - start * sites)
-    pieces = options.increlora_pieces or max(
+    components = options.increlora_pieces or max(
         1, round(budget / sites / 2), ceil(needed / (growths * sites))
     )
     growth = Growth(
-        sites=plan.sites,
+        sites=context.sites,
         start=start,
         budget=budget,
-        modules=options.increlora_modules or max(1, ceil(needed / (growths * pieces))),
-        pieces=pieces,
+        modules=options.increlora_modules or max(1, ceil(needed / (growths * components))),
+        components=components,
         every=every,
         first=first,
         overshoots=options.increlora_preset == "released",
@@ -162,17 +166,17 @@ def planned(options: IncreLoraOptions, plan: Plan) -> Growth:
     return growth
 
 
-def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
+def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
     """Grows from ``increlora_start_rank`` to the budget, then trains on with what is open.
 
     Raises:
         ValueError: with every reason why the options do not fit the run.
     """
     options = as_preset(options, options.increlora_preset, PRESETS)
-    growth = planned(options, plan)
+    growth = planned(options, context)
     released, warmup = growth.overshoots, options.increlora_warmup
     by_delta = growth.needed > 0 and options.increlora_score == "delta"
-    by_piece = growth.needed > 0 and options.increlora_score == "triplet"
+    by_component = growth.needed > 0 and options.increlora_score == "triplet"
     smooth = partial(
         triplets.smooth_pair, beta1=options.increlora_beta1, beta2=options.increlora_beta2
     )
@@ -186,10 +190,10 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
     def decide(step: int, scores: Scores) -> Decision:
         if step == 0:
             return opened(growth, scores, [growth.start] * len(growth.sites))
-        open_S = open_pieces(growth, scores)
+        open_S = open_components(growth, scores)
         if sum(open_S) >= growth.budget:  # ties brought the released preset here early
-            return Decision(facts={"budget": float(sum(open_S))})
-        score_S = delta_scores(scores) if by_delta else piece_scores(growth, scores, open_S)
+            return Decision(log_values={"budget": float(sum(open_S))})
+        score_S = delta_scores(scores) if by_delta else component_scores(growth, scores, open_S)
         return opened(growth, scores, growth.grown(open_S, score_S))
 
     return Method(
@@ -205,7 +209,7 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
         penalty=triplets.orthogonality(
             options.increlora_orthogonality, 2 * len(growth.sites), released=released
         ),
-        n_stats=2 if by_piece else 0,
+        n_stats=2 if by_component else 0,
         observe=observe,
         score=triplets.mean_times_spread,
         probe=partial(triplets.delta_sensitivity, power=0.5 if released else 1.0)
@@ -223,19 +227,19 @@ def increlora(options: IncreLoraOptions, plan: Plan) -> Method:
 
 
 def first_lambda(t: Tensor, generator: torch.Generator, *, start: int) -> None:
-    """Zero for the pieces that are open at first, a reserve's for all others."""
+    """Zero for the components that are open at first, a reserve's for all others."""
     t.fill_(RESERVE_LAMBDA)[:start] = 0.0
 
 
 def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
-    """The decision that so many pieces of each site are open.
+    """The decision that so many components of each site are open.
 
-    Open pieces live whole; of a reserve, the piece after them, a and b live and lambda stays as it
-    is. There is one where there is room, until the budget is exactly reached: then reserves leave,
-    and every lambda that never lived becomes zero.
+    Open components live whole; of a reserve, the component after them, a and b live and lambda
+    stays as it is. There is one where there is room, until the budget is exactly reached: then
+    reserves leave, and every lambda that never lived becomes zero.
     """
     full = sum(open_S) == growth.budget
-    live, zero, pieces = {}, {}, {}
+    live, zero, components = {}, {}, {}
     for site, num_open in zip(growth.sites, open_S, strict=True):
         computed = num_open if full else min(num_open + 1, site.rank)
         moving = {"lora_a": computed, "lora_b": computed, "lora_lambda": num_open}
@@ -245,12 +249,15 @@ def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
         if full:
             name = f"{site.name}.lora_lambda"
             zero[name] = ~live[name]
-        pieces[site.name] = Pieces(computed=tuple(range(computed)), open=num_open)
-    return Decision(live=live, zero=zero, pieces=pieces, facts={"budget": float(sum(open_S))})
+        components[site.name] = Components(computed=tuple(range(computed)), open=num_open)
+    return Decision(
+        live=live, zero=zero, components=components, log_values={"budget": float(sum(open_S))}
+    )
 
 
-def open_pieces(growth: Growth, scores: Scores) -> list[int]:
-    """Of each site: those whose lambda lives. Pieces are opened in order, so a number says which.
+def open_components(growth: Growth, scores: Scores) -> list[int]:
+    """Of each site: those whose lambda lives. Components are opened in order, so a number says
+    which.
 
     Collective.
     """
@@ -259,8 +266,8 @@ def open_pieces(growth: Growth, scores: Scores) -> list[int]:
     return [int(live[name].sum()) for name in names]
 
 
-def piece_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> list[float]:
-    """Of each site: the triplet scores of its open pieces, added up. Collective."""
+def component_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> list[float]:
+    """Of each site: the triplet scores of its open components, added up. Collective."""
     of = triplets.triplet_scores(scores)
     return [float(of[s.name][:n].sum()) for s, n in zip(growth.sites, open_S, strict=True)]
 
@@ -274,9 +281,10 @@ def delta_scores(scores: Scores) -> list[float]:
     return [float(score) for score in score_S]
 
 
-def alpha_over_open(alpha: float, capacity: int, open_pieces: int) -> float:
-    """alpha / (open pieces + 1e-5), the released code's: a delta shrinks when a piece is opened."""
-    return alpha / (open_pieces + 1e-5)
+def alpha_over_open(alpha: float, capacity: int, open_components: int) -> float:
+    """alpha / (open components + 1e-5), the released code's: a delta shrinks when a component is
+    opened."""
+    return alpha / (open_components + 1e-5)
 
 
 INCRELORA = MethodFactory(

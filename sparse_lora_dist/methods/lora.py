@@ -4,10 +4,10 @@ Every default of the record is plain LoRA, so there is nothing to fill in. As in
 U(-1/sqrt(I), 1/sqrt(I)) (the paper says Gaussian) and B at zero.
 """
 
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOptions, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOptions, RunContext
 
 
-def lora(options: NoOptions, plan: Plan) -> Method:
+def lora(options: NoOptions, context: RunContext) -> Method:
     """Plain LoRA: no statistics, no decisions, nothing pruned."""
     return Method(name="lora")
 

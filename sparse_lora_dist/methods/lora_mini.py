@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.shared.hashed_random import uniform
 
 
@@ -34,7 +34,7 @@ class LoraMiniOptions:
             raise ValueError(f"lora_mini_size must be at least 1, got {self.lora_mini_size}")
 
 
-def lora_mini(options: LoraMiniOptions, plan: Plan) -> Method:
+def lora_mini(options: LoraMiniOptions, context: RunContext) -> Method:
     """Nothing is decided."""
     size = options.lora_mini_size
 

@@ -37,7 +37,7 @@ from sparse_lora_dist.methods.protocol.form import (
     low_rank_delta,
     zeros,
 )
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +53,17 @@ class LortaOptions:
             raise ValueError(f"lorta_heads must be at least 1, got {self.lorta_heads}")
 
 
-def lorta(options: LortaOptions, plan: Plan) -> Method:
+def lorta(options: LortaOptions, context: RunContext) -> Method:
     """Nothing is decided.
 
     Raises:
         ValueError: the linears differ in shape, or heads do not divide their outputs.
     """
-    check_shapes(plan.sites)
-    check_heads(plan.sites[0], options.lorta_heads)
-    places = dict(zip((site.name for site in plan.sites), map(place, plan.sites), strict=True))
+    check_shapes(context.sites)
+    check_heads(context.sites[0], options.lorta_heads)
+    places = dict(
+        zip((site.name for site in context.sites), map(place, context.sites), strict=True)
+    )
     layers = sorted({layer for layer, _ in places.values()})
     matrices = list(dict.fromkeys(matrix for _, matrix in places.values()))
 

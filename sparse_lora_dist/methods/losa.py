@@ -2,7 +2,7 @@
 
 Huang et al. 2025, arXiv:2502.14816. The weight of a linear is, merged,
 
-    keep . (W + (alpha / R) B_r A_r)        B_r, A_r: the first r of R rank-1 pieces
+    keep . (W + (alpha / R) B_r A_r)        B_r, A_r: the first r of R rank-1 components
 
 so the delta is -W where keep is 0 and (alpha / R) B_r A_r elsewhere. keep and r are chosen in T
 rounds, between which one trains. In round t, of the running mean square of each input feature:
@@ -13,13 +13,14 @@ rounds, between which one trains. In round t, of the running mean square of each
     sparsity of a linear: s_t + spread, where it is least important, down to s_t - spread
     r: in proportion to the share of the scores' squares that go at s_t, rbar_t in the mean
 
-Where we differ from the released code (github.com/wzhuang-xmu/LoSA, 51b4e57), on purpose: pieces go
-up to R (there at most 8 exist, and ranks above are cut); a linear's r never falls, so that nothing
-that it learnt is lost; linears are weighed one by one, not decoder layers; corrections of sparsity
-are proportional to how far importance is from the mean over weights, which keeps that of sparsity
-exactly, where a linear program (SLSQP) gives nearly all linears either bound; the error is that of
-the linear's own output, features taken as uncorrelated; a pruned weight may come back, since W
-stays; statistics are those of the run's batches. As there, each round begins with fresh moments.
+Where we differ from the released code (github.com/wzhuang-xmu/LoSA, 51b4e57), on purpose:
+components go up to R (there at most 8 exist, and ranks above are cut); a linear's r never falls,
+so that nothing that it learnt is lost; linears are weighed one by one, not decoder layers;
+corrections of sparsity are proportional to how far importance is from the mean over weights, which
+keeps that of sparsity exactly, where a linear program (SLSQP) gives nearly all linears either
+bound; the error is that of the linear's own output, features taken as uncorrelated; a pruned
+weight may come back, since W stays; statistics are those of the run's batches. As there, each
+round begins with fresh moments.
 
 Dropout, of inputs of the delta alone, would bring pruned weights back at random, and is refused.
 
@@ -35,7 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Form, Site, Tensors, low_rank_pair
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 
@@ -56,8 +57,8 @@ class LosaOptions:
     losa_until: float = 0.4
     """Share of the run at which the last round is, below 1."""
     losa_mean_rank: int | None = None
-    """Pieces a linear has after the last round, on average; a round earlier one less. Null: five
-    eighths of --rank, which is the most that one may have."""
+    """Components a linear has after the last round, on average; a round earlier one less. Null:
+    five eighths of --rank, which is the most that one may have."""
     losa_spread: float = 0.02
     """By how much a linear's sparsity may differ from that of all, at most. Of fewer than 3 rows a
     step nothing can be compared, and all get the same."""
@@ -86,35 +87,36 @@ class Round:
     mean_rank: int
 
 
-def losa(options: LosaOptions, plan: Plan) -> Method:
+def losa(options: LosaOptions, context: RunContext) -> Method:
     """Chooses masks and ranks in the first part of the run.
 
     Raises:
         ValueError: the run has too few steps for the rounds, or ranks are to rise above --rank.
     """
-    rounds = rounds_of(options, plan)
+    rounds = rounds_of(options, context)
     return Method(
         name="losa",
         form=masked,
-        rewriting=in_rounds(rounds, plan.sites, options.losa_spread),
+        rewriting=in_rounds(rounds, context.sites, options.losa_spread),
         redraws=False,
     )
 
 
-def rounds_of(options: LosaOptions, plan: Plan) -> dict[int, Round]:
+def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
     """Step -> the round after it."""
-    count, capacity = options.losa_rounds, min(site.rank for site in plan.sites)
+    count, capacity = options.losa_rounds, min(site.rank for site in context.sites)
     # One step is left to train in, at least.
-    last = min(int(options.losa_until * plan.total_steps), plan.total_steps - 2)
+    last = min(int(options.losa_until * context.total_steps), context.total_steps - 2)
     if count > last + 1:
         raise ValueError(
             f"losa_rounds is {count}, and up to losa_until {options.losa_until} the run's "
-            f"{plan.total_steps} steps have room for {last + 1}: take fewer rounds, or more steps"
+            f"{context.total_steps} steps have room for {last + 1}: take fewer rounds, "
+            "or more steps"
         )
     final = options.losa_mean_rank or max(1, round(capacity * 5 / 8))
     if final > capacity:
         raise ValueError(
-            f"losa_mean_rank is {final}, and a linear has {capacity} pieces at most: "
+            f"losa_mean_rank is {final}, and a linear has {capacity} components at most: "
             f"take {capacity} or less, or raise --rank"
         )
     s = options.losa_sparsity
@@ -144,7 +146,7 @@ def masked(site: Site) -> Form:
 
 
 def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: float) -> Rewriting:
-    """One piece a linear before the first step; then the rounds."""
+    """One component a linear before the first step; then the rounds."""
     sizes_S = torch.tensor([site.out_features * site.in_features for site in sites]).double()
     capacities_S = torch.tensor([site.rank for site in sites]).double()
 
@@ -168,7 +170,7 @@ def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: floa
         return Rewritten(
             tensors={"losa_pruned": pack(pruned_OI)},
             computed=tuple(range(rank)),
-            facts={"sparsity": float(pruned_OI.double().mean()), "rank": rank},
+            log_values={"sparsity": float(pruned_OI.double().mean()), "rank": rank},
         )
 
     return Rewriting(
@@ -207,7 +209,8 @@ def error(scores_OI: Tensor, sparsity: float) -> Tensor:
 
 
 def opened(whole: Whole) -> Tensor:
-    """How many pieces have a B that has moved, all before the last of them counted; at least 1."""
+    """How many components have a B that has moved, all before the last of them counted; at least
+    1."""
     moved_R = (whole.tensors["lora_b"] != 0).any(0).double()
     places_R = torch.arange(1, len(moved_R) + 1, device=moved_R.device)
     return (moved_R * places_R).max().clamp(min=1.0)

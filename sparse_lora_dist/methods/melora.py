@@ -26,7 +26,7 @@ from sparse_lora_dist.methods.protocol.form import (
     kaiming_uniform,
     zeros,
 )
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,14 +53,14 @@ class MeLoraOptions:
             raise ValueError("; ".join(problems))
 
 
-def melora(options: MeLoraOptions, plan: Plan) -> Method:
+def melora(options: MeLoraOptions, context: RunContext) -> Method:
     """Nothing is decided.
 
     Raises:
         ValueError: a side of a linear is not divisible.
     """
     blocks = options.melora_blocks
-    check_sides(plan.sites, blocks)
+    check_sides(context.sites, blocks)
 
     def form(site: Site) -> Form:
         ranks = options.melora_ranks or (site.rank,) * blocks

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
@@ -67,7 +67,7 @@ class MoraOptions:
             raise ValueError(f"mora_restarts must be at least 0, got {self.mora_restarts}")
 
 
-def mora(options: MoraOptions, plan: Plan) -> Method:
+def mora(options: MoraOptions, context: RunContext) -> Method:
     """Merges at each restart.
 
     Raises:
@@ -77,9 +77,9 @@ def mora(options: MoraOptions, plan: Plan) -> Method:
     if options.mora_restarts == 0:
         return Method(name="mora", form=lambda site: square(*action(site)))
     stages = warmed_up_stages(
-        plan.total_steps,
+        context.total_steps,
         options.mora_restarts + 1,
-        warmup_steps=plan.warmup_steps,
+        warmup_steps=context.warmup_steps,
         asked=f"mora_restarts is {options.mora_restarts}",
     )
     return Method(

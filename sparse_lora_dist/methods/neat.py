@@ -36,7 +36,7 @@ from sparse_lora_dist.methods.protocol.form import (
     kaiming_uniform,
     zeros,
 )
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class NeatOptions:
             raise ValueError(f"neat_depth must be at least 0, got {self.neat_depth}")
 
 
-def neat(options: NeatOptions, plan: Plan) -> Method:
+def neat(options: NeatOptions, context: RunContext) -> Method:
     """Nothing is decided."""
     form = official if options.neat_form == "official" else as_peft
     return Method(name="neat", form=lambda site: form(site, options.neat_depth))

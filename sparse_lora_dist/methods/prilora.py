@@ -4,7 +4,7 @@ again.
 Benedek and Wolf 2024, arXiv:2401.11316. W + s B_l A_l, with A and B as in LoRA and a rank r_l that
 is linear in the depth l: from --prilora_first at the bottom up to 2 * --rank - prilora_first, so
 that the ranks of all layers add up to --rank times their number. s is alpha / --rank in all of
-them: a piece of the top counts as much as one of the bottom. Every so many steps the share
+them: a component of the top counts as much as one of the bottom. Every so many steps the share
 ``--prilora_sparsity`` of each row of A of the smallest
 
     |a_ri| sqrt(mean x_i^2)
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from sparse_lora_dist.methods.protocol.form import Form, Site, TensorSpec, kaiming_uniform, zeros
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.shared.top_k import k_largest
 
@@ -70,16 +70,16 @@ class PriLoraOptions:
             raise ValueError("; ".join(problems))
 
 
-def prilora(options: PriLoraOptions, plan: Plan) -> Method:
+def prilora(options: PriLoraOptions, context: RunContext) -> Method:
     """Gives every layer its rank, and prunes A.
 
     Raises:
         ValueError: the linears have no such ranks, or the run is over before the first pruning.
     """
-    ranks = ranks_of_layers(plan.sites, options.prilora_first)
+    ranks = ranks_of_layers(context.sites, options.prilora_first)
 
     def form(site: Site) -> Form:
-        # The memory planner also plays with sites that the plan does not know.
+        # The memory planner also plays with sites that the context does not know.
         rank = ranks.get(layer_of(site), site.rank)
         a_shape, b_shape = (rank, site.in_features), (site.out_features, rank)
         return Form(
@@ -90,7 +90,7 @@ def prilora(options: PriLoraOptions, plan: Plan) -> Method:
             own_rank=rank,
         )
 
-    return Method(name="prilora", form=form, rewriting=pruning(options, plan.total_steps))
+    return Method(name="prilora", form=form, rewriting=pruning(options, context.total_steps))
 
 
 def layer_of(site: Site) -> str:
@@ -171,7 +171,7 @@ def pruned(whole: Whole, sparsity: float) -> Rewritten:
     kept_RI = torch.stack([k_largest(importance_I, keep) for importance_I in importance_RI])
     a_RI = torch.where(kept_RI, a_RI, 0.0)
     zeros_in_a = float((a_RI == 0.0).double().mean())
-    return Rewritten(tensors={"lora_a": a_RI}, facts={"zeros_in_a": zeros_in_a})
+    return Rewritten(tensors={"lora_a": a_RI}, log_values={"zeros_in_a": zeros_in_a})
 
 
 PRILORA = MethodFactory(

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Form, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 from sparse_lora_dist.methods.shared.schedules import cubic_keep
@@ -97,13 +97,13 @@ class PstOptions:
             raise ValueError("; ".join(problems))
 
 
-def pst(options: PstOptions, plan: Plan) -> Method:
+def pst(options: PstOptions, context: RunContext) -> Method:
     """Makes its masks every so many steps, and none after the last.
 
     Raises:
         ValueError: the run is over before its masks have all been trained with.
     """
-    total, final = plan.total_steps, options.pst_sparsity
+    total, final = context.total_steps, options.pst_sparsity
     begin = round(options.pst_warmup * total)
     end = max(begin + 1, min(round((1.0 - options.pst_cooldown) * total), total - 1))
     if final > 0.0 and end >= total:
@@ -127,7 +127,7 @@ def pst(options: PstOptions, plan: Plan) -> Method:
         pruned = int(sparsity(whole.step) * weights)
         score_OI = score(whole.weight_OI(), whole.tensors, options)
         bits_B = pack(~k_largest(score_OI, weights - pruned))
-        return Rewritten(tensors={"pst_pruned": bits_B}, facts={"sparsity": pruned / weights})
+        return Rewritten(tensors={"pst_pruned": bits_B}, log_values={"sparsity": pruned / weights})
 
     return Method(
         name="pst",

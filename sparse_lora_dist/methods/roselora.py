@@ -1,4 +1,4 @@
-"""RoseLoRA: every rank-1 piece becomes a sparse outer product, by smoothed sensitivity.
+"""RoseLoRA: every rank-1 component becomes a sparse outer product, by smoothed sensitivity.
 
 Wang et al. 2024, arXiv:2406.10777. The product B A is to touch few weights. Sparse factors alone do
 not give that, so the constraint stands per row of A and per column of B:
@@ -32,7 +32,7 @@ from sparse_lora_dist.methods.protocol.method import (
     Decision,
     Method,
     MethodFactory,
-    Plan,
+    RunContext,
     Scores,
     Stats,
     as_preset,
@@ -109,7 +109,7 @@ class RoseLoraOptions:
             raise ValueError("; ".join(problems))
 
 
-def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
+def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
     """Prunes from ``begin`` to ``end`` of the run, one decision every so many steps.
 
     Raises:
@@ -117,15 +117,15 @@ def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
     """
     options = as_preset(options, options.roselora_preset, PRESETS)
     # Not before step 2: at step 1 B is zero, so every importance is, and ties would decide.
-    begin = max(1, round(options.roselora_begin * plan.total_steps))
-    end = max(begin + 1, round(options.roselora_end * plan.total_steps))
-    if end > plan.total_steps:
+    begin = max(1, round(options.roselora_begin * context.total_steps))
+    end = max(begin + 1, round(options.roselora_end * context.total_steps))
+    if end > context.total_steps:
         raise ValueError(
-            f"pruning would end at step {end}, but the run has {plan.total_steps}, "
-            f"{end - plan.total_steps} too few: lower roselora_begin or raise max_steps"
+            f"pruning would end at step {end}, but the run has {context.total_steps}, "
+            f"{end - context.total_steps} too few: lower roselora_begin or raise max_steps"
         )
     prunes, dense = options.roselora_keep < 1.0, options.roselora_dense_moments
-    every = options.roselora_every or (1 if dense else max(1, plan.total_steps // 100))
+    every = options.roselora_every or (1 if dense else max(1, context.total_steps // 100))
 
     def observe(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
         beta = 0.0 if step == 1 and options.roselora_seed_average else options.roselora_beta
@@ -134,12 +134,12 @@ def roselora(options: RoseLoraOptions, plan: Plan) -> Method:
     def decide(step: int, scores: Scores) -> Decision:
         keep = cubic_keep(step, begin=begin, end=end, final=options.roselora_keep)
         exact = options.roselora_ties == "exact"
-        masks = keep_within_pieces(scores, keep) if exact else kept_by_kthvalue(scores, keep)
+        masks = keep_within_components(scores, keep) if exact else kept_by_kthvalue(scores, keep)
         dead = {name: ~mask for name, mask in masks.items()}
-        facts = {"keep": keep}
+        log_values = {"keep": keep}
         if dense:
-            return Decision(zero=dead, facts=facts)
-        return Decision(live=masks, facts=facts)
+            return Decision(zero=dead, log_values=log_values)
+        return Decision(live=masks, log_values=log_values)
 
     def decides_at(step: int) -> bool:
         # With dense moments what is dead moves again in every step, to the last.
@@ -172,7 +172,7 @@ def smooth_sensitivity(smoothed: Tensor, w: Tensor, grad: Tensor, *, beta: float
     return beta * smoothed + (1.0 - beta) * (w * grad).abs()
 
 
-def keep_within_pieces(scores: Scores, keep: float) -> dict[str, Tensor]:
+def keep_within_components(scores: Scores, keep: float) -> dict[str, Tensor]:
     """The top fraction ``keep`` of every row of A and every column of B; ties: lowest index."""
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
     # The little more: 0.29 * 100 is 28.999... in floating point.
@@ -202,5 +202,5 @@ def _size(shape: tuple[int, ...], by: By) -> int:
 ROSELORA = MethodFactory(
     options=RoseLoraOptions,
     build=roselora,
-    summary="rank-1 pieces become sparse, so that few weights are touched",
+    summary="rank-1 components become sparse, so that few weights are touched",
 )

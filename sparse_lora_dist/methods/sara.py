@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.shared.hashed_random import uniform
 from sparse_lora_dist.methods.shared.top_k import k_largest
@@ -85,20 +85,21 @@ class SaraOptions:
             raise ValueError("; ".join(problems))
 
 
-def sara(options: SaraOptions, plan: Plan) -> Method:
+def sara(options: SaraOptions, context: RunContext) -> Method:
     """Chooses before the first step, and once more.
 
     Raises:
         ValueError: a weight has no more entries than are to train, or the run is too short to
             choose anew between two steps.
     """
-    for site in plan.sites:
+    for site in context.sites:
         check_count(site, options)
-    switch = round((options.sara_reselect or 0.0) * plan.total_steps)
-    if options.sara_reselect and not 0 < switch < plan.total_steps:
+    switch = round((options.sara_reselect or 0.0) * context.total_steps)
+    if options.sara_reselect and not 0 < switch < context.total_steps:
         raise ValueError(
             f"sara_reselect is {options.sara_reselect}, which is after {switch} of the run's "
-            f"{plan.total_steps} steps, and a step must come before and one after: take 0.5 in a "
+            f"{context.total_steps} steps, and a step must come before and one after: "
+            "take 0.5 in a "
             "run of at least 2 steps, or 0 for never"
         )
 
@@ -196,8 +197,8 @@ def choose(whole: Whole) -> Rewritten:
         places_C = first_of(rest_E, room)
         tensors["sara_left_places"] = places_C.to(before.dtype)
         tensors["sara_left_values"] = change_E[places_C]
-    facts = {"reselected": float((~torch.isin(places_N, before)).double().mean())}
-    return Rewritten(tensors=tensors, facts=facts if whole.step > 0 else {})
+    log_values = {"reselected": float((~torch.isin(places_N, before)).double().mean())}
+    return Rewritten(tensors=tensors, log_values=log_values if whole.step > 0 else {})
 
 
 def first_of(scores_E: Tensor, count: int) -> Tensor:

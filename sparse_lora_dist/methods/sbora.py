@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors, TensorSpec, zeros
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.shared.hashed_random import distinct
 
 
@@ -32,14 +32,14 @@ class SBoraOptions:
     """What is fixed: A (fa, --rank columns of each weight change) or B (fb, as many rows)."""
 
 
-def sbora(options: SBoraOptions, plan: Plan) -> Method:
+def sbora(options: SBoraOptions, context: RunContext) -> Method:
     """Nothing is decided.
 
     Raises:
         ValueError: a weight has fewer columns, or rows, than are to be chosen.
     """
     build = from_columns if options.sbora_side == "fa" else to_rows
-    for site in plan.sites:
+    for site in context.sites:
         sides = {"fa": (site.in_features, "columns"), "fb": (site.out_features, "rows")}
         side, lines = sides[options.sbora_side]
         if site.rank > side:

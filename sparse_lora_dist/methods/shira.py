@@ -41,7 +41,7 @@ from sparse_lora_dist.methods.protocol.form import (
     TensorSpec,
     zeros,
 )
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.shared.hashed_random import stratified
 from sparse_lora_dist.methods.shared.top_k import k_largest
@@ -79,22 +79,22 @@ class ShiraOptions:
             raise ValueError("; ".join(problems))
 
 
-def shira(options: ShiraOptions, plan: Plan) -> Method:
+def shira(options: ShiraOptions, context: RunContext) -> Method:
     """Chooses its places before or in the first steps.
 
     Raises:
         ValueError: more entries are to train than a weight has, fewer than its diagonal, or the run
             is over before the places are chosen.
     """
-    for site in plan.sites:
+    for site in context.sites:
         check_count(site, options)
     steps, support = options.shira_calibration_steps, options.shira_support
-    if support in BY_GRADIENT and steps >= plan.total_steps:
+    if support in BY_GRADIENT and steps >= context.total_steps:
         raise ValueError(
-            f"shira_calibration_steps is {steps}, and the run has {plan.total_steps} steps: at "
+            f"shira_calibration_steps is {steps}, and the run has {context.total_steps} steps: at "
             "least one must be left to train in"
         )
-    notes = (cost_of_gradients(plan, steps),) if support in BY_GRADIENT else ()
+    notes = (cost_of_gradients(context, steps),) if support in BY_GRADIENT else ()
     return Method(
         name="shira",
         notes=notes,
@@ -103,9 +103,9 @@ def shira(options: ShiraOptions, plan: Plan) -> Method:
     )
 
 
-def cost_of_gradients(plan: Plan, steps: int) -> str:
+def cost_of_gradients(context: RunContext, steps: int) -> str:
     """What the user should know of them."""
-    weights = sum(site.out_features * site.in_features for site in plan.sites)
+    weights = sum(site.out_features * site.in_features for site in context.sites)
     held = 4e-9 * weights / steps
     return (
         f"gradients that choose the support take {held:,.2f} GB over all ranks together in the "

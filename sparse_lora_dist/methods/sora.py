@@ -1,4 +1,4 @@
-"""SoRA: a gate on every rank-1 piece, driven to exact zero by the proximal step of an L1 norm.
+"""SoRA: a gate on every rank-1 component, driven to exact zero by the proximal step of an L1 norm.
 
 Ding et al. 2023, arXiv:2311.11696. W + (alpha / R) B diag(g) A, with A and B as in LoRA, and each
 update of a gate ended by the soft threshold
@@ -11,13 +11,13 @@ zero, so it may open again; those of its row of A and column of B are.
 
 Adam divides the gradient by its own size, but not the threshold. So ``exact`` is no L1 problem's
 solution: lambda is in Adam's units, and a gate shrinks while its direction m / sqrt(v) is below
-lambda. That is about 1, for all pieces alike, as long as B grows from zero. ``scaled`` divides the
-threshold too, and solves the L1 problem.
+lambda. That is about 1, for all components alike, as long as B grows from zero. ``scaled`` divides
+the threshold too, and solves the L1 problem.
 
 Where we differ from the released code (github.com/TsinghuaC3I/SoRA, c275ac2), on purpose: its
 threshold has no learning rate, zeroes all of (xi, 2 xi) and leaves +-xi where it is; an L1 gradient
 comes on top; from the second stage on the learning rate is 0. ``--sora_preset released`` has all of
-that. It never drops a piece; ``--sora_reopen false`` does.
+that. It never drops a component; ``--sora_reopen false`` does.
 
 Shapes: T tokens, I in_features, O out_features, R rank.
 """
@@ -41,11 +41,11 @@ from sparse_lora_dist.methods.protocol.form import (
 )
 from sparse_lora_dist.methods.protocol.method import (
     By,
+    Components,
     Decision,
     Method,
     MethodFactory,
-    Pieces,
-    Plan,
+    RunContext,
     Scores,
     Stats,
     as_preset,
@@ -54,15 +54,15 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import stage_at, warmed_up_stages
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_gate": "row"}
-"""Where piece i lies in each tensor: a_RI, b_OR, gate_R."""
+"""Where component i lies in each tensor: a_RI, b_OR, gate_R."""
 
 TRAVEL = 2.0
 """Peak learning rate of the gates times the steps of a stage; a decaying rate goes half of it."""
 
 # Measured on the embedded model (rank 8, rate 2e-4, one seed): with gates from N(0, 1), 1.5 closes
-# 46%, 32% and 39% of the pieces in 30, 100 and 300 steps; in 100 the training loss falls by 0.41
-# nats, and by 0.74 with lambda 0. Gates of 1 close together or not at all: 1.4 closes 60% in 30
-# steps, with the others near zero, and none in 100.
+# 46%, 32% and 39% of the components in 30, 100 and 300 steps; in 100 the training loss falls by
+# 0.41 nats, and by 0.74 with lambda 0. Gates of 1 close together or not at all: 1.4 closes 60% in
+# 30 steps, with the others near zero, and none in 100.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "sora_lambdas": (1.5,),
@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SoraOptions:
-    """SoRA: gates on the pieces go to zero"""
+    """SoRA: gates on the components go to zero"""
 
     sora_preset: Literal["paper", "released"] = "paper"
     """What the options left null mean: the paper's method, or what its released code does."""
@@ -100,7 +100,7 @@ class SoraOptions:
     sora_reset_moments: bool = False
     """Do Adam's moments start anew at each stage?"""
     sora_reopen: bool = True
-    """May a gate at zero open again? If not, the next count drops its piece, which is then no
+    """May a gate at zero open again? If not, the next count drops its component, which is then no
     longer computed."""
     sora_every: int | None = None
     """Steps between two counts of open gates; null is a fiftieth of the run."""
@@ -125,7 +125,7 @@ class SoraOptions:
             raise ValueError("; ".join(problems))
 
 
-def sora(options: SoraOptions, plan: Plan) -> Method:
+def sora(options: SoraOptions, context: RunContext) -> Method:
     """Shrinks the gates at every step, and counts the open ones every so many.
 
     Raises:
@@ -134,30 +134,32 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
     chosen = as_preset(options, options.sora_preset, PRESETS)
     lambdas: tuple[float, ...] = chosen.sora_lambdas
     stages = warmed_up_stages(
-        plan.total_steps,
+        context.total_steps,
         len(lambdas),
-        warmup_steps=plan.warmup_steps,
+        warmup_steps=context.warmup_steps,
         asked=f"sora_lambdas is {', '.join(map(str, lambdas))}",
     )
     several = len(stages) > 1
-    every = options.sora_every or max(1, plan.total_steps // 50)
+    every = options.sora_every or max(1, context.total_steps // 50)
     # The released script with stages has a smaller one.
     in_stages = options.sora_l1 is None and several
     weight = min(chosen.sora_l1, 1e-3) if in_stages else chosen.sora_l1
-    l1 = weight / sum(site.rank for site in plan.sites)
+    l1 = weight / sum(site.rank for site in context.sites)
 
     def lambda_at(step: int) -> float:
         return lambdas[stage_at(step, stages)]
 
     def decide(step: int, scores: Scores) -> Decision:
-        return count_open(scores, reopen=options.sora_reopen, facts={"lambda": lambda_at(step)})
+        return count_open(
+            scores, reopen=options.sora_reopen, log_values={"lambda": lambda_at(step)}
+        )
 
     def penalty(tensors: Tensors) -> dict[str, Tensor]:
         return {"lora_gate": l1 * tensors["lora_gate"].sign()}
 
     return Method(
         name="sora",
-        form=gated(chosen, plan, projection(chosen.sora_threshold, lambda_at)),
+        form=gated(chosen, context, projection(chosen.sora_threshold, lambda_at)),
         penalty=penalty if l1 > 0.0 else None,
         score=magnitude,
         # At the first step of a stage too: from there its lambda is the one in force.
@@ -172,16 +174,16 @@ def sora(options: SoraOptions, plan: Plan) -> Method:
     )
 
 
-def gated(options: SoraOptions, plan: Plan, project: Project) -> Callable[[Site], Form]:
+def gated(options: SoraOptions, context: RunContext, project: Project) -> Callable[[Site], Form]:
     """site -> A and B of LoRA, and its gates g (R)."""
     init = {"ones": ones, "normal": normal}[options.sora_gate_init]
-    lr_factor = gate_lr_factor(options, plan)
+    lr_factor = gate_lr_factor(options, context)
 
     def form(site: Site) -> Form:
         gate = TensorSpec(
             shape=(site.rank,),
             init=init,
-            piece_axis=0,
+            component_axis=0,
             lr_factor=lr_factor,
             decays=False,
             project=project,
@@ -192,7 +194,7 @@ def gated(options: SoraOptions, plan: Plan, project: Project) -> Callable[[Site]
     return form
 
 
-def gate_lr_factor(options: SoraOptions, plan: Plan) -> float:
+def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
     """TRAVEL / (steps of a stage * learning rate), unless the user or the released preset says.
 
     At the learning rate of A and B gates would hardly move. So they cross the same way in a run of
@@ -202,12 +204,12 @@ def gate_lr_factor(options: SoraOptions, plan: Plan) -> float:
         return options.sora_gate_lr_factor
     if options.sora_preset == "released":
         return 1.0
-    steps = plan.total_steps / len(options.sora_lambdas)
-    return TRAVEL / (steps * plan.learning_rate)
+    steps = context.total_steps / len(options.sora_lambdas)
+    return TRAVEL / (steps * context.learning_rate)
 
 
 def ones(t: Tensor, generator: torch.Generator) -> None:
-    """One, so that SoRA starts as LoRA: pieces then close together, or none does."""
+    """One, so that SoRA starts as LoRA: components then close together, or none does."""
     t.fill_(1.0)
 
 
@@ -262,23 +264,23 @@ def projection(threshold: str, lambda_at: Callable[[int], float]) -> Project:
     return {"exact": exact, "scaled": scaled, "released": released}[threshold]
 
 
-def count_open(scores: Scores, *, reopen: bool, facts: dict[str, float]) -> Decision:
-    """Open pieces are those whose gate is not zero; without ``reopen`` the others die."""
+def count_open(scores: Scores, *, reopen: bool, log_values: dict[str, float]) -> Decision:
+    """Open components are those whose gate is not zero; without ``reopen`` the others die."""
     sites = site_names(scores)
     gates = scores.sums({f"{site}.lora_gate": "row" for site in sites})
-    live, pieces = {}, {}
+    live, components = {}, {}
     for site in sites:
         open_R = gates[f"{site}.lora_gate"] > 0.0
         computed_R = torch.ones_like(open_R) if reopen else open_R
-        pieces[site] = Pieces(
+        components[site] = Components(
             computed=tuple(computed_R.nonzero().flatten().tolist()), open=int(open_R.sum())
         )
         if not reopen:
             for name, by in WITHIN.items():
                 live[f"{site}.{name}"] = scores.spread(f"{site}.{name}", open_R, by)
-    return Decision(live=live, pieces=pieces, facts=facts)
+    return Decision(live=live, components=components, log_values=log_values)
 
 
 SORA = MethodFactory(
-    options=SoraOptions, build=sora, summary="gates close pieces one by one, so that ranks fall"
+    options=SoraOptions, build=sora, summary="gates close components one by one, so that ranks fall"
 )

@@ -35,8 +35,8 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
 from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import counted, megabytes, say
-from sparse_lora_dist.distributed.phases import first_on_its_node, together
+from sparse_lora_dist.distributed.console import counted, megabytes, print_line
+from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
@@ -74,17 +74,19 @@ class Model:
         """Everything that can be checked before a weight is read. Collective."""
         options = config.model
         if options.trust_remote_code:
-            say("warning", f"--trust_remote_code: Python code that comes with {options.model} runs")
-        with together("opening the base model"):
+            print_line(
+                "warning", f"--trust_remote_code: Python code that comes with {options.model} runs"
+            )
+        with fail_together("opening the base model"):
             with first_on_its_node():
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
             architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
             files = CheckpointFiles(folder)
         check_same_on_all_nodes(options.model, folder, files)
         task = TASKS[options.task]
-        with together("reading the labels"), first_on_its_node():
+        with fail_together("reading the labels"), first_on_its_node():
             task.settle(architecture, config.data)
-        with together("opening the base model"):
+        with fail_together("opening the base model"):
             module = meta_model(
                 architecture,
                 task=options.task,
@@ -121,7 +123,7 @@ class Model:
         if options.base_cache is None:
             return
         if is_quantized(self.files):
-            say("note", f"--base_cache is not needed: {options.model} is in 4 bits already")
+            print_line("note", f"--base_cache is not needed: {options.model} is in 4 bits already")
             return
         self.cache = find_cache(
             Path(options.base_cache),
@@ -153,7 +155,7 @@ class Model:
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
         initial = first_values(self.module, self.head.new, config.train.seed) | dict(given or {})
-        with together("reading --init_adapter"):
+        with fail_together("reading --init_adapter"):
             if adapter.init_adapter is not None:
                 shapes = self.trained_shapes(method)
                 initial |= read_peft(
@@ -264,17 +266,19 @@ def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
     most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
     linear, other, received = (megabytes(int(n)) for n in most)
     trained = sum(p.ds_numel for p in model.trainable())  # type: ignore[attr-defined]
-    say("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
-    say("", f"read by each: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights")
-    say("", f"and {other} of the rest; received from others: {received} of scales")
+    print_line("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
+    print_line(
+        "", f"read by each: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights"
+    )
+    print_line("", f"and {other} of the rest; received from others: {received} of scales")
     if report.experts:
-        say("", f"{report.experts:,} experts in 4 bits, one by one; they carry no adapters")
+        print_line("", f"{report.experts:,} experts in 4 bits, one by one; they carry no adapters")
     for name, count, size in _alike(report.unquantized):
         times = f"{count} x " if count > 1 else ""
-        say("", f"not quantised: {times}{name} ({megabytes(size)})")
+        print_line("", f"not quantised: {times}{name} ({megabytes(size)})")
     if model.head.modules:
-        say("head", f"{counted(len(model.classes), 'label')}; {model.head.report()}")
-    say("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")
+        print_line("head", f"{counted(len(model.classes), 'label')}; {model.head.report()}")
+    print_line("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")
 
 
 def _alike(sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:

@@ -135,7 +135,7 @@ class SparseAdamW(torch.optim.Optimizer):
                 self._step_shard(flat, group)
 
     @torch.no_grad()
-    def pass_over(self, flat: Tensor) -> None:
+    def skip_step(self, flat: Tensor) -> None:
         """What is left of a shard's step that the engine refused: it counts, so that ages and
         births stay steps of the run, and what was to be zero after it is."""
         self._begin_step(flat)

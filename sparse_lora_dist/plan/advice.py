@@ -8,7 +8,7 @@ from typing import Any
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.plan.memory import rank_memory
-from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
 MOST_RANKS = 4096
 
@@ -43,13 +43,15 @@ class Change:
     need: Need
 
 
-def need_of(shapes: Shapes, engine: Engine, ranks: Ranks) -> Need:
+def need_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Need:
     """Peaks over loading and training."""
     memory = rank_memory(shapes, engine, ranks)
     return Need(gpu=memory.peak("gpu"), host=memory.peak("host") * ranks.per_node)
 
 
-def smallest_world(shapes: Shapes, engine: Engine, ranks: Ranks, limits: Limits) -> int | None:
+def smallest_world(
+    shapes: Shapes, engine: PlannedEngine, ranks: Ranks, limits: Limits
+) -> int | None:
     """The least number of ranks that fits, on one machine with as many GPUs as now or on several
     that are full; None: none does. hpZ's partition divides it, or the run would be refused."""
 
@@ -70,7 +72,7 @@ def smallest_world(shapes: Shapes, engine: Engine, ranks: Ranks, limits: Limits)
     return counts[first] if first < len(counts) else None
 
 
-def changes(shapes: Shapes, engine: Engine, ranks: Ranks) -> list[Change]:
+def changes(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> list[Change]:
     """Each by itself, and last all that can go together."""
     found = [
         Change(what=what, need=need_of(other, own, spread))
@@ -79,10 +81,10 @@ def changes(shapes: Shapes, engine: Engine, ranks: Ranks) -> list[Change]:
     return sorted(found, key=lambda change: change.need.gpu)
 
 
-Variant = tuple[str, Shapes, Engine, Ranks]
+Variant = tuple[str, Shapes, PlannedEngine, Ranks]
 
 
-def _variants(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterator[Variant]:
+def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[Variant]:
     config = shapes.config
     thrifty, words = config, []
     for what, part, name, value in _savings(config):

@@ -8,10 +8,10 @@ import torch
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.plan.advice import Limits, Need, need_of
-from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 from sparse_lora_dist.tasks.class_head import modules_inside
 
 
@@ -29,17 +29,19 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
         config=config,
     )
     try:
-        need = need_of(shapes, Engine.of(engine_config), ranks)
+        need = need_of(shapes, PlannedEngine.of(engine_config), ranks)
     except Exception as error:  # whatever a model raises that needs more than shapes
-        say("memory", f"not planned, this model needs more than shapes: {error}")
+        print_line("memory", f"not planned, this model needs more than shapes: {error}")
         return
     limits = memory_here()
     program = f"python launcher/plan.py --config {config.run.output_dir}/run.yaml"
     spread = f"--world_size {ranks.world_size} --nodes {nodes}"
     spread += f" --gpu_memory {limits.gpu}B --host_memory {limits.host}B"
-    say("memory", f"{said(need, limits, ranks)} (plan: {program} {spread})")
+    print_line("memory", f"{said(need, limits, ranks)} (plan: {program} {spread})")
     if not need.fits(limits):
-        say("warning", "by the plan this does not fit; the command above says what to change")
+        print_line(
+            "warning", "by the plan this does not fit; the command above says what to change"
+        )
 
 
 def memory_here() -> Limits:

@@ -1,7 +1,7 @@
 """How many adapter entries will live, at first, at most and in the end: the method's own decisions,
 on a few small linears with random scores.
 
-Fractions of rows, columns and pieces are the same in small linears as in large ones, and what
+Fractions of rows, columns and components are the same in small linears as in large ones, and what
 depends on the data (SoRA's gates) is taken as if nothing died of it.
 
 Shapes: R rank.
@@ -21,7 +21,7 @@ from sparse_lora_dist.methods.protocol.method import (
     Decision,
     Method,
     MethodFactory,
-    Plan,
+    RunContext,
     Ties,
     trained_specs,
 )
@@ -49,7 +49,7 @@ class Forecast:
     """Of a birth for each live entry, where ages differ."""
 
     def on(self, world_size: int) -> Live:
-        """Shares are cut from first to last, and open pieces may all lie in the first."""
+        """Shares are cut from first to last, and open components may all lie in the first."""
         fractions = [self._worst(profile, world_size) for profile in self.profiles]
         return Live(first=fractions[0], peak=max(fractions), last=fractions[-1])
 
@@ -64,7 +64,7 @@ class Forecast:
         return float(live.max()) / size
 
 
-def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
+def forecast(factory: MethodFactory, options: object, plan: RunContext) -> Forecast:
     """Play the schedule of ``plan``, or of a run of 200 steps if it is longer and that will do."""
     rank = max(site.rank for site in plan.sites)
     side = max(FEATURES, rank)
@@ -89,7 +89,7 @@ def forecast(factory: MethodFactory, options: object, plan: Plan) -> Forecast:
 
 
 def _shortest(
-    factory: MethodFactory, options: object, plan: Plan, sites: tuple[Site, ...]
+    factory: MethodFactory, options: object, plan: RunContext, sites: tuple[Site, ...]
 ) -> tuple[Method, int]:
     for steps in (min(STEPS, plan.total_steps), plan.total_steps):
         try:

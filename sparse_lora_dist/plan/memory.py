@@ -12,8 +12,8 @@ from typing import Literal
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.optim.moments import BLOCK
 from sparse_lora_dist.plan.load_memory import load_work
-from sparse_lora_dist.plan.playback.parameters import Held, Kind, shard_bytes
-from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.playback.parameters import Kind, PlannedParameter, shard_bytes
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
 Phase = Literal["load", "pass", "step", "save"]
 Place = Literal["gpu", "host"]
@@ -73,7 +73,7 @@ class RankMemory:
         return max(self.total(place, "pass"), self.total(place, "step"))
 
 
-def rank_memory(shapes: Shapes, engine: Engine, ranks: Ranks) -> RankMemory:
+def rank_memory(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> RankMemory:
     """What the rank that needs most needs."""
     lines = [
         *_base(shapes, engine, ranks),
@@ -106,7 +106,7 @@ FROZEN: dict[Kind, tuple[str, str]] = {
 }
 
 
-def _base(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
+def _base(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
     small = [p for p in shapes.parameters if p.numel <= engine.bounds.persistent]
     for kind, (key, label) in FROZEN.items():
@@ -137,13 +137,15 @@ def pinned_block(size: int) -> int:
     return 1 << (size - 1).bit_length() if size else 0
 
 
-def _offloaded(parameters: Sequence[Held], shapes: Shapes, engine: Engine, ranks: Ranks) -> int:
+def _offloaded(
+    parameters: Sequence[PlannedParameter], shapes: Shapes, engine: PlannedEngine, ranks: Ranks
+) -> int:
     """Bytes of a rank's shares in host memory, each a block of its own."""
     sizes = [_share([p], shapes, ranks) for p in parameters]
     return sum(map(pinned_block, sizes) if engine.pinned and ranks.on_gpu else sizes)
 
 
-def _share(parameters: Sequence[Held], shapes: Shapes, ranks: Ranks) -> int:
+def _share(parameters: Sequence[PlannedParameter], shapes: Shapes, ranks: Ranks) -> int:
     return shard_bytes(parameters, ranks.world_size, shapes.itemsize)
 
 
@@ -185,7 +187,7 @@ def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
     return int(4 * entries + entries / 8 + statistics + live_entries(shapes, ranks) * (8 + birth))
 
 
-def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
+def _adapter(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
     copy_at: Place = where if engine.parameters == "none" else "host"
     state_at: Place = where if engine.optimizer == "none" else "host"
@@ -207,7 +209,7 @@ def _adapter(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
     yield _line("saved_copy", label, "host", saved_bytes(shapes, ranks), *during)
 
 
-def _working_set(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
+def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
     # One rank has nothing to gather, unless its parameters lie elsewhere.
     alone = ranks.world_size == 1 and (engine.parameters == "none" or not ranks.on_gpu)
@@ -262,7 +264,7 @@ def trained_head(shapes: Shapes) -> int:
     return sum(p.numel for p in shapes.parameters if p.kind == "trained" and p.module == head)
 
 
-def _framework(shapes: Shapes, engine: Engine, ranks: Ranks) -> Iterable[Line]:
+def _framework(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
     if not ranks.on_gpu:
         yield _always("process", "data, late imports, gloo (measured)", "host", CPU_PROCESS)
         return

@@ -18,7 +18,7 @@ from sparse_lora_dist.plan.advice import (
 )
 from sparse_lora_dist.plan.memory import PHASES, Place, RankMemory, rank_memory
 from sparse_lora_dist.plan.plan_options import PlanConfig
-from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 from sparse_lora_dist.plan.speed import Speed, speed_of
 
 PLACES: dict[Place, str] = {"gpu": "a GPU", "host": "a rank's host memory"}
@@ -29,7 +29,7 @@ class Outcome:
     """Everything that a plan says."""
 
     shapes: Shapes
-    engine: Engine
+    engine: PlannedEngine
     ranks: Ranks
     plan: PlanConfig
 

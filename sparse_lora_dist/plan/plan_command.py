@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sparse_lora_dist.plan.output import Outcome, as_json, as_text
 from sparse_lora_dist.plan.plan_options import PlanRequest
-from sparse_lora_dist.plan.scenario import Engine, Ranks
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks
 from sparse_lora_dist.plan.shapes import shapes_of
 
 
@@ -14,7 +14,7 @@ def plan(request: PlanRequest) -> None:
     options = request.plan
     outcome = Outcome(
         shapes=shapes_of(request.config, whole_logits=options.whole_logits),
-        engine=Engine.of(request.engine),
+        engine=PlannedEngine.of(request.engine),
         ranks=Ranks(
             world_size=options.world_size, nodes=options.nodes, on_gpu=options.gpu_bytes > 0
         ),

@@ -20,7 +20,7 @@ BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Plan: where the run would be, and what is asked. Rates are yours to state"""
+    """RunContext: where the run would be, and what is asked. Rates are yours to state"""
 
     world_size: int = 8
     """GPUs of the job, all nodes together."""
@@ -37,7 +37,7 @@ class PlanConfig:
     network_gb_per_s: float = 20.0
     """GB/s that a rank receives from the others while weights are gathered."""
     whole_logits: bool = False
-    """Plan for logits of all tokens at once, which a few architectures need."""
+    """RunContext for logits of all tokens at once, which a few architectures need."""
     json: bool = False
     """Print JSON instead of text."""
     plot: str | None = None

@@ -14,14 +14,19 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import value_at
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.methods import METHODS, Method, Plan
+from sparse_lora_dist.methods import METHODS, Method, RunContext
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.model.targets import find_sites
 from sparse_lora_dist.plan.forecast import Forecast, forecast
 from sparse_lora_dist.plan.playback.gathers import Bounds, Gathered, gathered
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.plan.playback.meta_step import StepMemory, layers_of, step_memory
-from sparse_lora_dist.plan.playback.parameters import Held, Saved, held_parameters, ties
+from sparse_lora_dist.plan.playback.parameters import (
+    PlannedParameter,
+    Saved,
+    planned_parameters,
+    ties,
+)
 
 STEPS = 1000
 """Of a run whose length is not given."""
@@ -35,7 +40,7 @@ NOT_PLAYED = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Engine:
+class PlannedEngine:
     """What an engine file says of memory; what it leaves out is DeepSpeed's default."""
 
     bounds: Bounds
@@ -56,7 +61,7 @@ class Engine:
     """Keys of the file that the plan ignores."""
 
     @classmethod
-    def of(cls, content: Mapping[str, Any]) -> "Engine":
+    def of(cls, content: Mapping[str, Any]) -> "PlannedEngine":
         """From the content of a file in ds_configs/, which is well formed."""
 
         def number(key: str, default: int) -> int:
@@ -128,8 +133,8 @@ class Shapes:
         return PRECISIONS[self.config.model.precision]
 
     @cached_property
-    def plan(self) -> Plan:
-        return self.config.plan(self.config.train.max_steps or STEPS, self.sites)
+    def plan(self) -> RunContext:
+        return self.config.run_context(self.config.train.max_steps or STEPS, self.sites)
 
     @cached_property
     def method(self) -> Method:
@@ -145,8 +150,8 @@ class Shapes:
             raise UserError(f"--method {name}: {error}{hint}") from error
 
     @cached_property
-    def parameters(self) -> list[Held]:
-        return held_parameters(
+    def parameters(self) -> list[PlannedParameter]:
+        return planned_parameters(
             self.model,
             self.sites,
             self.method,

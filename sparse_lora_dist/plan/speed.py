@@ -12,8 +12,8 @@ from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.plan.memory import saved_bytes
 from sparse_lora_dist.plan.plan_options import PlanConfig
 from sparse_lora_dist.plan.playback.meta_step import layers_of
-from sparse_lora_dist.plan.playback.parameters import Held, ties
-from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.playback.parameters import PlannedParameter, ties
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class Speed:
         return max(parts), sum(parts)
 
 
-def speed_of(shapes: Shapes, engine: Engine, ranks: Ranks, plan: PlanConfig) -> Speed:
+def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConfig) -> Speed:
     """Of the job at the rates of ``plan``."""
     train, count = shapes.config.train, ranks.world_size
     micro = train.gradient_accumulation_steps
@@ -112,7 +112,7 @@ def step_flop(shapes: Shapes) -> float:
     return rows * length * (linear + 2 * (4 + again) * trained) + (3.5 + again) * attention
 
 
-def active_fraction(parameter: Held, config: PreTrainedConfig) -> float:
+def active_fraction(parameter: PlannedParameter, config: PreTrainedConfig) -> float:
     """Of a weight that a token meets: all, or its experts'."""
     if not parameter.module.endswith("experts"):
         return 1.0

@@ -10,7 +10,7 @@ from matplotlib.ticker import AutoLocator
 from numpy.typing import NDArray
 
 from sparse_lora_dist.checkpoint import SavedSlices
-from sparse_lora_dist.report.run_data import RunStory
+from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.saved_steps import Saved
 from sparse_lora_dist.report.style import Picture, lines, panels, plain_numbers
 
@@ -33,10 +33,10 @@ class Histogram:
         self.zeros += values.size - above.size
 
 
-def gates(story: RunStory) -> Picture | None:
-    """Values of what a method puts between A and B of every piece, at the first, a middle and the
-    last checkpoint; None where it has no such."""
-    having = [saved for saved in story.checkpoints if any(_vectors(saved.manifest))]
+def gates(run: RunData) -> Picture | None:
+    """Values of what a method puts between A and B of every component, at the first, a middle and
+    the last checkpoint; None where it has no such."""
+    having = [saved for saved in run.checkpoints if any(_vectors(saved.manifest))]
     if not having:
         return None
     chosen = {s.step: gate_values(s) for s in (having[0], having[len(having) // 2], having[-1])}
@@ -50,13 +50,14 @@ def gates(story: RunStory) -> Picture | None:
         axes.stairs(counts, bins, color=line.colour, label=label)
     kind = next(_vectors(having[0].manifest)).rpartition(".")[2].removeprefix("lora_")
     axes.xaxis.set_major_locator(AutoLocator())
-    axes.set(xlabel=kind, ylabel="pieces", yscale="log")  # those held near zero tower
+    axes.set(xlabel=kind, ylabel="components", yscale="log")  # those held near zero tower
     plain_numbers(axes)
     figure.legend(loc="outside lower center", ncols=2)
     return Picture(
         name="gates",
-        title=f"{kind.capitalize()} of the pieces",
-        caption=f"All {len(values):,} pieces; what is exactly zero is counted below and not drawn.",
+        title=f"{kind.capitalize()} of the components",
+        caption=f"All {len(values):,} components; what is exactly zero is counted below and "
+        "not drawn.",
         figure=figure,
     )
 
@@ -68,9 +69,9 @@ def gate_values(saved: Saved) -> NDArray[np.float32]:
     return np.concatenate([_whole(slices, saved, "master", name) for name in names])
 
 
-def importance(story: RunStory) -> Picture | None:
+def importance(run: RunData) -> Picture | None:
     """The first running statistic of every entry, by tensor; None where no checkpoint has any."""
-    saved = next((s for s in reversed(story.checkpoints) if _has_statistics(s.manifest)), None)
+    saved = next((s for s in reversed(run.checkpoints) if _has_statistics(s.manifest)), None)
     if saved is None:
         return None
     figure, (axes,) = panels()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sparse_lora_dist.report.jsonl import Row
+from sparse_lora_dist.report.jsonl import Record
 
 GOING = "still going"
 
@@ -23,7 +23,7 @@ class Attempt:
     ended: str
 
 
-def jobs_of(rows: Sequence[Row], metrics: Sequence[Row], *, going: bool) -> list[Attempt]:
+def jobs_of(rows: Sequence[Record], metrics: Sequence[Record], *, going: bool) -> list[Attempt]:
     """Each beginning with its end, or, where a job did not live to write one, what the next one
     found. ``going``: a job holds the run's lock."""
     first, last = metrics[0]["step"], metrics[-1]["step"]
@@ -38,7 +38,7 @@ def jobs_of(rows: Sequence[Row], metrics: Sequence[Row], *, going: bool) -> list
     return found
 
 
-def _job(row: Row, following: Row | None, *, last_logged: int, going: bool) -> Attempt:
+def _job(row: Record, following: Record | None, *, last_logged: int, going: bool) -> Attempt:
     end = None
     if following is None:
         last, ended = last_logged, GOING if going else "cut short"

@@ -7,14 +7,14 @@ from typing import Any
 
 from sparse_lora_dist.errors import UserError
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 LARGEST = 1e300
 """Of a number: what comes near the end of floats cannot be drawn."""
 YEAR_5000 = 9.5e10
 """In seconds since 1970; dates end soon after."""
 
 
-def read_lines(path: Path, is_row: Callable[[Row], bool]) -> list[Row]:
+def read_lines(path: Path, is_row: Callable[[Record], bool]) -> list[Record]:
     """The rows of ``path``. One that is still being written, or that a crash cut short, is left
     out: the last, without an end of line.
 
@@ -28,7 +28,7 @@ def read_lines(path: Path, is_row: Callable[[Row], bool]) -> list[Row]:
     return [_row(path, number, line, is_row) for number, line in enumerate(lines, start=1)]
 
 
-def _row(path: Path, number: int, line: str, is_row: Callable[[Row], bool]) -> Row:
+def _row(path: Path, number: int, line: str, is_row: Callable[[Record], bool]) -> Record:
     try:
         row = json.loads(line, parse_constant=no_constant)
     except ValueError as error:
@@ -53,13 +53,13 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and -LARGEST < value < LARGEST
 
 
-def is_metrics(row: Row) -> bool:
+def is_metrics(row: Record) -> bool:
     """A step and its numbers, null where JSON has none."""
     return is_count(row.get("step")) and all(v is None or is_number(v) for v in row.values())
 
 
-def is_decision(row: Row) -> bool:
-    """A step with the open pieces and live entries of every site."""
+def is_decision(row: Record) -> bool:
+    """A step with the open components and live entries of every site."""
     ranks, live = row.get("ranks"), row.get("live")
     if not (isinstance(ranks, dict) and isinstance(live, dict)):
         return False
@@ -67,24 +67,24 @@ def is_decision(row: Row) -> bool:
     return len(ranks) > 0 and ranks.keys() == live.keys() and all(map(is_count, counts))
 
 
-def check_sites(path: Path, decisions: Sequence[Row]) -> None:
+def check_sites(path: Path, decisions: Sequence[Record]) -> None:
     """Raises UserError where a decision is of other sites than the first."""
     for number, row in enumerate(decisions, start=1):
         if row["ranks"].keys() != decisions[0]["ranks"].keys():
             raise UserError(f"{path}, line {number} is of other sites than line 1.")
 
 
-def is_stage(row: Row) -> bool:
+def is_stage(row: Record) -> bool:
     """The end of a stage: what lives, and how good it is; of methods that have one, its lambda."""
     return is_metrics(row) and {"live_ranks", "held_out_loss"} <= row.keys()
 
 
-def is_bad_step(row: Row) -> bool:
+def is_bad_step(row: Record) -> bool:
     """A step and what was wrong with it."""
     return is_count(row.get("step")) and isinstance(row.get("kind"), str)
 
 
-def is_attempt(row: Row) -> bool:
+def is_attempt(row: Record) -> bool:
     """A job begins or ends."""
     begins, time = row.get("event") == "begins", row.get("time", -1)
     counts = ("step", "reached", "world_size", "total_steps") if begins else ("step",)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sparse_lora_dist.report.jobs import GOING
-from sparse_lora_dist.report.run_data import RunStory
+from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Picture, as_svg
 
 GENERATOR = "sparse_lora_dist report"
@@ -28,50 +28,50 @@ class Section:
     absent: Sequence[str] = ()
 
 
-def write_page(stories: Sequence[RunStory], sections: Sequence[Section]) -> str:
+def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
     """The text of the page."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     return environment.get_template("page.html.jinja").render(
-        title=stories[0].name if len(stories) == 1 else f"{len(stories)} runs",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         generator=GENERATOR,
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
-        going=[s for s in stories if s.state == GOING],
-        stories=stories,
-        facts={story.name: overview(story) for story in stories},
+        going=[s for s in runs if s.state == GOING],
+        runs=runs,
+        facts={run.name: overview(run) for run in runs},
         sections=sections,
         as_svg=as_svg,
         light=SERIES,
         dark=DARK,
-        options=options(stories),
+        options=options(runs),
     )
 
 
-def overview(story: RunStory) -> dict[str, str]:
+def overview(run: RunData) -> dict[str, str]:
     """The lines of the first table."""
-    total = "" if story.total_steps is None else f" of {story.total_steps:,}"
-    peaks = story.series("peak_memory_bytes")[1]
+    total = "" if run.total_steps is None else f" of {run.total_steps:,}"
+    peaks = run.series("peak_memory_bytes")[1]
     return {
-        "state": story.state,
-        "method": str(story.options.get("method", "?")),
-        "model": str(story.options.get("model", "?")),
-        "steps": f"{story.last_step:,}{total}",
-        "training loss": loss_of(story, "loss"),
-        "held-out loss": loss_of(story, "held_out_loss"),
-        "live entries": change(story.series("live_entries")[1], digits=0),
-        "tokens / s": median_of(story.series("tokens_per_s")[1]),
+        "state": run.state,
+        "method": str(run.options.get("method", "?")),
+        "model": str(run.options.get("model", "?")),
+        "steps": f"{run.last_step:,}{total}",
+        "training loss": loss_of(run, "loss"),
+        "held-out loss": loss_of(run, "held_out_loss"),
+        "live entries": change(run.series("live_entries")[1], digits=0),
+        "tokens / s": median_of(run.series("tokens_per_s")[1]),
         "peak memory of a rank": f"{max(peaks) / 1e9:.2f} GB" if peaks else "–",
-        "ranks of the job": str(story.world_size or "?"),
-        "jobs": str(len(story.attempts)),
-        "checkpoints": str(sum(not s.damage for s in story.checkpoints)),
-        "steps left out": str(sum(r["kind"] == "left out" for r in story.bad_steps)),
+        "ranks of the job": str(run.world_size or "?"),
+        "jobs": str(len(run.attempts)),
+        "checkpoints": str(sum(not s.damage for s in run.checkpoints)),
+        "steps left out": str(sum(r["kind"] == "left out" for r in run.bad_steps)),
     }
 
 
-def loss_of(story: RunStory, key: str) -> str:
+def loss_of(run: RunData, key: str) -> str:
     """The first and the last, and whether it ended in none."""
-    since, values = story.lost_number(key), story.series(key)[1]
+    since, values = run.lost_number(key), run.series(key)[1]
     if since is None:
         return change(values)
     none = f"NaN or infinite from step {since:,} on"
@@ -90,8 +90,8 @@ def median_of(values: Sequence[float]) -> str:
     return f"{median(values):,.0f}" if values else "–"
 
 
-def options(stories: Sequence[RunStory]) -> list[tuple[str, list[Any], bool]]:
+def options(runs: Sequence[RunData]) -> list[tuple[str, list[Any], bool]]:
     """(name, value of each run, do they differ?)"""
-    names = dict.fromkeys(name for story in stories for name in story.options)
-    rows = [(name, [story.options.get(name, "–") for story in stories]) for name in names]
+    names = dict.fromkeys(name for run in runs for name in run.options)
+    rows = [(name, [run.options.get(name, "–") for run in runs]) for name in names]
     return [(name, values, any(v != values[0] for v in values)) for name, values in rows]

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sparse_lora_dist.report.jsonl import is_count
 from sparse_lora_dist.report.layer_grid import Layout, layout_of
-from sparse_lora_dist.report.run_data import RunStory
+from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import WIDTH, Picture, panels
 
 READABLE = 16
@@ -24,11 +24,11 @@ class Shares:
     """What is drawn of every site: its rank where a method changes ranks, else the share of its
     entries that are stepped."""
 
-    def __init__(self, story: RunStory) -> None:
-        self.story, sites = story, story.decisions[0]["ranks"]
-        ranks = {rank for row in story.decisions for rank in row["ranks"].values()}
-        rank = story.options.get("rank")
-        self.sizes = _entries(story)
+    def __init__(self, run: RunData) -> None:
+        self.run, sites = run, run.decisions[0]["ranks"]
+        ranks = {rank for row in run.decisions for rank in row["ranks"].values()}
+        rank = run.options.get("rank")
+        self.sizes = _entries(run)
         self.capacity = max(rank if is_count(rank) else 1, 1, *ranks)
         self.of_ranks = ranks != {self.capacity} or not sites.keys() <= self.sizes.keys()
         self.name = "rank" if self.of_ranks else "share"
@@ -49,7 +49,7 @@ class Shares:
     def say_nothing(self) -> bool:
         """Is everything stepped all the time? A method that zeroes entries after every step may
         do so."""
-        rows = self.story.decisions
+        rows = self.run.decisions
         return not self.of_ranks and all(v == 1 for row in rows for v in self.of(row).values())
 
     def of(self, decision: Mapping[str, Any]) -> Mapping[str, float]:
@@ -79,9 +79,9 @@ class Shares:
         }
 
 
-def _entries(story: RunStory) -> dict[str, int]:
+def _entries(run: RunData) -> dict[str, int]:
     """Site -> entries of its tensors, as a checkpoint knows them; empty without one."""
-    manifest = next((s.manifest for s in reversed(story.checkpoints) if s.manifest), None)
+    manifest = next((s.manifest for s in reversed(run.checkpoints) if s.manifest), None)
     if manifest is None:
         return {}
     sizes = dict.fromkeys(manifest["sites"]["pieces"], 0)
@@ -91,9 +91,9 @@ def _entries(story: RunStory) -> dict[str, int]:
     return sizes
 
 
-def final_map(story: RunStory) -> Picture:
+def final_map(run: RunData) -> Picture:
     """Layer x module after the last decision."""
-    shares, decision = Shares(story), story.decisions[-1]
+    shares, decision = Shares(run), run.decisions[-1]
     grid = shares.layout.grid(shares.of(decision))
     num_layers, num_modules = grid.shape
     height = min(9.0, 1.5 + 0.26 * num_layers)
@@ -131,12 +131,12 @@ def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
     axes.set_yticks([p + 0.5 for p in places], [str(layout.layers[p]) for p in places])
 
 
-def growth(story: RunStory) -> Picture:
+def growth(run: RunData) -> Picture:
     """A panel a module, layers over decisions: how it came to be."""
-    shares = Shares(story)
-    grids = np.stack([shares.layout.grid(shares.of(row)) for row in story.decisions])
-    steps = [row["step"] for row in story.decisions]
-    edges = [*steps, max(story.last_step, steps[-1] + 1)]  # each holds until the next
+    shares = Shares(run)
+    grids = np.stack([shares.layout.grid(shares.of(row)) for row in run.decisions])
+    steps = [row["step"] for row in run.decisions]
+    edges = [*steps, max(run.last_step, steps[-1] + 1)]  # each holds until the next
     modules, num_layers = shares.layout.modules, len(shares.layout.layers)
     rows = -(-len(modules) // 2)
     height = rows * min(2.4, 0.7 + 0.14 * num_layers) + 0.5

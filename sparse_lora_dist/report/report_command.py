@@ -10,7 +10,7 @@ from sparse_lora_dist.report import curves, ranks
 from sparse_lora_dist.report import distributions as spread
 from sparse_lora_dist.report.page import GENERATOR, Section, write_page
 from sparse_lora_dist.report.report_options import ReportRequest
-from sparse_lora_dist.report.run_data import RunStory, read_story
+from sparse_lora_dist.report.run_data import RunData, read_run
 from sparse_lora_dist.report.style import save_png
 from sparse_lora_dist.report.timeline import timeline
 from sparse_lora_dist.system.atomic_files import write_whole
@@ -22,18 +22,18 @@ def report(request: ReportRequest) -> None:
     Raises:
         UserError: a folder is no run, or something else stands where the page would.
     """
-    stories = [read_story(run, name) for run, name in names_of(request.runs).items()]
+    runs = [read_run(run, name) for run, name in names_of(request.runs).items()]
     check_output(request.output)
-    sections = [together(stories), *(of_one(story) for story in stories)]
+    sections = [together(runs), *(of_one(run) for run in runs)]
     try:
-        write_whole(request.output, write_page(stories, sections))
+        write_whole(request.output, write_page(runs, sections))
         if request.png:
             folder = request.output.with_name(f"{request.output.stem}_figures")
-            save_all(folder, stories, sections)
+            save_all(folder, runs, sections)
     except OSError as error:
         raise UserError(f"--output {request.output}: {error}") from error
-    for story in stories:
-        print(f"{story.name}: {story.state}, step {story.last_step}")
+    for run in runs:
+        print(f"{run.name}: {run.state}, step {run.last_step}")
     print(f"report    {request.output}" + (f"\nfigures   {folder}" if request.png else ""))
 
 
@@ -61,31 +61,31 @@ def names_of(runs: Sequence[Path]) -> dict[Path, str]:
     return dict(zip(runs, names, strict=True))
 
 
-def together(stories: Sequence[RunStory]) -> Section:
+def together(runs: Sequence[RunData]) -> Section:
     """All runs in one figure each."""
-    drawn = [draw(stories) for draw in (curves.loss, curves.live, curves.throughput, curves.memory)]
-    if staged := [story for story in stories if story.stages]:
+    drawn = [draw(runs) for draw in (curves.loss, curves.live, curves.throughput, curves.memory)]
+    if staged := [run for run in runs if run.stages]:
         drawn.insert(2, curves.stages(staged))
-    return Section(title="Over the run" if len(stories) == 1 else "Side by side", pictures=drawn)
+    return Section(title="Over the run" if len(runs) == 1 else "Side by side", pictures=drawn)
 
 
-def of_one(story: RunStory) -> Section:
+def of_one(run: RunData) -> Section:
     """What cannot share axes with another run's."""
-    pictures, absent = [timeline(story)], []
-    if not story.decisions:
+    pictures, absent = [timeline(run)], []
+    if not run.decisions:
         absent.append(
             "No map of ranks: the method has made no decision, every linear is as it was."
         )
-    elif ranks.Shares(story).say_nothing:
+    elif ranks.Shares(run).say_nothing:
         absent.append(
             "No map of ranks: they never change, and all entries are stepped to the end. How many "
             "of them are zero launcher/show.py says of a checkpoint."
         )
     else:
-        pictures += [ranks.final_map(story), ranks.growth(story)]
+        pictures += [ranks.final_map(run), ranks.growth(run)]
     for draw, what in ((spread.gates, "gates"), (spread.importance, "importance")):
         try:
-            picture = draw(story)
+            picture = draw(run)
         # Damaged, or --keep_last has just removed it.
         except (OSError, SafetensorError) as error:
             absent.append(f"No distribution of {what}: {error}")
@@ -94,10 +94,10 @@ def of_one(story: RunStory) -> Section:
             absent.append(f"No distribution of {what}: no checkpoint here has any.")
         else:
             pictures.append(picture)
-    return Section(title=story.name, pictures=pictures, absent=absent)
+    return Section(title=run.name, pictures=pictures, absent=absent)
 
 
-def save_all(folder: Path, stories: Sequence[RunStory], sections: Sequence[Section]) -> None:
+def save_all(folder: Path, runs: Sequence[RunData], sections: Sequence[Section]) -> None:
     """A PNG a picture, instead of those of an earlier report; those of one of several runs bear its
     place and name."""
     folder.mkdir(exist_ok=True)
@@ -105,8 +105,8 @@ def save_all(folder: Path, stories: Sequence[RunStory], sections: Sequence[Secti
         if GENERATOR.encode() in path.read_bytes()[:1000]:
             path.unlink()
     # By name alone x/a_b and x_a/b would be the same.
-    named = [f"{i}_{s.name.replace('/', '_')}_" for i, s in enumerate(stories, start=1)]
-    prefixes = ["", *(named if len(stories) > 1 else [""])]
+    named = [f"{i}_{s.name.replace('/', '_')}_" for i, s in enumerate(runs, start=1)]
+    prefixes = ["", *(named if len(runs) > 1 else [""])]
     for prefix, section in zip(prefixes, sections, strict=True):
         for picture in section.pictures:
             save_png(picture, folder / f"{prefix}{picture.name}.png", maker=GENERATOR)

@@ -1,4 +1,4 @@
-"""A run folder -> its story. Nothing is written, so a run may still be going."""
+"""A run folder -> its run. Nothing is written, so a run may still be going."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ import yaml
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report.jobs import Attempt, jobs_of
 from sparse_lora_dist.report.jsonl import (
-    Row,
+    Record,
     check_sites,
     is_attempt,
     is_bad_step,
@@ -33,18 +33,18 @@ STAGE = ("live_ranks", "held_out_loss", "lambda")
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunStory:
+class RunData:
     """What a run folder says."""
 
     name: str
     folder: Path
     options: Mapping[str, Any]
     environment: Mapping[str, Any]
-    metrics: Sequence[Row]
-    decisions: Sequence[Row]
-    stages: Sequence[Row]
+    metrics: Sequence[Record]
+    decisions: Sequence[Record]
+    stages: Sequence[Record]
     """That have all numbers to be drawn by."""
-    bad_steps: Sequence[Row]
+    bad_steps: Sequence[Record]
     attempts: Sequence[Attempt]
     checkpoints: Sequence[Saved]
     total_steps: int | None
@@ -81,7 +81,7 @@ class RunStory:
         return sorted({key for row in self.decisions for key in row} - {"step", "ranks", "live"})
 
 
-def read_story(folder: Path, name: str | None = None) -> RunStory:
+def read_run(folder: Path, name: str | None = None) -> RunData:
     """What ``folder`` holds.
 
     Raises:
@@ -97,7 +97,7 @@ def read_story(folder: Path, name: str | None = None) -> RunStory:
     decisions = _optional(folder / "decisions.jsonl", is_decision)
     check_sites(folder / "decisions.jsonl", decisions)
     ended = _optional(folder / "stages.jsonl", is_stage)
-    return RunStory(
+    return RunData(
         name=name or folder.resolve().name,
         folder=folder,
         options=_mapping(folder / RUN_YAML, yaml.safe_load),
@@ -112,7 +112,7 @@ def read_story(folder: Path, name: str | None = None) -> RunStory:
     )
 
 
-def _metrics(path: Path, *, going: bool) -> list[Row]:
+def _metrics(path: Path, *, going: bool) -> list[Record]:
     # A job that loads has the lock, but no such file yet.
     rows = read_lines(path, is_metrics) if path.exists() or not going else []
     if not rows:
@@ -120,7 +120,7 @@ def _metrics(path: Path, *, going: bool) -> list[Row]:
     return rows
 
 
-def _optional(path: Path, is_row: Callable[[Row], bool]) -> list[Row]:
+def _optional(path: Path, is_row: Callable[[Record], bool]) -> list[Record]:
     return read_lines(path, is_row) if path.exists() else []
 
 

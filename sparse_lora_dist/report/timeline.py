@@ -6,7 +6,7 @@ from typing import Any
 
 from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.report.jobs import Attempt
-from sparse_lora_dist.report.run_data import RunStory
+from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Picture, panels
 
 BAR: dict[str, Any] = {"height": 0.3, "color": SERIES[0]}
@@ -19,10 +19,10 @@ KINDS = {
 """Of bad steps: how each is marked."""
 
 
-def timeline(story: RunStory) -> Picture:
+def timeline(run: RunData) -> Picture:
     """A bar a job, the first on top; checkpoints and bad steps below."""
-    jobs, end = story.attempts[-MOST:], max(story.total_steps or 1, story.last_step)
-    first = len(story.attempts) - len(jobs) + 1
+    jobs, end = run.attempts[-MOST:], max(run.total_steps or 1, run.last_step)
+    first = len(run.attempts) - len(jobs) + 1
     figure, (axes,) = panels(height=1.3 + 0.5 * len(jobs))
     for row, job in enumerate(jobs):
         axes.barh(row, max(job.last - job.first, end / 200), left=job.first, **BAR)
@@ -30,7 +30,7 @@ def timeline(story: RunStory) -> Picture:
         axes.text(0, row - 0.2, described(job), va="bottom", size=8, in_layout=False)
     for row, (job, following) in enumerate(pairwise(jobs)):
         axes.barh(row, lost(job, following), left=following.first, **BAR | {"color": SERIES[1]})
-    _marks(axes, story, len(jobs))
+    _marks(axes, run, len(jobs))
     axes.set(xlabel="step", xlim=(0, end), ylim=(len(jobs) + 0.4, -0.8))
     axes.set_yticks(range(len(jobs)), [f"job {first + i}" for i in range(len(jobs))])
     axes.grid(axis="y", visible=False)
@@ -38,8 +38,8 @@ def timeline(story: RunStory) -> Picture:
     axes.tick_params(axis="y", length=0)
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=3)
-    made_again = sum(starmap(lost, pairwise(story.attempts)))
-    jobs_made = counted(len(story.attempts), "job")
+    made_again = sum(starmap(lost, pairwise(run.attempts)))
+    jobs_made = counted(len(run.attempts), "job")
     if made_again:  # at least: nobody knows of those after the last that was logged
         jobs_made += f", at least {counted(made_again, 'step')} lost and made again (orange)"
     return Picture(
@@ -55,9 +55,9 @@ def lost(job: Attempt, following: Attempt) -> int:
     return max(0, job.last - following.first)
 
 
-def _marks(axes: Any, story: RunStory, row: int) -> None:
-    bad = {kind: [r["step"] for r in story.bad_steps if r["kind"] == kind] for kind in KINDS}
-    saved = [s.step for s in story.checkpoints if not s.damage]
+def _marks(axes: Any, run: RunData, row: int) -> None:
+    bad = {kind: [r["step"] for r in run.bad_steps if r["kind"] == kind] for kind in KINDS}
+    saved = [s.step for s in run.checkpoints if not s.damage]
     for (label, mark, colour), steps in zip(
         (("checkpoint", "v", SERIES[2]), *KINDS.values()), (saved, *bad.values()), strict=True
     ):

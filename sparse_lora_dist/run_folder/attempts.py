@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.run_folder.metrics_log import JsonLines, read_rows
+from sparse_lora_dist.run_folder.metrics_log import JsonLines, read_records
 
 NAME = "attempts.jsonl"
 
@@ -21,7 +21,7 @@ class Attempts:
     def __init__(self, folder: Path, *, step: int, total_steps: int) -> None:
         """Begins from ``step``. To be made before the metrics forget what was logged after it."""
         metrics = folder / "metrics.jsonl"
-        rows = read_rows(metrics) if comm.rank() == 0 and metrics.exists() else []
+        rows = read_records(metrics) if comm.rank() == 0 and metrics.exists() else []
         # Steps are lost to a kill; that it happened is not to be.
         self._lines = JsonLines(folder / NAME, last_step=sys.maxsize)
         self._lines.append(

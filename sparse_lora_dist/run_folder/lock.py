@@ -16,8 +16,8 @@ from datetime import datetime
 from pathlib import Path
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.processes import Process, is_gone, this_process
 
@@ -62,7 +62,7 @@ def held(folder: Path) -> Iterator[None]:
     """
     made = not folder.exists()
     try:
-        with together(f"locking {folder}"):
+        with fail_together(f"locking {folder}"):
             if comm.rank() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
                 _take(folder / NAME)
@@ -186,7 +186,9 @@ def _shows_life(path: Path, age: float) -> bool:
     """Is it renewed before it counts as dead? A job that was killed leaves a lock of a moment ago,
     and one that was to follow it must not fail of that."""
     left_s = MISSED * HEARTBEAT_S - age
-    say("waiting", f"up to {left_s:.0f} s, for a sign of life from the job that holds {path}")
+    print_line(
+        "waiting", f"up to {left_s:.0f} s, for a sign of life from the job that holds {path}"
+    )
     try:
         seen = path.stat().st_mtime
         for _ in range(math.ceil(left_s / LOOK_S) + 1):

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.atomic_files import write_whole
 
-Row = Mapping[str, float | int | str]
+Record = Mapping[str, float | int | str]
 
 
 def own_peak_memory_bytes() -> int:
@@ -38,7 +38,9 @@ class JsonLines:
         """Forgets what stands after ``last_step``, where a resumed run goes on; None: all of it."""
         self.path, self._failed = path, False
         if comm.rank() == 0 and path.exists():
-            rows = [r for r in read_rows(path) if last_step is not None and r["step"] <= last_step]
+            rows = [
+                r for r in read_records(path) if last_step is not None and r["step"] <= last_step
+            ]
             write_whole(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -52,7 +54,9 @@ class JsonLines:
                 file.write(json.dumps(finite) + "\n")
         except OSError as error:
             self._failed = True
-            say("warning", f"{error}: {self.path.name} has no rows from step {row['step']} on")
+            print_line(
+                "warning", f"{error}: {self.path.name} has no rows from step {row['step']} on"
+            )
 
 
 def _has_json(value: object) -> bool:
@@ -91,7 +95,7 @@ class Metrics:
         """By which trackers know this run, for a checkpoint; on rank 0."""
         return {} if self._wandb is None else {"wandb": self._wandb.id}
 
-    def log(self, row: Row) -> None:
+    def log(self, row: Record) -> None:
         """Append one row; ``step`` is its x axis."""
         self._lines.append(row)
         numbers = {k: v for k, v in row.items() if k != "step" and not isinstance(v, str)}
@@ -118,7 +122,7 @@ class Metrics:
             self._wandb.finish()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_records(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics file; a last line that a crash cut short is left out."""
     rows = []
     for line in path.read_text().splitlines():

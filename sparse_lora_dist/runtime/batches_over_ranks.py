@@ -6,7 +6,7 @@ from typing import TypeVar
 from tqdm import tqdm
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.runtime import watchdog
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -25,7 +25,7 @@ def in_batches(
     rounding depends on what else is in a batch. It goes to rank i % ranks. Ranks that have none in
     the last round do the last one again, since every forward is a collective, for nobody.
     """
-    watch.mark(name)
+    watchdog.set_phase(name)
     starts = range(0, len(items), batch_size)
     rank, world_size = comm.rank(), comm.world_size()
     own = []

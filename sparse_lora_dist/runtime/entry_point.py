@@ -53,32 +53,34 @@ def run_program(
             quiet_others()
         work(config)
         # Not by returning: gloo's threads may abort the interpreter's shutdown of a finished run.
-        leave(0)
+        exit_process(0)
     except UserError as error:
         if debug:
             traceback.print_exc()
-        speak(f"error: {error}", for_all=error.shared)
-        leave(USER_ERROR)
+        write_stderr(f"error: {error}", for_all=error.shared)
+        exit_process(USER_ERROR)
     except Stopped:
-        leave(STOPPED)
+        exit_process(STOPPED)
     except SystemExit:  # --help and --print_config end so
         raise
     except KeyboardInterrupt:
-        leave(INTERRUPTED)
+        exit_process(INTERRUPTED)
     except PeerError as error:
         if debug:
             traceback.print_exc()
-        speak(f"\nrank {this_launch().rank} ends: {error}")
-        leave(FAILURE)
+        write_stderr(f"\nrank {this_launch().rank} ends: {error}")
+        exit_process(FAILURE)
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:
-            speak(f"rank {this_launch().rank} ends: another rank is gone; its message says why")
+            write_stderr(
+                f"rank {this_launch().rank} ends: another rank is gone; its message says why"
+            )
         else:
             traceback.print_exc()
-        leave(FAILURE)
+        exit_process(FAILURE)
 
 
-def speak(message: str, *, for_all: bool = False) -> None:
+def write_stderr(message: str, *, for_all: bool = False) -> None:
     """On stderr: once a machine what all ranks found together, else from the rank that found it."""
     if not for_all or this_launch().local_rank == 0:
         print(message, file=sys.stderr)
@@ -86,7 +88,7 @@ def speak(message: str, *, for_all: bool = False) -> None:
         time.sleep(1)  # launchers end all ranks when one leaves, and the one that speaks with it
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End at once: the interpreter's own shutdown may wait for peers inside a collective."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,7 +3,7 @@
 from math import ceil
 
 from sparse_lora_dist.config.checks import seconds_in
-from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.console import print_line
 
 
 class SignalLead:
@@ -23,7 +23,7 @@ class SignalLead:
         needed_s = lead_needed_s(self._slowest_s, seconds)
         if self._lead_s is None or self._lead_s >= needed_s:
             return
-        say(
+        print_line(
             "warning",
             f"--signal_lead {self._lead_s:.0f}s is too short: steps take up to "
             f"{self._slowest_s:.1f} s and a save {seconds:.1f} s, so the signal should come "

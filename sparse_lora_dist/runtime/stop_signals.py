@@ -15,7 +15,7 @@ import psutil
 
 from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import Stopped
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
@@ -28,7 +28,7 @@ CLOCK = 1
 larger."""
 
 
-class _Wish:
+class _StopRequest:
     """What this rank was told so far."""
 
     def __init__(self, time_limit_s: float | None) -> None:
@@ -46,7 +46,7 @@ class _Wish:
         if self._told_at is None:
             self._told_at, self.code = now, number
             name = signal.Signals(number).name
-            say("stops", f"{name}: saves at the next boundary; Ctrl-C then ends at once")
+            print_line("stops", f"{name}: saves at the next boundary; Ctrl-C then ends at once")
         elif signal.SIGINT in (self.code, number) and now - self._told_at > ONE_WISH_S:
             os._exit(128 + number)
 
@@ -60,14 +60,14 @@ class _Wish:
                 self.code = CLOCK
 
 
-_wish: _Wish | None = None
+_wish: _StopRequest | None = None
 
 
 @contextmanager
 def listening(time_limit: str | None) -> Iterator[None]:
     """Inside, SIGUSR1, SIGTERM and SIGINT are wishes. For the main thread."""
     global _wish
-    _wish = wish = _Wish(None if time_limit is None else seconds_in(time_limit))
+    _wish = wish = _StopRequest(None if time_limit is None else seconds_in(time_limit))
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # Python's own handlers would wait for the main thread, which may sit in a collective for long.
@@ -87,7 +87,7 @@ def listening(time_limit: str | None) -> Iterator[None]:
         _wish = None
 
 
-def _listen(reading: int, wish: _Wish) -> None:
+def _listen(reading: int, wish: _StopRequest) -> None:
     while number := os.read(reading, 1):
         if number[0] in SIGNALS:
             wish.take(number[0])

@@ -16,10 +16,10 @@ from itertools import count
 from pathlib import Path
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import PeerError, Stopped, UserError
 from sparse_lora_dist.run_folder import lock as run_lock
-from sparse_lora_dist.runtime.entry_point import FAILURE, USER_ERROR, leave, speak
+from sparse_lora_dist.runtime.entry_point import FAILURE, USER_ERROR, exit_process, write_stderr
 from sparse_lora_dist.runtime.heartbeats import Board, Heartbeat, Heartbeats, in_time
 from sparse_lora_dist.runtime.stuck_ranks import Verdict, find_behind, find_lost, find_store_lost
 from sparse_lora_dist.system.processes import kill, this_process
@@ -41,7 +41,7 @@ class _Place:
 _place = _Place()
 
 
-def mark(phase: str, *, step: int | None = None, may_be_long: bool = False) -> None:
+def set_phase(phase: str, *, step: int | None = None, may_be_long: bool = False) -> None:
     """Say what this rank does from here on; all ranks say the same things in the same order.
 
     Args:
@@ -60,13 +60,13 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
     Raises:
         PeerError: a collective failed because of another rank; the message names it.
     """
-    mark("starting", step=0, may_be_long=True)
+    set_phase("starting", step=0, may_be_long=True)
     board = Board(run, patience_s=min(LONGEST_S, timeout_s / 4))
-    with together(f"opening {board.folder}"):
+    with fail_together(f"opening {board.folder}"):
         if comm.rank() == 0:
             shutil.rmtree(board.folder, ignore_errors=True)  # of an earlier attempt
             board.folder.mkdir()
-    watch = _Watch(board, timeout_s)
+    watch = _Watchdog(board, timeout_s)
     crashed = False
     try:
         comm.barrier()  # the store answers for all ranks only once all have posted
@@ -85,7 +85,7 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
             shutil.rmtree(board.folder, ignore_errors=True)
 
 
-class _Watch:
+class _Watchdog:
     """The threads of one run."""
 
     def __init__(self, board: Board, timeout_s: float) -> None:
@@ -124,8 +124,8 @@ class _Watch:
             try:
                 run_lock.renew()
             except UserError as error:
-                speak(f"\nerror: {error}")
-                leave(USER_ERROR)
+                write_stderr(f"\nerror: {error}")
+                exit_process(USER_ERROR)
             except OSError:  # a shared disk may fail for a moment
                 continue
 
@@ -166,7 +166,7 @@ class _Watch:
             self._end(verdict)
 
     def _end(self, verdict: Verdict) -> None:
-        speak(
+        write_stderr(
             f"\nrank {comm.rank()} ends: no rank got on for {self.timeout_s:g} s "
             f"(--collective_timeout). {verdict.text}"
         )
@@ -176,7 +176,7 @@ class _Watch:
         for beat in verdict.lost:  # a stopped process takes no other signal
             with suppress(OSError):
                 kill(beat.process)
-        leave(FAILURE)
+        exit_process(FAILURE)
 
 
 def _is_about_a_peer(error: BaseException) -> bool:

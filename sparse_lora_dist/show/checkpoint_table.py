@@ -34,12 +34,12 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
     form = saved.method.form(site)
     mine = [f"{site.name}.{key}" for key in form.tensors]
     names = [name for name in mine if name in saved.manifest["tensors"]]
-    _, open_pieces = saved.manifest["sites"]["pieces"][site.name]
+    _, open_components = saved.manifest["sites"]["pieces"][site.name]
     change = None if saved.reads_base else saved.change(site)
     return Module(
         name=site.name,
-        rank=open_pieces,
-        capacity=form.num_pieces(site),
+        rank=open_components,
+        capacity=form.num_components(site),
         entries=sum(prod(saved.manifest["tensors"][name]) for name in names),
         alive=sum(_num_live(saved, name) for name in names),
         bytes=sum(sizes[name] for name in names),

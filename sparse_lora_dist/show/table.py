@@ -15,7 +15,7 @@ class Module:
 
     name: str
     rank: int | None = None
-    """Pieces in use; None where it was trained in full."""
+    """Components in use; None where it was trained in full."""
     capacity: int | None = None
     entries: int
     alive: int

@@ -80,9 +80,9 @@ class Decisions:
         self._resting, self._made = self._digests_at_rest(), None
 
     def _is_the_masters(self, name: str, zero: Tensor, dtype: torch.dtype) -> bool:
-        piece = self.shards.sparse[name]
-        master = self.shards.engine.master(piece)
-        own = zero[piece.start : piece.start + piece.length]
+        tensor_slice = self.shards.sparse[name]
+        master = self.shards.engine.master(tensor_slice)
+        own = zero[tensor_slice.start : tensor_slice.start + tensor_slice.length]
         return torch.equal((master.to(dtype) == 0).to(own.device), own)
 
     def _digests_at_rest(self) -> dict[str, str]:
@@ -92,8 +92,8 @@ class Decisions:
 
 
 def _record(decision: Decision) -> str:
-    pieces = {name: asdict(p) for name, p in decision.pieces.items()}
-    said = json.dumps([pieces, dict(decision.facts)], sort_keys=True)
+    components = {name: asdict(p) for name, p in decision.components.items()}
+    said = json.dumps([components, dict(decision.log_values)], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()
 
 

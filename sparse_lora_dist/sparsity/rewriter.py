@@ -13,13 +13,13 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.adapter.input_statistics import Watch
+from sparse_lora_dist.adapter.input_statistics import InputStatistics
 from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.methods.protocol.method import Decision, Pieces
+from sparse_lora_dist.methods.protocol.method import Components, Decision
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.parameters import gathered
@@ -39,7 +39,7 @@ class Rewriter:
         if self.rewriting is not None and self.rewriting.at(0):
             self._rewrite(self.rewriting, 0)
 
-    def watch(self, step: int) -> None:
+    def collect_inputs(self, step: int) -> None:
         """Before the forward of a step: look at what will be asked for."""
         now = self.rewriting
         if now is None:
@@ -49,7 +49,9 @@ class Rewriter:
         for i, adapter in enumerate(self.adapters):
             gradient = now.collects_gradient is not None and now.collects_gradient(step, i)
             if squares or gradient or rows:
-                adapter.watch = Watch(squares=squares, gradient=gradient, rows=rows)
+                adapter.input_statistics = InputStatistics(
+                    squares=squares, gradient=gradient, rows=rows
+                )
 
     def after(self, step: int, *, applied: bool) -> Decision | None:
         """After a step, or one that was refused; what the log is to say. Collective.
@@ -62,8 +64,12 @@ class Rewriter:
             return None
         if applied and now.squares_decay is not None:
             self._take_squares(now.squares_decay)
-        watches = [adapter.watch for adapter in self.adapters if adapter.watch is not None]
-        if not applied and any(watch.gradient or watch.rows for watch in watches):
+        statistics = [
+            adapter.input_statistics
+            for adapter in self.adapters
+            if adapter.input_statistics is not None
+        ]
+        if not applied and any(statistics.gradient or statistics.rows for statistics in statistics):
             raise UserError(
                 f"step {step}: --method {self.shards.method.name} was to choose by a step that "
                 "is not finite. Lower --learning_rate, or take other data.",
@@ -71,18 +77,18 @@ class Rewriter:
             )
         decision = self._rewrite(now, step) if now.at(step) else None
         for adapter in self.adapters:
-            adapter.watch = None
+            adapter.input_statistics = None
         return decision
 
     def _take_squares(self, decay: float) -> None:
         """One all-reduce of the numbers of all sites."""
-        watches = [a.watch for a in self.adapters if a.watch is not None]
-        sums = [torch.as_tensor(w.squares_I, device=comm.device()).double() for w in watches]
+        statistics = [a.input_statistics for a in self.adapters if a.input_statistics is not None]
+        sums = [torch.as_tensor(w.squares_I, device=comm.device()).double() for w in statistics]
         widths = [a.site.in_features for a in self.adapters]
         sums = [s.expand(width) for s, width in zip(sums, widths, strict=True)]
-        counts = torch.tensor([w.num_tokens for w in watches], device=comm.device()).double()
+        counts = torch.tensor([w.num_tokens for w in statistics], device=comm.device()).double()
         everything = comm.sum_over_ranks(torch.cat([*sums, counts]))
-        *parts, counts_S = everything.split([*widths, len(watches)])
+        *parts, counts_S = everything.split([*widths, len(statistics)])
         running = self.shards.sites.squares
         for adapter, sum_I, count in zip(self.adapters, parts, counts_S, strict=True):
             mean_I, before_I = sum_I / count.clamp(min=1.0), running[adapter.site.name]
@@ -96,26 +102,29 @@ class Rewriter:
             asked = partial(_measured, now.measure)
             told = [self._of_whole(now, asked, i, step) for i in range(len(self.adapters))]
             measures_SK = torch.stack([t.tensors["measured"] for t in told]).double().cpu()
-        said, pieces, trained = defaultdict(list), {}, False
+        said, components, trained = defaultdict(list), {}, False
         for i, adapter in enumerate(self.adapters):
             done = self._of_whole(now, now.write, i, step, measures_SK)
             trained |= self._put(adapter, done)
-            adapter.watch = None  # a share of a whole gradient may go with it
-            for name, value in done.facts.items():
+            adapter.input_statistics = None  # a share of a whole gradient may go with it
+            for name, value in done.log_values.items():
                 said[name].append(value)
             if done.computed is not None:
-                computed = Pieces(computed=done.computed, open=len(done.computed))
-                pieces[adapter.site.name] = computed
+                computed = Components(computed=done.computed, open=len(done.computed))
+                components[adapter.site.name] = computed
         if trained:
             self.shards.engine.masters_changed()
         if now.resets_moments:
             self.shards.optimizer.reset_moments()
-        self.shards.sites.set_pieces(pieces)
-        facts = {name: fmean(values) for name, values in said.items()}
-        self.shards.facts = facts
-        if facts and now.says:
-            say("", f"step {step}: {', '.join(f'{n} {value:.4g}' for n, value in facts.items())}")
-        return Decision(pieces=pieces, facts=facts)
+        self.shards.sites.set_components(components)
+        log_values = {name: fmean(values) for name, values in said.items()}
+        self.shards.log_values = log_values
+        if log_values and now.says:
+            print_line(
+                "",
+                f"step {step}: {', '.join(f'{n} {value:.4g}' for n, value in log_values.items())}",
+            )
+        return Decision(components=components, log_values=log_values)
 
     @torch.no_grad()
     def _of_whole(
@@ -127,7 +136,7 @@ class Rewriter:
         measures_SK: Tensor | None = None,
     ) -> Rewritten:
         adapter = self.adapters[index]
-        site, watch = adapter.site, adapter.watch
+        site, statistics = adapter.site, adapter.input_statistics
         kept = [getattr(adapter, key) for key in adapter.form.kept]
         base = list(adapter.base.parameters()) if now.reads_weight else []
         with gathered([*kept, *base]):
@@ -143,25 +152,29 @@ class Rewriter:
                 weight_OI=lambda: adapter.base.weight_OI(torch.float32),
                 generator=torch.Generator().manual_seed(seed_of(self.seed, site.name, step)),
                 squares_I=squares if squares is not None and squares.any() else None,
-                gradient_OI=_gradient(adapter, watch),
-                rows_NI=watch.gathered_rows() if watch is not None and watch.rows else None,
+                gradient_OI=_gradient(adapter, statistics),
+                rows_NI=statistics.gathered_rows()
+                if statistics is not None and statistics.rows
+                else None,
                 measures_SK=measures_SK,
             )
             return _as_rank_0_has_it(ask, whole)
 
     def _master(self, adapter: AdapterLinear, key: str) -> Tensor:
         """A trained tensor in fp32, whole."""
-        piece = self.shards.sites.piece(self.shards.sparse, adapter.site.name, key)
-        return _whole_of(self.shards.engine.master(piece), piece.share, piece.shape)
+        tensor_slice = self.shards.sites.tensor_slice(self.shards.sparse, adapter.site.name, key)
+        return _whole_of(
+            self.shards.engine.master(tensor_slice), tensor_slice.share, tensor_slice.shape
+        )
 
     def _put(self, adapter: AdapterLinear, done: Rewritten) -> bool:
         """Every rank its share; was a trained tensor among them?"""
         for key, t in done.tensors.items():
             if key in adapter.specs:
-                piece = self.shards.sparse[f"{adapter.site.name}.{key}"]
-                assert t.shape == piece.shape, (key, t.shape, piece.shape)
-                own = t.flatten()[piece.start : piece.start + piece.length]
-                self.shards.engine.master(piece).copy_(own)
+                tensor_slice = self.shards.sparse[f"{adapter.site.name}.{key}"]
+                assert t.shape == tensor_slice.shape, (key, t.shape, tensor_slice.shape)
+                own = t.flatten()[tensor_slice.start : tensor_slice.start + tensor_slice.length]
+                self.shards.engine.master(tensor_slice).copy_(own)
             else:
                 self.shards.sites.put_kept(adapter, key, t)
         return any(key in adapter.specs for key in done.tensors)
@@ -181,23 +194,23 @@ def _as_rank_0_has_it(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
         except Exception as error:  # of whatever kind: no rank is to wait for an answer
             failure = f"step {whole.step}, {whole.site.name}: {type(error).__name__}: {error}"
     kinds = {key: (tuple(t.shape), t.dtype) for key, t in own.tensors.items()}
-    said = comm.broadcast_object((failure, kinds, own.computed, dict(own.facts)))
-    failure, kinds, computed, facts = said
+    said = comm.broadcast_object((failure, kinds, own.computed, dict(own.log_values)))
+    failure, kinds, computed, log_values = said
     if failure is not None:
         raise UserError(failure, shared=True)
     tensors = {}
     for key, (shape, dtype) in kinds.items():
         t = own.tensors[key] if comm.rank() == 0 else torch.empty(shape, dtype=dtype)
         tensors[key] = comm.broadcast(t.to(comm.device()).contiguous())
-    return Rewritten(tensors=tensors, computed=computed, facts=facts)
+    return Rewritten(tensors=tensors, computed=computed, log_values=log_values)
 
 
-def _gradient(adapter: AdapterLinear, watch: Watch | None) -> Tensor | None:
+def _gradient(adapter: AdapterLinear, statistics: InputStatistics | None) -> Tensor | None:
     """[O, I], while it is asked for."""
-    if watch is None or not isinstance(watch.gradient_share, Tensor):
+    if statistics is None or not isinstance(statistics.gradient_share, Tensor):
         return None
     shape = adapter.site.out_features, adapter.site.in_features
-    return _whole_of(watch.gradient_share, share_of(prod(shape)), shape)
+    return _whole_of(statistics.gradient_share, share_of(prod(shape)), shape)
 
 
 def _whole_of(own: Tensor, share: int, shape: tuple[int, ...]) -> Tensor:

@@ -52,7 +52,7 @@ GROUP_SEGMENTS = 2**15
 """What to choose of entries that equal the k-th: those of lowest index up to k, or all."""
 
 
-class Slice(Protocol):
+class TensorSlice(Protocol):
     """This rank's part of a tensor: elements [start, start + length) of it, flattened."""
 
     @property
@@ -70,7 +70,7 @@ class ShardScores:
     All ranks must name the same tensors in a call; in which order does not matter.
     """
 
-    pieces: Mapping[str, Slice]
+    slices: Mapping[str, TensorSlice]
     score: Callable[[str], Tensor]
     """name -> this rank's part of its importance, fp32, 1-D. Computed when asked, for what a call
     names: nothing is held."""
@@ -81,7 +81,7 @@ class ShardScores:
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Of the whole tensors."""
-        return {name: piece.shape for name, piece in self.pieces.items()}
+        return {name: tensor_slice.shape for name, tensor_slice in self.slices.items()}
 
     def top_k(
         self, k: Mapping[str, int], by: Mapping[str, By], ties: Ties = "index"
@@ -96,7 +96,7 @@ class ShardScores:
             FloatingPointError: on every rank, if a score of any is NaN or infinite.
         """
         for name in sorted(k):
-            size = _segment_size(self.pieces[name].shape, by[name])
+            size = _segment_size(self.slices[name].shape, by[name])
             if not 1 <= k[name] <= size:
                 raise ValueError(f"{name}: k must be in [1, {size}], got {k[name]}")
         masks: dict[str, Tensor] = {}
@@ -129,14 +129,14 @@ class ShardScores:
     def spread(self, name: str, values: Tensor, by: By) -> Tensor:
         """This rank's part of the tensor in which every entry has its segment's value, 1-D."""
         device = self.live_mask(name).device  # where the tensor's shard lies; values may not
-        return values.to(device)[segments_of(self.pieces[name], by, device)]
+        return values.to(device)[segments_of(self.slices[name], by, device)]
 
     def _groups(self, names: Sequence[str], by: Mapping[str, By]) -> Iterator[list[str]]:
         """The names cut into groups within the bounds, the same on every rank."""
         group: list[str] = []
         entries = segments = 0
         for name in names:
-            shape = self.pieces[name].shape
+            shape = self.slices[name].shape
             share, count = -(-math.prod(shape) // comm.world_size()), num_segments(shape, by[name])
             entries, segments = entries + share, segments + count
             if group and (entries > GROUP_ENTRIES or segments > GROUP_SEGMENTS):
@@ -155,16 +155,16 @@ class ShardScores:
         segments: list[Tensor] = []
         wanted: list[int] = []
         for name, shard in zip(group, shards, strict=True):
-            piece = self.pieces[name]
-            segments.append(segments_of(piece, by[name], shard.device) + len(wanted))
-            wanted += [k[name]] * num_segments(piece.shape, by[name])
+            tensor_slice = self.slices[name]
+            segments.append(segments_of(tensor_slice, by[name], shard.device) + len(wanted))
+            wanted += [k[name]] * num_segments(tensor_slice.shape, by[name])
         left = torch.tensor(wanted, device=shards[0].device)
         mask = first_k(falling_keys(torch.cat(shards)), torch.cat(segments), left, ties)
         return dict(zip(group, mask.split([len(shard) for shard in shards]), strict=True))
 
     def _binary_places(self, name: str, by: By, largest: float) -> int:
         """How many places behind the binary point leave room for a segment's sum in 64 bits."""
-        size = _segment_size(self.pieces[name].shape, by)
+        size = _segment_size(self.slices[name].shape, by)
         return min(SUM_BITS, 63 - size.bit_length()) - math.frexp(largest)[1]
 
     def _add_up(
@@ -173,21 +173,23 @@ class ShardScores:
         """The sums of integers in every segment over all ranks, int64."""
         own = []
         for name, shard in zip(names, shards, strict=True):
-            piece = self.pieces[name]
-            sums = shard.new_zeros(num_segments(piece.shape, by[name]))
-            own.append(sums.index_add_(0, segments_of(piece, by[name], shard.device), shard))
+            tensor_slice = self.slices[name]
+            sums = shard.new_zeros(num_segments(tensor_slice.shape, by[name]))
+            own.append(sums.index_add_(0, segments_of(tensor_slice, by[name], shard.device), shard))
         if not own:
             return {}
         totals = comm.sum_over_ranks(torch.cat(own)).split([len(sums) for sums in own])
         return dict(zip(names, totals, strict=True))
 
 
-def segments_of(piece: Slice, by: By, device: torch.device | None = None) -> Tensor:
+def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None = None) -> Tensor:
     """The segment of each element of a shard, int64 [length]."""
-    index = torch.arange(piece.start, piece.start + piece.length, device=device)
+    index = torch.arange(
+        tensor_slice.start, tensor_slice.start + tensor_slice.length, device=device
+    )
     if by == "tensor":
         return torch.zeros_like(index)
-    columns = math.prod(piece.shape[1:])
+    columns = math.prod(tensor_slice.shape[1:])
     return index // columns if by == "row" else index % columns
 
 

@@ -34,21 +34,25 @@ class Shards:
     ) -> None:
         """Collective. ``sparse`` names the tensors that the method decides on."""
         self.engine, self.optimizer, self.method, self.sites = engine, optimizer, method, sites
-        self.sparse = {piece.name: piece for piece in engine.slices if piece.name in sparse}
+        self.sparse = {
+            tensor_slice.name: tensor_slice
+            for tensor_slice in engine.slices
+            if tensor_slice.name in sparse
+        }
         self.stats: dict[str, Stats] = {
             name: tuple(torch.zeros_like(engine.master(p)) for _ in range(method.n_stats))
             for name, p in self.sparse.items()
         }
         self.ended = False
         self.traffic_bytes = 0  # received for statistics and decisions since the program started
-        self.facts: Mapping[str, float] = {}
+        self.log_values: Mapping[str, float] = {}
         """What the last decision said of itself."""
         live = {p.name: torch.ones(p.length, dtype=torch.bool) for p in engine.slices}
         if method.decides_at(0):
             first = method.decide(0, self._scores(live))
             live |= first.live
-            sites.set_pieces(first.pieces)
-            self.facts = first.facts
+            sites.set_components(first.components)
+            self.log_values = first.log_values
         self._set_live(live)
 
     def observe(self, step: int) -> None:
@@ -61,15 +65,15 @@ class Shards:
         self.traffic_bytes += comm.traffic_bytes.total() - before
         if self.method.n_stats == 0:
             return
-        for name, piece in self.sparse.items():
-            w, grad = self.engine.master(piece), self.engine.gradient(piece)
+        for name, tensor_slice in self.sparse.items():
+            w, grad = self.engine.master(tensor_slice), self.engine.gradient(tensor_slice)
             self.stats[name] = self.method.observe(self.stats[name], w, grad, step)
 
-    def pass_over(self) -> None:
+    def skip_step(self) -> None:
         """The engine refused the step: bring about what a decision left for its end. Collective."""
-        self.sites.forget()
+        self.sites.reset_probes()
         for flat in self.engine.flats():
-            self.optimizer.pass_over(flat)
+            self.optimizer.skip_step(flat)
         self.engine.masters_changed()
 
     def decides_at(self, step: int) -> bool:
@@ -89,24 +93,24 @@ class Shards:
                 shared=True,
             ) from error
         self.traffic_bytes += comm.traffic_bytes.total() - before
-        self.sites.set_pieces(decision.pieces)
+        self.sites.set_components(decision.components)
         self._change(decision)
-        self.facts = decision.facts
+        self.log_values = decision.log_values
         if self.method.observes_until is not None and step >= self.method.observes_until:
-            self.end()
+            self.free_statistics()
         return decision
 
     def ranks_now(self, step: int) -> int:
-        """Open pieces of all sites, as a decision would find them now. Collective."""
-        decided = self.method.decide(step, self._scores(self.live())).pieces
-        now = self.sites.ranks() | {name: pieces.open for name, pieces in decided.items()}
+        """Open components of all sites, as a decision would find them now. Collective."""
+        decided = self.method.decide(step, self._scores(self.live())).components
+        now = self.sites.ranks() | {name: components.open for name, components in decided.items()}
         return sum(now.values())
 
-    def end(self) -> None:
+    def free_statistics(self) -> None:
         """The last decision is made: give the statistics' memory back."""
         self.ended = True
         self.stats = dict.fromkeys(self.sparse, ())
-        self.sites.end()
+        self.sites.stop_probing()
 
     def _change(self, decision: Decision) -> None:
         before = self.live()
@@ -125,7 +129,7 @@ class Shards:
 
     def _scores(self, live: Mapping[str, Tensor]) -> ShardScores:
         return ShardScores(
-            pieces=self.sparse,
+            slices=self.sparse,
             score=lambda name: self.method.score(
                 self.stats[name], self.engine.master(self.sparse[name])
             ),
@@ -190,7 +194,9 @@ class Shards:
         padding between tensors never lives."""
         flat = self.engine.flats()[index]
         out = torch.zeros(flat.shape, dtype=dtype, device=flat.device)
-        for piece in self.engine.slices:
-            if piece.flat == index and piece.name in values:
-                out.narrow(0, piece.offset, piece.length).copy_(values[piece.name])
+        for tensor_slice in self.engine.slices:
+            if tensor_slice.flat == index and tensor_slice.name in values:
+                out.narrow(0, tensor_slice.offset, tensor_slice.length).copy_(
+                    values[tensor_slice.name]
+                )
         return out

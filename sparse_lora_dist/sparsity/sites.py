@@ -1,5 +1,5 @@
-"""The adapted linears as a method's decisions see them: which pieces each computes, what was probed
-in its backward. The same on every rank.
+"""The adapted linears as a method's decisions see them: which components each computes, what was
+probed in its backward. The same on every rank.
 
 Shapes: K statistics a site, S sites.
 """
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_lora_dist.adapter.linear import AdapterLinear
-from sparse_lora_dist.base_model.nf4_shard import dressed, own_bytes
+from sparse_lora_dist.base_model.nf4_shard import as_parameter_dtype, own_bytes
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.form import KeptSpec
-from sparse_lora_dist.methods.protocol.method import Method, Pieces
+from sparse_lora_dist.methods.protocol.method import Components, Method
 from sparse_lora_dist.zero3.parameters import ShardBuilder
-from sparse_lora_dist.zero3.shares import Slice
+from sparse_lora_dist.zero3.shares import TensorSlice
 
 
 class Sites:
@@ -52,22 +52,22 @@ class Sites:
         # Ranks are averaged, as their gradients are.
         probed_S = comm.sum_over_ranks(probed_S) / comm.world_size()
         self.stats = self.method.observe_sites(self.stats, probed_S.cpu())
-        self.forget()
+        self.reset_probes()
 
-    def forget(self) -> None:
+    def reset_probes(self) -> None:
         """This step's probes are brought together, or of no use."""
         for adapter in self._in_order():
             adapter.probed = 0.0
 
-    def end(self) -> None:
+    def stop_probing(self) -> None:
         """Nobody asks for probes any more."""
         for adapter in self._in_order():
             adapter.probe = None
 
-    def piece(self, pieces: Mapping[str, Slice], site: str, key: str) -> Slice:
+    def tensor_slice(self, slices: Mapping[str, TensorSlice], site: str, key: str) -> TensorSlice:
         """A trained tensor's slice: the site's own, or the first one's where all share it."""
         first = next(iter(self.adapters)) if self.adapters[site].specs[key].shared else site
-        return pieces[f"{first}.{key}"]
+        return slices[f"{first}.{key}"]
 
     def kept(self) -> dict[str, tuple[nn.Parameter, KeptSpec]]:
         """Kept tensors as they are sharded, "site.tensor"."""
@@ -91,7 +91,7 @@ class Sites:
 
     def fill_kept(self, parameter: nn.Parameter, raw: Tensor) -> None:
         """With this rank's bytes, uint8. Collective under hpZ."""
-        own = dressed(raw, self._filler.dtype)
+        own = as_parameter_dtype(raw, self._filler.dtype)
         self._filler.refill(parameter, lambda start, stop: own)
 
     @property
@@ -102,28 +102,28 @@ class Sites:
     def _in_order(self) -> Iterable[AdapterLinear]:
         return self.adapters.values()
 
-    def set_pieces(self, pieces: Mapping[str, Pieces]) -> None:
+    def set_components(self, components: Mapping[str, Components]) -> None:
         """What the named sites compute from now on."""
-        for name, now in pieces.items():
-            self.adapters[name].set_pieces(now)
+        for name, now in components.items():
+            self.adapters[name].set_components(now)
 
     def ranks(self) -> dict[str, int]:
-        """Open pieces of every site."""
-        return {name: adapter.pieces.open for name, adapter in self.adapters.items()}
+        """Open components of every site."""
+        return {name: adapter.components.open for name, adapter in self.adapters.items()}
 
     def as_json(self) -> dict[str, Any]:
         """What ``restore`` takes, and for who has no model the shape (I, O, R) of each."""
-        pieces = {name: adapter.pieces for name, adapter in self.adapters.items()}
+        components = {name: adapter.components for name, adapter in self.adapters.items()}
         linears = {name: adapter.site for name, adapter in self.adapters.items()}
         return {
             "shapes": {n: [s.in_features, s.out_features, s.rank] for n, s in linears.items()},
-            "pieces": {name: [list(p.computed), p.open] for name, p in pieces.items()},
+            "pieces": {name: [list(p.computed), p.open] for name, p in components.items()},
             "stats": self.stats.tolist(),
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Put back what ``as_json`` gave."""
-        self.set_pieces(
-            {n: Pieces(computed=tuple(c), open=o) for n, (c, o) in saved["pieces"].items()}
+        self.set_components(
+            {n: Components(computed=tuple(c), open=o) for n, (c, o) in saved["pieces"].items()}
         )
         self.stats = torch.tensor(saved["stats"], dtype=torch.float64).view(self.stats.shape)

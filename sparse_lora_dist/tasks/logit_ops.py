@@ -18,7 +18,7 @@ Operation = Callable[[Tensor], Tensor]
 """logits_NV -> logits_NV, entry by entry."""
 
 
-class Watch(TorchDispatchMode):
+class OperationRecorder(TorchDispatchMode):
     """Follows one tensor through whatever is computed from it."""
 
     def __init__(self) -> None:

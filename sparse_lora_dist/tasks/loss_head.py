@@ -23,8 +23,8 @@ from transformers import PreTrainedModel
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.data import NOT_A_TARGET
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import megabytes, say
-from sparse_lora_dist.tasks.logit_ops import Operation, Watch
+from sparse_lora_dist.distributed.console import megabytes, print_line
+from sparse_lora_dist.tasks.logit_ops import Operation, OperationRecorder
 from sparse_lora_dist.zero3.engine import Engine, summed_cross_entropy
 
 CHUNK_BYTES = 2**26
@@ -158,7 +158,9 @@ def install(model: PreTrainedModel) -> None:
     if name is None:
         return
     if not (isinstance(head, FrozenLinear) or type(head) is nn.Linear):
-        say("note", f"{name} is no plain linear ({type(head).__name__}): logits are made whole")
+        print_line(
+            "note", f"{name} is no plain linear ({type(head).__name__}): logits are made whole"
+        )
         return
     loss_head = LossHead(head)
     model.set_submodule(name, loss_head)
@@ -208,7 +210,7 @@ def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
 def _learn(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:
     """Find out, from two tokens a row, what the model does to logits before it returns them."""
     few = {k: v[:, :2] if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    watch = Watch()
+    watch = OperationRecorder()
     # After DeepSpeed's own hooks: this is the tensor that the model gets.
     handle = head.register_forward_hook(lambda module, args, y: watch.begin(y))
     with torch.no_grad(), watch:
@@ -218,5 +220,7 @@ def _learn(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:
     head.after, head.refused = watch.operations, watch.refused
     if head.refused is not None:
         size = megabytes(inputs["input_ids"].numel() * head.vocabulary * logits.element_size())
-        say("note", f"this architecture does {head.refused} to its logits, so they stay whole:")
-        say("", f"{size} a micro-batch, and as much again for their gradient")
+        print_line(
+            "note", f"this architecture does {head.refused} to its logits, so they stay whole:"
+        )
+        print_line("", f"{size} a micro-batch, and as much again for their gradient")

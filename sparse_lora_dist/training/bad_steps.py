@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import counted, say
+from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.run_folder.metrics_log import JsonLines
 from sparse_lora_dist.training.step import StepResult
@@ -40,7 +40,7 @@ class Health:
             return
         self._in_a_row += 1
         what = f"loss {result.loss}" if not math.isfinite(result.loss) else "a gradient of nan"
-        say("bad step", f"{step} had {what}: left out, {self._in_a_row} in a row")
+        print_line("bad step", f"{step} had {what}: left out, {self._in_a_row} in a row")
         self._write(step, "left out", result.loss, batches)
         if self._in_a_row >= self._most:
             raise UserError(
@@ -56,7 +56,7 @@ class Health:
             mean, deviation = statistics.mean(self._losses), statistics.stdev(self._losses)
             if loss > mean + DEVIATIONS * deviation:
                 last = f"the last {len(self._losses)} steps had {mean:.4f} +- {deviation:.4f}"
-                say("spike", f"loss {loss:.4f} at step {step}; {last}")
+                print_line("spike", f"loss {loss:.4f} at step {step}; {last}")
                 self._write(step, "spike", loss, batches)
         self._losses.append(loss)
 

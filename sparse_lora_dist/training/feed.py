@@ -12,15 +12,15 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import eval_source, resolve_default
 from sparse_lora_dist.data import Collate, MicroBatch, Rows, be_quiet, micro_batches, pack
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
-from sparse_lora_dist.distributed.phases import first_on_its_node, together
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.tasks import TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
-class Feed:
+class DataFeed:
     """The rows of a run and its length. Steps are optimizer steps, counted from 1."""
 
     rows: Rows
@@ -77,12 +77,12 @@ class Feed:
         )
 
 
-def open_feed(config: Config, model: Model) -> Feed:
+def open_feed(config: Config, model: Model) -> DataFeed:
     """Read, tokenise and pack the data sets. Collective: rank 0 first, others find its cache."""
     train = config.train
     if comm.rank() > 0:
         be_quiet()
-    with together("reading the data"), first_on_its_node():
+    with fail_together("reading the data"), first_on_its_node():
         tokenizer = open_tokenizer(config, model)
 
         def read(source: str, flag: str, split: str) -> Rows:
@@ -91,7 +91,7 @@ def open_feed(config: Config, model: Model) -> Feed:
         rows = read(resolve_default("data", config.data.data), "--data", "train")
         source = eval_source(config.data)
         held_out = None if source is None else read(source, "--eval_data", "test")
-        feed = Feed(
+        feed = DataFeed(
             rows=rows,
             held_out=held_out,
             pad_id=settle_padding(model, tokenizer),
@@ -160,7 +160,7 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         seed=config.train.seed,
     )
     check_positions(model.module, int(documents.lengths.max()), flag)
-    say(
+    print_line(
         flag.lstrip("-"),
         f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
     )

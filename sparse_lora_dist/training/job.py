@@ -12,8 +12,8 @@ from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import megabytes, progress_bar, say
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.console import megabytes, print_line, progress_bar
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Stopped
 from sparse_lora_dist.export import peft_adapter
 from sparse_lora_dist.export.after_training import save_own_type
@@ -21,14 +21,13 @@ from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.run_folder.attempts import Attempts
-from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes, read_rows
-from sparse_lora_dist.runtime import stop_signals as stopping
-from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes, read_records
+from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.runtime.signal_lead import SignalLead
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.bad_steps import Health
-from sparse_lora_dist.training.feed import Feed
+from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.journal import Journal, memory_and_traffic
 from sparse_lora_dist.training.resume import Resume, describe
 from sparse_lora_dist.training.step import StepResult, held_out_totals
@@ -40,7 +39,7 @@ class Job:
     """One program's part of a run. Every method is a collective."""
 
     def __init__(
-        self, config: Config, model: Model, feed: Feed, engine: Engine, shards: Shards
+        self, config: Config, model: Model, feed: DataFeed, engine: Engine, shards: Shards
     ) -> None:
         self.config, self.model, self.feed = config, model, feed
         self.engine, self.shards = engine, shards
@@ -50,24 +49,24 @@ class Job:
         self._saver = checkpoint.Saver(self.folder / "checkpoints", beside=config.run.async_save)
         self._lead = SignalLead(config.run.signal_lead)
         self._saved_step = 0
-        self._owed: dict[str, Any] | None = None
+        self._pending: dict[str, Any] | None = None
         self.task = TASKS[config.model.task]
         self.rate = _learning_rate(config, shards.method, feed.total_steps)
 
     def start(self, resume: Resume | None) -> None:
         """Go on from a checkpoint, or take the held-out loss of the base."""
-        owed, ids, step = None, {}, None
+        pending, ids, step = None, {}, None
         if resume is not None:
             self.progress = checkpoint.restore(
                 resume.path, self.shards, resume.manifest, resume.reset
             )
             step = self._saved_step = self.progress.step
             if not resume.reset:
-                owed, ids = resume.manifest["owed"], resume.manifest["trackers"]
+                pending, ids = resume.manifest["owed"], resume.manifest["trackers"]
         run = self.config.run
-        with together("opening the run folder"):
+        with fail_together("opening the run folder"):
             # What is owed may have been told, and then is told again.
-            told = step if owed is None else self.progress.step - 1
+            told = step if pending is None else self.progress.step - 1
             config = self.config.as_flat_dict()
             self.attempts = Attempts(
                 self.folder, step=self.progress.step, total_steps=self.feed.total_steps
@@ -79,12 +78,14 @@ class Job:
         if resume is None and self.feed.held_out is not None:
             self.log(0, {}, held_out=self.held_out())
         if resume is not None and not resume.is_of(self.folder):
-            self._owed = owed  # stopped before its first step, it goes on from here all the same
+            self._pending = (
+                pending  # stopped before its first step, it goes on from here all the same
+            )
             self.save(None)
             self._publish(self._saver.finish())
-        if owed is not None:
-            self._conclude(**owed)
-        stopping.begin()
+        if pending is not None:
+            self._conclude(**pending)
+        stop_signals.begin()
 
     def set_learning_rate(self, step: int) -> None:
         """The schedule's value for optimizer step ``step``, where a stage begins too."""
@@ -128,15 +129,15 @@ class Job:
     ) -> None:
         """What follows the step that was counted. Told to stop meanwhile, a run owes it."""
         step = self.progress.step
-        self._owed = {"row": row, "evaluates": evaluates, "saves": saves}
+        self._pending = {"row": row, "evaluates": evaluates, "saves": saves}
         held_out = self.held_out() if evaluates else {}
-        self._owed = None
+        self._pending = None
         if row is not None:
             self.log(step, row, held_out=held_out)
         if step in self.shards.method.stages:
             ranks = self.shards.ranks_now(step)
             loss = held_out.get("held_out_loss")
-            results = {**self.shards.facts, "live_ranks": ranks, "held_out_loss": loss}
+            results = {**self.shards.log_values, "live_ranks": ranks, "held_out_loss": loss}
             self.journal.stage(step, self.rate, self.metrics.path, results)
         if saves:
             self.save(held_out.get("held_out_loss"))
@@ -151,7 +152,7 @@ class Job:
             "tokens_per_s": self._tokens / self._seconds,
             "peak_memory_bytes": peak_memory_bytes(),
             "live_entries": self.shards.num_live(),
-            **self.shards.facts,
+            **self.shards.log_values,
             **costs,
         }
         self._seconds, self._tokens = 0.0, 0
@@ -168,7 +169,7 @@ class Job:
         """One row of metrics; scores of the held-out set stand in the row of their step."""
         self.metrics.log({"step": step, **row, **held_out})
         if held_out:
-            say("held-out", f"{in_words(held_out, self.task.target)} at step {step}")
+            print_line("held-out", f"{in_words(held_out, self.task.target)} at step {step}")
 
     def held_out(self) -> dict[str, float]:
         """Loss of the held-out set and the task's other scores; nothing without such a set."""
@@ -188,7 +189,7 @@ class Job:
             "base_in_4_bits": is_quantized(self.model.files),
             "full_modules": list(self.model.full),
             "held_out_loss": held_out_loss,
-            "owed": self._owed,
+            "owed": self._pending,
             "trackers": self.metrics.run_ids,
         }
         self._saved_step = self.progress.step
@@ -198,10 +199,10 @@ class Job:
         """A checkpoint has got its name: remove those that need not stay."""
         if path is None:
             return
-        stopping.save_took(self._saver.took_s)
+        stop_signals.save_took(self._saver.took_s)
         self._lead.save_took(self._saver.took_s)
         run = self.config.run
-        with together("removing checkpoints"):
+        with fail_together("removing checkpoints"):
             if comm.rank() == 0:
                 if run.resume not in ("auto", "never"):
                     checkpoint.drop_later(path)
@@ -219,17 +220,17 @@ class Job:
         if self.progress.step > self._saved_step:
             self.save(held_out_loss=None)
         self._publish(self._saver.finish())
-        watch.mark("leaving", may_be_long=True)
+        watchdog.set_phase("leaving", may_be_long=True)
         self.metrics.close()
         self.attempts.end("stopped", self.progress.step, str(why))
         comm.barrier()  # a launcher ends all ranks when the first one leaves
         done = f"after {self.progress.step} of {self.feed.total_steps} steps, saved"
-        say("stopped", f"by {why} {done if self.progress.step else 'before the first step'}")
-        say("go on", next_command(self.config, self.feed, self.progress))
+        print_line("stopped", f"by {why} {done if self.progress.step else 'before the first step'}")
+        print_line("go on", next_command(self.config, self.feed, self.progress))
 
     def finish(self) -> None:
         """Publish what is being saved, export the adapter, say what came of it all."""
-        watch.mark("exporting", may_be_long=True)  # a tracker may upload for long
+        watchdog.set_phase("exporting", may_be_long=True)  # a tracker may upload for long
         self._bar.close()
         if self.progress.step > self._saved_step:  # left by a program of its own before the end
             self.save(held_out_loss=None)
@@ -241,7 +242,7 @@ class Job:
         else:
             self.attempts.end("finished", self.progress.step)
         if comm.rank() == 0:
-            rows = read_rows(self.metrics.path)
+            rows = read_records(self.metrics.path)
             print_summary(
                 self.config,
                 self.feed,
@@ -269,7 +270,7 @@ class Job:
         except peft_adapter.NoPair:
             return save_own_type(self.folder, self.folder / "adapter")
         except peft_adapter.NothingLives as error:
-            say("warning", f"no adapter is written: {error}")
+            print_line("warning", f"no adapter is written: {error}")
             if comm.rank() == 0:  # an earlier attempt's is not this run's end
                 shutil.rmtree(self.folder / "adapter", ignore_errors=True)
             return 0

@@ -9,7 +9,7 @@ import torch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import Decision
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
-from sparse_lora_dist.run_folder.metrics_log import JsonLines, read_rows
+from sparse_lora_dist.run_folder.metrics_log import JsonLines, read_records
 from sparse_lora_dist.sparsity.shards import Shards
 
 
@@ -25,10 +25,10 @@ class Journal:
     def decision(
         self, step: int, decision: Decision, shards: Shards
     ) -> Mapping[str, Mapping[str, int]]:
-        """A row: the method's facts, every site's open pieces and live entries; the last two are
-        returned. Collective."""
+        """A row: the method's facts, every site's open components and live entries; the last two
+        are returned. Collective."""
         sites = {"ranks": shards.sites.ranks(), "live": live_per_site(shards)}
-        self._decisions.append({"step": step, **decision.facts, **sites})
+        self._decisions.append({"step": step, **decision.log_values, **sites})
         return sites
 
     def stage(
@@ -37,7 +37,7 @@ class Journal:
         """A row for the stage that ended at ``step``: means of its rates and of its logged losses,
         and ``results`` at its end."""
         start, _ = stage_of(step, rate.stages)
-        rows = read_rows(metrics) if comm.rank() == 0 else []
+        rows = read_records(metrics) if comm.rank() == 0 else []
         losses = [
             r["loss"] for r in rows if start < r["step"] <= step and r.get("loss") is not None
         ]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.training.feed import Feed
+from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.job import Job
 
 
@@ -17,7 +17,7 @@ def ask_nothing(job: Job) -> None:
 class Purpose:
     """By default to train on ``--data``. Its functions are collectives."""
 
-    open_feed: Callable[[Config, Model], Feed] | None = None
+    open_feed: Callable[[Config, Model], DataFeed] | None = None
     """What the loop eats; None is what ``--data`` says."""
     conclude: Callable[[Job], None] = ask_nothing
     """After the last step of the schedule, before the adapter is exported. Told to stop there, a

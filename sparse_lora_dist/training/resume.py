@@ -10,14 +10,14 @@ from typing import Any
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import counted, say
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.console import counted, print_line
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import draw_nothing
 from sparse_lora_dist.methods.protocol.method import decide_nothing
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.training.feed import Feed
+from sparse_lora_dist.training.feed import DataFeed
 
 # Options that say where and how long, not what is trained: a resume changes them without a word.
 FREE = """
@@ -50,7 +50,7 @@ class Resume:
         return 0 if "schedule" in self.reset else int(self.manifest["progress"]["step"])
 
 
-def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Resume | None:
+def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) -> Resume | None:
     """The checkpoint that ``--resume`` means, None to start afresh. Collective.
 
     Raises:
@@ -63,7 +63,7 @@ def find_resume(config: Config, model: Model, feed: Feed, method: Method) -> Res
     if path is None:
         return None
     reset = frozenset() if path.parent == _own(config) else frozenset(config.run.reset)
-    with together(f"opening {path}"):
+    with fail_together(f"opening {path}"):
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest, reset=reset)
         saved, now = manifest["description"], describe(config, model, feed, method)
@@ -105,7 +105,7 @@ def _since_requeued(config: Config) -> Path | None:
 
 def _chosen(wanted: str, folder: Path) -> Path | None:
     """A whole checkpoint: the newest, or the one that is named."""
-    with together(f"cleaning {folder}"):
+    with fail_together(f"cleaning {folder}"):
         if comm.rank() == 0:
             checkpoint.clean(folder)
     if wanted == "auto":
@@ -116,7 +116,7 @@ def _chosen(wanted: str, folder: Path) -> Path | None:
     return Path(wanted)
 
 
-def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[str, Any]:
+def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> dict[str, Any]:
     """What must be the same for a resume to be the same run."""
     return {
         "base": model.identity,
@@ -138,7 +138,7 @@ def describe(config: Config, model: Model, feed: Feed, method: Method) -> dict[s
     }
 
 
-def _check_global_batch(path: Path, saved: int, feed: Feed) -> None:
+def _check_global_batch(path: Path, saved: int, feed: DataFeed) -> None:
     if saved == feed.global_batch:
         return
     ranks = comm.world_size()
@@ -174,7 +174,7 @@ def _what_chose(config: Config, model: Model, method: Method) -> dict[str, Any]:
     return said
 
 
-def _check_steps(found: Resume, config: Config, feed: Feed, method: Method) -> None:
+def _check_steps(found: Resume, config: Config, feed: DataFeed, method: Method) -> None:
     saved_end = found.manifest["total_steps"]
     free = method.redraws or found.manifest["ended"]
     if "schedule" in found.reset and not free:
@@ -214,7 +214,7 @@ def _changed(found: Resume, config: Config, names: Iterable[str]) -> list[str]:
     return [f"{n} {was.get(n)} -> {now[n]}" for n in names if was.get(n) != now[n]]
 
 
-def _say(found: Resume, config: Config, feed: Feed) -> None:
+def _say(found: Resume, config: Config, feed: DataFeed) -> None:
     names = [name for name in config.as_flat_dict() if name not in FREE.split()]
     changed = ", ".join(_changed(found, config, names))
     what = [f"step {found.manifest['progress']['step']}"]
@@ -222,7 +222,9 @@ def _say(found: Resume, config: Config, feed: Feed) -> None:
     was, now = found.manifest["world_size"], comm.world_size()
     what += [f"{was} ranks -> {now}"] if was != now else []
     what += [f"anew: {', '.join(sorted(found.reset))}"] if found.reset else []
-    say("resumes", f"{found.path}, {'; '.join(what)}")
+    print_line("resumes", f"{found.path}, {'; '.join(what)}")
     if found.manifest["total_steps"] != feed.total_steps:
         was_end = found.manifest["total_steps"]
-        say("", f"schedules derived anew: they end at step {feed.total_steps}, not {was_end}")
+        print_line(
+            "", f"schedules derived anew: they end at step {feed.total_steps}, not {was_end}"
+        )

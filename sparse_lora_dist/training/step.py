@@ -14,8 +14,7 @@ from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import Decision
-from sparse_lora_dist.runtime import stop_signals as stopping
-from sparse_lora_dist.runtime import watchdog as watch
+from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.engine import Engine
@@ -61,15 +60,15 @@ def train_step(
     row_seeds.step = step
     total, is_finite, decision = 0.0, True, None
     for i, batch in enumerate(batches):
-        stopping.check()  # what was accumulated is then left: the step is done again whole
-        watch.mark("forward")
+        stop_signals.check()  # what was accumulated is then left: the step is done again whole
+        watchdog.set_phase("forward")
         row_seeds.begin(batch.rows_M, batch.lengths_M, num_positions=batch.input_ids_MT.shape[1])
         loss = loss_of(engine, batch)
-        watch.mark("backward")
+        watchdog.set_phase("backward")
         engine.backward(loss * scale)
         loss_sum += loss.detach()
         if i == len(batches) - 1:
-            watch.mark("decision and update")
+            watchdog.set_phase("decision and update")
             # Gradients are reduced and sharded from here until engine.step().
             sums = comm.sum_over_ranks(torch.stack([loss_sum, engine.gradient_is_finite()]))
             total, is_finite = float(sums[0]), bool(sums.isfinite().all())
@@ -78,7 +77,7 @@ def train_step(
             decision = decisions.make(step)
         engine.step(refuse=not is_finite)
     if not is_finite:
-        shards.pass_over()
+        shards.skip_step()
     decisions.confirm(step)
     loss_of_step = total / max(num_targets, 1)
     return StepResult(loss=loss_of_step, applied=is_finite, tokens=num_tokens, decision=decision)
@@ -88,11 +87,11 @@ def held_out_totals(
     engine: Engine, batches: Iterable[MicroBatch], tally: Callable[[Engine, Any], Tensor]
 ) -> Tensor:
     """The sum of ``tally`` over every rank's ``batches``, equal in number. Collective."""
-    watch.mark("held-out loss")
+    watchdog.set_phase("held-out loss")
     tallies = []
     with engine.evaluating():
         for batch in batches:
-            stopping.check()
+            stop_signals.check()
             tallies.append(tally(engine, batch))
     totals = torch.stack(tallies).sum(dim=0)
     return comm.sum_over_ranks(totals)

@@ -9,9 +9,9 @@ from typing import Any
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import counted, megabytes, say
+from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.launch import this_launch
-from sparse_lora_dist.training.feed import Feed
+from sparse_lora_dist.training.feed import DataFeed
 
 SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
 """What a task may score besides the loss."""
@@ -19,7 +19,7 @@ SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
 
 def print_summary(
     config: Config,
-    feed: Feed,
+    feed: DataFeed,
     progress: Progress,
     rows: Sequence[Mapping[str, Any]],
     *,
@@ -41,27 +41,33 @@ def print_summary(
     device = comm.device().type
     where = f"on {counted(comm.world_size(), 'rank')} ({device})"
     curves = f"{command('tensorboard')} --logdir {folder}/tensorboard"
-    say("")
-    say(
+    print_line("")
+    print_line(
         "trained",
         f"{progress.step} of {feed.total_steps} steps, {progress.tokens:,} tokens, {where}",
     )
-    say("result", gain(rows, target))
-    say("live", sparsity(rows))
+    print_line("result", gain(rows, target))
+    print_line("live", sparsity(rows))
     if adapter_bytes:
-        say("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel")
+        print_line(
+            "adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel"
+        )
     if not is_lora:
         export = f"{command('python')} launcher/export.py {folder} --format merged"
-        say("model", f"{export} --output {folder}/merged")
-    say("curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl")
+        print_line("model", f"{export} --output {folder}/merged")
+    print_line(
+        "curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl"
+    )
     if goes_on or progress.step < feed.total_steps:
-        say("go on", next_command(config, feed, progress))
+        print_line("go on", next_command(config, feed, progress))
     elif not is_lora:
-        say("go on", "its schedule is through; the merged model is a base for another run")
+        print_line("go on", "its schedule is through; the merged model is a base for another run")
     elif adapter_bytes:
-        say("go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run")
+        print_line(
+            "go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run"
+        )
     else:
-        say("go on", "its schedule is through; prune less, in another --output_dir")
+        print_line("go on", "its schedule is through; prune less, in another --output_dir")
 
 
 def in_words(scores: Mapping[str, float], target: str) -> str:
@@ -106,7 +112,7 @@ def command(name: str) -> str:
     return name if path.startswith("..") else path
 
 
-def next_command(config: Config, feed: Feed, progress: Progress) -> str:
+def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
     """What to type to train on, from where this run ended."""
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
     if this_launch().launcher in ("torchrun", "mpirun", "srun"):

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.zero3.parameters import ZeroParameter
-from sparse_lora_dist.zero3.shares import Slice
+from sparse_lora_dist.zero3.shares import TensorSlice
 
 
 class Engine:
@@ -37,11 +37,11 @@ class Engine:
         # transformers hands models out in eval mode.
         self._engine.train()
 
-    def _slice_of(self, name: str, parameter: ZeroParameter) -> Slice:
+    def _slice_of(self, name: str, parameter: ZeroParameter) -> TensorSlice:
         flat, offset, share = self._zero.grad_position[self._zero.get_param_id(parameter)]
         start = min(share * comm.rank(), parameter.ds_numel)
         length = min(share, parameter.ds_numel - start)
-        return Slice(
+        return TensorSlice(
             name=name,
             shape=tuple(parameter.ds_shape),
             start=start,
@@ -101,16 +101,20 @@ class Engine:
         """The fp32 master shards, 1-D, one per sub-group: trained tensors one after another."""
         return list(self._zero.fp32_partitioned_groups_flat)
 
-    def master(self, piece: Slice) -> Tensor:
+    def master(self, tensor_slice: TensorSlice) -> Tensor:
         """The fp32 master of a slice, 1-D, a view."""
-        return self.flats()[piece.flat].data.narrow(0, piece.offset, piece.length)
+        return self.flats()[tensor_slice.flat].data.narrow(
+            0, tensor_slice.offset, tensor_slice.length
+        )
 
-    def gradient(self, piece: Slice) -> Tensor:
+    def gradient(self, tensor_slice: TensorSlice) -> Tensor:
         """The gradient between the last backward and ``step``: fp32, the global mean, unclipped."""
-        grad = deepspeed.utils.safe_get_local_grad(self.trained[piece.name])
-        assert grad is not None and grad.dtype == torch.float32, piece.name
+        grad = deepspeed.utils.safe_get_local_grad(self.trained[tensor_slice.name])
+        assert grad is not None and grad.dtype == torch.float32, tensor_slice.name
         # DeepSpeed hands it out on the GPU even where masters are offloaded to the host.
-        return cast(Tensor, grad.flatten()[: piece.length].to(self.master(piece).device))
+        return cast(
+            Tensor, grad.flatten()[: tensor_slice.length].to(self.master(tensor_slice).device)
+        )
 
     def gradient_norm(self) -> float:
         """Norm of the whole gradient of the last step, before clipping."""

@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.cpp_extension import _get_build_directory
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import megabytes, say
-from sparse_lora_dist.distributed.phases import first_on_its_node, together
+from sparse_lora_dist.distributed.console import megabytes, print_line
+from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
 
 QUIET_S = 1800.0
@@ -36,9 +36,9 @@ def prepare(engine_config: Mapping[str, Any]) -> None:
     """
     folder = folder_of(engine_config)
     if folder is not None:
-        with together("claiming nvme_path"):
+        with fail_together("claiming nvme_path"):
             claim(folder)
-        with together("loading async_io"), first_on_its_node():
+        with fail_together("loading async_io"), first_on_its_node():
             load_async_io()
 
 
@@ -109,15 +109,19 @@ def wait_for_another_build(folder: Path) -> None:
     """torch would wait for ever on the lock of a process that was killed while it built."""
     lock = folder / "lock"
     if lock.exists():
-        say("note", f"waiting for another job's build, {lock}; if there is none, delete that file")
+        print_line(
+            "note", f"waiting for another job's build, {lock}; if there is none, delete that file"
+        )
     elif not list(folder.glob("*.so")):
-        say("note", f"compiling DeepSpeed's {folder.name}: minutes, once on this machine")
+        print_line("note", f"compiling DeepSpeed's {folder.name}: minutes, once on this machine")
     while lock.exists():
         with suppress(FileNotFoundError):  # files of a build that goes on come and go
             quiet_s = time.time() - max(f.stat().st_mtime for f in folder.iterdir())
             if quiet_s > QUIET_S:
                 lock.unlink()
-                say("note", f"{lock} was left by a build that was killed: deleted, building anew")
+                print_line(
+                    "note", f"{lock} was left by a build that was killed: deleted, building anew"
+                )
         time.sleep(0.1)
 
 
@@ -136,7 +140,7 @@ def check_space(engine_config: Mapping[str, Any], model: nn.Module, *, quantized
         if p.dim() > 1
     )
     wanted = whole * comm.ranks_on_this_machine() // comm.world_size()
-    with together("checking nvme_path"):
+    with fail_together("checking nvme_path"):
         if (free := shutil.disk_usage(folder).free) < wanted:
             raise UserError(
                 f"zero_optimization.offload_param.nvme_path {folder} has {megabytes(free)} free; "

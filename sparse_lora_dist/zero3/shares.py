@@ -36,7 +36,7 @@ def as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) 
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Slice:
+class TensorSlice:
     """This rank's part of one trained tensor: elements [start, start + length) of it, flattened."""
 
     name: str

@@ -8,9 +8,9 @@ from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model import frozen_linear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
-from sparse_lora_dist.methods import METHODS, Plan
+from sparse_lora_dist.methods import METHODS, RunContext
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Method, Pieces
+from sparse_lora_dist.methods.protocol.method import Components, Method
 
 DROPOUT, SCALE = 0.3, 2.0
 
@@ -80,7 +80,7 @@ def test_the_mask_keeps_the_mean_and_evaluation_drops_nothing() -> None:
 def gated(values: list[float]) -> AdapterLinear:
     """SoRA's layer, as if trained, with these gates."""
     site = Site(name="site", in_features=24, out_features=20, rank=len(values))
-    plan = Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    plan = RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(site,))
     method = METHODS["sora"].build(METHODS["sora"].options(), plan)
     ours = layer(seeds(0, 1))
     parameters = {"lora_a": ours.lora_a, "lora_b": ours.lora_b}
@@ -101,7 +101,7 @@ def test_what_is_left_out_was_nothing_and_gets_no_gradient() -> None:
     outputs, gradients = [], []
     for computed in ((0, 1, 2, 3), (0, 3)):
         ours = gated([0.5, 0.0, 0.0, -1.0])
-        ours.set_pieces(Pieces(computed=computed, open=2))
+        ours.set_components(Components(computed=computed, open=2))
         y = ours(inputs(2))
         y.square().sum().backward()
         outputs.append(y)
@@ -113,9 +113,9 @@ def test_what_is_left_out_was_nothing_and_gets_no_gradient() -> None:
     torch.testing.assert_close(gradients[0][[0, 3]], gradients[1][[0, 3]])
 
 
-def test_a_site_without_pieces_adds_nothing() -> None:
+def test_a_site_without_components_adds_nothing() -> None:
     ours = gated([0.0] * 4)
-    ours.set_pieces(Pieces(computed=(), open=0))
+    ours.set_components(Components(computed=(), open=0))
     x = inputs(2).requires_grad_()
     y = ours(x)
     torch.testing.assert_close(y, x @ ours.base.weight.t())

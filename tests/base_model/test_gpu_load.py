@@ -33,14 +33,14 @@ def test_shares_made_on_a_gpu_are_what_bitsandbytes_makes_of_the_whole_there(
 
 
 @pytest.mark.parametrize("size", sizes())
-def test_a_range_reaches_the_gpu_in_pieces_as_it_is_in_the_file(
+def test_a_range_reaches_the_gpu_in_components_as_it_is_in_the_file(
     ranks: Ranks, folder: str, size: int
 ) -> None:
-    for rank, (same, pieces, device) in enumerate(
-        ranks(size, "tests.work.gpu:read_in_pieces", folder=folder)
+    for rank, (same, components, device) in enumerate(
+        ranks(size, "tests.work.gpu:read_in_parts", folder=folder)
     ):
         assert same
-        assert pieces > 10
+        assert components > 10
         assert device == f"cuda:{rank}"
 
 

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.console import print_line
 from tests.chaos import harness, moments
 from tests.fixtures.tiny_run import TinyRun, write_tiny_run
 
@@ -39,7 +39,7 @@ def main() -> None:
             for plan, steps in zip(story.kills, story.lost_steps, strict=True):
                 kills[plan["moment"]] += 1
                 lost[plan["moment"]].append(steps)
-            say("run", f"{runs}: {len(story.kills)} kills, same end; {kills.total()} so far")
+            print_line("run", f"{runs}: {len(story.kills)} kills, same end; {kills.total()} so far")
     print(table(kills, lost, runs))
 
 

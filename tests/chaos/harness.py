@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.fixtures.same_end import check_same
 from tests.fixtures.tiny_run import TinyRun
 from tests.ranks import RankError, RankPool
@@ -77,7 +77,7 @@ def newest(run: Path) -> int:
 def reached(run: Path) -> int:
     """The last step that metrics tell of."""
     path = run / "metrics.jsonl"
-    rows = read_rows(path) if path.exists() else []
+    rows = read_records(path) if path.exists() else []
     return int(rows[-1]["step"]) if rows else 0
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from sparse_lora_dist.base_model.architecture import meta_model, read_config
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_models import save_family
 from tests.fixtures.tiny_run import TinyRun
@@ -146,7 +146,7 @@ def test_what_is_in_4_bits_cannot_be_had_otherwise(
 
 
 def _losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in read_records(folder / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "packed"])

@@ -10,7 +10,7 @@ import pytest
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint.manifest import FORMAT, sealed
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 
@@ -72,7 +72,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
     (skipped,) = [line for line in told.splitlines() if line.startswith("skipped")]
     assert str(step(run, 6) / name) in skipped and said in skipped
     assert f"{step(run, 4)}, step 4" in told
-    losses = [[row.get("loss") for row in read_rows(r / "metrics.jsonl")] for r in (whole, run)]
+    losses = [[row.get("loss") for row in read_records(r / "metrics.jsonl")] for r in (whole, run)]
     assert losses[0] == losses[1]
     one, other = (step(r, 6) / "rank_00001.safetensors" for r in (whole, run))
     assert one.read_bytes() == other.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.checkpoint.test_recovery import step
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
@@ -52,7 +52,7 @@ def progress(checkpoint: Path) -> dict[str, int]:
 
 
 def test_what_is_not_reset_goes_on(ranks: Ranks, tiny: TinyRun, four: Path, tmp_path: Path) -> None:
-    begun = [row["learning_rate"] for row in read_rows(four / "metrics.jsonl")[1:]]
+    begun = [row["learning_rate"] for row in read_records(four / "metrics.jsonl")[1:]]
     at_four = progress(step(four, 4))
 
     told = after_one_step(ranks, tiny, four, tmp_path / "optimizer", "optimizer", 5)
@@ -65,13 +65,13 @@ def test_what_is_not_reset_goes_on(ranks: Ranks, tiny: TinyRun, four: Path, tmp_
     assert progress(step(tmp_path / "data", 5))["rows"] == at_four["rows"] // 4
 
     after_one_step(ranks, tiny, four, tmp_path / "schedule", "schedule", 1)
-    row = read_rows(tmp_path / "schedule" / "metrics.jsonl")[-1]
+    row = read_records(tmp_path / "schedule" / "metrics.jsonl")[-1]
     assert row["learning_rate"] == begun[0] and row["step"] == 1
     assert moments_are_of_one_step(step(tmp_path / "schedule", 1))
     assert progress(step(tmp_path / "schedule", 1))["rows"] == at_four["rows"] * 5 // 4
     # Its weights are not the first ones: all three runs of step 5's rows begin with the same loss.
     losses = [
-        read_rows(tmp_path / n / "metrics.jsonl")[-1]["loss"] for n in ("optimizer", "schedule")
+        read_records(tmp_path / n / "metrics.jsonl")[-1]["loss"] for n in ("optimizer", "schedule")
     ]
     assert losses[0] == losses[1]
 
@@ -83,7 +83,7 @@ def test_a_schedule_that_begins_anew_on_a_finished_run_has_data_to_its_end(
     ranks(2, TRAIN, flags=tiny.flags(run, **OPTIONS, resume="auto"))
     flags = tiny.flags(tmp_path / "again", **OPTIONS, resume=step(run, 6), reset="schedule")
     ranks(2, TRAIN, flags=flags)
-    rows = read_rows(tmp_path / "again" / "metrics.jsonl")
+    rows = read_records(tmp_path / "again" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(row["loss"] > 0 for row in rows)
     # What it says to type next is a command that works.
@@ -159,7 +159,7 @@ def test_the_same_base_at_another_path_goes_on_and_is_told(
     run = shutil.copytree(four, tmp_path / "run")
     told, _ = ranks(2, TRAIN, flags=tiny.flags(run, **OPTIONS, model=elsewhere, resume="auto"))
     assert f"model {tiny.model} -> {elsewhere}" in told
-    assert read_rows(run / "metrics.jsonl")[-1]["step"] == 6
+    assert read_records(run / "metrics.jsonl")[-1]["step"] == 6
 
 
 def test_a_resumed_run_is_the_same_run_to_its_tracker(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
@@ -31,7 +31,7 @@ def engine_file(folder: Path, name: str, **zero: Any) -> Path:
 
 def numbers(folder: Path) -> list[float]:
     """Every loss of a run, of training and held out."""
-    rows = read_rows(folder / "metrics.jsonl")
+    rows = read_records(folder / "metrics.jsonl")
     return [row[key] for row in rows for key in ("loss", "held_out_loss") if key in row]
 
 
@@ -56,7 +56,7 @@ def test_clipping_under_offload_differs_by_rounding(
         words = tiny.flags(tmp_path / name, ds_config=SHIPPED / f"{name}.json", max_steps=3)
         ranks(2, "tests.work.run:train", flags=words)
     usual, offloaded = (
-        read_rows(tmp_path / n / "metrics.jsonl")[1:] for n in ("zero3", "zero3_offload")
+        read_records(tmp_path / n / "metrics.jsonl")[1:] for n in ("zero3", "zero3_offload")
     )
     for key in ("grad_norm", "loss"):
         assert [r[key] for r in offloaded] == pytest.approx([r[key] for r in usual], rel=1e-6)
@@ -72,9 +72,9 @@ def test_methods_decide_alike_in_host_memory(
         ranks(2, "tests.work.run:train", flags=words)
     usual, offloaded = tmp_path / "zero3", tmp_path / "zero3_offload"
     assert numbers(offloaded) == numbers(usual)
-    decisions = read_rows(usual / "decisions.jsonl")
+    decisions = read_records(usual / "decisions.jsonl")
     assert decisions
-    assert [_decided(r) for r in read_rows(offloaded / "decisions.jsonl")] == [
+    assert [_decided(r) for r in read_records(offloaded / "decisions.jsonl")] == [
         _decided(r) for r in decisions
     ]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.two_nodes import ADDRESSES, PATH, two_nodes, why_not
@@ -91,7 +91,7 @@ def reference(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFact
 
 
 def check_result(folder: Path, reference: Path) -> None:
-    rows, wanted = (read_rows(f / "metrics.jsonl") for f in (folder, reference))
+    rows, wanted = (read_records(f / "metrics.jsonl") for f in (folder, reference))
     assert rows[1]["loss"] == pytest.approx(wanted[1]["loss"], abs=1e-5)
     assert rows[1]["held_out_loss"] == pytest.approx(wanted[1]["held_out_loss"], abs=1e-5)
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
@@ -137,7 +137,7 @@ def test_a_hub_id_is_found_in_the_cache_of_a_machine_without_network(
     cache = {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     ended = start([*TORCHRUN, "launcher/train.py", *ENGINE, *flags], **cache)
     assert ended.status == 0, ended.err
-    loss, wanted = (read_rows(f / "metrics.jsonl")[1] for f in (tmp_path / "run", reference))
+    loss, wanted = (read_records(f / "metrics.jsonl")[1] for f in (tmp_path / "run", reference))
     assert loss["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
     adapter = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert adapter["base_model_name_or_path"] == "org/tiny"
@@ -247,7 +247,7 @@ def test_torchrun_starts_all_ranks_again_when_one_is_killed(
     assert said.count("launch    torchrun: 2 ranks on 2 nodes, meeting at ") == 2
     assert f"resumes   {run}/checkpoints/step_" in said
     same_end(run, whole, 40)
-    rows, wanted = (read_rows(f / "metrics.jsonl") for f in (run, whole))
+    rows, wanted = (read_records(f / "metrics.jsonl") for f in (run, whole))
     assert [row["loss"] for row in rows[1:]] == [row["loss"] for row in wanted[1:]]
 
 

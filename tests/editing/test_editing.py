@@ -19,7 +19,7 @@ from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edit_metrics import COLUMNS, fluency, table_row
 from sparse_lora_dist.editing.edit_options import load_request
 from sparse_lora_dist.editing.edits import Edit, Question, numbered
-from sparse_lora_dist.editing.probe_scores import Said, asked_of, scored
+from sparse_lora_dist.editing.probe_scores import ModelAnswers, asked_of, scored
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.export_command import export
 from sparse_lora_dist.export.export_options import load_request as export_request
@@ -124,7 +124,7 @@ def metrics_by_transformers(
     was, now = (
         [chosen_by_transformers(m, tokenizer, a.question) for a in asked] for m in (base, edited)
     )
-    said, before = (Said(chosen=[c for c, _ in each], texts=()) for each in (now, was))
+    said, before = (ModelAnswers(chosen=[c for c, _ in each], texts=()) for each in (now, was))
     return table_row(scored(asked, [answer for _, answer in now], said, before))
 
 
@@ -245,7 +245,12 @@ def test_metrics_of_five_edits_by_hand(tmp_path: Path) -> None:
         marks = RIGHT_OF[ask.question.prompt]
         chosen.append([r if m else WRONG for r, m in zip(right, marks, strict=True)])
     texts = ["a b a b", "x", "", "one two three", "a a a a a"]
-    rows = scored(asked, answers, Said(chosen=chosen, texts=texts), Said(chosen=before, texts=()))
+    rows = scored(
+        asked,
+        answers,
+        ModelAnswers(chosen=chosen, texts=texts),
+        ModelAnswers(chosen=before, texts=()),
+    )
     assert [row["edit success"] for row in rows] == pytest.approx([2 / 3, 1, 1, 0, 1 / 2])
     assert [row.get("rephrase") for row in rows] == pytest.approx([1 / 3, 1, 1 / 3, None, 1])
     # Of Eve's kinds one has 1 and 1/2, the other 0: the mean of 3/4 and 0.

@@ -31,7 +31,7 @@ from sparse_lora_dist.evaluation.right_answers import (
 )
 from sparse_lora_dist.export.export_command import export
 from sparse_lora_dist.export.export_options import load_request as export_request
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import documents_of, loss_of_documents, whole_model
 from tests.fixtures.tiny_run import TinyRun
@@ -140,7 +140,7 @@ def test_the_loss_is_the_runs_own_and_peft_s(
 ) -> None:
     output = tmp_path / "results.json"
     ranks(2, EVALUATE, flags=flags(tiny, compare=f"base,{run}", output=output))
-    before, *_, after = read_rows(run / "metrics.jsonl")
+    before, *_, after = read_records(run / "metrics.jsonl")
     for place, row, adapter in ((0, before, None), (1, after, run / "adapter")):
         found = numbers(output, place)
         assert found["loss"]["value"] == pytest.approx(row["held_out_loss"], rel=1e-6)
@@ -258,7 +258,7 @@ def test_a_run_s_config_evaluates_its_adapter_and_not_what_it_began_with(
     own += ["--compare", f"{later},{run},base", "--output", str(output)]
     ranks(2, EVALUATE, flags=own)
     losses = [numbers(output, place)["loss"]["value"] for place in range(3)]
-    last = [read_rows(folder / "metrics.jsonl")[-1]["held_out_loss"] for folder in (later, run)]
+    last = [read_records(folder / "metrics.jsonl")[-1]["held_out_loss"] for folder in (later, run)]
     assert losses[:2] == pytest.approx(last, rel=1e-6)
     assert abs(losses[0] - losses[1]) > 1e-4 < abs(losses[2] - losses[1])
 

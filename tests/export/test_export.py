@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import whole_model
 from tests.fixtures.tiny_run import TinyRun
@@ -101,7 +101,7 @@ def test_a_module_trained_in_full_trains_and_counts(
     assert head.shape == base.shape
     assert ((head - base).abs() > 1e-3).float().mean() > 0.5
     adapters = sum(w.numel() for key, w in weights.items() if "lora_" in key)
-    assert read_rows(tmp_path / "metrics.jsonl")[1]["live_entries"] == adapters + base.numel()
+    assert read_records(tmp_path / "metrics.jsonl")[1]["live_entries"] == adapters + base.numel()
 
 
 def test_the_config_names_base_rank_and_alpha(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
@@ -126,7 +126,10 @@ def test_training_goes_on_from_an_exported_adapter(
 ) -> None:
     options = {"init_adapter": adapter / "adapter", "modules_to_save": "lm_head"}
     ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))
-    last, rows = read_rows(adapter / "metrics.jsonl")[-1], read_rows(tmp_path / "metrics.jsonl")
+    last, rows = (
+        read_records(adapter / "metrics.jsonl")[-1],
+        read_records(tmp_path / "metrics.jsonl"),
+    )
     assert rows[0]["held_out_loss"] == pytest.approx(last["held_out_loss"], abs=1e-6)
     assert rows[-1]["loss"] < rows[1]["loss"]
 

@@ -127,7 +127,7 @@ def test_what_is_exported_computes_the_trained_logits(
     assert not config["rank_pattern"] and config["lora_alpha"] == config["r"]
 
 
-def test_dead_pieces_and_modules_are_left_out(stops: Any, tmp_path: Path) -> None:
+def test_dead_components_and_modules_are_left_out(stops: Any, tmp_path: Path) -> None:
     stop: Stop = stops("sora")[1]
     folder = exported(stop.path, tmp_path / "adapter")
     trained = Trained.open(stop.path)
@@ -251,7 +251,7 @@ def test_a_delta_on_a_support_computes_the_trained_logits(
     assert logits_of(model).numpy() == pytest.approx(stop.logits.numpy(), abs=1e-4)
 
 
-def test_the_bound_is_reached_where_pieces_lie_apart() -> None:
+def test_the_bound_is_reached_where_components_lie_apart() -> None:
     a_LI, b_OL = torch.zeros(2, 10), torch.zeros(8, 2)
     a_LI[0, :2], b_OL[:3, 0] = 1.0, 2.0
     a_LI[1, 5:9], b_OL[4:5, 1] = 1.0, 2.0

@@ -11,9 +11,9 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora.layer import RankAllocator
 from torch import Tensor, nn
 
-from sparse_lora_dist.methods.adalora import AdaLoraOptions, adalora, top_pieces
+from sparse_lora_dist.methods.adalora import AdaLoraOptions, adalora, top_components
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Decision, Method, Plan, Stats
+from sparse_lora_dist.methods.protocol.method import Decision, Method, RunContext, Stats
 from sparse_lora_dist.methods.shared.schedules import cubic_budget
 from sparse_lora_dist.methods.shared.triplets import triplet_scores
 from tests.fixtures.whole_scores import WholeScores
@@ -30,8 +30,8 @@ BEGIN, END = 5, 40
 SCALE = 2.0
 
 
-def plan(total_steps: int = TOTAL, sites: tuple[Site, ...] = SITES) -> Plan:
-    return Plan(total_steps=total_steps, warmup_steps=0, learning_rate=1e-2, sites=sites)
+def context(total_steps: int = TOTAL, sites: tuple[Site, ...] = SITES) -> RunContext:
+    return RunContext(total_steps=total_steps, warmup_steps=0, learning_rate=1e-2, sites=sites)
 
 
 def first_values(method: Method, seed: int = 0) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ class Toy:
 
 
 def toy(options: AdaLoraOptions = OPTIONS, loss_factor: float = 1.0) -> Toy:
-    method = adalora(options, plan())
+    method = adalora(options, context())
     return Toy(method=method, w=first_values(method), loss_factor=loss_factor)
 
 
@@ -214,14 +214,14 @@ def test_scores_masks_budgets_and_lambdas_are_those_of_pefts_allocator() -> None
         if due or step == END:
             decisions += 1
             kept = theirs.mask_to_budget(model, budget)
-            assert ours.decision.facts == {"budget": budget}
+            assert ours.decision.log_values == {"budget": budget}
             assert sum(sum(row) for row in kept.values()) == budget
             for site in SITES:
                 their_row = kept[f"{site.name}.lora_E.default"]
                 name = f"{site.name}.lora_lambda"
                 our_row = ~ours.decision.zero[name] if step < END else ours.decision.live[name]
                 assert our_row.tolist() == their_row
-                assert ours.decision.pieces[site.name].open == sum(their_row)
+                assert ours.decision.components[site.name].open == sum(their_row)
         for site in SITES:
             torch.testing.assert_close(
                 dict(model.named_parameters())[f"{site.name}.lora_E.default"].view(-1),
@@ -244,7 +244,7 @@ def test_exactly_the_budget_is_open_after_every_decision_and_no_site_counts_what
         if ours.method.decides_at(step):
             budget = cubic_budget(step, begin=BEGIN, end=END, first=12, last=6)
             assert ours.num_open() == budget
-            assert sum(p.open for p in ours.decision.pieces.values()) == budget
+            assert sum(p.open for p in ours.decision.components.values()) == budget
     assert ours.num_open() == 6
 
 
@@ -254,22 +254,22 @@ def test_a_zeroed_lambda_moves_again_and_can_be_kept_later() -> None:
     for step in range(1, END + 1):
         for name, w in ours.w.items():
             w.grad = torch.randn(w.shape, generator=generator)
-            of_piece_0 = w.grad[:, 0] if name.endswith("lora_b") else w.grad[0]
-            of_piece_0 *= 0.1 if step <= 18 else 10.0
+            of_component_0 = w.grad[:, 0] if name.endswith("lora_b") else w.grad[0]
+            of_component_0 *= 0.1 if step <= 18 else 10.0
         ours.observe(step)
         ours.update(step)
         shut += [step] if ours.w["first.lora_lambda"][0] == 0 else []
         if step == 19:
             assert ours.num_open() == 12, "between decisions every lambda moves"
     assert 18 in shut and max(shut) <= 21
-    assert 0 in ours.decision.pieces["first"].computed
+    assert 0 in ours.decision.components["first"].computed
 
 
 def test_after_the_freeze_what_is_gone_stays_zero_and_is_not_computed() -> None:
     ours = toy()
     for step in range(1, END + 1):
         ours.step(step)
-    frozen = {site: pieces.computed for site, pieces in ours.decision.pieces.items()}
+    frozen = {site: components.computed for site, components in ours.decision.components.items()}
     for step in range(END + 1, TOTAL + 1):
         ours.step(step)
     for site, computed in frozen.items():
@@ -295,7 +295,7 @@ def test_a_loss_eight_times_as_large_gives_the_same_masks() -> None:
     assert plain == masks_of(toy(loss_factor=8.0)) and any(not all(m) for m in plain)
 
 
-def test_pieces_in_another_order_end_in_that_order() -> None:
+def test_components_in_another_order_end_in_that_order() -> None:
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     ours, other = toy(), toy()
     for name, w in other.w.items():
@@ -316,24 +316,24 @@ def test_the_budget_goes_to_the_site_with_the_larger_gradients() -> None:
             w.grad = torch.randn(w.shape, generator=generator) * (3.0 if "second" in name else 1.0)
         ours.observe(step)
         ours.update(step)
-    assert [ours.decision.pieces[site.name].open for site in SITES] == [0, 6]
+    assert [ours.decision.components[site.name].open for site in SITES] == [0, 6]
 
 
 # --- ties and corners ---------------------------------------------------------------------------
 
 
 def test_of_equal_scores_the_lowest_index_of_the_first_site_stays() -> None:
-    kept = top_pieces({"q": torch.ones(3), "k": torch.ones(3)}, 4)
+    kept = top_components({"q": torch.ones(3), "k": torch.ones(3)}, 4)
     assert kept["q"].tolist() == [True] * 3 and kept["k"].tolist() == [True, False, False]
 
 
-def test_a_site_may_end_without_a_piece_and_adds_nothing() -> None:
-    method = adalora(OPTIONS, plan())
+def test_a_site_may_end_without_a_component_and_adds_nothing() -> None:
+    method = adalora(OPTIONS, context())
     shapes = {f"{s.name}.{n}": t.shape for s in SITES for n, t in method.form(s).tensors.items()}
     scores = WholeScores({n: torch.full(s, float("second" in n)) for n, s in shapes.items()})
     decision = method.decide(END, scores)
-    assert decision.pieces["first"].computed == () and decision.pieces["first"].open == 0
-    assert decision.pieces["second"].open == RANK
+    assert decision.components["first"].computed == () and decision.components["first"].open == 0
+    assert decision.components["second"].open == RANK
     empty = {"lora_a": torch.zeros(0, 10), "lora_b": torch.zeros(14, 0)}
     empty["lora_lambda"] = torch.zeros(0)
     assert torch.equal(
@@ -355,19 +355,19 @@ def test_a_target_of_the_whole_rank_prunes_nothing() -> None:
 
 
 def test_nothing_is_decided_while_every_score_is_zero() -> None:
-    method = adalora(AdaLoraOptions(adalora_begin=0.0, adalora_every=1), plan())
+    method = adalora(AdaLoraOptions(adalora_begin=0.0, adalora_every=1), context())
     assert min(s for s in range(TOTAL) if method.decides_at(s)) == 2
 
 
 def test_decisions_come_at_their_pace_and_at_the_freeze() -> None:
-    method = adalora(OPTIONS, plan())
+    method = adalora(OPTIONS, context())
     assert [s for s in range(END + 1) if method.decides_at(s)] == [*range(6, 40, 3), 40]
-    thousand = adalora(AdaLoraOptions(), plan(1000))
+    thousand = adalora(AdaLoraOptions(), context(1000))
     assert [s for s in range(801) if thousand.decides_at(s)] == [*range(110, 800, 10), 800]
     assert (method.observes_until, thousand.observes_until) == (END, 800)
 
 
-def test_a_piece_scores_by_lambda_and_the_means_of_its_row_and_column() -> None:
+def test_a_component_scores_by_lambda_and_the_means_of_its_row_and_column() -> None:
     site = {"lora_a": torch.full((2, 10), 3.0), "lora_b": torch.full((14, 2), 5.0)}
     site["lora_a"][1] = 4.0
     site["lora_lambda"] = torch.tensor([1.0, 2.0])
@@ -376,7 +376,7 @@ def test_a_piece_scores_by_lambda_and_the_means_of_its_row_and_column() -> None:
 
 
 def test_the_delta_starts_at_nothing() -> None:
-    method = adalora(OPTIONS, plan())
+    method = adalora(OPTIONS, context())
     w = {n.partition(".")[2]: t for n, t in first_values(method).items() if n.startswith("first")}
     assert torch.equal(
         method.form(SITES[0]).delta(torch.randn(4, 10), w, SCALE), torch.zeros(4, 14)
@@ -398,7 +398,7 @@ def orthogonality(preset: str, w: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("preset", ["paper", "released"])
 def test_the_penalty_of_a_preset_is_the_gradient_of_its_norms(preset: str) -> None:
     options = AdaLoraOptions(adalora_preset=preset, adalora_orthogonality=0.3)  # type: ignore[arg-type]
-    method = adalora(options, plan())
+    method = adalora(options, context())
     w = {name: t.requires_grad_() for name, t in first_values(method).items()}
     orthogonality(preset, w).backward()
     assert method.penalty is not None
@@ -408,7 +408,7 @@ def test_the_penalty_of_a_preset_is_the_gradient_of_its_norms(preset: str) -> No
             gradients = method.penalty(own)
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, own[name].grad, rtol=1e-4, atol=1e-7)
-    assert adalora(AdaLoraOptions(adalora_orthogonality=0.0), plan()).penalty is None
+    assert adalora(AdaLoraOptions(adalora_orthogonality=0.0), context()).penalty is None
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -431,16 +431,16 @@ def test_bad_options_are_told_together() -> None:
 
 
 def test_a_budget_above_the_ranks_is_refused() -> None:
-    with pytest.raises(ValueError, match="makes 14 pieces, but rank only 12"):
-        adalora(AdaLoraOptions(adalora_target_rank=7), plan())
+    with pytest.raises(ValueError, match="makes 14 components, but rank only 12"):
+        adalora(AdaLoraOptions(adalora_target_rank=7), context())
 
 
 def test_a_run_too_short_to_prune_in_is_refused() -> None:
     with pytest.raises(ValueError, match="of 1, 1 too few: raise max_steps"):
-        adalora(AdaLoraOptions(), plan(1))
+        adalora(AdaLoraOptions(), context(1))
 
 
 def test_two_thirds_of_the_rank_stay_by_default() -> None:
-    method = adalora(AdaLoraOptions(), plan())
+    method = adalora(AdaLoraOptions(), context())
     scores = toy().scores()
-    assert method.decide(END, scores).facts == {"budget": 8}
+    assert method.decide(END, scores).log_values == {"budget": 8}

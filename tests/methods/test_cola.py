@@ -13,21 +13,21 @@ from torch import Tensor
 
 from sparse_lora_dist.methods.cola import ColaOptions, cola, nearest
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.method import Method, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Whole
-from sparse_lora_dist.report.run_data import read_story
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.report.run_data import read_run
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.training.test_laws import saved
 
 SITE = Site(name="q", in_features=20, out_features=14, rank=3)
-PLAN = Plan(total_steps=20, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
+PLAN = RunContext(total_steps=20, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
 SCALE = 0.5
 
 
-def built(links: int, stack_rank: int | None = None, plan: Plan = PLAN) -> Method:
-    return cola(ColaOptions(cola_links=links, cola_stack_rank=stack_rank), plan)
+def built(links: int, stack_rank: int | None = None, context: RunContext = PLAN) -> Method:
+    return cola(ColaOptions(cola_links=links, cola_stack_rank=stack_rank), context)
 
 
 def change(method: Method, tensors: dict[str, Tensor]) -> Tensor:
@@ -60,7 +60,7 @@ def chain(
                 generator=torch.Generator().manual_seed(100 + link),
             )
             done = method.rewriting.write(whole)
-            tensors, error = dict(done.tensors), done.facts["fold_error"]
+            tensors, error = dict(done.tensors), done.log_values["fold_error"]
         ended.append((before_OI, tensors, error))
     return ended
 
@@ -146,13 +146,13 @@ def test_the_exported_pair_is_the_delta() -> None:
 
 def test_the_default_stack_has_room_for_all_pairs_up_to_eight() -> None:
     site = replace(SITE, in_features=900, out_features=700)
-    wide, plan = replace(site, out_features=10), replace(PLAN, sites=(site,))
+    wide, context = replace(site, out_features=10), replace(PLAN, sites=(site,))
     for links, rank in ((2, 3), (3, 6), (9, 24), (20, 24)):
-        form = built(links, None, plan).form(site)
+        form = built(links, None, context).form(site)
         assert form.kept["cola_a"].shape == (rank, 900)
-        assert built(links, None, plan).form(wide).kept["cola_b"].shape == (10, min(rank, 10))
+        assert built(links, None, context).form(wide).kept["cola_b"].shape == (10, min(rank, 10))
     # More than there are pairs would stay empty.
-    assert built(2, 500, plan).form(site).kept["cola_a"].shape == (3, 900)
+    assert built(2, 500, context).form(site).kept["cola_a"].shape == (3, 900)
 
 
 @pytest.mark.parametrize(("out", "wide"), [(768, 768), (3072, 768), (4096, 4096), (11008, 4096)])
@@ -203,7 +203,7 @@ def test_what_does_not_fit_the_run_is_refused_with_what_does() -> None:
 def test_a_real_run_folds_and_starts_anew(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     options = {"method": "cola", "max_steps": 9, "cola_stack_rank": 6, "save_every": 1, "rank": 4}
     said, _ = ranks(2, "tests.work.run:train", flags=tiny.flags(tmp_path, **options))
-    rows = read_rows(tmp_path / "decisions.jsonl")
+    rows = read_records(tmp_path / "decisions.jsonl")
     assert [row["step"] for row in rows] == [3, 6]
     assert rows[0]["fold_error"] == 0.0 < rows[1]["fold_error"] < 1.0
     assert "step 3: fold_error 0\n" in said
@@ -214,9 +214,9 @@ def test_a_real_run_folds_and_starts_anew(ranks: Ranks, tiny: TinyRun, tmp_path:
         assert b.any() == (step not in (3, 6))
         born = torch.cat(list(saved(tmp_path, "born", step).values()))
         assert (born == (step - 1) // 3 * 3).all()
-    stages = read_rows(tmp_path / "stages.jsonl")
+    stages = read_records(tmp_path / "stages.jsonl")
     assert [row["step"] for row in stages] == [3, 6, 9]
     ranks_now = sum(rows[-1]["ranks"].values())
     assert ranks_now > 0 and {row["live_ranks"] for row in stages} == {ranks_now}
-    story = read_story(tmp_path)
+    story = read_run(tmp_path)
     assert len(story.decisions) == 2 and story.stages == []

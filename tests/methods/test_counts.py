@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_lora_dist.methods import METHODS, Plan
+from sparse_lora_dist.methods import METHODS, RunContext
 from sparse_lora_dist.methods.protocol.form import Site
 from tests.fixtures.whole_scores import WholeScores
 
@@ -33,13 +33,13 @@ COUNTS: dict[tuple[str, str], tuple[int, int, int, int]] = {
 def count(name: str, option: str, out: int, inner: int) -> int:
     """Entries of all tensors that train."""
     site = Site(name="layers.0.q", in_features=inner, out_features=out, rank=8)
-    plan = Plan(total_steps=100, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    context = RunContext(total_steps=100, warmup_steps=0, learning_rate=1e-3, sites=(site,))
     key, _, value = option.partition("=")
     given: dict[str, Any] = {key: value} if key else {}
     if value.replace(".", "").isdigit():
         given[key] = float(value) if "." in value else int(value)
     factory = METHODS[name]
-    form = factory.build(factory.options(**given), plan).form(site)
+    form = factory.build(factory.options(**given), context).form(site)
     return sum(prod(spec.shape) for spec in form.tensors.values())
 
 
@@ -54,9 +54,9 @@ def test_roselora_leaves_a_twentieth_of_each_row_and_column(
     shape: tuple[int, int], left: int
 ) -> None:
     site = Site(name="q", in_features=shape[1], out_features=shape[0], rank=8)
-    plan = Plan(total_steps=100, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    context = RunContext(total_steps=100, warmup_steps=0, learning_rate=1e-3, sites=(site,))
     options = METHODS["roselora"].options(roselora_keep=0.05)
-    method = METHODS["roselora"].build(options, plan)
+    method = METHODS["roselora"].build(options, context)
     last = max(step for step in range(101) if method.decides_at(step))
     generator = torch.Generator().manual_seed(0)
     scores = {

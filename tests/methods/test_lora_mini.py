@@ -5,10 +5,10 @@ import torch
 
 from sparse_lora_dist.methods.lora_mini import LoraMiniOptions, lora_mini
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Plan
+from sparse_lora_dist.methods.protocol.method import RunContext
 
 SITE = Site(name="q", in_features=400, out_features=280, rank=4)
-PLAN = Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
+PLAN = RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
 CPU = torch.device("cpu")
 
 

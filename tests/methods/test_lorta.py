@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_lora_dist.methods import METHODS
 from sparse_lora_dist.methods.lorta import LortaOptions, lorta, place
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Method, Plan, trained_specs
+from sparse_lora_dist.methods.protocol.method import Method, RunContext, trained_specs
 from sparse_lora_dist.plan.forecast import forecast
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
@@ -27,12 +27,12 @@ def layered(layers: int, matrices: str, out: int, wide: int, rank: int) -> tuple
     return tuple(site(name, out, wide, rank) for name in names)
 
 
-def plan(*sites: Site) -> Plan:
-    return Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=sites)
+def context(*sites: Site) -> RunContext:
+    return RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=sites)
 
 
 def build(sites: tuple[Site, ...], heads: int | None = None) -> Method:
-    return lorta(LortaOptions(lorta_heads=heads), plan(*sites))
+    return lorta(LortaOptions(lorta_heads=heads), context(*sites))
 
 
 def count(sites: tuple[Site, ...], heads: int | None = None) -> int:
@@ -168,7 +168,7 @@ def test_no_heads_are_refused() -> None:
 
 def test_the_planner_may_ask_of_other_linears() -> None:
     sites = layered(2, "qo", 96, 96, 4)
-    live = forecast(METHODS["lorta"], LortaOptions(lorta_heads=32), plan(*sites)).on(2)
+    live = forecast(METHODS["lorta"], LortaOptions(lorta_heads=32), context(*sites)).on(2)
     assert (live.first, live.last) == (1.0, 1.0)
     other = site("model.layers.9.mlp.up_proj", 200, 50)
     form = build(sites, heads=32).form(other)

@@ -1,4 +1,5 @@
-"""LoSA: what is pruned is exactly zero in the merged weight, and pieces go where pruning costs."""
+"""LoSA: what is pruned is exactly zero in the merged weight, and components go where pruning
+costs."""
 
 from dataclasses import replace
 
@@ -21,7 +22,7 @@ from sparse_lora_dist.methods.losa import (
     sparsities,
 )
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Site
-from sparse_lora_dist.methods.protocol.method import Method, Pieces, Plan
+from sparse_lora_dist.methods.protocol.method import Components, Method, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.shared.bit_masks import pack, unpack
 
@@ -29,15 +30,15 @@ WIDTHS = {"q": (12, 20), "k": (7, 20), "up": (30, 20), "down": (20, 31)}
 """Out and in features; those of k fill no whole bytes."""
 
 
-def plan_of(rank: int = 6, steps: int = 100) -> Plan:
+def plan_of(rank: int = 6, steps: int = 100) -> RunContext:
     sites = tuple(
         Site(name=n, in_features=i, out_features=o, rank=rank) for n, (o, i) in WIDTHS.items()
     )
-    return Plan(total_steps=steps, warmup_steps=0, learning_rate=1e-3, sites=sites)
+    return RunContext(total_steps=steps, warmup_steps=0, learning_rate=1e-3, sites=sites)
 
 
-def method_of(plan: Plan, **options: float | int | None) -> Method:
-    return losa(LosaOptions(**options), plan)  # type: ignore[arg-type]
+def method_of(context: RunContext, **options: float | int | None) -> Method:
+    return losa(LosaOptions(**options), context)  # type: ignore[arg-type]
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -45,7 +46,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 
 def whole_of(site: Site, index: int, step: int, opened: int) -> Whole:
-    """As if ``opened`` pieces were trained."""
+    """As if ``opened`` components were trained."""
     w_OI = random(site.out_features, site.in_features, seed=index)
     b_OR = random(site.out_features, site.rank, seed=index + 20)
     b_OR[:, opened:] = 0.0
@@ -122,7 +123,7 @@ def test_what_is_pruned_is_exactly_zero_in_the_merged_weight_and_nothing_else() 
         row_seeds=RowSeeds(seed=0, sequence_length=8),
     )
     for computed in (6, 2):
-        layer.set_pieces(Pieces(computed=tuple(range(computed)), open=computed))
+        layer.set_components(Components(computed=tuple(range(computed)), open=computed))
         with torch.no_grad():
             tensors = layer.computed([layer.lora_a, layer.lora_b])
             merged_OI = w_OI + dense_change(layer, tensors).change_OI
@@ -133,20 +134,20 @@ def test_what_is_pruned_is_exactly_zero_in_the_merged_weight_and_nothing_else() 
 
 
 def test_rounds_are_equally_spaced_and_their_sparsity_cubic() -> None:
-    plan = plan_of(rank=16)
-    rounds = rounds_of(LosaOptions(losa_sparsity=0.6), plan)
+    context = plan_of(rank=16)
+    rounds = rounds_of(LosaOptions(losa_sparsity=0.6), context)
     assert list(rounds) == [1, 11, 21, 31, 41]
     cubic = [0.6 - 0.6 * (1 - t / 5) ** 3 for t in range(1, 6)]
     assert [r.sparsity for r in rounds.values()] == pytest.approx(cubic)
     assert rounds[41].sparsity == 0.6
     assert [r.mean_rank for r in rounds.values()] == [6, 7, 8, 9, 10]
-    at = rewriting_of(losa(LosaOptions(), plan)).at
+    at = rewriting_of(losa(LosaOptions(), context)).at
     assert [step for step in range(101) if at(step)] == [0, *rounds]
-    assert list(rounds_of(LosaOptions(losa_rounds=1), plan)) == [1]
+    assert list(rounds_of(LosaOptions(losa_rounds=1), context)) == [1]
     # To the last step but one.
     late = LosaOptions(losa_until=0.99, losa_rounds=5)
     assert list(rounds_of(late, plan_of(steps=6))) == [1, 2, 3, 4, 5]
-    low = rounds_of(LosaOptions(losa_mean_rank=2), plan)
+    low = rounds_of(LosaOptions(losa_mean_rank=2), context)
     assert [r.mean_rank for r in low.values()] == [1, 1, 1, 1, 2]
 
 
@@ -221,14 +222,14 @@ def test_ranks_keep_total_and_bounds_whatever_the_errors(seed: int) -> None:
     free = (found > least) & (found < most)
     shares = (found / errors)[free]
     slack = (1.0 / errors)[free]
-    # Nobody has a piece that another has more than a piece's claim to.
+    # Nobody has a component that another has more than a component's claim to.
     assert (shares - slack).max() <= (shares + slack).min() + 1e-9
 
 
-def test_a_round_prunes_the_merged_weight_and_opens_pieces() -> None:
-    plan = plan_of()
-    wholes = [whole_of(site, i, step=41, opened=2) for i, site in enumerate(plan.sites)]
-    done = written(method_of(plan, losa_spread=0.1), wholes)
+def test_a_round_prunes_the_merged_weight_and_opens_components() -> None:
+    context = plan_of()
+    wholes = [whole_of(site, i, step=41, opened=2) for i, site in enumerate(context.sites)]
+    done = written(method_of(context, losa_spread=0.1), wholes)
     # Recomputed with loops from what is written above: see naive_mask.
     errors, counts = [], []
     for whole, one in zip(wholes, done, strict=True):
@@ -238,7 +239,7 @@ def test_a_round_prunes_the_merged_weight_and_opens_pieces() -> None:
         (count,) = mask_OI.sum(1).unique().tolist()
         assert torch.equal(mask_OI, naive_mask(whole, count))
         counts.append(count / whole.site.in_features)
-        assert one.facts["sparsity"] == pytest.approx(counts[-1])
+        assert one.log_values["sparsity"] == pytest.approx(counts[-1])
         assert whole.squares_I is not None
         merged_OI = whole.weight_OI() + 0.5 * whole.tensors["lora_b"] @ whole.tensors["lora_a"]
         energy_OI = merged_OI.square() * whole.squares_I
@@ -252,14 +253,14 @@ def test_a_round_prunes_the_merged_weight_and_opens_pieces() -> None:
     by_error = ranks(
         torch.tensor(errors).double(), torch.full((4,), 2.0), torch.full((4,), 6.0), 16
     )
-    assert [one.facts["rank"] for one in done] == by_error.tolist()
+    assert [one.log_values["rank"] for one in done] == by_error.tolist()
     assert [one.computed for one in done] == [tuple(range(int(r))) for r in by_error]
 
 
-def test_pieces_never_go_and_the_delta_moves_by_the_mask_alone() -> None:
-    plan = plan_of()
-    method = method_of(plan)
-    wholes = [whole_of(s, i, step=41, opened=5 - i) for i, s in enumerate(plan.sites)]
+def test_components_never_go_and_the_delta_moves_by_the_mask_alone() -> None:
+    context = plan_of()
+    method = method_of(context)
+    wholes = [whole_of(s, i, step=41, opened=5 - i) for i, s in enumerate(context.sites)]
     for whole, one in zip(wholes, written(method, wholes), strict=True):
         opened = 5 - whole.index
         assert one.computed is not None and len(one.computed) >= opened
@@ -274,11 +275,11 @@ def test_pieces_never_go_and_the_delta_moves_by_the_mask_alone() -> None:
 
 
 def test_pruned_weights_may_come_back() -> None:
-    plan = plan_of()
+    context = plan_of()
     (before, after) = (
         written(
-            method_of(plan),
-            [whole_of(s, i, step, opened=o) for i, s in enumerate(plan.sites)],
+            method_of(context),
+            [whole_of(s, i, step, opened=o) for i, s in enumerate(context.sites)],
         )[0].tensors["losa_pruned"]
         for step, o in ((31, 1), (41, 3))
     )
@@ -286,12 +287,12 @@ def test_pruned_weights_may_come_back() -> None:
     assert (gone & ~now).any() and now.sum() >= gone.sum()
 
 
-def test_more_than_eight_pieces_are_opened_and_computed() -> None:
+def test_more_than_eight_components_are_opened_and_computed() -> None:
     """The release has 8, and cuts what is above."""
-    plan = plan_of(rank=16)
-    wholes = [whole_of(s, i, step=41, opened=1) for i, s in enumerate(plan.sites)]
-    done = written(method_of(plan), wholes)
-    assert sum(one.facts["rank"] for one in done) == 4 * 10
+    context = plan_of(rank=16)
+    wholes = [whole_of(s, i, step=41, opened=1) for i, s in enumerate(context.sites)]
+    done = written(method_of(context), wholes)
+    assert sum(one.log_values["rank"] for one in done) == 4 * 10
     for whole, one in zip(wholes, done, strict=True):
         assert one.computed is not None and 8 < len(one.computed) <= 16
         a_RI = whole.tensors["lora_a"][: len(one.computed)]
@@ -299,25 +300,25 @@ def test_more_than_eight_pieces_are_opened_and_computed() -> None:
         b_OR[:, -1] = 1.0
         tensors = {"lora_a": a_RI, "lora_b": b_OR, WEIGHT: whole.weight_OI()}
         tensors["losa_pruned"] = torch.zeros_like(one.tensors["losa_pruned"])
-        change = method_of(plan).form(whole.site).delta(torch.eye(a_RI.shape[1]), tensors, 1.0)
+        change = method_of(context).form(whole.site).delta(torch.eye(a_RI.shape[1]), tensors, 1.0)
         torch.testing.assert_close(change, b_OR.new_ones(1, len(b_OR)) * a_RI[-1][:, None])
 
 
-def test_before_the_first_step_one_piece_is_open_or_those_that_are_given() -> None:
-    plan = plan_of()
+def test_before_the_first_step_one_component_is_open_or_those_that_are_given() -> None:
+    context = plan_of()
     for opened, wanted in ((0, 1), (4, 4)):
-        wholes = [whole_of(s, i, step=0, opened=opened) for i, s in enumerate(plan.sites)]
+        wholes = [whole_of(s, i, step=0, opened=opened) for i, s in enumerate(context.sites)]
         bare = [replace(whole, squares_I=None, rows_NI=None) for whole in wholes]
-        for one in written(method_of(plan), bare):
+        for one in written(method_of(context), bare):
             assert one == Rewritten(computed=tuple(range(wanted)))
 
 
 def test_without_statistics_the_magnitude_decides_and_linears_are_alike() -> None:
     """Such as after a first step that fp16 refused."""
-    plan = plan_of()
-    wholes = [whole_of(s, i, step=41, opened=1) for i, s in enumerate(plan.sites)]
+    context = plan_of()
+    wholes = [whole_of(s, i, step=41, opened=1) for i, s in enumerate(context.sites)]
     bare = [replace(whole, squares_I=None, rows_NI=None) for whole in wholes]
-    for whole, one in zip(bare, written(method_of(plan), bare), strict=True):
+    for whole, one in zip(bare, written(method_of(context), bare), strict=True):
         site = whole.site
         even = replace(whole, squares_I=torch.ones(site.in_features))
         mask_OI = unpack(one.tensors["losa_pruned"], (site.out_features, site.in_features))

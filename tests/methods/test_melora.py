@@ -7,18 +7,18 @@ import torch
 
 from sparse_lora_dist.methods.melora import MeLoraOptions, melora
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Plan
+from sparse_lora_dist.methods.protocol.method import RunContext
 
 SITE = Site(name="q", in_features=24, out_features=36, rank=2)
 
 
-def plan(*sites: Site) -> Plan:
-    return Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=sites)
+def context(*sites: Site) -> RunContext:
+    return RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=sites)
 
 
 @pytest.mark.parametrize("ranks", [(), (1, 3, 2, 2)])
 def test_the_change_is_blocks_of_their_own_rank_and_scale(ranks: tuple[int, ...]) -> None:
-    form = melora(MeLoraOptions(melora_blocks=4, melora_ranks=ranks), plan(SITE)).form(SITE)
+    form = melora(MeLoraOptions(melora_blocks=4, melora_ranks=ranks), context(SITE)).form(SITE)
     tensors = {name: torch.randn(spec.shape) for name, spec in form.tensors.items()}
     alpha = 8.0
     change_OI = form.delta(torch.eye(24), tensors, alpha / SITE.rank).t()
@@ -36,7 +36,7 @@ def test_the_change_is_blocks_of_their_own_rank_and_scale(ranks: tuple[int, ...]
 @pytest.mark.parametrize(("out", "wide"), [(768, 768), (3072, 768), (4096, 4096), (11008, 4096)])
 def test_parameters_are_those_of_lora(out: int, wide: int) -> None:
     site = Site(name="q", in_features=wide, out_features=out, rank=8)
-    form = melora(MeLoraOptions(melora_blocks=4), plan(site)).form(site)
+    form = melora(MeLoraOptions(melora_blocks=4), context(site)).form(site)
     count = sum(torch.Size(spec.shape).numel() for spec in form.tensors.values())
     assert count == 8 * (out + wide)
 
@@ -44,9 +44,9 @@ def test_parameters_are_those_of_lora(out: int, wide: int) -> None:
 def test_sides_that_do_not_divide_are_refused_with_the_nearest_that_does() -> None:
     wide, other = replace(SITE, out_features=48), replace(SITE, name="up", out_features=60)
     with pytest.raises(ValueError, match="up is 60 x 24, which melora_blocks 8 does not divide"):
-        melora(MeLoraOptions(melora_blocks=8), plan(wide, other))
+        melora(MeLoraOptions(melora_blocks=8), context(wide, other))
     with pytest.raises(ValueError, match="nearest that divides every linear is 4"):
-        melora(MeLoraOptions(melora_blocks=5), plan(SITE, wide))
+        melora(MeLoraOptions(melora_blocks=5), context(SITE, wide))
 
 
 @pytest.mark.parametrize(

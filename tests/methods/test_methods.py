@@ -16,9 +16,9 @@ from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.export.peft_adapter import NoPair, plain_pair
 from sparse_lora_dist.export.weight_change import dense_change
-from sparse_lora_dist.methods import METHODS, Method, Plan
+from sparse_lora_dist.methods import METHODS, Method, RunContext
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, Update
-from sparse_lora_dist.methods.protocol.method import Decision, Pieces, Stats, trained_specs
+from sparse_lora_dist.methods.protocol.method import Components, Decision, Stats, trained_specs
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from tests.fixtures.whole_scores import WholeScores
 from tests.laws import LAWS, Law
@@ -42,8 +42,8 @@ def method(law: Law) -> Method:
 
 def build(options: dict[str, Any], law: Law) -> Method:
     own = {name: value for name, value in options.items() if name != "target_modules"}
-    plan = Plan(total_steps=STEPS, warmup_steps=0, learning_rate=1e-2, sites=law.sites)
-    return law.factory.build(law.factory.options(**own), plan)
+    context = RunContext(total_steps=STEPS, warmup_steps=0, learning_rate=1e-2, sites=law.sites)
+    return law.factory.build(law.factory.options(**own), context)
 
 
 def sites_of(method: Method) -> tuple[Site, ...]:
@@ -138,7 +138,7 @@ def test_the_delta_is_nothing_at_first(law: Law) -> None:
         method = build(options, law)
         values = first_values(method)
         layer = adapter(method, values, written=False)
-        layer.set_pieces(first_decision(method, values).pieces.get("q", layer.pieces))
+        layer.set_components(first_decision(method, values).components.get("q", layer.components))
         x = random(5, 24)
         delta = (layer(x) - layer.base(x)).abs().max()
         assert delta <= largest and bool(delta > 0.0) == (largest > 0.0)
@@ -147,9 +147,9 @@ def test_the_delta_is_nothing_at_first(law: Law) -> None:
 def test_the_delta_is_that_of_what_is_exported(law: Law, method: Method) -> None:
     x, values = random(5, 24), trained_values(method)
     layer = adapter(method, values)
-    has_pieces = all(spec.piece_axis is not None for spec in layer.specs.values())
-    for computed in (layer.pieces.computed, *[(0, 2, 3), ()][: 2 * has_pieces]):
-        layer.set_pieces(type(layer.pieces)(computed=computed, open=len(computed)))
+    has_components = all(spec.component_axis is not None for spec in layer.specs.values())
+    for computed in (layer.components.computed, *[(0, 2, 3), ()][: 2 * has_components]):
+        layer.set_components(type(layer.components)(computed=computed, open=len(computed)))
         tensors = [getattr(layer, name) for name in layer.specs]
         if not law.is_pair:
             change_OI = dense_change(layer, layer.computed(tensors)).change_OI
@@ -160,7 +160,7 @@ def test_the_delta_is_that_of_what_is_exported(law: Law, method: Method) -> None
             continue
         a_RI, b_OR = plain_pair(layer, tensors)
         assert a_RI.shape[1:] == (24,) and b_OR.shape[:1] == (24,)
-        assert not has_pieces or len(a_RI) == 6
+        assert not has_components or len(a_RI) == 6
         wanted = layer.base(x) + layer.alpha / 6 * x @ a_RI.t() @ b_OR.t()
         torch.testing.assert_close(layer(x), wanted, rtol=1e-4, atol=1e-5)
 
@@ -195,7 +195,7 @@ def course(
     method: Method, order: Tensor | None = None, loss_scale: float = 1.0
 ) -> list[tuple[int, Decision]]:
     """Every decision of a run whose parameters and gradients are random numbers; ``order`` puts the
-    pieces of every site in another one."""
+    components of every site in another one."""
     values = trained_values(method)
     tensors = specs(method)
 
@@ -232,7 +232,7 @@ def course(
 
 
 def ordered(spec: TensorSpec, t: Tensor, order: Tensor | None) -> Tensor:
-    axis = spec.piece_axis
+    axis = spec.component_axis
     return t if order is None or axis is None else t.index_select(axis, order)
 
 
@@ -246,7 +246,7 @@ def scored(method: Method, stats: Stats, w: Tensor) -> Tensor:
 def same(first: list[tuple[int, Decision]], second: list[tuple[int, Decision]]) -> bool:
     return len(first) == len(second) and all(
         a[0] == b[0]
-        and (a[1].pieces, a[1].facts) == (b[1].pieces, b[1].facts)
+        and (a[1].components, a[1].log_values) == (b[1].components, b[1].log_values)
         and all(
             m.keys() == n.keys() and all(torch.equal(m[k], n[k]) for k in m)
             for m, n in ((a[1].live, b[1].live), (a[1].zero, b[1].zero))
@@ -268,9 +268,9 @@ def test_a_loss_eight_times_as_large_decides_the_same(method: Method) -> None:
     assert same(course(method), course(method, loss_scale=8.0))
 
 
-# Not IncreLoRA: its pieces open in the order of their slots, so in another order others would.
-@pytest.mark.parametrize("name", [n for n, law in LAWS.items() if not law.first_piece_first])
-def test_pieces_in_another_order_are_decided_in_that_order(name: str) -> None:
+# Not IncreLoRA: its components open in the order of their slots, so in another order others would.
+@pytest.mark.parametrize("name", [n for n, law in LAWS.items() if not law.first_component_first])
+def test_components_in_another_order_are_decided_in_that_order(name: str) -> None:
     method = build(LAWS[name].on, LAWS[name])
     order = torch.tensor([3, 0, 5, 1, 4, 2])
     tensors = specs(method)
@@ -281,14 +281,20 @@ def test_pieces_in_another_order_are_decided_in_that_order(name: str) -> None:
             for n, mask in of.items()
         }
 
-    def slots(pieces: Pieces) -> Pieces:
-        computed = [slot for slot, piece in enumerate(order.tolist()) if piece in pieces.computed]
-        return Pieces(computed=tuple(computed), open=pieces.open)
+    def slots(components: Components) -> Components:
+        computed = [
+            slot
+            for slot, component in enumerate(order.tolist())
+            if component in components.computed
+        ]
+        return Components(computed=tuple(computed), open=components.open)
 
     wanted = []
     for step, d in course(method):
-        pieces = {site: slots(p) for site, p in d.pieces.items()}
-        wanted.append((step, replace(d, live=masks(d.live), zero=masks(d.zero), pieces=pieces)))
+        components = {site: slots(p) for site, p in d.components.items()}
+        wanted.append(
+            (step, replace(d, live=masks(d.live), zero=masks(d.zero), components=components))
+        )
     assert same(course(method, order), wanted)
 
 
@@ -297,7 +303,7 @@ def test_off_leaves_everything_alive(law: Law) -> None:
     for _, decision in course(method):
         assert all(mask.all() for mask in decision.live.values())
         assert not any(mask.any() for mask in decision.zero.values())
-        assert all(p.computed == tuple(range(6)) for p in decision.pieces.values())
+        assert all(p.computed == tuple(range(6)) for p in decision.components.values())
     update = Update(step=STEPS, lr=0.1, denominator=torch.ones(101))
     for spec in specs(method).values():
         assert spec.project is None or torch.equal(spec.project(random(101), update), random(101))

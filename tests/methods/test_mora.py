@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_lora_dist.methods.mora import MoraOptions, mora
 from sparse_lora_dist.methods.protocol.form import Form, Site
-from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.method import Method, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Whole
 
 SITE = Site(name="q", in_features=24, out_features=36, rank=2)
@@ -23,13 +23,13 @@ SITES = [
     replace(SITE, in_features=5, out_features=90),
     replace(SITE, in_features=90, out_features=31, rank=1),
 ]
-PLAN = Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
+PLAN = RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
 MERGED = "mora_contiguous", "mora_strided"
 
 
-def built(kind: int, restarts: int = 0, plan: Plan = PLAN) -> Method:
+def built(kind: int, restarts: int = 0, context: RunContext = PLAN) -> Method:
     options = MoraOptions(mora_type=kind, mora_restarts=restarts)  # type: ignore[arg-type]
-    return mora(options, plan)
+    return mora(options, context)
 
 
 def form_of(site: Site, kind: int, restarts: int = 0) -> Form:

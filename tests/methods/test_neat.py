@@ -7,15 +7,15 @@ from torch import Tensor, nn
 
 from sparse_lora_dist.methods.neat import NeatOptions, neat
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Form, Site
-from sparse_lora_dist.methods.protocol.method import Plan
+from sparse_lora_dist.methods.protocol.method import RunContext
 
 SITE = Site(name="q", in_features=20, out_features=14, rank=4)
 
 
 def form_of(site: Site = SITE, form: str = "official", depth: int = 0) -> Form:
-    plan = Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    context = RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(site,))
     options = NeatOptions(neat_form=form, neat_depth=depth)  # type: ignore[arg-type]
-    return neat(options, plan).form(site)
+    return neat(options, context).form(site)
 
 
 def random_tensors(form: Form) -> dict[str, Tensor]:

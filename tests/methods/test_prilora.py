@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_lora_dist.methods.prilora import PriLoraOptions, layer_of, prilora, ramp
 from sparse_lora_dist.methods.protocol.form import Site, low_rank
-from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.method import Method, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewritten, Whole
 
 WIDE = 40
@@ -25,9 +25,9 @@ def sites_of(layers: int, rank: int = 8, out: int = 32, wide: int = WIDE) -> tup
 
 
 def build(sites: tuple[Site, ...], steps: int = 200, **options: Any) -> Method:
-    plan = Plan(total_steps=steps, warmup_steps=0, learning_rate=1e-3, sites=sites)
+    context = RunContext(total_steps=steps, warmup_steps=0, learning_rate=1e-3, sites=sites)
     named = {f"prilora_{name}": value for name, value in options.items()}
-    return prilora(PriLoraOptions(**named), plan)
+    return prilora(PriLoraOptions(**named), context)
 
 
 def ranks_of(method: Method, sites: tuple[Site, ...]) -> list[int]:
@@ -99,13 +99,13 @@ def test_parameters_are_those_of_lora_of_the_mean_rank(out: int, wide: int) -> N
     assert sum(torch.Size(shape).numel() for shape in shapes) == len(sites) * 8 * (out + wide)
 
 
-def test_a_piece_counts_the_same_in_every_layer() -> None:
+def test_a_component_counts_the_same_in_every_layer() -> None:
     sites, x = sites_of(3), torch.randn(5, WIDE).double()
     method, alpha = build(sites), 16.0
     for site in sites:
         form = method.form(site)
         tensors = {name: torch.randn(spec.shape).double() for name, spec in form.tensors.items()}
-        assert all(spec.piece_axis is None for spec in form.tensors.values())
+        assert all(spec.component_axis is None for spec in form.tensors.values())
         rank = len(tensors["lora_a"])
         scale = form.scale(alpha, site.rank, site.rank)
         change_OI = alpha / 8 * tensors["lora_b"] @ tensors["lora_a"]
@@ -166,7 +166,7 @@ def test_each_row_loses_the_share_of_least_weight_times_norm(sparsity: float, pr
         wanted_RI[row, order[:pruned]] = 0.0
     assert torch.equal(done.tensors["lora_a"], wanted_RI)
     assert ((wanted_RI == 0.0).sum(dim=1) == pruned).all()
-    assert done.facts == {"zeros_in_a": pytest.approx(pruned / WIDE)}
+    assert done.log_values == {"zeros_in_a": pytest.approx(pruned / WIDE)}
 
 
 def test_a_small_weight_of_a_large_input_survives_a_large_weight_of_a_small_one() -> None:

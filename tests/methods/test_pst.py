@@ -12,7 +12,7 @@ from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.export.weight_change import dense_change
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Site
-from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.method import Method, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.methods.pst import PstOptions, pst
 from sparse_lora_dist.methods.shared.bit_masks import pack, unpack
@@ -25,8 +25,8 @@ ODD: dict[str, Any] = {"pst_beta": 0.7, "pst_alpha1": 0.3, "pst_alpha2": 1.9}
 
 
 def method_of(site: Site = SITE, steps: int = 100, **options: Any) -> Method:
-    plan = Plan(total_steps=steps, warmup_steps=0, learning_rate=1e-3, sites=(site,))
-    return pst(PstOptions(**options), plan)
+    context = RunContext(total_steps=steps, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    return pst(PstOptions(**options), context)
 
 
 def random(*shape: int, seed: int = 1) -> Tensor:
@@ -84,7 +84,7 @@ def test_the_lowest_scores_are_pruned_and_exactly_as_many_as_asked() -> None:
         zeros = int(sparsity * prod(SHAPE))
         done = written(method, weight_OI, tensors, step)
         pruned = unpack(done.tensors["pst_pruned"], SHAPE)
-        assert int(pruned.sum()) == zeros and done.facts == {"sparsity": zeros / prod(SHAPE)}
+        assert int(pruned.sum()) == zeros and done.log_values == {"sparsity": zeros / prod(SHAPE)}
         assert scores[pruned].max() < scores[~pruned].min()
 
 

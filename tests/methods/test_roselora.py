@@ -7,18 +7,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_lora_dist.methods import Plan
+from sparse_lora_dist.methods import RunContext
 from sparse_lora_dist.methods.protocol.form import Site, Update
 from sparse_lora_dist.methods.protocol.method import Decision, Stats
 from sparse_lora_dist.methods.roselora import (
     RoseLoraOptions,
-    keep_within_pieces,
+    keep_within_components,
     roselora,
     smooth_sensitivity,
 )
 from sparse_lora_dist.methods.shared.schedules import cubic_keep
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.whole_scores import WholeScores
@@ -27,9 +27,9 @@ from tests.training.test_laws import saved
 STEPS, KEEP, RANK = 12, 0.1, 4
 
 
-def plan(steps: int) -> Plan:
+def context(steps: int) -> RunContext:
     site = Site(name="q", in_features=768, out_features=768, rank=8)
-    return Plan(total_steps=steps, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    return RunContext(total_steps=steps, warmup_steps=0, learning_rate=1e-3, sites=(site,))
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_the_average_starts_at_zero_and_tends_to_a_constant_sensitivity() -> Non
         torch.testing.assert_close(smoothed, torch.full((3,), 1 - 0.8**step))
 
 
-def pieces(size: int = 768) -> dict[str, Tensor]:
+def components(size: int = 768) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = {"q.lora_a": (8, size), "q.lora_b": (size, 8)}
     return {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def test_each_row_of_a_and_column_of_b_keeps_its_top_share() -> None:
-    scores = pieces()
-    masks = keep_within_pieces(WholeScores(scores), 0.05)
+    scores = components()
+    masks = keep_within_components(WholeScores(scores), 0.05)
     a_RI, b_OR = (masks[n].view(scores[n].shape) for n in scores)
     assert (a_RI.sum(1) == 38).all() and (b_OR.sum(0) == 38).all()  # floor(.05 * 768)
     for row, mask in zip(scores["q.lora_a"], a_RI, strict=True):
@@ -65,40 +65,40 @@ def test_each_row_of_a_and_column_of_b_keeps_its_top_share() -> None:
 @pytest.mark.parametrize(("size", "kept"), [(256, 14), (768, 40), (4096, 206), (11008, 552)])
 def test_preset_released_keeps_as_many_as_the_released_code(size: int, kept: int) -> None:
     """d - int(d (1 - tau)) + 1, one or two more than tau d."""
-    method = roselora(RoseLoraOptions(roselora_preset="released", roselora_keep=0.05), plan(25))
-    dead = method.decide(20, WholeScores(pieces(size))).zero
+    method = roselora(RoseLoraOptions(roselora_preset="released", roselora_keep=0.05), context(25))
+    dead = method.decide(20, WholeScores(components(size))).zero
     assert ((~dead["q.lora_a"]).view(8, size).sum(1) == kept).all()
     assert ((~dead["q.lora_b"]).view(size, 8).sum(0) == kept).all()
 
 
 def test_a_share_that_is_a_whole_number_is_kept_whole() -> None:
     """0.29 * 100 is 28.999999999999996 in floating point."""
-    masks = keep_within_pieces(WholeScores({"q.lora_a": torch.rand(2, 100)}), 0.29)
+    masks = keep_within_components(WholeScores({"q.lora_a": torch.rand(2, 100)}), 0.29)
     assert (masks["q.lora_a"].view(2, 100).sum(1) == 29).all()
 
 
-def test_a_piece_never_dies_whole() -> None:
-    masks = keep_within_pieces(WholeScores({"q.lora_a": torch.rand(3, 10)}), 0.01)
+def test_a_component_never_dies_whole() -> None:
+    masks = keep_within_components(WholeScores({"q.lora_a": torch.rand(3, 10)}), 0.01)
     assert (masks["q.lora_a"].view(3, 10).sum(1) == 1).all()
 
 
 def product_zeros(scores: dict[str, Tensor], keep: float) -> float:
     """The share of zeros in the product of what is kept."""
-    masks = keep_within_pieces(WholeScores(scores), keep)
+    masks = keep_within_components(WholeScores(scores), keep)
     a_RI, b_OR = (masks[n].view(s.shape).float() for n, s in scores.items())
     return float((b_OR @ a_RI == 0).double().mean())
 
 
 def test_the_product_is_as_sparse_as_proposition_1_promises() -> None:
-    zeros = product_zeros(pieces(), 0.05)
+    zeros = product_zeros(components(), 0.05)
     assert zeros >= 1 - 8 * 0.05**2
     # Random independent supports: (1 - tau^2)^R, with tau = 38 / 768.
     assert (1 - (38 / 768) ** 2) ** 8 == pytest.approx(0.9806, abs=5e-5)
     assert zeros == pytest.approx(0.9806, abs=2e-4)
 
 
-def test_pieces_that_share_no_entry_meet_the_bound_and_equal_ones_are_one() -> None:
-    apart, equal = pieces(800), pieces(800)
+def test_components_that_share_no_entry_meet_the_bound_and_equal_ones_are_one() -> None:
+    apart, equal = components(800), components(800)
     for i, row in enumerate(apart["q.lora_a"]):
         row[40 * i : 40 * (i + 1)] += 1.0
     equal["q.lora_a"][:] = equal["q.lora_a"][0]
@@ -115,7 +115,7 @@ def test_bad_options_are_told_together() -> None:
 
 
 def test_masks_are_held_between_decisions_and_the_end_is_always_decided() -> None:
-    method = roselora(RoseLoraOptions(roselora_every=5), plan(23))
+    method = roselora(RoseLoraOptions(roselora_every=5), context(23))
     assert [s for s in range(1, 19) if method.decides_at(s)] == [5, 10, 15, 18]
     assert method.observes_until == 18
 
@@ -123,14 +123,14 @@ def test_masks_are_held_between_decisions_and_the_end_is_always_decided() -> Non
 def test_nothing_is_decided_while_every_importance_is_zero() -> None:
     """B is zero at step 1; a decision there would prune by index."""
     for options in (RoseLoraOptions(), RoseLoraOptions(roselora_begin=0.0)):
-        method = roselora(options, plan(4))
+        method = roselora(options, context(4))
         assert min(s for s in range(1, 5) if method.decides_at(s)) == 2
 
 
 def test_a_run_too_short_to_prune_in_is_refused() -> None:
     for begin, steps in ((0.1, 1), (0.95, 10)):
         with pytest.raises(ValueError, match=f"the run has {steps}"):
-            roselora(RoseLoraOptions(roselora_begin=begin, roselora_end=1.0), plan(steps))
+            roselora(RoseLoraOptions(roselora_begin=begin, roselora_end=1.0), context(steps))
 
 
 # --- the released loop, written out as methods.md and its repository describe it -----------------
@@ -140,7 +140,7 @@ Both = tuple[Tensor, Tensor]
 
 
 class ReleasedLoop:
-    """One tensor, whose rows are its pieces, under the released rules and torch's own Adam."""
+    """One tensor, whose rows are its components, under the released rules and torch's own Adam."""
 
     def __init__(self, begin: int, end: int, keep: float) -> None:
         self.w = start().requires_grad_()
@@ -182,7 +182,7 @@ def ours(preset: str, **options: object) -> list[Both]:
         roselora_preset=preset, roselora_begin=0.12, roselora_end=0.8, **options
     )
     site = Site(name="q", in_features=SIDE, out_features=SIDE, rank=4)
-    run = Plan(total_steps=RELEASED_STEPS, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    run = RunContext(total_steps=RELEASED_STEPS, warmup_steps=0, learning_rate=1e-3, sites=(site,))
     method = roselora(factory, run)
     flat = start().flatten()
     project = method.form(site).tensors["lora_a"].project
@@ -268,7 +268,9 @@ def test_a_released_mask_cannot_be_held_between_decisions() -> None:
 
 def test_the_clamp_begins_with_the_pruning() -> None:
     project = (
-        roselora(RoseLoraOptions(roselora_clamp=0.5), plan(100)).form(plan(1).sites[0]).tensors
+        roselora(RoseLoraOptions(roselora_clamp=0.5), context(100))
+        .form(context(1).sites[0])
+        .tensors
     )
     for spec in project.values():
         w = torch.tensor([-2.0, 0.1, 2.0])
@@ -298,7 +300,7 @@ def test_the_exported_adapter_has_the_counts_of_the_schedule(two_ranks: Path) ->
         within = 1 if "lora_A" in name else 0
         kept = max(1, int(KEEP * w.shape[within]))
         assert ((w != 0).sum(within) == kept).all(), name
-    live = [row["live_entries"] for row in read_rows(two_ranks / "metrics.jsonl")[1:]]
+    live = [row["live_entries"] for row in read_records(two_ranks / "metrics.jsonl")[1:]]
     assert live[-1] == sum(int((w != 0).sum()) for w in weights.values()) < live[0] / 8
     assert live == sorted(live, reverse=True)
 
@@ -323,7 +325,7 @@ def test_offload_and_a_learning_rate_that_overflows(
     losses = []
     for name, options in (("host", engine), ("device", {"max_grad_norm": 0})):
         ranks(2, "tests.work.run:train", flags=flags(tiny, tmp_path / name, **options))
-        losses.append([r["loss"] for r in read_rows(tmp_path / name / "metrics.jsonl")[1:]])
+        losses.append([r["loss"] for r in read_records(tmp_path / name / "metrics.jsonl")[1:]])
     assert losses[0] == losses[1]
     wild = flags(tiny, tmp_path / "wild", learning_rate=1e30)
     for said in ranks(2, "tests.work.run:refusal", flags=wild):

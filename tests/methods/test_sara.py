@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors
-from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.method import Method, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Whole
 from sparse_lora_dist.methods.sara import PAIRS, SaraOptions, first_of, nuclear_gradient, sara
 from sparse_lora_dist.methods.shira import scattered
@@ -18,8 +18,8 @@ N = 3 * (28 + 40)
 
 
 def built(site: Site = SITE, total_steps: int = 10, **options: float | None) -> Method:
-    plan = Plan(total_steps=total_steps, warmup_steps=0, learning_rate=1e-3, sites=(site,))
-    return sara(SaraOptions(**{f"sara_{k}": v for k, v in options.items()}), plan)
+    context = RunContext(total_steps=total_steps, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    return sara(SaraOptions(**{f"sara_{k}": v for k, v in options.items()}), context)
 
 
 def first(form: Form) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def rewritten(
     done = method.rewriting.write(whole)
     changed = {k: t for k, t in done.tensors.items() if t.dtype != tensors[k].dtype}
     assert not changed and all(t.shape == tensors[k].shape for k, t in done.tensors.items())
-    return dict(tensors) | dict(done.tensors), done.facts.get("reselected")
+    return dict(tensors) | dict(done.tensors), done.log_values.get("reselected")
 
 
 def change_of(form: Form, tensors: Tensors, site: Site = SITE) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Plan
+from sparse_lora_dist.methods.protocol.method import RunContext
 from sparse_lora_dist.methods.sbora import SBoraOptions, sbora
 
 SITE = Site(name="q", in_features=40, out_features=28, rank=6)
@@ -12,13 +12,13 @@ COUNTS = {(768, 768): (6144, 6144), (3072, 768): (24576, 6144), (11008, 4096): (
 """(O, I) -> what FA and FB train at rank 8."""
 
 
-def plan(*sites: Site) -> Plan:
-    return Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=sites)
+def context(*sites: Site) -> RunContext:
+    return RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=sites)
 
 
 @pytest.mark.parametrize("side", ["fa", "fb"])
 def test_only_the_chosen_lines_of_the_weight_change(side: str) -> None:
-    form = sbora(SBoraOptions(sbora_side=side), plan(SITE)).form(SITE)  # type: ignore[arg-type]
+    form = sbora(SBoraOptions(sbora_side=side), context(SITE)).form(SITE)  # type: ignore[arg-type]
     ((name, spec),) = form.tensors.items()
     tensors = form.drawn(5, torch.device("cpu")) | {name: torch.randn(spec.shape)}
     change_OI = form.delta(torch.eye(40), tensors, 2.0).t()
@@ -32,12 +32,12 @@ def test_only_the_chosen_lines_of_the_weight_change(side: str) -> None:
 def test_parameters_are_as_the_paper_counts_them(shape: tuple[int, int]) -> None:
     site = Site(name="q", in_features=shape[1], out_features=shape[0], rank=8)
     for side, count in zip(("fa", "fb"), COUNTS[shape], strict=True):
-        form = sbora(SBoraOptions(sbora_side=side), plan(site)).form(site)  # type: ignore[arg-type]
+        form = sbora(SBoraOptions(sbora_side=side), context(site)).form(site)  # type: ignore[arg-type]
         assert sum(torch.Size(s.shape).numel() for s in form.tensors.values()) == count
 
 
 def test_more_than_there_are_is_refused() -> None:
     narrow = Site(name="k", in_features=40, out_features=4, rank=6)
-    sbora(SBoraOptions(), plan(SITE, narrow))
+    sbora(SBoraOptions(), context(SITE, narrow))
     with pytest.raises(ValueError, match="k is 4 x 40: --rank 6 is more than its 4 rows; take 4"):
-        sbora(SBoraOptions(sbora_side="fb"), plan(SITE, narrow))
+        sbora(SBoraOptions(sbora_side="fb"), context(SITE, narrow))

@@ -8,7 +8,7 @@ import torch
 
 from sparse_lora_dist.methods import shira as module
 from sparse_lora_dist.methods.protocol.form import Form, Site
-from sparse_lora_dist.methods.protocol.method import Plan
+from sparse_lora_dist.methods.protocol.method import RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewritten, Whole
 from sparse_lora_dist.methods.shared.top_k import k_largest
 from sparse_lora_dist.methods.shira import ShiraOptions, SparseProduct, scattered, shira
@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
 
 
 def form_of(site: Site = SITE, density: float | None = None) -> Form:
-    plan = Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(site,))
-    return shira(ShiraOptions(shira_density=density), plan).form(site)
+    context = RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(site,))
+    return shira(ShiraOptions(shira_density=density), context).form(site)
 
 
 def test_only_the_chosen_entries_change() -> None:
@@ -113,7 +113,7 @@ def whole(support: str, step: int, *, settled: bool = False, **shown: Any) -> Re
     )
 
 
-PLAN = Plan(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
+PLAN = RunContext(total_steps=10, warmup_steps=0, learning_rate=1e-3, sites=(SITE,))
 WEIGHT_OI = torch.randint(-4, 5, (28, 40), generator=torch.Generator().manual_seed(3)) / 8.0
 GRADIENT_OI = torch.randn(28, 40, generator=torch.Generator().manual_seed(4))
 

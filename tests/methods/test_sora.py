@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import Site, Update
-from sparse_lora_dist.methods.protocol.method import Method, Plan
+from sparse_lora_dist.methods.protocol.method import Method, RunContext
 from sparse_lora_dist.methods.shared.schedules import equal_stages, stage_at
 from sparse_lora_dist.methods.sora import (
     TRAVEL,
@@ -24,7 +24,7 @@ from sparse_lora_dist.methods.sora import (
     soft_threshold,
     sora,
 )
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.whole_scores import WholeScores
@@ -37,8 +37,10 @@ SITES = (
 LEARNING_RATE = 2e-4
 
 
-def plan(total_steps: int = 100, sites: tuple[Site, ...] = SITES) -> Plan:
-    return Plan(total_steps=total_steps, warmup_steps=0, learning_rate=LEARNING_RATE, sites=sites)
+def context(total_steps: int = 100, sites: tuple[Site, ...] = SITES) -> RunContext:
+    return RunContext(
+        total_steps=total_steps, warmup_steps=0, learning_rate=LEARNING_RATE, sites=sites
+    )
 
 
 def update(step: int = 1, lr: float | Tensor = 1.0, denominator: float = 1.0) -> Update:
@@ -108,7 +110,7 @@ def test_the_released_operator_does_not_compose() -> None:
 
 def ista(gradient: Any, gate_R: Tensor, *, lam: float, rate: float, steps: int) -> Tensor:
     """Gradient descent whose steps end in the method's own projection."""
-    method = sora(SoraOptions(sora_lambdas=(lam,)), plan())
+    method = sora(SoraOptions(sora_lambdas=(lam,)), context())
     for _ in range(steps):
         gate_R = projected(method, gate_R - rate * gradient(gate_R), update(lr=rate))
     return gate_R
@@ -141,7 +143,7 @@ def test_in_one_dimension_the_solution_is_the_threshold_itself(a: float) -> None
 @pytest.mark.parametrize("threshold", ["exact", "released"])
 def test_gates_without_gradients_close_at_the_pace_of_the_threshold(threshold: Any) -> None:
     """From N(0, 1), P(|Z| <= steps * xi) are closed."""
-    method = sora(SoraOptions(sora_threshold=threshold, sora_lambdas=(0.03,)), plan())
+    method = sora(SoraOptions(sora_threshold=threshold, sora_lambdas=(0.03,)), context())
     gate_R = torch.randn(40_000, generator=torch.Generator().manual_seed(2))
     for step in range(1, 41):
         gate_R = projected(method, gate_R, update(lr=1.0))
@@ -156,7 +158,7 @@ def test_gates_without_gradients_close_at_the_pace_of_the_threshold(threshold: A
 
 
 def test_the_threshold_is_the_learning_rate_times_lambda() -> None:
-    method = sora(SoraOptions(sora_lambdas=(0.5,)), plan())
+    method = sora(SoraOptions(sora_lambdas=(0.5,)), context())
     how = update(lr=0.1, denominator=7.0)
     torch.testing.assert_close(projected(method, torch.ones(2), how), torch.full((2,), 0.95))
 
@@ -164,12 +166,12 @@ def test_the_threshold_is_the_learning_rate_times_lambda() -> None:
 def test_the_scaled_threshold_is_divided_as_adam_divides_the_gradient() -> None:
     options = SoraOptions(sora_threshold="scaled", sora_lambdas=(0.0, 0.5))
     how = update(step=51, lr=0.1, denominator=0.25)
-    found = projected(sora(options, plan()), torch.ones(2), how)
+    found = projected(sora(options, context()), torch.ones(2), how)
     torch.testing.assert_close(found, torch.full((2,), 0.8))
 
 
 def test_lambda_zero_is_plain_gated_lora_to_the_bit() -> None:
-    method = sora(SoraOptions(sora_lambdas=(0.0,)), plan())
+    method = sora(SoraOptions(sora_lambdas=(0.0,)), context())
     gate_R = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert torch.equal(projected(method, gate_R, update()), gate_R)
     assert method.penalty is None
@@ -179,8 +181,8 @@ def test_lambda_zero_is_plain_gated_lora_to_the_bit() -> None:
 
 
 def test_the_tensors_are_loras_and_gates_that_never_decay() -> None:
-    specs = sora(SoraOptions(), plan()).form(SITES[0]).tensors
-    assert {name: (spec.shape, spec.piece_axis) for name, spec in specs.items()} == {
+    specs = sora(SoraOptions(), context()).form(SITES[0]).tensors
+    assert {name: (spec.shape, spec.component_axis) for name, spec in specs.items()} == {
         "lora_a": ((8, 24), 0),
         "lora_b": ((16, 8), 1),
         "lora_gate": ((8,), 0),
@@ -189,7 +191,7 @@ def test_the_tensors_are_loras_and_gates_that_never_decay() -> None:
     assert specs["lora_a"].project is None and specs["lora_b"].project is None
 
 
-def test_the_exported_pair_and_the_open_pieces_alone_give_the_same_delta() -> None:
+def test_the_exported_pair_and_the_open_components_alone_give_the_same_delta() -> None:
     tensors = random_tensors()
     tensors["lora_gate"][[1, 4, 5]] = 0.0
     x_TI = torch.randn(12, 24, generator=torch.Generator().manual_seed(1))
@@ -220,7 +222,7 @@ def test_a_closed_gate_still_has_a_gradient_but_its_row_and_column_have_none() -
 
 
 def test_lambdas_rise_by_equal_stages() -> None:
-    method = sora(SoraOptions(sora_lambdas=(0.0, 0.25, 0.5), sora_reset_moments=True), plan(100))
+    method = sora(SoraOptions(sora_lambdas=(0.0, 0.25, 0.5), sora_reset_moments=True), context(100))
     assert method.stages == (33, 66, 100)
     assert method.stage_rate == "own" and method.stage_resets_moments
     left = {s: float(projected(method, torch.ones(1), update(step=s))) for s in (1, 33, 34, 66, 67)}
@@ -229,7 +231,7 @@ def test_lambdas_rise_by_equal_stages() -> None:
 
 
 def test_one_lambda_is_a_run_without_stages() -> None:
-    method = sora(SoraOptions(sora_lambdas=(0.5,)), plan())
+    method = sora(SoraOptions(sora_lambdas=(0.5,)), context())
     assert method.stages == () and not method.stage_resets_moments
 
 
@@ -247,12 +249,14 @@ def test_every_step_belongs_to_one_stage_and_the_stages_differ_by_one_at_most(
 
 def test_gates_can_travel_alike_in_runs_of_any_length_and_rate() -> None:
     for steps in (30, 3000):
-        gate = sora(SoraOptions(), plan(steps)).form(SITES[0]).tensors["lora_gate"]
+        gate = sora(SoraOptions(), context(steps)).form(SITES[0]).tensors["lora_gate"]
         assert gate.lr_factor * LEARNING_RATE * steps == pytest.approx(TRAVEL)
     staged = SoraOptions(sora_lambdas=(0.1, 0.2, 0.3, 0.4))
-    gate = sora(staged, plan(400)).form(SITES[0]).tensors["lora_gate"]
+    gate = sora(staged, context(400)).form(SITES[0]).tensors["lora_gate"]
     assert gate.lr_factor * LEARNING_RATE * 100 == pytest.approx(TRAVEL)
-    given = sora(SoraOptions(sora_gate_lr_factor=3.0), plan()).form(SITES[0]).tensors["lora_gate"]
+    given = (
+        sora(SoraOptions(sora_gate_lr_factor=3.0), context()).form(SITES[0]).tensors["lora_gate"]
+    )
     assert given.lr_factor == 3.0
 
 
@@ -260,7 +264,7 @@ def test_gates_can_travel_alike_in_runs_of_any_length_and_rate() -> None:
 
 
 def gate_scores(closed: dict[str, list[int]]) -> WholeScores:
-    method, values = sora(SoraOptions(), plan()), {}
+    method, values = sora(SoraOptions(), context()), {}
     for site in SITES:
         for name, spec in method.form(site).tensors.items():
             values[f"{site.name}.{name}"] = torch.full(spec.shape, -0.5)
@@ -269,18 +273,21 @@ def gate_scores(closed: dict[str, list[int]]) -> WholeScores:
 
 
 def test_ranks_are_counted_and_closed_gates_are_computed_on() -> None:
-    method = sora(SoraOptions(sora_lambdas=(0.3, 0.6)), plan())
+    method = sora(SoraOptions(sora_lambdas=(0.3, 0.6)), context())
     decision = method.decide(51, gate_scores({"q": [1, 4], "k": list(range(8))}))
-    assert decision.pieces["q"].open == 6 and decision.pieces["k"].open == 0
-    assert all(p.computed == tuple(range(8)) for p in decision.pieces.values())
-    assert not decision.live and not decision.zero and decision.facts == {"lambda": 0.6}
+    assert decision.components["q"].open == 6 and decision.components["k"].open == 0
+    assert all(p.computed == tuple(range(8)) for p in decision.components.values())
+    assert not decision.live and not decision.zero and decision.log_values == {"lambda": 0.6}
 
 
-def test_without_reopening_closed_pieces_die_and_are_left_out() -> None:
-    method = sora(SoraOptions(sora_reopen=False), plan())
+def test_without_reopening_closed_components_die_and_are_left_out() -> None:
+    method = sora(SoraOptions(sora_reopen=False), context())
     decision = method.decide(50, gate_scores({"q": [1, 4], "k": list(range(8))}))
-    assert decision.pieces["q"].computed == (0, 2, 3, 5, 6, 7) and decision.pieces["q"].open == 6
-    assert decision.pieces["k"].computed == ()
+    assert (
+        decision.components["q"].computed == (0, 2, 3, 5, 6, 7)
+        and decision.components["q"].open == 6
+    )
+    assert decision.components["k"].computed == ()
     alive = torch.tensor([i not in (1, 4) for i in range(8)])
     assert torch.equal(decision.live["q.lora_gate"], alive)
     assert torch.equal(decision.live["q.lora_a"].view(8, 24), alive[:, None].expand(8, 24))
@@ -289,16 +296,18 @@ def test_without_reopening_closed_pieces_die_and_are_left_out() -> None:
 
 
 def test_gates_are_counted_every_so_many_steps_and_at_both_ends_of_a_stage() -> None:
-    method = sora(SoraOptions(sora_every=30), plan(100))
+    method = sora(SoraOptions(sora_every=30), context(100))
     assert [s for s in range(101) if method.decides_at(s)] == [1, 30, 60, 90, 100]
-    method = sora(SoraOptions(sora_every=30, sora_lambdas=(0.1, 0.2)), plan(100))
+    method = sora(SoraOptions(sora_every=30, sora_lambdas=(0.1, 0.2)), context(100))
     decided = [s for s in range(101) if method.decides_at(s)]
     assert decided == [1, 30, 50, 51, 60, 90, 100]
     # So no step is logged with the lambda of another stage.
-    facts = [method.decide(s, gate_scores({"q": [], "k": []})).facts["lambda"] for s in decided]
+    facts = [
+        method.decide(s, gate_scores({"q": [], "k": []})).log_values["lambda"] for s in decided
+    ]
     assert facts == [0.1, 0.1, 0.1, 0.2, 0.2, 0.2, 0.2]
-    assert sum(sora(SoraOptions(), plan(1000)).decides_at(s) for s in range(1001)) == 51
-    assert [s for s in range(4) if sora(SoraOptions(), plan(3)).decides_at(s)] == [1, 2, 3]
+    assert sum(sora(SoraOptions(), context(1000)).decides_at(s) for s in range(1001)) == 51
+    assert [s for s in range(4) if sora(SoraOptions(), context(3)).decides_at(s)] == [1, 2, 3]
 
 
 # --- learning -----------------------------------------------------------------------------------
@@ -307,11 +316,11 @@ def test_gates_are_counted_every_so_many_steps_and_at_both_ends_of_a_stage() -> 
 def learn(options: SoraOptions, steps: int, seed: int, *, apart: bool) -> tuple[Tensor, float]:
     """(open gates, squared error of the delta in that of none) on a planted delta of rank 2.
 
-    ``apart``: each piece reads four features of its own, pieces 0 and 1 what is to be read.
+    ``apart``: each component reads four features of its own, components 0 and 1 what is to be read.
     """
     generator = torch.Generator().manual_seed(seed)
     site = Site(name="q", in_features=32, out_features=16, rank=8)
-    run = Plan(total_steps=steps, warmup_steps=0, learning_rate=1.0 / steps, sites=(site,))
+    run = RunContext(total_steps=steps, warmup_steps=0, learning_rate=1.0 / steps, sites=(site,))
     specs, w = sora(options, run).form(site).tensors, {}
     for name, spec in specs.items():
         w[name] = torch.zeros(spec.shape)
@@ -356,7 +365,7 @@ def test_by_default_runs_of_any_length_close_a_part_of_the_gates_and_learn(
     assert sum(e for _, e in runs) / 4 < error
 
 
-def test_pieces_with_nothing_to_learn_close_and_those_with_stay() -> None:
+def test_components_with_nothing_to_learn_close_and_those_with_stay() -> None:
     options = SoraOptions(sora_lambdas=(1.1,), sora_gate_init="ones", sora_gate_lr_factor=4.0)
     runs = [learn(options, 30, seed, apart=True) for seed in range(4)]
     assert all(bool(open_R[:2].all()) for open_R, _ in runs)
@@ -383,7 +392,7 @@ def test_a_gate_at_zero_opens_again_in_a_real_run_unless_told_not_to(
     assert closed_NSR.any() and opened_again.any() == reopen
 
     # What the log says of a step is what its decision found, before the update.
-    rows = read_rows(tmp_path / "decisions.jsonl")
+    rows = read_records(tmp_path / "decisions.jsonl")
     assert [row["step"] for row in rows] == list(range(1, 31))
     for row, closed_SR in zip(rows, closed_NSR, strict=False):
         assert [row["ranks"][s] for s in sites] == (~closed_SR).sum(1).tolist()
@@ -398,7 +407,7 @@ def test_a_gate_at_zero_opens_again_in_a_real_run_unless_told_not_to(
 
 
 def test_the_released_preset_is_the_released_code() -> None:
-    method = sora(SoraOptions(sora_preset="released"), plan())
+    method = sora(SoraOptions(sora_preset="released"), context())
     gate = method.form(SITES[0]).tensors["lora_gate"]
     assert gate.lr_factor == 1.0 and not gate.decays
     gate_R = torch.zeros(10_000)
@@ -412,7 +421,7 @@ def test_the_released_preset_is_the_released_code() -> None:
 
 
 def test_the_released_l1_term_is_ten_times_the_mean_size_of_all_gates() -> None:
-    method = sora(SoraOptions(sora_preset="released"), plan())
+    method = sora(SoraOptions(sora_preset="released"), context())
     gates = [torch.randn(8, requires_grad=True) for _ in SITES]
     (10.0 * sum(g.abs().sum() for g in gates) / sum(len(g) for g in gates)).backward()  # type: ignore[union-attr]
     assert method.penalty is not None
@@ -425,7 +434,7 @@ def test_the_released_l1_term_is_ten_times_the_mean_size_of_all_gates() -> None:
 
 def test_released_stages_after_the_first_run_at_rate_zero() -> None:
     options = SoraOptions(sora_preset="released", sora_lambdas=(0.0, 1e-4, 2e-4))
-    method = sora(options, plan())
+    method = sora(options, context())
     assert method.stage_rate == "first" and len(method.stages) == 3
 
 
@@ -433,7 +442,7 @@ def test_what_the_user_gives_wins_over_the_preset() -> None:
     options = SoraOptions(
         sora_preset="released", sora_threshold="exact", sora_gate_init="ones", sora_l1=0.0
     )
-    method = sora(options, plan())
+    method = sora(options, context())
     gate_R = torch.zeros(8)
     method.form(SITES[0]).tensors["lora_gate"].init(gate_R, torch.Generator())
     assert gate_R.tolist() == [1.0] * 8
@@ -472,4 +481,4 @@ def test_every_option_has_a_name_of_its_own() -> None:
 
 def test_more_stages_than_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="3 stages, and the run has 2 steps.*2 stages fit"):
-        sora(SoraOptions(sora_lambdas=(0.1, 0.2, 0.3)), plan(2))
+        sora(SoraOptions(sora_lambdas=(0.1, 0.2, 0.3)), context(2))

@@ -1,4 +1,4 @@
-"""What AdaLoRA and IncreLoRA share: the pieces, their statistics, scores and penalties."""
+"""What AdaLoRA and IncreLoRA share: the components, their statistics, scores and penalties."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,7 +35,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
-def pieces(seed: int = 0) -> dict[str, Tensor]:
+def components(seed: int = 0) -> dict[str, Tensor]:
     return {
         "lora_a": random(RANK, IN, seed=seed),
         "lora_b": random(OUT, RANK, seed=seed + 1),
@@ -58,15 +58,15 @@ def smoothed(importances: list[Tensor], beta1: float = 0.85, beta2: float = 0.85
 
 
 def test_the_delta_is_that_of_the_dense_product_and_of_the_exported_pair() -> None:
-    x, tensors = random(2, 4, IN, seed=9), pieces()
+    x, tensors = random(2, 4, IN, seed=9), components()
     expected = 2.0 * x @ dense(tensors).t()
     torch.testing.assert_close(triplet_delta(x, tensors, 2.0), expected)
     a_RI, b_OR = lambda_in_a(tensors)
     torch.testing.assert_close(2.0 * x @ a_RI.t() @ b_OR.t(), expected)
 
 
-def test_permuting_pieces_changes_nothing() -> None:
-    x, tensors, order = random(4, IN), pieces(), torch.tensor([2, 0, 1])
+def test_permuting_components_changes_nothing() -> None:
+    x, tensors, order = random(4, IN), components(), torch.tensor([2, 0, 1])
     permuted = {
         "lora_a": tensors["lora_a"][order],
         "lora_b": tensors["lora_b"][:, order],
@@ -75,10 +75,10 @@ def test_permuting_pieces_changes_nothing() -> None:
     torch.testing.assert_close(triplet_delta(x, permuted, 1.0), triplet_delta(x, tensors, 1.0))
 
 
-def test_tensors_have_their_shapes_pieces_and_first_values() -> None:
+def test_tensors_have_their_shapes_components_and_first_values() -> None:
     site = Site(name="s", in_features=400, out_features=300, rank=8)
     specs = triplet_tensors(site, lambda_init=zeros)
-    assert {n: (s.shape, s.piece_axis) for n, s in specs.items()} == {
+    assert {n: (s.shape, s.component_axis) for n, s in specs.items()} == {
         "lora_a": ((8, 400), 0),
         "lora_b": ((300, 8), 1),
         "lora_lambda": ((8,), 0),
@@ -92,7 +92,7 @@ def test_tensors_have_their_shapes_pieces_and_first_values() -> None:
             assert abs(float(values.mean())) < 0.1 * std
 
 
-def test_a_piece_moves_as_far_in_a_step_as_one_of_loras() -> None:
+def test_a_component_moves_as_far_in_a_step_as_one_of_loras() -> None:
     site = Site(name="s", in_features=400, out_features=300, rank=8)
     rate = 1e-3
 
@@ -160,8 +160,10 @@ def test_smoothing_two_shards_is_smoothing_the_whole() -> None:
         assert torch.equal(stat, torch.cat([first, second]))
 
 
-def test_a_pieces_score_is_lambdas_and_the_means_of_its_vectors() -> None:
-    tensors = {f"{site}.{n}": t.abs() for i, site in enumerate("xy") for n, t in pieces(i).items()}
+def test_a_components_score_is_lambdas_and_the_means_of_its_vectors() -> None:
+    tensors = {
+        f"{site}.{n}": t.abs() for i, site in enumerate("xy") for n, t in components(i).items()
+    }
     scores = triplet_scores(WholeScores(tensors))
     assert list(scores) == ["x", "y"]
     for site, score_R in scores.items():
@@ -179,7 +181,7 @@ def test_scores_of_all_sites_are_one_collective() -> None:
             Counting.calls += 1
             return super().sums(by)
 
-    triplet_scores(Counting({f"{s}.{n}": t for s in "xyz" for n, t in pieces().items()}))
+    triplet_scores(Counting({f"{s}.{n}": t for s in "xyz" for n, t in components().items()}))
     assert Counting.calls == 1
 
 
@@ -193,7 +195,7 @@ def batch() -> tuple[Tensor, Tensor]:
 def by_autograd(scale: float) -> Tensor:
     """|dW * G| entry by entry, from the gradient of a dense dW."""
     x, grad_y = batch()
-    delta_OI = (scale * dense(pieces())).requires_grad_()
+    delta_OI = (scale * dense(components())).requires_grad_()
     (grad_OI,) = torch.autograd.grad(x @ delta_OI.t(), delta_OI, grad_y)
     return (delta_OI.detach() * grad_OI).abs().double()
 
@@ -203,7 +205,7 @@ def test_delta_sensitivity_is_that_of_the_dense_delta_however_cut(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
     monkeypatch.setattr(triplets, "CHUNK", chunk)
-    mean = delta_sensitivity(*batch(), pieces(), 1.7, power=1.0)
+    mean = delta_sensitivity(*batch(), components(), 1.7, power=1.0)
     assert mean.dtype == torch.float64 and mean.shape == ()
     torch.testing.assert_close(mean, by_autograd(1.7).mean(), rtol=1e-5, atol=0.0)
 
@@ -241,14 +243,14 @@ def test_no_more_than_an_eighth_of_a_linear_nor_a_million_entries_are_held_at_a_
 
 
 def test_the_released_score_is_the_mean_times_the_root_of_the_number_of_entries() -> None:
-    mean, released = (delta_sensitivity(*batch(), pieces(), 1.7, power=p) for p in (1.0, 0.5))
+    mean, released = (delta_sensitivity(*batch(), components(), 1.7, power=p) for p in (1.0, 0.5))
     assert float(released / mean) == pytest.approx((IN * OUT) ** 0.5)
 
 
 def test_cutting_a_batch_never_lowers_the_delta_sensitivity() -> None:
     x, grad_y = batch()
-    whole = delta_sensitivity(x, grad_y, pieces(), 1.0, power=1.0)
-    parts = sum(delta_sensitivity(x[m], grad_y[m], pieces(), 1.0, power=1.0) for m in (0, 1))
+    whole = delta_sensitivity(x, grad_y, components(), 1.0, power=1.0)
+    parts = sum(delta_sensitivity(x[m], grad_y[m], components(), 1.0, power=1.0) for m in (0, 1))
     assert float(parts) > float(whole)
 
 
@@ -274,7 +276,7 @@ def penalty_by_autograd(tensors: Tensors, norm: Norm, weight: float) -> dict[str
 
 
 def test_penalties_have_the_gradients_of_autograd() -> None:
-    tensors = pieces()
+    tensors = components()
     got = squared_penalty(tensors, weight=0.3)
     torch.testing.assert_close(got, penalty_by_autograd(tensors, squared, 0.3))
     got = released_penalty(tensors, weight=0.3, num_matrices=6)
@@ -296,7 +298,7 @@ def test_orthonormal_factors_are_left_alone(penalty: Penalty) -> None:
 
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_following_the_penalty_alone_makes_factors_orthonormal(penalty: Penalty) -> None:
-    tensors = {name: 0.3 * t for name, t in pieces().items() if name != "lora_lambda"}
+    tensors = {name: 0.3 * t for name, t in components().items() if name != "lora_lambda"}
     for _ in range(400):
         tensors = {name: t - 0.1 * penalty(tensors)[name] for name, t in tensors.items()}
     eye = torch.eye(RANK)
@@ -305,7 +307,7 @@ def test_following_the_penalty_alone_makes_factors_orthonormal(penalty: Penalty)
 
 
 def test_low_precision_factors_are_penalised_in_fp32() -> None:
-    halves = {name: t.bfloat16() for name, t in pieces().items()}
+    halves = {name: t.bfloat16() for name, t in components().items()}
     got = squared_penalty(halves, weight=0.3)
     assert {grad.dtype for grad in got.values()} == {torch.float32}
     rounded = {name: t.float() for name, t in halves.items()}

@@ -9,7 +9,7 @@ from transformers import get_scheduler
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.sections import TrainConfig
-from sparse_lora_dist.methods import METHODS, Plan
+from sparse_lora_dist.methods import METHODS, RunContext
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.optim.learning_rate import LearningRate
 from sparse_lora_dist.training.job import _learning_rate
@@ -81,7 +81,7 @@ def rate_of_a_job(method: str, **options: Any) -> LearningRate:
         max_steps=STEPS, learning_rate=0.5, lr_schedule="linear", warmup_steps=WARMUP
     )
     sites = tuple(Site(name=f"m.{i}", in_features=60, out_features=40, rank=8) for i in range(4))
-    plan = Plan(total_steps=STEPS, warmup_steps=WARMUP, learning_rate=0.5, sites=sites)
+    plan = RunContext(total_steps=STEPS, warmup_steps=WARMUP, learning_rate=0.5, sites=sites)
     factory = METHODS[method]
     record = factory.build(factory.options(**options), plan)
     return _learning_rate(Config(train=train), record, STEPS)

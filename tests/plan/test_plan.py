@@ -35,7 +35,7 @@ from sparse_lora_dist.plan.memory import (
 from sparse_lora_dist.plan.output import Outcome, as_json, as_text
 from sparse_lora_dist.plan.plan_options import PlanRequest, bytes_in, load_request
 from sparse_lora_dist.plan.playback.gathers import Bounds, gathered
-from sparse_lora_dist.plan.playback.parameters import Held, shard_bytes
+from sparse_lora_dist.plan.playback.parameters import PlannedParameter, shard_bytes
 from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
 from sparse_lora_dist.plan.shapes import shapes_of
 from sparse_lora_dist.plan.speed import step_flop
@@ -330,7 +330,7 @@ def test_live_entries_follow_the_methods_own_schedule(
     assert found.birth_bytes == (2 if name == "increlora" else 0)
 
 
-def test_open_pieces_lie_on_the_first_rank(llama_70b: Shapes) -> None:
+def test_open_components_lie_on_the_first_rank(llama_70b: Shapes) -> None:
     factory = METHODS["increlora"]
     found = forecast(factory, factory.options(), llama_70b.plan)
     # Most of its rows of A, half of its columns of B.
@@ -359,9 +359,9 @@ def test_moments_cost_8_bytes_a_live_entry_and_a_bit_each() -> None:
 
 
 def test_a_prefetched_head_stands_beside_its_buffer() -> None:
-    layer = Held(name="l.weight", module="l", kind="packed", numel=10)
-    norm = Held(name="n.weight", module="n", kind="rest", numel=2)
-    head = Held(name="h.weight", module="h", kind="plain", numel=100)
+    layer = PlannedParameter(name="l.weight", module="l", kind="packed", numel=10)
+    norm = PlannedParameter(name="n.weight", module="n", kind="rest", numel=2)
+    head = PlannedParameter(name="h.weight", module="h", kind="plain", numel=100)
     bounds = Bounds(prefetch=11, live=200, reuse=0, persistent=0)
     found = gathered([layer, norm, head], "", bounds, checkpointing=False)
     assert found.peak == 10 + 2 * 102 or found.peak == 2 * 102

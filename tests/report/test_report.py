@@ -25,12 +25,12 @@ from sparse_lora_dist.report.page import overview
 from sparse_lora_dist.report.ranks import final_map, growth
 from sparse_lora_dist.report.report_command import names_of, of_one, report
 from sparse_lora_dist.report.report_options import load_request
-from sparse_lora_dist.report.run_data import RunStory, read_story
+from sparse_lora_dist.report.run_data import RunData, read_run
 from sparse_lora_dist.report.saved_steps import Saved
 from sparse_lora_dist.report.style import FAINT, SERIES, TEXT
 from sparse_lora_dist.report.timeline import timeline
 from sparse_lora_dist.run_folder import lock as run_lock
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from sparse_lora_dist.system.processes import Process, this_process
 from tests.conftest import Ranks
 from tests.fixtures.browser import Browser, found
@@ -96,11 +96,11 @@ def page_of(*runs: Path, flags: tuple[str, ...] = ()) -> str:
 
 
 def test_curves_hold_the_numbers_of_the_file_and_no_null(run: Path) -> None:
-    every, mean, held_out = curves.loss([read_story(run)]).figure.axes[0].lines
+    every, mean, held_out = curves.loss([read_run(run)]).figure.axes[0].lines
     assert list(every.get_xdata()) == [1, 2, 4, 5, 6, 7, 8]
     assert list(every.get_ydata()) == [4.75, 4.5, 4.0, 3.75, 3.5, 3.25, 3.0]
     assert (list(held_out.get_xdata()), list(held_out.get_ydata())) == ([0, 8], [4.5, 3.5])
-    live, budget = curves.live([read_story(run)]).figure.axes
+    live, budget = curves.live([read_run(run)]).figure.axes
     assert list(live.lines[0].get_ydata()) == [40 * step for step in range(1, 9)]
     assert budget.get_title(loc="left") == "budget"
 
@@ -120,13 +120,13 @@ def test_a_long_curve_is_thinned_to_means_and_a_plateau_to_its_ends() -> None:
 
 
 def test_throughput_of_a_rank_is_that_of_the_job_that_made_the_step_last(run: Path) -> None:
-    whole, a_rank = curves.throughput([read_story(run)]).figure.axes[0].lines
+    whole, a_rank = curves.throughput([read_run(run)]).figure.axes[0].lines
     ratios = np.array(whole.get_ydata()) / np.array(a_rank.get_ydata())
     assert ratios.tolist() == [2, 2, 2, 2, 4, 4, 4, 4]
 
 
 def test_the_map_is_layer_by_module_of_the_last_decision(run: Path) -> None:
-    picture = final_map(read_story(run))
+    picture = final_map(read_run(run))
     axes = picture.figure.axes[0]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["q_proj", "v_proj"]
     assert axes.collections[0].get_array().tolist() == [[1, 4], [3, 0]]
@@ -135,7 +135,7 @@ def test_the_map_is_layer_by_module_of_the_last_decision(run: Path) -> None:
 
 
 def test_growth_has_a_panel_a_module_and_each_decision_holds_until_the_next(run: Path) -> None:
-    q, v = growth(read_story(run)).figure.axes[:2]
+    q, v = growth(read_run(run)).figure.axes[:2]
     mesh = q.collections[0]
     assert mesh.get_array().tolist() == [[1, 1], [2, 3]]
     assert v.collections[0].get_array().tolist() == [[1, 4], [1, 0]]
@@ -151,12 +151,12 @@ def test_names_of_modules_are_as_short_as_tells_them_apart() -> None:
 
 
 def test_a_kill_shows_as_a_job_cut_short_and_the_steps_it_lost(run: Path) -> None:
-    story = read_story(run)
-    assert [(a.first, a.last, a.ended, a.seconds) for a in story.attempts] == [
+    run = read_run(run)
+    assert [(a.first, a.last, a.ended, a.seconds) for a in run.attempts] == [
         (0, 5, "cut short", None),
         (4, 8, "finished", 90.0),
     ]
-    picture = timeline(story)
+    picture = timeline(run)
     bars = [(bar.get_x(), bar.get_width()) for bar in picture.figure.axes[0].patches]
     assert bars == [(0, 5), (4, 4), (4, 1)]
     assert "2 jobs, at least 1 step lost" in picture.caption
@@ -170,48 +170,48 @@ def test_a_kill_between_two_logged_steps_loses_no_step_that_was_saved(run: Path)
     """As with --log_every 5: killed after step 9, the checkpoint is of 8."""
     resumed = BEGINS | {"step": 8, "reached": 5}
     lines(run / "attempts.jsonl", BEGINS | {"step": 0}, resumed, BEGINS | {"step": 10})
-    jobs = read_story(run).attempts
+    jobs = read_run(run).attempts
     assert [(job.first, job.last) for job in jobs] == [(0, 8), (8, 10), (10, 10)]
 
 
 def test_a_run_of_before_attempts_were_written_has_one_job_of_unknown_end(run: Path) -> None:
     (run / "attempts.jsonl").unlink()
-    (attempt,) = read_story(run).attempts
+    (attempt,) = read_run(run).attempts
     assert (attempt.first, attempt.last, attempt.ended) == (0, 8, "not written down")
 
 
-def stepped(story: RunStory, *, of: int) -> RunStory:
+def stepped(run: RunData, *, of: int) -> RunData:
     """The same of a method that leaves ranks alone, with a checkpoint that knows sizes."""
-    full = [row | {"ranks": dict.fromkeys(SITES, 4)} for row in story.decisions]
+    full = [row | {"ranks": dict.fromkeys(SITES, 4)} for row in run.decisions]
     sizes = {f"{site}.lora_a": [4, of // 4] for site in SITES}
     manifest = {"sites": {"pieces": dict.fromkeys(SITES)}, "tensors": sizes, "ended": True}
-    last = Saved(path=story.folder / "step_00000008", manifest=manifest)
-    return replace(story, decisions=full, checkpoints=[last])
+    last = Saved(path=run.folder / "step_00000008", manifest=manifest)
+    return replace(run, decisions=full, checkpoints=[last])
 
 
 def test_where_ranks_stay_the_map_is_of_the_share_of_entries_that_are_stepped(run: Path) -> None:
-    story = stepped(read_story(run), of=40)
-    picture = final_map(story)
+    run = stepped(read_run(run), of=40)
+    picture = final_map(run)
     assert picture.name == "final_share" and "are stepped" in picture.caption
     assert picture.figure.axes[0].collections[0].get_array().tolist() == [[0.25, 1], [0.75, 0]]
     assert [t.get_text() for t in picture.figure.axes[0].texts] == ["0.25", "1.00", "0.75", "0.00"]
-    assert growth(story).figure.axes[0].collections[0].get_array().tolist() == [
+    assert growth(run).figure.axes[0].collections[0].get_array().tolist() == [
         [0.25, 0.25],
         [0.5, 0.75],
     ]
 
 
 def test_where_all_is_stepped_to_the_end_a_sentence_stands_for_the_map(run: Path) -> None:
-    story = stepped(read_story(run), of=40)
-    full = [row | {"live": dict.fromkeys(SITES, 40)} for row in story.decisions]
-    section = of_one(replace(story, decisions=full, total_steps=8))
+    run = stepped(read_run(run), of=40)
+    full = [row | {"live": dict.fromkeys(SITES, 40)} for row in run.decisions]
+    section = of_one(replace(run, decisions=full, total_steps=8))
     assert "final_share" not in [picture.name for picture in section.pictures]
     assert "all entries are stepped to the end" in section.absent[0]
 
 
 def test_one_rank_for_all_that_is_not_the_capacity_is_a_rank(run: Path) -> None:
-    story = stepped(read_story(run), of=40)
-    assert final_map(replace(story, options={"rank": 8})).name == "final_rank"
+    run = stepped(read_run(run), of=40)
+    assert final_map(replace(run, options={"rank": 8})).name == "final_rank"
 
 
 def test_a_stage_is_a_point_by_its_lambda_and_one_without_numbers_is_none(run: Path) -> None:
@@ -219,7 +219,7 @@ def test_a_stage_is_a_point_by_its_lambda_and_one_without_numbers_is_none(run: P
     without = [stage | {name: None} for name in ("live_ranks", "held_out_loss", "lambda")]
     later = stage | {"step": 8, "live_ranks": 6}
     lines(run / "stages.jsonl", stage, *without, later)
-    (axes,) = curves.stages([read_story(run)]).figure.axes
+    (axes,) = curves.stages([read_run(run)]).figure.axes
     (line,) = axes.lines
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([12, 6], [3.5, 3.5])
     assert [text.get_text() for text in axes.texts] == ["0.01", "0.01"]
@@ -234,18 +234,18 @@ def test_an_importance_beyond_the_edges_is_counted_at_them() -> None:
 
 
 def test_more_runs_than_colours_differ_in_their_dashes(run: Path) -> None:
-    story = read_story(run)
-    (axes,) = curves.throughput([replace(story, name=f"{i}") for i in range(8)]).figure.axes
+    run = read_run(run)
+    (axes,) = curves.throughput([replace(run, name=f"{i}") for i in range(8)]).figure.axes
     looks = [(line.get_color(), line.get_linestyle()) for line in axes.lines[::2]]
     assert len({colour for colour, _ in looks}) == 6 and len({*looks}) == 8
 
 
 def test_peak_memory_says_of_what_it_is_for_every_run(run: Path) -> None:
-    story = read_story(run)
-    on_gpu = replace(story, environment={"device": "cuda"})
+    run = read_run(run)
+    on_gpu = replace(run, environment={"device": "cuda"})
     assert "allocated on its GPU." in curves.memory([on_gpu]).caption
     both = "resident in its process or allocated on its GPU."
-    assert both in curves.memory([story, on_gpu]).caption
+    assert both in curves.memory([run, on_gpu]).caption
 
 
 # The page
@@ -265,7 +265,7 @@ def test_several_runs_stand_side_by_side_with_what_differs(run: Path, tmp_path: 
     assert "<th>run</th><th>a&lt;b&gt;</th>" in page
     assert "<th>learning_rate</th><td>0.001</td><td>0.002</td>" in page.partition("are the same")[0]
     assert "<th>rank</th><td>4</td><td>4</td>" in page.partition("are the same")[2]
-    (axes,) = curves.loss([read_story(run), read_story(other)]).figure.axes
+    (axes,) = curves.loss([read_run(run), read_run(other)]).figure.axes
     assert len(axes.lines) == 6 and not (run / "report.html").exists()
 
 
@@ -306,15 +306,15 @@ def test_a_run_that_is_still_going_is_reported_and_said_to_be(run: Path) -> None
     assert "run is still going:</b> what follows is as of step 8 of 8" in page_of(run)
     long_ago = time.time() - 60
     os.utime(run / "run.lock", (long_ago, long_ago))
-    assert read_story(run).state == "cut short" and "still going" not in page_of(run)
+    assert read_run(run).state == "cut short" and "still going" not in page_of(run)
 
 
 def test_a_resumed_run_that_still_loads_is_going(run: Path) -> None:
     stopped = {"event": "stopped", "step": 6, "time": 1090.0, "why": "SIGTERM"}
     lines(run / "attempts.jsonl", BEGINS | {"step": 0}, stopped)
     hold(run, this_process())
-    story = read_story(run)
-    assert story.state == "still going" and len(story.attempts) == 2
+    run = read_run(run)
+    assert run.state == "still going" and len(run.attempts) == 2
     assert "still going" in page_of(run)
 
 
@@ -322,16 +322,16 @@ def test_a_first_job_that_still_loads_is_to_be_waited_for(run: Path) -> None:
     (run / "metrics.jsonl").unlink()
     hold(run, this_process())
     with pytest.raises(UserError, match=r"metrics\.jsonl has no line yet: wait for the first step"):
-        read_story(run)
+        read_run(run)
 
 
 def test_a_run_that_ended_in_nan_says_so(run: Path) -> None:
     rows = [{"step": s, "loss": loss} for s, loss in enumerate((5.0, None, 4.0, None, None), 1)]
     lines(run / "metrics.jsonl", *rows)
     said = "5.0000 → 4.0000, NaN or infinite from step 4 on"
-    assert overview(read_story(run))["training loss"] == said
+    assert overview(read_run(run))["training loss"] == said
     lines(run / "metrics.jsonl", {"step": 1, "loss": None})
-    assert overview(read_story(run))["training loss"] == "NaN or infinite from step 1 on"
+    assert overview(read_run(run))["training loss"] == "NaN or infinite from step 1 on"
 
 
 def test_numbers_that_nobody_wrote_down_are_done_without(run: Path) -> None:
@@ -353,7 +353,7 @@ def test_a_run_that_has_only_measured_its_base_is_reported(run: Path) -> None:
 def test_a_lock_of_a_process_that_is_gone_is_no_sign_of_life(run: Path) -> None:
     lines(run / "attempts.jsonl", BEGINS | {"step": 0})
     hold(run, replace(this_process(), started=1))
-    assert read_story(run).state == "cut short"
+    assert read_run(run).state == "cut short"
 
 
 def hold(run: Path, process: Process) -> None:
@@ -460,7 +460,7 @@ def test_a_file_that_is_no_report_is_not_replaced_and_a_report_is(run: Path) -> 
 def test_what_is_wrong_is_named_with_its_file_and_line(run: Path, spoil: Any, said: str) -> None:
     spoil(run)
     with pytest.raises(UserError, match=said):
-        read_story(run)
+        read_run(run)
 
 
 def test_the_program_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
@@ -486,18 +486,18 @@ def real(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) 
 
 
 def test_a_real_run_has_its_jobs_memory_gates_and_importance(real: Path) -> None:
-    story = read_story(real)
-    assert [(a.first, a.last, a.ended, a.world_size) for a in story.attempts] == [
+    run = read_run(real)
+    assert [(a.first, a.last, a.ended, a.world_size) for a in run.attempts] == [
         (0, 4, "stopped by --stop_after", 2),
         (4, 8, "finished", 2),
     ]
-    assert [len(s.peaks) for s in story.checkpoints] == [2, 2, 2, 2]
-    assert all(peak > 10**7 for s in story.checkpoints for peak in s.peaks)
-    lambdas = spread.gate_values(story.checkpoints[-1])
-    open_pieces = sum(story.decisions[-1]["ranks"].values())
-    assert len(lambdas) == 4 * len(story.decisions[-1]["ranks"])
-    assert (lambdas != 0).sum() == open_pieces  # reserves end with growth
-    early = spread.importances(story.checkpoints[0])
+    assert [len(s.peaks) for s in run.checkpoints] == [2, 2, 2, 2]
+    assert all(peak > 10**7 for s in run.checkpoints for peak in s.peaks)
+    lambdas = spread.gate_values(run.checkpoints[-1])
+    open_components = sum(run.decisions[-1]["ranks"].values())
+    assert len(lambdas) == 4 * len(run.decisions[-1]["ranks"])
+    assert (lambdas != 0).sum() == open_components  # reserves end with growth
+    early = spread.importances(run.checkpoints[0])
     counted = {kind: int(h.counts.sum()) + h.zeros for kind, h in early.items()}
     assert counted["lora_lambda"] == len(lambdas) and early["lora_a"].counts.sum() > 0
 
@@ -505,14 +505,14 @@ def test_a_real_run_has_its_jobs_memory_gates_and_importance(real: Path) -> None
 def test_values_on_a_support_are_no_gates(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     flags = tiny.flags(tmp_path / "run", method="shira", max_steps=2)
     ranks(1, "tests.work.run:train", flags=flags)
-    assert spread.gates(read_story(tmp_path / "run")) is None
+    assert spread.gates(read_run(tmp_path / "run")) is None
 
 
 def test_a_damaged_checkpoint_is_named_and_the_rest_is_drawn(real: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(real, tmp_path / "copy")
     (copy / "checkpoints/step_00000008/manifest.json").write_text("{")
     assert "step_00000008/manifest.json is damaged" in page_of(copy)
-    assert read_story(copy).checkpoints[-1].peaks == []
+    assert read_run(copy).checkpoints[-1].peaks == []
     file = copy / "checkpoints/step_00000002/rank_00001.safetensors"
     file.write_bytes(bytes(file.stat().st_size))
     page = page_of(copy)
@@ -528,7 +528,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_no_damage_and_a_copy_is_none
     listed = saved.published(checkpoints)
     monkeypatch.setattr(saved, "published", lambda folder: listed)
     shutil.rmtree(checkpoints / "step_00000002")
-    found = [(s.step, s.damage) for s in read_story(copy).checkpoints]
+    found = [(s.step, s.damage) for s in read_run(copy).checkpoints]
     assert found == [(4, None), (6, None), (8, None)]
 
 
@@ -536,9 +536,9 @@ def test_tensorboard_has_ranks_of_every_decision(real: Path) -> None:
     every = {event_accumulator.HISTOGRAMS: 0}
     events = event_accumulator.EventAccumulator(str(real / "tensorboard"), every)
     events.Reload()
-    decided = [row["step"] for row in read_rows(real / "decisions.jsonl")]
+    decided = [row["step"] for row in read_records(real / "decisions.jsonl")]
     assert [event.step for event in events.Histograms("sites/ranks")] == decided
-    largest = max(max(row["ranks"].values()) for row in read_rows(real / "decisions.jsonl"))
+    largest = max(max(row["ranks"].values()) for row in read_records(real / "decisions.jsonl"))
     assert events.Histograms("sites/ranks")[-1].histogram_value.max == largest
     assert {"live_entries", "budget", "loss"} <= set(events.Tags()["scalars"])
 

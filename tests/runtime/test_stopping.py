@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparse_lora_dist.config.checks import seconds_in
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.same_end import check_same
 from tests.fixtures.tiny_run import TinyRun
@@ -85,7 +85,7 @@ def test_stopped_twice_in_what_it_owes_and_begun_elsewhere(
     told = [{"point": "evaluation", "call": 3}, {"point": "micro-batch", "call": 1}]
     for where in told:
         ranks(2, STOPPED, flags=flags, **where, name="SIGTERM", rank=0)
-    steps = [row["step"] for row in read_rows(tmp_path / "a" / "metrics.jsonl")]
+    steps = [row["step"] for row in read_records(tmp_path / "a" / "metrics.jsonl")]
     assert steps == [0, 1, 2]
     checkpoint = tmp_path / "a" / "checkpoints" / "step_00000002"
     flags = tiny.flags(tmp_path / "b", **OPTIONS)

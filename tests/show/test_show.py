@@ -19,8 +19,8 @@ from sparse_lora_dist.export.peft_adapter import PlainLora, write_peft
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.report.ranks import Shares
-from sparse_lora_dist.report.run_data import read_story
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.report.run_data import read_run
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from sparse_lora_dist.show import checkpoint_table as checkpoint
 from sparse_lora_dist.show import peft_table as peft_adapter
 from sparse_lora_dist.show.show_command import as_text
@@ -55,7 +55,7 @@ def test_rank_density_bytes_and_norm_are_those_of_the_tensors(tmp_path: Path) ->
     a_RI, b_OR = tensors.values()
     a_RI[1] = 0.0  # no row
     b_OR[:, 3] = 0.0  # no column
-    a_RI[0, :2] = 0.0  # a piece that is sparse, but in use
+    a_RI[0, :2] = 0.0  # a component that is sparse, but in use
     module = found(write_adapter(tmp_path / "a", tensors))["model.layers.0.q_proj"]
     assert (module.rank, module.capacity) == (2, 4)
     assert (module.alive, module.entries, module.bytes) == (44 - 6 - 5 - 2, 44, 176)
@@ -136,10 +136,10 @@ def test_a_checkpoint_has_the_norms_and_ranks_of_the_adapter_it_became(real: Pat
     exported = found(real / "adapter")
     assert len(modules) == 15
     lives = {name for name, m in modules.items() if m.norm != 0}
-    assert set(exported) == lives and len(lives) < 15, "linears without a piece are left out"
+    assert set(exported) == lives and len(lives) < 15, "linears without a component are left out"
     assert modules["lm_head.weight"].rank is None and modules["lm_head.weight"].norm is None
     weights = load_file(real / "adapter" / "adapter_model.safetensors")
-    last = read_rows(real / "decisions.jsonl")[-1]
+    last = read_records(real / "decisions.jsonl")[-1]
     for name, rank in last["ranks"].items():
         # A gate that is zero is stepped still, and counts for nothing.
         assert modules[name].rank == rank
@@ -185,8 +185,8 @@ def test_a_linear_whose_rank_is_not_the_runs_is_told_with_its_own(
     assert told == {name: (rank, rank) for name, rank in own.items()}
     assert {name: m.capacity for name, m in found(tmp_path / "run" / "adapter").items()} == own
     if options["method"] == "prilora":
-        assert read_rows(tmp_path / "run" / "decisions.jsonl")[-1]["ranks"] == own
-        shares = Shares(read_story(tmp_path / "run"))
+        assert read_records(tmp_path / "run" / "decisions.jsonl")[-1]["ranks"] == own
+        shares = Shares(read_run(tmp_path / "run"))
         assert (shares.of_ranks, shares.capacity) == (True, 5)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.fixtures.tiny_run import TinyRun
 from tests.slurm.cluster import REPOSITORY, Cluster, running_cluster, why_not
 
@@ -52,7 +52,7 @@ class Submitted:
     def last_step(self) -> int:
         path = self.folder / "metrics.jsonl"
         # The file is there a moment before its first row.
-        rows = read_rows(path) if path.exists() else []
+        rows = read_records(path) if path.exists() else []
         return int(rows[-1]["step"]) if rows else 0
 
     @property

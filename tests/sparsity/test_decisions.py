@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.training.test_laws import flags
@@ -44,14 +44,14 @@ def test_every_decision_has_a_row_with_each_sites_ranks_and_live_entries(
     slow = {"adalora_lambda_lr_factor": 1.0}
     words = flags(tiny, tmp_path, "adalora", adalora_target_rank=3.0, max_steps=30, **slow)
     ranks(2, "tests.work.run:train", flags=words)
-    rows = read_rows(tmp_path / "decisions.jsonl")
+    rows = read_records(tmp_path / "decisions.jsonl")
     assert [row["step"] for row in rows] == [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24]
     assert all(len(row["ranks"]) == len(row["live"]) == 14 for row in rows)
     assert all(sum(row["ranks"].values()) == row["budget"] for row in rows)
-    # The budget only falls, yet a linear gains: pieces come back until the last decision.
+    # The budget only falls, yet a linear gains: components come back until the last decision.
     pairs = zip(rows, rows[1:], strict=False)
     assert any(b["ranks"][site] > a["ranks"][site] for a, b in pairs for site in a["ranks"])
-    last = read_rows(tmp_path / "metrics.jsonl")[-1]
+    last = read_records(tmp_path / "metrics.jsonl")[-1]
     assert last["budget"] == rows[-1]["budget"] == 3 * 14
     assert last["live_entries"] == sum(rows[-1]["live"].values())
     assert 0 < last["state_bytes"] < last["state_bytes_peak"] <= last["state_bytes_repacking"]

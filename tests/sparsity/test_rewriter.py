@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.config.test_ds_configs import engine_file
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
@@ -86,7 +86,7 @@ def test_what_is_kept_goes_with_the_run(
     for last in (1, 3, 5):
         ranks(2, TRAIN, flags=words(tiny, tmp_path, stop_after=last, resume="auto"))
     same(ends(straight), ends(tmp_path))
-    rows = [read_rows(run / "decisions.jsonl") for run in (straight, tmp_path)]
+    rows = [read_records(run / "decisions.jsonl") for run in (straight, tmp_path)]
     assert rows[0] == rows[1] and [row["step"] for row in rows[0]] == [1, 2, 4]
     assert rows[0][0]["norm"] > 0.0
 

@@ -64,7 +64,7 @@ def whole_scores(questions: Questions) -> WholeScores:
     )
 
 
-def in_one_piece(questions: Questions) -> Questions:
+def in_one_component(questions: Questions) -> Questions:
     return {name: replace(q, cuts=(0, len(q.values))) for name, q in questions.items()}
 
 
@@ -112,7 +112,7 @@ def test_any_cut_in_any_groups_gives_the_bits_of_one_process(ranks: Ranks, world
     @given(batch=st.lists(in_groups, min_size=5, max_size=5))
     def check(batch: list[tuple[Questions, int, int]]) -> None:
         everyone = ranks(world, "tests.work.scores:answers_in_groups", cases=batch)
-        whole = [(in_one_piece(case[0]), GROUP_ENTRIES, GROUP_SEGMENTS) for case in batch]
+        whole = [(in_one_component(case[0]), GROUP_ENTRIES, GROUP_SEGMENTS) for case in batch]
         for wanted, *shards in zip(answers_in_groups(whole), *everyone, strict=True):
             assert [shard[3:] for shard in shards] == [wanted[3:]] * world
             for part in range(3):
@@ -190,7 +190,7 @@ def test_a_score_is_computed_for_what_a_call_names_only() -> None:
 
     parts = {name: Part((2, 2), 0, 4) for name in ("a", "b")}
     scores = ShardScores(
-        pieces=parts,
+        components=parts,
         score=score,
         live_mask=lambda name: torch.ones(4).bool(),
         site_stats=torch.zeros(0),

@@ -12,9 +12,9 @@ from sparse_lora_dist import methods
 from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.protocol.form import Site
-from sparse_lora_dist.methods.protocol.method import Plan, trained_specs
+from sparse_lora_dist.methods.protocol.method import RunContext, trained_specs
 from sparse_lora_dist.plan.forecast import forecast
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from sparse_lora_dist.show import checkpoint_table as show
 from tests.conftest import Ranks
 from tests.fixtures.reference import loss_of_batches, whole_model
@@ -26,7 +26,7 @@ from tests.training.test_laws import saved
 RANK, ALPHA = 4, 6.0
 NAMES = [f"model.layers.{n}.self_attn.{m}_proj" for n in range(2) for m in "qo"]
 SITES = tuple(Site(name=n, in_features=64, out_features=64, rank=RANK) for n in NAMES)
-PLAN = Plan(total_steps=8, warmup_steps=0, learning_rate=1e-2, sites=SITES)
+PLAN = RunContext(total_steps=8, warmup_steps=0, learning_rate=1e-2, sites=SITES)
 TENSORS_OF = {"lora_a": (RANK, 64), "lora_b": (64, RANK)}
 TENSORS = {f"{NAMES[0]}.lora_a", f"{NAMES[0]}.lora_b", *(f"{name}.toy_c" for name in NAMES)}
 
@@ -146,7 +146,7 @@ def test_it_goes_on_on_other_ranks_with_what_all_share(
 
 
 def test_decisions_count_what_all_share_once(run: Path) -> None:
-    rows = read_rows(run / "decisions.jsonl")
+    rows = read_records(run / "decisions.jsonl")
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     shared, own = 2 * RANK * 64, RANK
     assert list(rows[-1]["live"].values()) == [(shared + own) // 2, *(3 * [own // 2])]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_classifier import MAKERS, framing_tokenizer, save_base, write_labelled
 from tests.fixtures.tiny_run import TinyRun
@@ -37,7 +37,7 @@ def flags_of(tiny: TinyRun, folder: Path, **options: object) -> list[str]:
 
 
 def column(folder: Path, key: str) -> list[float]:
-    return [row[key] for row in read_rows(folder / "metrics.jsonl") if key in row]
+    return [row[key] for row in read_records(folder / "metrics.jsonl") if key in row]
 
 
 # --- layouts and resume --------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def test_stop_and_resume_is_bit_for_bit_the_run_in_one_go(
     flags = flags_of(bert, tmp_path, **LONG)
     ranks(2, TRAIN, flags=[*flags, "--stop_after", "4"])
     ranks(2, TRAIN, flags=[*flags, "--resume", "auto"])
-    rows = [read_rows(folder / "metrics.jsonl") for folder in (tmp_path, whole)]
+    rows = [read_records(folder / "metrics.jsonl") for folder in (tmp_path, whole)]
     exact = [[{k: row[k] for k in EXACT if k in row} for row in run] for run in rows]
     assert exact[0] == exact[1]
     weights = [f / "adapter" / "adapter_model.safetensors" for f in (tmp_path, whole)]

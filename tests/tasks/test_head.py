@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.tasks.logit_ops import Watch
+from sparse_lora_dist.tasks.logit_ops import OperationRecorder
 from tests.conftest import Ranks
 from tests.fixtures.tiny_models import save_family, save_llama
 from tests.work.head import CHUNK_ROWS, ROWS, TOKENS
@@ -143,9 +143,9 @@ def test_a_frozen_head_is_gathered_once(ranks: Ranks, wide: str) -> None:
 # What follows the head.
 
 
-def followed(function: Any) -> tuple[Watch, Tensor]:
+def followed(function: Any) -> tuple[OperationRecorder, Tensor]:
     logits = torch.linspace(-3, 3, 12).view(1, 3, 4)
-    watch = Watch()
+    watch = OperationRecorder()
     with watch:
         watch.begin(logits)
         out = function(logits)

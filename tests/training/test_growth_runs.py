@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 from torch import Tensor
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.work.growth import Watched, whole_masters
@@ -18,13 +18,13 @@ BUDGET = 14 + 2 * 14 + 5
 
 
 class Growth(NamedTuple):
-    """A run that opens two pieces in each of seven linears at steps 4 and 8, the rest at 12."""
+    """A run that opens two components in each of seven linears at steps 4 and 8, the rest at 12."""
 
     said: str
     masters: list[dict[str, Tensor]]
     """Before the first step and after each."""
     ranks: list[dict[str, int]]
-    """Open pieces of every site, the same."""
+    """Open components of every site, the same."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def growth(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory
         "learning_rate": 1e-2,
     }
     everyone: list[Watched] = ranks(2, WATCH, flags=tiny.flags(folder, **options))
-    rows = {row["step"]: row["ranks"] for row in read_rows(folder / "decisions.jsonl")}
+    rows = {row["step"]: row["ranks"] for row in read_records(folder / "decisions.jsonl")}
     assert list(rows) == GROWTHS
     now = dict.fromkeys(rows[GROWTHS[0]], 1)
     open_at = [now := rows.get(step, now) for step in range(STEPS + 1)]
@@ -51,10 +51,10 @@ def growth(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory
 
 
 def moved(run: Growth, name: str, since: int, until: int) -> Tensor:
-    """Which pieces of a tensor differ between the ends of two steps."""
+    """Which components of a tensor differ between the ends of two steps."""
     differ = run.masters[since][name] != run.masters[until][name]
-    pieces_first = differ.t() if name.endswith("lora_b") else differ.view(RANK, -1)
-    return pieces_first.any(1)
+    components_first = differ.t() if name.endswith("lora_b") else differ.view(RANK, -1)
+    return components_first.any(1)
 
 
 def test_between_two_growths_the_reserve_learns_in_advance_and_nothing_beyond_it_moves(
@@ -74,7 +74,7 @@ def test_between_two_growths_the_reserve_learns_in_advance_and_nothing_beyond_it
     assert reserves > 2 * 14
 
 
-def test_once_a_growth_has_opened_it_a_pieces_lambda_moves(growth: Growth) -> None:
+def test_once_a_growth_has_opened_it_a_components_lambda_moves(growth: Growth) -> None:
     opened = 0
     for step in GROWTHS:
         for site, num_open in growth.ranks[step].items():
@@ -108,7 +108,10 @@ def test_the_released_preset_says_at_the_start_by_how_much_it_overshoots(
     said, silent = ranks(2, "tests.work.run:train", flags=words)
     lines = [line for line in said.splitlines() if line.startswith("note ")]
     assert len(lines) == 1 and not silent
-    assert "released" in lines[0] and "ends at 22 pieces in all, above the budget of 20" in lines[0]
+    assert (
+        "released" in lines[0]
+        and "ends at 22 components in all, above the budget of 20" in lines[0]
+    )
     assert said.index(lines[0]) < said.index("held-out")
-    assert sum(read_rows(tmp_path / "decisions.jsonl")[-1]["ranks"].values()) == 22
+    assert sum(read_records(tmp_path / "decisions.jsonl")[-1]["ranks"].values()) == 22
     assert "\nnote " not in growth.said

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.shared.bit_masks import unpack_bits
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from sparse_lora_dist.training.bad_steps import ENOUGH, Health
 from sparse_lora_dist.training.step import StepResult
 from tests.config.test_ds_configs import engine_file
@@ -53,7 +53,7 @@ def test_a_bad_step_changes_nothing_on_any_rank(
     run = tmp_path / "run"
     assert differ(run, 2, 3) == set()
     assert {"master", "exp_avg", "stat0"} <= differ(run, 3, 4)
-    (row,) = read_rows(run / "bad_steps.jsonl")
+    (row,) = read_records(run / "bad_steps.jsonl")
     assert (row["step"], row["kind"], len(row["rows"])) == (3, "left out", 4)
     assert all(t.isfinite().all() for t in saved(run, 8).values())
 
@@ -82,8 +82,8 @@ def test_probes_of_a_bad_step_are_forgotten(ranks: Ranks, tiny: TinyRun, tmp_pat
     options = {"max_steps": 8, "method": "increlora", "increlora_score": "delta"}
     flags = tiny.flags(tmp_path, **options, increlora_every=2, gradient_accumulation_steps=2)
     ranks(2, SPOILT, flags=flags, what="loss", steps=[3])
-    assert len(read_rows(tmp_path / "decisions.jsonl")) > 1
-    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert len(read_records(tmp_path / "decisions.jsonl")) > 1
+    rows = read_records(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows if row.get("loss", 0) is None] == [3]
 
 
@@ -92,7 +92,7 @@ def test_too_many_in_a_row_end_the_run(ranks: Ranks, tiny: TinyRun, tmp_path: Pa
     flags = tiny.flags(tmp_path, **options)
     for said in ranks(2, REFUSAL, flags=flags, what="loss", steps=[2, 3, 5, 6, 7]):
         assert "3 steps in a row" in said and "bad_steps.jsonl" in said and "--resume auto" in said
-    assert [row["step"] for row in read_rows(tmp_path / "bad_steps.jsonl")] == [2, 3, 5, 6, 7]
+    assert [row["step"] for row in read_records(tmp_path / "bad_steps.jsonl")] == [2, 3, 5, 6, 7]
     assert sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*"))[-1] == "step_00000006"
     assert not list((tmp_path / "checkpoints").glob(".tmp_*"))
 
@@ -113,7 +113,7 @@ def test_a_spike_is_told_with_its_rows(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "bad_steps.jsonl").exists()
     health.after_step(ENOUGH + 2, result(9.0), [batch])
     assert "spike     loss 9.0000 at step 22" in capsys.readouterr().out
-    (row,) = read_rows(tmp_path / "bad_steps.jsonl")
+    (row,) = read_records(tmp_path / "bad_steps.jsonl")
     assert row == {"step": ENOUGH + 2, "kind": "spike", "loss": 9.0, "rows": [7]}
     health.after_step(ENOUGH + 3, result(float("nan")), [batch])
     with pytest.raises(UserError, match="2 steps in a row"):

@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
@@ -30,8 +30,8 @@ from tests.laws import LAWS
 STEPS, SAVED = 12, (4, 8, 12)
 KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1", "kept", "squares")
 TIES = 1e-4
-"""Share of entries, or of pieces, that may be decided otherwise where scores lie within rounding of
-the threshold: in each row of decisions, and in each mask that was saved."""
+"""Share of entries, or of components, that may be decided otherwise where scores lie within
+rounding of the threshold: in each row of decisions, and in each mask that was saved."""
 COUNTED = ("live", "ranks")
 """What a row of decisions counts for every site. The rest is its step and the method's facts."""
 
@@ -73,11 +73,11 @@ def kept(run: Path) -> dict[str, Tensor]:
 
 
 def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
+    return [row["loss"] for row in read_records(run / "metrics.jsonl") if "loss" in row]
 
 
 def decisions(run: Path) -> list[dict[str, Any]]:
-    return read_rows(run / "decisions.jsonl") if (run / "decisions.jsonl").exists() else []
+    return read_records(run / "decisions.jsonl") if (run / "decisions.jsonl").exists() else []
 
 
 def masks(run: Path, step: int) -> dict[str, dict[str, Tensor]]:
@@ -87,7 +87,7 @@ def masks(run: Path, step: int) -> dict[str, dict[str, Tensor]]:
 
 
 def at_the_threshold(one: Path, other: Path) -> dict[str, float]:
-    """The shares of entries, or of pieces, that two runs decided otherwise, by where."""
+    """The shares of entries, or of components, that two runs decided otherwise, by where."""
     shares = {}
     for row, theirs in zip(decisions(one), decisions(other), strict=True):
         for what in COUNTED:
@@ -206,7 +206,7 @@ def test_stopping_before_at_and_after_decisions_changes_no_bit(
     measured = ("tokens_per_s", "bytes", "held_out")
     told = [
         [{k: v for k, v in row.items() if not any(m in k for m in measured)} for row in rows]
-        for rows in (read_rows(run / "metrics.jsonl")[1:] for run in (one, tmp_path))
+        for rows in (read_records(run / "metrics.jsonl")[1:] for run in (one, tmp_path))
     ]
     assert told[0] == told[1]
 

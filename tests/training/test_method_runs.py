@@ -14,7 +14,7 @@ from sparse_lora_dist.export.export_options import load_request
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.shared.bit_masks import unpack
 from sparse_lora_dist.optim.learning_rate import LearningRate
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
@@ -38,7 +38,7 @@ def test_each_stage_has_its_schedule_its_checkpoint_and_its_row(
     last = said.splitlines()[-1]
     assert last.split()[:2] == ["go", "on"] and "--max_steps" not in last
     assert "prune less" in last, "the last lambda leaves nothing"
-    stages = read_rows(tmp_path / "stages.jsonl")
+    stages = read_records(tmp_path / "stages.jsonl")
     assert [(row["stage"], row["step"], row["lambda"]) for row in stages] == [
         (1, 6, 0.5),
         (2, 12, 1.0),
@@ -46,7 +46,7 @@ def test_each_stage_has_its_schedule_its_checkpoint_and_its_row(
     ]
     checkpoints = sorted(p.name for p in (tmp_path / "checkpoints").glob("step_*"))
     assert checkpoints == ["step_00000006", "step_00000012", "step_00000018"]
-    rows = {row["step"]: row for row in read_rows(tmp_path / "metrics.jsonl")}
+    rows = {row["step"]: row for row in read_records(tmp_path / "metrics.jsonl")}
     lambdas = [rows[s]["lambda"] for s in range(1, 19)]
     assert lambdas == [0.5] * 6 + [1.0] * 6 + [4.0] * 6
     rate = LearningRate(name="cosine", peak=1e-2, warmup_steps=2, stages=(6, 12, 18))
@@ -74,7 +74,9 @@ def test_a_stage_keeps_or_resets_the_moments_and_resumes_bit_for_bit(
         straight, parts = (saved(tmp_path / n, key, 18) for n in ("straight", "parts"))
         assert all(torch.equal(straight[n], parts[n]) for n in straight), key
     for name in ("stages", "decisions"):
-        straight, parts = (read_rows(tmp_path / n / f"{name}.jsonl") for n in ("straight", "parts"))
+        straight, parts = (
+            read_records(tmp_path / n / f"{name}.jsonl") for n in ("straight", "parts")
+        )
         assert straight == parts
     # After step 7, the first of the second stage, everything is born at 6, or was at 0.
     born = torch.cat(list(saved(tmp_path / "straight", "born", 7).values()))
@@ -85,7 +87,7 @@ def test_released_stages_run_at_rate_zero(ranks: Ranks, tiny: TinyRun, tmp_path:
     options = STAGES | {"sora_preset": "released", "sora_lambdas": (0.0, 0.1), "max_steps": 8}
     said, _ = ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options, save_every=4))
     assert f"--init_adapter {tmp_path}/adapter" in said.splitlines()[-1]
-    rates = [row["learning_rate"] for row in read_rows(tmp_path / "metrics.jsonl")[1:]]
+    rates = [row["learning_rate"] for row in read_records(tmp_path / "metrics.jsonl")[1:]]
     assert all(r > 0 for r in rates[:4]) and rates[4:] == [0.0] * 4
     before, after = saved(tmp_path, "master", 4), saved(tmp_path, "master", 8)
     for name, w in before.items():
@@ -105,7 +107,7 @@ def test_moments_of_8_bits_resume_bit_for_bit_and_cost_a_quarter(
     for key in ("master", "live", "exp_avg", "exp_avg_sq"):
         straight, parts = (saved(tmp_path / n, key, 12) for n in ("eight", "parts"))
         assert all(torch.equal(straight[n], parts[n]) for n in straight), key
-    full, eight = (read_rows(tmp_path / n / "metrics.jsonl") for n in ("full", "eight"))
+    full, eight = (read_records(tmp_path / n / "metrics.jsonl") for n in ("full", "eight"))
     assert eight[1]["state_bytes"] < 0.35 * full[1]["state_bytes"]
     assert eight[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.3)
 
@@ -125,7 +127,7 @@ def test_what_died_is_still_zero_ten_steps_later_under_bf16(
     options = {"method": name, "max_steps": 24, "stop_after": 22, "save_every": 3, "rank": 6}
     options |= {"micro_batch_size": 3, "precision": "bf16"} | LAWS[name].on | last[name]
     copies = ranks(2, "tests.work.run:trained_live_copy", flags=tiny.flags(tmp_path, **options))
-    assert read_rows(tmp_path / "decisions.jsonl")[-1]["step"] == 12
+    assert read_records(tmp_path / "decisions.jsonl")[-1]["step"] == 12
     lived = [saved(tmp_path, "live", step) for step in (3, 6, 9, 12)]
     before, decided, after = (saved(tmp_path, "master", step) for step in (3, 12, 22))
     num_died = 0
@@ -147,7 +149,7 @@ def test_a_rank_that_grows_never_holds_the_state_of_its_capacity(
 ) -> None:
     options = {"method": "increlora", "max_steps": 20, "rank": 16, "increlora_target_rank": 4.0}
     ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))
-    last = read_rows(tmp_path / "metrics.jsonl")[-1]
+    last = read_records(tmp_path / "metrics.jsonl")[-1]
     dense = 8 * sum(t.numel() for t in saved(tmp_path, "master", 20).values()) / 2
     assert last["state_bytes_peak"] < 0.6 * dense
 
@@ -177,15 +179,15 @@ def test_other_rules_resume_bit_for_bit_and_accumulate(
         straight, parts = (saved(tmp_path / n, key, 12) for n in ("straight", "parts"))
         assert all(torch.equal(straight[n], parts[n]) for n in straight), key
     straight, accumulated = (
-        read_rows(tmp_path / n / "metrics.jsonl")[1:] for n in ("straight", "accumulated")
+        read_records(tmp_path / n / "metrics.jsonl")[1:] for n in ("straight", "accumulated")
     )
     # The delta score takes each micro-batch's gradient by itself, so it may choose otherwise.
     if options.get("increlora_score") is None and "increlora" not in str(options["method"]):
         for a, b in zip(straight, accumulated, strict=True):
             assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    decided = read_rows(tmp_path / "accumulated" / "decisions.jsonl")
+    decided = read_records(tmp_path / "accumulated" / "decisions.jsonl")
     assert [r["step"] for r in decided] == [
-        r["step"] for r in read_rows(tmp_path / "straight" / "decisions.jsonl")
+        r["step"] for r in read_records(tmp_path / "straight" / "decisions.jsonl")
     ]
 
 
@@ -203,7 +205,7 @@ def test_decisions_are_the_same_with_masters_on_the_host_and_with_a_node_copy(
     options |= LAWS["adalora"].on
     for folder, more in (("plain", {}), ("other", {"ds_config": tmp_path / "engine.json"})):
         ranks(2, TRAIN, flags=tiny.flags(tmp_path / folder, **options | more))
-    plain, other = (read_rows(tmp_path / n / "decisions.jsonl") for n in ("plain", "other"))
+    plain, other = (read_records(tmp_path / n / "decisions.jsonl") for n in ("plain", "other"))
     assert plain == other
     for key in ("master", "live"):
         first, second = (saved(tmp_path / n, key, 12) for n in ("plain", "other"))
@@ -256,10 +258,10 @@ def test_without_an_option_thirty_steps_prune_or_grow(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
 ) -> None:
     ranks(1, TRAIN, flags=tiny.flags(tmp_path, method=name, max_steps=30, learning_rate=2e-4))
-    rows = read_rows(tmp_path / "decisions.jsonl")
+    rows = read_records(tmp_path / "decisions.jsonl")
     counts = [(sum(r["ranks"].values()), sum(r["live"].values())) for r in rows]
     assert len(rows) >= 5
-    # A quarter or more of what there was, of pieces or of entries.
+    # A quarter or more of what there was, of components or of entries.
     assert any(abs(a - b) >= 0.25 * a for a, b in zip(counts[0], counts[-1], strict=True))
 
 
@@ -272,14 +274,14 @@ BAD = {
     ),
     "lambda": (["sora_lambdas=-1,2"], ["sora_lambdas must be at least 0 and rising"]),
     "stages": (["sora_lambdas=0,1,2,3,4,5,6"], ["7 stages", "4 steps"]),
-    "budget above": (["increlora_budget=100"], ["100 pieces is above 56", "raise rank"]),
-    "budget below": (["increlora_budget=13"], ["13 pieces is below the start, 14 linears x 1"]),
+    "budget above": (["increlora_budget=100"], ["100 components is above 56", "raise rank"]),
+    "budget below": (["increlora_budget=13"], ["13 components is below the start, 14 linears x 1"]),
     "too many at a time": (["increlora_modules=15"], ["15 linears", "there are 14"]),
     "too long": (
         ["increlora_every=2", "increlora_modules=1", "increlora_pieces=1"],
         ["of 4", "too late", "increlora_every"],
     ),
-    "target above": (["adalora_target_rank=5"], ["makes 70 pieces", "raise rank"]),
+    "target above": (["adalora_target_rank=5"], ["makes 70 components", "raise rank"]),
     "target below": (["adalora_target_rank=0.5"], ["adalora_target_rank must be at least 1"]),
     "another's": (["adalora_every=2", "method=lora"], ["belongs to method adalora"]),
     "a support": (["method=shira", "rank=22"], ["22 makes 2,112 entries of its 2,048; take 21 or"]),

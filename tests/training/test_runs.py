@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.optim.learning_rate import LearningRate
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import documents_of, loss_of_documents, whole_model
 from tests.fixtures.tiny_run import TinyRun
@@ -42,7 +42,7 @@ EXACT = ("step", "loss", "learning_rate", "grad_norm", "tokens", "live_entries",
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    return read_rows(folder / "metrics.jsonl")
+    return read_records(folder / "metrics.jsonl")
 
 
 def exact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

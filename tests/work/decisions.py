@@ -90,6 +90,6 @@ def _astray(options: Any, plan: Any) -> Any:
     def decide(step: int, scores: Any) -> Any:
         decision = method.decide(step, scores)
         wrong = step == STEP and comm.rank() == ASTRAY
-        return replace(decision, facts={"keep": 0.123}) if wrong else decision
+        return replace(decision, log_values={"keep": 0.123}) if wrong else decision
 
     return replace(method, decide=decide)

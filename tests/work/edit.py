@@ -108,7 +108,7 @@ def silent_logits_are_the_bases(flags: list[str]) -> bool:
     """Does the model answer bit for bit as before, once its deltas are silent?"""
     import torch
 
-    from sparse_lora_dist.editing.answer_tokens import silent
+    from sparse_lora_dist.editing.answer_tokens import without_adapters
     from tests.work.run import finished_job
 
     job = finished_job(flags)
@@ -119,7 +119,7 @@ def silent_logits_are_the_bases(flags: list[str]) -> bool:
             return job.engine(input_ids=ids, use_cache=False).logits.float()
 
     spoken = logits()
-    with silent(job.model.adapters):
+    with without_adapters(job.model.adapters):
         first = logits()
     for adapter in job.model.adapters:
         adapter.forward = adapter.base.forward  # type: ignore[method-assign]

@@ -56,11 +56,11 @@ def first_step(flags: list[str]) -> FirstStep:
         return result
 
     def observe(shards: Shards, step: int) -> None:
-        for piece in shards.engine.slices:
-            padded = torch.zeros(piece.share)
-            padded[: piece.length] = shards.engine.gradient(piece)
-            whole = comm.all_gather_flat(padded, piece.numel)
-            seen.gradients[piece.name] = whole.view(piece.shape)
+        for component in shards.engine.slices:
+            padded = torch.zeros(component.share)
+            padded[: component.length] = shards.engine.gradient(component)
+            whole = comm.all_gather_flat(padded, component.numel)
+            seen.gradients[component.name] = whole.view(component.shape)
 
     with (
         patch.object(program, "train_step", watched_step),

@@ -46,27 +46,27 @@ def quantize_shares(shapes: list[tuple[int, int]], precision: str) -> int:
     return count
 
 
-def read_in_pieces(folder: str) -> tuple[bool, int, str]:
-    """(is an odd range of every tensor the same as on the CPU?, pinned pieces, where it lies)."""
+def read_in_parts(folder: str) -> tuple[bool, int, str]:
+    """(is an odd range of every tensor the same as on the CPU?, pinned parts, where it lies)."""
     files = CheckpointFiles(Path(folder))
     ranges = [
         Range(Source(keys=(k,), parts=(e,), dtype=torch.bfloat16), 3, e.nbytes // 2 - 5)
         for k, e in files.entries.items()
     ]
-    fill, pieces = CheckpointFiles._fill, 0
+    fill, components = CheckpointFiles._fill, 0
 
     def counted(self: CheckpointFiles, out: Tensor, source: Source, start: int) -> None:
-        nonlocal pieces
-        pieces += out.is_pinned()
+        nonlocal components
+        components += out.is_pinned()
         fill(self, out, source, start)
 
     with (
-        patch.object(checkpoint_files, "PIECE_BYTES", 4098),
+        patch.object(checkpoint_files, "BLOCK_BYTES", 4098),
         patch.object(CheckpointFiles, "_fill", counted),
     ):
         found = list(read_ahead(files, ranges, comm.device()))
     same = [torch.equal(t.cpu(), files.read(*r)) for t, r in zip(found, ranges, strict=True)]
-    return all(same), pieces, str(found[0].device)
+    return all(same), components, str(found[0].device)
 
 
 def load_and_compare(folder: str, offload: bool = False) -> dict[str, Any]:

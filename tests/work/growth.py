@@ -36,10 +36,10 @@ def watch(flags: list[str]) -> Watched:
         engine: Engine, shards: Any, decisions: Any, batches: list[Batch], *args: Any, **rest: Any
     ) -> StepResult:
         def masters() -> dict[str, Tensor]:
-            return {piece.name: engine.master(piece).clone() for piece in engine.slices}
+            return {component.name: engine.master(component).clone() for component in engine.slices}
 
         if not seen.masters:
-            seen.shapes = {piece.name: piece.shape for piece in engine.slices}
+            seen.shapes = {component.name: component.shape for component in engine.slices}
             seen.masters.append(masters())
         result = train_step(engine, shards, decisions, batches, *args, **rest)
         seen.masters.append(masters())

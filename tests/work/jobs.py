@@ -6,7 +6,7 @@ from typing import Any
 
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from sparse_lora_dist.train import run
 
 
@@ -14,7 +14,7 @@ def train(flags: list[str]) -> list[dict[str, Any]]:
     """The main job with these flags; its rows of metrics."""
     config = load_config(flags)
     run(config)
-    return read_rows(Path(config.run.output_dir) / "metrics.jsonl")
+    return read_records(Path(config.run.output_dir) / "metrics.jsonl")
 
 
 def complaint(work: Callable[[list[str]], object], flags: list[str]) -> str:

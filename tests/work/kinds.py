@@ -163,8 +163,8 @@ def _trained(model: Model) -> dict[str, tuple[Tensor, Tensor]]:
     config = config_of(precision="fp32")
     optimizer = SparseAdamW(model.trainable(), lr=0.0, weight_decay=0.0)
     engine = Engine(model.module, optimizer, engine_config_of(config))
-    for piece in engine.slices:
-        engine.master(piece).copy_(torch.linspace(-0.1, 0.1, piece.length))
+    for component in engine.slices:
+        engine.master(component).copy_(torch.linspace(-0.1, 0.1, component.length))
     engine.masters_changed()
     logits = engine(input_ids=TOKENS, use_cache=False).logits
     engine.backward(logits.square().mean())

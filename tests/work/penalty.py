@@ -17,9 +17,9 @@ def first_gradients(flags: list[str]) -> dict[str, Part]:
     observe = Shards.observe
 
     def watched(self: Shards, step: int) -> None:
-        for name, piece in self.sparse.items() if step == 1 else ():
-            w, grad = self.engine.master(piece), self.engine.gradient(piece)
-            seen[name] = (piece.start, w.clone(), grad.clone())
+        for name, component in self.sparse.items() if step == 1 else ():
+            w, grad = self.engine.master(component), self.engine.gradient(component)
+            seen[name] = (component.start, w.clone(), grad.clone())
         observe(self, step)
 
     with patch.object(Shards, "observe", watched):

@@ -104,16 +104,16 @@ def _compare_shards(
     masters, live_copies = whole_masters(engine), live_copy(engine)
     moments = {key: shards.moments(key) for key in MOMENTS}
     live = shards.live()
-    for piece in engine.slices:
-        name, mask = piece.name, reference.live[piece.name]
-        assert torch.equal(live[name], own_part(piece, mask)), name
+    for component in engine.slices:
+        name, mask = component.name, reference.live[component.name]
+        assert torch.equal(live[name], own_part(component, mask)), name
         assert (masters[name][~mask] == 0).all() and (live_copies[name][~mask] == 0).all()
         assert torch.equal(live_copies[name], masters[name].to(live_copies[name].dtype))
         # Gradients here do not depend on the weights and are exact in bf16, so masters agree in
         # both precisions.
         torch.testing.assert_close(masters[name], reference.w[name], rtol=1e-5, atol=1e-6)
         for key, shard in moments.items():
-            want = own_part(piece, reference.moments[key][name])
+            want = own_part(component, reference.moments[key][name])
             torch.testing.assert_close(shard[name], want, rtol=1e-5, atol=1e-7)
 
     total = sum(int(mask.sum()) for mask in reference.live.values())
@@ -121,8 +121,8 @@ def _compare_shards(
     assert optimizer.num_live() == sum(int(mask.sum()) for mask in live.values())
     for index, flat in enumerate(engine.flats()):
         padding = torch.ones(flat.shape, dtype=torch.bool)
-        for piece in engine.slices:
-            if piece.flat == index:
-                padding.narrow(0, piece.offset, piece.length).fill_(False)
+        for component in engine.slices:
+            if component.flat == index:
+                padding.narrow(0, component.offset, component.length).fill_(False)
         assert not optimizer.live(flat)[padding].any(), "padding never lives"
         assert (flat[padding] == 0).all()

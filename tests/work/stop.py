@@ -12,7 +12,7 @@ import psutil
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import Stopped
-from sparse_lora_dist.runtime import stop_signals as stopping
+from sparse_lora_dist.runtime import stop_signals
 from sparse_lora_dist.training import step as loop
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.zero3.engine import Engine
@@ -40,7 +40,7 @@ def stopped(flags: list[str], *, point: str, call: int, name: str, rank: int) ->
         calls += 1
         if calls == call and comm.rank() == rank:
             os.kill(os.getpid(), signal.Signals[name])
-            while stopping._wish is not None and stopping._wish.code == 0:
+            while stop_signals._wish is not None and stop_signals._wish.code == 0:
                 time.sleep(0.01)  # the listener has read it
         return usual(*args, **rest)
 
@@ -50,11 +50,11 @@ def stopped(flags: list[str], *, point: str, call: int, name: str, rank: int) ->
 
 def why_it_stopped(flags: list[str]) -> str:
     """The text of the Stopped that the job ends with."""
-    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    before = [signal.getsignal(number) for number in stop_signals.SIGNALS]
     try:
         train(flags)
     except Stopped as why:
-        assert [signal.getsignal(number) for number in stopping.SIGNALS] == before
+        assert [signal.getsignal(number) for number in stop_signals.SIGNALS] == before
         return str(why)
     raise AssertionError("the job went on to its end")
 

@@ -18,8 +18,8 @@ from sparse_lora_dist import train as program
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import PeerError, UserError
 from sparse_lora_dist.run_folder import lock as run_lock
-from sparse_lora_dist.runtime.entry_point import FAILURE, leave, speak
-from sparse_lora_dist.training.feed import Feed
+from sparse_lora_dist.runtime.entry_point import FAILURE, exit_process, write_stderr
+from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.job import Job
 from tests.work.run import refusal, train
 
@@ -67,14 +67,14 @@ def train_idling(
         return idle_then_do
 
     rows = 4 * (step - 1)
-    batches = idle_first(Feed.batches, lambda _, done, __: where == "batches" and done == rows)
+    batches = idle_first(DataFeed.batches, lambda _, done, __: where == "batches" and done == rows)
     data = idle_first(program.open_feed, lambda *_: where == "data")
-    with patch.object(Feed, "batches", batches), patch.object(program, "open_feed", data):
+    with patch.object(DataFeed, "batches", batches), patch.object(program, "open_feed", data):
         try:
             return train(flags, environment)
         except PeerError as error:  # as run_program does
-            speak(str(error))
-            leave(FAILURE)
+            write_stderr(str(error))
+            exit_process(FAILURE)
 
 
 def timeouts_of_groups(flags: list[str]) -> list[float]:

@@ -23,7 +23,7 @@ from sparse_lora_dist.methods.protocol.form import (
     low_rank_delta,
     low_rank_pair,
 )
-from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOptions, Plan
+from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOptions, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.zero3.engine import summed_cross_entropy
 from tests.fixtures.reference import whole_model
@@ -78,11 +78,11 @@ def write(whole: Whole) -> Rewritten:
             "toy_large": w_OI * (whole.step + 1),
             "lora_b": whole.tensors["lora_b"] * 2,
         },
-        facts={"norm": float(w_OI.norm())},
+        log_values={"norm": float(w_OI.norm())},
     )
 
 
-def writer(options: NoOptions, plan: Plan) -> Method:
+def writer(options: NoOptions, plan: RunContext) -> Method:
     """Writes after some steps; the first shows it the base, whose delta is nothing yet."""
     rewriting = Rewriting(
         at=lambda step: step in WRITES,

@@ -13,7 +13,7 @@ from sparse_lora_dist.config.sections import ModelConfig, TrainConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.zero3.engine import Engine
 from sparse_lora_dist.zero3.parameters import ShardBuilder, gathered
-from sparse_lora_dist.zero3.shares import Slice
+from sparse_lora_dist.zero3.shares import TensorSlice
 from tests.fixtures.toy_engine import (
     DECAY,
     LR,
@@ -41,17 +41,17 @@ def positions() -> list[int]:
         assert {p.name: p.shape for p in engine.slices} == {
             f"parts.{name}.weight": shape for name, shape in SHAPES.items()
         }
-        for piece in engine.slices:
-            master = engine.master(piece)
-            theirs = deepspeed.utils.safe_get_local_fp32_param(engine.trained[piece.name])
-            assert theirs.numel() == piece.share == -(-piece.numel // comm.world_size())
-            flat = engine.flats()[piece.flat]
+        for component in engine.slices:
+            master = engine.master(component)
+            theirs = deepspeed.utils.safe_get_local_fp32_param(engine.trained[component.name])
+            assert theirs.numel() == component.share == -(-component.numel // comm.world_size())
+            flat = engine.flats()[component.flat]
             assert flat.dtype == torch.float32 and flat.ndim == 1
-            assert theirs.data_ptr() == flat.data_ptr() + 4 * piece.offset, piece
-            assert torch.equal(theirs[: piece.length], master)
-            assert torch.equal(master, own_part(piece, initial(piece.shape)))
-        lengths = [_summed(piece.length) for piece in engine.slices]
-        assert lengths == [piece.numel for piece in engine.slices]
+            assert theirs.data_ptr() == flat.data_ptr() + 4 * component.offset, component
+            assert torch.equal(theirs[: component.length], master)
+            assert torch.equal(master, own_part(component, initial(component.shape)))
+        lengths = [_summed(component.length) for component in engine.slices]
+        assert lengths == [component.numel for component in engine.slices]
         if comm.rank() == 3:
             assert _by_name(engine, "one").length == _by_name(engine, "three").length == 0
         reserved = [sum(p.share for p in engine.slices if p.flat == i) for i in _indices(engine)]
@@ -66,7 +66,7 @@ def _indices(engine: Engine) -> range:
     return range(len(engine.flats()))
 
 
-def _by_name(engine: Engine, name: str) -> Slice:
+def _by_name(engine: Engine, name: str) -> TensorSlice:
     return next(p for p in engine.slices if p.name == f"parts.{name}.weight")
 
 
@@ -86,10 +86,10 @@ def gradients() -> None:
                 engine.step()
             engine.backward(engine(x=x_RN[comm.rank()][-1]))
             expected = {p.name: coefficients(p.shape) * x_RN.mean() for p in engine.slices}
-            for piece in engine.slices:
-                grad = engine.gradient(piece)
-                assert grad.dtype == torch.float32 and grad.shape == (piece.length,)
-                want = own_part(piece, expected[piece.name])
+            for component in engine.slices:
+                grad = engine.gradient(component)
+                assert grad.dtype == torch.float32 and grad.shape == (component.length,)
+                want = own_part(component, expected[component.name])
                 torch.testing.assert_close(grad, want, rtol=1e-6, atol=0)
             engine.step()
             norm = torch.cat([g.flatten() for g in expected.values()]).norm()
@@ -148,8 +148,8 @@ def written_masters() -> None:
         everything_live(engine, optimizer)
         for value in (1.0, 3.0):
             wholes = {p.name: initial(p.shape) * 2 + value for p in engine.slices}
-            for piece in engine.slices:
-                engine.master(piece).copy_(own_part(piece, wholes[piece.name]))
+            for component in engine.slices:
+                engine.master(component).copy_(own_part(component, wholes[component.name]))
             engine.masters_changed()
             dtype = torch.bfloat16 if config.model.precision == "bf16" else torch.float32
             with engine.evaluating():

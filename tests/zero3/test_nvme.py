@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_lora_dist.run_folder.metrics_log import read_rows
+from sparse_lora_dist.run_folder.metrics_log import read_records
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
 from tests.config.test_ds_configs import SHIPPED, USES, WATCHED, engine_file, numbers
 from tests.conftest import Ranks
@@ -63,7 +63,7 @@ def test_shares_on_disk_change_no_loss_and_no_byte(
     one, other = (tmp_path / n / "adapter" / "adapter_model.safetensors" for n in "ab")
     assert one.read_bytes() == other.read_bytes()
     norms = [
-        [row.get("grad_norm") for row in read_rows(tmp_path / n / "metrics.jsonl")] for n in "ab"
+        [row.get("grad_norm") for row in read_records(tmp_path / n / "metrics.jsonl")] for n in "ab"
     ]
     assert norms[0] == norms[1], "clipping included"
 

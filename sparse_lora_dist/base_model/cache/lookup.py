@@ -24,8 +24,8 @@ from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.same_on_all_nodes import hash_of_samples
 from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
-from sparse_lora_dist.distributed.phases import together
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 
 FORMAT = 1
@@ -86,7 +86,7 @@ def find_cache(
         UserError: a node has none, and cannot write one.
     """
     found: tuple[dict[str, Any], dict[str, int]] | None = None
-    with together("looking for the cache of the base"):
+    with fail_together("looking for the cache of the base"):
         if comm.rank() == 0:
             settings = {"double_quant": double_quant, "unquantised modules": _linears(module, keep)}
             found = _made_of(folder, files) | settings, _dates(files)
@@ -95,7 +95,7 @@ def find_cache(
     place = directory / f"{Path(name).resolve().name}-{key[:16]}"
 
     opened, damage, damaged = None, None, None
-    with together("opening --base_cache"):
+    with fail_together("opening --base_cache"):
         try:
             opened = open_cache(place, made_of, module, new)
         except (UserError, OSError) as error:
@@ -190,17 +190,19 @@ def _say_what_was_found(
     if comm.rank() != 0:
         return
     if ready:
-        say("cache", f"the base is read from {place}")
+        print_line("cache", f"the base is read from {place}")
         if read_about(place).get("dates") != dates:
-            say("", "the model's files have other dates than when it was made; samples of every")
-            say("", "tensor are the same. If you changed a few weights, remove that folder.")
+            print_line(
+                "", "the model's files have other dates than when it was made; samples of every"
+            )
+            print_line("", "tensor are the same. If you changed a few weights, remove that folder.")
         return
     if damage:
-        say("cache", f"damaged, not used, to be replaced: {damage[0]}")
+        print_line("cache", f"damaged, not used, to be replaced: {damage[0]}")
     name = place.name.rpartition("-")[0]
     for other in sorted(place.parent.iterdir()):
         theirs = read_about(other).get("made_of")
         if theirs and other != place and other.name.rpartition("-")[0] == name:
             differ = [k for k in made_of if theirs.get(k) != made_of[k]]
-            say("cache", f"{other} is not used: it has other {', other '.join(differ)}")
-    say("cache", f"there is none of this base yet: it will be written to {place}")
+            print_line("cache", f"{other} is not used: it has other {', other '.join(differ)}")
+    print_line("cache", f"there is none of this base yet: it will be written to {place}")

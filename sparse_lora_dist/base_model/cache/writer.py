@@ -31,19 +31,19 @@ from sparse_lora_dist.base_model.safetensors_writer import (
 )
 from sparse_lora_dist.base_model.weight_map import COMPONENTS, STATE, Sources
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import say
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.zero3.parameters import gathered
 
 COMPUTE_DTYPE = torch.bfloat16
 """What bitsandbytes is to dequantise to; we do as the run's precision says."""
-PIECE = 2**25
+BLOCK_BYTES = 2**25
 """Bytes of an original file that are copied at a time."""
 SMALL_PARTS = 2**11
 """Bytes of a quantised tensor's codes and state, at most."""
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class CachedWeight:
     """A weight that the model holds in 4 bits."""
 
     source: Source
@@ -61,7 +61,7 @@ def write_cache(
 ) -> None:
     """Write the base that ``model`` holds; ``folder``, ``files`` and ``sources`` are those it was
     loaded from. Collective."""
-    held = list(_held(model, sources))
+    held = list(_cached_weights(model, sources))
     quantized = {key for h in held for key in h.source.keys}
     plain = {key: entry for key, entry in files.entries.items() if key not in quantized}
     parts = ("", STATE + "nf4", *COMPONENTS)
@@ -84,20 +84,20 @@ def write_cache(
     everyone = comm.gather_objects((own.out is not None, own.problem))
     problems = [problem for _, problem in everyone if problem]
     if problems:
-        say("warning", f"--base_cache: it was not written, training goes on: {problems[0]}")
+        print_line("warning", f"--base_cache: it was not written, training goes on: {problems[0]}")
     elif any(written for written, _ in everyone):
-        say("cache", f"the base was written to {cache.folder}")
+        print_line("cache", f"the base was written to {cache.folder}")
 
 
-def _held(model: nn.Module, sources: Sources) -> Iterator[Held]:
+def _cached_weights(model: nn.Module, sources: Sources) -> Iterator[CachedWeight]:
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             source = cast(Source, sources[f"{name}.weight"])
-            yield Held(source, module.layout, module.weight, module.scales)
+            yield CachedWeight(source, module.layout, module.weight, module.scales)
         elif isinstance(module, QuantExperts):
             for leaf, layout in module.layouts.items():
                 first = module.matrix(leaf, 0)
-                yield Held(
+                yield CachedWeight(
                     cast(Source, sources[f"{name}.{leaf}"]), layout, first.packed, first.scales
                 )
 
@@ -105,10 +105,10 @@ def _held(model: nn.Module, sources: Sources) -> Iterator[Held]:
 def _copy(plain: Mapping[str, Entry], files: CheckpointFiles, out: SafetensorsWriter) -> None:
     """What is not quantised, as the files have it."""
     for key, entry in plain.items():
-        out.add(key, entry.dtype, entry.shape, files.raw(entry, PIECE))
+        out.add(key, entry.dtype, entry.shape, files.raw(entry, BLOCK_BYTES))
 
 
-def _save(weight: Held, out: SafetensorsWriter) -> None:
+def _save(weight: CachedWeight, out: SafetensorsWriter) -> None:
     """A gathered weight under the names it has in the original files."""
     packed, scales = (p.data.view(torch.uint8).cpu() for p in (weight.packed, weight.scales))
     for name, tensor in saved_tensors(packed, scales, weight.layout, weight.source):

@@ -47,8 +47,8 @@ class TensorSpec:
     shape: tuple[int, ...]
     init: Callable[[Tensor, torch.Generator], None]
     """Fills an fp32 tensor of ``shape`` in place, from a seeded generator."""
-    piece_axis: int | None = None
-    """The axis along which the site's rank-1 pieces lie. None: it has no pieces."""
+    component_axis: int | None = None
+    """The axis along which the site's rank-1 components lie. None: it has no components."""
     lr_factor: float = 1.0
     """Its learning rate, in those of the run."""
     decays: bool = True
@@ -88,8 +88,10 @@ def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, Tenso
     """A (R x I) random, B (O x R) zero: Hu et al. 2021, arXiv:2106.09685, section 4.1."""
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     return {
-        "lora_a": TensorSpec(shape=a_shape, init=kaiming_uniform, piece_axis=0, project=project),
-        "lora_b": TensorSpec(shape=b_shape, init=zeros, piece_axis=1, project=project),
+        "lora_a": TensorSpec(
+            shape=a_shape, init=kaiming_uniform, component_axis=0, project=project
+        ),
+        "lora_b": TensorSpec(shape=b_shape, init=zeros, component_axis=1, project=project),
     }
 
 
@@ -104,8 +106,8 @@ def pair_itself(tensors: Tensors) -> tuple[Tensor, Tensor]:
     return tensors["lora_a"], tensors["lora_b"]
 
 
-def alpha_over_capacity(alpha: float, capacity: int, open_pieces: int) -> float:
-    """alpha / R, whatever is open: a delta does not jump when a piece is opened or dies."""
+def alpha_over_capacity(alpha: float, capacity: int, open_components: int) -> float:
+    """alpha / R, whatever is open: a delta does not jump when a component is opened or dies."""
     return alpha / capacity
 
 
@@ -132,8 +134,8 @@ class PeftForm:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """Of one site. ``delta`` and ``to_lora`` see the computed pieces of its tensors only, in place
-    of all R, and what is kept, drawn or read besides."""
+    """Of one site. ``delta`` and ``to_lora`` see the computed components of its tensors only, in
+    place of all R, and what is kept, drawn or read besides."""
 
     tensors: Mapping[str, TensorSpec]
     """Those that it trains."""
@@ -152,11 +154,11 @@ class Form:
     to_peft: Callable[[Tensors, float], PeftForm] | None = None
     """(tensors, scale) -> the same as a type of PEFT's own; None: it has none."""
     scale: Callable[[float, int, int], float] = alpha_over_capacity
-    """(alpha, --rank, open pieces) -> the site's scale."""
+    """(alpha, --rank, open components) -> the site's scale."""
     own_rank: int | None = None
-    """Its rank-1 pieces at most, R; None: --rank."""
+    """Its rank-1 components at most, R; None: --rank."""
 
-    def num_pieces(self, site: Site) -> int:
+    def num_components(self, site: Site) -> int:
         """Of the site whose form this is."""
         return site.rank if self.own_rank is None else self.own_rank
 

@@ -58,7 +58,7 @@ class Scores(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class RunContext:
     """The run a method is built for."""
 
     total_steps: int
@@ -69,8 +69,8 @@ class Plan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Pieces:
-    """The rank-1 pieces of a site."""
+class Components:
+    """The rank-1 components of a site."""
 
     computed: tuple[int, ...]
     """Those that its forward computes: all that are open, or can still be reached by a gradient."""
@@ -92,9 +92,9 @@ class Decision:
     zero: Mapping[str, Tensor] = field(default_factory=dict)
     """"site.tensor" -> this rank's part of the mask of entries that this step ends by zeroing,
     though they may live on and move again."""
-    pieces: Mapping[str, Pieces] = field(default_factory=dict)
-    """Site -> its pieces from the end of this step on."""
-    facts: Mapping[str, float] = field(default_factory=dict)
+    components: Mapping[str, Components] = field(default_factory=dict)
+    """Site -> its components from the end of this step on."""
+    log_values: Mapping[str, float] = field(default_factory=dict)
     """What the log says of it: keep fraction, budget, lambda ..."""
 
 
@@ -117,7 +117,8 @@ def decide_nothing(step: int, scores: Scores) -> Decision:
 class Method:
     """Plain LoRA is ``Method(name="lora")``: every field has a do-nothing default.
 
-    ``probe`` and ``penalty`` see the computed pieces of a site's tensors only, in place of all R.
+    ``probe`` and ``penalty`` see the computed components of a site's tensors only, in place of all
+    R.
     """
 
     name: str
@@ -186,12 +187,12 @@ class MethodFactory:
     """How the configuration makes a method: its options' dataclass and what builds it.
 
     Each field of ``options`` becomes a command-line flag of the same name, so its name starts with
-    the method's. ``build(options, plan)`` returns the record; it raises ``ValueError`` on options
-    that do not fit the run.
+    the method's. ``build(options, context)`` returns the record; it raises ``ValueError`` on
+    options that do not fit the run.
     """
 
     options: type[Any]
-    build: Callable[[Any, Plan], Method]
+    build: Callable[[Any, RunContext], Method]
     summary: str
 
 

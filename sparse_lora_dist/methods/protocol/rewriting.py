@@ -22,7 +22,7 @@ class Whole:
     step: int
     """The optimizer steps that are done."""
     tensors: Tensors
-    """In fp32 what it trains, all pieces; what is kept, as it is."""
+    """In fp32 what it trains, all components; what is kept, as it is."""
     scale: float
     weight_OI: Callable[[], Tensor]
     """The base's, in fp32, made anew at each call."""
@@ -45,8 +45,8 @@ class Rewritten:
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """Trained or kept ones of this site, whole; not shared ones."""
     computed: tuple[int, ...] | None = None
-    """The pieces that it computes from now on, all of them open."""
-    facts: Mapping[str, float] = field(default_factory=dict)
+    """The components that it computes from now on, all of them open."""
+    log_values: Mapping[str, float] = field(default_factory=dict)
     """What the log says of it, in the mean over sites."""
 
 
@@ -62,7 +62,7 @@ class Rewriting:
     resets_moments: bool = False
     """Do all moments start anew after it? The learning rate goes on as it was."""
     says: bool = False
-    """Are its facts told on the screen too?"""
+    """Are its log_values told on the screen too?"""
     reads_weight: bool = True
     """Does it ask for the base's weight?"""
     squares_decay: float | None = None

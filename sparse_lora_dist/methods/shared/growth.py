@@ -13,23 +13,23 @@ class Growth:
 
     sites: tuple[Site, ...]
     start: int
-    """Pieces open in each site at first."""
+    """Components open in each site at first."""
     budget: int
     modules: int
-    pieces: int
+    components: int
     every: int
     first: int
     overshoots: bool
 
     @property
     def needed(self) -> int:
-        """Pieces to open in all."""
+        """Components to open in all."""
         return self.budget - self.start * len(self.sites)
 
     @property
     def last(self) -> int:
         """The step of the growth that reaches the budget; 0 where nothing is to grow."""
-        rounds = ceil(self.needed / (self.modules * self.pieces))
+        rounds = ceil(self.needed / (self.modules * self.components))
         return self.first + (rounds - 1) * self.every if rounds > 0 else 0
 
     def at(self, step: int) -> bool:
@@ -37,7 +37,8 @@ class Growth:
         return self.first <= step <= self.last and step % self.every == 0
 
     def grown(self, open_S: Sequence[int], score_S: Sequence[float]) -> list[int]:
-        """Open pieces after a growth: those of the highest scores first; ties: the lowest index."""
+        """Open components after a growth: those of the highest scores first; ties: the lowest
+        index."""
         room_S = [site.rank - n for site, n in zip(self.sites, open_S, strict=True)]
         order = sorted((s for s, room in enumerate(room_S) if room), key=lambda s: -score_S[s])
         left = self.budget - sum(open_S)
@@ -45,24 +46,25 @@ class Growth:
         if self.overshoots:
             least = score_S[order[:modules][-1]]
             modules, limit = max(modules, sum(score_S[s] >= least for s in order)), sum(room_S)
-        opening, after_S = min(modules * self.pieces, limit), list(open_S)
+        opening, after_S = min(modules * self.components, limit), list(open_S)
         while opening > 0:
             # Once through, unless some had no room for all of theirs.
             for s in order:
-                extra = min(self.pieces, self.sites[s].rank - after_S[s], opening)
+                extra = min(self.components, self.sites[s].rank - after_S[s], opening)
                 after_S[s] += extra
                 opening -= extra
         return after_S
 
     def notes(self) -> tuple[str, ...]:
         """What the user should know: by how much the last growth overshoots, ties aside."""
-        left = self.needed % (self.modules * self.pieces)
-        above = min(self.modules, left) * self.pieces - left
+        left = self.needed % (self.modules * self.components)
+        above = min(self.modules, left) * self.components - left
         if not self.overshoots or above == 0:
             return ()
         total = min(self.budget + above, sum(site.rank for site in self.sites))
         return (
-            f"increlora_preset released: growth ends at {total} pieces in all, above the budget of "
+            f"increlora_preset released: growth ends at {total} components in all, above the "
+            "budget of "
             f"{self.budget}, and reserves stay",
         )
 
@@ -72,9 +74,10 @@ class Growth:
         smallest = min(site.rank for site in self.sites)
         problems = {
             f"increlora_start_rank {self.start} is above rank, {smallest}": self.start > smallest,
-            f"the budget of {self.budget} pieces is above {capacity}, the ranks of all linears: "
+            f"the budget of {self.budget} components is above {capacity}, the ranks of all "
+            "linears: "
             "raise rank": self.budget > capacity,
-            f"the budget of {self.budget} pieces is below the start, {sites} linears x "
+            f"the budget of {self.budget} components is below the start, {sites} linears x "
             f"{self.start}": self.needed < 0,
             f"{self.modules} linears would grow at a time, but there are {sites}: lower "
             "increlora_modules, or raise increlora_pieces": self.modules > sites,

@@ -19,8 +19,8 @@ def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
 
 
 def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> int:
-    """Pieces kept in all at ``step``: ``first`` up to ``begin``, ``last`` from ``end`` on, cubic in
-    between, rounded down.
+    """Components kept in all at ``step``: ``first`` up to ``begin``, ``last`` from ``end`` on,
+    cubic in between, rounded down.
 
     budget = floor(last + (first - last) * (1 - (step - begin) / (end - begin))^3)
 

@@ -1,10 +1,11 @@
-"""dW = B diag(lambda) A, the SVD-like pieces that AdaLoRA and IncreLoRA train and rank.
+"""dW = B diag(lambda) A, the SVD-like components that AdaLoRA and IncreLoRA train and rank.
 
 Zhang et al. 2023, arXiv:2303.10512, equations 3, 4 and 8 to 12; IncreLoRA, arXiv:2308.12043, takes
 them over. Piece i is the triplet (column i of B, lambda_i, row i of A). A and B are held near
-orthonormal by a penalty, so that lambda_i is the size of piece i and comparable between sites.
+orthonormal by a penalty, so that lambda_i is the size of component i and comparable between sites.
 
-IncreLoRA opens pieces in order, so how many are open in a site says which: ``Growth`` adds to them.
+IncreLoRA opens components in order, so how many are open in a site says which: ``Growth`` adds to
+them.
 
 A penalty is given by its gradient, since the loss of no rank sees a tensor whole. "squared" is
 the papers', "released" the unsquared norm of both released codes.
@@ -29,7 +30,7 @@ from sparse_lora_dist.methods.protocol.form import (
 from sparse_lora_dist.methods.protocol.method import By, Scores, Stats, site_names
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_lambda": "row"}
-"""Where piece i lies in each tensor: a_RI, b_OR, lambda_R."""
+"""Where component i lies in each tensor: a_RI, b_OR, lambda_R."""
 
 CHUNK = 2**20
 """Entries of a site's weight gradient that are held at a time, at most."""
@@ -60,8 +61,9 @@ def triplet_tensors(
     gradient drowns the loss's for hundreds of steps, in the norm that clips and in Adam's.
 
     And lambda's learning rate is ``lr_factor`` times that of the run, by default sqrt(O / 3): Adam
-    then moves a piece as far in a step as it moves LoRA's, of which O entries of B move, before a
-    row of A of length 1 / sqrt(3). At a factor of 1, the papers', short runs hardly leave zero.
+    then moves a component as far in a step as it moves LoRA's, of which O entries of B move,
+    before a row of A of length 1 / sqrt(3). At a factor of 1, the papers', short runs hardly leave
+    zero.
     """
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     a_std, b_std = site.in_features**-0.5, site.out_features**-0.5
@@ -69,10 +71,10 @@ def triplet_tensors(
         a_std = b_std = RELEASED_STD
     factor = lr_factor or (1.0 if released else (site.out_features / 3) ** 0.5)
     return {
-        "lora_a": TensorSpec(shape=a_shape, init=gaussian(a_std), piece_axis=0),
-        "lora_b": TensorSpec(shape=b_shape, init=gaussian(b_std), piece_axis=1),
+        "lora_a": TensorSpec(shape=a_shape, init=gaussian(a_std), component_axis=0),
+        "lora_b": TensorSpec(shape=b_shape, init=gaussian(b_std), component_axis=1),
         "lora_lambda": TensorSpec(
-            shape=(site.rank,), init=lambda_init, piece_axis=0, lr_factor=factor
+            shape=(site.rank,), init=lambda_init, component_axis=0, lr_factor=factor
         ),
     }
 
@@ -127,13 +129,13 @@ def triplet_scores(scores: Scores) -> dict[str, Tensor]:
     sites = site_names(scores)
     sums = scores.sums({f"{site}.{name}": by for site in sites for name, by in WITHIN.items()})
 
-    def piece_scores(site: str) -> Tensor:
+    def component_scores(site: str) -> Tensor:
         a_R, b_R, lambda_R = (sums[f"{site}.{name}"] for name in WITHIN)
         num_in = scores.shapes[f"{site}.lora_a"][1]
         num_out = scores.shapes[f"{site}.lora_b"][0]
         return lambda_R + b_R / num_out + a_R / num_in
 
-    return {site: piece_scores(site) for site in sites}
+    return {site: component_scores(site) for site in sites}
 
 
 def delta_sensitivity(

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sparse_lora_dist.plan.playback.parameters import Held
+from sparse_lora_dist.plan.playback.parameters import PlannedParameter
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,7 +145,7 @@ class _Coordinator:
 
 
 def gathered(
-    parameters: Sequence[Held],
+    parameters: Sequence[PlannedParameter],
     layers: str,
     bounds: Bounds,
     *,

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import output_head
-from sparse_lora_dist.base_model.nf4_shard import clothes_for
+from sparse_lora_dist.base_model.nf4_shard import num_elements_for
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Method
@@ -51,7 +51,7 @@ class Saved:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Held:
+class PlannedParameter:
     """One ZeRO-3 parameter."""
 
     name: str
@@ -75,7 +75,7 @@ class Held:
         return -(-self.numel // world_size)
 
 
-def held_parameters(
+def planned_parameters(
     model: PreTrainedModel,
     sites: Sequence[Site],
     method: Method,
@@ -85,7 +85,7 @@ def held_parameters(
     double_quant: bool,
     dtype: torch.dtype,
     saved: Saved | None = None,
-) -> list[Held]:
+) -> list[PlannedParameter]:
     """Every parameter that ``ShardLoader`` and ``inject`` would make, in the model's order.
 
     Args:
@@ -93,7 +93,7 @@ def held_parameters(
     """
     skipped = saved.skipped if saved else ()
     double_quant = saved.double_quant if saved else double_quant
-    found: list[Held] = []
+    found: list[PlannedParameter] = []
     seen: set[int] = set()
     chosen = {site.name: site for site in sites}
     head = output_head(model)
@@ -103,7 +103,7 @@ def held_parameters(
             first = name == sites[0].name
             specs = [(k, s) for k, s in form.tensors.items() if first or not s.shared]
             found += [
-                Held(
+                PlannedParameter(
                     name=f"{name}.{key}",
                     module=f"{name}.",
                     kind="trained",
@@ -112,11 +112,11 @@ def held_parameters(
                 for key, spec in specs
             ]
             found += [
-                Held(
+                PlannedParameter(
                     name=f"{name}.{key}",
                     module=f"{name}.",
                     kind="kept",
-                    numel=clothes_for(kept.num_bytes, dtype),
+                    numel=num_elements_for(kept.num_bytes, dtype),
                 )
                 for key, kept in form.kept.items()
             ]
@@ -159,26 +159,26 @@ def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
 
 def _packed(
     module: str, leaf: str, weight: Tensor, double_quant: bool, dtype: torch.dtype, saved: bool
-) -> Iterator[Held]:
+) -> Iterator[PlannedParameter]:
     experts = weight.shape[0] if weight.dim() == 3 else 1
     rows, columns = weight.shape[-2:]
     layout = nf4.Layout(shape=(rows, columns), double_quant=double_quant)
     sizes: dict[Kind, int] = {"packed": layout.packed_bytes, "scales": layout.scale_bytes}
     for kind, size in sizes.items():
         coming = weight.numel() if kind == "packed" else 0
-        yield Held(
+        yield PlannedParameter(
             name=f"{module}.{leaf}" if kind == "packed" else f"{module}.scales",
             module=module,
             kind=kind,
-            numel=clothes_for(experts * size, dtype),
+            numel=num_elements_for(experts * size, dtype),
             in_file=coming,
             file_bytes=experts * size if saved else FILE_ITEMSIZE * coming,
         )
 
 
-def _whole(module: str, leaf: str, parameter: Tensor, kind: Kind) -> Held:
+def _whole(module: str, leaf: str, parameter: Tensor, kind: Kind) -> PlannedParameter:
     count = parameter.numel()
-    return Held(
+    return PlannedParameter(
         name=f"{module}.{leaf}",
         module=module,
         kind=kind,
@@ -196,6 +196,6 @@ def _kind(module: nn.Module, leaf: str, trained: bool) -> Kind:
     return "plain" if leaf == "weight" and is_plain_linear(module) else "rest"
 
 
-def shard_bytes(parameters: Sequence[Held], world_size: int, itemsize: int) -> int:
+def shard_bytes(parameters: Sequence[PlannedParameter], world_size: int, itemsize: int) -> int:
     """Bytes that a rank holds of these, padding included."""
     return sum(p.share(world_size) for p in parameters) * itemsize
