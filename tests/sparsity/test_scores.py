@@ -190,7 +190,7 @@ def test_a_score_is_computed_for_what_a_call_names_only() -> None:
 
     parts = {name: Part((2, 2), 0, 4) for name in ("a", "b")}
     scores = ShardScores(
-        components=parts,
+        slices=parts,
         score=score,
         live_mask=lambda name: torch.ones(4).bool(),
         site_stats=torch.zeros(0),

@@ -47,7 +47,7 @@ def shard_scores(questions: Questions, rank: int) -> ShardScores:
     """What this rank knows."""
     ends = {name: (q.cuts[rank], q.cuts[rank + 1]) for name, q in questions.items()}
     return ShardScores(
-        components={
+        slices={
             name: Part(q.shape, ends[name][0], ends[name][1] - ends[name][0])
             for name, q in questions.items()
         },
@@ -116,7 +116,7 @@ def costs(rows: int, columns: int, tensors: int) -> dict[str, dict[str, int]]:
     names = [f"tensor{i}" for i in range(tensors)]
     shard = torch.randn(share, generator=torch.Generator().manual_seed(comm.rank()))
     asked = ShardScores(
-        components=dict.fromkeys(names, Part((rows, columns), share * comm.rank(), share)),
+        slices=dict.fromkeys(names, Part((rows, columns), share * comm.rank(), share)),
         score=lambda name: shard,
         live_mask=lambda name: shard > 0,
         site_stats=torch.zeros(0, 0),
