@@ -58,7 +58,7 @@ def flags(tiny: TinyRun, folder: Path, **options: object) -> list[str]:
 # --- invariants -----------------------------------------------------------------------------------
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     written(tmp_path)
     results = []
@@ -84,7 +84,7 @@ def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_pat
     assert whole["edits"] == one["edits"]
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_an_adapter_that_does_nothing_leaves_locality_at_100(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
@@ -94,7 +94,7 @@ def test_an_adapter_that_does_nothing_leaves_locality_at_100(
     assert said["after"] == said["before"]
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("method", ["adalora", "mora"])  # mora has no scale
 def test_a_silent_adapter_is_the_base_bit_for_bit(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, method: str
@@ -128,7 +128,7 @@ def metrics_by_transformers(
     return table_row(scored(asked, [answer for _, answer in now], said, before))
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_an_edit_as_a_sparse_delta_measures_the_same_and_is_undone_bit_for_bit(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
@@ -150,7 +150,7 @@ def test_an_edit_as_a_sparse_delta_measures_the_same_and_is_undone_bit_for_bit(
         assert torch.equal(weight, edited.state_dict()[name]), name
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_texts_are_those_of_transformers(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     written(tmp_path)
     prompts = ["The dog of Ada is", "Who", "The hat of Bo is a red one"]
@@ -409,7 +409,7 @@ def test_only_read_counts_and_a_bad_file_ends_with_2(tmp_path: Path) -> None:
     assert bad.returncode == 2 and "bad.json:2: edit 1: subject is missing" in bad.stderr
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_an_earlier_run_is_replaced_with_overwrite_only(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
