@@ -81,7 +81,7 @@ def _attach_base(trained: Trained, asked: ExportConfig) -> Trained:
 
 
 def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
-    """Refuse to replace anything but an earlier export, and the base in any case."""
+    """Refuse to replace the base model, or a folder that is not an earlier export."""
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not asked.overwrite:
@@ -173,9 +173,7 @@ def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Summar
         "sparsity": f"{found.sparsity:.4%}; at least {found.bound:.4%} by RoseLoRA's Proposition 1",
     }
     if trained.full:
-        summary["left out"] = (
-            f"{', '.join(trained.manifest['full_modules'])}, which was trained in full"
-        )
+        summary["left out"] = f"{', '.join(trained.manifest['full_modules'])} (trained in full)"
     return summary
 
 
