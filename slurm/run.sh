@@ -5,7 +5,7 @@
 say() { echo "slurm     $*"; }
 
 # The SLURM_JOB_ID of an array's last task is the id of the whole array: requeueing that would start
-# all tasks again. ARRAY_TASK names one task.
+# all tasks again. ARRAYJOB_TASK names this task alone.
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 requeues=${SLURM_RESTART_COUNT:-0}
@@ -38,7 +38,7 @@ all_nodes_answer() {
 }
 
 say "job $job, attempt $((requeues + 1)), on $SLURM_JOB_NODELIST, $(date '+%F %T')"
-all_nodes_answer && asks=yes || asks=no # if it fails now, a later failure means nothing
+all_nodes_answer && asks=yes || asks=no # if it fails now, it is not asked again
 status=0
 # After the first rank exits, the others have a minute to exit. --kill-on-bad-exit=1 would kill them
 # at once, and a run that saved well could end with the status of a kill.

@@ -128,9 +128,6 @@ def differences_from_training(adapter: Adapter, config: Config) -> list[str]:
         notes += [
             f"it was trained with --{n} {then[n]}, but is evaluated with {now[n]}" for n in differ
         ]
-        notes += (
-            [f"use --config {run} to evaluate it with the options it was trained with"]
-            if differ
-            else []
-        )
+        if differ:
+            notes.append(f"use --config {run} to evaluate it with the options it was trained with")
     return notes

@@ -45,8 +45,8 @@ def open_model(config: Config, adapter: Adapter) -> Model:
 
 def _does_not_fit(adapter: Adapter, problem: str) -> UserError:
     return UserError(
-        f"adapter {adapter.name} does not fit this model: {problem}. Give the adapter's base with "
-        "--model.",
+        f"adapter {adapter.name} does not fit this model: {problem.removesuffix('.')}. Give "
+        "the adapter's base with --model.",
         shared=True,
     )
 

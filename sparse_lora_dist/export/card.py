@@ -34,6 +34,7 @@ def write_card(
     """Write the model card of an export.
 
     Args:
+        trained: The exported run, or sum of runs.
         folder: Folder to write the card into, before it is moved to ``final``.
         final: Folder from which the card's code loads the export.
         kind: Value of ``--format``.
