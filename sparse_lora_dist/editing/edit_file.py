@@ -152,7 +152,9 @@ class _EditParser:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            self._add_problem(f"{name} must be an object {{kind: [probes]}}, got {type(value).__name__}")
+            self._add_problem(
+                f"{name} must be an object {{kind: [probes]}}, got {type(value).__name__}"
+            )
             return {}
         found = {}
         for kind, probes in value.items():
