@@ -60,7 +60,7 @@ def restore(
                 own(f"stat{i}", tensor_slice).to(device) for i in range(len(stats))
             )
         kept = {
-            name: saved.entries("kept", name, *shards.sites.own_kept(spec))
+            name: saved.entries("kept", name, *shards.sites.own_kept_bytes(spec))
             for name, (_, spec) in shards.sites.kept().items()
         }
         for name, squares_I in shards.sites.squares.items():
