@@ -1,4 +1,4 @@
-"""Reading a checkpoint: each rank the ranges it owns, from whichever files hold them."""
+"""Restore a run from a checkpoint: each rank reads the ranges it owns, from any rank's files."""
 
 from collections.abc import Mapping, Set
 from dataclasses import replace
@@ -20,8 +20,23 @@ from sparse_lora_dist.zero3.shares import TensorSlice
 def restore(
     checkpoint: Path, shards: Shards, manifest: Mapping[str, Any], reset: Set[str]
 ) -> Progress:
-    """Put everything back that was saved, but for what is ``reset``; return how far the run is. Its
-    files were checked before (``recover``). Collective."""
+    """Restore training state from a checkpoint. Collective.
+
+    Random states are restored only if the number of ranks is the same as when they were saved.
+
+    Args:
+        checkpoint: a step_... folder, whose files ``find_damage`` has checked.
+        shards: shards to restore into; the fp32 masters, optimizer, sites and kept tensors too.
+        manifest: what ``read_manifest`` returned for the checkpoint.
+        reset: what to start anew, any of "optimizer" (moments), "schedule" (steps, and moments with
+            them) and "data" (data position).
+
+    Returns:
+        Progress to go on from.
+
+    Raises:
+        UserError: on all ranks, if any rank cannot read a file.
+    """
     progress = Progress(**manifest["progress"])
     if "schedule" in reset:
         progress = replace(progress, step=0, tokens=0)
@@ -44,7 +59,7 @@ def restore(
             {p.name: own("born", p) for p in slices},
             progress.step,
         )
-        # Ages of moments are steps of the schedule.
+        # Birth steps are steps of the schedule, so a new schedule needs new moments.
         if reset & {"optimizer", "schedule"}:
             shards.optimizer.reset_moments()
         shards.sites.restore(manifest["sites"])
@@ -67,7 +82,7 @@ def restore(
             squares_I.copy_(saved.entries("squares", name, 0, len(squares_I)))
         if manifest["world_size"] == comm.world_size():
             _restore_random_states(saved.files[comm.rank()])
-    # Collective under hpZ, so not while another rank may have failed to read.
+    # Collective under hpZ, so it must come after the phase in which a rank may fail to read.
     for name, (parameter, _) in shards.sites.kept().items():
         shards.sites.fill_kept(parameter, kept.pop(name))
     shards.engine.masters_changed()
