@@ -39,8 +39,8 @@ def inject(
         alpha: LoRA alpha.
         dropout: probability with which an entry of a delta's input is dropped.
         micro_batches: micro-batches of an optimizer step on one rank.
-        initial: initial values by "site.tensor". A tensor that is missing here is drawn from
-            (seed, name), so its values are the same on any number of ranks.
+        initial: initial values by "site.tensor". A tensor missing here is drawn from (seed, name),
+            so its values are the same on any number of ranks.
 
     Returns:
         The adapters, in the order of ``sites``. Kept tensors are zero.

@@ -67,7 +67,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         there = checkpoint / file["name"]
         size = there.stat().st_size if there.exists() else 0
         if size != file["bytes"]:
-            raise UserError(f"{there} has {size} bytes, but was saved with {file['bytes']}.")
+            raise UserError(f"{there} has {size} bytes, but the manifest lists {file['bytes']}.")
     return manifest
 
 

@@ -1,6 +1,6 @@
 """Restore a run from a checkpoint: each rank reads the ranges it owns, from any rank's files."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,13 @@ def restore(
 ) -> Progress:
     """Restore training state from a checkpoint. Collective.
 
-    Random states are restored only if the number of ranks is the same as when they were saved.
+    Random states are restored only on as many ranks as saved them.
 
     Args:
         checkpoint: a step_... folder, whose files ``find_damage`` has checked.
-        shards: shards to restore into; the fp32 masters, optimizer, sites and kept tensors too.
+        shards: what to restore into, with its engine, optimizer and sites.
         manifest: what ``read_manifest`` returned for the checkpoint.
-        reset: what to start anew, any of "optimizer" (moments), "schedule" (steps, and moments with
+        reset: what to start anew: any of "optimizer" (moments), "schedule" (steps, and moments with
             them) and "data" (data position).
 
     Returns:
@@ -37,11 +37,7 @@ def restore(
     Raises:
         UserError: on all ranks, if any rank cannot read a file.
     """
-    progress = Progress(**manifest["progress"])
-    if "schedule" in reset:
-        progress = replace(progress, step=0, tokens=0)
-    if "data" in reset:
-        progress = replace(progress, rows=0)
+    progress = _progress_after_reset(Progress(**manifest["progress"]), reset)
     with fail_together(f"reading {checkpoint}"):
         saved = SavedSlices.of(checkpoint, manifest)
         slices = shards.engine.slices
@@ -66,14 +62,7 @@ def restore(
         shards.log_values = manifest["facts"]
         if manifest["ended"]:
             shards.free_statistics()
-        for name, stats in shards.stats.items():
-            tensor_slice, device = (
-                shards.sparse[name],
-                shards.engine.master(shards.sparse[name]).device,
-            )
-            shards.stats[name] = tuple(
-                own(f"stat{i}", tensor_slice).to(device) for i in range(len(stats))
-            )
+        _restore_statistics(shards, own)
         kept = {
             name: saved.entries("kept", name, *shards.sites.own_kept_bytes(spec))
             for name, (_, spec) in shards.sites.kept().items()
@@ -87,6 +76,23 @@ def restore(
         shards.sites.fill_kept(parameter, kept.pop(name))
     shards.engine.masters_changed()
     return progress
+
+
+def _progress_after_reset(progress: Progress, reset: Set[str]) -> Progress:
+    if "schedule" in reset:
+        progress = replace(progress, step=0, tokens=0)
+    if "data" in reset:
+        progress = replace(progress, rows=0)
+    return progress
+
+
+def _restore_statistics(shards: Shards, own: Callable[[str, TensorSlice], Tensor]) -> None:
+    for name, stats in shards.stats.items():
+        tensor_slice = shards.sparse[name]
+        device = shards.engine.master(tensor_slice).device
+        shards.stats[name] = tuple(
+            own(f"stat{i}", tensor_slice).to(device) for i in range(len(stats))
+        )
 
 
 def _restore_random_states(own: Any) -> None:
