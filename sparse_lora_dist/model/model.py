@@ -281,7 +281,7 @@ class Model:
 
     @cached_property
     def identity(self) -> str:
-        """Hash that tells this base from any other. It reads every file's header, so it is cached."""
+        """Hash that tells this base from any other; cached, since it reads every file's header."""
         return identity(self.folder, self.files)
 
 
