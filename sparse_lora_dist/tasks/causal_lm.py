@@ -76,6 +76,8 @@ CAUSAL_LM = Task(
     loss=batch_loss,
     tally=batch_tally,
     scores=loss_per_target,
+    trains_head=False,
     target="token",
     peft_type="CAUSAL_LM",
+    auto_class="AutoModelForCausalLM",
 )

@@ -116,6 +116,8 @@ SEQ_CLS = Task(
     loss=class_loss,
     tally=class_tally,
     scores=class_scores,
+    trains_head=True,
     target="example",
     peft_type="SEQ_CLS",
+    auto_class="AutoModelForSequenceClassification",
 )

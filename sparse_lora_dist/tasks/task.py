@@ -37,7 +37,11 @@ class Task:
     the same length for every micro-batch. Collective."""
     scores: Callable[[Tensor], dict[str, float]]
     """Sum of all tallies -> held-out scores by key of metrics.jsonl, "held_out_loss" first."""
+    trains_head: bool
+    """Whether the modules beside the base model are a head that trains in full."""
     target: str
     """What the loss is averaged over, as a word for messages: "token" or "example"."""
     peft_type: str
     """PEFT's name of the task."""
+    auto_class: str
+    """Name of the transformers class that loads a model for the task."""
