@@ -25,7 +25,6 @@ model = AutoModelFor{kind}.from_pretrained("{base}", dtype="auto"{options}){note
 applied = apply_sparse_delta(model, Path("{folder}"))
 applied.undo()  # restores every weight bit for bit""",
 }
-KINDS = {"causal_lm": "CausalLM", "seq_cls": "SequenceClassification"}
 
 
 def write_card(
@@ -87,7 +86,7 @@ def _code_fields(trained: Trained) -> dict[str, str]:
     revision = f', revision="{model.revision}"' if model.revision else ""
     in_full = ", ".join(trained.manifest["full_modules"])
     return {
-        "kind": KINDS[model.task],
+        "kind": TASKS[model.task].auto_class.removeprefix("AutoModelFor"),
         "base": trained.base,
         "code": code,
         "options": f"{labels}{revision}{code}",

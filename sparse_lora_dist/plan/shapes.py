@@ -17,6 +17,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.targets import find_full, find_sites
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.plan.scenario import Shapes
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, beside_base, modules_inside
 
 CONFIG_PATTERNS = ["config.json", "*.py"]
@@ -39,7 +40,7 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
-    head = Head(modules=beside_base(model) if options.task == "seq_cls" else {})
+    head = Head(modules=beside_base(model) if TASKS[options.task].trains_head else {})
     full = {**head.modules, **find_full(model, config.adapter.modules_to_save, head)}
     trained = modules_inside(full)
     return Shapes(

@@ -32,7 +32,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "an optimizer step": (SparseAdamW, "step"),
     "a decision": (Shards, "decide"),
     "an evaluation": (step, "batch_loss"),
-    "copying to the host": (save, "_copied"),
+    "copying to the host": (save, "_copied_to_host"),
     "writing a rank's file": (save, "save_file"),
     "syncing a file": (os, "fsync"),
     "sealing a manifest": (save, "sealed"),

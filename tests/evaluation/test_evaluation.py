@@ -569,5 +569,5 @@ def test_an_adapter_that_does_not_fit_is_refused(
     )
     assert "has only one of lora_A and lora_B" in message(half)
     head = {"base_model.model.other_head.weight": torch.zeros(2, 2)}
-    assert "nothing is called other_head" in message(other("head", lambda w: w | head))
+    assert "no module is called other_head" in message(other("head", lambda w: w | head))
     assert not output.exists()
