@@ -29,7 +29,7 @@ from sparse_lora_dist.base_model.safetensors_writer import (
     SafetensorsWriter,
     write_synced,
 )
-from sparse_lora_dist.base_model.weight_map import COMPONENTS, STATE, Sources
+from sparse_lora_dist.base_model.weight_map import STATE, STATE_TENSORS, Sources
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.zero3.parameters import gathered
@@ -64,7 +64,7 @@ def write_cache(
     held = list(_cached_weights(model, sources))
     quantized = {key for h in held for key in h.source.keys}
     plain = {key: entry for key, entry in files.entries.items() if key not in quantized}
-    parts = ("", STATE + "nf4", *COMPONENTS)
+    parts = ("", STATE + "nf4", *STATE_TENSORS)
     names = [*plain, *(key + part for key in quantized for part in parts)]
     header_bytes = sum(len(json.dumps(name)) + ABOUT_ONE for name in names)
     needed = sum(h.layout.packed_bytes + h.layout.scale_bytes for h in held)
