@@ -750,8 +750,8 @@ SIZES = {
         ({"model_type": "wonder", **SIZES, "num_attention_heads": 3}, "(?s)no Llama's.*multiple"),
         ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)no Llama's.*head_dim"),
         ({"model_type": ["llama"]}, "knows no architecture"),
-        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "sizes of no model"),
-        ({"model_type": "llama", **SIZES, "hidden_size": -64}, "sizes of no model"),
+        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "not describe a valid model"),
+        ({"model_type": "llama", **SIZES, "hidden_size": -64}, "not describe a valid model"),
     ],
 )
 def test_sizes_of_no_model_are_one_user_error(tmp_path: Path, content: object, words: str) -> None:
@@ -767,7 +767,7 @@ def test_training_says_so_too(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -
     (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
     flags = tiny.flags(tmp_path / "run", model=model)
     for message in ranks(2, "tests.work.run:refusal", flags=flags):
-        assert "sizes of no model" in message
+        assert "not describe a valid model" in message
 
 
 def test_ranks_that_hpz_does_not_divide_are_refused() -> None:
