@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.run_folder.metrics_log import JsonLines, read_records
+from sparse_lora_dist.run_folder.metrics_file import JsonLines, read_records
 
 NAME = "attempts.jsonl"
 

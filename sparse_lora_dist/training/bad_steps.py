@@ -11,7 +11,7 @@ from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.run_folder.metrics_log import JsonLines
+from sparse_lora_dist.run_folder.metrics_file import JsonLines
 from sparse_lora_dist.training.step import StepResult
 
 WINDOW, ENOUGH = 50, 20

@@ -21,7 +21,8 @@ from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.run_folder.attempts import Attempts
-from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes, read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
+from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes
 from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.runtime.signal_lead import SignalLead
 from sparse_lora_dist.sparsity.shards import Shards

@@ -9,7 +9,7 @@ import torch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import Decision
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
-from sparse_lora_dist.run_folder.metrics_log import JsonLines, read_records
+from sparse_lora_dist.run_folder.metrics_file import JsonLines, read_records
 from sparse_lora_dist.sparsity.shards import Shards
 
 

@@ -20,7 +20,7 @@ from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.export import peft_adapter
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
-from sparse_lora_dist.run_folder.metrics_log import JsonLines
+from sparse_lora_dist.run_folder.metrics_file import JsonLines
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.training import step
 from sparse_lora_dist.training.job import Job

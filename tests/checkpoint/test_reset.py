@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.checkpoint.test_recovery import step
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun

@@ -14,7 +14,7 @@ from sparse_lora_dist.export.export_options import load_request
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.shared.bit_masks import unpack
 from sparse_lora_dist.optim.learning_rate import LearningRate
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
