@@ -40,7 +40,7 @@ def stopped(flags: list[str], *, point: str, call: int, name: str, rank: int) ->
         calls += 1
         if calls == call and comm.rank() == rank:
             os.kill(os.getpid(), signal.Signals[name])
-            while stop_signals._wish is not None and stop_signals._wish.code == 0:
+            while stop_signals._request is not None and stop_signals._request.code == 0:
                 time.sleep(0.01)  # the listener has read it
         return usual(*args, **rest)
 
