@@ -79,7 +79,7 @@ def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_pat
     ranks(1, "tests.work.edit:stopped", flags=[*part, "--stop_after", "5"])
     assert not (tmp_path / "parts" / "edits.json").exists()
     (complaint, _) = ranks(2, COMPLAINT, flags=[*part, "--resume", "auto", "--number", "0:4"])
-    assert "was trained on other edits. Give --edits and --number as then" in complaint
+    assert "was trained on other edits. Give the same --edits and --number" in complaint
     (whole, _) = ranks(2, EDIT, flags=[*part, "--resume", "auto"])
     assert whole["edits"] == one["edits"]
 
