@@ -141,7 +141,7 @@ def test_a_reset_needs_a_folder_of_its_own(ranks: Ranks, tiny: TinyRun, four: Pa
     [
         (2, {"micro_batch_size": 1}, "--micro_batch_size 1 --gradient_accumulation_steps 2"),
         (1, {"micro_batch_size": 3}, "--micro_batch_size 2 --gradient_accumulation_steps 2"),
-        (3, {}, "cannot be shared out to 3 ranks; the nearest that can are 2 and 4"),
+        (3, {}, "cannot be divided among 3 ranks: use 2 or 4 ranks"),
     ],
 )
 def test_a_global_batch_that_is_not_kept_is_told_how_it_can_be(
