@@ -114,21 +114,14 @@ def load_documents(
 
     Args:
         source: file, folder or hub id; see ``read_examples``.
-        tokenizer: tokenizer of the model.
-        text_field: column of plain text.
-        prompt_field: column of the prompt of a pair.
-        response_field: column of the response of a pair.
+        text_field, prompt_field, response_field: columns of plain text, and of a pair.
         chat_template: jinja text or a file with it; None uses the tokenizer's own.
-        train_on: ``response`` takes the loss on assistant turns only; plain text is always
-            learned whole.
+        train_on: ``response`` for the loss on assistant turns only; plain text is learned whole.
         sequence_length: most tokens of a document, at least 2.
-        max_samples: number of first examples to read; None reads all.
-        column_names: names of the columns of a table without a header line.
-        flag: the command-line flag that holds ``source``, for messages.
-        split: part of a folder or hub data set.
+        max_samples, column_names, flag, split: see ``read_examples``.
 
     Raises:
-        UserError: the source or an example is wrong (with file and line), or nothing is left.
+        UserError: the source or an example is wrong (with file and line), or no example is left.
     """
     assert sequence_length >= 2, "a document of one token has nothing to predict"
     examples = read_examples(
