@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.version import __version__
 

@@ -10,7 +10,7 @@ import pytest
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint.manifest import FORMAT, sealed
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 

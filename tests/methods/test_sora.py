@@ -24,7 +24,7 @@ from sparse_lora_dist.methods.sora import (
     soft_threshold,
     sora,
 )
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.whole_scores import WholeScores

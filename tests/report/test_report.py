@@ -30,7 +30,7 @@ from sparse_lora_dist.report.saved_steps import Saved
 from sparse_lora_dist.report.style import FAINT, SERIES, TEXT
 from sparse_lora_dist.report.timeline import timeline
 from sparse_lora_dist.run_folder import lock as run_lock
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.system.processes import Process, this_process
 from tests.conftest import Ranks
 from tests.fixtures.browser import Browser, found

@@ -20,7 +20,7 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.report.ranks import Shares
 from sparse_lora_dist.report.run_data import read_run
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.show import checkpoint_table as checkpoint
 from sparse_lora_dist.show import peft_table as peft_adapter
 from sparse_lora_dist.show.show_command import as_text

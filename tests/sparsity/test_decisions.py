@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.training.test_laws import flags

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.config.test_ds_configs import engine_file
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun

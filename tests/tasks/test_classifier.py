@@ -329,7 +329,7 @@ def test_data_that_do_not_fit_are_refused(ranks: Ranks, bert: TinyRun, tmp_path:
     assert "strange.jsonl:1: label 'odd' is none of the classes: bad, good, ugly" in said
     long = jsonl(tmp_path / "long.jsonl", *({"text": "a" * 99, "label": i} for i in range(2)))
     said = refusal(ranks, bert, tmp_path, data=long, eval_data="null", sequence_length=80)
-    assert "80 tokens, but the model has positions for 66" in said
+    assert "80 tokens, but the model has only 66 positions" in said
 
 
 def test_a_head_of_other_classes_is_refused(ranks: Ranks, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from sparse_lora_dist.export.export_options import load_request
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.shared.bit_masks import unpack
 from sparse_lora_dist.optim.learning_rate import LearningRate
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
@@ -340,8 +340,8 @@ def test_a_sparse_model_is_made_of_weights_that_are_there_and_without_dropout(
     for path in tiny.model.glob("*token*"):
         shutil.copyfile(path, quantized / path.name)
     for options, said in (
-        ({"model": quantized}, "has them in 4 bits already. Give the model that it was made from"),
-        ({"dropout": 0.1}, "--dropout 0.1 would bring back at random what"),
+        ({"model": quantized}, "is stored in 4 bits. Give the model it was quantised from"),
+        ({"dropout": 0.1}, "--dropout 0.1 would bring back at random the base weights"),
     ):
         flags = tiny.flags(tmp_path / "run", method=method, max_steps=20, **options)
         # Of a model in 4 bits the few bytes that say how are read when it is opened.
@@ -354,7 +354,7 @@ def test_a_pair_is_no_beginning_of_other_tensors(
 ) -> None:
     flags = tiny.flags(tmp_path / "run", method="mora", init_adapter=tmp_path)
     (message,) = ranks(1, "tests.work.run:refusal", flags=flags)
-    assert "--method mora cannot begin with: it trains mora_m. Use lora" in message
+    assert "--method mora cannot start from one: it trains mora_m. Use --method lora" in message
 
 
 def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(
