@@ -235,10 +235,10 @@ def test_70b_peaks_under_8_gb_a_rank_of_8_while_loading(llama_70b: Shapes) -> No
 # Laws
 
 
-def small(tmp_path: Path, **options: object) -> Shapes:
+def small(tmp_path: Path, layers: int = 6, **options: object) -> Shapes:
     folder = tmp_path / "llama"
     if not folder.exists():
-        save_llama(folder, num_hidden_layers=6, hidden_size=96, intermediate_size=160)
+        save_llama(folder, num_hidden_layers=layers, hidden_size=96, intermediate_size=160)
     (folder / "model.safetensors").unlink(missing_ok=True)
     return shapes(str(folder), rank=4, **options)
 
@@ -295,7 +295,7 @@ def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shap
 def test_the_smallest_number_of_ranks_is_one_that_a_run_takes(
     tmp_path: Path, nodes: int, hpz: int, batch: int
 ) -> None:
-    of, ranks = small(tmp_path, micro_batch_size=1), Ranks(world_size=4 * nodes, nodes=nodes)
+    of, ranks = small(tmp_path, 2, micro_batch_size=1), Ranks(world_size=4 * nodes, nodes=nodes)
     ranks = ranks if not batch else replace(ranks, world_size=4, nodes=1)
     content: dict[str, Any] = {"zero_optimization": {"zero_hpz_partition_size": hpz}}
     content |= {"train_batch_size": batch} if batch else {}
@@ -327,7 +327,7 @@ def test_live_entries_follow_the_methods_own_schedule(
     llama_70b: Shapes, name: str, first: float, peak: float, last: float
 ) -> None:
     factory = METHODS[name]
-    found = forecast(factory, factory.options(), llama_70b.plan)
+    found = forecast(factory, factory.options(), llama_70b.run_context)
     alone = found.on(1)
     assert (alone.first, alone.peak, alone.last) == pytest.approx((first, peak, last), abs=0.01)
     assert found.birth_bytes == (2 if name == "increlora" else 0)
@@ -335,7 +335,7 @@ def test_live_entries_follow_the_methods_own_schedule(
 
 def test_open_components_lie_on_the_first_rank(llama_70b: Shapes) -> None:
     factory = METHODS["increlora"]
-    found = forecast(factory, factory.options(), llama_70b.plan)
+    found = forecast(factory, factory.options(), llama_70b.run_context)
     # Most of its rows of A, half of its columns of B.
     assert found.on(1).peak == pytest.approx(0.5, abs=0.01)
     assert 0.55 < found.on(4).peak <= 0.75
@@ -351,7 +351,7 @@ def test_a_linear_counts_by_its_own_rank(llama_70b: Shapes) -> None:
 
     method = Method(name="own", form=form, decides_at=lambda step: step == 0, decide=decide)
     factory = MethodFactory(options=NoOptions, build=lambda options, plan: method, summary="")
-    live = forecast(factory, NoOptions(), llama_70b.plan).on(1)
+    live = forecast(factory, NoOptions(), llama_70b.run_context).on(1)
     # Ranks 1 to 8, without the one of rank 4.
     assert live.first == live.last == pytest.approx(32 / 36)
 
@@ -487,7 +487,7 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
     )
     real = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     with torch.device("cpu"):
-        _dress_for_real(real, of, Method(name="lora"))
+        _inject_for_real(real, of, Method(name="lora"))
     storages: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
     kept = []
@@ -505,7 +505,7 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
     assert planned.kept == pytest.approx(saved, rel=0.05)
 
 
-def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
+def _inject_for_real(model: Any, of: Shapes, method: Any) -> None:
     from unittest.mock import patch
 
     from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
@@ -513,9 +513,9 @@ def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
 
     with (
         patch.object(shape_step, "META", torch.device("cpu")),
-        patch.object(shape_step, "_ShapeLinear", FrozenLinear),
+        patch.object(shape_step, "_MetaLinear", FrozenLinear),
     ):
-        shape_step._dress(model, of.sites, method, 0.0, 64, ())
+        shape_step._inject(model, of.sites, method, 0.0, 64, ())
 
 
 def test_an_unknown_architecture_says_which_fields_it_needs(tmp_path: Path) -> None:
@@ -548,9 +548,9 @@ def test_a_model_that_needs_more_than_shapes_keeps_a_llamas_activations(tmp_path
     sizes = {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", **sizes}))
     found = shapes(str(tmp_path), rank=4)
-    with pytest.raises(UserError, match="missing are intermediate_size") as caught:
+    with pytest.raises(UserError, match="missing or invalid: intermediate_size") as caught:
         assert found.step
-    assert "bloom cannot be run on shapes" in str(caught.value)
+    assert "bloom cannot be run on shapes alone" in str(caught.value)
     more = {"model_type": "bloom", "intermediate_size": 256, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(more))
     found = shapes(str(tmp_path), rank=4)
@@ -575,7 +575,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
 def test_what_fits_has_nothing_to_change() -> None:
     text = as_text(outcome(world_size=64, nodes=8, gpu_memory="80GB", **LEAN))
     assert "verdict   fits" in text and "to change" not in text
-    assert "come into a node from others" in text
+    assert "come into a node from other nodes" in text
 
 
 KEYS = {
@@ -648,7 +648,7 @@ def test_what_adapters_keep_stays_in_memory_beside_a_disk() -> None:
     found = shapes(method="pst", **LEAN)
     kept = [p for p in found.parameters if p.kind == "kept"]
     # A bit a weight of the base.
-    weights = sum(s.in_features * s.out_features for s in found.plan.sites)
+    weights = sum(s.in_features * s.out_features for s in found.run_context.sites)
     assert sum(p.numel for p in kept) * 2 == weights / 8
     assert host_bytes(found, disk, "kept", on_gpu=False) == weights / 8 / 8
 
@@ -722,7 +722,7 @@ def test_numbers_out_of_range_are_problems(options: dict[str, object], words: st
         ({"method": "roselora", "max_steps": 1}, "raise max_steps"),
         (
             {"method": "sora", "sora_lambdas": "0.5,1,2", "warmup_steps": 500},
-            "1000 steps are assumed: give --max_steps",
+            "1000 steps are assumed; set --max_steps",
         ),
     ],
 )
@@ -745,11 +745,17 @@ SIZES = {
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([], r"must hold one \{...\} object"),
-        ({"model_type": "wonder", **SIZES, "num_attention_heads": 0}, "missing are num_att"),
-        ({"model_type": "wonder", **SIZES, "num_attention_heads": 3}, "(?s)no Llama's.*multiple"),
-        ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)no Llama's.*head_dim"),
-        ({"model_type": ["llama"]}, "knows no architecture"),
+        ([], "must be a JSON object"),
+        (
+            {"model_type": "wonder", **SIZES, "num_attention_heads": 0},
+            "invalid: num_att",
+        ),
+        (
+            {"model_type": "wonder", **SIZES, "num_attention_heads": 3},
+            "(?s)not make a Llama.*multiple",
+        ),
+        ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)not make a Llama.*head_dim"),
+        ({"model_type": ["llama"]}, "does not know the architecture"),
         ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "sizes of no model"),
         ({"model_type": "llama", **SIZES, "hidden_size": -64}, "sizes of no model"),
     ],
