@@ -65,7 +65,8 @@ def smallest_world(
     """Find the smallest number of ranks on which the run fits, up to ``MAX_RANKS``.
 
     Tried are all numbers of ranks on one machine, up to ``ranks.per_node``, and then full machines.
-    Only multiples of hpZ's partition size are tried, as training refuses others.
+    Only multiples of hpZ's partition size are tried, as training refuses others. If the engine file
+    sets train_batch_size, only the present number is tried.
 
     Returns:
         The number of ranks, or None if the run fits on none.
@@ -77,14 +78,14 @@ def smallest_world(
 
     if engine.settles_ranks:
         return ranks.world_size if fits(ranks.world_size) else None
-    # One by one, for there is no order: more ranks on a machine need more of its memory, while a
-    # single rank gathers nothing.
+    # Not by bisection: more ranks on a machine need more of its memory, and a single rank gathers
+    # nothing, so the need neither only grows nor only shrinks.
     for count in range(engine.hpz, ranks.per_node + 1, engine.hpz):
         if fits(count):
             return count
     full = math.lcm(ranks.per_node, engine.hpz)
     counts = range(full, MAX_RANKS + 1, full)
-    # Bisection is right here: with more machines, none of them needs more memory.
+    # Bisection, because with more machines none of them needs more memory.
     first = bisect.bisect_left(counts, True, key=fits)
     return counts[first] if first < len(counts) else None
 

@@ -74,21 +74,21 @@ class Forecast:
         return float(live.max()) / size
 
 
-def forecast(factory: MethodFactory, options: object, plan: RunContext) -> Forecast:
+def forecast(factory: MethodFactory, options: object, context: RunContext) -> Forecast:
     """Simulate the method's decisions over a run.
 
     Args:
         factory: the method.
         options: the method's options.
-        plan: the run. A longer run is shortened to 200 steps, unless the method's options, which
+        context: the run. A longer run is shortened to 200 steps, unless the method's options, which
             may be given in steps, do not allow it.
     """
-    rank = max(site.rank for site in plan.sites)
+    rank = max(site.rank for site in context.sites)
     side = max(FEATURES, rank)
     sites = tuple(
         Site(name=f"{i}", in_features=side, out_features=side, rank=rank) for i in range(SITES)
     )
-    method, steps = _shortest(factory, options, plan, sites)
+    method, steps = _shortest(factory, options, context, sites)
     live = {
         name: torch.ones(spec.shape, dtype=torch.bool)
         for name, spec in trained_specs(method, sites).items()
@@ -106,15 +106,15 @@ def forecast(factory: MethodFactory, options: object, plan: RunContext) -> Forec
 
 
 def _shortest(
-    factory: MethodFactory, options: object, plan: RunContext, sites: tuple[Site, ...]
+    factory: MethodFactory, options: object, context: RunContext, sites: tuple[Site, ...]
 ) -> tuple[Method, int]:
-    for steps in (min(STEPS, plan.total_steps), plan.total_steps):
+    for steps in (min(STEPS, context.total_steps), context.total_steps):
         try:
-            short = replace(plan, total_steps=steps, warmup_steps=0, sites=sites)
+            short = replace(context, total_steps=steps, warmup_steps=0, sites=sites)
             return factory.build(options, short), steps
         except ValueError:  # options given in steps need a longer run
             continue
-    return factory.build(options, plan), plan.total_steps
+    return factory.build(options, context), context.total_steps
 
 
 def _take(

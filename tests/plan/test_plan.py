@@ -71,6 +71,15 @@ def outcome(**options: object) -> Outcome:
     )
 
 
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Llama-3-70B with 4 of its 80 layers: for what does not depend on their number."""
+    folder = tmp_path_factory.mktemp("four_layers")
+    content = json.loads((Path(LLAMA_70B) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 4}))
+    return str(folder)
+
+
 # Against real shards
 
 
@@ -589,8 +598,8 @@ SPEED_KEYS = {
 }  # fmt: skip
 
 
-def test_json_keys_are_frozen() -> None:
-    found = json.loads(json.dumps(as_json(outcome(**LEAN))))
+def test_json_keys_are_frozen(four_layers: str) -> None:
+    found = json.loads(json.dumps(as_json(outcome(model=four_layers, **LEAN))))
     assert set(found) == KEYS
     assert set(found["speed"]) == SPEED_KEYS
     assert set(found["lines"][0]) == {"key", "label", "place", "bytes"}
@@ -606,11 +615,12 @@ def host_bytes(of: Shapes, engine: PlannedEngine, key: str, *, on_gpu: bool = Tr
     return sum(x.bytes["pass"] for x in lines if x.key == key and x.place == "host")
 
 
-def test_the_advice_to_offload_is_what_the_file_does() -> None:
+def test_the_advice_to_offload_is_what_the_file_does(four_layers: str) -> None:
+    run = {"model": four_layers} | LEAN
     files = ROOT / "ds_configs"
-    offload = outcome(ds_config=str(files / "zero3_offload.json"), **LEAN).need
+    offload = outcome(ds_config=str(files / "zero3_offload.json"), **run).need
     for name in ("zero3.json", "zero3_hpz.json", "zero3_nvme.json"):
-        advised = outcome(ds_config=str(files / name), **LEAN).changes
+        advised = outcome(ds_config=str(files / name), **run).changes
         assert [c.need for c in advised if c.what.endswith("zero3_offload.json")] == [offload]
 
 
@@ -787,9 +797,9 @@ def test_a_runs_own_options_are_a_plan(tmp_path: Path) -> None:
     assert found.config.adapter.rank == 8
 
 
-def test_the_program_prints_json_and_draws(tmp_path: Path) -> None:
+def test_the_program_prints_json_and_draws(tmp_path: Path, four_layers: str) -> None:
     picture = tmp_path / "plan.png"
-    words = ["launcher/plan.py", "--model", LLAMA_70B, "--json", "--plot", str(picture)]
+    words = ["launcher/plan.py", "--model", four_layers, "--json", "--plot", str(picture)]
     words += ["--ds_config", "ds_configs/zero3_hpz.json"]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True
@@ -821,22 +831,25 @@ def test_the_command_of_the_warning_works_when_loading_died(
     assert "result" in ranks(1, "tests.work.plan:run_with_room", flags=flags, room=10**10)[0]
 
 
-def test_keys_that_are_not_planned_for_are_named(tmp_path: Path) -> None:
+def test_keys_that_are_not_planned_for_are_named(tmp_path: Path, four_layers: str) -> None:
     content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     content["zero_optimization"]["stage3_module_granularity_threshold"] = 0
     (tmp_path / "engine.json").write_text(json.dumps(content))
-    assert as_json(outcome(ds_config=str(tmp_path / "engine.json")))["notes"] == []
+    run = {"model": four_layers, "ds_config": str(tmp_path / "engine.json")}
+    assert as_json(outcome(**run))["notes"] == []
     content["zero_optimization"]["stage3_module_granularity_threshold"] = 1000
     content["zero_optimization"]["stage3_model_persistence_threshold"] = 0
     (tmp_path / "engine.json").write_text(json.dumps(content))
-    found = outcome(ds_config=str(tmp_path / "engine.json"))
+    found = outcome(**run)
+    text, notes = as_text(found), as_json(found)["notes"]
     for key in ("stage3_module_granularity_threshold", "stage3_model_persistence_threshold"):
-        assert f"{key} of the engine file is ignored" in as_text(found)
-        assert any(key in note for note in as_json(found)["notes"])
+        assert f"{key} of the engine file is ignored" in text
+        assert any(key in note for note in notes)
 
 
-def test_cpu_ranks_without_a_limit_are_not_said_to_fit() -> None:
-    free = outcome(gpu_memory="0")
+def test_cpu_ranks_without_a_limit_are_not_said_to_fit(four_layers: str) -> None:
+    run = {"model": four_layers, "gpu_memory": "0"}
+    free = outcome(**run)
     assert "verdict   not checked" in as_text(free) and as_json(free)["fits"] is None
-    assert "DOES NOT FIT" in as_text(outcome(gpu_memory="0", host_memory="1GB"))
-    assert "verdict   fits" in as_text(outcome(gpu_memory="0", host_memory="9TB"))
+    assert "DOES NOT FIT" in as_text(outcome(host_memory="1GB", **run))
+    assert "verdict   fits" in as_text(outcome(host_memory="9TB", **run))
