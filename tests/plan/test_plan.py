@@ -72,11 +72,11 @@ def outcome(**options: object) -> Outcome:
 
 
 @pytest.fixture(scope="module")
-def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Llama-3-70B with 4 of its 80 layers: for what does not depend on their number."""
-    folder = tmp_path_factory.mktemp("four_layers")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Llama-3-70B with 2 of its 80 layers: for what does not depend on their number."""
+    folder = tmp_path_factory.mktemp("two_layers")
     content = json.loads((Path(LLAMA_70B) / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 4}))
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2}))
     return str(folder)
 
 
@@ -598,8 +598,8 @@ SPEED_KEYS = {
 }  # fmt: skip
 
 
-def test_json_keys_are_frozen(four_layers: str) -> None:
-    found = json.loads(json.dumps(as_json(outcome(model=four_layers, **LEAN))))
+def test_json_keys_are_frozen(two_layers: str) -> None:
+    found = json.loads(json.dumps(as_json(outcome(model=two_layers, **LEAN))))
     assert set(found) == KEYS
     assert set(found["speed"]) == SPEED_KEYS
     assert set(found["lines"][0]) == {"key", "label", "place", "bytes"}
@@ -615,8 +615,8 @@ def host_bytes(of: Shapes, engine: PlannedEngine, key: str, *, on_gpu: bool = Tr
     return sum(x.bytes["pass"] for x in lines if x.key == key and x.place == "host")
 
 
-def test_the_advice_to_offload_is_what_the_file_does(four_layers: str) -> None:
-    run = {"model": four_layers} | LEAN
+def test_the_advice_to_offload_is_what_the_file_does(two_layers: str) -> None:
+    run = {"model": two_layers} | LEAN
     files = ROOT / "ds_configs"
     offload = outcome(ds_config=str(files / "zero3_offload.json"), **run).need
     for name in ("zero3.json", "zero3_hpz.json", "zero3_nvme.json"):
@@ -797,9 +797,9 @@ def test_a_runs_own_options_are_a_plan(tmp_path: Path) -> None:
     assert found.config.adapter.rank == 8
 
 
-def test_the_program_prints_json_and_draws(tmp_path: Path, four_layers: str) -> None:
+def test_the_program_prints_json_and_draws(tmp_path: Path, two_layers: str) -> None:
     picture = tmp_path / "plan.png"
-    words = ["launcher/plan.py", "--model", four_layers, "--json", "--plot", str(picture)]
+    words = ["launcher/plan.py", "--model", two_layers, "--json", "--plot", str(picture)]
     words += ["--ds_config", "ds_configs/zero3_hpz.json"]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True
@@ -831,11 +831,11 @@ def test_the_command_of_the_warning_works_when_loading_died(
     assert "result" in ranks(1, "tests.work.plan:run_with_room", flags=flags, room=10**10)[0]
 
 
-def test_keys_that_are_not_planned_for_are_named(tmp_path: Path, four_layers: str) -> None:
+def test_keys_that_are_not_planned_for_are_named(tmp_path: Path, two_layers: str) -> None:
     content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     content["zero_optimization"]["stage3_module_granularity_threshold"] = 0
     (tmp_path / "engine.json").write_text(json.dumps(content))
-    run = {"model": four_layers, "ds_config": str(tmp_path / "engine.json")}
+    run = {"model": two_layers, "ds_config": str(tmp_path / "engine.json")}
     assert as_json(outcome(**run))["notes"] == []
     content["zero_optimization"]["stage3_module_granularity_threshold"] = 1000
     content["zero_optimization"]["stage3_model_persistence_threshold"] = 0
@@ -847,8 +847,8 @@ def test_keys_that_are_not_planned_for_are_named(tmp_path: Path, four_layers: st
         assert any(key in note for note in notes)
 
 
-def test_cpu_ranks_without_a_limit_are_not_said_to_fit(four_layers: str) -> None:
-    run = {"model": four_layers, "gpu_memory": "0"}
+def test_cpu_ranks_without_a_limit_are_not_said_to_fit(two_layers: str) -> None:
+    run = {"model": two_layers, "gpu_memory": "0"}
     free = outcome(**run)
     assert "verdict   not checked" in as_text(free) and as_json(free)["fits"] is None
     assert "DOES NOT FIT" in as_text(outcome(host_memory="1GB", **run))
