@@ -53,26 +53,29 @@ class AdaLoraOptions:
     """AdaLoRA: a falling budget of components over all sites"""
 
     adalora_preset: Literal["paper", "released"] = "paper"
-    """Orthogonality penalty: the squared norms of all matrices added up, as in the paper, or the
-    mean of the norms, as in the released code, which also starts A and B at N(0, 0.02^2)."""
+    """Orthogonality penalty and initial values: paper (squared norms, summed over all matrices) or
+    released (mean of the unsquared norms, with A and B drawn from N(0, 0.02^2) as in the authors'
+    code)."""
     adalora_lambda_lr_factor: float | None = None
-    """Learning rate of lambda, in those of the run; null: 1 in released, else sqrt(out_features /
-    3), at which a component moves as far in a step as one of LoRA's."""
+    """Learning-rate multiplier for lambda, above 0. null: 1 for preset released, otherwise
+    sqrt(out_features / 3), with which a component moves as far per step as one of LoRA's."""
     adalora_target_rank: float | None = None
-    """Components a site keeps in the end, on average, from 1 to rank; null is two thirds of
-    rank."""
+    """Average number of components kept per linear at the end, from 1 to --rank. null: two thirds
+    of --rank."""
     adalora_begin: float = 0.1
-    """Fraction of the run after which components begin to go."""
+    """Fraction of the run after which pruning of components begins, at least 0; adalora_begin +
+    adalora_final must be below 1."""
     adalora_final: float = 0.2
-    """Fraction of the run, its end, in which the components that are left train alone."""
+    """Fraction of the run, at its end, in which only the components that were kept train, at least
+    0; adalora_begin + adalora_final must be below 1."""
     adalora_every: int | None = None
-    """Steps between two decisions; null is a hundredth of the run."""
+    """Steps between two pruning decisions, at least 1. null: 1% of the run."""
     adalora_beta1: float = 0.85
-    """Weight of the past in the smoothed sensitivity, in [0, 1)."""
+    """Decay rate of the smoothed sensitivity, in [0, 1)."""
     adalora_beta2: float = 0.85
-    """Weight of the past in its smoothed uncertainty, in [0, 1)."""
+    """Decay rate of the smoothed uncertainty of the sensitivity, in [0, 1)."""
     adalora_orthogonality: float = 0.1
-    """Weight of the penalty that holds A and B near orthonormal."""
+    """Weight of the penalty that keeps A and B near orthonormal, at least 0; 0 turns it off."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -48,9 +48,10 @@ class ColaOptions:
     """Chain of LoRA: pairs are folded away, and new ones train"""
 
     cola_links: int = 3
-    """Parts of the run, equal in length, that each train a pair from its start; 1 is plain LoRA."""
+    """Number of equal parts of the run that each train a new pair, at least 1; 1 is plain LoRA."""
     cola_stack_rank: int | None = None
-    """Rank that is kept of the pairs of earlier links; null: all of it, up to that of 8 pairs."""
+    """Rank of the frozen stack that holds the pairs of earlier links, at least 1 and at most the
+    smallest side of a linear. null: the sum of their ranks, but at most 8 x --rank."""
 
     def __post_init__(self) -> None:
         problems = []

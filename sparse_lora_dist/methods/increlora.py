@@ -73,36 +73,46 @@ class IncreLoraOptions:
     """IncreLoRA: ranks grow where they matter"""
 
     increlora_preset: Literal["paper", "released"] = "paper"
-    """paper, or what the released code does: it rescales at growth and may overshoot the budget."""
+    """Preset for the increlora options that are left unset: "paper", or "released" (the authors'
+    code, which rescales the update at growth and may overshoot the budget)."""
     increlora_start_rank: int = 1
-    """Components that are open in every linear at first."""
+    """Number of open components per linear at the start, at least 1."""
     increlora_target_rank: float | None = None
-    """Components a linear has in the end, on average; null is half of rank."""
+    """Average number of open components per linear at the end, at least 1. null: as
+    increlora_budget says, otherwise half of --rank."""
     increlora_budget: int | None = None
-    """The same as a total over all linears; give one of the two."""
+    """Total number of open components of the model at the end, at least 1; excludes
+    increlora_target_rank. null: increlora_target_rank x number of linears."""
     increlora_modules: int | None = None
-    """Linears that grow at a time; null is as few as get there by increlora_end."""
+    """Number of linears that grow per update, at least 1. null: the smallest number that reaches
+    the target by increlora_end."""
     increlora_pieces: int | None = None
-    """Components that each of them opens; null is half of the average in the end."""
+    """Number of components that each growing linear opens per update, at least 1. null: half of the
+    average rank at the end, or more if the target needs it."""
     increlora_every: int | None = None
-    """Steps between two growths; null is a tenth of the span from begin to end."""
+    """Steps between two growth updates, at least 1. null: a tenth of the steps between
+    increlora_begin and increlora_end."""
     increlora_begin: float | None = None
-    """Fraction of the run that passes before growth; null is 0.1, in released increlora_every."""
+    """Fraction of the run before growth begins, at least 0 and below increlora_end. null: 0.1 for
+    preset paper; with released the first growth is at step 2 x increlora_every."""
     increlora_end: float = 0.6
-    """Fraction of the run by which growth ends, unless increlora_modules says otherwise."""
+    """Fraction of the run by which growth ends, above increlora_begin and at most 1. Growth ends
+    later if a given increlora_modules is too small for it."""
     increlora_warmup: int | None = None
-    """Warm-up steps of components that come to life during the run; null is increlora_every."""
+    """Warm-up steps of a component that comes to life during the run, at least 0. null:
+    increlora_every."""
     increlora_lambda_lr_factor: float | None = None
-    """Learning rate of lambda, in those of the run; null: 1 in released, else sqrt(out_features /
-    3), at which a component moves as far in a step as one of LoRA's."""
+    """Learning-rate multiplier for lambda, above 0. null: 1 for preset released, otherwise
+    sqrt(out_features / 3), with which a component moves as far per step as one of LoRA's."""
     increlora_beta1: float = 0.85
-    """Weight of the past in the running mean of the importance, in [0, 1)."""
+    """Decay rate of the smoothed importance, in [0, 1)."""
     increlora_beta2: float = 0.85
-    """The same for how far the importance strays from that mean."""
+    """Decay rate of the smoothed deviation of the importance from its smoothed value, in [0, 1)."""
     increlora_orthogonality: float = 0.1
-    """Weight of the penalty that holds A and B near orthonormal; 0 is off."""
+    """Weight of the penalty that keeps A and B near orthonormal, at least 0; 0 turns it off."""
     increlora_score: Literal["triplet", "delta"] | None = None
-    """Importance by components, or by all of |dW * dL/dW|; null is triplet, in released delta."""
+    """Importance of a linear: triplet (sum over the scores of its open components) or delta (|dW *
+    dL/dW| over the whole update). null: triplet for preset paper, delta for released."""
 
     def __post_init__(self) -> None:
         problems = self._outside("at least 1", 1, inf, *COUNTS)

@@ -27,7 +27,7 @@ class LoraMiniOptions:
     """LoRA-Mini: small factors between large frozen ones"""
 
     lora_mini_size: int = 64
-    """Numbers that the frozen factors hand to the trained ones, and take from them."""
+    """Inner size of the frozen factors (outputs of A_aux, inputs of B_aux), at least 1."""
 
     def __post_init__(self) -> None:
         if self.lora_mini_size < 1:

@@ -45,8 +45,8 @@ class LortaOptions:
     """LoRTA: one low-rank tensor for all linears"""
 
     lorta_heads: int | None = None
-    """Heads that the outputs of every linear are cut into; null: as many as there are of 128
-    outputs each (64 where a linear has fewer than 4096), or the nearest number that divides."""
+    """Number of heads that the outputs of every linear are split into, at least 1; must divide
+    out_features. null: out_features / 128 (/ 64 below 4096 outputs), or the nearest divisor."""
 
     def __post_init__(self) -> None:
         if self.lorta_heads is not None and self.lorta_heads < 1:

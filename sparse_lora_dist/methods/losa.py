@@ -51,17 +51,18 @@ class LosaOptions:
     """LoSA: a sparse base and its low-rank update"""
 
     losa_sparsity: float = 0.5
-    """Share of the weights that is zero in the end, in [0, 1)."""
+    """Fraction of the base weights that are zero at the end, in [0, 1)."""
     losa_rounds: int = 5
-    """In how many rounds it is reached, from step 1 on, at equal distances."""
+    """Number of pruning rounds, at least 1: the first after step 1, the last at losa_until, equally
+    spaced."""
     losa_until: float = 0.4
-    """Share of the run at which the last round is, below 1."""
+    """Fraction of the run at which the last pruning round happens, in (0, 1)."""
     losa_mean_rank: int | None = None
-    """Components a linear has after the last round, on average; a round earlier one less. Null:
-    five eighths of --rank, which is the most that one may have."""
+    """Average rank after the last round, from 1 to --rank; one less in each earlier round. No
+    linear exceeds --rank. null: five eighths of --rank."""
     losa_spread: float = 0.02
-    """By how much a linear's sparsity may differ from that of all, at most. Of fewer than 3 rows a
-    step nothing can be compared, and all get the same."""
+    """Maximum deviation of a linear's sparsity from the average, in [0, 1). Needs a global batch of
+    at least 3 rows; with fewer, all linears get the average."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -34,9 +34,11 @@ class MeLoraOptions:
     """MELoRA: mini adapters on slices of a linear"""
 
     melora_blocks: int = 2
-    """How many; both sides of every linear must be divisible by it."""
+    """Number of mini-adapters per linear, at least 1; must divide in_features and out_features of
+    every linear."""
     melora_ranks: tuple[int, ...] = ()
-    """The rank of each, as many as melora_blocks; empty: --rank for all."""
+    """Rank of each mini-adapter, at least 1; as many numbers as melora_blocks. Empty: --rank for
+    every mini-adapter."""
 
     def __post_init__(self) -> None:
         problems = []

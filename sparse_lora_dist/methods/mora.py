@@ -56,11 +56,12 @@ class MoraOptions:
     """MoRA: a square matrix between fixed maps"""
 
     mora_type: Literal[1, 6] = 6
-    """How input and output are mapped: 1 (sums and repeats, for large --rank) or 6 (rotated
-    groups, for small)."""
+    """Mapping of input and output: 1 (sums and repeats, for large --rank) or 6 (rotated groups, for
+    small --rank)."""
     mora_restarts: int = 0
-    """How often the matrix is merged and begins again, features grouped another way (ReMoRA); each
-    time with a learning-rate schedule of its own."""
+    """Number of times that the square matrix is merged and restarted with another grouping of
+    features (ReMoRA), at least 0. Each restart begins a learning-rate schedule of its own; 0 is
+    MoRA without restarts."""
 
     def __post_init__(self) -> None:
         if self.mora_restarts < 0:

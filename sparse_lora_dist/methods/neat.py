@@ -44,10 +44,11 @@ class NeatOptions:
     """NEAT: a small network of the base weight"""
 
     neat_form: Literal["official", "peft"] = "official"
-    """Which side of the weight the network reads: its inputs (official) or its outputs (as PEFT's
-    peanut, which can then go on with it)."""
+    """Side of the weight that the network reads: official (the input side) or peft (the output
+    side, as PEFT's PEANuT, which can go on training it)."""
     neat_depth: int = 0
-    """Layers of R x R in between; PEFT's form has twice as many."""
+    """Number of additional R x R layers, at least 0; form peft has so many encoders and as many
+    decoders."""
 
     def __post_init__(self) -> None:
         if self.neat_depth < 0:

@@ -44,17 +44,18 @@ class PriLoraOptions:
     """PRILoRA: ranks rise with depth, A is pruned"""
 
     prilora_first: int | None = None
-    """Rank of the bottom layer; --rank is the mean, and the top layer's is as much above it as this
-    is below. null: half of --rank, or the nearest that fits the linears."""
+    """Rank of the bottom layer, at least 1; --rank is the mean, and the top layer has rank 2 x
+    --rank - prilora_first. null: half of --rank, or the nearest rank that fits the linears."""
     prilora_sparsity: float = 0.5
-    """Share of each row of A that a pruning zeroes, in [0, 1); 0 never prunes."""
+    """Fraction of each row of A that a pruning sets to zero, in [0, 1); 0 turns pruning off."""
     prilora_every: int | None = None
-    """Steps between two prunings; null: 40, or a quarter of what follows prilora_start, if that is
-    less."""
+    """Steps between two prunings, at least 1. null: 40, or a quarter of the steps after
+    prilora_start if that is less."""
     prilora_start: int = 0
-    """Steps after which the first prilora_every begins."""
+    """Steps before the first pruning interval, at least 0; the first pruning is at step
+    prilora_start + prilora_every."""
     prilora_decay: float = 0.9
-    """How much of the running mean of squared inputs stays at each step, in [0, 1)."""
+    """Decay rate of the running mean of squared inputs, in [0, 1)."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -52,23 +52,26 @@ class PstOptions:
     """PST: weights are pruned by a learned score while they are tuned"""
 
     pst_sparsity: float = 0.5
-    """Share of each weight's entries that are zero in the end, in [0, 1)."""
+    """Fraction of each weight's entries that are zero at the end, in [0, 1)."""
     pst_initial_sparsity: float = 0.0
-    """The same at first, at most pst_sparsity."""
+    """Fraction of each weight's entries that are zero at the start, from 0 to pst_sparsity."""
     pst_warmup: float = 0.1
-    """Fraction of the run after which the sparsity begins to rise."""
+    """Fraction of the run after which the sparsity begins to rise, at least 0; pst_warmup +
+    pst_cooldown must be below 1."""
     pst_cooldown: float = 0.3
-    """Fraction of the run that is left when pst_sparsity is reached."""
+    """Fraction of the run that is left when pst_sparsity is reached, at least 0; pst_warmup +
+    pst_cooldown must be below 1."""
     pst_every: int | None = None
-    """Steps between two masks, also once pst_sparsity is reached; null is a fiftieth of the run."""
+    """Interval in steps between mask updates, at least 1; updates continue after pst_sparsity is
+    reached. null: 2% of the run."""
     pst_score_rank: int | None = None
-    """Rank of the score's low-rank part; null: --rank."""
+    """Rank of the low-rank part A B of the score, at least 1. null: --rank."""
     pst_beta: float = 1.0
-    """Weight of the low-rank change of the weights, above 0."""
+    """Scale of the low-rank change U V of the weights, above 0."""
     pst_alpha1: float = 1.0
-    """Weight of the score's low-rank part; 0 is none."""
+    """Weight of the low-rank part A B of the score, at least 0; 0 turns it off."""
     pst_alpha2: float = 1.0
-    """Weight of the score's rows and columns; 0 is none."""
+    """Weight of the row and column terms of the score, at least 0; 0 turns them off."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -63,26 +63,34 @@ class RoseLoraOptions:
     """RoseLoRA: rows of A and columns of B become sparse"""
 
     roselora_preset: Literal["paper", "released"] = "paper"
-    """Whose rule where the options below are null: the paper's, or that of its released code."""
+    """Preset for the roselora options that are left unset: "paper", or "released" (the authors'
+    code)."""
     roselora_keep: float = 0.05
-    """Fraction of each row of A and column of B that is kept in the end, in (0, 1]."""
+    """Fraction of the entries of each row of A and column of B that is kept at the end, in (0, 1];
+    1 turns pruning off."""
     roselora_begin: float = 0.1
-    """Fraction of the run after which entries begin to go."""
+    """Fraction of the run after which pruning begins, at least 0 and below roselora_end."""
     roselora_end: float = 0.8
-    """Fraction of the run at which only roselora_keep is left, above roselora_begin."""
+    """Fraction of the run at which the kept fraction reaches roselora_keep, above roselora_begin
+    and at most 1."""
     roselora_every: int | None = None
-    """Steps between two decisions, in between the masks stay; null: a hundredth of the run, or 1
-    with dense moments."""
+    """Steps between two pruning decisions, at least 1; masks stay unchanged in between. null: 1% of
+    the run, or 1 with roselora_dense_moments."""
     roselora_beta: float = 0.8
-    """Weight of the past in the smoothed sensitivity, in [0, 1)."""
+    """Decay rate of the smoothed sensitivity, in [0, 1)."""
     roselora_seed_average: bool | None = None
-    """Start the smoothed sensitivity at its first value instead of at zero."""
+    """Start the smoothed sensitivity at its first value instead of at zero. null: false for preset
+    paper, true for released."""
     roselora_ties: Literal["exact", "kthvalue"] | None = None
-    """exact: so many entries stay, ties by index; kthvalue: all from the threshold up."""
+    """Rule for scores that tie at the threshold: exact keeps a fixed number of entries, lowest
+    index first; kthvalue keeps all entries at or above the threshold. null: exact for preset paper,
+    kthvalue for released."""
     roselora_clamp: float | None = None
-    """Largest absolute value of an entry once pruning has begun; 0 is none."""
+    """Largest absolute value of an entry of A or B once pruning has begun, at least 0; 0 clamps
+    nothing. null: 0 for preset paper, 0.003 for released."""
     roselora_dense_moments: bool | None = None
-    """Keep moments of masked entries, which then move in each step until they are zeroed again."""
+    """Keep the moments of pruned entries, which then move in every step and are zeroed again after
+    it; requires roselora_every 1. null: false for preset paper, true for released."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -67,11 +67,14 @@ class SaraOptions:
     """SaRA: the smallest entries of the weights train"""
 
     sara_density: float | None = None
-    """Share of each weight's entries that train, in (0, 1); null: as many as LoRA of --rank has."""
+    """Fraction of each weight's entries that train, in (0, 1). null: as many entries as LoRA of
+    --rank has."""
     sara_reselect: float | None = 0.5
-    """Share of the run after which the smallest entries are chosen anew; 0 or null: never."""
+    """Fraction of the run after which the smallest entries are selected again, in [0, 1). 0 or
+    null: never."""
     sara_nuclear: float = 0.0
-    """Weight of the nuclear norm, smoothed, of the matrix of what trains; 0 is off."""
+    """Weight of the smoothed nuclear norm of the matrix of trained entries, at least 0; 0 turns it
+    off."""
 
     def __post_init__(self) -> None:
         problems = []

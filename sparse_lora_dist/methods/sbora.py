@@ -29,7 +29,8 @@ class SBoraOptions:
     """SBoRA: columns or rows of the weight train"""
 
     sbora_side: Literal["fa", "fb"] = "fa"
-    """What is fixed: A (fa, --rank columns of each weight change) or B (fb, as many rows)."""
+    """Factor that is fixed: fa (A; --rank columns of each weight change) or fb (B; --rank rows
+    change)."""
 
 
 def sbora(options: SBoraOptions, context: RunContext) -> Method:

@@ -59,13 +59,16 @@ class ShiraOptions:
     """SHiRA: chosen entries of the weights train"""
 
     shira_density: float | None = None
-    """Share of each weight's entries that train, in (0, 1]; null: as many as LoRA of --rank has."""
+    """Fraction of each weight's entries that train, in (0, 1]. null: as many entries as LoRA of
+    --rank has."""
     shira_support: Support = "random"
-    """Which: at random, evenly spaced rows or columns with the diagonal, those of largest weight,
-    of largest gradient, or of largest product of the two."""
+    """Choice of the entries that train: random, rows or columns (evenly spaced, with the diagonal),
+    magnitude (largest |weight|), gradient (largest |gradient|) or snip (largest |weight x
+    gradient|)."""
     shira_calibration_steps: int = 1
-    """Steps in which gradients choose, each a part of the linears; more take less memory. What is
-    trained in them is forgotten."""
+    """Calibration steps for supports gradient and snip, at least 1 and fewer than the run has.
+    Linears are split evenly over them, which lowers peak memory; updates made during calibration
+    are discarded."""
 
     def __post_init__(self) -> None:
         problems = []

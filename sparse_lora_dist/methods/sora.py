@@ -82,28 +82,31 @@ class SoraOptions:
     """SoRA: gates on the components go to zero"""
 
     sora_preset: Literal["paper", "released"] = "paper"
-    """What the options left null mean: the paper's method, or what its released code does."""
+    """Preset for the sora options that are left unset: "paper", or "released" (the authors' code,
+    in which the learning rate is 0 after the first stage)."""
     sora_lambdas: tuple[float, ...] = ()
-    """Weight of the gates' L1 norm; several rising numbers are as many stages of the run, each with
-    a learning-rate schedule of its own (in the released preset at 0). Empty: as the preset says."""
+    """Weights of the gates' L1 norm, at least 0 and rising. Each value is a stage of the run with a
+    learning-rate schedule of its own. Empty: 1.5 for preset paper, 0.0003 for released."""
     sora_threshold: Literal["exact", "scaled", "released"] | None = None
-    """What shrinks a gate at each step: the soft threshold at rate x lambda (exact), at rate x
-    lambda / Adam's denominator (scaled), or the released operator at lambda; null: the preset's."""
+    """Shrinkage of the gates at each step: exact (soft threshold of learning rate x lambda), scaled
+    (soft threshold of learning rate x lambda / Adam's denominator; sora_lambdas must start with 0)
+    or released (the authors' operator with threshold lambda). null: exact for preset paper,
+    released for released."""
     sora_gate_lr_factor: float | None = None
-    """Learning rate of the gates, in those of the run; null: 1 in the released
-    preset, else so much that gates of size 1 can come to 0 in a stage."""
+    """Learning-rate multiplier for the gates, above 0. null: 1 for preset released, otherwise large
+    enough for a gate of size 1 to reach 0 within a stage."""
     sora_gate_init: Literal["normal", "ones"] = "normal"
-    """First values of the gates: drawn from N(0, 1), as in the released code, or 1."""
+    """Initial values of the gates: normal (drawn from N(0, 1), as in the authors' code) or ones."""
     sora_l1: float | None = None
-    """Weight of the mean |gate| that is added to the loss; null: the preset's, 0 or 10 (released
-    with stages: 0.001)."""
+    """Weight of the mean |gate| that is added to the loss, at least 0. null: 0 for preset paper;
+    for released 10, or 0.001 with several stages."""
     sora_reset_moments: bool = False
-    """Do Adam's moments start anew at each stage?"""
+    """Reset Adam's moments at the start of each stage."""
     sora_reopen: bool = True
-    """May a gate at zero open again? If not, the next count drops its component, which is then no
-    longer computed."""
+    """Let a gate at zero open again. If false, the next count of open gates drops its component,
+    which is then no longer computed."""
     sora_every: int | None = None
-    """Steps between two counts of open gates; null is a fiftieth of the run."""
+    """Steps between two counts of open gates, at least 1. null: 2% of the run."""
 
     def __post_init__(self) -> None:
         lambdas, factor = self.sora_lambdas, self.sora_gate_lr_factor
