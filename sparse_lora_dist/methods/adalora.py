@@ -86,7 +86,7 @@ class AdaLoraOptions:
         begin, final = self.adalora_begin, self.adalora_final
         if begin < 0.0 or final < 0.0 or begin + final >= 1.0:
             problems.append(
-                "adalora_begin and adalora_final must be at least 0 and together below 1, "
+                "adalora_begin and adalora_final must be at least 0 and their sum below 1, "
                 f"got {begin} and {final}"
             )
         factor = self.adalora_lambda_lr_factor
@@ -118,14 +118,14 @@ def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
     problems = []
     if last > first:
         problems.append(
-            f"adalora_target_rank {options.adalora_target_rank} makes {last} components, but "
-            f"rank only "
-            f"{first}: raise rank"
+            f"adalora_target_rank {options.adalora_target_rank} makes {last} components, but all "
+            f"linears together have {first}: raise rank, or lower adalora_target_rank"
         )
     if begin >= end:
         problems.append(
-            f"components would go between steps {begin} and {end} of {context.total_steps}, "
-            f"{begin + 1 - end} too few: raise max_steps, or lower adalora_begin or adalora_final"
+            f"pruning would begin at step {begin} and end at step {end} of {context.total_steps}, "
+            "which leaves no step to prune in: raise max_steps, or lower adalora_begin or "
+            "adalora_final"
         )
     if problems:
         raise ValueError("; ".join(problems))

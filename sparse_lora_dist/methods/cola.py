@@ -99,7 +99,7 @@ def check(options: ColaOptions, context: RunContext) -> None:
     side = min(least.out_features, least.in_features)
     if options.cola_stack_rank is not None and options.cola_stack_rank > side:
         raise ValueError(
-            f"cola_stack_rank is {options.cola_stack_rank}, and {least.name} is "
+            f"cola_stack_rank is {options.cola_stack_rank}, but {least.name} is only "
             f"{least.out_features} x {least.in_features}: take {side} or less"
         )
 

@@ -122,11 +122,14 @@ class IncreLoraOptions:
         begin = as_preset(self, self.increlora_preset, PRESETS).increlora_begin
         if not 0.0 <= (begin or 0.0) < self.increlora_end <= 1.0:
             problems.append(
-                "increlora_begin and increlora_end must be 0 <= begin < end <= 1, "
+                "increlora_begin and increlora_end must satisfy 0 <= begin < end <= 1, "
                 f"got {begin} and {self.increlora_end}"
             )
         if self.increlora_target_rank is not None and self.increlora_budget is not None:
-            problems.append("increlora_target_rank and increlora_budget say the same: give one")
+            problems.append(
+                "increlora_target_rank and increlora_budget both set the size at the end, got "
+                f"{self.increlora_target_rank} and {self.increlora_budget}: give one of them"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -287,7 +290,7 @@ def delta_scores(scores: Scores) -> list[float]:
     mean_S, spread_S = scores.site_stats
     score_S = mean_S * spread_S
     if not torch.isfinite(score_S).all():
-        raise FloatingPointError("importance scores hold NaN or infinity")
+        raise FloatingPointError("importance scores contain NaN or infinity: lower --learning_rate")
     return [float(score) for score in score_S]
 
 

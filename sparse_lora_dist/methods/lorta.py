@@ -135,7 +135,7 @@ def check_heads(site: Site, wanted: int | None) -> None:
         near = sorted(nearest_divisors(site.out_features, wanted)[:2])
         raise ValueError(
             f"lorta_heads {wanted} does not divide the {site.out_features} outputs of {site.name}; "
-            f"the nearest that do are {' and '.join(map(str, near))}"
+            f"the nearest numbers that do are {' and '.join(map(str, near))}"
         )
 
 
@@ -151,7 +151,7 @@ def check_shapes(sites: Sequence[Site]) -> None:
     others = [site.name for group in groups.values() if group is not most for site in group]
     names = dict.fromkeys(own_ending(site.name, others) for site in most)
     raise ValueError(
-        f"all linears must have one shape, got {', '.join(got)}; the largest group that does is "
+        f"all linears must have one shape, got {', '.join(got)}; the largest group of one shape is "
         f"--target_modules {','.join(names)}"
     )
 

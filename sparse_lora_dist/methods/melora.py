@@ -48,7 +48,7 @@ class MeLoraOptions:
             problems.append(f"melora_ranks must be at least 1, got {list(self.melora_ranks)}")
         if self.melora_ranks and len(self.melora_ranks) != self.melora_blocks:
             problems.append(
-                f"melora_ranks must be {self.melora_blocks} numbers, one a block, "
+                f"melora_ranks must be {self.melora_blocks} numbers, as many as melora_blocks, "
                 f"got {list(self.melora_ranks)}"
             )
         if problems:
@@ -102,8 +102,9 @@ def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
     whole = [n for n in range(1, common + 1) if common % n == 0]
     nearest = min(whole, key=lambda n: (abs(n - blocks), n))
     raise ValueError(
-        f"{odd.name} is {odd.out_features} x {odd.in_features}, which melora_blocks {blocks} does "
-        f"not divide; the nearest that divides every linear is {nearest}"
+        f"melora_blocks {blocks} does not divide both sides of {odd.name}, which is "
+        f"{odd.out_features} x {odd.in_features}; the nearest number that divides every linear is "
+        f"{nearest}"
     )
 
 

@@ -122,8 +122,8 @@ def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
     if first not in (None, nearest):
         raise ValueError(
             f"prilora_first is {first}: with --rank {mean} as the mean the top layer would have "
-            f"{2 * mean - wanted}. Ranks go from 1 to the shortest side of a layer's linears, and "
-            f"a single layer has --rank; the nearest that works is {nearest}"
+            f"rank {2 * mean - wanted}, but ranks must be from 1 to the shortest side of a layer's "
+            f"linears, and a single layer has --rank; the nearest rank that works is {nearest}"
         )
     return dict(zip(sides, ramp(nearest, mean, len(sides)), strict=True))
 
@@ -150,9 +150,9 @@ def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
     every = options.prilora_every or max(1, min(EVERY, (total_steps - start) // 4))
     if start + every > total_steps:
         raise ValueError(
-            f"prilora_start {start} and prilora_every {every} prune first at step {start + every}, "
-            f"and the run has {total_steps}: take at most {total_steps} for their sum, or "
-            "prilora_sparsity 0"
+            f"prilora_start {start} and prilora_every {every} put the first pruning at step "
+            f"{start + every}, but the run has {total_steps}: take at most {total_steps} for their "
+            "sum, or prilora_sparsity 0"
         )
     return Rewriting(
         at=lambda step: step > start and (step - start) % every == 0,

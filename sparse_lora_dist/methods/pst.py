@@ -77,14 +77,14 @@ class PstOptions:
         problems = []
         if not 0.0 <= self.pst_initial_sparsity <= self.pst_sparsity < 1.0:
             problems.append(
-                "pst_initial_sparsity and pst_sparsity must be 0 <= initial <= final < 1, "
+                "pst_initial_sparsity and pst_sparsity must satisfy 0 <= initial <= final < 1, "
                 f"got {self.pst_initial_sparsity} and {self.pst_sparsity}"
             )
         if not (min(self.pst_warmup, self.pst_cooldown) >= 0.0) or not (
             self.pst_warmup + self.pst_cooldown < 1.0
         ):
             problems.append(
-                "pst_warmup and pst_cooldown must be at least 0 and together below 1, "
+                "pst_warmup and pst_cooldown must be at least 0 and their sum below 1, "
                 f"got {self.pst_warmup} and {self.pst_cooldown}"
             )
         for name in ("pst_every", "pst_score_rank"):
@@ -112,8 +112,8 @@ def pst(options: PstOptions, context: RunContext) -> Method:
     if final > 0.0 and end >= total:
         least = next(n for n in count(total + 1) if round(options.pst_warmup * n) + 1 < n)
         raise ValueError(
-            f"pst_sparsity would be reached at step {end}, and the run has {total}: a step must "
-            f"be left to train in; take max_steps {least} or more, or a smaller pst_warmup"
+            f"pst_sparsity would be reached at step {end}, but the run has {total}: at least one "
+            f"step must follow; take max_steps {least} or more, or a smaller pst_warmup"
         )
     every = options.pst_every or max(1, total // 50)
 

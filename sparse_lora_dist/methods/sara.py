@@ -101,9 +101,8 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
     if options.sara_reselect and not 0 < switch < context.total_steps:
         raise ValueError(
             f"sara_reselect is {options.sara_reselect}, which is after {switch} of the run's "
-            f"{context.total_steps} steps, and a step must come before and one after: "
-            "take 0.5 in a "
-            "run of at least 2 steps, or 0 for never"
+            f"{context.total_steps} steps, but at least one step must come before it and one "
+            "after: take 0.5 in a run of at least 2 steps, or 0 to select once only"
         )
 
     def penalty(tensors: Tensors) -> dict[str, Tensor]:
@@ -128,7 +127,8 @@ def check_count(site: Site, options: SaraOptions) -> None:
         most = (weight - 1) // (site.out_features + site.in_features)
         raise ValueError(
             f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} makes "
-            f"{count:,} entries of its {weight:,}; take {most} or less, or a --sara_density below 1"
+            f"{count:,} entries train, but the weight has {weight:,} and not all may train; take "
+            f"--rank {most} or less, or set --sara_density"
         )
 
 
@@ -194,8 +194,9 @@ def choose(whole: Whole) -> Rewritten:
         room = len(whole.tensors["sara_left_places"])
         if int((rest_E > 0.0).sum()) > room:
             raise ValueError(
-                f"more entries have left what trains than there is room for ({room:,}): the "
-                "schedule began anew after a re-selection, which SaRA has no place for"
+                f"more entries have left the trained ones than there is room for ({room:,}): the "
+                "schedule was reset after a re-selection, which SaRA does not support; resume "
+                "without --reset schedule"
             )
         places_C = first_of(rest_E, room)
         tensors["sara_left_places"] = places_C.to(before.dtype)

@@ -46,7 +46,7 @@ def sbora(options: SBoraOptions, context: RunContext) -> Method:
         if site.rank > side:
             raise ValueError(
                 f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} is "
-                f"more than its {side} {lines}; take {side} or less"
+                f"more than its {side} {lines}; take --rank {side} or less"
             )
     return Method(name="sbora", form=build)
 

@@ -94,8 +94,8 @@ def shira(options: ShiraOptions, context: RunContext) -> Method:
     steps, support = options.shira_calibration_steps, options.shira_support
     if support in BY_GRADIENT and steps >= context.total_steps:
         raise ValueError(
-            f"shira_calibration_steps is {steps}, and the run has {context.total_steps} steps: at "
-            "least one must be left to train in"
+            f"shira_calibration_steps is {steps}, but the run has {context.total_steps} steps, and "
+            "at least one must follow calibration: take fewer calibration steps, or raise max_steps"
         )
     notes = (cost_of_gradients(context, steps),) if support in BY_GRADIENT else ()
     return Method(
@@ -111,24 +111,30 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
     weights = sum(site.out_features * site.in_features for site in context.sites)
     held = 4e-9 * weights / steps
     return (
-        f"gradients that choose the support take {held:,.2f} GB over all ranks together in the "
-        f"first steps ({steps}), which is not in the plan; more --shira_calibration_steps take less"
+        f"calibration gradients take {held:,.2f} GB over all ranks together in the first steps "
+        f"({steps}), and the memory plan does not count them; raise --shira_calibration_steps to "
+        "lower this"
     )
 
 
 def check_count(site: Site, options: ShiraOptions) -> None:
     """Does a weight have room for N?"""
     weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
-    asked = f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} makes"
+    shape, density = f"{site.out_features} x {site.in_features}", options.shira_density
+    option = f"--rank {site.rank}" if density is None else f"--shira_density {density}"
+    asked = f"{site.name} is {shape}: {option} makes"
     if count > weight:
         most = weight // (site.out_features + site.in_features)
-        raise ValueError(f"{asked} {count:,} entries of its {weight:,}; take {most} or less")
+        raise ValueError(
+            f"{asked} {count:,} entries train, but the weight has {weight:,}; "
+            f"take --rank {most} or less"
+        )
     diagonal = min(site.out_features, site.in_features)
     if options.shira_support in ("rows", "columns") and count < diagonal:
         raise ValueError(
-            f"{asked if options.shira_density is None else f'{site.name}: the density makes'} "
-            f"{count:,} entries, its diagonal alone has {diagonal:,}; "
-            f"take a density of {diagonal / weight:.2g} or more"
+            f"{asked} {count:,} entries train, but --shira_support {options.shira_support} trains "
+            f"the whole diagonal, which has {diagonal:,}; take --shira_density "
+            f"{diagonal / weight:.2g} or more"
         )
 
 

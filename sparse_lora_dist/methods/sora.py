@@ -123,7 +123,10 @@ class SoraOptions:
         # every gate would close for good.
         first = as_preset(self, self.sora_preset, PRESETS).sora_lambdas[0]
         if self.sora_threshold == "scaled" and first > 0.0:
-            problems.append("sora_threshold scaled needs a first stage without: sora_lambdas 0,...")
+            problems.append(
+                "sora_threshold scaled needs 0 as the first of sora_lambdas, because every gate "
+                f"would close at step 1; got {first}, take 0,{first}"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
