@@ -1,20 +1,29 @@
-"""AdaLoRA: a budget of rank-1 components for the whole model, given to those that matter most.
+"""AdaLoRA: share a falling budget of rank-1 components among all linears, by importance.
 
-Zhang et al. 2023, arXiv:2303.10512. W + (alpha / R) B diag(lambda) A, scored as in ``triplets.py``.
-From ``begin`` on, every so many steps, the top b_t components of all sites together keep their
-lambda, and the others' becomes zero (equation 6):
-
+    y = W x + (alpha / R) B diag(lambda) A x
     b_t = floor(b_T + (b_0 - b_T) * (1 - (t - begin) / (end - begin))^3)
 
-A and B of all components go on training, so a component may come back. At ``end`` the choice is
-final: the others lose A, B and lambda, and are no longer computed. A site may end with no
-component.
+The method decides every `adalora_every` steps from `adalora_begin` on: the top b_t components of
+all linears together keep their lambda, the others' becomes zero (equation 6). Scores are smoothed
+|w * dL/dw| times its smoothed deviation, summed over a component (`shared/triplets.py`). A and B
+of all components go on training, so a component may return. At the end, `adalora_final` of the run
+before its last step, the choice is final: the other components lose A, B and lambda and are no
+longer computed. A linear may end without any component.
 
-Where we differ from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and PEFT, on
-purpose: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
-exactly b_t components stay, ties going to the lowest index, even where b_t is all of them and both
-fail; the penalty is the paper's squared norm, which ``--adalora_preset released`` changes; lambda
-has a learning rate of its own (``triplets.triplet_tensors``).
+This implementation differs from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and
+PEFT: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
+exactly b_t components stay, ties by lowest index, even where b_t is all of them and both fail; the
+penalty is the paper's squared norm, which `--adalora_preset released` changes; lambda has a
+learning rate of its own (`triplets.triplet_tensors`). Decisions equal those of PEFT's
+`RankAllocator` on one process (`tests/methods/test_adalora.py`). Under ZeRO-3 PEFT's own either
+raises or never masks the fp32 masters; here masked lambdas are zero there too (`python
+benchmarks/peft_adalora.py`).
+
+- **Optimizer state:** 8 bytes x trained entries; falls once, at the final choice.
+- **Statistics:** 8 bytes x trained entries until the final choice.
+- **Exports as:** PEFT LoRA of each linear's own rank (lambda in A), merged model or sparse delta.
+- **Choose it when:** a total rank is given and you want its best distribution over linears.
+- **Paper:** Zhang et al. 2023, arXiv:2303.10512.
 
 Shapes: R rank, S sites.
 """

@@ -1,21 +1,28 @@
-"""Chain of LoRA: the run is cut into links, and at the end of each the trained pair is folded into
-what is frozen and a new one begins.
+"""Chain of LoRA: cut the run into links; each trains a new pair and freezes the pairs before it.
 
-Xia et al. 2024, arXiv:2401.04151. In link m the update is
+    y = W x + (alpha / R) (B A + sum over earlier links j of B_j A_j) x
 
-    y = scale (B A + sum over the links before of B_j A_j) x,
+In each link A is drawn anew as LoRA's, and B starts at zero. A link has a learning-rate schedule
+and moments of its own. The update has rank up to `cola_links` x R where R trains at a time.
 
-A drawn as LoRA's and B zero at the start of each, with a learning-rate schedule and Adam's moments
-of its own; so it has a rank of up to links x R where R trains.
+The method decides at the end of each of `cola_links` equal stages but the last: the trained pair
+is folded into a frozen stack beside the base, C (Q x I) and D (O x Q) in fp32, where D C is the
+sum of the pairs. If `cola_stack_rank` bounds Q, the sum is replaced by the nearest product of rank
+Q; its relative distance is logged as `fold_error`.
 
-The paper merges each pair into the weight. A base in 4 bits would round most of it away, so the sum
-is kept as a frozen stack beside the base: C (Q x I) and D (O x Q) in fp32, zero at first, D C the
-sum of the pairs. Q has room for all of them unless it is bounded; then the sum is replaced by the
-nearest product of rank Q, and the log has its relative distance, ``fold_error``. Where the paper's
-merged pairs see the whole input, the stack sees it as dropout leaves it. The variant whose rank
-falls from link to link is not here.
+This implementation differs from the paper: it merges each pair into the weight, which a 4-bit base
+would mostly round away. The paper's merged pairs see the whole input; the stack sees it after
+dropout. The variant whose rank falls from link to link is not implemented.
 
-Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L components of a sum.
+- **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
+- **Statistics:** none; 4 bytes x entries of the frozen stack, Q (I + O) a linear.
+- **Exports as:** PEFT LoRA of rank R + Q, merged model or sparse delta.
+- **Choose it when:** you want an update of higher rank than can train at a time; forward pays for
+  rank R + Q.
+- **Paper:** Xia et al. 2024, arXiv:2401.04151.
+
+Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L components of a
+sum.
 """
 
 from dataclasses import dataclass

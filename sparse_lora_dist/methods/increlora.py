@@ -1,30 +1,37 @@
-"""IncreLoRA: every linear starts at a low rank, and those that matter most are given more.
+"""IncreLoRA: start every linear at a low rank, and open components where they matter most.
 
-Zhang et al. 2023, arXiv:2308.12043. dW = B diag(lambda) A, inside a capacity of R components a
-site:
+    y = W x + (alpha / R) B diag(lambda) A x
+    score of a linear = mean_t * spread_t           (smoothed importance and its deviation)
 
-    growth     every nu steps the h linears of highest score open n components each, until the
-    ranks of
-               all of them add up to the budget; each growth opens h n components, the last one
-               what is left. Where capacity ends, what a linear cannot take goes to the next in
-               order.
-    score      mean_t * spread_t of a linear's importance (``triplets.smooth_pair``)
-    advance    the next component to be opened, the reserve, is trained before: its a and b move
-    while
-    learning   its lambda is held at 1e-5. When the budget is reached, reserves are zeroed.
-    restart    what comes to life during the run warms up on its own and decays to the run's end.
+The method decides every `increlora_every` steps (nu) between `increlora_begin` and
+`increlora_end`: the h linears of highest score open n components each, until the ranks add up to
+the budget; the last growth opens what is left. What a linear at its capacity R cannot take goes to
+the next in order.
 
-Where we differ from the paper, on purpose: the default score is the sum over a linear's open
-components of AdaLoRA's triplet scores, of reduced gradients, so the same on any number of ranks.
-The paper's |dW * dL/dW| is ``increlora_score delta``; ``triplets.delta_sensitivity`` says how
-ranks change it. Lambda has a learning rate of its own (``triplets.triplet_tensors``).
+- Advance learning: the next component, the reserve, trains before it is opened. Its row of A and
+  column of B move while its lambda is held at 1e-5. At the budget, reserves are zeroed.
+- Restart: a component that is opened warms up on its own, then decays to the end of the run.
 
-Preset "released" (github.com/FeiyuZhang98/IncreLoRA, 51a2d73) does what that code does: the scale
-is alpha / open components, so a delta jumps at growth; h counts linears even where fewer
-components are left, and ties with the h-th all grow, so the budget may be overshot, and then
-reserves stay; the first growth is at 2 nu; the delta score is divided by sqrt(O I), which favours
-large linears; the penalty is that of ``triplets.released_penalty``; A and B start at N(0, 0.02^2).
-Unlike there, components have a capacity.
+This implementation differs from the paper: the default score is the sum of AdaLoRA's triplet
+scores over the open components, of reduced gradients, so it does not depend on the number of
+ranks. The paper's |dW * dL/dW| is `--increlora_score delta`, which does
+(`triplets.delta_sensitivity`). Lambda has a learning rate of its own (`triplets.triplet_tensors`).
+With one component a linear at first, a short run needs a higher `--learning_rate` than LoRA.
+
+Preset `released` follows github.com/FeiyuZhang98/IncreLoRA (51a2d73): the scale is alpha / open
+components, so the update jumps at growth; h counts linears even where fewer components are left,
+and all ties with the h-th grow, so the budget may be overshot, and then reserves stay; the first
+growth is at step 2 nu; the delta score is divided by sqrt(O I), which favours large linears; the
+penalty is that of `triplets.released_penalty`; A and B start at N(0, 0.02^2). Unlike there,
+components have a capacity.
+
+- **Optimizer state:** 8 bytes x live entries; grows from the start rank, so its peak is smaller
+  too.
+- **Statistics:** 8 bytes x trained entries until growth ends; none with `--increlora_score delta`.
+- **Exports as:** PEFT LoRA of each linear's own rank (lambda in A), merged model or sparse delta.
+- **Choose it when:** few linears matter; with `--increlora_score delta` the peak is lower in
+  optimizer state and in statistics.
+- **Paper:** Zhang et al. 2023, arXiv:2308.12043.
 
 Shapes: T tokens, I in_features, O out_features, R rank, S sites.
 """

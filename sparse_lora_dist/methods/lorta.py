@@ -1,24 +1,30 @@
-"""LoRTA: the updates of all linears are one tensor of low CP rank, whose factors they share.
+"""LoRTA: make the updates of all linears one tensor of low CP rank, whose factors they share.
 
-Hounie et al. 2024, arXiv:2410.04060. The update of matrix m in layer l is
+    dW[(h, e), i] = (alpha / R) sum_r In[i, r] E[e, r] H[h, r] L[l, r] M[m, r]
 
-    dW[(h, e), i] = s sum_r In[i, r] E[e, r] H[h, r] L[l, r] M[m, r]
+is the update of matrix m in layer l, over heads h of O / H outputs e each. For one linear it is a
+LoRA of rank R with A = In^T.
 
-over heads h of O / H outputs e each: R (I + O / H + H + layers + matrices) parameters for the whole
-model. Of one linear it is a LoRA of rank R with A = In^T, and is exported as that.
+Nothing is decided. All linears must have one shape (`--target_modules`). The layer is the first
+whole number in a linear's name (0 if there is none), and the matrix is the rest of the name, so
+that no two linears share an update.
 
-No code could be had, and the paper's first values are not known to us. Ours: In from N(0, 1 / I),
-E, H and L from N(0, 1), M zero, so that M begins as LoRA's B does between factors of LoRA's size;
-s = alpha / R. Heads are on the output side everywhere, also of output projections, whose inputs
-come in heads: all matrices are alike then, and need not be square.
+This implementation differs from the paper: no code could be had, and its first values are not
+known. Ours: In from N(0, 1 / I), E, H and L from N(0, 1), M zero, so that M begins as LoRA's B
+does, between factors of LoRA's size. Heads are on the output side everywhere, also of output
+projections, whose inputs come in heads: so all matrices are treated alike and need not be square.
+The gradient of a factor is summed over all linears in the engine's precision: in bf16 a sum over
+128 linears is off by about 1%.
 
-The layer is the first whole number in a linear's name, the matrix is what the rest of the name
-says, so that no two linears have one update; what has no number is in layer 0. The gradient of a
-factor is the sum over all linears, taken in the engine's precision: in bf16 a sum over 128 is off
-by about 1%.
+- **Optimizer state:** 8 bytes x trained entries, `--rank` x (inputs + outputs of a head + heads +
+  layers + matrices) for the whole model.
+- **Statistics:** none.
+- **Exports as:** PEFT LoRA of rank R, merged model or sparse delta.
+- **Choose it when:** what trains must be tiny, and linears of one shape are enough.
+- **Paper:** Hounie et al. 2024, arXiv:2410.04060.
 
-Shapes: T tokens, I in_features, O out_features, H heads, E outputs of a head, L layers, M matrices,
-R CP rank.
+Shapes: T tokens, I in_features, O out_features, H heads, E outputs of a head, L layers, M
+matrices, R CP rank.
 """
 
 from collections import defaultdict

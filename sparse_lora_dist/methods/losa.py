@@ -1,28 +1,35 @@
-"""LoSA: the base is pruned while it is trained, so that the merged model is sparse.
+"""LoSA: prune the base in rounds while it is trained, so that the merged model is sparse.
 
-Huang et al. 2025, arXiv:2502.14816. The weight of a linear is, merged,
+    y = (keep . (W + (alpha / R) B_r A_r)) x            B_r, A_r: the first r of R components
 
-    keep . (W + (alpha / R) B_r A_r)        B_r, A_r: the first r of R rank-1 components
+The update is -W where keep is 0, and (alpha / R) B_r A_r elsewhere.
 
-so the delta is -W where keep is 0 and (alpha / R) B_r A_r elsewhere. keep and r are chosen in T
-rounds, between which one trains. In round t, of the running mean square of each input feature:
+The method decides keep and r of every linear in `losa_rounds` rounds t = 1 ... T, from the running
+mean square of each input feature and the mean inputs of the step's rows:
 
-    s_t = s - s (1 - t / T)^3                                       sparsity of all linears
-    score = |W + (alpha / R) B A| sqrt(squares), lowest pruned in each row         (Wanda)
+    s_t = s - s (1 - t / T)^3                                   sparsity of all linears
+    score = |W + (alpha / R) B A| sqrt(squares)                 lowest pruned in each row (Wanda)
     importance = exp(-mean linear CKA of a linear's inputs with those of the others)
-    sparsity of a linear: s_t + spread, where it is least important, down to s_t - spread
-    r: in proportion to the share of the scores' squares that go at s_t, rbar_t in the mean
+    sparsity of a linear: from s_t + spread, least important, to s_t - spread
+    r: in proportion to the share of the scores' squares lost at s_t; rbar_t on average
 
-Where we differ from the released code (github.com/wzhuang-xmu/LoSA, 51b4e57), on purpose:
-components go up to R (there at most 8 exist, and ranks above are cut); a linear's r never falls,
-so that nothing that it learnt is lost; linears are weighed one by one, not decoder layers;
-corrections of sparsity are proportional to how far importance is from the mean over weights, which
-keeps that of sparsity exactly, where a linear program (SLSQP) gives nearly all linears either
-bound; the error is that of the linear's own output, features taken as uncorrelated; a pruned
-weight may come back, since W stays; statistics are those of the run's batches. As there, each
-round begins with fresh moments.
+Each round begins with fresh moments, as in the released code.
 
-Dropout, of inputs of the delta alone, would bring pruned weights back at random, and is refused.
+This implementation differs from the released code (github.com/wzhuang-xmu/LoSA, 51b4e57):
+components go up to R (there at most 8 exist, and higher ranks are cut); a linear's r never falls,
+so nothing learnt is lost; linears are weighed one by one, not decoder layers; sparsity is
+corrected in proportion to how far importance is from its mean over weights, which keeps the
+average exactly (there a linear program, SLSQP, gives nearly all linears either bound); the error
+is that of the linear's own output, features taken as uncorrelated; a pruned weight may return,
+since W stays; statistics are those of the run's batches. `--dropout` is refused: it would bring
+pruned weights back at random.
+
+- **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
+- **Statistics:** 8 bytes x input features of each linear; one bit x base weights for the mask.
+- **Exports as:** merged model, its zeros exact.
+- **Choose it when:** the merged model is to be sparse; forward multiplies by one more whole
+  weight, and backward makes its gradient.
+- **Paper:** Huang et al. 2025, arXiv:2502.14816.
 
 Shapes: T tokens, I in_features, O out_features, R rank, N rows of a step, S sites, K numbers
 measured, G entries of a Gram matrix.

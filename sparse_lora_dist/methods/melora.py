@@ -1,12 +1,22 @@
-"""MELoRA: mini adapters side by side, each from a slice of the input to a slice of the output.
+"""MELoRA: put n mini-adapters side by side, each on a slice of the input and of the output.
 
-Ren et al. 2024, arXiv:2402.17263. W + blockdiag(s_1 B_1 A_1, ..., s_n B_n A_n) with A_k (R_k x I/n)
-random, B_k (O/n x R_k) zero and s_k = alpha / R_k. With all ranks R that is as many parameters as
-a LoRA of rank R, and an update of rank up to n R.
+    y = W x + blockdiag(s_1 B_1 A_1, ..., s_n B_n A_n) x            s_k = alpha / R_k
 
-Where we differ from the released code (github.com/ChasonShi/MELoRA, 4ebb8b4), on purpose: sides
+A_k (R_k x I/n) starts random, B_k (O/n x R_k) at zero. With all R_k = R that is as many parameters
+as LoRA of rank R, and an update of rank up to n R.
+
+Nothing is decided: blocks and ranks are fixed by `melora_blocks` and `melora_ranks`.
+
+This implementation differs from the released code (github.com/ChasonShi/MELoRA, 4ebb8b4): sides
 that n does not divide are refused (there the remainder is lost); one alpha holds for all blocks;
-it is exported, as a plain LoRA of rank R_1 + ... + R_n with zeros outside the blocks.
+it can be exported.
+
+- **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
+- **Statistics:** none.
+- **Exports as:** PEFT LoRA of rank R_1 + ... + R_n (zeros outside the blocks), merged model or
+  sparse delta.
+- **Choose it when:** you want an update of high rank for the cost of a low one.
+- **Paper:** Ren et al. 2024, arXiv:2402.17263.
 
 Shapes: T tokens, I in_features, O out_features, n blocks, R sum of their ranks.
 """

@@ -1,24 +1,33 @@
-"""RoseLoRA: every rank-1 component becomes a sparse outer product, by smoothed sensitivity.
+"""RoseLoRA: prune A and B until every rank-1 component is a sparse outer product.
 
-Wang et al. 2024, arXiv:2406.10777. The product B A is to touch few weights. Sparse factors alone do
-not give that, so the constraint stands per row of A and per column of B:
+    y = W x + (alpha / R) B A x
+    I_t = |w * dL/dw|,    smoothed_t = beta * smoothed_{t-1} + (1 - beta) * I_t
+    keep in each row of A the top      max(1, floor(tau_t * I))  entries by smoothed_t,
+    in each column of B the top        max(1, floor(tau_t * O)),  and zero the others
 
-    I_t = |w * dL/dw|            smoothed_t = beta * smoothed_{t-1} + (1 - beta) * I_t
-    keep in each row of A the top  max(1, floor(tau_t * I))  entries by smoothed_t,
-    in each column of B the top    max(1, floor(tau_t * O)),  and zero the rest,
+Sparse factors alone do not make a sparse product, hence the limit per row of A and per column of
+B: at least 1 - R tau^2 of the entries of B A are zero (Proposition 1).
 
-with tau_t falling from 1 to tau by a cubic schedule. With all kept fractions tau, at least
-1 - R tau^2 of the product's entries are zero (Proposition 1).
+The method decides every `roselora_every` steps between `roselora_begin` and `roselora_end`, from
+the smoothed sensitivity: tau_t falls from 1 to `roselora_keep` on a cubic curve.
 
-Preset ``released`` is the knowledge-editing loop of github.com/lliutianc/roselora (0b8f41a), rule
-by rule: its mask zeroes what lies strictly below the k-th smallest of d entries, k = int(d (1 -
-tau_t)), so d - k + 1 stay, and more where they tie; the average starts at its first value; masked
-entries keep their moments and move in each step before they are zeroed again; once tau_t < 1, A and
-B are clamped to 3e-3. Where we differ from it under either preset: the schedule counts optimizer
-steps and is a fraction of the run, there 3 to 20 passes over the data. As there, the gradient norm
-that clips counts all entries, dead ones too.
+This implementation differs from the paper: the schedule counts optimizer steps as fractions of the
+run, where the released code takes 3 to 20 passes over the data. As there, the gradient norm that
+is clipped counts pruned entries too. Preset `released` follows github.com/lliutianc/roselora
+(0b8f41a), its loop for knowledge editing: it zeroes what is below the k-th smallest of d entries,
+k = int(d (1 - tau_t)), so d - k + 1 stay, or more with ties; the average starts at its first
+value; pruned entries keep their moments, move in each step and are zeroed again; A and B are
+clamped to 3e-3 once tau_t < 1.
 
-Shapes: R rank, I in_features, O out_features, d of a row of A or a column of B.
+- **Optimizer state:** 8 bytes x live entries; falls to about `roselora_keep` of its start (not
+  with preset `released`, where pruned entries count as live).
+- **Statistics:** 4 bytes x trained entries until pruning ends (preset `released`: to the end).
+- **Exports as:** PEFT LoRA, merged model or sparse delta.
+- **Choose it when:** few weights of the base may change, as in edits and small diffs; it is not
+  for many edits in sequence.
+- **Paper:** Wang et al. 2024, arXiv:2406.10777.
+
+Shapes: R rank, I in_features, O out_features, d entries of a row of A or a column of B.
 """
 
 from dataclasses import dataclass

@@ -1,26 +1,36 @@
-"""SHiRA and random masking: values on a fixed support of the weight train, and nothing else.
+"""SHiRA and random masking: train chosen entries of each weight, and nothing else.
 
-Bhardwaj et al. 2024, arXiv:2406.13175 (SHiRA-Rand); Xu and Zhang 2024, arXiv:2405.02596. W + S, S
-zero but for N entries whose places do not change and whose values train from zero. N is R (I + O),
-what a LoRA of rank R has, or a share of the weight. Without a scale: --alpha has no meaning here.
+    y = (W + S) x           S is zero but at N places, where values train from zero
 
-The support, ``--shira_support``:
+N is R (I + O), as many as LoRA of rank R has, or `shira_density` of the weight. There is no scale:
+`--alpha` has no meaning here.
 
-    random      one place in each of N equal parts of the flattened weight, where the papers draw
-                all from one urn
+The method decides the N places once, by `shira_support`:
+
+    random      one place in each of N equal parts of the flattened weight
     rows        evenly spaced rows and the diagonal, as many as N pays for (SHiRA-Struct)
-    columns     the same of columns
+    columns     evenly spaced columns and the diagonal
     magnitude   the N largest |W| (SHiRA-WM)
     gradient    the N largest |dL/dW| over the rows of a step (SHiRA-Grad)
-    snip        the N largest |W dL/dW| (SHiRA-SNIP)
+    snip        the N largest |W * dL/dW| (SHiRA-SNIP)
 
-The first three follow from seed and shape, are made at every use and never kept. The others are
-chosen from the weight, one linear whole at a time, and kept as sharded indices. The gradient costs
-steps: in the n-th of ``--shira_calibration_steps`` that of each n-th linear is summed over all
-ranks, in shares of 4 bytes a weight; all values go back to zero and moments are reset after it.
+The first three follow from seed and shape, and are made anew at every use. The others are chosen
+from whole weights, one linear at a time, and kept as sharded indices. `gradient` and `snip`
+calibrate: in the n-th of `shira_calibration_steps` the gradient of each n-th linear is summed over
+all ranks; then all values go back to zero and moments are reset.
 
-The gradient of the values is taken at their places only: no gradient of the whole weight is made,
-as automatic differentiation would. PEFT has the form as its ``shira``, where N is R (I + O).
+This implementation differs from the papers: `random` draws one place per part, where they draw
+from all entries. The gradient of the values is taken at their places only; the gradient of the
+whole weight is not made.
+
+- **Optimizer state:** 8 bytes x trained entries: R (I + O) a linear, or `shira_density` x O x I.
+- **Statistics:** none; with support `gradient` or `snip` 4 bytes x base weights, sharded, during
+  calibration.
+- **Exports as:** PEFT SHiRA (not with `shira_density`, `rows` or `columns`), merged model or
+  sparse delta.
+- **Choose it when:** the update is to be sparse from the first step.
+- **Paper:** Bhardwaj et al. 2024, arXiv:2406.13175 (SHiRA); Xu and Zhang 2024, arXiv:2405.02596
+  (random masking).
 
 Shapes: T tokens, I in_features, O out_features, N entries that train.
 """

@@ -1,23 +1,32 @@
-"""SoRA: a gate on every rank-1 component, driven to exact zero by the proximal step of an L1 norm.
+"""SoRA: give every rank-1 component a gate, and drive gates to exactly zero by soft thresholding.
 
-Ding et al. 2023, arXiv:2311.11696. W + (alpha / R) B diag(g) A, with A and B as in LoRA, and each
-update of a gate ended by the soft threshold
+    y = W x + (alpha / R) B diag(g) A x
+    g <- g - clamp(g, -xi, xi)              xi = (learning rate of the gates) * lambda
 
-    g <- g - clamp(g, -xi, xi)          xi = (the gate's learning rate) * lambda
+The second line ends each update of a gate: it is the proximal step of lambda * |g|_1.
 
-the proximal step of lambda * |g|_1. A list of rising lambdas cuts the run into equal stages, each
-warm-started from the last: the paper's sparsifying schedule. The gradient of a gate at zero is not
-zero, so it may open again; those of its row of A and column of B are.
+The method decides at every step which gates become zero, and every `sora_every` steps which
+components are open: those whose gate is not zero. A gate at zero still has a gradient, so it may
+open again, unless `sora_reopen` is false; its row of A and column of B have none. Several
+`sora_lambdas` cut the run into equal stages of rising lambda (the paper's sparsifying schedule),
+each with its own learning-rate schedule, a checkpoint and a record in `stages.jsonl`.
 
-Adam divides the gradient by its own size, but not the threshold. So ``exact`` is no L1 problem's
-solution: lambda is in Adam's units, and a gate shrinks while its direction m / sqrt(v) is below
-lambda. That is about 1, for all components alike, as long as B grows from zero. ``scaled`` divides
-the threshold too, and solves the L1 problem.
+Adam divides the gradient by its own size, but not the threshold. So threshold `exact` solves no L1
+problem: lambda is in Adam's units, and a gate shrinks while its direction m / sqrt(v) is below
+lambda. That is about 1, for all components alike, as long as B grows from zero. Threshold `scaled`
+divides the threshold too, and solves the L1 problem. Results depend on lambda: look at the curve.
 
-Where we differ from the released code (github.com/TsinghuaC3I/SoRA, c275ac2), on purpose: its
-threshold has no learning rate, zeroes all of (xi, 2 xi) and leaves +-xi where it is; an L1 gradient
-comes on top; from the second stage on the learning rate is 0. ``--sora_preset released`` has all of
-that. It never drops a component; ``--sora_reopen false`` does.
+This implementation differs from the released code (github.com/TsinghuaC3I/SoRA, c275ac2): its
+threshold has no learning rate, zeroes all of (xi, 2 xi) and leaves +-xi where it is; an L1
+gradient is added; from the second stage on the learning rate is 0. Preset `released` has all of
+that (its Adam has `adam_eps` 1e-6). It never drops a component; `--sora_reopen false` does.
+
+- **Optimizer state:** 8 bytes x trained entries; falls as components close with `--sora_reopen
+  false`.
+- **Statistics:** none.
+- **Exports as:** PEFT LoRA of the open components (gates in B), merged model or sparse delta.
+- **Choose it when:** you want a curve of rank against quality from one run.
+- **Paper:** Ding et al. 2023, arXiv:2311.11696.
 
 Shapes: T tokens, I in_features, O out_features, R rank.
 """
