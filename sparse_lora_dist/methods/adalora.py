@@ -216,5 +216,6 @@ def keep(
 ADALORA = MethodFactory(
     options=AdaLoraOptions,
     build=adalora,
-    summary="a budget of components falls, and goes to the sites where they matter most",
+    summary="prunes components to a budget for the whole model",
+    example="--adalora_every 1 --adalora_target_rank 2",
 )

@@ -187,5 +187,8 @@ def nearest(c_LI: Tensor, d_OL: Tensor, rank: int) -> tuple[Tensor, Tensor, floa
 
 
 COLA = MethodFactory(
-    options=ColaOptions, build=cola, summary="a chain of pairs, each folded away when it is trained"
+    options=ColaOptions,
+    build=cola,
+    summary="trains low-rank pairs in turn, each folded into a frozen stack",
+    example="--cola_links 3",
 )

@@ -310,5 +310,6 @@ def alpha_over_open(alpha: float, capacity: int, open_components: int) -> float:
 INCRELORA = MethodFactory(
     options=IncreLoraOptions,
     build=increlora,
-    summary="ranks grow where they matter, inside a budget",
+    summary="opens components where they matter, up to a budget",
+    example="--increlora_every 2 --increlora_target_rank 2",
 )

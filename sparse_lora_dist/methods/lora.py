@@ -26,4 +26,8 @@ def lora(options: NoOptions, context: RunContext) -> Method:
     return Method(name="lora")
 
 
-LORA = MethodFactory(options=NoOptions, build=lora, summary="fixed rank, nothing pruned")
+LORA = MethodFactory(
+    options=NoOptions,
+    build=lora,
+    summary="trains a low-rank pair of fixed rank per linear",
+)

@@ -85,5 +85,8 @@ def multiplied(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 LORA_MINI = MethodFactory(
-    options=LoraMiniOptions, build=lora_mini, summary="few parameters between frozen random factors"
+    options=LoraMiniOptions,
+    build=lora_mini,
+    summary="trains small factors between large frozen ones",
+    example="--lora_mini_size 16",
 )

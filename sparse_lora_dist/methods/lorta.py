@@ -171,5 +171,8 @@ def own_ending(name: str, others: Sequence[str]) -> str:
 
 
 LORTA = MethodFactory(
-    options=LortaOptions, build=lorta, summary="one low-rank tensor whose factors all linears share"
+    options=LortaOptions,
+    build=lorta,
+    summary="trains one low-rank tensor whose factors all linears share",
+    example="--target_modules q_proj,o_proj",
 )

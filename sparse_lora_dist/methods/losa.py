@@ -269,5 +269,8 @@ def ranks(errors_S: Tensor, least_S: Tensor, most_S: Tensor, total: int) -> Tens
 
 
 LOSA = MethodFactory(
-    options=LosaOptions, build=losa, summary="the base is pruned in rounds; ranks follow its error"
+    options=LosaOptions,
+    build=losa,
+    summary="prunes the base in rounds, and lets ranks follow the error",
+    example="--losa_rounds 2",
 )

@@ -119,5 +119,8 @@ def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
 
 
 MELORA = MethodFactory(
-    options=MeLoraOptions, build=melora, summary="mini adapters on slices, a high rank for the cost"
+    options=MeLoraOptions,
+    build=melora,
+    summary="trains mini-adapters on slices of each linear",
+    example="--melora_blocks 4",
 )

@@ -195,5 +195,8 @@ def turned(x_TGH: Tensor) -> Tensor:
 
 
 MORA = MethodFactory(
-    options=MoraOptions, build=mora, summary="a square matrix, of a high rank for the cost"
+    options=MoraOptions,
+    build=mora,
+    summary="trains a square matrix between fixed maps",
+    example="--mora_restarts 2",
 )

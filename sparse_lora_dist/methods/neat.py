@@ -135,5 +135,8 @@ def network(
 
 
 NEAT = MethodFactory(
-    options=NeatOptions, build=neat, summary="a small network of the base weight itself"
+    options=NeatOptions,
+    build=neat,
+    summary="trains a small network of the base weight",
+    example="--neat_form peft --neat_depth 1",
 )

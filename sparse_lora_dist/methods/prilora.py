@@ -179,5 +179,8 @@ def pruned(whole: Whole, sparsity: float) -> Rewritten:
 
 
 PRILORA = MethodFactory(
-    options=PriLoraOptions, build=prilora, summary="ranks rise with depth, A is pruned and regrows"
+    options=PriLoraOptions,
+    build=prilora,
+    summary="raises ranks with depth, and prunes A again and again",
+    example="--prilora_every 3",
 )

@@ -215,5 +215,8 @@ class _Masked(torch.autograd.Function):
 
 
 PST = MethodFactory(
-    options=PstOptions, build=pst, summary="weights are pruned by a learned score, and tuned"
+    options=PstOptions,
+    build=pst,
+    summary="prunes the base by a learned score while tuning it",
+    example="--pst_every 2",
 )

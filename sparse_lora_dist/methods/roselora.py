@@ -219,5 +219,6 @@ def _size(shape: tuple[int, ...], by: By) -> int:
 ROSELORA = MethodFactory(
     options=RoseLoraOptions,
     build=roselora,
-    summary="rank-1 components become sparse, so that few weights are touched",
+    summary="prunes A and B, so that few weights change",
+    example="--roselora_keep 0.1",
 )

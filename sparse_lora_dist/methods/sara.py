@@ -249,5 +249,8 @@ def polar(y_LK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SARA = MethodFactory(
-    options=SaraOptions, build=sara, summary="the smallest entries of the weights, chosen twice"
+    options=SaraOptions,
+    build=sara,
+    summary="trains the smallest entries of the weights, selected twice",
+    example="--sara_reselect 0.5",
 )

@@ -100,5 +100,8 @@ def to_rows(site: Site) -> Form:
 
 
 SBORA = MethodFactory(
-    options=SBoraOptions, build=sbora, summary="few columns, or rows, of the weights train"
+    options=SBoraOptions,
+    build=sbora,
+    summary="trains few columns or rows of the weights",
+    example="--sbora_side fa",
 )

@@ -298,5 +298,8 @@ def scattered(values_N: Tensor, places_N: Tensor, out_features: int, in_features
 
 
 SHIRA = MethodFactory(
-    options=ShiraOptions, build=shira, summary="entries of the weights at places that stay"
+    options=ShiraOptions,
+    build=shira,
+    summary="trains chosen entries of the weights",
+    example="--shira_support snip --shira_calibration_steps 2",
 )

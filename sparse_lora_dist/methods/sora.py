@@ -297,5 +297,8 @@ def count_open(scores: Scores, *, reopen: bool, log_values: dict[str, float]) ->
 
 
 SORA = MethodFactory(
-    options=SoraOptions, build=sora, summary="gates close components one by one, so that ranks fall"
+    options=SoraOptions,
+    build=sora,
+    summary="closes components by gates, so that ranks fall",
+    example="--sora_every 2",
 )
