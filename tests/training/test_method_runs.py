@@ -284,20 +284,23 @@ BAD = {
     "target above": (["adalora_target_rank=5"], ["makes 70 components", "raise rank"]),
     "target below": (["adalora_target_rank=0.5"], ["adalora_target_rank must be at least 1"]),
     "another's": (["adalora_every=2", "method=lora"], ["belongs to method adalora"]),
-    "a support": (["method=shira", "rank=22"], ["22 makes 2,112 entries of its 2,048; take 21 or"]),
+    "a support": (
+        ["method=shira", "rank=22"],
+        ["22 makes 2,112 entries train", "has 2,048; take --rank 21"],
+    ),
     "sides": (["melora_blocks=7"], ["64", "7"]),
     "shapes": (["lorta_heads=2"], ["all linears must have one shape", "--target_modules q_proj,"]),
     "restarts": (
         ["mora_restarts=4"],
-        ["mora_restarts is 4, 5 stages, and the run has 4 steps", "4 stages fit"],
+        ["mora_restarts is 4, which makes 5 stages, but the run has 4 steps", "4 stages fit"],
     ),
     "links": (
         ["cola_links=9"],
-        ["cola_links is 9, 9 stages, and the run has 4 steps", "4 stages fit"],
+        ["cola_links is 9, which makes 9 stages, but the run has 4 steps", "4 stages fit"],
     ),
     "calibration": (
         ["method=shira", "shira_support=snip", "shira_calibration_steps=4"],
-        ["shira_calibration_steps is 4, and the run has 4 steps"],
+        ["shira_calibration_steps is 4, but the run has 4 steps"],
     ),
     "8 bits": (["moment_bits=16", "method=lora"], ["moment_bits must be one of 32, 8"]),
 }
