@@ -459,8 +459,8 @@ def test_the_command_line_knows_the_metrics_there_are() -> None:
     ("options", "said"),
     [
         ({"metrics": "loss,gsmk8"}, "got 'gsmk8'; did you mean gsm8k?"),
-        ({"adapter": "./nowhere"}, "adapter: no such folder, and no hub id: ./nowhere"),
-        ({"compare": "base,./nowhere"}, "compare: no such folder, and no hub id: ./nowhere"),
+        ({"adapter": "./nowhere"}, "adapter: no such folder, and not a hub id: ./nowhere"),
+        ({"compare": "base,./nowhere"}, "compare: no such folder, and not a hub id: ./nowhere"),
         ({"chat_template": "nowhere.jinja"}, "chat_template: no such file: nowhere.jinja"),
         ({"answers": "."}, "answers is a folder"),
         ({"eval_data": "./nowhere.jsonl"}, "eval_data: no such file or folder"),
