@@ -21,7 +21,7 @@ from sparse_lora_dist.config.schema import (
 )
 from sparse_lora_dist.config.spelling import did_you_mean
 
-ACTIONS = ("config", "print_config", "help")
+ACTIONS = ("config", "print_config", "help", "help_all")
 LAUNCHER_FLAGS = ("local_rank", "local-rank")  # added by deepspeed and torchrun; we read LOCAL_RANK
 
 Flags = list[tuple[str, list[str]]]

@@ -18,6 +18,7 @@ from sparse_lora_dist.config.arguments import read_flags, read_yaml, split_argv,
 from sparse_lora_dist.config.checks import raise_if
 from sparse_lora_dist.config.config import SECTIONS, Config
 from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts
+from sparse_lora_dist.config.help_pages import help_page
 from sparse_lora_dist.config.paths import missing_locations, missing_source
 from sparse_lora_dist.config.schema import TRAIN, Option, Program, build_parser, known_options
 from sparse_lora_dist.config.spelling import did_you_mean
@@ -46,8 +47,8 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     options, parser = known_options(program), build_parser(program)
     flags = split_argv(argv, problems)
     names = [name for name, _ in flags]
-    if "help" in names:
-        print_and_exit(parser.format_help())
+    if (page := help_page(flags, program)) is not None:
+        print_and_exit(page)
     given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
     values = typed_values(given, options, parser, problems)
     config = build(values, options, problems, trains=program.trains)

@@ -40,8 +40,7 @@ class ModelConfig:
     """Attention kernel, by its transformers name: eager, sdpa, flash_attention_2 ... null:
     transformers chooses."""
     gradient_checkpointing: bool = False
-    """Recompute activations in backward: about a third more time, far less memory. Usual for
-    models of 7B parameters and more."""
+    """Recompute activations in backward: a third more time, far less memory. Usual from 7B on."""
 
     def __post_init__(self) -> None:
         if self.base_cache is not None and self.quantization == "none":
@@ -181,8 +180,7 @@ class RunConfig:
     """Run: DeepSpeed, output folder, checkpoints and logs"""
 
     ds_config: str = "ds_configs/zero3.json"
-    """DeepSpeed JSON file: ZeRO stage, offload and bucket sizes. Training numbers such as batch
-    size are options of their own."""
+    """DeepSpeed JSON file: ZeRO stage, offload and bucket sizes, but no batch size and the like."""
     output_dir: str = "runs/default"
     """Run folder for checkpoints, metrics and the final adapter. Created if missing."""
     resume: str = "never"

@@ -16,6 +16,11 @@ from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edits import Edit, Edits, numbered
 
+COMMON = """
+    model precision gradient_checkpointing sequence_length method rank alpha dropout target_modules
+    max_steps micro_batch_size learning_rate seed ds_config output_dir
+""".split()
+"""Options of a training run that matter for edits."""
 RESULTS = "edits.json"
 """Name of the result file in the run folder."""
 NUMBER = re.compile(r"\d+|\d*:\d*")
@@ -95,6 +100,7 @@ PROGRAM = Program(
     description="Edit facts, and measure what else the edits changed. Defaults are those of "
     "RoseLoRA's released code.",
     own=EditConfig,
+    common=tuple(COMMON),
     defaults=RELEASED
     | {"output_dir": "runs/edit", "sequence_length": 128, "packing": False, "trackers": ()},
 )

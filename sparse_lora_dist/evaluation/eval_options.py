@@ -13,6 +13,11 @@ from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.config.spelling import did_you_mean
 
+COMMON = """
+    model precision quantization gradient_checkpointing eval_data text_field prompt_field
+    response_field chat_template train_on packing sequence_length ds_config debug
+""".split()
+"""Options of a training run that matter for an evaluation."""
 METRICS = ("loss", "choice", "choice_generated", "exact", "gsm8k")
 BASE = "base"
 """Name that stands for the base model without an adapter."""
@@ -132,6 +137,7 @@ PROGRAM = Program(
     description="Measure loss and accuracy of a sharded model, with or without an adapter.",
     own=EvalConfig,
     trains=False,
+    common=tuple(COMMON),
     check=bad_options,
 )
 

@@ -13,6 +13,11 @@ from sparse_lora_dist.config.load import read_options
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 
+COMMON = """
+    model quantization gradient_checkpointing sequence_length method rank target_modules
+    modules_to_save max_steps micro_batch_size moment_bits ds_config
+""".split()
+"""Options of a training run that change the memory most."""
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(B|MB|GB|TB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -90,6 +95,7 @@ PROGRAM = Program(
     description="Plan memory, traffic and time of a run from the model's config.json alone.",
     own=PlanConfig,
     trains=False,
+    common=tuple(COMMON),
 )
 
 

@@ -1,5 +1,6 @@
 """Every option is found, typed, merged and checked; whatever is wrong is told at once."""
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -113,13 +114,13 @@ def test_what_launchers_add_is_ignored():
 # What is said
 
 
-def test_help_lists_every_flag_and_method(capsys):
+def test_help_all_lists_every_flag_and_method(capsys):
     with pytest.raises(SystemExit) as left:
-        load_config(["--rank", "no number", "--help"])
+        load_config(["--rank", "no number", "--help_all"])
     page = capsys.readouterr().out
     assert left.value.code == 0
-    for flag in [*FLAGS, "config", "print_config"]:
-        assert f"--{flag} " in page, flag
+    listed = re.findall(r"^  --(\w+)(?: |$)", page, re.MULTILINE)
+    assert {*FLAGS, "config", "print_config", "help", "help_all"} <= {*listed}
     assert METHODS["lora"].summary in " ".join(page.split())
 
 
@@ -321,9 +322,9 @@ def test_a_new_method_brings_its_options(toy, run_folder, capsys):
     (run_folder / "run.yaml").write_text(yaml.safe_dump(config.as_flat_dict()))
     assert load_config(["--config", "run.yaml"]) == config
     with pytest.raises(SystemExit):
-        load_config(["--help"])
+        load_config(["--help_all"])
     page = capsys.readouterr().out
-    assert "Options of --method toy" in page and "How much, at least 0." in page
+    assert "Options of --method toy" in page and "How much, at least 0. [0.5]" in page
 
 
 def test_an_option_of_another_method_is_refused(toy):

@@ -1,4 +1,4 @@
-"""Help texts: every option of every program can be read alone, and a number names its range."""
+"""Help: every text can be read alone and a number names its range; what each page lists."""
 
 import re
 from collections.abc import Iterator
@@ -6,11 +6,15 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from sparse_lora_dist.config.schema import TRAIN, Program, build_parser, known_options
+from sparse_lora_dist.config.help_pages import ACTIONS, common_page, help_page
+from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.config.schema import TRAIN, Program, help_texts, known_options
 from sparse_lora_dist.editing.edit_options import PROGRAM as EDIT
+from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.evaluation.eval_options import PROGRAM as EVAL
 from sparse_lora_dist.export.export_options import ExportConfig
 from sparse_lora_dist.export.export_options import build_parser as export_parser
+from sparse_lora_dist.methods import METHODS
 from sparse_lora_dist.plan.plan_options import PROGRAM as PLAN
 from sparse_lora_dist.report.report_options import build_parser as report_parser
 from sparse_lora_dist.show.show_options import build_parser as show_parser
@@ -23,14 +27,11 @@ RANGE = re.compile(
 DURATIONS = {"collective_timeout", "time_limit", "signal_lead"}
 
 
-def helps_of(program: Program) -> dict[str, str]:
-    return {a.dest: a.help or "" for a in build_parser(program)._actions}
-
-
 def own_texts() -> Iterator[tuple[str, str, Any]]:
     """(option, help, type) of every option that belongs to no method."""
+    yield from ((name, text, str) for name, text in ACTIONS.items())
     for program in PROGRAMS:
-        helps = helps_of(program)
+        helps = help_texts(program)
         for name, option in known_options(program).items():
             if option.method is None:
                 yield name, helps[name], option.hint
@@ -42,7 +43,7 @@ def own_texts() -> Iterator[tuple[str, str, Any]]:
 
 
 def method_texts() -> list[tuple[str, str, Any]]:
-    helps = helps_of(TRAIN)
+    helps = help_texts()
     options = known_options().items()
     return [(name, helps[name], option.hint) for name, option in options if option.method]
 
@@ -75,3 +76,60 @@ def test_help_texts_can_be_read_alone() -> None:
 )
 def test_a_bad_help_text_is_found(text: str) -> None:
     assert faults("toy", text, float)
+
+
+# Pages
+
+
+def listed(page: str) -> list[str]:
+    return re.findall(r"^  --(\w+)(?: |$)", page, re.MULTILINE)
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)
+def test_the_common_page_is_short_and_names_options_that_exist(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    page = common_page(program)
+    known = known_options(program)
+    own = {name for name in known if name not in known_options()}
+    assert {*program.common} <= known.keys()
+    assert {*listed(page)} == {*program.common, *ACTIONS} | own
+    lines = page.splitlines()
+    assert len(lines) <= 90 and max(map(len, lines[1:])) <= 80
+    assert all(name in page for name in METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_page_of_a_method_has_exactly_its_options(method: str) -> None:
+    page = help_page([("help", [method])], TRAIN)
+    assert page is not None and METHODS[method].summary in page
+    assert listed(page) == [n for n, o in known_options().items() if o.method == method]
+
+
+def test_help_after_a_method_is_printed_and_ends_the_program(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for words in (["--help", "sora"], ["--help=sora"], ["-h", "sora"]):
+        with pytest.raises(SystemExit) as left:
+            load_config(words)
+        assert left.value.code == 0
+        assert capsys.readouterr().out.startswith("--method sora: ")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [(["soar"], "'soar'; did you mean sora?"), (["sora", "lora"], "'sora lora'")],
+)
+def test_help_for_an_unknown_method_names_those_there_are(words: list[str], found: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(["--help", *words])
+    (problem,) = caught.value.problems
+    assert f"got {found}" in problem and ", ".join(METHODS) in problem
+
+
+def test_help_all_lists_every_option() -> None:
+    page = help_page([("help_all", [])], TRAIN)
+    assert page is not None
+    assert {*listed(page)} == {*known_options(), *ACTIONS}
+    assert "[None]" not in page and "[()]" not in page and "[16]" in page
