@@ -154,12 +154,12 @@ def test_all_problems_come_at_once(run_folder):
         )
     )
     for words in (
-        "run.yaml line 1: ranks is no option; did you mean rank?",
+        "run.yaml line 1: ranks is not an option; did you mean rank?",
         "run.yaml line 2: alpha must be a finite number, got 'much'",
-        "--max_step is no option; did you mean --max_steps?",
+        "--max_step is not an option; did you mean --max_steps?",
         "dropout must be in [0, 1), got 1.0",
         "--seed takes one value, got none",
-        "model: no such file or folder, and no hub id: ./nowhere",
+        "model: no such file or folder, and not a hub id: ./nowhere",
         "chat_template: no such file: nowhere.jinja",
         "method must be one of lora",
         "zero_optimization.stage is 2; must be 3",
@@ -189,8 +189,12 @@ def test_all_problems_come_at_once(run_folder):
         ("quantization", "int8", "--quantization must be one of nf4, none"),
         ("train_on", "prompt", "--train_on must be one of response, all"),
         ("lr_schedule", "cosin", "--lr_schedule must be one of constant"),
-        ("trackers", "mlflow", "trackers knows tensorboard and wandb"),
-        ("target_modules", "(q", "target_modules is neither names nor a regular expression"),
+        ("trackers", "mlflow", "trackers takes tensorboard and wandb"),
+        (
+            "target_modules",
+            "(q",
+            "target_modules is neither names nor a regular expression",
+        ),
         ("target_modules", "[]", "target_modules is empty"),
         ("log_every", "0", "log_every must be at least 1"),
         ("save_every", "-1", "save_every must be at least 0"),
@@ -202,8 +206,8 @@ def test_all_problems_come_at_once(run_folder):
         ("revision", "main", "revision is for hub models"),
         ("ds_config", "nowhere.json", "ds_config: no such file: nowhere.json"),
         ("config", "nowhere.yaml", "--config nowhere.yaml cannot be read"),
-        ("output_dir", "ds_configs/zero3.json", "output_dir is a file"),
-        ("model_name", "x", "--model_name is no option"),
+        ("output_dir", "ds_configs/zero3.json", "output_dir must be a folder, got the file"),
+        ("model_name", "x", "--model_name is not an option"),
         ("max-steps", "5", "did you mean --max_steps?"),
     ],
 )
@@ -244,19 +248,19 @@ def test_a_hub_id_needs_no_file():
 
 
 def test_stray_words_are_refused():
-    assert "'hello' belongs to no option" in only_problem_of("hello")
-    assert "'hello' belongs to no option" in only_problem_of("--rank=3", "hello")
+    assert "'hello' does not belong to an option" in only_problem_of("hello")
+    assert "'hello' does not belong to an option" in only_problem_of("--rank=3", "hello")
     assert "--rank takes one value, got 3 4" in only_problem_of("--rank", "3", "4")
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("rank: 4\nrank: 5\n", "line 2: rank stands twice"),
+        ("rank: 4\nrank: 5\n", "line 2: rank is set twice"),
         ("rank: [1]\n", "line 1: rank must be a whole number, got [1]"),
         ("rank:\n", "line 1: rank must be a whole number, got None"),
-        ("adapter: {rank: 4}\n", "line 1: adapter is no option"),
-        ("3: 4\n", "line 1: 3 is no option"),
+        ("adapter: {rank: 4}\n", "line 1: adapter is not an option"),
+        ("3: 4\n", "line 1: 3 is not an option"),
         ("- rank\n", "must hold 'name: value' lines, got a seq"),
         ("rank: [\n", "cannot be read"),
         ("trackers: [1]\n", "trackers must be a list of names"),
