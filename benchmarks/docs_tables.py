@@ -72,7 +72,7 @@ def page(name: str, title: str, text: str) -> str:
     lines = text.strip().splitlines()
     if lines[0].startswith("# "):
         lines = lines[1:]
-    picture = f"\n![Plot of {title[0].lower()}{title[1:]}]({name}.png)\n" if name in PICTURES else ""
+    picture = f"\n![Plot: {title}]({name}.png)\n" if name in PICTURES else ""
     body = "\n".join(lines).strip()
     source = f"<!-- Written by benchmarks/docs_tables.py from benchmarks/results/{name}.md. -->"
     return f"# {title}\n\n{source}\n\n{body}\n{picture}"
