@@ -29,7 +29,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 EXAMPLES = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
 OTHERS = set(
     """
-    config print_config help output png logdir
+    config print_config help output png logdir quiet
     num_gpus hostfile no_ssh node_rank master_addr master_port standalone nproc_per_node nnodes
     rdzv_backend rdzv_endpoint rdzv_id max_restarts bind no
     nodes gpus ntasks cpus time signal partition account me array dependency mem
