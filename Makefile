@@ -36,7 +36,7 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/mypy
 
 docs: $(STAMP)  ## the documentation as a site in build/site; a dead link is an error
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The pages of docs/results come from what the others leave.
 bench: $(STAMP)  ## every benchmark in benchmarks/, one after the other (DATA=FOLDER of gsm8k/, cola/ ...)
