@@ -156,11 +156,11 @@ def planned(row: Row, folder: str) -> dict[str, int]:
     """{line: bytes} in the phase that needs most, and their sum."""
     from sparse_lora_dist.config.load import load_config
     from sparse_lora_dist.plan.memory import PHASES, rank_memory
-    from sparse_lora_dist.plan.scenario import Engine, Ranks
+    from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks
     from sparse_lora_dist.plan.shapes import shapes_of
 
     config = load_config(flags_of(row, folder))
-    engine = Engine.of(json.loads(Path(config.run.ds_config).read_text()))
+    engine = PlannedEngine.of(json.loads(Path(config.run.ds_config).read_text()))
     shapes = shapes_of(config)
     memory = rank_memory(shapes, engine, Ranks(world_size=row.ranks, on_gpu=False))
     phase = max(("pass", "step"), key=lambda phase: memory.total("host", phase))

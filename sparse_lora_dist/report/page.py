@@ -39,7 +39,7 @@ def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         going=[s for s in runs if s.state == GOING],
         runs=runs,
-        facts={run.name: overview(run) for run in runs},
+        overviews={run.name: overview(run) for run in runs},
         sections=sections,
         as_svg=as_svg,
         light=SERIES,

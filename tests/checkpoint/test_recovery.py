@@ -14,7 +14,7 @@ from sparse_lora_dist.run_folder.metrics_log import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 
 TRAIN, REFUSAL = "tests.work.run:train", "tests.work.run:refusal"
 VERIFY = "tests.work.run:verified"

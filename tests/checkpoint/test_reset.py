@@ -12,7 +12,7 @@ from tests.checkpoint.test_recovery import step
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 
 TRAIN, REFUSAL = "tests.work.run:train", "tests.work.run:refusal"
 OPTIONS = {"max_steps": 6, "lr_schedule": "linear"}

@@ -22,7 +22,7 @@ from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.two_nodes import ADDRESSES, PATH, two_nodes, why_not
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 
 REPOSITORY = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

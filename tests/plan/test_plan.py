@@ -36,7 +36,7 @@ from sparse_lora_dist.plan.output import Outcome, as_json, as_text
 from sparse_lora_dist.plan.plan_options import PlanRequest, bytes_in, load_request
 from sparse_lora_dist.plan.playback.gathers import Bounds, gathered
 from sparse_lora_dist.plan.playback.parameters import PlannedParameter, shard_bytes
-from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 from sparse_lora_dist.plan.shapes import shapes_of
 from sparse_lora_dist.plan.speed import step_flop
 from tests.conftest import Ranks as RealRanks
@@ -61,7 +61,7 @@ def outcome(**options: object) -> Outcome:
     asked = request(**options)
     return Outcome(
         shapes=shapes_of(asked.config),
-        engine=Engine.of(asked.engine),
+        engine=PlannedEngine.of(asked.engine),
         ranks=Ranks(
             world_size=asked.plan.world_size,
             nodes=asked.plan.nodes,
@@ -130,7 +130,7 @@ def test_a_copy_that_is_written_beside_training_is_planned(
     ]
     for options, trains in cases:
         memory = shapes(**{"max_steps": 4} | options)
-        lines = rank_memory(memory, Engine.of({}), Ranks(world_size=8)).lines
+        lines = rank_memory(memory, PlannedEngine.of({}), Ranks(world_size=8)).lines
         (line,) = [line for line in lines if line.key == "saved_copy"]
         assert line.bytes["save"] > 0 and ("pass" in line.bytes) == trains
 
@@ -209,7 +209,7 @@ def test_70b_gathers_the_base_once_a_pass(llama_70b: Shapes) -> None:
 
 
 def test_70b_in_4_bit_on_8_and_on_2_ranks(llama_70b: Shapes) -> None:
-    engine = Engine.of(request().engine)
+    engine = PlannedEngine.of(request().engine)
     shares = {
         count: sum(
             line.bytes["load"]
@@ -243,21 +243,24 @@ def small(tmp_path: Path, **options: object) -> Shapes:
     return shapes(str(folder), rank=4, **options)
 
 
-ENGINES = [Engine(bounds=Bounds()), Engine(bounds=Bounds(persistent=0, live=10_000, reuse=0))]
+ENGINES = [
+    PlannedEngine(bounds=Bounds()),
+    PlannedEngine(bounds=Bounds(persistent=0, live=10_000, reuse=0)),
+]
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["all live", "little live"])
-def test_more_ranks_never_need_more(tmp_path: Path, engine: Engine) -> None:
+def test_more_ranks_never_need_more(tmp_path: Path, engine: PlannedEngine) -> None:
     of = small(tmp_path)
     needs = [need_of(of, engine, Ranks(world_size=n)).gpu for n in range(2, 20)]
     assert needs == sorted(needs, reverse=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["all live", "little live"])
-def test_what_saves_never_needs_more(tmp_path: Path, engine: Engine) -> None:
+def test_what_saves_never_needs_more(tmp_path: Path, engine: PlannedEngine) -> None:
     ranks = Ranks(world_size=4)
 
-    def need(engine: Engine = engine, **options: object) -> int:
+    def need(engine: PlannedEngine = engine, **options: object) -> int:
         return need_of(small(tmp_path, **options), engine, ranks).gpu
 
     usual = need()
@@ -274,7 +277,7 @@ def test_what_saves_never_needs_more(tmp_path: Path, engine: Engine) -> None:
 
 
 def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shapes) -> None:
-    engine, ranks = Engine.of(request().engine), Ranks(world_size=8)
+    engine, ranks = PlannedEngine.of(request().engine), Ranks(world_size=8)
     limits = Limits(gpu=24 * 10**9, host=None)
     least = smallest_world(llama_70b, engine, ranks, limits)
     assert least is not None
@@ -296,7 +299,7 @@ def test_the_smallest_number_of_ranks_is_one_that_a_run_takes(
     ranks = ranks if not batch else replace(ranks, world_size=4, nodes=1)
     content: dict[str, Any] = {"zero_optimization": {"zero_hpz_partition_size": hpz}}
     content |= {"train_batch_size": batch} if batch else {}
-    engine = Engine.of(content)
+    engine = PlannedEngine.of(content)
     allowed = [*range(1, 5), *range(8, 65, 4)]
     allowed = [n for n in allowed if not world_problems(content, of.config, n, "")]
     needs = {
@@ -395,16 +398,18 @@ def test_a_trained_heads_own_gradients_are_counted(llama_70b: Shapes, whole_logi
     rank = Ranks(world_size=8)
     work = [
         sum(line.bytes["pass"] for line in found.lines if line.key == "work")
-        for found in (rank_memory(s, Engine(bounds=Bounds()), rank) for s in (of, head))
+        for found in (rank_memory(s, PlannedEngine(bounds=Bounds()), rank) for s in (of, head))
     ]
     assert work[1] - work[0] >= weight * 2
 
 
 def test_one_gpu_copies_what_is_offloaded_without_a_buffer(llama_70b: Shapes) -> None:
-    away = Engine.of(request(ds_config=str(ROOT / "ds_configs" / "zero3_offload.json")).engine)
+    away = PlannedEngine.of(
+        request(ds_config=str(ROOT / "ds_configs" / "zero3_offload.json")).engine
+    )
     single = replace(away, bounds=replace(away.bounds, one_by_one=True))
 
-    def whole(engine: Engine, count: int) -> int:
+    def whole(engine: PlannedEngine, count: int) -> int:
         lines = rank_memory(llama_70b, engine, Ranks(world_size=count)).lines
         return sum(x.bytes["pass"] for x in lines if x.key == "gathered")
 
@@ -596,7 +601,7 @@ def test_json_keys_are_frozen() -> None:
             assert total == sum(lines)
 
 
-def host_bytes(of: Shapes, engine: Engine, key: str, *, on_gpu: bool = True) -> int:
+def host_bytes(of: Shapes, engine: PlannedEngine, key: str, *, on_gpu: bool = True) -> int:
     lines = rank_memory(of, engine, Ranks(world_size=8, on_gpu=on_gpu)).lines
     return sum(x.bytes["pass"] for x in lines if x.key == key and x.place == "host")
 
@@ -610,13 +615,13 @@ def test_the_advice_to_offload_is_what_the_file_does() -> None:
 
 
 def test_the_second_copy_lies_where_parameters_do(llama_70b: Shapes) -> None:
-    away = Engine(bounds=Bounds(), hpz=8, parameters="cpu")
+    away = PlannedEngine(bounds=Bounds(), hpz=8, parameters="cpu")
     assert host_bytes(llama_70b, away, "hpz_copy") > 4e9
     assert host_bytes(llama_70b, replace(away, parameters="none"), "hpz_copy") == 0
 
 
 def test_pinned_shares_are_powers_of_two_on_a_gpu_machine(llama_70b: Shapes) -> None:
-    free = Engine(bounds=Bounds(), parameters="cpu")
+    free = PlannedEngine(bounds=Bounds(), parameters="cpu")
     pinned = replace(free, pinned=True)
     head = 128256 * 8192 * 2 // 8
     assert host_bytes(llama_70b, free, "embeddings") == head
@@ -627,7 +632,7 @@ def test_pinned_shares_are_powers_of_two_on_a_gpu_machine(llama_70b: Shapes) -> 
 
 def test_small_shares_stay_in_memory_beside_a_disk(llama_70b: Shapes) -> None:
     content = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
-    disk = Engine.of(content)
+    disk = PlannedEngine.of(content)
     # Keys and values: 1,024 x 8,192 weights of half a byte in each of 80 layers.
     assert host_bytes(llama_70b, disk, "packed_weights") == 160 * 2**19
     small = [p for p in llama_70b.parameters if p.kind == "scales" and p.share(8) * 2 < 2**20]
@@ -635,11 +640,11 @@ def test_small_shares_stay_in_memory_beside_a_disk(llama_70b: Shapes) -> None:
         2 ** (p.share(8) * 2 - 1).bit_length() for p in small
     )
     content["aio"]["block_size"] = 2**30
-    assert host_bytes(llama_70b, Engine.of(content), "packed_weights") > 4e9
+    assert host_bytes(llama_70b, PlannedEngine.of(content), "packed_weights") > 4e9
 
 
 def test_what_adapters_keep_stays_in_memory_beside_a_disk() -> None:
-    disk = Engine.of(json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text()))
+    disk = PlannedEngine.of(json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text()))
     found = shapes(method="pst", **LEAN)
     kept = [p for p in found.parameters if p.kind == "kept"]
     # A bit a weight of the base.

@@ -303,7 +303,7 @@ def test_a_run_that_is_still_going_is_reported_and_said_to_be(run: Path) -> None
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 9, "lo')  # is being written
     hold(run, this_process())
-    assert "run is still going:</b> what follows is as of step 8 of 8" in page_of(run)
+    assert "run is still going:</b> this page shows it as of step 8 of 8" in page_of(run)
     long_ago = time.time() - 60
     os.utime(run / "run.lock", (long_ago, long_ago))
     assert read_run(run).state == "cut short" and "still going" not in page_of(run)

@@ -15,7 +15,7 @@ from tests.conftest import Ranks
 from tests.fixtures.same_end import check_same
 from tests.fixtures.tiny_run import TinyRun
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 
 TRAIN, STOPPED = "tests.work.run:train", "tests.work.stop:stopped"
 STEPS = 8

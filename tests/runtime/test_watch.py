@@ -21,7 +21,7 @@ from tests.distributed.test_launchers import BIN, ENGINE, KEPT, REPOSITORY, TORC
 from tests.fixtures.tiny_run import TinyRun
 from tests.ranks import RankError, RankPool
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 IDLING = "tests.work.watch:train_idling"
 ENDLESS = 100_000
 NOWHERE = {"rank": 9, "where": "data", "how": "work_for_long"}

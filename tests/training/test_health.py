@@ -17,7 +17,7 @@ from tests.config.test_ds_configs import engine_file
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 
 SPOILT, REFUSAL = "tests.work.health:train_spoilt", "tests.work.health:refusal_spoilt"
 # RoseLoRA keeps statistics at every step, and decides at 2, 4 and 6.

@@ -371,7 +371,7 @@ def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(
         assert int((weight == 0).sum()) >= weight.numel() // 2
         kept = run.slices.entries("kept", f"{site.name}.pst_pruned", 0, -(-weight.numel() // 8))
         assert not weight[unpack(kept, tuple(weight.shape))].any()
-    with pytest.raises(UserError, match="--onto original: --method pst takes weights away"):
+    with pytest.raises(UserError, match="--onto original is not possible with --method pst"):
         export(load_request([*merged, str(tmp_path / "no"), "--onto", "original"]))
 
 
