@@ -29,7 +29,7 @@ HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 EXAMPLES = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
 OTHERS = set(
     """
-    config print_config help output png logdir quiet
+    config print_config help help_all output png logdir quiet
     num_gpus hostfile no_ssh node_rank master_addr master_port standalone nproc_per_node nnodes
     rdzv_backend rdzv_endpoint rdzv_id max_restarts bind no
     nodes gpus ntasks cpus time signal partition account me array dependency mem
@@ -109,6 +109,7 @@ def test_every_page_of_the_menu_exists() -> None:
     assert [name for name in pages(menu) if not (DOCS / name).is_file()] == []
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_an_example_runs_as_it_stands(number: int, tmp_path: Path) -> None:
     for name in ("assets", "ds_configs"):
