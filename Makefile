@@ -13,7 +13,7 @@ PYTEST := $(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --
 TRAIN := launcher/train.py --ds_config ds_configs/zero3.json --resume auto --max_steps 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train unit smoke test test-all chaos lint bench bench-methods
+.PHONY: help setup train unit smoke test test-all chaos lint docs bench bench-methods
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' Makefile | expand -t 24
@@ -46,9 +46,12 @@ lint: $(STAMP)  ## ruff and mypy
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/mypy
 
-# README's tables come from what the others leave.
+docs: $(STAMP)  ## the documentation as a site in build/site; a dead link is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The pages of docs/results come from what the others leave.
 bench: $(STAMP)  ## every benchmark in benchmarks/, one after the other (DATA=FOLDER of gsm8k/, cola/ ...)
-	@for script in $(filter-out %/readme_tables.py,$(wildcard benchmarks/[a-z]*.py)) benchmarks/readme_tables.py; do \
+	@for script in $(filter-out %/docs_tables.py,$(wildcard benchmarks/[a-z]*.py)) benchmarks/docs_tables.py; do \
 		echo "== $$script"; $(RUN) DATA="$(DATA)" python "$$script" || exit 1; \
 	done
 
