@@ -1,10 +1,10 @@
-"""What the planner says of a rank's memory, beside what real runs on CPU ranks need.
+"""The planned memory of a rank against that of real runs on CPU ranks.
 
     python benchmarks/plan_check.py [--only ROW ...]
 
-Every row is a run of the main job on a random Llama of 143 M parameters. Memory is resident, of the
-rank that needs most, above what it held once ranks had met and imports were done. Rows that are not
-measured again keep what plan_check.json has.
+Every row is a training run on a random Llama of 143 M parameters. Memory is the resident memory of
+the rank that needs most, minus that after imports and group setup. Rows that are not measured again
+are taken from plan_check.json.
 """
 
 import argparse
@@ -156,11 +156,11 @@ def planned(row: Row, folder: str) -> dict[str, int]:
     """{line: bytes} in the phase that needs most, and their sum."""
     from sparse_lora_dist.config.load import load_config
     from sparse_lora_dist.plan.memory import PHASES, rank_memory
-    from sparse_lora_dist.plan.scenario import Engine, Ranks
+    from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks
     from sparse_lora_dist.plan.shapes import shapes_of
 
     config = load_config(flags_of(row, folder))
-    engine = Engine.of(json.loads(Path(config.run.ds_config).read_text()))
+    engine = PlannedEngine.of(json.loads(Path(config.run.ds_config).read_text()))
     shapes = shapes_of(config)
     memory = rank_memory(shapes, engine, Ranks(world_size=row.ranks, on_gpu=False))
     phase = max(("pass", "step"), key=lambda phase: memory.total("host", phase))

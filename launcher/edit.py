@@ -1,4 +1,4 @@
-"""Edit facts that a language model knows. ``--help`` lists every option.
+"""Change facts that a language model knows. ``--help`` lists every option.
 
 deepspeed launcher/edit.py --ds_config ds_configs/zero3.json --model M --edits FILE --number 0:10
 """
@@ -6,7 +6,8 @@ deepspeed launcher/edit.py --ds_config ds_configs/zero3.json --model M --edits F
 import sys
 from pathlib import Path
 
-# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+# A script's own folder is on sys.path, the repository is not; add it, so that a clone works
+# without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.editing.edit_options import EditRequest, load_request
@@ -14,11 +15,11 @@ from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(request: EditRequest) -> None:
-    """Hand over."""
+    """Train and measure the edits, or with --only_read print what the file holds."""
     if request.options.only_read:
         print(request.file.report())
         return
-    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    # Imported here, so that --help and option errors need not wait for transformers and DeepSpeed.
     from sparse_lora_dist.editing.edit_command import purpose_of
     from sparse_lora_dist.train import run
 

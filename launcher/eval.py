@@ -1,4 +1,4 @@
-"""How good is a model, with an adapter or without? ``--help`` lists every option.
+"""Evaluate a sharded model with or without adapters. ``--help`` lists every option.
 
 deepspeed launcher/eval.py --model M --adapter runs/mine --eval_data heldout.jsonl --metrics loss
 """
@@ -6,7 +6,8 @@ deepspeed launcher/eval.py --model M --adapter runs/mine --eval_data heldout.jso
 import sys
 from pathlib import Path
 
-# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+# A script's own folder is on sys.path, the repository is not; add it, so that a clone works
+# without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.evaluation.eval_options import EvalRequest, load_request
@@ -14,8 +15,8 @@ from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(request: EvalRequest) -> None:
-    """Hand over."""
-    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    """Evaluate what the request asks for."""
+    # Imported here, so that --help and option errors need not wait for transformers and DeepSpeed.
     from sparse_lora_dist.evaluation.eval_command import evaluate
 
     evaluate(request)

@@ -1,4 +1,4 @@
-"""The adapter of a run as files that other tools open. ``--help`` lists every option.
+"""Export the adapter of a run as files that other tools open. ``--help`` lists every option.
 
 python launcher/export.py runs/default --output exported
 """
@@ -6,7 +6,8 @@ python launcher/export.py runs/default --output exported
 import sys
 from pathlib import Path
 
-# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+# A script's own folder is on sys.path, the repository is not; add it, so that a clone works
+# without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.export.export_options import ExportRequest, load_request
@@ -14,8 +15,8 @@ from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(request: ExportRequest) -> None:
-    """Hand over."""
-    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    """Export what the request asks for."""
+    # Imported here, so that --help and option errors need not wait for transformers and DeepSpeed.
     from sparse_lora_dist.export.export_command import export
 
     export(request)

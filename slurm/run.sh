@@ -1,19 +1,20 @@
-# What the scripts beside this one share: start the ranks, and decide what follows. They source it,
-# with options of launcher/train.py as its arguments. Nothing in here depends on the site.
+# Shared code of train.sbatch and train_array.sbatch: starts the ranks, and requeues the job or ends
+# it by their exit status. Its arguments are options of launcher/train.py. Nothing in here depends on
+# the cluster.
 
 say() { echo "slurm     $*"; }
 
-# The last task of an array has the whole array's number for its own: requeued by that, all tasks
-# start again.
+# The SLURM_JOB_ID of an array's last task is the id of the whole array: requeueing that would start
+# all tasks again. ARRAYJOB_TASK names this task alone.
 job=$SLURM_JOB_ID
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 requeues=${SLURM_RESTART_COUNT:-0}
 
-# #SBATCH lines take no variables and Slurm tells nobody what they asked for, so the lead is read
-# from the line itself; $0 is Slurm's copy of the script.
+# Slurm does not tell a job which --signal it was submitted with, so the lead in seconds is read from
+# the #SBATCH line of the script; $0 is Slurm's copy of it.
 lead=$(sed -n 's/^#SBATCH --signal=USR1@\([0-9][0-9]*\)$/\1/p' "$0")
 
-# Since 22.05 srun no longer takes this from sbatch.
+# Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 requeue() {
@@ -27,20 +28,20 @@ requeue() {
     exit "$status"
 }
 
-# Ranks get what the lines above set, also where the cluster has jobs begin with --export=NONE.
+# Pass this environment to the ranks, even if the cluster submits jobs with --export=NONE.
 export SLURM_EXPORT_ENV=ALL
 
-# Does every node of the job still start a process?
+# Succeeds if every node of the job still starts a process.
 all_nodes_answer() {
     local nodes=$SLURM_JOB_NUM_NODES
     timeout 60 srun --overlap --quiet --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 true
 }
 
 say "job $job, attempt $((requeues + 1)), on $SLURM_JOB_NODELIST, $(date '+%F %T')"
-all_nodes_answer && asks=yes || asks=no # where that does not work, its failure tells nothing
+all_nodes_answer && asks=yes || asks=no # if it fails now, it is not asked again
 status=0
-# Once one rank has left, the others have a minute to leave by themselves. --kill-on-bad-exit would
-# end them at once, and a stop that went well could end with the status of a kill.
+# After the first rank exits, the others have a minute to exit. --kill-on-bad-exit=1 would kill them
+# at once, and a run that saved well could end with the status of a kill.
 srun --kill-on-bad-exit=0 --wait=60 \
     python launcher/train.py --resume auto ${lead:+--signal_lead "${lead}s"} "$@" || status=$?
 case $status in
@@ -48,7 +49,7 @@ case $status in
     75) requeue "stopped and saved" ;;
     138 | 143) requeue "a signal came before the program listened" ;; # 128 + SIGUSR1, SIGTERM
     2) say "status 2, which trying again would not mend" ;;
-    # Slurm itself requeues the job only where it notices the loss before the other ranks fail.
+    # Slurm requeues the job itself only if it notices a lost node before other ranks fail.
     *) [ $asks = no ] || all_nodes_answer || requeue "status $status, and not every node answers" ;;
 esac
 exit "$status"

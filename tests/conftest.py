@@ -1,16 +1,76 @@
-"""Fixtures that every test may use."""
+"""Fixtures that every test may use, and the tiers that follow from them.
 
+    unit    starts no process and writes no model
+    disk    writes a small model; starts no process
+    ranks   starts ranks, launchers or other programs
+    smoke   a few of all, in ``smoke.py``
+    full    what ``make test`` leaves to ``make test-all``
+
+A marker is never set by hand: the first three follow from the fixtures that a test asks for, and a
+unit test that starts a process or writes a model fails.
+"""
+
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 
 from tests.ranks import RankError, RankPool
+from tests.smoke import is_smoke
 
 if TYPE_CHECKING:
     from tests.fixtures.tiny_run import TinyRun
 
 Ranks = Callable[..., list[Any]]
+
+PROCESSES = {"ranks", "processes", "async_io"}
+MODELS = {"tiny", "model_on_disk"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        asked = set(getattr(item, "fixturenames", ()))
+        tier = "ranks" if asked & PROCESSES else "disk" if asked & MODELS else "unit"
+        item.add_marker(tier)
+        if is_smoke(item.nodeid):
+            item.add_marker("smoke")
+        if "full" in asked:
+            item.add_marker("full")
+
+
+@pytest.fixture(scope="session")
+def processes() -> None:
+    """For who starts programs other than ranks."""
+
+
+@pytest.fixture(scope="session")
+def model_on_disk() -> None:
+    """For who writes a model other than ``tiny``."""
+
+
+@pytest.fixture(scope="session")
+def full() -> None:
+    """For what takes long and seldom breaks: ``make test`` leaves it to ``make test-all``."""
+
+
+@pytest.fixture(autouse=True)
+def _keeps_to_its_tier(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit test that starts a process, or writes a model, asks for no fixture that says so."""
+    markers = {mark.name for mark in request.node.iter_markers()}
+    if "ranks" not in markers:
+        monkeypatch.setattr(subprocess.Popen, "__init__", _refuse("starts a process", "processes"))
+    if "unit" in markers and "transformers" in sys.modules:
+        model = sys.modules["transformers"].PreTrainedModel
+        monkeypatch.setattr(model, "save_pretrained", _refuse("writes a model", "model_on_disk"))
+
+
+def _refuse(what: str, fixture: str) -> Callable[..., NoReturn]:
+    def refuse(*args: object, **rest: object) -> NoReturn:
+        pytest.fail(f"this test {what}: let it ask for the fixture {fixture}")
+
+    return refuse
 
 
 @pytest.fixture(scope="session")

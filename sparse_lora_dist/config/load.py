@@ -20,6 +20,7 @@ from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts
 from sparse_lora_dist.config.help_pages import help_page
 from sparse_lora_dist.config.paths import missing_locations, missing_source
 from sparse_lora_dist.config.schema import TRAIN, Option, Program, build_parser, known_options
+from sparse_lora_dist.config.sections import TRACKERS
 from sparse_lora_dist.config.spelling import did_you_mean
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.errors import ConfigError
@@ -102,8 +103,9 @@ def build(
     config = None if None in parts.values() else whole(parts, problems)
 
     problems += missing_locations(flat) if trains else missing_source("model", flat["model"])
-    if trains and "wandb" in flat["trackers"] and find_spec("wandb") is None:
-        problems.append("trackers names wandb, which is not installed: pip install wandb")
+    for name in TRACKERS if trains else ():
+        if name in flat["trackers"] and find_spec(name) is None:
+            problems.append(f"trackers has {name}, which is not installed: pip install {name}")
     engine_problems = check_engine_file(flat["ds_config"])
     if config is not None and not engine_problems:
         engine_problems = conflicts(flat["ds_config"], config, trains=trains)

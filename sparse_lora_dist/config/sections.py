@@ -9,7 +9,8 @@ from typing import Literal
 
 from sparse_lora_dist.config.checks import above, at_least, bad_durations, bad_regex, raise_if
 
-TRACKERS = ("tensorboard", "wandb")
+TRACKERS = tuple("aim clearml comet_ml dvclive mlflow swanlab tensorboard trackio wandb".split())
+"""Names of accelerate's trackers, each also the name of its package for pip and import."""
 RESETS = ("optimizer", "schedule", "data")
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
@@ -240,7 +241,7 @@ class RunConfig:
                 "auto, every restart of an interrupted run would discard the state again"
             )
         problems += [
-            f"trackers takes {' and '.join(TRACKERS)} ([] for none), got {name!r}"
+            f"trackers must be any of {', '.join(TRACKERS)} ([] for none), got {name!r}"
             for name in self.trackers
             if name not in TRACKERS
         ]

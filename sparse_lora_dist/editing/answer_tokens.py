@@ -1,6 +1,4 @@
-"""What the model says: its first choices at an answer's tokens, and texts that go on from a prompt.
-
-Everything here is a collective.
+"""Predictions of a sharded model at the tokens of given answers, and greedily generated texts.
 
 Shapes: M rows of a batch, T tokens of its longest row.
 """
@@ -22,78 +20,104 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 @dataclass(frozen=True, kw_only=True)
-class Encoded:
-    """A question in tokens."""
+class EncodedQuestion:
+    """A question and its answer as one row of token ids."""
 
     ids: list[int]
+    """Token ids of "prompt answer"."""
     num_prompt: int
-    """Tokens before the first that is the answer's."""
+    """Number of tokens before the first token of the answer."""
 
     @property
     def answer(self) -> list[int]:
+        """Token ids of the answer."""
         return self.ids[self.num_prompt :]
 
 
-def encode(tokenizer: Any, question: Question) -> Encoded:
-    """ "prompt answer", with a space between the two, and bos where the tokenizer puts it.
+def encode(tokenizer: Any, question: Question) -> EncodedQuestion:
+    """Tokenise a question with its answer, joined by a space.
 
-    EasyEdit counts the prompt's own tokens; where the answer changes the last of them, ours begins
-    with the first that differs.
+    The answer starts at the first token in which "prompt answer" differs from "prompt" alone.
+    EasyEdit starts it after as many tokens as the prompt alone has. The two differ only if the
+    answer changes the prompt's last token, e.g. where "on" + " to" becomes one token.
+
+    Args:
+        tokenizer: Adds bos if it does so for every text; an eos it adds is removed.
+        question: Prompt and answer.
     """
-    prompt = without_end(tokenizer, question.prompt)
-    ids = without_end(tokenizer, f"{question.prompt} {question.answer}")
+    prompt = ids_without_eos(tokenizer, question.prompt)
+    ids = ids_without_eos(tokenizer, f"{question.prompt} {question.answer}")
     pairs = zip(prompt, ids, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt))
-    return Encoded(ids=ids, num_prompt=max(1, min(same, len(ids) - 1)))
+    return EncodedQuestion(ids=ids, num_prompt=max(1, min(same, len(ids) - 1)))
 
 
-def without_end(tokenizer: Any, text: str) -> list[int]:
-    """The text's ids, without the eos that some tokenizers put after every text."""
+def ids_without_eos(tokenizer: Any, text: str) -> list[int]:
+    """Tokenise a text, without the eos that some tokenizers append to every text."""
     ids: list[int] = tokenizer(text).input_ids
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 @dataclass(frozen=True, kw_only=True)
-class Speaker:
-    """An engine that answers."""
+class GreedyDecoder:
+    """Predicts the likeliest tokens with a trained engine. Every method is collective.
+
+    All ranks pass the same rows and get the same results, on any number of ranks.
+    """
 
     engine: Engine
+    """The engine of the model."""
     tokenizer: Any
+    """Encodes prompts and decodes generated texts."""
     pad_id: int
+    """Token id that rows are padded with."""
     batch_size: int
+    """Rows of one batch."""
 
-    def first_choices(self, questions: Sequence[Encoded]) -> list[list[int]]:
-        """For each token of each answer the likeliest, given all before it."""
+    def predicted_answers(self, questions: Sequence[EncodedQuestion]) -> list[list[int]]:
+        """Predict each token of each answer, given the answer's tokens before it. Collective.
 
-        def of_batch(batch: Sequence[Encoded]) -> list[list[int]]:
-            chosen_MT = self._choices([q.ids for q in batch])
-            places = [slice(q.num_prompt - 1, len(q.ids) - 1) for q in batch]
-            return [row[place].tolist() for row, place in zip(chosen_MT, places, strict=True)]
+        Returns:
+            For each question the likeliest token ids (teacher forcing), as many as its answer has.
+        """
+
+        def of_batch(batch: Sequence[EncodedQuestion]) -> list[list[int]]:
+            predicted_MT = self._argmax([q.ids for q in batch])
+            # The logits at position t predict token t + 1.
+            spans = [slice(q.num_prompt - 1, len(q.ids) - 1) for q in batch]
+            return [row[span].tolist() for row, span in zip(predicted_MT, spans, strict=True)]
 
         with self.engine.evaluating():
             return in_batches(questions, self.batch_size, of_batch, name="questions")
 
-    def texts(self, prompts: Sequence[str], num_tokens: int) -> list[str]:
-        """Each prompt with so many of the likeliest tokens after it, an end of text not heeded.
+    def generate(self, prompts: Sequence[str], num_tokens: int) -> list[str]:
+        """Continue each prompt greedily by ``num_tokens`` tokens, ignoring eos. Collective.
 
-        Without a cache of keys and values: under ZeRO-3 a forward costs what it gathers, however
-        few its tokens are.
+        No key-value cache is used: under ZeRO-3 the time of a forward is that of gathering the
+        weights, which the number of tokens does not change.
+
+        Args:
+            prompts: Texts to continue.
+            num_tokens: Number of tokens to add to each.
+
+        Returns:
+            Each prompt with its continuation, without special tokens.
         """
 
         def of_batch(batch: Sequence[list[int]]) -> list[str]:
             rows = [list(ids) for ids in batch]
             for _ in range(num_tokens):
-                chosen_MT = self._choices(rows)
-                for row, chosen_T in zip(rows, chosen_MT, strict=True):
-                    row.append(int(chosen_T[len(row) - 1]))
+                predicted_MT = self._argmax(rows)
+                for row, predicted_T in zip(rows, predicted_MT, strict=True):
+                    row.append(int(predicted_T[len(row) - 1]))
             return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
         with self.engine.evaluating():
-            encoded = [without_end(self.tokenizer, prompt) for prompt in prompts]
+            encoded = [ids_without_eos(self.tokenizer, prompt) for prompt in prompts]
             return in_batches(encoded, self.batch_size, of_batch, name="texts")
 
-    def _choices(self, rows: Sequence[list[int]]) -> Tensor:
-        # Padding comes last, where no token looks.
+    def _argmax(self, rows: Sequence[list[int]]) -> Tensor:
+        # No attention mask is needed: padding comes last, and attention is causal.
         ids_MT = pad_sequence(
             [torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad_id
         ).to(comm.device())
@@ -104,7 +128,7 @@ class Speaker:
 
 @contextmanager
 def without_adapters(adapters: Sequence[AdapterLinear]) -> Iterator[None]:
-    """The base alone answers inside: every delta is zero."""
+    """Context manager in which the model computes as its base: every delta is skipped."""
     for adapter in adapters:
         adapter.base_only = True
     try:

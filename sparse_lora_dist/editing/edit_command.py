@@ -1,4 +1,7 @@
-"""launcher/edit.py: train on the edits, then ask the model without the adapter and with it."""
+"""launcher/edit.py: trains on the edits, then measures the model before and after them.
+
+"Before" is the model with all adapters switched off.
+"""
 
 import json
 import shlex
@@ -9,23 +12,28 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
-from sparse_lora_dist.editing.answer_tokens import Encoded, Speaker, encode, without_adapters
-from sparse_lora_dist.editing.edit_feed import EditFeed, feed_of
+from sparse_lora_dist.editing.answer_tokens import (
+    EncodedQuestion,
+    GreedyDecoder,
+    encode,
+    without_adapters,
+)
+from sparse_lora_dist.editing.edit_feed import EditFeed, build_feed
 from sparse_lora_dist.editing.edit_metrics import COLUMNS, Scores, table_row
 from sparse_lora_dist.editing.edit_options import RESULTS, EditRequest
-from sparse_lora_dist.editing.probe_scores import ModelAnswers, asked_of, scored
+from sparse_lora_dist.editing.probe_scores import ModelAnswers, score_edits, scored_questions
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import open_tokenizer
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import Purpose
 
-TAKEN = 90.0
-"""Edit success, in hundredths, below which a way to more of it is said."""
+SUCCESS_HINT_BELOW = 90.0
+"""Edit success in percent below which a hint on how to raise it is printed."""
 
 
 def purpose_of(request: EditRequest) -> Purpose:
-    """What ``train.run`` is to do besides training."""
+    """Return the training data and the final measurement of an edit, for ``train.run``."""
     return Purpose(
         open_feed=partial(_open_feed, request),
         conclude=partial(_conclude, request),
@@ -35,42 +43,42 @@ def purpose_of(request: EditRequest) -> Purpose:
 
 def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
     options = request.options
-    again = ["launcher/edit.py", "--edits", str(options.edits)]
-    again += [] if options.number is None else ["--number", options.number]
-    again += ["--fluency_tokens", str(options.fluency_tokens)]
+    command = ["launcher/edit.py", "--edits", str(options.edits)]
+    command += [] if options.number is None else ["--number", options.number]
+    command += ["--fluency_tokens", str(options.fluency_tokens)]
     with fail_together("reading the edits"), first_on_its_node():
-        feed = feed_of(
+        feed = build_feed(
             request.edits,
             config,
             model,
             open_tokenizer(config, model),
-            program=shlex.join(again),
+            program=shlex.join(command),
         )
-    cut = f"{feed.accumulation} x {counted(feed.micro_batch_size, 'row')} on each rank"
+    batch = f"{feed.accumulation} x {counted(feed.micro_batch_size, 'row')} on each rank"
     print_line(
-        "edits", f"{counted(len(feed.rows), 'edit')} of {options.edits}, all in each step: {cut}"
+        "edits", f"{counted(len(feed.rows), 'edit')} of {options.edits}, all in each step: {batch}"
     )
     return feed
 
 
 def _conclude(request: EditRequest, job: Job) -> None:
-    """Measure it, write it, say it."""
+    """Measure the model before and after the edits; write edits.json; print. Collective."""
     tokenizer = open_tokenizer(job.config, job.model)
-    asked = asked_of(request.edits)
-    questions = [encode(tokenizer, ask.question) for ask in asked]
-    speaker = Speaker(
+    scored = scored_questions(request.edits)
+    questions = [encode(tokenizer, one.question) for one in scored]
+    decoder = GreedyDecoder(
         engine=job.engine,
         tokenizer=tokenizer,
         pad_id=job.feed.pad_id,
         batch_size=job.feed.micro_batch_size,
     )
     with without_adapters(job.model.adapters):
-        before = _said(request, job, speaker, questions)
-    after = _said(request, job, speaker, questions)
-    answers = [question.answer for question in questions]
+        before = _model_answers(request, job, decoder, questions)
+    after = _model_answers(request, job, decoder, questions)
+    targets = [question.answer for question in questions]
     scores = {
-        "before": scored(asked, answers, before, before),
-        "after": scored(asked, answers, after, before),
+        "before": score_edits(scored, targets, before, before),
+        "after": score_edits(scored, targets, after, before),
     }
     with fail_together(f"writing {RESULTS}"):
         if comm.rank() == 0:
@@ -79,24 +87,24 @@ def _conclude(request: EditRequest, job: Job) -> None:
             text = json.dumps(results, indent=1, ensure_ascii=False)
             write_whole(job.folder / RESULTS, text + "\n")
     for name in COLUMNS:
-        was, now = (_in_words(table_row(rows)[name]) for rows in scores.values())
+        was, now = (_percent(table_row(rows)[name]) for rows in scores.values())
         print_line("edited", f"{name} {now}" if name == "locality" else f"{name} {was} -> {now}")
-    if (table_row(scores["after"])["edit success"] or 0.0) < TAKEN:
-        print_line("try", how_to_take(job.config))
+    if (table_row(scores["after"])["edit success"] or 0.0) < SUCCESS_HINT_BELOW:
+        print_line("try", low_success_hint(job.config))
 
 
-def _said(
-    request: EditRequest, job: Job, speaker: Speaker, questions: Sequence[Encoded]
+def _model_answers(
+    request: EditRequest, job: Job, decoder: GreedyDecoder, questions: Sequence[EncodedQuestion]
 ) -> ModelAnswers:
     prompts = [edit.fact.prompt for edit in request.edits]
-    longest = max(len(ids) for ids in speaker.tokenizer(prompts).input_ids)
+    longest = max(len(ids) for ids in decoder.tokenizer(prompts).input_ids)
     architecture = job.model.module.config.get_text_config()
-    positions = getattr(architecture, "max_position_embeddings", None)  # ALiBi has no bound
+    positions = getattr(architecture, "max_position_embeddings", None)  # None for ALiBi
     num_tokens = request.options.fluency_tokens
     num_tokens = num_tokens if positions is None else min(num_tokens, positions - longest)
     return ModelAnswers(
-        chosen=speaker.first_choices(questions),
-        texts=speaker.texts(prompts, num_tokens) if num_tokens > 0 else (),
+        predicted=decoder.predicted_answers(questions),
+        texts=decoder.generate(prompts, num_tokens) if num_tokens > 0 else (),
     )
 
 
@@ -107,10 +115,10 @@ def _results(
     texts: dict[str, Sequence[str]],
 ) -> dict[str, object]:
     """The content of edits.json."""
-    each = [
+    edits = [
         {"subject": edit.subject, "prompt": edit.fact.prompt, "target_new": edit.fact.answer}
         | {when: dict(rows[i]) for when, rows in scores.items()}
-        | {f"text {when}": said[i] for when, said in texts.items() if said}
+        | {f"text {when}": each[i] for when, each in texts.items() if each}
         for i, edit in enumerate(request.edits)
     ]
     return {
@@ -119,19 +127,20 @@ def _results(
         "method": job.config.adapter.method,
         "steps": job.progress.step,
         **{when: table_row(rows) for when, rows in scores.items()},
-        "edits": each,
+        "edits": edits,
     }
 
 
-def how_to_take(config: Config) -> str:
-    """What to change where too few edits took."""
-    more = f"more --max_steps than {config.train.max_steps}, a higher --learning_rate than "
-    more += f"{config.train.learning_rate:g}"
+def low_success_hint(config: Config) -> str:
+    """Return a hint on what to change if too few edits succeeded."""
+    hint = "not every edit succeeded. Raise "
+    hint += f"--max_steps above {config.train.max_steps} or --learning_rate above "
+    hint += f"{config.train.learning_rate:g}"
     if getattr(config.method_options, "roselora_preset", None) == "released":
-        more += ", or --roselora_preset paper: the released one clamps weights, to a bound that is "
-        more += "made for models of billions of them"
-    return f"not every edit took: {more}"
+        hint += ", or set --roselora_preset paper: the released preset clamps weights to a bound "
+        hint += "that was chosen for models with billions of weights"
+    return hint
 
 
-def _in_words(value: float | None) -> str:
-    return "none asked" if value is None else f"{value:.2f}"
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f}"

@@ -1,4 +1,4 @@
-"""Edits as rows to train on: every step takes all of them, each once."""
+"""Edits as training data: every optimizer step takes all edits, each once."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -18,7 +18,7 @@ from sparse_lora_dist.data import (
 )
 from sparse_lora_dist.editing.answer_tokens import encode
 from sparse_lora_dist.editing.edits import Edit
-from sparse_lora_dist.editing.probe_scores import asked_of
+from sparse_lora_dist.editing.probe_scores import scored_questions
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.training.feed import DataFeed, check_positions, settle_padding
@@ -26,35 +26,48 @@ from sparse_lora_dist.training.feed import DataFeed, check_positions, settle_pad
 
 @dataclass(frozen=True, kw_only=True)
 class EditFeed(DataFeed):
-    """A step's rows are the edits in their order, on any number of ranks; empty rows fill up."""
+    """Training data of an edit run: each step's rows are all edits, in order.
+
+    Rows without tokens fill the last micro-batches, so any number of ranks trains the same.
+    """
 
     edits: tuple[Edit, ...] = ()
+    """The edits, one row each."""
 
     @property
     def global_batch(self) -> int:
+        """Rows of a step: the number of edits."""
         return len(self.rows)
 
     @property
     def identity(self) -> str:
+        """Hash of the edits' texts; a resumed run must have the same."""
         texts = "\n".join(f"{e.fact.prompt}\t{e.fact.answer}" for e in self.edits)
         return sha256(texts.encode()).hexdigest()
 
     def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
-        """This rank's part of all edits, whatever the step."""
+        """Return this rank's micro-batches of a step; they are the same in every step."""
         return self._cut(self.rows, 0, len(self.rows), shuffle=False)
 
 
-def feed_of(
+def build_feed(
     edits: tuple[Edit, ...], config: Config, model: Model, tokenizer: Any, program: str
 ) -> EditFeed:
-    """No collectives.
+    """Tokenise the edits and set up their feed. Not collective.
+
+    Args:
+        edits: The edits of each step.
+        config: Options of the run; ``max_steps`` is set.
+        model: The opened model, to check its number of positions.
+        tokenizer: The model's tokenizer.
+        program: The command line that resumes this run, for messages.
 
     Raises:
-        UserError: an edit is too long.
+        UserError: An edit has more tokens than --sequence_length or the model's positions allow.
     """
-    rows = rows_of(edits, tokenizer, config)
-    asked = [encode(tokenizer, ask.question) for ask in asked_of(edits)]
-    longest = max(int(rows.documents.lengths.max()), *(len(question.ids) for question in asked))
+    rows = build_rows(edits, tokenizer, config)
+    questions = [encode(tokenizer, one.question) for one in scored_questions(edits)]
+    longest = max(int(rows.documents.lengths.max()), *(len(one.ids) for one in questions))
     check_positions(model.module, longest, "--edits")
     assert config.train.max_steps is not None
     return EditFeed(
@@ -70,17 +83,20 @@ def feed_of(
     )
 
 
-def rows_of(edits: tuple[Edit, ...], tokenizer: Any, config: Config) -> Rows:
-    """ "prompt target" each, of which the target's tokens are learned, without an end of text, as
-    in EasyEdit: the edit is of what comes next, not of where it ends."""
+def build_rows(edits: tuple[Edit, ...], tokenizer: Any, config: Config) -> Rows:
+    """Encode each edit as a row "prompt target_new", with a loss on the target's tokens only.
+
+    No eos is added, as in EasyEdit: an edit changes the answer, not where the text ends.
+    """
     length, rows = config.data.sequence_length, []
     for number, edit in enumerate(edits):
         encoded = encode(tokenizer, edit.fact)
         is_target = [i >= encoded.num_prompt for i in range(len(encoded.ids))]
         if len(encoded.ids) > length:
             raise UserError(
-                f"--edits: edit {number} of these, of {edit.subject}, has {len(encoded.ids)} "
-                f"tokens. Set --sequence_length {len(encoded.ids)} or more."
+                f"--edits: edit {number} of the selected ones ({edit.subject}) has "
+                f"{len(encoded.ids)} tokens, more than --sequence_length {length}. Set "
+                f"--sequence_length {len(encoded.ids)} or more."
             )
         rows.append(document_row(encoded.ids, is_target, length))
     documents = Documents(

@@ -1,8 +1,8 @@
-"""A file of edits as KnowEdit has them: read, and every problem in it found at once.
+"""Reads a file of edits in KnowEdit's format, and reports all problems of the file at once.
 
-A JSON list, or an object a line. Fields go by the names that KnowEdit's data sets give them; an
-answer may be a text, a list of aliases, or a list of such lists, of which the first counts, as in
-EasyEdit.
+The file is a JSON list of objects, or one object per line. Fields have the names of KnowEdit's
+data sets. An answer is a text, a list of aliases, or a list of such lists; the first alias is used,
+as in EasyEdit.
 """
 
 import json
@@ -15,105 +15,119 @@ from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.editing.edits import Edit, Edits, Question
 from sparse_lora_dist.errors import UserError
 
-NAMES: dict[str, tuple[str, ...]] = {
+FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "subject": ("subject", "concept"),
     "prompt": ("prompt", "text"),
     "target_new": ("target_new", "labels"),
     "rephrase_prompt": ("rephrase_prompt", "rephrase"),
 }
-"""The first is ZsRE's, which messages use; WikiBio and counterfact have others."""
-READ = {"portability", "locality", *(name for names in NAMES.values() for name in names)}
-NEEDED = ("subject", "prompt", "target_new")
-BETWEEN = re.compile(r"[\s,]*")
-MOST_TOLD = 20
-"""Problems; a file that has more is of another kind."""
+"""Field -> its names in the file: ZsRE's, which messages use, then those of WikiBio and
+counterfact."""
+KNOWN_FIELDS = {
+    "portability",
+    "locality",
+    *(name for names in FIELD_NAMES.values() for name in names),
+}
+REQUIRED = ("subject", "prompt", "target_new")
+SEPARATORS = re.compile(r"[\s,]*")
+MAX_SHOWN = 20
+"""Problems that an error lists; a file with more has most likely another format."""
 
 
 def read_edits(path: Path) -> Edits:
-    """All of a file.
+    """Read all edits of a file.
+
+    Every rank may call it by itself: it reads one file, and is not collective.
+
+    Args:
+        path: JSON list of objects, or one object per line.
 
     Raises:
-        UserError: with every problem there is, by line and field.
+        UserError: The file cannot be read, is not JSON, or has wrong records; the message names
+            line and field of each problem.
     """
-    reader, edits = _Reader(), []
+    parser, edits = _EditParser(), []
     for number, (line, record) in enumerate(_records(path), start=1):
-        reader.place = f"{path}:{line}: edit {number}"
-        if edit := reader.edit(record):
+        parser.location = f"{path}:{line}: edit {number}"
+        if edit := parser.edit(record):
             edits.append(edit)
-    if not (edits or reader.problems):
-        none = f"{path}: no edit in it; it needs a JSON list of them, or one a line"
-        raise UserError(none, shared=True)
-    if reader.problems:
-        raise UserError(_all_of(path, reader.problems), shared=True)
+    if not (edits or parser.problems):
+        raise UserError(
+            f"{path} has no edits. Give a JSON list of edits, or a file with one edit per line.",
+            shared=True,
+        )
+    if parser.problems:
+        raise UserError(_problem_report(path, parser.problems), shared=True)
     return Edits(
         edits=tuple(edits),
-        without_answer=reader.without_answer,
-        unread=tuple(sorted(reader.unread)),
+        without_answer=parser.without_answer,
+        unread=tuple(sorted(parser.unread)),
     )
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each element of a JSON list, or of each line of JSON."""
+    """Yield (line number, value) of each element of a JSON list, or of each JSON line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            json.loads(text)  # what lies between the elements too
+            json.loads(text)  # checks the text between the elements too
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--edits {path} cannot be read: {error}", shared=True) from error
     except json.JSONDecodeError as error:
         raise _not_json(path, error) from error
-    at, end = _after(text, 0), len(text)
+    at, end = _skip_separators(text, 0), len(text)
     if text[at : at + 1] == "[":
-        at, end = _after(text, at + 1), text.rindex("]")
+        at, end = _skip_separators(text, at + 1), text.rindex("]")
     line, counted_to = 1, 0
     while at < end:
         line, counted_to = line + text.count("\n", counted_to, at), at
         try:
-            value, after = json.JSONDecoder().raw_decode(text, at)
+            value, end_of_value = json.JSONDecoder().raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise _not_json(path, error) from error
         yield line, value
-        at = _after(text, after)
+        at = _skip_separators(text, end_of_value)
 
 
-def _after(text: str, at: int) -> int:
-    between = BETWEEN.match(text, at)
-    return between.end() if between else at
+def _skip_separators(text: str, at: int) -> int:
+    match = SEPARATORS.match(text, at)
+    return match.end() if match else at
 
 
 def _not_json(path: Path, error: json.JSONDecodeError) -> UserError:
-    where = f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
-    return UserError(f"{where}; edits are a JSON list of objects, or an object a line", shared=True)
+    problem = f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
+    allowed = "Edits are a JSON list of objects, or one object per line."
+    return UserError(f"{problem}. {allowed}", shared=True)
 
 
-def _all_of(path: Path, problems: Sequence[str]) -> str:
-    told = "\n".join(f"  - {problem}" for problem in problems[:MOST_TOLD])
-    more = len(problems) - MOST_TOLD
+def _problem_report(path: Path, problems: Sequence[str]) -> str:
+    shown = "\n".join(f"  - {problem}" for problem in problems[:MAX_SHOWN])
+    more = len(problems) - MAX_SHOWN
     rest = f"\n  and {more:,} more" if more > 0 else ""
-    known = "; ".join(" or ".join(names) for names in NAMES.values())
+    known = "; ".join(" or ".join(names) for names in FIELD_NAMES.values())
     return (
-        f"{path} has {counted(len(problems), 'problem')}:\n{told}{rest}\n"
-        f"Edits are in KnowEdit's format, with the fields: {known}; locality; portability."
+        f"{path} has {counted(len(problems), 'problem')}:\n{shown}{rest}\n"
+        f"Edits must be in KnowEdit's format, with the fields: {known}; locality; portability."
     )
 
 
-class _Reader:
-    """One record after another, with what is wrong in all of them."""
+class _EditParser:
+    """Parses one record at a time and collects the problems of all."""
 
     def __init__(self) -> None:
-        self.place = ""
+        self.location = ""
         self.problems: list[str] = []
         self.without_answer = 0
         self.unread: set[str] = set()
 
     def edit(self, record: Any) -> Edit | None:
-        """None where there is a problem."""
+        """Return the edit, or None if the record has a problem."""
         before = len(self.problems)
         if not isinstance(record, dict):
-            self._bad(f"must be an object, got {type(record).__name__}")
+            self._add_problem(f"must be an object, got {type(record).__name__}")
             return None
-        self.unread |= record.keys() - READ
-        given = {name: self._text_of(record, name) for name in NAMES}
+        self.unread |= record.keys() - KNOWN_FIELDS
+        given = {name: self._text_of(record, name) for name in FIELD_NAMES}
         probes = {
             name: self._probes(record.get(name), name) for name in ("portability", "locality")
         }
@@ -128,22 +142,24 @@ class _Reader:
         )
 
     def _text_of(self, record: Mapping[str, Any], name: str) -> str:
-        """ "" where it need not be there and is not."""
-        value = next((record[n] for n in NAMES[name] if n in record), None)
-        if _first(value) is None and name in NEEDED:
-            self._bad(f"{name} is missing or null; it must be text")
-        return self._text(value, name, may_be_blank=name not in NEEDED) or ""
+        """Return a field's text; "" if it is wrong, or optional and missing."""
+        value = next((record[n] for n in FIELD_NAMES[name] if n in record), None)
+        if _first_alias(value) is None and name in REQUIRED:
+            self._add_problem(f"{name} is missing or null; it must be text")
+        return self._text(value, name, may_be_blank=name not in REQUIRED) or ""
 
     def _probes(self, value: Any, name: str) -> dict[str, tuple[Question, ...]]:
         if value is None:
             return {}
         if not isinstance(value, dict):
-            self._bad(f"{name} must be {{kind: [probes]}}, got {type(value).__name__}")
+            self._add_problem(
+                f"{name} must be an object {{kind: [probes]}}, got {type(value).__name__}"
+            )
             return {}
         found = {}
         for kind, probes in value.items():
             if not isinstance(probes, list | None):
-                self._bad(f"{name}.{kind} must be a list, got {type(probes).__name__}")
+                self._add_problem(f"{name}.{kind} must be a list, got {type(probes).__name__}")
                 continue
             each = [self._probe(p, f"{name}.{kind}[{i}]") for i, p in enumerate(probes or [])]
             if questions := tuple(question for question in each if question):
@@ -152,13 +168,13 @@ class _Reader:
 
     def _probe(self, value: Any, name: str) -> Question | None:
         if not isinstance(value, dict):
-            self._bad(f"{name} must be an object, got {type(value).__name__}")
+            self._add_problem(f"{name} must be an object, got {type(value).__name__}")
             return None
         for key in ("prompt", "ground_truth"):
             if key not in value:
-                self._bad(f"{name}.{key} is missing")
-            elif key == "prompt" and _first(value[key]) is None:
-                self._bad(f"{name}.prompt is null; it must be text")
+                self._add_problem(f"{name}.{key} is missing")
+            elif key == "prompt" and _first_alias(value[key]) is None:
+                self._add_problem(f"{name}.prompt is null; it must be text")
         prompt = self._text(value.get("prompt"), f"{name}.prompt")
         answer = self._text(value.get("ground_truth"), f"{name}.ground_truth", may_be_blank=True)
         if prompt and not answer:
@@ -166,21 +182,21 @@ class _Reader:
         return Question(prompt=prompt, answer=answer) if prompt and answer else None
 
     def _text(self, value: Any, name: str, *, may_be_blank: bool = False) -> str | None:
-        text = _first(value)
+        text = _first_alias(value)
         if text is None:
             return None
         if not isinstance(text, str):
-            self._bad(f"{name} must be text, got {type(text).__name__}: {str(text)[:40]}")
+            self._add_problem(f"{name} must be text, got {type(text).__name__}: {str(text)[:40]}")
         elif not text.strip() and not may_be_blank:
-            self._bad(f"{name} is blank")
+            self._add_problem(f"{name} is blank")
         return text if isinstance(text, str) and text.strip() else None
 
-    def _bad(self, what: str) -> None:
-        self.problems.append(f"{self.place}: {what}")
+    def _add_problem(self, what: str) -> None:
+        self.problems.append(f"{self.location}: {what}")
 
 
-def _first(value: Any) -> Any:
-    """Of aliases, of which the first is the answer; None where there is none."""
+def _first_alias(value: Any) -> Any:
+    """Return the first alias of an answer, a list or a list of lists; None if it is empty."""
     while isinstance(value, list):
         value = value[0] if value else None
     return value

@@ -1,4 +1,4 @@
-"""A fact to change, what follows from it, and what has nothing to do with it."""
+"""Edits: a fact to change, with questions that should change with it and that should not."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,41 +10,47 @@ from sparse_lora_dist.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt, and the answer that is scored token by token."""
+    """A prompt and the answer that is scored token by token."""
 
     prompt: str
+    """Text before the answer."""
     answer: str
+    """Text of the answer, without the space before it."""
 
 
 Probes = Mapping[str, tuple[Question, ...]]
-"""By kind: Reasoning, Subject_Aliasing, Relation_Specificity ..."""
+"""Kind of probe, e.g. Reasoning, Subject_Aliasing, Relation_Specificity -> its questions."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edit:
-    """One fact that is to be another."""
+    """One fact to change."""
 
     subject: str
+    """What the fact is about; only used to name the edit."""
     fact: Question
+    """The prompt with the new answer: what is trained."""
     rephrased: Question | None = None
+    """Another wording of the prompt, with the same answer."""
     portability: Probes = field(default_factory=dict)
-    """What follows from the new fact."""
+    """Questions whose answer follows from the new fact."""
     locality: Probes = field(default_factory=dict)
-    """What has nothing to do with it."""
+    """Questions that the edit should not affect."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Edits:
-    """Those of a file, in its order."""
+    """Content of a file of edits."""
 
     edits: tuple[Edit, ...]
+    """The edits, in the order of the file."""
     without_answer: int = 0
-    """Probes left out because their answer is blank or null."""
+    """Number of probes left out because their answer is blank or null."""
     unread: tuple[str, ...] = ()
-    """Fields of which nothing is known here."""
+    """Names of fields in the file that are not used."""
 
     def report(self) -> str:
-        """One line of what there is."""
+        """Return a one-line summary of the file."""
         probes: Counter[str] = Counter()
         for edit in self.edits:
             for name in ("portability", "locality"):
@@ -54,25 +60,30 @@ class Edits:
         parts = [counted(len(self.edits), "edit"), f"{rephrased:,} rephrased"]
         parts += [f"{name} {count:,}" for name, count in sorted(probes.items())]
         if self.without_answer:
-            parts.append(f"{counted(self.without_answer, 'probe')} left out, without an answer")
+            parts.append(f"{counted(self.without_answer, 'probe')} left out (no answer)")
         if self.unread:
-            parts.append(f"fields that are not read: {', '.join(self.unread)}")
+            parts.append(f"fields that are not used: {', '.join(self.unread)}")
         return "; ".join(parts)
 
 
 def numbered(edits: Sequence[Edit], number: str | None, place: str) -> tuple[Edit, ...]:
-    """Those that ``--number`` names: one ("7"), a range without its end ("0:10"), or all.
+    """Select the edits that ``--number`` names.
+
+    Args:
+        edits: All edits of the file.
+        number: One index from 0 ("7"), a slice without its end ("0:10", "5:"), or None for all.
+        place: Name of the file, for the error.
 
     Raises:
-        UserError: there is none of that number.
+        UserError: The selection is empty, or exceeds the file.
     """
     start, colon, stop = (number or ":").partition(":")
     first = int(start or 0)
     last = int(stop or len(edits)) if colon else first + 1
     if not first < last <= len(edits):
         raise UserError(
-            f"--number {number}: {place} has {counted(len(edits), 'edit')}, from 0 to "
-            f"{len(edits) - 1}",
+            f"--number {number}: {place} has {counted(len(edits), 'edit')}, numbered from 0 to "
+            f"{len(edits) - 1}. Name some of these.",
             shared=True,
         )
     return tuple(edits[first:last])

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter to evaluate, of any ranks and scales."""
+"""PEFT LoRA adapters to evaluate. Each site may have its own rank and scale."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,37 +17,46 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.zero3.shares import Values
 
-AS_TRAINED = ("quantization", "double_quant", "precision", "chat_template", "train_on")
-"""Options that decide what an adapter is worth; another one may be meant."""
+TRAINING_OPTIONS = ("quantization", "double_quant", "precision", "chat_template", "train_on")
+"""Options that change an adapter's results if they differ from training; only noted, as that may
+be intended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """What is read of one; without an adapter there is nothing in it."""
+    """A PEFT LoRA adapter; all mappings are empty for the base without an adapter."""
 
     name: str
+    """The adapter as the user named it, or "base"."""
     values: Mapping[str, Values] = field(default_factory=dict)
-    """By "site.lora_a", "site.lora_b", and "name.weight" for modules trained in full."""
+    """Readers of the tensors "SITE.lora_a", "SITE.lora_b", and "MODULE.weight" of modules trained
+    in full, by name."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Of the same."""
+    """Shapes of the tensors in ``values``, by the same names."""
     scales: Mapping[str, float] = field(default_factory=dict)
-    """Site -> what its delta is multiplied by."""
+    """Site name -> scale of its delta, alpha / r or alpha / sqrt(r)."""
     base: str | None = None
-    """What it says it was trained over."""
+    """Base model that its adapter_config.json names."""
 
     @property
     def full(self) -> tuple[str, ...]:
-        """Modules trained in full."""
+        """Names of the modules trained in full."""
         owners = [n.rpartition(".")[0] for n in self.shapes if not n.endswith(("lora_a", "lora_b"))]
         return tuple(dict.fromkeys(owners))
 
 
 def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
-    """Those of PEFT's folders, of runs' folders, or of the hub; None is the base. Collective;
-    values are read later.
+    """Open adapters, reading shapes and settings but no tensors. Collective.
+
+    Args:
+        names: PEFT folders, run folders or hub ids; None stands for the base without an adapter.
+
+    Returns:
+        The adapters in the order of ``names``.
 
     Raises:
-        UserError: with all that are not there, or of a kind that is not a plain LoRA.
+        UserError: Some adapters are missing, or are not plain LoRA; the message names all of them.
+            Raised on every rank.
     """
     adapters, problems = [], []
     with fail_together("opening adapters"), first_on_its_node():
@@ -71,14 +80,14 @@ def _open(name: str | None) -> Adapter:
         (folder / n).exists() for n in (RUN_YAML, MANIFEST)
     ):
         raise UserError(
-            f"adapter {name} has no adapter yet, only checkpoints: write one with "
-            f"launcher/export.py {name} --output FOLDER, and name that"
+            f"adapter {name} is a run or checkpoint without an exported adapter. Export it with "
+            f"launcher/export.py {name} --output FOLDER, and name that folder."
         )
     config, values, shapes = open_peft(str(folder), "adapter")
-    if why := _not_plain(config, shapes):
+    if why := _why_not_plain(config, shapes):
         raise UserError(
             f"adapter {name} is not a plain LoRA adapter: {why}. Merge it (launcher/export.py "
-            "--format merged) and name the result with --model."
+            "--format merged) and give the result as --model."
         )
     ranks = {n.removesuffix(".lora_a"): s[0] for n, s in shapes.items() if n.endswith("lora_a")}
     scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}
@@ -86,28 +95,39 @@ def _open(name: str | None) -> Adapter:
     return Adapter(name=name, values=values, shapes=shapes, scales=scales, base=base)
 
 
-def _not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | None:
+def _why_not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | None:
     if other := other_kind(config):
         return f"it has {other}"
     if odd := [n for n in shapes if "lora_" in n and not n.endswith(("lora_a", "lora_b"))]:
-        return f"it holds {odd[0]}"
+        return f"it holds the tensor {odd[0]}"
     halves = ({n[:-7] for n in shapes if n.endswith(half)} for half in (".lora_a", ".lora_b"))
     if alone := set.symmetric_difference(*halves):
-        return f"{min(alone)} has one of lora_A and lora_B only"
+        return f"{min(alone)} has only one of lora_A and lora_B"
     return None
 
 
-def unlike_training(adapter: Adapter, config: Config) -> list[str]:
-    """What a run that wrote ``adapter`` had otherwise, where it left word of it."""
+def differences_from_training(adapter: Adapter, config: Config) -> list[str]:
+    """Compare the evaluation's settings with those the adapter was trained with.
+
+    Args:
+        adapter: An adapter; only one inside a run folder has all training options beside it.
+        config: Options of the evaluation.
+
+    Returns:
+        One note per difference; empty if there is none, or nothing is known.
+    """
     notes = []
     here = resolve_default("model", config.model.model)
     if adapter.base and Path(adapter.base).name != Path(here).name:
-        notes.append(f"it was trained over {adapter.base}, this is {here}")
+        notes.append(f"it was trained over {adapter.base}, but --model is {here}")
     folder = Path(adapter.name).expanduser()
     run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)
     if run is not None:
         now, then = config.as_flat_dict(), yaml.safe_load(run.read_text())
-        differ = [n for n in AS_TRAINED if n in then and then[n] != now[n]]
-        notes += [f"it was trained with {n} {then[n]}, here it is {now[n]}" for n in differ]
-        notes += [f"--config {run} evaluates it as it was trained"] if differ else []
+        differ = [n for n in TRAINING_OPTIONS if n in then and then[n] != now[n]]
+        notes += [
+            f"it was trained with --{n} {then[n]}, but is evaluated with {now[n]}" for n in differ
+        ]
+        if differ:
+            notes.append(f"use --config {run} to evaluate it with the options it was trained with")
     return notes

@@ -1,4 +1,4 @@
-"""What is measured: a model's scores and answers -> a number for each example."""
+"""The metrics of ``--metrics``: from a model's losses and texts to one number per example."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,81 +8,93 @@ from typing import Any
 from sparse_lora_dist.data import Documents
 from sparse_lora_dist.evaluation import questions
 from sparse_lora_dist.evaluation.examples import Table
-from sparse_lora_dist.evaluation.questions import Choice, Encoder, Prompted
+from sparse_lora_dist.evaluation.questions import Encoder, GeneratedQuestion, MultipleChoice
 from sparse_lora_dist.evaluation.scoring import Scorer
 
-Items = Callable[[Encoder, Table, int | None], Any]
+MakeItems = Callable[[Encoder, Table, int | None], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One number: sum(sums) / sum(weights), an entry an example, in their order."""
+    """A result, sum(sums) / sum(weights), with its parts per example."""
 
     name: str
+    """Name of the result, e.g. "loss" or "choice_per_token"."""
     sums: Sequence[float]
+    """Per example, in the order of the data: its loss in nats summed over tokens, or 1.0 for a
+    right and 0.0 for a wrong answer."""
     weights: Sequence[float]
-    is_share: bool = True
-    """Is each example right or wrong?"""
-    said: Sequence[str] = ()
-    """What the model answered, where it did."""
+    """Per example: its number of scored tokens for a loss, else 1.0."""
+    is_accuracy: bool = True
+    """True if every example is right or wrong."""
+    texts: Sequence[str] = ()
+    """Per example: the text that the model generated; empty for metrics that do not generate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """What one name of ``--metrics`` does."""
+    """How a metric prepares the examples, and how it measures a model on them."""
 
-    items: Items
-    """(encoder, examples, limit) -> what is scored, before a weight is read. No collectives."""
+    items: MakeItems
+    """(encoder, table, limit) -> items: tokenise the examples, without any model. Not collective;
+    ``limit`` is the number of examples to use, or None for all."""
     measure: Callable[[str, Scorer, Any], list[Measure]]
-    """(name, model, items) -> numbers. Collective."""
+    """(name, scorer, items) -> results of one model. Collective."""
     generates: bool = False
-    """Does the model answer in its own words?"""
+    """True if the model generates text, false if given text is scored."""
 
 
-def loss(name: str, scorer: Scorer, documents: Documents) -> list[Measure]:
-    """Nats a token, over the tokens of all documents."""
-    sums, counts = zip(*scorer.scores(documents, name), strict=True)
-    return [Measure(name=name, sums=sums, weights=counts, is_share=False)]
+def mean_loss(name: str, scorer: Scorer, documents: Documents) -> list[Measure]:
+    """Mean loss in nats per token, over the scored tokens of all documents. Collective."""
+    sums, counts = zip(*scorer.losses(documents, name), strict=True)
+    return [Measure(name=name, sums=sums, weights=counts, is_accuracy=False)]
 
 
-def likeliest(name: str, scorer: Scorer, choices: Sequence[Choice]) -> list[Measure]:
-    """The choice of least -log p, of all its tokens together, and of a token on average."""
-    scores = iter(scorer.scores([d for c in choices for d in c.documents], name))
-    sums, means = [], []
+def likelihood_accuracy(
+    name: str, scorer: Scorer, choices: Sequence[MultipleChoice]
+) -> list[Measure]:
+    """Accuracy of the likeliest choice, by -log p summed and per token. Collective.
+
+    lm-evaluation-harness calls the first ``acc``.
+    """
+    losses = iter(scorer.losses([d for c in choices for d in c.documents], name))
+    by_sum, by_mean = [], []
     for one in choices:
-        own = [next(scores) for _ in one.documents]
-        sums.append(_least([s for s, _ in own]) == one.right)
-        means.append(_least([s / n for s, n in own]) == one.right)
-    return [_share(name, sums), _share(f"{name}_per_token", means)]
+        own = [next(losses) for _ in one.documents]
+        by_sum.append(_argmin([total for total, _ in own]) == one.right)
+        by_mean.append(_argmin([total / count for total, count in own]) == one.right)
+    return [_accuracy(name, by_sum), _accuracy(f"{name}_per_token", by_mean)]
 
 
-def generated(name: str, scorer: Scorer, tasks: Sequence[Prompted]) -> list[Measure]:
-    """The share of prompts that are answered rightly."""
-    texts = scorer.answers([task.prompt for task in tasks], name)
-    rights = [t.is_right(text) for t, text in zip(tasks, texts, strict=True)]
-    return [_share(name, rights, texts)]
+def generated_accuracy(
+    name: str, scorer: Scorer, items: Sequence[GeneratedQuestion]
+) -> list[Measure]:
+    """Share of prompts after which the model generates a right answer. Collective."""
+    texts = scorer.generate([item.prompt for item in items], name)
+    is_right = [item.is_right(text) for item, text in zip(items, texts, strict=True)]
+    return [_accuracy(name, is_right, texts)]
 
 
-def _least(values: Sequence[float]) -> int:
+def _argmin(values: Sequence[float]) -> int:
     return min(range(len(values)), key=values.__getitem__)
 
 
-def _share(name: str, rights: Sequence[bool], said: Sequence[str] = ()) -> Measure:
-    sums, weights = [float(r) for r in rights], [1.0] * len(rights)
-    return Measure(name=name, sums=sums, weights=weights, said=said)
+def _accuracy(name: str, is_right: Sequence[bool], texts: Sequence[str] = ()) -> Measure:
+    sums, weights = [float(right) for right in is_right], [1.0] * len(is_right)
+    return Measure(name=name, sums=sums, weights=weights, texts=texts)
 
 
-def _each(item: Callable[[Encoder, Table, Mapping[str, Any]], Any]) -> Items:
-    """The table is cut to its limit already."""
-    return lambda encoder, table, limit: table.make(partial(item, encoder))
+def _of_each(item: Callable[[Encoder, Table, Mapping[str, Any]], Any]) -> MakeItems:
+    # The limit is not used: the table holds no more examples than that.
+    return lambda encoder, table, limit: table.map(partial(item, encoder))
 
 
-_Answered = partial(Metric, measure=generated, generates=True)
+_Generating = partial(Metric, measure=generated_accuracy, generates=True)
 METRICS = {
-    "loss": Metric(items=questions.documents, measure=loss),
-    "choice": Metric(items=_each(questions.choice), measure=likeliest),
-    "choice_generated": _Answered(items=_each(questions.choice_generated)),
-    "exact": _Answered(items=_each(questions.exact)),
-    "gsm8k": _Answered(items=_each(questions.gsm8k)),
+    "loss": Metric(items=questions.documents, measure=mean_loss),
+    "choice": Metric(items=_of_each(questions.choice), measure=likelihood_accuracy),
+    "choice_generated": _Generating(items=_of_each(questions.choice_generated)),
+    "exact": _Generating(items=_of_each(questions.exact)),
+    "gsm8k": _Generating(items=_of_each(questions.gsm8k)),
 }
-"""By the name that ``--metrics`` takes."""
+"""Value of ``--metrics`` -> the metric."""

@@ -1,4 +1,4 @@
-"""What is asked of every model that is evaluated: examples read and tokenised."""
+"""The evaluation data, read and tokenised once for all models that are compared."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,28 +19,36 @@ from sparse_lora_dist.evaluation.questions import Encoder
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.training.feed import check_positions, open_tokenizer
 
-DECISIVE = (
+RESULT_OPTIONS = (
     *("model", "revision", "quantization", "double_quant", "precision", "attn_implementation"),
     *("eval_data", "text_field", "prompt_field", "response_field", "chat_template", "train_on"),
     "sequence_length",
 )
-"""Options of a run on which numbers depend."""
+"""Options that the results depend on; --output records them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSet:
-    """All that does not depend on the adapter."""
+    """Examples and settings of an evaluation, the same for every adapter."""
 
     config: Config
+    """Options that evaluation shares with training."""
     own: EvalConfig
+    """Options of evaluation alone."""
     engine_config: dict[str, Any]
+    """The DeepSpeed configuration."""
     tokenizer: Any
+    """The tokenizer of the base."""
     stop_ids: set[int]
+    """Token ids at which the chat template ends a turn; empty if nothing is generated."""
     items: Mapping[str, Any]
-    """What each metric scores."""
+    """Metric name -> its tokenised examples, as ``Metric.items`` made them."""
 
-    def about(self) -> dict[str, Any]:
-        """All that decides the numbers, and nothing that differs between launches of the same."""
+    def settings(self) -> dict[str, Any]:
+        """Return what the results depend on, for --output.
+
+        Nothing in it differs between launches of one evaluation, e.g. the number of ranks.
+        """
         flat = self.config.as_flat_dict() | {"eval_data": self.config.data.eval_data or "default"}
         left_out = {
             name: {"too_long": found.too_long, "no_target": found.no_target}
@@ -48,7 +56,7 @@ class EvalSet:
             if isinstance(found, Documents)
         }
         return (
-            {name: flat[name] for name in DECISIVE}
+            {name: flat[name] for name in RESULT_OPTIONS}
             | {"metrics": list(self.own.metrics), "left_out": left_out}
             | {name: getattr(self.own, name) for name in ("batch_size", "max_new_tokens", "limit")}
         )
@@ -57,7 +65,17 @@ class EvalSet:
 def open_eval_set(
     request: EvalRequest, config: Config, model: Model, engine_config: dict[str, Any]
 ) -> EvalSet:
-    """Read and tokenise what every metric asks for. Collective."""
+    """Read and tokenise the examples of every metric. Collective.
+
+    Args:
+        request: Options of the evaluation.
+        config: Options that evaluation shares with training.
+        model: An opened model, for its tokenizer's folder and its number of positions.
+        engine_config: The DeepSpeed configuration.
+
+    Raises:
+        UserError: An example is wrong or too long. Raised on every rank.
+    """
     if comm.rank() > 0:
         be_quiet()
     with fail_together("reading the data"), first_on_its_node():
@@ -74,9 +92,11 @@ def open_eval_set(
             stop_ids = end_of_turn(tokenizer, template=template) if generates else set()
         except ExampleError as error:
             raise UserError(f"--chat_template: {error}") from error
-        prompts = [len(task.prompt) for name in generates for task in items[name]]
+        prompts = [len(question.prompt) for name in generates for question in items[name]]
         longest = max(prompts, default=0) + request.own.max_new_tokens
-        check_positions(model.module, longest if prompts else 0, "a prompt and --max_new_tokens")
+        check_positions(
+            model.module, longest if prompts else 0, "--eval_data with --max_new_tokens"
+        )
     for name, found in items.items():
         counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
         print_line(name, counts)

@@ -1,4 +1,4 @@
-"""A row of a data set -> a chat that ends where the model is to answer, and the right answer."""
+"""Reads evaluation examples: the chat up to the answer, its choices, and the right answer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,14 @@ from sparse_lora_dist.data.read_files import Examples, read_examples
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.right_answers import LETTERS
 
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
-SHOWN = 5
-"""Faulty examples that are named; the others are counted."""
+MAX_SHOWN = 5
+"""Faulty examples that an error names; further ones are only counted."""
 
 
-class TooLong(ExampleError):
-    """More tokens than a row takes."""
+class ExampleTooLong(ExampleError):
+    """An example has more tokens than --sequence_length."""
 
     def __init__(self, tokens: int, most: int) -> None:
         super().__init__(f"it has {tokens} tokens, more than --sequence_length {most}")
@@ -26,10 +26,11 @@ class TooLong(ExampleError):
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The examples, and the columns that hold what is asked and what is right.
+    """The examples, with access to their prompts, choices and right answers.
 
-    A prompt is in ``--prompt_field``, else in ``question``; an answer in ``--response_field``, else
-    in ``answer``. A column ``messages`` holds whole chats, which end with the answer.
+    The prompt is read from column ``--prompt_field``, or ``question`` if the option is not set and
+    there is no such column; the answer from ``--response_field``, or ``answer``. A column
+    ``messages`` takes precedence over both: it holds chats that end with the right answer.
     """
 
     examples: Examples
@@ -37,7 +38,7 @@ class Table:
 
     @classmethod
     def read(cls, source: str, data: DataConfig, limit: int | None) -> "Table":
-        """Not a collective, and slow at first: see ``first_on_its_node``."""
+        """Read the examples. Not collective; the first process of a node fills the cache."""
         examples = read_examples(
             source,
             split="test",
@@ -47,98 +48,114 @@ class Table:
         )
         return cls(examples=examples, data=data)
 
-    def make(self, make: Callable[["Table", Mapping[str, Any]], Made]) -> list[Made]:
-        """What ``make`` makes of every example.
+    def map(self, make: Callable[["Table", Mapping[str, Any]], Item]) -> list[Item]:
+        """Return ``make(self, record)`` for every example.
+
+        Args:
+            make: Turns one record into an item; raises ExampleError if the record is wrong.
 
         Raises:
-            UserError: with file, line and fault of the first that it refuses, and how many more.
+            UserError: ``make`` refused examples. The message gives file, line and reason of the
+                first ones, and the number of others.
         """
-        made: list[Made] = []
+        items: list[Item] = []
         faults: list[tuple[int, ExampleError]] = []
         for index, record in enumerate(self.examples.table):
             try:
-                made.append(make(self, record))
+                items.append(make(self, record))
             except ExampleError as error:
                 faults.append((index, error))
         if faults:
-            raise self._refusal(faults)
-        return made
+            raise self._error(faults)
+        return items
 
-    def _refusal(self, faults: Sequence[tuple[int, ExampleError]]) -> UserError:
-        lines = [str(self.examples.fault(index, str(error))) for index, error in faults[:SHOWN]]
-        if len(faults) > SHOWN:
-            lines.append(f"and {len(faults) - SHOWN:,} more")
-        longest = max((e.tokens for _, e in faults if isinstance(e, TooLong)), default=0)
+    def _error(self, faults: Sequence[tuple[int, ExampleError]]) -> UserError:
+        lines = [str(self.examples.fault(index, str(error))) for index, error in faults[:MAX_SHOWN]]
+        if len(faults) > MAX_SHOWN:
+            lines.append(f"and {len(faults) - MAX_SHOWN:,} more")
+        longest = max((e.tokens for _, e in faults if isinstance(e, ExampleTooLong)), default=0)
         if longest:
             lines.append(f"Set --sequence_length {longest} to take the longest.")
         return UserError("\n".join(lines))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """The chat up to the answer."""
+        """Return the chat up to the answer."""
         if MESSAGES not in record:
             column = self.column("prompt")
             return [{"role": "user", "content": text_of(record[column], repr(column))}]
         chat = chat_of(record[MESSAGES])
         chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
         if not chat:
-            raise ExampleError(f"{MESSAGES!r} has nothing to answer")
+            raise ExampleError(f"{MESSAGES!r} has no message before the answer")
         return chat
 
     def reference(self, record: Mapping[str, Any]) -> str:
-        """The right answer as text."""
+        """Return the right answer as text."""
         if MESSAGES not in record:
             column = self.column("response")
             return text_of(record[column], repr(column))
         last = chat_of(record[MESSAGES])[-1]
         if last["role"] != "assistant":
-            raise ExampleError(f"{MESSAGES!r} does not end with an assistant's answer")
+            raise ExampleError(f"{MESSAGES!r} must end with an assistant message, the answer")
         return str(last["content"])
 
     def choices(self, record: Mapping[str, Any]) -> tuple[list[str], int]:
-        """(choices, place of the right one). ``choices`` is a list of texts, or, as on the hub,
-        their ``text`` and ``label``; the answer an index from 0, a label or letter, or the text."""
+        """Return the choices and the index of the right one.
+
+        Column ``choices`` is a list of texts, or a dict of two lists, ``text`` and ``label``, as
+        ARC has it. The answer is an index from 0, a label or letter, or the text of a choice.
+        """
         given: Any = record.get("choices")
         labels: Sequence[object] = ()
         if isinstance(given, dict):
             labels, given = given.get("label") or (), given.get("text")
         if not isinstance(given, list) or len(given) < 2:
-            raise ExampleError(f"'choices' must be a list of at least two, got {str(given)[:40]}")
+            raise ExampleError(
+                f"'choices' must be a list of at least two texts, got {str(given)[:40]}"
+            )
         texts = [text_of(choice, "a choice") for choice in given]
         column = self.column("response")
-        return texts, place_of(record[column], texts, labels or LETTERS, repr(column))
+        return texts, index_of_answer(record[column], texts, labels or LETTERS, repr(column))
 
     def column(self, kind: str) -> str:
-        """That of the prompt, or of the response.
+        """Return the name of the "prompt" or "response" column, whichever ``kind`` says.
 
         Raises:
-            UserError: there is none.
+            UserError: The data have no such column.
         """
         flag, second = f"{kind}_field", {"prompt": "question", "response": "answer"}[kind]
-        named, there = getattr(self.data, flag), self.examples.table.column_names
-        if named in there:
+        named, columns = getattr(self.data, flag), self.examples.table.column_names
+        if named in columns:
             return str(named)
         is_default = named == getattr(DataConfig(), flag)
-        if is_default and second in there:
+        if is_default and second in columns:
             return second
-        wanted = f"{named!r}, nor {second!r}" if is_default else repr(named)
+        wanted = f"{named!r} or {second!r}" if is_default else repr(named)
         raise UserError(
             f"--eval_data {self.examples.source} has no column {wanted}. Its columns are: "
-            f"{', '.join(there)}. Name the one of the {kind} with --{flag}"
+            f"{', '.join(columns)}. Give the column of the {kind} with --{flag}."
         )
 
 
-def place_of(answer: object, texts: Sequence[str], labels: Sequence[object], name: str) -> int:
-    """Which choice is right, the first of those that are called so. A text is looked for among
-    texts, then labels, then indices; a number is no text."""
+def index_of_answer(
+    answer: object, texts: Sequence[str], labels: Sequence[object], name: str
+) -> int:
+    """Return the index of the right choice; of several matches the first.
+
+    A string is compared with the choices' texts, then with labels, then with indices from 0; an
+    integer with labels and indices only. So the answer "1" of choices ["2", "1"] is the second.
+    """
     if isinstance(answer, bool) or not isinstance(answer, int | str):
-        raise ExampleError(f"{name} must be an index, a letter or a choice, got {answer!r}")
-    places: dict[str, int] = {}
-    named = texts if isinstance(answer, str) else ()
-    for names in (named, labels[: len(texts)], range(len(texts))):
-        for place, one in enumerate(names):
-            places.setdefault(str(one).strip(), place)
+        raise ExampleError(
+            f"{name} must be an index, a label or the text of a choice, got {answer!r}"
+        )
+    indices: dict[str, int] = {}
+    candidates = texts if isinstance(answer, str) else ()
+    for names in (candidates, labels[: len(texts)], range(len(texts))):
+        for index, one in enumerate(names):
+            indices.setdefault(str(one).strip(), index)
     try:
-        return places[str(answer).strip()]
+        return indices[str(answer).strip()]
     except KeyError:
-        said = f"{name} is {answer!r}, which is none of its {len(texts)} choices"
-        raise ExampleError(said) from None
+        problem = f"{name} is {answer!r}, which matches none of its {len(texts)} choices"
+        raise ExampleError(problem) from None

@@ -1,4 +1,4 @@
-"""The base, opened to carry an adapter whose modules have ranks and scales of their own."""
+"""Opens and loads the sharded base with one adapter, whose sites may have different ranks."""
 
 from dataclasses import replace
 from typing import Any
@@ -14,10 +14,10 @@ PLAIN = Method(name="lora")
 
 
 def open_model(config: Config, adapter: Adapter) -> Model:
-    """The base with the adapter's modules as its sites, nothing read yet. Collective.
+    """Open the base with the adapter's modules as its sites; no weights are read. Collective.
 
     Raises:
-        UserError: the adapter is one of another base.
+        UserError: The adapter does not fit the base. Raised on every rank.
     """
     wanted = AdapterConfig(rank=1, target_modules=".*", modules_to_save=adapter.full)
     try:
@@ -25,13 +25,12 @@ def open_model(config: Config, adapter: Adapter) -> Model:
     except UserError as error:
         if not str(error).startswith("--modules_to_save"):
             raise
-        raise _misfit(adapter, str(error).partition(": ")[2]) from error
+        raise _does_not_fit(adapter, str(error).partition(": ")[2]) from error
     linears = {site.name: site for site in model.sites}
     absent = [site for site in adapter.scales if site not in linears]
     if absent:
-        raise _misfit(adapter, f"this model has no linear {absent[0]}")
-    # In the model's order.
-    model.sites = [
+        raise _does_not_fit(adapter, f"this model has no linear {absent[0]}")
+    model.sites = [  # in the model's order
         replace(site, rank=adapter.shapes[f"{name}.lora_a"][0])
         for name, site in linears.items()
         if name in adapter.scales
@@ -39,17 +38,21 @@ def open_model(config: Config, adapter: Adapter) -> Model:
     ours = model.trained_shapes(PLAIN)
     for name, shape in adapter.shapes.items():
         if shape != ours.get(name):
-            here = list(ours[name]) if name in ours else "nothing so called"
-            raise _misfit(adapter, f"{name} has shape {list(shape)}, this model makes it {here}")
+            here = f"needs {list(ours[name])}" if name in ours else "has no such tensor"
+            raise _does_not_fit(adapter, f"{name} has shape {list(shape)}, this model {here}")
     return model
 
 
-def _misfit(adapter: Adapter, what: str) -> UserError:
-    return UserError(f"adapter {adapter.name} does not fit this model: {what}", shared=True)
+def _does_not_fit(adapter: Adapter, problem: str) -> UserError:
+    return UserError(
+        f"adapter {adapter.name} does not fit this model: {problem.removesuffix('.')}. Give "
+        "the adapter's base with --model.",
+        shared=True,
+    )
 
 
 def load(config: Config, model: Model, adapter: Adapter, engine_config: dict[str, Any]) -> None:
-    """Read this rank's share of base and adapter; nothing trains. Collective."""
+    """Load this rank's shards of base and adapter, all frozen. Collective."""
     model.load(config, PLAIN, engine_config, adapter.values)
     for linear in model.adapters:
         linear.scale = adapter.scales[linear.site.name]

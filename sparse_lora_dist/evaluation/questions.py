@@ -1,4 +1,4 @@
-"""Examples -> what a model is asked: tokens to score, or a prompt and which answers are right."""
+"""Tokenises examples: texts to score, or prompts with a function that checks the answer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents, load_documents
 from sparse_lora_dist.data.chat import encode_answer, encode_prompt
 from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message
-from sparse_lora_dist.evaluation.examples import Table, TooLong
+from sparse_lora_dist.evaluation.examples import ExampleTooLong, Table
 from sparse_lora_dist.evaluation.right_answers import (
     LETTERS,
-    chosen,
+    chosen_index,
     final_number,
     is_exact,
     is_same_number,
@@ -23,58 +23,78 @@ from sparse_lora_dist.evaluation.right_answers import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One question, answered in each way there is."""
+class MultipleChoice:
+    """A question with several answers to choose from."""
 
     documents: list[Document]
+    """The chat with each choice as its answer; only the answer's tokens are scored."""
     right: int
+    """Index of the right choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prompted:
-    """One prompt, and whether the text that follows it is right."""
+class GeneratedQuestion:
+    """A question that the model answers with generated text."""
 
     prompt: list[int]
+    """Token ids of the chat up to the answer."""
     is_right: Callable[[str], bool]
+    """Returns whether a generated text is a right answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Text -> tokens, as in training."""
+    """Turns chats into token ids with the same template and limits as training.
+
+    Its methods raise ExampleTooLong if a chat exceeds --sequence_length.
+    """
 
     tokenizer: PreTrainedTokenizerFast
+    """The base's tokenizer."""
     template: str | None
+    """Text of the Jinja chat template; None for plain text."""
     data: DataConfig
+    """Data options of the run."""
 
     def prompt(self, messages: list[Message]) -> list[int]:
-        """What comes before an answer."""
-        return self._fitting(encode_prompt(self.tokenizer, messages, template=self.template))
+        """Encode a chat up to the answer.
 
-    def answered(self, messages: list[Message], answers: Sequence[str]) -> list[Document]:
-        """The chat with each answer, of which the answer alone is scored, its end included."""
+        Returns:
+            Token ids, with what the template puts before an assistant's message.
+        """
+        return self._check_length(encode_prompt(self.tokenizer, messages, template=self.template))
+
+    def with_answers(self, messages: list[Message], answers: Sequence[str]) -> list[Document]:
+        """Encode a chat with each of several answers.
+
+        Returns:
+            One document per answer. Only the tokens of the answer, its end of turn included, are
+            targets.
+        """
         before, found = self.prompt(messages), []
         for answer in answers:
             encoded = encode_answer(
                 self.tokenizer, messages, answer, before=before, template=self.template
             )
-            ids = np.array(self._fitting(encoded.ids))
+            ids = np.array(self._check_length(encoded.ids))
             labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
             found.append(Document(input_ids=ids, labels=labels))
         return found
 
-    def _fitting(self, ids: list[int]) -> list[int]:
+    def _check_length(self, ids: list[int]) -> list[int]:
         if len(ids) > self.data.sequence_length:
-            raise TooLong(len(ids), self.data.sequence_length)
+            raise ExampleTooLong(len(ids), self.data.sequence_length)
         return ids
 
 
 def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
-    """As training has them for its held-out loss, tokens and mask."""
-    data, there = encoder.data, set(table.examples.table.column_names)
-    as_trained = {data.prompt_field, data.response_field} <= there
-    if not (as_trained or there & {MESSAGES, data.text_field} or table.examples.is_plain_text):
-        columns = table.column("prompt"), table.column("response")
-        data = replace(data, prompt_field=columns[0], response_field=columns[1])
+    """Encode the examples of metric ``loss`` as training encodes its held-out data."""
+    data, columns = encoder.data, set(table.examples.table.column_names)
+    as_trained = {data.prompt_field, data.response_field} <= columns
+    if not (as_trained or columns & {MESSAGES, data.text_field} or table.examples.is_plain_text):
+        # Training has no default columns "question" and "answer"; name them for it.
+        prompt, response = table.column("prompt"), table.column("response")
+        data = replace(data, prompt_field=prompt, response_field=response)
     return load_documents(
         table.examples.source,
         encoder.tokenizer,
@@ -91,34 +111,43 @@ def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
     )
 
 
-def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Choice:
-    """By likelihood."""
+def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> MultipleChoice:
+    """Encode an example of metric ``choice``: every choice is scored by its likelihood."""
     texts, right = table.choices(record)
     messages = table.messages(record)
-    return Choice(documents=encoder.answered(messages, texts), right=right)
+    return MultipleChoice(documents=encoder.with_answers(messages, texts), right=right)
 
 
-def choice_generated(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Prompted:
-    """By what the model says when the choices stand under the question, each with a letter."""
+def choice_generated(
+    encoder: Encoder, table: Table, record: Mapping[str, Any]
+) -> GeneratedQuestion:
+    """Encode an example of metric ``choice_generated``: the prompt lists the choices.
+
+    The last message becomes e.g. "The sky is?\\nA. blue\\nB. green".
+    """
     texts, right = table.choices(record)
     *before, last = table.messages(record)
     if len(texts) > len(LETTERS):
-        raise ExampleError(f"it has {len(texts)} choices, more than there are letters")
+        raise ExampleError(f"it has {len(texts)} choices; at most {len(LETTERS)} are allowed")
     listed = [last["content"], *(f"{a}. {text}" for a, text in zip(LETTERS, texts, strict=False))]
     prompt = encoder.prompt([*before, last | {"content": "\n".join(listed)}])
-    return Prompted(prompt=prompt, is_right=lambda text: chosen(text, texts) == right)
+    return GeneratedQuestion(
+        prompt=prompt, is_right=lambda text: chosen_index(text, texts) == right
+    )
 
 
-def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Prompted:
-    """By the whole text."""
+def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> GeneratedQuestion:
+    """Encode an example of metric ``exact``: the whole text must match."""
     prompt = encoder.prompt(table.messages(record))
-    return Prompted(prompt=prompt, is_right=partial(is_exact, answer=table.reference(record)))
+    return GeneratedQuestion(
+        prompt=prompt, is_right=partial(is_exact, answer=table.reference(record))
+    )
 
 
-def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Prompted:
-    """By the final number."""
+def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> GeneratedQuestion:
+    """Encode an example of metric ``gsm8k``: the final number must match."""
     answer = table.reference(record)
     if final_number(answer) is None:
-        raise ExampleError(f"its answer holds no number: {answer[-40:]!r}")
+        raise ExampleError(f"its answer has no number: {answer[-40:]!r}")
     prompt = encoder.prompt(table.messages(record))
-    return Prompted(prompt=prompt, is_right=partial(is_same_number, answer=answer))
+    return GeneratedQuestion(prompt=prompt, is_right=partial(is_same_number, answer=answer))

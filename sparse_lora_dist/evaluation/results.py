@@ -1,4 +1,4 @@
-"""Measures -> numbers with 95% intervals, as JSON and as a table."""
+"""Results with 95% confidence intervals, as JSON and as a table."""
 
 import json
 import math
@@ -8,13 +8,21 @@ from typing import Any
 from sparse_lora_dist.evaluation.eval_metrics import Measure
 from sparse_lora_dist.evaluation.intervals import Interval, paired, ratio, wilson
 
-Named = Mapping[str, Measure]
-"""The measures of one model, by name."""
-Numbers = dict[str, Any]
+MeasuresByName = Mapping[str, Measure]
+"""Result name -> measure, of one model."""
+Number = dict[str, Any]
+"""A result for JSON: value, low, high (ends of the interval, or None) and examples (a count)."""
 
 
-def results(measured: Sequence[tuple[str, Named]]) -> dict[str, Any]:
-    """Numbers of each model, and of each one's difference from the first."""
+def results(measured: Sequence[tuple[str, MeasuresByName]]) -> dict[str, Any]:
+    """Return the results of every model and their differences from the first model.
+
+    Args:
+        measured: (adapter name, its measures) of each model, all over the same examples.
+
+    Returns:
+        The content of --output except for the settings.
+    """
     first, base = measured[0]
     return {
         "results": [{"adapter": name, "measures": _numbers(m)} for name, m in measured],
@@ -25,35 +33,38 @@ def results(measured: Sequence[tuple[str, Named]]) -> dict[str, Any]:
     }
 
 
-def _numbers(measures: Named) -> dict[str, Numbers]:
+def _numbers(measures: MeasuresByName) -> dict[str, Number]:
     numbers = {}
     for name, m in measures.items():
-        interval = wilson(math.fsum(m.sums), len(m.sums)) if m.is_share else None
+        interval = wilson(math.fsum(m.sums), len(m.sums)) if m.is_accuracy else None
         numbers[name] = _number(m.sums, m.weights, interval or ratio(m.sums, m.weights))
-        if not m.is_share:
+        if not m.is_accuracy:
             numbers["perplexity"] = _exponential(numbers[name])
             numbers[name]["tokens"] = int(math.fsum(m.weights))
     return numbers
 
 
-def _differences(measures: Named, base: Named) -> dict[str, Numbers]:
-    """Example by example, so that what is hard for both does not widen the interval."""
+def _differences(measures: MeasuresByName, base: MeasuresByName) -> dict[str, Number]:
+    """Paired differences: examples that are hard for both models do not widen the interval."""
     differences = {}
     for name, m in measures.items():
         theirs = base[name].sums
         sums = [a - b for a, b in zip(m.sums, theirs, strict=True)]
-        interval = paired(m.sums, theirs) if m.is_share else ratio(sums, m.weights)
+        interval = paired(m.sums, theirs) if m.is_accuracy else ratio(sums, m.weights)
         differences[name] = _number(sums, m.weights, interval)
     return differences
 
 
-def each_example(measured: Sequence[tuple[str, Named]]) -> str:
-    """JSON lines: of every model, measure and example, counted from 0, its number and what the
-    model said."""
+def example_lines(measured: Sequence[tuple[str, MeasuresByName]]) -> str:
+    """Return the JSON lines of --answers: one for each model, result and example.
+
+    Examples are counted from 0. A line has the example's value, its number of tokens for a loss,
+    and the generated text (key "said") for metrics that generate.
+    """
     rows = [
         {"adapter": adapter, "measure": name, "example": i, "value": value}
-        | ({"tokens": int(m.weights[i])} if not m.is_share else {})
-        | ({"said": m.said[i]} if m.said else {})
+        | ({"tokens": int(m.weights[i])} if not m.is_accuracy else {})
+        | ({"said": m.texts[i]} if m.texts else {})
         for adapter, measures in measured
         for name, m in measures.items()
         for i, value in enumerate(m.sums)
@@ -61,19 +72,19 @@ def each_example(measured: Sequence[tuple[str, Named]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def _number(sums: Sequence[float], weights: Sequence[float], interval: Interval) -> Numbers:
+def _number(sums: Sequence[float], weights: Sequence[float], interval: Interval) -> Number:
     value = math.fsum(sums) / math.fsum(weights)
     low, high = interval or (None, None)
     return {"value": value, "low": low, "high": high, "examples": len(sums)}
 
 
-def _exponential(number: Numbers) -> Numbers:
-    """Of the value and both ends."""
+def _exponential(number: Number) -> Number:
+    """Exponentiate the value and both ends of its interval."""
     return {k: v if k == "examples" or v is None else math.exp(v) for k, v in number.items()}
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """A line a number."""
+    """Return a table with one line per result."""
     rows = [("adapter", "measure", "value", "95% interval", "examples")]
     for one in content["results"]:
         rows += [(one["adapter"], *_cells(name, n)) for name, n in one["measures"].items()]
@@ -87,7 +98,7 @@ def as_text(content: Mapping[str, Any]) -> str:
     )
 
 
-def _cells(name: str, number: Numbers, sign: str = "") -> tuple[str, str, str, str]:
+def _cells(name: str, number: Number, sign: str = "") -> tuple[str, str, str, str]:
     low, high = number["low"], number["high"]
     interval = "" if low is None else f"{low:{sign}.4f} to {high:{sign}.4f}"
     return name, f"{number['value']:{sign}.4f}", interval, f"{number['examples']:,}"

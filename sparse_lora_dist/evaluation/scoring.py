@@ -1,4 +1,4 @@
-"""Likelihood and answers of one model, example by example.
+"""Losses of given texts, and generated texts, of one sharded model.
 
 Shapes: M rows of a batch, T tokens of its longest row (padded).
 """
@@ -21,44 +21,60 @@ from sparse_lora_dist.runtime.batches_over_ranks import in_batches
 from sparse_lora_dist.tasks.loss_head import target_losses
 from sparse_lora_dist.zero3.engine import Engine
 
-Score = tuple[float, int]
-"""(sum of -log p over an example's targets, in float64; how many they are)."""
+Loss = tuple[float, int]
+"""(sum of -log p over an example's targets in nats, summed in float64; number of targets)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """A model that evaluates. Every method is a collective."""
+    """A loaded model that scores and generates text. Every method is collective.
+
+    All ranks pass the same examples. These are cut into batches in their order, each batch is
+    computed by one rank, and every rank gets all results: the same on any number of ranks.
+    """
 
     engine: Engine
+    """The engine of the loaded model."""
     tokenizer: Any
+    """Decodes generated tokens."""
     pad_id: int
+    """Token id that rows are padded with."""
     stop_ids: frozenset[int]
-    """What ends an answer."""
+    """Token ids that end a generated text."""
     batch_size: int
+    """Rows of one batch."""
     max_new_tokens: int
+    """Maximum number of generated tokens per prompt."""
 
-    def scores(self, documents: Sequence[Document] | Documents, name: str) -> list[Score]:
-        """Likelihood of each document's targets.
+    def losses(self, documents: Sequence[Document] | Documents, name: str) -> list[Loss]:
+        """Compute the loss of each document's targets. Collective.
+
+        Args:
+            documents: Token ids and labels; each document is a row by itself, never packed.
+            name: Name of the metric, for the progress bar and errors.
+
+        Returns:
+            (summed loss, number of targets) of each document, in order, on every rank.
 
         Raises:
-            UserError: one is no number.
+            UserError: A loss is not finite. Raised on every rank.
         """
         found = in_batches(
             range(len(documents)),
             self.batch_size,
-            lambda numbers: self._scores([documents[n] for n in numbers]),
+            lambda numbers: self._losses([documents[n] for n in numbers]),
             name=name,
         )
         if bad := [i for i, (total, _) in enumerate(found) if not math.isfinite(total)]:
             raise UserError(
-                f"{name}: the loss of {len(bad)} of {len(found)} texts is no finite number, the "
-                f"first is number {bad[0] + 1}. Try --precision fp32; if it stays, the weights of "
-                "the model or its adapter are broken.",
+                f"{name}: the loss of {len(bad)} of {len(found)} texts is not finite; the first is "
+                f"text {bad[0] + 1}. Try --precision fp32. If that does not help, the model or the "
+                "adapter has damaged weights.",
                 shared=True,
             )
         return found
 
-    def _scores(self, documents: Sequence[Document]) -> list[Score]:
+    def _losses(self, documents: Sequence[Document]) -> list[Loss]:
         length = max(len(d.input_ids) for d in documents)
         ids_MT = padded([d.input_ids for d in documents], length, self.pad_id)
         labels_MT = padded([d.labels for d in documents], length, NOT_A_TARGET)
@@ -68,8 +84,8 @@ class Scorer:
                 self.engine,
                 next_MT,
                 input_ids=ids_MT.to(comm.device()),
-                # A row is one document. Attention is causal: what is padded sees it, and not
-                # the other way round.
+                # No attention mask is needed: padding comes last, and attention is causal, so
+                # no token of the document attends to it.
                 position_ids=torch.arange(length, device=comm.device()).expand_as(ids_MT),
                 use_cache=False,
             )
@@ -77,14 +93,21 @@ class Scorer:
         parts = losses_N.double().cpu().split(counts)
         return [(float(part.sum()), n) for part, n in zip(parts, counts, strict=True)]
 
-    def answers(self, prompts: Sequence[list[int]], name: str) -> list[str]:
-        """What the model says after each prompt: the likeliest token each time, until it ends its
-        turn."""
-        return in_batches(prompts, self.batch_size, self._answers, name=name)
+    def generate(self, prompts: Sequence[list[int]], name: str) -> list[str]:
+        """Generate greedily after each prompt until a stop id or ``max_new_tokens``. Collective.
 
-    def _answers(self, prompts: Sequence[list[int]]) -> list[str]:
+        Args:
+            prompts: Token ids of each prompt.
+            name: Name of the metric, for the progress bar.
+
+        Returns:
+            The generated text of each prompt, without special tokens, in order, on every rank.
+        """
+        return in_batches(prompts, self.batch_size, self._generate, name=name)
+
+    def _generate(self, prompts: Sequence[list[int]]) -> list[str]:
         length = max(map(len, prompts))
-        # Padded on the left, so that all rows go on from the same place.
+        # Padding is on the left, so that all rows generate from the same position.
         left = [np.array([self.pad_id] * (length - len(p)) + p) for p in prompts]
         seen = [np.array([0] * (length - len(p)) + [1] * len(p)) for p in prompts]
         with self.engine.evaluating():
@@ -98,7 +121,8 @@ class Scorer:
                     eos_token_id=sorted(self.stop_ids) or None,
                     pad_token_id=self.pad_id,
                 ),
-                # A rank that is done runs on, its tokens dropped, until all are.
+                # A finished rank goes on with dummy forwards until all ranks are finished, as
+                # every forward gathers shards from all ranks.
                 synced_gpus=True,
             )
         return [self._text(row[length:]) for row in ids_MT.tolist()]

@@ -1,4 +1,4 @@
-"""The adapter that a run leaves where its updates are no LoRA: PEFT's own type, if there is one."""
+"""The adapter folder of a finished run whose update is not a LoRA: PEFT's own type, if any."""
 
 import shutil
 from functools import partial
@@ -13,14 +13,26 @@ from sparse_lora_dist.system.atomic_files import replace_whole
 
 
 def save_own_type(run: Path, adapter: Path) -> int:
-    """From the last checkpoint of ``run``; bytes of its weights on rank 0, 0 where PEFT has no such
-    type. Collective."""
+    """Write the adapter of a run's newest checkpoint as PEFT's own type. Collective.
+
+    Rank 0 writes. Where PEFT has no such type, it removes ``adapter`` instead.
+
+    Args:
+        run: The run folder; its newest published checkpoint is read.
+        adapter: The folder to write; replaced as a whole.
+
+    Returns:
+        Bytes of the weight file on rank 0; 0 on other ranks, and where PEFT has no such type.
+
+    Raises:
+        UserError: The folder cannot be written. Raised on every rank.
+    """
     with fail_together(f"writing {adapter}"):
-        # On rank 0 alone: another node may see an earlier listing.
+        # Only rank 0 lists checkpoints: another node may see an older listing.
         published = checkpoint.published(run / "checkpoints") if comm.rank() == 0 else []
         own = Trained.at(published[-1]).own_type() if published else None
         if own is not None:
             return replace_whole(adapter, partial(write_own_type, trained=own))
-        if comm.rank() == 0:  # an earlier attempt's is not this run's end
+        if comm.rank() == 0:  # an adapter of an earlier job is not the result of this one
             shutil.rmtree(adapter, ignore_errors=True)
     return 0

@@ -1,16 +1,16 @@
-"""README.md beside an export: what it is, where it comes from, how to load it."""
+"""The model card (README.md) of an export: its origin, its numbers, and code that loads it."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.version import __version__
 
 CARD, SIGNATURE = "README.md", "launcher/export.py."
-LOADING = {
+LOADING_CODE = {
     "peft": """\
 from peft import AutoPeftModelFor{kind}
 model = AutoPeftModelFor{kind}.from_pretrained("{folder}"{options})""",
@@ -23,15 +23,22 @@ from transformers import AutoModelFor{kind}
 from sparse_lora_dist import apply_sparse_delta
 model = AutoModelFor{kind}.from_pretrained("{base}", dtype="auto"{options}){note}
 applied = apply_sparse_delta(model, Path("{folder}"))
-applied.undo()  # every weight as it was, bit for bit""",
+applied.undo()  # restores every weight bit for bit""",
 }
-KINDS = {"causal_lm": "CausalLM", "seq_cls": "SequenceClassification"}
 
 
 def write_card(
     trained: Trained, folder: Path, final: Path, kind: str, summary: Mapping[str, str]
 ) -> None:
-    """Facts of the run, then those of this export, then the commands to load it from ``final``."""
+    """Write the model card of an export.
+
+    Args:
+        trained: The exported run, or sum of runs.
+        folder: Folder to write the card into, before it is moved to ``final``.
+        final: Folder from which the card's code loads the export.
+        kind: Value of ``--format``.
+        summary: Rows about this export, label to text; they follow the rows about the run.
+    """
     config = trained.config
     about = {
         "base model": trained.base,
@@ -40,12 +47,12 @@ def write_card(
         "steps": f"{trained.step:,} of {trained.manifest['total_steps']:,}",
         "tokens": f"{trained.manifest['progress']['tokens']:,}",
         **_losses(trained),
-        **_others(trained),
+        **_added_runs(trained),
         **summary,
     }
     lines = [f"| {name} | {value} |" for name, value in about.items()]
     library = "peft" if kind == "peft" else "transformers"
-    names = _names(trained) | {"folder": str(final)}
+    fields = _code_fields(trained) | {"folder": str(final)}
     text = "\n".join(
         [
             "---",
@@ -54,14 +61,14 @@ def write_card(
             f"tags: [sparse-lora-dist, {'lora' if trained.is_lora else config.adapter.method}]",
             "---",
             "",
-            f"# {config.adapter.method} over {Path(trained.base).name}",
+            f"# {Path(trained.base).name}, fine-tuned with {config.adapter.method}",
             "",
             "| | |",
             "|---|---|",
             *lines,
             "",
             "```python",
-            LOADING[kind].format(**names),
+            LOADING_CODE[kind].format(**fields),
             "```",
             "",
             f"Written by sparse_lora_dist {__version__}, {SIGNATURE}",
@@ -71,32 +78,31 @@ def write_card(
     (folder / CARD).write_text(text)
 
 
-def _names(trained: Trained) -> dict[str, str]:
-    """What the lines that load it need to know."""
+def _code_fields(trained: Trained) -> dict[str, str]:
+    """Values of the placeholders in ``LOADING_CODE``."""
     model = trained.config.model
     code = ", trust_remote_code=True" if model.trust_remote_code else ""
     labels = f", num_labels={len(trained.classes)}" if trained.classes else ""
     revision = f', revision="{model.revision}"' if model.revision else ""
-    apart = ", ".join(trained.manifest["full_modules"])
+    in_full = ", ".join(trained.manifest["full_modules"])
     return {
-        "kind": KINDS[model.task],
+        "kind": TASKS[model.task].auto_class.removeprefix("AutoModelFor"),
         "base": trained.base,
         "code": code,
         "options": f"{labels}{revision}{code}",
-        "note": f"  # without what was trained of {apart}" if apart else "",
+        "note": f"  # without the trained weights of {in_full}" if in_full else "",
     }
 
 
-def _others(trained: Trained) -> dict[str, str]:
-    """What was added to it."""
+def _added_runs(trained: Trained) -> dict[str, str]:
     if not isinstance(trained, Union):
         return {}
     return {"plus": ", ".join(str(other.path) for other in trained.others)}
 
 
 def _losses(trained: Trained) -> dict[str, str]:
-    """Held-out losses, first and at this step."""
-    if isinstance(trained, Union):  # nobody has measured a sum
+    """Held-out loss before training and at the exported step."""
+    if isinstance(trained, Union):  # the loss of a sum was never measured
         return {}
     path = trained.path.parents[1] / "metrics.jsonl"
     rows = [r for r in read_records(path) if r["step"] <= trained.step] if path.exists() else []

@@ -1,4 +1,4 @@
-"""launcher/export.py: from a checkpoint to a folder that is whole, or not there."""
+"""launcher/export.py: exports a checkpoint. The output folder appears complete or not at all."""
 
 import os
 import shutil
@@ -23,18 +23,22 @@ from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync_all
 
-Facts = dict[str, str]
-"""Of an export, by name: said on the screen, and on the model's card."""
+Summary = dict[str, str]
+"""Label -> text about an export, for the screen and the model card."""
 
 
 def export(request: ExportRequest) -> None:
-    """Write what is asked.
+    """Export one checkpoint, or the sum of several, and print what was written.
+
+    Needs one process and no GPU. An existing output folder is replaced only once the new one is
+    complete.
 
     Raises:
-        UserError: there is nothing to export, or something in the way.
+        UserError: The checkpoint, the base or the output folder does not allow this export, or
+            writing fails.
     """
     asked, final = request.export, Path(request.export.output).expanduser().resolve()
-    trained = with_base(Trained.open(Path(request.source)), asked)
+    trained = _attach_base(Trained.open(Path(request.source)), asked)
     if asked.plus is not None:
         trained = Union.of(trained, [source.strip() for source in asked.plus.split(",")])
     _check_place(final, trained, asked)
@@ -48,123 +52,134 @@ def export(request: ExportRequest) -> None:
         write_card(trained, temporary, final, asked.format, summary)
         sync_all(temporary)
         put_in_place(temporary, final)
-    except (OSError, SafetensorError) as error:  # a full disk is either
-        raise UserError(f"exporting to {final}: {error}") from error
+    except (OSError, SafetensorError) as error:  # a full disk may raise either
+        raise UserError(f"export to {final} failed: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for name, text in summary.items():
         print_line(name, text)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
-    print_line("written", f"{final} ({megabytes(size)}); {final}/{CARD} has the lines that load it")
+    print_line("written", f"{final} ({megabytes(size)}); {final}/{CARD} has the code that loads it")
 
 
-def with_base(trained: Trained, asked: ExportConfig) -> Trained:
-    """Where what is added depends on the base's weights, the one that can read them."""
+def _attach_base(trained: Trained, asked: ExportConfig) -> Trained:
+    """Return the run with access to its base's weights, if its update depends on them."""
     if not trained.reads_base:
         for name in ("base", "trust_remote_code"):
             if asked.format != "merged" and getattr(asked, name):
-                raise UserError(f"--{name}: --format {asked.format} of this run reads no base.")
+                raise UserError(
+                    f"--{name} is not used: exporting this run as {asked.format} does not need "
+                    "the base's weights. Leave the option out."
+                )
         return trained
-    # What a merge writes onto need not be what the run read.
-    other = asked.format == "merged" and trained.manifest["base_in_4_bits"]
-    elsewhere, trusts = None if other else asked.base, asked.trust_remote_code
-    base = Base.open(trained, elsewhere, trust_remote_code=trusts, to_read=True)
+    # If the run's base was saved in 4 bits, --base of a merge names the unquantised model, and
+    # the update is computed from the run's own base.
+    is_merge_target = asked.format == "merged" and trained.manifest["base_in_4_bits"]
+    location, trusts = None if is_merge_target else asked.base, asked.trust_remote_code
+    base = Base.open(trained, location, trust_remote_code=trusts, read_only=True)
     return replace(trained, read_base=base.weight)
 
 
 def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
-    """An export replaces nothing but an export, and never the base that it is for."""
+    """Refuse to replace the base model, or a folder that is not an earlier export."""
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not asked.overwrite:
-        raise UserError(f"--output {final} is not empty. Name another folder, or add --overwrite.")
+        raise UserError(
+            f"--output {final} is not empty. Choose another folder, or add --overwrite."
+        )
     card = final / CARD
     is_export = card.is_file() and SIGNATURE in card.read_text(errors="replace")
     bases = {Path(name).resolve() for name in (trained.base, asked.base) if name}
     if not is_export or final in bases:
-        what = "the base model" if final in bases else "no earlier export"
-        raise UserError(f"--overwrite: {final} is {what}, and stays. Name another folder.")
+        what = "the base model" if final in bases else "not an earlier export"
+        raise UserError(f"--overwrite cannot replace {final}: it is {what}. Choose another folder.")
 
 
-def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
+def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     if asked.own_type or not trained.is_lora:
         if own := trained.own_type():
             write_own_type(folder, own)
             return {"modules": counted(len(own.forms), "linear"), "type": own.kind.lower()}
         if asked.own_type:
             raise UserError(
-                f"--own_type: PEFT has no type of --method {trained.method.name} as it was trained "
-                "here. Leave the flag out."
+                f"--own_type: PEFT has no own type that computes --method {trained.method.name} "
+                "as it was trained here. Leave the flag out."
             )
     lora = trained.plain_lora()
     write_peft(folder, lora, uniform=asked.uniform_rank)
     ranks = [len(a_LI) for a_LI, _ in lora.pairs.values()]
     live = sum(a_LI.numel() + b_OL.numel() for a_LI, b_OL in lora.pairs.values())
     summary = {
-        "modules": f"{len(ranks)} of {counted(len(trained.sites), 'linear')}, of rank "
-        f"{min(ranks)} to {max(ranks)} (the run's: {lora.rank})",
-        "entries": f"{live:,} in components that do something",
+        "modules": f"{len(ranks)} of {counted(len(trained.sites), 'linear')}, rank {min(ranks)} to "
+        f"{max(ranks)} (--rank of the run: {lora.rank})",
+        "entries": f"{live:,} in components with a nonzero update",
     }
     if asked.uniform_rank:
-        summary["rank"] = f"{max(ranks)} everywhere, filled up with zeros"
+        summary["rank"] = f"{max(ranks)} for all modules, smaller ones padded with zeros"
         if lora.full:
             summary["apart"] = (
-                f"{', '.join(lora.full_modules)} trained in full, in {APART}: "
-                "servers of LoRA do not read it; use --format merged to keep it"
+                f"{', '.join(lora.full_modules)} trained in full, saved in {APART}. "
+                "LoRA servers do not read this file; use --format merged to keep these weights"
             )
     return summary
 
 
-def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
+def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     base = Base.open(trained, asked.base, trust_remote_code=asked.trust_remote_code)
     if asked.onto == "dequantised" and trained.manifest["base_in_4_bits"]:
         raise UserError(
-            f"{base.folder} is not what the adapter was trained over, which came in 4 bits: add "
-            "--onto original."
+            f"{base.folder} is not the model that the adapter was trained over, which was saved in "
+            "4 bits. Add --onto original."
         )
     if asked.onto == "original" and trained.masks_base:
         raise UserError(
-            f"--onto original: --method {trained.method.name} takes weights away as it had them, "
-            "in 4 bits; of the original ones something would be left. Leave the flag out."
+            f"--onto original is not possible with --method {trained.method.name}: it sets weights "
+            "to zero by subtracting their 4-bit values, which would leave a remainder of the "
+            "original ones. Leave the option out."
         )
     merge = Merge(
         dtype=PRECISIONS[asked.dtype], stochastic=asked.rounding == "stochastic", onto=asked.onto
     )
     merge.write(trained, base, folder)
-    where = "the original weights" if asked.onto == "original" else "what it was trained over"
-    summary = {"onto": where}
+    over = "the weights that the adapter was trained over"
+    summary = {"onto": "the original weights" if asked.onto == "original" else over}
     if merge.quantized:
         summary["onto"] += (
-            f"; original and 4-bit weights are {merge.distance:.1%} of their norm apart"
+            f"; the 4-bit weights differ from the original ones by {merge.quantization_error:.1%} "
+            "of their norm"
         )
-    if base.experts and base.quantized:
-        summary["experts"] = "as the files have them, not as the run had them in 4 bits"
+    if base.has_experts and base.quantized:
+        summary["experts"] = "as in the base's files; the run had quantised them to 4 bits"
     share = merge.unchanged / max(merge.touched, 1)
     summary["rounding"] = (
-        f"to {asked.dtype}, {asked.rounding}: {merge.unchanged:,} of {merge.touched:,} touched "
-        f"weights ({share:.1%}) stay as they were"
+        f"to {asked.dtype}, {asked.rounding}: {merge.unchanged:,} of {merge.touched:,} weights "
+        f"with a nonzero update ({share:.1%}) keep their old value"
     )
     if share > 0.01 and asked.rounding == "nearest":
-        summary["rounding"] += "; --rounding stochastic keeps their mean, --dtype fp32 all"
+        summary["rounding"] += (
+            "; use --rounding stochastic to keep the mean update, --dtype fp32 to keep each update"
+        )
     return summary
 
 
-def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Facts:
+def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     found = write_sparse_delta(trained, folder)
     summary = {
-        "onto": "the weights of whoever loads it; it was trained over "
-        + ("4-bit ones" if trained.config.model.quantization == "nf4" else "the base's own"),
+        "onto": "the model that it is applied to; it was trained over "
+        + ("4-bit" if trained.config.model.quantization == "nf4" else "the base's own")
+        + " weights",
         "changed": f"{found.changed:,} of {found.weights:,} weights",
-        "sparsity": f"{found.zeros:.4%}; at least {found.bound:.4%} by RoseLoRA's Proposition 1",
+        "sparsity": f"{found.sparsity:.4%}; at least {found.bound:.4%} by RoseLoRA's Proposition 1",
     }
     if trained.full:
-        summary["left out"] = f"{', '.join(trained.manifest['full_modules'])}, trained in full"
+        summary["left out"] = f"{', '.join(trained.manifest['full_modules'])} (trained in full)"
     return summary
 
 
-WRITERS: dict[str, Callable[[Trained, Path, ExportConfig], Facts]] = {
+WRITERS: dict[str, Callable[[Trained, Path, ExportConfig], Summary]] = {
     "peft": _peft,
     "merged": _merged,
     "sparse_delta": _sparse_delta,
 }
-"""By the name that ``--format`` takes."""
+"""Value of ``--format`` -> function that writes an export into a folder."""

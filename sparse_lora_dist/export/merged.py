@@ -1,6 +1,8 @@
-"""A whole model, the deltas added to its weights: tensor after tensor, one at a time in memory.
+"""Merges an adapter into its base: W + delta for every site, one tensor in memory at a time.
 
-Sums are made in fp32 and rounded once. Shapes: O out_features, I in_features, L live components.
+Sums are computed in fp32 and rounded once, to the output dtype.
+
+Shapes: O out_features, I in_features.
 """
 
 import shutil
@@ -19,10 +21,11 @@ from sparse_lora_dist.base_model.safetensors_reader import FLOATS
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
 from sparse_lora_dist.export.open_base import Base, read_labelled_config
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.export.weight_change import Change
+from sparse_lora_dist.export.weight_change import WeightChange
+from sparse_lora_dist.tasks import TASKS
 
 BLOCK_ENTRIES = 2**23
-"""Weights that are summed and rounded at a time."""
+"""Entries of a weight that are summed and rounded at a time."""
 NOT_COPIED = (
     ".safetensors",
     ".bin",
@@ -36,46 +39,56 @@ NOT_COPIED = (
     ".ckpt",
     ".npz",
 )
-"""Endings of weights. What else lies beside them, tokenizers say, goes along."""
+"""Suffixes of weight files. All other files of the base, e.g. its tokenizer, are copied."""
 
 
 @dataclass(kw_only=True)
 class Merge:
-    """How to merge; and, once it is done, what that did."""
+    """Settings of a merge and, after ``write``, statistics of what it changed."""
 
     dtype: torch.dtype
+    """Dtype that merged weights are rounded to."""
     stochastic: bool
+    """True for stochastic rounding to bf16, false for rounding to nearest."""
     onto: Literal["dequantised", "original"]
+    """Weights that the update is added to: those the run had in 4 bits, or those of the files."""
     touched: int = 0
-    """Weights with a delta other than zero."""
+    """Number of weights with a nonzero update."""
     unchanged: int = 0
-    """Of these, those that rounding left as they were."""
-    _apart: float = 0.0
-    """||W - dequantised||^2 of all weights that the run had in 4 bits."""
-    _whole: float = 0.0
-    """||W||^2 of the same."""
+    """Number of touched weights that have their old value after rounding."""
+    _squared_error: float = 0.0
+    """||W - dequantised W||^2 summed over all weights that the run had in 4 bits."""
+    _squared_norm: float = 0.0
+    """||W||^2 summed over all weights that the run had in 4 bits."""
 
     @property
-    def distance(self) -> float:
-        """||W - dequantised|| / ||W||."""
-        return sqrt(self._apart / self._whole)
+    def quantization_error(self) -> float:
+        """||W - dequantised W|| / ||W|| over all weights that the run had in 4 bits."""
+        return sqrt(self._squared_error / self._squared_norm)
 
     @property
     def quantized(self) -> bool:
-        return self._whole > 0
+        """True if ``write`` met weights that the run had in 4 bits."""
+        return self._squared_norm > 0
 
     def write(self, trained: Trained, base: Base, folder: Path) -> None:
-        """The model of ``base`` with what was trained, into an empty ``folder``."""
+        """Write the merged model with its config and tokenizer.
+
+        Args:
+            trained: The run whose updates and fully trained modules are merged.
+            base: The weights to add to.
+            folder: An empty folder.
+        """
         self._copy_other_files(trained, base, folder)
         out = SafetensorsWriter(folder)
         try:
             entries = sorted(base.files.entries.items(), key=lambda e: (e[1].file, e[1].start))
             names = {keys[0]: name for name, keys in base.keys_of.items() if len(keys) == 1}
             used = {key for keys in base.keys_of.values() for key in keys}
-            labels = trained.config.model.task == "seq_cls"
+            labels = TASKS[trained.config.model.task].trains_head
             sites = {f"{site.name}.weight": site for site in trained.sites}
             for key, entry in tqdm(entries, desc="merging", leave=False):
-                if labels and key not in used:  # the head that it had before
+                if labels and key not in used:  # the head of the base, which the run replaced
                     continue
                 name = names.get(key, key)
                 saved_as = name if labels else key
@@ -83,8 +96,8 @@ class Merge:
                     out.add_tensor(saved_as, trained.tensor(name).to(self.dtype))
                 elif entry.dtype in FLOATS:
                     site = sites.get(name)
-                    components = self._components(base, key, trained.change(site) if site else None)
-                    out.add(saved_as, NAMES[self.dtype], entry.shape, components)
+                    blocks = self._merged_blocks(base, key, trained.change(site) if site else None)
+                    out.add(saved_as, NAMES[self.dtype], entry.shape, blocks)
                 else:
                     out.add(
                         saved_as, entry.dtype, entry.shape, base.files.raw(entry, BLOCK_ENTRIES)
@@ -96,12 +109,12 @@ class Merge:
         finally:
             out.close()
 
-    def _components(self, base: Base, key: str, change: Change | None) -> Iterator[Tensor]:
-        """A tensor of floats, some rows at a time."""
+    def _merged_blocks(self, base: Base, key: str, change: WeightChange | None) -> Iterator[Tensor]:
+        """Yield one merged floating-point tensor, a few rows at a time."""
         entry = base.files.entries[key]
         w = base.read(key)
         if key in base.quantized:
-            w = self._as_trained_over(w, base, key)
+            w = self._quantized_weight(w, base, key)
         elif self.onto == "dequantised":
             w = w.to(base.trained.dtype)
         rows = w.view(entry.shape[0], -1) if entry.shape else w.view(1, 1)
@@ -114,18 +127,19 @@ class Merge:
             else:
                 yield self._rounded(before, change.rows(start, start + step), generator)
 
-    def _as_trained_over(self, w: Tensor, base: Base, key: str) -> Tensor:
-        again = base.dequantised(w, key)
-        for ours, theirs in zip(w.split(BLOCK_ENTRIES), again.split(BLOCK_ENTRIES), strict=True):
-            self._apart += float((ours.float() - theirs.float()).square().sum())
-            self._whole += float(ours.float().square().sum())
-        return again if self.onto == "dequantised" else w
+    def _quantized_weight(self, w: Tensor, base: Base, key: str) -> Tensor:
+        """Return the weight to add to, and add its quantisation error to the statistics."""
+        dequantised = base.dequantised(w, key)
+        blocks = zip(w.split(BLOCK_ENTRIES), dequantised.split(BLOCK_ENTRIES), strict=True)
+        for original, rounded in blocks:
+            self._squared_error += float((original.float() - rounded.float()).square().sum())
+            self._squared_norm += float(original.float().square().sum())
+        return dequantised if self.onto == "dequantised" else w
 
     def _rounded(self, before: Tensor, delta: Tensor, generator: torch.Generator) -> Tensor:
         touched, after = delta != 0, before + delta
         if self.stochastic:
-            drawn = _up_or_down(after.clone(), generator)
-            after = torch.where(touched, drawn, after)
+            after = torch.where(touched, _stochastic_bf16(after.clone(), generator), after)
         rounded = after.to(self.dtype)
         self.touched += int(touched.sum())
         self.unchanged += int((touched & (rounded == before.to(self.dtype))).sum())
@@ -142,11 +156,14 @@ class Merge:
         config.save_pretrained(folder)
 
 
-def _up_or_down(x: Tensor, generator: torch.Generator) -> Tensor:
-    """fp32 -> the bf16 below or above, in place, the nearer the likelier, so that the mean stays.
+def _stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Round fp32 in place to a neighbouring bf16 value, so that the expected value is ``x``.
 
-    The lower 16 bits of an fp32 are what bf16 has not; what is random is added to them and carries,
-    or does not. A bf16 value has none, and stays.
+    bf16 is the upper 16 bits of fp32. A random 16-bit number is added and the lower 16 bits are
+    cleared, so x is rounded up with probability (lower bits) / 2^16:
+
+        lower bits 0x4000: 1/4 of the random numbers carry into bf16, so up in 1 of 4 cases
+        lower bits 0x0000: no number carries, so a bf16 value keeps its value
     """
     bits = x.view(torch.int32)
     bits += torch.randint(2**16, bits.shape, dtype=torch.int32, generator=generator)

@@ -1,4 +1,7 @@
-"""The base model that an adapter was trained over, as its files have it."""
+"""The base model that an adapter was trained over, read from its files.
+
+Shapes: O out_features, I in_features.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,44 +30,50 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """Files, and which of their tensors is what in the model."""
+    """The base model of a run: its files, and the model that they belong to on the meta device."""
 
     folder: Path
     files: CheckpointFiles
     module: PreTrainedModel
-    """On the meta device."""
+    """The model without weights, on the meta device."""
     keys_of: Keys
+    """Parameter name -> names of the tensors in the files that it is made of."""
     trained: Trained
+    """The run that was trained over this base."""
 
     @classmethod
     def open(
         cls,
         trained: Trained,
-        elsewhere: str | None,
+        location: str | None,
         *,
         trust_remote_code: bool,
-        to_read: bool = False,
+        read_only: bool = False,
     ) -> "Base":
-        """The one that the run names, or ``elsewhere`` where that has moved.
+        """Open the base of a run and check that it is the same model.
 
         Args:
-            to_read: its weights are only looked at, so they may be in 4 bits, and must be the
-                run's own.
+            trained: The run.
+            location: Folder or hub id of the base; None for the one that the run names.
+            trust_remote_code: Allow Python code that comes with the base.
+            read_only: True if weights are only read, to compute the update. They may then be in
+                4 bits, but must be those of the run. False if merged weights are written.
 
         Raises:
-            UserError: it is not there, another model, one in 4 bits, or one with code of its own.
+            UserError: The base is missing, is another model, is in 4 bits where merged weights
+                are to be written, or needs Python code that was not allowed.
         """
-        model, revision = elsewhere or trained.base, trained.config.model.revision
+        model, revision = location or trained.base, trained.config.model.revision
         try:
             folder = resolve_folder(resolve_default("model", model), revision)
         except UserError as error:
-            raise UserError(f"{error} Name the folder of the base model: --base.") from error
+            raise UserError(f"{error} Give the base model's folder with --base FOLDER.") from error
         files = CheckpointFiles(folder)
-        _check_identity(trained, folder, files, to_read=to_read)
+        _check_identity(trained, folder, files, read_only=read_only)
         if trained.config.model.trust_remote_code and not trust_remote_code:
             raise UserError(
-                f"the run was told --trust_remote_code: Python code that comes with {folder} would "
-                "run. If you trust it, say so here too."
+                f"the run was trained with --trust_remote_code: this export would run Python code "
+                f"from {folder}. If you trust that code, add --trust_remote_code here too."
             )
         config = read_labelled_config(trained, folder)
         module = meta_model(
@@ -85,13 +94,19 @@ class Base:
             keys = self.keys_of.get(f"{site.name}.weight", [])
             shapes = [self.files.entries[key].shape for key in keys]
             if shapes != [(site.out_features, site.in_features)]:
+                found = f"has shape {', '.join(map(str, shapes))}" if shapes else "is missing"
                 raise UserError(
-                    f"{self.folder}: {site.name} is {shapes or 'not there'}, the adapter is for "
-                    f"{[site.out_features, site.in_features]}. Give the base it was trained over."
+                    f"{self.folder}: {site.name}.weight {found}, but the adapter was trained for "
+                    f"shape {(site.out_features, site.in_features)}. Give the base that it was "
+                    "trained over with --base FOLDER."
                 )
 
     def weight(self, site: Site) -> Tensor:
-        """w_OI of an adapted linear as the run had it."""
+        """Return the base weight of a site as the run computed with it.
+
+        Returns:
+            w_OI in the run's precision; dequantised if the run had it in 4 bits.
+        """
         (key,) = keys = self.keys_of[f"{site.name}.weight"]
         shape = site.out_features, site.in_features
         source = source_of(f"{site.name}.weight", shape, keys, self.files)
@@ -105,13 +120,13 @@ class Base:
         return w.view(shape)
 
     def read(self, key: str) -> Tensor:
-        """A tensor as the files have it, flattened."""
+        """Return a tensor of the files, flattened, in the dtype of the files."""
         entry = self.files.entries[key]
         source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
         return self.files.read(source, 0, entry.nbytes // entry.itemsize)
 
     def dequantised(self, w: Tensor, key: str) -> Tensor:
-        """A weight that the run had in 4 bits as these have it, flattened."""
+        """Quantise a weight to 4 bits as the run did; return it dequantised and flattened."""
         layout = self.quantized[key]
         packed, absmax = nf4.quantize(w, layout)
         scales = nf4.scale_bytes(absmax, nf4.offsets(absmax, layout), layout)
@@ -119,7 +134,7 @@ class Base:
 
     @cached_property
     def quantized(self) -> Mapping[str, nf4.Layout]:
-        """Keys of the weights that the run had in 4 bits, but for experts, and how."""
+        """File key -> 4-bit layout of each weight that the run had quantised, without experts."""
         model = self.trained.config.model
         if model.quantization == "none":
             return {}
@@ -134,31 +149,32 @@ class Base:
         return found
 
     @property
-    def experts(self) -> bool:
-        """Are there weights of experts, which stay as the files have them?"""
+    def has_experts(self) -> bool:
+        """True if the model has stacked weights of experts, which a merge does not quantise."""
         return any(p.dim() == 3 for p in self.module.parameters())
 
 
 def _check_identity(
-    trained: Trained, folder: Path, files: CheckpointFiles, *, to_read: bool
+    trained: Trained, folder: Path, files: CheckpointFiles, *, read_only: bool
 ) -> None:
-    if is_quantized(files) and not to_read:
+    if is_quantized(files) and not read_only:
         raise UserError(
-            f"{folder} is in 4 bits, which merged weights would not fit into. Give the model that "
-            "it was made from: --base FOLDER --onto original."
+            f"{folder} is quantised to 4 bits, and merged weights cannot be stored in that form. "
+            "Give the model it was quantised from: --base FOLDER --onto original."
         )
-    # What a run's 4 bits were made from cannot be known.
-    may_differ = trained.manifest["base_in_4_bits"] and not to_read
+    # A run over a base in 4 bits does not know which model that was quantised from, so any model
+    # with the same shapes is accepted as the target of a merge.
+    may_differ = trained.manifest["base_in_4_bits"] and not read_only
     same = identity(folder, files) == trained.manifest["description"]["base"]
     if not same and not may_differ:
         raise UserError(
             f"{folder} is not the base of {trained.path}: its config.json or the headers of its "
-            f"weights are others. --base takes a copy of {trained.base}."
+            f"weight files differ. Give an unchanged copy of {trained.base} with --base FOLDER."
         )
 
 
 def read_labelled_config(trained: Trained, folder: Path) -> PretrainedConfig:
-    """The base's config.json, with the classes that a classifier was trained for."""
+    """Read the base's config.json; for a classifier, add the class names it was trained with."""
     trusts = trained.config.model.trust_remote_code
     config = read_config(folder, trust_remote_code=trusts)
     if trained.classes:

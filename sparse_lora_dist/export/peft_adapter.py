@@ -1,7 +1,9 @@
-"""The trained adapter as PEFT reads it: a plain LoRA of the components that live.
+"""Writes a trained adapter in PEFT's LoRA format.
 
-Shapes: R rank of a site, Q its components that are computed, L those that do something, I
-in_features, O out_features.
+Only components with a nonzero update are written, so sites may have different ranks.
+
+Shapes: R rank of a site, Q its components that forward computes, L its components with a nonzero
+update, I in_features, O out_features.
 """
 
 import json
@@ -25,56 +27,63 @@ from sparse_lora_dist.zero3.parameters import gathered
 
 
 class NothingLives(UserError):
-    """Every component of every adapter is zero."""
+    """Every component of every adapter has a zero update."""
 
     def __init__(self) -> None:
         super().__init__(
-            "nothing of any adapter lives, so there is no LoRA to write. "
-            "Prune less, or train longer or at a higher --learning_rate.",
+            "no component of any adapter has a nonzero update, so there is no LoRA to write. "
+            "Prune less, train longer or set a higher --learning_rate.",
             shared=True,
         )
 
 
 class NoPair(UserError):
-    """The method's updates are no low-rank pairs."""
+    """The method's update is not a low-rank product B A."""
 
     def __init__(self, method: str) -> None:
         super().__init__(
-            f"what --method {method} adds to a weight is no low-rank pair, so there is no LoRA of "
-            "it: launcher/export.py has --format merged, and sparse_delta for what is sparse.",
+            f"what --method {method} adds to a weight is not a low-rank product B A, so it cannot "
+            "be written as a LoRA. Use launcher/export.py with --format merged, or with --format "
+            "sparse_delta if the update is sparse.",
             shared=True,
         )
 
 
 Pair = tuple[Tensor, Tensor]
-"""(a_LI, b_OL) of a plain LoRA that is scaled by alpha / R."""
+"""(a_LI, b_OL) of a plain LoRA: delta W = alpha / R * B A."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ForPeft:
-    """What PEFT's two files say, of whatever type."""
+class PeftAdapter:
+    """Content of a PEFT adapter folder that does not depend on the adapter type."""
 
     full: Mapping[str, Tensor] = field(default_factory=dict)
-    """Parameters of modules trained in full, as the model names them."""
+    """Parameter name in the model -> weights of the modules trained in full."""
     full_modules: Sequence[str] = ()
+    """Names of the modules trained in full (PEFT: ``modules_to_save``)."""
     base: str
-    """Hub id or folder."""
+    """Hub id or folder of the base model."""
     revision: str | None = None
-    """Of a hub id."""
+    """Revision of the base model on the hub."""
     task_type: str
+    """PEFT's task type, e.g. CAUSAL_LM."""
     classes: Sequence[str] = ()
-    """Of a classifier; they go into id2label.json, which PEFT has no place for."""
+    """Class names of a classifier, written to id2label.json; PEFT's config has no field for them.
+    """
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainLora(ForPeft):
-    """Of a LoRA."""
+class PlainLora(PeftAdapter):
+    """Content of a PEFT LoRA folder."""
 
     pairs: Mapping[str, Pair]
-    """By site; one in which nothing lives is left out."""
+    """Site name -> (a_LI, b_OL); sites without a nonzero update are left out."""
     rank: int
+    """R of the run: pairs are scaled by alpha / rank, whatever their own L is."""
     alpha: float
+    """LoRA alpha of the run."""
     dropout: float
+    """LoRA dropout of the run, written to the config."""
 
 
 def save_peft(
@@ -87,15 +96,26 @@ def save_peft(
     task_type: str,
     classes: Sequence[str],
 ) -> int:
-    """Write adapter_config.json and adapter_model.safetensors; return the bytes of the latter.
-    Collective.
+    """Gather a sharded adapter and write it as a PEFT LoRA. Collective.
 
-    ``peft.PeftModel.from_pretrained(base, folder)`` gives the trained logits. One module at a time
-    is gathered.
+    ``peft.PeftModel.from_pretrained(base, folder)`` then computes the trained logits. One module
+    is gathered at a time, and rank 0 writes.
+
+    Args:
+        folder: Folder to write; replaced as a whole.
+        adapters: All adapters of the model.
+        saved_modules: Name -> module trained in full.
+        base: Hub id or folder of the base model, for adapter_config.json.
+        revision: Revision of the base model on the hub.
+        task_type: PEFT's task type, e.g. CAUSAL_LM.
+        classes: Class names of a classifier, or empty.
+
+    Returns:
+        Bytes of adapter_model.safetensors on rank 0; 0 on other ranks.
 
     Raises:
-        NothingLives: there is no component to write.
-        NoPair: a component is no LoRA.
+        NothingLives: No component has a nonzero update. Raised on every rank.
+        NoPair: The method's update is not a low-rank product. Raised on every rank.
     """
     pairs: dict[str, Pair] = {}
     full: dict[str, Tensor] = {}
@@ -135,32 +155,37 @@ def save_peft(
 
 
 def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> int:
-    """The same from what is at hand.
+    """Write a LoRA that is in memory as adapter_config.json and adapter_model.safetensors.
 
     Args:
-        uniform: for servers that know one rank and no ``modules_to_save``: components of zeros up
-        to
-            the largest rank, the scale in B, modules trained in full in a file of their own.
+        folder: Folder to write into; made if it is missing.
+        trained: The adapter.
+        uniform: Write for servers that accept one rank only and no ``modules_to_save``: pad every
+            pair with zeros to the largest rank, multiply the scale into B, and put modules
+            trained in full into a file of their own.
+
+    Returns:
+        Bytes of adapter_model.safetensors.
 
     Raises:
-        NothingLives: there is no component to write.
+        NothingLives: No component has a nonzero update.
     """
     if not trained.pairs:
         raise NothingLives
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {name: len(a_LI) for name, (a_LI, _) in trained.pairs.items()}
-    each = trained.alpha / trained.rank
-    pairs, apart = trained.pairs, dict(trained.full)
+    scale = trained.alpha / trained.rank
+    pairs, full = trained.pairs, dict(trained.full)
     if uniform:
-        pairs = {name: _padded(pair, max(ranks.values()), each) for name, pair in pairs.items()}
+        pairs = {name: _padded(pair, max(ranks.values()), scale) for name, pair in pairs.items()}
     tensors = {}
     for name, (a_LI, b_OL) in pairs.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = a_LI
         tensors[f"{PREFIX}{name}.lora_B.weight"] = b_OL
-    if uniform and apart:
-        save_file(apart, folder / APART, metadata={"format": "pt"})
-    elif apart:
-        tensors |= {f"{PREFIX}{name}": t for name, t in apart.items()}
+    if uniform and full:
+        save_file(full, folder / APART, metadata={"format": "pt"})
+    elif full:
+        tensors |= {f"{PREFIX}{name}": t for name, t in full.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _peft_config(trained, ranks, uniform).save_pretrained(str(folder))
     write_labels(folder, trained.classes)
@@ -168,31 +193,31 @@ def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> in
 
 
 def write_labels(folder: Path, classes: Sequence[str]) -> None:
-    """Names of a classifier's classes, which PEFT has no place for."""
+    """Write a classifier's class names to id2label.json; PEFT's config has no field for them."""
     if classes:
         names = json.dumps(dict(enumerate(classes)), indent=1)
         (folder / "id2label.json").write_text(names + "\n")
 
 
 def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) -> LoraConfig:
-    usual, alpha = trained.rank, trained.alpha
+    rank, alpha = trained.rank, trained.alpha
     if uniform:
-        usual, alpha = max(ranks.values()), max(ranks.values())  # a scale of 1
-    others = {} if uniform else {name: r for name, r in ranks.items() if r != usual}
+        rank, alpha = max(ranks.values()), max(ranks.values())  # alpha / rank is 1
+    others = {} if uniform else {name: r for name, r in ranks.items() if r != rank}
     return LoraConfig(
         task_type=trained.task_type,
         base_model_name_or_path=trained.base,
         revision=trained.revision,
         inference_mode=True,
-        r=usual,
-        # Annotated int by PEFT, which divides it like any number.
+        r=rank,
+        # PEFT annotates it as int, but any number works: it is only divided.
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=trained.dropout,
-        # Whole names: an ending might match a linear that has no adapter.
+        # Full names: PEFT matches suffixes, which may fit a linear without an adapter.
         target_modules=list(ranks),
         rank_pattern=others,
-        # Components are scaled by alpha / R, however many live.
-        alpha_pattern={name: alpha * r / usual for name, r in others.items()},
+        # PEFT scales by alpha / r of the module; ours is alpha / R, whatever r is left.
+        alpha_pattern={name: alpha * r / rank for name, r in others.items()},
         modules_to_save=None if uniform else list(trained.full_modules) or None,
     )
 
@@ -205,18 +230,25 @@ def _padded(pair: Pair, rank: int, scale: float) -> Pair:
 
 
 def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
-    """The components that do something; None where there is none."""
+    """Return the LoRA pair of the components with a nonzero update; None if there are none."""
     a_RI, b_OR = plain_pair(adapter, tensors)
     lives_R = (a_RI != 0).any(1) & (b_OR != 0).any(0)
     return (a_RI[lives_R], b_OR[:, lives_R]) if lives_R.any() else None
 
 
 def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
-    """(a_RI, b_OR) of the plain LoRA, scaled by alpha / --rank, that gives the adapter's delta;
-    zero in the components that it does not compute.
+    """Return the plain LoRA that computes the adapter's delta.
+
+    Args:
+        adapter: The adapter of one site.
+        tensors: Its trained tensors in the order of its form, whole (not sharded).
+
+    Returns:
+        (a_RI, b_OR), to be scaled by alpha / --rank; zero in the components that forward does not
+        compute.
 
     Raises:
-        NoPair: there is none.
+        NoPair: The method's update is not a low-rank product.
     """
     if adapter.form.to_lora is None:
         raise NoPair(adapter.method.name)

@@ -1,4 +1,7 @@
-"""An adapter as a type of PEFT's own, where it is no LoRA, or more than one."""
+"""Writes an adapter as another PEFT type than LoRA, e.g. SHiRA, or PEANUT for NEAT.
+
+Used where the update is not a LoRA, and with ``--own_type`` where it is one as well.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,27 +12,30 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 from safetensors.torch import save_file
 
 from sparse_lora_dist.adapter.peft_config import PREFIX, WEIGHTS
-from sparse_lora_dist.export.peft_adapter import ForPeft, write_labels
+from sparse_lora_dist.export.peft_adapter import PeftAdapter, write_labels
 from sparse_lora_dist.methods.protocol.form import PeftForm
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnType(ForPeft):
-    """Of another type."""
+class OwnType(PeftAdapter):
+    """Content of a PEFT adapter folder of another type than LoRA."""
 
     forms: Mapping[str, PeftForm]
-    """By site; of one type all."""
+    """Site name -> its tensors and settings in PEFT's terms; all have the same type."""
 
     @property
     def kind(self) -> str:
-        """PEFT's name of the type."""
+        """Member name of ``peft.PeftType``, e.g. SHIRA."""
         return next(iter(self.forms.values())).kind
 
 
 def write_own_type(folder: Path, trained: OwnType) -> int:
-    """Write adapter_config.json and adapter_model.safetensors; return the bytes of the latter.
+    """Write adapter_config.json and adapter_model.safetensors.
 
-    ``peft.PeftModel.from_pretrained(base, folder)`` gives the trained logits.
+    ``peft.PeftModel.from_pretrained(base, folder)`` then computes the trained logits.
+
+    Returns:
+        Bytes of adapter_model.safetensors.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{PREFIX}{name}": t for name, t in trained.full.items()}
@@ -43,7 +49,7 @@ def write_own_type(folder: Path, trained: OwnType) -> int:
         base_model_name_or_path=trained.base,
         revision=trained.revision,
         inference_mode=True,
-        # Whole names: an ending might match a linear that has no adapter.
+        # Full names: PEFT matches suffixes, which may fit a linear without an adapter.
         target_modules=list(trained.forms),
         modules_to_save=list(trained.full_modules) or None,
         **first.config,

@@ -1,7 +1,8 @@
-"""The weights that a sparse method changed, alone: indices and values of every matrix, to be
-applied to a model and taken back bit for bit.
+"""Writes the weights that a run changed as indices and values, and adds them to a model.
 
-Shapes: O out_features, I in_features, L live components, N weights that change.
+``apply_sparse_delta`` keeps the weights it overwrites, so that undoing is exact bit for bit.
+
+Shapes: O out_features, I in_features, N weights that change.
 """
 
 import json
@@ -16,38 +17,55 @@ from torch import Tensor, nn
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.export.weight_change import Change
+from sparse_lora_dist.export.weight_change import WeightChange
 
 STEM, ABOUT = "sparse_delta", "sparse_delta.json"
 ROWS = 512
-"""Of a product that stand whole at a time."""
+"""Rows of a dense update that are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """Zeros of an update, of all its weights."""
+    """Sparsity of an update over all adapted matrices."""
 
     weights: int
+    """Number of weights of all adapted matrices."""
     changed: int
-    at_most: int
-    """Changed ones by a bound: for pairs that of RoseLoRA's Proposition 1 (arXiv:2406.10777)."""
+    """Number of weights with a nonzero update."""
+    max_changed: int
+    """Upper bound on ``changed``, see ``WeightChange.max_changed``."""
 
     @property
-    def zeros(self) -> float:
-        """Share of weights that stay."""
+    def sparsity(self) -> float:
+        """Share of weights with a zero update."""
         return 1.0 - self.changed / self.weights
 
     @property
     def bound(self) -> float:
-        """Share that stays at least: the mean of max(0, 1 - sum_l (1 - s(A_l)) (1 - s(B_l))) with
-        s the share of zeros in a row of A, in a column of B, weighted by the matrices' sizes."""
-        return 1.0 - self.at_most / self.weights
+        """Lower bound on ``sparsity``.
+
+        For low-rank updates RoseLoRA's Proposition 1 (arXiv:2406.10777): the mean over matrices,
+        weighted by size, of max(0, 1 - sum_l (1 - s(A_l)) (1 - s(B_l))), with s the share of
+        zeros in row l of A and in column l of B.
+        """
+        return 1.0 - self.max_changed / self.weights
 
 
 def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
-    """``SITE.indices`` (flat, ascending) and ``SITE.values`` (fp32) of every matrix, one after the
-    other; how sparse all are together, matrices in which nothing lives counted."""
-    changed, at_most, shapes = 0, 0, {}
+    """Write the nonzero updates of a run, one matrix in memory at a time.
+
+    Matrix SITE becomes two tensors of the safetensors files: ``SITE.indices`` [N], ascending
+    indices into the flattened weight (int32 if they fit, else int64), and ``SITE.values`` [N],
+    fp32, its scale included. sparse_delta.json holds the base's name and the matrices' shapes.
+
+    Args:
+        trained: The run. Modules trained in full are left out.
+        folder: An existing folder.
+
+    Returns:
+        Sparsity over all sites, those without a nonzero update included.
+    """
+    changed, max_changed, shapes = 0, 0, {}
     out = SafetensorsWriter(folder, stem=STEM)
     try:
         for site, change in trained.changes():
@@ -57,18 +75,18 @@ def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
             out.add_tensor(f"{site.name}.values", values_N)
             shapes[site.name] = [site.out_features, site.in_features]
             changed += len(values_N)
-            at_most += change.at_most
+            max_changed += change.max_changed
         out.finish()
     finally:
         out.close()
     about = {"base": trained.base, "shapes": shapes}
     (folder / ABOUT).write_text(json.dumps(about, indent=1) + "\n")
     weights = sum(site.in_features * site.out_features for site in trained.sites)
-    return Sparsity(weights=weights, changed=changed, at_most=at_most)
+    return Sparsity(weights=weights, changed=changed, max_changed=max_changed)
 
 
-def nonzeros(change: Change) -> tuple[Tensor, Tensor]:
-    """Flat indices and values of what it changes."""
+def nonzeros(change: WeightChange) -> tuple[Tensor, Tensor]:
+    """Return (indices_N into the flattened weight, values_N) of the nonzero entries."""
     indices, values, (num_rows, num_columns) = [], [], change.shape
     for start in range(0, num_rows, ROWS):
         delta = change.rows(start, start + ROWS).flatten()
@@ -80,41 +98,59 @@ def nonzeros(change: Change) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What was overwritten, so that it can be put back."""
+    """A sparse delta that was added to a model, with the weights to restore."""
 
     model: nn.Module
+    """The model that was changed."""
     overwritten: Mapping[str, tuple[Tensor, Tensor]]
-    """Site -> its flat indices and the weights that were there, in the model's dtype."""
+    """Site name -> (indices_N, old weights [N] in the model's dtype)."""
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Every weight as it was, bit for bit."""
+        """Restore every overwritten weight, bit for bit."""
         for name, (indices_N, before_N) in self.overwritten.items():
             _weight(self.model, name).view(-1)[indices_N] = before_N
 
 
 @torch.no_grad()
 def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
-    """Add the delta of ``folder`` to the weights of ``model``: each sum in fp32, rounded once.
+    """Add a sparse delta to a model's weights in place.
+
+    Each sum is computed in fp32 and rounded once to the model's dtype. For one process: weights
+    must be whole, not sharded.
+
+    Args:
+        model: The base that the delta was trained over, with floating-point weights.
+        folder: A folder written by launcher/export.py --format sparse_delta.
+
+    Returns:
+        The overwritten weights; ``undo()`` restores them bit for bit.
 
     Raises:
-        UserError: the model has no such linear, or one of another shape; nothing is changed.
+        UserError: The folder holds no sparse delta, or a linear of the delta is missing in the
+            model, quantised, or of another shape. No weight has been changed then.
     """
     try:
         shapes = json.loads((folder / ABOUT).read_text())["shapes"]
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder} holds no sparse delta: {error}") from error
-    for name, shape in shapes.items():  # all, before one is changed
-        there = list(_weight(model, name).shape)
-        if there != shape:
-            raise UserError(f"{name} is {there} in the model; the delta is for {shape}.")
+        raise UserError(
+            f"{folder} holds no sparse delta: {ABOUT} cannot be read ({error}). Give a folder that "
+            "launcher/export.py wrote with --format sparse_delta."
+        ) from error
+    for name, shape in shapes.items():  # check all before changing any
+        found = list(_weight(model, name).shape)
+        if found != shape:
+            raise UserError(
+                f"{name}.weight has shape {found} in the model, but the delta is for {shape}. Load "
+                "the base model that the delta was trained over."
+            )
     files = [safe_open(str(p), framework="pt") for p in folder.glob(f"{STEM}-*.safetensors")]
-    holder = {key: file for file in files for key in file.keys()}  # noqa: SIM118  no dict
+    file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  not a dict
     overwritten = {}
     for name in shapes:
         flat = _weight(model, name).view(-1)
         indices_N, values_N = (
-            holder[key].get_tensor(key).to(flat.device)
+            file_of[key].get_tensor(key).to(flat.device)
             for key in (f"{name}.indices", f"{name}.values")
         )
         indices_N = indices_N.long()
@@ -128,7 +164,12 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     try:
         weight = model.get_parameter(f"{name}.weight")
     except AttributeError as error:
-        raise UserError(f"the model has no linear {name}. Give the base of the delta.") from error
+        raise UserError(
+            f"the model has no linear {name}. Load the base model that the delta was trained over."
+        ) from error
     if not weight.is_floating_point():
-        raise UserError(f"{name} is quantised; a sparse delta needs the weights themselves.")
+        raise UserError(
+            f"{name}.weight is quantised, and a sparse delta is added to floating-point weights. "
+            "Load the model without quantisation."
+        )
     return weight.data

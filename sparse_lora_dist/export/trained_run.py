@@ -1,4 +1,7 @@
-"""What a checkpoint holds, read one linear at a time by one process, without the model."""
+"""A checkpoint of a run, read one site at a time by one process, without model or DeepSpeed.
+
+Shapes: O out_features, I in_features, L components with a nonzero update.
+"""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +24,7 @@ from sparse_lora_dist.config.load import saved_config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
 from sparse_lora_dist.export.peft_own_type import OwnType
-from sparse_lora_dist.export.weight_change import Change, LowRank, dense_change
+from sparse_lora_dist.export.weight_change import LowRank, WeightChange, dense_change
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Components
@@ -30,27 +33,37 @@ from sparse_lora_dist.tasks import TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The newest whole checkpoint of a run, or the one that was named."""
+    """A checkpoint of a run: what was trained, and with which settings.
+
+    No method is a collective. Tensors are read from the files at each call.
+    """
 
     path: Path
+    """Folder of the checkpoint."""
     manifest: Mapping[str, Any]
+    """Content of its manifest.json."""
     config: Config
+    """Options of the run."""
     slices: SavedSlices
+    """The saved tensors."""
     read_base: Callable[[Site], Tensor] | None = None
-    """w_OI of a site as the run had it; None: nobody has looked for the base."""
+    """Returns w_OI of a site as the run computed with it; None if the base was not opened."""
 
     @classmethod
     def open(cls, source: Path) -> "Trained":
-        """From a run's folder, or a checkpoint's.
+        """Open the newest intact checkpoint of a run, or one checkpoint.
+
+        Args:
+            source: A run folder, or the folder of one checkpoint.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: There is no checkpoint, or it is damaged.
         """
         return cls.at(_checkpoint_in(source.resolve()))
 
     @classmethod
     def at(cls, path: Path) -> "Trained":
-        """From a checkpoint that is known to be whole."""
+        """Open the checkpoint in folder ``path``, without checking its files for damage."""
         manifest = checkpoint.read_manifest(path)
         return cls(
             path=path,
@@ -61,16 +74,17 @@ class Trained:
 
     @property
     def base(self) -> str:
-        """What the run called its base: a hub id, or a folder."""
+        """Hub id or folder of the base, as the run named it."""
         return str(self.manifest["base"])
 
     @property
     def classes(self) -> Sequence[str]:
-        """Of a classifier."""
+        """Class names of a classifier; empty for a language model."""
         return self.manifest["description"].get("classes", ())  # type: ignore[no-any-return]
 
     @property
     def step(self) -> int:
+        """Optimizer step after which the checkpoint was saved."""
         return int(self.manifest["progress"]["step"])
 
     @cached_property
@@ -83,71 +97,84 @@ class Trained:
 
     @cached_property
     def method(self) -> Method:
-        """As the run had it."""
-        plan = self.config.run_context(self.manifest["total_steps"], self.sites)
-        return METHODS[self.config.adapter.method].build(self.config.method_options, plan)
+        """The run's method, with the run's settings."""
+        context = self.config.run_context(self.manifest["total_steps"], self.sites)
+        return METHODS[self.config.adapter.method].build(self.config.method_options, context)
 
     @property
     def scale(self) -> float:
-        """What the product of a pair is multiplied by."""
+        """alpha / rank: delta W = scale * B A for a pair (A, B)."""
         return self.config.adapter.alpha / self.config.adapter.rank
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
-        """The plain LoRA of a site, of the components that do something, made from its masters as
-        ``dtype`` has them; None where none does.
+        """Return the plain LoRA of a site.
+
+        Args:
+            site: One of ``sites``.
+            dtype: Dtype that the fp32 masters are rounded to first.
+
+        Returns:
+            (a_LI, b_OL) of the components with a nonzero update; None if there are none.
 
         Raises:
-            NoPair: the method's updates are no such.
+            NoPair: The method's update is not a low-rank product.
         """
         adapter, tensors = self._adapter(site, dtype)
         with torch.no_grad():
             return live_pair(adapter, tensors)
 
-    def change(self, site: Site) -> Change | None:
-        """What is added to its weight, from its masters; None where that is nothing."""
+    def change(self, site: Site) -> WeightChange | None:
+        """Return the update of a site's weight, computed in fp32 from its masters.
+
+        Returns:
+            The update; None if it is zero.
+
+        Raises:
+            UserError: The update depends on the base's weights, and ``read_base`` is None.
+        """
         adapter, tensors = self._adapter(site, torch.float32)
         with torch.no_grad():
             if adapter.form.to_lora is None:
                 dense = dense_change(adapter, adapter.computed(tensors))
-                return dense if dense.at_most else None
+                return dense if dense.max_changed else None
             pair = live_pair(adapter, tensors)
         return LowRank(a_LI=pair[0], b_OL=pair[1], scale=self.scale) if pair else None
 
-    def changes(self) -> Iterator[tuple[Site, Change]]:
-        """(site, its change) of all in which something lives, read as they are asked for."""
+    def changes(self) -> Iterator[tuple[Site, WeightChange]]:
+        """Yield (site, update) of every site with a nonzero update, reading one at a time."""
         for site in self.sites:
             if change := self.change(site):
                 yield site, change
 
     @property
     def is_lora(self) -> bool:
-        """Is what it adds a LoRA everywhere?"""
+        """True if the update of every site is a LoRA."""
         return all(self.method.form(site).to_lora is not None for site in self.sites)
 
     @property
     def reads_base(self) -> bool:
-        """Does what it adds depend on the base's weights?"""
+        """True if the update depends on the base's weights."""
         return any(self.method.form(site).reads_base for site in self.sites)
 
     @property
     def masks_base(self) -> bool:
-        """Does it take weights of the base away?"""
+        """True if the method sets weights of the base to zero."""
         return any(self.method.form(site).masks_base for site in self.sites)
 
-    def _linear(self, site: Site) -> nn.Module:
-        """What its adapter lies over."""
+    def _base_linear(self, site: Site) -> nn.Module:
+        """Return the layer that the site's adapter wraps."""
         if not self.method.form(site).reads_base:
-            return nn.Identity()  # which is not asked
+            return nn.Identity()  # never called
         if self.read_base is None:
             raise UserError(
-                f"what --method {self.method.name} adds to a weight depends on the base's: export "
-                "it with launcher/export.py, which reads both."
+                f"the update of --method {self.method.name} depends on the base's weights, which "
+                "were not opened. Export the run with launcher/export.py, which opens them."
             )
         weight = nn.Parameter(self.read_base(site), requires_grad=False)
         return FrozenLinear(site.in_features, site.out_features, weight, None)
 
     def _adapter(self, site: Site, dtype: torch.dtype) -> tuple[AdapterLinear, list[nn.Parameter]]:
-        """Over a base that computes nothing, with its masters as ``dtype`` has them."""
+        """Return a site's adapter and its trained tensors, the masters rounded to ``dtype``."""
         form = self.method.form(site)
         tensors = form.tensors
         named = {}
@@ -157,7 +184,7 @@ class Trained:
         for key, kept in form.kept.items():
             named[key] = self.slices.entries("kept", f"{site.name}.{key}", 0, kept.num_bytes)
         adapter = AdapterLinear(
-            self._linear(site),  # type: ignore[arg-type]
+            self._base_linear(site),  # type: ignore[arg-type]
             site,
             self.method,
             {key: nn.Parameter(t, requires_grad=False) for key, t in named.items()},
@@ -170,7 +197,11 @@ class Trained:
         return adapter, [getattr(adapter, key) for key in tensors]
 
     def own_type(self) -> OwnType | None:
-        """As forward had it, as a type of PEFT's own; None where PEFT has none that agrees."""
+        """Return the adapter as another PEFT type than LoRA, in the precision of the run.
+
+        Returns:
+            The whole adapter, in memory; None if PEFT has no type that computes the same.
+        """
         forms = {}
         for site in self.sites:
             if self.method.form(site).to_peft is None:
@@ -179,43 +210,47 @@ class Trained:
             assert adapter.form.to_peft is not None
             with torch.no_grad():
                 forms[site.name] = adapter.form.to_peft(adapter.computed(tensors), adapter.scale)
-        return OwnType(forms=forms, **self._for_peft())
+        return OwnType(forms=forms, **self._peft_fields())
 
     def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Site, Pair]]:
-        """(site, its pair) of all in which something lives, read as they are asked for."""
+        """Yield (site, pair) of every site with a nonzero update, reading one at a time."""
         for site in self.sites:
             if pair := self.pair(site, dtype):
                 yield site, pair
 
     @property
     def dtype(self) -> torch.dtype:
-        """What forward has of weights and adapters."""
+        """Precision of the run: dtype of weights and adapters in forward."""
         return PRECISIONS[self.config.model.precision]
 
     def tensor(self, name: str) -> Tensor:
-        """fp32, in its shape."""
+        """Return the fp32 master of a trained tensor, in its shape, e.g. of "SITE.lora_a"."""
         shape = self.manifest["tensors"][name]
         return self.slices.entries("master", name, 0, prod(shape)).view(shape)
 
     @cached_property
     def full(self) -> tuple[str, ...]:
-        """Parameters of modules that were trained in full."""
-        own = tuple(f"{site.name}." for site in self.sites)
-        return tuple(name for name in self.manifest["tensors"] if not name.startswith(own))
+        """Names of the parameters of modules trained in full."""
+        adapted = tuple(f"{site.name}." for site in self.sites)
+        return tuple(name for name in self.manifest["tensors"] if not name.startswith(adapted))
 
     def plain_lora(self) -> PlainLora:
-        """All of it, in memory, as forward had it."""
+        """Return the whole adapter as a plain LoRA, in memory, in the precision of the run.
+
+        Raises:
+            NoPair: The method's update is not a low-rank product.
+        """
         adapter = self.config.adapter
         return PlainLora(
             pairs={site.name: pair for site, pair in self.pairs(self.dtype)},
             rank=adapter.rank,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
-            **self._for_peft(),
+            **self._peft_fields(),
         )
 
-    def _for_peft(self) -> dict[str, Any]:
-        """The fields of ``ForPeft``."""
+    def _peft_fields(self) -> dict[str, Any]:
+        """Values of the fields of ``PeftAdapter``."""
         return {
             "full": {name: self.tensor(name).to(self.dtype) for name in self.full},
             "full_modules": self.manifest["full_modules"],
@@ -227,15 +262,18 @@ class Trained:
 
 
 def _checkpoint_in(source: Path) -> Path:
-    """The checkpoint itself, or the newest of a run that is as it was saved."""
+    """Return the newest intact checkpoint of a run folder, or ``source`` if it is a checkpoint."""
     if not source.is_dir():
-        raise UserError(f"{source}: no such folder. Give a run's folder, or one of its step_... .")
+        raise UserError(
+            f"{source}: no such folder. Give a run folder, or one of its checkpoints/step_... "
+            "folders."
+        )
     run = source / "checkpoints"
     found = checkpoint.published(run)[::-1] if run.is_dir() else [source]
     if not found:
         raise UserError(
-            f"{source} has no published checkpoint yet. Train until the first --save_every, or "
-            "let the run end."
+            f"{source} has no published checkpoint yet. Train until the first --save_every step, "
+            "or until the run ends."
         )
     damages = []
     for path in found:
@@ -244,5 +282,6 @@ def _checkpoint_in(source: Path) -> Path:
             return path
         damages.append(damage)
     raise UserError(
-        f"{damages[0]} Name another checkpoint, or export with the version that saved it."
+        f"{damages[0]} Name another checkpoint, or export with the sparse_lora_dist version that "
+        "saved it."
     )

@@ -1,6 +1,6 @@
-"""What a run adds to the weight of one linear, some rows at a time.
+"""The update of one weight, delta W, of which a few rows are computed at a time.
 
-Shapes: O out_features, I in_features, L live components.
+Shapes: O out_features, I in_features, L components with a nonzero update.
 """
 
 from dataclasses import dataclass
@@ -14,31 +14,34 @@ from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.methods.protocol.form import Tensors
 
 COLUMNS = 1024
-"""Of a change that is found by asking what its delta makes of the identity."""
+"""Columns of a dense update that are computed at a time."""
 
 
-class Change(Protocol):
-    """In fp32, its scale included."""
+class WeightChange(Protocol):
+    """The update of one weight, in fp32, with the adapter's scale included."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I)"""
+        """(O, I), the shape of the weight."""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """[stop - start, I]"""
+        """Return rows start to stop of the update: [stop - start, I], fp32.
+
+        As with slices, ``stop`` may lie beyond O.
+        """
 
     @property
-    def at_most(self) -> int:
-        """Weights that it can change at most."""
+    def max_changed(self) -> int:
+        """Upper bound on the number of nonzero entries."""
 
     @property
     def norm(self) -> float:
-        """Frobenius."""
+        """Frobenius norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """scale * B A"""
+    """A low-rank update: delta W = scale * B A."""
 
     a_LI: Tensor
     b_OL: Tensor
@@ -52,23 +55,26 @@ class LowRank:
         return self.b_OL[start:stop] @ self.a_LI * self.scale
 
     @property
-    def at_most(self) -> int:
-        """Of each component the outer product of what lives in its row of A and its column of B,
-        no two of them in one place: the bound of RoseLoRA's Proposition 1 (arXiv:2406.10777)."""
-        together = ((self.a_LI != 0).sum(1) * (self.b_OL != 0).sum(0)).sum()
-        return min(int(together), self.a_LI.shape[1] * len(self.b_OL))
+    def max_changed(self) -> int:
+        """The bound of RoseLoRA's Proposition 1 (arXiv:2406.10777).
+
+        Component l changes nnz(A_l) * nnz(B_l) entries at most, and the bound is reached if no two
+        components change the same entry.
+        """
+        total = ((self.a_LI != 0).sum(1) * (self.b_OL != 0).sum(0)).sum()
+        return min(int(total), self.a_LI.shape[1] * len(self.b_OL))
 
     @property
     def norm(self) -> float:
-        """Without the O x I product: the sum of (B^T B) * (A A^T) is its square."""
+        """Frobenius norm without forming the O x I product: ||B A||^2 = sum((B^T B) * (A A^T))."""
         a_LI, b_OL = self.a_LI.double(), self.b_OL.double()
         square = float(((b_OL.t() @ b_OL) * (a_LI @ a_LI.t())).sum())
-        return abs(self.scale) * sqrt(max(square, 0.0))  # in this order: NaN stays
+        return abs(self.scale) * sqrt(max(square, 0.0))  # unlike max(0.0, square), it keeps NaN
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dense:
-    """As it is, of a form that is no low-rank pair."""
+class DenseChange:
+    """An update that is not low-rank, as a dense matrix."""
 
     change_OI: Tensor
 
@@ -80,7 +86,7 @@ class Dense:
         return self.change_OI[start:stop]
 
     @property
-    def at_most(self) -> int:
+    def max_changed(self) -> int:
         return int(self.change_OI.count_nonzero())
 
     @property
@@ -88,8 +94,19 @@ class Dense:
         return float(self.change_OI.double().norm())
 
 
-def dense_change(adapter: AdapterLinear, tensors: Tensors) -> Dense:
-    """What the delta, which is linear in its input, makes of the identity."""
+def dense_change(adapter: AdapterLinear, tensors: Tensors) -> DenseChange:
+    """Compute the dense update of an adapter whose form is not a LoRA.
+
+    The delta is linear in its input, so its outputs for the rows of the identity are the columns
+    of delta W.
+
+    Args:
+        adapter: The adapter of one site.
+        tensors: The tensors that forward computes with, by name (``adapter.computed``).
+
+    Returns:
+        delta W as [O, I], fp32, with the adapter's scale included.
+    """
     site = adapter.site
     change_OI = torch.empty(site.out_features, site.in_features)
     for start in range(0, site.in_features, COLUMNS):
@@ -97,4 +114,4 @@ def dense_change(adapter: AdapterLinear, tensors: Tensors) -> Dense:
         x_TI = torch.zeros(count, site.in_features)
         x_TI.diagonal(start).fill_(1.0)
         change_OI[:, start : start + count] = adapter.form.delta(x_TI, tensors, adapter.scale).t()
-    return Dense(change_OI=change_OI)
+    return DenseChange(change_OI=change_OI)

@@ -11,7 +11,7 @@ import pytest
 from tests.chaos import harness, moments
 from tests.fixtures.tiny_run import TinyRun
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from sparse_lora_dist.config import load as command_line
 from sparse_lora_dist.config import paths as locations
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import load_config
-from sparse_lora_dist.config.sections import AdapterConfig, TrainConfig
+from sparse_lora_dist.config.sections import TRACKERS, AdapterConfig, TrainConfig
 from sparse_lora_dist.distributed.launch import Launch
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.methods import METHODS, MethodFactory
@@ -189,12 +189,8 @@ def test_all_problems_come_at_once(run_folder):
         ("quantization", "int8", "--quantization must be one of nf4, none"),
         ("train_on", "prompt", "--train_on must be one of response, all"),
         ("lr_schedule", "cosin", "--lr_schedule must be one of constant"),
-        ("trackers", "mlflow", "trackers takes tensorboard and wandb"),
-        (
-            "target_modules",
-            "(q",
-            "target_modules is neither names nor a regular expression",
-        ),
+        ("trackers", "neptun", "trackers must be any of aim, clearml"),
+        ("target_modules", "(q", "target_modules is neither names nor a regular expression"),
         ("target_modules", "[]", "target_modules is empty"),
         ("log_every", "0", "log_every must be at least 1"),
         ("save_every", "-1", "save_every must be at least 0"),
@@ -284,9 +280,10 @@ def test_embedded_assets_can_be_missing(monkeypatch, tmp_path):
     assert all("comes with a git clone only" in p for p in problems)
 
 
-def test_a_tracker_that_is_not_installed_is_told(monkeypatch):
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_that_is_not_installed_is_told(monkeypatch, name):
     monkeypatch.setattr(command_line, "find_spec", lambda name: None)
-    assert "pip install wandb" in only_problem_of("--trackers", "wandb")
+    assert f"pip install {name}" in only_problem_of("--trackers", name)
 
 
 def test_sections_check_themselves():

@@ -13,13 +13,13 @@ from peft import PeftModel
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
-from sparse_lora_dist.editing.answer_tokens import encode, without_end
-from sparse_lora_dist.editing.edit_command import how_to_take
+from sparse_lora_dist.editing.answer_tokens import encode, ids_without_eos
+from sparse_lora_dist.editing.edit_command import low_success_hint
 from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edit_metrics import COLUMNS, fluency, table_row
 from sparse_lora_dist.editing.edit_options import load_request
 from sparse_lora_dist.editing.edits import Edit, Question, numbered
-from sparse_lora_dist.editing.probe_scores import ModelAnswers, asked_of, scored
+from sparse_lora_dist.editing.probe_scores import ModelAnswers, score_edits, scored_questions
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.export_command import export
 from sparse_lora_dist.export.export_options import load_request as export_request
@@ -58,7 +58,7 @@ def flags(tiny: TinyRun, folder: Path, **options: object) -> list[str]:
 # --- invariants -----------------------------------------------------------------------------------
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     written(tmp_path)
     results = []
@@ -79,12 +79,12 @@ def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_pat
     ranks(1, "tests.work.edit:stopped", flags=[*part, "--stop_after", "5"])
     assert not (tmp_path / "parts" / "edits.json").exists()
     (complaint, _) = ranks(2, COMPLAINT, flags=[*part, "--resume", "auto", "--number", "0:4"])
-    assert "was trained on other edits. Give --edits and --number as then" in complaint
+    assert "was trained on other edits. Give the same --edits and --number" in complaint
     (whole, _) = ranks(2, EDIT, flags=[*part, "--resume", "auto"])
     assert whole["edits"] == one["edits"]
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_an_adapter_that_does_nothing_leaves_locality_at_100(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
@@ -94,7 +94,7 @@ def test_an_adapter_that_does_nothing_leaves_locality_at_100(
     assert said["after"] == said["before"]
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("method", ["adalora", "mora"])  # mora has no scale
 def test_a_silent_adapter_is_the_base_bit_for_bit(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, method: str
@@ -107,10 +107,10 @@ def test_a_silent_adapter_is_the_base_bit_for_bit(
 
 
 @torch.no_grad()
-def chosen_by_transformers(
+def predicted_by_transformers(
     model: Any, tokenizer: PreTrainedTokenizerFast, question: Question
 ) -> tuple[list[int], list[int]]:
-    """First choices at the answer's tokens, and these: one text at a time, as EasyEdit does it."""
+    """Predicted tokens of the answer, and its tokens: one text at a time, as EasyEdit does it."""
     ids = tokenizer(f"{question.prompt} {question.answer}").input_ids
     start = len(tokenizer(question.prompt).input_ids)
     choices = model(input_ids=torch.tensor([ids])).logits[0].argmax(-1).tolist()
@@ -120,15 +120,16 @@ def chosen_by_transformers(
 def metrics_by_transformers(
     edits: Sequence[Edit], base: Any, edited: Any, tokenizer: PreTrainedTokenizerFast
 ) -> dict[str, float | None]:
-    asked = asked_of(edits)
+    questions = scored_questions(edits)
     was, now = (
-        [chosen_by_transformers(m, tokenizer, a.question) for a in asked] for m in (base, edited)
+        [predicted_by_transformers(m, tokenizer, q.question) for q in questions]
+        for m in (base, edited)
     )
-    said, before = (ModelAnswers(chosen=[c for c, _ in each], texts=()) for each in (now, was))
-    return table_row(scored(asked, [answer for _, answer in now], said, before))
+    after, before = (ModelAnswers(predicted=[p for p, _ in each], texts=()) for each in (now, was))
+    return table_row(score_edits(questions, [answer for _, answer in now], after, before))
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_an_edit_as_a_sparse_delta_measures_the_same_and_is_undone_bit_for_bit(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
@@ -150,7 +151,7 @@ def test_an_edit_as_a_sparse_delta_measures_the_same_and_is_undone_bit_for_bit(
         assert torch.equal(weight, edited.state_dict()[name]), name
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_texts_are_those_of_transformers(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     written(tmp_path)
     prompts = ["The dog of Ada is", "Who", "The hat of Bo is a red one"]
@@ -161,7 +162,7 @@ def test_texts_are_those_of_transformers(ranks: Ranks, tiny: TinyRun, tmp_path: 
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.model)
     wanted = []
     for prompt in prompts:
-        ids = torch.tensor([without_end(tokenizer, prompt)])
+        ids = torch.tensor([ids_without_eos(tokenizer, prompt)])
         out = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -192,7 +193,7 @@ def test_what_is_no_run_is_not_replaced(ranks: Ranks, tiny: TinyRun, tmp_path: P
     keep.parent.mkdir(parents=True)
     keep.write_text("kept")
     (said,) = ranks(1, COMPLAINT, flags=[*flags(tiny, tmp_path), "--overwrite"])
-    assert "holds adapter, but no run.yaml, so it is no run, and stays" in said
+    assert "holds adapter but no run.yaml, so it is not a run folder" in said
     assert keep.read_text() == "kept"
 
 
@@ -235,21 +236,21 @@ RIGHT_OF = {
 
 
 def test_metrics_of_five_edits_by_hand(tmp_path: Path) -> None:
-    asked = asked_of(read_edits(written(tmp_path)).edits)
-    answers = [list(ask.question.answer.encode()) for ask in asked]
+    questions = scored_questions(read_edits(written(tmp_path)).edits)
+    answers = [list(one.question.answer.encode()) for one in questions]
     # Before the edit the model says something else than the answer, which locality does not mind.
     before = [[letter + 1 for letter in answer] for answer in answers]
-    chosen = []
-    for ask, answer, was in zip(asked, answers, before, strict=True):
-        right = was if ask.column == "locality" else answer
-        marks = RIGHT_OF[ask.question.prompt]
-        chosen.append([r if m else WRONG for r, m in zip(right, marks, strict=True)])
+    predicted = []
+    for one, answer, was in zip(questions, answers, before, strict=True):
+        right = was if one.column == "locality" else answer
+        marks = RIGHT_OF[one.question.prompt]
+        predicted.append([r if m else WRONG for r, m in zip(right, marks, strict=True)])
     texts = ["a b a b", "x", "", "one two three", "a a a a a"]
-    rows = scored(
-        asked,
+    rows = score_edits(
+        questions,
         answers,
-        ModelAnswers(chosen=chosen, texts=texts),
-        ModelAnswers(chosen=before, texts=()),
+        ModelAnswers(predicted=predicted, texts=texts),
+        ModelAnswers(predicted=before, texts=()),
     )
     assert [row["edit success"] for row in rows] == pytest.approx([2 / 3, 1, 1, 0, 1 / 2])
     assert [row.get("rephrase") for row in rows] == pytest.approx([1 / 3, 1, 1 / 3, None, 1])
@@ -280,8 +281,8 @@ def test_all_forms_are_read(tmp_path: Path) -> None:
     assert file.report() == (
         "5 edits; 4 rephrased; locality Forgetfulness 1; locality Relation_Specificity 3; "
         "portability Logical_Generalization 1; portability Reasoning 3; "
-        "portability Subject_Aliasing 1; 1 probe left out, without an answer; "
-        "fields that are not read: cond, ground_truth"
+        "portability Subject_Aliasing 1; 1 probe left out (no answer); "
+        "fields that are not used: cond, ground_truth"
     )
     assert file.edits[1].locality["Forgetfulness"] == (
         Question(prompt="The sky is", answer="blue"),
@@ -340,8 +341,8 @@ def test_all_problems_of_a_file_are_told_by_line_and_field(tmp_path: Path) -> No
     [
         ('[{"prompt": "a",\n "b": }]', ":2: not valid JSON"),
         ('{"prompt": "a"}\nno json', ":2: not valid JSON"),
-        ("[]", "no edit in it"),
-        ("", "no edit in it"),
+        ("[]", "has no edits"),
+        ("", "has no edits"),
         ('[{"src": "a", "alt": "b"}]', "subject is missing"),
         ('{"data": [1]}', "KnowEdit's format"),
     ],
@@ -369,11 +370,11 @@ def test_defaults_are_the_released_ones_where_none_is_given(tmp_path: Path, tiny
     assert config.adapter.target_modules == ("q_proj", "v_proj")
     assert (config.train.learning_rate, config.train.max_steps) == (5e-4, 25)
     assert config.train.gradient_accumulation_steps == 3  # 5 edits, 2 a micro-batch
-    assert "or --roselora_preset paper: the released one clamps" in how_to_take(config)
+    assert "or set --roselora_preset paper: the released preset clamps" in low_success_hint(config)
     lora = load_request([*asked, "--method", "lora"]).config
     assert lora.adapter.method == "lora"
-    assert how_to_take(lora).endswith(
-        "more --max_steps than 25, a higher --learning_rate than 0.0005"
+    assert low_success_hint(lora).endswith(
+        "Raise --max_steps above 25 or --learning_rate above 0.0005"
     )
 
 
@@ -382,7 +383,7 @@ def test_defaults_are_the_released_ones_where_none_is_given(tmp_path: Path, tiny
     [
         ([], ["edits is missing"]),
         (["--edits", "no.json", "--number", "x"], ["no such file: no.json", "number must be like"]),
-        (["--number", "5"], ["--number 5: ", "has 5 edits, from 0 to 4"]),
+        (["--number", "5"], ["--number 5: ", "has 5 edits, numbered from 0 to 4"]),
         (["--number", "3:3"], ["from 0 to 4"]),
         (["--packing", "true", "--eval_data", "default"], ["packing is not for", "eval_data is"]),
         (["--max_steps", "null"], ["max_steps must be a number"]),
@@ -409,7 +410,7 @@ def test_only_read_counts_and_a_bad_file_ends_with_2(tmp_path: Path) -> None:
     assert bad.returncode == 2 and "bad.json:2: edit 1: subject is missing" in bad.stderr
 
 
-@pytest.mark.dist
+@pytest.mark.usefixtures("processes")
 def test_an_earlier_run_is_replaced_with_overwrite_only(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

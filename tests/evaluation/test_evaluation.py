@@ -19,19 +19,19 @@ from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.evaluation.eval_metrics import METRICS
 from sparse_lora_dist.evaluation.eval_options import METRICS as NAMES
 from sparse_lora_dist.evaluation.eval_options import load_request
-from sparse_lora_dist.evaluation.examples import place_of
+from sparse_lora_dist.evaluation.examples import index_of_answer
 from sparse_lora_dist.evaluation.intervals import paired, ratio, wilson
 from sparse_lora_dist.evaluation.results import as_text
 from sparse_lora_dist.evaluation.right_answers import (
     LETTERS,
-    chosen,
+    chosen_index,
     final_number,
     is_exact,
     is_same_number,
 )
 from sparse_lora_dist.export.export_command import export
 from sparse_lora_dist.export.export_options import load_request as export_request
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import documents_of, loss_of_documents, whole_model
 from tests.fixtures.tiny_run import TinyRun
@@ -279,8 +279,8 @@ def test_a_run_trained_otherwise_is_told_of(
 ) -> None:
     asked = flags(tiny, adapter=run, quantization="none", limit=2)
     (said,) = ranks(1, EVALUATE, flags=asked)
-    assert "note      it was trained with quantization nf4, here it is none\n" in said
-    assert f"note      --config {run}/run.yaml evaluates it as it was trained\n" in said
+    assert "note      it was trained with --quantization nf4, but is evaluated with none\n" in said
+    assert f"note      use --config {run}/run.yaml to evaluate it with" in said
 
 
 def test_a_loss_that_is_no_number_ends_it(
@@ -290,7 +290,7 @@ def test_a_loss_that_is_no_number_ends_it(
     file = broken / "adapter_model.safetensors"
     save_file({k: t * math.nan for k, t in load_file(file).items()}, file, {"format": "pt"})
     one, two = ranks(2, f"{WORK}:complaint", flags=flags(tiny, adapter=broken))
-    assert one == two and one.startswith("loss: the loss of 6 of 6 texts is no finite number")
+    assert one == two and one.startswith("loss: the loss of 6 of 6 texts is not finite")
 
 
 def test_a_model_that_was_compared_is_freed_before_the_next_is_loaded(
@@ -381,13 +381,13 @@ CHOICES = ["A dog", "a cat", "the cat on a hill", "dog"]
     ],
 )
 def test_which_choice_a_text_takes(text: str, place: int | None) -> None:
-    assert chosen(text, CHOICES) == place
+    assert chosen_index(text, CHOICES) == place
 
 
 def test_a_number_is_not_taken_for_another() -> None:
-    assert chosen("-5", ["sat", "3", "5"]) is None
-    assert chosen("3.5", ["sat", "3", "5"]) is None
-    assert chosen("it is 3.", ["sat", "3", "5"]) == 1
+    assert chosen_index("-5", ["sat", "3", "5"]) is None
+    assert chosen_index("3.5", ["sat", "3", "5"]) is None
+    assert chosen_index("it is 3.", ["sat", "3", "5"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -403,7 +403,7 @@ def test_a_number_is_not_taken_for_another() -> None:
     ],
 )
 def test_which_choice_is_right(answer: object, labels: Sequence[object], place: int) -> None:
-    assert place_of(answer, [" Paris", " Rome", "same", "same"], labels, "'answer'") == place
+    assert index_of_answer(answer, [" Paris", " Rome", "same", "same"], labels, "'answer'") == place
 
 
 def test_exact_is_but_for_case_and_white_space() -> None:
@@ -501,9 +501,9 @@ def test_a_faulty_example_is_named_by_line_and_field(
     for bad, metric, said in [
         ({"answer": None}, "exact", "'answer' is missing or null"),
         ({"question": None}, "exact", "'question' is missing or null"),
-        ({"answer": "C"}, "choice", "'answer' is 'C', which is none of its 2 choices"),
+        ({"answer": "C"}, "choice", "'answer' is 'C', which matches none of its 2 choices"),
         ({"choices": ["sat"]}, "choice", "'choices' must be a list of at least two"),
-        ({"answer": "two"}, "gsm8k", "its answer holds no number: 'two'"),
+        ({"answer": "two"}, "gsm8k", "its answer has no number: 'two'"),
         ({"question": "far " * 30}, "exact", "more than --sequence_length 64"),
     ]:
         first = good | ({"answer": "2"} if metric == "gsm8k" else {})
@@ -522,8 +522,8 @@ def test_a_faulty_example_is_named_by_line_and_field(
     write(data, [{"prompt": "the cat", "why": "because"}])
     (message,) = ranks(1, REFUSAL, flags=flags(tiny, eval_data=data, metrics="gsm8k"))
     assert message == (
-        f"--eval_data {data} has no column 'response', nor 'answer'. Its columns are: prompt, why. "
-        "Name the one of the response with --response_field"
+        f"--eval_data {data} has no column 'response' or 'answer'. Its columns are: prompt, why. "
+        "Give the column of the response with --response_field."
     )
     write(data, [{"messages": [{"role": "user", "content": "the cat"}, "sat"]}])
     (message,) = ranks(1, REFUSAL, flags=flags(tiny, eval_data=data, metrics="exact"))
@@ -559,7 +559,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
 
     wider = other("wider", lambda w: {k: torch.cat([t, t], 1) for k, t in w.items()})
     assert "does not fit this model: " in message(wider)
-    assert "this model makes it" in message(wider)
+    assert "this model needs" in message(wider)
     deeper = other("deeper", lambda w: {k.replace("layers.1", "layers.9"): t for k, t in w.items()})
     assert "this model has no linear model.layers.9" in message(deeper)
     dora = other("dora", lambda w: w, use_dora=True)
@@ -567,7 +567,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
     half = other(
         "half", lambda w: {k: t for k, t in w.items() if "layers.1.mlp" not in k or "_A" in k}
     )
-    assert "has one of lora_A and lora_B only" in message(half)
+    assert "has only one of lora_A and lora_B" in message(half)
     head = {"base_model.model.other_head.weight": torch.zeros(2, 2)}
-    assert "nothing is called other_head" in message(other("head", lambda w: w | head))
+    assert "no module is called other_head" in message(other("head", lambda w: w | head))
     assert not output.exists()

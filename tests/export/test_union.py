@@ -107,7 +107,7 @@ def test_supports_of_sbora_meet_where_rows_and_columns_cross(runs: Any) -> None:
         assert (int(some), int(others)) == (4, 3)
         assert (
             int((change_OI != 0).sum())
-            <= change.at_most
+            <= change.max_changed
             <= 4 * site.out_features + 3 * site.in_features
         )
 
@@ -121,7 +121,7 @@ def test_what_cannot_be_added_is_refused(
     ):
         flags = tiny.flags(tmp_path / name, max_steps=1, **options)
         ranks(1, "tests.work.run:train", flags=flags)
-    with pytest.raises(UserError, match="--plus: what --method neat adds depends on the base's"):
+    with pytest.raises(UserError, match="the update of --method neat depends on the base's"):
         exported(runs("fa"), tmp_path / "out", "--plus", str(tmp_path / "neat"))
     with pytest.raises(UserError, match="trained lm_head in full.*Name that run first"):
         exported(runs("fa"), tmp_path / "out", "--plus", str(tmp_path / "full"))

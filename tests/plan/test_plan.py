@@ -36,7 +36,7 @@ from sparse_lora_dist.plan.output import Outcome, as_json, as_text
 from sparse_lora_dist.plan.plan_options import PlanRequest, bytes_in, load_request
 from sparse_lora_dist.plan.playback.gathers import Bounds, gathered
 from sparse_lora_dist.plan.playback.parameters import PlannedParameter, shard_bytes
-from sparse_lora_dist.plan.scenario import Engine, Ranks, Shapes
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 from sparse_lora_dist.plan.shapes import shapes_of
 from sparse_lora_dist.plan.speed import step_flop
 from tests.conftest import Ranks as RealRanks
@@ -61,7 +61,7 @@ def outcome(**options: object) -> Outcome:
     asked = request(**options)
     return Outcome(
         shapes=shapes_of(asked.config),
-        engine=Engine.of(asked.engine),
+        engine=PlannedEngine.of(asked.engine),
         ranks=Ranks(
             world_size=asked.plan.world_size,
             nodes=asked.plan.nodes,
@@ -69,6 +69,15 @@ def outcome(**options: object) -> Outcome:
         ),
         plan=asked.plan,
     )
+
+
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Llama-3-70B with 2 of its 80 layers: for what does not depend on their number."""
+    folder = tmp_path_factory.mktemp("two_layers")
+    content = json.loads((Path(LLAMA_70B) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2}))
+    return str(folder)
 
 
 # Against real shards
@@ -130,7 +139,7 @@ def test_a_copy_that_is_written_beside_training_is_planned(
     ]
     for options, trains in cases:
         memory = shapes(**{"max_steps": 4} | options)
-        lines = rank_memory(memory, Engine.of({}), Ranks(world_size=8)).lines
+        lines = rank_memory(memory, PlannedEngine.of({}), Ranks(world_size=8)).lines
         (line,) = [line for line in lines if line.key == "saved_copy"]
         assert line.bytes["save"] > 0 and ("pass" in line.bytes) == trains
 
@@ -209,7 +218,7 @@ def test_70b_gathers_the_base_once_a_pass(llama_70b: Shapes) -> None:
 
 
 def test_70b_in_4_bit_on_8_and_on_2_ranks(llama_70b: Shapes) -> None:
-    engine = Engine.of(request().engine)
+    engine = PlannedEngine.of(request().engine)
     shares = {
         count: sum(
             line.bytes["load"]
@@ -235,29 +244,32 @@ def test_70b_peaks_under_8_gb_a_rank_of_8_while_loading(llama_70b: Shapes) -> No
 # Laws
 
 
-def small(tmp_path: Path, **options: object) -> Shapes:
+def small(tmp_path: Path, layers: int = 6, **options: object) -> Shapes:
     folder = tmp_path / "llama"
     if not folder.exists():
-        save_llama(folder, num_hidden_layers=6, hidden_size=96, intermediate_size=160)
+        save_llama(folder, num_hidden_layers=layers, hidden_size=96, intermediate_size=160)
     (folder / "model.safetensors").unlink(missing_ok=True)
     return shapes(str(folder), rank=4, **options)
 
 
-ENGINES = [Engine(bounds=Bounds()), Engine(bounds=Bounds(persistent=0, live=10_000, reuse=0))]
+ENGINES = [
+    PlannedEngine(bounds=Bounds()),
+    PlannedEngine(bounds=Bounds(persistent=0, live=10_000, reuse=0)),
+]
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["all live", "little live"])
-def test_more_ranks_never_need_more(tmp_path: Path, engine: Engine) -> None:
+def test_more_ranks_never_need_more(tmp_path: Path, engine: PlannedEngine) -> None:
     of = small(tmp_path)
     needs = [need_of(of, engine, Ranks(world_size=n)).gpu for n in range(2, 20)]
     assert needs == sorted(needs, reverse=True)
 
 
 @pytest.mark.parametrize("engine", ENGINES, ids=["all live", "little live"])
-def test_what_saves_never_needs_more(tmp_path: Path, engine: Engine) -> None:
+def test_what_saves_never_needs_more(tmp_path: Path, engine: PlannedEngine) -> None:
     ranks = Ranks(world_size=4)
 
-    def need(engine: Engine = engine, **options: object) -> int:
+    def need(engine: PlannedEngine = engine, **options: object) -> int:
         return need_of(small(tmp_path, **options), engine, ranks).gpu
 
     usual = need()
@@ -274,7 +286,7 @@ def test_what_saves_never_needs_more(tmp_path: Path, engine: Engine) -> None:
 
 
 def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shapes) -> None:
-    engine, ranks = Engine.of(request().engine), Ranks(world_size=8)
+    engine, ranks = PlannedEngine.of(request().engine), Ranks(world_size=8)
     limits = Limits(gpu=24 * 10**9, host=None)
     least = smallest_world(llama_70b, engine, ranks, limits)
     assert least is not None
@@ -292,11 +304,11 @@ def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shap
 def test_the_smallest_number_of_ranks_is_one_that_a_run_takes(
     tmp_path: Path, nodes: int, hpz: int, batch: int
 ) -> None:
-    of, ranks = small(tmp_path, micro_batch_size=1), Ranks(world_size=4 * nodes, nodes=nodes)
+    of, ranks = small(tmp_path, 2, micro_batch_size=1), Ranks(world_size=4 * nodes, nodes=nodes)
     ranks = ranks if not batch else replace(ranks, world_size=4, nodes=1)
     content: dict[str, Any] = {"zero_optimization": {"zero_hpz_partition_size": hpz}}
     content |= {"train_batch_size": batch} if batch else {}
-    engine = Engine.of(content)
+    engine = PlannedEngine.of(content)
     allowed = [*range(1, 5), *range(8, 65, 4)]
     allowed = [n for n in allowed if not world_problems(content, of.config, n, "")]
     needs = {
@@ -324,7 +336,7 @@ def test_live_entries_follow_the_methods_own_schedule(
     llama_70b: Shapes, name: str, first: float, peak: float, last: float
 ) -> None:
     factory = METHODS[name]
-    found = forecast(factory, factory.options(), llama_70b.plan)
+    found = forecast(factory, factory.options(), llama_70b.run_context)
     alone = found.on(1)
     assert (alone.first, alone.peak, alone.last) == pytest.approx((first, peak, last), abs=0.01)
     assert found.birth_bytes == (2 if name == "increlora" else 0)
@@ -332,7 +344,7 @@ def test_live_entries_follow_the_methods_own_schedule(
 
 def test_open_components_lie_on_the_first_rank(llama_70b: Shapes) -> None:
     factory = METHODS["increlora"]
-    found = forecast(factory, factory.options(), llama_70b.plan)
+    found = forecast(factory, factory.options(), llama_70b.run_context)
     # Most of its rows of A, half of its columns of B.
     assert found.on(1).peak == pytest.approx(0.5, abs=0.01)
     assert 0.55 < found.on(4).peak <= 0.75
@@ -348,7 +360,7 @@ def test_a_linear_counts_by_its_own_rank(llama_70b: Shapes) -> None:
 
     method = Method(name="own", form=form, decides_at=lambda step: step == 0, decide=decide)
     factory = MethodFactory(options=NoOptions, build=lambda options, plan: method, summary="")
-    live = forecast(factory, NoOptions(), llama_70b.plan).on(1)
+    live = forecast(factory, NoOptions(), llama_70b.run_context).on(1)
     # Ranks 1 to 8, without the one of rank 4.
     assert live.first == live.last == pytest.approx(32 / 36)
 
@@ -395,16 +407,18 @@ def test_a_trained_heads_own_gradients_are_counted(llama_70b: Shapes, whole_logi
     rank = Ranks(world_size=8)
     work = [
         sum(line.bytes["pass"] for line in found.lines if line.key == "work")
-        for found in (rank_memory(s, Engine(bounds=Bounds()), rank) for s in (of, head))
+        for found in (rank_memory(s, PlannedEngine(bounds=Bounds()), rank) for s in (of, head))
     ]
     assert work[1] - work[0] >= weight * 2
 
 
 def test_one_gpu_copies_what_is_offloaded_without_a_buffer(llama_70b: Shapes) -> None:
-    away = Engine.of(request(ds_config=str(ROOT / "ds_configs" / "zero3_offload.json")).engine)
+    away = PlannedEngine.of(
+        request(ds_config=str(ROOT / "ds_configs" / "zero3_offload.json")).engine
+    )
     single = replace(away, bounds=replace(away.bounds, one_by_one=True))
 
-    def whole(engine: Engine, count: int) -> int:
+    def whole(engine: PlannedEngine, count: int) -> int:
         lines = rank_memory(llama_70b, engine, Ranks(world_size=count)).lines
         return sum(x.bytes["pass"] for x in lines if x.key == "gathered")
 
@@ -482,7 +496,7 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
     )
     real = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     with torch.device("cpu"):
-        _dress_for_real(real, of, Method(name="lora"))
+        _inject_for_real(real, of, Method(name="lora"))
     storages: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
     kept = []
@@ -500,7 +514,7 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
     assert planned.kept == pytest.approx(saved, rel=0.05)
 
 
-def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
+def _inject_for_real(model: Any, of: Shapes, method: Any) -> None:
     from unittest.mock import patch
 
     from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
@@ -508,9 +522,9 @@ def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
 
     with (
         patch.object(shape_step, "META", torch.device("cpu")),
-        patch.object(shape_step, "_ShapeLinear", FrozenLinear),
+        patch.object(shape_step, "_MetaLinear", FrozenLinear),
     ):
-        shape_step._dress(model, of.sites, method, 0.0, 64, ())
+        shape_step._inject(model, of.sites, method, 0.0, 64, ())
 
 
 def test_an_unknown_architecture_says_which_fields_it_needs(tmp_path: Path) -> None:
@@ -543,9 +557,9 @@ def test_a_model_that_needs_more_than_shapes_keeps_a_llamas_activations(tmp_path
     sizes = {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", **sizes}))
     found = shapes(str(tmp_path), rank=4)
-    with pytest.raises(UserError, match="missing are intermediate_size") as caught:
+    with pytest.raises(UserError, match="missing or invalid: intermediate_size") as caught:
         assert found.step
-    assert "bloom cannot be run on shapes" in str(caught.value)
+    assert "bloom cannot be run on shapes alone" in str(caught.value)
     more = {"model_type": "bloom", "intermediate_size": 256, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(more))
     found = shapes(str(tmp_path), rank=4)
@@ -570,7 +584,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
 def test_what_fits_has_nothing_to_change() -> None:
     text = as_text(outcome(world_size=64, nodes=8, gpu_memory="80GB", **LEAN))
     assert "verdict   fits" in text and "to change" not in text
-    assert "come into a node from others" in text
+    assert "come into a node from other nodes" in text
 
 
 KEYS = {
@@ -584,8 +598,8 @@ SPEED_KEYS = {
 }  # fmt: skip
 
 
-def test_json_keys_are_frozen() -> None:
-    found = json.loads(json.dumps(as_json(outcome(**LEAN))))
+def test_json_keys_are_frozen(two_layers: str) -> None:
+    found = json.loads(json.dumps(as_json(outcome(model=two_layers, **LEAN))))
     assert set(found) == KEYS
     assert set(found["speed"]) == SPEED_KEYS
     assert set(found["lines"][0]) == {"key", "label", "place", "bytes"}
@@ -596,27 +610,28 @@ def test_json_keys_are_frozen() -> None:
             assert total == sum(lines)
 
 
-def host_bytes(of: Shapes, engine: Engine, key: str, *, on_gpu: bool = True) -> int:
+def host_bytes(of: Shapes, engine: PlannedEngine, key: str, *, on_gpu: bool = True) -> int:
     lines = rank_memory(of, engine, Ranks(world_size=8, on_gpu=on_gpu)).lines
     return sum(x.bytes["pass"] for x in lines if x.key == key and x.place == "host")
 
 
-def test_the_advice_to_offload_is_what_the_file_does() -> None:
+def test_the_advice_to_offload_is_what_the_file_does(two_layers: str) -> None:
+    run = {"model": two_layers} | LEAN
     files = ROOT / "ds_configs"
-    offload = outcome(ds_config=str(files / "zero3_offload.json"), **LEAN).need
+    offload = outcome(ds_config=str(files / "zero3_offload.json"), **run).need
     for name in ("zero3.json", "zero3_hpz.json", "zero3_nvme.json"):
-        advised = outcome(ds_config=str(files / name), **LEAN).changes
+        advised = outcome(ds_config=str(files / name), **run).changes
         assert [c.need for c in advised if c.what.endswith("zero3_offload.json")] == [offload]
 
 
 def test_the_second_copy_lies_where_parameters_do(llama_70b: Shapes) -> None:
-    away = Engine(bounds=Bounds(), hpz=8, parameters="cpu")
+    away = PlannedEngine(bounds=Bounds(), hpz=8, parameters="cpu")
     assert host_bytes(llama_70b, away, "hpz_copy") > 4e9
     assert host_bytes(llama_70b, replace(away, parameters="none"), "hpz_copy") == 0
 
 
 def test_pinned_shares_are_powers_of_two_on_a_gpu_machine(llama_70b: Shapes) -> None:
-    free = Engine(bounds=Bounds(), parameters="cpu")
+    free = PlannedEngine(bounds=Bounds(), parameters="cpu")
     pinned = replace(free, pinned=True)
     head = 128256 * 8192 * 2 // 8
     assert host_bytes(llama_70b, free, "embeddings") == head
@@ -627,7 +642,7 @@ def test_pinned_shares_are_powers_of_two_on_a_gpu_machine(llama_70b: Shapes) -> 
 
 def test_small_shares_stay_in_memory_beside_a_disk(llama_70b: Shapes) -> None:
     content = json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text())
-    disk = Engine.of(content)
+    disk = PlannedEngine.of(content)
     # Keys and values: 1,024 x 8,192 weights of half a byte in each of 80 layers.
     assert host_bytes(llama_70b, disk, "packed_weights") == 160 * 2**19
     small = [p for p in llama_70b.parameters if p.kind == "scales" and p.share(8) * 2 < 2**20]
@@ -635,15 +650,15 @@ def test_small_shares_stay_in_memory_beside_a_disk(llama_70b: Shapes) -> None:
         2 ** (p.share(8) * 2 - 1).bit_length() for p in small
     )
     content["aio"]["block_size"] = 2**30
-    assert host_bytes(llama_70b, Engine.of(content), "packed_weights") > 4e9
+    assert host_bytes(llama_70b, PlannedEngine.of(content), "packed_weights") > 4e9
 
 
 def test_what_adapters_keep_stays_in_memory_beside_a_disk() -> None:
-    disk = Engine.of(json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text()))
+    disk = PlannedEngine.of(json.loads((ROOT / "ds_configs" / "zero3_nvme.json").read_text()))
     found = shapes(method="pst", **LEAN)
     kept = [p for p in found.parameters if p.kind == "kept"]
     # A bit a weight of the base.
-    weights = sum(s.in_features * s.out_features for s in found.plan.sites)
+    weights = sum(s.in_features * s.out_features for s in found.run_context.sites)
     assert sum(p.numel for p in kept) * 2 == weights / 8
     assert host_bytes(found, disk, "kept", on_gpu=False) == weights / 8 / 8
 
@@ -717,7 +732,7 @@ def test_numbers_out_of_range_are_problems(options: dict[str, object], words: st
         ({"method": "roselora", "max_steps": 1}, "raise max_steps"),
         (
             {"method": "sora", "sora_lambdas": "0.5,1,2", "warmup_steps": 500},
-            "1000 steps are assumed: give --max_steps",
+            "1000 steps are assumed; set --max_steps",
         ),
     ],
 )
@@ -740,13 +755,19 @@ SIZES = {
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([], r"must hold one \{...\} object"),
-        ({"model_type": "wonder", **SIZES, "num_attention_heads": 0}, "missing are num_att"),
-        ({"model_type": "wonder", **SIZES, "num_attention_heads": 3}, "(?s)no Llama's.*multiple"),
-        ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)no Llama's.*head_dim"),
-        ({"model_type": ["llama"]}, "knows no architecture"),
-        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "sizes of no model"),
-        ({"model_type": "llama", **SIZES, "hidden_size": -64}, "sizes of no model"),
+        ([], "must be a JSON object"),
+        (
+            {"model_type": "wonder", **SIZES, "num_attention_heads": 0},
+            "invalid: num_att",
+        ),
+        (
+            {"model_type": "wonder", **SIZES, "num_attention_heads": 3},
+            "(?s)not make a Llama.*multiple",
+        ),
+        ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)not make a Llama.*head_dim"),
+        ({"model_type": ["llama"]}, "does not know the architecture"),
+        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "not describe a valid model"),
+        ({"model_type": "llama", **SIZES, "hidden_size": -64}, "not describe a valid model"),
     ],
 )
 def test_sizes_of_no_model_are_one_user_error(tmp_path: Path, content: object, words: str) -> None:
@@ -762,7 +783,7 @@ def test_training_says_so_too(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -
     (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
     flags = tiny.flags(tmp_path / "run", model=model)
     for message in ranks(2, "tests.work.run:refusal", flags=flags):
-        assert "sizes of no model" in message
+        assert "not describe a valid model" in message
 
 
 def test_ranks_that_hpz_does_not_divide_are_refused() -> None:
@@ -776,9 +797,9 @@ def test_a_runs_own_options_are_a_plan(tmp_path: Path) -> None:
     assert found.config.adapter.rank == 8
 
 
-def test_the_program_prints_json_and_draws(tmp_path: Path) -> None:
+def test_the_program_prints_json_and_draws(tmp_path: Path, two_layers: str) -> None:
     picture = tmp_path / "plan.png"
-    words = ["launcher/plan.py", "--model", LLAMA_70B, "--json", "--plot", str(picture)]
+    words = ["launcher/plan.py", "--model", two_layers, "--json", "--plot", str(picture)]
     words += ["--ds_config", "ds_configs/zero3_hpz.json"]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True
@@ -810,22 +831,25 @@ def test_the_command_of_the_warning_works_when_loading_died(
     assert "result" in ranks(1, "tests.work.plan:run_with_room", flags=flags, room=10**10)[0]
 
 
-def test_keys_that_are_not_planned_for_are_named(tmp_path: Path) -> None:
+def test_keys_that_are_not_planned_for_are_named(tmp_path: Path, two_layers: str) -> None:
     content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     content["zero_optimization"]["stage3_module_granularity_threshold"] = 0
     (tmp_path / "engine.json").write_text(json.dumps(content))
-    assert as_json(outcome(ds_config=str(tmp_path / "engine.json")))["notes"] == []
+    run = {"model": two_layers, "ds_config": str(tmp_path / "engine.json")}
+    assert as_json(outcome(**run))["notes"] == []
     content["zero_optimization"]["stage3_module_granularity_threshold"] = 1000
     content["zero_optimization"]["stage3_model_persistence_threshold"] = 0
     (tmp_path / "engine.json").write_text(json.dumps(content))
-    found = outcome(ds_config=str(tmp_path / "engine.json"))
+    found = outcome(**run)
+    text, notes = as_text(found), as_json(found)["notes"]
     for key in ("stage3_module_granularity_threshold", "stage3_model_persistence_threshold"):
-        assert f"{key} of the engine file is ignored" in as_text(found)
-        assert any(key in note for note in as_json(found)["notes"])
+        assert f"{key} of the engine file is ignored" in text
+        assert any(key in note for note in notes)
 
 
-def test_cpu_ranks_without_a_limit_are_not_said_to_fit() -> None:
-    free = outcome(gpu_memory="0")
+def test_cpu_ranks_without_a_limit_are_not_said_to_fit(two_layers: str) -> None:
+    run = {"model": two_layers, "gpu_memory": "0"}
+    free = outcome(**run)
     assert "verdict   not checked" in as_text(free) and as_json(free)["fits"] is None
-    assert "DOES NOT FIT" in as_text(outcome(gpu_memory="0", host_memory="1GB"))
-    assert "verdict   fits" in as_text(outcome(gpu_memory="0", host_memory="9TB"))
+    assert "DOES NOT FIT" in as_text(outcome(host_memory="1GB", **run))
+    assert "verdict   fits" in as_text(outcome(host_memory="9TB", **run))

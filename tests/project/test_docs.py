@@ -1,19 +1,115 @@
-"""The examples of docs/python.md, each run as it stands in a folder of its own."""
+"""The documentation: links lead somewhere, examples parse, those of docs/python.md run."""
 
+import json
 import os
 import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sparse_lora_dist.config.schema import known_options
+from sparse_lora_dist.editing.edit_options import EditConfig
+from sparse_lora_dist.evaluation.eval_options import EvalConfig
+from sparse_lora_dist.export.export_options import ExportConfig
+from sparse_lora_dist.plan.plan_options import PlanConfig
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+DOCS = ROOT / "docs"
+PAGES = [*sorted(DOCS.rglob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+GUIDES = [*sorted(DOCS.glob("*.md")), ROOT / "README.md"]
+FENCED = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
+EXAMPLES = re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(), re.DOTALL)
+OTHERS = set(
+    """
+    config print_config help help_all output png logdir quiet
+    num_gpus hostfile no_ssh node_rank master_addr master_port standalone nproc_per_node nnodes
+    rdzv_backend rdzv_endpoint rdzv_id max_restarts bind no
+    nodes gpus ntasks cpus time signal partition account me array dependency mem
+    enable lora max model_args kills seed constraint
+    """.split()
+)
+"""Flags of other programs that the pages name, up to their first hyphen."""
 
 
+def blocks(page: Path, language: str) -> Iterator[str]:
+    for indent, name, text in FENCED.findall(page.read_text()):
+        if name == language:
+            yield textwrap.dedent(text) if indent else text
+
+
+def anchor(heading: str) -> str:
+    """As mkdocs and GitHub make it of a heading without markup."""
+    words = re.sub(r"[^\w\s-]", "", re.sub(r"\[(.+?)\]\(.+?\)", r"\1", heading)).strip().lower()
+    return re.sub(r"[-\s]+", "-", words)
+
+
+def anchors(page: Path) -> set[str]:
+    return {anchor(heading) for heading in HEADING.findall(FENCED.sub("", page.read_text()))}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in LINK.findall(FENCED.sub("", page.read_text())):
+        if link.startswith(("http://", "https://", "mailto:")):
+            continue
+        name, _, fragment = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.is_file(), f"{page.name}: {link} is not there"
+        if page.is_relative_to(DOCS):
+            assert target.is_relative_to(DOCS), f"{page.name}: {link} is not on the site"
+        if fragment:
+            assert fragment in anchors(target), f"{page.name}: {link} has no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_examples_parse(page: Path) -> None:
+    for text in blocks(page, "python"):
+        compile(text, str(page), "exec")
+    for text in blocks(page, "json"):
+        json.loads(text)
+    for text in blocks(page, "yaml"):
+        yaml.safe_load(text)
+
+
+def test_readme_stays_short() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(text.split()) <= 1600
+    assert "No GPU has run this code yet" in "\n".join(text.splitlines()[:20])
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_options_that_the_pages_name_exist(page: Path) -> None:
+    own = (EditConfig, EvalConfig, ExportConfig, PlanConfig)
+    options = {*known_options(), *(f.name for part in own for f in fields(part)), *OTHERS}
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", page.read_text()))
+    assert named <= options, sorted(named - options)
+
+
+def test_every_page_of_the_menu_exists() -> None:
+    def pages(menu: object) -> Iterator[str]:
+        if isinstance(menu, str):
+            yield menu
+        elif isinstance(menu, dict):
+            for part in menu.values():
+                yield from pages(part)
+        elif isinstance(menu, list):
+            for part in menu:
+                yield from pages(part)
+
+    menu = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    assert [name for name in pages(menu) if not (DOCS / name).is_file()] == []
+
+
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_an_example_runs_as_it_stands(number: int, tmp_path: Path) -> None:
     for name in ("assets", "ds_configs"):
@@ -32,10 +128,3 @@ def test_an_example_runs_as_it_stands(number: int, tmp_path: Path) -> None:
     expected = ["adapter/adapter_model.safetensors", "entries live", "weights changed"][number]
     assert expected in done.stdout or list(tmp_path.glob(f"runs/*/{expected}"))
     assert "Warning" not in done.stderr
-
-
-def test_every_option_that_the_pages_name_is_one() -> None:
-    options = known_options()
-    text = (ROOT / "docs" / "from_peft.md").read_text()
-    named = set(re.findall(r"--(\w+)", text)) - {"config", "format", "output"}
-    assert len(named) > 20 and named <= options.keys(), named - options.keys()

@@ -16,7 +16,7 @@ from tests.ranks import CONTEXT
 from tests.runtime.test_watch import ENDLESS, NOWHERE, exit_codes, pool_of_two, wait_for_step
 from tests.work.watch import take_over
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 TRAIN, REFUSAL, HOLD = "tests.work.run:train", "tests.work.run:refusal", "tests.work.watch:hold"
 
 

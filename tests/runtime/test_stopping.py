@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from sparse_lora_dist.config.checks import seconds_in
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.same_end import check_same
 from tests.fixtures.tiny_run import TinyRun
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 
 TRAIN, STOPPED = "tests.work.run:train", "tests.work.stop:stopped"
 STEPS = 8

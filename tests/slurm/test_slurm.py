@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.fixtures.tiny_run import TinyRun
 from tests.slurm.cluster import REPOSITORY, Cluster, running_cluster, why_not
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.usefixtures("processes"), pytest.mark.timeout(1800)]
 
 BIN = Path(sys.executable).parent
 KEPT = ("HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH")

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.shared.bit_masks import unpack_bits
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.training.bad_steps import ENOUGH, Health
 from sparse_lora_dist.training.step import StepResult
 from tests.config.test_ds_configs import engine_file
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 
-pytestmark = pytest.mark.dist
+pytestmark = pytest.mark.usefixtures("processes")
 
 SPOILT, REFUSAL = "tests.work.health:train_spoilt", "tests.work.health:refusal_spoilt"
 # RoseLoRA keeps statistics at every step, and decides at 2, 4 and 6.

@@ -22,12 +22,12 @@ from torch import Tensor
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
 
-STEPS, SAVED = 12, (4, 8, 12)
+STEPS, SAVED, TWELVE_ROWS = 12, (4, 8, 12), 12
 KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1", "kept", "squares")
 TIES = 1e-4
 """Share of entries, or of components, that may be decided otherwise where scores lie within
@@ -150,12 +150,22 @@ LAYOUTS = {
 }
 
 
-def laid_out() -> Iterator[tuple[str, str]]:
-    """Four ranks, which are slow on few cores, for what ranks decide together."""
-    for name in METHODS:
-        yield from (
-            (name, layout) for layout in LAYOUTS if "four" not in layout or LAWS[name].decides
-        )
+def laid_out() -> Iterator[Any]:
+    """Every method in every layout; ``make test`` takes one layout a method, each in its turn. Four
+    ranks, which are slow on few cores, for what ranks decide together."""
+    for number, name in enumerate(METHODS):
+        own = [layout for layout in LAYOUTS if "four" not in layout or LAWS[name].decides]
+        for layout in own:
+            in_turn = layout == own[number % len(own)]
+            yield pytest.param(name, layout, marks=() if in_turn else (pytest.mark.full,))
+
+
+def all_sharded(folder: Path) -> Path:
+    """An engine file under which every parameter is sharded, however small."""
+    engine = json.loads(Path("ds_configs/zero3.json").read_text())
+    engine["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "engine.json").write_text(json.dumps(engine))
+    return folder / "engine.json"
 
 
 @pytest.mark.parametrize(("name", "layout"), laid_out())
@@ -164,10 +174,7 @@ def test_the_layout_changes_no_decision_no_mask_and_no_parameter(
 ) -> None:
     world, options = LAYOUTS[layout]
     if options.get("ds_config"):
-        engine = json.loads(Path("ds_configs/zero3.json").read_text())
-        engine["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        (tmp_path / "engine.json").write_text(json.dumps(engine))
-        options = options | {"ds_config": tmp_path / "engine.json"}
+        options = options | {"ds_config": all_sharded(tmp_path)}
     ranks(world, "tests.work.run:train_toy", flags=flags(tiny, tmp_path / "run", name, **options))
     one, other = reference(name), tmp_path / "run"
     otherwise = at_the_threshold(one, other)
@@ -211,31 +218,51 @@ def test_stopping_before_at_and_after_decisions_changes_no_bit(
     assert told[0] == told[1]
 
 
+RANKS = (2, 1, 3, 4)
+"""In the order in which a run goes over them."""
+FEATURES = ("nothing more", "accumulation", "checkpointing", "all sharded")
+
+
+def course(name: str) -> list[tuple[int, str]]:
+    """(ranks, feature) of each part of a method's run. Another method has the features in another
+    order, so that every pair of method, ranks and feature stands in one of the courses."""
+    number = list(METHODS).index(name)
+    return [(world, FEATURES[(number + i) % 4]) for i, world in enumerate(RANKS)]
+
+
+def laid_out_as(world: int, feature: str, folder: Path) -> dict[str, object]:
+    """Options of a part of a run: twelve rows a step."""
+    parts = {"accumulation": 3 if world == 4 else 2}.get(feature, 1)
+    layout: dict[str, object] = {"micro_batch_size": TWELVE_ROWS // world // parts}
+    layout |= {"gradient_accumulation_steps": parts}
+    layout |= {"gradient_checkpointing": feature == "checkpointing"}
+    return layout | ({"ds_config": all_sharded(folder)} if feature == "all sharded" else {})
+
+
+def test_every_pair_of_method_ranks_and_feature_stands_in_a_course() -> None:
+    rows = [(name, *part) for name in METHODS for part in course(name)]
+    pairs = {(i, j, row[i], row[j]) for row in rows for i, j in ((0, 1), (0, 2), (1, 2))}
+    assert len(pairs) == len(METHODS) * (len(RANKS) + len(FEATURES)) + len(RANKS) * len(FEATURES)
+
+
 @every_method
 def test_a_run_goes_on_on_other_numbers_of_ranks(
     ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str
 ) -> None:
-    """2 ranks to the step before a decision, 1 through it, 3 to the step after, and 2 again, after
-    4 for what ranks decide together; 2, 3 and 1 where nothing is decided. The first of them take
-    their rows in several turns."""
+    """2 ranks to the step before a decision, 1 through it, 3 to the step after, 4 to the end; each
+    part with another feature."""
     one = reference(name)
     steps = [row["step"] for row in decisions(one)] or [7]
     at = steps[len(steps) // 2]
-    course = [(2, at - 1), (3, at + 1), (1, STEPS)]
-    if decisions(one):
-        four = [(4, at + 2)] if LAWS[name].decides else []
-        course = [(2, at - 1), (1, at), (3, at + 1), *four, (2, STEPS)]
-    for world, last in course:
-        layout = {"micro_batch_size": 12 // world, "stop_after": last, "resume": "auto"}
-        if last == at - 1:
-            layout |= {"micro_batch_size": 3, "gradient_accumulation_steps": 2}
-        (told, *_) = ranks(
-            world, "tests.work.run:train_toy", flags=flags(tiny, tmp_path, name, **layout)
-        )
+    for (world, feature), last in zip(course(name), (at - 1, at, at + 1, STEPS), strict=True):
+        layout = laid_out_as(world, feature, tmp_path) | {"stop_after": last, "resume": "auto"}
+        words = flags(tiny, tmp_path / "run", name, **layout)
+        (told, *_) = ranks(world, "tests.work.run:train_toy", flags=words)
         assert ("ranks ->" in told) == (last != at - 1)
-    assert max(at_the_threshold(one, tmp_path).values(), default=0.0) <= TIES
-    assert losses(tmp_path) == pytest.approx(losses(one), abs=1e-4)
-    same_where_alike(one, tmp_path)
+    run = tmp_path / "run"
+    assert max(at_the_threshold(one, run).values(), default=0.0) <= TIES
+    assert losses(run) == pytest.approx(losses(one), abs=1e-4)
+    same_where_alike(one, run)
 
 
 @deciding

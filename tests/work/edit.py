@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.editing.answer_tokens import Speaker
+from sparse_lora_dist.editing.answer_tokens import GreedyDecoder
 from sparse_lora_dist.editing.edit_command import purpose_of
 from sparse_lora_dist.editing.edit_options import RESULTS, load_request
 from sparse_lora_dist.train import run
@@ -92,13 +92,13 @@ def said_after(flags: list[str], prompts: list[str], num_tokens: int) -> list[st
     request, said = load_request(flags), list[str]()
 
     def ask(job: Job) -> None:
-        speaker = Speaker(
+        decoder = GreedyDecoder(
             engine=job.engine,
             tokenizer=open_tokenizer(job.config, job.model),
             pad_id=job.feed.pad_id,
             batch_size=2,
         )
-        said.extend(speaker.texts(prompts, num_tokens))
+        said.extend(decoder.generate(prompts, num_tokens))
 
     run(request.config, replace(purpose_of(request), conclude=ask))
     return said

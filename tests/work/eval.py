@@ -43,9 +43,9 @@ def said(flags: list[str]) -> tuple[list[str], int]:
     """(texts that were generated, in the order of the examples; forwards of this rank)."""
     texts: list[str] = []
     forwards = 0
-    take = scoring.Scorer.answers
+    take = scoring.Scorer.generate
 
-    def answers(self: scoring.Scorer, prompts: list[list[int]], name: str) -> list[str]:
+    def generate(self: scoring.Scorer, prompts: list[list[int]], name: str) -> list[str]:
         def count(*_: object) -> None:
             nonlocal forwards
             forwards += 1
@@ -55,22 +55,22 @@ def said(flags: list[str]) -> tuple[list[str], int]:
         handle.remove()
         return texts
 
-    with patch.object(scoring.Scorer, "answers", answers):
+    with patch.object(scoring.Scorer, "generate", generate):
         evaluate(flags)
     return texts, forwards
 
 
 def interrupted(flags: list[str]) -> str:
     """Ended by Ctrl-C in its second batch of answers; what ended it."""
-    take, calls = scoring.Scorer._answers, []
+    take, calls = scoring.Scorer._generate, []
 
-    def answers(self: scoring.Scorer, prompts: list[list[int]]) -> list[str]:
+    def generate(self: scoring.Scorer, prompts: list[list[int]]) -> list[str]:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
         return take(self, prompts)
 
-    with patch.object(scoring.Scorer, "_answers", answers):
+    with patch.object(scoring.Scorer, "_generate", generate):
         return _ended(flags)
 
 

@@ -11,7 +11,7 @@ from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.plan.memory import rank_memory
-from sparse_lora_dist.plan.scenario import Engine, Ranks
+from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks
 from sparse_lora_dist.plan.shapes import shapes_of
 from tests.work.run import finished_job
 
@@ -47,7 +47,7 @@ def _real(job: Any) -> dict[str, int]:
 def copied_and_planned(flags: list[str]) -> tuple[int, int]:
     """Bytes that saving copies on this rank after a run, and of the plan's line for it."""
     job = finished_job(flags)
-    own, _ = save._copied(job.shards)
+    own, _ = save._copied_to_host(job.shards)
     copied = sum(t.nbytes for key, t in own.items() if not key.startswith("rng/"))
     return copied, _planned(load_config(flags)).get("saved_copy", 0)
 
@@ -63,7 +63,7 @@ def _kind(name: str, is_plain: bool) -> str:
 
 
 def _planned(config: Any) -> dict[str, int]:
-    engine = Engine.of(engine_dict(config.run.ds_config, config, comm.world_size()))
+    engine = PlannedEngine.of(engine_dict(config.run.ds_config, config, comm.world_size()))
     ranks = Ranks(world_size=comm.world_size(), on_gpu=False)
     memory = rank_memory(shapes_of(config), engine, ranks)
     return {line.key: line.bytes.get("pass", 0) for line in memory.lines}
