@@ -1,4 +1,4 @@
-"""Change facts that a language model knows. ``--help`` lists every option.
+"""Change facts that a language model knows. ``--help`` lists the common options.
 
 deepspeed launcher/edit.py --ds_config ds_configs/zero3.json --model M --edits FILE --number 0:10
 """

@@ -1,4 +1,4 @@
-"""Evaluate a sharded model with or without adapters. ``--help`` lists every option.
+"""Evaluate a sharded model with or without adapters. ``--help`` lists the common options.
 
 deepspeed launcher/eval.py --model M --adapter runs/mine --eval_data heldout.jsonl --metrics loss
 """

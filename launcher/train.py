@@ -1,4 +1,4 @@
-"""Fine-tune a sharded 4-bit language model. ``--help`` lists every option.
+"""Fine-tune a sharded 4-bit language model. ``--help`` lists the common options.
 
 deepspeed launcher/train.py --ds_config ds_configs/zero3.json
 """
