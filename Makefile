@@ -9,10 +9,11 @@ STAMP := $(VENV)/.stamp
 PIP := $(BIN)/pip install -qq --disable-pip-version-check --constraint constraints.txt
 # DeepSpeed builds its CPU collectives with the ninja that lies beside it.
 RUN := PATH="$(BIN):$$PATH"
+PYTEST := $(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 TRAIN := launcher/train.py --ds_config ds_configs/zero3.json --resume auto --max_steps 60
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test chaos lint docs bench bench-methods
+.PHONY: help setup train unit smoke test test-all chaos lint docs bench bench-methods
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## */  make \1\t/p' Makefile | expand -t 24
@@ -24,8 +25,18 @@ train: $(STAMP)  ## fine-tune the embedded model on all GPUs, or on 2 CPU ranks 
 	then $(RUN) deepspeed --quiet $(TRAIN) $(ARGS); \
 	else $(RUN) DS_ACCELERATOR=cpu deepspeed --quiet --num_gpus 2 $(TRAIN) $(ARGS); fi
 
-test: $(STAMP)  ## all tests (ARGS="-k config ...")
-	@$(RUN) python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+unit: $(STAMP)  ## tests that start no process: under a minute
+	@$(PYTEST) -m unit $(ARGS)
+
+smoke: $(STAMP)  ## a law of every method, resume, export, a launcher: about three minutes
+	@$(PYTEST) -m smoke $(ARGS)
+
+test: $(STAMP)  ## the tests of every change (ARGS="-k config ...")
+	@$(PYTEST) -m "not full" $(ARGS)
+
+test-all: $(STAMP)  ## all tests, the whole grid of laws with them, and chaos: for a release
+	@$(PYTEST) $(ARGS)
+	@$(RUN) python -m tests.chaos
 
 chaos: $(STAMP)  ## kill a run at 100 drawn moments, compare each end with the undisturbed one's
 	@$(RUN) python -m tests.chaos $(ARGS)

@@ -1,1 +1,1 @@
-"""Benchmarks: run by hand (``make bench``), results committed under results/. No test runs them."""
+"""Benchmarks: run by hand with ``make bench``; results are in results/. No test runs them."""

@@ -1,5 +1,5 @@
-"""Storages of a frozen base that forward uses, and which of them are there after it: by weak
-references, and by walking autograd's graph from the logits."""
+"""Which storages of the frozen base exist after forward, found by weak references and by walking
+autograd's graph from the logits."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator

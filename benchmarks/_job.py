@@ -1,4 +1,4 @@
-"""Start the main job as a person would, and read what it measured."""
+"""Starts a training job from the command line and reads its metrics."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What ``load.py`` found, in words, as a table and as a plot."""
+"""Report of ``load.py``: text, table and plot."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A world of made facts: people, what is said of them, and questions in several wordings."""
+"""A synthetic data set of facts about invented people, with questions in several wordings."""
 
 import random
 from collections.abc import Sequence

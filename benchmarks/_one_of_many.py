@@ -1,9 +1,9 @@
-"""One real rank of a job of many: the others are stood in for.
+"""Runs one real rank of a large job alone; the other ranks are simulated.
 
-The rank has its real number in a group of the real size, so that every share, range and owner is
-the real one. What the others would send is made up:
+The rank has its real number in a group of the real size, so its shards and byte ranges are those of
+the real job. What the other ranks would send is made up:
 
-    all-gather    of the scales: this rank's own, once for everyone
+    all-gather    of the scales: every rank sends this rank's own
     broadcast     of the scales' means: this rank's own
     the rest      barriers, maxima and pickled objects: this rank's own
 """

@@ -1,4 +1,4 @@
-"""What ``rehearsal_70b.py`` should find: the planner's word, from config.json alone."""
+"""The planner's figures for ``rehearsal_70b.py``, computed from config.json alone."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What ``rehearsal_70b.py`` found, in words, as a table and as a plot."""
+"""Report of ``rehearsal_70b.py``: text, table and plot."""
 
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,8 @@
-"""The training half of ``rehearsal_70b.py``: a real job on this machine's GPUs, or CPUs.
+"""The training half of ``rehearsal_70b.py``: a real job on this machine's GPUs, or on CPUs.
 
-Weights are random and made where they are needed, so nothing is read but the headers of the
-checkpoint; the base is quantised on the device, adapters are injected and LoRA of rank 16 takes
-real steps with activation checkpointing. Offload runs with device memory capped at 24 GB.
+Weights are random and generated where they are needed, so only the headers of the base files are
+read. The base is quantised on the device, and LoRA of rank 16 trains with activation checkpointing.
+Runs with offload have device memory capped at 24 GB.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Resident memory of this process, as Linux counts it."""
+"""Resident memory of this process, read from /proc."""
 
 from pathlib import Path
 

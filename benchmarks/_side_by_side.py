@@ -1,4 +1,4 @@
-"""Several methods in one group of ranks: a random Llama, an engine of its own for each."""
+"""Several methods in the same ranks: a random Llama and an engine for each method."""
 
 import os
 import subprocess

@@ -1,7 +1,7 @@
-"""A checkpoint of any size that takes next to nothing on disk: files with holes where weights lie.
+"""Writes base files of any size that take little disk space: sparse files with holes for weights.
 
-Holes read as zeros, which take as long to quantise as numbers. The first tensor of each shape holds
-random numbers, so that what is made of it can be checked.
+Holes read as zeros, which take as long to quantise as random numbers. The first tensor of each
+shape holds random numbers, so that its quantisation can be checked.
 """
 
 import json

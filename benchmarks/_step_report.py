@@ -1,4 +1,4 @@
-"""What ``step.py`` writes: its figures, the tables, the plot."""
+"""Report of ``step.py``: figures, tables and plot."""
 
 from pathlib import Path
 from statistics import median

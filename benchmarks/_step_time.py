@@ -1,5 +1,5 @@
-"""What ``step_time.py`` measures: on ranks, steps taken in turn; in one process, a delta that is
-multiplied out against one that is not."""
+"""Measurements of ``step_time.py``: steps of several engines in turn on the same ranks; and, in one
+process, a delta that is formed as a matrix against one that is applied as two factors."""
 
 import random
 import time

@@ -1,12 +1,12 @@
-"""Bytes of the frozen base that are alive between forward and backward: ours, and the usual way.
+"""Bytes of the frozen base that are kept between forward and backward: this project, and PEFT.
 
     python benchmarks/base_alive.py [--ranks 2]
 
-A random Llama of 8 layers, activation checkpointing off. ZeRO-3 releases a gathered weight after
-its use; whatever of the base still stands after the forward stands because autograd keeps it.
-Counted twice: by weak references to the storages that forward used, and by walking the graph from
-the logits. Both programs train LoRA on all linears under ZeRO-3 that keeps nothing gathered; the
-usual one is transformers + bitsandbytes Linear4bit + PEFT.
+A random Llama of 8 layers, without activation checkpointing. ZeRO-3 releases a gathered weight
+after its use, so weights of the base that exist after forward are kept by autograd. They are
+counted twice: by weak references to the storages that forward used, and by walking the graph from
+the logits. Both programs train LoRA on all linears with ZeRO-3 that keeps no parameters gathered;
+the second program is transformers + bitsandbytes Linear4bit + PEFT.
 """
 
 import argparse

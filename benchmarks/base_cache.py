@@ -1,10 +1,10 @@
-"""Seconds to load a base: quantised from its original files, and from its cache.
+"""Seconds to load a base: quantised from its original files, and read from the base cache.
 
     python benchmarks/base_cache.py [--ranks 1 2 4] [--repeats 3] [--tiny]
 
-Loading is ``Model.open`` and ``Model.load``: from a command line to a sharded base with adapters.
-Three loads in every job, again and again: without a cache, with one that has to be written, and
-from it.
+Timed are ``Model.open`` and ``Model.load``: from the command line to a sharded base with adapters.
+Each job loads three times per repeat: without a cache, with a cache that has to be written, and
+from the cache.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""Does a classifier learn? CoLA from a random encoder. ``python benchmarks/cola.py FOLDER``
+"""CoLA with a random encoder: does a classifier learn? ``python benchmarks/cola.py FOLDER``
 
-FOLDER holds train.tsv and dev.tsv as the corpus is published: four columns and no line of names.
+FOLDER holds train.tsv and dev.tsv of the published corpus: four columns, no header.
 """
 
 import tempfile

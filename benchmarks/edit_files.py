@@ -1,8 +1,8 @@
-"""Files of edits as they are published, read whole by ``launcher/edit.py --only_read``.
+"""Reads the published KnowEdit files with ``launcher/edit.py --only_read``.
 
-python benchmarks/edit_files.py FOLDER
+    python benchmarks/edit_files.py FOLDER
 
-FOLDER, or zsre/ in the one of ``make bench DATA=``, holds KnowEdit's JSON files.
+FOLDER, or zsre/ in the folder of ``make bench DATA=``, holds KnowEdit's JSON files.
 """
 
 import subprocess

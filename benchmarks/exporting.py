@@ -1,10 +1,10 @@
-"""Memory and time of exporting an adapter over 1.1 B parameters, in every format.
+"""Memory and time of exporting an adapter of a model of 1.1 B parameters, in every format.
 
     python benchmarks/exporting.py
 
-A random Llama of 1.1 B parameters in bf16, a step of LoRA of rank 16 on all linears, saved; then
-launcher/export.py's own function, each format in a process of its own. Memory is resident, mapped
-files included, above what the process held when all was imported; times are parts of merging's.
+A random Llama of 1.1 B parameters in bf16 is trained for one step with LoRA of rank 16 on all
+linears and saved. Each format is then exported in a process of its own. Memory is resident memory,
+mapped files included, minus that after imports; times are relative to that of the merged export.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""All methods at about the same number of parameters that train, side by side.
+"""All methods with about the same number of trained parameters.
 
     make bench-methods
 
-The embedded model and its slice of GSM8K; rank 4 of plain LoRA sets the number. Each method first
-looks for its learning rate, with a seed of its own. Every run is kept in results/family.json as it
-ends: started again, the script makes what is missing.
+Runs use the embedded model and its slice of GSM8K. The number of parameters is that of plain LoRA
+of rank 4. The learning rate of each method is searched with a seed that the comparison does not
+use. Every finished run is kept in results/family.json, so the script can be interrupted and started
+again.
 """
 
 import json

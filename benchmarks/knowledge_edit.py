@@ -1,9 +1,9 @@
-"""Facts of a made world edited by four methods: how much else changes at equal edit success?
+"""Knowledge editing by four methods: how many other answers change at equal edit success?
 
     python benchmarks/knowledge_edit.py
 
-A Llama of three layers learns the world first, in plain PyTorch. Each method then makes the same
-edits through ``train.run``, in more and more steps until edit success is 99%.
+A Llama of three layers first learns a synthetic set of facts in plain PyTorch. Each method then
+makes the same edits through ``train.run``, with more steps each time until edit success is 99%.
 
 Shapes: M rows of a batch, T tokens of a row.
 """

@@ -1,12 +1,12 @@
-"""Seconds and memory until a 4-bit model stands sharded: ours, and the usual way.
+"""Seconds and memory to load a 4-bit model in shards: this project, and PEFT.
 
     python benchmarks/load.py [--ranks 1 2 4]
 
-The usual way is transformers + bitsandbytes + PEFT under ZeRO-3: every rank quantises the whole
-model, then DeepSpeed cuts it. Both begin when imports are done and the ranks have met, and end with
-an engine that could train LoRA of rank 16 on all linears; one after the other on the same random
-Llama of 1.1 B parameters, so that their times make a ratio of one run. Memory is resident, mapped
-files included, above what the rank held at the start.
+The other program is transformers + bitsandbytes + PEFT under ZeRO-3: every rank quantises the whole
+model, then DeepSpeed shards it. Both are timed from the end of imports and of group setup up to an
+engine that can train LoRA of rank 16 on all linears. They run one after the other on the same
+random Llama of 1.1 B parameters, and their times are compared as a ratio. Memory is resident
+memory, mapped files included, minus that at the start.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/load_bytes.py [--model FOLDER]
 
-Without a folder: a random Llama of 8 layers of odd widths, so that hardly a share ends at a block.
-The last column is counted by the operating system (``rchar`` of /proc/self/io), not by this
-project.
+Without a folder it loads a random Llama of 8 layers of odd widths, whose shards rarely end at a
+quantisation block. The last column is counted by the operating system (``rchar`` of /proc/self/io),
+not by this project.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""Every method on the embedded model and data, same budget of steps, tokens and capacity.
+"""Every method on the embedded model and data, with the same steps, tokens and rank.
 
     python benchmarks/methods.py
 
-Each takes the best of three learning rates by seed 0's held-out loss, then runs with two more
-seeds.
+Each method takes the best of three learning rates by the held-out loss of seed 0, and then runs
+with two more seeds.
 """
 
 import tempfile

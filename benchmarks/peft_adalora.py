@@ -1,10 +1,11 @@
-"""Do the lambdas that AdaLoRA masks stay masked under ZeRO-3? PEFT's and ours.
+"""Do the lambdas that AdaLoRA masks stay masked under ZeRO-3? PEFT, and this project.
 
     python benchmarks/peft_adalora.py
 
-A random Llama of two layers, 14 linears of 16 components; the choice is final at step 20 of 30,
-with 4 components a linear. PEFT fills its parameters in place, which under ZeRO-3 are empty, or
-low-precision copies of fp32 masters; ours sets the masters inside the optimizer's step.
+A random Llama of two layers has 14 linears of 16 components; 4 components per linear are kept, and
+the choice is final at step 20 of 30. PEFT writes zeros into its parameters, which under ZeRO-3 are
+empty, or low-precision copies of fp32 masters; this project writes the masters in the optimizer
+step.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What the planner says of a rank's memory, beside what real runs on CPU ranks need.
+"""The planned memory of a rank against that of real runs on CPU ranks.
 
     python benchmarks/plan_check.py [--only ROW ...]
 
-Every row is a run of the main job on a random Llama of 143 M parameters. Memory is resident, of the
-rank that needs most, above what it held once ranks had met and imports were done. Rows that are not
-measured again keep what plan_check.json has.
+Every row is a training run on a random Llama of 143 M parameters. Memory is the resident memory of
+the rank that needs most, minus that after imports and group setup. Rows that are not measured again
+are taken from plan_check.json.
 """
 
 import argparse

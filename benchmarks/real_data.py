@@ -1,6 +1,6 @@
-"""Files that people really have, in four formats. ``python benchmarks/real_data.py FOLDER``
+"""Training on published data sets in four formats. ``python benchmarks/real_data.py FOLDER``
 
-FOLDER holds gsm8k/, openbookqa/, arc_easy/ and shakespeare/ as their sources publish them.
+FOLDER holds gsm8k/, openbookqa/, arc_easy/ and shakespeare/ as published.
 """
 
 from pathlib import Path

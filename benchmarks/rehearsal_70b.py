@@ -1,13 +1,13 @@
-"""Llama-3-70B without its weights, and without its GPUs.
+"""Loads and trains a model of Llama-3-70B's shape without its weights, and without its GPUs.
 
-    python benchmarks/rehearsal_70b.py [--ranks 8 16 64]     load one rank's shard, on a CPU;
-                                                             rows of other sizes stay
-    python benchmarks/rehearsal_70b.py --train               load and train, on this machine's GPUs
+    python benchmarks/rehearsal_70b.py [--ranks 8 16 64]     load one rank's shard on a CPU;
+                                                             rows of other sizes are kept
+    python benchmarks/rehearsal_70b.py --train               load and train on this machine's GPUs
 
-The first writes a checkpoint of the model's shape that is nearly all holes (``_sparse_checkpoint``)
-and starts the first and the last rank of a job of so many, each alone (``_one_of_many`` says what
-stands in for the others): the real loader reads and quantises that rank's shard. One tensor of each
-shape holds random numbers and is checked against bitsandbytes. The second is ``_rehearsal_train``.
+The first form writes sparse base files of the model's shape (``_sparse_checkpoint``) and starts the
+first and the last rank of a job of that size, each alone (``_one_of_many`` simulates the others).
+The real loader reads and quantises that rank's shard. One tensor of each shape holds random numbers
+and is checked against bitsandbytes. The second form is ``_rehearsal_train``.
 """
 
 import argparse

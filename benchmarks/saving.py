@@ -1,11 +1,11 @@
-"""How long a checkpoint of 100 M adapter entries holds training up, and what it weighs.
+"""How long saving a checkpoint of 100 M adapter entries stops training, and the checkpoint's size.
 
     python benchmarks/saving.py [--rank 488]
 
-Two CPU ranks. Times are of one run, as parts of the time that the synchronous save holds a step;
-bytes are exact. DeepSpeed's own checkpoint is of the usual way's engine (transformers +
-bitsandbytes + PEFT) after a step of the same LoRA: it pickles the optimizer, which ours does not
-let it.
+Two CPU ranks. Times are from one run, as fractions of the time for which a synchronous save stops a
+step; bytes are exact. DeepSpeed's own checkpoint is saved from an engine of transformers +
+bitsandbytes + PEFT after a step of the same LoRA; it pickles the optimizer, which this project
+never does.
 """
 
 import argparse

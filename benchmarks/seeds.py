@@ -1,4 +1,4 @@
-"""Does the main job learn, beyond the spread of seeds? ``python benchmarks/seeds.py``"""
+"""Does training learn more than the spread of seeds? ``python benchmarks/seeds.py``"""
 
 from _job import held_out, train, write
 

@@ -1,4 +1,4 @@
-"""Bytes of optimizer state and statistics of every method, beside dense AdamW's. Exact.
+"""Exact bytes of optimizer state and statistics of every method, beside those of dense AdamW.
 
 python benchmarks/state_bytes.py
 """

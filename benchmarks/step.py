@@ -1,11 +1,11 @@
-"""Tokens per second, memory and traffic of a LoRA step: ours, and the usual way.
+"""Tokens per second, memory and traffic of a LoRA step: this project, and PEFT.
 
     python benchmarks/step.py [--rounds 10]
 
-The usual way is transformers + bitsandbytes + PEFT under ZeRO-3 with the same engine settings. Both
-engines stand in the same processes and step in turn, in an order drawn anew each round, so that
-whatever else the machine does falls on both; a ratio is of one round. Memory is measured in
-processes of their own.
+The other program is transformers + bitsandbytes + PEFT under ZeRO-3 with the same engine settings.
+Both engines are in the same processes and step in turn, in an order drawn anew each round, so that
+other load on the machine affects both; ratios are within a round. Memory is measured in processes
+of their own.
 """
 
 import argparse

@@ -1,9 +1,9 @@
-"""What sparse methods cost beside plain LoRA: time of a step.
+"""Time of a step of each sparse method relative to plain LoRA.
 
     python benchmarks/step_time.py [--rounds 30]
 
-Times are ratios only, of steps taken in turn by engines that stand side by side in the same two
-processes, so that whatever else the machine does falls on all of them.
+Only ratios are reported. The engines are in the same two processes and step in turn, so that other
+load on the machine affects all of them.
 """
 
 import argparse

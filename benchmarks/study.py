@@ -1,10 +1,11 @@
-"""Quality against what an adapter costs: methods x budgets x seeds, on two tasks.
+"""Quality against the size of an adapter: methods x budgets x seeds, on two tasks.
 
     python benchmarks/study.py [gsm8k|cola] [FOLDER of CoLA]
 
-gsm8k: the embedded model and its slice of GSM8K, held-out loss. cola: a random encoder, Matthews
-correlation on dev (data as in cola.py). Every run is kept in results/study.json as it ends: started
-again, the script makes what is missing. All runs of a task take the same steps, rows and rate.
+gsm8k: held-out loss of the embedded model on its slice of GSM8K. cola: Matthews correlation on dev
+of a random encoder (data as in cola.py). All runs of a task have the same steps, rows and learning
+rate. Every finished run is kept in results/study.json, so the script can be interrupted and started
+again.
 """
 
 import json

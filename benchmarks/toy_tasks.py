@@ -1,8 +1,8 @@
-"""Does each method find what was planted, and do IncreLoRA's two scores choose alike?
+"""Does each method find a planted structure, and do IncreLoRA's two scores choose alike?
 
     python benchmarks/toy_tasks.py
 
-The tasks of ``tests/fixtures/toy_tasks.py``, on the real machinery, over three seeds.
+The tasks are those of ``tests/fixtures/toy_tasks.py``, over three seeds.
 
 Shapes: S sites.
 """

@@ -1,4 +1,4 @@
-"""The runs of a sweep, for slurm/train_array.sbatch and for whoever wants to see them.
+"""Print the runs of a sweep, or the options of one; slurm/train_array.sbatch calls it.
 
 python launcher/grid.py slurm/grid.yaml [NUMBER]
 """
@@ -6,7 +6,7 @@ python launcher/grid.py slurm/grid.yaml [NUMBER]
 import sys
 from pathlib import Path
 
-# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+# Needed without an installed package: Python puts launcher/ on sys.path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.config.sweep import load_grid, show

@@ -1,4 +1,4 @@
-"""Will a run fit? From a model's config alone. ``--help`` lists every option.
+"""Plan the memory, traffic and time of a run from the model's config. ``--help`` lists all options.
 
 python launcher/plan.py --model assets/plans/llama-3-70b --world_size 8 --gpu_memory 24GB
 """
@@ -6,7 +6,7 @@ python launcher/plan.py --model assets/plans/llama-3-70b --world_size 8 --gpu_me
 import sys
 from pathlib import Path
 
-# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+# Needed without an installed package: Python puts launcher/ on sys.path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.plan.plan_options import PlanRequest, load_request
@@ -14,8 +14,7 @@ from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(request: PlanRequest) -> None:
-    """Hand over."""
-    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    # Imported here so that --help and wrong options need not wait for transformers and DeepSpeed.
     from sparse_lora_dist.plan.plan_command import plan
 
     plan(request)

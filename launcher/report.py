@@ -1,4 +1,4 @@
-"""What a run did, on one page without a network; several runs are compared. ``--help`` says more.
+"""Write a report of a run as one HTML page, or compare several runs. ``--help`` lists all options.
 
 python launcher/report.py runs/default [RUN ...] [--png] [--output FILE]
 """
@@ -6,7 +6,7 @@ python launcher/report.py runs/default [RUN ...] [--png] [--output FILE]
 import sys
 from pathlib import Path
 
-# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+# Needed without an installed package: Python puts launcher/ on sys.path, not the repository.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.report.report_options import ReportRequest, load_request
@@ -14,8 +14,7 @@ from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(request: ReportRequest) -> None:
-    """Hand over."""
-    # Late, so that --help and a wrong option need not wait for torch and matplotlib.
+    # Imported here so that --help and wrong options need not wait for torch and matplotlib.
     from sparse_lora_dist.report.report_command import report
 
     report(request)

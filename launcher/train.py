@@ -6,7 +6,7 @@ deepspeed launcher/train.py --ds_config ds_configs/zero3.json
 import sys
 from pathlib import Path
 
-# Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
+# So that it works from a clone that is not installed: sys.path has the script's folder only.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.config.config import Config
@@ -15,8 +15,8 @@ from sparse_lora_dist.runtime.entry_point import run_program
 
 
 def main(config: Config) -> None:
-    """Hand over."""
-    # Late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
+    """Train, or check the checkpoints of ``--verify``."""
+    # Imported late, so that --help and a wrong option need not wait for transformers and DeepSpeed.
     if config.run.verify is not None:
         from sparse_lora_dist.checkpoint.verify import verify
 

@@ -1,8 +1,9 @@
 """Sparse low-rank adapters over a 4-bit base model that DeepSpeed ZeRO-3 shards across ranks.
 
-``settings``, ``run``, ``training``, ``export_run`` and ``apply_sparse_delta`` are what a program
-needs; docs/python.md has examples. They are imported when they are asked for, so that a command
-that is wrong need not wait for torch.
+The Python API is ``settings``, ``run``, ``training``, ``export_run`` and ``apply_sparse_delta``;
+docs/python.md has examples. Each is imported on first use: ``run`` and ``training`` import
+transformers and DeepSpeed, for which the check of a command line need not wait. (That check imports
+torch, through the method's options.)
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""What the command lines do, for programs of one's own: options by name."""
+"""Python API: the options of the command lines as keyword arguments."""
 
 from pathlib import Path
 
@@ -9,10 +9,15 @@ from sparse_lora_dist.runtime.entry_point import quiet_others
 
 
 def settings(**options: object) -> Config:
-    """A run, described by the options of launcher/train.py, what other libraries print silenced.
+    """Make the config of a run, for ``run`` and ``training``.
+
+    Unless ``debug`` is set, warnings and notes of other libraries are silenced in this process.
+
+    Args:
+        options: options of launcher/train.py by name, e.g. ``max_steps=100``.
 
     Raises:
-        ConfigError: with every problem there is.
+        ConfigError: options are wrong or do not fit together; names every problem.
     """
     config = load_config(_words(options))
     if not config.run.debug:
@@ -21,18 +26,24 @@ def settings(**options: object) -> Config:
 
 
 def export_run(source: str | Path, output: str | Path, **options: object) -> None:
-    """Write what was trained, by the options of launcher/export.py.
+    """Export what a run has trained. Not a collective: for one process.
+
+    Args:
+        source: run folder or checkpoint.
+        output: folder to write.
+        options: further options of launcher/export.py by name, e.g. ``format="merged"``.
 
     Raises:
-        UserError: there is nothing to export, or something in the way.
+        UserError: there is nothing to export, an option is wrong, or ``output`` is in use.
     """
+    # Late: it imports transformers and DeepSpeed, which ``settings`` does not need.
     from sparse_lora_dist.export.export_command import export
 
     export(load_request([str(source), "--output", str(output), *_words(options)]))
 
 
 def _words(options: dict[str, object]) -> list[str]:
-    """Of a command line, as a person would type them."""
+    """The words of a command line with these options."""
     return [word for name, value in options.items() for word in (f"--{name}", _text(value))]
 
 

@@ -1,15 +1,20 @@
-"""What ends a run that is no fault of ours: a user's mistake, said so that it can be mended, and a
-wish to stop."""
+"""Exceptions that end a run without a fault of the program: user errors, stop requests, lost
+peers."""
 
 
 class UserError(Exception):
-    """One mistake in what the user gave us: what we got, what is allowed, what to change.
+    """A mistake in what the user gave: options, files, the environment.
 
-    The launcher prints the message alone; ``--debug`` adds the traceback.
+    The message says what was found, what is allowed and what to do next. The programs print it
+    without a traceback; ``--debug`` adds the traceback.
+
+    Args:
+        message: the text to print.
+        shared: True if all ranks raise the same error, so that only rank 0 prints it.
     """
 
     shared = False
-    """Do all ranks raise it together? Then one of them says it for all."""
+    """True if all ranks raise the same error, so that only rank 0 prints it."""
 
     def __init__(self, message: str, *, shared: bool = False) -> None:
         super().__init__(message)
@@ -17,7 +22,11 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """The run description is wrong; carries every problem found, not just the first."""
+    """The configuration of a run is invalid. Always shared by all ranks.
+
+    Args:
+        problems: one sentence for each problem; all that were found, not only the first.
+    """
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -29,11 +38,13 @@ class ConfigError(UserError):
 
 
 class Stopped(Exception):
-    """The run is to be saved and left. All ranks raise it together; its text says why."""
+    """A request to save a checkpoint and exit; the message gives the reason. Raised on all ranks
+    together."""
 
 
 class PeerError(Exception):
-    """This rank ends because another is gone or stuck; the message says which, where that is known.
+    """This rank ends because another rank is gone or stuck; the message names that rank if it is
+    known.
 
-    Not the user's mistake, and not a failure of the rank that raises it.
+    Neither a user error nor a failure of the rank that raises it.
     """

@@ -1,4 +1,4 @@
-"""The main job, top to bottom: read the data, load the base, inject adapters, train, save,
+"""A training run from top to bottom: read the data, load the base, inject adapters, train, save,
 export."""
 
 import time
@@ -38,11 +38,15 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 def run(config: Config, purpose: Purpose = TRAINING) -> None:
-    """Fine-tune as ``config`` says. Collective.
+    """Run a training: fine-tune, save and export as ``config`` says. Collective.
+
+    Args:
+        config: the options of the run, the same on every rank.
+        purpose: what the run is for; by default, to train on ``--data``.
 
     Raises:
-        UserError: for whatever the user can mend, on every rank.
-        Stopped: it was told to stop, and is saved.
+        UserError: the user can correct what is wrong; on every rank, unless ``shared`` is False.
+        Stopped: the run was asked to stop, and is saved; on every rank.
     """
     with training(config, purpose) as now:
         for step in now.steps:
@@ -51,11 +55,22 @@ def run(config: Config, purpose: Purpose = TRAINING) -> None:
 
 @contextmanager
 def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"]:
-    """A run that stands, resumed where it was left; ended, its adapter is written. Collective.
+    """Context manager: set up or resume a run, and export the adapter on exit. Collective.
+
+        with training(config) as now:
+            for step in now.steps:
+                now.step(step)
+
+    Args:
+        config: the options of the run, the same on every rank.
+        purpose: what the run is for; by default, to train on ``--data``.
+
+    Yields:
+        The run before its next step. Leaving early saves a checkpoint.
 
     Raises:
-        UserError: for whatever the user can mend, on every rank.
-        Stopped: it was told to stop, and is saved.
+        UserError: the user can correct what is wrong; on every rank, unless ``shared`` is False.
+        Stopped: the run was asked to stop, and is saved; on every rank.
     """
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     launch = comm.start(timeout_s)
@@ -65,7 +80,7 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         begins = config.run.resume == "never" or (bool(config.run.reset) and not is_requeued())
         check_folder(folder, begins=begins, replaces=purpose.replaces)
-    # Before anything is written or cleaned: what looks left over may be another job's work.
+    # The lock comes before anything is written or removed: the files may be another job's.
     with (
         stop_signals.listening(config.run.time_limit),
         run_lock.held(folder),
@@ -88,17 +103,21 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
 
 
 class Training:
-    """All that a step needs."""
+    """A run that is set up, and makes its steps one by one."""
 
     def __init__(self, config: Config, engine_config: dict[str, Any], purpose: Purpose) -> None:
-        """Read the data, load the base, inject adapters. Collective."""
+        """Read the data, load the base, inject adapters. Collective.
+
+        Args:
+            engine_config: DeepSpeed's config, as ``engine_dict`` makes it.
+        """
         self.config = config
         zero3_nvme.prepare(engine_config)
         model = Model.open(config)
         zero3_nvme.check_space(
             engine_config, model.module, quantized=config.model.quantization == "nf4"
         )
-        if config.train.max_steps is not None:  # what does not fit is refused before tokenising
+        if config.train.max_steps is not None:  # refuse a wrong option before tokenising
             _build_method(config, model, config.train.max_steps)
         feed = (purpose.open_feed or open_feed)(config, model)
         stop_signals.check()
@@ -107,8 +126,8 @@ class Training:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
         with fail_together("opening the run folder"):
-            if comm.rank() == 0:  # before the plan, which names run.yaml, and a load that may die
-                if purpose.replaces:  # now that the new one stands
+            if comm.rank() == 0:  # before the memory plan, which names run.yaml, and the load
+                if purpose.replaces:  # only now: the new run has passed its checks
                     clear(Path(config.run.output_dir))
                 write_description(Path(config.run.output_dir), config)
         say_whether_it_fits(config, model, engine_config)
@@ -125,7 +144,7 @@ class Training:
         self.last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
 
     def begin(self) -> None:
-        """Go on from a checkpoint, or take the held-out loss of the base. Collective."""
+        """Restore the checkpoint, or measure the held-out loss of the base. Collective."""
         if self._resume is None:
             self.rewriter.begin()
         self.job.start(self._resume)
@@ -133,11 +152,19 @@ class Training:
 
     @property
     def steps(self) -> range:
-        """Those that are left, counted from 1."""
+        """Optimizer steps that are left, counted from 1."""
         return range(self.job.progress.step + 1, self.last_step + 1)
 
     def step(self, step: int) -> StepResult:
-        """Read its batches, train on them; log, evaluate and save where one is due. Collective."""
+        """Make one optimizer step, then log, evaluate and save where it is due. Collective.
+
+        Args:
+            step: the next of ``steps``.
+
+        Raises:
+            UserError: too many steps in a row were not finite, or a file cannot be written.
+            Stopped: the run was asked to stop.
+        """
         started = time.perf_counter()
         watchdog.set_phase("reading its batches", step=step)
         self.job.set_learning_rate(step)
@@ -187,20 +214,20 @@ def _check_form(config: Config, model: Model, method: Method) -> None:
     form, plain = method.form(model.sites[0]), {"lora_a", "lora_b"}
     if form.masks_base and is_quantized(model.files):
         raise UserError(
-            f"--method {method.name} makes a sparse model of the base's own weights, and "
-            f"{config.model.model} has them in 4 bits already. Give the model that it was made "
-            "from; --quantization nf4 quantises it while it is loaded.",
+            f"--method {method.name} prunes the base's own weights, but {config.model.model} is "
+            "stored in 4 bits. Give the model it was quantised from as --model; --quantization nf4 "
+            "quantises it while it is loaded.",
             shared=True,
         )
     if form.masks_base and config.adapter.dropout > 0.0:
         raise UserError(
-            f"--dropout {config.adapter.dropout} would bring back at random what --method "
-            f"{method.name} takes away from the base. Leave it at 0.",
+            f"--dropout {config.adapter.dropout} would bring back at random the base weights that "
+            f"--method {method.name} prunes. Set --dropout 0.",
             shared=True,
         )
     if config.adapter.init_adapter is not None and set(form.tensors) != plain:
         raise UserError(
-            f"--init_adapter is a plain LoRA pair, which --method {method.name} cannot begin with: "
-            f"it trains {', '.join(form.tensors)}. Use lora or roselora.",
+            f"--init_adapter is a plain LoRA pair, but --method {method.name} cannot start from "
+            f"one: it trains {', '.join(form.tensors)}. Use --method lora or roselora.",
             shared=True,
         )

@@ -36,6 +36,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(tier)
         if is_smoke(item.nodeid):
             item.add_marker("smoke")
+        if "full" in asked:
+            item.add_marker("full")
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +48,11 @@ def processes() -> None:
 @pytest.fixture(scope="session")
 def model_on_disk() -> None:
     """For who writes a model other than ``tiny``."""
+
+
+@pytest.fixture(scope="session")
+def full() -> None:
+    """For what takes long and seldom breaks: ``make test`` leaves it to ``make test-all``."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,1 @@
-"""INJECT: adapters on frozen linears, and plain LoRA adapters of PEFT read in."""
+"""INJECT: adapters on frozen linears, and reading of PEFT LoRA adapters to start from."""

@@ -1,4 +1,4 @@
-"""Dropout masks of adapters that depend on no layout: which rows the model is looking at.
+"""Dropout masks of adapters that do not depend on how rows are spread over ranks.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, L tokens of a full-length row.
 """
@@ -14,32 +14,42 @@ from sparse_lora_dist.adapter.seeds import seed_of
 
 @dataclass
 class RowSeeds:
-    """Which rows the model is looking at; all adapters of a model draw their dropout from one.
+    """Rows of the current micro-batch, from which the dropout masks of all adapters are seeded.
 
-    A mask depends on (seed, step, row, site) alone, so neither the number of ranks nor the
-    micro-batch size changes it.
+    All adapters of a model share one instance. A mask depends on (seed, step, row, site) alone, so
+    neither the number of ranks nor the micro-batch size changes it.
     """
 
     seed: int
+    """Seed of the run."""
     sequence_length: int
+    """L, the number of tokens of a full-length row."""
     step: int = 0
+    """Current optimizer step, counted from 1."""
     rows_M: tuple[int, ...] = field(default=())
+    """Index of each row of the micro-batch in the stream of training rows."""
     lengths_M: tuple[int, ...] = field(default=())
-    """Tokens of each of them, at its front; what follows is padding."""
+    """Number of tokens at the front of each row; the rest of the row is padding."""
     num_positions: int | None = None
-    """T of the micro-batch; None takes any input for one of its rows."""
+    """T of the micro-batch. None: unknown, and any input with M rows counts as [M, T, I]."""
     micro_batch: int = 0
-    """How many there were."""
+    """Micro-batches begun so far on this rank, over the whole run."""
 
     def begin(
         self, rows_M: tuple[int, ...], lengths_M: tuple[int, ...], *, num_positions: int
     ) -> None:
-        """The model looks at these rows from now on."""
+        """Start the next micro-batch on this rank.
+
+        Args:
+            rows_M: index of each row in the stream of training rows.
+            lengths_M: number of tokens at the front of each row that are not padding.
+            num_positions: T, the padded length of the rows.
+        """
         self.rows_M, self.lengths_M, self.num_positions = rows_M, lengths_M, num_positions
         self.micro_batch += 1
 
     def row_metadata(self) -> RowMetadata:
-        """What of them outlives a forward."""
+        """Return the row metadata that backward needs, as the current micro-batch has it."""
         return RowMetadata(
             rows_M=self.rows_M, lengths_M=self.lengths_M, num_positions=self.num_positions
         )
@@ -47,18 +57,28 @@ class RowSeeds:
     def keep_mask(
         self, x: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float
     ) -> Tensor:
-        """1 / (1 - dropout) where an entry of ``x`` stays and 0 where it is dropped.
+        """Return a dropout mask: 1 / (1 - dropout) where an entry is kept, 0 where it is dropped.
 
-        ``x`` is [M, T, I], [M * T, I], [M, I] where one token stands for each row, or of no row.
+        Args:
+            x: input of the site. [M, T, I], or [M * T, I], or [M, I] with one token for each row.
+                An input of any other shape (DeBERTa's table of relative positions) belongs to no
+                row and gets one mask, seeded by (seed, step, site).
+            site: name of the site.
+            rows_M: rows of the micro-batch that ``x`` comes from.
+            step: optimizer step that ``x`` comes from.
+            dropout: probability with which an entry is dropped.
+
+        Returns:
+            The mask, with the shape, dtype and device of ``x``.
         """
         if x.dim() == 2 and len(x) == len(rows_M) * (self.num_positions or 0):
             x_MTI = x.view(len(rows_M), -1, x.shape[1])
             return self.keep_mask(x_MTI, site, rows_M, step, dropout).view_as(x)
         mask = torch.empty_like(x)
-        if not self._is_of_rows(x, rows_M):
+        if not self._has_row_axis(x, rows_M):
             generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, step, site))
             return mask.bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
-        # Drawn for a full-length row and cut: a row's mask must not depend on the padding after it.
+        # Drawn at full length, then cut: a row's mask must not depend on how far the row is padded.
         full_LI = x.new_empty(self.sequence_length, x.shape[-1])
         for m, row in enumerate(rows_M):
             generator = torch.Generator(x.device).manual_seed(seed_of(self.seed, step, row, site))
@@ -66,8 +86,8 @@ class RowSeeds:
             mask[m] = full_LI[: x.shape[1]] if x.dim() == 3 else full_LI[0]
         return mask.div_(1.0 - dropout)
 
-    def _is_of_rows(self, x: Tensor, rows_M: tuple[int, ...]) -> bool:
-        """DeBERTa's linears also take the table of relative positions, the same for all rows."""
+    def _has_row_axis(self, x: Tensor, rows_M: tuple[int, ...]) -> bool:
+        # DeBERTa's linears also take the table of relative positions, the same for all rows.
         if x.dim() == 3 and self.num_positions is not None and x.shape[1] != self.num_positions:
             return False
         return x.shape[0] == len(rows_M)

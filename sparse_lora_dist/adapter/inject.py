@@ -1,4 +1,4 @@
-"""INJECT: put an adapter at each site of a loaded model."""
+"""INJECT: replace each site of a loaded model with an ``AdapterLinear``."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,10 +28,22 @@ def inject(
     micro_batches: int,
     initial: Mapping[str, Values],
 ) -> list[AdapterLinear]:
-    """Put an adapter at each site and return them. Collective.
+    """Replace the linear at each site with an adapter around it. Collective.
 
-    ``initial`` gives first values by "site.tensor"; what it lacks is drawn from (seed, name), so it
-    is the same on any number of ranks.
+    Args:
+        model: loaded model, changed in place. Each site must be a ``FrozenLinear``.
+        sites: linears to adapt, in the model's order.
+        method: method that defines each site's tensors and delta.
+        builder: makes the sharded parameters.
+        row_seeds: seeds of the dropout masks; one instance for all adapters.
+        alpha: LoRA alpha.
+        dropout: probability with which an entry of a delta's input is dropped.
+        micro_batches: micro-batches of an optimizer step on one rank.
+        initial: initial values by "site.tensor". A tensor missing here is drawn from (seed, name),
+            so its values are the same on any number of ranks.
+
+    Returns:
+        The adapters, in the order of ``sites``. Kept tensors are zero.
     """
     adapters: list[AdapterLinear] = []
     for site in sites:
@@ -47,7 +59,7 @@ def inject(
             parameters[key] = builder.parameter(spec.shape, values, trainable=True)
         for key, kept in form.kept.items():
             shape = (num_elements_for(kept.num_bytes, builder.dtype),)
-            parameters[key] = builder.parameter(shape, _nothing, in_memory=True)
+            parameters[key] = builder.parameter(shape, _zeros, in_memory=True)
         adapter = AdapterLinear(
             base,
             site,
@@ -64,13 +76,12 @@ def inject(
     return adapters
 
 
-def _nothing(start: int, stop: int) -> Tensor:
+def _zeros(start: int, stop: int) -> Tensor:
     return torch.zeros(stop - start)
 
 
 def _drawn(spec: TensorSpec, seed: int) -> Values:
-    """First values that are the same on any number of ranks: drawn whole, then cut."""
-
+    # Each rank draws the whole tensor and cuts its range: the values must not depend on the cut.
     def values(start: int, stop: int) -> Tensor:
         whole = torch.empty(spec.shape)
         spec.init(whole, torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""What the backwards of a step show of one site, for who writes its tensors anew.
+"""Statistics of a site's input and output gradient in one step, for methods that rewrite it.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features, N rows of a step.
 """
@@ -14,32 +14,47 @@ from sparse_lora_dist.zero3.shares import own_range
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowMetadata:
-    """Which rows a micro-batch has."""
+    """Rows of a micro-batch, as backward needs them."""
 
     rows_M: tuple[int, ...]
+    """Index of each row in the stream of training rows."""
     lengths_M: tuple[int, ...]
+    """Number of tokens at the front of each row; the rest of the row is padding."""
     num_positions: int | None
+    """T, the padded length of the rows. None: unknown."""
 
 
 @dataclass(kw_only=True)
 class InputStatistics:
-    """Adds up, over the micro-batches of a step, what it was told to."""
+    """Statistics of one site, summed over the micro-batches of a step. Padding is left out."""
 
     squares: bool = False
+    """Whether to collect ``squares_I`` and ``num_tokens``."""
     gradient: bool = False
+    """Whether to collect ``gradient_share``."""
     rows: bool = False
+    """Whether to collect ``means``."""
     num_tokens: int = 0
+    """This rank's tokens in ``squares_I``."""
     squares_I: Tensor | float = 0.0
-    """Sum over this rank's tokens, float64."""
+    """Sum of the squared inputs of this rank's tokens, float64 [I]; 0.0 before the first."""
     gradient_share: Tensor | float = 0.0
-    """This rank's share of the mean over all ranks, fp32, 1-D."""
+    """This rank's share of the flattened gradient of the loss with respect to the base's weight
+    [O, I], averaged over ranks, fp32, 1-D; 0.0 before the first."""
     means: dict[int, Tensor] = field(default_factory=dict)
-    """Row -> its mean input, fp32 [I]."""
+    """Row of this rank -> mean of its input over its tokens, fp32 [I]."""
 
     def add(self, x: Tensor, grad_y: Tensor, row_metadata: RowMetadata) -> None:
-        """At one backward. Collective where the gradient is taken."""
+        """Add one backward of the site. Collective if ``gradient`` is set.
+
+        Args:
+            x: input of the site, [M, T, I], [M * T, I] or [M, I], before dropout. Inputs of any
+                other shape belong to no row and count for the gradient only.
+            grad_y: gradient of the loss with respect to the site's output, [..., O].
+            row_metadata: rows that ``x`` comes from.
+        """
         if self.gradient:
-            self._take_gradient(x.flatten(0, -2), grad_y.flatten(0, -2))
+            self._add_gradient(x.flatten(0, -2), grad_y.flatten(0, -2))
         if (x_MTI := _by_row(x, row_metadata)) is None or not (self.squares or self.rows):
             return
         lengths_M = torch.tensor(row_metadata.lengths_M, device=x.device).clamp(max=x_MTI.shape[1])
@@ -53,16 +68,19 @@ class InputStatistics:
             rows = zip(row_metadata.rows_M, row_metadata.lengths_M, means_MI, strict=True)
             self.means |= {row: mean_I for row, length, mean_I in rows if length > 0}
 
-    def _take_gradient(self, x_TI: Tensor, grad_TO: Tensor) -> None:
+    def _add_gradient(self, x_TI: Tensor, grad_TO: Tensor) -> None:
         own_OI = grad_TO.float().t() @ x_TI.float()
-        # Averaged, as DeepSpeed averages what trains: the loss was scaled up for it.
+        # DeepSpeed averages gradients over ranks, and the loss is scaled up to make up for it.
         whole = comm.sum_over_ranks(own_OI).flatten()
         start, stop = own_range(whole.numel())
         self.gradient_share = self.gradient_share + whole[start:stop] / comm.world_size()
 
     def gathered_rows(self) -> Tensor | None:
-        """[N, I], of all ranks, in the order of the stream; None where the site saw none.
-        Collective."""
+        """Return the mean inputs of all rows of the step, from all ranks. Collective.
+
+        Returns:
+            fp32 [N, I] on this rank's device, in the order of the stream; None if there are none.
+        """
         everyone: dict[int, Tensor] = {}
         for theirs in comm.gather_objects({row: m.cpu() for row, m in self.means.items()}):
             everyone |= theirs
@@ -72,7 +90,7 @@ class InputStatistics:
 
 
 def _by_row(x: Tensor, row_metadata: RowMetadata) -> Tensor | None:
-    """[M, T, I]; None for what is of no row, as DeBERTa's table of relative positions."""
+    """Return ``x`` as [M, T, I]; None if it belongs to no row (DeBERTa's relative positions)."""
     count = len(row_metadata.rows_M)
     if x.dim() == 3:
         whole = row_metadata.num_positions in (None, x.shape[1])

@@ -1,4 +1,15 @@
-"""Tensors that a method writes and no gradient trains, held as bytes of a parameter."""
+"""Kept tensors: written by a method, trained by no gradient, stored as bytes of a parameter.
+
+ZeRO-3 shards parameters in the dtype of the engine. So the bytes of a kept tensor of any dtype are
+stored in a parameter of that dtype, padded with zeros to a whole number of its elements. With a
+bf16 engine, a uint8 mask of 5 bytes takes 3 elements:
+
+    bytes of the mask    b0 b1 | b2 b3 | b4 0
+    bf16 elements          e0  |   e1  |  e2
+
+The elements are only gathered and cut, never computed with: as numbers they mean nothing, and some
+are NaN.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +18,16 @@ from sparse_lora_dist.methods.protocol.form import KeptSpec
 
 
 def from_bytes(parameter: Tensor, spec: KeptSpec) -> Tensor:
-    """From the bytes that are gathered. A copy, but of single bytes: the view of wider entries
-    must not begin anywhere."""
+    """Return the kept tensor that a gathered parameter holds.
+
+    Args:
+        parameter: gathered parameter, 1-D, in the dtype of the engine.
+        spec: shape and dtype of the kept tensor.
+
+    Returns:
+        Tensor of ``spec.shape`` and ``spec.dtype``: a view if its entries are single bytes,
+        otherwise a copy.
+    """
+    # A view as a wider dtype needs an aligned start, which the gathered buffer does not promise.
     raw = parameter.data.view(torch.uint8)[: spec.num_bytes]
     return (raw if spec.dtype.itemsize == 1 else raw.clone()).view(spec.dtype).view(spec.shape)

@@ -1,4 +1,4 @@
-"""The module that adds a delta to a frozen linear.
+"""``AdapterLinear``: a frozen linear plus the trained delta of a method.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features.
 """
@@ -20,8 +20,21 @@ from sparse_lora_dist.zero3.parameters import gathers_too
 
 
 class AdapterLinear(nn.Module):
-    """y_TO = base(x_TI) + delta(drop(x_TI)), the delta being the method's, of its computed
-    components."""
+    """A site with its adapter: y_TO = base(x_TI) + delta(dropout(x_TI)).
+
+    The method's form defines the delta; only the components that are computed enter it. Forward and
+    backward are collective, since ZeRO-3 gathers the site's parameters for each.
+
+    Args:
+        base: frozen linear of the model.
+        site: name, sizes and rank of the linear.
+        method: method that trains the site.
+        parameters: the site's trained and kept tensors by key, sharded.
+        alpha: LoRA alpha.
+        dropout: probability with which an entry of the delta's input is dropped.
+        row_seeds: seeds of the dropout masks, shared by all adapters of the model.
+        micro_batches: micro-batches of an optimizer step on one rank.
+    """
 
     def __init__(
         self,
@@ -46,12 +59,12 @@ class AdapterLinear(nn.Module):
             self.register_parameter(name, parameter)
         self.probe = method.probe
         self.probed: Tensor | float = 0.0
-        """What the probe saw in the backwards of this step, added up."""
-        self._penalised = 0
+        """Sum of the probe's values over this step's backwards on this rank; 0.0 before them."""
+        self._penalised_micro_batch = 0
         self.input_statistics: InputStatistics | None = None
-        """What looks at its input and its output's gradient in the backwards of this step."""
+        """Statistics that this step's backwards collect; None if the step needs none."""
         self.base_only = False
-        """Does the base alone answer?"""
+        """Whether forward leaves the delta out."""
         if self.form.reads_base:
             gathers_too(self, base.parameters())
         self.num_components = self.form.num_components(site)
@@ -60,10 +73,10 @@ class AdapterLinear(nn.Module):
         )
 
     def set_components(self, components: Components) -> None:
-        """Compute these from now on."""
+        """Compute these components from the next forward on. All ranks must pass the same."""
         self.components = components
         self.scale = self.form.scale(self.alpha, self.site.rank, components.open)
-        self._places = torch.tensor(components.computed, dtype=torch.int64)
+        self._computed_indices = torch.tensor(components.computed, dtype=torch.int64)
 
     def forward(self, x_MTI: Tensor) -> Tensor:
         tensors = [getattr(self, name) for name in self.specs]
@@ -71,19 +84,29 @@ class AdapterLinear(nn.Module):
         if self.base_only:
             return y_MTO
         delta_MTO: Tensor = _Delta.apply(x_MTI, self, *tensors)  # type: ignore[no-untyped-call]
-        delta_MTO += y_MTO  # not the other way round: the base's output is a view of DeepSpeed's
+        # Not y_MTO += delta_MTO: y_MTO is a view that a hook of DeepSpeed's returned, and autograd
+        # refuses to change such a view in place.
+        delta_MTO += y_MTO
         return delta_MTO
 
     def dropped(self, x_MTI: Tensor, rows_M: tuple[int, ...], step: int) -> Tensor:
-        """What the delta sees of the site's input."""
+        """Return the site's input after dropout, as the delta sees it."""
         if not self.training or self.dropout == 0.0:
             return x_MTI
         mask = self.row_seeds.keep_mask(x_MTI, self.site.name, rows_M, step, self.dropout)
         return x_MTI * mask
 
     def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """The computed components of whole tensors, which are in the order of the specs, and what
-        the form draws besides."""
+        """Return the tensors that the form's delta takes, by key.
+
+        Args:
+            tensors: the site's trained tensors, gathered, in the order of ``self.specs``.
+
+        Returns:
+            The computed components of these, the kept tensors, the drawn tensors, and the base's
+            weight if the form reads it. Kept tensors of floating point and the weight are in the
+            dtype of ``tensors``.
+        """
         named = dict(zip(self.specs, tensors, strict=True))
         if len(self.components.computed) < self.num_components:
             named = {n: self._slice(t, self.specs[n].component_axis) for n, t in named.items()}
@@ -96,32 +119,37 @@ class AdapterLinear(nn.Module):
         return named
 
     def kept(self) -> dict[str, Tensor]:
-        """Its kept tensors, while they are whole."""
+        """Return the site's kept tensors by key. Their parameters must be gathered."""
         return {key: from_bytes(getattr(self, key), spec) for key, spec in self.form.kept.items()}
 
-    def owes_penalty(self, micro_batch: int) -> bool:
-        """Once a micro-batch, however often the model calls this linear in it (ALBERT's layers are
-        one layer; DeBERTa's linears take positions too). 0, where nobody counts them: always."""
-        owes = micro_batch == 0 or micro_batch != self._penalised
-        self._penalised = micro_batch
-        return owes
+    def adds_penalty(self, micro_batch: int) -> bool:
+        """Whether this backward is the first of the micro-batch, which adds the penalty's gradient.
+
+        A model may call one linear several times in a forward: ALBERT's layers are one layer, and
+        DeBERTa's linears take relative positions too. Micro-batch 0 means that nobody counts them:
+        then every backward adds it.
+        """
+        is_first = micro_batch == 0 or micro_batch != self._penalised_micro_batch
+        self._penalised_micro_batch = micro_batch
+        return is_first
 
     def _slice(self, t: Tensor, axis: int | None) -> Tensor:
         if axis is None:
             return t
         count = len(self.components.computed)
         if self.components.computed == tuple(range(count)):
-            return t.narrow(axis, 0, count)  # a view, where ranks grow
-        self._places = self._places.to(t.device)  # once a decision
-        return t.index_select(axis, self._places)
+            return t.narrow(axis, 0, count)  # a view: the usual case where ranks grow
+        self._computed_indices = self._computed_indices.to(t.device)  # copies once per decision
+        return t.index_select(axis, self._computed_indices)
 
 
 class _Delta(torch.autograd.Function):
-    """The delta, computed again in backward.
+    """The delta as an autograd function that computes it again in backward.
 
-    Two thin matmuls more, against holding every gathered adapter tensor, and every dropout mask,
-    from forward to backward. And backward is where a site's tensors and its output's gradient are
-    whole: what a method adds to the loss gets its gradient here, and its probe looks here.
+    This costs two thin matmuls, and saves holding every gathered adapter tensor and every dropout
+    mask from forward to backward. In backward both the site's gathered tensors and the gradient of
+    its output are there, so the gradient of a method's penalty, its probe and the input statistics
+    are computed here too.
     """
 
     @staticmethod
@@ -146,10 +174,10 @@ class _Delta(torch.autograd.Function):
             }
             y = layer.form.delta(dropped_MTI, tensors, layer.scale)
         outputs, gradients = [y], [grads[0].to(dtype)]
-        if layer.method.penalty is not None and layer.owes_penalty(layer.row_seeds.micro_batch):
+        if layer.method.penalty is not None and layer.adds_penalty(layer.row_seeds.micro_batch):
             penalty = layer.method.penalty({k: t.detach() for k, t in tensors.items()})
             outputs += [tensors[name] for name in penalty]
-            # Micro-batches add up, ranks are averaged: so it counts once a step.
+            # Gradients are summed over micro-batches and averaged over ranks: one penalty per step.
             gradients += [
                 (g / layer.micro_batches).to(tensors[name].dtype) for name, g in penalty.items()
             ]

@@ -1,1 +1,1 @@
-"""LOAD: the frozen base, quantised to NF4 one shard at a time."""
+"""Load the frozen base model, quantised to NF4 one shard at a time."""

@@ -1,8 +1,8 @@
-"""Frozen linears that keep nothing of their weight between forward and backward.
+"""Frozen linear layers that save no weight for backward.
 
-bitsandbytes' matmul, and torch's own, save a view of the gathered weight for backward; under ZeRO-3
-without activation checkpointing the whole base is then alive on every rank. Here backward reads the
-weight again from the layer, where ZeRO-3's pre-backward hook has gathered it by then.
+torch's and bitsandbytes' matmul save a view of the gathered weight for backward. Under ZeRO-3
+without activation checkpointing this keeps the whole base in the memory of every rank. Here
+backward reads the weight from the layer again, after ZeRO-3's pre-backward hook has gathered it.
 
 Shapes: T tokens (any leading axes), I in_features, O out_features.
 """
@@ -18,7 +18,14 @@ from sparse_lora_dist.base_model import nf4
 
 
 class FrozenLinear(nn.Module):
-    """y_TO = x_TI W^T + b with W and b frozen, W in the engine's dtype."""
+    """Linear layer y_TO = x_TI W^T + b with frozen W and b, W in the engine's dtype.
+
+    Args:
+        in_features: I.
+        out_features: O.
+        weight: sharded parameter of shape [O, I].
+        bias: sharded parameter of shape [O], or None.
+    """
 
     def __init__(
         self, in_features: int, out_features: int, weight: nn.Parameter, bias: nn.Parameter | None
@@ -30,7 +37,7 @@ class FrozenLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """The weight, valid while ZeRO-3 has it gathered."""
+        """Return the weight [O, I] in ``dtype``. Valid only while ZeRO-3 has it gathered."""
         return self.weight.data.to(dtype)
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -42,11 +49,18 @@ class FrozenLinear(nn.Module):
 
 
 class QuantLinear(FrozenLinear):
-    """The same over NF4: packed weight and scales are two parameters of bytes.
+    """Frozen linear layer whose weight is held in 4 bits, as packed bytes and scales.
 
-    The bytes wear the engine's dtype, so that DeepSpeed moves them as it moves everything.
-    ``layout`` says what the bytes mean. Never do arithmetic on the two, nor ``.to(dtype)``: they
-    are not numbers.
+    ``weight`` is not the weight matrix: it holds the packed 4-bit bytes, in a 1-D parameter whose
+    dtype is the engine's (bf16). ``scales`` holds the bytes of the scales in the same way. They
+    have the engine's dtype so that DeepSpeed shards and gathers them like any parameter. Never do
+    arithmetic on them or call ``.to(dtype)``: read as bf16 numbers their values mean nothing. The
+    weight matrix is ``weight_OI(dtype)``, dequantised anew at each call.
+
+    Args:
+        layout: how packed bytes and scales encode the matrix.
+        weight: the parameters (packed, scales), from ``nf4_shard.quantized_parameters``.
+        bias: sharded parameter of shape [O], or None.
     """
 
     def __init__(
@@ -55,7 +69,6 @@ class QuantLinear(FrozenLinear):
         weight: tuple[nn.Parameter, nn.Parameter],
         bias: nn.Parameter | None,
     ) -> None:
-        """``weight``: packed bytes and scales."""
         packed, scales = weight
         super().__init__(layout.shape[1], layout.shape[0], packed, bias)
         self.layout = layout
@@ -67,16 +80,17 @@ class QuantLinear(FrozenLinear):
 
 
 class Weighted(Protocol):
-    """What has a weight to multiply with while ZeRO-3 has it gathered."""
+    """A layer or expert whose weight matrix ``FrozenMatmul`` can read while ZeRO-3 has it
+    gathered."""
 
     bias: nn.Parameter | None
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """The weight, made anew at each call."""
+        """Return the weight [O, I] in ``dtype``."""
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """x W^T + b and, backward, g W: W comes from the layer both times."""
+    """Forward x W^T + b, backward g W; both read W from the layer, none of it is saved."""
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, layer: Weighted) -> Tensor:
@@ -93,10 +107,11 @@ class FrozenMatmul(torch.autograd.Function):
 
 
 def fast_dtype(t: Tensor) -> torch.dtype:
-    """What backward multiplies tensors like ``t`` in: fp32 where a CPU has no instructions for
-    bf16. torch then has a plain loop, 80 times slower than fp32 for an untransposed weight.
+    """Return the dtype for the matrix products of backward.
 
-    Forward stays as it is, 8 times slower: it is bit for bit that of transformers.
+    It is the dtype of ``t``, except fp32 for bf16 on a CPU without bf16 instructions: there torch
+    uses a plain loop, 80 times slower than fp32 for an untransposed weight. Forward keeps bf16,
+    although 8 times slower, so that it stays bit-identical to transformers.
     """
     plain_loop = t.device.type == "cpu" and not _cpu_multiplies_bf16()
     return torch.float32 if plain_loop and t.dtype == torch.bfloat16 else t.dtype

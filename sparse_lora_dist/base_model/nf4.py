@@ -1,17 +1,29 @@
-"""The 4-bit block layout: which bytes come from which weights, and what the scales hold.
+"""4-bit block layout: which packed bytes and scales belong to which weights.
 
-bitsandbytes does the arithmetic; this file only says where things lie, so that a rank can quantise
-any range of a weight and get the bytes that ``bitsandbytes.functional.quantize_4bit`` gives for the
-whole of it (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
+bitsandbytes does the arithmetic. This file computes positions, so that a rank can quantise any
+range of whole blocks and get the bytes that ``bitsandbytes.functional.quantize_4bit`` gives for
+the whole weight (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
 
-A matrix W_OI is flattened to n elements and cut into blocks, of 64 unless a checkpoint that came
-quantised says otherwise. Two weights make a byte, the first in the high half. Experts are E
-matrices, each quantised by itself, one after another. The scales are one run of bytes:
+A matrix W_OI is flattened and cut into blocks of 64 weights (another size only if the base files
+are quantised with it). Each block has one scale, absmax, its largest absolute value. Two weights
+are packed into a byte, the first into the high half. The E expert matrices of a layer are quantised
+separately and stored one after another. All scales of a tensor are stored in one run of bytes:
 
     plain          absmax fp32 [E blocks]
-    double quant   nested absmax fp32 [E nested] | offset fp32 [E] | absmax u8 [E blocks]
+    double quant   nested absmax fp32 [E nested] | offset fp32 [E] | absmax codes u8 [E blocks]
 
-with nested = ceil(blocks / 256).
+where nested = ceil(blocks / 256), and absmax = 8-bit code x nested absmax + offset.
+
+Example: a 3 x 50 matrix has 150 weights.
+
+    block            0              1                2
+    weights      [0, 64)      [64, 128)      [128, 150)
+    packed bytes [0, 32)       [32, 64)        [64, 75)
+    scales, double quant: 4 bytes nested absmax, 4 bytes offset, 3 bytes of codes
+
+ZeRO-3 cuts packed bytes anywhere. Cut at byte 38 for two ranks, block 1 is shared: rank 0 quantises
+weights [0, 128) and keeps bytes [0, 38), rank 1 quantises [64, 150) and keeps [38, 75). Rank 0 owns
+the scale of block 1, since it holds the block's first weight.
 
 Shapes: N flat elements, B blocks of all matrices, E matrices, O out_features, I in_features.
 """
@@ -25,24 +37,33 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
+"""Weights that share one scale."""
 NESTED_BLOCK = 256
+"""Scales that share one nested scale, in double quantisation."""
 
 CHUNK = 2**17
-"""Weights quantised at a time on a CPU, where bitsandbytes takes ten times their bytes of scratch.
-A multiple of every block size."""
+"""Weights quantised in one call on a CPU, where bitsandbytes needs scratch memory of ten times
+their bytes. A multiple of every block size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Where the bytes of one quantised weight lie."""
+    """Byte layout of one quantised weight: one matrix, or a stack of expert matrices.
+
+    Positions of weights are indices into the flattened weight; of a stack, into all matrices one
+    after another.
+    """
 
     shape: tuple[int, int]
-    """Of one matrix."""
+    """Shape (O, I) of one matrix."""
     double_quant: bool
+    """True if the scales are quantised to 8 bits too."""
     count: int = 1
-    """Matrices (E)."""
+    """Number of matrices, E."""
     block: int = BLOCK
+    """Weights that share one scale."""
     nested_block: int = NESTED_BLOCK
+    """Scales that share one nested scale."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
 
     @property
@@ -51,6 +72,7 @@ class Layout:
 
     @property
     def numel(self) -> int:
+        """Weights of all matrices."""
         return self.count * self.matrix_numel
 
     @property
@@ -59,19 +81,22 @@ class Layout:
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of all matrices, B."""
         return self.count * self.matrix_blocks
 
     @property
     def matrix_bytes(self) -> int:
-        """Half a byte a weight; an odd last weight fills its byte alone."""
+        """Packed bytes of one matrix: two weights a byte, rounded up."""
         return -(-self.matrix_numel // 2)
 
     @property
     def packed_bytes(self) -> int:
+        """Packed bytes of all matrices."""
         return self.count * self.matrix_bytes
 
     @property
     def matrix_nested(self) -> int:
+        """Nested scales of one matrix."""
         return -(-self.matrix_blocks // self.nested_block)
 
     @property
@@ -80,12 +105,14 @@ class Layout:
 
     @property
     def scale_bytes(self) -> int:
+        """Bytes of all scales of the tensor, in the layout of the module docstring."""
         if self.double_quant:
             return 4 * self.num_nested + 4 * self.count + self.num_blocks
         return 4 * self.num_blocks
 
     def weights_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Flat range of whole blocks that packed bytes [start, stop) need."""
+        """Return the range of weights, in whole blocks, that packed bytes [start, stop) are made
+        from. In the example bytes [38, 75) give weights (64, 150)."""
         if start >= stop:
             return self.numel, self.numel
         first, byte = divmod(start, self.matrix_bytes)
@@ -95,11 +122,15 @@ class Layout:
         return first * self.matrix_numel + begin, last * self.matrix_numel + end
 
     def blocks_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Blocks whose first weight lies in packed bytes [start, stop): each has one owner."""
+        """Return the range of blocks whose first weight lies in packed bytes [start, stop).
+
+        Over the shards of all ranks every block is counted once. In the example bytes [38, 75) give
+        blocks (2, 3).
+        """
         return self._block_from(start), self._block_from(stop)
 
     def place_of(self, weight: int) -> tuple[int, int]:
-        """(packed byte, block) in which a flat weight lies."""
+        """Return (packed byte, block) of a weight. In the example weight 76 gives (38, 1)."""
         matrix, weight = divmod(weight, self.matrix_numel)
         return (
             matrix * self.matrix_bytes + weight // 2,
@@ -113,8 +144,16 @@ class Layout:
 
 
 def quantize(w_N: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tensor]:
-    """(packed uint8, absmax fp32 of its blocks) of the weights from ``start`` on, where a block
-    begins; they end where one ends."""
+    """Quantise a range of whole blocks.
+
+    Args:
+        w_N: float weights, 1-D; the range must start and end at block boundaries.
+        layout: layout of the whole weight.
+        start: position of the first weight of ``w_N`` in the whole weight.
+
+    Returns:
+        Packed bytes, uint8 1-D, and the absmax of each block, fp32 1-D.
+    """
     (byte, block), (end, last) = layout.place_of(start), layout.place_of(start + w_N.numel())
     packed = w_N.new_empty(end - byte, dtype=torch.uint8)
     absmax = w_N.new_empty(last - block, dtype=torch.float32)
@@ -127,7 +166,8 @@ def quantize(w_N: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tenso
 
 
 def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor]:
-    """The range cut at the ends of matrices, and so that scratch stays small."""
+    """Split the range at the ends of matrices, and on a CPU into chunks that need little scratch
+    memory."""
     while w_N.numel():
         rest = layout.matrix_numel - start % layout.matrix_numel
         size = min(w_N.numel(), rest, CHUNK if w_N.device.type == "cpu" else rest)
@@ -136,7 +176,7 @@ def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor
 
 
 def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Of whole blocks of one matrix."""
+    """Quantise whole blocks of one matrix."""
     packed, state = bnb.quantize_4bit(
         w_N, blocksize=layout.block, quant_type=layout.quant_type, compress_statistics=False
     )
@@ -144,16 +184,32 @@ def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def offsets(absmax_B: Tensor, layout: Layout) -> Tensor:
-    """What double quantisation subtracts from the scales of each matrix, fp32 [E]: their mean.
+    """Return the offset that double quantisation subtracts from the scales of each matrix.
 
-    One rank takes it for all: a sum of partial means differs by an ulp, which changes every nested
-    scale.
+    One rank must compute it over whole vectors and broadcast it: a mean of partial sums differs
+    in the last bit, which changes every nested scale.
+
+    Args:
+        absmax_B: fp32 scales of the whole tensor.
+        layout: layout of the tensor.
+
+    Returns:
+        fp32 [E]: the mean of the scales of each matrix.
     """
     return torch.stack([absmax.mean() for absmax in absmax_B.split(layout.matrix_blocks)])
 
 
 def scale_bytes(absmax_B: Tensor, offset_E: Tensor, layout: Layout) -> Tensor:
-    """The scales of a whole tensor as bytes, uint8 [layout.scale_bytes]."""
+    """Encode the scales of a whole tensor as bytes.
+
+    Args:
+        absmax_B: fp32 scales of all blocks.
+        offset_E: fp32 offsets from ``offsets``; not used without double quantisation.
+        layout: layout of the tensor.
+
+    Returns:
+        uint8 [layout.scale_bytes], in the layout of the module docstring.
+    """
     if not layout.double_quant:
         return absmax_B.contiguous().view(torch.uint8)
     quantized, nested = [], []
@@ -165,11 +221,20 @@ def scale_bytes(absmax_B: Tensor, offset_E: Tensor, layout: Layout) -> Tensor:
 
 
 def absmax_of(scales: Tensor, layout: Layout, matrix: int = 0) -> Tensor:
-    """absmax fp32 [B] of one matrix, back from the bytes of ``scale_bytes``."""
+    """Decode the scales of one matrix from the bytes of ``scale_bytes``.
+
+    Args:
+        scales: uint8, the scales of the whole tensor; padding at the end is allowed.
+        layout: layout of the tensor.
+        matrix: index of the matrix in the stack.
+
+    Returns:
+        fp32, one scale for each block of the matrix.
+    """
     blocks, nested = layout.matrix_blocks, layout.matrix_nested
 
-    # The clones are small, and aligned: ZeRO-3 may gather these bytes to an odd place inside a
-    # larger buffer.
+    # Cloned because ZeRO-3 may gather these bytes to an unaligned address, where they cannot be
+    # viewed as floats.
     def floats(start: int, count: int) -> Tensor:
         return scales[4 * start : 4 * (start + count)].clone().view(torch.float32)
 
@@ -187,7 +252,7 @@ def absmax_of(scales: Tensor, layout: Layout, matrix: int = 0) -> Tensor:
 
 
 def dynamic_map(device: torch.device) -> Tensor:
-    """bitsandbytes' signed 8-bit code, kept by it after the first use."""
+    """Return bitsandbytes' signed 8-bit code table, fp32 [256], from bitsandbytes' own cache."""
     if "dynamic" not in bnb.name2qmap:
         bnb.name2qmap["dynamic"] = bnb.create_dynamic_map()
     if bnb.name2qmap["dynamic"].device != device:
@@ -199,8 +264,18 @@ def dynamic_map(device: torch.device) -> Tensor:
 def dequantize(
     packed: Tensor, scales: Tensor, layout: Layout, dtype: torch.dtype, matrix: int = 0
 ) -> Tensor:
-    """w_OI of one matrix in ``dtype`` from the whole tensor's bytes (each uint8, tail padding
-    allowed)."""
+    """Dequantise one matrix.
+
+    Args:
+        packed: uint8, the packed bytes of the whole tensor; padding at the end is allowed.
+        scales: uint8, the scales of the whole tensor; padding at the end is allowed.
+        layout: layout of the tensor.
+        dtype: dtype of the result.
+        matrix: index of the matrix in the stack.
+
+    Returns:
+        w_OI of shape ``layout.shape``.
+    """
     state = bnb.QuantState(
         absmax=absmax_of(scales, layout, matrix),
         shape=torch.Size(layout.shape),

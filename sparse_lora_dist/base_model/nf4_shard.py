@@ -1,9 +1,12 @@
-"""One rank's part in quantising one linear weight, and the two sharded parameters that come out.
+"""Quantise one rank's shard of a weight, and create the two sharded parameters, packed and scales.
 
-ZeRO-3 cuts the packed bytes into equal shares, wherever that falls. A rank reads and quantises the
-blocks that enclose its share, and answers for the scales of those blocks whose first weight it
-owns; the scales of all ranks are gathered (1/16 byte a weight) and cut again, since ZeRO-3 shards
-them by themselves.
+ZeRO-3 cuts the packed bytes into equal shards, also inside a block. A rank reads and quantises the
+blocks that cover its shard, and provides the scales of the blocks whose first weight it holds
+(example in ``nf4.py``). The scales of all ranks are gathered, 1/16 byte a weight, and cut again,
+since ZeRO-3 shards the scales as a parameter of their own.
+
+Both parameters hold raw bytes, but have the dtype of the builder (bf16): DeepSpeed handles one
+dtype for all parameters. Their values as bf16 numbers mean nothing.
 
 Shapes: B blocks of the whole tensor.
 """
@@ -20,30 +23,42 @@ QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]
 
 
 def own_bytes(num_bytes: int, dtype: torch.dtype) -> tuple[int, int]:
-    """This rank's range of so many bytes in the clothing of ``dtype``."""
+    """Return [start, stop), in bytes, of this rank's shard of a parameter that holds ``num_bytes``
+    raw bytes as elements of ``dtype``."""
     start, stop = own_range(num_elements_for(num_bytes, dtype))
     return min(start * dtype.itemsize, num_bytes), min(stop * dtype.itemsize, num_bytes)
 
 
 def own_weights(layout: nf4.Layout, dtype: torch.dtype) -> tuple[int, int]:
-    """The flat range of weights that this rank's share is made from: at most two blocks more."""
+    """Return the range of weights that this rank's packed shard is made from, in whole blocks.
+
+    At most two blocks more than the shard itself.
+
+    Args:
+        layout: layout of the whole weight.
+        dtype: dtype of the sharded parameter.
+    """
     return layout.weights_of_bytes(*own_bytes(layout.packed_bytes, dtype))
 
 
 def quantized_parameters(
     w_N: Tensor, layout: nf4.Layout, builder: ShardBuilder
 ) -> QuantLinearParameters:
-    """(packed, scales) of one weight, each sharded, bytes in the clothing of the builder's dtype.
-    Collective.
+    """Quantise a weight and create its two sharded parameters. Collective.
 
     Args:
-        w_N: the weights of ``own_weights``, on the builder's device.
+        w_N: float weights of this rank's range ``own_weights``, 1-D, on the builder's device.
+        layout: layout of the whole weight.
+        builder: creates the parameters.
+
+    Returns:
+        Packed bytes and scales, each a frozen parameter of raw bytes in the builder's dtype.
     """
     dtype = builder.dtype
     own_packed, own_absmax = quantized_part(w_N, layout, dtype)
     packed = bytes_parameter(own_packed, layout.packed_bytes, builder)
     absmax_B = _gather_absmax(own_absmax, layout, dtype)
-    # One rank takes the means for all, over whole vectors, as bitsandbytes does.
+    # From one rank, over whole vectors as in bitsandbytes: see nf4.offsets.
     offset_E = comm.broadcast(nf4.offsets(absmax_B, layout))
     scales = nf4.scale_bytes(absmax_B, offset_E, layout)
     first, last = own_bytes(layout.scale_bytes, dtype)
@@ -51,40 +66,60 @@ def quantized_parameters(
 
 
 def quantized_part(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(this rank's share of the packed bytes, absmax fp32 of the blocks it answers for)."""
+    """Quantise this rank's range of a weight. Not collective.
+
+    Args:
+        w_N: float weights of the range ``own_weights``, 1-D.
+        layout: layout of the whole weight.
+        dtype: dtype of the sharded parameter.
+
+    Returns:
+        This rank's shard of the packed bytes, uint8 without padding, and the absmax, fp32, of the
+        blocks whose first weight lies in it.
+    """
     first, last = own_bytes(layout.packed_bytes, dtype)
     w_start, _ = layout.weights_of_bytes(first, last)
     packed, absmax = nf4.quantize(w_N, layout, w_start)
-    # Of the first block another rank may own the first weight, and with it the scale.
+    # The first block may begin in another rank's shard; its scale then comes from that rank.
     packed_start, block_start = layout.place_of(w_start)
     own = packed[first - packed_start : last - packed_start]
     return own, absmax[layout.blocks_of_bytes(first, last)[0] - block_start :]
 
 
 def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Parameter:
-    """A sharded parameter of ``num_bytes`` bytes, of which ``own`` are this rank's."""
-    clothes = as_parameter_dtype(own, builder.dtype)
+    """Create a sharded parameter that holds raw bytes.
+
+    Args:
+        own: uint8, the bytes of this rank's shard (``own_bytes``).
+        num_bytes: bytes of the whole parameter.
+        builder: creates the parameter, in its dtype.
+    """
+    elements = as_parameter_dtype(own, builder.dtype)
     return builder.parameter(
-        (num_elements_for(num_bytes, builder.dtype),), lambda start, stop: clothes
+        (num_elements_for(num_bytes, builder.dtype),), lambda start, stop: elements
     )
 
 
 def num_elements_for(num_bytes: int, dtype: torch.dtype) -> int:
-    """How many elements of ``dtype`` hold that many bytes."""
+    """Return how many elements of ``dtype`` are needed to hold ``num_bytes`` bytes."""
     return -(-num_bytes // dtype.itemsize)
 
 
 def as_parameter_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
-    """uint8 bytes seen as ``dtype``, zero-padded to whole elements. Bit for bit: these are not
-    numbers."""
+    """Reinterpret raw bytes as elements of ``dtype``, without conversion.
+
+    Args:
+        raw: uint8, 1-D; padded with zero bytes to whole elements.
+        dtype: dtype of the parameter that will hold the bytes.
+    """
     length = num_elements_for(raw.numel(), dtype) * dtype.itemsize
-    # A view of other bytes may begin where no element can.
+    # A view may begin at an address that is not aligned for dtype.
     fits = raw.numel() == length and raw.storage_offset() == 0
     return (raw if fits else _padded(raw, length)).view(dtype)
 
 
 def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tensor:
-    """absmax fp32 [B] of the whole tensor. Collective."""
+    """Return the absmax of the whole tensor, fp32 [B]. Collective."""
     share = share_of(num_elements_for(layout.packed_bytes, dtype)) * dtype.itemsize
     cuts = [min(share * r, layout.packed_bytes) for r in range(comm.world_size() + 1)]
     owned = [layout.blocks_of_bytes(*cut) for cut in zip(cuts, cuts[1:], strict=False)]

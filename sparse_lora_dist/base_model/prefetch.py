@@ -1,4 +1,4 @@
-"""Ranges of a checkpoint in a fixed order, each read on a thread while the one before is used."""
+"""Read ranges of the base files ahead, on a thread, while the range before is being used."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Sour
 
 
 class Range(NamedTuple):
-    """Elements [start, stop) of a source."""
+    """Elements [start, stop) of a source, flattened."""
 
     source: Source
     start: int
@@ -22,23 +22,32 @@ class Range(NamedTuple):
 def read_ahead(
     files: CheckpointFiles, ranges: Iterable[Range], device: torch.device
 ) -> Iterator[Tensor]:
-    """The elements of each range, 1-D, on ``device``: at most two ranges are held at a time.
+    """Yield the elements of each range in order. Not collective.
 
-    The thread copies to a GPU on the default stream, so this is to be used on that stream.
+    At most two ranges are held in memory at a time. The thread copies to a GPU on the default
+    stream, so use the tensors on that stream.
+
+    Args:
+        files: the opened base files.
+        ranges: what to read, in this order.
+        device: device of the tensors.
+
+    Yields:
+        1-D tensor in the dtype of the source.
     """
-    with ThreadPoolExecutor(1, initializer=_use, initargs=(device,)) as thread:
+    with ThreadPoolExecutor(1, initializer=_set_device, initargs=(device,)) as thread:
         reads: deque[Future[Tensor]] = deque()
         for source, start, stop in ranges:
             reads.append(thread.submit(files.read, source, start, stop, device=device))
             if len(reads) > 1:
-                # Taken out of the queue before it is handed out, so that nothing here keeps it.
+                # Removed from the queue before it is yielded, so that no reference stays here.
                 yield reads.popleft().result()
         while reads:
             yield reads.popleft().result()
 
 
-def _use(device: torch.device) -> None:
-    """CUDA's current device is each thread's own; without this the threads of all ranks would pin
-    memory in the name of GPU 0, and each leave a context there."""
+def _set_device(device: torch.device) -> None:
+    """Set the thread's CUDA device, which is not inherited. Without it the threads of all ranks
+    would pin memory for GPU 0, and each would create a context there."""
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -1,12 +1,11 @@
-"""A safetensors checkpoint on disk: what it holds, checked before anyone reads, and flat ranges of
-it.
+"""Open the safetensors files of a base model, check their headers, and read flat ranges of tensors.
 
-    Entry     one tensor of a file
-    Source    what a parameter is in the files: the elements of some entries, one after another
+    Entry     one tensor in a file
+    Source    the elements of one or more entries, one after another, that make one parameter
 
-Ranges are read with plain reads, not mapped: mapped pages count against the process until the
-kernel takes them back. ``safe_open`` hands out whole rows only; a ZeRO-3 share starts anywhere
-inside one.
+Ranges are read with plain reads. Memory-mapped pages would count as memory of the process until the
+kernel takes them back. ``safe_open`` reads whole rows only, but a ZeRO-3 shard may begin inside a
+row.
 """
 
 import json
@@ -22,23 +21,26 @@ from torch import Tensor
 from sparse_lora_dist.errors import UserError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
+"""Name of a dtype in a safetensors header -> torch dtype."""
 FLOATS = ("BF16", "F16", "F32")
 CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 BLOCK_BYTES = 2**26
-"""Read at a time for a GPU, through pinned memory: PyTorch keeps what it pinned, for ever."""
+"""Bytes read in one go for a GPU, through pinned memory. PyTorch never frees pinned memory, so its
+size is bounded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor: where its bytes lie."""
+    """One tensor in a safetensors file."""
 
     file: Path
     dtype: str
+    """Name of its dtype in the header, such as "BF16"."""
     shape: tuple[int, ...]
     start: int
-    """Byte offset in the file of the first element."""
+    """Byte offset of its first element in the file."""
     nbytes: int
 
     @property
@@ -48,17 +50,18 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """What a parameter is in the files: the elements of its parts, one part after another."""
+    """The elements of one parameter in the files: those of its parts, one part after another."""
 
     keys: tuple[str, ...]
-    """The parts' names in the files."""
+    """Names of the parts in the files."""
     parts: tuple[Entry | bytes, ...]
-    """Where they lie; a few bytes may be given as they are."""
+    """The tensors that it is made from; ``bytes`` for values that no tensor of a file holds."""
     dtype: torch.dtype
+    """Dtype in which its elements are read; uint8 to read raw bytes."""
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the parts."""
+        """Shapes of the parts that are tensors of a file."""
         return [p.shape for p in self.parts if isinstance(p, Entry)]
 
     @property
@@ -67,8 +70,21 @@ class Source:
 
 
 class CheckpointFiles:
-    """Every tensor of a model folder, by name. Opening reads headers only and checks them against
-    the sizes."""
+    """The base files: the safetensors files of a model folder.
+
+    Opening them reads the headers and checks them against the sizes of the files. No method is
+    collective.
+
+    Args:
+        folder: folder with model.safetensors, or with an index and the files that it names.
+
+    Raises:
+        UserError: files are missing, cut short, or not safetensors.
+
+    Attributes:
+        entries: name of a tensor in the files -> its entry.
+        bytes_read: bytes of tensors read so far.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,24 +101,34 @@ class CheckpointFiles:
         missing = [n for n in json.loads(index.read_text())["weight_map"] if n not in self.entries]
         if missing:
             raise UserError(
-                f"{index} names {len(missing)} tensors that no file holds, "
-                f"the first is {missing[0]!r}. Download the model again."
+                f"{index} names {len(missing)} tensors that no file holds, the first of them "
+                f"{missing[0]!r}. Download the model again."
             )
 
     def whole(self, key: str) -> Tensor:
-        """A small tensor, 1-D, in the file's dtype."""
+        """Read a whole tensor, which should be small.
+
+        Args:
+            key: its name in the files.
+
+        Returns:
+            1-D tensor on the CPU, in the file's dtype.
+        """
         entry = self.entries[key]
         source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
         return self.read(source, 0, entry.nbytes // entry.itemsize)
 
-    def raw(self, entry: Entry, component_bytes: int) -> Iterator[Tensor]:
-        """A tensor's bytes as they are, some at a time."""
+    def raw(self, entry: Entry, block_bytes: int) -> Iterator[Tensor]:
+        """Yield the bytes of a tensor, uint8 on the CPU, in blocks of at most ``block_bytes``."""
         source = Source(keys=(), parts=(entry,), dtype=torch.uint8)
-        for start in range(0, entry.nbytes, component_bytes):
-            yield self.read(source, start, min(start + component_bytes, entry.nbytes))
+        for start in range(0, entry.nbytes, block_bytes):
+            yield self.read(source, start, min(start + block_bytes, entry.nbytes))
 
     def same(self, key: str, other: str, rank: int, ranks: int) -> bool:
-        """Do two tensors hold the same bytes, in one rank's part of them?"""
+        """Return True if two tensors have the same dtype, shape and bytes.
+
+        Only the ``rank``-th of ``ranks`` equal parts of the bytes is compared.
+        """
         one, two = self.entries[key], self.entries[other]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
             return False
@@ -115,16 +141,27 @@ class CheckpointFiles:
         )
 
     def read(self, source: Source, start: int, stop: int, *, device: torch.device = CPU) -> Tensor:
-        """Elements [start, stop) of a source, 1-D, on ``device``; only their bytes are read.
+        """Read elements [start, stop) of a source, and no other bytes.
 
-        A copy to a GPU may still be under way: it is in order on the caller's current stream.
+        Args:
+            source: what to read.
+            start: first element, in the flattened source.
+            stop: end of the range.
+            device: device of the result. A copy to a GPU may still be running on the current
+                stream on return.
+
+        Returns:
+            1-D tensor of ``source.dtype``.
+
+        Raises:
+            UserError: a file has become unreadable or shorter since it was opened.
         """
         out = torch.empty(max(stop - start, 0), dtype=source.dtype, device=device)
         if device.type == "cpu":
             self._fill(out, source, start)
             return out
         for block in out.split(BLOCK_BYTES // out.element_size()):
-            # PyTorch hands a pinned block to nobody else before the copy from it is done.
+            # PyTorch does not reuse the pinned memory before the copy from it has finished.
             pinned = torch.empty_like(block, device=CPU, pin_memory=True)
             self._fill(pinned, source, start)
             block.copy_(pinned, non_blocking=True)
@@ -132,11 +169,11 @@ class CheckpointFiles:
         return out
 
     def _fill(self, out: Tensor, source: Source, start: int) -> None:
-        """``out``, 1-D in host memory, with the elements from ``start`` on."""
+        """Fill ``out``, 1-D in host memory, with the elements of ``source`` from ``start`` on."""
         first = start * out.element_size()
         last = first + out.nbytes
         buffer = out.view(torch.uint8).numpy().data
-        begin = 0  # of the part, in the source
+        begin = 0  # byte offset of the part in the source
         for part in source.parts:
             length = len(part) if isinstance(part, bytes) else part.nbytes
             low, high = max(first, begin), min(last, begin + length)
@@ -153,12 +190,15 @@ class CheckpointFiles:
                 file.seek(part.start + offset)
                 _read_into(file, buffer, part.file)
         except OSError as error:
-            raise UserError(f"{part.file} cannot be read any more: {error}") from error
+            raise UserError(
+                f"{part.file} cannot be read any more: {error}. Keep the files of the model in "
+                "place while it is loaded."
+            ) from error
         self.bytes_read += len(buffer)
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """The safetensors files the index names, or the single file."""
+    """Return the safetensors files that the index names, or the single file."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -166,12 +206,13 @@ def _files_of(folder: Path) -> list[Path]:
             names = sorted(str(file) for file in files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{index} is not a safetensors index: {error}. Download it again."
+                f"{index} is not a valid safetensors index: {error}. Download it again."
             ) from error
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
             raise UserError(
-                f"{index} names {len(absent)} files that are not there, the first is {absent[0]}."
+                f"{index} names {len(absent)} files that are missing, the first of them "
+                f"{absent[0]}. Download the model again."
             )
         return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
@@ -179,20 +220,27 @@ def _files_of(folder: Path) -> list[Path]:
     there = sorted(p.name for p in folder.iterdir())[:10] if folder.is_dir() else "no such folder"
     raise UserError(
         f"{folder} holds no model.safetensors and no model.safetensors.index.json "
-        f"(it holds {there}). Only safetensors are read; convert pickled .bin files, or GGUF, with "
-        "transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
+        f"(it holds {there}). Only safetensors files can be loaded. Convert pickled .bin files or "
+        "GGUF with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
     )
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Name -> entry for one file; a file that is cut short or not safetensors is an error that
-    names it."""
+    """Read and check the header of one safetensors file.
+
+    Returns:
+        Name of a tensor -> its entry.
+
+    Raises:
+        UserError: the file is cut short or not safetensors.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
             raise UserError(
-                f"{file} is no safetensors file, or is cut short ({size} bytes). Download it again."
+                f"{file} is not a safetensors file, or is cut short: it has {size} bytes. Download "
+                "it again."
             )
         try:
             header = json.loads(stream.read(length))
@@ -214,8 +262,8 @@ def _entries(
         dtype, shape = str(about["dtype"]), tuple(about["shape"])
         if data_start + stop > size:
             raise UserError(
-                f"{file} is cut short: tensor {name!r} should end at byte {data_start + stop}, "
-                f"the file has {size}. Download it again."
+                f"{file} is cut short: tensor {name!r} should end at byte {data_start + stop}, but "
+                f"the file has {size} bytes. Download it again."
             )
         nbytes = stop - start
         if dtype in DTYPES and nbytes != prod(shape) * DTYPES[dtype].itemsize:
@@ -227,13 +275,13 @@ def _entries(
 
 
 def _read_into(file: FileIO, buffer: memoryview, path: Path) -> None:
-    """Fill ``buffer``; one read may return less than asked (Linux stops at 2 GB)."""
+    """Fill ``buffer``. One read may return less than asked for; Linux returns at most 2 GB."""
     done = 0
     while done < len(buffer):
         got = file.readinto(buffer[done:])
         if not got:
             raise UserError(
-                f"{path} ended {len(buffer) - done} bytes early while it was read. "
-                "Is it being changed?"
+                f"{path} ended {len(buffer) - done} bytes early while it was read, so it was "
+                "changed after it was opened. Keep the files in place while the model is loaded."
             )
         done += got

@@ -1,5 +1,8 @@
-"""A folder of safetensors files, written front to back: no more is held than what is being
-written."""
+"""Write a folder of safetensors files tensor by tensor, holding only the block being written.
+
+Each file begins with room for its header, and the header is written last. Until then the file does
+not open as safetensors, so a file that was cut short cannot be taken for a whole one.
+"""
 
 import json
 import os
@@ -14,29 +17,39 @@ from torch import Tensor
 from sparse_lora_dist.base_model.safetensors_reader import DTYPES
 
 FILE_BYTES = 5 * 10**9
-"""A file that has so many is closed, and the next one begun."""
+"""Once a file has this many bytes, the next tensor begins a new file."""
 HEADER_BYTES = 4 * 2**20
-"""Room for the header at the head of a file, at most."""
+"""Largest room for the header of one file."""
 ABOUT_ONE = 128
-"""Bytes of the header that one tensor takes besides its name, at most."""
+"""Upper bound of the header's bytes for one tensor, besides its name."""
 
 
 class SafetensorsWriter:
-    """The header of a file comes last, into the room that was left for it: a file cut short is no
-    safetensors file."""
+    """Writer of a folder of safetensors files with an index. Not collective.
+
+    Args:
+        folder: an existing folder.
+        header_bytes: upper bound of the bytes of all headers together.
+        stem: beginning of the file names: ``STEM-00001-of-00003.safetensors``.
+    """
 
     def __init__(
         self, folder: Path, header_bytes: int = HEADER_BYTES, *, stem: str = "model"
     ) -> None:
-        """``header_bytes``: what all headers together need at most; ``stem``: how names begin."""
         self.folder, self.stem = folder, stem
         self._room = -(-min(header_bytes, HEADER_BYTES) // 8) * 8  # tensors begin aligned
         self._files: list[FileIO] = []
         self._headers: list[dict[str, Any]] = []
-        self._header_bytes = self._position = 0  # of the file being written
+        self._header_bytes = self._position = 0  # in the file being written
 
     def add(self, name: str, dtype: str, shape: Sequence[int], blocks: Iterable[Tensor]) -> None:
-        """One tensor, its bytes in blocks.
+        """Append one tensor.
+
+        Args:
+            name: its name.
+            dtype: name of its dtype in a safetensors header, such as "BF16".
+            shape: its shape.
+            blocks: its values in order, cut anywhere; blocks of any dtype are written as raw bytes.
 
         Raises:
             OSError: no space, no permission, a broken disk.
@@ -54,11 +67,15 @@ class SafetensorsWriter:
         self._header_bytes += about_it
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """The same for a tensor in memory."""
+        """Append a tensor that is in host memory, in its own dtype."""
         self.add(name, NAMES[tensor.dtype], tensor.shape, [tensor])
 
     def finish(self) -> None:
-        """Headers, names and the index; everything is on disk when this returns."""
+        """Write the headers, rename the files and write the index; all is synced to disk.
+
+        Raises:
+            OSError: no space, no permission, a broken disk.
+        """
         count = len(self._files)
         weight_map: dict[str, str] = {}
         for number, (file, header) in enumerate(zip(self._files, self._headers, strict=True), 1):
@@ -78,7 +95,7 @@ class SafetensorsWriter:
         write_synced(self.folder / f"{self.stem}.safetensors.index.json", index)
 
     def close(self) -> None:
-        """Let go of what was not finished."""
+        """Close the files without finishing them, after an error."""
         for file in self._files:
             file.close()
 
@@ -94,17 +111,19 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.int32: "I32",
     torch.int64: "I64",
 }
+"""torch dtype -> its name in a safetensors header."""
 
 
 def _write_all(file: FileIO, data: bytes | memoryview) -> None:
-    """One write may take less than it was given: Linux stops at 2 GB, and where a disk is full."""
+    """Write all of ``data``. One write may take less: at most 2 GB on Linux, or what a nearly full
+    disk still takes."""
     done = 0
     while done < len(data):
         done += file.write(data[done:])
 
 
 def write_synced(path: Path, content: object) -> None:
-    """JSON, on disk when this returns."""
+    """Write ``content`` as JSON and sync the file to disk."""
     with path.open("w") as file:
         json.dump(content, file, indent=2)
         file.flush()

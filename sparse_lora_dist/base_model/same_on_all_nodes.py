@@ -1,5 +1,8 @@
-"""Do all nodes have the same base model? What is compared are headers, and samples of every tensor:
-two revisions of a model have the same headers, and to read all would take as long as to load it."""
+"""Check that all nodes have the same base model.
+
+Compared are the headers of the files and samples of every tensor. Headers alone do not tell two
+revisions of a model apart, and reading all weights would take as long as loading them.
+"""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,27 +17,37 @@ from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 
 SAMPLES, SAMPLE_BYTES = 8, 256
+"""Samples of each tensor, and bytes of a sample."""
 
 
 def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> None:
-    """Raise where a node's copy of the model is another one. Collective."""
+    """Check that all nodes have the same copy of the model. Collective.
+
+    Args:
+        name: value of --model, for the message.
+        folder: the model folder on this node.
+        files: its opened files.
+
+    Raises:
+        UserError: a node's copy differs from that of rank 0.
+    """
     own = None
     with fail_together("comparing the base model of all nodes"):
         if comm.rank() == 0 or comm.is_first_on_its_node():
             own = (identity(folder, files), hash_of_samples(files))
-    said = comm.gather_objects(own)
-    other = next((r for r, found in enumerate(said) if found not in (None, said[0])), None)
+    hashes = comm.gather_objects(own)
+    other = next((r for r, found in enumerate(hashes) if found not in (None, hashes[0])), None)
     if other is not None:
         raise UserError(
-            f"--model {name}: rank {other} has other files in its {folder} than rank 0. Give "
+            f"--model {name}: rank {other} has other files in its {folder} than rank 0. Set "
             "--revision for a hub id, or copy the same folder to every machine.",
             shared=True,
         )
 
 
-@lru_cache(maxsize=1)  # the base cache asks again, and thousands of small reads take their time
+@lru_cache(maxsize=1)  # also used for the base cache; it takes thousands of small reads
 def hash_of_samples(files: CheckpointFiles) -> str:
-    """Of a few places of every tensor."""
+    """Return the SHA-256 of a few samples of every tensor. Not collective."""
     digest = hashlib.sha256()
     in_order = sorted(files.entries.values(), key=lambda e: (e.file, e.start))
     for file, entries in groupby(in_order, key=lambda e: e.file):
@@ -47,6 +60,6 @@ def hash_of_samples(files: CheckpointFiles) -> str:
 
 
 def _places(num_bytes: int) -> Iterator[int]:
-    """Where samples begin: from the first byte to the last, evenly."""
+    """Yield the offsets of samples, spread evenly from the first byte to the last."""
     last = max(num_bytes - SAMPLE_BYTES, 0)
     yield from sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})

@@ -1,9 +1,9 @@
-"""Safetensors on disk -> a transformers model of which this rank holds its own ZeRO-3 share.
+"""Load the base files into a model that is sharded by ZeRO-3, each rank its own shard.
 
-The model is built on the meta device, so nothing is allocated; then every parameter is replaced by
-a sharded one whose share is read, and for linears and experts quantised, by its owner alone. What a
-rank needs but did not compute, the scales of other ranks' blocks, comes from them: 1/16 byte a
-weight, and only while loading. What is quantised in the files already is read as it is.
+The model is built on the meta device, where nothing is allocated. Then each parameter is replaced
+by a sharded one. A rank reads only the ranges of its own shards, and quantises those of linear
+layers and experts. From other ranks it receives only the scales of their blocks, 1/16 byte a
+weight. Weights that the files hold in 4 bits already are read without change.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -39,27 +39,39 @@ class LoadReport:
     """What loading cost this rank, in bytes."""
 
     linear_bytes_in_file: int = 0
+    """Size in the files of all weights that are held in 4 bits."""
     linear_bytes_read: int = 0
-    """Of the weights that are held in 4 bits."""
+    """Bytes that this rank read of the weights that are held in 4 bits."""
     other_bytes_read: int = 0
+    """Bytes that this rank read of all other parameters."""
     bytes_received: int = 0
-    """From other ranks: scales only."""
+    """Bytes that this rank received from other ranks: scales only."""
     unquantized: dict[str, int] = field(default_factory=dict)
-    """Linear -> its bytes, of those that stay in the engine's dtype."""
+    """Name of a linear layer that stays in the engine's dtype -> bytes of its whole weight."""
     experts: int = 0
-    """Experts that were quantised, of all layers."""
+    """Number of experts held in 4 bits, over all layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What is read for one parameter, and what is made of it."""
+    """The reads for one parameter, and the function that makes the parameter from them."""
 
     ranges: list[Range]
     finish: Callable[[list[Tensor]], None]
+    """Called with the tensors of ``ranges``."""
 
 
 class ShardLoader:
-    """Fills a meta model from ``files``, one parameter at a time."""
+    """Replaces the parameters of a meta model by sharded ones, one parameter at a time.
+
+    Args:
+        files: the opened base files.
+        sources: where the files hold each parameter.
+        builder: creates the sharded parameters.
+        quantize: quantise linear layers and experts that the files hold as floats, to NF4.
+        double_quant: quantise their scales too.
+        initial: name -> values of parameters trained in full that do not come from the files.
+    """
 
     def __init__(
         self,
@@ -71,20 +83,23 @@ class ShardLoader:
         double_quant: bool,
         initial: Mapping[str, Values],
     ) -> None:
-        """``quantize``: to NF4, what the files hold as floats; ``initial``: values of modules
-        trained in full that come from elsewhere, by name."""
         self.files, self.sources, self.builder, self.initial = files, sources, builder, initial
         self.quantize, self.double_quant = quantize, double_quant
         self.report = LoadReport()
-        # By id of the meta parameter, so that tied ones stay tied; kept, so that its id is.
+        # Keyed by the id of the meta parameter, so that tied parameters stay tied. The meta
+        # parameter is kept too, so that its id is not reused.
         self._made: dict[int, tuple[Tensor, nn.Parameter]] = {}
 
     def load(self, model: nn.Module, *, keep: Collection[str], train: Collection[str]) -> None:
         """Replace every parameter of ``model``. Collective.
 
         Args:
-            keep: linears that are not quantised (the output head).
-            train: modules trained in full: left as they are, with trainable parameters.
+            keep: names of linear layers that are not quantised, such as the output head.
+            train: names of modules trained in full: their class is kept, their parameters are
+                trainable.
+
+        Raises:
+            UserError: a file cannot be read, or a module of ``train`` is in 4 bits in the files.
         """
         received = comm.traffic_bytes.total()
         jobs = [
@@ -107,7 +122,7 @@ class ShardLoader:
         keep: Collection[str],
         train: Collection[str],
     ) -> Iterator[_Job]:
-        """The jobs of the parameters that are this module's own, not its children's."""
+        """Yield the jobs of the module's own parameters, without those of its children."""
         if isinstance(module, nn.Linear) and is_plain_linear(module) and name not in train:
             yield from self._linear(model, name, module, quantize=name not in keep)
         elif is_experts(module) and self._in_4_bits(f"{name}.down_proj"):
@@ -117,7 +132,7 @@ class ShardLoader:
                 full = f"{name}.{leaf}" if name else leaf
                 put = partial(setattr, module, leaf)
                 yield self._parameter(full, parameter, put, trainable=name in train)
-                # Weights of other kinds stay as they are.
+                # Weights of modules that are neither linear layers nor experts stay unquantised.
                 is_weight = parameter.dim() > 1 and not isinstance(module, nn.Embedding)
                 if is_weight and name not in train:
                     self._note_unquantized(full, parameter)
@@ -125,7 +140,7 @@ class ShardLoader:
     def _linear(
         self, model: nn.Module, name: str, linear: nn.Linear, *, quantize: bool
     ) -> Iterator[_Job]:
-        """Its weight, its bias, and the frozen linear that takes its place."""
+        """Yield the jobs of weight and bias, and the one that replaces the layer."""
         weight = f"{name}.weight"
         made: dict[str, Any] = {"bias": None}
         new: Callable[[], FrozenLinear]
@@ -143,7 +158,7 @@ class ShardLoader:
         yield _Job([], lambda _: _replace(model, name, new()))
 
     def _experts(self, model: nn.Module, name: str, experts: Any) -> Iterator[_Job]:
-        """Their two stacks of weights, and the experts that take their place."""
+        """Yield the jobs of the two weight stacks, and the one that replaces the experts."""
         made: dict[str, QuantLinearParameters] = {}
         layouts = {leaf: self._layout(f"{name}.{leaf}") for leaf in EXPERT_WEIGHTS}
         for leaf, layout in layouts.items():
@@ -158,8 +173,10 @@ class ShardLoader:
         return isinstance(self.sources.get(name), Packed) or (self.quantize and quantize)
 
     def _layout(self, name: str) -> nf4.Layout:
-        """That of the files, or the one to quantise to: each tensor of the files by itself, or each
-        matrix of a stack."""
+        """Return the layout of a weight that is in 4 bits in the files or will be quantised.
+
+        Each tensor of the files, or each matrix of a stacked one, is quantised by itself.
+        """
         source = self.sources[name]
         if isinstance(source, Packed):
             return source.layout
@@ -175,7 +192,8 @@ class ShardLoader:
         *,
         trainable: bool = False,
     ) -> _Job:
-        """A parameter in the engine's dtype; a tied one is made once, and put twice."""
+        """Return the job of a parameter in the engine's dtype. A tied one is made once and assigned
+        twice."""
         make = partial(self.builder.parameter, tuple(meta.shape), trainable=trainable)
         if id(meta) in self._made:
             return _Job([], lambda _: put(self._made[id(meta)][1]))
@@ -190,8 +208,8 @@ class ShardLoader:
         source = self.sources[name]
         if isinstance(source, Packed):
             raise UserError(
-                f"{self.files.folder} holds {name} in 4 bits, which only linears that stay frozen "
-                "may have: leave it out of --modules_to_save, or use the original weights.",
+                f"{self.files.folder} holds {name} in 4 bits, but only frozen linear layers may be "
+                "in 4 bits. Leave it out of --modules_to_save, or use the original weights.",
                 shared=True,
             )
         own = Range(source, *own_range(meta.numel()))
@@ -206,7 +224,8 @@ class ShardLoader:
     def _quantized(
         self, name: str, layout: nf4.Layout, put: Callable[[QuantLinearParameters], None]
     ) -> _Job:
-        """Packed bytes and scales, from floats or as the files have them."""
+        """Return the job of packed bytes and scales, quantised from floats or read from the
+        files."""
         source, builder = self.sources[name], self.builder
         if isinstance(source, Packed):
             stored = (source.packed, source.scales)
@@ -235,7 +254,7 @@ class ShardLoader:
             self.report.unquantized[name] = weight.numel() * self.builder.dtype.itemsize
 
     def _read_buffers(self, model: nn.Module) -> None:
-        """Buffers that the checkpoint holds, a router's bias say: small, whole on every rank."""
+        """Read the buffers that the files hold, such as a router's bias, whole on every rank."""
         persistent = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             source = self.sources.get(name)
@@ -245,15 +264,16 @@ class ShardLoader:
 
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""Names of the two weight stacks of an experts module in transformers."""
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """nn.Linear itself: a subclass may compute something else with its weight."""
+    """Return True for nn.Linear itself. A subclass may compute something else with its weight."""
     return type(module) is nn.Linear
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Experts whose weights are two stacks of matrices."""
+    """Return True for an experts module whose weights are two stacks of matrices."""
     weights = dict(module.named_parameters(recurse=False))
     return weights.keys() == set(EXPERT_WEIGHTS) and all(w.dim() == 3 for w in weights.values())
 

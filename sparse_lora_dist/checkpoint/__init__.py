@@ -1,15 +1,23 @@
-"""SAVE: sharded, atomic checkpoints of everything that trains, without pickle or base weights.
+"""SAVE: sharded, atomic checkpoints of all training state, without pickle and base weights.
 
     checkpoints/step_00000100/
-        rank_00000.safetensors ...   a rank's slices; the metadata holds the global offset of each
-        manifest.json                written last, with hashes; without one it is no checkpoint
-    checkpoints/latest               its name, for people
+        rank_00000.safetensors ...   one rank's slices; the metadata holds the range of each
+        manifest.json                written last, with the hash of every file; a folder without
+                                     one is not a checkpoint
+    checkpoints/latest               text file with the name of the newest checkpoint, for people
 
-A slice of tensor "t" is stored as ``master/t`` (fp32), ``live/t`` (a bit an entry), the statistics
-``stat0/t`` ..., and, packed to the live entries, ``exp_avg/t``, ``exp_avg_sq/t`` and ``born/t``
-(int32; once, where all came to life together). What is the same on every rank (components and
-statistics of each site) is in the manifest. A reader takes the ranges it needs from whichever files
-hold them, so nothing here depends on how many ranks wrote.
+A rank's slice of a trained tensor "t" is stored under these keys:
+
+    master/t                  fp32 master values
+    live/t                    mask of live entries, one bit per entry
+    stat0/t ...               importance statistics, fp32
+    exp_avg/t, exp_avg_sq/t   moments, fp32, live entries only
+    born/t                    birth steps, int32, live entries only; one value if all are equal
+
+Also per rank: ``kept/t``, bytes of a kept tensor; ``squares/site``, running mean of squared inputs,
+float64; and ``rng/cpu``, ``rng/cuda``, random states. What is the same on every rank (components
+and statistics of each site) is in the manifest. A reader takes the ranges it needs from the files
+that hold them, so a checkpoint can be read by any number of ranks.
 """
 
 from sparse_lora_dist.checkpoint.manifest import (

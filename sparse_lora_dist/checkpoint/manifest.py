@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint: what it is, how far the run was, which files belong to it."""
+"""Read, write and check a checkpoint's manifest: its progress, description and list of files."""
 
 import hashlib
 import json
@@ -11,39 +11,48 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim.moments import MOMENTS
 
 FORMAT = 5
+"""Version of the checkpoint format."""
 MANIFEST = "manifest.json"
 PACKED = (*MOMENTS, "born")
-"""What is saved for live entries only."""
+"""Keys that are saved for live entries only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """How far a run is."""
+    """Position of a run in its schedule and data."""
 
     step: int = 0
     """Optimizer steps done."""
     rows: int = 0
-    """Rows of the stream consumed: the data position, whatever the batch size."""
+    """Rows of the training stream consumed: the data position, independent of the batch size."""
     tokens: int = 0
-    """Tokens that went through the model, padding not counted."""
+    """Tokens trained on, padding not counted."""
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:
-    """The text of a manifest, with a hash of all that it says."""
+    """Return a manifest as JSON text, with the sha256 hash of its contents added."""
     return json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, after checking that it is as it was written and that every file it names is
-    there in its full size.
+    """Read a checkpoint's manifest, and check it and the sizes of the files it lists.
+
+    Hashes of the files are not checked; see ``find_damage``. Not a collective.
+
+    Args:
+        checkpoint: a step_... folder.
+
+    Returns:
+        Contents of manifest.json, without its hash.
 
     Raises:
-        UserError: without saying what to do instead, which the caller knows.
+        UserError: the manifest is absent, damaged or of another format, or a file is absent or has
+            another size. The message does not say what to do instead; the caller adds that.
     """
     path = checkpoint / MANIFEST
     if not path.exists():
         raise UserError(
-            f"{checkpoint} is no checkpoint: it has no {MANIFEST}. Name a step_... folder."
+            f"{checkpoint} is not a checkpoint: it has no {MANIFEST}. Give a step_... folder."
         )
     try:
         manifest: dict[str, Any] = json.loads(path.read_text())
@@ -51,49 +60,71 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error!r}.") from error
     if version != FORMAT:
-        raise UserError(f"{path} has format {version}; this version reads {FORMAT}.")
+        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT}.")
     if digest != _hash(manifest):
-        raise UserError(f"{path} was altered after it was saved.")
+        raise UserError(f"{path} was altered after it was saved: its hash does not match.")
     for file in manifest["files"]:
         there = checkpoint / file["name"]
         size = there.stat().st_size if there.exists() else 0
         if size != file["bytes"]:
-            raise UserError(f"{there} has {size} bytes, the manifest says {file['bytes']}.")
+            raise UserError(f"{there} has {size} bytes, but the manifest lists {file['bytes']}.")
     return manifest
 
 
 def hash_of_file(path: Path) -> str:
-    """sha256 of all its bytes."""
+    """Return the sha256 hash of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _hash(manifest: Mapping[str, Any]) -> str:
-    # As JSON gives it back: tuples are lists there, and keys are text.
+    # Hash what JSON gives back, in which tuples are lists and keys are strings.
     text = json.dumps(json.loads(json.dumps(manifest)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def check_description(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to go on with another base, method ... than was saved; name each that differs."""
+    """Refuse to resume with another base, method or other setting than was saved.
+
+    Args:
+        checkpoint: checkpoint to resume from, named in the error.
+        saved: description in its manifest.
+        now: description of this run.
+
+    Raises:
+        UserError: names every entry that differs, with both values.
+    """
     differ = [
         f"{k} was {saved.get(k)!r}, now {now.get(k)!r}"
         for k in sorted({*saved, *now})
         if saved.get(k) != now.get(k)
     ]
     if differ:
-        raise UserError(f"{checkpoint} belongs to another run: " + "; ".join(differ))
+        raise UserError(
+            f"{checkpoint} belongs to another run: {'; '.join(differ)}. Resume with the saved "
+            "settings, or start a new run in another --output_dir."
+        )
 
 
 def check_tensors(
     checkpoint: Path, saved: Mapping[str, list[int]], now: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse to go on with other trained tensors than were saved; name the first that differs."""
+    """Refuse to resume with other trained tensors than were saved.
+
+    Args:
+        checkpoint: checkpoint to resume from, named in the error.
+        saved: name -> shape of every trained tensor in its manifest.
+        now: name -> shape of every tensor that this run trains.
+
+    Raises:
+        UserError: names the first tensor that differs, with both shapes.
+    """
     ours = {name: list(shape) for name, shape in now.items()}
     differ = sorted(n for n in {*saved, *ours} if saved.get(n) != ours.get(n))
     if differ:
         raise UserError(
-            f"{checkpoint}: {len(differ)} trained tensors differ, the first is {differ[0]}: "
-            f"saved {saved.get(differ[0])}, now {ours.get(differ[0])}. "
-            "Resume with the saved --rank, --target_modules and --modules_to_save."
+            f"{checkpoint}: {len(differ)} trained tensors differ from the saved ones. The first is "
+            f"{differ[0]}: its saved shape is {saved.get(differ[0])}, and now it is "
+            f"{ours.get(differ[0])} (None: not trained). Resume with the saved --rank, "
+            "--target_modules and --modules_to_save."
         )

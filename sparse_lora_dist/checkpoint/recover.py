@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole, and what a killed job left behind beside them."""
+"""Find the intact checkpoints of a run, and clean up after a job that was killed while saving."""
 
 import os
 import shutil
@@ -11,18 +11,26 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.atomic_files import REPLACED, TEMPORARY
 
 REMOVED = ".removed_"
-"""Before the name of a step that is being deleted."""
+"""Prefix of the name of a checkpoint that is being deleted."""
 LATEST = "latest"
-"""File with the name of the checkpoint published last: a hint for people, which nothing here
-reads, since another node may see an old one."""
+"""Text file with the name of the newest checkpoint. It is for people: no code reads it, because
+another node may still see an old one on a shared disk."""
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest published checkpoint of ``folder`` that is as it was saved; None where none was
-    saved. A damaged one is skipped with a line that names the file. Collective.
+    """Return the newest intact checkpoint. Collective.
+
+    Prints a line for each damaged checkpoint that is skipped.
+
+    Args:
+        folder: the "checkpoints" folder of a run.
+
+    Returns:
+        A step_... folder; None if no checkpoint was ever published.
 
     Raises:
-        UserError: all are damaged: to start afresh is for a person to decide.
+        UserError: on all ranks, if all checkpoints are damaged. Starting anew would lose the run,
+            so the user has to decide on it.
     """
     found = published_for_all(folder)
     for path in reversed(found):
@@ -32,33 +40,47 @@ def newest_whole(folder: Path) -> Path | None:
         print_line("skipped", damage)
     if found:
         raise UserError(
-            f"no checkpoint of {folder} is whole, see above. Start afresh in another --output_dir.",
+            f"no checkpoint of {folder} is intact; the lines above name the damage. Restore these "
+            "files, or start a new run in another --output_dir.",
             shared=True,
         )
     return None
 
 
 def published(folder: Path) -> list[Path]:
-    """Checkpoints by step; not a copy that somebody called step_00000004_backup. Not a
-    collective."""
+    """Return the published checkpoints in ``folder``, by ascending step. Not a collective.
+
+    Folders with other names than step_<digits>, like step_00000004_backup, are left out.
+    """
     named = (p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdecimal())
     return sorted(p for p in named if (p / MANIFEST).exists())
 
 
 def published_for_all(folder: Path) -> list[Path]:
-    """Rank 0's listing: other nodes may see one of a while ago. Collective."""
+    """Return rank 0's ``published`` on every rank. Collective.
+
+    On a shared disk other nodes may see an older listing.
+    """
     found: list[Path] = comm.broadcast_object(published(folder) if comm.rank() == 0 else [])
     return found
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What keeps it from being read, None where all is as it was saved. Each rank reads some of the
-    files, so that all are read once. Collective."""
+    """Check every file of a checkpoint against its hash. Collective.
+
+    The files are spread over the ranks, so that each is read once.
+
+    Args:
+        checkpoint: a step_... folder.
+
+    Returns:
+        The first damage found, the same on every rank; None if the checkpoint is intact.
+    """
     try:
         for file in read_manifest(checkpoint)["files"][comm.rank() :: comm.world_size()]:
             path = checkpoint / file["name"]
             if hash_of_file(path) != file["sha256"]:
-                raise UserError(f"{path} was altered after it was saved.")
+                raise UserError(f"{path} was altered after it was saved: its hash does not match.")
         damage = None
     except (UserError, OSError) as error:
         damage = str(error)
@@ -66,8 +88,10 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed job left: what it was writing, deleting, or had replaced. One that was
-    replaced by nothing gets its name back. Not a collective."""
+    """Remove what a killed job left in ``folder``: half-written, half-deleted and replaced files.
+
+    A replaced checkpoint whose replacement is missing gets its name back. Not a collective.
+    """
     for left in folder.glob(f"{REPLACED}*"):
         final = folder / left.name.removeprefix(REPLACED)
         if final.exists():

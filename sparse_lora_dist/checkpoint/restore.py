@@ -1,6 +1,6 @@
-"""Reading a checkpoint: each rank the ranges it owns, from whichever files hold them."""
+"""Restore a run from a checkpoint: each rank reads the ranges it owns, from any rank's files."""
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,24 @@ from sparse_lora_dist.zero3.shares import TensorSlice
 def restore(
     checkpoint: Path, shards: Shards, manifest: Mapping[str, Any], reset: Set[str]
 ) -> Progress:
-    """Put everything back that was saved, but for what is ``reset``; return how far the run is. Its
-    files were checked before (``recover``). Collective."""
-    progress = Progress(**manifest["progress"])
-    if "schedule" in reset:
-        progress = replace(progress, step=0, tokens=0)
-    if "data" in reset:
-        progress = replace(progress, rows=0)
+    """Restore training state from a checkpoint. Collective.
+
+    Random states are restored only on as many ranks as saved them.
+
+    Args:
+        checkpoint: a step_... folder, whose files ``find_damage`` has checked.
+        shards: what to restore into, with its engine, optimizer and sites.
+        manifest: what ``read_manifest`` returned for the checkpoint.
+        reset: what to start anew: any of "optimizer" (moments), "schedule" (steps, and moments with
+            them) and "data" (data position).
+
+    Returns:
+        Progress to go on from.
+
+    Raises:
+        UserError: on all ranks, if any rank cannot read a file.
+    """
+    progress = _progress_after_reset(Progress(**manifest["progress"]), reset)
     with fail_together(f"reading {checkpoint}"):
         saved = SavedSlices.of(checkpoint, manifest)
         slices = shards.engine.slices
@@ -44,34 +55,44 @@ def restore(
             {p.name: own("born", p) for p in slices},
             progress.step,
         )
-        # Ages of moments are steps of the schedule.
+        # Birth steps are steps of the schedule, so a new schedule needs new moments.
         if reset & {"optimizer", "schedule"}:
             shards.optimizer.reset_moments()
         shards.sites.restore(manifest["sites"])
         shards.log_values = manifest["facts"]
         if manifest["ended"]:
             shards.free_statistics()
-        for name, stats in shards.stats.items():
-            tensor_slice, device = (
-                shards.sparse[name],
-                shards.engine.master(shards.sparse[name]).device,
-            )
-            shards.stats[name] = tuple(
-                own(f"stat{i}", tensor_slice).to(device) for i in range(len(stats))
-            )
+        _restore_statistics(shards, own)
         kept = {
-            name: saved.entries("kept", name, *shards.sites.own_kept(spec))
+            name: saved.entries("kept", name, *shards.sites.own_kept_bytes(spec))
             for name, (_, spec) in shards.sites.kept().items()
         }
         for name, squares_I in shards.sites.squares.items():
             squares_I.copy_(saved.entries("squares", name, 0, len(squares_I)))
         if manifest["world_size"] == comm.world_size():
             _restore_random_states(saved.files[comm.rank()])
-    # Collective under hpZ, so not while another rank may have failed to read.
+    # Collective under hpZ, so it must come after the phase in which a rank may fail to read.
     for name, (parameter, _) in shards.sites.kept().items():
         shards.sites.fill_kept(parameter, kept.pop(name))
     shards.engine.masters_changed()
     return progress
+
+
+def _progress_after_reset(progress: Progress, reset: Set[str]) -> Progress:
+    if "schedule" in reset:
+        progress = replace(progress, step=0, tokens=0)
+    if "data" in reset:
+        progress = replace(progress, rows=0)
+    return progress
+
+
+def _restore_statistics(shards: Shards, own: Callable[[str, TensorSlice], Tensor]) -> None:
+    for name, stats in shards.stats.items():
+        tensor_slice = shards.sparse[name]
+        device = shards.engine.master(tensor_slice).device
+        shards.stats[name] = tuple(
+            own(f"stat{i}", tensor_slice).to(device) for i in range(len(stats))
+        )
 
 
 def _restore_random_states(own: Any) -> None:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run stay."""
+"""Delete checkpoints that a run no longer keeps."""
 
 import math
 import shutil
@@ -10,10 +10,15 @@ from sparse_lora_dist.errors import UserError
 
 
 def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
-    """Remove what ``newest``, just published, makes superfluous: all but the last ``keep_last``
-    (None: all) and, if wanted, the one of the smallest held-out loss. For one rank.
+    """Delete older checkpoints after ``newest`` was published. To be called on one rank only.
 
-    Later steps, which an earlier attempt left, are not counted: the run has yet to replace them.
+    Checkpoints of later steps, from an earlier attempt, are neither counted nor deleted: the run
+    will replace them.
+
+    Args:
+        newest: the checkpoint just published.
+        keep_last: number of newest checkpoints to keep, ``newest`` included. None keeps all.
+        keep_best: whether to keep the checkpoint of smallest held-out loss as well.
     """
     if keep_last is None:
         return
@@ -27,23 +32,26 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
 
 
 def drop_later(newest: Path) -> None:
-    """Remove what an earlier attempt saved after the step of ``newest``: a run that went back to an
-    earlier step by name would go on from there. For one rank."""
+    """Delete the checkpoints of steps after ``newest``. To be called on one rank only.
+
+    They are from an earlier attempt. Without this, a run that went back to an earlier step with
+    --resume FOLDER would later resume from them.
+    """
     for path in published(newest.parent):
         if path.name > newest.name:
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    # Its name goes first: killed now, this leaves nothing that looks complete.
+    # Rename first: if the job is killed here, nothing is left that looks complete.
     removed = path.with_name(f"{REMOVED}{path.name}")
-    if removed.exists():  # a removal of this step was cut short before
+    if removed.exists():  # an earlier deletion of this step was cut short
         shutil.rmtree(removed)
     shutil.rmtree(path.rename(removed))
 
 
 def _held_out_loss(checkpoint: Path) -> float:
-    """Of its step; infinite where none was taken, or where it cannot be read."""
+    """Return the held-out loss of a checkpoint; infinity if it has none or cannot be read."""
     try:
         loss = read_manifest(checkpoint)["held_out_loss"]
     except UserError:

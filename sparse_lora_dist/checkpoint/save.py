@@ -1,7 +1,8 @@
-"""Writing a checkpoint: every rank its slices, then rank 0 the manifest and the name.
+"""Save a checkpoint: every rank writes a file of its slices, then rank 0 publishes the folder.
 
-Only the copying of slices to the host holds training up. They are written beside it, on a thread,
-and published at the first boundary at which every rank's file is on its disk.
+Training waits only while slices are copied to host memory. A thread writes them to a temporary
+folder meanwhile. At the first step after which every rank's file is on disk, rank 0 writes the
+manifest and renames the folder to step_N: that publishes it.
 """
 
 import json
@@ -42,7 +43,7 @@ from sparse_lora_dist.zero3.shares import own_range
 
 @dataclass(frozen=True, kw_only=True)
 class _Writing:
-    """A checkpoint that has no name yet."""
+    """A checkpoint that is being written and is not published yet."""
 
     final: Path
     temporary: Path
@@ -52,24 +53,39 @@ class _Writing:
 
 
 class Saver:
-    """Writes one checkpoint of ``folder`` at a time. Every method is a collective."""
+    """Saves the checkpoints of a run, one at a time. Every method is a collective.
+
+    Args:
+        folder: the "checkpoints" folder of the run.
+        beside: whether to write in the background while training goes on.
+    """
 
     def __init__(self, folder: Path, *, beside: bool) -> None:
-        """``beside``: write while training goes on."""
         self.folder, self.beside = folder, beside
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
         self.took_s = 0.0
-        """What the last save took, had one waited for it."""
+        """Seconds that the last save would have taken if training had waited for all of it. The
+        time limit leaves room for as much."""
 
     def begin(self, shards: Shards, progress: Progress, about: Mapping[str, Any]) -> Path | None:
-        """Save ``folder/step_N`` of now; what ``finish`` or ``poll`` would return.
+        """Start saving the present state as ``folder/step_N``. Collective.
+
+        The save before it must have been published, by ``poll`` or ``finish``.
 
         Args:
-            about: what the manifest says besides: description, config, total_steps ...
+            shards: this rank's shards.
+            progress: progress of the run; its step names the checkpoint.
+            about: further entries of the manifest: description, config, total_steps ...
+
+        Returns:
+            The published checkpoint, if saves are not in the background; otherwise None.
+
+        Raises:
+            UserError: on all ranks, if any rank cannot write.
         """
         earlier = self.finish()
-        assert earlier is None, "ask poll or finish before the next save"
+        assert earlier is None, "call poll or finish before the next save"
         watchdog.set_phase("saving")
         began = time.perf_counter()
         name = f"step_{progress.step:08d}"
@@ -90,7 +106,7 @@ class Saver:
             **about,
         }
         path = temporary / f"rank_{comm.rank():05d}.safetensors"
-        own = _copied(shards)
+        own = _copied_to_host(shards)
         copied_s = time.perf_counter() - began
         file = self._thread.submit(_write, path, *own)
         self._writing = _Writing(
@@ -103,13 +119,26 @@ class Saver:
         return None if self.beside else self.finish()
 
     def poll(self) -> Path | None:
-        """The checkpoint that was published just now, if one was due and every rank is ready."""
+        """Publish the checkpoint that is being written, if every rank's file is on disk.
+
+        Collective.
+
+        Returns:
+            The checkpoint that this call published; None if it published none.
+        """
         if self._writing is None or comm.largest(int(not self._writing.file.done())):
             return None
         return self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for what is being written, and publish it; None where nothing is."""
+        """Wait for the checkpoint that is being written, and publish it. Collective.
+
+        Returns:
+            The checkpoint that this call published; None if none was being written.
+
+        Raises:
+            UserError: on all ranks, if any rank could not write its file.
+        """
         if self._writing is None:
             return None
         now, self._writing = self._writing, None
@@ -124,17 +153,21 @@ class Saver:
                 if comm.rank() == 0:
                     manifest = {**now.manifest, "files": files, "time": time.time()}
                     _publish(now.temporary, now.final, manifest)
-        except UserError:  # most often a full disk, which the half of a checkpoint need not fill
-            if run_lock.is_ours():  # on rank 0; it may be another job's by now
+        except UserError:  # most often a full disk: remove the unfinished files
+            if run_lock.is_ours():  # on rank 0; another job may have taken the folder over
                 shutil.rmtree(now.temporary, ignore_errors=True)
             raise
-        # Not from its beginning: a step may lie between, for which nobody waited.
+        # Not the time since ``begin``: steps may lie between, which are no part of saving.
         self.took_s = now.copied_s + max(written_s) + time.perf_counter() - began
         return now.final
 
 
-def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """This rank's slices on the host, which training will not change, and where they begin."""
+def _copied_to_host(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Copy this rank's slices to host memory, where training does not change them.
+
+    Returns:
+        (key -> tensor to save, tensor name -> [first entry, number of entries] of the slice).
+    """
     tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
     if comm.on_gpu():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
@@ -143,22 +176,23 @@ def _copied(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
     for tensor_slice in shards.engine.slices:
         tensors[f"master/{tensor_slice.name}"] = shards.engine.master(tensor_slice)
         tensors[f"live/{tensor_slice.name}"] = pack_bits(live[tensor_slice.name])
-        # Of all entries: what is dead may come back, and its average goes on meanwhile.
+        # For all entries: a dead one may come to life again, and its statistics go on meanwhile.
         stats = shards.stats.get(tensor_slice.name, ())
         tensors |= {f"stat{i}/{tensor_slice.name}": stat for i, stat in enumerate(stats)}
-    tensors |= _whole_by_site(shards, offsets)
-    # A copy each: safetensors refuses views that share storage.
+    tensors |= _own_parts_of_sites(shards, offsets)
+    # Copy each: safetensors refuses views that share storage.
     own = {key: t.to("cpu", copy=True) for key, t in tensors.items()}
-    # One after the other: spread out over the dead, each is as large as the masters.
+    # One key at a time: unpacked to all entries, each is as large as the masters.
     for key in PACKED:
         spread = shards.born() if key == "born" else shards.moments(key)
         packed = {f"{key}/{name}": _packed(t, live[name]) for name, t in spread.items()}
-        own |= {k: _once(t) for k, t in packed.items()} if key == "born" else packed
+        own |= {k: _one_if_all_equal(t) for k, t in packed.items()} if key == "born" else packed
     return own, offsets
 
 
-def _whole_by_site(shards: Shards, offsets: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Kept tensors, as bytes, and squared inputs: this rank's part of each."""
+def _own_parts_of_sites(shards: Shards, offsets: dict[str, list[int]]) -> dict[str, Tensor]:
+    """Return this rank's part of kept tensors, as bytes, and of mean squared inputs, and add the
+    range of each to ``offsets``."""
     own = {}
     for name, (parameter, spec) in shards.sites.kept().items():
         raw = own_share(parameter).view(torch.uint8)
@@ -171,20 +205,24 @@ def _whole_by_site(shards: Shards, offsets: dict[str, list[int]]) -> dict[str, T
 
 
 def _packed(spread_N: Tensor, live_N: Tensor) -> Tensor:
-    """[L] on the host, storage of its own; picking all entries by a mask would take five times as
-    long as copying them."""
+    """Return the live entries [L] on the host, with a storage of their own."""
+    # Picking all entries by a mask takes five times as long as copying them.
     return spread_N.to("cpu", copy=True) if live_N.all() else spread_N[live_N].cpu()
 
 
-def _once(births_L: Tensor) -> Tensor:
-    """[1] where all came to life together, which is the rule."""
+def _one_if_all_equal(births_L: Tensor) -> Tensor:
+    """Return birth steps [L] as one value [1] if all are equal, which is the usual case."""
     return births_L[:1].clone() if (births_L == births_L[:1]).all() else births_L
 
 
 def _write(
     path: Path, own: dict[str, Tensor], offsets: Mapping[str, list[int]]
 ) -> tuple[dict[str, Any], float]:
-    """The file's name, size and hash, once it is on the disk, and seconds."""
+    """Write a rank's file and wait until it is on disk.
+
+    Returns:
+        (its entry in the manifest: name, size in bytes and hash; seconds it took).
+    """
     began = time.perf_counter()
     save_file(own, path, metadata={"offsets": json.dumps(offsets)})
     sync(path)
@@ -196,7 +234,7 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     (temporary / MANIFEST).write_text(sealed(manifest))
     sync(temporary / MANIFEST)
     sync(temporary)
-    run_lock.check()  # a job that was suspended may have been given up, and its folder taken
-    put_in_place(temporary, final)  # an earlier attempt may have saved this step
-    # For people and scripts; a resume looks for itself.
+    run_lock.check()  # if this job was suspended, another may have taken its folder over
+    put_in_place(temporary, final)  # replaces this step if an earlier attempt saved it
+    # For people and scripts; a resume looks at the folders.
     write_whole(final.parent / LATEST, f"{final.name}\n")

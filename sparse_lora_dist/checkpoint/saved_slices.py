@@ -1,4 +1,18 @@
-"""The tensors of a checkpoint, by ranges, from whichever rank files hold them."""
+"""Read ranges of a checkpoint's tensors from the rank files that hold them.
+
+A checkpoint can be read by another number of ranks than wrote it. A tensor of 10 entries, written
+by 2 ranks and read by 3:
+
+    written   rank 0: [0, 5)             rank 1: [5, 10)
+    read      rank 0: [0, 4)    rank 1: [4, 8)    rank 2: [8, 10)
+
+Rank 1 reads [4, 8): entry 4 is entry 4 of file 0, and [5, 8) are entries [0, 3) of file 1.
+
+Moments and birth steps are stored for live entries only, so their place in a file follows from the
+live bits before them. If the live bits of file 1 are 1 0 1 1 1, its ``exp_avg`` has 4 values. Its
+entries [1, 3) have bits 0 1, and one live entry lies before them: they read as zero and value 1 of
+the file, counted from 0.
+"""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -18,10 +32,16 @@ DTYPES = {
     "kept": torch.uint8,
     "squares": torch.float64,
 }
+"""Key -> dtype in which it is read. All other keys are fp32."""
 
 
 class SavedSlices:
-    """Reads what is asked for and nothing else."""
+    """The opened rank files of a checkpoint. Only the ranges that are asked for are read.
+
+    Args:
+        checkpoint: a step_... folder.
+        files: names of the rank files in it, in rank order.
+    """
 
     def __init__(self, checkpoint: Path, files: Iterable[str]) -> None:
         self.files = [safe_open(str(checkpoint / name), framework="pt") for name in files]
@@ -29,11 +49,28 @@ class SavedSlices:
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Mapping[str, Any]) -> "SavedSlices":
-        """All that its manifest names."""
+        """Open all rank files that the manifest lists.
+
+        Args:
+            checkpoint: a step_... folder.
+            manifest: what ``read_manifest`` returned for it.
+        """
         return cls(checkpoint, [file["name"] for file in manifest["files"]])
 
     def entries(self, key: str, name: str, first: int, last: int) -> Tensor:
-        """Entries [first, last) of ``key`` of a tensor, flattened; zero where nothing lives."""
+        """Read entries [first, last) of a flattened tensor. Not a collective.
+
+        Args:
+            key: what to read of the tensor: "master", "live", "stat0" ..., "exp_avg", "exp_avg_sq",
+                "born", "kept" (its entries are bytes) or "squares".
+            name: name of the tensor; of the site for "squares".
+            first: first entry.
+            last: entry after the last.
+
+        Returns:
+            [last - first], on the CPU, in the dtype of ``DTYPES``. Moments and birth steps of dead
+            entries are zero.
+        """
         out = torch.zeros(last - first, dtype=DTYPES.get(key, torch.float32))
         for file, offsets in zip(self.files, self.offsets, strict=True):
             start, length = offsets[name]
@@ -45,7 +82,7 @@ class SavedSlices:
 
 
 def _entries(file: Any, key: str, name: str, first: int, last: int) -> Tensor:
-    """Entries [first, last) of what one rank saved, counted from its own start."""
+    """Read entries [first, last) of one rank's slice, counted from the start of the slice."""
     if key not in (*PACKED, "live"):
         return file.get_slice(f"{key}/{name}")[first:last]  # type: ignore[no-any-return]
     live = unpack_bits(file.get_slice(f"live/{name}")[: -(-last // 8)], last)

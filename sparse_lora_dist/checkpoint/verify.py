@@ -1,4 +1,4 @@
-"""``--verify RUN``: are the checkpoints of a run whole?"""
+"""``--verify RUN``: check that the checkpoints of a run are intact."""
 
 from pathlib import Path
 
@@ -9,16 +9,25 @@ from sparse_lora_dist.errors import UserError
 
 
 def verify(run: Path) -> None:
-    """A line for each checkpoint. Every byte of each is read, and nothing is written. Collective.
+    """Read every byte of a run's checkpoints and print a line for each. Collective.
+
+    Nothing is written.
+
+    Args:
+        run: folder of the run.
 
     Raises:
-        UserError: there is none, or one is damaged.
+        UserError: on all ranks, if the run has no checkpoint or one is damaged.
     """
     comm.start()
     folder = run / "checkpoints"
     found = checkpoint.published_for_all(folder)
     if not found:
-        raise UserError(f"--verify {run}: {folder} holds no published checkpoint.", shared=True)
+        raise UserError(
+            f"--verify {run}: {folder} holds no published checkpoint. Give the --output_dir of a "
+            "run that has saved one.",
+            shared=True,
+        )
     damages = {path: checkpoint.find_damage(path) for path in found}
     for path, damage in damages.items():
         print_line(
@@ -27,7 +36,7 @@ def verify(run: Path) -> None:
     num_damaged = sum(damage is not None for damage in damages.values())
     if num_damaged:
         raise UserError(
-            f"{num_damaged} of {counted(len(found), 'checkpoint')} damaged. "
-            "--resume auto takes the newest whole one.",
+            f"{num_damaged} of {counted(len(found), 'checkpoint')} damaged; the lines above name "
+            "the files. --resume auto skips them and takes the newest intact one.",
             shared=True,
         )

@@ -1,6 +1,7 @@
-"""What the user gave: flags and YAML keys, each with the place to name when it is wrong.
+"""Flags and YAML keys as the user gave them, each with its place for error messages.
 
-Every function adds what it finds wrong to ``problems`` and goes on, so that all is told at once.
+Every function appends the problems it finds to ``problems`` and goes on, so that one error names
+all of them.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,16 +22,16 @@ from sparse_lora_dist.config.schema import (
 )
 from sparse_lora_dist.config.spelling import did_you_mean
 
-ACTIONS = ("config", "print_config", "help")
-LAUNCHER_FLAGS = ("local_rank", "local-rank")  # added by deepspeed and torchrun; we read LOCAL_RANK
+ACTIONS = ("config", "print_config", "help", "help_all")
+LAUNCHER_FLAGS = ("local_rank", "local-rank")  # deepspeed and torchrun add them; unused here
 
 Flags = list[tuple[str, list[str]]]
-"""[(flag without dashes, the words after it)] in the order given."""
+"""[(flag without dashes, its words)] in the order given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """One option and its value as written."""
+    """One option with its value as written, and the place to name in messages."""
 
     name: str
     value: object
@@ -38,30 +39,30 @@ class Given:
 
 
 def split_argv(argv: Sequence[str], problems: list[str]) -> Flags:
-    """The flags and their words; those that only a launcher reads are left out."""
+    """Split argv into flags and their words, without the flags that launchers add."""
     chunks: Flags = []
-    closed = True  # after --flag=value no further word belongs to the flag
+    closed = True  # True before the first flag and after --flag=value: no word may follow
     for word in argv:
         if word.startswith("--") or word == "-h":
             name, equals, value = word.lstrip("-").partition("=")
             chunks.append(("help" if name == "h" else name, [value] if equals else []))
             closed = bool(equals)
         elif closed:
-            problems.append(f"{word!r} belongs to no option; write --option value")
+            problems.append(f"{word!r} does not belong to an option; write --option value")
         else:
             chunks[-1][1].append(word)
     return [(name, words) for name, words in chunks if name not in LAUNCHER_FLAGS]
 
 
 def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str]) -> list[Given]:
-    """The options among the flags, each with one value."""
+    """Return the options among the flags, each with one value."""
     given = []
     for name, words in flags:
         if name in ACTIONS:
             continue
         if name not in options:
             problems.append(
-                f"--{name} is no option{did_you_mean(name, [*options, *ACTIONS], '--')}"
+                f"--{name} is not an option{did_you_mean(name, [*options, *ACTIONS], '--')}"
             )
         elif takes_list(options[name].hint):
             given.append(Given(name=name, value=",".join(words), place=f"--{name}"))
@@ -75,7 +76,7 @@ def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str])
 
 
 def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) -> list[Given]:
-    """The options in the YAML file of ``--config``, a flat list of ``name: value`` lines."""
+    """Return the options in the YAML file of ``--config``, which holds ``name: value`` lines."""
     files = [words for name, words in flags if name == "config"]
     if not files:
         return []
@@ -98,10 +99,12 @@ def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) 
     places: dict[str, str] = {}
     for key, _ in root.value:
         place = f"{path} line {key.start_mark.line + 1}"
-        if key.value in places:  # YAML would silently take the last one
-            problems.append(f"{place}: {key.value} stands twice, first at {places[key.value]}")
+        if key.value in places:  # the YAML parser would silently take the last one
+            problems.append(f"{place}: {key.value} is set twice, first at {places[key.value]}")
         elif key.value not in options:
-            problems.append(f"{place}: {key.value} is no option{did_you_mean(key.value, options)}")
+            problems.append(
+                f"{place}: {key.value} is not an option{did_you_mean(key.value, options)}"
+            )
         places[key.value] = place
     return [
         Given(name=name, value=content[name], place=f"{place}: {name}")
@@ -116,7 +119,7 @@ def typed_values(
     parser: ArgumentParser,
     problems: list[str],
 ) -> dict[str, object]:
-    """{name: value of the option's type}; of an option given twice the later one counts."""
+    """Return {name: value of the option's type}; the last value of an option counts."""
     values = {}
     for one in given:
         hint = options[one.name].hint
@@ -124,19 +127,19 @@ def typed_values(
         if isinstance(value, str) and takes_list(hint):
             value = items_in(value, hint)
         try:
-            if value is None and not may_be_null(hint):  # the parser lets it pass
+            if value is None and not may_be_null(hint):  # jsonargparse accepts it
                 raise TypeError
             parsed = parser.parse_object({one.name: value}, defaults=False)[one.name]
-            if not is_finite(parsed):  # the checks of ranges let NaN pass
+            if not is_finite(parsed):  # NaN passes range checks
                 raise TypeError
             values[one.name] = parsed
         except (ArgumentError, TypeError):
-            # The parser's own text names Python classes.
+            # Not the parser's own message: it names Python classes.
             problems.append(f"{one.place} must be {describe(hint)}, got {one.value!r}")
     return values
 
 
 def is_finite(value: object) -> bool:
-    """Is every number in ``value`` finite?"""
+    """Whether every number in ``value`` is finite."""
     items = value if isinstance(value, list | tuple) else [value]
     return all(isfinite(item) for item in items if isinstance(item, float))

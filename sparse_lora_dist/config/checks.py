@@ -1,4 +1,4 @@
-"""What is wrong with options, a line each, and the error that says all of it."""
+"""Checks of option values: each returns a list of problems, one line per problem."""
 
 import math
 import re
@@ -7,13 +7,22 @@ from sparse_lora_dist.errors import ConfigError
 
 
 def raise_if(problems: list[str]) -> None:
-    """Raises ConfigError when there are problems."""
+    """Raise a ConfigError with all problems; do nothing if there are none."""
     if problems:
         raise ConfigError(problems)
 
 
 def at_least(part: object, bound: float, *names: str) -> list[str]:
-    """A line for each named number of ``part`` below ``bound`` or not finite; None passes."""
+    """Check numbers against an inclusive lower bound.
+
+    Args:
+        part: object with the options as attributes.
+        bound: smallest value allowed. None and larger finite numbers pass.
+        names: names of the attributes to check.
+
+    Returns:
+        One problem per attribute that is smaller or not finite.
+    """
     numbers = {name: getattr(part, name) for name in names}
     return [
         f"{name} must be at least {bound}, got {value}"
@@ -23,7 +32,16 @@ def at_least(part: object, bound: float, *names: str) -> list[str]:
 
 
 def above(part: object, bound: float, *names: str) -> list[str]:
-    """A line for each named number of ``part`` not above ``bound`` or not finite."""
+    """Check numbers against an exclusive lower bound.
+
+    Args:
+        part: object with the options as attributes.
+        bound: finite numbers above it pass.
+        names: names of the attributes to check.
+
+    Returns:
+        One problem per attribute that is not above ``bound`` or not finite.
+    """
     numbers = {name: getattr(part, name) for name in names}
     return [
         f"{name} must be above {bound}, got {value}"
@@ -33,7 +51,11 @@ def above(part: object, bound: float, *names: str) -> list[str]:
 
 
 def bad_regex(name: str, pattern: str) -> list[str]:
-    """A line when ``pattern`` is no regular expression."""
+    """Check a regular expression.
+
+    Returns:
+        A list with one problem if ``pattern`` does not compile, or an empty list.
+    """
     try:
         re.compile(pattern)
     except re.error as error:
@@ -47,21 +69,28 @@ SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def seconds_in(text: str) -> float:
-    """Of "90s", "30m", "1.5h", or Slurm's "5:30", "2:00:00", "1-12:00:00".
+    """Parse a duration.
+
+    Args:
+        text: such as "90s", "30m" or "1.5h", or as Slurm writes it: "5:30" (minutes:seconds),
+            "2:00:00", "1-12:00:00" (days-hours:minutes:seconds).
+
+    Returns:
+        Seconds.
 
     Raises:
-        ValueError: it is no duration.
+        ValueError: ``text`` is not a duration.
     """
     if found := DURATION.fullmatch(text.strip()):
         return float(found[1]) * SECONDS[found[2]]
     if found := CLOCK.fullmatch(text.strip()):
         days, hours, minutes, seconds = (int(n or 0) for n in found.groups())
         return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-    raise ValueError(f"{text!r} is no duration like 90s, 30m, 2h or 1-12:00:00")
+    raise ValueError(f"{text!r} is not a duration like 90s, 30m, 2h or 1-12:00:00")
 
 
 def bad_durations(part: object, *names: str, least_s: float = 1.0) -> list[str]:
-    """A line for each named duration of ``part`` that is none, or too short; None passes."""
+    """Return a problem per named attribute that is not a duration or too short; None passes."""
     problems = []
     for name in names:
         text = getattr(part, name)

@@ -1,7 +1,6 @@
-"""Every option a user may set: a frozen dataclass per concern, unit and meaning under each field.
+"""``Config``: all options of a run together, with the checks that span several sections.
 
-A class checks its own numbers when it is made and raises one ``ConfigError`` with all of them.
-``command_line.py`` fills the classes; field names are the flags and the keys of the YAML file.
+The options themselves are defined in sections.py; load.py fills them in.
 """
 
 from dataclasses import dataclass, field, fields
@@ -21,7 +20,7 @@ from sparse_lora_dist.methods.protocol.method import NoOptions, RunContext
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """The whole run, as the user described it."""
+    """All options of a training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -29,18 +28,23 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
     method_options: Any = field(default_factory=NoOptions)
-    """Instance of ``METHODS[adapter.method].options``."""
+    """Options of the method: an instance of ``METHODS[adapter.method].options``."""
 
     def __post_init__(self) -> None:
         raise_if(self._bad_for_the_task() + self._bad_for_flash_attention())
 
     @property
     def packs(self) -> bool:
-        """Do several documents share a row?"""
+        """Whether several documents share a row."""
         return self.model.task == "causal_lm" and self.data.packing is not False
 
     def run_context(self, total_steps: int, sites: tuple[Site, ...]) -> RunContext:
-        """What a method is built for."""
+        """Return what a method is built from.
+
+        Args:
+            total_steps: optimizer steps of the run.
+            sites: linears that carry an adapter, in the order of the model.
+        """
         return RunContext(
             total_steps=total_steps,
             warmup_steps=self.train.warmup_steps,
@@ -51,8 +55,8 @@ class Config:
     def _bad_for_the_task(self) -> list[str]:
         if self.model.task == "seq_cls" and self.data.packing:
             return [
-                "packing puts several documents in one row, but for task seq_cls a row is one "
-                "example with one label: leave packing out"
+                "packing is true, but with task seq_cls a row holds one example with one label: "
+                "leave packing out"
             ]
         if self.model.task == "causal_lm" and self.data.text_pair_field is not None:
             return ["text_pair_field belongs to task seq_cls, but task is causal_lm"]
@@ -60,21 +64,21 @@ class Config:
 
     def _bad_for_flash_attention(self) -> list[str]:
         flash = "flash" in (self.model.attn_implementation or "")
-        # transformers reads restarting positions as documents for one row only; with more it would
-        # attend across documents without a word.
+        # transformers derives documents from restarting positions only if the batch has one row;
+        # with more rows it would silently attend across documents.
         if not (flash and self.packs and self.train.micro_batch_size > 1):
             return []
         return [
-            f"attn_implementation {self.model.attn_implementation} keeps packed documents apart in "
-            f"single rows only, and micro_batch_size is {self.train.micro_batch_size}: use "
-            "micro_batch_size 1 with longer rows, attn_implementation sdpa, or packing false"
+            f"attn_implementation {self.model.attn_implementation} separates packed documents only "
+            f"if a micro-batch has one row, but micro_batch_size is {self.train.micro_batch_size}: "
+            "use micro_batch_size 1 with longer rows, attn_implementation sdpa, or packing false"
         ]
 
     def as_flat_dict(self) -> dict[str, object]:
-        """{flag: value} of all options; as YAML, a ``--config`` file that gives an equal Config."""
+        """Return {option: value}; written as YAML, a ``--config`` file for an equal Config."""
         parts = (self.model, self.data, self.adapter, self.train, self.run, self.method_options)
         flat = {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
-        # YAML has no tuples.
+        # YAML has lists, but no tuples.
         return {k: list(v) if isinstance(v, tuple) else v for k, v in flat.items()}
 
 
@@ -85,3 +89,4 @@ SECTIONS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "run": RunConfig,
 }
+"""{attribute of ``Config``: dataclass of its options}, without the method's options."""

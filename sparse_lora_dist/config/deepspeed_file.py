@@ -1,8 +1,11 @@
-"""ds_configs/*.json + Config -> the dict DeepSpeed gets.
+"""DeepSpeed JSON file (ds_configs/*.json) + ``Config`` -> the dict that DeepSpeed gets.
 
-The file owns mechanics, the run config owns training numbers; a number set in both and different is
-an error. DeepSpeed takes unknown keys, "auto" and ``"stage": "3"`` without a word, so the file is
-checked here, against the keys this project supports, before the engine sees it.
+The file sets mechanics and the options of the run set training numbers; a number that both set to
+different values is an error. The file is checked here against the keys that this project supports,
+because DeepSpeed 0.19 does not check all of it: it rejects unknown keys in ``zero_optimization``
+and ``bf16``, but only when the engine is built, one at a time; it ignores unknown keys at the top
+level and in ``aio``, takes ``"stage": "auto"`` as stage 0, and keeps ``"auto"`` as a gradient
+clipping value.
 """
 
 import copy
@@ -26,7 +29,7 @@ from sparse_lora_dist.config.spelling import did_you_mean
 
 EngineDict = dict[str, Any]
 
-NEVER = 2**31 - 1  # a step that no run reaches
+NEVER = 2**31 - 1  # no run has so many steps
 DEFAULTS = {
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
@@ -36,19 +39,19 @@ DEFAULTS = {
 
 
 def check_engine_file(path: str) -> list[str]:
-    """Every problem of the file itself, each with its place."""
+    """Return every problem of the file at ``path``, each with its place."""
     problems: list[str] = []
     engine = read_engine_file(path, problems)
     return problems if engine is None else problems + check_engine(engine, path)
 
 
 def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
-    """The file's content, or None with the reason added to ``problems``."""
+    """Return the file's content, or None with the reason appended to ``problems``."""
 
     def without_doubles(pairs: list[tuple[str, Any]]) -> EngineDict:
         names = [name for name, _ in pairs]
         doubles = {name for name in names if names.count(name) > 1}
-        problems.extend(f"{path}: {name} stands twice in one block" for name in sorted(doubles))
+        problems.extend(f"{path}: {name} is set twice in one block" for name in sorted(doubles))
         return dict(pairs)
 
     try:
@@ -67,7 +70,7 @@ def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
 
 
 def check_engine(engine: Mapping[str, Any], place: str) -> list[str]:
-    """Every problem of the content; ``place`` is the file to name."""
+    """Return every problem of a file's content; ``place`` names the file in messages."""
     problems = check_block(engine, KEYS, "", place)
     zero = engine.get("zero_optimization", {})
     if isinstance(zero, dict):
@@ -79,9 +82,9 @@ def check_engine(engine: Mapping[str, Any], place: str) -> list[str]:
         node = zero.get("zero_hpz_partition_size", 1)
         if isinstance(param, dict) and param.get("device") == "nvme" and node not in (0, 1):
             problems.append(
-                f"{place}: zero_optimization has zero_hpz_partition_size and offload_param.device "
-                "nvme; a node's copy lies where parameters do, and there is none on NVMe: "
-                "remove one, or write cpu"
+                f"{place}: zero_optimization sets zero_hpz_partition_size and offload_param.device "
+                "nvme, but a node's copy of the parameters cannot be kept on NVMe: remove one of "
+                "the two, or set the device to cpu"
             )
     return problems
 
@@ -89,12 +92,12 @@ def check_engine(engine: Mapping[str, Any], place: str) -> list[str]:
 def check_block(
     block: Mapping[str, Any], keys: Mapping[str, Any], prefix: str, place: str
 ) -> list[str]:
-    """The problems of one ``{...}`` block against the keys it may have."""
+    """Return the problems of one ``{...}`` block, given the keys it may have."""
     problems = []
     for key, value in block.items():
         name = prefix + key
         if key not in keys:
-            why = KNOWN_ELSEWHERE.get(name) or "no supported key" + did_you_mean(key, keys)
+            why = KNOWN_ELSEWHERE.get(name) or "not a supported key" + did_you_mean(key, keys)
             problems.append(f"{place}: {name}: {why}")
         elif isinstance(keys[key], dict) and isinstance(value, dict):
             problems += check_block(value, keys[key], f"{name}.", place)
@@ -104,7 +107,7 @@ def check_block(
 
 
 def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
-    """A line when ``value`` is of the wrong kind, or is not the one value that works here."""
+    """Return a problem if the value has the wrong kind or is not the only one that works here."""
     if name in OWNED and value == "auto":
         return []
     said = f"{place}: {name} is {json.dumps(value)}"
@@ -116,12 +119,12 @@ def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
         return [f"{said}; must be at least 1"]
     if fits(value, kind):
         return []
-    why = WHY_NOT.get(name, "") if value != "auto" else "auto is for numbers of the run config only"
+    why = WHY_NOT.get(name, "") if value != "auto" else "auto is only for numbers of the run"
     return [f"{said}; must be {kind_in_words(kind)}" + (f": {why}" if why else "")]
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Is ``value`` of this kind? Numbers are at least 0, and 5e8 is a whole one."""
+    """Whether ``value`` is of this kind. Numbers must be at least 0; 5e8 counts as whole."""
     if isinstance(kind, tuple):
         return value in kind
     if kind in (int, float):
@@ -131,7 +134,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def kind_in_words(kind: Any) -> str:
-    """What a value of this kind is, for a message."""
+    """Describe a kind of value for a message."""
     if isinstance(kind, tuple):
         return "one of " + ", ".join(kind)
     if isinstance(kind, dict):
@@ -141,10 +144,18 @@ def kind_in_words(kind: Any) -> str:
 
 
 def engine_dict(source: str | EngineDict, config: Config, world_size: int) -> EngineDict:
-    """What ``deepspeed.initialize`` gets: the file (or its content) with the run's numbers in it.
+    """Build the dict for ``deepspeed.initialize``: the file with the run's numbers filled in.
+
+    Args:
+        source: path of the JSON file, or its content.
+        config: options of the run.
+        world_size: number of ranks.
+
+    Returns:
+        A new dict; ``source`` is left unchanged.
 
     Raises:
-        ConfigError: with every problem of the file, and every number that differs from the run's.
+        ConfigError: with all problems of the file and all numbers that differ from the run's.
     """
     engine, place = load(source)
     raise_if(check_engine(engine, place))
@@ -152,7 +163,7 @@ def engine_dict(source: str | EngineDict, config: Config, world_size: int) -> En
     problems += world_problems(engine, config, world_size, place)
     raise_if(problems)
     engine = DEFAULTS | copy.deepcopy(engine)
-    engine.pop("train_batch_size", None)  # follows from the two below
+    engine.pop("train_batch_size", None)  # DeepSpeed computes it from the numbers set below
     for key, value in training_numbers(config).items():
         set_at(engine, key, value)
     set_at(engine, "data_types.grad_accum_dtype", "fp32")
@@ -160,8 +171,16 @@ def engine_dict(source: str | EngineDict, config: Config, world_size: int) -> En
 
 
 def conflicts(source: str | EngineDict, config: Config, *, trains: bool = True) -> list[str]:
-    """Every number of a well-formed file that differs from the run's, and a missing NVMe folder
-    where a run is to train here."""
+    """Compare a well-formed file with the options of the run.
+
+    Args:
+        source: path of the JSON file, or its content.
+        config: options of the run.
+        trains: whether to check the NVMe folder too.
+
+    Returns:
+        One problem per number that differs, and one if the NVMe folder cannot be written to.
+    """
     engine, place = load(source)
     problems = [
         differs(place, key, value_at(engine, key), ours)
@@ -178,7 +197,14 @@ def conflicts(source: str | EngineDict, config: Config, *, trains: bool = True) 
 
 
 def world_problems(engine: EngineDict, config: Config, world_size: int, place: str) -> list[str]:
-    """What does not fit this number of ranks."""
+    """Check the numbers of a file that depend on the number of ranks.
+
+    Args:
+        engine: content of the DeepSpeed file.
+        config: options of the run.
+        world_size: number of ranks.
+        place: name of the file for messages.
+    """
     problems = []
     train = config.train
     rows = train.micro_batch_size * train.gradient_accumulation_steps * world_size
@@ -188,13 +214,13 @@ def world_problems(engine: EngineDict, config: Config, world_size: int, place: s
     if world_size % node:
         problems.append(
             f"{place}: zero_optimization.zero_hpz_partition_size is {node}, "
-            f"which does not divide the {world_size} ranks; set it to the ranks of one node"
+            f"which does not divide the {world_size} ranks; set it to the number of ranks per node"
         )
     return problems
 
 
 def training_numbers(config: Config) -> dict[str, object]:
-    """{engine key: the run's number}."""
+    """Return {DeepSpeed key: the run's number}."""
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
@@ -204,7 +230,7 @@ def training_numbers(config: Config) -> dict[str, object]:
 
 
 def differs(place: str, key: str, theirs: object, ours: object) -> str:
-    """The line for a number that is set in two places."""
+    """Return the problem of a number that file and run set differently."""
     return (
         f"{place}: {key} is {json.dumps(theirs)}, but {OWNED[key]} of the run says "
         f'{json.dumps(ours)}; write "auto" in the file'
@@ -212,18 +238,28 @@ def differs(place: str, key: str, theirs: object, ours: object) -> str:
 
 
 def load(source: str | EngineDict) -> tuple[EngineDict, str]:
-    """(content, name for messages) of a file or of content itself."""
+    """Read a DeepSpeed file.
+
+    Args:
+        source: path of the JSON file, or its content.
+
+    Returns:
+        (content, name for messages).
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     if not isinstance(source, str):
         return source, "engine config"
     problems: list[str] = []
     engine = read_engine_file(source, problems)
     raise_if(problems)
-    assert engine is not None, "neither content nor a problem"
+    assert engine is not None, "raise_if has raised for an unreadable file"
     return engine, source
 
 
 def value_at(engine: Mapping[str, Any], dotted: str) -> Any:
-    """The value under ``a.b.c``; None when a part of the way is not there."""
+    """Return the value at the path ``a.b.c``; None if a part of the path is missing."""
     value: Any = engine
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -231,7 +267,7 @@ def value_at(engine: Mapping[str, Any], dotted: str) -> Any:
 
 
 def set_at(engine: EngineDict, dotted: str, value: object) -> None:
-    """Puts ``value`` under ``a.b``, making the block ``a`` when it is not there."""
+    """Set the value at the path ``a.b``; create the block ``a`` if it is missing."""
     *way, last = dotted.split(".")
     for key in way:
         engine = engine.setdefault(key, {})

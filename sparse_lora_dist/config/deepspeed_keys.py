@@ -1,7 +1,7 @@
-"""The keys a file in ds_configs/ may have, and what their values may be.
+"""Keys that a DeepSpeed file in ds_configs/ may have, and the values they may take.
 
-Names and types are DeepSpeed 0.19's: runtime/zero/config.py, offload_config.py, constants.py.
-What has no effect under stage 3 or on a client optimizer is left out: it would be set in vain.
+Names and types are those of DeepSpeed 0.19 (runtime/zero/config.py, offload_config.py,
+constants.py). Keys without effect under stage 3 or on a client optimizer are not supported.
 """
 
 from typing import Any
@@ -62,24 +62,24 @@ KEYS: dict[str, Any] = {
 }
 """{key: type, tuple of allowed words, or the keys of a block}."""
 
-PACKED = "the base is packed 4-bit bytes, which it would treat as numbers"
+PACKED = "it works on numbers, and the base model is packed 4-bit bytes"
 STATISTICS = "importance statistics are read from these gradients"
 
 FIXED: dict[str, tuple[object, str]] = {
     "zero_optimization.stage": (3, "only stage 3 shards the base model"),
     "zero_optimization.zero_quantized_weights": (False, PACKED),
     "zero_optimization.zero_quantized_nontrainable_weights": (False, PACKED),
-    # It gathers by adding zeros to every share, which changes signalling NaN patterns.
+    # DeepSpeed then gathers by adding zeros to every shard, which alters signalling NaNs.
     "zero_optimization.stage3_use_all_reduce_for_fetch_params": (False, PACKED),
     "zero_optimization.zero_quantized_gradients": (False, STATISTICS),
     "communication_data_type": ("fp32", STATISTICS),
     "data_types.grad_accum_dtype": ("fp32", STATISTICS),
     "fp16.enabled": (False, PACKED + "; use --precision bf16 or fp32"),
-    "aio.use_gds": (False, "shares pass through host memory"),
+    "aio.use_gds": (False, "shards pass through host memory"),
     "zero_allow_untested_optimizer": (True, "the optimizer is this project's own"),
     "zero_force_ds_cpu_optimizer": (False, "the optimizer is this project's own"),
 }
-"""{key: (the only value that works, why)}. All may be left out, except the stage."""
+"""{key: (the only value that works, reason)}. All keys but the stage may be left out."""
 
 AT_LEAST_ONE = {
     "steps_per_print",
@@ -89,12 +89,12 @@ AT_LEAST_ONE = {
     "aio.queue_depth",
     "aio.intra_op_parallelism",
 }
-"""Numbers that DeepSpeed would divide by, or wait for, when they are 0."""
+"""Numbers by which DeepSpeed divides, or for which it waits, so that 0 would fail or hang."""
 
 WHY_NOT = {
     "zero_optimization.offload_optimizer.device": "packed moments do not fit its NVMe swapper",
 }
-"""{key: why other values that DeepSpeed knows do not work here}."""
+"""{key: why other values that DeepSpeed takes do not work here}."""
 
 KNOWN_ELSEWHERE = {
     "optimizer": "remove it and set --learning_rate, --weight_decay",
@@ -103,9 +103,9 @@ KNOWN_ELSEWHERE = {
     "tensorboard": "remove it and set --trackers",
     "wandb": "remove it and set --trackers",
     "bfloat16": "write bf16",
-    "zero_optimization.offload_param.max_in_cpu": "remove it: what trains stays in memory",
+    "zero_optimization.offload_param.max_in_cpu": "remove it: trained tensors stay in memory",
 }
-"""{key that is refused: what to do}; other unknown keys get the nearest name."""
+"""{refused key: what to do instead}. Messages on other unknown keys suggest the nearest name."""
 
 OWNED = {
     "train_micro_batch_size_per_gpu": "micro_batch_size",
@@ -114,4 +114,4 @@ OWNED = {
     "train_batch_size": "micro_batch_size x gradient_accumulation_steps x ranks",
     "bf16.enabled": "precision",
 }
-"""{key: the option that owns its number}. The file may say "auto", or the same."""
+"""{key: option of the run that sets its number}. The file may have "auto" or an equal number."""

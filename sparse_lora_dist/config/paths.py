@@ -1,4 +1,4 @@
-"""Where "default", a path or a hub id points, and what is not there. Nothing is opened."""
+"""Resolve "default", paths and hub ids, and find those that do not exist. Opens no file."""
 
 import re
 from collections.abc import Mapping
@@ -8,29 +8,43 @@ from typing import Any
 from sparse_lora_dist.config.sections import DataConfig
 
 ASSETS = Path(__file__).parents[2] / "assets"
+"""Folder with the model and the data that come with the repository."""
 EMBEDDED = {
     "model": "base",
     "data": "gsm8k/train.jsonl",
     "eval_data": "gsm8k/heldout.jsonl",
 }
+"""{option: path in ASSETS that "default" stands for}."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv")
 
 
 def resolve_default(option: str, value: str) -> str:
-    """Path of what the repository brings for "default"; any other value as it is."""
+    """Resolve the value of --model, --data or --eval_data.
+
+    Args:
+        option: name of the option.
+        value: "default", a path or a hub id.
+
+    Returns:
+        The path in the repository for "default"; otherwise ``value`` with ~ expanded.
+    """
     return str(ASSETS / EMBEDDED[option]) if value == "default" else str(Path(value).expanduser())
 
 
 def eval_source(data: DataConfig) -> str | None:
-    """Path or hub id of the held-out set; None when there is none."""
+    """Return path or hub id of the held-out data; None if there are none."""
     if data.eval_data is not None:
         return resolve_default("eval_data", data.eval_data)
     return resolve_default("eval_data", "default") if data.data == "default" else None
 
 
 def missing_locations(flat: Mapping[str, Any]) -> list[str]:
-    """One line for each path among the options that leads nowhere."""
+    """Return a problem for each path among the options that does not exist.
+
+    Args:
+        flat: {option: value} of a run.
+    """
     problems = []
     for option in ("model", "data", "eval_data", "init_adapter"):
         if flat[option] is not None:
@@ -39,12 +53,16 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
     if flat["resume"] not in ("auto", "never") and not Path(flat["resume"]).is_dir():
         problems.append(f"resume must be auto, never or an existing folder, got {flat['resume']!r}")
     if Path(flat["output_dir"]).is_file():
-        problems.append(f"output_dir is a file, must be a folder: {flat['output_dir']}")
+        problems.append(f"output_dir must be a folder, got the file {flat['output_dir']}")
     return problems
 
 
 def missing_files(flat: Mapping[str, Any]) -> list[str]:
-    """One line for each fault of what goes with the model, whether a run trains or not."""
+    """Return problems of files that every program reads beside the model.
+
+    Args:
+        flat: {option: value} of a run.
+    """
     problems = []
     if flat["chat_template"] is not None and not Path(flat["chat_template"]).expanduser().is_file():
         problems.append(f"chat_template: no such file: {flat['chat_template']}")
@@ -54,18 +72,26 @@ def missing_files(flat: Mapping[str, Any]) -> list[str]:
 
 
 def missing_source(option: str, value: str) -> list[str]:
-    """A line when ``value`` is neither there nor can be a hub id."""
+    """Check that a model, adapter or data set can exist.
+
+    Args:
+        option: name of the option.
+        value: "default", a path or a hub id. Hub ids are not looked up.
+
+    Returns:
+        A list with one problem if ``value`` is a path and does not exist, or an empty list.
+    """
     embedded = value == "default" and option in EMBEDDED
     path = Path(resolve_default(option, value) if embedded else value).expanduser()
     if path.exists() or not (embedded or looks_local(value)):
         return []
     if embedded:
-        return [f"{option}: {path} comes with a git clone only and is not here: give --{option}"]
-    return [f"{option}: no such file or folder, and no hub id: {value}"]
+        return [f"{option}: {path} is missing; it comes with a git clone only. Set --{option}"]
+    return [f"{option}: no such file or folder, and not a hub id: {value}"]
 
 
 def looks_local(value: str) -> bool:
-    """Can ``value`` only be a path? Hub ids are ``name`` or ``owner/name``."""
+    """Whether ``value`` can only be a path. Hub ids are ``name`` or ``owner/name``."""
     return (
         value.startswith(("/", ".", "~"))
         or value.endswith(DATA_SUFFIXES)

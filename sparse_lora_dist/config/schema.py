@@ -1,8 +1,8 @@
-"""Every option there is: its type in words, its default, its method, and the help page."""
+"""Schema of the options: type, default, section and method of each, and the parser for values."""
 
 import re
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,6 +13,13 @@ from sparse_lora_dist import methods
 from sparse_lora_dist.config.config import SECTIONS
 
 USAGE = "deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--option value ...]"
+COMMON = """
+    model task precision gradient_checkpointing data eval_data prompt_field response_field
+    sequence_length method rank alpha dropout target_modules max_steps num_epochs micro_batch_size
+    gradient_accumulation_steps learning_rate lr_schedule warmup_steps seed ds_config
+    output_dir resume eval_every save_every keep_last time_limit trackers
+""".split()
+"""Options of a training run that ``--help`` shows; ``--help_all`` shows all."""
 PLAIN_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
 WORDS = {
     int: "a whole number",
@@ -25,19 +32,21 @@ WORDS = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
-    """What reads options, and says so on its help page."""
+    """A launcher that takes the options of a training run, and perhaps options of its own."""
 
     name: str
     usage: str
     description: str
     own: type[Any] | None = None
-    """Dataclass of options beside those of a run."""
+    """Dataclass of the program's own options; None if there are none."""
     trains: bool = True
-    """Does it need what a run reads and writes besides the model?"""
+    """Whether data, output and trackers must be usable; False: only the model is checked."""
     defaults: Mapping[str, object] = field(default_factory=dict)
-    """Of options of a run, where they are not a run's."""
+    """{option: default} where the default differs from that of a training run."""
+    common: tuple[str, ...] = tuple(COMMON)
+    """Options of a training run that the program's ``--help`` shows; its own are always shown."""
     check: Callable[[Mapping[str, Any]], list[str]] = lambda flat: []
-    """{option: value} -> a line for each that the program cannot do with."""
+    """Function from {option: value} to the problems that the program has with the values."""
 
 
 TRAIN = Program(
@@ -49,86 +58,92 @@ TRAIN = Program(
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """The type of its value, its default, and the method it belongs to, if to one."""
+    """One option of a program."""
 
     hint: Any
+    """Type of the value."""
     default: object
+    section: str
+    """Title of the section that the option stands in."""
     method: str | None
-
-
-def sections_of(program: Program) -> dict[str, type[Any]]:
-    """Those of a run, and the program's own."""
-    return SECTIONS | ({} if program.own is None else {"own": program.own})
+    """Method that the option belongs to; None if all methods have it."""
 
 
 def known_options(program: Program = TRAIN) -> dict[str, Option]:
-    """{name: Option} of every section and of every method there is at this moment."""
-    sections = sections_of(program).values()
-    owners: list[tuple[str | None, type[Any]]] = [(None, section) for section in sections]
-    owners += [(name, factory.options) for name, factory in methods.METHODS.items()]
+    """Collect the options of a program.
+
+    Args:
+        program: the program that takes them.
+
+    Returns:
+        {name: Option} over all sections and all methods registered at the time of the call.
+    """
     return {
         f.name: Option(
             hint=get_type_hints(owner)[f.name],
             default=program.defaults.get(f.name, f.default),
+            section=(owner.__doc__ or "").strip(),
             method=method,
         )
-        for method, owner in owners
+        for method, owner in _owners(program)
         for f in fields(owner)
     }
 
 
+def _owners(program: Program) -> Iterator[tuple[str | None, type[Any]]]:
+    """(method or None, dataclass of options), the program's own options first."""
+    for section in ([program.own] if program.own else []) + list(SECTIONS.values()):
+        yield None, section
+    for name, factory in methods.METHODS.items():
+        yield name, factory.options
+
+
 def build_parser(program: Program = TRAIN) -> ArgumentParser:
-    """A parser that knows the type of every option, and prints the help page."""
+    """Return the parser that knows type and help text of every option of ``program``."""
     return _parser(program, tuple(methods.METHODS.items()))
 
 
-@cache  # it is a fifth of what a test's short run costs to begin
+# Cached because building it takes a fifth of the time that a short run in a test needs to start.
+# The methods are an argument, so that a method registered later gets a new parser.
+@cache
 def _parser(
     program: Program, known: tuple[tuple[str, methods.MethodFactory], ...]
 ) -> ArgumentParser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    summaries = "; ".join(f"{name} ({m.summary})" for name, m in known)
-    parser = ArgumentParser(
-        prog=program.name,
-        usage=program.usage,
-        description=program.description,
-        epilog=f"Methods: {summaries}.",
-        exit_on_error=False,
-        add_help=False,
-    )
-    command = parser.add_argument_group("Command line only")
-    command.add_argument("--config", metavar="FILE", help="YAML file of options; flags win")
-    command.add_argument("--print_config", action="store_true", help="print all values and leave")
-    command.add_argument("--help", action="store_true", help="print this page and leave")
-    for section in sections_of(program).values():
-        parser.add_class_arguments(section, None)
-    for name, factory in known:
-        group = parser.add_argument_group(f"Options of --method {name}")
-        group.add_class_arguments(factory.options, None, as_group=False)
+    parser = ArgumentParser(prog=program.name, exit_on_error=False, add_help=False)
+    for _, owner in _owners(program):
+        parser.add_class_arguments(owner, None, as_group=False)
     parser.set_defaults(dict(program.defaults))
     return parser
 
 
+def help_texts(program: Program = TRAIN) -> dict[str, str]:
+    """Return {option: help text}, each on one line."""
+    actions = build_parser(program)._actions
+    return {action.dest: " ".join((action.help or "").split()) for action in actions}
+
+
 def may_be_null(hint: Any) -> bool:
-    """Is null a value of this type?"""
+    """Whether null is a value of this type."""
     return type(None) in get_args(hint)
 
 
 def is_switch(hint: Any) -> bool:
-    """Does the flag alone, without a word after it, mean true?"""
+    """Whether the flag alone, without a value, means true."""
     return bool in (hint, *get_args(hint))
 
 
 def takes_list(hint: Any) -> bool:
-    """Is a value of this type a list of names or numbers?"""
+    """Whether a value of this type is a list of names or numbers."""
     return any(get_origin(t) is tuple for t in (hint, *get_args(hint)))
 
 
 def items_in(text: str, hint: Any) -> Any:
-    """The names or numbers in ``text`` for an option that takes a list of them.
+    """Split the value of an option that takes a list.
 
-    ``a,b`` is two names and ``a`` is one. Where the option takes a regex too, all that is not plain
-    names is a regex, and ``all-linear`` stays the word that PEFT knows. ``[a, b]`` is left to YAML.
+    ``a,b`` is two names and ``a`` is one. An option that also takes a regular expression gets
+    everything that is not plain names as it is; ``all-linear`` stays the word that PEFT knows, and
+    ``[a, b]`` is left to the YAML parser.
     """
     if text.startswith("[") or text == "all-linear":
         return text
@@ -139,7 +154,7 @@ def items_in(text: str, hint: Any) -> Any:
 
 
 def _number(text: str) -> float | str:
-    """As Python reads it (YAML 1.1 takes 3e-4 for text); what is none goes on to be refused."""
+    """Parse as Python does, because YAML 1.1 takes 3e-4 for text; anything else stays text."""
     try:
         return float(text)
     except ValueError:
@@ -147,7 +162,7 @@ def _number(text: str) -> float | str:
 
 
 def describe(hint: Any) -> str:
-    """The type in words: "a whole number or null"."""
+    """Return the type in words, such as "a whole number or null"."""
     arguments = get_args(hint)
     if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(describe(t) for t in arguments)
@@ -156,3 +171,9 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is tuple:
         return "a list of finite numbers" if float in arguments else "a list of names"
     return WORDS.get(hint, str(hint))
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """Return the words that a Literal type, or Literal or null, allows; empty for other types."""
+    literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
+    return tuple(str(word) for literal in literals for word in get_args(literal))

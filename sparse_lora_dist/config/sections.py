@@ -1,7 +1,7 @@
-"""Every option of a run: a frozen dataclass a concern, unit and meaning under each field.
+"""All options of a training run: one frozen dataclass per section.
 
-A class checks its own numbers when it is made and raises one ``ConfigError`` with all of them.
-``load.py`` fills the classes; field names are the flags and the keys of the YAML file.
+The string under a field is its help text; field names are the flags and the keys of the YAML file.
+A class checks its own values when it is created and raises one ``ConfigError`` with all problems.
 """
 
 from dataclasses import dataclass
@@ -9,72 +9,79 @@ from typing import Literal
 
 from sparse_lora_dist.config.checks import above, at_least, bad_durations, bad_regex, raise_if
 
-TRACKERS = ("tensorboard", "wandb")
+TRACKERS = tuple("aim clearml comet_ml dvclive mlflow swanlab tensorboard trackio wandb".split())
+"""Names of accelerate's trackers, each also the name of its package for pip and import."""
 RESETS = ("optimizer", "schedule", "data")
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Base model: what is adapted, and how it is held"""
+    """Base model"""
 
     model: str = "default"
-    """Folder or hub id of the base model; "default" is the tiny one in this repository."""
+    """Base model: local folder or hub id. "default" is the tiny model in this repository."""
     revision: str | None = None
-    """Branch, tag or commit of a hub model."""
+    """Branch, tag or commit of a hub model. null: the hub's default branch."""
     task: Literal["causal_lm", "seq_cls"] = "causal_lm"
-    """What is learned: causal_lm (the next token) or seq_cls (a label for each example)."""
+    """Training task: causal_lm (predict the next token) or seq_cls (classify each example)."""
     trust_remote_code: bool = False
     """Run Python code that comes with a hub model."""
     quantization: Literal["nf4", "none"] = "nf4"
-    """How linear weights are held: nf4 (4 bits each) or none (the precision's 16 or 32)."""
+    """Storage of the frozen linear weights: nf4 (4 bits each) or none (bf16 or fp32, see
+    precision)."""
     double_quant: bool = True
-    """Quantise the NF4 block scales too: 4.13 instead of 4.5 bits a weight."""
+    """Quantise the NF4 block scales as well: 4.13 instead of 4.5 bits per weight."""
     base_cache: str | None = None
-    """Folder that keeps the 4-bit base, so that later jobs load it faster; null keeps none."""
+    """Folder in which the quantised base model is cached, so that later jobs load it faster. null:
+    no cache."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of forward and backward; adapter masters and statistics are fp32 either way."""
+    """Dtype of forward and backward: bf16 or fp32. Adapter master weights are always fp32."""
     attn_implementation: str | None = None
-    """Attention by transformers' name (eager, sdpa, flash_attention_2); null lets it choose."""
+    """Attention kernel, by its transformers name: eager, sdpa, flash_attention_2 ... null:
+    transformers chooses."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: a third more time, far less memory. Usual from 7B on."""
 
     def __post_init__(self) -> None:
         if self.base_cache is not None and self.quantization == "none":
-            raise_if(["base_cache keeps a base in 4 bits: use quantization nf4, or leave it out"])
+            raise_if(["base_cache needs quantization nf4, got none: leave base_cache out"])
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Data: what is learned from"""
+    """Data"""
 
     data: str = "default"
-    """File, folder or hub id to train on; "default" is a part of GSM8K in this repository."""
+    """Training data: file, folder or hub id. "default" is a part of GSM8K in this repository."""
     eval_data: str | None = None
-    """The same for held-out loss; null is "default" if data is, and otherwise none."""
+    """Held-out data for the evaluation loss: file, folder or hub id. null: the held-out part of
+    GSM8K if data is "default", otherwise no evaluation."""
     text_field: str = "text"
-    """Column of plain text."""
+    """Column with plain text."""
     text_pair_field: str | None = None
-    """Column of a second text, where seq_cls labels pairs."""
+    """Column with a second text, for seq_cls on pairs of texts. null: single texts."""
     label_field: str = "label"
-    """Column of the label, whole numbers or names, for seq_cls."""
+    """Column with the label, for seq_cls: class numbers or class names."""
     column_names: tuple[str, ...] = ()
-    """Columns of a CSV or TSV file whose first line does not name them."""
+    """Names of the columns of a CSV or TSV file that has no header line. Empty: the first line
+    names them."""
     prompt_field: str = "prompt"
-    """Column of the prompt. A column called messages holds whole chats."""
+    """Column with the prompt. A column named messages is read as whole chats instead."""
     response_field: str = "response"
-    """Column of the response."""
+    """Column with the response."""
     chat_template: str | None = None
-    """File with a Jinja chat template; null takes the tokenizer's own."""
+    """File with a Jinja chat template. null: the tokenizer's own."""
     train_on: Literal["response", "all"] = "response"
-    """Tokens that count in the loss: the response's only, or all."""
+    """Tokens that count in the loss: those of the response only, or all."""
     packing: bool | None = None
-    """Put several documents in one row, attention staying within each; null is true, but for
-    seq_cls false."""
+    """Pack several documents into one row; attention stays within each document. null: true for
+    causal_lm, false for seq_cls."""
     sequence_length: int = 512
-    """Tokens per row, at least 8."""
+    """Row length in tokens, at least 8. Longer plain texts are cut; longer chats and prompts with
+    responses are left out."""
     max_samples: int | None = None
-    """Use the first so many training examples only; null uses all."""
+    """Number of training examples to use, from the first on, at least 1. null: all."""
 
     def __post_init__(self) -> None:
         raise_if(at_least(self, 8, "sequence_length") + at_least(self, 1, "max_samples"))
@@ -82,29 +89,30 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """Adapter: what trains"""
+    """Adapter"""
 
     method: str = "lora"
-    """Name of the method; all of them are listed at the end."""
+    """Adapter method. --help lists them, and --help METHOD shows the options of one."""
     rank: int = 16
-    """Columns of each low-rank pair (the capacity, for methods that choose ranks), at least 1."""
+    """Adapter rank, at least 1. For methods that choose ranks: the largest rank of a layer."""
     alpha: float = 32.0
-    """The delta is scaled by alpha / rank; above 0."""
+    """Adapter scale, above 0: the adapter output is multiplied by alpha / rank."""
     dropout: float = 0.0
-    """Fraction of the adapter's inputs set to zero while training, in [0, 1)."""
+    """Dropout probability on adapter inputs, in [0, 1)."""
     target_modules: tuple[str, ...] | str = "all-linear"
-    """Linears to adapt: names (q_proj,v_proj), a regex of the whole module name, or all-linear."""
+    """Linear layers to adapt: names (q_proj,v_proj), a regular expression that matches whole
+    module names, or all-linear."""
     modules_to_save: tuple[str, ...] = ()
-    """Modules trained whole and saved with the adapter, by name."""
+    """Names of further modules to train in full and save with the adapter, such as lm_head."""
     init_adapter: str | None = None
-    """Folder or hub id of a PEFT adapter to go on from."""
+    """PEFT adapter to start from: folder or hub id. null: a new adapter."""
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "rank") + above(self, 0, "alpha")
         if not 0.0 <= self.dropout < 1.0:
             problems.append(f"dropout must be in [0, 1), got {self.dropout}")
         if not self.target_modules:
-            problems.append("target_modules is empty: name modules, or say all-linear")
+            problems.append("target_modules is empty: name modules, or write all-linear")
         if isinstance(self.target_modules, str):
             problems += bad_regex("target_modules", self.target_modules)
         raise_if(problems)
@@ -112,18 +120,19 @@ class AdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Training: how long and how fast. A step is an optimizer step."""
+    """Training"""
 
     max_steps: int | None = None
-    """Steps until the schedules end; null lets num_epochs decide."""
+    """Length of the run in optimizer steps, at least 1. null: num_epochs decides."""
     num_epochs: float = 1.0
-    """Passes over the data, when max_steps is null; above 0."""
+    """Passes over the training data, above 0. Used when max_steps is null."""
     stop_after: int | None = None
-    """End the program after this step, schedules untouched, to be resumed later."""
+    """End the job after this optimizer step, at least 1, and leave all schedules unchanged, so
+    that the run can be resumed. null: train to the end."""
     micro_batch_size: int = 4
-    """Rows per rank in one forward."""
+    """Rows per rank in one forward pass, at least 1."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per step."""
+    """Micro-batches per optimizer step, at least 1."""
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW, above 0."""
     lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = (
@@ -131,21 +140,22 @@ class TrainConfig:
     )
     """Shape of the learning rate over the run."""
     warmup_steps: int = 0
-    """Steps in which the learning rate rises from 0 to its peak."""
+    """Optimizer steps in which the learning rate rises linearly from 0 to its peak, at least 0."""
     weight_decay: float = 0.0
     """Decoupled weight decay of AdamW, at least 0."""
     adam_beta1: float = 0.9
-    """Weight of the past in AdamW's first moment, in [0, 1)."""
+    """Decay rate of AdamW's first moment, in [0, 1)."""
     adam_beta2: float = 0.999
-    """The same in its second."""
+    """Decay rate of AdamW's second moment, in [0, 1)."""
     adam_eps: float = 1e-8
-    """What AdamW adds to the root of its second moment, above 0."""
+    """Epsilon added to the square root of AdamW's second moment, above 0."""
     moment_bits: Literal[32, 8] = 32
-    """Bits of each of AdamW's two moments; 8 is bitsandbytes' blockwise quantisation."""
+    """Bits per entry of each of AdamW's two moments: 32, or 8 (bitsandbytes' blockwise
+    quantisation)."""
     max_grad_norm: float = 1.0
-    """Global gradient norm above which gradients are scaled down; 0 is off."""
+    """Global gradient norm above which gradients are scaled down, at least 0. 0: no clipping."""
     seed: int = 0
-    """Seed of the adapter's first values, the order of the data, and dropout."""
+    """Seed of adapter initialisation, data order and dropout, in [0, 4294967295]."""
 
     def __post_init__(self) -> None:
         counts = ("max_steps", "stop_after", "micro_batch_size", "gradient_accumulation_steps")
@@ -168,44 +178,52 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Run: engine, output and what is logged"""
+    """Run: DeepSpeed, output folder, checkpoints and logs"""
 
     ds_config: str = "ds_configs/zero3.json"
-    """DeepSpeed's JSON file: stage, offload, buckets; no training numbers."""
+    """DeepSpeed JSON file: ZeRO stage, offload and bucket sizes, but no batch size and the like."""
     output_dir: str = "runs/default"
-    """Folder for checkpoints, metrics and the adapter; made when it is not there."""
+    """Run folder for checkpoints, metrics and the final adapter. Created if missing."""
     resume: str = "never"
-    """auto (from the newest whole checkpoint in output_dir, if any), never, or its folder."""
+    """Checkpoint to resume from: auto (the newest intact one in output_dir, if any), never, or
+    the folder of a checkpoint."""
     reset: tuple[str, ...] = ()
-    """With --resume FOLDER: what begins anew, of optimizer, schedule (and optimizer), data."""
+    """State to discard when --resume names a folder: any of optimizer, schedule (includes
+    optimizer) and data."""
     verify: str | None = None
-    """A run's folder: check all of its checkpoints, and train nothing."""
+    """Run folder whose checkpoints are checked; nothing is trained. null: train."""
     log_every: int = 1
-    """Steps between two lines of metrics."""
+    """Optimizer steps between two lines of metrics, at least 1."""
     eval_every: int = 50
-    """Steps between two held-out losses; 0 is before and after training only."""
+    """Optimizer steps between two evaluations, at least 0. 0: only before and after training."""
     eval_batches: int = 20
-    """Global batches per held-out loss, at most."""
+    """Largest number of global batches per evaluation, at least 1."""
     save_every: int = 100
-    """Steps between two checkpoints; 0 is at the end only."""
+    """Optimizer steps between two checkpoints, at least 0. 0: only at the end."""
     async_save: bool = True
-    """Write checkpoints while training goes on; takes host memory for a copy of what is saved."""
+    """Write checkpoints in the background while training goes on. Takes host memory for a copy of
+    the saved state."""
     keep_last: int | None = None
-    """Checkpoints that stay, the newest of them; null keeps all."""
+    """Number of newest checkpoints to keep, at least 1. null: keep all."""
     keep_best: bool = True
-    """With keep_last: the one of the smallest held-out loss stays too."""
+    """Keep the checkpoint with the smallest evaluation loss too when keep_last is set."""
     collective_timeout: str = "10m"
-    """How long all ranks may stand still; then the job ends and names who lags. At least 5s."""
+    """Time without progress on any rank after which the job is aborted and the rank that is
+    behind is named, e.g. 90s or 10m; at least 5s."""
     max_bad_steps: int = 10
-    """Steps in a row without a finite loss and gradient, all left out, that end the run."""
+    """Number of consecutive steps with a non-finite loss or gradient after which the run ends, at
+    least 1. Such steps change no weight."""
     time_limit: str | None = None
-    """Save and leave with status 75 before the program is so old: 90m, 2h, 1-12:00:00."""
+    """Wall-clock limit of the job, e.g. 90m, 2h or 1-12:00:00; at least 1s. A checkpoint is saved
+    in time and the exit status is 75; go on with --resume auto. null: no limit."""
     signal_lead: str | None = None
-    """How long before its kill a scheduler signals, like 300s: the run warns if that is short."""
+    """Time between a scheduler's warning signal and its kill, e.g. 300s; at least 1s. A warning is
+    printed if that is too short to save. null: no such check."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Where metrics go besides metrics.jsonl: tensorboard, wandb, both, or []."""
+    """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, both, or [] for
+    none."""
     debug: bool = False
-    """Show tracebacks, and what other libraries print."""
+    """Show tracebacks and the output of other libraries."""
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "log_every", "eval_batches", "keep_last", "max_bad_steps")
@@ -213,17 +231,17 @@ class RunConfig:
         problems += bad_durations(self, "time_limit", "signal_lead")
         problems += bad_durations(self, "collective_timeout", least_s=5)
         problems += [
-            f"reset knows {', '.join(RESETS)}, got {name!r}"
+            f"reset takes {', '.join(RESETS)}, got {name!r}"
             for name in self.reset
             if name not in RESETS
         ]
         if self.reset and self.resume in ("auto", "never"):
             problems.append(
-                f"reset needs --resume with the folder of a checkpoint, got {self.resume}: with "
-                "auto, a run that was interrupted would begin anew each time"
+                f"reset needs --resume with the folder of a checkpoint, got {self.resume}. With "
+                "auto, every restart of an interrupted run would discard the state again"
             )
         problems += [
-            f"trackers knows {' and '.join(TRACKERS)} ([] for none), got {name!r}"
+            f"trackers must be any of {', '.join(TRACKERS)} ([] for none), got {name!r}"
             for name in self.trackers
             if name not in TRACKERS
         ]

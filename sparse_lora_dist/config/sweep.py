@@ -1,4 +1,4 @@
-"""A sweep: a YAML file of options, some with several values -> the options of every run."""
+"""A sweep: YAML file of options, some with a list of values -> the options of every run."""
 
 import re
 from collections.abc import Sequence
@@ -13,26 +13,30 @@ from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.errors import ConfigError, UserError
 
 USAGE = """usage: launcher/grid.py FILE [NUMBER]
-  FILE    options of launcher/train.py in YAML; where a list stands, each of its values is tried
-  NUMBER  print the options of this run, one word a line; without it, all runs are listed"""
+  FILE    options of launcher/train.py in YAML; every combination of values in lists is one run
+  NUMBER  print the options of this run, one word per line; without it, all runs are listed"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The runs of a file, and which one was asked for."""
+    """The runs of a sweep, and the number of the one that was asked for."""
 
     path: str
     runs: dict[str, list[str]]
-    """Options of every run, as words of a command line, by the name of its folder."""
+    """{name of the run's folder: its options as words of a command line}."""
     number: int | None
+    """Run to print, from 0; None lists all."""
     run: RunConfig = field(default_factory=RunConfig)
 
 
 def load_grid(argv: Sequence[str]) -> Grid:
-    """What ``argv`` asks.
+    """Read the command line of launcher/grid.py.
+
+    Args:
+        argv: the words after the program's name.
 
     Raises:
-        UserError: the file is no grid, a run of it could not start, or there is no such run.
+        UserError: the file is not a sweep, the options of a run are wrong, or NUMBER is too large.
     """
     if len(argv) not in (1, 2) or argv[0].startswith("-"):
         raise UserError(USAGE)
@@ -44,7 +48,7 @@ def load_grid(argv: Sequence[str]) -> Grid:
 
 
 def read(path: Path) -> dict[str, str | list[str]]:
-    """Values as they are written: ``2e-4`` and ``true`` go to the command line as they stand."""
+    """Read the file, values as text: ``2e-4`` and ``true`` go to the command line unchanged."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -55,10 +59,12 @@ def read(path: Path) -> dict[str, str | list[str]]:
 
 
 def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
-    """Every combination, the last list changing fastest.
+    """Expand the lists into all combinations; the last list changes fastest.
+
+    ``{rank: [8, 16], seed: [0, 1]}`` gives rank=8,seed=0; rank=8,seed=1; rank=16,seed=0; ...
 
     Raises:
-        UserError: two of them would have the same folder.
+        UserError: two runs would have the same folder.
     """
     lists = {name: value for name, value in grid.items() if isinstance(value, list)}
     fixed = {name: value for name, value in grid.items() if isinstance(value, str)}
@@ -68,27 +74,30 @@ def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
         chosen = dict(zip(lists, map(_text, values), strict=True))
         name = _folder(chosen)
         if name in runs:
-            raise UserError(f"two runs of the grid would share the folder {parent}/{name}.")
+            raise UserError(
+                f"two runs of the sweep would share the folder {parent}/{name}: remove one of the "
+                "equal values."
+            )
         options = fixed | chosen | {"output_dir": f"{parent}/{name}"}
         runs[name] = [word for key, value in options.items() for word in (f"--{key}", value)]
     return runs
 
 
 def _text(value: str | list[str]) -> str:
-    """A list among the values is one value, of an option that takes several names."""
+    """Join a list inside a list: it is one value of an option that takes several names."""
     return ",".join(value) if isinstance(value, list) else value
 
 
 def _folder(chosen: dict[str, str]) -> str:
-    """method=lora,rank=8, without what a file's name had better not hold."""
+    """Name a folder after the values (method=lora,rank=8), without special characters."""
     text = ",".join(f"{name}={value}" for name, value in chosen.items())
     return re.sub(r"[^\w.,=+-]+", "-", text) or "run"
 
 
 def check(path: str, runs: dict[str, list[str]]) -> None:
-    """Raises UserError where the options of a run are wrong: before anything is queued."""
+    """Raise a UserError if the options of a run are wrong, before anything is queued."""
     if not runs:
-        raise UserError(f"{path} describes no run: one of its lists is empty.")
+        raise UserError(f"{path} describes no run, because one of its lists is empty.")
     for name, flags in runs.items():
         try:
             load_config(flags)
@@ -99,13 +108,14 @@ def check(path: str, runs: dict[str, list[str]]) -> None:
 def _number(text: str, count: int) -> int:
     if not text.isdecimal() or int(text) >= count:
         raise UserError(
-            f"the grid has {count} runs, 0 to {count - 1}, got {text}: sbatch --array=0-{count - 1}"
+            f"NUMBER must be in 0 to {count - 1}, since the sweep has {count} runs, got {text}: "
+            f"submit it with sbatch --array=0-{count - 1}"
         )
     return int(text)
 
 
 def show(grid: Grid) -> None:
-    """Print the run that was asked for, or all."""
+    """Print the options of the run that was asked for, or list all runs."""
     if grid.number is not None:
         print("\n".join(list(grid.runs.values())[grid.number]))
         return

@@ -1,7 +1,7 @@
 """Files and data sets -> tokenised, packed batches with a resumable position.
 
-source -> read (examples) -> fields, chat, tokens (documents) -> rows (packed) -> batches
-                          -> labels, labelled (documents of a class) -> rows -> batches
+read_files (examples) -> fields, chat, tokens (documents) -> packing (rows) -> batches
+                      -> labels, labelled (documents of a class) -> packing (rows) -> labelled
 """
 
 from sparse_lora_dist.data.batches import (

@@ -1,8 +1,8 @@
 """Rows of the stream -> the micro-batches of one rank.
 
 Shapes: M rows of a micro-batch, T tokens of its longest row (padded). Attention stays inside a
-document because ``position_ids`` restart there; that holds in transformers only with no
-``attention_mask`` and ``use_cache=False``, and with flash attention only for M = 1.
+document because ``position_ids`` restart there. transformers does so only without an
+``attention_mask`` and with ``use_cache=False``, and with flash attention only for M = 1.
 """
 
 from collections.abc import Sequence
@@ -17,28 +17,29 @@ from sparse_lora_dist.data.packing import Row, Rows
 from sparse_lora_dist.data.tokens import NOT_A_TARGET, Ints
 
 FILLER = -1
-"""The row number of a row that only fills up the last global batch."""
+"""Row number of a filler row, which only completes the last global batch."""
 PAD_TO = 8
-"""Row lengths are multiples of this many tokens, as GPU matmuls like them."""
+"""Padded row lengths are multiples of this many tokens, for which GPU matmuls are faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of one rank, int64."""
+    """One micro-batch of one rank. Tensors are int64."""
 
     input_ids_MT: Tensor
+    """Token ids, padded with the pad token."""
     labels_MT: Tensor
-    """Not shifted; -100 where there is nothing to learn."""
+    """Target ids, not shifted; -100 for tokens without a loss."""
     position_ids_MT: Tensor
-    """Restart at 0 at each document and where the padding begins."""
+    """Positions, which restart at 0 at each document and where the padding begins."""
     rows_M: tuple[int, ...]
     """Row numbers in the stream; -1 for filler rows."""
     lengths_M: tuple[int, ...]
-    """Tokens of each row, at its front: 0 for filler, padding not counted."""
+    """Tokens of each row without the padding, which follows them; 0 for filler rows."""
 
     @property
     def num_targets(self) -> int:
-        """Tokens the shifted loss is taken on."""
+        """Number of tokens that the shifted loss is taken on."""
         return int((self.labels_MT[:, 1:] != NOT_A_TARGET).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -53,7 +54,7 @@ class Batch:
 
 
 class MicroBatch(Protocol):
-    """What a step asks of a micro-batch, whatever the task."""
+    """What a train step needs of a micro-batch, for any task."""
 
     @property
     def input_ids_MT(self) -> Tensor: ...  # noqa: D102
@@ -69,7 +70,8 @@ class MicroBatch(Protocol):
 
 
 class Collate(Protocol):
-    """Rows of these numbers of the stream, ``FILLER`` for none -> a micro-batch."""
+    """Function that makes a micro-batch of the rows with these numbers in the stream; ``FILLER``
+    stands for a filler row."""
 
     def __call__(  # noqa: D102
         self, rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool
@@ -89,14 +91,26 @@ def micro_batches(
     collate: Collate,
     shuffle: bool = True,
 ) -> list[Any]:
-    """This rank's part of the global batch that begins at row ``first_row`` of the stream.
+    """Make one rank's micro-batches of a global batch. Not a collective.
 
     Row i of the global batch goes to micro-batch ``i // (world_size * micro_batch_size)`` and rank
-    ``(i // micro_batch_size) % world_size``. Rows from ``end_row`` on become filler rows, one pad
-    token and no target: the last partial batch drops and repeats nothing, and a loss divided
+    ``(i // micro_batch_size) % world_size``. Rows from ``end_row`` on become filler rows, of one
+    pad token and no target. So the last batch neither drops nor repeats rows, and the loss divided
     by the global number of targets is exact.
 
+        2 ranks, micro_batch_size 2, accumulation 2, first_row 0:
+        rank 0 has rows (0, 1) and (4, 5); rank 1 has rows (2, 3) and (6, 7)
+
     Args:
+        rows: the rows of the data set.
+        first_row: row of the stream at which the global batch begins.
+        end_row: row of the stream at which the run ends.
+        rank: the rank whose micro-batches are made.
+        world_size: number of ranks.
+        micro_batch_size: rows per rank in one forward.
+        accumulation: micro-batches per step.
+        pad_id: token id that fills rows up.
+        collate: makes a micro-batch of rows.
         shuffle: take each epoch in its own seeded order; False keeps the order of the list.
 
     Returns:
@@ -113,7 +127,7 @@ def micro_batches(
 
 
 def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) -> Batch:
-    """The rows of these numbers as they were packed."""
+    """``Collate`` for language modelling: packed rows, padded to one length."""
     filler = Row(
         input_ids=np.array([pad_id]),
         labels=np.array([NOT_A_TARGET]),
@@ -124,7 +138,8 @@ def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: 
     return Batch(
         input_ids_MT=padded([p.input_ids for p in parts], length, pad_id),
         labels_MT=padded([p.labels for p in parts], length, NOT_A_TARGET),
-        # Padding is a document of its own: positions that went on would join it to the last.
+        # Positions restart at the padding, so that it is a document of its own. If they continued,
+        # attention would see it as part of the last document.
         position_ids_MT=_stack(
             [np.append(p.position_ids, np.arange(length - len(p.position_ids))) for p in parts]
         ),
@@ -134,12 +149,16 @@ def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: 
 
 
 def padded_length(lengths: Sequence[int], most: int) -> int:
-    """Tokens of every row of a micro-batch whose rows have ``lengths``."""
+    """Padded length of a micro-batch whose rows have ``lengths``, at most ``most``."""
     return min(-(-max(lengths) // PAD_TO) * PAD_TO, most)
 
 
 def padded(rows: Sequence[Ints], length: int, value: int) -> Tensor:
-    """[M, length] int64, each row filled up with ``value``."""
+    """Pad each row with ``value`` at its end.
+
+    Returns:
+        int64 [len(rows), length].
+    """
     return _stack([np.pad(row, (0, length - len(row)), constant_values=value) for row in rows])
 
 

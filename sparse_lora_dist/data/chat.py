@@ -1,4 +1,4 @@
-"""Text or chat messages -> token ids, and which of them the loss is taken on."""
+"""Text or chat messages -> token ids, and the tokens that the loss is taken on."""
 
 import re
 from dataclasses import dataclass
@@ -14,20 +14,29 @@ from sparse_lora_dist.errors import UserError
 
 TrainOn = Literal["response", "all"]
 
-# As transformers recognises it; without the marks it would answer with a mask of zeros.
+# As transformers recognises it. Without the marks, transformers returns a mask of zeros.
 GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Token ids and, for each, whether it is to be learned."""
+    """The tokens of an example."""
 
     ids: list[int]
+    """Token ids."""
     is_target: list[bool]
+    """For each token, whether the loss is taken on it."""
 
 
 def find_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> str | None:
-    """The jinja text that renders chats: ``chat_template``, a file or the text, or the tokenizer's.
+    """Find the jinja text that renders chats.
+
+    Args:
+        tokenizer: its own template is used if ``chat_template`` is None.
+        chat_template: ``--chat_template``: jinja text, or a file with it.
+
+    Returns:
+        The jinja text; None if there is none.
 
     Raises:
         UserError: ``chat_template`` is neither jinja text nor a file that exists.
@@ -38,13 +47,15 @@ def find_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None)
         return chat_template
     if not Path(chat_template).expanduser().is_file():
         raise UserError(
-            f"--chat_template {chat_template}: no such file, and no jinja text ({{{{ or {{%) either"
+            f"--chat_template {chat_template}: no such file, and no jinja text (with {{{{ or {{%). "
+            "Give the path of a file, or the text of a template"
         )
     return Path(chat_template).expanduser().read_text(encoding="utf-8")
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """The text's ids, begun with bos if this tokenizer does so and ended with eos if it has one."""
+    """Token ids of a text, with bos if the tokenizer adds one and with eos if it has one; [] for
+    white space."""
     return _framed(tokenizer, _ids(tokenizer, text)) if text.strip() else []
 
 
@@ -55,9 +66,13 @@ def encode_chat(
     template: str | None,
     train_on: TrainOn,
 ) -> Encoded:
-    """The rendered chat; every assistant turn is a target, with the end the template gives it.
+    """Tokenise a chat. The targets are the assistant turns with the end that the template gives
+    them, or all tokens.
 
-    Without a template a single prompt and response are joined as they are and ended with eos.
+    Args:
+        messages: {role, content} each; without a template exactly one prompt and its response.
+        template: jinja text; None joins prompt and response as they are and adds eos.
+        train_on: ``response`` for assistant turns only, or ``all``.
 
     Raises:
         ExampleError: the template refuses the chat, or its response spans cannot be found.
@@ -77,14 +92,18 @@ def encode_chat(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, template: str | None
 ) -> list[int]:
-    """The ids after which the model is to answer, as ``encode_chat`` has them before a response.
+    """Tokenise a prompt: the ids that ``encode_chat`` has before a response.
+
+    Args:
+        messages: the chat without the answer.
+        template: jinja text; None for a single prompt without one.
 
     Raises:
         ExampleError: the template refuses the chat.
     """
     if template is None:
         if len(messages) > 1:
-            raise ExampleError("a chat needs a template; give one with --chat_template")
+            raise ExampleError("a chat of several turns needs a template: give --chat_template")
         ids = _framed(tokenizer, _ids(tokenizer, messages[0]["content"]), ends=False)
     else:
         ids = _render(tokenizer, messages, template, add_generation_prompt=True)["input_ids"]
@@ -101,31 +120,37 @@ def encode_answer(
     before: list[int],
     template: str | None,
 ) -> Encoded:
-    """The chat with this answer after it, of which all that the answer adds is a target, the end of
-    its turn included. ``before``: the chat without it, as ``encode_prompt`` has it.
+    """Tokenise a chat and an answer. The targets are the tokens that the answer adds, including the
+    end of its turn.
+
+    Args:
+        messages: the chat without the answer.
+        answer: text of the answer.
+        before: ids of the chat without the answer, from ``encode_prompt``.
+        template: jinja text, or None.
 
     Raises:
-        ExampleError: the template refuses the chat, or renders what comes before otherwise once an
-            answer follows; or the answer adds nothing.
+        ExampleError: the template refuses the chat, renders the prompt differently when an answer
+            follows, or the answer adds no token.
     """
     chat = [*messages, {"role": "assistant", "content": answer}]
     ids = encode_chat(tokenizer, chat, template=template, train_on="all").ids
     if ids[: len(before)] != before:
         raise ExampleError(
-            "the chat template renders the prompt otherwise once an answer follows it, so answers "
-            "have no likelihood. Give another --chat_template, or let the model answer: "
-            "choice_generated"
+            "the chat template renders the prompt differently when an answer follows it, so the "
+            "likelihood of an answer cannot be computed. Give another --chat_template, or score "
+            "generated answers with choice_generated"
         )
     if len(ids) == len(before):
-        raise ExampleError(f"the choice {answer!r} becomes no token")
+        raise ExampleError(f"the answer {answer!r} has no tokens; it must not be empty")
     return Encoded(ids=ids, is_target=[i >= len(before) for i in range(len(ids))])
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> set[int]:
-    """The ids that end a response: eos, and the special tokens that come after it.
+    """Token ids that end a response: eos, and the special tokens that the template puts after it.
 
     Raises:
-        ExampleError: the template refuses a question and its answer.
+        ExampleError: the template refuses a chat of one question and its answer.
     """
     user = {"role": "user", "content": "a"}
     one, two = (
@@ -137,7 +162,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> 
         ).ids
         for answer in "ab"
     )
-    # What two renderings that differ in the answer alone have in common at their ends.
+    # The common end of two renderings that differ in the answer only.
     pairs = zip(reversed(one), reversed(two), strict=False)
     end = {i for i, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)} if one != two else set()
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -150,10 +175,10 @@ def _whole(ids: list[int]) -> Encoded:
 
 
 def _covers_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Do token offsets leave no character out?
+    """Whether the tokenizer's offsets cover every character.
 
-    Where they do (``trim_offsets``), transformers finds no token at a mark next to a space, and
-    drops the turn or takes all that follows for a target. Prefixes need no offsets.
+    With ``trim_offsets`` they do not. transformers then finds no token at a generation mark next to
+    a space, and drops the turn or makes all that follows a target. Prefixes need no offsets.
     """
     encoded = tokenizer(" a ", add_special_tokens=False)
     return all(encoded.char_to_token(0, i) is not None for i in range(3))
@@ -169,34 +194,37 @@ def _joined(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Enco
 def _spans_by_prefixes(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str
 ) -> Encoded:
-    """An assistant turn is what it adds to the chat before it and the generation prompt."""
+    """Tokenise a chat. The tokens of an assistant turn are those that it adds to the rendering of
+    the chat before it with the generation prompt."""
     ids = _render(tokenizer, messages, template)["input_ids"]
     is_target = [False] * len(ids)
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if k == 0:
-            raise ExampleError(_no_span(1, "the chat begins with it"))
+            raise ExampleError(_no_span(1, "it is the first message"))
         before = _render(tokenizer, messages[:k], template, add_generation_prompt=True)["input_ids"]
         is_last = k + 1 == len(messages)
         upto = ids if is_last else _render(tokenizer, messages[: k + 1], template)["input_ids"]
         if upto[: len(before)] != before or ids[: len(upto)] != upto:
-            raise ExampleError(_no_span(k + 1, "the chat up to it is no token prefix of the whole"))
+            raise ExampleError(
+                _no_span(k + 1, "the chat up to it is not a token prefix of the whole chat")
+            )
         is_target[len(before) : len(upto)] = [True] * (len(upto) - len(before))
     return Encoded(ids=ids, is_target=is_target)
 
 
 def _no_span(number: int, why: str) -> str:
     return (
-        f"cannot tell which tokens message {number} (assistant) became: {why}. Give a "
-        "--chat_template with {% generation %} marks around assistant turns, or set --train_on all"
+        f"cannot find the tokens of message {number} (assistant): {why}. Give a --chat_template "
+        "with {% generation %} marks around assistant turns, or set --train_on all"
     )
 
 
 def _render(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str, **options: Any
 ) -> dict[str, Any]:
-    # It adds no special tokens of its own: bos and eos come from the template, so never twice.
+    # apply_chat_template adds no special tokens: bos and eos come from the template only.
     try:
         out = tokenizer.apply_chat_template(
             messages, chat_template=template, return_dict=True, **options
@@ -208,13 +236,13 @@ def _render(
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    # verbose=False: a text longer than the model's window is cut later, so no warning is due.
+    # verbose=False: no warning for a text longer than the model's window, as it is cut later.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
 def _framed(tokenizer: PreTrainedTokenizerFast, ids: list[int], *, ends: bool = True) -> list[int]:
-    """``ids`` with bos and eos, neither of them twice."""
+    """Add bos and eos to ``ids``, where the tokenizer has them and they are not there yet."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     starts_with_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     before = [bos] if starts_with_bos and ids[:1] != [bos] else []

@@ -1,4 +1,4 @@
-"""Which columns of a table hold the text, and one row of it -> text or a list of chat messages."""
+"""Find the columns that hold the text, and read an example as text or as chat messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,16 +11,17 @@ MESSAGES = "messages"
 
 
 class ExampleError(Exception):
-    """One example is wrong; whoever knows its file and line turns this into a UserError."""
+    """One example is wrong. The caller that knows its file and line raises a UserError instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """What an example is made of."""
+    """The columns of a data set that hold its text."""
 
     kind: Literal["messages", "pair", "text"]
+    """A chat; a prompt with its response; or plain text."""
     columns: tuple[str, ...]
-    """``messages``; prompt and response; or the text."""
+    """Names: ("messages",), (prompt, response) or (text,)."""
 
     def text(self, record: Mapping[str, Any]) -> str:
         """The plain text of an example of kind ``text``."""
@@ -45,10 +46,10 @@ def find_fields(
     response_field: str,
     place: str,
 ) -> Fields:
-    """``messages`` if there is such a column, else prompt and response, else text.
+    """Find the columns of the text: ``messages`` if it exists, else prompt and response, else text.
 
     Raises:
-        UserError: none of them is there; lists the columns that are.
+        UserError: none of them exists; names the columns that do.
     """
     if MESSAGES in columns:
         return Fields(kind="messages", columns=(MESSAGES,))
@@ -64,7 +65,14 @@ def find_fields(
 
 
 def text_of(value: Any, name: str) -> str:
-    """``value``, once it is sure to be text; ``name`` says in an ExampleError what it is."""
+    """Check that ``value`` is text, and return it.
+
+    Args:
+        name: what the value is, for the message.
+
+    Raises:
+        ExampleError: it is missing or not text.
+    """
     if value is None:
         raise ExampleError(f"{name} is missing or null; it must be text")
     if not isinstance(value, str):
@@ -73,7 +81,11 @@ def text_of(value: Any, name: str) -> str:
 
 
 def chat_of(value: Any) -> list[Message]:
-    """``value``, once it is sure to be a list of messages."""
+    """Check that ``value`` is a list of {role, content}, and return it.
+
+    Raises:
+        ExampleError: it is not, or it is empty.
+    """
     if not isinstance(value, list) or not value:
         raise ExampleError(
             f"{MESSAGES!r} must be a list of at least one {{role, content}}, got {str(value)[:40]}"

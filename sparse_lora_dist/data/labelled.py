@@ -1,4 +1,4 @@
-"""Labelled examples -> documents of one class each -> batches, a row an example.
+"""Labelled examples -> documents with a class -> batches, one example per row.
 
 Shapes: M rows of a micro-batch, T tokens of its longest row (padded).
 """
@@ -38,19 +38,19 @@ LABELLED = datasets.Features(
         "whole_length": datasets.Value("int64"),
     }
 )
-"""What the cache keeps of each example; its one label is a class."""
+"""Columns of the cache: one row for each example, whose one label is its class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledDocument(Document):
-    """One example. ``labels`` holds its class alone."""
+    """One example. ``labels`` holds its class only."""
 
     segment_ids: Ints
-    """0 in the first text, 1 in the second, where the model tells them apart; else empty."""
+    """token_type_ids: 0 in the first text, 1 in the second; empty if the model has none."""
 
 
 class LabelledDocuments(Documents):
-    """The examples of a data set; those that were too long are cut, not left out."""
+    """The examples of a data set; those that are too long are cut, not left out."""
 
     def __init__(
         self, table: datasets.Dataset, *, sequence_length: int, classes: Sequence[str]
@@ -67,7 +67,7 @@ class LabelledDocuments(Documents):
         return LabelledDocument(**{k: v.astype(np.int64) for k, v in record.items()})
 
     def report(self) -> str:
-        """One line: how many examples of each class there are, what was cut or left out."""
+        """One line: the number of examples of each class, and of those cut or left out."""
         labels = self._table["labels"][:][self._kept].flatten()
         counts = Counter(self.classes[label] for label in labels.tolist())
         each = ", ".join(f"{counts[name]:,} of {name}" for name in self.classes[:5])
@@ -97,15 +97,26 @@ def load_labelled(
     flag: str = "--data",
     split: str = "train",
 ) -> LabelledDocuments:
-    """Read, check and tokenise ``source`` as the tokenizer itself frames a text, or a pair.
+    """Read, check and tokenise labelled examples. Not a collective.
+
+    The tokenizer adds its own special tokens to a text or a pair. The tokens are cached on disk.
 
     Args:
-        text_fields: the column of the text, and of the second where pairs are labelled.
-        classes: the names of the classes; an example's class is the place of its label in them.
-        segments: does the model tell the texts of a pair apart by token_type_ids?
+        source: file, folder or hub id; see ``read_examples``.
+        tokenizer: tokenizer of the model.
+        text_fields: column of the text, and of the second text for pairs.
+        label_field: column of the label.
+        column_names: names of the columns of a table without a header line.
+        classes: labels in the order of their classes.
+        segments: whether the model uses token_type_ids to tell the texts of a pair apart.
+        sequence_length: most tokens of an example; longer ones are cut.
+        max_samples: number of first examples to read; None reads all.
+        flag: the command-line flag that holds ``source``, for messages.
+        split: part of a folder or hub data set.
 
     Raises:
-        UserError: the source or an example is wrong, a label is no class, or nothing is left.
+        UserError: the source or an example is wrong, a label is not in ``classes``, or no example
+            is left.
     """
     examples = read_examples(
         source, split=split, max_samples=max_samples, flag=flag, column_names=column_names
@@ -137,14 +148,14 @@ def _row(
     segments: bool,
     sequence_length: int,
 ) -> dict[str, Any]:
-    # verbose=False: what is longer than the model's window is cut, so no warning is due.
+    # verbose=False: no warning for a text longer than the model's window, as it is cut below.
     whole = tokenizer(*texts, return_token_type_ids=True, verbose=False)
     length, cut = len(whole.input_ids), whole
-    if length > sequence_length:  # only the tokenizer knows which tokens frame the texts
+    if length > sequence_length:  # cut by the tokenizer, which keeps its special tokens
         cut = tokenizer(
             *texts, return_token_type_ids=True, truncation=True, max_length=sequence_length
         )
-        tokenizer.backend_tokenizer.no_truncation()  # it would be part of its identity
+        tokenizer.backend_tokenizer.no_truncation()  # truncation would change its identity()
     has_text = all(text.strip() for text in texts)
     return {
         "input_ids": cut.input_ids,
@@ -158,27 +169,28 @@ def _row(
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledBatch:
-    """One micro-batch of one rank, int64."""
+    """One micro-batch of one rank. Tensors are int64."""
 
     input_ids_MT: Tensor
+    """Token ids, padded with the pad token."""
     attention_mask_MT: Tensor
     """1 for the tokens of an example, 0 for padding."""
     segment_ids_MT: Tensor | None
-    """None where the model knows of none."""
+    """token_type_ids; None if the model has none."""
     labels_M: Tensor
     """Class of each row; -100 for filler rows."""
     rows_M: tuple[int, ...]
     """Row numbers in the stream; -1 for filler rows."""
     lengths_M: tuple[int, ...]
-    """Tokens of each row, at its front: 0 for filler, padding not counted."""
+    """Tokens of each row without the padding, which follows them; 0 for filler rows."""
 
     @property
     def num_targets(self) -> int:
-        """Examples the loss is taken on."""
+        """Number of examples that the loss is taken on."""
         return int((self.labels_M != NOT_A_TARGET).sum())
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
-        """What the model is called with, by its names."""
+        """Keyword arguments of the model's forward, on ``device``."""
         inputs = {"input_ids": self.input_ids_MT, "attention_mask": self.attention_mask_MT}
         if self.segment_ids_MT is not None:
             inputs["token_type_ids"] = self.segment_ids_MT
@@ -188,8 +200,10 @@ class LabelledBatch:
 def labelled_batch(
     rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool
 ) -> LabelledBatch:
-    """The rows of these numbers of the stream, an example each. A filler row is one pad token,
-    attended to: a softmax over nothing at all would be no number."""
+    """``Collate`` for classification: one example per row, padded to one length.
+
+    A filler row is one pad token with attention mask 1, since a softmax over no token is nan.
+    """
     filler = LabelledDocument(
         input_ids=np.array([pad_id]),
         labels=np.array([NOT_A_TARGET]),

@@ -1,4 +1,4 @@
-"""The labels of a data set: which classes there are, and which of them an example is in."""
+"""The labels of a data set: the classes that it has, and the class of an example."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -11,11 +11,21 @@ from sparse_lora_dist.errors import UserError
 
 
 def read_classes(source: str, *, label_field: str, column_names: Columns, flag: str) -> list[str]:
-    """The different labels of ``source`` as text: numbers by size, names by the alphabet; or all
-    that the data set itself says there are.
+    """Find the labels of a data set.
+
+    Args:
+        source: file, folder or hub id; see ``read_examples``.
+        label_field: column of the labels.
+        column_names: names of the columns of a table without a header line.
+        flag: command-line flag that holds ``source``, for messages.
+
+    Returns:
+        The labels as text: all that the data set declares, in its order; else those that occur,
+        numbers by size and names by the alphabet.
 
     Raises:
-        UserError: no such column, a label that is neither whole number nor text, or all are equal.
+        UserError: the column is missing, a label is neither a whole number nor text, or all labels
+            are equal.
     """
     examples = read_examples(
         source, split="train", max_samples=None, flag=flag, column_names=column_names
@@ -32,18 +42,25 @@ def read_classes(source: str, *, label_field: str, column_names: Columns, flag: 
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
     if len(found) < 2:
-        raise UserError(f"{place}: every example has the label {found.pop()!r}; two are needed")
+        raise UserError(
+            f"{place}: every example has the label {found.pop()!r}; two are needed. Give data with "
+            "at least two different labels, or another --label_field"
+        )
     return sorted(found, key=_by_size)
 
 
 def label_of(value: Any, feature: Any) -> str:
     """A label as text.
 
+    Args:
+        value: value of the label column.
+        feature: type of the column in ``datasets``.
+
     Raises:
-        ExampleError: there is none, or it is of a kind that names no class.
+        ExampleError: it is missing, or neither a whole number nor text.
     """
     if isinstance(feature, datasets.ClassLabel) and isinstance(value, int):
-        if value < 0:  # how hub data sets mark examples whose labels are kept secret
+        if value < 0:  # hub data sets mark examples with secret labels so
             raise ExampleError("it has no label (-1)")
         return str(feature.names[value])
     if value == "":
@@ -55,19 +72,31 @@ def label_of(value: Any, feature: Any) -> str:
 
 
 def class_names(labels: Sequence[str], declared: Sequence[str]) -> Sequence[str]:
-    """What to call the classes, in order: as the model has declared them where it knows all of the
-    labels by name, else by the labels themselves."""
+    """Names of the classes, in order.
+
+    Args:
+        labels: labels of the data.
+        declared: class names in the model's config.
+
+    Returns:
+        ``declared`` if it contains all labels, else ``labels``.
+    """
     return declared if set(labels) <= set(declared) else labels
 
 
 def check_columns(columns: Collection[str], wanted: Sequence[str], place: str) -> None:
-    """Raises UserError when a column of ``wanted`` (text, second text, label) is not there."""
+    """Check that the columns ``wanted`` (text, second text, label) exist.
+
+    Raises:
+        UserError: one does not; names those that do.
+    """
     absent = [name for name in wanted if name not in columns]
     if absent:
         raise UserError(
             f"{place}: found no column {', '.join(map(repr, absent))}, which task seq_cls needs. "
             f"Its columns are: {', '.join(columns)}. Name them with --text_field, "
-            "--text_pair_field and --label_field (and --column_names, if no line names them)"
+            "--text_pair_field and --label_field (and with --column_names, if the file has no "
+            "header line)"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a text file of examples says at which line; looked at when its content does not fit."""
+"""Line numbers of examples in a file, and its first broken line, for error messages."""
 
 import csv
 import json
@@ -13,19 +13,20 @@ CELLS: dict[str, dict[str, Any]] = {
     # Cells of a TSV hold no tabs, so nothing needs quotes, and one in a sentence is only a letter.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
-"""How the csv module, and pandas, cut the lines of a table."""
+"""Options of the csv module, and of pandas, by kind of file."""
 LARGEST_CELL = 2**31 - 1
-"""Bytes; the csv module's own limit of 128 KiB is less than a long document."""
+"""Most bytes of a cell; the csv module's default of 128 KiB is less than a long document."""
 
 
 def has_content(file: Path) -> bool:
-    """Is there anything but white space?"""
+    """Whether the file has anything but white space."""
     with file.open("rb") as f:
         return any(line.strip() for line in f)
 
 
 def example_lines(file: Path) -> list[int] | None:
-    """Line number of each example of a JSON-lines file (.json may be one); None for other kinds."""
+    """Line number, from 1, of each example of a JSON Lines file (.json may be one); None for other
+    kinds."""
     if file.suffix not in JSON:
         return None
     with file.open("rb") as f:
@@ -37,8 +38,8 @@ def example_lines(file: Path) -> list[int] | None:
 
 
 def broken_line(file: Path) -> str | None:
-    """``file:line: what`` for the first line of JSON or of a table that is broken; None if there is
-    none."""
+    """The text "file:line: problem" for the first broken line of JSON or of a table; None if there
+    is none."""
     if file.suffix in CELLS:
         return _broken_table(file)
     if file.suffix not in JSON:
@@ -54,7 +55,7 @@ def broken_line(file: Path) -> str | None:
 
 
 def first_cells(file: Path) -> list[str]:
-    """The first line of a table: the names of its columns, where it has such a line."""
+    """Cells of the first line of a table: its column names, if it has a header line."""
     with _cells(file) as reader:
         return next(reader)
 
@@ -67,7 +68,7 @@ def _cells(file: Path) -> Iterator[Any]:
 
 
 def _broken_table(file: Path) -> str | None:
-    remedy = "; put text with commas in quotes" if file.suffix == ".csv" else ""
+    remedy = "; put cells that contain commas in quotes" if file.suffix == ".csv" else ""
     with _cells(file) as reader:
         try:
             columns = next(reader)

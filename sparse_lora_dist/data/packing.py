@@ -1,6 +1,6 @@
-"""Documents -> packed rows, and the endless stream of rows that training eats.
+"""Documents -> packed rows, and the endless stream of rows that a run trains on.
 
-The position in the stream is one integer, the number of rows consumed; nothing here knows of ranks.
+The position in the stream is one integer, the number of rows consumed. Rows do not depend on ranks.
 """
 
 from bisect import bisect_left, insort
@@ -21,15 +21,23 @@ class Row:
 
 
 class Rows:
-    """The rows of one data set; the list depends on data and seed only.
+    """The rows of one data set, as a list that depends on data and seed only.
 
-    Row 0, 1, 2, … of the stream runs through a fresh permutation of all of them in each epoch.
+    The stream of rows 0, 1, 2, ... goes through the list in a new random order in each epoch.
     """
 
     def __init__(
         self, documents: Documents, order: Ints, bounds: Ints, *, sequence_length: int, seed: int
     ) -> None:
-        """Row r holds the documents ``order[bounds[r] : bounds[r + 1]]``."""
+        """Make rows of documents: row r holds ``order[bounds[r] : bounds[r + 1]]``.
+
+        Args:
+            documents: the documents.
+            order: int64 [number of documents], document numbers.
+            bounds: int64 [number of rows + 1], from 0 to the number of documents.
+            sequence_length: most tokens of a row.
+            seed: seed of the order of the stream.
+        """
         self.documents = documents
         self.sequence_length = sequence_length
         self.seed = seed
@@ -42,7 +50,7 @@ class Rows:
         return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> Row:
-        """Row ``index`` of the list, not of the stream."""
+        """Row ``index`` of the list (not of the stream)."""
         numbers = self.document_numbers(index)
         documents = [self.documents[n] for n in numbers]
         return Row(
@@ -52,12 +60,16 @@ class Rows:
         )
 
     def document_numbers(self, index: int) -> list[int]:
-        """Which documents row ``index`` holds, in order."""
+        """Numbers of the documents in row ``index`` of the list, in order."""
         assert 0 <= index < len(self), f"row {index} of {len(self)}"
         return [int(n) for n in self._order[self._bounds[index] : self._bounds[index + 1]]]
 
     def index(self, row_number: int, *, shuffle: bool) -> int:
-        """Where in the list row ``row_number`` of the stream stands."""
+        """Index in the list of row ``row_number`` of the stream.
+
+        Args:
+            shuffle: each epoch has its own random order; False goes through the list in order.
+        """
         epoch, place = divmod(row_number, len(self))
         if not shuffle:
             return place
@@ -68,14 +80,20 @@ class Rows:
 
 
 def pack(documents: Documents, *, sequence_length: int, packing: bool, seed: int) -> Rows:
-    """Rows of at most ``sequence_length`` tokens; without packing, one document each, in order.
+    """Put documents into rows of at most ``sequence_length`` tokens.
 
-    Best fit, in a seeded order: each document goes into the fullest row that still has room for it.
+    Best fit, in a random order: each document goes into the fullest row that still has room for it.
+
+    Args:
+        documents: documents of at most ``sequence_length`` tokens.
+        sequence_length: most tokens of a row.
+        packing: several documents a row; False puts one into each row, in order.
+        seed: seed of the order in which documents are packed, and of the stream.
     """
     lengths = documents.lengths
     assert lengths.max(initial=0) <= sequence_length, "documents were cut for a shorter length"
     if packing:
-        # spawn_key: SeedSequence([seed]) would equal SeedSequence([seed, 0]), the first epoch's.
+        # spawn_key, as SeedSequence([seed]) would equal SeedSequence([seed, 0]) of the first epoch.
         generator = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(1,)))
         sequence = generator.permutation(len(documents))
         row_of = best_fit(lengths[sequence], sequence_length)
@@ -87,9 +105,20 @@ def pack(documents: Documents, *, sequence_length: int, packing: bool, seed: int
 
 
 def best_fit(lengths: Ints, capacity: int) -> Ints:
-    """The row of each document, filled in the order given. About a microsecond a document."""
-    rows_with: dict[int, list[int]] = {}  # free room -> the rows that have exactly that much
-    rooms: list[int] = []  # the keys of rows_with, sorted: at most `capacity` of them
+    """Assign documents to rows by best fit, in the order given. About a microsecond a document.
+
+        lengths 6, 5, 4, 3 with capacity 10: rows 0, 1, 0, 1
+        (4 fits both and goes to row 0, which is fuller; 3 fits row 1 only)
+
+    Args:
+        lengths: int64 [number of documents], tokens of each, at most ``capacity``.
+        capacity: most tokens of a row.
+
+    Returns:
+        int64 [number of documents], the row of each document.
+    """
+    rows_with: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
+    rooms: list[int] = []  # the keys of rows_with, sorted; at most `capacity` of them
     row_of, num_rows = np.empty(len(lengths), dtype=np.int64), 0
     for document, length in enumerate(lengths.tolist()):
         at = bisect_left(rooms, length)

@@ -1,6 +1,6 @@
-"""A file, a folder or a hub id -> a table of examples, each with a file and line to name it by.
+"""A file, a folder or a hub id -> a table of examples, each with its file and line for messages.
 
-Hugging Face ``datasets`` reads everything; its Arrow cache keeps memory flat for any length.
+Hugging Face ``datasets`` reads all kinds; by its Arrow cache memory does not grow with the data.
 """
 
 import glob
@@ -33,32 +33,41 @@ BUILDERS = {
 KINDS = " ".join(BUILDERS)
 
 Columns = Sequence[str]
-"""Names for the columns of a table that brings none; empty where its first line names them."""
+"""Names of the columns of a table without a header line; empty for a table with one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """The examples of one source, untouched, in the source's order."""
+    """The examples of one source, unchanged, in the source's order."""
 
     table: datasets.Dataset
+    """One row for each example."""
     source: str
+    """File, folder or hub id, as the user gave it."""
     files: tuple[Path, ...]
-    """The local files in reading order; empty if they are not on this machine."""
+    """Local files in reading order; empty if they are not on this machine."""
     column_names: Columns = ()
+    """Names of the columns of a table without a header line."""
 
     @property
     def is_plain_text(self) -> bool:
-        """One example per ``.txt`` file: its whole text, in a column ``text``."""
+        """Whether each example is the whole text of a ``.txt`` file, in a column ``text``."""
         return bool(self.files) and self.files[0].suffix == ".txt"
 
     def fault(self, index: int, what: str) -> UserError:
-        """The error that example ``index`` deserves, with its place. Reads the files to find it."""
-        # JSON readers let some broken lines pass, which come out as missing or extra examples.
+        """The error to raise for an example, with its file and line. Reads the files to find them.
+
+        Args:
+            index: row of ``table``.
+            what: what is wrong with the example.
+        """
+        # JSON readers accept some broken lines, and return missing or extra examples for them.
         problem = next(filter(None, map(broken_line, self.files)), None)
         return UserError(problem or f"{self.place(index)}: {what}")
 
     def place(self, index: int) -> str:
-        """``file:line`` for JSON lines, ``file, example n`` (from 1) for other kinds."""
+        """Text that names an example: "file:line" for JSON Lines, else "file, example n" (from
+        1)."""
         for file in self.files:
             lines = example_lines(file)
             count = _count(file, self.column_names) if lines is None else len(lines)
@@ -76,17 +85,19 @@ def read_examples(
     flag: str,
     column_names: Columns = (),
 ) -> Examples:
-    """The first ``max_samples`` examples (all if None) of ``source``.
+    """Read examples. Not a collective.
 
     Args:
         source: a file (.jsonl .json .parquet .txt .csv .tsv), a folder of files of one of these
             kinds, a folder laid out like a hub data set, or a hub id.
-        split: which part of a folder or hub data set; a single file has no parts.
+        split: part of a folder or hub data set, e.g. "train"; a single file has no parts.
+        max_samples: number of first examples to return; None returns all.
         flag: the command-line flag that holds ``source``, for messages.
-        column_names: of a CSV or TSV table whose first line is an example already.
+        column_names: names of the columns of a CSV or TSV table without a header line.
 
     Raises:
-        UserError: nothing there, an unknown kind, broken content (with file and line), no example.
+        UserError: the source does not exist, is of an unknown kind, has broken content (with file
+            and line), or has no example.
     """
     path = Path(source).expanduser()
     place = f"{flag} {source}"
@@ -95,7 +106,7 @@ def read_examples(
     elif path.is_dir():
         table, files = _read_folder(path, split, place, column_names)
     elif path.suffix in BUILDERS or source.startswith((".", "~", "/")) or source.count("/") > 1:
-        raise UserError(f"{place}: there is no such file or folder")
+        raise UserError(f"{place}: no such file or folder. Check the path")
     else:
         place += ": not a file or folder here, and as a hub data set"
         table, files = _build(source, split, (), place, {})
@@ -105,19 +116,19 @@ def read_examples(
 
 
 def be_quiet() -> None:
-    """Switch off progress bars and notes of ``datasets`` in this process: for all ranks but one."""
+    """Switch off progress bars and notes of ``datasets`` in this process; for all ranks but one."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
 
 
 Read = tuple[datasets.Dataset, tuple[Path, ...]]
-"""A table and the local files it came from."""
+"""A table, and the local files it was read from."""
 
 
 def _read_file(path: Path, place: str, column_names: Columns) -> Read:
     if path.suffix not in BUILDERS:
         raise UserError(f"{place}: cannot read {path.suffix or 'this kind'}; known: {KINDS}")
-    # An empty file has no columns, at which each reader fails in words of its own.
+    # Checked here, as each reader fails in its own words at a file without columns.
     if not has_content(path):
         raise UserError(f"{place}: the file is empty; it needs at least one example")
     options = _file_options(path, column_names)
@@ -132,7 +143,7 @@ def _read_folder(folder: Path, split: str, place: str, column_names: Columns) ->
     if len(kinds) == 1:
         options = _reader_options(files, column_names)
         return _build(str(folder), split, tuple(files), place, options)
-    # A README makes it a data set as the hub lays them out: it says itself which files count.
+    # A README makes it a folder like a hub data set: its metadata says which files are the data.
     if (folder / "README.md").is_file():
         return _build(str(folder), split, tuple(files), place, {})
     raise UserError(f"{place}: it mixes {', '.join(kinds)}; keep one kind, or name one file")
@@ -141,7 +152,7 @@ def _read_folder(folder: Path, split: str, place: str, column_names: Columns) ->
 def _build(
     name: str, split: str, suspects: tuple[Path, ...], place: str, options: dict[str, Any]
 ) -> Read:
-    """What the builder ``name`` reads; a failure is traced to a line of ``suspects``."""
+    """Read with the builder ``name``; a failure names the first broken line of ``suspects``."""
     try:
         with _silent_log():
             builder = datasets.load_dataset_builder(name, **options)
@@ -158,13 +169,13 @@ def _build(
 
 
 def _count(file: Path, column_names: Columns) -> int:
-    """Examples in one file of a kind that has no lines to count."""
+    """Number of examples in a file that is not JSON Lines."""
     options = _file_options(file, column_names)
     return len(_build(BUILDERS[file.suffix], "train", (), str(file), options)[0])
 
 
 def _file_options(file: Path, column_names: Columns) -> dict[str, Any]:
-    # Names with [brackets] would otherwise be taken for glob patterns.
+    # escape: names with [brackets] would be taken for glob patterns.
     return {"data_files": [glob.escape(str(file))], **_reader_options([file], column_names)}
 
 
@@ -177,7 +188,7 @@ def _reader_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
 
 
 def _table_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
-    # Checked before reading: pandas takes surplus cells for an index and shifts the columns.
+    # Checked before reading: pandas takes extra cells for an index and shifts the columns.
     problem = next(filter(None, map(broken_line, files)), None)
     if problem is not None:
         raise UserError(problem)
@@ -187,7 +198,7 @@ def _table_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
     if column_names and len(column_names) != len(first):
         raise UserError(
             f"{files[0]}: its first line has {len(first)} cells, but --column_names has "
-            f"{len(column_names)} names"
+            f"{len(column_names)} names. Give one name for each cell"
         )
     features = datasets.Features(dict.fromkeys(column_names or first, text))
     names = {"names": list(column_names)} if column_names else {}
@@ -196,7 +207,7 @@ def _table_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
 
 @contextmanager
 def _silent_log() -> Iterator[None]:
-    """``datasets`` logs an error before it raises it; one report is enough."""
+    """Silence the log of ``datasets``, which logs an error before it raises it."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:

@@ -1,6 +1,6 @@
-"""Examples -> documents: token ids with labels, none longer than the sequence length.
+"""Examples -> documents: token ids with labels, at most ``--sequence_length`` tokens each.
 
-Plain text is cut into parts; a pair or chat that is too long is left out and counted.
+Plain text is cut into parts. A pair or chat that is too long is left out and counted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,9 +20,9 @@ from sparse_lora_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
-"""The label torch's cross entropy ignores."""
+"""Label that torch's cross entropy ignores."""
 CACHE_VERSION = 1
-"""Raise it when the same text gives other tokens than before, so that old caches are not used."""
+"""Increase it when the same text gives other tokens, so that old caches are not used."""
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -31,20 +31,22 @@ FEATURES = datasets.Features(
         "num_targets": datasets.Value("int64"),
     }
 )
-"""What the cache keeps of each document."""
+"""Columns of the cache: one row for each document."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One document. ``labels`` is not shifted; its first entry is never a target, so that no
-    document predicts another's first token."""
+    """One tokenised example, or a part of one."""
 
     input_ids: Ints
+    """int64 [T], token ids."""
     labels: Ints
+    """int64 [T], target ids, not shifted; -100 for tokens without a loss. The first is always -100,
+    so that in a packed row no document predicts the first token of the next."""
 
 
 class Documents:
-    """The documents of a data set in its order, on disk; a sequence of ``Document``."""
+    """The documents of a data set, in its order: a sequence of ``Document``, read from disk."""
 
     def __init__(self, table: datasets.Dataset, *, sequence_length: int) -> None:
         sizes = table.select_columns(["length", "num_targets"]).with_format("numpy")[:]
@@ -54,15 +56,15 @@ class Documents:
         self._kept = np.flatnonzero(fits & (num_targets > 0))
         self.sequence_length = sequence_length
         self.lengths: Ints = length[self._kept].astype(np.int64)
-        """Tokens in each document."""
+        """int64 [len(self)], tokens of each document."""
         self.num_tokens = int(self.lengths.sum())
         self.num_targets = int(num_targets[self._kept].sum())
         self.too_long = int((~fits).sum())
-        """Examples left out because they are longer than ``sequence_length``."""
+        """Number of examples left out as they are longer than ``sequence_length``."""
         self.no_target = int((fits & (num_targets == 0)).sum())
-        """Examples left out because no token of theirs is a target."""
+        """Number of examples left out as none of their tokens is a target."""
         self.longest = int(length.max(initial=0))
-        """Tokens in the longest example, left out or not."""
+        """Tokens of the longest example, also if it is left out."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -75,7 +77,7 @@ class Documents:
         )
 
     def report(self) -> str:
-        """One line: what there is to train on, and what was left out and why."""
+        """One line: the documents there are to train on, and the examples left out."""
         parts = [
             f"{len(self):,} documents, {self.num_tokens:,} tokens, {self.num_targets:,} targets"
         ]
@@ -104,21 +106,22 @@ def load_documents(
     flag: str = "--data",
     split: str = "train",
 ) -> Documents:
-    """Read, check and tokenise ``source``; the tokens are cached on disk for the next run.
+    """Read, check and tokenise examples. Not a collective. The tokens are cached on disk.
 
-    A ``messages`` column makes chats, prompt and response columns make pairs, a text column plain
-    text. A ``.txt`` file is one long plain text (plays and books have no marks between documents);
-    it is tokenised in one go, which takes some 100 bytes of memory a token.
+    Examples are chats if there is a ``messages`` column, pairs if there are prompt and response
+    columns, and else plain text. A ``.txt`` file is one long plain text (plays and books have no
+    marks between documents); it is tokenised at once, which takes about 100 bytes per token.
 
     Args:
-        source: see ``read_examples``.
-        chat_template: jinja text or file that takes the place of the tokenizer's own.
-        train_on: ``response`` learns assistant turns only; plain text is always learned whole.
-        sequence_length: tokens, at least 2.
-        flag: where ``source`` came from, for messages.
+        source: file, folder or hub id; see ``read_examples``.
+        text_field, prompt_field, response_field: columns of plain text, and of a pair.
+        chat_template: jinja text or a file with it; None uses the tokenizer's own.
+        train_on: ``response`` for the loss on assistant turns only; plain text is learned whole.
+        sequence_length: most tokens of a document, at least 2.
+        max_samples, column_names, flag, split: see ``read_examples``.
 
     Raises:
-        UserError: the source or an example is wrong (with file and line), or nothing is left.
+        UserError: the source or an example is wrong (with file and line), or no example is left.
     """
     assert sequence_length >= 2, "a document of one token has nothing to predict"
     examples = read_examples(
@@ -157,7 +160,14 @@ def tokenise(
     key: tuple[Any, ...],
     features: datasets.Features = FEATURES,
 ) -> datasets.Dataset:
-    """What ``rows_of`` makes of every example's ``columns``, cached on disk under ``key``.
+    """Tokenise examples, and cache the result on disk.
+
+    Args:
+        examples: the examples.
+        columns: columns that ``rows_of`` reads.
+        rows_of: makes rows with the columns ``features`` of one example.
+        key: all that the result depends on besides the examples; the name of the cache.
+        features: columns of the result.
 
     Raises:
         UserError: with file and line, for the first example that ``rows_of`` refuses.
@@ -168,7 +178,7 @@ def tokenise(
         for i, index in enumerate(indices):
             try:
                 rows += rows_of({column: batch[column][i] for column in columns})
-            # Text that is not UTF-8 shows itself only here, where Arrow hands it out.
+            # Text that is not UTF-8 is found only here, where Arrow decodes it.
             except (ExampleError, UnicodeDecodeError) as error:
                 raise examples.fault(index, str(error)) from error
         return {column: [row[column] for row in rows] for column in features}
@@ -181,14 +191,14 @@ def tokenise(
         batch_size=100,
         remove_columns=list(columns),
         features=features,
-        # Named by us: datasets would pickle the tokenizer, whose inner state changes with use.
+        # Otherwise datasets would pickle the tokenizer, whose inner state changes with use.
         new_fingerprint=Hasher.hash((table._fingerprint, *key)),
         desc="tokenise",
     )
 
 
 def document_row(ids: list[int], is_target: list[bool], sequence_length: int) -> dict[str, Any]:
-    """A row of ``FEATURES``; of a document that is too long, its length only."""
+    """Make a row with the columns ``FEATURES``; without tokens for a document that is too long."""
     is_target = [False, *is_target[1:]][: len(ids)]
     fits = len(ids) <= sequence_length
     labels = [i if t else NOT_A_TARGET for i, t in zip(ids, is_target, strict=True)]
@@ -201,10 +211,12 @@ def document_row(ids: list[int], is_target: list[bool], sequence_length: int) ->
 
 
 def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
-    """Components of at most ``sequence_length`` tokens.
+    """Cut a text into parts of at most ``sequence_length`` tokens.
 
-    Each begins with the last token of the part before, as context only, so that every token of the
-    text but its first is a target exactly once.
+    Each part begins with the last token of the part before, as context only, so that every token of
+    the text but its first is a target exactly once:
+
+        tokens 1 2 3 4 5 6, sequence_length 3: parts (1 2 3) (3 4 5) (5 6), targets 2 3, 4 5, 6
     """
     starts = range(0, max(len(ids) - 1, 1), sequence_length - 1)
     parts = [ids[start : start + sequence_length] for start in starts]
@@ -212,5 +224,5 @@ def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
 
 
 def identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """What tells this tokenizer from another, for the key of a cache."""
+    """Values that differ between tokenizers, for the key of a cache."""
     return tokenizer.backend_tokenizer.to_str(), str(sorted(tokenizer.special_tokens_map.items()))

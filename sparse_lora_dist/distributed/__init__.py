@@ -1,2 +1,4 @@
-"""Ranks: who started them, their collectives, what rank 0 prints. Only ``comm.py`` imports
-torch.distributed."""
+"""Ranks: how they were launched, their collectives, and what rank 0 prints.
+
+Only ``comm.py`` imports torch.distributed.
+"""

@@ -1,7 +1,7 @@
-"""Every torch.distributed call of the package, each with what it costs.
+"""Every torch.distributed call of the package.
 
-All of them are collectives unless the docstring says otherwise: every rank must call them, in the
-same order. On one rank they degenerate to copies; no caller branches on the number of ranks.
+A function whose docstring says "Collective." must be called by all ranks, in the same order. On a
+single rank collectives communicate nothing, so callers need no branch on the number of ranks.
 """
 
 import os
@@ -22,29 +22,40 @@ from sparse_lora_dist.distributed.launch_mpi import with_meeting_place
 from sparse_lora_dist.errors import UserError
 
 traffic_bytes: Counter[str] = Counter()
-"""Bytes of tensors this rank received through this module, by collective. DeepSpeed's own exchanges
-are not in here, nor are the few objects that are pickled."""
+"""Collective -> bytes of tensors that this rank received through this module. DeepSpeed's own
+collectives and pickled objects are not counted."""
 
 _patient: Any = None
-"""A gloo group for waits that may be long: one rank downloads or tokenises, the others have nothing
-to do. A peer that dies still ends the wait at once, since its connection closes."""
+"""A gloo group with a timeout of one day, for waits that may be long: one rank downloads or
+tokenises while the others have nothing to do. If a peer dies, its connection closes, and the wait
+ends at once."""
 
 last_collective = "none"
-"""The last one of this module that this rank entered. DeepSpeed's have a number only."""
+"""Name of the collective of this module that this rank entered last. DeepSpeed's own collectives
+are not seen here; ``num_collectives`` counts them."""
 
 SPARE = timedelta(seconds=60)
-"""The groups' own timeout comes so much later than ``watch.py``'s: NCCL's ends the process without
-a word of who lags. It is for ranks whose threads do not run either."""
+"""How much later the groups' own timeout comes than that of ``runtime/watchdog.py``. NCCL's timeout
+ends the process without naming the rank that is stuck; it is the fallback for ranks whose watchdog
+thread does not run either."""
 
 _timeout = timedelta(minutes=10) + SPARE
-"""Of every group but the patient one."""
+"""Timeout of every group except ``_patient``."""
 
 
 def start(timeout_s: float = 600.0) -> Launch:
-    """Join the process group the launcher described, or a group of one without a launcher.
+    """Join the process group that the launcher described, or a group of one rank. Collective.
+
+    Also chooses this rank's GPU or its number of CPU threads, and sets the environment variables
+    that DeepSpeed reads. A second call returns the same launch.
+
+    Args:
+        timeout_s: seconds after which the watchdog ends a run that makes no progress
+            (``--collective_timeout``); the process groups time out a little later.
 
     Raises:
-        UserError: the environment contradicts itself, or the ranks cannot meet.
+        UserError: the environment contradicts itself, the ranks cannot connect, or only some of
+            them have a GPU.
     """
     global _patient, _timeout
     launch = this_launch()
@@ -53,40 +64,42 @@ def start(timeout_s: float = 600.0) -> Launch:
     if launch.launcher == "mpirun":
         launch = with_meeting_place(launch)
     if "OMP_NUM_THREADS" not in os.environ:
-        # Each rank would otherwise start a thread per core, and they would fight. mpirun and srun
-        # may have bound it to a few.
+        # Each rank would otherwise start a thread for every core of the machine. mpirun and srun
+        # may have bound this rank to a few cores.
         share = (os.cpu_count() or 1) // launch.local_size
         torch.set_num_threads(max(1, min(share, len(os.sched_getaffinity(0)))))
     device = launch.local_rank
     if on_gpu():
-        # srun --gpus-per-task=1 shows each rank one GPU, number 0.
+        # With srun --gpus-per-task=1 each rank sees one GPU, number 0.
         device %= torch.cuda.device_count()
         torch.cuda.set_device(device)
     os.environ.update(launch.variables(device))  # DeepSpeed reads them
     try:
-        # The watch counts in turns of its own, so that it may speak a tenth later.
+        # The watchdog checks at intervals, so it may report up to a tenth later than timeout_s.
         _timeout = timedelta(seconds=1.1 * timeout_s) + SPARE
         _join(launch)
         _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     except dist.DistError as error:
         raise UserError(
-            f"the ranks cannot meet at {launch.address}:{launch.port}: {error}. If another job on "
-            "that machine has the port, give another: --master_port (deepspeed, torchrun), "
-            "MASTER_PORT (srun, mpirun). If that is not rank 0's machine as the others know it, "
-            "set MASTER_ADDR; where machines find themselves at 127.0.0.1, GLOO_SOCKET_IFNAME."
+            f"the ranks cannot connect at {launch.address}:{launch.port}: {error}. If another job "
+            "on that machine uses the port, choose another with --master_port (deepspeed, "
+            "torchrun) or MASTER_PORT (srun, mpirun). If the other machines do not reach rank 0's "
+            "machine by that address, set MASTER_ADDR. If a machine resolves its own name to "
+            "127.0.0.1, set GLOO_SOCKET_IFNAME to its network interface."
         ) from error
     _check_devices()
     return launch
 
 
 def _check_devices() -> None:
-    """A rank whose GPU is not there would wait on the CPU for ever, for others that do not come."""
+    """Refuse a run in which only some ranks have a GPU: those without would wait on the CPU for
+    ever."""
     found = gather_objects((on_gpu(), socket.gethostname()))
-    odd = [f"{rank} on {host}" for rank, (gpu, host) in enumerate(found) if not gpu]
-    if 0 < len(odd) < len(found):
+    without = [f"{rank} on {host}" for rank, (gpu, host) in enumerate(found) if not gpu]
+    if 0 < len(without) < len(found):
         raise UserError(
-            f"some ranks have a GPU and others do not see one: rank {', '.join(odd)}. Look at its "
-            "driver there (nvidia-smi), or set DS_ACCELERATOR=cpu for all.",
+            f"some ranks have a GPU, but these do not see one: rank {', rank '.join(without)}. "
+            "Check the GPU driver there (nvidia-smi), or set DS_ACCELERATOR=cpu on all ranks.",
             shared=True,
         )
 
@@ -94,10 +107,10 @@ def _check_devices() -> None:
 def _join(launch: Launch) -> None:
     store = None
     if launch.world_size == 1:
-        # A group of one needs no port, so two runs on a machine cannot collide.
+        # A group of one rank needs no port, so two runs on a machine cannot collide.
         store = dist.HashStore()  # type: ignore[attr-defined]
     elif launch.launcher == "torchrun":
-        store = _store_of_this_attempt(launch, _timeout)
+        store = _store_of_this_start(launch, _timeout)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu() else "gloo",
         timeout=_timeout,
@@ -107,60 +120,65 @@ def _join(launch: Launch) -> None:
     )
 
 
-def _store_of_this_attempt(launch: Launch, patience: timedelta) -> Any:
-    """A part of torchrun's store that nobody wrote to before.
+def _store_of_this_start(launch: Launch, timeout: timedelta) -> Any:
+    """Return a section of torchrun's store that only the ranks of this start use. Collective.
 
-    When torchrun starts all ranks again, torch 2.13 gives them the store of the dead ones, with the
-    addresses of those in it. Its count of restarts is each node's own. So rank 0 names a part of
-    the store, and the others believe a name only once rank 0 has answered to their own: that of
-    an earlier attempt is answered by nobody.
+    When torchrun restarts all ranks, torch 2.13 gives them the old store, which still holds the
+    addresses of the dead ranks. torchrun's restart count does not help: each node has its own. So
+    the ranks agree on a new prefix, in a handshake that no earlier start can answer:
+
+        rank 0          start -> PREFIX                   (random)
+        rank 3          PREFIX/rank 3 -> TOKEN            (random, under the prefix that it read)
+        rank 0          PREFIX/TOKEN -> welcome           (rank 3 now knows that PREFIX is not old)
     """
-    whole, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=patience))
-    name = uuid4().hex
+    store, _, _ = next(rendezvous("env://", launch.rank, launch.world_size, timeout=timeout))
     if launch.rank == 0:
-        part = dist.PrefixStore(name, whole)  # type: ignore[attr-defined]
-        whole.set("attempt", name)
+        prefix = uuid4().hex
+        section = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+        store.set("start", prefix)
         for other in range(1, launch.world_size):
-            part.set(part.get(f"rank {other}").decode(), "welcome")
-        return part
-    until = time.monotonic() + patience.total_seconds()
-    while time.monotonic() < until:
-        named = whole.get("attempt").decode()
-        part = dist.PrefixStore(named, whole)  # type: ignore[attr-defined]
-        part.set(f"rank {launch.rank}", name)
-        if part.check([name]):
-            return part
+            section.set(section.get(f"rank {other}").decode(), "welcome")
+        return section
+    token = uuid4().hex
+    deadline = time.monotonic() + timeout.total_seconds()
+    while time.monotonic() < deadline:
+        prefix = store.get("start").decode()
+        section = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+        section.set(f"rank {launch.rank}", token)
+        if section.check([token]):
+            return section
         time.sleep(0.05)
     raise dist.DistStoreError("rank 0 does not answer")
 
 
 def ranks_on_this_machine() -> int:
-    """How many ranks this machine has. Not a collective."""
+    """Return the number of ranks on this machine. Not collective."""
     return this_launch().local_size
 
 
 def num_nodes() -> int:
-    """How many machines the ranks are on."""
+    """Return the number of machines that the ranks run on. Collective."""
     return sum(gather_objects(is_first_on_its_node()))
 
 
 def on_gpu() -> bool:
-    """Do ranks compute on GPUs? As DeepSpeed sees it, whose DS_ACCELERATOR may say cpu."""
+    """Return True if ranks compute on GPUs: CUDA is available, and DeepSpeed's environment variable
+    DS_ACCELERATOR is not "cpu". Not collective."""
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu"
 
 
 def rank() -> int:
-    """This process's number, 0 with no group. Not a collective."""
+    """Return this process's rank, 0 without a process group. Not collective."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """How many processes train together, 1 with no group. Not a collective."""
+    """Return the number of ranks, 1 without a process group. Not collective."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def device() -> torch.device:
-    """Where this rank computes. Not a collective."""
+    """Return the device that this rank computes on: its GPU or the CPU. Not collective."""
     if on_gpu():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -172,10 +190,15 @@ def _enter(collective: str) -> None:
 
 
 def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
-    """Every rank's equal-length 1-D shard in rank order, without the tail padding: ``numel``
-    elements.
+    """Concatenate the shards of all ranks. Collective.
 
-    Each rank receives ``world_size * len(shard)`` elements.
+    Args:
+        shard: 1-D tensor of the same length and dtype on every rank.
+        numel: elements to keep; those after it are the padding of the last shards.
+
+    Returns:
+        A new 1-D tensor: the shards in rank order, cut to ``numel`` elements. Each rank receives
+        ``world_size * len(shard)`` elements.
     """
     _enter("all_gather_flat")
     out = shard.new_empty(shard.numel() * world_size())
@@ -188,13 +211,17 @@ def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
 
 
 def sum_over_ranks(t: Tensor) -> Tensor:
-    """The elementwise sum of every rank's ``t``, as a new tensor. A ring moves 2x the tensor."""
+    """Return the elementwise sum of the ranks' tensors as a new tensor. Collective.
+
+    A ring all-reduce moves twice the tensor's bytes. The order of a floating-point sum depends on
+    the number of ranks; sums of integers are exact.
+    """
     _enter("sum_over_ranks")
     return _reduce(t, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(t: Tensor) -> Tensor:
-    """The elementwise maximum of every rank's ``t``, as a new tensor."""
+    """Return the elementwise maximum of the ranks' tensors as a new tensor. Collective."""
     _enter("max_over_ranks")
     return _reduce(t, dist.ReduceOp.MAX)
 
@@ -208,7 +235,10 @@ def _reduce(t: Tensor, op: Any) -> Tensor:
 
 
 def largest(value: int) -> int:
-    """The largest of every rank's ``value``. Does not wait for what a GPU has yet to do."""
+    """Return the maximum of the ranks' values. Collective.
+
+    It is exchanged between CPUs, so it does not wait for work that is queued on a GPU.
+    """
     _enter("largest")
     if world_size() == 1:
         return value
@@ -218,7 +248,11 @@ def largest(value: int) -> int:
 
 
 def broadcast(t: Tensor) -> Tensor:
-    """Rank 0's ``t`` on every rank, in place."""
+    """Overwrite ``t`` in place with rank 0's values, and return it. Collective.
+
+    Args:
+        t: tensor of the same shape and dtype on every rank.
+    """
     _enter("broadcast")
     if world_size() > 1:
         dist.broadcast(t, src=0)
@@ -227,7 +261,7 @@ def broadcast(t: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every rank, pickled between our own processes. For small things."""
+    """Return rank 0's value, pickled. For small objects. Collective."""
     _enter("broadcast_object")
     box = [value]
     if world_size() > 1:
@@ -236,7 +270,12 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any, *, after: str = "") -> list[Any]:
-    """Every rank's value, in rank order, on every rank. For small things."""
+    """Return the values of all ranks in rank order, pickled. For small objects. Collective.
+
+    Args:
+        value: this rank's value.
+        after: what the ranks did before, shown by the watchdog if a rank does not arrive.
+    """
     _enter(f"gather_objects after {after}" if after else "gather_objects")
     if world_size() == 1:
         return [value]
@@ -246,22 +285,25 @@ def gather_objects(value: Any, *, after: str = "") -> list[Any]:
 
 
 def is_first_on_its_node() -> bool:
-    """Does this rank do what one rank of every node does? Not a collective."""
+    """Return True on one rank of each node, local rank 0. Not collective."""
     return this_launch().local_rank == 0
 
 
 def barrier() -> None:
-    """Nobody goes on before everybody is here."""
+    """Wait until all ranks have called it, for up to one day. Collective."""
     _enter("barrier")
     if world_size() > 1:
         dist.barrier(group=_patient)
 
 
-# --- what watch.py asks for; not collectives ------------------------------------------------------
+# --- used by the watchdog, not collective ---------------------------------------------------------
 
 
 def num_collectives() -> int:
-    """How many this rank has entered, DeepSpeed's among them: the same on ranks that keep step."""
+    """Return how many collectives this rank has entered, including DeepSpeed's. Not collective.
+
+    Ranks with equal counts have reached the same collective.
+    """
     backends: set[Any] = {
         group._get_backend(device)
         for group in list(dist.distributed_c10d._world.pg_map)
@@ -271,30 +313,39 @@ def num_collectives() -> int:
 
 
 def bound_all_groups() -> None:
-    """Have the groups that DeepSpeed made give up when ours does: they came with torch's default,
-    10 minutes for NCCL and 30 for gloo."""
+    """Give all process groups but ``_patient`` the timeout of the default group. Not collective.
+
+    DeepSpeed creates its groups with torch's defaults: 10 minutes for NCCL and 30 for gloo.
+    """
     for group in dist.distributed_c10d._world.pg_map:
         if group is not _patient:
             dist.distributed_c10d._set_pg_timeout(_timeout, group)
 
 
 class Store:
-    """What the ranks met at, through a connection of its own: the main thread may be waiting on
-    the other."""
+    """Key-value store of the process group, over a connection of its own. Not collective.
+
+    A second connection is needed since the main thread may be blocked on the first.
+
+    Args:
+        answers_within_s: timeout of a request, in seconds.
+    """
 
     def __init__(self, answers_within_s: float) -> None:
-        shared: Any = dist.distributed_c10d._get_default_store()
-        self._store = shared.clone()
+        main: Any = dist.distributed_c10d._get_default_store()
+        self._store = main.clone()
         self._store.set_timeout(timedelta(seconds=answers_within_s))
 
     def set(self, key: str, value: str) -> None:
+        """Set the value of a key for all ranks."""
         self._store.set(key, value)
 
     def get(self, keys: list[str]) -> list[str]:
-        """All of them are there, or it is an error."""
+        """Return the values of ``keys`` in order; an error of torch if one is missing."""
         return [value.decode() for value in self._store.multi_get(keys)]
 
 
 def store_is_in_rank_0() -> bool:
-    """Does a stopped rank 0 stop the store? torchrun keeps it in a process of its own."""
+    """Return True if rank 0's process serves the store, False if torchrun's agent does. Not
+    collective."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

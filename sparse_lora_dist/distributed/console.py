@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: labelled lines and a progress bar, from rank 0 alone."""
+"""Terminal output: labelled lines and a progress bar, printed by rank 0 only."""
 
 import sys
 from typing import Any
@@ -9,24 +9,34 @@ from sparse_lora_dist.distributed import comm
 
 
 def print_line(label: str, text: str = "") -> None:
-    """One line, above the progress bar where there is one."""
+    """Print one line on rank 0, above the progress bar if there is one. Not collective.
+
+    Args:
+        label: padded to 10 columns; empty for a line that continues the one above.
+        text: the rest of the line.
+    """
     if comm.rank() == 0:
         tqdm.write(f"{label:<10}{text}".rstrip(), file=sys.stdout)
         sys.stdout.flush()
 
 
 def progress_bar(total: int, done: int) -> Any:
-    """A tqdm bar over optimizer steps."""
+    """Return a tqdm bar over optimizer steps, shown on rank 0 only.
+
+    Args:
+        total: optimizer steps of the run.
+        done: optimizer steps already taken.
+    """
     return tqdm(
         total=total, initial=done, unit="step", disable=comm.rank() != 0, dynamic_ncols=True
     )
 
 
 def counted(number: int, thing: str) -> str:
-    """1 rank, 2 ranks."""
+    """Return a number with its noun: ``1 rank``, ``2 ranks``."""
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def megabytes(count: int) -> str:
-    """Bytes in MB of 10^6."""
+    """Return a byte count as text, in MB of 10^6 bytes: ``3.54 MB``."""
     return f"{count / 1e6:.2f} MB"

@@ -1,9 +1,11 @@
-"""Which rank of how many this process is, from what its launcher put into the environment.
+"""Rank and world size of this process, from the environment variables that its launcher set.
 
-torchrun, deepspeed    start the ranks' processes, so what they say rules over what started them
-mpirun, srun           start the ranks themselves where they start several tasks
-environment            RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand
-python                 none of them: a run of one rank
+Launchers in order of precedence:
+
+    torchrun, deepspeed    they start the ranks' processes, even inside srun or mpirun
+    mpirun, srun           only if they started several tasks
+    environment            RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand
+    python                 none of the above: a run of one rank
 """
 
 import os
@@ -16,46 +18,53 @@ from sparse_lora_dist.distributed.launch_slurm import first_host, port_of_step, 
 from sparse_lora_dist.errors import UserError
 
 ADVICE = (
-    "Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together, or none of them and "
-    "start with a launcher (README.md, Launching)."
+    "Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together, or unset all of them "
+    "and start with a launcher (see Launching in README.md)."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The place of one process among the ranks of a run."""
+    """Rank, world size and rendezvous address of one process."""
 
     launcher: str
+    """torchrun, deepspeed, mpirun, srun, environment or python."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Its number on its own machine."""
+    """Number of the rank on its machine, from 0."""
     local_size: int = 1
-    """How many ranks that machine has."""
+    """Number of ranks on this machine."""
     address: str | None = None
-    """Where the ranks meet, on rank 0's machine; None where mpirun is still to be asked
-    (``launch_mpi.py``), and for one rank."""
+    """Rendezvous host, on rank 0's machine. None for a single rank, and under mpirun until
+    ``launch_mpi.py`` finds it."""
     port: int | None = None
+    """Rendezvous port; None where ``address`` is None."""
 
     def variables(self, device: int) -> dict[str, str]:
-        """What other libraries read; LOCAL_RANK is the number of a GPU to them."""
-        numbers = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": device}
-        place = {"MASTER_ADDR": self.address, "MASTER_PORT": self.port}
-        all_of_it = numbers if self.world_size == 1 else numbers | place
-        return {name: str(value) for name, value in all_of_it.items()}
+        """Return the environment variables that other libraries, such as DeepSpeed, read.
+
+        Args:
+            device: index of this rank's GPU among those it sees, which they read as LOCAL_RANK.
+        """
+        ranks = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": device}
+        meeting_place = {"MASTER_ADDR": self.address, "MASTER_PORT": self.port}
+        variables = ranks if self.world_size == 1 else ranks | meeting_place
+        return {name: str(value) for name, value in variables.items()}
 
     def in_words(self, nodes: int) -> str:
-        """For the screen of a run of several ranks."""
+        """Return the screen line of a run of several ranks, which run on so many ``nodes``."""
         counted = "1 node" if nodes == 1 else f"{nodes} nodes"
         place = f"{self.address}:{self.port}"
         return f"{self.launcher}: {self.world_size} ranks on {counted}, meeting at {place}"
 
 
 class Names(NamedTuple):
-    """What a launcher calls things. ``sign`` is a variable that it alone sets."""
+    """Names of the environment variables that one launcher sets."""
 
     launcher: str
-    sign: str
+    marker: str
+    """A variable that only this launcher sets."""
     rank: str
     world_size: str
     local_rank: str
@@ -76,8 +85,9 @@ SRUN = Names(
     "SLURM_LOCALID",
     "SLURM_STEP_TASKS_PER_NODE",
 )
-# mpirun before srun: inside a Slurm job it starts its daemons with srun, one a node, and the ranks
-# inherit the daemon's task. Its PMI_SIZE alone comes last, since srun --mpi=pmi2 sets that too.
+# mpirun comes before srun: inside a Slurm job it starts a daemon on each node with srun, and the
+# ranks inherit the daemon's srun variables. An mpirun that sets only PMI_SIZE comes last, since
+# srun --mpi=pmi2 sets PMI_SIZE too.
 LAUNCHERS = (
     Names(
         "mpirun",
@@ -95,57 +105,58 @@ LAUNCHERS = (
 
 @cache
 def this_launch() -> Launch:
-    """That of this process. Found once: ``comm.start`` writes what it found over the environment.
+    """Return the launch of this process. Cached, since ``comm.start`` overwrites the environment.
+    Not collective.
 
     Raises:
-        UserError: the environment contradicts itself.
+        UserError: the variables contradict each other, or one is missing.
     """
     return find_launch(os.environ)
 
 
 def find_launch(environ: Mapping[str, str]) -> Launch:
-    """What ``environ`` says.
+    """Return the launch that the environment variables describe.
 
     Raises:
-        UserError: it contradicts itself, or a part is missing.
+        UserError: the variables contradict each other, or one is missing.
     """
     for names in AGENTS:
-        if names.sign in environ:
+        if names.marker in environ:
             return _read(LauncherVariables(names, environ))
     for names in LAUNCHERS:
         variables = LauncherVariables(names, environ)
-        # One task is no launch: an interactive step, or a program that starts ranks by hand. In a
-        # shell of a step of several (srun --pty) the others do not come.
+        # A single task is no launch of ranks but an interactive step, or a program that starts
+        # ranks itself. Nor is a shell (srun --pty) in a step of several tasks: only one has it.
         in_a_shell = names.launcher == "srun" and "SLURM_PTY_PORT" in environ
-        if names.sign in environ and variables.number(names.world_size) > 1 and not in_a_shell:
-            _check_by_hand(variables)
+        if names.marker in environ and variables.number(names.world_size) > 1 and not in_a_shell:
+            _check_variables_set_by_hand(variables)
             return _read(variables)
-    sign = next((name for name in ("RANK", "WORLD_SIZE") if name in environ), None)
-    if sign is None:
+    marker = next((name for name in ("RANK", "WORLD_SIZE") if name in environ), None)
+    if marker is None:
         return Launch(launcher="python")
     return _read(
-        LauncherVariables(Names("environment", sign, *RANKED, "LOCAL_WORLD_SIZE"), environ)
+        LauncherVariables(Names("environment", marker, *RANKED, "LOCAL_WORLD_SIZE"), environ)
     )
 
 
 @dataclass(frozen=True)
 class LauncherVariables:
-    """The environment, and what the launcher calls things in it."""
+    """The environment, and the names that the launcher uses in it."""
 
     names: Names
     environ: Mapping[str, str]
 
     def text(self, name: str) -> str:
-        """The value of a variable that must be there."""
+        """Return the value of a variable that must be set."""
         if name not in self.environ:
-            sign = self.names.sign
-            raise UserError(f"{sign}={self.environ[sign]} is set, but {name} is not. {ADVICE}")
+            marker = self.names.marker
+            raise UserError(f"{marker}={self.environ[marker]} is set, but {name} is not. {ADVICE}")
         return self.environ[name]
 
     def number(self, name: str) -> int:
-        """The whole number in a variable that must be there."""
+        """Return the value of a variable that must be a whole number from 0."""
         if not self.text(name).isdecimal():
-            raise UserError(f"{name}={self.text(name)!r} is no whole number from 0. {ADVICE}")
+            raise UserError(f"{name}={self.text(name)!r} must be a whole number from 0. {ADVICE}")
         return int(self.text(name))
 
 
@@ -178,7 +189,7 @@ def _check_below(name: str, number: int, limit_name: str, limit: int) -> None:
 
 
 def _local_size(variables: LauncherVariables, world_size: int) -> tuple[str, int]:
-    """Which variable says how many ranks this machine has, and how many."""
+    """Return the variable that gives the number of ranks on this machine, and that number."""
     name = variables.names.local_size
     if variables.names is SRUN:
         return name, tasks_on_node(variables.text(name), variables.number("SLURM_NODEID"))
@@ -188,13 +199,14 @@ def _local_size(variables: LauncherVariables, world_size: int) -> tuple[str, int
 
 
 def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
-    """What is set wins: a cluster's names of nodes may not be those of its fast network."""
+    """Add address and port. MASTER_ADDR and MASTER_PORT win over values from the launcher: a
+    cluster's node names may not be those of its fast network."""
     address = variables.environ.get("MASTER_ADDR")
     port = variables.number("MASTER_PORT") if "MASTER_PORT" in variables.environ else None
     if variables.names is SRUN:
-        # The name need not resolve where no other node has to find this one.
-        alone = launch.local_size == launch.world_size
-        host = "127.0.0.1" if alone else first_host(variables.text("SLURM_STEP_NODELIST"))
+        # On one machine no name has to resolve.
+        one_machine = launch.local_size == launch.world_size
+        host = "127.0.0.1" if one_machine else first_host(variables.text("SLURM_STEP_NODELIST"))
         job, step = variables.number("SLURM_JOB_ID"), variables.number("SLURM_STEP_ID")
         address, port = address or host, port or port_of_step(job, step)
     elif launch.launcher != "mpirun":
@@ -202,15 +214,19 @@ def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
     return replace(launch, address=address, port=port)
 
 
-def _check_by_hand(variables: LauncherVariables) -> None:
-    """LOCAL_RANK is not looked at: where each task sees one GPU, scripts set it to 0."""
-    for ours, theirs in (
+def _check_variables_set_by_hand(variables: LauncherVariables) -> None:
+    """Refuse RANK and WORLD_SIZE where they contradict srun or mpirun.
+
+    LOCAL_RANK is not checked: scripts set it to 0 where each task sees a single GPU.
+    """
+    for by_hand, own in (
         ("RANK", variables.names.rank),
         ("WORLD_SIZE", variables.names.world_size),
     ):
-        if ours in variables.environ and variables.number(ours) != variables.number(theirs):
+        if by_hand in variables.environ and variables.number(by_hand) != variables.number(own):
+            launcher = variables.names.launcher
             raise UserError(
-                f"{ours}={variables.text(ours)} contradicts {theirs}={variables.text(theirs)}: "
-                f"{variables.names.launcher} numbers the ranks. Unset RANK and WORLD_SIZE, or let "
-                f"{variables.names.launcher} start one task."
+                f"{by_hand}={variables.text(by_hand)} contradicts {own}={variables.text(own)}, "
+                f"which {launcher} set. Unset RANK and WORLD_SIZE, or start a single task with "
+                f"{launcher}."
             )

@@ -1,4 +1,5 @@
-"""Where the ranks of mpirun meet: the one thing that it does not put into the environment."""
+"""Rendezvous address of ranks that mpirun started, the one value it does not put into the
+environment."""
 
 import socket
 from dataclasses import replace
@@ -8,27 +9,29 @@ from sparse_lora_dist.errors import UserError
 
 
 def with_meeting_place(launch: Launch) -> Launch:
-    """``launch`` with rank 0's address and port, which it tells the others: mpirun may not have
-    handed its environment on to other machines. A collective of MPI, which is not used any further.
+    """Return ``launch`` with rank 0's address and port, broadcast by MPI. Collective.
+
+    Rank 0 broadcasts even an address that is set by hand, since mpirun may not pass its environment
+    to other machines. MPI is shut down afterwards; everything else uses torch.distributed.
 
     Raises:
-        UserError: mpi4py is not there, finds no MPI, or is at home in another MPI than mpirun.
+        UserError: mpi4py is not installed, finds no MPI library, or uses another MPI than mpirun.
     """
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # the latter: no MPI library to load
+    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library to load
         raise UserError(
-            f"mpirun started {launch.world_size} ranks, which find each other by mpi4py: {error}. "
-            "pip install mpi4py, with the MPI that mpirun belongs to in the same environment, or "
-            "start with torchrun or deepspeed."
+            f"mpirun started {launch.world_size} ranks, which need mpi4py to find each other, and "
+            f"mpi4py cannot be imported: {error}. Install mpi4py (pip install mpi4py) in the "
+            "environment that has mpirun's MPI, or start with torchrun or deepspeed."
         ) from error
     world = MPI.COMM_WORLD
     if (world.Get_rank(), world.Get_size()) != (launch.rank, launch.world_size):
         raise UserError(
-            f"mpirun says rank {launch.rank} of {launch.world_size}, and mpi4py rank "
-            f"{world.Get_rank()} of {world.Get_size()}: it uses another MPI than mpirun, "
-            f"{MPI.Get_library_version().split(',')[0].strip()}. Install mpi4py for the MPI that "
-            "mpirun belongs to (pip install --no-binary mpi4py mpi4py), or start with its mpirun."
+            f"mpirun says rank {launch.rank} of {launch.world_size}, and mpi4py says rank "
+            f"{world.Get_rank()} of {world.Get_size()}: mpi4py uses another MPI than mpirun "
+            f"({MPI.Get_library_version().split(',')[0].strip()}). Build mpi4py for mpirun's MPI "
+            "(pip install --no-binary mpi4py mpi4py), or start with the mpirun of mpi4py's MPI."
         )
     address, port = world.bcast(_here(launch))
     MPI.Finalize()
@@ -36,11 +39,11 @@ def with_meeting_place(launch: Launch) -> Launch:
 
 
 def _here(launch: Launch) -> tuple[str, int]:
-    """What was said by hand, else this machine's name, and a port that is free on it."""
+    """Address and port set by hand, or else this machine's name and a free port."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])
-    # A name need not resolve where nobody else has to find it.
-    alone = launch.local_size == launch.world_size
-    name = "127.0.0.1" if alone else socket.gethostname()
+    # On one machine no name has to resolve.
+    one_machine = launch.local_size == launch.world_size
+    name = "127.0.0.1" if one_machine else socket.gethostname()
     return launch.address or name, launch.port or port

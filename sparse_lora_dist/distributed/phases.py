@@ -1,4 +1,4 @@
-"""Parts of a run in which ranks work by themselves, and what they owe each other at the end."""
+"""Phases in which each rank works alone: failing together, and one rank of a node going first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,34 +12,46 @@ from sparse_lora_dist.errors import UserError
 
 @contextmanager
 def fail_together(phase: str) -> Iterator[None]:
-    """If any rank fails inside, all ranks raise, so that none waits for one that is gone.
+    """Context manager: if the body fails on any rank, raise on all ranks. Collective.
 
-    Only for phases without collectives of their own: a rank that fails between two of them would
-    leave the others waiting inside. Foreign exceptions pass through on the rank that has them, with
-    their traceback.
+    Without it the other ranks would wait in their next collective for a rank that is gone. The body
+    must contain no collectives: a rank that fails between two of them would leave the others
+    waiting inside.
+
+    Args:
+        phase: what the body does, as a gerund for messages: ``"reading the data"``.
+
+    Raises:
+        UserError: on the rank that failed, its own UserError, or the text of an OSError or
+            SafetensorError; on the other ranks, the message of the first rank that failed.
+        Exception: any other exception, on the rank that raised it, with its traceback.
     """
     failure: Exception | None = None
     try:
         yield
-    # No space, no permission, a file gone or damaged: the message says it all.
+    # No space, no permission, a missing or damaged file: a traceback would add nothing.
     except (OSError, SafetensorError) as error:
         failure = UserError(f"{phase}: {error}")
     except Exception as error:
         failure = error
-    said = comm.gather_objects(str(failure) if failure else None, after=phase)
+    failures = comm.gather_objects(str(failure) if failure else None, after=phase)
     if isinstance(failure, UserError):
         failure.shared = True
     if failure:
         raise failure
-    first = next((r for r, text in enumerate(said) if text is not None), None)
+    first = next((r for r, text in enumerate(failures) if text is not None), None)
     if first is not None:
-        raise UserError(f"rank {first} failed while {phase}: {cast(str, said[first])}", shared=True)
+        message = cast(str, failures[first])
+        raise UserError(f"rank {first} failed while {phase}: {message}", shared=True)
 
 
 @contextmanager
 def first_on_its_node() -> Iterator[None]:
-    """One rank of every node runs the body first, so that the node's others find what it cached:
-    nodes may share no disk. No collectives inside."""
+    """Context manager: one rank of each node runs the body before the node's other ranks.
+
+    The others then find what it downloaded or cached on the node's disk. Collective; the body must
+    contain no collectives.
+    """
     is_first = comm.is_first_on_its_node()
     if not is_first:
         comm.barrier()

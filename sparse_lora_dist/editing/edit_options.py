@@ -1,4 +1,4 @@
-"""The editor's command line: every option of a run, and a few of its own."""
+"""Options of launcher/edit.py: those of a training run, and the editor's own."""
 
 import re
 from collections.abc import Sequence
@@ -16,32 +16,38 @@ from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edits import Edit, Edits, numbered
 
+COMMON = """
+    model precision gradient_checkpointing sequence_length method rank alpha dropout target_modules
+    max_steps micro_batch_size learning_rate seed ds_config output_dir
+""".split()
+"""Options of a training run that matter for edits."""
 RESULTS = "edits.json"
-"""In the folder of the run."""
+"""Name of the result file in the run folder."""
 NUMBER = re.compile(r"\d+|\d*:\d*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """Edits: what is to be known, and what is asked afterwards"""
+    """Edits: facts to learn, and measurements afterwards"""
 
     edits: str | None = None
-    """File of edits in KnowEdit's format, a JSON list or an object a line."""
+    """File of edits in KnowEdit's format: a JSON list, or one JSON object per line."""
     number: str | None = None
-    """Which of them are made, together: one (7), or from one to before another (0:10); null: all.
-    A step takes all of them, each once; gradient_accumulation_steps follows from that."""
+    """Edits to make together, numbered from 0: one (7), or a range without its end (0:10). null:
+    all. Every optimizer step trains on each of them once, which sets
+    gradient_accumulation_steps."""
     fluency_tokens: int = 100
-    """Tokens of the texts that fluency is measured on; 0 measures none, and saves most of the
-    time."""
+    """Length in tokens of the texts that fluency is measured on, at least 0. 0: fluency is not
+    measured, which saves most of the time."""
     only_read: bool = False
-    """Say what the file holds, and edit nothing."""
+    """Print what the file of edits holds, and edit nothing."""
     overwrite: bool = False
     """Replace an earlier run in output_dir."""
 
     def __post_init__(self) -> None:
         problems = at_least(self, 0, "fluency_tokens")
         if self.edits is None:
-            problems.append("edits is missing: name a file of them")
+            problems.append("edits is missing: name a file of edits")
         elif not Path(self.edits).expanduser().is_file():
             problems.append(f"edits: no such file: {self.edits}")
         if self.number is not None and NUMBER.fullmatch(self.number) is None:
@@ -50,12 +56,13 @@ class EditConfig:
 
     @property
     def path(self) -> Path:
+        """Path of the file of edits."""
         return Path(self.edits or "").expanduser()
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
-    """A run, the edits it makes, and the file they are from."""
+    """The training run, the edits it makes, and the file of edits."""
 
     config: Config
     options: EditConfig
@@ -64,7 +71,7 @@ class EditRequest:
 
     @property
     def run(self) -> RunConfig:
-        """Where ``run_program`` looks for --debug."""
+        """Options that ``run_program`` reads (--debug)."""
         return self.config.run
 
 
@@ -81,38 +88,44 @@ RELEASED: dict[str, object] = {
     "lr_schedule": "constant",
     "max_steps": 25,
 }
-"""What RoseLoRA's released code edits with (hparams/ROSELORA; 3 and 20 of its 25 passes). There a
-pass over several edits is a step each, and it ends early once the loss is below 0.1. Ours clips
-gradients at the usual --max_grad_norm, of which its settings say nothing."""
+"""Settings of RoseLoRA's released code for editing (hparams/ROSELORA; it prunes from pass 3 to 20
+of 25). Two differences: there a pass over several edits takes one step per edit and ends early once
+the loss is below 0.1; here gradients are clipped at --max_grad_norm, which its settings leave
+open."""
 
 PROGRAM = Program(
     name="launcher/edit.py",
     usage="deepspeed launcher/edit.py --ds_config ds_configs/zero3.json --model M --edits FILE "
     "[--number 0:10] [--option value ...]",
-    description="Edit facts, and measure what else the edit changed. Defaults are those that "
-    "RoseLoRA's released code edits with.",
+    description="Edit facts, and measure what else the edits changed. Defaults are those of "
+    "RoseLoRA's released code.",
     own=EditConfig,
+    common=tuple(COMMON),
     defaults=RELEASED
     | {"output_dir": "runs/edit", "sequence_length": 128, "packing": False, "trackers": ()},
 )
 
 NOT_FOR_EDITS = {
-    "data": "the edits are what is learned",
-    "eval_data": "edits have metrics of their own",
+    "data": "the training data are the edits",
+    "eval_data": "edits are measured by metrics of their own",
     "packing": "each edit is a row of its own",
-    "modules_to_save": "taking the adapter away would not undo what they have learned",
-    "verify": "launcher/train.py does that",
-    "task": "edits are of language models",
-    "init_adapter": "an edit is measured against the base, and undone by leaving its adapter away: "
-    "merge the other one first (launcher/export.py --format merged)",
+    "modules_to_save": "removing the adapter would not undo what these modules learn",
+    "verify": "use launcher/train.py --verify",
+    "task": "only language models (causal_lm) can be edited",
+    "init_adapter": "edits are measured against the base and undone by removing their adapter; "
+    "merge the other adapter into the base first (launcher/export.py --format merged)",
 }
 
 
 def load_request(argv: Sequence[str]) -> EditRequest:
-    """What ``argv`` (without the program's name) and its YAML file ask.
+    """Read the editor's command line, its YAML file and the file of edits.
+
+    Args:
+        argv: the words after the program's name.
 
     Raises:
-        UserError: with every problem there is, those of the edit file last.
+        ConfigError: with all problems of the options at once.
+        UserError: the file of edits has a problem.
     """
     config, options = read_options(argv, PROGRAM)
     raise_if(_not_for_edits(config, options))
@@ -129,7 +142,7 @@ def load_request(argv: Sequence[str]) -> EditRequest:
 def _not_for_edits(config: Config, options: EditConfig) -> list[str]:
     given: dict[str, Any] = config.as_flat_dict()
     usual = Config().as_flat_dict() | {"packing": False}
-    earlier = {"data": options.edits}  # a run.yaml of ours, given back as --config
+    earlier = {"data": options.edits}  # --config with the run.yaml of an earlier edit has it
     problems = [
         f"{name} is not for edits: {why}"
         for name, why in NOT_FOR_EDITS.items()
@@ -137,11 +150,11 @@ def _not_for_edits(config: Config, options: EditConfig) -> list[str]:
     ]
     results = Path(config.run.output_dir) / RESULTS
     if results.resolve() == options.path.resolve():
-        problems.append(f"edits is {results}, which results will replace: take another output_dir")
+        problems.append(f"edits is {results}, which the results replace: choose another output_dir")
     if config.train.max_steps is None:
-        problems.append("max_steps must be a number: a step takes all edits, epochs mean nothing")
+        problems.append("max_steps must be a number: num_epochs has no meaning for edits")
     if options.overwrite and config.run.resume != "never":
-        problems.append("overwrite begins anew, and resume goes on: leave one of them out")
+        problems.append("overwrite starts a new run, resume continues one: leave one of them out")
     return problems
 
 

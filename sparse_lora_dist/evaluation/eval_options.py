@@ -1,4 +1,4 @@
-"""The evaluation's command line: every option of a run, and a few of its own."""
+"""Options of launcher/eval.py: those of a training run, and the evaluation's own."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,100 +13,119 @@ from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.config.spelling import did_you_mean
 
+COMMON = """
+    model precision quantization gradient_checkpointing eval_data text_field prompt_field
+    response_field chat_template train_on packing sequence_length ds_config debug
+""".split()
+"""Options of a training run that matter for an evaluation."""
 METRICS = ("loss", "choice", "choice_generated", "exact", "gsm8k")
 BASE = "base"
-"""The word for no adapter."""
+"""Name that stands for the base model without an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    """Evaluation: of what, by which measure. The data are --eval_data"""
+    """Evaluation of adapters on --eval_data"""
 
     adapter: str | None = None
-    """PEFT LoRA adapter: its folder, a run's folder, or a hub id; null is the base by itself."""
+    """PEFT LoRA adapter to evaluate: its folder, a run folder or a hub id. null: the base model
+    alone."""
     compare: tuple[str, ...] = ()
-    """Several of these (base for none), each set against the first; in place of --adapter."""
+    """Adapters to evaluate and compare with the first of them, in place of --adapter. The name base
+    means the base model alone."""
     metrics: tuple[str, ...] = ("loss",)
-    """What is measured: loss, choice (by likelihood), choice_generated, exact, gsm8k."""
+    """Measures to compute: any of loss, choice (most likely answer), choice_generated, exact and
+    gsm8k."""
     batch_size: int = 8
-    """Rows of one batch, which one rank takes. Examples are cut into batches in their order."""
+    """Examples per batch, at least 1. One rank evaluates a batch; batches follow the order of the
+    data."""
     max_new_tokens: int = 256
-    """Tokens of an answer that is generated, at most."""
+    """Largest number of tokens per generated answer, at least 1."""
     limit: int | None = None
-    """Use the first so many examples only; null uses all."""
+    """Number of examples to use, from the first on, at least 1. null: all."""
     output: str | None = None
-    """JSON file for the results; null only prints them."""
+    """JSON file for the results. null: results are only printed."""
     answers: str | None = None
-    """File of JSON lines for each example's number and what the model said; null keeps none."""
+    """JSON-lines file for the model's answers, one example per line with its number. null: answers
+    are not kept."""
     overwrite: bool = False
-    """May --output and --answers replace a file?"""
+    """Replace existing files at --output and --answers."""
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "batch_size", "max_new_tokens", "limit")
         problems += [
-            f"metrics knows {', '.join(METRICS)}, got {name!r}{did_you_mean(name, METRICS)}"
+            f"metrics takes {', '.join(METRICS)}, got {name!r}{did_you_mean(name, METRICS)}"
             for name in self.metrics
             if name not in METRICS
         ]
         if not self.metrics:
-            problems.append(f"metrics is empty: name some of {', '.join(METRICS)}")
+            problems.append(f"metrics is empty: name at least one of {', '.join(METRICS)}")
         if self.compare and self.adapter is not None:
-            problems.append("adapter and compare exclude each other: name all of them in compare")
+            problems.append("adapter and compare exclude each other: name all adapters in compare")
         for name in self.names:
             if name is not None and looks_local(name) and not Path(name).expanduser().exists():
                 flag = "compare" if self.compare else "adapter"
-                problems.append(f"{flag}: no such folder, and no hub id: {name}")
+                problems.append(f"{flag}: no such folder, and not a hub id: {name}")
         for flag, path in self.files.items():
             problems += bad_output(flag, path, overwrite=self.overwrite)
         raise_if(problems)
 
     @property
     def files(self) -> dict[str, Path]:
-        """What is written, by option."""
+        """{option: file to write}, of the options that are set."""
         given = {"output": self.output, "answers": self.answers}
         return {flag: Path(p).expanduser() for flag, p in given.items() if p is not None}
 
     @property
     def names(self) -> tuple[str | None, ...]:
-        """The adapters, as the user calls them; None is the base by itself."""
+        """Names of the adapters as given; None stands for the base model alone."""
         named = self.compare or (self.adapter,)
         return tuple(None if name == BASE else name for name in named)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """How model and data are read, and what is asked about them."""
+    """The options of a run, those of the evaluation, and the data they lead to."""
 
     config: Config
     own: EvalConfig
     source: str
-    """Path or hub id of the examples."""
+    """Path or hub id of the evaluation data."""
 
     @property
     def run(self) -> RunConfig:
-        """Where ``run_program`` looks for --debug."""
+        """Options that ``run_program`` reads (--debug)."""
         return self.config.run
 
 
 def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
-    """A line when results must not be written there."""
+    """Check that results may be written to a file.
+
+    Args:
+        flag: name of the option, for the message.
+        path: the file.
+        overwrite: whether an existing file may be replaced.
+
+    Returns:
+        A list with one problem, or an empty list.
+    """
     if path.is_dir():
-        return [f"{flag} is a folder, must be a file: {path}"]
+        return [f"{flag} must be a file, got the folder {path}"]
     if path.exists() and not overwrite:
-        return [f"{flag} is there already: {path}. Give --overwrite, or another name"]
+        return [f"{flag} exists already: {path}. Give --overwrite or another name"]
     return []
 
 
 def bad_options(flat: Mapping[str, Any]) -> list[str]:
-    """A line for each option of a run that evaluation cannot do with."""
+    """Problems of the options of a run that evaluation cannot work with."""
     problems = missing_files(flat)
     if flat["task"] != "causal_lm":
         problems.append(
-            f"task must be causal_lm here, got {flat['task']}: of a classifier, launcher/train.py "
-            "says loss and accuracy on its --eval_data"
+            f"task must be causal_lm here, got {flat['task']}: launcher/train.py reports a "
+            "classifier's loss and accuracy on its --eval_data"
         )
     if flat["eval_data"] is None and flat["data"] != "default":
-        problems.append("eval_data is missing: the examples to evaluate on")
+        problems.append("eval_data is missing: name the examples to evaluate on")
     elif flat["eval_data"] is not None:
         problems += missing_source("eval_data", flat["eval_data"])
     return problems
@@ -115,20 +134,24 @@ def bad_options(flat: Mapping[str, Any]) -> list[str]:
 PROGRAM = Program(
     name="launcher/eval.py",
     usage="deepspeed launcher/eval.py --model M --adapter A --eval_data FILE --metrics loss [...]",
-    description="Held-out loss and accuracy of a sharded model, with an adapter or without.",
+    description="Measure loss and accuracy of a sharded model, with or without an adapter.",
     own=EvalConfig,
     trains=False,
+    common=tuple(COMMON),
     check=bad_options,
 )
 
 
 def load_request(argv: Sequence[str]) -> EvalRequest:
-    """What ``argv`` (without the program's name) and its YAML file ask.
+    """Read the evaluation's command line and its YAML file.
+
+    Args:
+        argv: the words after the program's name.
 
     Raises:
-        ConfigError: with every problem there is.
+        ConfigError: with all problems at once.
     """
     config, own = read_options(argv, PROGRAM)
     source = eval_source(config.data)
-    assert source is not None, "bad_options has seen to it"
+    assert source is not None, "bad_options has checked eval_data"
     return EvalRequest(config=config, own=own, source=source)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.version import __version__
 
@@ -25,7 +25,6 @@ model = AutoModelFor{kind}.from_pretrained("{base}", dtype="auto"{options}){note
 applied = apply_sparse_delta(model, Path("{folder}"))
 applied.undo()  # restores every weight bit for bit""",
 }
-KINDS = {"causal_lm": "CausalLM", "seq_cls": "SequenceClassification"}
 
 
 def write_card(
@@ -87,7 +86,7 @@ def _code_fields(trained: Trained) -> dict[str, str]:
     revision = f', revision="{model.revision}"' if model.revision else ""
     in_full = ", ".join(trained.manifest["full_modules"])
     return {
-        "kind": KINDS[model.task],
+        "kind": TASKS[model.task].auto_class.removeprefix("AutoModelFor"),
         "base": trained.base,
         "code": code,
         "options": f"{labels}{revision}{code}",

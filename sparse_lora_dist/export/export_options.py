@@ -1,4 +1,4 @@
-"""The exporter's command line."""
+"""Options of launcher/export.py."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -15,82 +15,81 @@ OF_MERGED = ("dtype", "rounding", "onto")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """What to write, and where"""
+    """Export"""
 
     output: str
-    """Folder to write; it must not be there, or be empty."""
+    """Folder to write. Must be missing or empty, unless --overwrite is given."""
     format: Literal["peft", "merged", "sparse_delta"] = "peft"
-    """peft: a LoRA adapter of what lives, or PEFT's own type of the method where its update is no
-    LoRA; merged: a whole model; sparse_delta: changed weights."""
+    """Format to write: peft (an adapter: LoRA without dead components, or PEFT's own type of the
+    method if its update is not a LoRA), merged (a whole model) or sparse_delta (changes)."""
     plus: str | None = None
-    """Other runs over the same base, or checkpoints of theirs, whose updates are added: folders,
-    separated by commas."""
+    """Folders of other runs or checkpoints over the same base, separated by commas. Their updates
+    are added to this run's. null: this run only."""
     uniform_rank: bool = False
-    """peft: one rank for all modules and the scale in B, for servers that know no other (vLLM)."""
+    """Format peft: write one rank for all modules and fold the scale into B, for servers that need
+    this (vLLM)."""
     own_type: bool = False
-    """peft: PEFT's own type of the method where its update is a LoRA too (neat: peanut)."""
+    """Format peft: write PEFT's own type of the method instead of an equal LoRA (neat: PEANUT)."""
     dtype: Literal["bf16", "fp32"] = "bf16"
-    """merged: what weights are rounded to, once."""
+    """Format merged: dtype of the written weights, which are rounded once."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """merged, in bf16: nearest loses deltas far below a weight; stochastic keeps their mean."""
+    """Format merged in bf16: nearest loses deltas far below their weight; stochastic keeps their
+    mean."""
     onto: Literal["dequantised", "original"] = "dequantised"
-    """merged: onto what the adapter was trained over, or onto the weights that were quantised."""
+    """Format merged: weights that the update is added to, the dequantised ones that the adapter was
+    trained with, or the original ones before quantisation."""
     base: str | None = None
-    """Folder or hub id of the base model, where it is not where the run had it."""
+    """Base model: folder or hub id. null: where the run found it."""
     trust_remote_code: bool = False
-    """Of a run that was told so, where the base is read: run Python code that comes with it."""
+    """Run Python code that comes with the base model. Needed if the run needed it and the export
+    reads the base."""
     overwrite: bool = False
-    """Replace the folder, where it is an earlier export."""
+    """Replace --output if it is an earlier export."""
     debug: bool = False
-    """Show tracebacks, and what other libraries print."""
+    """Show tracebacks and the output of other libraries."""
 
     def __post_init__(self) -> None:
         problems = []
         if self.uniform_rank and self.format != "peft":
-            problems.append(f"uniform_rank belongs to format peft, got {self.format}")
+            problems.append(f"uniform_rank belongs to format peft, got format {self.format}")
         if self.plus is not None and not all(part.strip() for part in self.plus.split(",")):
             problems.append(f"plus must be folders separated by commas, got {self.plus!r}")
         if self.own_type and (self.format != "peft" or self.uniform_rank):
-            problems.append("own_type belongs to format peft, and not with uniform_rank")
+            problems.append("own_type belongs to format peft, and excludes uniform_rank")
         if self.format != "merged":
             problems += [
-                f"{f.name} belongs to format merged, got {self.format}"
+                f"{f.name} belongs to format merged, got format {self.format}"
                 for f in fields(self)
                 if f.name in OF_MERGED and getattr(self, f.name) != f.default
             ]
         if self.rounding == "stochastic" and self.dtype == "fp32":
-            problems.append("rounding stochastic is for dtype bf16: fp32 keeps what was summed")
+            problems.append("rounding stochastic is for dtype bf16: fp32 loses nothing")
         raise_if(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """A run, and what is to become of it."""
+    """The run or checkpoint to export, and the options of the export."""
 
     source: str
     export: ExportConfig
 
     @property
     def run(self) -> RunConfig:
-        """Where ``run_program`` looks for --debug."""
+        """Options that ``run_program`` reads (--debug)."""
         return RunConfig(debug=self.export.debug)
 
 
 def load_request(argv: Sequence[str]) -> ExportRequest:
-    """What ``argv`` asks; ``--help`` prints and leaves.
+    """Read the exporter's command line; ``--help`` prints the help page and exits.
+
+    Args:
+        argv: the words after the program's name.
 
     Raises:
-        ConfigError: it asks for what there is not.
+        ConfigError: an option or a value is wrong.
     """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
-        prog="launcher/export.py",
-        description="The adapter of a run as files that other tools open.",
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", help="a run's folder, or one of its checkpoints/step_...")
-    parser.add_class_arguments(ExportConfig, None)
+    parser = build_parser()
     try:
         parsed = parser.parse_args(list(_switched_on(argv)))
         export = ExportConfig(**{f.name: parsed[f.name] for f in fields(ExportConfig)})
@@ -99,8 +98,22 @@ def load_request(argv: Sequence[str]) -> ExportRequest:
     return ExportRequest(source=parsed.source, export=export)
 
 
+def build_parser() -> ArgumentParser:
+    """Build the parser of launcher/export.py."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="launcher/export.py",
+        description="Export the adapter of a run to files that other tools read.",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", help="Run folder, or one of its checkpoints/step_... folders.")
+    parser.add_class_arguments(ExportConfig, None)
+    return parser
+
+
 def _switched_on(argv: Sequence[str]) -> Iterator[str]:
-    """A switch without a word after it means true, as everywhere here."""
+    """Write --switch as --switch=true where no value follows, as in the other programs."""
     switches = {f"--{f.name}" for f in fields(ExportConfig) if isinstance(f.default, bool)}
     for word, after in zip(argv, [*argv, ""][1:], strict=True):
         lone = after.lower() not in ("true", "false", "yes", "no")

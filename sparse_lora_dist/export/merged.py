@@ -22,6 +22,7 @@ from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWri
 from sparse_lora_dist.export.open_base import Base, read_labelled_config
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import WeightChange
+from sparse_lora_dist.tasks import TASKS
 
 BLOCK_ENTRIES = 2**23
 """Entries of a weight that are summed and rounded at a time."""
@@ -84,7 +85,7 @@ class Merge:
             entries = sorted(base.files.entries.items(), key=lambda e: (e[1].file, e[1].start))
             names = {keys[0]: name for name, keys in base.keys_of.items() if len(keys) == 1}
             used = {key for keys in base.keys_of.values() for key in keys}
-            labels = trained.config.model.task == "seq_cls"
+            labels = TASKS[trained.config.model.task].trains_head
             sites = {f"{site.name}.weight": site for site in trained.sites}
             for key, entry in tqdm(entries, desc="merging", leave=False):
                 if labels and key not in used:  # the head of the base, which the run replaced

@@ -1,20 +1,29 @@
-"""AdaLoRA: a budget of rank-1 components for the whole model, given to those that matter most.
+"""AdaLoRA: share a falling budget of rank-1 components among all linears, by importance.
 
-Zhang et al. 2023, arXiv:2303.10512. W + (alpha / R) B diag(lambda) A, scored as in ``triplets.py``.
-From ``begin`` on, every so many steps, the top b_t components of all sites together keep their
-lambda, and the others' becomes zero (equation 6):
-
+    y = W x + (alpha / R) B diag(lambda) A x
     b_t = floor(b_T + (b_0 - b_T) * (1 - (t - begin) / (end - begin))^3)
 
-A and B of all components go on training, so a component may come back. At ``end`` the choice is
-final: the others lose A, B and lambda, and are no longer computed. A site may end with no
-component.
+The method decides every `adalora_every` steps from `adalora_begin` on: the top b_t components of
+all linears together keep their lambda, the others' becomes zero (equation 6). Scores are smoothed
+|w * dL/dw| times its smoothed deviation, summed over a component (`shared/triplets.py`). A and B
+of all components go on training, so a component may return. At the end, `adalora_final` of the run
+before its last step, the choice is final: the other components lose A, B and lambda and are no
+longer computed. A linear may end without any component.
 
-Where we differ from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and PEFT, on
-purpose: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
-exactly b_t components stay, ties going to the lowest index, even where b_t is all of them and both
-fail; the penalty is the paper's squared norm, which ``--adalora_preset released`` changes; lambda
-has a learning rate of its own (``triplets.triplet_tensors``).
+This implementation differs from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and
+PEFT: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
+exactly b_t components stay, ties by lowest index, even where b_t is all of them and both fail; the
+penalty is the paper's squared norm, which `--adalora_preset released` changes; lambda has a
+learning rate of its own (`triplets.triplet_tensors`). Decisions equal those of PEFT's
+`RankAllocator` on one process (`tests/methods/test_adalora.py`). Under ZeRO-3 PEFT's own either
+raises or never masks the fp32 masters; here masked lambdas are zero there too (`python
+benchmarks/peft_adalora.py`).
+
+- **Optimizer state:** 8 bytes x trained entries; falls once, at the final choice.
+- **Statistics:** 8 bytes x trained entries until the final choice.
+- **Exports as:** PEFT LoRA of each linear's own rank (lambda in A), merged model or sparse delta.
+- **Choose it when:** a total rank is given and you want its best distribution over linears.
+- **Paper:** Zhang et al. 2023, arXiv:2303.10512.
 
 Shapes: R rank, S sites.
 """
@@ -53,26 +62,29 @@ class AdaLoraOptions:
     """AdaLoRA: a falling budget of components over all sites"""
 
     adalora_preset: Literal["paper", "released"] = "paper"
-    """Orthogonality penalty: the squared norms of all matrices added up, as in the paper, or the
-    mean of the norms, as in the released code, which also starts A and B at N(0, 0.02^2)."""
+    """Orthogonality penalty and initial values: paper (squared norms, summed over all matrices) or
+    released (mean of the unsquared norms, with A and B drawn from N(0, 0.02^2) as in the authors'
+    code)."""
     adalora_lambda_lr_factor: float | None = None
-    """Learning rate of lambda, in those of the run; null: 1 in released, else sqrt(out_features /
-    3), at which a component moves as far in a step as one of LoRA's."""
+    """Learning-rate multiplier for lambda, above 0. null: 1 for preset released, otherwise
+    sqrt(out_features / 3), with which a component moves as far per step as one of LoRA's."""
     adalora_target_rank: float | None = None
-    """Components a site keeps in the end, on average, from 1 to rank; null is two thirds of
-    rank."""
+    """Average number of components kept per linear at the end, from 1 to --rank. null: two thirds
+    of --rank."""
     adalora_begin: float = 0.1
-    """Fraction of the run after which components begin to go."""
+    """Fraction of the run after which pruning of components begins, at least 0; adalora_begin +
+    adalora_final must be below 1."""
     adalora_final: float = 0.2
-    """Fraction of the run, its end, in which the components that are left train alone."""
+    """Fraction of the run, at its end, in which only the components that were kept train, at least
+    0; adalora_begin + adalora_final must be below 1."""
     adalora_every: int | None = None
-    """Steps between two decisions; null is a hundredth of the run."""
+    """Steps between two pruning decisions, at least 1. null: 1% of the run."""
     adalora_beta1: float = 0.85
-    """Weight of the past in the smoothed sensitivity, in [0, 1)."""
+    """Decay rate of the smoothed sensitivity, in [0, 1)."""
     adalora_beta2: float = 0.85
-    """Weight of the past in its smoothed uncertainty, in [0, 1)."""
+    """Decay rate of the smoothed uncertainty of the sensitivity, in [0, 1)."""
     adalora_orthogonality: float = 0.1
-    """Weight of the penalty that holds A and B near orthonormal."""
+    """Weight of the penalty that keeps A and B near orthonormal, at least 0; 0 turns it off."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -83,7 +95,7 @@ class AdaLoraOptions:
         begin, final = self.adalora_begin, self.adalora_final
         if begin < 0.0 or final < 0.0 or begin + final >= 1.0:
             problems.append(
-                "adalora_begin and adalora_final must be at least 0 and together below 1, "
+                "adalora_begin and adalora_final must be at least 0 and their sum below 1, "
                 f"got {begin} and {final}"
             )
         factor = self.adalora_lambda_lr_factor
@@ -115,14 +127,14 @@ def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
     problems = []
     if last > first:
         problems.append(
-            f"adalora_target_rank {options.adalora_target_rank} makes {last} components, but "
-            f"rank only "
-            f"{first}: raise rank"
+            f"adalora_target_rank {options.adalora_target_rank} makes {last} components, but all "
+            f"linears together have {first}: raise rank, or lower adalora_target_rank"
         )
     if begin >= end:
         problems.append(
-            f"components would go between steps {begin} and {end} of {context.total_steps}, "
-            f"{begin + 1 - end} too few: raise max_steps, or lower adalora_begin or adalora_final"
+            f"pruning would begin at step {begin} and end at step {end} of {context.total_steps}, "
+            "which leaves no step to prune in: raise max_steps, or lower adalora_begin or "
+            "adalora_final"
         )
     if problems:
         raise ValueError("; ".join(problems))
@@ -204,5 +216,6 @@ def keep(
 ADALORA = MethodFactory(
     options=AdaLoraOptions,
     build=adalora,
-    summary="a budget of components falls, and goes to the sites where they matter most",
+    summary="prunes components to a budget for the whole model",
+    example="--adalora_every 1 --adalora_target_rank 2",
 )

@@ -1,21 +1,28 @@
-"""Chain of LoRA: the run is cut into links, and at the end of each the trained pair is folded into
-what is frozen and a new one begins.
+"""Chain of LoRA: cut the run into links; each trains a new pair and freezes the pairs before it.
 
-Xia et al. 2024, arXiv:2401.04151. In link m the update is
+    y = W x + (alpha / R) (B A + sum over earlier links j of B_j A_j) x
 
-    y = scale (B A + sum over the links before of B_j A_j) x,
+In each link A is drawn anew as LoRA's, and B starts at zero. A link has a learning-rate schedule
+and moments of its own. The update has rank up to `cola_links` x R where R trains at a time.
 
-A drawn as LoRA's and B zero at the start of each, with a learning-rate schedule and Adam's moments
-of its own; so it has a rank of up to links x R where R trains.
+The method decides at the end of each of `cola_links` equal stages but the last: the trained pair
+is folded into a frozen stack beside the base, C (Q x I) and D (O x Q) in fp32, where D C is the
+sum of the pairs. If `cola_stack_rank` bounds Q, the sum is replaced by the nearest product of rank
+Q; its relative distance is logged as `fold_error`.
 
-The paper merges each pair into the weight. A base in 4 bits would round most of it away, so the sum
-is kept as a frozen stack beside the base: C (Q x I) and D (O x Q) in fp32, zero at first, D C the
-sum of the pairs. Q has room for all of them unless it is bounded; then the sum is replaced by the
-nearest product of rank Q, and the log has its relative distance, ``fold_error``. Where the paper's
-merged pairs see the whole input, the stack sees it as dropout leaves it. The variant whose rank
-falls from link to link is not here.
+This implementation differs from the paper: it merges each pair into the weight, which a 4-bit base
+would mostly round away. The paper's merged pairs see the whole input; the stack sees it after
+dropout. The variant whose rank falls from link to link is not implemented.
 
-Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L components of a sum.
+- **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
+- **Statistics:** none; 4 bytes x entries of the frozen stack, Q (I + O) a linear.
+- **Exports as:** PEFT LoRA of rank R + Q, merged model or sparse delta.
+- **Choose it when:** you want an update of higher rank than can train at a time; forward pays for
+  rank R + Q.
+- **Paper:** Xia et al. 2024, arXiv:2401.04151.
+
+Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L components of a
+sum.
 """
 
 from dataclasses import dataclass
@@ -48,9 +55,10 @@ class ColaOptions:
     """Chain of LoRA: pairs are folded away, and new ones train"""
 
     cola_links: int = 3
-    """Parts of the run, equal in length, that each train a pair from its start; 1 is plain LoRA."""
+    """Number of equal parts of the run that each train a new pair, at least 1; 1 is plain LoRA."""
     cola_stack_rank: int | None = None
-    """Rank that is kept of the pairs of earlier links; null: all of it, up to that of 8 pairs."""
+    """Rank of the frozen stack that holds the pairs of earlier links, at least 1 and at most the
+    smallest side of a linear. null: the sum of their ranks, but at most 8 x --rank."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -98,7 +106,7 @@ def check(options: ColaOptions, context: RunContext) -> None:
     side = min(least.out_features, least.in_features)
     if options.cola_stack_rank is not None and options.cola_stack_rank > side:
         raise ValueError(
-            f"cola_stack_rank is {options.cola_stack_rank}, and {least.name} is "
+            f"cola_stack_rank is {options.cola_stack_rank}, but {least.name} is only "
             f"{least.out_features} x {least.in_features}: take {side} or less"
         )
 
@@ -179,5 +187,8 @@ def nearest(c_LI: Tensor, d_OL: Tensor, rank: int) -> tuple[Tensor, Tensor, floa
 
 
 COLA = MethodFactory(
-    options=ColaOptions, build=cola, summary="a chain of pairs, each folded away when it is trained"
+    options=ColaOptions,
+    build=cola,
+    summary="trains low-rank pairs in turn, each folded into a frozen stack",
+    example="--cola_links 3",
 )

@@ -1,30 +1,37 @@
-"""IncreLoRA: every linear starts at a low rank, and those that matter most are given more.
+"""IncreLoRA: start every linear at a low rank, and open components where they matter most.
 
-Zhang et al. 2023, arXiv:2308.12043. dW = B diag(lambda) A, inside a capacity of R components a
-site:
+    y = W x + (alpha / R) B diag(lambda) A x
+    score of a linear = mean_t * spread_t           (smoothed importance and its deviation)
 
-    growth     every nu steps the h linears of highest score open n components each, until the
-    ranks of
-               all of them add up to the budget; each growth opens h n components, the last one
-               what is left. Where capacity ends, what a linear cannot take goes to the next in
-               order.
-    score      mean_t * spread_t of a linear's importance (``triplets.smooth_pair``)
-    advance    the next component to be opened, the reserve, is trained before: its a and b move
-    while
-    learning   its lambda is held at 1e-5. When the budget is reached, reserves are zeroed.
-    restart    what comes to life during the run warms up on its own and decays to the run's end.
+The method decides every `increlora_every` steps (nu) between `increlora_begin` and
+`increlora_end`: the h linears of highest score open n components each, until the ranks add up to
+the budget; the last growth opens what is left. What a linear at its capacity R cannot take goes to
+the next in order.
 
-Where we differ from the paper, on purpose: the default score is the sum over a linear's open
-components of AdaLoRA's triplet scores, of reduced gradients, so the same on any number of ranks.
-The paper's |dW * dL/dW| is ``increlora_score delta``; ``triplets.delta_sensitivity`` says how
-ranks change it. Lambda has a learning rate of its own (``triplets.triplet_tensors``).
+- Advance learning: the next component, the reserve, trains before it is opened. Its row of A and
+  column of B move while its lambda is held at 1e-5. At the budget, reserves are zeroed.
+- Restart: a component that is opened warms up on its own, then decays to the end of the run.
 
-Preset "released" (github.com/FeiyuZhang98/IncreLoRA, 51a2d73) does what that code does: the scale
-is alpha / open components, so a delta jumps at growth; h counts linears even where fewer
-components are left, and ties with the h-th all grow, so the budget may be overshot, and then
-reserves stay; the first growth is at 2 nu; the delta score is divided by sqrt(O I), which favours
-large linears; the penalty is that of ``triplets.released_penalty``; A and B start at N(0, 0.02^2).
-Unlike there, components have a capacity.
+This implementation differs from the paper: the default score is the sum of AdaLoRA's triplet
+scores over the open components, of reduced gradients, so it does not depend on the number of
+ranks. The paper's |dW * dL/dW| is `--increlora_score delta`, which does
+(`triplets.delta_sensitivity`). Lambda has a learning rate of its own (`triplets.triplet_tensors`).
+With one component a linear at first, a short run needs a higher `--learning_rate` than LoRA.
+
+Preset `released` follows github.com/FeiyuZhang98/IncreLoRA (51a2d73): the scale is alpha / open
+components, so the update jumps at growth; h counts linears even where fewer components are left,
+and all ties with the h-th grow, so the budget may be overshot, and then reserves stay; the first
+growth is at step 2 nu; the delta score is divided by sqrt(O I), which favours large linears; the
+penalty is that of `triplets.released_penalty`; A and B start at N(0, 0.02^2). Unlike there,
+components have a capacity.
+
+- **Optimizer state:** 8 bytes x live entries; grows from the start rank, so its peak is smaller
+  too.
+- **Statistics:** 8 bytes x trained entries until growth ends; none with `--increlora_score delta`.
+- **Exports as:** PEFT LoRA of each linear's own rank (lambda in A), merged model or sparse delta.
+- **Choose it when:** few linears matter; with `--increlora_score delta` the peak is lower in
+  optimizer state and in statistics.
+- **Paper:** Zhang et al. 2023, arXiv:2308.12043.
 
 Shapes: T tokens, I in_features, O out_features, R rank, S sites.
 """
@@ -73,36 +80,46 @@ class IncreLoraOptions:
     """IncreLoRA: ranks grow where they matter"""
 
     increlora_preset: Literal["paper", "released"] = "paper"
-    """paper, or what the released code does: it rescales at growth and may overshoot the budget."""
+    """Preset for the increlora options that are left unset: "paper", or "released" (the authors'
+    code, which rescales the update at growth and may overshoot the budget)."""
     increlora_start_rank: int = 1
-    """Components that are open in every linear at first."""
+    """Number of open components per linear at the start, at least 1."""
     increlora_target_rank: float | None = None
-    """Components a linear has in the end, on average; null is half of rank."""
+    """Average number of open components per linear at the end, at least 1. null: as
+    increlora_budget says, otherwise half of --rank."""
     increlora_budget: int | None = None
-    """The same as a total over all linears; give one of the two."""
+    """Total number of open components of the model at the end, at least 1; excludes
+    increlora_target_rank. null: increlora_target_rank x number of linears."""
     increlora_modules: int | None = None
-    """Linears that grow at a time; null is as few as get there by increlora_end."""
+    """Number of linears that grow per update, at least 1. null: the smallest number that reaches
+    the target by increlora_end."""
     increlora_pieces: int | None = None
-    """Components that each of them opens; null is half of the average in the end."""
+    """Number of components that each growing linear opens per update, at least 1. null: half of the
+    average rank at the end, or more if the target needs it."""
     increlora_every: int | None = None
-    """Steps between two growths; null is a tenth of the span from begin to end."""
+    """Steps between two growth updates, at least 1. null: a tenth of the steps between
+    increlora_begin and increlora_end."""
     increlora_begin: float | None = None
-    """Fraction of the run that passes before growth; null is 0.1, in released increlora_every."""
+    """Fraction of the run before growth begins, at least 0 and below increlora_end. null: 0.1 for
+    preset paper; with released the first growth is at step 2 x increlora_every."""
     increlora_end: float = 0.6
-    """Fraction of the run by which growth ends, unless increlora_modules says otherwise."""
+    """Fraction of the run by which growth ends, above increlora_begin and at most 1. Growth ends
+    later if a given increlora_modules is too small for it."""
     increlora_warmup: int | None = None
-    """Warm-up steps of components that come to life during the run; null is increlora_every."""
+    """Warm-up steps of a component that comes to life during the run, at least 0. null:
+    increlora_every."""
     increlora_lambda_lr_factor: float | None = None
-    """Learning rate of lambda, in those of the run; null: 1 in released, else sqrt(out_features /
-    3), at which a component moves as far in a step as one of LoRA's."""
+    """Learning-rate multiplier for lambda, above 0. null: 1 for preset released, otherwise
+    sqrt(out_features / 3), with which a component moves as far per step as one of LoRA's."""
     increlora_beta1: float = 0.85
-    """Weight of the past in the running mean of the importance, in [0, 1)."""
+    """Decay rate of the smoothed importance, in [0, 1)."""
     increlora_beta2: float = 0.85
-    """The same for how far the importance strays from that mean."""
+    """Decay rate of the smoothed deviation of the importance from its smoothed value, in [0, 1)."""
     increlora_orthogonality: float = 0.1
-    """Weight of the penalty that holds A and B near orthonormal; 0 is off."""
+    """Weight of the penalty that keeps A and B near orthonormal, at least 0; 0 turns it off."""
     increlora_score: Literal["triplet", "delta"] | None = None
-    """Importance by components, or by all of |dW * dL/dW|; null is triplet, in released delta."""
+    """Importance of a linear: triplet (sum over the scores of its open components) or delta (|dW *
+    dL/dW| over the whole update). null: triplet for preset paper, delta for released."""
 
     def __post_init__(self) -> None:
         problems = self._outside("at least 1", 1, inf, *COUNTS)
@@ -112,11 +129,14 @@ class IncreLoraOptions:
         begin = as_preset(self, self.increlora_preset, PRESETS).increlora_begin
         if not 0.0 <= (begin or 0.0) < self.increlora_end <= 1.0:
             problems.append(
-                "increlora_begin and increlora_end must be 0 <= begin < end <= 1, "
+                "increlora_begin and increlora_end must satisfy 0 <= begin < end <= 1, "
                 f"got {begin} and {self.increlora_end}"
             )
         if self.increlora_target_rank is not None and self.increlora_budget is not None:
-            problems.append("increlora_target_rank and increlora_budget say the same: give one")
+            problems.append(
+                "increlora_target_rank and increlora_budget both set the size at the end, got "
+                f"{self.increlora_target_rank} and {self.increlora_budget}: give one of them"
+            )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -277,7 +297,7 @@ def delta_scores(scores: Scores) -> list[float]:
     mean_S, spread_S = scores.site_stats
     score_S = mean_S * spread_S
     if not torch.isfinite(score_S).all():
-        raise FloatingPointError("importance scores hold NaN or infinity")
+        raise FloatingPointError("importance scores contain NaN or infinity")
     return [float(score) for score in score_S]
 
 
@@ -290,5 +310,6 @@ def alpha_over_open(alpha: float, capacity: int, open_components: int) -> float:
 INCRELORA = MethodFactory(
     options=IncreLoraOptions,
     build=increlora,
-    summary="ranks grow where they matter, inside a budget",
+    summary="opens components where they matter, up to a budget",
+    example="--increlora_every 2 --increlora_target_rank 2",
 )

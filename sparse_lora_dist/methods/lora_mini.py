@@ -1,12 +1,23 @@
-"""LoRA-Mini: LoRA's factors are products themselves, and only the small inner ones train.
+"""LoRA-Mini: make LoRA's factors products, of which only the small inner ones train.
 
-Singh et al. 2024, arXiv:2411.15804. W + s B_aux B_tr A_tr A_aux with B_aux (O x n) and A_aux
-(m x I) random and frozen, B_tr (n x R) zero and A_tr (R x m) random: R (n + m) parameters a linear.
+    y = W x + (alpha / R) B_aux B_tr A_tr A_aux x
 
-The frozen factors are made anew from the seed at every use, by ``hashed.py``, and never kept. No
-code is released, and the paper's first values and sizes are not certain; ours: U(-1/sqrt(I),
-1/sqrt(I)) for A_aux as for LoRA's A, U(-sqrt(3/n), sqrt(3/n)) for B_aux and U(-sqrt(3/m),
-sqrt(3/m)) for A_tr, which keep the size of what goes through them; n and m are one number.
+B_aux (O x N) and A_aux (N x I) are random and frozen; A_tr (R x N) starts random, B_tr (N x R) at
+zero. 2 R N parameters train per linear.
+
+Nothing is decided: the frozen factors are made anew from the seed at every use
+(`hashed_random.py`), and stored nowhere.
+
+This implementation differs from the paper: no code was released, and its first values and sizes
+are not certain. Ours keep the size of what passes through: U(-1/sqrt(I), 1/sqrt(I)) for A_aux as
+for LoRA's A, U(-sqrt(3/N), sqrt(3/N)) for B_aux and for A_tr; both inner sizes are one number,
+`lora_mini_size`.
+
+- **Optimizer state:** 8 bytes x trained entries, `--rank` x 2 `lora_mini_size` a linear.
+- **Statistics:** none.
+- **Exports as:** PEFT LoRA of rank R, merged model or sparse delta.
+- **Choose it when:** what trains and is saved must be tiny; forward pays for the frozen factors.
+- **Paper:** Singh et al. 2024, arXiv:2411.15804.
 
 Shapes: T tokens, I in_features, O out_features, R rank, N inner size.
 """
@@ -27,7 +38,7 @@ class LoraMiniOptions:
     """LoRA-Mini: small factors between large frozen ones"""
 
     lora_mini_size: int = 64
-    """Numbers that the frozen factors hand to the trained ones, and take from them."""
+    """Inner size of the frozen factors (outputs of A_aux, inputs of B_aux), at least 1."""
 
     def __post_init__(self) -> None:
         if self.lora_mini_size < 1:
@@ -74,5 +85,8 @@ def multiplied(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 LORA_MINI = MethodFactory(
-    options=LoraMiniOptions, build=lora_mini, summary="few parameters between frozen random factors"
+    options=LoraMiniOptions,
+    build=lora_mini,
+    summary="trains small factors between large frozen ones",
+    example="--lora_mini_size 16",
 )

@@ -1,24 +1,30 @@
-"""LoRTA: the updates of all linears are one tensor of low CP rank, whose factors they share.
+"""LoRTA: make the updates of all linears one tensor of low CP rank, whose factors they share.
 
-Hounie et al. 2024, arXiv:2410.04060. The update of matrix m in layer l is
+    dW[(h, e), i] = (alpha / R) sum_r In[i, r] E[e, r] H[h, r] L[l, r] M[m, r]
 
-    dW[(h, e), i] = s sum_r In[i, r] E[e, r] H[h, r] L[l, r] M[m, r]
+is the update of matrix m in layer l, over heads h of O / H outputs e each. For one linear it is a
+LoRA of rank R with A = In^T.
 
-over heads h of O / H outputs e each: R (I + O / H + H + layers + matrices) parameters for the whole
-model. Of one linear it is a LoRA of rank R with A = In^T, and is exported as that.
+Nothing is decided. All linears must have one shape (`--target_modules`). The layer is the first
+whole number in a linear's name (0 if there is none), and the matrix is the rest of the name, so
+that no two linears share an update.
 
-No code could be had, and the paper's first values are not known to us. Ours: In from N(0, 1 / I),
-E, H and L from N(0, 1), M zero, so that M begins as LoRA's B does between factors of LoRA's size;
-s = alpha / R. Heads are on the output side everywhere, also of output projections, whose inputs
-come in heads: all matrices are alike then, and need not be square.
+This implementation differs from the paper: no code could be had, and its first values are not
+known. Ours: In from N(0, 1 / I), E, H and L from N(0, 1), M zero, so that M begins as LoRA's B
+does, between factors of LoRA's size. Heads are on the output side everywhere, also of output
+projections, whose inputs come in heads: so all matrices are treated alike and need not be square.
+The gradient of a factor is summed over all linears in the engine's precision: in bf16 a sum over
+128 linears is off by about 1%.
 
-The layer is the first whole number in a linear's name, the matrix is what the rest of the name
-says, so that no two linears have one update; what has no number is in layer 0. The gradient of a
-factor is the sum over all linears, taken in the engine's precision: in bf16 a sum over 128 is off
-by about 1%.
+- **Optimizer state:** 8 bytes x trained entries, `--rank` x (inputs + outputs of a head + heads +
+  layers + matrices) for the whole model.
+- **Statistics:** none.
+- **Exports as:** PEFT LoRA of rank R, merged model or sparse delta.
+- **Choose it when:** what trains must be tiny, and linears of one shape are enough.
+- **Paper:** Hounie et al. 2024, arXiv:2410.04060.
 
-Shapes: T tokens, I in_features, O out_features, H heads, E outputs of a head, L layers, M matrices,
-R CP rank.
+Shapes: T tokens, I in_features, O out_features, H heads, E outputs of a head, L layers, M
+matrices, R CP rank.
 """
 
 from collections import defaultdict
@@ -45,8 +51,8 @@ class LortaOptions:
     """LoRTA: one low-rank tensor for all linears"""
 
     lorta_heads: int | None = None
-    """Heads that the outputs of every linear are cut into; null: as many as there are of 128
-    outputs each (64 where a linear has fewer than 4096), or the nearest number that divides."""
+    """Number of heads that the outputs of every linear are split into, at least 1; must divide
+    out_features. null: out_features / 128 (/ 64 below 4096 outputs), or the nearest divisor."""
 
     def __post_init__(self) -> None:
         if self.lorta_heads is not None and self.lorta_heads < 1:
@@ -135,7 +141,7 @@ def check_heads(site: Site, wanted: int | None) -> None:
         near = sorted(nearest_divisors(site.out_features, wanted)[:2])
         raise ValueError(
             f"lorta_heads {wanted} does not divide the {site.out_features} outputs of {site.name}; "
-            f"the nearest that do are {' and '.join(map(str, near))}"
+            f"the nearest numbers that do are {' and '.join(map(str, near))}"
         )
 
 
@@ -151,7 +157,7 @@ def check_shapes(sites: Sequence[Site]) -> None:
     others = [site.name for group in groups.values() if group is not most for site in group]
     names = dict.fromkeys(own_ending(site.name, others) for site in most)
     raise ValueError(
-        f"all linears must have one shape, got {', '.join(got)}; the largest group that does is "
+        f"all linears must have one shape, got {', '.join(got)}; the largest group of one shape is "
         f"--target_modules {','.join(names)}"
     )
 
@@ -165,5 +171,8 @@ def own_ending(name: str, others: Sequence[str]) -> str:
 
 
 LORTA = MethodFactory(
-    options=LortaOptions, build=lorta, summary="one low-rank tensor whose factors all linears share"
+    options=LortaOptions,
+    build=lorta,
+    summary="trains one low-rank tensor whose factors all linears share",
+    example="--target_modules q_proj,o_proj",
 )

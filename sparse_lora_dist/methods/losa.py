@@ -1,28 +1,35 @@
-"""LoSA: the base is pruned while it is trained, so that the merged model is sparse.
+"""LoSA: prune the base in rounds while it is trained, so that the merged model is sparse.
 
-Huang et al. 2025, arXiv:2502.14816. The weight of a linear is, merged,
+    y = (keep . (W + (alpha / R) B_r A_r)) x            B_r, A_r: the first r of R components
 
-    keep . (W + (alpha / R) B_r A_r)        B_r, A_r: the first r of R rank-1 components
+The update is -W where keep is 0, and (alpha / R) B_r A_r elsewhere.
 
-so the delta is -W where keep is 0 and (alpha / R) B_r A_r elsewhere. keep and r are chosen in T
-rounds, between which one trains. In round t, of the running mean square of each input feature:
+The method decides keep and r of every linear in `losa_rounds` rounds t = 1 ... T, from the running
+mean square of each input feature and the mean inputs of the step's rows:
 
-    s_t = s - s (1 - t / T)^3                                       sparsity of all linears
-    score = |W + (alpha / R) B A| sqrt(squares), lowest pruned in each row         (Wanda)
+    s_t = s - s (1 - t / T)^3                                   sparsity of all linears
+    score = |W + (alpha / R) B A| sqrt(squares)                 lowest pruned in each row (Wanda)
     importance = exp(-mean linear CKA of a linear's inputs with those of the others)
-    sparsity of a linear: s_t + spread, where it is least important, down to s_t - spread
-    r: in proportion to the share of the scores' squares that go at s_t, rbar_t in the mean
+    sparsity of a linear: from s_t + spread, least important, to s_t - spread
+    r: in proportion to the share of the scores' squares lost at s_t; rbar_t on average
 
-Where we differ from the released code (github.com/wzhuang-xmu/LoSA, 51b4e57), on purpose:
-components go up to R (there at most 8 exist, and ranks above are cut); a linear's r never falls,
-so that nothing that it learnt is lost; linears are weighed one by one, not decoder layers;
-corrections of sparsity are proportional to how far importance is from the mean over weights, which
-keeps that of sparsity exactly, where a linear program (SLSQP) gives nearly all linears either
-bound; the error is that of the linear's own output, features taken as uncorrelated; a pruned
-weight may come back, since W stays; statistics are those of the run's batches. As there, each
-round begins with fresh moments.
+Each round begins with fresh moments, as in the released code.
 
-Dropout, of inputs of the delta alone, would bring pruned weights back at random, and is refused.
+This implementation differs from the released code (github.com/wzhuang-xmu/LoSA, 51b4e57):
+components go up to R (there at most 8 exist, and higher ranks are cut); a linear's r never falls,
+so nothing learnt is lost; linears are weighed one by one, not decoder layers; sparsity is
+corrected in proportion to how far importance is from its mean over weights, which keeps the
+average exactly (there a linear program, SLSQP, gives nearly all linears either bound); the error
+is that of the linear's own output, features taken as uncorrelated; a pruned weight may return,
+since W stays; statistics are those of the run's batches. `--dropout` is refused: it would bring
+pruned weights back at random.
+
+- **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
+- **Statistics:** 8 bytes x input features of each linear; one bit x base weights for the mask.
+- **Exports as:** merged model, its zeros exact.
+- **Choose it when:** the merged model is to be sparse; forward multiplies by one more whole
+  weight, and backward makes its gradient.
+- **Paper:** Huang et al. 2025, arXiv:2502.14816.
 
 Shapes: T tokens, I in_features, O out_features, R rank, N rows of a step, S sites, K numbers
 measured, G entries of a Gram matrix.
@@ -51,17 +58,18 @@ class LosaOptions:
     """LoSA: a sparse base and its low-rank update"""
 
     losa_sparsity: float = 0.5
-    """Share of the weights that is zero in the end, in [0, 1)."""
+    """Fraction of the base weights that are zero at the end, in [0, 1)."""
     losa_rounds: int = 5
-    """In how many rounds it is reached, from step 1 on, at equal distances."""
+    """Number of pruning rounds, at least 1: the first after step 1, the last at losa_until, equally
+    spaced."""
     losa_until: float = 0.4
-    """Share of the run at which the last round is, below 1."""
+    """Fraction of the run at which the last pruning round happens, in (0, 1)."""
     losa_mean_rank: int | None = None
-    """Components a linear has after the last round, on average; a round earlier one less. Null:
-    five eighths of --rank, which is the most that one may have."""
+    """Average rank after the last round, from 1 to --rank; one less in each earlier round. No
+    linear exceeds --rank. null: five eighths of --rank."""
     losa_spread: float = 0.02
-    """By how much a linear's sparsity may differ from that of all, at most. Of fewer than 3 rows a
-    step nothing can be compared, and all get the same."""
+    """Maximum deviation of a linear's sparsity from the average, in [0, 1). Needs a global batch of
+    at least 3 rows; with fewer, all linears get the average."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -70,7 +78,7 @@ class LosaOptions:
         if self.losa_rounds < 1:
             problems.append(f"losa_rounds must be at least 1, got {self.losa_rounds}")
         if not 0.0 < self.losa_until < 1.0:
-            problems.append(f"losa_until must be between 0 and 1, got {self.losa_until}")
+            problems.append(f"losa_until must be in (0, 1), got {self.losa_until}")
         if self.losa_mean_rank is not None and self.losa_mean_rank < 1:
             problems.append(f"losa_mean_rank must be at least 1, got {self.losa_mean_rank}")
         if not 0.0 <= self.losa_spread < 1.0:
@@ -109,14 +117,14 @@ def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
     last = min(int(options.losa_until * context.total_steps), context.total_steps - 2)
     if count > last + 1:
         raise ValueError(
-            f"losa_rounds is {count}, and up to losa_until {options.losa_until} the run's "
-            f"{context.total_steps} steps have room for {last + 1}: take fewer rounds, "
-            "or more steps"
+            f"losa_rounds is {count}, but up to losa_until {options.losa_until} the run's "
+            f"{context.total_steps} steps have room for {last + 1}: take fewer rounds, or raise "
+            "max_steps"
         )
     final = options.losa_mean_rank or max(1, round(capacity * 5 / 8))
     if final > capacity:
         raise ValueError(
-            f"losa_mean_rank is {final}, and a linear has {capacity} components at most: "
+            f"losa_mean_rank is {final}, but a linear has at most {capacity} components: "
             f"take {capacity} or less, or raise --rank"
         )
     s = options.losa_sparsity
@@ -261,5 +269,8 @@ def ranks(errors_S: Tensor, least_S: Tensor, most_S: Tensor, total: int) -> Tens
 
 
 LOSA = MethodFactory(
-    options=LosaOptions, build=losa, summary="the base is pruned in rounds; ranks follow its error"
+    options=LosaOptions,
+    build=losa,
+    summary="prunes the base in rounds, and lets ranks follow the error",
+    example="--losa_rounds 2",
 )

@@ -1,12 +1,22 @@
-"""MELoRA: mini adapters side by side, each from a slice of the input to a slice of the output.
+"""MELoRA: put n mini-adapters side by side, each on a slice of the input and of the output.
 
-Ren et al. 2024, arXiv:2402.17263. W + blockdiag(s_1 B_1 A_1, ..., s_n B_n A_n) with A_k (R_k x I/n)
-random, B_k (O/n x R_k) zero and s_k = alpha / R_k. With all ranks R that is as many parameters as
-a LoRA of rank R, and an update of rank up to n R.
+    y = W x + blockdiag(s_1 B_1 A_1, ..., s_n B_n A_n) x            s_k = alpha / R_k
 
-Where we differ from the released code (github.com/ChasonShi/MELoRA, 4ebb8b4), on purpose: sides
+A_k (R_k x I/n) starts random, B_k (O/n x R_k) at zero. With all R_k = R that is as many parameters
+as LoRA of rank R, and an update of rank up to n R.
+
+Nothing is decided: blocks and ranks are fixed by `melora_blocks` and `melora_ranks`.
+
+This implementation differs from the released code (github.com/ChasonShi/MELoRA, 4ebb8b4): sides
 that n does not divide are refused (there the remainder is lost); one alpha holds for all blocks;
-it is exported, as a plain LoRA of rank R_1 + ... + R_n with zeros outside the blocks.
+it can be exported.
+
+- **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
+- **Statistics:** none.
+- **Exports as:** PEFT LoRA of rank R_1 + ... + R_n (zeros outside the blocks), merged model or
+  sparse delta.
+- **Choose it when:** you want an update of high rank for the cost of a low one.
+- **Paper:** Ren et al. 2024, arXiv:2402.17263.
 
 Shapes: T tokens, I in_features, O out_features, n blocks, R sum of their ranks.
 """
@@ -34,9 +44,11 @@ class MeLoraOptions:
     """MELoRA: mini adapters on slices of a linear"""
 
     melora_blocks: int = 2
-    """How many; both sides of every linear must be divisible by it."""
+    """Number of mini-adapters per linear, at least 1; must divide in_features and out_features of
+    every linear."""
     melora_ranks: tuple[int, ...] = ()
-    """The rank of each, as many as melora_blocks; empty: --rank for all."""
+    """Rank of each mini-adapter, at least 1; as many numbers as melora_blocks. Empty: --rank for
+    every mini-adapter."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -46,7 +58,7 @@ class MeLoraOptions:
             problems.append(f"melora_ranks must be at least 1, got {list(self.melora_ranks)}")
         if self.melora_ranks and len(self.melora_ranks) != self.melora_blocks:
             problems.append(
-                f"melora_ranks must be {self.melora_blocks} numbers, one a block, "
+                f"melora_ranks must be {self.melora_blocks} numbers, as many as melora_blocks, "
                 f"got {list(self.melora_ranks)}"
             )
         if problems:
@@ -100,11 +112,15 @@ def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
     whole = [n for n in range(1, common + 1) if common % n == 0]
     nearest = min(whole, key=lambda n: (abs(n - blocks), n))
     raise ValueError(
-        f"{odd.name} is {odd.out_features} x {odd.in_features}, which melora_blocks {blocks} does "
-        f"not divide; the nearest that divides every linear is {nearest}"
+        f"melora_blocks {blocks} does not divide both sides of {odd.name}, which is "
+        f"{odd.out_features} x {odd.in_features}; the nearest number that divides every linear is "
+        f"{nearest}"
     )
 
 
 MELORA = MethodFactory(
-    options=MeLoraOptions, build=melora, summary="mini adapters on slices, a high rank for the cost"
+    options=MeLoraOptions,
+    build=melora,
+    summary="trains mini-adapters on slices of each linear",
+    example="--melora_blocks 4",
 )

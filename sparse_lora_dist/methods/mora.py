@@ -1,29 +1,32 @@
-"""MoRA: one square matrix in place of two thin ones, between a fixed compression of the input and a
-fixed decompression.
+"""MoRA: train one square matrix between a fixed compression of the input and a fixed decompression.
 
-Jiang et al. 2024, arXiv:2405.12130. y = decompress(M compress(x)), M (h x h) zero at first,
-h = round(sqrt((I + O) R)), so that M has as many parameters as a LoRA of rank R, and an update of
-rank up to h. Without a scale: --alpha has no meaning here.
+    y = W x + decompress(M compress(x))             M: H x H, H = round(sqrt((I + O) R))
 
-Type 1, "sharing", for large ranks: x, gone on with from its front up to whole groups of h, is
-summed over its groups; the h results are repeated along y. Type 6, "rotary", for small ones: group
-g of x is turned by the angles of position g of a rotary embedding, M is applied to every group,
-and the results stand one after another in y; h is even.
+M starts at zero, has as many parameters as LoRA of rank R, and gives an update of rank up to H.
+There is no scale: `--alpha` has no meaning here.
 
-The update is no low-rank pair, so it is exported as a merged model (the released fork,
-github.com/kongds/MoRA, de5df31, cannot merge type 6 where I <= h; here nothing is special there).
+- Type 1, "sharing", for large ranks: x, continued from its front to whole groups of H, is summed
+  over its groups; the H results are repeated along y.
+- Type 6, "rotary", for small ranks (H even): group g of x is turned by the angles of position g of
+  a rotary embedding, M is applied to every group, and the results stand one after another in y.
 
-ReMoRA, ``--mora_restarts``: the run is cut into equal stages, each with a learning-rate schedule
-and Adam's moments of its own. At the end of each but the last M is merged and begins again at zero,
-and the grouping changes, so that ranks add up (type 1: to 2 h). Two groupings take turns:
+The method decides only with `mora_restarts` (ReMoRA), at the end of each of its equal stages but
+the last: M is merged and restarts at zero with another grouping, so that ranks add up (type 1: to
+2 H). Groupings take turns: contiguous (group g of x is features g H to g H + H - 1) and strided
+(every G-th feature from g on, G the number of groups); y likewise. Each stage has a learning-rate
+schedule and moments of its own.
 
-    contiguous  group g of x is features g h to g h + h - 1; y in groups of h likewise
-    strided     group g is every G-th feature from g on, G the number of groups; y likewise
+This implementation differs from the paper: restarts merge into a frozen fp32 square per grouping
+beside the base, since a 4-bit base would round M away. That is exact, and two squares are enough
+for any number of restarts. With dropout all squares see the dropped input. The released fork
+(github.com/kongds/MoRA, de5df31) cannot merge type 6 where I <= H; here it can be merged.
 
-The paper merges into the weight, which a base in 4 bits would round away. Here each grouping has a
-frozen square of its own beside the base, in fp32, and M is added to that of its grouping: exact,
-and never larger than two squares however often it restarts. Forward then pays for three squares,
-and with dropout all of them see the input that it leaves.
+- **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
+- **Statistics:** none; with restarts 8 bytes x trained entries for the two frozen squares.
+- **Exports as:** merged model or sparse delta; its update is not a low-rank pair.
+- **Choose it when:** much is to be memorised; with restarts its rank adds up, and forward pays for
+  three squares.
+- **Paper:** Jiang et al. 2024, arXiv:2405.12130.
 
 Shapes: T tokens, I in_features, O out_features, H side of M, G groups.
 """
@@ -56,11 +59,12 @@ class MoraOptions:
     """MoRA: a square matrix between fixed maps"""
 
     mora_type: Literal[1, 6] = 6
-    """How input and output are mapped: 1 (sums and repeats, for large --rank) or 6 (rotated
-    groups, for small)."""
+    """Mapping of input and output: 1 (sums and repeats, for large --rank) or 6 (rotated groups, for
+    small --rank)."""
     mora_restarts: int = 0
-    """How often the matrix is merged and begins again, features grouped another way (ReMoRA); each
-    time with a learning-rate schedule of its own."""
+    """Number of times that the square matrix is merged and restarted with another grouping of
+    features (ReMoRA), at least 0. Each restart begins a learning-rate schedule of its own; 0 is
+    MoRA without restarts."""
 
     def __post_init__(self) -> None:
         if self.mora_restarts < 0:
@@ -191,5 +195,8 @@ def turned(x_TGH: Tensor) -> Tensor:
 
 
 MORA = MethodFactory(
-    options=MoraOptions, build=mora, summary="a square matrix, of a high rank for the cost"
+    options=MoraOptions,
+    build=mora,
+    summary="trains a square matrix between fixed maps",
+    example="--mora_restarts 2",
 )

@@ -1,22 +1,28 @@
-"""NEAT (PEANuT): the delta is a small network of the base's own weight.
+"""NEAT (PEANuT): make the update a small network of the base weight itself.
 
-Zhong et al. 2024, arXiv:2410.01870. W + (alpha / R) f(W), where W is the base's weight, dequantised
-while ZeRO-3 has it gathered, and
+    y = (W + (alpha / R) f(W)) x
+    official    f(W) = h B,  h = relu(W A^T)            A and B: R x I
+    peft        f(W) = B h,  h = relu(A W)              A: R x O, B: O x R
 
-    official    f(W) = h B, h = relu(W A^T)            A and B both R x I
-    peft        f(W) = B h, h = relu(A W)              A is R x O, B is O x R
+W is the base weight, dequantised while ZeRO-3 has it gathered. B starts at zero. `neat_depth` D
+adds R x R layers: D of them, h = relu(h M^T), in form official; D encoders and D decoders with
+residual sums, as PEFT's `peanut` has them, in form peft.
 
-B starts at zero. ``--neat_depth`` D puts layers of R x R in between: D of them, h = relu(h M^T), in
-the official form; D encoders and D decoders with the sum of what went in, as PEFT's ``peanut`` has
-them, in the other. The official form trains 2 R I + D R^2 entries, PEFT's 2 R O + 2 D R^2, which
-differ where I and O do.
+Nothing is decided.
 
-Where we differ from both codes: f(W) is a product of two thin matrices, one of them h, and is never
-multiplied out; a LoRA pair is exported, with h as it was trained. Another base, or the same one
-rounded otherwise, would have another h: so the pair is what servers should take, and PEFT's
-``peanut`` what goes on training.
+This implementation differs from both codes: f(W) is a product of two thin matrices, one of them h,
+and is never multiplied out. A LoRA pair is exported, with h as it was trained. Another base, or
+the same one rounded otherwise, has another h: so serve the LoRA pair, and take `peanut` to go on
+training.
 
-Shapes: T tokens, I in_features, O out_features, R rank.
+- **Optimizer state:** 8 bytes x trained entries, 2 R I + D R^2 (official) or 2 R O + 2 D R^2
+  (peft) a linear.
+- **Statistics:** none.
+- **Exports as:** PEFT LoRA, PEFT PEANuT (form peft), merged model or sparse delta.
+- **Choose it when:** you want to try a nonlinear update; each forward reads the base weight twice.
+- **Paper:** Zhong et al. 2024, arXiv:2410.01870.
+
+Shapes: T tokens, I in_features, O out_features, R rank, D depth.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,10 +50,11 @@ class NeatOptions:
     """NEAT: a small network of the base weight"""
 
     neat_form: Literal["official", "peft"] = "official"
-    """Which side of the weight the network reads: its inputs (official) or its outputs (as PEFT's
-    peanut, which can then go on with it)."""
+    """Side of the weight that the network reads: official (the input side) or peft (the output
+    side, as PEFT's PEANuT, which can go on training it)."""
     neat_depth: int = 0
-    """Layers of R x R in between; PEFT's form has twice as many."""
+    """Number of additional R x R layers, at least 0; form peft has so many encoders and as many
+    decoders."""
 
     def __post_init__(self) -> None:
         if self.neat_depth < 0:
@@ -128,5 +135,8 @@ def network(
 
 
 NEAT = MethodFactory(
-    options=NeatOptions, build=neat, summary="a small network of the base weight itself"
+    options=NeatOptions,
+    build=neat,
+    summary="trains a small network of the base weight",
+    example="--neat_form peft --neat_depth 1",
 )

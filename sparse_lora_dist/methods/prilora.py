@@ -1,28 +1,31 @@
-"""PRILoRA: ranks that rise with depth, and an A whose least important entries are zeroed again and
-again.
+"""PRILoRA: let ranks rise with depth, and zero the least important entries of A again and again.
 
-Benedek and Wolf 2024, arXiv:2401.11316. W + s B_l A_l, with A and B as in LoRA and a rank r_l that
-is linear in the depth l: from --prilora_first at the bottom up to 2 * --rank - prilora_first, so
-that the ranks of all layers add up to --rank times their number. s is alpha / --rank in all of
-them: a component of the top counts as much as one of the bottom. Every so many steps the share
-``--prilora_sparsity`` of each row of A of the smallest
+    y = W x + (alpha / --rank) B_l A_l x            rank of layer l is linear in its depth
+    importance of a_ri = |a_ri| sqrt(mean x_i^2)
 
-    |a_ri| sqrt(mean x_i^2)
+Ranks go from `prilora_first` at the bottom to 2 x `--rank` - `prilora_first` at the top, so that
+their mean is `--rank`. The scale is the same in all layers.
 
-is zeroed. The mean is a running one of the site's input before dropout, over the tokens of all
-rows and ranks. Where nothing is known of the input, |a_ri| alone is compared.
-
-A zeroed entry keeps its moments and its gradient, and moves again at the next step: A is sparse in
+The method decides every `prilora_every` steps after `prilora_start`: the least important
+`prilora_sparsity` of each row of A is zeroed. The mean is a running one of the linear's input
+before dropout, over the tokens of all rows and ranks; where it is unknown, |a_ri| alone counts. A
+zeroed entry keeps its moments and its gradient and moves again at the next step, so A is sparse at
 the end only if the last step prunes.
 
-The paper gives no code that could be read. Not confirmed by it are: ranks 4 to 12, 40 steps and
-half of A as defaults; that entries are compared within a row; that zeroed ones may return; the
-running mean's decay; a constant s.
+This implementation differs from the paper: it gives no code that could be read. Not confirmed by
+it are ranks 4 to 12, 40 steps and half of A as defaults, comparison within a row, the return of
+zeroed entries, the decay of the running mean, and the constant scale. The layer of a linear is the
+first whole number in its name ("model.layers.3.self_attn.q_proj"), or the linear itself; layers
+are ordered as in the model.
 
-A site's layer is the first whole number in its name, "model.layers.3.self_attn.q_proj", or where
-there is none the site itself. Layers lie as their first sites do in the model.
+- **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank` where layers
+  have equal shapes.
+- **Statistics:** 8 bytes x input features of each linear.
+- **Exports as:** PEFT LoRA of each layer's rank, merged model or sparse delta.
+- **Choose it when:** later layers probably need more, or you want a sparse A for the cost of LoRA.
+- **Paper:** Benedek and Wolf 2024, arXiv:2401.11316.
 
-Shapes: I in_features, R the site's rank, L layers.
+Shapes: I in_features, R rank of the site, L layers.
 """
 
 from collections.abc import Sequence
@@ -44,17 +47,18 @@ class PriLoraOptions:
     """PRILoRA: ranks rise with depth, A is pruned"""
 
     prilora_first: int | None = None
-    """Rank of the bottom layer; --rank is the mean, and the top layer's is as much above it as this
-    is below. null: half of --rank, or the nearest that fits the linears."""
+    """Rank of the bottom layer, at least 1; --rank is the mean, and the top layer has rank 2 x
+    --rank - prilora_first. null: half of --rank, or the nearest rank that fits the linears."""
     prilora_sparsity: float = 0.5
-    """Share of each row of A that a pruning zeroes, in [0, 1); 0 never prunes."""
+    """Fraction of each row of A that a pruning sets to zero, in [0, 1); 0 turns pruning off."""
     prilora_every: int | None = None
-    """Steps between two prunings; null: 40, or a quarter of what follows prilora_start, if that is
-    less."""
+    """Steps between two prunings, at least 1. null: 40, or a quarter of the steps after
+    prilora_start if that is less."""
     prilora_start: int = 0
-    """Steps after which the first prilora_every begins."""
+    """Steps before the first pruning interval, at least 0; the first pruning is at step
+    prilora_start + prilora_every."""
     prilora_decay: float = 0.9
-    """How much of the running mean of squared inputs stays at each step, in [0, 1)."""
+    """Decay rate of the running mean of squared inputs, in [0, 1)."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -121,8 +125,8 @@ def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
     if first not in (None, nearest):
         raise ValueError(
             f"prilora_first is {first}: with --rank {mean} as the mean the top layer would have "
-            f"{2 * mean - wanted}. Ranks go from 1 to the shortest side of a layer's linears, and "
-            f"a single layer has --rank; the nearest that works is {nearest}"
+            f"rank {2 * mean - wanted}, but ranks must be from 1 to the shortest side of a layer's "
+            f"linears, and a single layer has --rank; the nearest rank that works is {nearest}"
         )
     return dict(zip(sides, ramp(nearest, mean, len(sides)), strict=True))
 
@@ -149,9 +153,9 @@ def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
     every = options.prilora_every or max(1, min(EVERY, (total_steps - start) // 4))
     if start + every > total_steps:
         raise ValueError(
-            f"prilora_start {start} and prilora_every {every} prune first at step {start + every}, "
-            f"and the run has {total_steps}: take at most {total_steps} for their sum, or "
-            "prilora_sparsity 0"
+            f"prilora_start {start} and prilora_every {every} put the first pruning at step "
+            f"{start + every}, but the run has {total_steps}: take at most {total_steps} for their "
+            "sum, or prilora_sparsity 0"
         )
     return Rewriting(
         at=lambda step: step > start and (step - start) % every == 0,
@@ -175,5 +179,8 @@ def pruned(whole: Whole, sparsity: float) -> Rewritten:
 
 
 PRILORA = MethodFactory(
-    options=PriLoraOptions, build=prilora, summary="ranks rise with depth, A is pruned and regrows"
+    options=PriLoraOptions,
+    build=prilora,
+    summary="raises ranks with depth, and prunes A again and again",
+    example="--prilora_every 3",
 )

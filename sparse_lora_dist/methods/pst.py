@@ -1,33 +1,34 @@
-"""PST: the weights become sparse while they are tuned, by a mask whose score is learned.
+"""PST: prune the weights while they are tuned, by a mask whose score is learned.
 
-Li et al. 2022, arXiv:2205.11005. Of the frozen weight and its low-rank change W' = W + beta U V,
-U ~ N(0, 1) and V zero at first, a mask M keeps those of largest score
+    y = (M . W') x,  W' = W + beta U V
+    S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T)          M keeps the entries of largest S
 
-    S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T)    A ~ N(0, 1); B, R and C zero at first
+U and A start at N(0, 1); V, B, R and C at zero. The gradient of M goes straight to S, and so
+through |W'| to U and V. There is no scale but beta: `--alpha` has no meaning here. U is of size 1,
+so a step changes W' by about sqrt(R) learning rates: take about a tenth of LoRA's. In 60 steps of
+the embedded model (rank 16, half of the weights pruned, one seed) 1e-3 reaches 2.60 nats, as 1e-2
+does for LoRA; 1e-2 reaches 4.11.
 
-and y = x (M . W')^T. The gradient of M goes straight to S, and so through |W'| to U and V as well.
-What is pruned is not lost: its W' goes on changing, and may come back. Each weight has exactly
-int(sparsity O I) zeros, and of equal scores those of lowest index stay; the sparsity rises on a
-cubic curve between ``--pst_warmup`` and ``--pst_cooldown``, on which a run that is prolonged goes
-back. The scale is beta, and --alpha has no meaning here. U is of size 1, so a step changes W' by
-about sqrt(R) learning rates: take less than for LoRA. In 60 steps of the embedded model (rank 16,
-half of the weights pruned, one seed) 1e-3 comes to 2.60 nats, as 1e-2 does for LoRA; 1e-2 to 4.11.
+The method decides every `pst_every` steps, before the first and up to the last but one: the mask
+of each weight is made of its S in fp32, by all ranks alike, with int(sparsity O I) zeros, ties by
+lowest index. Sparsity rises on a cubic curve between `pst_warmup` and `pst_cooldown`; a run that
+is prolonged goes back on it. The W' of pruned weights goes on changing, so they may return.
 
-The mask is made every so many steps, of fp32 numbers, by all ranks alike; it is kept, a bit a
-weight. The released code (github.com/alibaba/AliceMind, S4/PST, 41153b1) makes it in every forward:
-there each sorts all weights, which takes longer than to multiply by them, and what it sorts in bf16
-is not what is exported. Our last mask is made before the last step: what is exported was trained.
-There the score has rank 8 and the initial sparsity begins after the first step; here it has --rank,
-unless told, and begins before. What is adapted is --target_modules: the output head is not pruned.
+This implementation differs from the released code (github.com/alibaba/AliceMind, S4/PST, 41153b1):
+it makes the mask in every forward, sorting all weights, in bf16, which is not what is exported.
+Our last mask is made before the last step, so what is exported was trained. There the score has
+rank 8 and the initial sparsity begins after the first step; here `--rank`, and before it. Only
+`--target_modules` are pruned, not the output head. The update is where(pruned, -W, beta U V), so
+that no W' rounds off a small change in bf16: on random weights (2048 x 2048) rounding is 0.25% of
+the norm of y with half of them pruned, 0.35% with nine tenths; a product with M . W' has 0.24%.
+`--dropout` is refused: it would bring pruned weights back at random.
 
-It ends in a sparse model, which --format merged writes with exact zeros, in any --dtype. Not so
---onto original after a run in 4 bits: what the mask takes away is then not what is there.
-
-The delta is M . W' - W = where(pruned, -W, beta U V): no W' rounds off a small change of a large
-weight in bf16. Base and delta are rounded before they are added; on random weights (2048 x 2048)
-that is 0.25% of the norm of y with half of them pruned and 0.35% with nine tenths, where a product
-with M . W' has 0.24%. --dropout, which drops inputs of the delta alone, would bring pruned weights
-back at random, and is refused.
+- **Optimizer state:** 8 bytes x trained entries, twice LoRA's with a score of `--rank`.
+- **Statistics:** none; one bit x base weights for the mask.
+- **Exports as:** merged model, its zeros exact in any `--dtype`; `--onto original` does not fit a
+  run over 4 bits, since the mask then takes away what is not there.
+- **Choose it when:** the model itself is to become sparse; forward makes each weight anew.
+- **Paper:** Li et al. 2022, arXiv:2205.11005.
 
 Shapes: T tokens, I in_features, O out_features, R rank of U and V, K rank of A and B.
 """
@@ -52,36 +53,39 @@ class PstOptions:
     """PST: weights are pruned by a learned score while they are tuned"""
 
     pst_sparsity: float = 0.5
-    """Share of each weight's entries that are zero in the end, in [0, 1)."""
+    """Fraction of each weight's entries that are zero at the end, in [0, 1)."""
     pst_initial_sparsity: float = 0.0
-    """The same at first, at most pst_sparsity."""
+    """Fraction of each weight's entries that are zero at the start, from 0 to pst_sparsity."""
     pst_warmup: float = 0.1
-    """Fraction of the run after which the sparsity begins to rise."""
+    """Fraction of the run after which the sparsity begins to rise, at least 0; pst_warmup +
+    pst_cooldown must be below 1."""
     pst_cooldown: float = 0.3
-    """Fraction of the run that is left when pst_sparsity is reached."""
+    """Fraction of the run that is left when pst_sparsity is reached, at least 0; pst_warmup +
+    pst_cooldown must be below 1."""
     pst_every: int | None = None
-    """Steps between two masks, also once pst_sparsity is reached; null is a fiftieth of the run."""
+    """Interval in steps between mask updates, at least 1; updates continue after pst_sparsity is
+    reached. null: 2% of the run."""
     pst_score_rank: int | None = None
-    """Rank of the score's low-rank part; null: --rank."""
+    """Rank of the low-rank part A B of the score, at least 1. null: --rank."""
     pst_beta: float = 1.0
-    """Weight of the low-rank change of the weights, above 0."""
+    """Scale of the low-rank change U V of the weights, above 0."""
     pst_alpha1: float = 1.0
-    """Weight of the score's low-rank part; 0 is none."""
+    """Weight of the low-rank part A B of the score, at least 0; 0 turns it off."""
     pst_alpha2: float = 1.0
-    """Weight of the score's rows and columns; 0 is none."""
+    """Weight of the row and column terms of the score, at least 0; 0 turns them off."""
 
     def __post_init__(self) -> None:
         problems = []
         if not 0.0 <= self.pst_initial_sparsity <= self.pst_sparsity < 1.0:
             problems.append(
-                "pst_initial_sparsity and pst_sparsity must be 0 <= initial <= final < 1, "
+                "pst_initial_sparsity and pst_sparsity must satisfy 0 <= initial <= final < 1, "
                 f"got {self.pst_initial_sparsity} and {self.pst_sparsity}"
             )
         if not (min(self.pst_warmup, self.pst_cooldown) >= 0.0) or not (
             self.pst_warmup + self.pst_cooldown < 1.0
         ):
             problems.append(
-                "pst_warmup and pst_cooldown must be at least 0 and together below 1, "
+                "pst_warmup and pst_cooldown must be at least 0 and their sum below 1, "
                 f"got {self.pst_warmup} and {self.pst_cooldown}"
             )
         for name in ("pst_every", "pst_score_rank"):
@@ -109,8 +113,8 @@ def pst(options: PstOptions, context: RunContext) -> Method:
     if final > 0.0 and end >= total:
         least = next(n for n in count(total + 1) if round(options.pst_warmup * n) + 1 < n)
         raise ValueError(
-            f"pst_sparsity would be reached at step {end}, and the run has {total}: a step must "
-            f"be left to train in; take max_steps {least} or more, or a smaller pst_warmup"
+            f"pst_sparsity would be reached at step {end}, but the run has {total}: at least one "
+            f"step must follow; take max_steps {least} or more, or a smaller pst_warmup"
         )
     every = options.pst_every or max(1, total // 50)
 
@@ -211,5 +215,8 @@ class _Masked(torch.autograd.Function):
 
 
 PST = MethodFactory(
-    options=PstOptions, build=pst, summary="weights are pruned by a learned score, and tuned"
+    options=PstOptions,
+    build=pst,
+    summary="prunes the base by a learned score while tuning it",
+    example="--pst_every 2",
 )

@@ -1,24 +1,33 @@
-"""RoseLoRA: every rank-1 component becomes a sparse outer product, by smoothed sensitivity.
+"""RoseLoRA: prune A and B until every rank-1 component is a sparse outer product.
 
-Wang et al. 2024, arXiv:2406.10777. The product B A is to touch few weights. Sparse factors alone do
-not give that, so the constraint stands per row of A and per column of B:
+    y = W x + (alpha / R) B A x
+    I_t = |w * dL/dw|,    smoothed_t = beta * smoothed_{t-1} + (1 - beta) * I_t
+    keep in each row of A the top      max(1, floor(tau_t * I))  entries by smoothed_t,
+    in each column of B the top        max(1, floor(tau_t * O)),  and zero the others
 
-    I_t = |w * dL/dw|            smoothed_t = beta * smoothed_{t-1} + (1 - beta) * I_t
-    keep in each row of A the top  max(1, floor(tau_t * I))  entries by smoothed_t,
-    in each column of B the top    max(1, floor(tau_t * O)),  and zero the rest,
+Sparse factors alone do not make a sparse product, hence the limit per row of A and per column of
+B: at least 1 - R tau^2 of the entries of B A are zero (Proposition 1).
 
-with tau_t falling from 1 to tau by a cubic schedule. With all kept fractions tau, at least
-1 - R tau^2 of the product's entries are zero (Proposition 1).
+The method decides every `roselora_every` steps between `roselora_begin` and `roselora_end`, from
+the smoothed sensitivity: tau_t falls from 1 to `roselora_keep` on a cubic curve.
 
-Preset ``released`` is the knowledge-editing loop of github.com/lliutianc/roselora (0b8f41a), rule
-by rule: its mask zeroes what lies strictly below the k-th smallest of d entries, k = int(d (1 -
-tau_t)), so d - k + 1 stay, and more where they tie; the average starts at its first value; masked
-entries keep their moments and move in each step before they are zeroed again; once tau_t < 1, A and
-B are clamped to 3e-3. Where we differ from it under either preset: the schedule counts optimizer
-steps and is a fraction of the run, there 3 to 20 passes over the data. As there, the gradient norm
-that clips counts all entries, dead ones too.
+This implementation differs from the paper: the schedule counts optimizer steps as fractions of the
+run, where the released code takes 3 to 20 passes over the data. As there, the gradient norm that
+is clipped counts pruned entries too. Preset `released` follows github.com/lliutianc/roselora
+(0b8f41a), its loop for knowledge editing: it zeroes what is below the k-th smallest of d entries,
+k = int(d (1 - tau_t)), so d - k + 1 stay, or more with ties; the average starts at its first
+value; pruned entries keep their moments, move in each step and are zeroed again; A and B are
+clamped to 3e-3 once tau_t < 1.
 
-Shapes: R rank, I in_features, O out_features, d of a row of A or a column of B.
+- **Optimizer state:** 8 bytes x live entries; falls to about `roselora_keep` of its start (not
+  with preset `released`, where pruned entries count as live).
+- **Statistics:** 4 bytes x trained entries until pruning ends (preset `released`: to the end).
+- **Exports as:** PEFT LoRA, merged model or sparse delta.
+- **Choose it when:** few weights of the base may change, as in edits and small diffs; it is not
+  for many edits in sequence.
+- **Paper:** Wang et al. 2024, arXiv:2406.10777.
+
+Shapes: R rank, I in_features, O out_features, d entries of a row of A or a column of B.
 """
 
 from dataclasses import dataclass
@@ -63,26 +72,34 @@ class RoseLoraOptions:
     """RoseLoRA: rows of A and columns of B become sparse"""
 
     roselora_preset: Literal["paper", "released"] = "paper"
-    """Whose rule where the options below are null: the paper's, or that of its released code."""
+    """Preset for the roselora options that are left unset: "paper", or "released" (the authors'
+    code)."""
     roselora_keep: float = 0.05
-    """Fraction of each row of A and column of B that is kept in the end, in (0, 1]."""
+    """Fraction of the entries of each row of A and column of B that is kept at the end, in (0, 1];
+    1 turns pruning off."""
     roselora_begin: float = 0.1
-    """Fraction of the run after which entries begin to go."""
+    """Fraction of the run after which pruning begins, at least 0 and below roselora_end."""
     roselora_end: float = 0.8
-    """Fraction of the run at which only roselora_keep is left, above roselora_begin."""
+    """Fraction of the run at which the kept fraction reaches roselora_keep, above roselora_begin
+    and at most 1."""
     roselora_every: int | None = None
-    """Steps between two decisions, in between the masks stay; null: a hundredth of the run, or 1
-    with dense moments."""
+    """Steps between two pruning decisions, at least 1; masks stay unchanged in between. null: 1% of
+    the run, or 1 with roselora_dense_moments."""
     roselora_beta: float = 0.8
-    """Weight of the past in the smoothed sensitivity, in [0, 1)."""
+    """Decay rate of the smoothed sensitivity, in [0, 1)."""
     roselora_seed_average: bool | None = None
-    """Start the smoothed sensitivity at its first value instead of at zero."""
+    """Start the smoothed sensitivity at its first value instead of at zero. null: false for preset
+    paper, true for released."""
     roselora_ties: Literal["exact", "kthvalue"] | None = None
-    """exact: so many entries stay, ties by index; kthvalue: all from the threshold up."""
+    """Rule for scores that tie at the threshold: exact keeps a fixed number of entries, lowest
+    index first; kthvalue keeps all entries at or above the threshold. null: exact for preset paper,
+    kthvalue for released."""
     roselora_clamp: float | None = None
-    """Largest absolute value of an entry once pruning has begun; 0 is none."""
+    """Largest absolute value of an entry of A or B once pruning has begun, at least 0; 0 clamps
+    nothing. null: 0 for preset paper, 0.003 for released."""
     roselora_dense_moments: bool | None = None
-    """Keep moments of masked entries, which then move in each step until they are zeroed again."""
+    """Keep the moments of pruned entries, which then move in every step and are zeroed again after
+    it; requires roselora_every 1. null: false for preset paper, true for released."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -90,7 +107,7 @@ class RoseLoraOptions:
             problems.append(f"roselora_keep must be in (0, 1], got {self.roselora_keep}")
         if not 0.0 <= self.roselora_begin < self.roselora_end <= 1.0:
             problems.append(
-                "roselora_begin and roselora_end must be 0 <= begin < end <= 1, "
+                "roselora_begin and roselora_end must satisfy 0 <= begin < end <= 1, "
                 f"got {self.roselora_begin} and {self.roselora_end}"
             )
         if self.roselora_every is not None and self.roselora_every < 1:
@@ -102,8 +119,8 @@ class RoseLoraOptions:
         dense = as_preset(self, self.roselora_preset, PRESETS).roselora_dense_moments
         if dense and (self.roselora_every or 1) > 1:
             problems.append(
-                "roselora_every must be 1 with dense moments (preset released), or masked entries "
-                f"would grow between decisions; got {self.roselora_every}"
+                "roselora_every must be 1 with dense moments (preset released), because pruned "
+                f"entries move until the next decision; got {self.roselora_every}"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -121,8 +138,8 @@ def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
     end = max(begin + 1, round(options.roselora_end * context.total_steps))
     if end > context.total_steps:
         raise ValueError(
-            f"pruning would end at step {end}, but the run has {context.total_steps}, "
-            f"{end - context.total_steps} too few: lower roselora_begin or raise max_steps"
+            f"pruning would end at step {end}, but the run has {context.total_steps} steps: lower "
+            "roselora_begin or raise max_steps"
         )
     prunes, dense = options.roselora_keep < 1.0, options.roselora_dense_moments
     every = options.roselora_every or (1 if dense else max(1, context.total_steps // 100))
@@ -202,5 +219,6 @@ def _size(shape: tuple[int, ...], by: By) -> int:
 ROSELORA = MethodFactory(
     options=RoseLoraOptions,
     build=roselora,
-    summary="rank-1 components become sparse, so that few weights are touched",
+    summary="prunes A and B, so that few weights change",
+    example="--roselora_keep 0.1",
 )

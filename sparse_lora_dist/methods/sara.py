@@ -1,45 +1,47 @@
-"""SaRA: the smallest entries of the weights train, and once in the run others take their turn.
+"""SaRA: train the smallest entries of each weight, and select the smallest anew once in the run.
 
-Hu et al. 2024, arXiv:2409.06633. W + D, D zero but at the N entries of smallest |W|, whose values
-train from zero. N is R (I + O), what a LoRA of rank R has, or a share of the weight. Without a
-scale: --alpha has no meaning here. After ``--sara_reselect`` of the run the N entries of smallest
-|W + D| take over. One that stays keeps its value. The value of one that leaves stays in D, frozen;
-so D is the same before and after, and can have up to 2 N entries. Adam's moments start anew.
+    y = (W + D) x           D is zero but at the N entries of smallest |W|, which train from zero
 
-Of equal entries those come first that ``spread_order`` visits first, not those of lowest index: an
-NF4 base has about a tenth of its weights at exactly 0, and N of them by index would all lie in a
-few rows.
+N is R (I + O), as many as LoRA of rank R has, or `sara_density` of the weight. There is no scale:
+`--alpha` has no meaning here.
 
-The low-rank term adds ``--sara_nuclear`` times the nuclear norm of S, the trained part of D. The
-release has an SVD a step, of one matrix drawn from all; here all count in each step, and the norm
-is smoothed: with S = U Sigma V^T and delta its K-th singular value the gradient is
+The method decides before the first step, and again after `sara_reselect` of the run: then the N
+entries of smallest |W + D| take over. Entries that stay keep their value; the value of an entry
+that leaves stays in D, frozen, so D does not jump and has up to 2 N entries. Moments are reset.
+Ties go in the order of `spread_order`, not by index: a tenth of an NF4 base is exactly 0, and the
+first N of those by index would lie in a few rows.
 
-    U min(Sigma / delta, 1) V^T                     at the N places
+`sara_nuclear` weighs a smoothed nuclear norm of S = U Sigma V^T, the trained part of D. With delta
+its K-th singular value, the gradient is U min(Sigma / delta, 1) V^T at the N places. It needs the
+K leading pairs only, from `POWER_STEPS` of subspace iteration from fixed vectors: close singular
+values give a nearby subspace, never an uphill step. Shrinking the leading pairs alone would
+flatten the spectrum. For scattered entries the term is little else than weight decay, costs five
+products of S with K vectors a linear and step, and was not measured on language models: it is 0 by
+default.
 
-which needs the K leading pairs only. They come from ``POWER_STEPS`` of subspace iteration from
-fixed vectors, so where singular values lie close together they are those of a nearby subspace; what
-it gives is never uphill. The leading pairs alone will not do: to shrink them and nothing else makes
-the spectrum flatter. Scattered entries have a broad one, and there the term is little else than
-decay of the values. It is 0 unless asked for: it costs five products of S with K vectors a linear
-and step, the 5e-4 of the release is for another sum, and what it does to language models is not
-measured.
+This implementation differs from the released code (github.com/sjtuplayer/SaRA, ea21192):
 
-Where we differ from the released code (github.com/sjtuplayer/SaRA, ea21192), on purpose:
+- Threshold: it trains |W| < t of all tensors and biases. That count is known only after the
+  weights are read, and a tensor here has its shape before; so t moves, and re-selection fills up
+  to N.
+- Sign: its packed optimizer writes |values| into the model at the start and at the switch,
+  flipping negative weights until the next update.
+- Low rank: its nuclear norm is of W + D at the support, by an SVD of one drawn matrix a step, and
+  its gradient lands on a tensor that nothing steps.
+- Switch: its packed optimizer skips that update, its dense one keeps the moments; here moments are
+  reset and no update is lost.
+- Learning rate and decay: 1e-3 exp(-350 t) unless given, and decay of W + D; here
+  `--learning_rate`, and decay of the trained values.
 
-    threshold   it trains |W| < t, of all tensors and biases; how many that are is known when the
-                weights have been read, and a tensor here has its shape before. So t moves, and
-                re-selection fills up to N, where its support can only shrink
-    sign        its packed optimizer writes |values| into the model at the start and at the switch,
-                so negative weights are flipped until the next update; here W + 0 is W
-    low rank    its nuclear norm is of W + D at the support, and in the packed optimizer its
-                gradient lands on a tensor that nothing steps: it does nothing there
-    switch      the packed optimizer is built anew and skips the update of that step; the dense one
-                keeps the moments. Here moments are reset, and no update is lost
-    rate, decay its learning rate is 1e-3 exp(-350 t) unless given; here it is --learning_rate. Its
-                weight decay draws W + D to zero, here it draws the trained values, so to W
+- **Optimizer state:** 8 bytes x trained entries: R (I + O) a linear, or `sara_density` x O x I.
+- **Statistics:** none.
+- **Exports as:** merged model or sparse delta.
+- **Choose it when:** what the base uses least is to change; up to twice as many entries change as
+  train at a time.
+- **Paper:** Hu et al. 2024, arXiv:2409.06633.
 
-Shapes: T tokens, I in_features, O out_features, N entries that train, C places for what has left,
-E entries of a weight, K singular pairs, L of a side (O or I).
+Shapes: T tokens, I in_features, O out_features, N entries that train, C places for entries that
+have left, E entries of a weight, K singular pairs, L of a side (O or I).
 """
 
 from dataclasses import dataclass
@@ -67,11 +69,14 @@ class SaraOptions:
     """SaRA: the smallest entries of the weights train"""
 
     sara_density: float | None = None
-    """Share of each weight's entries that train, in (0, 1); null: as many as LoRA of --rank has."""
+    """Fraction of each weight's entries that train, in (0, 1). null: as many entries as LoRA of
+    --rank has."""
     sara_reselect: float | None = 0.5
-    """Share of the run after which the smallest entries are chosen anew; 0 or null: never."""
+    """Fraction of the run after which the smallest entries are selected again, in [0, 1). 0 or
+    null: never."""
     sara_nuclear: float = 0.0
-    """Weight of the nuclear norm, smoothed, of the matrix of what trains; 0 is off."""
+    """Weight of the smoothed nuclear norm of the matrix of trained entries, at least 0; 0 turns it
+    off."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -98,9 +103,8 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
     if options.sara_reselect and not 0 < switch < context.total_steps:
         raise ValueError(
             f"sara_reselect is {options.sara_reselect}, which is after {switch} of the run's "
-            f"{context.total_steps} steps, and a step must come before and one after: "
-            "take 0.5 in a "
-            "run of at least 2 steps, or 0 for never"
+            f"{context.total_steps} steps, but at least one step must come before it and one "
+            "after: take 0.5 in a run of at least 2 steps, or 0 to select once only"
         )
 
     def penalty(tensors: Tensors) -> dict[str, Tensor]:
@@ -125,7 +129,8 @@ def check_count(site: Site, options: SaraOptions) -> None:
         most = (weight - 1) // (site.out_features + site.in_features)
         raise ValueError(
             f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} makes "
-            f"{count:,} entries of its {weight:,}; take {most} or less, or a --sara_density below 1"
+            f"{count:,} entries train, but the weight has {weight:,} and not all may train; take "
+            f"--rank {most} or less, or set --sara_density"
         )
 
 
@@ -191,8 +196,9 @@ def choose(whole: Whole) -> Rewritten:
         room = len(whole.tensors["sara_left_places"])
         if int((rest_E > 0.0).sum()) > room:
             raise ValueError(
-                f"more entries have left what trains than there is room for ({room:,}): the "
-                "schedule began anew after a re-selection, which SaRA has no place for"
+                f"more entries have left the trained ones than there is room for ({room:,}): the "
+                "schedule was reset after a re-selection, which SaRA does not support; resume "
+                "without --reset schedule"
             )
         places_C = first_of(rest_E, room)
         tensors["sara_left_places"] = places_C.to(before.dtype)
@@ -243,5 +249,8 @@ def polar(y_LK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 SARA = MethodFactory(
-    options=SaraOptions, build=sara, summary="the smallest entries of the weights, chosen twice"
+    options=SaraOptions,
+    build=sara,
+    summary="trains the smallest entries of the weights, selected twice",
+    example="--sara_reselect 0.5",
 )

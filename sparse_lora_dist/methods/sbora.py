@@ -1,13 +1,23 @@
-"""SBoRA: one of LoRA's factors is a choice of coordinates, so the update touches few columns, or
-few rows, of the weight.
+"""SBoRA: fix one of LoRA's factors to a choice of coordinates, so few columns or rows change.
 
-Po et al. 2024, arXiv:2407.05413. FA: A is R different rows of the identity, and B (O x R) trains
-from zero, so R columns of W change:  y = s x[idx] B^T.  FB: B is R different columns of the
-identity, and A (R x I) trains from zero, so R rows change:  y[idx] = s x A^T.  s = alpha / R.
+    fa:  y = W x + (alpha / R) B x[chosen]              B (O x R) trains, R columns of W change
+    fb:  y = W x, y[chosen] += (alpha / R) A x          A (R x I) trains, R rows of W change
 
-Coordinates are drawn from the seed and the linear's name, and gathered or scattered by index.
-Where we differ from the released code (github.com/cityuhkai/SBoRA, 8870499): there they are drawn
-by Python's random module and kept as a frozen matrix.
+The other factor is R different rows (fa) or columns (fb) of the identity. The trained factor
+starts at zero.
+
+Nothing is decided: coordinates are drawn from the seed and the linear's name, and used by index.
+
+This implementation differs from the released code (github.com/cityuhkai/SBoRA, 8870499): there
+coordinates are drawn by Python's random module and kept as a frozen matrix.
+
+- **Optimizer state:** 8 bytes x trained entries, R O (fa) or R I (fb) a linear; 0.54 x LoRA's of
+  the same rank (Llama-2-7B, all linears, fa).
+- **Statistics:** none.
+- **Exports as:** PEFT LoRA, merged model or sparse delta.
+- **Choose it when:** an update is to touch few columns or rows of the weights, or half of LoRA's
+  memory is to train.
+- **Paper:** Po et al. 2024, arXiv:2407.05413.
 
 Shapes: T tokens, I in_features, O out_features, R rank.
 """
@@ -29,7 +39,8 @@ class SBoraOptions:
     """SBoRA: columns or rows of the weight train"""
 
     sbora_side: Literal["fa", "fb"] = "fa"
-    """What is fixed: A (fa, --rank columns of each weight change) or B (fb, as many rows)."""
+    """Factor that is fixed: fa (A; --rank columns of each weight change) or fb (B; --rank rows
+    change)."""
 
 
 def sbora(options: SBoraOptions, context: RunContext) -> Method:
@@ -45,7 +56,7 @@ def sbora(options: SBoraOptions, context: RunContext) -> Method:
         if site.rank > side:
             raise ValueError(
                 f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} is "
-                f"more than its {side} {lines}; take {side} or less"
+                f"more than its {side} {lines}; take --rank {side} or less"
             )
     return Method(name="sbora", form=build)
 
@@ -89,5 +100,8 @@ def to_rows(site: Site) -> Form:
 
 
 SBORA = MethodFactory(
-    options=SBoraOptions, build=sbora, summary="few columns, or rows, of the weights train"
+    options=SBoraOptions,
+    build=sbora,
+    summary="trains few columns or rows of the weights",
+    example="--sbora_side fa",
 )

@@ -1,26 +1,36 @@
-"""SHiRA and random masking: values on a fixed support of the weight train, and nothing else.
+"""SHiRA and random masking: train chosen entries of each weight, and nothing else.
 
-Bhardwaj et al. 2024, arXiv:2406.13175 (SHiRA-Rand); Xu and Zhang 2024, arXiv:2405.02596. W + S, S
-zero but for N entries whose places do not change and whose values train from zero. N is R (I + O),
-what a LoRA of rank R has, or a share of the weight. Without a scale: --alpha has no meaning here.
+    y = (W + S) x           S is zero but at N places, where values train from zero
 
-The support, ``--shira_support``:
+N is R (I + O), as many as LoRA of rank R has, or `shira_density` of the weight. There is no scale:
+`--alpha` has no meaning here.
 
-    random      one place in each of N equal parts of the flattened weight, where the papers draw
-                all from one urn
+The method decides the N places once, by `shira_support`:
+
+    random      one place in each of N equal parts of the flattened weight
     rows        evenly spaced rows and the diagonal, as many as N pays for (SHiRA-Struct)
-    columns     the same of columns
+    columns     evenly spaced columns and the diagonal
     magnitude   the N largest |W| (SHiRA-WM)
     gradient    the N largest |dL/dW| over the rows of a step (SHiRA-Grad)
-    snip        the N largest |W dL/dW| (SHiRA-SNIP)
+    snip        the N largest |W * dL/dW| (SHiRA-SNIP)
 
-The first three follow from seed and shape, are made at every use and never kept. The others are
-chosen from the weight, one linear whole at a time, and kept as sharded indices. The gradient costs
-steps: in the n-th of ``--shira_calibration_steps`` that of each n-th linear is summed over all
-ranks, in shares of 4 bytes a weight; all values go back to zero and moments are reset after it.
+The first three follow from seed and shape, and are made anew at every use. The others are chosen
+from whole weights, one linear at a time, and kept as sharded indices. `gradient` and `snip`
+calibrate: in the n-th of `shira_calibration_steps` the gradient of each n-th linear is summed over
+all ranks; then all values go back to zero and moments are reset.
 
-The gradient of the values is taken at their places only: no gradient of the whole weight is made,
-as automatic differentiation would. PEFT has the form as its ``shira``, where N is R (I + O).
+This implementation differs from the papers: `random` draws one place per part, where they draw
+from all entries. The gradient of the values is taken at their places only; the gradient of the
+whole weight is not made.
+
+- **Optimizer state:** 8 bytes x trained entries: R (I + O) a linear, or `shira_density` x O x I.
+- **Statistics:** none; with support `gradient` or `snip` 4 bytes x base weights, sharded, during
+  calibration.
+- **Exports as:** PEFT SHiRA (not with `shira_density`, `rows` or `columns`), merged model or
+  sparse delta.
+- **Choose it when:** the update is to be sparse from the first step.
+- **Paper:** Bhardwaj et al. 2024, arXiv:2406.13175 (SHiRA); Xu and Zhang 2024, arXiv:2405.02596
+  (random masking).
 
 Shapes: T tokens, I in_features, O out_features, N entries that train.
 """
@@ -59,13 +69,16 @@ class ShiraOptions:
     """SHiRA: chosen entries of the weights train"""
 
     shira_density: float | None = None
-    """Share of each weight's entries that train, in (0, 1]; null: as many as LoRA of --rank has."""
+    """Fraction of each weight's entries that train, in (0, 1]. null: as many entries as LoRA of
+    --rank has."""
     shira_support: Support = "random"
-    """Which: at random, evenly spaced rows or columns with the diagonal, those of largest weight,
-    of largest gradient, or of largest product of the two."""
+    """Choice of the entries that train: random, rows or columns (evenly spaced, with the diagonal),
+    magnitude (largest |weight|), gradient (largest |gradient|) or snip (largest |weight x
+    gradient|)."""
     shira_calibration_steps: int = 1
-    """Steps in which gradients choose, each a part of the linears; more take less memory. What is
-    trained in them is forgotten."""
+    """Calibration steps for supports gradient and snip, at least 1 and fewer than the run has.
+    Linears are split evenly over them, which lowers peak memory; updates made during calibration
+    are discarded."""
 
     def __post_init__(self) -> None:
         problems = []
@@ -91,8 +104,8 @@ def shira(options: ShiraOptions, context: RunContext) -> Method:
     steps, support = options.shira_calibration_steps, options.shira_support
     if support in BY_GRADIENT and steps >= context.total_steps:
         raise ValueError(
-            f"shira_calibration_steps is {steps}, and the run has {context.total_steps} steps: at "
-            "least one must be left to train in"
+            f"shira_calibration_steps is {steps}, but the run has {context.total_steps} steps, and "
+            "at least one must follow calibration: take fewer calibration steps, or raise max_steps"
         )
     notes = (cost_of_gradients(context, steps),) if support in BY_GRADIENT else ()
     return Method(
@@ -108,24 +121,30 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
     weights = sum(site.out_features * site.in_features for site in context.sites)
     held = 4e-9 * weights / steps
     return (
-        f"gradients that choose the support take {held:,.2f} GB over all ranks together in the "
-        f"first steps ({steps}), which is not in the plan; more --shira_calibration_steps take less"
+        f"calibration gradients take {held:,.2f} GB over all ranks together in the first steps "
+        f"({steps}), and the memory plan does not count them; raise --shira_calibration_steps to "
+        "lower this"
     )
 
 
 def check_count(site: Site, options: ShiraOptions) -> None:
     """Does a weight have room for N?"""
     weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
-    asked = f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} makes"
+    shape, density = f"{site.out_features} x {site.in_features}", options.shira_density
+    option = f"--rank {site.rank}" if density is None else f"--shira_density {density}"
+    asked = f"{site.name} is {shape}: {option} makes"
     if count > weight:
         most = weight // (site.out_features + site.in_features)
-        raise ValueError(f"{asked} {count:,} entries of its {weight:,}; take {most} or less")
+        raise ValueError(
+            f"{asked} {count:,} entries train, but the weight has {weight:,}; "
+            f"take --rank {most} or less"
+        )
     diagonal = min(site.out_features, site.in_features)
     if options.shira_support in ("rows", "columns") and count < diagonal:
         raise ValueError(
-            f"{asked if options.shira_density is None else f'{site.name}: the density makes'} "
-            f"{count:,} entries, its diagonal alone has {diagonal:,}; "
-            f"take a density of {diagonal / weight:.2g} or more"
+            f"{asked} {count:,} entries train, but --shira_support {options.shira_support} trains "
+            f"the whole diagonal, which has {diagonal:,}; take --shira_density "
+            f"{diagonal / weight:.2g} or more"
         )
 
 
@@ -279,5 +298,8 @@ def scattered(values_N: Tensor, places_N: Tensor, out_features: int, in_features
 
 
 SHIRA = MethodFactory(
-    options=ShiraOptions, build=shira, summary="entries of the weights at places that stay"
+    options=ShiraOptions,
+    build=shira,
+    summary="trains chosen entries of the weights",
+    example="--shira_support snip --shira_calibration_steps 2",
 )

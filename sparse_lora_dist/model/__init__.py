@@ -1,1 +1,1 @@
-"""The model that trains: base, adapters, and modules trained in full, put together."""
+"""Build the model that trains: frozen base, adapters, and modules trained in full."""

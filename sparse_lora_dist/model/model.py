@@ -1,4 +1,4 @@
-"""The model that trains: sharded frozen base, adapters on it, modules trained in full."""
+"""``Model``: a sharded frozen base with adapters and modules trained in full."""
 
 import re
 from collections import defaultdict
@@ -51,31 +51,45 @@ from sparse_lora_dist.zero3.shares import Values
 
 @dataclass(kw_only=True)
 class Model:
-    """A model on its way from an empty shell on the meta device (``open``) to shards (``load``)."""
+    """The model of a run: ``open`` makes it on the meta device, ``load`` fills in its shards."""
 
     module: PreTrainedModel
+    """The transformers model. On the meta device until ``load``."""
     folder: Path
+    """Local folder with the base's files."""
     files: CheckpointFiles
+    """The base's safetensors files."""
     sources: Sources
+    """Where in the files each parameter's values come from."""
     name: str
-    """What the user calls it: a hub id, or the folder."""
+    """Name of the base as the user gave it: a hub id, or the folder."""
     sites: list[Site]
+    """The linears that get an adapter, in the model's order."""
     head: Head
+    """Modules of a classifier's head; none for a causal language model."""
     full: dict[str, nn.Module]
-    """Modules trained in full, the head's among them, by name; modules may lie inside."""
+    """Modules trained in full by name, the head's included; they may contain other modules."""
     cache: BaseCache | None = None
-    """The 4-bit base on disk, which need not be there yet."""
+    """Cache of the 4-bit base on disk, which may still have to be written. None: no cache."""
     adapters: list[AdapterLinear] = field(default_factory=list)
+    """Adapters in the order of ``sites``. Empty until ``load``."""
     builder: ShardBuilder | None = None
-    """Of what was loaded."""
+    """Builder of the sharded parameters. None until ``load``."""
 
     @classmethod
     def open(cls, config: Config) -> "Model":
-        """Everything that can be checked before a weight is read. Collective."""
+        """Open the base model on the meta device; check all that needs no weights. Collective.
+
+        Args:
+            config: configuration of the run.
+
+        Raises:
+            UserError: on all ranks, if the base cannot be used or does not fit the options.
+        """
         options = config.model
         if options.trust_remote_code:
             print_line(
-                "warning", f"--trust_remote_code: Python code that comes with {options.model} runs"
+                "warning", f"--trust_remote_code runs Python code that comes with {options.model}"
             )
         with fail_together("opening the base model"):
             with first_on_its_node():
@@ -96,7 +110,8 @@ class Model:
             )
             if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
                 raise UserError(
-                    f"--gradient_checkpointing: {type(module).__name__} knows of none; leave it out"
+                    f"--gradient_checkpointing: {type(module).__name__} does not support it. Leave "
+                    "the option out."
                 )
             keys_of = find_keys(module, files)
             head = task.head(module, files, keys_of)
@@ -119,11 +134,11 @@ class Model:
         return model
 
     def _find_cache(self, options: ModelConfig) -> None:
-        """Collective where there is to be one."""
+        """Look the base up in the cache. Collective if there is to be one."""
         if options.base_cache is None:
             return
         if is_quantized(self.files):
-            print_line("note", f"--base_cache is not needed: {options.model} is in 4 bits already")
+            print_line("note", f"--base_cache is not needed: {options.model} is already in 4 bits")
             return
         self.cache = find_cache(
             Path(options.base_cache),
@@ -147,20 +162,20 @@ class Model:
         engine_config: dict[str, Any],
         given: Mapping[str, Values] | None = None,
     ) -> RowSeeds:
-        """Read this rank's share, inject adapters; return what seeds their dropout. Collective.
+        """Read this rank's share of the base and add the adapters. Collective.
 
         Args:
-            given: first values of what trains, "site.tensor" or as the base names it.
+            config: configuration of the run.
+            method: method that trains the adapters.
+            engine_config: DeepSpeed configuration.
+            given: initial values of trained tensors by name: "site.tensor", or as the base has it.
+
+        Returns:
+            Seeds of the adapters' dropout masks.
         """
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
-        initial = first_values(self.module, self.head.new, config.train.seed) | dict(given or {})
-        with fail_together("reading --init_adapter"):
-            if adapter.init_adapter is not None:
-                shapes = self.trained_shapes(method)
-                initial |= read_peft(
-                    adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
-                )
+        initial = self._initial_values(config, method, given or {})
         self.builder = builder = ShardBuilder(engine_config, PRECISIONS[config.model.precision])
         fill_buffers(self.module, builder.device)
         files, sources, cache = self.files, self.sources, self.cache
@@ -170,7 +185,7 @@ class Model:
             files,
             sources,
             builder,
-            # What a checkpoint that came quantised has in floats stays so: its maker's choice.
+            # In a base that came quantised, weights in floats stay so: its maker chose them.
             quantize=config.model.quantization == "nf4" and not is_quantized(files),
             double_quant=config.model.double_quant,
             initial=initial,
@@ -196,22 +211,50 @@ class Model:
             self.module.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        _say_what_was_loaded(self, loader.report)
+        _print_what_was_loaded(self, loader.report)
         return seeds
 
+    def _initial_values(
+        self, config: Config, method: Method, given: Mapping[str, Values]
+    ) -> dict[str, Values]:
+        """Return initial values of a new head, those ``given``, and those of --init_adapter.
+        Collective."""
+        adapter = config.adapter
+        initial = first_values(self.module, self.head.new, config.train.seed) | dict(given)
+        with fail_together("reading --init_adapter"):
+            if adapter.init_adapter is not None:
+                shapes = self.trained_shapes(method)
+                initial |= read_peft(
+                    adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
+                )
+        return initial
+
     def trained_shapes(self, method: Method) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor that is to train, "site.tensor" or as the base names it."""
+        """Return the shape of every tensor that the method trains in this model.
+
+        Args:
+            method: method that trains the adapters.
+
+        Returns:
+            Shapes by name: "site.tensor" in adapters, and as the base has it in other modules.
+        """
         shapes = {name: spec.shape for name, spec in trained_specs(method, self.sites).items()}
         for name, module in self.full.items():
             shapes |= {f"{name}.{k}": tuple(p.shape) for k, p in module.named_parameters()}
         return shapes
 
     def trainable(self) -> list[nn.Parameter]:
-        """What the optimizer steps."""
+        """Return all parameters that the optimizer steps."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """The same for the optimizer, grouped by how they are stepped."""
+        """Return the trained parameters as param groups of ``SparseAdamW``.
+
+        Parameters of one group share learning-rate factor, weight decay and projection.
+
+        Args:
+            weight_decay: weight decay of the run, for parameters that decay.
+        """
         usual = TensorSpec(shape=(), init=zeros)
         special = {
             id(getattr(a, name)): spec for a in self.adapters for name, spec in a.specs.items()
@@ -233,47 +276,48 @@ class Model:
 
     @property
     def classes(self) -> list[str]:
-        """Names of what the head tells apart, in order; none without such a head."""
+        """Class names of a classifier's head, in the order of its outputs; empty without one."""
         return classes_of(self.module.config) if self.head.modules else []
 
     @cached_property
     def identity(self) -> str:
-        """Hash that tells this base from another; it reads every file's header, so once a run."""
+        """Hash that tells this base from any other; cached, since it reads every file's header."""
         return identity(self.folder, self.files)
 
 
 def _check_quantization(
     options: ModelConfig, architecture: PretrainedConfig, files: CheckpointFiles
 ) -> None:
-    """Do the files hold what config.json and the user say?"""
+    """Check that the files hold what config.json and the options say."""
     said = getattr(architecture, "quantization_config", None) is not None
     if said and not is_quantized(files):
         raise UserError(
             f"{files.folder}/config.json says that the weights are already quantised by "
-            "bitsandbytes, but the files hold none that are. Remove quantization_config from it, "
-            "or download the model again."
+            "bitsandbytes, but the files hold no quantised weights. Remove quantization_config "
+            "from config.json, or download the model again."
         )
     if is_quantized(files) and options.quantization == "none":
         raise UserError(
-            f"--model {options.model} is already quantised to 4 bits: use --quantization nf4, or "
-            "the original weights."
+            f"--model {options.model} is already quantised to 4 bits, which --quantization none "
+            "cannot undo. Use --quantization nf4, or give the model with the original weights."
         )
 
 
-def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
-    """What stands, what it cost the rank that paid most, what was left unquantised. Collective."""
+def _print_what_was_loaded(model: Model, report: LoadReport) -> None:
+    """Print what was loaded, the most that a rank read, and what is not quantised. Collective."""
     costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
     most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
     linear, other, received = (megabytes(int(n)) for n in most)
     trained = sum(p.ds_numel for p in model.trainable())  # type: ignore[attr-defined]
     print_line("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
     print_line(
-        "", f"read by each: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights"
+        "",
+        f"read per rank: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights",
     )
-    print_line("", f"and {other} of the rest; received from others: {received} of scales")
+    print_line("", f"and {other} of other weights; received from other ranks: {received} of scales")
     if report.experts:
-        print_line("", f"{report.experts:,} experts in 4 bits, one by one; they carry no adapters")
-    for name, count, size in _alike(report.unquantized):
+        print_line("", f"{report.experts:,} experts quantised to 4 bits one by one, no adapters")
+    for name, count, size in _grouped(report.unquantized):
         times = f"{count} x " if count > 1 else ""
         print_line("", f"not quantised: {times}{name} ({megabytes(size)})")
     if model.head.modules:
@@ -281,8 +325,8 @@ def _say_what_was_loaded(model: Model, report: LoadReport) -> None:
     print_line("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")
 
 
-def _alike(sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
-    """(name, how many, bytes together) of what differs in layer and expert numbers only."""
+def _grouped(sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
+    """Group names that differ only in layer and expert numbers: (name, count, total bytes)."""
     groups: dict[str, list[int]] = defaultdict(list)
     for name, size in sizes.items():
         groups[re.sub(r"\b\d+\b", "*", name)].append(size)

@@ -1,4 +1,7 @@
-"""Which modules train: linears that carry a delta, and those trained in full. PEFT's names."""
+"""Find the modules that train: linears that get an adapter, and modules trained in full.
+
+``target_modules`` and ``modules_to_save`` mean the same as in PEFT.
+"""
 
 import re
 from collections.abc import Collection, Iterable, Sequence
@@ -15,11 +18,20 @@ from sparse_lora_dist.tasks.class_head import Head, modules_inside
 
 
 def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[str]) -> list[Site]:
-    """The linears that carry a delta.
+    """Find the linears that get an adapter.
 
-    ``target_modules`` may be ``"all-linear"``: every linear but the output head; any other string:
-    a regular expression that must match the whole name; a sequence: names, each the whole of a
-    module's name or its end after a dot. Modules trained in ``full`` never carry one.
+    Args:
+        model: the base model; it may be on the meta device.
+        adapter: options of the adapter. ``target_modules`` is "all-linear" (every linear but the
+            output head), another string (a regular expression that must match a whole name), or a
+            sequence of names (each a whole name, or what follows a dot in one).
+        full: names of modules trained in full, which get no adapter.
+
+    Returns:
+        The sites, in the model's order.
+
+    Raises:
+        UserError: a name matches no linear, or the rank is larger than a side of a linear.
     """
     wanted, head = adapter.target_modules, output_head(model)
     linears = {n: m for n, m in model.named_modules() if is_plain_linear(m) and n not in full}
@@ -33,8 +45,8 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
     unused = [w for w in names if not any(is_called(n, w) for n in chosen)]
     if unused or not chosen:
         raise UserError(
-            f"--target_modules: no linear is called {', '.join(unused) or wanted}. "
-            f"This model has: {_endings(linears)}. Name some of these, or use all-linear."
+            f"--target_modules: no linear of this model matches {', '.join(unused) or wanted}. "
+            f"Its linears are called {_endings(linears)}. Name some of these, or use all-linear."
         )
     sites = [
         Site(
@@ -50,42 +62,57 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
 
 
 def _check_ranks(sites: Sequence[Site]) -> None:
-    """A rank above a matrix side buys nothing: the product cannot have it."""
+    """Refuse a rank above a side of a matrix, which the product of A and B cannot have."""
     small = [s for s in sites if s.rank > min(s.in_features, s.out_features)]
     if small:
         first = small[0]
         raise UserError(
-            f"--rank {first.rank} is larger than a side of {len(small)} target matrices, the first "
-            f"is {first.name} ({first.out_features} x {first.in_features}). Lower --rank or leave "
-            "these out of --target_modules."
+            f"--rank {first.rank} is larger than a side of {len(small)} target matrices; the first "
+            f"is {first.name} ({first.out_features} x {first.in_features}). Lower --rank, or leave "
+            "these modules out of --target_modules."
         )
 
 
 def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict[str, nn.Module]:
-    """Modules to train in full (``--modules_to_save``), by name, but those of the head, which do so
-    unasked."""
+    """Find the modules that ``--modules_to_save`` names, besides the head, which always trains.
+
+    Args:
+        model: the base model; it may be on the meta device.
+        wanted: names of modules, each a whole name, or what follows a dot in one.
+        head: a classifier's head.
+
+    Returns:
+        Modules to train in full, by name.
+
+    Raises:
+        UserError: a name matches no module, or one that cannot be trained in full.
+    """
     unasked = modules_inside(head.modules)
     modules = {n: m for n, m in model.named_modules() if n not in unasked}
     wanted = [w for w in wanted if not any(is_called(n, w) for n in unasked)]
     found = {n: m for n, m in modules.items() if any(is_called(n, w) for w in wanted)}
-    problems = [f"nothing is called {w}" for w in wanted if not any(is_called(n, w) for n in found)]
+    problems = [
+        f"no module is called {w}" for w in wanted if not any(is_called(n, w) for n in found)
+    ]
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
-        problems.append(f"{branches[0]} has modules inside; name those that hold parameters")
+        problems.append(f"{branches[0]} contains modules: name those of them that hold parameters")
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = model.config.tie_word_embeddings and ends[1] is not None
     if is_tied and any(m in ends for m in found.values()):
-        problems.append("input and output embeddings of this model are tied and stay frozen")
+        problems.append(
+            "the input and output embeddings of this model are tied, so they must stay frozen"
+        )
     if problems:
         holders = [n for n, m in modules.items() if next(m.parameters(False), None) is not None]
         raise UserError(
-            f"--modules_to_save: {'; '.join(problems)}. This model has: {_endings(holders)}."
+            f"--modules_to_save: {'; '.join(problems)}. Its modules are: {_endings(holders)}."
         )
     return found
 
 
 def is_called(name: str, ending: str) -> bool:
-    """Is ``ending`` the whole of a module's name, or what follows a dot in it?"""
+    """Return whether ``ending`` is a module's whole name, or what follows a dot in it."""
     return name == ending or name.endswith(f".{ending}")
 
 

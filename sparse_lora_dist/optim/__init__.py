@@ -1,1 +1,1 @@
-"""The optimizer: AdamW with moments for live entries only, and its learning rates."""
+"""AdamW with moments for live entries only, and learning rates by step and birth step."""

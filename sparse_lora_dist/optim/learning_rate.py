@@ -1,5 +1,7 @@
-"""(step, birth) -> learning rate, by transformers' schedules. Nothing is kept, so nothing has to be
-saved."""
+"""Learning rate as a function of step and birth step, from the schedules of transformers.
+
+It has no state, so a checkpoint saves none.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,24 +13,36 @@ from transformers import get_scheduler
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningRate:
-    """The learning rate of every step and entry of a run."""
+    """Learning rate of every step and entry of a run."""
 
     name: str
+    """Schedule, by its name in transformers: "linear", "cosine", "constant_with_warmup" ..."""
     peak: float
+    """Learning rate after warm-up."""
     warmup_steps: int
+    """Warm-up steps at the start of each stage."""
     stages: tuple[int, ...]
-    """Last steps of the parts that each see the whole schedule; the last is that of the run."""
+    """Last step of each stage; each stage runs through the whole schedule. The last stage ends with
+    the run."""
     first_stage_only: bool = False
-    """The others have rate 0."""
+    """Whether all stages but the first have learning rate 0."""
     newborn_warmup: int = 0
+    """Warm-up steps of an entry that comes to life within a stage."""
     newborn_restarts: bool = False
+    """Whether such an entry runs through a schedule of its own, from its birth to the stage's
+    end."""
 
     def at(self, step: int, born: int = 0) -> float:
-        """At optimizer step 1, 2, ..., for entries that came to life after ``born`` steps.
+        """Return the learning rate of a step for entries of one birth step.
 
-        An entry born within a stage warms up on its own: its rate is the stage's, times a ramp over
-        ``newborn_warmup`` steps; or with ``newborn_restarts`` that of a schedule which begins at
-        its birth and ends with the stage (IncreLoRA, arXiv:2308.12043, "restart warm-up").
+        An entry born within a stage warms up on its own. Its rate is the stage's, times a linear
+        ramp over ``newborn_warmup`` steps; with ``newborn_restarts`` it is that of a schedule that
+        begins at its birth and ends with the stage (IncreLoRA, arXiv:2308.12043, "restart
+        warm-up").
+
+        Args:
+            step: optimizer step, counted from 1.
+            born: number of optimizer steps done when the entries came to life.
         """
         start, end = stage_of(step, self.stages)
         if self.first_stage_only and start > 0:
@@ -44,18 +58,31 @@ class LearningRate:
 
 
 def stage_of(step: int, stages: tuple[int, ...]) -> tuple[int, int]:
-    """(steps before the stage that ``step`` belongs to, its last step)."""
+    """Find the stage of a step.
+
+    Args:
+        step: optimizer step, counted from 1.
+        stages: last step of each stage, ascending.
+
+    Returns:
+        (last step before the stage, last step of the stage).
+
+    Raises:
+        ValueError: the step is beyond the last stage.
+    """
     start = 0
     for end in stages:
         if step <= end:
             return start, end
         start = end
-    raise ValueError(f"step {step} lies beyond the last stage, which ends at {start}")
+    raise ValueError(f"step {step} is beyond the last stage, which ends at step {start}")
 
 
 def _factor(name: str, warmup_steps: int, total_steps: int, step: int) -> float:
-    # Schedulers count finished steps, so step 1 of a warm-up from 0 would do nothing; during it
-    # a step gets the next one's value. Later not, or the last step of the run would do nothing.
+    # A schedule f counts finished steps, so step t would get f(t - 1), and step 1 of the warm-up
+    # f(0) = 0. During warm-up step t gets f(t) instead. After it step t does get f(t - 1): with
+    # f(t) the last step would have rate 0. Linear, with 2 warm-up steps of 4:
+    #     step 1: f(1) = 0.5    step 2: f(2) = 1.0    step 3: f(2) = 1.0    step 4: f(3) = 0.5
     return _schedule(name, warmup_steps, total_steps)(step if step <= warmup_steps else step - 1)
 
 

@@ -1,7 +1,7 @@
-"""Adam's moments of one chunk of a shard, packed to the entries that live, and how they are stored.
+"""Adam's moments of one chunk of a shard, stored for live entries only, in fp32 or 8 bits.
 
-Shapes: N entries of the chunk, L of them live, K steps after which some of these came to life,
-B blocks of 8-bit values.
+Shapes: N entries of the chunk, L of them live, K distinct birth steps of these, B blocks of 8-bit
+values.
 """
 
 from collections.abc import Sequence
@@ -14,33 +14,39 @@ from torch import Tensor
 from sparse_lora_dist.methods.shared.bit_masks import pack_bits, unpack_bits
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of the first and second moment, as in torch.optim.AdamW."""
 
 BLOCK = 256
 """8-bit values that share a scale."""
 
 
 class Fp32:
-    """A moment as it is."""
+    """A moment in fp32."""
 
     def __init__(self, values_L: Tensor, *, signed: bool) -> None:
         self.tensors: tuple[Tensor, ...] = (values_L,)
 
     def read(self) -> Tensor:
-        """fp32 [L], to be changed in place and written back."""
+        """Return the moment, fp32 [L], to be changed in place and passed to ``write``."""
         return self.tensors[0]
 
     def write(self, values_L: Tensor) -> None:
-        """Keep these from now on."""
+        """Store the moment, fp32 [L]."""
         self.tensors = (values_L,)
 
 
 class EightBit:
-    """A moment in Dettmers et al. 2021's blockwise dynamic 8-bit code, arXiv:2110.02861.
+    """A moment in blockwise dynamic 8-bit code (Dettmers et al. 2021, arXiv:2110.02861).
 
-    Two changes. A negative maximum of a block is a code of its own, like a positive one: otherwise
-    it would shrink by 0.7 % at every step. And of ``exp_avg_sq`` only zero is stored as zero, or
-    the next update of an entry that is small in its block would be without bound (zero-point
-    problem: Li et al. 2023, arXiv:2309.01507). What ``read`` gives is written to the same bytes.
+    Two things differ from bitsandbytes. First, -1.0 is a code, as 1.0 is: otherwise an entry that
+    is the negative maximum of its block would shrink by 0.7 % at every step. Second, a positive
+    entry of ``exp_avg_sq`` is never stored as zero: if it were, the next update of an entry that is
+    small in its block would be unbounded (the zero-point problem of Li et al. 2023,
+    arXiv:2309.01507). Writing what ``read`` returned gives the same bytes.
+
+    Args:
+        values_L: the moment, fp32.
+        signed: whether values may be negative: True for ``exp_avg``, False for ``exp_avg_sq``.
     """
 
     def __init__(self, values_L: Tensor, *, signed: bool) -> None:
@@ -48,7 +54,7 @@ class EightBit:
         self.write(values_L)
 
     def read(self) -> Tensor:
-        """fp32 [L], a copy."""
+        """Return the moment, fp32 [L], a copy."""
         codes_L, absmax_B = self.tensors
         if codes_L.numel() == 0:
             return absmax_B
@@ -59,26 +65,26 @@ class EightBit:
         return values_L
 
     def write(self, values_L: Tensor) -> None:
-        """Keep these from now on, as nearly as eight bits can."""
-        if values_L.numel() == 0:  # bitsandbytes would launch a CUDA kernel of no blocks
+        """Store the moment, fp32 [L], rounded to codes of its blocks."""
+        if values_L.numel() == 0:  # bitsandbytes would launch a CUDA kernel with no blocks
             self.tensors = values_L.byte(), values_L
             return
         code, rounded_L = dynamic_code(self.signed, values_L.device), values_L
-        # Twice: the CPU kernel rounds by a table too coarse for the smallest codes, whose own
-        # values it moves to the neighbour; there they stay.
+        # Twice: the CPU kernel's rounding table is too coarse for the smallest codes, and moves the
+        # value of such a code to its neighbour, where it stays. The second round reaches that.
         for _ in range(2):
             codes_L, scale = quantize_blockwise(rounded_L, code=code, blocksize=BLOCK)
             rounded_L = dequantize_blockwise(codes_L, scale)
         if not self.signed:
             codes_L.clamp_(min=1)
-        # By that table zero is not reached either, which newborn entries need.
+        # The table does not reach zero either, which entries that come to life start from.
         codes_L.masked_fill_(values_L == 0, 127 if self.signed else 0)
         self.tensors = codes_L, scale.absmax
 
 
 @cache
 def dynamic_code(signed: bool, device: torch.device) -> Tensor:
-    """What each of the 256 codes stands for, in maxima of its block."""
+    """Return the value of each of the 256 codes, as a fraction of its block's maximum, fp32."""
     code: Tensor = create_dynamic_map(signed=signed)
     if signed:
         code[0] = -1.0
@@ -86,10 +92,27 @@ def dynamic_code(signed: bool, device: torch.device) -> Tensor:
 
 
 class Packed:
-    """State of a chunk: a bit an entry, and of live ones two moments and when they came to life.
+    """Optimizer state of a chunk: one bit per entry, and moments and birth steps of live entries.
 
-    ``births`` lists the steps after which entries came to life; ``birth_L`` says for each which of
-    them it was, and is there only where there are several.
+    Packed tensors hold the live entries in the order of the chunk. A chunk of N = 8 entries, of
+    which L = 3 live, two since the start and one since step 20 (K = 2):
+
+        entry of the chunk      0    1    2    3    4    5    6    7
+        live                    no   yes  no   no   yes  yes  no   no     bits = [0b00110010]
+        exp_avg, exp_avg_sq          [0]            [1]  [2]              L values each
+        birth step                   0              20   0                births = [0, 20]
+                                                                          birth_L = [0, 1, 0]
+
+    ``births`` lists the distinct birth steps in ascending order, and ``birth_L`` has the index into
+    it of each live entry. ``birth_L`` is None if all live entries share one birth step, which is
+    the usual case.
+
+    Args:
+        live_N: mask of live entries, bool.
+        exp_avg_N: first moment, fp32; values of dead entries are ignored, here and below.
+        exp_avg_sq_N: second moment, fp32.
+        born_N: birth steps, int32.
+        eight_bit: whether to store moments in 8 bits.
     """
 
     def __init__(
@@ -107,48 +130,55 @@ class Packed:
         self.exp_avg = moment(exp_avg_N[live_N], signed=True)
         self.exp_avg_sq = moment(exp_avg_sq_N[live_N], signed=False)
         born_L = born_N[live_N]
-        births_K = born_L.bincount().nonzero().flatten().int()  # Tensor.unique would sort them all
-        assert len(births_K) <= 2**15, "births are counted in int16"
+        births_K = born_L.bincount().nonzero().flatten().int()  # Tensor.unique would sort all L
+        assert len(births_K) <= 2**15, "birth_L is int16"
         self.births: list[int] = births_K.tolist()
         self.birth_L: Tensor | None = None
         if len(births_K) > 1:
             self.birth_L = torch.searchsorted(births_K, born_L, out_int32=True).to(torch.int16)
 
     def live(self) -> Tensor:
-        """bool [N]"""
+        """Return the mask of live entries, bool [N]."""
         return unpack_bits(self.bits, self.size)
 
     def where(self) -> Tensor | None:
-        """Positions of the live entries, [L]; None: all live."""
+        """Return the positions of the live entries in the chunk, int64 [L]; None if all live."""
         return None if self.count == self.size else self.live().nonzero().flatten()
 
     def spread(self, values_L: Tensor) -> Tensor:
-        """[N], zero where nothing lives."""
-        if self.count == self.size:  # a tenth of the time, which saving waits for
+        """Return packed values [L] at their places in the chunk [N], with zero for dead entries."""
+        if self.count == self.size:  # takes a tenth of the time of the general case
             return values_L.clone()
         out_N = torch.zeros(self.size, dtype=values_L.dtype, device=values_L.device)
         out_N[self.live()] = values_L
         return out_N
 
     def born(self) -> Tensor:
-        """The step after which each entry came to life, int32 [N], zero where nothing lives."""
+        """Return the birth step of each entry, int32 [N], zero for dead entries."""
         births_K = torch.tensor(self.births, dtype=torch.int32, device=self.bits.device)
-        born_L = births_K.expand(self.count) if self.birth_L is None else self._pick(births_K)
+        born_L = births_K.expand(self.count) if self.birth_L is None else self._by_birth(births_K)
         return self.spread(born_L)
 
     def per_entry(self, values_K: Sequence[float]) -> float | Tensor:
-        """A value for each birth -> one for each live entry, or for all where they share it."""
+        """Return the value of each live entry's birth step.
+
+        Args:
+            values_K: one value per birth step, in the order of ``births``.
+
+        Returns:
+            fp32 [L]; or one float if all birth steps have the same value.
+        """
         if len(set(values_K)) == 1:
             return values_K[0]
-        return self._pick(torch.tensor(values_K, dtype=torch.float32, device=self.bits.device))
+        return self._by_birth(torch.tensor(values_K, dtype=torch.float32, device=self.bits.device))
 
     def nbytes(self) -> int:
-        """Of all storages."""
+        """Return the bytes of all storages."""
         tensors = [self.bits, *self.exp_avg.tensors, *self.exp_avg_sq.tensors]
         if self.birth_L is not None:
             tensors.append(self.birth_L)
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
-    def _pick(self, values_K: Tensor) -> Tensor:
+    def _by_birth(self, values_K: Tensor) -> Tensor:
         assert self.birth_L is not None
         return values_K[self.birth_L.int()]

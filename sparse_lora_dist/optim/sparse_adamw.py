@@ -1,9 +1,19 @@
-"""SparseAdamW: AdamW over ZeRO-3's flat fp32 shards, paying for live entries only.
+"""SparseAdamW: AdamW over ZeRO-3's flat fp32 shards, with moments for live entries only.
 
-DeepSpeed hands ``step`` one flat shard at a time, several adapters one after another, rows cut
-anywhere. So all that happens here is elementwise: gather the live entries, step them, project them,
-write them back; what is not live holds its value. Done inside ``step``, the low-precision copy that
-DeepSpeed makes right after it is never stale.
+DeepSpeed passes ``step`` one flat shard at a time. A flat shard holds this rank's parts of many
+tensors one after another, cut anywhere, so everything here is elementwise: pick the live entries,
+step them, project them, write them back. Dead entries keep their values. Since all of it happens
+inside ``step``, the low-precision copy that DeepSpeed makes right after ``step`` is up to date.
+
+A flat shard is worked on in chunks of ``CHUNK`` entries, each with a ``Packed`` state of its own:
+
+    flat shard    | chunk 0: 262,144 entries | chunk 1: 262,144 | ... | last chunk: the rest |
+
+Stepping and re-packing need scratch memory per entry, and chunks bound it.
+
+Birth steps: if a decision after step 19 but before the engine's step 20 brings an entry to life,
+19 steps are done, so its birth step is 19. Step 20 is its first: age 20 - 19 = 1. An entry that
+dies loses its moments; brought to life again, it starts at zero with a new birth step.
 """
 
 from collections.abc import Iterable
@@ -17,23 +27,26 @@ from sparse_lora_dist.methods.protocol.form import Update
 from sparse_lora_dist.optim.moments import MOMENTS, Packed
 
 CHUNK = 2**18
-"""Entries stepped and re-packed at a time, since both take scratch for each; a multiple of 8."""
+"""Entries that are stepped and re-packed at a time; a multiple of 8, so that bits fill bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateBytes:
-    """Bytes of moments, live bits and births on this rank, as their storages have them."""
+    """Bytes of optimizer state on this rank: moments, live bits and birth steps."""
 
     now: int
+    """Bytes held at present."""
     peak: int
-    """The most so far, between re-packings."""
+    """Most bytes held so far, outside re-packing."""
     repacking: int
-    """The most so far while a chunk was re-packed: its old state, its new one, and its moments and
-    births spread out between the two."""
+    """Most bytes held so far while a chunk was re-packed: all state, the chunk's new state, and its
+    unpacked moments and birth steps."""
 
 
 class SparseAdamW(torch.optim.Optimizer):
-    """Loshchilov & Hutter 2019, arXiv:1711.05101, with the same arithmetic as torch.optim.AdamW:
+    """AdamW of live entries (Loshchilov & Hutter 2019, arXiv:1711.05101).
+
+    The arithmetic is that of torch.optim.AdamW, followed by the method's projection:
 
         w <- (1 - lr * weight_decay) w
         m <- lerp(m, g, 1 - beta1)            v <- beta2 v + (1 - beta2) g^2
@@ -41,14 +54,32 @@ class SparseAdamW(torch.optim.Optimizer):
         w <- w - lr / (1 - beta1^age) * m / denominator
         w <- project(w, Update(step, lr, denominator))
 
-    ``age`` counts the steps of an entry since it came to life, not those of the run: its moments
-    start at zero, and with a bias corrected for the run's age its first updates would be 2.5 to 4
-    times too large.
+    ``age`` is the number of steps since the entry's birth step, not the step of the run: bias
+    correction makes up for moments that start at zero, and those of an entry start at its birth.
+    With the run's step, an entry that is born late would get almost no correction. With betas 0.9
+    and 0.999, at its first step m = 0.1 g and sqrt(v) = 0.032 |g|, so it would move by 3.2 lr
+    instead of lr.
 
-    Keys of a param group, besides Adam's: ``rate`` (born -> learning rate now of entries that came
-    to life after so many steps; None: ``lr`` for all), ``lr_factor`` (multiplies either) and
-    ``project`` (None, or a ``Project``). State of a shard: ``step``, how many it has done, and
-    ``chunks``, one ``Packed`` each.
+    Keys of a param group besides Adam's:
+        rate: birth step -> learning rate of this step; None uses ``lr`` for all entries.
+        lr_factor: multiplies the learning rate.
+        project: ``Project`` that ends an update; None for none.
+
+    Keys of a flat shard's state:
+        step: number of steps it has done.
+        chunks: one ``Packed`` per chunk.
+        zero: mask of entries that become zero at the end of its next step, if there are any.
+
+    A flat shard has no live entries until ``set_live`` or ``restore``. No method is collective: all
+    of them work on this rank's flat shards alone.
+
+    Args:
+        params: parameters or param groups, as for any torch optimizer.
+        lr: learning rate of groups whose ``rate`` is None.
+        weight_decay: decoupled weight decay.
+        betas: decay rates of the two moments.
+        eps: added to the denominator.
+        eight_bit: whether to store moments in 8 bits.
     """
 
     def __init__(
@@ -67,8 +98,15 @@ class SparseAdamW(torch.optim.Optimizer):
         self._peak = self._repacking = 0
 
     def set_live(self, flat: Tensor, live: Tensor) -> None:
-        """Only these entries of a shard are stepped from now on. Survivors keep moments and birth;
-        the others start at zero, born now."""
+        """Set which entries of a flat shard are stepped from now on.
+
+        Entries that lived before keep their moments and birth step. The others start with zero
+        moments, and their birth step is the number of steps done.
+
+        Args:
+            flat: flat shard, fp32, 1-D.
+            live: mask of the entries that live, bool, of ``flat``'s length.
+        """
         state = self._state(flat)
         for i, live_N in enumerate(live.to(flat.device).split(CHUNK)):
             old = state["chunks"][i]
@@ -85,7 +123,16 @@ class SparseAdamW(torch.optim.Optimizer):
         born: Tensor,
         steps: int,
     ) -> None:
-        """Put back what ``live``, ``dense`` and ``born`` gave, after ``steps`` steps."""
+        """Restore what ``live``, ``dense`` and ``born`` returned for a flat shard.
+
+        Args:
+            flat: flat shard, fp32, 1-D; the tensors below have its length.
+            live: mask of live entries, bool.
+            exp_avg: first moment, fp32, zero for dead entries.
+            exp_avg_sq: second moment, fp32, zero for dead entries.
+            born: birth steps, int32.
+            steps: number of steps that were done.
+        """
         state = self._state(flat)
         state["step"] = steps
         parts = (t.to(flat.device).split(CHUNK) for t in (live, exp_avg, exp_avg_sq, born))
@@ -93,7 +140,7 @@ class SparseAdamW(torch.optim.Optimizer):
             self._pack(state, i, *part)
 
     def reset_moments(self) -> None:
-        """Every live entry starts anew: moments zero, born now."""
+        """Reset every live entry: zero moments, and the number of steps done as birth step."""
         for state in self.state.values():
             for i, old in enumerate(state["chunks"]):
                 live_N = old.live()
@@ -102,42 +149,50 @@ class SparseAdamW(torch.optim.Optimizer):
                 self._pack(state, i, live_N, zero_N, zero_N, now_N)
 
     def zero_after_step(self, flat: Tensor, mask: Tensor) -> None:
-        """These entries, live or not, are exactly zero at the end of the shard's next step."""
+        """Set entries to zero at the end of the flat shard's next step, whether live or dead.
+
+        Args:
+            flat: flat shard, fp32, 1-D.
+            mask: entries to set to zero, bool, of ``flat``'s length.
+        """
         state = self._state(flat)
         state["zero"] = mask.to(flat.device) | state.get("zero", False)
 
     def live(self, flat: Tensor) -> Tensor:
-        """Which entries of a shard live, bool."""
+        """Return the mask of live entries of a flat shard, bool, of its length."""
         return torch.cat([chunk.live() for chunk in self.state[flat]["chunks"]])
 
     def dense(self, flat: Tensor, key: str) -> Tensor:
-        """A moment spread out over its shard, fp32, zero where nothing lives."""
+        """Return the moment ``key`` of a flat shard, fp32, of its length, zero for dead entries."""
         chunks = self.state[flat]["chunks"]
         return torch.cat([chunk.spread(getattr(chunk, key).read()) for chunk in chunks])
 
     def born(self, flat: Tensor) -> Tensor:
-        """The steps after which entries came to life, int32, zero where nothing lives."""
+        """Return the birth steps of a flat shard, int32, of its length, zero for dead entries."""
         return torch.cat([chunk.born() for chunk in self.state[flat]["chunks"]])
 
     def num_live(self) -> int:
-        """Live entries on this rank."""
+        """Return the number of live entries on this rank."""
         return sum(chunk.count for state in self.state.values() for chunk in state["chunks"])
 
     def state_bytes(self) -> StateBytes:
-        """Exact: all that is kept from one step to the next."""
+        """Return the exact bytes of all state that is kept from one step to the next."""
         return StateBytes(now=self._nbytes(), peak=self._peak, repacking=self._repacking)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # ZeRO-3 has no closures
-        """One AdamW step of whatever shards the engine has put into ``param_groups``."""
+        """Step the flat shards that the engine has put into ``param_groups``."""
         for group in self.param_groups:
             for flat in group["params"]:
                 self._step_shard(flat, group)
 
     @torch.no_grad()
     def skip_step(self, flat: Tensor) -> None:
-        """What is left of a shard's step that the engine refused: it counts, so that ages and
-        births stay steps of the run, and what was to be zero after it is."""
+        """Count a step that the engine did not apply to a flat shard.
+
+        It counts so that ages and birth steps stay steps of the run, and entries that were to be
+        zero after the step become zero.
+        """
         self._begin_step(flat)
         self._end_step(flat)
 
@@ -145,9 +200,9 @@ class SparseAdamW(torch.optim.Optimizer):
         state = self._begin_step(flat)
         assert flat.grad is not None, "the engine calls step with a gradient in place"
         parts = flat.data.split(CHUNK), flat.grad.split(CHUNK), state["chunks"]
-        for whole_N, grad_N, chunk in zip(*parts, strict=True):
+        for w_N, grad_N, chunk in zip(*parts, strict=True):
             if chunk.count > 0:
-                _step_chunk(whole_N, grad_N, chunk, state["step"], group)
+                _step_chunk(w_N, grad_N, chunk, state["step"], group)
         self._end_step(flat)
 
     def _begin_step(self, flat: Tensor) -> dict[str, Any]:
@@ -160,7 +215,7 @@ class SparseAdamW(torch.optim.Optimizer):
             flat.data.masked_fill_(zero, 0.0)
 
     def _state(self, flat: Tensor) -> dict[str, Any]:
-        """A shard's state; at first nothing lives in it."""
+        """Return the state of a flat shard. A new one has no live entries."""
         state: dict[str, Any] = self.state[flat]
         if not state:
             state["step"], state["chunks"] = 0, []
@@ -184,21 +239,26 @@ class SparseAdamW(torch.optim.Optimizer):
 
 
 def _step_chunk(
-    whole_N: Tensor, grad_N: Tensor, chunk: Packed, step: int, group: dict[str, Any]
+    w_N: Tensor, grad_N: Tensor, chunk: Packed, step: int, group: dict[str, Any]
 ) -> None:
-    where = chunk.where()
-    w, grad = (whole_N, grad_N) if where is None else (whole_N[where], grad_N[where])
+    """Step and project the live entries of a chunk of N entries, in place."""
+    where_L = chunk.where()
+    w, grad = (w_N, grad_N) if where_L is None else (w_N[where_L], grad_N[where_L])
     update = _adamw(w, grad, chunk, step, group)
     if group["project"]:
         w = group["project"](w, update)
-    if where is None:
-        whole_N.copy_(w)
+    if where_L is None:
+        w_N.copy_(w)
     else:
-        whole_N[where] = w
+        w_N[where_L] = w
 
 
 def _adamw(w: Tensor, grad: Tensor, chunk: Packed, step: int, group: dict[str, Any]) -> Update:
-    """Step ``w`` in place, and the chunk's moments, in the order of torch.optim.AdamW."""
+    """Step the live entries ``w`` [L] and the chunk's moments in place, as torch.optim.AdamW does.
+
+    All K values below are per birth step: entries of one birth step share age, learning rate and
+    bias correction.
+    """
     rate, (beta1, beta2) = group["rate"], group["betas"]
     ages_K = [step - born for born in chunk.births]
     lr_K = [(rate(b) if rate else group["lr"]) * group["lr_factor"] for b in chunk.births]

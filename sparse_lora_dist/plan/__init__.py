@@ -1,1 +1,1 @@
-"""Will it fit? Bytes per rank, traffic and time of a run, from a model's shapes alone."""
+"""The planner: memory per rank, traffic and time of a run, from the model's shapes alone."""

@@ -1,4 +1,4 @@
-"""Does it fit, on how many GPUs would it, and what to change where it does not."""
+"""Whether a run fits, on how few ranks it would fit, and changes that save memory."""
 
 import bisect
 import math
@@ -10,41 +10,51 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.plan.memory import rank_memory
 from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
-MOST_RANKS = 4096
+MAX_RANKS = 4096
+"""Largest number of ranks that is tried."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Need:
-    """Bytes that a run asks for."""
+    """Peak memory of a run over loading, training and saving, in bytes."""
 
     gpu: int
-    """Of each GPU."""
+    """Bytes of the GPU of the rank that needs most."""
     host: int
-    """Of each machine."""
+    """Bytes of host memory of a machine, all its ranks together."""
 
     def fits(self, limits: "Limits") -> bool:
-        """Into what there is?"""
+        """Does the run fit into ``limits``?"""
         return self.gpu <= limits.gpu and (limits.host is None or self.host <= limits.host)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Bytes of a GPU, and of a machine's memory where that is to be checked."""
+    """Memory that there is, in bytes."""
 
     gpu: int
+    """Memory of one GPU."""
     host: int | None
+    """Memory of one machine; None leaves it unchecked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """Something else than what was asked, and what it would need."""
+    """A change to the planned run, and the memory that the run would then need."""
 
     what: str
+    """The options or the engine file to set, in words."""
     need: Need
 
 
 def need_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Need:
-    """Peaks over loading and training."""
+    """Return the peak memory of a run.
+
+    Args:
+        shapes: the model and what trains on it.
+        engine: the memory settings of the engine file.
+        ranks: the ranks and machines of the job.
+    """
     memory = rank_memory(shapes, engine, ranks)
     return Need(gpu=memory.peak("gpu"), host=memory.peak("host") * ranks.per_node)
 
@@ -52,8 +62,15 @@ def need_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Need:
 def smallest_world(
     shapes: Shapes, engine: PlannedEngine, ranks: Ranks, limits: Limits
 ) -> int | None:
-    """The least number of ranks that fits, on one machine with as many GPUs as now or on several
-    that are full; None: none does. hpZ's partition divides it, or the run would be refused."""
+    """Find the smallest number of ranks on which the run fits, up to ``MAX_RANKS``.
+
+    Tried are all numbers of ranks on one machine, up to ``ranks.per_node``, and then full machines.
+    Only multiples of hpZ's partition size are tried, as training refuses others. If the engine file
+    sets train_batch_size, only the present number is tried.
+
+    Returns:
+        The number of ranks, or None if the run fits on none.
+    """
 
     def fits(count: int) -> bool:
         spread = replace(ranks, world_size=count, nodes=-(-count // ranks.per_node))
@@ -61,19 +78,20 @@ def smallest_world(
 
     if engine.settles_ranks:
         return ranks.world_size if fits(ranks.world_size) else None
-    # One by one: more ranks on a machine need more of its memory, and one alone gathers nothing.
+    # Not by bisection: more ranks on a machine need more of its memory, and a single rank gathers
+    # nothing, so the need neither only grows nor only shrinks.
     for count in range(engine.hpz, ranks.per_node + 1, engine.hpz):
         if fits(count):
             return count
     full = math.lcm(ranks.per_node, engine.hpz)
-    counts = range(full, MOST_RANKS + 1, full)
-    # More machines never need more of each.
+    counts = range(full, MAX_RANKS + 1, full)
+    # Bisection, because with more machines none of them needs more memory.
     first = bisect.bisect_left(counts, True, key=fits)
     return counts[first] if first < len(counts) else None
 
 
 def changes(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> list[Change]:
-    """Each by itself, and last all that can go together."""
+    """List changes that save memory, by the GPU memory needed: each alone, and all combined."""
     found = [
         Change(what=what, need=need_of(other, own, spread))
         for what, other, own, spread in _variants(shapes, engine, ranks)
@@ -82,42 +100,43 @@ def changes(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> list[Change]
 
 
 Variant = tuple[str, Shapes, PlannedEngine, Ranks]
+"""(the change in words, and what the changed run consists of)."""
 
 
 def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[Variant]:
     config = shapes.config
-    thrifty, words = config, []
+    saving, words = config, []
     for what, part, name, value in _savings(config):
-        thrifty = _with(thrifty, part, **{name: value})
+        saving = _with(saving, part, **{name: value})
         words.append(what)
         yield what, shapes.with_config(_with(config, part, **{name: value})), engine, ranks
     if shapes.whole_logits:
         yield (
-            "the loss in chunks (it is, unless --whole_logits)",
+            "the loss in chunks, without --whole_logits",
             shapes.with_config(config, whole_logits=False),
             engine,
             ranks,
         )
-    # As in that file, whatever this one has.
+    # The values of that file, whatever the present engine file has.
     away = replace(engine, parameters="cpu", optimizer="cpu", hpz=1, nvme_buffers=0, pinned=True)
     if ranks.on_gpu and away != engine:
         yield "--ds_config ds_configs/zero3_offload.json", shapes, away, ranks
     if engine.hpz > 1:
         yield (
-            "no copy of the base in each node: zero3.json instead of hpZ",
+            "zero3.json instead of hpZ: no second copy of the base in each node",
             shapes,
             replace(engine, hpz=1),
             ranks,
         )
     single = replace(engine, bounds=replace(engine.bounds, one_by_one=True))
     if ranks.world_size > 1 and single != engine:
-        yield "stage3_allgather_sequential true in the engine file", shapes, single, ranks
+        yield "stage3_allgather_sequential: true in the engine file", shapes, single, ranks
     double = replace(ranks, world_size=2 * ranks.world_size, nodes=2 * ranks.nodes)
     if not engine.settles_ranks:
         yield f"{double.world_size} ranks", shapes, engine, double
     if words and ranks.on_gpu:
         what = "offload and " + ", ".join(words)
-        yield what, shapes.with_config(thrifty), away, ranks
+        yield what, shapes.with_config(saving), away, ranks
 
 
 def _savings(config: Config) -> Iterator[tuple[str, str, str, Any]]:

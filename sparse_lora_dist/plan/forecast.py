@@ -1,8 +1,8 @@
-"""How many adapter entries will live, at first, at most and in the end: the method's own decisions,
-on a few small linears with random scores.
+"""Forecast of the live adapter entries: the first, the highest and the last fraction.
 
-Fractions of rows, columns and components are the same in small linears as in large ones, and what
-depends on the data (SoRA's gates) is taken as if nothing died of it.
+The method makes its own decisions for 8 linears of 200 x 200 with random scores. Fractions of rows,
+columns and components are the same in small linears as in large ones. Entries that die or not
+depending on the data (SoRA's gates) are counted as live.
 
 Shapes: R rank.
 """
@@ -27,29 +27,39 @@ from sparse_lora_dist.methods.protocol.method import (
 )
 
 SITES, FEATURES, STEPS = 8, 200, 200
+"""Number of linears, their in_features and out_features, and steps of the run that is simulated."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Live:
-    """Fractions of the entries of a rank that live: of the rank with most of them."""
+    """Live fractions of a rank's entries, for the rank with most live entries."""
 
     first: float
+    """Live fraction before the first optimizer step."""
     peak: float
+    """Highest live fraction of the run."""
     last: float
+    """Live fraction after the last decision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What lives, from decision to decision."""
+    """Live entries after each decision."""
 
     profiles: tuple[list[tuple[Tensor, int]], ...]
-    """Of tensors of one name and size: how many have each of their entries alive, 1-D; how many
-    there are, of what all linears share one."""
+    """One list per decision, with a pair for all tensors of the same name and size: for every
+    entry, the number of these tensors in which it is live (1-D float); and the number of the
+    tensors (1 for a tensor that all linears share)."""
     birth_bytes: int
-    """Of a birth for each live entry, where ages differ."""
+    """Bytes of the birth step of each live entry; 0 if all live entries share one birth step."""
 
     def on(self, world_size: int) -> Live:
-        """Shares are cut from first to last, and open components may all lie in the first."""
+        """Live fractions if the entries are sharded over ``world_size`` ranks.
+
+        Tensors are cut into contiguous shards, so the rank with most live entries can have far more
+        than the average: if a quarter of the components is open, all of them may lie on the first
+        of four ranks.
+        """
         fractions = [self._worst(profile, world_size) for profile in self.profiles]
         return Live(first=fractions[0], peak=max(fractions), last=fractions[-1])
 
@@ -64,14 +74,21 @@ class Forecast:
         return float(live.max()) / size
 
 
-def forecast(factory: MethodFactory, options: object, plan: RunContext) -> Forecast:
-    """Play the schedule of ``plan``, or of a run of 200 steps if it is longer and that will do."""
-    rank = max(site.rank for site in plan.sites)
+def forecast(factory: MethodFactory, options: object, context: RunContext) -> Forecast:
+    """Simulate the method's decisions over a run.
+
+    Args:
+        factory: the method.
+        options: the method's options.
+        context: the run. A longer run is shortened to 200 steps, unless the method's options, which
+            may be given in steps, do not allow it.
+    """
+    rank = max(site.rank for site in context.sites)
     side = max(FEATURES, rank)
     sites = tuple(
         Site(name=f"{i}", in_features=side, out_features=side, rank=rank) for i in range(SITES)
     )
-    method, steps = _shortest(factory, options, plan, sites)
+    method, steps = _shortest(factory, options, context, sites)
     live = {
         name: torch.ones(spec.shape, dtype=torch.bool)
         for name, spec in trained_specs(method, sites).items()
@@ -89,15 +106,15 @@ def forecast(factory: MethodFactory, options: object, plan: RunContext) -> Forec
 
 
 def _shortest(
-    factory: MethodFactory, options: object, plan: RunContext, sites: tuple[Site, ...]
+    factory: MethodFactory, options: object, context: RunContext, sites: tuple[Site, ...]
 ) -> tuple[Method, int]:
-    for steps in (min(STEPS, plan.total_steps), plan.total_steps):
+    for steps in (min(STEPS, context.total_steps), context.total_steps):
         try:
-            short = replace(plan, total_steps=steps, warmup_steps=0, sites=sites)
+            short = replace(context, total_steps=steps, warmup_steps=0, sites=sites)
             return factory.build(options, short), steps
-        except ValueError:  # options in steps that want a longer run
+        except ValueError:  # options given in steps need a longer run
             continue
-    return factory.build(options, plan), plan.total_steps
+    return factory.build(options, context), context.total_steps
 
 
 def _take(
@@ -117,7 +134,7 @@ def _profile(live: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
 
 
 class _RandomScores:
-    """``methods.base.Scores`` of tensors that lie here whole: what is dead scores zero."""
+    """``Scores`` of unsharded tensors: random where an entry is live, zero where it is dead."""
 
     def __init__(self, live: Mapping[str, Tensor], method: Method, num_sites: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -156,7 +173,7 @@ class _RandomScores:
 
 
 def _lines(t: Tensor, by: By) -> Tensor:
-    """The tensor as a matrix that has a segment in each row."""
+    """View a tensor as a matrix with one segment (a row, a column or all) in each row."""
     if by == "tensor":
         return t.reshape(1, -1)
     matrix = t.reshape(t.shape[0], -1)

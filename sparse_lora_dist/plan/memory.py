@@ -1,8 +1,8 @@
-"""Bytes of one rank, line by line: while it loads, in forward and backward, in the optimizer's
-step.
+"""Memory of one rank, line by line: while loading, in forward and backward, in the optimizer step,
+and while saving.
 
-Lines that come from shares are exact; activations and what is gathered are played through on
-shapes; what is assumed is a constant here, with its reason.
+Lines for shards are exact. Activations and gathered weights come from a playback of the step on the
+meta device. What is assumed is a constant in this file, with its reason.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,57 +24,69 @@ PHASES: dict[Phase, str] = {
     "save": "saving",
 }
 TRAINED: tuple[Phase, ...] = ("pass", "step", "save")
-"""Once the base is loaded."""
+"""Phases after the base is loaded."""
 
 LOGITS_CHUNK = 2**26
-"""Bytes of the fp32 logits of one chunk of the loss; three such tensors are alive at a time."""
+"""Bytes of the fp32 logits of one chunk of the loss; three tensors of this size exist at a time."""
 
 GPU_CONTEXT = 1_200_000_000
-"""CUDA's context, the libraries' workspaces and NCCL's buffers. Assumed: it varies by GPU."""
+"""Bytes of CUDA's context, library workspaces and NCCL's buffers on a GPU. Assumed: GPUs differ."""
 
 GPU_SLACK = 0.05
-"""Of what forward and backward allocate: blocks that PyTorch's allocator holds and cannot use.
+"""Fraction of what forward and backward allocate that PyTorch's allocator loses to fragmentation.
 Assumed."""
 
 CPU_PROCESS = 100_000_000
-"""What a rank on a CPU gains besides tensors once imports are done: data, modules imported late,
-gloo's buffers, small blocks. Measured: 0.09 to 0.13 GB (benchmarks/plan_check.py)."""
+"""Bytes of a CPU rank besides tensors, counted from the end of imports: data, modules imported
+late, gloo's buffers, small blocks. Measured: 0.09 to 0.13 GB (benchmarks/plan_check.py)."""
 
 HOST_PROCESS = 3_000_000_000
-"""A rank's Python, PyTorch with CUDA and data, on the host. Assumed, where there is a GPU."""
+"""Bytes of host memory of a rank with a GPU: Python, PyTorch with CUDA, data. Assumed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """Bytes of one thing in one place, in each phase."""
+    """One line of the memory table: what takes memory, where, and how much in each phase."""
 
     key: str
+    """Name of the line in JSON."""
     label: str
+    """Name of the line in the table."""
     place: Place
     bytes: dict[Phase, int]
+    """Bytes in each phase; a phase that is left out counts as 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """All lines of one rank."""
+    """All lines of the memory table of one rank."""
 
     lines: tuple[Line, ...]
 
     def total(self, place: Place, phase: Phase) -> int:
-        """Bytes of a place in a phase."""
+        """Sum of all lines of a place in a phase, in bytes."""
         return sum(line.bytes.get(phase, 0) for line in self.lines if line.place == place)
 
     def peak(self, place: Place) -> int:
-        """The most over all phases."""
+        """Highest total of a place over all phases, in bytes."""
         return max(self.total(place, phase) for phase in PHASES)
 
     def training_peak(self, place: Place) -> int:
-        """The most over forward, backward and step."""
+        """Highest total of a place over forward, backward and the optimizer step, in bytes."""
         return max(self.total(place, "pass"), self.total(place, "step"))
 
 
 def rank_memory(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> RankMemory:
-    """What the rank that needs most needs."""
+    """Plan the memory of the rank that needs most.
+
+    Args:
+        shapes: the model and what trains on it.
+        engine: the memory settings of the engine file.
+        ranks: the ranks and machines of the job.
+
+    Returns:
+        The lines that are not 0 in all phases.
+    """
     lines = [
         *_base(shapes, engine, ranks),
         *_adapter(shapes, engine, ranks),
@@ -102,23 +114,27 @@ FROZEN: dict[Kind, tuple[str, str]] = {
     "plain": ("unquantised_linears", "base: linears not quantised (the head)"),
     "embeddings": ("embeddings", "base: embeddings"),
     "rest": ("norms_and_biases", "base: norms, biases"),
-    "kept": ("kept", "adapter: what it keeps and never trains"),
+    "kept": ("kept", "adapter: kept tensors, never trained"),
 }
 
 
 def _base(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
-    small = [p for p in shapes.parameters if p.numel <= engine.bounds.persistent]
+
+    def stays(parameter: PlannedParameter) -> bool:
+        return engine.parameters == "none" or parameter.numel <= engine.bounds.persistent
+
     for kind, (key, label) in FROZEN.items():
         parameters = [p for p in shapes.parameters if p.kind == kind]
-        staying = [p for p in parameters if p in small or engine.parameters == "none"]
-        leaving = [p for p in parameters if p not in staying]
+        staying = [p for p in parameters if stays(p)]
+        leaving = [p for p in parameters if not stays(p)]
         yield _always(key, label, where, _share(staying, shapes, ranks))
-        if engine.parameters == "nvme" and kind != "kept":  # the disk takes what is worth a read
+        if engine.parameters == "nvme" and kind != "kept":  # small shards stay in host memory
             leaving = [p for p in leaving if _share([p], shapes, ranks) < engine.nvme_from]
         offloaded = _offloaded(leaving, shapes, engine, ranks)
         yield _always(key, f"{label}, offloaded", "host", offloaded)
     if ranks.world_size > 1:
+        small = [p for p in shapes.parameters if p.numel <= engine.bounds.persistent]
         whole = sum(p.numel for p in small) * shapes.itemsize
         label = "small parameters, whole on every rank"
         yield _line("persistent", label, where, whole, *TRAINED)
@@ -127,20 +143,22 @@ def _base(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]
         copies, copy_at = _share(shapes.parameters, shapes, group), where
         if engine.parameters == "cpu":
             copies, copy_at = _offloaded(shapes.parameters, shapes, engine, group), "host"
-        yield _line("hpz_copy", "the node's second copy (hpZ)", copy_at, copies, *TRAINED)
-    buffers = engine.nvme_buffers * shapes.itemsize  # locked by DeepSpeed itself, not rounded
+        yield _line(
+            "hpz_copy", "second copy of the shards in each node (hpZ)", copy_at, copies, *TRAINED
+        )
+    buffers = engine.nvme_buffers * shapes.itemsize  # pinned by DeepSpeed, not rounded up
     yield _always("nvme_buffers", "pinned buffers for the disk", "host", buffers)
 
 
 def pinned_block(size: int) -> int:
-    """Bytes that PyTorch takes from the host for a pinned tensor: a power of two."""
+    """Round bytes up to a power of two, as PyTorch does for a pinned tensor."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 def _offloaded(
     parameters: Sequence[PlannedParameter], shapes: Shapes, engine: PlannedEngine, ranks: Ranks
 ) -> int:
-    """Bytes of a rank's shares in host memory, each a block of its own."""
+    """Bytes of a rank's shards in host memory, each an allocation of its own."""
     sizes = [_share([p], shapes, ranks) for p in parameters]
     return sum(map(pinned_block, sizes) if engine.pinned and ranks.on_gpu else sizes)
 
@@ -150,38 +168,47 @@ def _share(parameters: Sequence[PlannedParameter], shapes: Shapes, ranks: Ranks)
 
 
 def trained_entries(shapes: Shapes, ranks: Ranks) -> int:
-    """Of adapters and modules trained in full on one rank, padding included."""
+    """Entries of adapters and of modules trained in full on one rank, padding included."""
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.kind == "trained")
 
 
 def sparse_entries(shapes: Shapes, ranks: Ranks) -> int:
-    """Of adapters alone."""
+    """Entries of adapters on one rank, padding included."""
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.sparse)
 
 
 def live_entries(shapes: Shapes, ranks: Ranks) -> float:
-    """Entries that have moments on one rank, at their peak: what the method keeps of adapters, and
-    all of modules trained in full."""
+    """Highest number of entries with moments on one rank: the live entries of adapters, and all
+    entries of modules trained in full."""
     sparse = sparse_entries(shapes, ranks)
     peak = shapes.forecast.on(ranks.world_size).peak
     return peak * sparse + trained_entries(shapes, ranks) - sparse
 
 
 def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> float:
-    """Two moments and maybe a birth for each live entry, a bit for each entry."""
+    """Bytes of two moments and a birth step for each live entry, and of one bit for every entry.
+
+    Args:
+        live: number of live entries.
+        entries: number of all entries.
+        bits: 32 or 8 bits per moment (8-bit moments have an fp32 scale per block).
+        birth_bytes: bytes of a birth step; 0 if all live entries share one.
+    """
     each = 8.0 if bits == 32 else 2.0 * (1 + 4 / BLOCK)
     return live * (each + birth_bytes) + -(-entries // 8)
 
 
 def writes_beside_training(shapes: Shapes) -> bool:
-    """Is any checkpoint but the last one written while training goes on?"""
+    """Is a checkpoint written in the background while training goes on?"""
     run, stages = shapes.config.run, shapes.method.stages
-    return run.async_save and (0 < run.save_every < shapes.plan.total_steps or len(stages) > 1)
+    return run.async_save and (
+        0 < run.save_every < shapes.run_context.total_steps or len(stages) > 1
+    )
 
 
 def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
-    """Of a checkpoint, one rank's: fp32 masters and a bit for all entries, statistics for those of
-    adapters; for those that live, two fp32 moments, and maybe when they came to life."""
+    """Bytes of one rank's part of a checkpoint: an fp32 master and a bit for every trained entry,
+    statistics for adapter entries, and two fp32 moments and the birth step for live entries."""
     entries, birth = trained_entries(shapes, ranks), 4 if shapes.forecast.birth_bytes else 0
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     return int(4 * entries + entries / 8 + statistics + live_entries(shapes, ranks) * (8 + birth))
@@ -192,10 +219,10 @@ def _adapter(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Li
     copy_at: Place = where if engine.parameters == "none" else "host"
     state_at: Place = where if engine.optimizer == "none" else "host"
     entries = trained_entries(shapes, ranks)
-    yield _always("adapter", "adapter: live copy", copy_at, entries * shapes.itemsize)
+    yield _always("adapter", "adapter: copy that forward uses", copy_at, entries * shapes.itemsize)
     yield _line("master", "adapter: fp32 master", state_at, 4 * entries, *TRAINED)
     yield _line("gradients", "adapter: gradients", state_at, 4 * entries, *TRAINED)
-    # Without offload the copy that the optimizer gets is made for the step only.
+    # Without optimizer offload the optimizer's copy of the gradients exists in the step only.
     during: tuple[Phase, ...] = TRAINED if engine.optimizer == "cpu" else ("step",)
     label = "adapter: gradients, the optimizer's copy"
     yield _line("gradient_copy", label, state_at, 4 * entries, *during)
@@ -204,17 +231,17 @@ def _adapter(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Li
     yield _line("moments", "adapter: moments, at their peak", state_at, size, *TRAINED)
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     yield _line("statistics", "adapter: statistics", state_at, statistics, *TRAINED)
-    label = "a checkpoint's copy, while it is written"
+    label = "copy of a checkpoint while it is written"
     during = TRAINED if writes_beside_training(shapes) else ("save",)
     yield _line("saved_copy", label, "host", saved_bytes(shapes, ranks), *during)
 
 
 def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
     where = _device(ranks)
-    # One rank has nothing to gather, unless its parameters lie elsewhere.
+    # A single rank gathers nothing, unless its parameters are offloaded.
     alone = ranks.world_size == 1 and (engine.parameters == "none" or not ranks.on_gpu)
     bounds = engine.bounds
-    if ranks.world_size == 1:  # each is copied to its place, without a buffer
+    if ranks.world_size == 1:  # copied one by one, without a buffer
         bounds = replace(bounds, one_by_one=True)
     whole = 0 if alone else shapes.gathered(bounds).peak * shapes.itemsize
     yield _line("gathered", "weights gathered for use", where, whole, "pass")
@@ -223,27 +250,31 @@ def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterabl
     if config.model.gradient_checkpointing:
         label += ", checkpointed"
     yield _line("activations", label, where, step.kept, "pass")
-    handed_on = trained_head(shapes) * shapes.itemsize  # its gradient, until backward is over
-    peak = max(step.forward, step.backward + handed_on, step.kept + loss_bytes(shapes))
+    # The head's gradient exists until backward ends.
+    head_gradient = trained_head(shapes) * shapes.itemsize
+    peak = max(step.forward, step.backward + head_gradient, step.kept + loss_bytes(shapes))
     work = peak - step.kept
-    label = "work: a layer, or the logits, with gradients"
+    label = "temporaries of a layer, or logits, with gradients"
     yield _line("work", label, where, work, "pass")
     slack = GPU_SLACK * (whole + step.kept + work) * ranks.on_gpu
-    yield _line("slack", "holes in PyTorch's memory pool (assumed)", where, slack, "pass")
+    yield _line("slack", "fragmentation of PyTorch's allocator (assumed)", where, slack, "pass")
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     bucket = engine.reduce_bucket
     filled = 4 * min(bucket, trained)
-    # Memory of a host that nobody wrote to is not there.
+    # On a CPU, pages of the buffer that are never written take no memory.
     size = 4 * bucket if ranks.on_gpu else filled
     label = "gradient buckets, filled and reduced"
     yield _line("buckets", label, where, size + filled, "pass")
     coming = load_work(shapes, ranks.world_size)
-    yield _line("load_work", "tensors on their way from the file", where, coming, "load")
+    yield _line("load_work", "temporaries while reading the files", where, coming, "load")
 
 
 def loss_bytes(shapes: Shapes) -> int:
-    """Logits with their gradients, the hidden states' own and, where it trains, the head's: as an
-    fp32 sum, of one chunk, and the one handed on. 0 without an output head."""
+    """Bytes of the loss: logits with their gradients, and the gradient of the hidden states.
+
+    If the head trains, its gradient exists three times: as the fp32 sum over chunks, of one chunk,
+    and as the result. 0 if the model has no output head.
+    """
     head = shapes.model.get_output_embeddings()
     if head is None:
         return 0
@@ -259,7 +290,7 @@ def loss_bytes(shapes: Shapes) -> int:
 
 
 def trained_head(shapes: Shapes) -> int:
-    """Entries of the output head, where it trains in full."""
+    """Entries of the output head if it trains in full, else 0."""
     head = output_head(shapes.model)
     return sum(p.numel for p in shapes.parameters if p.kind == "trained" and p.module == head)
 
@@ -269,4 +300,4 @@ def _framework(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[
         yield _always("process", "data, late imports, gloo (measured)", "host", CPU_PROCESS)
         return
     yield _always("context", "CUDA, NCCL, libraries (assumed)", "gpu", GPU_CONTEXT)
-    yield _always("process", "the process itself (assumed)", "host", HOST_PROCESS)
+    yield _always("process", "Python process with CUDA (assumed)", "host", HOST_PROCESS)

@@ -1,4 +1,4 @@
-"""A plan as text for people, and as JSON for programs."""
+"""A plan as text, and as JSON."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any
 from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.plan import memory
 from sparse_lora_dist.plan.advice import (
-    MOST_RANKS,
+    MAX_RANKS,
     Change,
     Limits,
     Need,
@@ -21,12 +21,13 @@ from sparse_lora_dist.plan.plan_options import PlanConfig
 from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 from sparse_lora_dist.plan.speed import Speed, speed_of
 
-PLACES: dict[Place, str] = {"gpu": "a GPU", "host": "a rank's host memory"}
+PLACES: dict[Place, str] = {"gpu": "GB on a GPU", "host": "GB in host memory, per rank"}
+"""Headings of the memory tables."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """Everything that a plan says."""
+    """A plan: the run that it is for, and, computed when asked for, all results."""
 
     shapes: Shapes
     engine: PlannedEngine
@@ -47,7 +48,7 @@ class Outcome:
 
     @property
     def fits(self) -> bool | None:
-        """None where there is no limit: ranks on CPUs, and --host_memory not given."""
+        """Does the run fit? None without a limit: ranks on CPUs, and --host_memory not given."""
         if not self.ranks.on_gpu and self.limits.host is None:
             return None
         return self.need.fits(self.limits)
@@ -62,8 +63,10 @@ class Outcome:
 
     @property
     def notes(self) -> list[str]:
-        """What is to be said of the model, and of the engine file."""
-        ignored = [f"{key} of the engine file is ignored" for key in self.engine.not_played]
+        """Notes on the model, and on keys of the engine file that the plan ignores."""
+        ignored = [
+            f"{key} of the engine file is ignored by the plan" for key in self.engine.not_played
+        ]
         return self.shapes.notes + ignored
 
     @cached_property
@@ -72,12 +75,12 @@ class Outcome:
 
 
 def gb(size: float) -> str:
-    """Bytes in GB of 10^9."""
+    """Format bytes in GB (10^9 bytes)."""
     return f"{size / 1e9:.2f}"
 
 
 def as_text(outcome: Outcome) -> str:
-    """What a person reads."""
+    """Format a plan for the screen."""
     blocks = [
         _head(outcome),
         *(_table(outcome.memory, place) for place in PLACES),
@@ -98,7 +101,7 @@ def _head(outcome: Outcome) -> str:
         f"{config.model.quantization}, {config.model.precision}",
         f"adapter   {config.adapter.method} of rank {config.adapter.rank} on "
         f"{counted(len(outcome.shapes.sites), 'linear')}: {trained / 1e6:.1f} M entries",
-        f"ranks     {ranks.world_size} on {counted(ranks.nodes, 'node')}; each "
+        f"ranks     {ranks.world_size} on {counted(ranks.nodes, 'node')}; micro-batch of "
         f"{counted(config.train.micro_batch_size, 'row')} of {config.data.sequence_length} tokens; "
         f"{config.run.ds_config}",
     ]
@@ -111,12 +114,12 @@ def _table(found: RankMemory, place: Place) -> str:
         return ""
     width = max(len(line.label) for line in lines)
     titles = "".join(f"{title:>22}" for title in PHASES.values())
-    rows = [f"{'GB of ' + PLACES[place]:<{width}}{titles}"]
+    rows = [f"{PLACES[place]:<{width}}{titles}"]
     for line in lines:
         cells = "".join(f"{_cell(line.bytes.get(phase, 0)):>22}" for phase in PHASES)
         rows.append(f"{line.label:<{width}}{cells}")
     totals = "".join(f"{gb(found.total(place, phase)):>22}" for phase in PHASES)
-    return "\n".join([*rows, f"{'together':<{width}}{totals}"])
+    return "\n".join([*rows, f"{'total':<{width}}{totals}"])
 
 
 def _cell(size: int) -> str:
@@ -130,14 +133,17 @@ def _verdict(outcome: Outcome) -> Iterator[str]:
     answer = {True: "fits", False: "DOES NOT FIT", None: "not checked"}[outcome.fits]
     where = []
     if outcome.ranks.on_gpu:
-        where.append(f"{gb(need.gpu)} of {gb(limits.gpu)} GB of a GPU")
+        where.append(f"{gb(need.gpu)} of {gb(limits.gpu)} GB on each GPU")
     total = "" if limits.host is None else f" of {gb(limits.host)}"
-    where.append(f"{gb(need.host)}{total} GB of a machine's memory")
+    where.append(f"{gb(need.host)}{total} GB of host memory per machine")
     yield f"verdict   {answer}: {', '.join(where)}"
     if outcome.fits is not None:
         least = outcome.smallest
-        said = f"no number up to {MOST_RANKS}" if least is None else str(least)
-        yield f"least     {said} of such {'GPUs' if outcome.ranks.on_gpu else 'ranks'}"
+        things = "such GPUs" if outcome.ranks.on_gpu else "such ranks"
+        if least is None:
+            yield f"least     it does not fit on up to {MAX_RANKS} {things}"
+        else:
+            yield f"least     {least} {things}"
 
 
 def _changes(outcome: Outcome) -> Iterator[str]:
@@ -159,41 +165,42 @@ def _speed(outcome: Outcome) -> Iterator[str]:
         "gradients"
     )
     if ranks.nodes > 1:
-        yield f"          {gb(speed.across_nodes_bytes)} GB of it come into a node from others"
+        across = gb(speed.across_nodes_bytes)
+        yield f"          of this, {across} GB come into a node from other nodes"
     if speed.read_bytes:
         yield f"          a rank reads {gb(speed.read_bytes)} GB of the base from disk"
     yield (
-        f"          {fast:.2f} s if traffic hides behind arithmetic, {slow:.2f} s if not: "
-        f"{speed.tokens / slow:,.0f} to {speed.tokens / fast:,.0f} tokens/s of all ranks"
+        f"          {fast:.2f} s if communication overlaps with compute, {slow:.2f} s if not: "
+        f"{speed.tokens / slow:,.0f} to {speed.tokens / fast:,.0f} tokens/s on all ranks"
     )
     yield f"loading   {gb(speed.file_bytes)} GB to read: {speed.load_s:,.0f} s"
-    yield f"saved     {gb(speed.checkpoint_bytes)} GB a checkpoint"
+    yield f"saved     {gb(speed.checkpoint_bytes)} GB per checkpoint"
 
 
 def _assumptions(outcome: Outcome) -> Iterator[str]:
     plan = outcome.plan
-    held = "2 bytes a weight" if outcome.shapes.saved is None else "4 bits and scales"
+    held = "2 bytes per weight" if outcome.shapes.saved is None else "4 bits and scales"
     yield (
-        f"assumed   {plan.tflops:g} TFLOP/s a GPU, {plan.network_gb_per_s:g} GB/s to a rank, "
+        f"assumed   {plan.tflops:g} TFLOP/s per GPU, {plan.network_gb_per_s:g} GB/s to a rank, "
         f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, {held} in the file"
     )
     if outcome.ranks.on_gpu:
         yield (
-            f"          {gb(memory.GPU_CONTEXT)} GB of a GPU for CUDA, NCCL and libraries, "
-            f"{gb(memory.HOST_PROCESS)} GB of host memory a process; the pool's holes "
-            f"{memory.GPU_SLACK:.0%}"
+            f"          {gb(memory.GPU_CONTEXT)} GB per GPU for CUDA, NCCL and libraries, "
+            f"{gb(memory.HOST_PROCESS)} GB of host memory per process, "
+            f"{memory.GPU_SLACK:.0%} fragmentation of PyTorch's allocator"
         )
     else:
-        yield "          on CPUs glibc keeps holes besides, up to half as much again, unless"
-        yield "          MALLOC_MMAP_THRESHOLD_=262144 is set, which costs time"
+        yield "          not counted: on CPUs, fragmentation of glibc's heap takes up to 50% more;"
+        yield "          MALLOC_MMAP_THRESHOLD_=262144 prevents that, at a cost in time"
     if outcome.shapes.config.train.max_steps is None:
-        yield "          schedules as in a run of 1,000 steps, since --max_steps is not given"
+        yield "          schedules of a run of 1,000 steps, because --max_steps is not given"
     for note in outcome.notes:
         yield f"          {note}"
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """The same for programs: bytes, seconds; the keys stay as they are."""
+    """A plan as JSON, in bytes and seconds. Programs read it, so keys must not change."""
     ranks, speed = outcome.ranks, asdict(outcome.speed)
     fast, slow = outcome.speed.step_s
     return {

@@ -1,4 +1,4 @@
-"""launcher/plan.py: a request in, a plan on the screen."""
+"""The program behind launcher/plan.py: makes a plan and prints it."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from sparse_lora_dist.plan.shapes import shapes_of
 
 
 def plan(request: PlanRequest) -> None:
-    """Print what the request asks, and draw it where that is asked too."""
+    """Print the plan as text or JSON, and plot it if --plot is given."""
     options = request.plan
     outcome = Outcome(
         shapes=shapes_of(request.config, whole_logits=options.whole_logits),

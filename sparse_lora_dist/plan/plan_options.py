@@ -1,4 +1,4 @@
-"""The planner's command line: every option of a run, and a few of its own."""
+"""Options of launcher/plan.py: those of a training run, and the planner's own."""
 
 import re
 from collections.abc import Sequence
@@ -13,6 +13,11 @@ from sparse_lora_dist.config.load import read_options
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 
+COMMON = """
+    model quantization gradient_checkpointing sequence_length method rank target_modules
+    modules_to_save max_steps micro_batch_size moment_bits ds_config
+""".split()
+"""Options of a training run that change the memory most."""
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(B|MB|GB|TB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -20,35 +25,37 @@ BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """RunContext: where the run would be, and what is asked. Rates are yours to state"""
+    """Planner: hardware that the run is planned for, and output"""
 
     world_size: int = 8
-    """GPUs of the job, all nodes together."""
+    """Number of ranks on all nodes together, one per GPU, at least 1."""
     nodes: int = 1
-    """Machines they are spread over, evenly."""
+    """Number of machines, at least 1. Must divide world_size."""
     gpu_memory: str = "24GB"
-    """Memory of a GPU; GB is 10^9 bytes, GiB 2^30. 0 plans ranks on CPUs."""
+    """Memory of one GPU, e.g. 24GB (10^9 bytes each) or 80GiB (2^30). 0: plan ranks on CPUs."""
     host_memory: str | None = None
-    """Memory of a machine; null leaves it unchecked."""
+    """Host memory of one machine, e.g. 256GB. null: host memory is not checked."""
     disk_gb_per_s: float = 1.0
-    """GB/s at which a machine reads the checkpoint, and shares of the base that lie on its disk."""
+    """Read rate of a machine's disk in GB/s (base files, NVMe offload), above 0."""
     tflops: float = 100.0
-    """TFLOP/s that a GPU reaches in matmuls, dequantising included: not what its maker says."""
+    """Rate in TFLOP/s that one GPU reaches in matmuls of 4-bit weights, dequantising included;
+    above 0. Measure it: a data sheet's peak is several times higher."""
     network_gb_per_s: float = 20.0
-    """GB/s that a rank receives from the others while weights are gathered."""
+    """Rate in GB/s at which one rank receives weights in an all-gather, above 0."""
     whole_logits: bool = False
-    """RunContext for logits of all tokens at once, which a few architectures need."""
+    """Plan memory for the logits of all tokens at once, which a few architectures need."""
     json: bool = False
     """Print JSON instead of text."""
     plot: str | None = None
-    """Also draw bytes of a GPU against the number of ranks into this PNG file."""
+    """PNG file for a plot of GPU memory against the number of ranks. null: no plot."""
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "world_size", "nodes")
         problems += above(self, 0, "disk_gb_per_s", "tflops", "network_gb_per_s")
         if self.nodes >= 1 and self.world_size % self.nodes:
             problems.append(
-                f"world_size must be a multiple of nodes, got {self.world_size} on {self.nodes}"
+                f"world_size must be a multiple of nodes, got {self.world_size} ranks on "
+                f"{self.nodes} nodes"
             )
         for name in ("gpu_memory", "host_memory"):
             text = getattr(self, name)
@@ -58,41 +65,49 @@ class PlanConfig:
 
     @property
     def gpu_bytes(self) -> int:
-        """0 for ranks on CPUs."""
+        """Bytes of one GPU's memory; 0 for ranks on CPUs."""
         return bytes_in(self.gpu_memory) or 0
 
     @property
     def host_bytes(self) -> int | None:
-        """None where it is not to be checked."""
+        """Bytes of one machine's memory; None if not to be checked."""
         return None if self.host_memory is None else bytes_in(self.host_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """A run, and what is asked about it."""
+    """The run to plan, and the planner's options."""
 
     config: Config
     plan: PlanConfig
     engine: dict[str, Any]
-    """Content of the engine file."""
+    """Content of the --ds_config file."""
 
     @property
     def run(self) -> RunConfig:
-        """Where ``run_program`` looks for --debug."""
+        """Options that ``run_program`` reads (--debug)."""
         return self.config.run
 
 
 PROGRAM = Program(
     name="launcher/plan.py",
     usage="python launcher/plan.py --model FOLDER --world_size 8 --gpu_memory 24GB [--option ...]",
-    description="Will a run fit? Bytes of a rank, traffic and time, from the model's config alone.",
+    description="Plan memory, traffic and time of a run from the model's config.json alone.",
     own=PlanConfig,
     trains=False,
+    common=tuple(COMMON),
 )
 
 
 def bytes_in(text: str) -> int | None:
-    """Bytes of "24GB", "22.5 GiB" or, in GB, "24"; None for what is no size."""
+    """Parse a memory size.
+
+    Args:
+        text: a size such as "24GB", "22.5 GiB", or "24" (GB).
+
+    Returns:
+        Bytes; None if ``text`` is not a size.
+    """
     match = SIZE.fullmatch(text)
     if match is None:
         return None
@@ -102,10 +117,13 @@ def bytes_in(text: str) -> int | None:
 
 
 def load_request(argv: Sequence[str]) -> PlanRequest:
-    """What ``argv`` (without the program's name) and its YAML file ask.
+    """Read the planner's command line and its YAML file.
+
+    Args:
+        argv: the words after the program's name.
 
     Raises:
-        ConfigError: with every problem there is.
+        ConfigError: with all problems at once.
     """
     config, plan = read_options(argv, PROGRAM)
     engine, place = load(config.run.ds_config)

@@ -1,4 +1,4 @@
-"""Bytes of a GPU against the number of ranks, in stacked bars."""
+"""Stacked bars of the memory of a GPU (or of a CPU rank) against the number of ranks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +11,12 @@ WORLDS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """Write the picture.
+    """Write the plot as a PNG file.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: if the file cannot be written.
     """
-    # Late: it takes a second, and only a picture needs it.
+    # Imported here because it takes a second and only --plot needs it.
     import matplotlib
 
     matplotlib.use("agg")
@@ -28,7 +28,7 @@ def draw(outcome: Outcome, path: Path) -> None:
     for column, count in enumerate(worlds):
         nodes = -(-count // outcome.ranks.per_node)
         ranks = replace(outcome.ranks, world_size=count, nodes=nodes)
-        # A copy lies on as many ranks as there are, at most.
+        # hpZ's copy cannot be spread over more ranks than there are.
         engine = replace(outcome.engine, hpz=min(outcome.engine.hpz, count))
         memory = rank_memory(outcome.shapes, engine, ranks)
         for line in memory.lines:
@@ -51,6 +51,6 @@ def draw(outcome: Outcome, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path}: {error}") from error
+        raise UserError(f"--plot {path} cannot be written: {error}") from error
     finally:
         pyplot.close(figure)

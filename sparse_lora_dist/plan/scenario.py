@@ -1,4 +1,4 @@
-"""What a plan is about: the run, the ranks it is spread over, and the model's shapes."""
+"""What a plan is made for: the engine file's memory settings, the ranks, the model's shapes."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,46 +23,51 @@ from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.plan.playback.meta_step import StepMemory, layers_of, step_memory
 from sparse_lora_dist.plan.playback.parameters import (
     PlannedParameter,
-    Saved,
+    SavedQuantization,
     planned_parameters,
     ties,
 )
 
 STEPS = 1000
-"""Of a run whose length is not given."""
+"""Steps that are assumed if --max_steps is not given."""
 
 
 NOT_PLAYED = {
     "stage3_module_granularity_threshold": 0,
     "stage3_model_persistence_threshold": sys.maxsize,
 }
-"""{key that changes what is gathered, and is left out of the plan: DeepSpeed's default}."""
+"""Keys of an engine file that change what is gathered and that the plan ignores, with DeepSpeed's
+defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedEngine:
-    """What an engine file says of memory; what it leaves out is DeepSpeed's default."""
+    """Settings of an engine file that matter for memory; the defaults are DeepSpeed's."""
 
     bounds: Bounds
+    """Limits on gathered parameters."""
     reduce_bucket: int = 500_000_000
+    """Elements of the bucket that gradients are reduced in."""
     hpz: int = 1
+    """Ranks that share a second copy of the parameters (zero_hpz_partition_size); 1 is none."""
     parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where they are offloaded to."""
+    """Where parameters are offloaded to."""
     optimizer: Literal["none", "cpu"] = "none"
+    """Where the optimizer state is offloaded to."""
     nvme_buffers: int = 0
-    """Elements of pinned buffers through which parameters come from disk."""
+    """Elements of the pinned buffers through which parameters are read from disk."""
     nvme_from: int = 2**20
-    """Bytes of a share that goes to disk; DeepSpeed leaves smaller ones in host memory."""
+    """Smallest shard in bytes that goes to disk; DeepSpeed keeps smaller ones in host memory."""
     pinned: bool = False
-    """Are offloaded parameters in pinned memory, where there is a GPU?"""
+    """Are offloaded parameters in pinned memory? Matters with a GPU only."""
     settles_ranks: bool = False
-    """Does a train_batch_size allow one number of ranks only?"""
+    """Does train_batch_size allow only one number of ranks?"""
     not_played: tuple[str, ...] = ()
-    """Keys of the file that the plan ignores."""
+    """Keys of the file that the plan ignores, although they change what is gathered."""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "PlannedEngine":
-        """From the content of a file in ds_configs/, which is well formed."""
+        """Read the settings from the content of an engine file that has been checked before."""
 
         def number(key: str, default: int) -> int:
             value = value_at(content, f"zero_optimization.{key}")
@@ -94,11 +99,13 @@ class PlannedEngine:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """How the job is spread."""
+    """The ranks of the job and the machines they are on."""
 
     world_size: int
     nodes: int = 1
+    """Number of machines."""
     on_gpu: bool = True
+    """Has every rank a GPU of its own, or do all run on CPUs?"""
 
     @property
     def per_node(self) -> int:
@@ -107,21 +114,22 @@ class Ranks:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """A model on the meta device and what trains on it, with what follows from these alone."""
+    """A model on the meta device, what trains on it, and what follows from these shapes alone."""
 
     model: PreTrainedModel
     sites: tuple[Site, ...]
+    """Linears that carry adapters."""
     trained: tuple[str, ...]
-    """Modules trained in full."""
+    """Names of modules trained in full."""
     config: Config
     whole_logits: bool = False
-    """Are logits of all tokens made at once?"""
+    """Are the logits of all tokens computed at once, instead of in chunks?"""
     notes: list[str] = field(default_factory=list)
-    """What is to be said of the model."""
+    """Notes on the model for the user."""
     _gathered: dict[Bounds, Gathered] = field(default_factory=dict, repr=False, compare=False)
 
     def with_config(self, config: Config, **others: Any) -> "Shapes":
-        """Of another run with the same model."""
+        """Shapes of another run with the same model."""
         return replace(self, config=config, _gathered={}, **others)
 
     @property
@@ -133,20 +141,22 @@ class Shapes:
         return PRECISIONS[self.config.model.precision]
 
     @cached_property
-    def plan(self) -> RunContext:
+    def run_context(self) -> RunContext:
         return self.config.run_context(self.config.train.max_steps or STEPS, self.sites)
 
     @cached_property
     def method(self) -> Method:
-        """Raises:
-        UserError: the schedule does not fit into the steps.
+        """The method of the run.
+
+        Raises:
+            UserError: if the method's schedule does not fit into the run's steps.
         """
         name = self.config.adapter.method
         try:
-            return METHODS[name].build(self.config.method_options, self.plan)
+            return METHODS[name].build(self.config.method_options, self.run_context)
         except ValueError as error:
             assumed = self.config.train.max_steps is None
-            hint = f" ({STEPS} steps are assumed: give --max_steps)" if assumed else ""
+            hint = f" ({STEPS} steps are assumed; set --max_steps)" if assumed else ""
             raise UserError(f"--method {name}: {error}{hint}") from error
 
     @cached_property
@@ -163,31 +173,32 @@ class Shapes:
         )
 
     @property
-    def saved(self) -> Saved | None:
-        """How the checkpoint is in 4 bits already."""
-        return Saved.of(self.model.config)
+    def saved(self) -> SavedQuantization | None:
+        """How the base files are quantised already; None if they hold floats."""
+        return SavedQuantization.of(self.model.config)
 
     @cached_property
     def forecast(self) -> Forecast:
         factory = METHODS[self.config.adapter.method]
-        return forecast(factory, self.config.method_options, self.plan)
+        return forecast(factory, self.config.method_options, self.run_context)
 
     @cached_property
     def step(self) -> StepMemory:
-        """Of one micro-batch.
+        """Activation memory of one micro-batch.
+
+        If the model cannot run on the meta device, a Llama of the same sizes stands in for it.
 
         Raises:
-            UserError: shapes are not enough for this model, nor has its config the sizes of a
-                Llama, which would stand in for it.
+            UserError: if its config does not have the sizes of a Llama either.
         """
         try:
             return self._played(self.model, self.sites)
-        except Exception as error:  # whatever a model raises that wants numbers
+        except Exception as error:  # a model that reads values of tensors may raise anything
             first = str(error).partition("\n")[0]
             problem = f"{self.model.config.model_type} cannot be run on shapes alone ({first})"
         sizes = as_llama(self.model.config.get_text_config(), problem)
-        note = f"{problem}: activations are those of a Llama of its sizes"
-        if note not in self.notes:  # which runs with other options share
+        note = f"{problem}; activations are planned as those of a Llama of the same sizes"
+        if note not in self.notes:  # the list is shared by ``with_config``
             self.notes.append(note)
         with torch.device("meta"):
             model = LlamaForCausalLM._from_config(sizes, dtype=self.dtype)
@@ -208,7 +219,7 @@ class Shapes:
         )
 
     def gathered(self, bounds: Bounds) -> Gathered:
-        """Of one micro-batch."""
+        """What one micro-batch gathers under ``bounds``."""
         if bounds not in self._gathered:
             self._gathered[bounds] = gathered(
                 self.parameters,
@@ -221,8 +232,11 @@ class Shapes:
         return self._gathered[bounds]
 
     def _without_backward(self) -> set[str]:
-        """Nothing before the first linear wants a gradient, and a loss in chunks has taken its own
-        through the head in forward."""
+        """Modules that are not gathered for backward.
+
+        These are the embeddings, before which nothing needs a gradient, and the output head, as the
+        loss in chunks computes its gradient in forward.
+        """
         first = {p.module for p in self.parameters if p.kind == "embeddings"}
         head = None if self.whole_logits else output_head(self.model)
         return first if head is None or head in self.trained else first | {head}

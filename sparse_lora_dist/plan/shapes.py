@@ -1,4 +1,4 @@
-"""config.json -> the model's shapes, or what is missing to know them."""
+"""Read a model's shapes from its config.json."""
 
 import json
 from pathlib import Path
@@ -17,16 +17,21 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.targets import find_full, find_sites
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.plan.scenario import Shapes
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, beside_base, modules_inside
 
 CONFIG_PATTERNS = ["config.json", "*.py"]
 
 
 def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
-    """Of the model that ``config`` names; no weight is downloaded or read.
+    """Build the model that ``config`` names on the meta device; no weight is downloaded or read.
+
+    Args:
+        config: all options of the run.
+        whole_logits: whether the logits of all tokens are computed at once.
 
     Raises:
-        UserError: there is no config.json, or it does not say enough.
+        UserError: if config.json is missing, invalid, or lacks sizes that are needed.
     """
     options = config.model
     place = resolve_default("model", options.model)
@@ -39,7 +44,7 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
         attn_implementation=options.attn_implementation,
         trust_remote_code=options.trust_remote_code,
     )
-    head = Head(modules=beside_base(model) if options.task == "seq_cls" else {})
+    head = Head(modules=beside_base(model) if TASKS[options.task].trains_head else {})
     full = {**head.modules, **find_full(model, config.adapter.modules_to_save, head)}
     trained = modules_inside(full)
     return Shapes(
@@ -55,18 +60,21 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
 def read_architecture(
     folder: Path, *, trust_remote_code: bool
 ) -> tuple[PretrainedConfig, list[str]]:
-    """The config, and what is to be said of it: one of an architecture that transformers does not
-    know is taken for a Llama's, if it has the fields for that."""
+    """Read config.json and return the config with notes for the user.
+
+    An architecture that transformers does not know is planned as a Llama, if its config has the
+    fields for that; a note says so.
+    """
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
-        raise UserError(f"--model: {file} is not JSON: {error}") from error
+        raise UserError(f"--model: {file} is not valid JSON: {error}") from error
     if not isinstance(content, dict):
-        raise UserError(f"--model: {file} must hold one {{...}} object, got {content!r}")
+        raise UserError(f"--model: {file} must be a JSON object, got {content!r}")
     kind = content.get("model_type")
     own_code = trust_remote_code and "auto_map" in content
     if not file.exists() or (isinstance(kind, str) and kind in CONFIG_MAPPING) or own_code:
         return read_config(folder, trust_remote_code=trust_remote_code), []
-    problem = f"transformers knows no architecture {kind!r}"
-    return as_llama(content, problem), [f"{problem}: planned as a Llama of its sizes"]
+    problem = f"transformers does not know the architecture {kind!r}"
+    return as_llama(content, problem), [f"{problem}; planned as a Llama of the same sizes"]

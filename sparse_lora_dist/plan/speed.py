@@ -1,4 +1,4 @@
-"""Traffic and time of a step and of loading, from rates that the user states.
+"""Traffic and time of a step and of loading, computed from rates that the user gives.
 
 Shapes: N ranks, P weights of linears, M rows, T tokens of a row.
 """
@@ -18,46 +18,49 @@ from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Of one optimizer step, unless said otherwise. Bytes, FLOP and seconds."""
+    """Traffic, arithmetic and time of one optimizer step, and of loading and saving."""
 
     gathered_bytes: int
-    """Received by a rank while weights are gathered: the frozen base."""
+    """Bytes of the frozen base that a rank receives in all-gathers, per step."""
     gathered_adapter_bytes: int
-    """The same of adapters."""
+    """Bytes of trained parameters that a rank receives in all-gathers, per step."""
     reduced_bytes: int
-    """Received while gradients are reduced and scattered."""
+    """Bytes of gradients that a rank receives in reduce-scatters, per step."""
     across_nodes_bytes: int
-    """Of these, what has to come into a node from others."""
+    """Bytes of the three above that come into a node from other nodes, per step."""
     read_bytes: int
-    """Read from disk (NVMe) by a rank, for every use of its share of the base."""
+    """Bytes of its shard of the base that a rank reads from NVMe, per step."""
     flop: float
-    """Of a rank."""
+    """Floating-point operations of a rank, per step."""
     compute_s: float
+    """Seconds of arithmetic, per step."""
     network_s: float
+    """Seconds of network traffic, per step."""
     read_s: float
+    """Seconds of reading shards from NVMe, per step."""
     tokens: int
-    """Of all ranks."""
+    """Tokens of all ranks, per step."""
     file_bytes: int
-    """Of the checkpoint that the base is loaded from."""
+    """Bytes of the base files."""
     load_s: float
-    """To read it, every machine its ranks' part."""
+    """Seconds to read the base files, where every machine reads its ranks' part."""
     checkpoint_bytes: int
-    """That a run saves, all ranks together."""
+    """Bytes of a checkpoint of the run, all ranks together."""
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """If all traffic hides behind arithmetic, and if none does."""
+        """Seconds of a step if all traffic overlaps with compute, and if none does."""
         parts = self.compute_s, self.network_s, self.read_s
         return max(parts), sum(parts)
 
 
 def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConfig) -> Speed:
-    """Of the job at the rates of ``plan``."""
+    """Compute traffic and time of a run at the rates that ``plan`` gives."""
     train, count = shapes.config.train, ranks.world_size
     micro = train.gradient_accumulation_steps
     gathered = shapes.gathered(engine.bounds)
     others = (count - 1) / count
-    # Each use of the frozen base gathers it: from all ranks, or (hpZ) from those with one copy.
+    # Each use of the frozen base gathers it from all ranks or, with hpZ, from those of one copy.
     group = engine.hpz if engine.hpz > 1 else count
     base = gathered.received * shapes.itemsize * micro
     frozen = base * (group - 1) / group
@@ -65,7 +68,7 @@ def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConf
     adapter = gathered.received_trained * shapes.itemsize * others * micro
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     reduced = 4 * trained * others * micro
-    # What has to enter a node: of the base nothing, where a whole group lies in it.
+    # If a whole hpZ group is in one node, nothing of the base has to enter the node.
     foreign = (1 - 1 / ranks.nodes) / others if count > 1 else 0.0
     across = (adapter + reduced) * foreign
     across += base * (1 - gcd(ranks.per_node, group) / group)
@@ -89,11 +92,13 @@ def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConf
 
 
 def step_flop(shapes: Shapes) -> float:
-    """FLOP of a micro-batch on a rank.
+    """Floating-point operations of a micro-batch on a rank.
 
-    Forward 2 P a token, backward 2 P (a frozen weight has no gradient), 2 P again in each layer
-    that is run again; adapters 2, 2 for their second forward and 4; attention 4 M T^2 width a
-    layer and pass, and 2.5 times that in backward, as if every row were one document.
+    Per token, frozen weights cost 2 P in forward and 2 P in backward (they have no weight
+    gradient), and layers that checkpointing runs again 2 P more. Adapter entries cost 2 each in
+    forward, 4 in backward, 2 in the backward's recomputation of the delta, and 2 more with
+    checkpointing. Attention costs 4 M T^2 width per layer in forward and 2.5 times that in
+    backward, as if every row were one document.
     """
     config = shapes.config
     rows, length = config.train.micro_batch_size, config.data.sequence_length
@@ -113,7 +118,7 @@ def step_flop(shapes: Shapes) -> float:
 
 
 def active_fraction(parameter: PlannedParameter, config: PreTrainedConfig) -> float:
-    """Of a weight that a token meets: all, or its experts'."""
+    """Fraction of a weight that a token uses: 1, or the fraction of active experts."""
     if not parameter.module.endswith("experts"):
         return 1.0
     text = config.get_text_config()
@@ -124,7 +129,7 @@ def active_fraction(parameter: PlannedParameter, config: PreTrainedConfig) -> fl
 
 
 def attention_width(config: PreTrainedConfig) -> int:
-    """Numbers in the queries of a token."""
+    """Width of a token's queries, all heads together."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     each = getattr(text, "head_dim", None)

@@ -1,1 +1,1 @@
-"""What a run did, on one page: ``read.py`` reads its folder, the others draw and write."""
+"""The HTML report of a run: ``run_data.py`` reads the run folder, the others draw and write."""

@@ -1,4 +1,4 @@
-"""Figures of numbers over steps, of one run or of several in one."""
+"""Line plots over steps: loss, live entries, throughput, memory; one or several runs per figure."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,19 +10,20 @@ from matplotlib.lines import Line2D
 from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Line, Picture, lines, panels, plain_numbers
 
-Stories = Sequence[RunData]
+Runs = Sequence[RunData]
 Points = tuple[Sequence[float], Sequence[float]]
-MOST = 600
-"""Points of a curve: more than a screen has room for are a solid band, and a large page."""
+"""(steps, values) of a curve."""
+MAX_POINTS = 600
+"""Most points of a curve: more would be a solid band on the screen, and a large page."""
 
 
-def loss(runs: Stories) -> Picture:
-    """Training loss, its running mean, held-out loss."""
+def loss(runs: Runs) -> Picture:
+    """Plot the training loss, its running mean and the held-out loss."""
     figure, (axes,) = panels(height=3.2)
-    for run, line in _drawn(runs):
+    for run, line in _with_lines(runs):
         steps, values = thinned(run.series("loss"))
         axes.plot(steps, values, color=line.colour, alpha=0.3, linewidth=0.8)
-        axes.plot(steps, running_mean(values), **_as(line), linewidth=1.4)
+        axes.plot(steps, running_mean(values), **_line_style(line), linewidth=1.4)
         held_out = line.colour if len(runs) > 1 else SERIES[1]
         marks = {"marker": line.mark, "markersize": 3.5, "linestyle": "--", "linewidth": 1}
         axes.plot(*run.series("held_out_loss"), color=held_out, **marks)
@@ -31,43 +32,49 @@ def loss(runs: Stories) -> Picture:
     return Picture(
         name="loss",
         title="Loss",
-        caption="Line: training loss, its running mean; faint: as it was logged"
-        + (f", in means of {every} rows" if (every := _every(runs)) > 1 else "")
-        + ". Dots: the held-out set.",
+        caption="Strong line: running mean of the training loss; faint line: the logged values"
+        + (f", averaged over {every} records a point" if (every := _every(runs)) > 1 else "")
+        + ". Markers: held-out loss.",
         figure=figure,
     )
 
 
 def thinned(points: Points) -> Points:
-    """As many as there is room for: means of so many points each that stand one after another."""
+    """Average consecutive points until at most ``MAX_POINTS`` are left.
+
+    With 1,200 points every result is the mean of two neighbours, in both its step and its value.
+    """
     steps, values = points
-    every = -(-len(steps) // MOST)
+    every = -(-len(steps) // MAX_POINTS)
     if every <= 1:
         return points
     parts = [slice(i, i + every) for i in range(0, len(steps), every)]
     means = [[float(np.mean(each[part])) for part in parts] for each in points]
-    return means[0], means[1]  # a mean stands in the middle of what it is of
+    return means[0], means[1]
 
 
-def _every(runs: Stories) -> int:
-    return max(-(-len(run.series("loss")[0]) // MOST) for run in runs)
+def _every(runs: Runs) -> int:
+    return max(-(-len(run.series("loss")[0]) // MAX_POINTS) for run in runs)
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Of a twentieth of them around each, fewer at the ends: a straight line stays where it is."""
+    """Mean over a centred window of a twentieth of all values.
+
+    The window shrinks evenly on both sides at the ends, so that a straight line stays unchanged.
+    """
     last, half = len(values) - 1, len(values) // 40
     reaches = [min(half, i, last - i) for i in range(len(values))]
     return [float(np.mean(values[i - r : i + r + 1])) for i, r in enumerate(reaches)]
 
 
-def live(runs: Stories) -> Picture:
-    """Live entries; below, each number that a method says of its budget."""
-    facts = list(dict.fromkeys(fact for run in runs for fact in run.facts()))
-    figure, rows = panels(1 + len(facts), height=2.4 + 1.4 * len(facts), sharex=True)
-    for axes, key in zip(rows, ["live_entries", *facts], strict=True):
-        for run, line in _drawn(runs):
+def live(runs: Runs) -> Picture:
+    """Plot the live entries and, in panels below, each log value of the method (its budget ...)."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.log_keys()))
+    figure, rows = panels(1 + len(keys), height=2.4 + 1.4 * len(keys), sharex=True)
+    for axes, key in zip(rows, ["live_entries", *keys], strict=True):
+        for run, line in _with_lines(runs):
             points = without_plateaus(run.series(key))
-            axes.plot(*points, **_as(line), drawstyle="steps-post")
+            axes.plot(*points, **_line_style(line), drawstyle="steps-post")
         axes.set_title(key.replace("_", " "))
         axes.set_ylim(bottom=0)
         plain_numbers(axes)
@@ -76,48 +83,48 @@ def live(runs: Stories) -> Picture:
     return Picture(
         name="live",
         title="Live parameters and budget",
-        caption="Entries that are stepped and have moments, of all ranks together"
-        + (f"; {', '.join(facts)} as the method says it." if facts else "."),
+        caption="Entries that the optimizer steps and keeps moments for, summed over all ranks."
+        + (f" Logged by the method: {', '.join(keys)}." if keys else ""),
         figure=figure,
     )
 
 
 def without_plateaus(points: Points) -> Points:
-    """Those at either side of a change, and the ends: all that a line of plateaus needs."""
+    """Drop points that equal both neighbours: the drawn line stays the same."""
     steps, values = points
     ends = {0, len(steps) - 1}
     kept = [i for i in range(len(steps)) if i in ends or len({*values[i - 1 : i + 2]}) > 1]
     return [steps[i] for i in kept], [values[i] for i in kept]
 
 
-def stages(runs: Stories) -> Picture:
-    """Live ranks against held-out loss, a point a stage: the curve that one run draws."""
+def stages(runs: Runs) -> Picture:
+    """Plot the held-out loss against the total rank, one point per stage of a run."""
     figure, (axes,) = panels()
-    for run, line in _drawn(runs):
+    for run, line in _with_lines(runs):
         points = [(r["live_ranks"], r["held_out_loss"], r["lambda"]) for r in run.stages]
         ranks, losses, lambdas = zip(*points, strict=True)
-        axes.plot(ranks, losses, **_as(line), marker=line.mark)
+        axes.plot(ranks, losses, **_line_style(line), marker=line.mark)
         for point in zip(ranks, losses, lambdas, strict=True):
             axes.annotate(
                 f"{point[2]:g}", point[:2], xytext=(4, 4), textcoords="offset points", size=8
             )
-    axes.set(xlabel="live ranks of all linears", ylabel="held-out loss")
+    axes.set(xlabel="total rank of all sites", ylabel="held-out loss")
     _legend(figure, runs)
     return Picture(
         name="stages",
         title="Rank against quality",
-        caption="The end of every stage, by its lambda.",
+        caption="One point for each stage, measured at its end and labelled with its lambda.",
         figure=figure,
     )
 
 
-def throughput(runs: Stories) -> Picture:
-    """Tokens a second of the whole job, and of a rank."""
+def throughput(runs: Runs) -> Picture:
+    """Plot tokens per second, of the whole job and per rank."""
     figure, (axes,) = panels()
-    for run, line in _drawn(runs):
+    for run, line in _with_lines(runs):
         steps, values = thinned(run.series("tokens_per_s"))
         a_rank = [v / _world_size(run, s) for s, v in zip(steps, values, strict=True)]
-        axes.plot(steps, values, **_as(line), linewidth=1)
+        axes.plot(steps, values, **_line_style(line), linewidth=1)
         axes.plot(steps, a_rank, color=line.colour, linewidth=1, linestyle=":")
     axes.set(xlabel="step", ylabel="tokens / s")
     axes.set_ylim(bottom=0)
@@ -126,23 +133,23 @@ def throughput(runs: Stories) -> Picture:
     return Picture(
         name="throughput",
         title="Throughput",
-        caption="Of all ranks; dotted: of one. Ranks keep step, so that is an equal part.",
+        caption="All ranks together; dotted: per rank, the total divided by the number of ranks.",
         figure=figure,
     )
 
 
 def _world_size(run: RunData, step: float) -> int:
-    """Ranks of the job that made this step last; the newest job's where nobody wrote that down."""
+    """Ranks of the last job that made this step, or of the newest job if that is not recorded."""
     sizes = [a.world_size for a in run.attempts if a.first < step <= a.last and a.world_size]
     return sizes[-1] if sizes else run.world_size or 1
 
 
-def memory(runs: Stories) -> Picture:
-    """Peak memory: the worst rank at every logged step, and each rank at every checkpoint."""
+def memory(runs: Runs) -> Picture:
+    """Plot the peak memory: of the highest rank at logged steps, of every rank at checkpoints."""
     figure, (axes,) = panels()
-    for run, line in _drawn(runs):
+    for run, line in _with_lines(runs):
         steps, values = without_plateaus(run.series("peak_memory_bytes"))
-        axes.plot(steps, in_gb(values), **_as(line), linewidth=1)
+        axes.plot(steps, in_gb(values), **_line_style(line), linewidth=1)
         for saved in run.checkpoints:
             axes.plot([saved.step] * len(saved.peaks), in_gb(saved.peaks), "x", color=line.colour)
     axes.set(xlabel="step", ylabel="GB")
@@ -153,29 +160,29 @@ def memory(runs: Stories) -> Picture:
     return Picture(
         name="memory",
         title="Peak memory of a rank",
-        caption=f"Since its job began, {' or '.join(where)}. "
-        "Line: the worst rank; crosses: each rank, at checkpoints.",
+        caption=f"Peak since the rank's job began, {' or '.join(where)}. "
+        "Line: the rank with the highest peak; crosses: every rank, at checkpoints.",
         figure=figure,
     )
 
 
 def in_gb(sizes: Sequence[float]) -> list[float]:
-    """Bytes in 10^9."""
+    """Convert bytes to GB (10^9 bytes)."""
     return [size / 1e9 for size in sizes]
 
 
-def _drawn(runs: Stories) -> Iterator[tuple[RunData, Line]]:
+def _with_lines(runs: Runs) -> Iterator[tuple[RunData, Line]]:
     yield from zip(runs, lines(len(runs)), strict=True)
 
 
-def _as(line: Line) -> dict[str, Any]:
+def _line_style(line: Line) -> dict[str, Any]:
     return {"color": line.colour, "linestyle": line.dash}
 
 
-def _legend(figure: Figure, runs: Stories) -> None:
+def _legend(figure: Figure, runs: Runs) -> None:
     if len(runs) < 2:
         return
-    # By name one by one: of lines that are found matplotlib leaves out those named _something.
-    handles = [Line2D([], [], **_as(line)) for _, line in _drawn(runs)]
+    # Handles are given explicitly: matplotlib drops labels that begin with "_", as a run's may.
+    handles = [Line2D([], [], **_line_style(line)) for _, line in _with_lines(runs)]
     names = [run.name for run in runs]
     figure.legend(handles, names, loc="outside lower center", ncols=2)

@@ -1,4 +1,4 @@
-"""Figures of how gates and importances are spread, from the tensors of a checkpoint."""
+"""Histograms of gates and importances, from the tensors of a checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 
 from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.report.run_data import RunData
-from sparse_lora_dist.report.saved_steps import Saved
+from sparse_lora_dist.report.saved_steps import SavedStep
 from sparse_lora_dist.report.style import Picture, lines, panels, plain_numbers
 
 EDGES = np.arange(-24.0, 4.01, 0.2)
-"""Of importance, in powers of ten; the outer bins have what lies beyond too."""
+"""Edges of importance bins, as powers of ten; values beyond count in the outermost bins."""
 
 
 @dataclass
 class Histogram:
-    """Entries by the power of ten of their importance; those that have none apart."""
+    """Counts of entries by the power of ten of their importance; zeros are counted apart."""
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(EDGES) - 1, np.int64))
     zeros: int = 0
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """One tensor at a time: a large model's do not fit in memory together."""
+        """Add one tensor; a large model's tensors do not fit in memory together."""
         above = values[values > 0]
         powers = np.log10(above.astype(np.float64))
         self.counts += np.histogram(powers.clip(EDGES[0], EDGES[-1]), EDGES)[0]
@@ -34,8 +34,8 @@ class Histogram:
 
 
 def gates(run: RunData) -> Picture | None:
-    """Values of what a method puts between A and B of every component, at the first, a middle and
-    the last checkpoint; None where it has no such."""
+    """Histogram of the gates or lambdas of all components at the first, a middle and the last
+    checkpoint, or None if the method has none."""
     having = [saved for saved in run.checkpoints if any(_vectors(saved.manifest))]
     if not having:
         return None
@@ -56,21 +56,22 @@ def gates(run: RunData) -> Picture | None:
     return Picture(
         name="gates",
         title=f"{kind.capitalize()} of the components",
-        caption=f"All {len(values):,} components; what is exactly zero is counted below and "
-        "not drawn.",
+        caption=f"Values of all {len(values):,} components. Exact zeros are counted in the "
+        "legend and not drawn.",
         figure=figure,
     )
 
 
-def gate_values(saved: Saved) -> NDArray[np.float32]:
-    """Of all sites, one after the other."""
+def gate_values(saved: SavedStep) -> NDArray[np.float32]:
+    """Gates of all sites of a checkpoint, concatenated in the model's order: 1-D float32."""
     slices = _open(saved)
     names = _vectors(saved.manifest)
     return np.concatenate([_whole(slices, saved, "master", name) for name in names])
 
 
 def importance(run: RunData) -> Picture | None:
-    """The first running statistic of every entry, by tensor; None where no checkpoint has any."""
+    """Histogram of the first running statistic of every entry, one line per kind of tensor, or None
+    if no checkpoint stores statistics."""
     saved = next((s for s in reversed(run.checkpoints) if _has_statistics(s.manifest)), None)
     if saved is None:
         return None
@@ -86,20 +87,20 @@ def importance(run: RunData) -> Picture | None:
     axes.xaxis.set_major_formatter(lambda power, place: f"1e{power:g}")
     figure.legend(loc="outside lower center", ncols=3)
     zeros = sum(h.zeros for h in found.values())
-    without = f"; the {zeros:,} that have none (zero) are left out" if zeros else ""
+    without = f" {zeros:,} entries with importance 0 are not drawn." if zeros else ""
     outer = any(h.counts[0] or h.counts[-1] for h in found.values())
-    beyond = " What is below 1e-24 or above 1e4 is counted at that end." if outer else ""
+    beyond = " Values below 1e-24 or above 1e4 are counted at that end." if outer else ""
     return Picture(
         name="importance",
         title="Importance",
-        caption=f"Running importance of every entry at step {saved.step}, the last checkpoint that "
-        f"has it{without}.{beyond}",
+        caption=f"Running importance of every adapter entry at step {saved.step}, the last "
+        f"checkpoint that stores it.{without}{beyond}",
         figure=figure,
     )
 
 
-def importances(saved: Saved) -> Mapping[str, Histogram]:
-    """By kind of tensor: lora_a, lora_b ..."""
+def importances(saved: SavedStep) -> Mapping[str, Histogram]:
+    """Histograms of a checkpoint's importances by kind of tensor (lora_a, lora_b ...)."""
     slices, found = _open(saved), dict[str, Histogram]()
     for name in _adapter_tensors(saved.manifest):
         values = _whole(slices, saved, "stat0", name)
@@ -108,27 +109,27 @@ def importances(saved: Saved) -> Mapping[str, Histogram]:
 
 
 def _adapter_tensors(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Names of those that a method decides on; nothing of a damaged checkpoint."""
+    """Yield the names of tensors that the method decides on; none if the checkpoint is damaged."""
     sites = manifest.get("sites", {"pieces": ()})["pieces"]
     yield from (n for n in manifest.get("tensors", ()) if n.rpartition(".")[0] in sites)
 
 
 def _vectors(manifest: Mapping[str, Any]) -> Iterator[str]:
     shapes = manifest.get("tensors", {})
-    # Others' vectors, values on a support say, stand between no A and B.
+    # Vectors of other forms, such as the values on a support (SHiRA), are no gates of components.
     between = (name for name in _adapter_tensors(manifest) if ".lora_" in name)
     yield from (name for name in between if len(shapes[name]) == 1)
 
 
 def _has_statistics(manifest: Mapping[str, Any]) -> bool:
-    """Memory of statistics is given back after the last decision, and then they are not saved."""
+    """Does a checkpoint store statistics? They are freed after the last decision."""
     return bool(manifest) and not manifest["ended"] and manifest["description"]["statistics"][0] > 0
 
 
-def _open(saved: Saved) -> SavedSlices:
+def _open(saved: SavedStep) -> SavedSlices:
     return SavedSlices.of(saved.path, saved.manifest)
 
 
-def _whole(slices: SavedSlices, saved: Saved, key: str, name: str) -> NDArray[np.float32]:
+def _whole(slices: SavedSlices, saved: SavedStep, key: str, name: str) -> NDArray[np.float32]:
     size = prod(saved.manifest["tensors"][name])
     return slices.entries(key, name, 0, size).numpy()

@@ -1,4 +1,4 @@
-"""Names of sites -> a grid: a row a layer, a column a kind of module."""
+"""Arrange sites in a grid by their names: one row per layer, one column per kind of module."""
 
 import re
 from collections import Counter
@@ -14,16 +14,17 @@ Grid = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where each site stands."""
+    """Position of every site in the grid."""
 
     layers: list[int]
+    """Layer numbers, one per row."""
     modules: list[str]
-    """As short as tells them apart: q_proj, but encoder.query and decoder.query."""
+    """Names of the columns, as short as is unique: q_proj, but encoder.query and decoder.query."""
     places: Mapping[str, tuple[int, int]]
     """Site -> row and column."""
 
     def grid(self, values: Mapping[str, float]) -> Grid:
-        """[layers, modules], nan where there is no site."""
+        """Put a value per site into a float64 [layers, modules]; NaN where there is no site."""
         grid = np.full((len(self.layers), len(self.modules)), np.nan)
         for site, value in values.items():
             grid[self.places[site]] = value
@@ -31,7 +32,10 @@ class Layout:
 
 
 def layout_of(sites: Iterable[str]) -> Layout:
-    """The grid of these sites, in their order; one without a layer's number stands in row 0."""
+    """Lay out sites by their names, such as "model.layers.3.self_attn.q_proj" -> layer 3, q_proj.
+
+    Columns keep the order of ``sites``. A site without a layer number counts as layer 0.
+    """
     split = {site: _split(site) for site in sites}
     kinds = list(dict.fromkeys(kind for _, kind in split.values()))
     layers = sorted({layer for layer, _ in split.values()})
@@ -47,7 +51,7 @@ def _split(site: str) -> tuple[int, str]:
 
 
 def _short(kinds: list[str]) -> list[str]:
-    """The fewest last words of each that no other has."""
+    """Shortest unique ending of each name: a.query, b.query, b.out -> a.query, b.query, out."""
     endings = [_endings(kind) for kind in kinds]
     seen = Counter(ending for own in endings for ending in own)
     return [next((e for e in own if seen[e] == 1), own[-1]) for own in endings]

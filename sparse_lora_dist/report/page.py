@@ -1,4 +1,4 @@
-"""Stories and their pictures -> one page that asks nobody for anything."""
+"""The HTML page: it embeds all it shows, loads nothing from the network and runs no script."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,22 +14,23 @@ from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Picture, as_svg
 
 GENERATOR = "sparse_lora_dist report"
-"""By which the page knows its own kind, and replaces no other."""
+"""Mark in every page and PNG file that this program writes; it replaces only files with it."""
 DARK = ("#6cb6ff", "#f69d50", "#57ab5a", "#c297ff", "#fc8dc7", "#c6a93f")
-"""Colours of series on a dark page, in the order of ``SERIES``."""
+"""Colours that replace those of ``SERIES``, in the same order, on a dark page."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """Pictures of one run, or of all together, and what is not there."""
+    """A heading with its figures: those of one run, or those that all runs share."""
 
     title: str
     pictures: Sequence[Picture]
     absent: Sequence[str] = ()
+    """One sentence for each figure that cannot be drawn, saying why."""
 
 
 def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
-    """The text of the page."""
+    """Render the page and return its HTML."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -49,7 +50,7 @@ def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
 
 
 def overview(run: RunData) -> dict[str, str]:
-    """The lines of the first table."""
+    """Lines of the table at the top of the page: label -> text."""
     total = "" if run.total_steps is None else f" of {run.total_steps:,}"
     peaks = run.series("peak_memory_bytes")[1]
     return {
@@ -70,28 +71,28 @@ def overview(run: RunData) -> dict[str, str]:
 
 
 def loss_of(run: RunData, key: str) -> str:
-    """The first and the last, and whether it ended in none."""
-    since, values = run.lost_number(key), run.series(key)[1]
+    """First and last value of a metric, and the step from which on it is NaN or infinite."""
+    since, values = run.non_finite_since(key), run.series(key)[1]
     if since is None:
         return change(values)
-    none = f"NaN or infinite from step {since:,} on"
-    return f"{change(values)}, {none}" if values else none
+    lost = f"NaN or infinite from step {since:,} on"
+    return f"{change(values)}, {lost}" if values else lost
 
 
 def change(values: Sequence[float], digits: int = 4) -> str:
-    """The first and the last of them."""
+    """Text of the first and the last value: "4.9012 → 3.0010"."""
     if not values:
         return "–"
     return " → ".join(f"{v:,.{digits}f}" for v in dict.fromkeys((values[0], values[-1])))
 
 
 def median_of(values: Sequence[float]) -> str:
-    """Not the mean: a step that waited for a disk would count as many."""
+    """Text of the median, because one step that waited for a disk would distort a mean."""
     return f"{median(values):,.0f}" if values else "–"
 
 
 def options(runs: Sequence[RunData]) -> list[tuple[str, list[Any], bool]]:
-    """(name, value of each run, do they differ?)"""
+    """All options: (name, value in each run, whether the values differ)."""
     names = dict.fromkeys(name for run in runs for name in run.options)
     rows = [(name, [run.options.get(name, "–") for run in runs]) for name in names]
     return [(name, values, any(v != values[0] for v in values)) for name, values in rows]

@@ -1,4 +1,4 @@
-"""Figures of where parameters live: layer x module at the end, and layer x decision on the way."""
+"""Heat maps of ranks, or of shares of live entries: layer x module, and layer x step."""
 
 from collections.abc import Mapping
 from math import prod
@@ -9,20 +9,24 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.report.jsonl import is_count
 from sparse_lora_dist.report.layer_grid import Layout, layout_of
 from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import WIDTH, Picture, panels
 
 READABLE = 16
-"""Layers of a grid whose cells are large enough for a number."""
+"""Most layers of a map whose cells have room for a number."""
 FEW_RANKS = 32
-"""A colour a rank up to here."""
+"""Largest rank for which every rank has a colour of its own."""
 
 
 class Shares:
-    """What is drawn of every site: its rank where a method changes ranks, else the share of its
-    entries that are stepped."""
+    """The value of every site that the maps show.
+
+    It is the site's rank if the method changes ranks, and else the share of the site's entries that
+    the optimizer steps.
+    """
 
     def __init__(self, run: RunData) -> None:
         self.run, sites = run, run.decisions[0]["ranks"]
@@ -37,29 +41,29 @@ class Shares:
 
     @property
     def note(self) -> str:
-        """What the numbers are not; for a caption."""
+        """Sentence for the captions of maps of shares; empty for maps of ranks."""
         if self.of_ranks:
             return ""
         return (
-            " Shares of a linear's entries that are stepped; of these some may be zero, which "
-            "launcher/show.py counts."
+            " Shown is the share of a site's entries that are stepped. Some of them may be zero; "
+            "launcher/show.py counts these."
         )
 
     @property
-    def say_nothing(self) -> bool:
-        """Is everything stepped all the time? A method that zeroes entries after every step may
-        do so."""
+    def all_one(self) -> bool:
+        """Are all entries stepped at all times? So it is with methods that zero entries after every
+        step."""
         rows = self.run.decisions
         return not self.of_ranks and all(v == 1 for row in rows for v in self.of(row).values())
 
     def of(self, decision: Mapping[str, Any]) -> Mapping[str, float]:
-        """Site -> value after a decision."""
+        """Return site -> value after ``decision``, a record of decisions.jsonl."""
         if self.of_ranks:
             return dict(decision["ranks"])
         return {site: live / self.sizes[site] for site, live in decision["live"].items()}
 
     def colours(self, axes: Any, mesh: Any, figure: Any) -> None:
-        """The bar beside the axes that says which is which."""
+        """Draw the colour bar of ``mesh`` beside ``axes``."""
         label = "rank" if self.of_ranks else "share stepped"
         bar = figure.colorbar(mesh, ax=axes, label=label, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)
@@ -69,7 +73,7 @@ class Shares:
 
     @property
     def style(self) -> dict[str, Any]:
-        """For a mesh of values."""
+        """Options of ``pcolormesh`` for a grid of values."""
         steps = self.capacity + 1 if self.of_ranks and self.capacity <= FEW_RANKS else 256
         return {
             "cmap": colormaps["viridis"].resampled(steps),
@@ -80,7 +84,7 @@ class Shares:
 
 
 def _entries(run: RunData) -> dict[str, int]:
-    """Site -> entries of its tensors, as a checkpoint knows them; empty without one."""
+    """Site -> entries of its tensors, from the newest readable checkpoint; empty if none."""
     manifest = next((s.manifest for s in reversed(run.checkpoints) if s.manifest), None)
     if manifest is None:
         return {}
@@ -92,7 +96,7 @@ def _entries(run: RunData) -> dict[str, int]:
 
 
 def final_map(run: RunData) -> Picture:
-    """Layer x module after the last decision."""
+    """Map of layer x module after the last decision."""
     shares, decision = Shares(run), run.decisions[-1]
     grid = shares.layout.grid(shares.of(decision))
     num_layers, num_modules = grid.shape
@@ -132,11 +136,11 @@ def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
 
 
 def growth(run: RunData) -> Picture:
-    """A panel a module, layers over decisions: how it came to be."""
+    """Maps of layer x step, one panel per kind of module."""
     shares = Shares(run)
     grids = np.stack([shares.layout.grid(shares.of(row)) for row in run.decisions])
     steps = [row["step"] for row in run.decisions]
-    edges = [*steps, max(run.last_step, steps[-1] + 1)]  # each holds until the next
+    edges = [*steps, max(run.last_step, steps[-1] + 1)]  # a decision holds until the next one
     modules, num_layers = shares.layout.modules, len(shares.layout.layers)
     rows = -(-len(modules) // 2)
     height = rows * min(2.4, 0.7 + 0.14 * num_layers) + 0.5
@@ -157,7 +161,7 @@ def growth(run: RunData) -> Picture:
     return Picture(
         name=f"{shares.name}_over_time",
         title=f"{shares.title} over time",
-        caption=f"A panel a kind of module; {len(steps)} decisions, from step {steps[0]} on."
-        f"{shares.note}",
+        caption=f"One panel for each kind of module; {counted(len(steps), 'decision')}, the first "
+        f"after step {steps[0]}.{shares.note}",
         figure=figure,
     )

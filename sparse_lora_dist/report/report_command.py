@@ -1,4 +1,4 @@
-"""launcher/report.py: folders in, a page out."""
+"""The program behind launcher/report.py: reads run folders and writes the page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ from sparse_lora_dist.system.atomic_files import write_whole
 
 
 def report(request: ReportRequest) -> None:
-    """Write what the request asks, and say where it is.
+    """Write the page, and PNG files if asked for, and print where they are.
 
     Raises:
-        UserError: a folder is no run, or something else stands where the page would.
+        UserError: if a folder is not a run folder, or the page cannot be written to --output.
     """
     runs = [read_run(run, name) for run, name in names_of(request.runs).items()]
     check_output(request.output)
-    sections = [together(runs), *(of_one(run) for run in runs)]
+    sections = [shared_section(runs), *(run_section(run) for run in runs)]
     try:
         write_whole(request.output, write_page(runs, sections))
         if request.png:
@@ -38,22 +38,32 @@ def report(request: ReportRequest) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raises UserError where the page has no place, or would replace what is no report."""
+    """Raise UserError if the page cannot be written, or would replace a file that is no report."""
     if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}.")
+        raise UserError(
+            f"--output {path}: the folder {path.parent} does not exist. Create it first."
+        )
     if path.is_dir():
-        raise UserError(f"--output {path} is a folder; name a file in it.")
+        raise UserError(f"--output {path} is a folder. Name a file in it.")
     if path.exists() and GENERATOR not in path.read_text(errors="replace")[:1000]:
-        raise UserError(f"{path} is no report of this program, and stays. Give another --output.")
+        raise UserError(
+            f"{path} is not a report of this program and is not replaced. Choose another --output."
+        )
 
 
 def names_of(runs: Sequence[Path]) -> dict[Path, str]:
-    """The last part of each folder's path, or as many as tell them apart."""
-    whole = [run.resolve().parts for run in runs]  # runs/a and runs/a/ are one
+    """Name every run by the last part of its path, or by as many last parts as make names unique.
+
+    Raises:
+        UserError: if a folder is given twice.
+    """
+    whole = [run.resolve().parts for run in runs]  # runs/a and runs/b/../a are one folder
     if twice := [
         str(run) for run, parts in zip(runs, whole, strict=True) if whole.count(parts) > 1
     ]:
-        raise UserError(f"a run is named twice: {', '.join(twice)}")
+        raise UserError(
+            f"A run folder is given more than once: {', '.join(twice)}. Give each one once."
+        )
     for count in range(1, max(map(len, whole)) + 1):
         names = ["/".join(parts[-count:]) for parts in whole]
         if len(set(names)) == len(runs):
@@ -61,50 +71,52 @@ def names_of(runs: Sequence[Path]) -> dict[Path, str]:
     return dict(zip(runs, names, strict=True))
 
 
-def together(runs: Sequence[RunData]) -> Section:
-    """All runs in one figure each."""
+def shared_section(runs: Sequence[RunData]) -> Section:
+    """Figures in which every run has a line."""
     drawn = [draw(runs) for draw in (curves.loss, curves.live, curves.throughput, curves.memory)]
     if staged := [run for run in runs if run.stages]:
         drawn.insert(2, curves.stages(staged))
     return Section(title="Over the run" if len(runs) == 1 else "Side by side", pictures=drawn)
 
 
-def of_one(run: RunData) -> Section:
-    """What cannot share axes with another run's."""
+def run_section(run: RunData) -> Section:
+    """Figures of one run, which cannot share axes with those of other runs."""
     pictures, absent = [timeline(run)], []
     if not run.decisions:
         absent.append(
-            "No map of ranks: the method has made no decision, every linear is as it was."
+            "No map of ranks: the method has made no decision, so all sites are as they began."
         )
-    elif ranks.Shares(run).say_nothing:
+    elif ranks.Shares(run).all_one:
         absent.append(
-            "No map of ranks: they never change, and all entries are stepped to the end. How many "
-            "of them are zero launcher/show.py says of a checkpoint."
+            "No map of ranks: they never change, and all entries are stepped to the end. Run "
+            "launcher/show.py on a checkpoint to see how many entries are zero."
         )
     else:
         pictures += [ranks.final_map(run), ranks.growth(run)]
     for draw, what in ((spread.gates, "gates"), (spread.importance, "importance")):
         try:
             picture = draw(run)
-        # Damaged, or --keep_last has just removed it.
+        # The checkpoint is damaged, or the running job has just removed it (--keep_last).
         except (OSError, SafetensorError) as error:
             absent.append(f"No distribution of {what}: {error}")
             continue
         if picture is None:
-            absent.append(f"No distribution of {what}: no checkpoint here has any.")
+            absent.append(f"No distribution of {what}: no checkpoint of this run stores any.")
         else:
             pictures.append(picture)
     return Section(title=run.name, pictures=pictures, absent=absent)
 
 
 def save_all(folder: Path, runs: Sequence[RunData], sections: Sequence[Section]) -> None:
-    """A PNG a picture, instead of those of an earlier report; those of one of several runs bear its
-    place and name."""
+    """Write one PNG file per figure, and remove those of an earlier report.
+
+    With several runs, the files of one run begin with its number and name: 2_name_timeline.png.
+    """
     folder.mkdir(exist_ok=True)
     for path in folder.glob("*.png"):
         if GENERATOR.encode() in path.read_bytes()[:1000]:
             path.unlink()
-    # By name alone x/a_b and x_a/b would be the same.
+    # Numbered, because the runs x/a_b and x_a/b would otherwise both become x_a_b.
     named = [f"{i}_{s.name.replace('/', '_')}_" for i, s in enumerate(runs, start=1)]
     prefixes = ["", *(named if len(runs) > 1 else [""])]
     for prefix, section in zip(prefixes, sections, strict=True):

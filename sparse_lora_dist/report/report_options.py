@@ -1,4 +1,4 @@
-"""What launcher/report.py is asked for."""
+"""Options of launcher/report.py."""
 
 from argparse import ArgumentParser
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from sparse_lora_dist.config.sections import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest:
-    """Runs, and where their report goes."""
+    """Runs to report on, and where the report goes."""
 
     runs: tuple[Path, ...]
     output: Path
@@ -19,15 +19,28 @@ class ReportRequest:
 
 
 def load_request(argv: Sequence[str]) -> ReportRequest:
-    """What ``argv`` asks; a wrong one ends the program with status 2."""
-    parser = ArgumentParser(
-        prog="launcher/report.py",
-        description="What a run did, on one page; several runs are compared.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="folder of a run")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="page; default RUN/report.html")
-    parser.add_argument("--png", action="store_true", help="figures as files too, beside the page")
-    found = parser.parse_args(argv)
+    """Read the report's command line; a wrong option exits with status 2.
+
+    Args:
+        argv: the words after the program's name.
+    """
+    found = build_parser().parse_args(argv)
     output = found.output or found.runs[0] / "report.html"
     return ReportRequest(runs=tuple(found.runs), output=output, png=found.png)
+
+
+def build_parser() -> ArgumentParser:
+    """Build the parser of launcher/report.py."""
+    parser = ArgumentParser(
+        prog="launcher/report.py",
+        description="Report what a run did on one HTML page, or compare several runs.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Run folder.")
+    parser.add_argument(
+        "--output", metavar="FILE", type=Path, help="HTML file to write. Default: RUN/report.html."
+    )
+    parser.add_argument(
+        "--png", action="store_true", help="Write each figure to a PNG file next to the page too."
+    )
+    return parser

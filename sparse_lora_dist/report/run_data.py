@@ -1,4 +1,4 @@
-"""A run folder -> its run. Nothing is written, so a run may still be going."""
+"""Read a run folder for the report. Only reads, so the run may still be going."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,31 +23,40 @@ from sparse_lora_dist.report.jsonl import (
     no_constant,
     read_lines,
 )
-from sparse_lora_dist.report.saved_steps import Saved, saved_in
+from sparse_lora_dist.report.saved_steps import SavedStep, saved_steps
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
 
 STAGE = ("live_ranks", "held_out_loss", "lambda")
-"""Numbers that a stage is drawn by."""
+"""Fields of a stage's record that its point is drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """What a run folder says."""
+    """The contents of a run folder, checked."""
 
     name: str
+    """Name of the run in the report, unique among the runs of one page."""
     folder: Path
     options: Mapping[str, Any]
+    """Content of run.yaml."""
     environment: Mapping[str, Any]
+    """Content of environment.json."""
     metrics: Sequence[Record]
+    """Records of metrics.jsonl, at least one."""
     decisions: Sequence[Record]
+    """Records of decisions.jsonl, all of the same sites."""
     stages: Sequence[Record]
-    """That have all numbers to be drawn by."""
+    """Records of stages.jsonl that have all fields of ``STAGE``."""
     bad_steps: Sequence[Record]
+    """Records of bad_steps.jsonl."""
     attempts: Sequence[Attempt]
-    checkpoints: Sequence[Saved]
+    """Jobs of the run in order, at least one."""
+    checkpoints: Sequence[SavedStep]
+    """Published checkpoints, by step."""
     total_steps: int | None
+    """Planned length of the run in optimizer steps; None if it is not recorded."""
 
     @property
     def last_step(self) -> int:
@@ -55,42 +64,48 @@ class RunData:
 
     @property
     def state(self) -> str:
-        """How it stands: finished, still going, stopped by ..., cut short."""
+        """How the newest job ended, or "still going": see ``Attempt.ended``."""
         return self.attempts[-1].ended
 
     @property
     def world_size(self) -> int | None:
-        """Ranks of the newest job; None where nobody wrote that down."""
+        """Number of ranks of the newest job; None if it is not recorded."""
         size = self.environment.get("world_size")
         return int(size) if is_count(size) and size else None
 
-    def lost_number(self, key: str) -> int | None:
-        """The step from which on a number of the metrics is none to the end; None where it ends as
-        a number."""
+    def non_finite_since(self, key: str) -> int | None:
+        """The step from which on a metric is null (NaN or infinite) up to the end, or None if its
+        last value is a number."""
         rows = [row for row in self.metrics if key in row]
         ends = list(takewhile(lambda row: row[key] is None, reversed(rows)))
         return int(ends[-1]["step"]) if ends else None
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a number of the metrics, where it has one."""
+        """Steps and values of a metric, without those that are null."""
         rows = [row for row in self.metrics if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
-    def facts(self) -> list[str]:
-        """Numbers that the method says of itself: budget, keep, lambda."""
+    def log_keys(self) -> list[str]:
+        """Names of the log values in the decisions: budget, keep, lambda ..."""
         return sorted({key for row in self.decisions for key in row} - {"step", "ranks", "live"})
 
 
 def read_run(folder: Path, name: str | None = None) -> RunData:
-    """What ``folder`` holds.
+    """Read and check all files of a run folder that the report uses.
+
+    Args:
+        folder: the --output_dir of a run, finished or still going.
+        name: name of the run in the report; None takes the folder's name.
 
     Raises:
-        UserError: it is no run, or a file of it is missing or damaged.
+        UserError: if it is not a run folder, or a file is missing or damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give the --output_dir of a run.")
+        raise UserError(f"{folder} is not a folder. Give the --output_dir of a run.")
     if not (folder / RUN_YAML).exists():
-        raise UserError(f"{folder} is no run: it has no run.yaml. Give the --output_dir of a run.")
+        raise UserError(
+            f"{folder} has no run.yaml, so it is not a run folder. Give the --output_dir of a run."
+        )
     going = run_lock.is_held(folder)
     metrics = _metrics(folder / "metrics.jsonl", going=going)
     begun = _optional(folder / ATTEMPTS, is_attempt)
@@ -107,21 +122,21 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         stages=[row for row in ended if all(row.get(name) is not None for name in STAGE)],
         bad_steps=_optional(folder / "bad_steps.jsonl", is_bad_step),
         attempts=jobs_of(begun, metrics, going=going),
-        checkpoints=saved_in(folder / "checkpoints"),
+        checkpoints=saved_steps(folder / "checkpoints"),
         total_steps=next((r["total_steps"] for r in reversed(begun) if "total_steps" in r), None),
     )
 
 
 def _metrics(path: Path, *, going: bool) -> list[Record]:
-    # A job that loads has the lock, but no such file yet.
+    # A job that still loads the model holds the lock and has not written this file.
     rows = read_lines(path, is_metrics) if path.exists() or not going else []
     if not rows:
-        raise UserError(f"{path} has no line yet: wait for the first step.")
+        raise UserError(f"{path} has no record yet. Wait until the first step is logged.")
     return rows
 
 
-def _optional(path: Path, is_row: Callable[[Record], bool]) -> list[Record]:
-    return read_lines(path, is_row) if path.exists() else []
+def _optional(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:
+    return read_lines(path, is_record) if path.exists() else []
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
@@ -130,7 +145,9 @@ def _mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path} must hold names and values.")
+        raise UserError(
+            f"{path} must be a mapping of names to values, got {type(content).__name__}."
+        )
     return content
 
 

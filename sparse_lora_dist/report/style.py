@@ -1,4 +1,4 @@
-"""How figures look, and a figure as text of a page that follows its colours, light or dark."""
+"""The look of figures, and their conversion to SVG in the page's light or dark colours."""
 
 import io
 import re
@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 WIDTH, HEIGHT = 4.6, 2.7
-"""Inches. So small that text stays readable where a phone shrinks it."""
+"""Size of a figure in inches, small enough that its text stays readable on a phone."""
 TEXT, FAINT = "#1f2328", "#d0d7dd"
 SERIES = ("#0b66c2", "#c4540a", "#157f3b", "#8250df", "#bf3989", "#6e5a00")
-"""On white, as PNG files have it. In a page these stand for the page's own: ``currentColor``,
-``var(--faint)``, ``var(--series-0)`` ..."""
+"""Colours on white, as in PNG files. In a page ``as_svg`` replaces them by the page's own:
+``currentColor``, ``var(--faint)``, ``var(--series-0)`` ..."""
 DASHES = (("-", "o"), ((0, (5, 1.5)), "s"), ((0, (5, 1.5, 1, 1.5)), "^"))
-"""Of lines that have the same colour, and the marks that go with them."""
+"""Dashes and markers that tell lines of the same colour apart."""
 
 matplotlib.rcParams.update(
     {
@@ -43,27 +43,27 @@ matplotlib.rcParams.update(
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure and what stands around it."""
+    """A figure with its title and caption."""
 
     name: str
-    """Of its PNG file."""
+    """Name of its PNG file, without the ending."""
     title: str
     caption: str
     figure: Figure
 
 
 def panels(rows: int = 1, *, height: float | None = None, **options: Any) -> tuple[Figure, Any]:
-    """A figure and its axes, below each other: [rows]."""
+    """Make a figure with ``rows`` axes below each other; ``height`` is in inches."""
     figure = Figure(figsize=(WIDTH, height or HEIGHT * rows), layout="constrained")
     axes = figure.subplots(rows, squeeze=False, **options)[:, 0]
-    for each in axes:  # few ticks: steps of long runs are wide
+    for each in axes:  # few ticks, because the numbers of late steps are wide
         each.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=[1, 2, 5, 10]))
     return figure, axes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """How all that is drawn of a run looks."""
+    """Colour, dash and marker of one run, in all figures."""
 
     colour: str
     dash: Any = "-"
@@ -71,7 +71,7 @@ class Line:
 
 
 def lines(count: int) -> list[Line]:
-    """One a run. Colours come again after six, with another dash and mark."""
+    """One style per run. Colours repeat after six, with another dash and marker."""
     return [
         Line(colour=colour, dash=dash, mark=mark)
         for (dash, mark), colour in islice(cycle(product(DASHES, SERIES)), count)
@@ -79,17 +79,20 @@ def lines(count: int) -> list[Line]:
 
 
 def plain_numbers(axes: Any) -> None:
-    """12,000 beside the y axis, not 1.2e4; and no mathematics, which is not read here."""
+    """Write numbers of the y axis as 12,000: math text such as 1.2e4 would show as its source."""
     axes.yaxis.set_major_formatter(lambda value, place: f"{value:,.10g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def as_svg(picture: Picture, place: str) -> str:
-    """An <svg> for inside a page: it names no address, and no colour of its own. ``place``, unlike
-    that of any other picture of the page, makes its ids unlike theirs."""
+    """Return an <svg> element to embed in a page, without addresses and with the page's colours.
+
+    Args:
+        place: text that is unique in the page; it makes the ids in the SVG unique.
+    """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": place}):
-        # dpi is that of what is drawn as pixels: heat maps.
+        # dpi applies to what is rasterized: heat maps.
         picture.figure.savefig(buffer, format="svg", transparent=True, dpi=200)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
@@ -108,6 +111,6 @@ def _page_colours() -> dict[str, str]:
 
 
 def save_png(picture: Picture, path: Path, *, maker: str) -> None:
-    """The figure in a file, on white, under its title; the file says who made it."""
+    """Write the figure on white under its title; ``maker`` goes into the file's Software field."""
     picture.figure.suptitle(picture.title, size=10.5, weight="bold")
     picture.figure.savefig(path, dpi=160, metadata={"Software": maker})

@@ -1,2 +1,2 @@
-"""Files of a run folder besides checkpoints and the adapter: its description, metrics,
-attempts, lock."""
+"""Files of a run folder besides checkpoints and the adapter: description, metrics, attempts and
+lock."""

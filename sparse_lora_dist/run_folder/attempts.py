@@ -1,7 +1,7 @@
-"""``attempts.jsonl`` of a run folder: a line where a job begins, one where it ends. A job that was
-killed has no second one.
+"""``attempts.jsonl`` of a run folder: one line when a job begins and one when it ends. A job that
+was killed has no second line.
 
-    {"event": "begins", "step": 20, "reached": 27, ...}   goes on from 20; 27 was logged before
+    {"event": "begins", "step": 20, "reached": 27, ...}   resumed from step 20; 27 steps were logged
     {"event": "stopped", "step": 31, "why": "SIGTERM", ...}   or "finished"
 """
 
@@ -10,19 +10,30 @@ import time
 from pathlib import Path
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.run_folder.metrics_log import JsonLines, read_records
+from sparse_lora_dist.run_folder.metrics_file import JsonLines, read_records
 
 NAME = "attempts.jsonl"
 
 
 class Attempts:
-    """Only rank 0 writes; the others' calls do nothing."""
+    """Writer of ``attempts.jsonl``.
+
+    Only rank 0 writes; on other ranks the methods do nothing. Not a collective.
+    """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int) -> None:
-        """Begins from ``step``. To be made before the metrics forget what was logged after it."""
+        """Append the line that a job begins.
+
+        Make it before ``Metrics``, which removes the logged steps that are counted here.
+
+        Args:
+            folder: the run folder.
+            step: optimizer step that the job starts from; 0 for a new run.
+            total_steps: optimizer steps of the whole run.
+        """
         metrics = folder / "metrics.jsonl"
         rows = read_records(metrics) if comm.rank() == 0 and metrics.exists() else []
-        # Steps are lost to a kill; that it happened is not to be.
+        # All lines are kept: a kill loses steps, and this file is the record that it happened.
         self._lines = JsonLines(folder / NAME, last_step=sys.maxsize)
         self._lines.append(
             {
@@ -36,5 +47,11 @@ class Attempts:
         )
 
     def end(self, event: str, step: int, why: str = "") -> None:
-        """The job leaves after ``step``."""
+        """Append the line that the job ends after ``step``.
+
+        Args:
+            event: "stopped" or "finished".
+            step: last optimizer step that was made.
+            why: what stopped the job, e.g. "SIGTERM".
+        """
         self._lines.append({"event": event, "step": step, "time": time.time(), "why": why})

@@ -1,4 +1,4 @@
-"""The folder of a run: who may write to it, and what is written before the first step."""
+"""A run folder before the first step: check that it may be written, and describe the run in it."""
 
 import json
 import os
@@ -17,28 +17,39 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.version import __version__
 
 RUN_YAML = "run.yaml"
-"""The merged config of a run, by which its folder is known."""
+"""File with the merged config of a run; a folder that has it is a run folder."""
 MADE = """
     run.yaml environment.json metrics.jsonl decisions.jsonl stages.jsonl bad_steps.jsonl
     attempts.jsonl edits.json tensorboard checkpoints adapter
 """.split()
-"""By a run, of which a new one makes its own."""
+"""Files and folders that a run writes into its folder, besides the lock."""
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "peft", "safetensors")
+"""Packages whose versions ``environment.json`` records."""
 
 
 def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
-    """A run that begins must not write into the folder of another that made a step: one that died
-    while it loaded left a description only. One that ``replaces`` another must find one."""
+    """Check that a run may write into ``folder``. Not a collective.
+
+    A folder with a description only, of a run that ended while loading, may be used again.
+
+    Args:
+        folder: the run folder; it need not exist.
+        begins: the run starts from step 0, so the folder must not hold another run.
+        replaces: the run may remove the run in the folder (``--overwrite``), if it is one.
+
+    Raises:
+        UserError: the folder holds another run, is not a run folder, or is not writable.
+    """
     made = [name for name in MADE if (folder / name).exists()]
     if replaces and made and RUN_YAML not in made:
         raise UserError(
-            f"--overwrite: {folder} holds {made[0]}, but no run.yaml, so it is no run, and stays. "
-            "Choose another --output_dir."
+            f"--overwrite: {folder} holds {made[0]} but no run.yaml, so it is not a run folder and "
+            "is not removed. Choose another --output_dir."
         )
     if begins and not replaces and {"metrics.jsonl", "checkpoints"} & set(made):
         raise UserError(
-            f"--output_dir {folder} already holds a run. Go on with it: --resume auto. "
-            "Start a new one: another --output_dir, or remove that folder."
+            f"--output_dir {folder} already holds a run. Continue it with --resume auto, or start "
+            "a new run: choose another --output_dir, or remove that folder."
         )
     probe = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
     if not os.access(probe, os.W_OK):
@@ -48,21 +59,22 @@ def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run made, but the lock. Only rank 0 does."""
+    """Remove what an earlier run wrote into ``folder``, except the lock. For rank 0 only."""
     for path in (folder / name for name in MADE):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_description(folder: Path, config: Config) -> None:
-    """run.yaml (the merged config, good for --config) and environment.json."""
+    """Write run.yaml (the merged config, which ``--config`` reads) and environment.json. For rank 0
+    only."""
     folder.mkdir(parents=True, exist_ok=True)
-    said = config.as_flat_dict() | {"reset": []}  # a run that goes on begins nothing anew
-    (folder / RUN_YAML).write_text(yaml.safe_dump(said, sort_keys=False))
+    options = config.as_flat_dict() | {"reset": []}  # a resume from run.yaml must not reset again
+    (folder / RUN_YAML).write_text(yaml.safe_dump(options, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 
 
 def environment() -> dict[str, object]:
-    """What this run runs on."""
+    """Versions, hardware and command line of this run, for ``environment.json``."""
     return {
         "sparse_lora_dist": __version__,
         "git_commit": git_commit(),
@@ -82,7 +94,7 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of this source tree, "+changes" where files differ; None outside a clone."""
+    """The git commit of this source tree, with "+changes" if files differ; None outside a clone."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(

@@ -1,7 +1,8 @@
-"""One job at a time writes a run folder: ``RUN/run.lock`` says which.
+"""Lock of a run folder: only the job that holds ``RUN/run.lock`` writes into it.
 
-A file that is created exclusively, and whose date the holder renews. No flock: shared file systems
-may not honour it.
+The lock is a file that is created exclusively and whose modification time the holder renews every
+10 s. It is taken over when its holder's process is gone, when it was not renewed for 30 s, or when
+Slurm has requeued the holder's job. flock is not used, as shared file systems may not honour it.
 """
 
 import json
@@ -23,12 +24,13 @@ from sparse_lora_dist.system.processes import Process, is_gone, this_process
 
 NAME = "run.lock"
 HEARTBEAT_S = 10.0
+"""Seconds between two renewals of the lock."""
 MISSED = 3
-"""After so many heartbeats that did not come a holder counts as dead."""
+"""Renewals in a row that a dead holder has missed."""
 LOOK_S = 0.5
-"""Between two looks at the date of another's lock."""
+"""Seconds between two looks at the modification time of another job's lock."""
 SETTLED_S = 1.0
-"""Two jobs that take over the same lock are through with it by then."""
+"""Seconds after which two jobs that take over the same lock have both finished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +39,13 @@ class Holder:
 
     process: Process
     job: str | None
-    """Slurm's number of the job. A requeued job keeps it."""
+    """Slurm's job id, which a requeued job keeps; None without Slurm."""
     attempt: int
-    """How often Slurm has requeued it: two runs in one allocation have the same number here too."""
+    """How often Slurm has requeued the job. Two runs in one allocation have the same number."""
     since: str
+    """Time at which the lock was taken, ISO 8601."""
     token: str
-    """Unlike that of any other attempt."""
+    """Random id of this attempt."""
 
     def __str__(self) -> str:
         job = "" if self.job is None else f", Slurm job {self.job}"
@@ -54,11 +57,12 @@ _held: tuple[Path, Holder] | None = None
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Inside, ``folder`` belongs to this job. It is made where it is not there, and removed again
-    if nothing was written into it. Collective.
+    """Context manager: hold the lock of ``folder``. Collective.
+
+    A folder that does not exist is made, and removed on exit if nothing was written into it.
 
     Raises:
-        UserError: another job holds it.
+        UserError: another job holds the lock.
     """
     made = not folder.exists()
     try:
@@ -76,7 +80,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def renew() -> None:
-    """Show that the holder lives. Nothing where this process holds no lock.
+    """Renew the lock, if this process holds one. Not a collective.
 
     Raises:
         UserError: another job holds it now, so this one must write nothing more.
@@ -88,29 +92,30 @@ def renew() -> None:
 
 
 def check() -> None:
-    """Is what this process took still its own? Asked before anything is published or removed.
+    """Check that this process still holds the lock it took. Call it before publishing or removing
+    anything. Not a collective.
 
     Raises:
-        UserError: it is not.
+        UserError: another job has taken the lock over, or it is gone.
     """
     if _held is None:
         return
     path, ours = _held
     now = _read(path)
-    if now is None:  # a newcomer has moved it to look at it, or has yet to write into its own
+    if now is None:  # another job has moved it to read it, or has not yet written its own
         time.sleep(SETTLED_S)
         now = _read(path)
     if now is None or now.token != ours.token:
         taker = f"now held by another job ({now})" if now else "gone"
         raise UserError(
-            f"{path} of this job is {taker}. It changes hands when its holder gives no sign of "
-            f"life for {MISSED * HEARTBEAT_S:.0f} s, and between attempts of one Slurm job. This "
-            "job ends and writes nothing more."
+            f"{path} of this job is {taker}. Another job may take it over when it was not renewed "
+            f"for {MISSED * HEARTBEAT_S:.0f} s, or when Slurm requeues the job. This job ends and "
+            "writes nothing more."
         )
 
 
 def is_ours() -> bool:
-    """Does this process hold the lock, and has nobody taken it over?"""
+    """Whether this process holds the lock and no other job has taken it over."""
     try:
         now = _held and _read(_held[0])
     except OSError:
@@ -119,8 +124,11 @@ def is_ours() -> bool:
 
 
 def is_held(folder: Path) -> bool:
-    """Does a job show life in ``folder``? For who only looks: it writes no probe, so that a clock
-    of this host that is far from the file system's misleads it."""
+    """Whether a live job holds the lock of ``folder``, for programs that only read.
+
+    It writes nothing, so it compares with this host's clock: wrong where that is far from the file
+    system's.
+    """
     try:
         holder, age = _read(folder / NAME), time.time() - (folder / NAME).stat().st_mtime
     except OSError:
@@ -148,7 +156,7 @@ def _take(path: Path) -> None:
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """False where there is one."""
+    """Create the lock file; False if there is one already."""
     try:
         file = path.open("x")
     except FileExistsError:
@@ -171,8 +179,8 @@ def _remove_if_stale(path: Path, ours: Holder) -> None:
             f"{holder or 'one that is just starting'}; it is alive. "
             "Wait for it, end it, or choose another --output_dir."
         )
-    # Another newcomer may have judged the same lock and be a step ahead: what is moved away may be
-    # its fresh one, and then goes back.
+    # A third job may have removed the same stale lock and created its own already. So the file is
+    # moved first and read again: if it is another job's new lock, it is moved back.
     moved = path.with_name(f".{NAME}.{ours.token}")
     with suppress(FileNotFoundError):
         path.rename(moved)
@@ -183,11 +191,14 @@ def _remove_if_stale(path: Path, ours: Holder) -> None:
 
 
 def _shows_life(path: Path, age: float) -> bool:
-    """Is it renewed before it counts as dead? A job that was killed leaves a lock of a moment ago,
-    and one that was to follow it must not fail of that."""
+    """Wait until the lock is renewed (True) or stale (False).
+
+    A job that was killed a moment ago leaves a fresh lock, and the job that follows it must not
+    fail because of that.
+    """
     left_s = MISSED * HEARTBEAT_S - age
     print_line(
-        "waiting", f"up to {left_s:.0f} s, for a sign of life from the job that holds {path}"
+        "waiting", f"up to {left_s:.0f} s, to see whether the job that holds {path} is alive"
     )
     try:
         seen = path.stat().st_mtime
@@ -195,7 +206,7 @@ def _shows_life(path: Path, age: float) -> bool:
             time.sleep(LOOK_S)
             if path.stat().st_mtime != seen:
                 return True
-    except FileNotFoundError:  # its job has ended well
+    except FileNotFoundError:  # its job has released it
         pass
     return False
 
@@ -210,17 +221,17 @@ def _may_take_over(holder: Holder | None, age: float, ours: Holder) -> bool:
 
 
 def _read(path: Path) -> Holder | None:
-    """None where there is none, or none that can be read yet."""
+    """The holder that a lock file names; None if there is no file, or it is not written yet."""
     try:
-        said: Mapping[str, object] = json.loads(path.read_text())
-        process = Process(**said["process"])  # type: ignore[arg-type]
-        return Holder(**{**said, "process": process})  # type: ignore[arg-type]
+        fields: Mapping[str, object] = json.loads(path.read_text())
+        process = Process(**fields["process"])  # type: ignore[arg-type]
+        return Holder(**{**fields, "process": process})  # type: ignore[arg-type]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
 def _age(path: Path, token: str) -> float:
-    """Seconds since the last heartbeat, by the clock of the file system: hosts' own differ."""
+    """Seconds since the lock was renewed, by the file system's clock, as hosts' clocks differ."""
     probe = path.with_name(f".{NAME}.probe.{token}")
     probe.touch()
     os.utime(probe)

@@ -1,1 +1,1 @@
-"""What stands around any program: exit codes, signals, the watchdog over stuck ranks."""
+"""What every program has around its work: exit codes, stop signals, the watchdog."""

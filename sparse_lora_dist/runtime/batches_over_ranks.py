@@ -1,4 +1,4 @@
-"""Work on batches, spread over ranks, with results that do not depend on how many there are."""
+"""Spread batches over ranks, with results that do not depend on the number of ranks."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -19,11 +19,20 @@ def in_batches(
     *,
     name: str,
 ) -> list[Result]:
-    """What ``work`` makes of each item, in their order, on every rank. Collective, as ``work`` is.
+    """Apply ``work`` to batches of ``items``, spread over the ranks. Collective.
 
-    Batch i holds ``batch_size`` items from i * batch_size on, whatever the number of ranks, since
-    rounding depends on what else is in a batch. It goes to rank i % ranks. Ranks that have none in
-    the last round do the last one again, since every forward is a collective, for nobody.
+    Batch i holds the ``batch_size`` items from i * batch_size on, whatever the number of ranks,
+    since rounding depends on what else is in a batch. It goes to rank i % ranks. In the last round,
+    ranks without a batch repeat the last one and drop its results: every forward is a collective.
+
+    Args:
+        items: the same on every rank.
+        batch_size: items per batch.
+        work: collective function that returns one result for each item of a batch.
+        name: phase for the watchdog, and label of rank 0's progress bar.
+
+    Returns:
+        One result for each item, in their order, on every rank.
     """
     watchdog.set_phase(name)
     starts = range(0, len(items), batch_size)

@@ -1,5 +1,5 @@
-"""What every program in launcher/ does around its work: quiet surroundings, and one clear message
-on failure."""
+"""What every program in launcher/ does around its work: silence other libraries, print one clear
+message on failure, and exit with the right status."""
 
 import logging
 import os
@@ -16,8 +16,8 @@ from sparse_lora_dist.errors import PeerError, Stopped, UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75
-"""BSD's EX_TEMPFAIL: ended early on purpose and saved; the same command with --resume auto goes
-on."""
+"""Exit status of a run that was stopped early and saved (BSD's EX_TEMPFAIL); the same command with
+--resume auto continues it."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -30,7 +30,7 @@ FOREIGN_LOGGERS = (
 
 
 class HasRun(Protocol):
-    """A ``Config``, or what another program reads from its command line."""
+    """A ``Config``, or the options of another program."""
 
     @property
     def run(self) -> RunConfig: ...
@@ -42,17 +42,26 @@ Read = TypeVar("Read", bound=HasRun)
 def run_program(
     argv: Sequence[str], read: Callable[[Sequence[str]], Read], work: Callable[[Read], None]
 ) -> None:
-    """Do ``work`` with what ``read`` makes of ``argv``; leave with 2 and a message on a user's
-    mistake, 1 and a traceback on ours."""
+    """Read the options, do the work, and end the process. Collective.
+
+    Exit status: 0 when done; 2 on a ``UserError``, with its message; 1 on any other error, with a
+    traceback; 75 when stopped and saved; 130 on Ctrl-C.
+
+    Args:
+        argv: command line without the program's name.
+        read: turns ``argv`` into the options, or raises ``UserError``.
+        work: the work of the program, given the options.
+    """
     debug = False
     try:
-        this_launch()  # first, so that what follows may ask it without another error
+        this_launch()  # first, so that later calls cannot fail while an error is reported
         config = read(argv)
         debug = config.run.debug
         if not debug:
             quiet_others()
         work(config)
-        # Not by returning: gloo's threads may abort the interpreter's shutdown of a finished run.
+        # Not by returning: gloo's threads may abort the interpreter's shutdown, after the run has
+        # finished.
         exit_process(0)
     except UserError as error:
         if debug:
@@ -73,7 +82,7 @@ def run_program(
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:
             write_stderr(
-                f"rank {this_launch().rank} ends: another rank is gone; its message says why"
+                f"rank {this_launch().rank} ends because another rank ended; see its message"
             )
         else:
             traceback.print_exc()
@@ -81,32 +90,37 @@ def run_program(
 
 
 def write_stderr(message: str, *, for_all: bool = False) -> None:
-    """On stderr: once a machine what all ranks found together, else from the rank that found it."""
+    """Print ``message`` on stderr.
+
+    Args:
+        for_all: all ranks print the same message, so only one rank of each machine does.
+    """
     if not for_all or this_launch().local_rank == 0:
         print(message, file=sys.stderr)
     else:
-        time.sleep(1)  # launchers end all ranks when one leaves, and the one that speaks with it
+        time.sleep(1)  # launchers kill all ranks when one exits, also the one that prints
 
 
 def exit_process(code: int) -> NoReturn:
-    """End at once: the interpreter's own shutdown may wait for peers inside a collective."""
+    """End the process at once, without the interpreter's shutdown, which may wait for other ranks
+    inside a collective."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def quiet_others() -> None:
-    """Keep other libraries' notes off the screen; their errors still show."""
+    """Silence warnings and notes of other libraries; their errors still show."""
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module="sparse_lora_dist")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    if this_launch().local_rank != 0:  # one bar a machine says how a download goes
+    if this_launch().local_rank != 0:  # one progress bar a machine is enough for downloads
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in FOREIGN_LOGGERS:
         logger = logging.getLogger(name)
-        # The level reaches the loggers below this one; the filter holds when the library, imported
-        # later than this, sets a level of its own.
+        # The level also applies to child loggers. The filter is for libraries that are imported
+        # later and then set a level of their own.
         logger.setLevel(logging.ERROR)
         logger.addFilter(lambda record: record.levelno >= logging.ERROR)

@@ -1,5 +1,8 @@
-"""What each rank tells the others about itself, in two places: the store that the ranks met at, and
-``RUN/ranks/``, which answers also when the store is stopped with rank 0."""
+"""Heartbeats: what each rank tells the others about itself.
+
+They are posted in two places: torch's rendezvous store, and the folder ``RUN/ranks/``, which can
+still be read when the store is gone because rank 0 is.
+"""
 
 import json
 import threading
@@ -18,22 +21,24 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """Where a rank is."""
+    """Position of a rank in the run."""
 
     rank: int
     process: Process
     number: int
-    """How many it has sent: it stays where the process is stopped or gone."""
+    """Heartbeats that the rank has sent; does not grow when its process is stopped or gone."""
     time: float
-    """Seconds since 1970, by the clock of its host."""
+    """Seconds since 1970, by the clock of the rank's host."""
     step: int
     phase: str
     marks: int
-    """Phases behind it, and the collectives it has entered: who has fewer lags."""
+    """Phases that the rank has begun; a rank with fewer than the others is behind."""
     collectives: int
+    """Collectives that the rank has entered."""
     last_collective: str
+    """Name of the last collective that this package, not DeepSpeed, called."""
     ended: bool = False
-    """It ends, and its own message says why."""
+    """Whether the rank is ending, with a message of its own."""
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -52,24 +57,24 @@ class Heartbeat:
 
 
 Heartbeats = dict[int, Heartbeat]
-"""By rank; those that could be read."""
+"""Rank -> its newest heartbeat, for the ranks that could be read."""
 
 
 class Board:
-    """Where heartbeats are posted and read."""
+    """The places where heartbeats are posted and read: the store, and ``RUN/ranks/``."""
 
     def __init__(self, run: Path, *, patience_s: float) -> None:
         self.folder, self.patience_s = run / FOLDER, patience_s
         self._store = comm.Store(patience_s)
 
     def post(self, heartbeat: Heartbeat) -> None:
-        """In both places; one that cannot be written to is left out."""
-        with suppress(Exception):  # before the file: a disk may hang, this does not
+        """Write a heartbeat to both places; a place that cannot be written to is skipped."""
+        with suppress(Exception):  # before the file: a disk may hang, the store does not
             self._store.set(_key(heartbeat.rank), _written(heartbeat))
         self.post_file(heartbeat)
 
     def post_file(self, heartbeat: Heartbeat) -> None:
-        """Without the store, which may have gone: torch tells of that with pages of its own."""
+        """Write a heartbeat to the folder only: torch prints pages if the store is gone."""
         path = self._file(heartbeat.rank)
         temporary = path.with_name(f".{path.name}.{threading.get_ident()}")
         with suppress(OSError):
@@ -77,13 +82,13 @@ class Board:
             temporary.replace(path)
 
     def read(self) -> Heartbeats:
-        """The newest of every rank, from wherever it is found in time."""
+        """The newest heartbeat of every rank that either place returns in time."""
         from_store = in_time(self._of_store, self.patience_s) or []
         found = [*from_store, *self.read_files().values()]
         return {beat.rank: beat for beat in sorted(found, key=lambda beat: beat.number)}
 
     def read_files(self) -> Heartbeats:
-        """Those that are found in time."""
+        """The heartbeats that the folder returns in time."""
         return {beat.rank: beat for beat in in_time(self._of_files, self.patience_s) or []}
 
     def _of_store(self) -> list[Heartbeat]:
@@ -97,7 +102,10 @@ class Board:
 
 
 def in_time(work: Callable[[], T], seconds: float) -> T | None:
-    """What ``work`` returns; None where it fails, or hangs as stores and disks may."""
+    """The result of ``work``; None if it fails, or takes more than ``seconds``.
+
+    ``work`` runs in a thread, which is left behind if a store or disk hangs.
+    """
     done: list[T] = []
 
     def try_it() -> None:

@@ -1,7 +1,7 @@
-"""STOP: a signal or the clock ends a run early, at a boundary that all ranks agree on.
+"""Stop a run early, by a signal or the time limit, at a boundary that all ranks agree on.
 
-A signal sets a flag and nothing else. ``check`` stands at every boundary: before a micro-batch,
-between batches of an evaluation, after a step; there the ranks compare, and leave together.
+A signal only sets a flag. ``check`` is called at every boundary (before a micro-batch, between
+batches of an evaluation, after a step): there the ranks compare their flags and stop together.
 """
 
 import os
@@ -19,39 +19,47 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import Stopped
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
-ONE_WISH_S = 2.0
-"""Signals closer together are one wish: after Ctrl-C, a launcher that got it too sends SIGTERM."""
+SIGNALS_OF_ONE_REQUEST_S = 2.0
+"""Signals at most so many seconds apart are one request: on Ctrl-C a launcher adds a SIGTERM."""
 UNMEASURED = 0.05
-"""Part of the time limit that a save is taken to need before one was measured."""
+"""Fraction of the time limit that a save is assumed to take before one was measured."""
 CLOCK = 1
-"""What ranks tell each other for the time limit; for a signal, its number, all of which are
-larger."""
+"""Code of a stop by the time limit; a stop by a signal has its number. Larger codes win, and those
+of ``SIGNALS`` all are."""
 
 
 class _StopRequest:
-    """What this rank was told so far."""
+    """Whether this rank was asked to stop, and the times that ``--time_limit`` needs."""
 
     def __init__(self, time_limit_s: float | None) -> None:
         self.code = 0
-        self._told_at: float | None = None
+        self._signalled_at: float | None = None
         self._limit_s = time_limit_s
         self.slowest_s = 0.0  # between two boundaries
         self.last = time.monotonic()
         self.save_s = UNMEASURED * (time_limit_s or 0.0)
 
     def take(self, number: int) -> None:
-        """A signal has come. Another Ctrl-C, or one after it, ends the process; a scheduler repeats
-        itself, with SIGTERM when the time is over that it announced, and then kills."""
+        """Take a signal: the first one requests a stop.
+
+        After that, only a Ctrl-C, or any signal after a Ctrl-C, ends the process at once. Other
+        signals are repeats of the scheduler, which sends SIGTERM at the end of its lead time.
+        """
         now = time.monotonic()
-        if self._told_at is None:
-            self._told_at, self.code = now, number
+        if self._signalled_at is None:
+            self._signalled_at, self.code = now, number
             name = signal.Signals(number).name
-            print_line("stops", f"{name}: saves at the next boundary; Ctrl-C then ends at once")
-        elif signal.SIGINT in (self.code, number) and now - self._told_at > ONE_WISH_S:
+            print_line(
+                "stops", f"{name}: saves at the next boundary; Ctrl-C after that ends it at once"
+            )
+        elif (
+            signal.SIGINT in (self.code, number)
+            and now - self._signalled_at > SIGNALS_OF_ONE_REQUEST_S
+        ):
             os._exit(128 + number)
 
-    def look_at_the_clock(self) -> None:
-        """Is there no room for another stretch to the next boundary, and to save after it?"""
+    def check_time_limit(self) -> None:
+        """Request a stop if the time left is too short to reach the next boundary and save then."""
         now = time.monotonic()
         self.slowest_s, self.last = max(self.slowest_s, now - self.last), now
         if self._limit_s is not None and self.code == 0:
@@ -60,20 +68,25 @@ class _StopRequest:
                 self.code = CLOCK
 
 
-_wish: _StopRequest | None = None
+_request: _StopRequest | None = None
 
 
 @contextmanager
 def listening(time_limit: str | None) -> Iterator[None]:
-    """Inside, SIGUSR1, SIGTERM and SIGINT are wishes. For the main thread."""
-    global _wish
-    _wish = wish = _StopRequest(None if time_limit is None else seconds_in(time_limit))
+    """Context manager: SIGUSR1, SIGTERM and SIGINT request a stop. For the main thread.
+
+    Args:
+        time_limit: ``--time_limit``, a duration counted from the start of the process, or None.
+    """
+    global _request
+    _request = request = _StopRequest(None if time_limit is None else seconds_in(time_limit))
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    # Python's own handlers would wait for the main thread, which may sit in a collective for long.
+    # A thread reads the signals: Python's handlers run in the main thread only, which may wait in a
+    # collective for long.
     earlier_fd = signal.set_wakeup_fd(writing)
     earlier = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
-    listener = threading.Thread(target=_listen, args=(reading, wish), daemon=True)
+    listener = threading.Thread(target=_listen, args=(reading, request), daemon=True)
     listener.start()
     try:
         yield
@@ -84,31 +97,36 @@ def listening(time_limit: str | None) -> Iterator[None]:
         os.close(writing)
         listener.join()
         os.close(reading)
-        _wish = None
+        _request = None
 
 
-def _listen(reading: int, wish: _StopRequest) -> None:
+def _listen(reading: int, request: _StopRequest) -> None:
     while number := os.read(reading, 1):
         if number[0] in SIGNALS:
-            wish.take(number[0])
+            request.take(number[0])
 
 
 def begin() -> None:
-    """Loading is over: what lies between two boundaries from now on is training."""
-    if _wish is not None:
-        _wish.slowest_s, _wish.last = 0.0, time.monotonic()
+    """Start to measure the time between boundaries, now that loading is over. Not a collective."""
+    if _request is not None:
+        _request.slowest_s, _request.last = 0.0, time.monotonic()
 
 
 def save_took(seconds: float) -> None:
-    """Had one waited for it until it was published: what the clock must leave room for."""
-    if _wish is not None:
-        _wish.save_s = max(_wish.save_s, seconds)
+    """Record the seconds from the begin of a save to its publishing, which the time limit reserves
+    for the last one. Not a collective."""
+    if _request is not None:
+        _request.save_s = max(_request.save_s, seconds)
 
 
 def check() -> None:
-    """Nothing, or Stopped on all ranks, where one of them was told to stop. Collective."""
-    if _wish is None:
+    """Stop all ranks if one of them was asked to stop. Collective.
+
+    Raises:
+        Stopped: a signal came to one of the ranks, or the time limit is near; on every rank.
+    """
+    if _request is None:
         return
-    _wish.look_at_the_clock()
-    if code := comm.largest(_wish.code):
+    _request.check_time_limit()
+    if code := comm.largest(_request.code):
         raise Stopped("--time_limit" if code == CLOCK else signal.Signals(code).name)

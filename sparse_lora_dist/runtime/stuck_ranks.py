@@ -1,4 +1,4 @@
-"""Who keeps the others waiting, by two readings of all heartbeats."""
+"""Find the ranks that keep the others waiting, by two readings of all heartbeats."""
 
 import time
 from collections.abc import Sequence
@@ -11,18 +11,23 @@ from sparse_lora_dist.system.processes import is_gone
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What the survivors say, and whom they end."""
+    """Which ranks are stuck: the text that the other ranks print, and the ranks that they end."""
 
     text: str
     lost: Sequence[Heartbeat] = ()
-    """Ranks that answer no more: stopped, or gone."""
+    """Ranks that send no heartbeats any more: stopped, or gone."""
     behind: Sequence[Heartbeat] = ()
-    """Ranks that answer, but have not come to where the others wait."""
+    """Ranks that send heartbeats, but have not reached the place where the others wait."""
 
 
 def find_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
-    """Who answers no more: it sent no heartbeat from one reading to the other, or is seen to be
-    gone. Who ended with a message of its own does not count, nor who asks."""
+    """Find the ranks that sent no heartbeat between two readings, or whose process is gone.
+
+    This rank and ranks that ended with a message of their own do not count.
+
+    Returns:
+        The verdict, or None if there are none.
+    """
     others = [beat for beat in now.values() if not beat.ended and beat.rank != comm.rank()]
     silent = {rank for rank, beat in before.items() if now.get(rank) == beat}
     lost = [beat for beat in others if beat.rank in silent or is_gone(beat.process)]
@@ -32,16 +37,17 @@ def find_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
 
 
 def find_store_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
-    """Rank 0 by what it holds, where its file cannot be read either, twice."""
+    """Verdict that rank 0 is lost, if it holds the store and two readings found no heartbeat of it
+    in either place; else None."""
     if 0 in before or 0 in now or comm.rank() == 0 or not comm.store_is_in_rank_0():
         return None
-    return Verdict(text="rank 0, which holds what the ranks met at, answers no more")
+    return Verdict(text="rank 0, which holds the rendezvous store, does not answer any more")
 
 
 def find_behind(now: Heartbeats) -> Verdict:
-    """Of ranks that all answer, who has got least far."""
+    """Find the ranks that are behind, where all send heartbeats."""
     if not now:
-        return Verdict(text="Nothing answers: suspect the network, or the disk of the run folder")
+        return Verdict(text="No rank answers: suspect the network, or the disk of the run folder")
     least = min(beat.progress for beat in now.values())
     behind = [beat for beat in now.values() if beat.progress == least]
     if len(behind) == len(now):
@@ -57,11 +63,11 @@ def find_behind(now: Heartbeats) -> Verdict:
 def _in_words(beat: Heartbeat) -> str:
     if is_gone(beat.process):
         return (
-            f"{beat.who} is gone, last seen at {beat.where}: where it says nothing itself it was "
-            "killed, perhaps for want of memory"
+            f"{beat.who} is gone, last seen at {beat.where}. If it printed no message it was "
+            "killed, perhaps because memory ran out"
         )
     age = max(0.0, time.time() - beat.time)
     return (
-        f"{beat.who} has not answered for {age:.0f} s: stopped, gone, or its disk hangs; "
+        f"{beat.who} has not answered for {age:.0f} s: it is stopped or gone, or its disk hangs; "
         f"last seen at {beat.where}"
     )

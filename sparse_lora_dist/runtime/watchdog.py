@@ -1,8 +1,8 @@
-"""Does the job get on? Each rank posts where it is; when all stand still for too long, the
-survivors name who lags and end the job, on every node, instead of waiting for ever.
+"""Watchdog: end a job in which no rank makes progress, and report which rank is stuck.
 
-Two threads beside the main one. The first posts heartbeats and renews the run's lock. The second
-only counts, so that no disk or store can keep it from speaking.
+Each rank has two threads beside the main one. The first posts heartbeats and renews the lock of the
+run folder. The second counts turns without progress; it touches no disk and no store while it
+counts, as these may hang.
 """
 
 import faulthandler
@@ -25,9 +25,9 @@ from sparse_lora_dist.runtime.stuck_ranks import Verdict, find_behind, find_lost
 from sparse_lora_dist.system.processes import kill, this_process
 
 TURNS = 20
-"""Into which the timeout is cut."""
+"""Number of turns that make up the timeout."""
 LONGEST_S = 5.0
-"""Between two heartbeats, and for an answer of the store or the disk."""
+"""Most seconds between two heartbeats, and to wait for an answer of the store or the disk."""
 
 
 @dataclass
@@ -42,11 +42,13 @@ _place = _Place()
 
 
 def set_phase(phase: str, *, step: int | None = None, may_be_long: bool = False) -> None:
-    """Say what this rank does from here on; all ranks say the same things in the same order.
+    """Set the phase of this rank, which the watchdog reports. Not a collective, but all ranks must
+    set the same phases in the same order.
 
     Args:
-        step: from here on; None is the one before.
-        may_be_long: ranks may wait for as long as the one that works answers.
+        phase: what the rank does from here on, e.g. "loading the base".
+        step: optimizer step from here on; None keeps the current one.
+        may_be_long: the phase may exceed the timeout as long as all ranks send heartbeats.
     """
     _place.phase, _place.may_be_long = phase, may_be_long
     _place.step = _place.step if step is None else step
@@ -55,7 +57,11 @@ def set_phase(phase: str, *, step: int | None = None, may_be_long: bool = False)
 
 @contextmanager
 def watched(run: Path, timeout_s: float) -> Iterator[None]:
-    """Inside, ranks that stand still for ``timeout_s`` are ended. Collective.
+    """Context manager: run the watchdog. Collective.
+
+    Args:
+        run: the run folder.
+        timeout_s: seconds without progress of any rank after which the job ends.
 
     Raises:
         PeerError: a collective failed because of another rank; the message names it.
@@ -64,12 +70,12 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
     board = Board(run, patience_s=min(LONGEST_S, timeout_s / 4))
     with fail_together(f"opening {board.folder}"):
         if comm.rank() == 0:
-            shutil.rmtree(board.folder, ignore_errors=True)  # of an earlier attempt
+            shutil.rmtree(board.folder, ignore_errors=True)  # left by an earlier job
             board.folder.mkdir()
     watch = _Watchdog(board, timeout_s)
     crashed = False
     try:
-        comm.barrier()  # the store answers for all ranks only once all have posted
+        comm.barrier()  # the store can be read for all ranks only once all have posted
         yield
     except (Stopped, UserError):
         raise
@@ -81,12 +87,12 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
         raise
     finally:
         watch.stop()
-        if run_lock.is_ours() and not crashed:  # then they tell where each rank was
+        if run_lock.is_ours() and not crashed:  # after a crash they show where each rank was
             shutil.rmtree(board.folder, ignore_errors=True)
 
 
 class _Watchdog:
-    """The threads of one run."""
+    """The two threads, and what they have seen."""
 
     def __init__(self, board: Board, timeout_s: float) -> None:
         self.board, self.timeout_s = board, timeout_s
@@ -105,21 +111,21 @@ class _Watchdog:
             thread.join(LONGEST_S)
 
     def tell_end(self) -> None:
-        """The others need not look for this rank."""
+        """Tell the other ranks that this one ends with a message of its own."""
         self._ended = True
         in_time(lambda: self.board.post_file(self._heartbeat()), self.board.patience_s)
 
     def reason(self, error: Exception) -> str:
-        """Why a collective failed on this rank."""
-        time.sleep(0.1)  # its sockets close a moment before a killed process is gone
+        """Why a collective failed on this rank, as text."""
+        time.sleep(0.1)  # the sockets of a killed process close a moment before it is gone
         verdict = find_lost(self._at_half, self.board.read_files())
         if verdict is None and "imed out" in str(error):
             verdict = find_behind(self.board.read())
-        return verdict.text if verdict else "another rank is gone; its message says why"
+        return verdict.text if verdict else "another rank ended; see its message"
 
     def _keep_telling(self) -> None:
         while not self._stopped.wait(min(LONGEST_S, self.timeout_s / TURNS)):
-            with suppress(Exception):  # none is worth the thread
+            with suppress(Exception):  # no failed heartbeat may end the thread
                 self.board.post(self._heartbeat())
             try:
                 run_lock.renew()
@@ -144,8 +150,8 @@ class _Watchdog:
         )
 
     def _keep_counting(self) -> None:
-        # Turns, not a clock: a job that Slurm suspends for a while and wakes has lost none of them.
-        # Longer than the groups' own timeout it is ended by that: torch goes by the clock.
+        # It counts turns, not seconds, so that a job that Slurm suspends and wakes up is not ended.
+        # (A suspension longer than the timeout of the process groups ends it: torch uses a clock.)
         still, seen = 0, (0, 0)
         while not self._stopped.wait(self.timeout_s / TURNS):
             now = _place.marks, comm.num_collectives()
@@ -157,7 +163,7 @@ class _Watchdog:
                 still = 0
 
     def _judge(self) -> None:
-        """End the job, unless all answer in a phase that may be long."""
+        """End the job, unless all ranks send heartbeats in a phase that may be long."""
         now = self.board.read()
         verdict = find_lost(self._at_half, now) or find_store_lost(self._at_half, now)
         if verdict is None and not _place.may_be_long:
@@ -167,19 +173,19 @@ class _Watchdog:
 
     def _end(self, verdict: Verdict) -> None:
         write_stderr(
-            f"\nrank {comm.rank()} ends: no rank got on for {self.timeout_s:g} s "
+            f"\nrank {comm.rank()} ends: no rank made progress for {self.timeout_s:g} s "
             f"(--collective_timeout). {verdict.text}"
         )
         if any(beat.rank == comm.rank() for beat in verdict.behind):
-            faulthandler.dump_traceback()  # where it is stuck
+            faulthandler.dump_traceback()  # shows where this rank is stuck
         self.tell_end()
-        for beat in verdict.lost:  # a stopped process takes no other signal
+        for beat in verdict.lost:  # with SIGKILL: a stopped process takes no other signal
             with suppress(OSError):
                 kill(beat.process)
         exit_process(FAILURE)
 
 
 def _is_about_a_peer(error: BaseException) -> bool:
-    """Did a collective fail because another rank is gone, or did not come?"""
-    said = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
+    """Whether a collective failed because another rank is gone, or did not join it."""
+    texts = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -1,1 +1,1 @@
-"""What is in an adapter or a checkpoint, as a table."""
+"""The table of an adapter or a checkpoint: one line per module."""

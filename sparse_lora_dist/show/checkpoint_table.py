@@ -1,4 +1,4 @@
-"""The modules of a checkpoint, through the eyes of the method that trained them."""
+"""The modules of a checkpoint, with rank and density as its method defines them."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -11,7 +11,7 @@ from sparse_lora_dist.show.table import Module
 
 
 def head(saved: Trained) -> str:
-    """What it says of itself."""
+    """The line above the table: method, step and number of ranks."""
     return (
         f"saved     {saved.path}: {saved.config.adapter.method}, step {saved.step} of "
         f"{saved.manifest['total_steps']}, by {counted(saved.manifest['world_size'], 'rank')}"
@@ -19,7 +19,7 @@ def head(saved: Trained) -> str:
 
 
 def modules(saved: Trained) -> Iterator[Module]:
-    """Each with its numbers, one read at a time; what was trained in full comes last."""
+    """Yield the modules, each read when it is asked for; those trained in full come last."""
     sizes = _bytes(saved.slices)
     for site in saved.sites:
         yield _adapted(saved, site, sizes)
@@ -29,8 +29,7 @@ def modules(saved: Trained) -> Iterator[Module]:
 
 
 def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
-    """What is live of its tensors, and the delta that they make; what all linears share is counted
-    at the first."""
+    """A site. Tensors that all sites share are counted at the first site only."""
     form = saved.method.form(site)
     mine = [f"{site.name}.{key}" for key in form.tensors]
     names = [name for name in mine if name in saved.manifest["tensors"]]
@@ -48,14 +47,14 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
 
 
 def _num_live(saved: Trained, name: str) -> int:
-    """Entries that are stepped and are not zero: a method may zero them again after every step."""
+    """Number of entries that are live and not zero; a method may zero live entries."""
     size = prod(saved.manifest["tensors"][name])
     live, master = (saved.slices.entries(key, name, 0, size) for key in ("live", "master"))
     return int((live & (master != 0)).sum())
 
 
 def _bytes(slices: SavedSlices) -> dict[str, int]:
-    """Tensor -> bytes of all that is saved of it: master, bits, statistics, moments."""
+    """Tensor -> bytes of all that is saved for it: fp32 master, live bits, statistics, moments."""
     sizes: dict[str, int] = {}
     for file in slices.files:
         for key in file.keys():  # noqa: SIM118  safe_open is no dict
@@ -67,4 +66,4 @@ def _bytes(slices: SavedSlices) -> dict[str, int]:
 
 
 WIDTHS = {"F32": 4, "I32": 4, "U8": 1, "F64": 8}
-"""Bytes of an entry, by the file's name of its type."""
+"""Bytes of an entry, by safetensors' name of its dtype."""

@@ -1,4 +1,4 @@
-"""The modules of a PEFT LoRA adapter, ours or anyone's.
+"""The modules of a PEFT LoRA adapter, exported by this project or saved by PEFT.
 
 Shapes: I in_features, O out_features, R rank.
 """
@@ -28,7 +28,7 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.wei
 
 
 def head(folder: Path, config: Mapping[str, Any]) -> str:
-    """What it says of itself."""
+    """The line above the table: rank, alpha and base model, from adapter_config.json."""
     return (
         f"adapter   {folder}: LoRA of rank {config.get('r')}, alpha {config.get('lora_alpha')}, "
         f"for {config.get('base_model_name_or_path')}"
@@ -36,21 +36,21 @@ def head(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """adapter_config.json.
+    """Read and check adapter_config.json in ``folder``.
 
     Raises:
-        UserError: it is damaged, or not of a LoRA whose update is B A.
+        UserError: if it is damaged, or the adapter's update is not scale * B A.
     """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} must hold names and values.")
+        raise UserError(f"{path} must be a JSON object, got {type(config).__name__}.")
     if other := other_kind(config):
         raise UserError(
-            f"{path} is not of a plain LoRA adapter, which is what can be shown: it has {other}."
+            f"{path} has {other}, so the adapter is not plain LoRA. Only plain LoRA can be shown."
         )
     if faults := _faults(config):
         raise UserError(f"{path}: {'; '.join(faults)}")
@@ -58,10 +58,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _faults(config: Mapping[str, Any]) -> list[str]:
-    """Of what a module's scale is made of."""
+    """Problems with the values that the scale of a module is computed from."""
     own = config.get("alpha_pattern") or {}
     if not isinstance(own, dict):
-        return [f"alpha_pattern must be names and their alphas, got {own!r}"]
+        return [f"alpha_pattern must map names to numbers, got {own!r}"]
     alphas = {"lora_alpha": config.get("lora_alpha"), **own}
     no_numbers = [
         f"alpha of {name} must be a number, got {alpha!r}"
@@ -72,14 +72,22 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
 
 
 def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
-    """Each with its numbers, one read at a time; what was trained in full comes last."""
+    """Yield the modules, each read when it is asked for; those trained in full come last.
+
+    Raises:
+        UserError: if a tensor is missing, or one changes the update besides A and B.
+    """
     files = _files(folder)
     pairs, full = _sorted(list(files))
     if odd := [key for key in full if ".lora_" in key]:  # a bias of B, a magnitude ...
-        raise UserError(f"{folder} is no plain LoRA adapter: it holds {odd[0]}.")
+        raise UserError(
+            f"{folder} holds {odd[0]}, so it is not plain LoRA. Only plain LoRA can be shown."
+        )
     for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
-            raise UserError(f"{folder} is damaged: {name} has lora_{min(pair)} only.")
+            raise UserError(
+                f"{folder} is damaged: {name} has lora_{min(pair)} only. Export or save it again."
+            )
         yield _of_pair(files, name, pair, config)
     for key in full:
         tensor = files[key].get_tensor(key)
@@ -92,16 +100,18 @@ def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
 
 
 def _files(folder: Path) -> dict[str, Any]:
-    """Tensor -> the file that holds it: exports of one rank for all have two."""
+    """Tensor -> its open file; exports with one rank for all modules have two files."""
     weights, apart = folder / WEIGHTS, folder / APART
     if not weights.exists():
-        raise UserError(f"{folder} has no {WEIGHTS}; other files of weights are not read.")
+        raise UserError(
+            f"{folder} has no {WEIGHTS}, the only format that is read. Save it as safetensors."
+        )
     there = [safe_open(str(path), framework="pt") for path in (weights, apart) if path.exists()]
     return {key: file for file in there for key in file.keys()}  # noqa: SIM118  safe_open is no dict
 
 
 def _sorted(keys: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """{module: {"A": key, "B": key}}, and keys of other tensors."""
+    """Return {module: {"A": key, "B": key}} and the keys of all other tensors."""
     pairs: dict[str, dict[str, str]] = {}
     full = []
     for key in sorted(keys, key=_in_order):
@@ -114,7 +124,7 @@ def _sorted(keys: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
 
 
 def _in_order(key: str) -> list[tuple[int, str]]:
-    """Layer 10 after layer 9."""
+    """Sort key that puts layer 10 after layer 9."""
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in key.split(".")]
 
 
@@ -122,7 +132,7 @@ def _of_pair(
     files: Mapping[str, Any], name: str, pair: Mapping[str, str], config: Mapping[str, Any]
 ) -> Module:
     stored = [files[pair[factor]].get_tensor(pair[factor]) for factor in "AB"]
-    # Of convolutions too, whose factors have more than two axes.
+    # flatten, because the factors of convolutions have more than two axes.
     a_RI, b_OR = (t.flatten(1).double() for t in stored)
     in_use = a_RI.any(dim=1) & b_OR.any(dim=0)
     return Module(

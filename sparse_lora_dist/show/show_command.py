@@ -1,4 +1,4 @@
-"""launcher/show.py: a folder in, a table on the screen."""
+"""The program behind launcher/show.py: prints the table of an adapter or a checkpoint."""
 
 from pathlib import Path
 
@@ -15,20 +15,20 @@ from sparse_lora_dist.show.show_options import ShowRequest
 from sparse_lora_dist.show.table import table
 
 DAMAGE = (OSError, SafetensorError, LookupError, ArithmeticError, ValueError, RuntimeError)
-"""What files of another make, or altered ones, bring about."""
+"""What reading damaged files, or files of another program, may raise."""
 
 
 def show(request: ShowRequest) -> None:
-    """Print what the folder holds.
+    """Print the table of an adapter or a checkpoint.
 
     Raises:
-        UserError: it is neither an adapter nor a checkpoint, or it is damaged.
+        UserError: if the folder is neither an adapter nor a checkpoint, or is damaged.
     """
     print(as_text(request.path))
 
 
 def as_text(path: Path) -> str:
-    """A head line and the table."""
+    """Return the table, with a line above it that says what the folder is."""
     try:
         if (path / CONFIG).exists():
             config = peft_adapter.read_config(path)
@@ -45,9 +45,12 @@ def as_text(path: Path) -> str:
 
 def _neither(path: Path) -> UserError:
     if not path.is_dir():
-        return UserError(f"{path} is no folder; give that of an adapter or a checkpoint.")
+        return UserError(f"{path} is not a folder. Give the folder of an adapter or a checkpoint.")
     if (path / RUN_YAML).exists():
         return UserError(
-            f"{path} is a run: name {path}/adapter, or a step_... folder of {path}/checkpoints."
+            f"{path} is a run folder. Give {path}/adapter, or {path}/checkpoints/step_..."
         )
-    return UserError(f"{path} is neither an adapter ({CONFIG}) nor a checkpoint ({MANIFEST}).")
+    return UserError(
+        f"{path} is neither an adapter (it has no {CONFIG}) nor a checkpoint (no {MANIFEST}). "
+        "Give the folder of either."
+    )

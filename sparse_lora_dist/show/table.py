@@ -1,4 +1,4 @@
-"""Modules and their numbers as lines of text."""
+"""Formats modules as a table."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,24 +11,26 @@ TITLES = ("module", "rank", "of", "density", "bytes", "norm of the update")
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One that was trained."""
+    """A trained module: a linear with an adapter, or a module trained in full."""
 
     name: str
     rank: int | None = None
-    """Components in use; None where it was trained in full."""
+    """Number of components in use; None for a module trained in full."""
     capacity: int | None = None
+    """Number of components that the tensors have room for; None for a module trained in full."""
     entries: int
+    """Number of trained entries."""
     alive: int
-    """Of the entries."""
+    """Number of entries that are not zero; in a checkpoint, that are live besides."""
     bytes: int
-    """On disk."""
+    """Bytes in the files."""
     norm: float | None = None
-    """Frobenius norm of what is added to the weight; None where the weight itself is in the file,
-    or what is added depends on the base's."""
+    """Frobenius norm of the delta; None for a module trained in full, or if the delta depends on
+    the base weight, which is not read."""
 
 
 def table(modules: Sequence[Module]) -> str:
-    """A line a module, and all together."""
+    """Format a heading, one line per module, and a line with totals (for norms, of all deltas)."""
     rows = [TITLES, *map(_cells, modules), _together(modules)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(TITLES))]
     return "\n".join(_line(row, widths) for row in rows)

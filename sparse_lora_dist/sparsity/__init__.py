@@ -1,2 +1,2 @@
-"""The global decisions: sharded scores and statistics -> masks and ranks, the same bits on
-every rank."""
+"""Decisions of sparse methods: sharded scores and statistics give masks and ranks, which are the
+same bits on every rank."""

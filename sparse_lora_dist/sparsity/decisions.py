@@ -1,7 +1,7 @@
-"""Do all ranks still compute with the same adapter? Asked after every decision.
+"""Make a method's decisions, and check that all ranks still train the same adapter.
 
-Three things can part them without a word: a decision that came out differently, an entry that moved
-though nobody steps it, and a low-precision copy in forward that is not the master's.
+Three faults would otherwise go unnoticed: ranks decide differently, an entry that is not live
+changes, or the low-precision copy that forward uses has other zeros than the fp32 master.
 """
 
 import hashlib
@@ -19,44 +19,65 @@ from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.parameters import gathered
 
 Digests = Mapping[str, str]
+"""Tensor name -> hash."""
 
 MODULES = 16
-"""Adapters gathered at a time to be compared: 19 MB of bf16 at rank 16 in a 70B model's widest."""
+"""Adapters gathered at a time for the comparison: 19 MB of bf16 for a 70B model's widest linears at
+rank 16."""
 
 
 class Decisions:
-    """Has the method decide when it is due, and makes sure of what came of it."""
+    """Makes the method's decisions at the steps it asks for, and checks their outcome on all ranks.
+
+    Args:
+        shards: this rank's shards of the trained tensors.
+    """
 
     def __init__(self, shards: Shards) -> None:
         self.shards = shards
         self._made: Decision | None = None
-        self._resting = self._digests_at_rest()
+        self._dead_digests = self._digests_of_dead_entries()
 
     def make(self, step: int) -> Decision | None:
-        """Between the last backward and the engine's step; None where nothing is due. Collective.
+        """Decide, if a decision is due. Collective.
+
+        Must be called between a step's last backward and the engine's step.
+
+        Args:
+            step: optimizer step, counted from 1.
+
+        Returns:
+            The decision; None if none is due.
 
         Raises:
-            UserError: entries that are not live have moved since the last decision.
+            UserError: on all ranks, if entries that are not live have changed since the last
+                decision, or if scores are not finite.
         """
         if not self.shards.decides_at(step):
             return None
-        now = self._digests_at_rest()
-        moved = [name for name in now if now[name] != self._resting[name]]
+        now = self._digests_of_dead_entries()
+        moved = [name for name in now if now[name] != self._dead_digests[name]]
         for rank, names in enumerate(comm.gather_objects(moved)):
             if names:
-                raise _apart(
-                    f"step {step}: entries of {names[0]} that do not train have changed on rank "
-                    f"{rank} since the last decision"
+                raise _divergence(
+                    f"step {step}: entries of {names[0]} that are not trained have changed on "
+                    f"rank {rank} since the last decision"
                 )
         self._made = self.shards.decide(step)
         return self._made
 
     def confirm(self, step: int) -> None:
-        """After the engine's step: one decision, one zero pattern on every rank. Collective;
-        gathers ``MODULES`` modules at a time.
+        """Check the decision that ``make`` returned at this step. Collective.
+
+        Must be called after the engine's step. All ranks must have the same decision and see the
+        same zeros in every gathered tensor, and these must be the zeros of the fp32 masters.
+        Gathers ``MODULES`` adapters at a time. Does nothing if no decision was due.
+
+        Args:
+            step: optimizer step, counted from 1.
 
         Raises:
-            UserError: ranks differ.
+            UserError: on all ranks, if one of these differs.
         """
         if self._made is None:
             return
@@ -67,25 +88,25 @@ class Decisions:
                 name: getattr(adapter, key)
                 for adapter in adapters[first : first + MODULES]
                 for key in adapter.specs
-                # What all sites share stands at the first alone.
+                # A tensor that all sites share is listed at the first site only.
                 if (name := f"{adapter.site.name}.{key}") in self.shards.sparse
             }
             with gathered(parameters.values()):
                 for name, parameter in parameters.items():
                     zero = parameter.data.flatten() == 0
                     patterns[name] = digest(zero)
-                    if not self._is_the_masters(name, zero, parameter.dtype):
+                    if not self._has_zeros_of_master(name, zero, parameter.dtype):
                         stale.append(name)
         _compare(step, patterns, stale)
-        self._resting, self._made = self._digests_at_rest(), None
+        self._dead_digests, self._made = self._digests_of_dead_entries(), None
 
-    def _is_the_masters(self, name: str, zero: Tensor, dtype: torch.dtype) -> bool:
+    def _has_zeros_of_master(self, name: str, zero: Tensor, dtype: torch.dtype) -> bool:
         tensor_slice = self.shards.sparse[name]
         master = self.shards.engine.master(tensor_slice)
         own = zero[tensor_slice.start : tensor_slice.start + tensor_slice.length]
         return torch.equal((master.to(dtype) == 0).to(own.device), own)
 
-    def _digests_at_rest(self) -> dict[str, str]:
+    def _digests_of_dead_entries(self) -> dict[str, str]:
         live = self.shards.live()
         masters = {n: self.shards.engine.master(p) for n, p in self.shards.sparse.items()}
         return {name: digest(w[~live[name].to(w.device)]) for name, w in masters.items()}
@@ -98,7 +119,7 @@ def _record(decision: Decision) -> str:
 
 
 def digest(t: Tensor) -> str:
-    """Of the bytes of a tensor."""
+    """Return the BLAKE2b hash of a tensor's bytes, in hexadecimal."""
     return hashlib.blake2b(t.cpu().numpy().tobytes(), digest_size=16).hexdigest()
 
 
@@ -107,18 +128,18 @@ def _compare(step: int, patterns: Digests, stale: list[str]) -> None:
     for rank, (theirs, their_stale) in enumerate(everyone):
         differ = [name for name in patterns if theirs[name] != everyone[0][0][name]]
         if differ:
-            raise _apart(f"step {step}: {differ[0]} differs between rank 0 and rank {rank}")
+            raise _divergence(f"step {step}: {differ[0]} differs between rank 0 and rank {rank}")
         if their_stale:
-            raise _apart(
-                f"step {step}: what forward uses of {their_stale[0]} is not what rank {rank} "
-                "holds as its master"
+            raise _divergence(
+                f"step {step}: the gathered copy of {their_stale[0]} that forward uses has other "
+                f"zeros than the fp32 master on rank {rank}"
             )
 
 
-def _apart(what: str) -> UserError:
+def _divergence(what: str) -> UserError:
     return UserError(
-        f"{what}. The ranks no longer train the same model; the run stops before it is saved. Go "
-        "on with --resume auto from the last checkpoint; if it happens again, suspect the memory "
-        "or the network of that rank's machine.",
+        f"{what}. The ranks no longer train the same model, so the run stops without saving. "
+        "Resume from the last checkpoint with --resume auto; if it happens again, check the memory "
+        "and the network of that rank's machine.",
         shared=True,
     )

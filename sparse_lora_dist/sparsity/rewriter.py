@@ -1,5 +1,7 @@
-"""Has a method write tensors of its sites anew, when it is time: one site whole at a time, as rank
-0 writes it, of which each rank keeps its share.
+"""Let a method rewrite whole tensors of its sites at the steps it asks for.
+
+One site is gathered at a time. Rank 0 computes the new tensors and broadcasts them, and each rank
+keeps its share.
 
 Shapes: I in_features, O out_features, S sites.
 """
@@ -27,7 +29,12 @@ from sparse_lora_dist.zero3.shares import as_share, share_of
 
 
 class Rewriter:
-    """Does nothing for a method that rewrites nothing."""
+    """Rewrites sites for a method with a ``Rewriting``; does nothing for any other method.
+
+    Args:
+        shards: this rank's shards of the trained tensors.
+        seed: seed of the run; a site's random generator is seeded from (seed, site, step).
+    """
 
     def __init__(self, shards: Shards, seed: int) -> None:
         self.shards, self.seed = shards, seed
@@ -35,12 +42,21 @@ class Rewriter:
         self.adapters = list(shards.sites.adapters.values())
 
     def begin(self) -> None:
-        """Before the first step of a run that goes on from nothing. Collective."""
+        """Rewrite before the first step of a new run, if the method asks for it. Collective.
+
+        Must not be called for a resumed run.
+        """
         if self.rewriting is not None and self.rewriting.at(0):
             self._rewrite(self.rewriting, 0)
 
     def collect_inputs(self, step: int) -> None:
-        """Before the forward of a step: look at what will be asked for."""
+        """Have the sites collect the input statistics that the method needs from this step.
+
+        Must be called on all ranks before the step's first forward.
+
+        Args:
+            step: optimizer step, counted from 1.
+        """
         now = self.rewriting
         if now is None:
             return
@@ -54,16 +70,26 @@ class Rewriter:
                 )
 
     def after(self, step: int, *, applied: bool) -> Decision | None:
-        """After a step, or one that was refused; what the log is to say. Collective.
+        """Take in the step's input statistics and rewrite, if that is due. Collective.
+
+        Must be called after the engine's step.
+
+        Args:
+            step: optimizer step, counted from 1.
+            applied: whether the engine applied the step; False if its gradient was not finite.
+
+        Returns:
+            The components and log values of the rewriting; None if none was due.
 
         Raises:
-            UserError: it was to choose by a gradient or inputs that are not finite.
+            UserError: on all ranks, if the method needed the gradients or inputs of a step that was
+                not applied, or if the method failed on rank 0.
         """
         now = self.rewriting
         if now is None:
             return None
         if applied and now.squares_decay is not None:
-            self._take_squares(now.squares_decay)
+            self._update_mean_squares(now.squares_decay)
         statistics = [
             adapter.input_statistics
             for adapter in self.adapters
@@ -71,8 +97,9 @@ class Rewriter:
         ]
         if not applied and any(statistics.gradient or statistics.rows for statistics in statistics):
             raise UserError(
-                f"step {step}: --method {self.shards.method.name} was to choose by a step that "
-                "is not finite. Lower --learning_rate, or take other data.",
+                f"step {step}: --method {self.shards.method.name} selects weights by the gradients "
+                "or inputs of this step, but its loss or gradient is not finite. Lower "
+                "--learning_rate, or check the data.",
                 shared=True,
             )
         decision = self._rewrite(now, step) if now.at(step) else None
@@ -80,8 +107,8 @@ class Rewriter:
             adapter.input_statistics = None
         return decision
 
-    def _take_squares(self, decay: float) -> None:
-        """One all-reduce of the numbers of all sites."""
+    def _update_mean_squares(self, decay: float) -> None:
+        """Update every site's running mean of squared inputs. One all-reduce for all sites."""
         statistics = [a.input_statistics for a in self.adapters if a.input_statistics is not None]
         sums = [torch.as_tensor(w.squares_I, device=comm.device()).double() for w in statistics]
         widths = [a.site.in_features for a in self.adapters]
@@ -92,7 +119,7 @@ class Rewriter:
         running = self.shards.sites.squares
         for adapter, sum_I, count in zip(self.adapters, parts, counts_S, strict=True):
             mean_I, before_I = sum_I / count.clamp(min=1.0), running[adapter.site.name]
-            # Not ``if``, which would wait for the GPU at each site.
+            # torch.where, not ``if``: an ``if`` would wait for the GPU at each site.
             weight = torch.where(before_I.any(), decay, 0.0)
             running[adapter.site.name] = weight * before_I + (1 - weight) * mean_I
 
@@ -100,13 +127,13 @@ class Rewriter:
         measures_SK = None
         if now.measure is not None:
             asked = partial(_measured, now.measure)
-            told = [self._of_whole(now, asked, i, step) for i in range(len(self.adapters))]
+            told = [self._ask_about_site(now, asked, i, step) for i in range(len(self.adapters))]
             measures_SK = torch.stack([t.tensors["measured"] for t in told]).double().cpu()
         said, components, trained = defaultdict(list), {}, False
         for i, adapter in enumerate(self.adapters):
-            done = self._of_whole(now, now.write, i, step, measures_SK)
+            done = self._ask_about_site(now, now.write, i, step, measures_SK)
             trained |= self._put(adapter, done)
-            adapter.input_statistics = None  # a share of a whole gradient may go with it
+            adapter.input_statistics = None  # frees its share of the gradient
             for name, value in done.log_values.items():
                 said[name].append(value)
             if done.computed is not None:
@@ -127,7 +154,7 @@ class Rewriter:
         return Decision(components=components, log_values=log_values)
 
     @torch.no_grad()
-    def _of_whole(
+    def _ask_about_site(
         self,
         now: Rewriting,
         ask: Callable[[Whole], Rewritten],
@@ -135,6 +162,7 @@ class Rewriter:
         step: int,
         measures_SK: Tensor | None = None,
     ) -> Rewritten:
+        """Gather one site and return rank 0's answer about it. Collective."""
         adapter = self.adapters[index]
         site, statistics = adapter.site, adapter.input_statistics
         kept = [getattr(adapter, key) for key in adapter.form.kept]
@@ -158,17 +186,21 @@ class Rewriter:
                 else None,
                 measures_SK=measures_SK,
             )
-            return _as_rank_0_has_it(ask, whole)
+            return _answer_of_rank_0(ask, whole)
 
     def _master(self, adapter: AdapterLinear, key: str) -> Tensor:
-        """A trained tensor in fp32, whole."""
+        """Return a trained tensor, gathered from the fp32 masters. Collective."""
         tensor_slice = self.shards.sites.tensor_slice(self.shards.sparse, adapter.site.name, key)
-        return _whole_of(
+        return _gathered_from(
             self.shards.engine.master(tensor_slice), tensor_slice.share, tensor_slice.shape
         )
 
     def _put(self, adapter: AdapterLinear, done: Rewritten) -> bool:
-        """Every rank its share; was a trained tensor among them?"""
+        """Write this rank's shares of the new tensors. Collective.
+
+        Returns:
+            Whether a trained tensor was among them.
+        """
         for key, t in done.tensors.items():
             if key in adapter.specs:
                 tensor_slice = self.shards.sparse[f"{adapter.site.name}.{key}"]
@@ -184,14 +216,20 @@ def _measured(measure: Callable[[Whole], Tensor], whole: Whole) -> Rewritten:
     return Rewritten(tensors={"measured": measure(whole)})
 
 
-def _as_rank_0_has_it(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewritten:
-    """Other machines might round otherwise, or give a singular vector another sign, and shares of
-    two answers are no answer. Collective."""
+def _answer_of_rank_0(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewritten:
+    """Return what ``ask`` answers on rank 0. Collective.
+
+    Not what each rank would compute: other machines may round differently or give a singular vector
+    the other sign, and shares of two different answers do not fit together.
+
+    Raises:
+        UserError: on all ranks, if ``ask`` fails on rank 0.
+    """
     own, failure = Rewritten(), None
     if comm.rank() == 0:
         try:
             own = ask(whole)
-        except Exception as error:  # of whatever kind: no rank is to wait for an answer
+        except Exception as error:  # any kind: the other ranks wait for an answer
             failure = f"step {whole.step}, {whole.site.name}: {type(error).__name__}: {error}"
     kinds = {key: (tuple(t.shape), t.dtype) for key, t in own.tensors.items()}
     said = comm.broadcast_object((failure, kinds, own.computed, dict(own.log_values)))
@@ -206,14 +244,15 @@ def _as_rank_0_has_it(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
 
 
 def _gradient(adapter: AdapterLinear, statistics: InputStatistics | None) -> Tensor | None:
-    """[O, I], while it is asked for."""
+    """Return the gradient with respect to the base's weight, fp32 [O, I]; None if not collected."""
     if statistics is None or not isinstance(statistics.gradient_share, Tensor):
         return None
     shape = adapter.site.out_features, adapter.site.in_features
-    return _whole_of(statistics.gradient_share, share_of(prod(shape)), shape)
+    return _gathered_from(statistics.gradient_share, share_of(prod(shape)), shape)
 
 
-def _whole_of(own: Tensor, share: int, shape: tuple[int, ...]) -> Tensor:
-    """From every rank's part, of which ``share`` is the largest. Collective."""
+def _gathered_from(own: Tensor, share: int, shape: tuple[int, ...]) -> Tensor:
+    """Return the tensor of ``shape`` whose ``own`` part, of at most ``share`` entries, is this
+    rank's. Collective."""
     padded = as_share(own, share, own.dtype, comm.device())
     return comm.all_gather_flat(padded, prod(shape)).view(shape)

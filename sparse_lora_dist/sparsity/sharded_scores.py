@@ -1,26 +1,45 @@
-"""Sums and exact top-k over sharded scores: the bits of one process, on any number of ranks.
+"""Sums and exact top-k over sharded scores, with the same bits on any number of ranks.
 
-A rank holds elements [start, start + length) of every flattened tensor, ranks in order. As a matrix
-a tensor has shape[0] rows and prod(shape[1:]) columns. A segment is what is summed or ranked
-together: a row, a column, or the whole.
+A rank holds elements [start, start + length) of every flattened tensor; ranks hold them in order.
+As a matrix, a tensor has shape[0] rows and prod(shape[1:]) columns. A segment is a set of entries
+that are summed or ranked together: a row, a column, or the whole tensor.
 
-Two things make the bits independent of the cut. Sums are taken over integers: every value of a
-tensor is scaled by the same power of two, so that additions commute exactly. Ranks are found by
-radix select over all-reduced counts: 4 passes of 256 bins find the k-th largest of every segment,
-and ties at it go to the lowest index.
+Two things make the result independent of the number of ranks. Sums are sums of integers: every
+value of a tensor is scaled by the same power of two and rounded, and integer addition is exact in
+any order. The k largest are found by radix select over all-reduced histograms, and of equal scores
+those of lowest index win.
 
-A call has one set of collectives for all the tensors that it names, whatever their number:
+Radix select, for the k = 3 largest of a segment that lies on two ranks:
 
-    top_k   6 a group of tensors: the largest values, 4 times the counts, the ties (5: all ties)
-    sums    2: the largest values, the sums
+    scores                rank 0: 5.0  1.0  7.0       rank 1: 5.0  0.5  5.0
+    index                         0    1    2                 3    4    5
+
+A score's 32 bits are mapped to a key that is lower the larger the score is (``falling_keys``), and
+keys are compared by their four bytes, the highest first. In each pass every rank counts the keys
+that still match the prefix by their next byte, and an all-reduce adds up the 256 counts. The k-th
+lowest key lies in the bin at which the cumulated count reaches k:
+
+    bytes of the keys     7.0: 3F 1F FF FF    5.0: 3F 5F FF FF    1.0: 40 7F FF FF    0.5: 40 FF ..
+    pass 1, 3 to find     3F: 4 keys, 40: 2 keys     -> prefix 3F, no key is lower, 3 left
+    pass 2, 3 to find     1F: 1 key,  5F: 3 keys     -> prefix 3F5F, one key is lower, 2 left
+    passes 3 and 4        FF: 3 keys                 -> the k-th key is 3F5FFFFF (5.0), 2 left
+
+All entries with a lower key are chosen (7.0), and of the three that tie at 5.0 the first 2 by
+index. For that, ranks exchange their number of ties: rank 0 has one (index 0), so rank 1 takes one
+(index 3).
+
+A call uses one set of collectives for all the tensors it names:
+
+    top_k   6 per group of tensors: largest values, 4 histograms, ties (5 with ties="all")
+    sums    2: largest values, sums
     live    1
 
-Bytes that a rank receives, an all-reduce counted twice: for the largest values 8 a tensor; for sums
-and counts of the living 16 a segment; in ``top_k`` 8 KiB a segment, and for its ties 4 a segment
-and other rank. Gathering the scores would cost 4 bytes an element: as much at 2,000 entries a
-segment, more above, and every rank would hold them.
+Bytes that a rank receives, counting an all-reduce twice: 8 per tensor for the largest values; 16
+per segment for ``sums`` and ``live``; in ``top_k`` 8 KiB per segment, and for ties 4 per segment
+and other rank. Gathering the scores would cost 4 bytes per entry, which is as much at 2,000 entries
+per segment and more above, and every rank would have to hold them.
 
-``top_k`` needs up to 100 bytes an entry and 6 KiB a segment for itself; groups keep that below
+``top_k`` needs up to 100 bytes of memory per entry and 6 KiB per segment; groups keep that below
 about 400 MiB.
 """
 
@@ -36,24 +55,22 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import By, Ties
 
 BINS = 256
+"""Values of a byte."""
 SHIFTS = (24, 16, 8, 0)
-"""A float's 32 bits are looked at in four bytes, the highest first."""
+"""Radix select looks at the four bytes of a 32-bit key, the highest first."""
 
 SUM_BITS = 40
-"""Bits of a value, counted from the largest of all, that enter a sum (a float has 24). Of 64, 23
-remain for the number of values: in segments of more than 8 million, fewer bits enter."""
+"""Binary places of a value that enter a sum, counted from the tensor's largest value (an fp32 value
+has 24). An int64 sum then has room for 2^23 values; in larger segments fewer places enter."""
 
 GROUP_ENTRIES = 2**22
-"""Entries of a rank that are ranked at once; a tensor with more is a group of its own."""
+"""Entries of a rank that ``top_k`` ranks at once; a tensor with more is a group of its own."""
 GROUP_SEGMENTS = 2**15
-"""Segments that are ranked at once, likewise."""
-
-
-"""What to choose of entries that equal the k-th: those of lowest index up to k, or all."""
+"""Segments that ``top_k`` ranks at once; a tensor with more is a group of its own."""
 
 
 class TensorSlice(Protocol):
-    """This rank's part of a tensor: elements [start, start + length) of it, flattened."""
+    """This rank's part of a tensor: elements [start, start + length) of the flattened tensor."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -65,35 +82,44 @@ class TensorSlice(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardScores:
-    """Importance of tensors of which this rank holds parts: ``methods.base.Scores``.
+    """Importance scores of sharded tensors: the ``Scores`` of ``methods/protocol/method.py``.
 
-    All ranks must name the same tensors in a call; in which order does not matter.
+    In a collective call all ranks must name the same tensors; their order does not matter.
     """
 
     slices: Mapping[str, TensorSlice]
+    """Tensor name -> this rank's slice of it."""
     score: Callable[[str], Tensor]
-    """name -> this rank's part of its importance, fp32, 1-D. Computed when asked, for what a call
-    names: nothing is held."""
+    """Computes this rank's part of a tensor's scores, fp32, 1-D, from its name. Called anew for
+    each use, so that no scores stay in memory."""
     live_mask: Callable[[str], Tensor]
-    """name -> this rank's part of the mask of its live entries, 1-D."""
+    """Returns this rank's part of the mask of a tensor's live entries, bool, 1-D, from its name."""
     site_stats: Tensor
+    """Statistics of probes, float64 [K statistics per site, S sites], the same on every rank."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of the whole tensors."""
+        """Shapes of the whole tensors, by name."""
         return {name: tensor_slice.shape for name, tensor_slice in self.slices.items()}
 
     def top_k(
         self, k: Mapping[str, int], by: Mapping[str, By], ties: Ties = "index"
     ) -> dict[str, Tensor]:
-        """This rank's part of the mask of the ``k`` largest of every segment, 1-D. Collective.
+        """Choose the ``k`` entries of largest score in every segment. Collective.
 
-        Exactly k of every segment are chosen over all ranks: of what equals the k-th largest, as 0
-        equals -0, those of lowest index. With ``ties="all"`` all of these, so k or more.
+        Args:
+            k: tensor name -> number of entries to choose in each of its segments.
+            by: tensor name -> its segments: rows, columns, or the whole tensor.
+            ties: how to choose among entries that equal the k-th largest (0 equals -0). "index":
+                those of lowest index, so that exactly k are chosen over all ranks. "all": all of
+                them, so k or more.
+
+        Returns:
+            Tensor name -> this rank's part of the mask of chosen entries, bool, 1-D.
 
         Raises:
             ValueError: a segment has fewer entries than k, or k is not positive.
-            FloatingPointError: on every rank, if a score of any is NaN or infinite.
+            FloatingPointError: on every rank, if any score on any rank is NaN or infinite.
         """
         for name in sorted(k):
             size = _segment_size(self.slices[name].shape, by[name])
@@ -105,16 +131,22 @@ class ShardScores:
         return masks
 
     def sums(self, by: Mapping[str, By]) -> dict[str, Tensor]:
-        """The sum of the scores of every segment, float64, whole on every rank. Collective.
+        """Sum the scores of every segment. Collective.
 
         s_j = 2^(e - 40) * sum_i round(x_i * 2^(40 - e)), with 2^e the power of two above the
-        tensor's largest |x|: for each value summed, an error of at most 2^-40 of the largest.
+        tensor's largest |x|. Each value adds an error of at most 2^-40 of that power.
+
+        Args:
+            by: tensor name -> its segments: rows, columns, or the whole tensor.
+
+        Returns:
+            Tensor name -> sums of all its segments, float64 [segments], on every rank.
 
         Raises:
-            FloatingPointError: on every rank, if a score of any is NaN or infinite.
+            FloatingPointError: on every rank, if any score on any rank is NaN or infinite.
         """
         names = sorted(by)
-        # Scores are asked for twice, so that one tensor's at a time are in memory.
+        # Scores are computed twice, so that those of one tensor at a time are in memory.
         largest = _largest(names, (self.score(name) for name in names))
         places = {name: self._binary_places(name, by[name], largest[name]) for name in names}
         scaled = (self.score(name).double() * 2.0 ** places[name] for name in names)
@@ -122,17 +154,33 @@ class ShardScores:
         return {name: total.double() * 2.0 ** -places[name] for name, total in totals.items()}
 
     def live(self, by: Mapping[str, By]) -> dict[str, Tensor]:
-        """How many entries of every segment live, int64, whole on every rank. Collective."""
+        """Count the live entries of every segment. Collective.
+
+        Args:
+            by: tensor name -> its segments: rows, columns, or the whole tensor.
+
+        Returns:
+            Tensor name -> counts of all its segments, int64 [segments], on every rank.
+        """
         names = sorted(by)
         return self._add_up(names, by, (self.live_mask(name).long() for name in names))
 
     def spread(self, name: str, values: Tensor, by: By) -> Tensor:
-        """This rank's part of the tensor in which every entry has its segment's value, 1-D."""
-        device = self.live_mask(name).device  # where the tensor's shard lies; values may not
+        """Give every entry the value of its segment. Not a collective.
+
+        Args:
+            name: name of the tensor.
+            values: one value per segment, [segments].
+            by: segments of the tensor: rows, columns, or the whole tensor.
+
+        Returns:
+            This rank's part, 1-D, in the dtype of ``values``.
+        """
+        device = self.live_mask(name).device  # of the tensor's shard; ``values`` may be elsewhere
         return values.to(device)[segments_of(self.slices[name], by, device)]
 
     def _groups(self, names: Sequence[str], by: Mapping[str, By]) -> Iterator[list[str]]:
-        """The names cut into groups within the bounds, the same on every rank."""
+        """Yield the names in groups within the bounds, the same groups on every rank."""
         group: list[str] = []
         entries = segments = 0
         for name in names:
@@ -149,9 +197,9 @@ class ShardScores:
     def _top_k_of_group(
         self, group: Sequence[str], k: Mapping[str, int], by: Mapping[str, By], ties: Ties
     ) -> dict[str, Tensor]:
-        """Ranked together as one long shard, the segments of all tensors numbered through."""
+        """Rank the tensors of a group as one long shard, with segments numbered consecutively."""
         shards = [self.score(name) for name in group]
-        _largest(group, shards)  # refuses NaN
+        _largest(group, shards)  # only to refuse NaN and infinity
         segments: list[Tensor] = []
         wanted: list[int] = []
         for name, shard in zip(group, shards, strict=True):
@@ -163,14 +211,17 @@ class ShardScores:
         return dict(zip(group, mask.split([len(shard) for shard in shards]), strict=True))
 
     def _binary_places(self, name: str, by: By, largest: float) -> int:
-        """How many places behind the binary point leave room for a segment's sum in 64 bits."""
+        """Return how many binary places behind the point let a segment's sum fit in an int64.
+
+        E.g. 39 for a segment of 1,000 entries whose largest is 1.0 = 0.5 * 2^1.
+        """
         size = _segment_size(self.slices[name].shape, by)
         return min(SUM_BITS, 63 - size.bit_length()) - math.frexp(largest)[1]
 
     def _add_up(
         self, names: Sequence[str], by: Mapping[str, By], shards: Iterable[Tensor]
     ) -> dict[str, Tensor]:
-        """The sums of integers in every segment over all ranks, int64."""
+        """Sum integer shards by segment over all ranks, int64 [segments] each. Collective."""
         own = []
         for name, shard in zip(names, shards, strict=True):
             tensor_slice = self.slices[name]
@@ -183,7 +234,7 @@ class ShardScores:
 
 
 def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None = None) -> Tensor:
-    """The segment of each element of a shard, int64 [length]."""
+    """Return the segment number of each element of a shard, int64 [length]."""
     index = torch.arange(
         tensor_slice.start, tensor_slice.start + tensor_slice.length, device=device
     )
@@ -194,7 +245,7 @@ def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None =
 
 
 def num_segments(shape: tuple[int, ...], by: By) -> int:
-    """How many there are."""
+    """Return the number of segments of a tensor of ``shape``."""
     return {"row": shape[0], "column": math.prod(shape[1:]), "tensor": 1}[by]
 
 
@@ -203,22 +254,40 @@ def _segment_size(shape: tuple[int, ...], by: By) -> int:
 
 
 def falling_keys(values: Tensor) -> Tensor:
-    """int64 keys in [0, 2^32), the lower the larger the fp32 value; -0 is 0."""
+    """Return int64 keys in [0, 2^32) that are lower the larger the fp32 value is.
+
+    The bits of a positive float grow with its value, and those of a negative one, which has the
+    highest bit set, with its magnitude:
+
+        2.0   0x40000000 -> 0x3FFFFFFF        -1.0  0xBF800000 -> 0xBF800000
+        1.0   0x3F800000 -> 0x407FFFFF        -2.0  0xC0000000 -> 0xC0000000
+        0.0   0x00000000 -> 0x7FFFFFFF        -0.0  becomes 0.0 when 0.0 is added
+    """
     bits = (values.float() + 0.0).view(torch.int32).long()
     return torch.where(bits < 0, bits & 0xFFFFFFFF, 0x7FFFFFFF - bits)
 
 
 def first_k(keys: Tensor, segments: Tensor, k: Tensor, ties: Ties) -> Tensor:
-    """True for this shard's entries among the ``k[s]`` lowest keys of segment s. Collective."""
+    """Radix select: choose the entries with the ``k[s]`` lowest keys of each segment s. Collective.
+
+    Args:
+        keys: keys of this shard's entries, from ``falling_keys``, int64, 1-D.
+        segments: segment number of each entry, int64, 1-D.
+        k: entries to choose in each segment, int64 [segments].
+        ties: how to choose among entries that equal the k-th.
+
+    Returns:
+        Mask of the chosen entries of this shard, bool, 1-D.
+    """
     near, segments_near, left = keys, segments, k
-    prefix = torch.zeros_like(k)  # the higher bytes of the k-th key of each segment
+    prefix = torch.zeros_like(k)  # bytes of each segment's k-th key that are known so far
     for shift in SHIFTS:
         bins = _histogram(segments_near, near >> shift & (BINS - 1), len(k))
         below = bins.cumsum(1, dtype=torch.int32) - bins
         byte = (below < left[:, None]).sum(1) - 1
         left = left - below.gather(1, byte[:, None])[:, 0]
         prefix = prefix << 8 | byte
-        # Only entries that share these bytes with the k-th can share the next one.
+        # Only entries with this prefix can still be the k-th.
         same = near >> shift == prefix[segments_near]
         near, segments_near = near[same], segments_near[same]
     last = prefix[segments]
@@ -228,13 +297,21 @@ def first_k(keys: Tensor, segments: Tensor, k: Tensor, ties: Ties) -> Tensor:
 
 
 def _histogram(segments: Tensor, byte: Tensor, count: int) -> Tensor:
-    """How many entries of all ranks lie in each bin, int32 [segments, 256]."""
+    """Count the entries of all ranks by segment and byte, int32 [segments, 256]. Collective."""
     own = torch.bincount(segments * BINS + byte, minlength=count * BINS).view(count, BINS)
     return comm.sum_over_ranks(own.int())
 
 
 def _first_ties(tied: Tensor, segments: Tensor, left: Tensor) -> Tensor:
-    """Of the tied entries, the first ``left`` of each segment: ranks hold indices in rank order."""
+    """Choose the first ``left[s]`` tied entries of each segment s over all ranks. Collective.
+
+    Ranks hold indices in rank order, so an entry's place among the ties of its segment is the
+    number of ties on lower ranks plus its place on this one. Example with two segments on rank 1:
+
+        segments of its ties   0  1  0  0      ties on lower ranks   2 in segment 0, none in 1
+        place on this rank     0  0  1  2      place over all ranks  2  0  3  4
+        left = [4, 1]                          chosen                yes, yes, yes, no
+    """
     segments = segments[tied]
     own = torch.bincount(segments, minlength=len(left)).int()
     everyone = comm.all_gather_flat(own, len(left) * comm.world_size()).view(-1, len(left))
@@ -249,11 +326,15 @@ def _first_ties(tied: Tensor, segments: Tensor, left: Tensor) -> Tensor:
 
 
 def _largest(names: Sequence[str], shards: Iterable[Tensor]) -> dict[str, float]:
-    """The largest |x| of every tensor over all ranks; refuses NaN and infinity. Collective."""
+    """Return the largest |x| of every tensor over all ranks. Collective.
+
+    Raises:
+        FloatingPointError: on every rank, if any value on any rank is NaN or infinite.
+    """
     own = [shard.abs().amax() if len(shard) else shard.new_zeros(()) for shard in shards]
     if not own:
         return {}
-    # An all-reduced maximum may lose a NaN.
+    # A maximum over ranks may lose a NaN, but not an infinity.
     own_T = torch.stack(own).float().nan_to_num(nan=math.inf, posinf=math.inf)
     largest = dict(zip(names, comm.max_over_ranks(own_T).tolist(), strict=True))
     for name, value in largest.items():

@@ -1,5 +1,4 @@
-"""This rank's shards of what trains, as the step and the checkpoint need them: statistics, masks,
-moments."""
+"""This rank's shards of the trained tensors: live entries, importance statistics and moments."""
 
 from collections.abc import Mapping
 
@@ -17,10 +16,20 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 class Shards:
-    """Importance statistics and live entries of every adapter tensor, each where its gradient shard
-    lies.
+    """Live entries, importance statistics and moments of this rank's shards of trained tensors.
 
-    Modules trained in full have no statistics and live whole.
+    They lie on the device of the fp32 master shards. Tensors of modules trained in full have no
+    statistics, and all their entries live. Tensors are named "site.tensor", or as the base names
+    them; a rank's shard of one is 1-D, of ``engine.slices``' length.
+
+    Building one is collective: it makes the decision of step 0, if the method has one.
+
+    Args:
+        engine: engine that trains the model.
+        optimizer: optimizer of ``engine``.
+        method: method that decides which entries live.
+        sparse: names of the tensors that the method decides on.
+        sites: adapters of the model.
     """
 
     def __init__(
@@ -32,7 +41,6 @@ class Shards:
         sparse: set[str],
         sites: Sites,
     ) -> None:
-        """Collective. ``sparse`` names the tensors that the method decides on."""
         self.engine, self.optimizer, self.method, self.sites = engine, optimizer, method, sites
         self.sparse = {
             tensor_slice.name: tensor_slice
@@ -44,9 +52,11 @@ class Shards:
             for name, p in self.sparse.items()
         }
         self.ended = False
-        self.traffic_bytes = 0  # received for statistics and decisions since the program started
+        """Whether the last decision has been made and statistics are freed."""
+        self.traffic_bytes = 0
+        """Bytes that this rank received for statistics and decisions since the program started."""
         self.log_values: Mapping[str, float] = {}
-        """What the last decision said of itself."""
+        """Log values of the last decision."""
         live = {p.name: torch.ones(p.length, dtype=torch.bool) for p in engine.slices}
         if method.decides_at(0):
             first = method.decide(0, self._scores(live))
@@ -56,8 +66,14 @@ class Shards:
         self._set_live(live)
 
     def observe(self, step: int) -> None:
-        """Update the statistics from this step's gradients. Collective only where sites are
-        probed: the gradients are global already."""
+        """Update the statistics from this step's gradients, which ZeRO-3 has already reduced.
+
+        Collective if the method has ``observe_sites``. Must be called between the step's last
+        backward and the engine's step.
+
+        Args:
+            step: optimizer step, counted from 1.
+        """
         if self.ended:
             return
         before = comm.traffic_bytes.total()
@@ -70,26 +86,39 @@ class Shards:
             self.stats[name] = self.method.observe(self.stats[name], w, grad, step)
 
     def skip_step(self) -> None:
-        """The engine refused the step: bring about what a decision left for its end. Collective."""
+        """Do what is due at the end of a step that the engine did not apply. Collective.
+
+        Probes are dropped, the step is counted, and entries that a decision zeroes become zero.
+        """
         self.sites.reset_probes()
         for flat in self.engine.flats():
             self.optimizer.skip_step(flat)
         self.engine.masters_changed()
 
     def decides_at(self, step: int) -> bool:
-        """Is a decision due?"""
+        """Return whether the method has a decision to make at this step."""
         return not self.ended and self.method.decides_at(step)
 
     def decide(self, step: int) -> Decision:
-        """Let the method choose what lives, from scores the same on every rank. What it zeroes is
-        zero after the engine's step. Collective."""
+        """Let the method decide which entries live, and apply it. Collective.
+
+        Equal numbers give equal decisions on every rank. Live entries and components change at
+        once; entries that the decision zeroes, and those that no longer live, become zero at the
+        end of the engine's step.
+
+        Args:
+            step: optimizer step, counted from 1.
+
+        Raises:
+            UserError: on all ranks, if a score is NaN or infinite.
+        """
         before = comm.traffic_bytes.total()
         try:
             decision = self.method.decide(step, self._scores(self.live()))
         except FloatingPointError as error:
             raise UserError(
-                f"step {step}: {error}, since a gradient overflowed. Lower --learning_rate, or go "
-                "on from an earlier checkpoint.",
+                f"step {step}: {error}, because a gradient overflowed. Lower --learning_rate, or "
+                "resume from an earlier checkpoint.",
                 shared=True,
             ) from error
         self.traffic_bytes += comm.traffic_bytes.total() - before
@@ -101,13 +130,17 @@ class Shards:
         return decision
 
     def ranks_now(self, step: int) -> int:
-        """Open components of all sites, as a decision would find them now. Collective."""
+        """Return the total number of open components that a decision now would leave. Collective.
+
+        Args:
+            step: optimizer step, counted from 1, of the decision. Nothing is changed.
+        """
         decided = self.method.decide(step, self._scores(self.live())).components
         now = self.sites.ranks() | {name: components.open for name, components in decided.items()}
         return sum(now.values())
 
     def free_statistics(self) -> None:
-        """The last decision is made: give the statistics' memory back."""
+        """Free the statistics and stop probing: no decision follows."""
         self.ended = True
         self.stats = dict.fromkeys(self.sparse, ())
         self.sites.stop_probing()
@@ -115,7 +148,7 @@ class Shards:
     def _change(self, decision: Decision) -> None:
         before = self.live()
         changed = {n: m for n, m in decision.live.items() if not torch.equal(m, before[n])}
-        # What leaves the living is zeroed too.
+        # Entries that no longer live are zeroed too.
         zero = dict(decision.zero)
         for name, mask in changed.items():
             left = before[name] & ~mask
@@ -138,15 +171,20 @@ class Shards:
         )
 
     def live(self) -> dict[str, Tensor]:
-        """Tensor -> bool shard of its live entries."""
+        """Return the mask of live entries of this rank's shard of every tensor, bool."""
         return self._cut([self.optimizer.live(flat) for flat in self.engine.flats()])
 
     def moments(self, key: str) -> dict[str, Tensor]:
-        """Tensor -> its shard of a moment, spread out: zero where nothing lives."""
+        """Return one moment of this rank's shard of every tensor, fp32, zero for dead entries.
+
+        Args:
+            key: "exp_avg" or "exp_avg_sq".
+        """
         return self._cut([self.optimizer.dense(flat, key) for flat in self.engine.flats()])
 
     def born(self) -> dict[str, Tensor]:
-        """Tensor -> its shard of the steps after which each entry came to life, spread out."""
+        """Return the birth steps of this rank's shard of every tensor, int32, zero for dead
+        entries."""
         return self._cut([self.optimizer.born(flat) for flat in self.engine.flats()])
 
     def restore(
@@ -156,8 +194,14 @@ class Shards:
         born: Mapping[str, Tensor],
         steps: int,
     ) -> None:
-        """Put back what ``live``, ``moments`` and ``born`` gave, after ``steps`` optimizer
-        steps."""
+        """Restore what ``live``, ``moments`` and ``born`` returned.
+
+        Args:
+            live: tensor name -> mask of live entries of this rank's shard, bool.
+            moments: "exp_avg" and "exp_avg_sq" -> tensor name -> fp32 shard.
+            born: tensor name -> birth steps of this rank's shard, int32.
+            steps: optimizer steps that were done when they were saved.
+        """
         for index, flat in enumerate(self.engine.flats()):
             exp_avg, exp_avg_sq = (
                 self._flat(index, moments[key], torch.float32) for key in MOMENTS
@@ -172,12 +216,12 @@ class Shards:
             )
 
     def num_live(self) -> int:
-        """Live entries of all ranks together. Collective."""
+        """Return the number of live entries on all ranks together. Collective."""
         count = torch.tensor(self.optimizer.num_live(), device=comm.device())
         return int(comm.sum_over_ranks(count))
 
     def statistics_bytes(self) -> int:
-        """Bytes of statistics on this rank."""
+        """Return the bytes of statistics on this rank."""
         return sum(stat.nbytes for stats in self.stats.values() for stat in stats)
 
     def _set_live(self, live: Mapping[str, Tensor]) -> None:
@@ -190,8 +234,10 @@ class Shards:
     def _flat(
         self, index: int, values: Mapping[str, Tensor], dtype: torch.dtype = torch.bool
     ) -> Tensor:
-        """Shards of tensors put where they lie in flat shard ``index``; zero elsewhere, so that the
-        padding between tensors never lives."""
+        """Place shards of tensors where they lie in the flat shard ``index``.
+
+        Everywhere else is zero, so the padding between tensors never lives.
+        """
         flat = self.engine.flats()[index]
         out = torch.zeros(flat.shape, dtype=dtype, device=flat.device)
         for tensor_slice in self.engine.slices:

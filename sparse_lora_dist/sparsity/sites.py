@@ -1,7 +1,7 @@
-"""The adapted linears as a method's decisions see them: which components each computes, what was
-probed in its backward. The same on every rank.
+"""The adapters of a model as decisions see them: computed components, statistics of probes, kept
+tensors. Components and statistics are the same on every rank.
 
-Shapes: K statistics a site, S sites.
+Shapes: K statistics per site, S sites, I in_features.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,13 @@ from sparse_lora_dist.zero3.shares import TensorSlice
 
 
 class Sites:
-    """Every adapter of the model, in its order."""
+    """All adapters of a model, in the model's order.
+
+    Args:
+        adapters: the adapters, in the model's order.
+        method: method that the run trains with.
+        builder: fills kept tensors. May be None if no kept tensor is read or written.
+    """
 
     def __init__(
         self,
@@ -28,49 +34,58 @@ class Sites:
         method: Method,
         builder: ShardBuilder | None = None,
     ) -> None:
-        """``builder``: of who fills kept tensors."""
         self.adapters = {adapter.site.name: adapter for adapter in adapters}
         self.method, self._builder = method, builder
         self.stats = torch.zeros(method.n_site_stats, len(adapters), dtype=torch.float64)
         self.squares: dict[str, Tensor] = {}
-        """Site -> running mean of its squared inputs, float64 [I]; zero before the first step."""
+        """Site -> running mean of the squares of its input features, float64 [I] on this rank's
+        device, the same on every rank; zero before the first step."""
         if method.rewriting is not None and method.rewriting.squares_decay is not None:
             for site in (a.site for a in adapters):
                 nothing_I = torch.zeros(site.in_features, dtype=torch.float64)
                 self.squares[site.name] = nothing_I.to(comm.device())
 
     def tensors(self) -> set[str]:
-        """Names of the adapters' tensors, "site.tensor"."""
+        """Return the names "site.tensor" of all trained tensors of the adapters."""
         return {f"{name}.{key}" for name, a in self.adapters.items() for key in a.specs}
 
     def observe(self) -> None:
-        """Bring this step's probes together. One all-reduce of a number a site, or nothing."""
+        """Update ``stats`` from this step's probes. Collective.
+
+        One all-reduce of S float64 numbers; nothing for a method without ``observe_sites``.
+        """
         if self.method.observe_sites is None:
             return
         probes = [torch.as_tensor(a.probed, device=comm.device()) for a in self._in_order()]
         probed_S = torch.stack([probe.double() for probe in probes])
-        # Ranks are averaged, as their gradients are.
+        # Averaged over ranks, as gradients are.
         probed_S = comm.sum_over_ranks(probed_S) / comm.world_size()
         self.stats = self.method.observe_sites(self.stats, probed_S.cpu())
         self.reset_probes()
 
     def reset_probes(self) -> None:
-        """This step's probes are brought together, or of no use."""
+        """Set every adapter's probed sum back to 0.0, for the next step."""
         for adapter in self._in_order():
             adapter.probed = 0.0
 
     def stop_probing(self) -> None:
-        """Nobody asks for probes any more."""
+        """Stop computing probes in backward, for the rest of the run."""
         for adapter in self._in_order():
             adapter.probe = None
 
     def tensor_slice(self, slices: Mapping[str, TensorSlice], site: str, key: str) -> TensorSlice:
-        """A trained tensor's slice: the site's own, or the first one's where all share it."""
+        """Return the slice of a site's trained tensor: the first site's if all sites share it.
+
+        Args:
+            slices: this rank's slices by "site.tensor".
+            site: name of the site.
+            key: name of the tensor within the site.
+        """
         first = next(iter(self.adapters)) if self.adapters[site].specs[key].shared else site
         return slices[f"{first}.{key}"]
 
     def kept(self) -> dict[str, tuple[nn.Parameter, KeptSpec]]:
-        """Kept tensors as they are sharded, "site.tensor"."""
+        """Return the sharded parameter and spec of every kept tensor, by "site.tensor"."""
         return {
             f"{name}.{key}": (getattr(a, key), spec)
             for name, a in self.adapters.items()
@@ -78,41 +93,58 @@ class Sites:
         }
 
     def put_kept(self, adapter: AdapterLinear, key: str, t: Tensor) -> None:
-        """A kept tensor anew, of which each rank takes its share. Collective."""
+        """Write a kept tensor, of which this rank stores its share. Collective.
+
+        Args:
+            adapter: adapter of the site.
+            key: name of the tensor within the site.
+            t: whole tensor of the spec's shape and dtype, the same on every rank.
+        """
         spec = adapter.form.kept[key]
         assert (tuple(t.shape), t.dtype) == (spec.shape, spec.dtype), (key, t.shape, t.dtype)
         raw = t.contiguous().view(-1).view(torch.uint8)
-        first, last = self.own_kept(spec)
+        first, last = self.own_kept_bytes(spec)
         self.fill_kept(getattr(adapter, key), raw[first:last])
 
-    def own_kept(self, spec: KeptSpec) -> tuple[int, int]:
-        """Which bytes of it are this rank's: from, to."""
+    def own_kept_bytes(self, spec: KeptSpec) -> tuple[int, int]:
+        """Return the range [first, last) of a kept tensor's bytes that this rank stores."""
         return own_bytes(spec.num_bytes, self._filler.dtype)
 
     def fill_kept(self, parameter: nn.Parameter, raw: Tensor) -> None:
-        """With this rank's bytes, uint8. Collective under hpZ."""
+        """Write this rank's share of a kept tensor. Collective under hpZ.
+
+        Args:
+            parameter: parameter of the kept tensor.
+            raw: uint8, 1-D: the bytes of ``own_kept_bytes``.
+        """
         own = as_parameter_dtype(raw, self._filler.dtype)
         self._filler.refill(parameter, lambda start, stop: own)
 
     @property
     def _filler(self) -> ShardBuilder:
-        assert self._builder is not None, "these sites were made to be read"
+        assert self._builder is not None, "a Sites without a builder cannot write kept tensors"
         return self._builder
 
     def _in_order(self) -> Iterable[AdapterLinear]:
         return self.adapters.values()
 
     def set_components(self, components: Mapping[str, Components]) -> None:
-        """What the named sites compute from now on."""
+        """Set which components the named sites compute from the next forward on.
+
+        All ranks must pass the same.
+        """
         for name, now in components.items():
             self.adapters[name].set_components(now)
 
     def ranks(self) -> dict[str, int]:
-        """Open components of every site."""
+        """Return the number of open components of every site, by site name."""
         return {name: adapter.components.open for name, adapter in self.adapters.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """What ``restore`` takes, and for who has no model the shape (I, O, R) of each."""
+        """Return components and statistics as JSON, the same on every rank, for the manifest.
+
+        Also the shape [I, O, R] of each site, for programs that read a checkpoint without a model.
+        """
         components = {name: adapter.components for name, adapter in self.adapters.items()}
         linears = {name: adapter.site for name, adapter in self.adapters.items()}
         return {
@@ -122,7 +154,7 @@ class Sites:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Put back what ``as_json`` gave."""
+        """Restore the components and statistics that ``as_json`` returned."""
         self.set_components(
             {n: Components(computed=tuple(c), open=o) for n, (c, o) in saved["pieces"].items()}
         )

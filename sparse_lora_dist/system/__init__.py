@@ -1,2 +1,1 @@
-"""What the operating system gives: processes, the memory allocator, files that are whole or
-absent."""
+"""Operating system: processes, the memory allocator, and files that appear whole or not at all."""

@@ -1,5 +1,8 @@
-"""Folders and files that are whole, or not there: written under another name, which is changed when
-all of it is on disk."""
+"""Files and folders that appear whole or not at all.
+
+Content is written under a temporary name beside the final one, synced to disk, then renamed. A
+crash at any time leaves the old content, the new content, or a folder under a temporary name.
+"""
 
 import os
 import shutil
@@ -7,15 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY, REPLACED = ".tmp_", ".replaced_"
-"""Before the name: what is being written, and what is about to be replaced by that."""
+"""Name prefixes: of content being written, and of an old folder until the new one has its name."""
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
-    """Give ``temporary``, whose files are on disk, its name. What had the name is gone only once
-    this one has it.
+    """Rename ``temporary``, already synced to disk, to ``final``.
+
+    An existing ``final`` is renamed aside first and removed only after the new one has its name.
 
     Raises:
-        OSError: it could not be; what had the name still has it.
+        OSError: the rename failed; an existing ``final`` is still there under its name.
     """
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():
@@ -32,8 +36,15 @@ def put_in_place(temporary: Path, final: Path) -> None:
 
 
 def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
-    """What ``write`` makes of an empty place beside ``folder``, on the disk, in the name of
-    ``folder``; what it returned."""
+    """Create or replace a folder in one step.
+
+    Args:
+        folder: the final path.
+        write: creates the folder at the path that it is given and returns a size in bytes.
+
+    Returns:
+        What ``write`` returned.
+    """
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     size = write(temporary)
@@ -43,7 +54,7 @@ def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file with this text, or what was there before."""
+    """Write ``text`` to ``path`` as UTF-8; on failure the file keeps its old content."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -53,13 +64,14 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """Have the disk take every file of it, and their names."""
+    """fsync every file and folder below ``folder``, and ``folder`` itself."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """Have the disk take it, or a crash after a rename could leave a name without its bytes."""
+    """fsync a file or folder. Without it a crash after a rename could leave a name whose bytes are
+    missing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,20 +1,20 @@
-"""glibc's heap while shares are made.
+"""Return freed heap memory to the system while shards are created.
 
-A share stays, what it was made from goes, and the two alternate. glibc keeps the gaps, and torch's
-aligned requests seldom fit the gap that an equal one left, so that the heap grows on: where 64
-ranks make the shares of 70 B small, by as much again as the shares
-(``benchmarks/rehearsal_70b.py``).
+Each shard stays allocated and the buffers that it is made from are freed, so both alternate in
+glibc's heap. glibc keeps the freed gaps, and torch's aligned requests seldom fit into a gap of the
+same size, so the heap keeps growing: with 64 ranks and a 70B model by as much again as the shards
+take (``benchmarks/rehearsal_70b.py``).
 """
 
 import ctypes
 
 KEPT_FREE = 2**24
-"""Bytes at the heap's end, for the scratch of the next share."""
+"""Bytes left free at the end of the heap, as scratch memory for the next shard."""
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # another C library has other ways
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
 
 def return_gaps() -> None:
-    """Give the free pages inside the heap back to the system."""
+    """Return the free pages inside the heap to the system; does nothing without glibc."""
     if _trim is not None:
         _trim(ctypes.c_size_t(KEPT_FREE))

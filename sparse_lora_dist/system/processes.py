@@ -1,5 +1,7 @@
-"""Who wrote a file, and is that process still there? A number alone would not tell: hosts,
-containers and later processes use the same."""
+"""Identify the process that wrote a file, and find out whether it still runs.
+
+A PID is not enough: other hosts, other containers and later processes use the same numbers.
+"""
 
 import os
 import signal
@@ -11,15 +13,15 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
-    """One process among all that ever ran on any host."""
+    """Identity of a process, unique over hosts, containers and time."""
 
     host: str
     pids: str
-    """Which numbering of processes ``pid`` belongs to: containers of one host have their own, and
-    so has a host after each start."""
+    """PID namespace and boot that ``pid`` belongs to. Each container of a host has a namespace of
+    its own, and PIDs start again at each boot."""
     pid: int
     started: int
-    """Clock ticks from the host's start to its own: a later process of this number differs."""
+    """Start time in clock ticks since boot; tells it from a later process with the same PID."""
 
     def __str__(self) -> str:
         return f"host {self.host}, process {self.pid}"
@@ -27,23 +29,28 @@ class Process:
 
 @cache
 def this_process() -> Process:
-    """The one that asks."""
+    """Return the identity of the calling process."""
     pid = os.getpid()
     return Process(
-        host=socket.gethostname(), pids=_numbering(), pid=pid, started=_start_of(pid) or 0
+        host=socket.gethostname(), pids=_pid_namespace(), pid=pid, started=_start_time(pid) or 0
     )
 
 
 def is_gone(process: Process) -> bool:
-    """Has it certainly ended? False too where that cannot be seen from here."""
+    """Return True if the process has certainly ended.
+
+    False also for a process that cannot be seen from here: on another host, in another container,
+    or from before a reboot.
+    """
     if not _is_seen_from_here(process):
         return False
-    start = _start_of(process.pid)
+    start = _start_time(process.pid)
     return start != process.started if start is not None else not exists(process.pid)
 
 
 def kill(process: Process) -> None:
-    """End it at once, stopped or not; nothing where it is not seen from here or has ended."""
+    """Send SIGKILL, which also ends a stopped process. Does nothing if the process has ended or
+    cannot be seen from here."""
     if _is_seen_from_here(process) and not is_gone(process):
         os.kill(process.pid, signal.SIGKILL)
 
@@ -53,28 +60,30 @@ def _is_seen_from_here(process: Process) -> bool:
     return process.started > 0 and (process.host, process.pids) == (here.host, here.pids)
 
 
-def _numbering() -> str:
+def _pid_namespace() -> str:
     try:
-        # Every host's own numbering has the same name, and hosts may have the same name too.
+        # The initial PID namespace has the same name on every host, and two hosts may have the same
+        # hostname; the boot ID tells them apart.
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{os.readlink('/proc/self/ns/pid')} since boot {boot}"
-    except OSError:  # no Linux: nothing is seen from anywhere
+    except OSError:  # not Linux: no process can be identified
         return ""
 
 
-def _start_of(pid: int) -> int | None:
-    """When the process of this number started, 0 if it has ended; None where that is not seen."""
-    # Not psutil's create_time: that is a date, and moves when the host's clock is set.
+def _start_time(pid: int) -> int | None:
+    """Start time in clock ticks since boot; 0 for a zombie, None if /proc does not show the PID."""
+    # Not psutil's create_time: that is a date, and changes when the host's clock is set.
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    ended = fields[0] in "ZX"  # its parent has not asked yet
+    ended = fields[0] in "ZX"  # a zombie: its parent has not waited for it yet
     return 0 if ended else int(fields[19])
 
 
 def exists(pid: int) -> bool:
-    """Is there such a process on this host? Where /proc hides those of others, too."""
+    """Return True if this host has a process with this PID, also where /proc hides the processes
+    of other users."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Task causal_lm: the next token. Its loss, and what held-out rows are scored by.
+"""Task causal_lm: predict the next token. Its loss and held-out score.
 
 Shapes: M rows of a micro-batch, T tokens of a row.
 """
@@ -20,12 +20,17 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 def batch_loss(engine: Engine, batch: Batch) -> Tensor:
-    """Sum of -log p over the batch's target tokens. Collective."""
-    # Labels move left instead of logits.
+    """Return the sum of -log p over the target tokens of a micro-batch, fp32 scalar. Collective.
+
+    Args:
+        engine: engine that runs the model.
+        batch: packed rows, on the host.
+    """
+    # Logits at position t predict token t + 1. Shift the labels, which are smaller than the logits.
     next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
     batch = batch.to(comm.device())
-    # Documents are told apart by positions that restart; transformers reads them so only without an
-    # attention mask and without a cache.
+    # Positions that restart at 0 mark the documents of a row. transformers reads them so only
+    # without an attention mask and without a cache.
     return summed_loss(
         engine,
         next_labels_MT,
@@ -36,13 +41,13 @@ def batch_loss(engine: Engine, batch: Batch) -> Tensor:
 
 
 def batch_tally(engine: Engine, batch: Batch) -> Tensor:
-    """[sum of -log p, target tokens] of a micro-batch, float64. Collective."""
+    """Return [sum of -log p, number of target tokens] of a micro-batch, float64. Collective."""
     loss = batch_loss(engine, batch)
     return torch.stack([loss.double(), loss.new_tensor(batch.num_targets, dtype=torch.float64)])
 
 
 def loss_per_target(totals: Tensor) -> dict[str, float]:
-    """From the sum of all tallies: nats per target token."""
+    """Return the held-out loss in nats per target token from the sum of all tallies, [2]."""
     loss, targets = totals
     return {"held_out_loss": float(loss / targets.clamp(min=1.0))}
 
@@ -50,7 +55,7 @@ def loss_per_target(totals: Tensor) -> dict[str, float]:
 def read_documents(
     source: str, tokenizer: Any, architecture: PretrainedConfig, data: DataConfig, **options: Any
 ) -> Documents:
-    """Texts, pairs or chats, by the columns that are there."""
+    """Read texts, prompt and response pairs, or chats, by the columns that the source has."""
     return load_documents(
         source,
         tokenizer,
@@ -71,6 +76,8 @@ CAUSAL_LM = Task(
     loss=batch_loss,
     tally=batch_tally,
     scores=loss_per_target,
+    trains_head=False,
     target="token",
     peft_type="CAUSAL_LM",
+    auto_class="AutoModelForCausalLM",
 )

@@ -1,9 +1,7 @@
-"""The head of a classifier: which modules it is made of, and its values where the checkpoint has
-none.
+"""The head of a classifier: its modules, and initial values of those that the base files lack.
 
-A head trains in full: it is small, and drawn anew where the base has learned something else so far.
-
-Shapes: C classes, D features.
+A head trains in full: it is small, and randomly initialised if the base was not trained as a
+classifier.
 """
 
 import copy
@@ -24,31 +22,38 @@ from sparse_lora_dist.zero3.shares import Values
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """What stands on the base model. A causal language model's is frozen, so it counts as none."""
+    """A classifier's head. The head of a causal language model is frozen, so it counts as none."""
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    """To train in full, by name; modules may lie inside."""
+    """Modules to train in full, by name; they may contain other modules."""
     new: tuple[str, ...] = ()
-    """Parameters that the checkpoint lacks."""
+    """Names of the head's parameters that the base files lack."""
 
     def report(self) -> str:
-        """Where the values come from, in one line."""
-        anew = dict.fromkeys(name.rpartition(".")[0] for name in self.new)
-        values = f"drawn anew: {', '.join(anew)}" if anew else "values of the checkpoint"
+        """Return a line on what trains and where its initial values come from."""
+        new = dict.fromkeys(name.rpartition(".")[0] for name in self.new)
+        values = f"randomly initialised: {', '.join(new)}" if new else "values of the base model"
         return f"{', '.join(self.modules)} trained in full; {values}"
 
 
 def classes_of(architecture: PretrainedConfig) -> list[str]:
-    """Names of the classes that a head of this config tells apart, in order."""
+    """Return the class names of a model's config, in the order of the head's outputs."""
     return [str(name) for _, name in sorted((architecture.id2label or {}).items())]
 
 
 def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> Head:
-    """All that a classifier has beside its base model, and poolers inside that the checkpoint
-    lacks: BERT's is made for a head, and a masked language model has none.
+    """Find the head of a classifier.
+
+    It is all modules beside the base model, and poolers inside the base model that the files lack:
+    BERT's pooler serves the head, and the files of a masked language model have none.
+
+    Args:
+        model: classifier; it may be on the meta device.
+        files: files of the base.
+        keys_of: parameter name -> its keys in the files.
 
     Raises:
-        UserError: the checkpoint has a head, for other classes than the data.
+        UserError: the files have a head for other classes than the data.
     """
     modules = beside_base(model)
     poolers = [n for n, m in model.named_modules() if "pooler" in n and isinstance(m, nn.Linear)]
@@ -61,14 +66,14 @@ def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> 
 
 
 def beside_base(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The modules with parameters that a classifier has beside its base model."""
+    """Return the modules with parameters that a classifier has beside its base model, by name."""
     base = model.base_model
-    assert base is not model, f"{type(model).__name__} keeps its base model nowhere"
+    assert base is not model, f"{type(model).__name__} has no base model apart from its head"
     return {name: m for name, m in model.named_children() if m is not base and _holds(m)}
 
 
 def modules_inside(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules, and all that lie in them, by their whole names."""
+    """Return the modules and all modules inside them, by whole name."""
     return {
         f"{name}.{inner}".rstrip("."): module
         for name, outer in modules.items()
@@ -77,9 +82,15 @@ def modules_inside(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def first_values(model: PreTrainedModel, names: Collection[str], seed: int) -> dict[str, Values]:
-    """Values of these parameters as transformers' ``_init_weights`` draws them, fp32.
+    """Return initial values of parameters, as transformers' ``_init_weights`` draws them, fp32.
 
-    From (seed, module's name), whole, and then cut: they are the same on any number of ranks.
+    Each module is drawn whole, from (seed, module's name), and then cut, so the values are the same
+    on any number of ranks.
+
+    Args:
+        model: model that has the parameters; it may be on the meta device.
+        names: names of the parameters.
+        seed: seed of the run.
     """
     values: dict[str, Values] = {}
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
@@ -104,12 +115,15 @@ def _is_inside(name: str, modules: Iterable[str]) -> bool:
 
 
 def _check_classes(model: PreTrainedModel, files: CheckpointFiles, held: Mapping[str, str]) -> None:
-    """A head that the checkpoint has must be one for the labels of the data. ``held``: name in the
-    model -> in the files."""
+    """Refuse a head in the files that is for other classes than the data.
+
+    Args:
+        held: name of each parameter of the head that the files have -> its key in them.
+    """
     wanted = classes_of(model.config)
     remedy = (
-        "Give data with the checkpoint's labels, or a checkpoint without a head, which is then "
-        "drawn anew (AutoModel.from_pretrained(...).save_pretrained(...) leaves it out)."
+        "Use data with the model's labels, or a model without a head, which is then randomly "
+        "initialised: AutoModel.from_pretrained(...).save_pretrained(...) saves one."
     )
     for name, key in held.items():
         shape = tuple(model.get_parameter(name).shape)
@@ -126,6 +140,6 @@ def _check_classes(model: PreTrainedModel, files: CheckpointFiles, held: Mapping
     if known not in ([], unnamed, wanted) and wanted != [str(i) for i in range(len(known))]:
         if held:
             raise UserError(
-                f"{files.folder}: its head knows the classes {', '.join(known)}, but --data has "
+                f"{files.folder}: its head is for the classes {', '.join(known)}, but --data has "
                 f"the labels {', '.join(wanted)}. {remedy}"
             )

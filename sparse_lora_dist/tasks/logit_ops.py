@@ -1,7 +1,8 @@
-"""What an architecture does to its logits before it returns them: seen, not looked up in a list.
+"""Record what an architecture does to its logits between its output head and its output.
 
-Most do nothing, Gemma 2 caps them softly, Granite and Cohere scale them. Whatever torch calls
-pointwise can be done to the logits of a few tokens as well; anything else cannot.
+Most architectures do nothing, Gemma 2 caps logits softly, Granite and Cohere scale them. The
+operations are observed in a forward, so no list of architectures is needed. Operations that torch
+tags as pointwise can be applied to the logits of a few tokens at a time; others cannot.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -15,27 +16,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Operation = Callable[[Tensor], Tensor]
-"""logits_NV -> logits_NV, entry by entry."""
+"""Pointwise function logits_NV -> logits_NV."""
 
 
 class OperationRecorder(TorchDispatchMode):
-    """Follows one tensor through whatever is computed from it."""
+    """Dispatch mode that records the chain of pointwise operations applied to one tensor.
+
+    ``begin`` names the tensor, and ``end`` the result that it should have become.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
+        """The operations recorded so far, in their order."""
         self.refused: str | None = None
-        """The first operation that is not entry by entry, or not on the latest result alone."""
-        self._results: list[Tensor] = []  # all held, so that no address is used twice
+        """The first operation that is not pointwise, or that takes more than the latest result."""
+        self._results: list[Tensor] = []  # keeps all alive, so that no address is used twice
 
     def begin(self, logits: Tensor) -> None:
-        """Follow these."""
+        """Record what is done to this tensor."""
         self._results.append(logits)
 
     def end(self, logits: Tensor) -> None:
-        """What is followed must have become these."""
+        """Check that the recorded operations led to this tensor."""
         if not (self._results and is_same(logits, self._results[-1])):
-            self.refused = self.refused or "something unseen"
+            self.refused = self.refused or "an unrecorded operation"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -55,7 +60,10 @@ class OperationRecorder(TorchDispatchMode):
 
 
 def is_same(a: Any, b: Tensor) -> bool:
-    """The same numbers in the same place: DeepSpeed's hooks and views make new tensor objects."""
+    """Return whether ``a`` is the same memory, shape and dtype as ``b``.
+
+    Not ``a is b``: DeepSpeed's hooks and views make new tensor objects.
+    """
     return (
         isinstance(a, Tensor)
         and a.data_ptr() == b.data_ptr()
@@ -64,14 +72,14 @@ def is_same(a: Any, b: Tensor) -> bool:
 
 
 def is_pointwise(func: Any) -> bool:
-    """A cast is; torch does not tag it so."""
+    """Return whether an operator is pointwise. Casts are, though torch does not tag them so."""
     if func._schema.is_mutable:
         return False
     return torch.Tag.pointwise in func.tags or func is torch.ops.aten._to_copy.default
 
 
 def again(func: Any, args: Any, kwargs: Any) -> Operation:
-    """The operation, on another tensor in the place of the only one."""
+    """Return ``func`` as a function of the one tensor among its arguments."""
 
     def operation(y: Tensor) -> Tensor:
         out: Tensor = func(*(y if isinstance(a, Tensor) else a for a in args), **kwargs)

@@ -1,10 +1,10 @@
-"""The output head under a loss: logits of a few tokens at a time, never of all.
+"""Compute the loss inside the output head, with the logits of a few tokens at a time.
 
-A token's logits are as long as the vocabulary: 4,096 tokens of Llama 3 make 1.05 GB of them in
-bf16, and as much again of their gradient. Here the head itself turns hidden states into the loss,
-while ZeRO-3 has its weight gathered, and takes the gradient with respect to them at once; so
-backward needs neither logits nor, where the head is frozen, its weight. Tokens that are no target
-never reach it.
+A token has as many logits as the vocabulary has entries: for 4,096 tokens of Llama 3 they take
+1.05 GB in bf16, and their gradient as much again. Here the head turns hidden states into the loss
+while ZeRO-3 has its weight gathered, chunk by chunk, and computes the gradient with respect to the
+hidden states at once. So backward needs neither logits nor, if the head is frozen, its weight.
+Tokens that are not targets never enter the head.
 
 Shapes: M rows of a micro-batch, T tokens of a row, N target tokens of a micro-batch, I width of the
 hidden states, V vocabulary.
@@ -28,37 +28,42 @@ from sparse_lora_dist.tasks.logit_ops import Operation, OperationRecorder
 from sparse_lora_dist.zero3.engine import Engine, summed_cross_entropy
 
 CHUNK_BYTES = 2**26
-"""Of the logits of one chunk, as fp32; about three such tensors are alive at a time."""
+"""Bytes of the fp32 logits of one chunk. About three such tensors are alive at a time."""
 
 
 class LossHead(nn.Module):
-    """The linear that makes logits; while it is ``expecting`` labels, it makes their loss instead.
+    """Output head that returns logits or, inside ``expecting``, computes the loss instead.
 
-    It takes the linear's place in the model and has its parameters, under the same names.
+    It takes the place of the head's linear in the model and has its parameters under the same
+    names. Its forward is collective, since ZeRO-3 gathers the weight.
+
+    Args:
+        linear: the model's output head.
     """
 
     def __init__(self, linear: FrozenLinear | nn.Linear) -> None:
         super().__init__()
-        self._linear = (linear,)  # in a tuple, so that it is no child: names would change
+        self._linear = (linear,)  # in a tuple: as a submodule it would change parameter names
         for name, parameter in linear._parameters.items():
             self.register_parameter(name, parameter)
         self.vocabulary = linear.out_features
         self.after: list[Operation] | None = None
-        """What the model does to logits; None until it was seen."""
+        """Operations that the model applies to logits; None until they were recorded."""
         self.refused: str | None = None
-        """Something it does that needs them whole."""
+        """Operation on logits that needs those of all tokens at once; None if there is none."""
         self.targets: tuple[Tensor, Tensor] | None = None
-        """(where_N among the micro-batch's tokens, labels_N)."""
+        """(where_N: flat positions of the targets in the micro-batch, labels_N), both int64 on the
+        device; None outside ``expecting``."""
         self.one_by_one = False
-        """Is the loss of each target wanted, not their sum?"""
+        """Whether to compute the loss of each target instead of their sum."""
         self._loss: Tensor | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """All of its parameters, or none."""
+        """Return the head's parameters if they train, by name; empty if the head is frozen."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(self, x_MTI: Tensor) -> Tensor:
-        """Logits; or, while labels are expected, an empty tensor in their place."""
+        """Return logits [M, T, V]; inside ``expecting``, compute the loss and return [M, T, 0]."""
         if self.targets is None:
             return cast(Tensor, self._linear[0](x_MTI))
         if self.one_by_one:
@@ -71,34 +76,39 @@ class LossHead(nn.Module):
             x_MTI, self, torch.is_grad_enabled(), *trained
         )
         # ZeRO-3 gathers a module again for backward if its output takes part in it. A frozen head
-        # is not needed there; of a trained one DeepSpeed wants the weight to hang the gradient on.
+        # is not needed there. A trained head is: DeepSpeed attaches the gradient to its weight.
         return logits_MT0 if trained else logits_MT0.detach()
 
     def logits(self, x_NI: Tensor, leaves: dict[str, Tensor]) -> Tensor:
-        """As the model would return them, with ``leaves`` in place of trained parameters."""
+        """Return logits [N, V] as the model would, with ``leaves`` in place of parameters."""
         y_NV: Tensor = functional_call(self._linear[0], leaves, (x_NI,))
         for operation in self.after or []:
             y_NV = operation(y_NV)
         return y_NV
 
     def at_targets(self, x_MTI: Tensor) -> Tensor:
-        """x_NI, of the tokens whose logits are asked for."""
+        """Return the hidden states of the target tokens, [N, I]."""
         assert self.targets is not None
         return x_MTI.flatten(0, -2).index_select(0, self.targets[0])
 
     def chunks(self, x_NI: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """(x_NI, labels_N), a few targets at a time."""
+        """Yield hidden states and labels of a few targets at a time."""
         assert self.targets is not None
         rows = max(1, CHUNK_BYTES // (4 * self.vocabulary))
         return zip(x_NI.split(rows), self.targets[1].split(rows), strict=True)
 
     @contextmanager
     def expecting(self, labels_MT: Tensor, *, one_by_one: bool = False) -> Iterator[None]:
-        """Inside, the model returns empty logits, and as ``loss`` the sum over these labels or the
-        loss of each."""
+        """Context manager in which the model returns its loss, and empty logits.
+
+        Args:
+            labels_MT: the token that each position's logits should predict, int64, on the host;
+                ``NOT_A_TARGET`` where there is none.
+            one_by_one: whether ``loss`` is the loss of each target [N] instead of their sum.
+        """
         self.one_by_one = one_by_one
         labels_T = labels_MT.flatten()
-        # Counted where the labels are, on the host: on a GPU that would wait for it.
+        # nonzero on the host, where the labels are: on a GPU it would wait for the stream.
         where_N = (labels_T != NOT_A_TARGET).nonzero().squeeze(1)
         self.targets = where_N.to(comm.device()), labels_T[where_N].to(comm.device())
         try:
@@ -108,16 +118,19 @@ class LossHead(nn.Module):
             self.one_by_one = False
 
     def put_loss(self, output: Any) -> None:
-        """Into the model's output: DeepSpeed's backward begins at a tensor it has seen there."""
+        """Add the loss to the model's output.
+
+        It has to be there, because DeepSpeed's backward starts from a tensor of the output.
+        """
         if self.targets is not None:
             assert self._loss is not None, "the model did not run its output head"
-            # A sum over nothing, through which backward comes by a trained head's output.
+            # The sum of no entries is 0, but it connects backward with a trained head's output.
             output["loss"] = self._loss + output.logits.sum()
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of -log p(label) over the targets. Its gradients are made in forward, chunk by chunk;
-    backward multiplies them by the loss's own."""
+    """Sum of -log p(label) over the targets. Forward computes the gradients too, chunk by chunk;
+    backward multiplies them by the gradient of the loss."""
 
     @staticmethod
     def forward(
@@ -135,7 +148,7 @@ class _SummedLoss(torch.autograd.Function):
             total += loss.detach()
             if with_gradient:
                 grad_x, *grads = torch.autograd.grad(loss, [leaf, *leaves.values()])
-                x.copy_(grad_x)  # done with these: their gradient takes their place
+                x.copy_(grad_x)  # the chunk's hidden states are used up: reuse their memory
                 for part, grad in zip(sums, grads, strict=True):
                     part += grad
         ctx.shape, ctx.where_N, ctx.grad_x_NI = x_MTI.shape, where_N, x_NI
@@ -152,14 +165,20 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def install(model: PreTrainedModel) -> None:
-    """Put a ``LossHead`` in place of the model's output head, where that is a plain linear."""
+    """Replace the model's output head by a ``LossHead``, if it is a plain linear.
+
+    Args:
+        model: loaded model, changed in place.
+    """
     head = model.get_output_embeddings()
     name = next((name for name, module in model.named_modules() if module is head), None)
     if name is None:
         return
     if not (isinstance(head, FrozenLinear) or type(head) is nn.Linear):
         print_line(
-            "note", f"{name} is no plain linear ({type(head).__name__}): logits are made whole"
+            "note",
+            f"{name} is not a plain linear ({type(head).__name__}), so the logits of all tokens "
+            "are computed at once",
         )
         return
     loss_head = LossHead(head)
@@ -168,11 +187,16 @@ def install(model: PreTrainedModel) -> None:
 
 
 def summed_loss(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
-    """Sum of -log p(label) over the labels of a micro-batch. Collective.
+    """Return the sum of -log p(label) over the targets of a micro-batch. Collective.
 
     Args:
-        labels_MT: what each token's logits are to say, on the host.
-        inputs: of the model, on the device.
+        engine: engine that runs the model.
+        labels_MT: the token that each position's logits should predict, int64, on the host;
+            ``NOT_A_TARGET`` where there is none.
+        inputs: the model's inputs, on the device.
+
+    Returns:
+        fp32 scalar on the device.
     """
     if head := _loss_head(engine, inputs):
         with head.expecting(labels_MT):
@@ -182,8 +206,17 @@ def summed_loss(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
 
 
 def target_losses(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
-    """-log p(label) of each target of a micro-batch, fp32 [N], in their order, without gradient.
-    Collective. Arguments as of ``summed_loss``."""
+    """Return -log p(label) of each target of a micro-batch, without gradient. Collective.
+
+    Args:
+        engine: engine that runs the model.
+        labels_MT: the token that each position's logits should predict, int64, on the host;
+            ``NOT_A_TARGET`` where there is none.
+        inputs: the model's inputs, on the device.
+
+    Returns:
+        fp32 [N] on the device, in the order of the targets.
+    """
     if head := _loss_head(engine, inputs):
         with head.expecting(labels_MT, one_by_one=True):
             return cast(Tensor, engine(**inputs).loss)
@@ -193,25 +226,25 @@ def target_losses(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
 
 
 def each_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """-log p(label), fp32 [N]."""
+    """Return -log p(label) of each token, fp32 [N]."""
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
 
 
 def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
-    """The model's, where its logits need not be whole."""
+    """Return the model's ``LossHead``; None if the logits of all tokens are needed at once."""
     head = cast(PreTrainedModel, engine.model).get_output_embeddings()
     if not isinstance(head, LossHead):
         return None
     if head.after is None:
-        _learn(engine, head, inputs)
+        _record_operations(engine, head, inputs)
     return head if head.refused is None else None
 
 
-def _learn(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:
-    """Find out, from two tokens a row, what the model does to logits before it returns them."""
+def _record_operations(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:
+    """Record what the model does to logits, in a forward of two tokens per row. Collective."""
     few = {k: v[:, :2] if isinstance(v, Tensor) else v for k, v in inputs.items()}
     watch = OperationRecorder()
-    # After DeepSpeed's own hooks: this is the tensor that the model gets.
+    # Runs after DeepSpeed's own hooks, so it sees the tensor that the model gets.
     handle = head.register_forward_hook(lambda module, args, y: watch.begin(y))
     with torch.no_grad(), watch:
         logits = engine(**few).logits
@@ -221,6 +254,7 @@ def _learn(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:
     if head.refused is not None:
         size = megabytes(inputs["input_ids"].numel() * head.vocabulary * logits.element_size())
         print_line(
-            "note", f"this architecture does {head.refused} to its logits, so they stay whole:"
+            "note",
+            f"this architecture applies {head.refused} to its logits, so all are computed at once:",
         )
         print_line("", f"{size} a micro-batch, and as much again for their gradient")

@@ -1,4 +1,4 @@
-"""Task seq_cls: a label for each row. The classes, the loss, and what held-out rows are scored by.
+"""Task seq_cls: predict one label per row. Its classes, loss and held-out scores.
 
 Shapes: M rows of a micro-batch, C classes.
 """
@@ -29,7 +29,7 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
-    """Write the classes of ``--data`` into the model's config, which makes its head as wide."""
+    """Write the classes of ``--data`` into the model's config, which sets the width of its head."""
     labels = read_classes(
         resolve_default("data", data.data),
         label_field=data.label_field,
@@ -39,13 +39,13 @@ def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
     names = class_names(labels, classes_of(architecture))
     architecture.id2label = dict(enumerate(names))
     architecture.label2id = {name: place for place, name in enumerate(names)}
-    architecture.use_cache = False  # a decoder would keep keys and values for tokens to come
+    architecture.use_cache = False  # a decoder would keep keys and values to generate from
 
 
 def read_labelled(
     source: str, tokenizer: Any, architecture: PretrainedConfig, data: DataConfig, **options: Any
 ) -> Documents:
-    """The examples of ``source`` in the classes of ``architecture``."""
+    """Read the examples of ``source``, with labels numbered by the classes of ``architecture``."""
     pair = () if data.text_pair_field is None else (data.text_pair_field,)
     return load_labelled(
         source,
@@ -53,20 +53,24 @@ def read_labelled(
         text_fields=(data.text_field, *pair),
         label_field=data.label_field,
         classes=classes_of(architecture),
-        # One type of token is none: RoBERTa counts so, and its tokenizer makes no second.
+        # RoBERTa has type_vocab_size 1, and its tokenizer gives both texts of a pair one type.
         segments=getattr(architecture, "type_vocab_size", 0) > 1,
         **options,
     )
 
 
 def class_loss(engine: Engine, batch: LabelledBatch) -> Tensor:
-    """Sum of -log p(class) over the batch's examples. Collective."""
+    """Return the sum of -log p(class) over a micro-batch's examples, fp32 scalar. Collective."""
     return _summed_loss(engine(**batch.inputs(comm.device())).logits, batch)
 
 
 def class_tally(engine: Engine, batch: LabelledBatch) -> Tensor:
-    """[1 + C * C] float64: the loss, and how many examples of class i were taken for class j.
-    Collective."""
+    """Return loss and confusion counts of a micro-batch. Collective.
+
+    Returns:
+        float64 [1 + C * C]: the sum of -log p(class), then at i * C + j the number of examples of
+        class i that were predicted as class j.
+    """
     logits_MC = engine(**batch.inputs(comm.device())).logits
     num_classes = logits_MC.shape[-1]
     is_example = batch.labels_M != NOT_A_TARGET
@@ -77,11 +81,15 @@ def class_tally(engine: Engine, batch: LabelledBatch) -> Tensor:
 
 
 def class_scores(totals: Tensor) -> dict[str, float]:
-    """From the sum of all tallies: nats per example, accuracy, and Matthews correlation.
+    """Return held-out loss (nats per example), accuracy and Matthews correlation.
 
-    Counts add up exactly, so ranks and micro-batches change nothing. Matthews' is the correlation
-    of labels and predictions, 0 for any constant answer; for more than two classes Gorodkin's R_K
-    (2004, doi:10.1016/j.compbiolchem.2004.09.006).
+    Counts add up exactly, so accuracy and correlation depend neither on the number of ranks nor on
+    the micro-batch size. The Matthews correlation is that of labels and predictions, and 0 if all
+    predictions are one class; for more than two classes it is Gorodkin's R_K (2004,
+    doi:10.1016/j.compbiolchem.2004.09.006).
+
+    Args:
+        totals: sum of all tallies, float64 [1 + C * C].
     """
     loss, counts = float(totals[0]), totals[1:].cpu()
     confusion_CC = counts.view(isqrt(len(counts)), -1)
@@ -108,6 +116,8 @@ SEQ_CLS = Task(
     loss=class_loss,
     tally=class_tally,
     scores=class_scores,
+    trains_head=True,
     target="example",
     peft_type="SEQ_CLS",
+    auto_class="AutoModelForSequenceClassification",
 )

@@ -1,4 +1,4 @@
-"""What a model can be trained to do: all in which one task differs from another."""
+"""The ``Task`` record: everything in which one task differs from another."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,22 +17,31 @@ from sparse_lora_dist.zero3.engine import Engine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """One task, from the model's config to the words for its loss."""
+    """What a model is trained to do: how data are read, the loss, and held-out scores."""
 
     settle: Callable[[PretrainedConfig, DataConfig], None]
-    """Writes into the model's config what the data decide. No collectives."""
+    """(model's config, data options): writes what the data decide, like a classifier's classes,
+    into the model's config. Not a collective."""
     head: Callable[[PreTrainedModel, CheckpointFiles, Keys], Head]
-    """What trains in full without being named."""
+    """(model, base files, keys of each parameter in them) -> modules that train in full without
+    ``--modules_to_save``."""
     read: Callable[..., Documents]
-    """(source, tokenizer, the model's config, data options, ...) -> tokenised examples."""
+    """(source, tokenizer, model's config, data options, ...) -> tokenised examples."""
     collate: Collate
+    """Makes a micro-batch of rows."""
     loss: Callable[[Engine, Any], Tensor]
-    """Sum of the losses over a micro-batch's targets."""
+    """(engine, micro-batch) -> sum of the losses over the micro-batch's targets, scalar.
+    Collective."""
     tally: Callable[[Engine, Any], Tensor]
-    """A vector of float64 sums over a micro-batch, the same in length for all."""
+    """(engine, micro-batch) -> sums over the micro-batch that ``scores`` needs, float64, 1-D, of
+    the same length for every micro-batch. Collective."""
     scores: Callable[[Tensor], dict[str, float]]
-    """Sum of all tallies -> what metrics.jsonl says, "held_out_loss" first."""
+    """Sum of all tallies -> held-out scores by key of metrics.jsonl, "held_out_loss" first."""
+    trains_head: bool
+    """Whether the modules beside the base model are a head that trains in full."""
     target: str
-    """What the loss is a mean over."""
+    """What the loss is averaged over, as a word for messages: "token" or "example"."""
     peft_type: str
     """PEFT's name of the task."""
+    auto_class: str
+    """Name of the transformers class that loads a model for the task."""

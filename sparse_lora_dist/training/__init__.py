@@ -1,1 +1,1 @@
-"""STEP: the train step and what stands around it: data, resume, logging, saving."""
+"""The train step and what happens around it: data, resume, logging, saving."""

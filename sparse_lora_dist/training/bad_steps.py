@@ -1,5 +1,5 @@
-"""Steps whose numbers are of no use or out of the ordinary: said, written down, and no more than so
-many in a row."""
+"""Bad steps: steps without a finite loss and gradient, and loss spikes. They are printed and
+logged; too many non-finite ones in a row end the run."""
 
 import math
 import statistics
@@ -11,17 +11,19 @@ from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.run_folder.metrics_log import JsonLines
+from sparse_lora_dist.run_folder.metrics_file import JsonLines
 from sparse_lora_dist.training.step import StepResult
 
-WINDOW, ENOUGH = 50, 20
-"""Losses that a spike is measured against: the last so many, once there are enough."""
+WINDOW = 50
+"""Number of last losses that a spike is measured against."""
+ENOUGH = 20
+"""Fewest losses that a spike is measured against."""
 DEVIATIONS = 6.0
-"""Standard deviations above their mean that make a spike. Batches differ by 1 to 2."""
+"""Standard deviations above the mean that make a spike. Losses of batches differ by 1 to 2."""
 
 
 class Health:
-    """``bad_steps.jsonl`` of a run folder, and the end of a run that only has bad steps."""
+    """Writer of ``bad_steps.jsonl``, which also ends a run that has bad steps only."""
 
     def __init__(self, folder: Path, max_bad_steps: int, *, last_step: int | None) -> None:
         self._lines = JsonLines(folder / "bad_steps.jsonl", last_step=last_step)
@@ -29,7 +31,12 @@ class Health:
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def after_step(self, step: int, result: StepResult, batches: Sequence[MicroBatch]) -> None:
-        """Collective.
+        """Look at the result of a step. Collective.
+
+        Args:
+            step: the optimizer step, counted from 1.
+            result: what the step did.
+            batches: this rank's micro-batches of the step, whose row numbers are logged.
 
         Raises:
             UserError: too many steps in a row had no finite loss and gradient.
@@ -39,15 +46,16 @@ class Health:
             self._look_for_a_spike(step, result.loss, batches)
             return
         self._in_a_row += 1
-        what = f"loss {result.loss}" if not math.isfinite(result.loss) else "a gradient of nan"
+        has_loss = math.isfinite(result.loss)
+        what = "a non-finite gradient" if has_loss else f"loss {result.loss}"
         print_line("bad step", f"{step} had {what}: left out, {self._in_a_row} in a row")
         self._write(step, "left out", result.loss, batches)
         if self._in_a_row >= self._most:
             raise UserError(
                 f"{counted(self._in_a_row, 'step')} in a row had a loss or gradient that is not "
-                f"finite (--max_bad_steps {self._most}); nothing was updated by them, and "
-                f"{self._lines.path} has their rows. Lower --learning_rate, or look at the data, "
-                "and go on with --resume auto.",
+                f"finite (--max_bad_steps {self._most}). They updated nothing, and "
+                f"{self._lines.path} lists their rows. Lower --learning_rate or check the data, "
+                "then continue with --resume auto.",
                 shared=True,
             )
 
@@ -55,7 +63,7 @@ class Health:
         if len(self._losses) >= ENOUGH:
             mean, deviation = statistics.mean(self._losses), statistics.stdev(self._losses)
             if loss > mean + DEVIATIONS * deviation:
-                last = f"the last {len(self._losses)} steps had {mean:.4f} +- {deviation:.4f}"
+                last = f"mean of the last {len(self._losses)} is {mean:.4f} +- {deviation:.4f}"
                 print_line("spike", f"loss {loss:.4f} at step {step}; {last}")
                 self._write(step, "spike", loss, batches)
         self._losses.append(loss)

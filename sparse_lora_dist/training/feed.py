@@ -1,4 +1,4 @@
-"""What the loop eats: how long the run is, and the batches of any step of it."""
+"""The data of a run: its length in steps, and the batches of any step."""
 
 import math
 from collections.abc import Iterator
@@ -21,22 +21,28 @@ from sparse_lora_dist.tasks import TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class DataFeed:
-    """The rows of a run and its length. Steps are optimizer steps, counted from 1."""
+    """The rows that a run trains on, and its length. Steps are optimizer steps, counted from 1."""
 
     rows: Rows
+    """Rows to train on."""
     held_out: Rows | None
+    """Rows for the held-out loss; None without ``--eval_data``."""
     pad_id: int
+    """Token id that fills rows up."""
     collate: Collate
+    """Makes a micro-batch of rows."""
     micro_batch_size: int
+    """Rows per rank in one forward."""
     accumulation: int
+    """Micro-batches per step."""
     end_row: int
-    """Rows of the stream that are trained on; empty rows fill up the last global batch."""
+    """Rows of the stream that are trained on; filler rows complete the last global batch."""
     program: str = "launcher/train.py"
-    """What to type to go on with such rows."""
+    """Program that continues a run with these rows."""
 
     @property
     def identity(self) -> str:
-        """Of rows that the options of a run do not name; "" where they do."""
+        """Identity of rows that the run's options do not determine, for a resume; "" if they do."""
         return ""
 
     @property
@@ -46,17 +52,23 @@ class DataFeed:
 
     @property
     def total_steps(self) -> int:
-        """Where the schedules end."""
+        """Optimizer steps of the run, at whose end the schedules end."""
         return math.ceil(self.end_row / self.global_batch)
 
     def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
-        """This rank's micro-batches of the step that begins at ``first_row`` of the stream."""
-        # Not 0 where a schedule or the data began anew.
+        """This rank's micro-batches of one step.
+
+        Args:
+            first_row: row of the stream at which the step's global batch begins.
+            steps_done: optimizer steps made before it.
+        """
+        # The offset is not 0 after --reset schedule or data.
         offset = first_row - steps_done * self.global_batch
         return self._cut(self.rows, first_row, self.end_row + offset, shuffle=True)
 
     def held_out_batches(self, limit: int) -> Iterator[MicroBatch]:
-        """This rank's part of the held-out rows, in file order; ``limit`` in global batches."""
+        """This rank's micro-batches of the held-out rows, in file order; at most ``limit`` global
+        batches."""
         assert self.held_out is not None
         starts = range(0, len(self.held_out), self.global_batch)
         for first_row in starts[:limit]:
@@ -78,7 +90,13 @@ class DataFeed:
 
 
 def open_feed(config: Config, model: Model) -> DataFeed:
-    """Read, tokenise and pack the data sets. Collective: rank 0 first, others find its cache."""
+    """Read, tokenise and pack the data sets. Collective.
+
+    The first rank of each node works first; the others then read its cache.
+
+    Raises:
+        UserError: the data or the tokenizer cannot be used, on every rank.
+    """
     train = config.train
     if comm.rank() > 0:
         be_quiet()
@@ -102,28 +120,36 @@ def open_feed(config: Config, model: Model) -> DataFeed:
         )
         if train.warmup_steps > feed.total_steps:
             raise UserError(
-                f"--warmup_steps {train.warmup_steps} is more than "
-                f"the {feed.total_steps} steps of this run."
+                f"--warmup_steps {train.warmup_steps} is more than the {feed.total_steps} steps of "
+                f"this run. Set it to {feed.total_steps} or less, or make the run longer."
             )
     return feed
 
 
 def open_tokenizer(config: Config, model: Model) -> Any:
-    """The one that lies beside the model."""
+    """Open the tokenizer in the model's folder.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     trust = config.model.trust_remote_code
     try:
         return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust)
     except Exception as error:  # a missing or damaged file raises whatever its reader does
         raise UserError(
-            f"--model {model.folder}: its tokenizer cannot be opened: {error}"
+            f"--model {model.folder}: its tokenizer cannot be opened: {error}. Give a model folder "
+            "that has a tokenizer."
         ) from error
 
 
 def settle_padding(model: Model, tokenizer: Any) -> int:
-    """The token that fills rows up, which the model's config then names too."""
+    """Choose the token id that fills rows up, and set it as ``pad_token_id`` of the model's config.
+
+    It is the model's pad token, the tokenizer's pad or eos token, or 0: the first that exists.
+    """
     architecture = model.module.config.get_text_config()
     padding = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    # Classifiers made of decoders look for it: a row's last token before it gives the answer.
+    # Decoders for classification look for it: they answer at the last token before the padding.
     architecture.pad_token_id = next(i for i in padding if i is not None and i >= 0)
     return int(architecture.pad_token_id)
 
@@ -168,14 +194,23 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
 
 
 def check_positions(model: nn.Module, longest: int, flag: str) -> None:
-    """Where positions are a table, a row must not be longer: torch would name an index only."""
+    """Check that no row is longer than the model's table of position embeddings: torch would report
+    an index only.
+
+    Args:
+        longest: tokens of the longest row.
+        flag: command-line flag of the data, for the message.
+
+    Raises:
+        UserError: the longest row has more tokens than the table has positions.
+    """
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from the one after its padding's.
+            # RoBERTa counts positions from padding_idx + 1.
             before = 0 if module.padding_idx is None else module.padding_idx + 1
             room = module.num_embeddings - before
             if longest > room:
                 raise UserError(
-                    f"{flag}: the longest row has {longest} tokens, but the model has positions "
-                    f"for {room} ({name}). Set --sequence_length {room} or less."
+                    f"{flag}: the longest row has {longest} tokens, but the model has only {room} "
+                    f"positions ({name}). Set --sequence_length to {room} or less."
                 )

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: resume, log, held-out loss, save, export, summary."""
+"""What happens around the steps of a run: resume, metrics, held-out loss, checkpoints, export."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,8 @@ from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.run_folder.attempts import Attempts
-from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes, read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
+from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes
 from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.runtime.signal_lead import SignalLead
 from sparse_lora_dist.sparsity.shards import Shards
@@ -36,7 +37,7 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 class Job:
-    """One program's part of a run. Every method is a collective."""
+    """One job of a run: what one start of the program does of it. Every method is a collective."""
 
     def __init__(
         self, config: Config, model: Model, feed: DataFeed, engine: Engine, shards: Shards
@@ -54,7 +55,15 @@ class Job:
         self.rate = _learning_rate(config, shards.method, feed.total_steps)
 
     def start(self, resume: Resume | None) -> None:
-        """Go on from a checkpoint, or take the held-out loss of the base."""
+        """Open the files of the run folder, and restore a checkpoint or measure the base.
+
+        Args:
+            resume: the checkpoint to continue from; None for a new run, which logs the held-out
+                loss of the base as step 0.
+
+        Raises:
+            Stopped: the run was asked to stop during the held-out loss.
+        """
         pending, ids, step = None, {}, None
         if resume is not None:
             self.progress = checkpoint.restore(
@@ -65,22 +74,24 @@ class Job:
                 pending, ids = resume.manifest["owed"], resume.manifest["trackers"]
         run = self.config.run
         with fail_together("opening the run folder"):
-            # What is owed may have been told, and then is told again.
-            told = step if pending is None else self.progress.step - 1
+            # The record of a pending step may have been written before the job stopped. It is
+            # written again below, so the old one is removed.
+            last_logged = step if pending is None else self.progress.step - 1
             config = self.config.as_flat_dict()
             self.attempts = Attempts(
                 self.folder, step=self.progress.step, total_steps=self.feed.total_steps
             )
-            self.metrics = Metrics(self.folder, run.trackers, config, last_step=told, run_ids=ids)
-            self.journal = Journal(self.folder, last_step=step, last_stage=told)
+            self.metrics = Metrics(
+                self.folder, run.trackers, config, last_step=last_logged, run_ids=ids
+            )
+            self.journal = Journal(self.folder, last_step=step, last_stage=last_logged)
             self.health = Health(self.folder, run.max_bad_steps, last_step=step)
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
         if resume is None and self.feed.held_out is not None:
             self.log(0, {}, held_out=self.held_out())
         if resume is not None and not resume.is_of(self.folder):
-            self._pending = (
-                pending  # stopped before its first step, it goes on from here all the same
-            )
+            # A checkpoint in this folder, so that --resume auto works before the first own save.
+            self._pending = pending
             self.save(None)
             self._publish(self._saver.finish())
         if pending is not None:
@@ -88,7 +99,8 @@ class Job:
         stop_signals.begin()
 
     def set_learning_rate(self, step: int) -> None:
-        """The schedule's value for optimizer step ``step``, where a stage begins too."""
+        """Set the learning rate of optimizer step ``step``; where a stage begins, reset the moments
+        if the method asks for it."""
         start, _ = stage_of(step, self.rate.stages)
         if 0 < start == step - 1 and self.shards.method.stage_resets_moments:
             self.shards.optimizer.reset_moments()
@@ -127,7 +139,8 @@ class Job:
     def _conclude(
         self, row: Mapping[str, float | int] | None, *, evaluates: bool, saves: bool
     ) -> None:
-        """What follows the step that was counted. Told to stop meanwhile, a run owes it."""
+        """Evaluate, log and save after the last step. If the run is stopped during the evaluation,
+        the checkpoint notes these actions as pending, and the next job makes them first."""
         step = self.progress.step
         self._pending = {"row": row, "evaluates": evaluates, "saves": saves}
         held_out = self.held_out() if evaluates else {}
@@ -166,20 +179,30 @@ class Job:
     def log(
         self, step: int, row: Mapping[str, float | int], *, held_out: Mapping[str, float]
     ) -> None:
-        """One row of metrics; scores of the held-out set stand in the row of their step."""
+        """Write one record of metrics.
+
+        Args:
+            step: optimizer step of the numbers.
+            row: numbers of training; {} if there are none.
+            held_out: scores of the held-out set at the same step; {} if there are none.
+        """
         self.metrics.log({"step": step, **row, **held_out})
         if held_out:
             print_line("held-out", f"{in_words(held_out, self.task.target)} at step {step}")
 
     def held_out(self) -> dict[str, float]:
-        """Loss of the held-out set and the task's other scores; nothing without such a set."""
+        """Held-out loss and the task's other scores, by name; {} without held-out data."""
         if self.feed.held_out is None:
             return {}
         batches = self.feed.held_out_batches(self.config.run.eval_batches)
         return self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
 
     def save(self, held_out_loss: float | None) -> None:
-        """Begin a checkpoint of this step; it is published at a boundary to come."""
+        """Begin a checkpoint of this step; it is published at a later boundary.
+
+        Args:
+            held_out_loss: of this step, by which ``--keep_best`` chooses; None if not measured.
+        """
         self._publish(self._saver.finish())
         about = {
             "description": describe(self.config, self.model, self.feed, self.shards.method),
@@ -196,7 +219,7 @@ class Job:
         self._publish(self._saver.begin(self.shards, self.progress, about))
 
     def _publish(self, path: Path | None) -> None:
-        """A checkpoint has got its name: remove those that need not stay."""
+        """After a checkpoint was published at ``path``: record its time, remove old checkpoints."""
         if path is None:
             return
         stop_signals.save_took(self._saver.took_s)
@@ -209,13 +232,13 @@ class Job:
                 checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
 
     def publish_what_is_saved(self) -> None:
-        """Before a run ends with an error: it is no fault of the checkpoint's."""
-        with suppress(Exception):  # a rank may be gone; what ended the run is said by another
+        """Publish a checkpoint that is being written, before the run ends with an error."""
+        with suppress(Exception):  # a rank may be gone; the error that ends the run is printed
             self._bar.close()
             self._publish(self._saver.finish())
 
     def stop(self, why: Stopped) -> None:
-        """Publish a checkpoint of the last whole step, and say how to go on."""
+        """Save and publish a checkpoint of the last complete step, and print how to continue."""
         self._bar.close()
         if self.progress.step > self._saved_step:
             self.save(held_out_loss=None)
@@ -223,16 +246,16 @@ class Job:
         watchdog.set_phase("leaving", may_be_long=True)
         self.metrics.close()
         self.attempts.end("stopped", self.progress.step, str(why))
-        comm.barrier()  # a launcher ends all ranks when the first one leaves
+        comm.barrier()  # a launcher kills all ranks when the first one exits
         done = f"after {self.progress.step} of {self.feed.total_steps} steps, saved"
         print_line("stopped", f"by {why} {done if self.progress.step else 'before the first step'}")
         print_line("go on", next_command(self.config, self.feed, self.progress))
 
     def finish(self) -> None:
-        """Publish what is being saved, export the adapter, say what came of it all."""
+        """Publish the last checkpoint, export the adapter, and print the summary."""
         watchdog.set_phase("exporting", may_be_long=True)  # a tracker may upload for long
         self._bar.close()
-        if self.progress.step > self._saved_step:  # left by a program of its own before the end
+        if self.progress.step > self._saved_step:  # the caller of training() left before the end
             self.save(held_out_loss=None)
         self._publish(self._saver.finish())
         size = self._export()
@@ -255,8 +278,12 @@ class Job:
             )
 
     def _export(self) -> int:
-        """Bytes of the adapter; 0 where nothing of it lives, which is no reason to end in an
-        error, or where it is none."""
+        """Export the adapter.
+
+        Returns:
+            Its bytes; 0 if all of its entries are dead (a warning, not an error) or if PEFT has no
+            adapter for this method.
+        """
         try:
             return peft_adapter.save_peft(
                 self.folder / "adapter",
@@ -271,7 +298,7 @@ class Job:
             return save_own_type(self.folder, self.folder / "adapter")
         except peft_adapter.NothingLives as error:
             print_line("warning", f"no adapter is written: {error}")
-            if comm.rank() == 0:  # an earlier attempt's is not this run's end
+            if comm.rank() == 0:  # an adapter of an earlier job would be taken for this one's
                 shutil.rmtree(self.folder / "adapter", ignore_errors=True)
             return 0
 
@@ -280,7 +307,7 @@ def _learning_rate(config: Config, method: Method, total_steps: int) -> Learning
     train, rewriting = config.train, method.rewriting
     newborn = train.warmup_steps if method.newborn_warmup is None else method.newborn_warmup
     if rewriting is not None and rewriting.resets_moments:
-        newborn = 0  # all that trains is born then: the run's schedule is theirs
+        newborn = 0  # all entries are born with the rewriting and follow the run's own warm-up
     return LearningRate(
         name=train.lr_schedule,
         peak=train.learning_rate,
@@ -293,5 +320,5 @@ def _learning_rate(config: Config, method: Method, total_steps: int) -> Learning
 
 
 def is_due(step: int, every: int) -> bool:
-    """Every so many steps; 0 is never."""
+    """Whether something done every ``every`` steps is due at ``step``; 0 is never."""
     return every > 0 and step % every == 0

@@ -1,4 +1,4 @@
-"""What a run tells of its decisions and stages, and what sparsity costs and saves."""
+"""Records of a run's decisions and stages, and the memory and traffic that sparsity costs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,24 +9,37 @@ import torch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import Decision
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
-from sparse_lora_dist.run_folder.metrics_log import JsonLines, read_records
+from sparse_lora_dist.run_folder.metrics_file import JsonLines, read_records
 from sparse_lora_dist.sparsity.shards import Shards
 
 
 class Journal:
-    """``decisions.jsonl`` and ``stages.jsonl`` of a run folder."""
+    """Writer of ``decisions.jsonl`` and ``stages.jsonl`` of a run folder."""
 
     def __init__(self, folder: Path, *, last_step: int | None, last_stage: int | None) -> None:
-        """Forgets decisions after ``last_step``, where a resumed run goes on, and stages that end
-        after ``last_stage``; None: all of them."""
+        """Open both files and remove the records that a resumed run makes again.
+
+        Args:
+            folder: the run folder.
+            last_step: last step whose decisions are kept; None removes all.
+            last_stage: last step whose stage is kept; None removes all.
+        """
         self._decisions = JsonLines(folder / "decisions.jsonl", last_step=last_step)
         self._stages = JsonLines(folder / "stages.jsonl", last_step=last_stage)
 
     def decision(
         self, step: int, decision: Decision, shards: Shards
     ) -> Mapping[str, Mapping[str, int]]:
-        """A row: the method's facts, every site's open components and live entries; the last two
-        are returned. Collective."""
+        """Append the record of a decision. Collective.
+
+        Args:
+            step: optimizer step of the decision.
+            decision: what the method decided.
+            shards: the trained tensors after the decision.
+
+        Returns:
+            "ranks" (open components) and "live" (live entries) -> name of the site -> number.
+        """
         sites = {"ranks": shards.sites.ranks(), "live": live_per_site(shards)}
         self._decisions.append({"step": step, **decision.log_values, **sites})
         return sites
@@ -34,8 +47,14 @@ class Journal:
     def stage(
         self, step: int, rate: LearningRate, metrics: Path, results: Mapping[str, float | None]
     ) -> None:
-        """A row for the stage that ended at ``step``: means of its rates and of its logged losses,
-        and ``results`` at its end."""
+        """Append the record of the stage that ended at ``step``. Not a collective.
+
+        Args:
+            step: last optimizer step of the stage.
+            rate: the learning rates, whose mean over the stage is recorded.
+            metrics: ``metrics.jsonl``, from which the mean of the stage's logged losses is taken.
+            results: numbers at the end of the stage, by name.
+        """
         start, _ = stage_of(step, rate.stages)
         rows = read_records(metrics) if comm.rank() == 0 else []
         losses = [
@@ -54,7 +73,7 @@ class Journal:
 
 
 def live_per_site(shards: Shards) -> dict[str, int]:
-    """Live entries of every site, over all ranks. One all-reduce."""
+    """Live entries of every site, over all ranks, by name. Collective: one all-reduce."""
     counts = dict.fromkeys(shards.sites.adapters, 0)
     for name, mask in shards.live().items():
         if name in shards.sparse:
@@ -64,8 +83,12 @@ def live_per_site(shards: Shards) -> dict[str, int]:
 
 
 def memory_and_traffic(shards: Shards) -> dict[str, int]:
-    """Bytes of the optimizer's state and of the statistics, largest of any rank; bytes that rank
-    received for decisions so far. One all-reduce."""
+    """Memory and traffic of the rank that has most of each, in bytes. Collective: one all-reduce.
+
+    Returns:
+        Optimizer state now, at its peak and while it is repacked; statistics of the method; bytes
+        received for decisions so far.
+    """
     state = shards.optimizer.state_bytes()
     own: dict[str, Any] = {
         "state_bytes": state.now,

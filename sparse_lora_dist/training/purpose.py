@@ -1,4 +1,4 @@
-"""What a run is for: all in which editing differs from training."""
+"""Purpose of a run: the three points in which editing differs from training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +10,21 @@ from sparse_lora_dist.training.job import Job
 
 
 def ask_nothing(job: Job) -> None:
-    """The held-out loss has said it."""
+    """Do nothing more: training is judged by its held-out loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Purpose:
-    """By default to train on ``--data``. Its functions are collectives."""
+    """What a run is for; by default, to train on ``--data``. Its functions are collectives."""
 
     open_feed: Callable[[Config, Model], DataFeed] | None = None
-    """What the loop eats; None is what ``--data`` says."""
+    """Opens the data of the run; None opens ``--data``."""
     conclude: Callable[[Job], None] = ask_nothing
-    """After the last step of the schedule, before the adapter is exported. Told to stop there, a
-    run that goes on does it again."""
+    """Called after the last step of the run, before the adapter is exported. A run that is stopped
+    in it and resumed calls it again."""
     replaces: bool = False
-    """Does the run take the place of an earlier one in its folder?"""
+    """Whether the run replaces an earlier one in its folder."""
 
 
 TRAINING = Purpose()
+"""The purpose of launcher/train.py."""

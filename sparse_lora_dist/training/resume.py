@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it may: settled before a weight is read."""
+"""Find the checkpoint that a run continues from, and check that it fits before weights are read."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from sparse_lora_dist.methods.protocol.method import decide_nothing
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.training.feed import DataFeed
 
-# Options that say where and how long, not what is trained: a resume changes them without a word.
+# Options that do not change what is trained: a resume does not report that they changed.
 FREE = """
     base_cache resume reset verify output_dir stop_after log_every eval_every eval_batches
     save_every async_save keep_last keep_best max_bad_steps collective_timeout time_limit
@@ -27,8 +27,8 @@ FREE = """
 """
 
 
-OF_THE_DATA = ("seed", "packing", "sequence_length", "rows_per_epoch")
-"""What a description says of the data; with ``--reset data`` it may be another."""
+DATA_KEYS = ("seed", "packing", "sequence_length", "rows_per_epoch")
+"""Keys of a description that concern the data; with ``--reset data`` their values may differ."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,30 +36,37 @@ class Resume:
     """A checkpoint that fits this run."""
 
     path: Path
+    """Folder of the checkpoint."""
     manifest: Mapping[str, Any]
+    """Its manifest, as ``checkpoint.read_manifest`` reads it."""
     reset: frozenset[str] = frozenset()
-    """What begins anew: optimizer, schedule, data."""
+    """States that are not restored but begin anew: any of optimizer, schedule, data."""
 
     def is_of(self, run: Path) -> bool:
-        """Does it lie in this run's folder?"""
+        """Whether the checkpoint lies in the run folder ``run``."""
         return self.path.resolve().parent == (run / "checkpoints").resolve()
 
     @property
     def step(self) -> int:
-        """Optimizer steps that this run has behind it when it begins."""
+        """Optimizer step that the run starts from; 0 with ``--reset schedule``."""
         return 0 if "schedule" in self.reset else int(self.manifest["progress"]["step"])
 
 
 def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) -> Resume | None:
-    """The checkpoint that ``--resume`` means, None to start afresh. Collective.
+    """Find the checkpoint that ``--resume`` names, and check that this run can continue from it.
+    Collective.
+
+    Returns:
+        The checkpoint; None for a run that starts from step 0.
 
     Raises:
-        UserError: it is damaged, of another run, or past the end of this one.
+        UserError: it is damaged, belongs to another run, or is past the end of this one; on every
+            rank.
     """
     wanted = config.run.resume
     if wanted == "never":
         return None
-    path = _since_requeued(config) or _chosen(wanted, _own(config))
+    path = _saved_since_requeue(config) or _requested(wanted, _own(config))
     if path is None:
         return None
     reset = frozenset() if path.parent == _own(config) else frozenset(config.run.reset)
@@ -67,23 +74,23 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest, reset=reset)
         saved, now = manifest["description"], describe(config, model, feed, method)
-        for name in OF_THE_DATA if "data" in found.reset else ():
+        for name in DATA_KEYS if "data" in found.reset else ():
             saved.pop(name), now.pop(name)
         if saved.get("rows", "") != feed.identity:
             raise UserError(
-                f"{path} was trained on other edits. Give --edits and --number as then, or begin "
-                "anew in another --output_dir."
+                f"{path} was trained on other edits. Give the same --edits and --number, or start "
+                "a new run in another --output_dir."
             )
         _check_global_batch(path, saved["global_batch"], feed)
         checkpoint.check_description(path, saved, now)
         checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
         _check_steps(found, config, feed, method)
-    _say(found, config, feed)
+    _print_resume(found, config, feed)
     return found
 
 
 def is_requeued() -> bool:
-    """Is this a later attempt of a job of Slurm's?"""
+    """Whether Slurm has requeued this job, so that it runs again."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
@@ -91,9 +98,10 @@ def _own(config: Config) -> Path:
     return Path(config.run.output_dir) / "checkpoints"
 
 
-def _since_requeued(config: Config) -> Path | None:
-    """What an earlier attempt of this job has saved since it began from ``--resume FOLDER``: its
-    options are the same each time, and it is not to begin there each time."""
+def _saved_since_requeue(config: Config) -> Path | None:
+    """The newest checkpoint that earlier attempts of a requeued job have saved; None if there is
+    none. The job's command line is the same each time, so ``--resume FOLDER`` would start from
+    FOLDER each time."""
     run = config.run
     if run.resume == "auto" or not is_requeued():
         return None
@@ -103,8 +111,8 @@ def _since_requeued(config: Config) -> Path | None:
     return newest if same else None
 
 
-def _chosen(wanted: str, folder: Path) -> Path | None:
-    """A whole checkpoint: the newest, or the one that is named."""
+def _requested(wanted: str, folder: Path) -> Path | None:
+    """The intact checkpoint that ``--resume`` names: the newest in ``folder``, or a path."""
     with fail_together(f"cleaning {folder}"):
         if comm.rank() == 0:
             checkpoint.clean(folder)
@@ -117,7 +125,11 @@ def _chosen(wanted: str, folder: Path) -> Path | None:
 
 
 def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> dict[str, Any]:
-    """What must be the same for a resume to be the same run."""
+    """Description of a run for its checkpoints: values that a resume must not change. Collective.
+
+    Returns:
+        JSON values by name.
+    """
     return {
         "base": model.identity,
         "quantization": config.model.quantization,
@@ -131,8 +143,8 @@ def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> di
         "sequence_length": config.data.sequence_length,
         "rows_per_epoch": len(feed.rows),
         "global_batch": feed.global_batch,
-        **_what_chose(config, model, method),
-        # Only so, since checkpoints that know of no other rows or tasks do not name them.
+        **_options_of_tensors(config, model, method),
+        # Only where needed: checkpoints of earlier versions lack these keys.
         **({"rows": feed.identity} if feed.identity else {}),
         **({"task": config.model.task, "classes": model.classes} if model.classes else {}),
     }
@@ -142,27 +154,29 @@ def _check_global_batch(path: Path, saved: int, feed: DataFeed) -> None:
     if saved == feed.global_batch:
         return
     ranks = comm.world_size()
-    said = (
-        f"{path} trains {saved} rows a step; now {feed.micro_batch_size} x {feed.accumulation} on "
-        f"{counted(ranks, 'rank')} are {feed.global_batch}, and data and schedules would not go on."
+    found = (
+        f"{path} trains {saved} rows a step, but --micro_batch_size {feed.micro_batch_size} x "
+        f"--gradient_accumulation_steps {feed.accumulation} x {counted(ranks, 'rank')} is "
+        f"{feed.global_batch}. The number must stay the same, or data and schedules would change."
     )
     if saved % ranks:
         whole = [n for n in range(1, saved + 1) if saved % n == 0]
         near = [max(n for n in whole if n < ranks), *[n for n in whole if n > ranks][:1]]
         raise UserError(
-            f"{said} {saved} rows cannot be shared out to {counted(ranks, 'rank')}; the nearest "
-            f"that can are {' and '.join(map(str, near))}."
+            f"{found} {saved} rows cannot be divided among {counted(ranks, 'rank')}: use "
+            f"{' or '.join(map(str, near))} ranks."
         )
     own = saved // ranks
     micro = max(n for n in range(1, min(own, feed.micro_batch_size) + 1) if own % n == 0)
     raise UserError(
-        f"{said} Take --micro_batch_size {micro} --gradient_accumulation_steps {own // micro}."
+        f"{found} Set --micro_batch_size {micro} --gradient_accumulation_steps {own // micro}."
     )
 
 
-def _what_chose(config: Config, model: Model, method: Method) -> dict[str, Any]:
-    """Options that say what the tensors are, where values lie or what was folded away: other ones
-    would read them as something else, or lose them. Those of decisions may change."""
+def _options_of_tensors(config: Config, model: Model, method: Method) -> dict[str, Any]:
+    """The method's options, if the saved tensors depend on them: on what was drawn from the seed,
+    kept or folded away. With other options the tensors would mean something else. {} for a method
+    whose options concern its decisions only, which may change."""
     form = method.form(model.sites[0])
     is_drawn = form.drawn is not draw_nothing
     if method.decide is not decide_nothing and not form.kept and not is_drawn:
@@ -170,8 +184,8 @@ def _what_chose(config: Config, model: Model, method: Method) -> dict[str, Any]:
     flat = config.as_flat_dict()
     options = {f.name: flat[f.name] for f in fields(config.method_options)}
     drawn_by = {"drawn by seed": config.train.seed} if is_drawn else {}
-    said: dict[str, Any] = json.loads(json.dumps(options | drawn_by))  # tuples as lists
-    return said
+    as_json: dict[str, Any] = json.loads(json.dumps(options | drawn_by))  # tuples become lists
+    return as_json
 
 
 def _check_steps(found: Resume, config: Config, feed: DataFeed, method: Method) -> None:
@@ -180,7 +194,7 @@ def _check_steps(found: Resume, config: Config, feed: DataFeed, method: Method) 
     if "schedule" in found.reset and not free:
         raise UserError(
             f"--reset schedule: {found.path} is in the middle of a schedule of {method.name}, "
-            f"which cannot begin anew on what it has left. {_instead(method)}"
+            f"which cannot start again on what is left of the adapter. {_instead_of_reset(method)}"
         )
     if not free:
         differ = _changed(found, config, [f.name for f in fields(config.method_options)])
@@ -189,42 +203,42 @@ def _check_steps(found: Resume, config: Config, feed: DataFeed, method: Method) 
         if differ:
             raise UserError(
                 f"{found.path} is in the middle of a schedule of {method.name} that ends with step "
-                f"{saved_end}; drawn anew it would go back. Changed: {', '.join(differ)}. Keep "
-                f"these (--max_steps {saved_end}), or start afresh in another --output_dir."
+                f"{saved_end}. A new schedule would undo decisions already made. Changed: "
+                f"{', '.join(differ)}. Keep the old values (--max_steps {saved_end}), or start a "
+                "new run in another --output_dir."
             )
     ends = (("max_steps", feed.total_steps), ("stop_after", config.train.stop_after))
     for name, last in ends:
         if last is not None and last < found.step:
             raise UserError(
-                f"{found.path} is at step {found.step} already, but this run is to end at step "
-                f"{last}: raise --{name}, or resume from an earlier checkpoint."
+                f"{found.path} is at step {found.step} already, but this run ends at step {last}: "
+                f"raise --{name}, or resume from an earlier checkpoint."
             )
 
 
-def _instead(method: Method) -> str:
-    """Of beginning a schedule anew."""
+def _instead_of_reset(method: Method) -> str:
     if method.observes_until is not None:
         return "Resume it to its end first."
     return "Merge what it learned (launcher/export.py --format merged) and train that --model."
 
 
 def _changed(found: Resume, config: Config, names: Iterable[str]) -> list[str]:
-    """ "name old -> new" for each of these options that has changed."""
+    """The text "name old -> new" for each of these options that has changed."""
     was, now = found.manifest["config"], config.as_flat_dict()
     return [f"{n} {was.get(n)} -> {now[n]}" for n in names if was.get(n) != now[n]]
 
 
-def _say(found: Resume, config: Config, feed: DataFeed) -> None:
+def _print_resume(found: Resume, config: Config, feed: DataFeed) -> None:
     names = [name for name in config.as_flat_dict() if name not in FREE.split()]
     changed = ", ".join(_changed(found, config, names))
     what = [f"step {found.manifest['progress']['step']}"]
     what += [f"changed: {changed}"] if changed else []
     was, now = found.manifest["world_size"], comm.world_size()
     what += [f"{was} ranks -> {now}"] if was != now else []
-    what += [f"anew: {', '.join(sorted(found.reset))}"] if found.reset else []
+    what += [f"reset: {', '.join(sorted(found.reset))}"] if found.reset else []
     print_line("resumes", f"{found.path}, {'; '.join(what)}")
     if found.manifest["total_steps"] != feed.total_steps:
         was_end = found.manifest["total_steps"]
         print_line(
-            "", f"schedules derived anew: they end at step {feed.total_steps}, not {was_end}"
+            "", f"schedules are recomputed: they end at step {feed.total_steps}, not {was_end}"
         )

@@ -1,4 +1,4 @@
-"""STEP: one optimizer step, and held-out loss by the same forward.
+"""One optimizer step, and the held-out loss, by the same forward.
 
 Shapes: M rows of a micro-batch, T tokens of a row.
 """
@@ -22,16 +22,16 @@ from sparse_lora_dist.zero3.engine import Engine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step did, the same on every rank."""
+    """Result of one optimizer step; the same on every rank."""
 
     loss: float
-    """Nats per target, a token or an example, before the update."""
+    """Mean loss before the update, in nats per target (a token, or an example)."""
     applied: bool
-    """False where loss or gradient was not finite on any rank: nothing was updated."""
+    """False if loss or gradient was not finite on any rank, in which case nothing was updated."""
     tokens: int
-    """Tokens of all ranks that went through the model, padding not counted."""
+    """Tokens of all ranks that went through the model, without padding."""
     decision: Decision | None
-    """What the method decided, where a decision was due."""
+    """Decision of the method; None if none was due."""
 
 
 def train_step(
@@ -44,11 +44,24 @@ def train_step(
     step: int,
     loss_of: Callable[[Engine, Any], Tensor],
 ) -> StepResult:
-    """Run every micro-batch of optimizer step ``step`` (counted from 1), then update. Collective.
+    """Make one optimizer step: forward and backward of every micro-batch, decision, update.
+    Collective.
 
     The loss is the mean over the targets of the whole step: all ranks, all micro-batches. DeepSpeed
     averages gradients over both, so each micro-batch's sum, ``loss_of(engine, batch)``, is scaled
     by (ranks x micro-batches) / targets.
+
+    Args:
+        engine: the DeepSpeed engine.
+        shards: this rank's shards of the trained tensors.
+        decisions: makes and confirms the decisions of the method.
+        batches: this rank's micro-batches of the step; as many on every rank.
+        row_seeds: seeds of dropout, by row.
+        step: the optimizer step, counted from 1.
+        loss_of: summed loss of a micro-batch in nats, a scalar with a gradient.
+
+    Raises:
+        Stopped: the run was asked to stop, before one of the micro-batches.
     """
     counts = torch.tensor(
         [[b.num_targets, sum(b.lengths_M)] for b in batches], device=comm.device()
@@ -86,7 +99,15 @@ def train_step(
 def held_out_totals(
     engine: Engine, batches: Iterable[MicroBatch], tally: Callable[[Engine, Any], Tensor]
 ) -> Tensor:
-    """The sum of ``tally`` over every rank's ``batches``, equal in number. Collective."""
+    """Sum ``tally`` over the batches of all ranks. Collective.
+
+    Args:
+        batches: this rank's held-out micro-batches; as many on every rank.
+        tally: a vector of sums of one micro-batch (losses, hits, targets ...), by the task.
+
+    Raises:
+        Stopped: the run was asked to stop, before one of the batches.
+    """
     watchdog.set_phase("held-out loss")
     tallies = []
     with engine.evaluating():

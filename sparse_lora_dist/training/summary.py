@@ -1,4 +1,4 @@
-"""The lines at the end of a run: what was trained, what it gained, and what to type next."""
+"""The lines printed at the end of a run: what was trained, the result, and what to type next."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.training.feed import DataFeed
 
 SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
-"""What a task may score besides the loss."""
+"""Scores that a task may have besides the loss: key in the metrics, name on the screen."""
 
 
 def print_summary(
@@ -28,14 +28,14 @@ def print_summary(
     is_lora: bool,
     goes_on: bool,
 ) -> None:
-    """Say how it went.
+    """Print the summary of a run. For rank 0 only.
 
     Args:
-        rows: those of metrics.jsonl.
-        target: what the loss is a mean over.
-        adapter_bytes: 0 where nothing of it lives, or no adapter can say what was trained.
-        is_lora: is what was trained one?
-        goes_on: may the run be made longer, once it is through?
+        rows: records of metrics.jsonl.
+        target: what the loss is a mean over, e.g. "token".
+        adapter_bytes: size of the exported adapter; 0 if none was exported.
+        is_lora: whether what was trained can be exported as a LoRA.
+        goes_on: whether the finished run may be continued with more steps.
     """
     folder = Path(config.run.output_dir)
     device = comm.device().type
@@ -61,31 +61,38 @@ def print_summary(
     if goes_on or progress.step < feed.total_steps:
         print_line("go on", next_command(config, feed, progress))
     elif not is_lora:
-        print_line("go on", "its schedule is through; the merged model is a base for another run")
+        print_line(
+            "go on", "the schedule is complete; start a new run with the merged model as --model"
+        )
     elif adapter_bytes:
         print_line(
-            "go on", f"its schedule is through; --init_adapter {folder}/adapter begins another run"
+            "go on",
+            f"the schedule is complete; start a new run with --init_adapter {folder}/adapter",
         )
     else:
-        print_line("go on", "its schedule is through; prune less, in another --output_dir")
+        print_line(
+            "go on",
+            "the schedule is complete and no adapter entry is alive; start a new run in another "
+            "--output_dir and prune less",
+        )
 
 
 def in_words(scores: Mapping[str, float], target: str) -> str:
-    """Scores of the held-out set: the loss, and what else the task has."""
+    """Scores of the held-out set as text: the loss, and the task's other scores."""
     others = [f"{name} {scores[key]:.4f}" for key, name in SCORES if key in scores]
     return ", ".join([f"{scores['held_out_loss']:.4f} nats per {target}", *others])
 
 
 def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
-    """Held-out loss, and what else is scored, before and after; training loss where nothing was
-    held out."""
+    """Held-out loss and other scores before and after training, as text; the training loss if
+    there is no held-out data."""
     for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
         losses = [row[key] for row in rows if row.get(key) is not None]
         if len(losses) > 1:
             change = 100 * (losses[-1] / losses[0] - 1)
             loss = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per {target} ({change:+.1f}%)"
             return "; ".join([f"{name} {loss}", *_changes(rows)])
-    return "too short to tell: raise --max_steps"
+    return "the run is too short to show a change: raise --max_steps"
 
 
 def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -94,7 +101,7 @@ def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Entries that live at the first and the last step, and what the optimizer holds for them."""
+    """Live entries at the first and the last logged step and the optimizer's bytes, as text."""
     steps = [row for row in rows if "live_entries" in row]
     if not steps:
         return "no step was logged"
@@ -107,13 +114,14 @@ def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def command(name: str) -> str:
-    """What to type for a program of this environment: its path if it lies below, or its name."""
+    """What to type for a program of this Python environment: its path, if it is below the working
+    directory, else its name."""
     path = os.path.relpath(Path(sys.executable).with_name(name))
     return name if path.startswith("..") else path
 
 
 def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
-    """What to type to train on, from where this run ended."""
+    """The command that continues the run from where it ended."""
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
     if this_launch().launcher in ("torchrun", "mpirun", "srun"):
         words = ["the same launcher with"]

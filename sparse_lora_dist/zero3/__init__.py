@@ -1,13 +1,13 @@
-"""Everything that touches DeepSpeed: sharded parameters, the engine, where its shards lie.
+"""Everything that uses DeepSpeed: sharded parameters, the engine, and shards on CPU or NVMe.
 
-Private attributes of DeepSpeed are read here and nowhere else; ``test_zero3_contract.py``
-pins each.
+Only this folder reads DeepSpeed's private attributes; ``test_zero3_contract.py`` tests each of them
+against the installed version.
 """
 
 import os
 
 import torch
 
-# DeepSpeed looks for its accelerator once, when it is imported first.
+# DeepSpeed chooses its accelerator when it is first imported, so this must be set before.
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,4 @@
-"""Shares on a local disk: reading and writing them by DeepSpeed's swapper."""
+"""Read and write shards on a local disk with DeepSpeed's parameter swapper."""
 
 from typing import Any
 
@@ -9,26 +9,36 @@ from sparse_lora_dist.errors import UserError
 
 
 class Disk:
-    """DeepSpeed's swapper, with every share out of its few buffers as soon as it is read.
+    """DeepSpeed's swapper, but each shard leaves the swapper's few buffers as soon as it is read.
 
-    DeepSpeed leaves a share in its buffer until the whole tensor is released, and what it read
-    ahead until that is used; when more tensors are alive than there are buffers, it fails.
+    DeepSpeed itself keeps a shard in its buffer until the gathered tensor is released, and a
+    prefetched one until it is used. It fails when more tensors are in use than there are buffers.
+
+    Args:
+        swapper: DeepSpeed's AsyncPartitionedParameterSwapper.
+        whole_up_to: tensors of at most this many elements stay whole in the memory of every rank.
     """
 
     def __init__(self, swapper: Any, *, whole_up_to: int) -> None:
-        """``whole_up_to``: elements of a tensor that stays whole on every rank."""
         self._swapper, self._whole_up_to = swapper, whole_up_to
         self._parameters: dict[int, Any] = {}
         read = swapper.swap_in
 
         def read_each_once(params: list[Any], **how: Any) -> None:
-            # Its read-ahead names a tensor twice that comes twice soon: at the end of forward.
+            # Prefetching asks twice for a tensor that is needed twice soon, as at the end of
+            # forward.
             read(list({p.ds_id: p for p in params}.values()), **how)
 
         swapper.swap_in = read_each_once
 
     def takes(self, parameter: Any, share: int) -> bool:
-        """Large shares of what is frozen; DeepSpeed leaves those under 1 MiB in memory."""
+        """Return True if the shard goes to disk: a large shard of a frozen parameter. DeepSpeed
+        keeps shards under 1 MiB in memory.
+
+        Args:
+            parameter: the parameter, already converted by DeepSpeed.
+            share: elements of its shard.
+        """
         return bool(
             self._swapper.swappable_tensor(numel=share)
             and not parameter.requires_grad
@@ -37,12 +47,16 @@ class Disk:
         )
 
     def buffer(self, parameter: Any, own: Tensor) -> Tensor:
-        """A share in a buffer, from where ``write`` takes it."""
+        """Copy this rank's shard ``own`` into a swap buffer, from which ``write`` writes it.
+
+        Raises:
+            UserError: the shard is larger than a buffer.
+        """
         if own.numel() > self._swapper.elements_per_buffer:
             raise UserError(
                 f"zero_optimization.offload_param.buffer_size is "
-                f"{self._swapper.elements_per_buffer} elements, the largest share of a "
-                f"tensor has {own.numel()}: raise it, or use more ranks"
+                f"{self._swapper.elements_per_buffer} elements, but a shard of the base has "
+                f"{own.numel()}. Raise buffer_size to at least that, or use more ranks."
             )
         buffer = self._swapper.get_buffer(parameter, own.numel())
         buffer.copy_(own)
@@ -51,29 +65,30 @@ class Disk:
         return held
 
     def write(self, parameter: Any) -> None:
-        """Write a parameter's share, and give its buffer back."""
+        """Write a parameter's shard to disk and free its buffer."""
         self._parameters[parameter.ds_id] = parameter
         self._swapper.swap_out_and_release([parameter])
 
     def read(self, parameters: list[Any]) -> None:
-        """The shares of these, in memory of their own until DeepSpeed releases the tensors."""
+        """Read the shards of ``parameters`` into memory outside the buffers, where they stay until
+        DeepSpeed releases the tensors."""
         swapper, missing = self._swapper, []
         swapper.synchronize_reads()
         for p in parameters:
             if p.ds_id in swapper.param_id_to_buffer_id:
-                self._take(p)
+                self._move_out_of_buffer(p)
             elif p.ds_tensor.status.name == "NOT_AVAILABLE":
                 missing.append(p)
         if len(missing) > swapper.available_swap_in_buffers():
-            ahead = [self._parameters[i] for i in swapper.param_id_to_buffer_id]
-            swapper.remove_partition_and_release_buffers(ahead)
+            prefetched = [self._parameters[i] for i in swapper.param_id_to_buffer_id]
+            swapper.remove_partition_and_release_buffers(prefetched)
         at_once = swapper.param_buffer_count
         for first in range(0, len(missing), at_once):
             swapper.swap_in(missing[first : first + at_once], async_op=False)
             for p in missing[first : first + at_once]:
-                self._take(p)
+                self._move_out_of_buffer(p)
 
-    def _take(self, parameter: Any) -> None:
+    def _move_out_of_buffer(self, parameter: Any) -> None:
         share, available = parameter.ds_tensor.data.clone(), parameter.ds_tensor.status
         self._swapper.remove_partition_and_release_buffers([parameter])
         parameter.ds_tensor.data, parameter.ds_tensor.status = share, available

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine as this project uses it."""
+"""Wrapper of the DeepSpeed engine, with access to its fp32 master shards and gradients."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,7 +18,18 @@ from sparse_lora_dist.zero3.shares import TensorSlice
 
 
 class Engine:
-    """The DeepSpeed engine as this project uses it. Without an optimizer it only evaluates."""
+    """A model under DeepSpeed ZeRO-3. Creating and calling it is collective.
+
+    Args:
+        model: a model whose parameters are sharded (``ShardBuilder``).
+        optimizer: None for an engine that only evaluates.
+        engine_config: the DeepSpeed configuration.
+
+    Attributes:
+        model: the model itself.
+        trained: name -> trained parameter.
+        slices: this rank's slice of each trained parameter, in the order of ``trained``.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None, engine_config: Mapping[str, Any]
@@ -28,13 +39,14 @@ class Engine:
         )
         comm.bound_all_groups()
         self._zero = self._engine.optimizer
-        # DeepSpeed would gather these one collective each after every step. Left to the module that
-        # uses one first, they come in the same collective as its other tensors, and stay.
+        # DeepSpeed would gather persistent parameters with one collective each after every step.
+        # With an empty list the module that first uses one gathers it, in one collective with its
+        # other tensors, and it stays gathered.
         self._persistent, self._zero.persistent_parameters = self._zero.persistent_parameters, []
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.slices = [self._slice_of(name, p) for name, p in self.trained.items()]
         self.model = model
-        # transformers hands models out in eval mode.
+        # transformers returns models in eval mode.
         self._engine.train()
 
     def _slice_of(self, name: str, parameter: ZeroParameter) -> TensorSlice:
@@ -52,12 +64,12 @@ class Engine:
         )
 
     def __call__(self, **inputs: Tensor | bool) -> Any:
-        """The model's output. Collective, like everything that runs the model."""
+        """Run forward and return the model's output. Collective."""
         return self._engine(**inputs)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """No gradients and no dropout inside."""
+        """Context manager: eval mode and no gradients. Not collective itself."""
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -66,23 +78,34 @@ class Engine:
             self._engine.train()
 
     def close(self) -> None:
-        """Free this rank's shares, and hpZ's. Modules stay alive in caches of DeepSpeed's."""
+        """Free this rank's shards and hpZ's secondary copies. Not collective.
+
+        DeepSpeed's caches keep the modules alive, so dropping the engine would not free them.
+        """
         for parameter in cast(Iterable[ZeroParameter], self.model.parameters()):
             parameter.ds_tensor = parameter.ds_secondary_tensor = None
             parameter.data = parameter.data.new_empty(0)
-        # hpZ's group, which the next zero.Init makes anew or refuses to.
+        # The process group of hpZ. The next zero.Init fails if an old one is left.
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
     def backward(self, loss: Tensor) -> None:
-        """Reduce a micro-batch's gradient, and add this rank's shard of it. Collective."""
+        """Run backward, reduce the gradient, and add this rank's shard of it to that of the step's
+        earlier micro-batches. Collective.
+
+        Args:
+            loss: scalar loss of one micro-batch on this rank.
+        """
         self._engine.backward(loss)
 
     def step(self, *, refuse: bool = False) -> None:
-        """Count a micro-batch; the last one clips, steps, refreshes the live copy. Collective.
+        """Count a micro-batch; after the last one of a step, clip and update. Collective.
 
-        With ``refuse`` nothing changes but that the gradient is gone.
+        The update steps the fp32 masters and copies them to the low-precision parameters.
+
+        Args:
+            refuse: skip the update and discard the gradient.
         """
-        if refuse:  # what DeepSpeed does with a norm that is not finite, whatever the norm is
+        if refuse:  # DeepSpeed skips an update whose gradient norm is not finite
             self._zero._get_norm_groups = lambda: [math.inf]
         try:
             self._engine.step()
@@ -90,7 +113,13 @@ class Engine:
             self._zero.__dict__.pop("_get_norm_groups", None)
 
     def gradient_is_finite(self) -> Tensor:
-        """Before ``step``: a number that is finite where all of this rank's gradient is."""
+        """Return a scalar that is finite if this rank's whole gradient shard is. Not collective.
+
+        To be called before ``step``. Summed over ranks it tells of the whole gradient.
+
+        Returns:
+            fp64 scalar on ``comm.device()``; nan or infinity if any gradient entry is.
+        """
         if self._zero.offload_optimizer:
             shards = [cast(Tensor, flat.grad) for flat in self.flats()]
         else:
@@ -98,38 +127,54 @@ class Engine:
         return torch.stack(torch._foreach_norm(shards)).double().sum().to(comm.device())
 
     def flats(self) -> list[Tensor]:
-        """The fp32 master shards, 1-D, one per sub-group: trained tensors one after another."""
+        """Return this rank's flat fp32 master buffers, 1-D, one for each sub-group of DeepSpeed.
+
+        A buffer holds the slices of its trained tensors one after another (``TensorSlice.flat``).
+        """
         return list(self._zero.fp32_partitioned_groups_flat)
 
     def master(self, tensor_slice: TensorSlice) -> Tensor:
-        """The fp32 master of a slice, 1-D, a view."""
+        """Return the fp32 master values of a slice: a 1-D view of ``tensor_slice.length`` elements.
+
+        After writing to it call ``masters_changed``.
+        """
         return self.flats()[tensor_slice.flat].data.narrow(
             0, tensor_slice.offset, tensor_slice.length
         )
 
     def gradient(self, tensor_slice: TensorSlice) -> Tensor:
-        """The gradient between the last backward and ``step``: fp32, the global mean, unclipped."""
+        """Return the gradient of a slice between the last backward of a step and ``step``.
+
+        Returns:
+            fp32, 1-D, ``tensor_slice.length`` elements: the mean over all micro-batches and ranks,
+            before clipping, on the device of the master.
+        """
         grad = deepspeed.utils.safe_get_local_grad(self.trained[tensor_slice.name])
         assert grad is not None and grad.dtype == torch.float32, tensor_slice.name
-        # DeepSpeed hands it out on the GPU even where masters are offloaded to the host.
+        # DeepSpeed returns it on the GPU even if the masters are offloaded to the host.
         return cast(
             Tensor, grad.flatten()[: tensor_slice.length].to(self.master(tensor_slice).device)
         )
 
     def gradient_norm(self) -> float:
-        """Norm of the whole gradient of the last step, before clipping."""
+        """Return the norm of the whole gradient of the last step, before clipping. Not collective;
+        the same on every rank."""
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def set_learning_rate(self, rate: Callable[[int], float]) -> None:
-        """For the next step: that of entries that came to life after so many steps; 0: at first."""
+        """Set the learning rate of the next step.
+
+        Args:
+            rate: birth step of an entry -> its learning rate; 0 for entries live from the start.
+        """
         for group in self._zero.optimizer.param_groups:
             group["lr"], group["rate"] = rate(0), rate
 
     def masters_changed(self) -> None:
-        """Bring the engine's low-precision copy in line after the masters were written from
-        outside. Collective.
+        """Copy the fp32 masters to the low-precision parameters. Collective.
 
-        Persistent parameters go back to their shares first, or training goes on from stale values.
+        To be called after the masters were written from outside the engine. Persistent parameters
+        are partitioned first, or training would go on from their old values.
         """
         if self._persistent:
             self._persistent[0].partition(self._persistent)
@@ -139,5 +184,15 @@ class Engine:
 
 
 def summed_cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """Sum of -log p(label) where it is not -100, fp32, without an fp32 tensor of logits' size."""
+    """Return the sum over tokens of -log p(label), leaving out labels of -100.
+
+    It is computed in chunks, so no fp32 tensor of the size of the logits exists. Not collective.
+
+    Args:
+        logits_TV: any float dtype, [tokens, vocabulary].
+        labels_T: int64, [tokens].
+
+    Returns:
+        fp32 scalar.
+    """
     return cast(Tensor, chunked_cross_entropy(logits_TV, labels_T, reduction="sum"))

@@ -1,5 +1,7 @@
-"""What shares on a local disk need before anything is loaded: DeepSpeed's async_io built, a folder
-with room, and no other job in it."""
+"""Checks and preparation before shards go to a local disk.
+
+DeepSpeed's async_io must be built, and the folder must have room and be used by no other job.
+"""
 
 import fcntl
 import shutil
@@ -22,17 +24,20 @@ from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
 
 QUIET_S = 1800.0
-"""A build in which nothing changes for so long is one that was killed."""
+"""Seconds without a change in a build folder after which the build counts as killed."""
 
 _claims: dict[Path, IO[str]] = {}
-"""Lock files of this process, open, and so locked, until it ends."""
+"""Lock file -> its open file. A lock is held while its file is open: until this process ends."""
 
 
 def prepare(engine_config: Mapping[str, Any]) -> None:
-    """Claim nvme_path and build async_io, where parameters go to NVMe at all. Collective.
+    """Lock nvme_path and build async_io if parameters are offloaded to NVMe. Collective.
+
+    Args:
+        engine_config: the DeepSpeed configuration.
 
     Raises:
-        UserError: when another job is in the folder, or the op cannot be built here.
+        UserError: another job uses the folder, or async_io cannot be built here.
     """
     folder = folder_of(engine_config)
     if folder is not None:
@@ -43,16 +48,19 @@ def prepare(engine_config: Mapping[str, Any]) -> None:
 
 
 def folder_of(engine_config: Mapping[str, Any]) -> Path | None:
-    """offload_param.nvme_path; None where parameters stay in memory."""
+    """Return zero_optimization.offload_param.nvme_path, or None if parameters stay in memory."""
     offload = engine_config["zero_optimization"].get("offload_param", {})
     return Path(offload["nvme_path"]) if offload.get("device") == "nvme" else None
 
 
 def claim(folder: Path) -> None:
-    """This rank's files there are this job's from now on; what an earlier job left is removed.
+    """Lock this rank's files in ``folder`` for this job, and remove those of an earlier job.
 
-    DeepSpeed names files by rank only, and begins by removing what it finds: a second job in the
-    folder would take the shares of the first from under it.
+    DeepSpeed names its files by rank only and first removes what it finds there, so a second job in
+    the folder would delete the shards of the first.
+
+    Raises:
+        UserError: another job holds the lock.
     """
     path = folder / f"rank{comm.rank()}.lock"
     if path not in _claims:
@@ -61,8 +69,8 @@ def claim(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UserError(
-                f"zero_optimization.offload_param.nvme_path {folder} is in use by another job; "
-                "give each job a folder of its own."
+                f"zero_optimization.offload_param.nvme_path {folder} is in use by another job. "
+                "Give each job a folder of its own."
             ) from error
         _claims[path] = file
     for left in folder.glob(f"zero_stage_3/*/rank{comm.rank()}"):
@@ -70,79 +78,96 @@ def claim(folder: Path) -> None:
 
 
 def why_not() -> str | None:
-    """Why async_io can be neither loaded nor built here; None where it can. Takes a second."""
+    """Return why async_io can be neither loaded nor built here, None if it can. Takes a second."""
     if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
         return None
     return (
-        "DeepSpeed's async_io needs libaio's headers and a C++ compiler, "
-        "and cannot compile against libaio here; on Debian and Ubuntu: apt install libaio-dev g++"
+        "DeepSpeed's async_io needs libaio's headers and a C++ compiler, and at least one of them "
+        "is missing here. On Debian and Ubuntu: apt install libaio-dev g++"
     )
 
 
 def load_async_io() -> None:
-    """Build async_io, unless that was done before: minutes, once a machine.
+    """Load async_io, and build it first if this machine has no build yet, which takes minutes.
 
     Raises:
-        UserError: for what is missing, and a build that fails.
+        UserError: headers or compiler are missing, or the build fails.
     """
     if (reason := why_not()) is not None:
         raise UserError(f"parameters cannot go to NVMe: {reason}.")
     for op in ("pin_memory", "async_io"):
         wait_for_another_build(Path(_get_build_directory(op, verbose=False)))
     try:
-        # The first is loaded by the second, and DeepSpeed finds what is loaded by its name.
+        # async_io loads pin_memory, which DeepSpeed finds by its name once it is loaded.
         for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
             _without_symbols(builder).load(verbose=False)
     except (RuntimeError, ImportError, CalledProcessError) as error:
         last = "\n".join(str(error).splitlines()[-20:])
-        raise UserError(f"DeepSpeed's async_io does not build or load here:\n{last}") from error
+        raise UserError(
+            "DeepSpeed's async_io cannot be built or loaded here. Keep parameters in memory "
+            f"(offload_param.device none or cpu), or fix what the build reports:\n{last}"
+        ) from error
 
 
 def _without_symbols(builder: Any) -> Any:
-    """A build without those that a debugger reads: they are a third of its minutes."""
-    flags = [*builder.cxx_args(), "-g0"]  # the last -g holds
-    builder.cxx_args = lambda: flags  # no subclass: pin_memory's would load itself for ever
+    """Build without debug symbols, which take a third of the build time."""
+    flags = [*builder.cxx_args(), "-g0"]  # the last -g option wins
+    builder.cxx_args = lambda: flags  # not a subclass: pin_memory's would load itself for ever
     return builder
 
 
 def wait_for_another_build(folder: Path) -> None:
-    """torch would wait for ever on the lock of a process that was killed while it built."""
+    """Wait while another process builds the op in ``folder``, and delete the lock of a killed one.
+
+    torch itself would wait for ever on the lock of a build that was killed.
+    """
     lock = folder / "lock"
     if lock.exists():
         print_line(
-            "note", f"waiting for another job's build, {lock}; if there is none, delete that file"
+            "note",
+            f"waiting for another job's build of DeepSpeed's {folder.name}; if no other job runs, "
+            f"delete {lock}",
         )
     elif not list(folder.glob("*.so")):
-        print_line("note", f"compiling DeepSpeed's {folder.name}: minutes, once on this machine")
+        print_line("note", f"compiling DeepSpeed's {folder.name}: takes minutes, once a machine")
     while lock.exists():
-        with suppress(FileNotFoundError):  # files of a build that goes on come and go
+        with suppress(FileNotFoundError):  # a running build creates and removes files
             quiet_s = time.time() - max(f.stat().st_mtime for f in folder.iterdir())
             if quiet_s > QUIET_S:
                 lock.unlink()
                 print_line(
-                    "note", f"{lock} was left by a build that was killed: deleted, building anew"
+                    "note", f"{lock} was left by a build that was killed: deleted, building again"
                 )
         time.sleep(0.1)
 
 
 def check_space(engine_config: Mapping[str, Any], model: nn.Module, *, quantized: bool) -> None:
-    """The disk takes at least what this machine's ranks will write. Collective.
+    """Check that nvme_path has room for the shards of this machine's ranks. Collective.
 
-    A lower bound: 4 bits a weight that may be quantised, without its scales.
+    The estimate is a lower bound: half a byte for each weight that may be quantised, and no scales.
+
+    Args:
+        engine_config: the DeepSpeed configuration; without NVMe nothing is checked.
+        model: the model, still on the meta device.
+        quantized: True if linear weights will be held in 4 bits.
+
+    Raises:
+        UserError: there is too little free space.
     """
     folder = folder_of(engine_config)
     if folder is None:
         return
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    whole = sum(
+    model_bytes = sum(
         p.numel() // 2 if quantized and id(p) not in embeddings else p.nbytes
         for p in model.parameters()
         if p.dim() > 1
     )
-    wanted = whole * comm.ranks_on_this_machine() // comm.world_size()
+    needed = model_bytes * comm.ranks_on_this_machine() // comm.world_size()
     with fail_together("checking nvme_path"):
-        if (free := shutil.disk_usage(folder).free) < wanted:
+        if (free := shutil.disk_usage(folder).free) < needed:
             raise UserError(
-                f"zero_optimization.offload_param.nvme_path {folder} has {megabytes(free)} free; "
-                f"the base's shares on this machine take at least {megabytes(wanted)}."
+                f"zero_optimization.offload_param.nvme_path {folder} has {megabytes(free)} free, "
+                f"but the base's shards on this machine need at least {megabytes(needed)}. Choose "
+                "a disk with more room."
             )

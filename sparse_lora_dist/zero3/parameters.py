@@ -1,4 +1,7 @@
-"""Sharded parameters: a rank holds its ZeRO-3 shard only, and never more while it is made."""
+"""ZeRO-3 parameters that are created as shards, so that no rank ever holds a whole one.
+
+DeepSpeed's own ``zero.Init`` broadcasts each whole parameter and then cuts it.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,27 +18,28 @@ from sparse_lora_dist.system.heap import return_gaps
 from sparse_lora_dist.zero3.disk import Disk
 from sparse_lora_dist.zero3.shares import Values, as_share, own_range, share_of
 
-# DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts: about a
-# minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3 never calls it.
+# DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts. That
+# takes about a minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3
+# never calls it.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 ZeroParameter = Any
-"""A tensor with the ``ds_`` attributes that DeepSpeed hangs on it, of which no type knows."""
+"""A parameter with the ``ds_`` attributes that DeepSpeed adds, which type checkers do not know."""
 
 
 class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
-    """zero.Init whose parameters are never whole: nothing is broadcast to be cut up after."""
+    """zero.Init that fills each parameter's shard directly, without a broadcast of the whole."""
 
     def __init__(self, engine_config: Mapping[str, Any]) -> None:
-        # Without dtype=: where there is no fp16 in hardware, DeepSpeed makes bf16 of what is given
-        # there, and its swap buffers would convert packed bytes as if they were numbers.
+        # Do not pass dtype=: without fp16 in hardware DeepSpeed replaces a given fp16 by bf16, and
+        # its swap buffers would then convert packed bytes as if they were numbers.
         super().__init__(config_dict_or_path=dict(engine_config))
         self._disk = None
         if self.param_swapper is not None:
-            whole = engine_config["zero_optimization"].get(
+            whole_up_to = engine_config["zero_optimization"].get(
                 "stage3_param_persistence_threshold", self.param_persistence_threshold
             )
-            self._disk = Disk(self.param_swapper, whole_up_to=whole)
+            self._disk = Disk(self.param_swapper, whole_up_to=whole_up_to)
 
     def fill(self, parameter: ZeroParameter, values: Values) -> None:
         self._convert_to_deepspeed_param(parameter)
@@ -48,7 +52,7 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         self._adopt(parameter, own, share)
 
     def refill(self, parameter: ZeroParameter, values: Values) -> None:
-        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay whole
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # a persistent parameter
             parameter.partition([parameter])
         own = as_share(
             values(*own_range(parameter.ds_numel)),
@@ -60,10 +64,10 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         self._adopt(parameter, own, parameter.ds_tensor.ds_numel)
 
     def _adopt(self, parameter: ZeroParameter, own: ZeroParameter, share: int) -> None:
-        """What ``_partition_param`` does once it has cut a share from the whole.
+        """Do what DeepSpeed's ``_partition_param`` does after it has cut a shard from the whole.
 
-        Without its secondary copy (hpZ): DeepSpeed makes that from the first gather, when the
-        bytes are in place; made now, it would serve what was there before them.
+        The secondary copy (hpZ) is not made here: DeepSpeed makes it in the first gather. A copy
+        made now would keep its values when the parameter is refilled.
         """
         disk = self._disk if self._disk and self._disk.takes(parameter, share) else None
         if disk:
@@ -88,10 +92,18 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
 
 
 class ShardBuilder:
-    """Makes parameters of which every rank holds its ZeRO-3 share only, in the engine's dtype.
+    """Creates ZeRO-3 parameters in the engine's dtype, of which each rank allocates its shard only.
 
-    One builder serves the whole model: DeepSpeed makes process groups and swappers once per
-    zero.Init.
+    Use one builder for the whole model: DeepSpeed makes process groups and swap buffers for every
+    ``zero.Init``. Creating a builder is collective.
+
+    Args:
+        engine_config: the DeepSpeed configuration.
+        dtype: dtype of all parameters, which must be that of ``engine_config``.
+
+    Attributes:
+        dtype: dtype of all parameters.
+        device: device on which shards are made.
     """
 
     def __init__(self, engine_config: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -108,10 +120,17 @@ class ShardBuilder:
         trainable: bool = False,
         in_memory: bool = False,
     ) -> nn.Parameter:
-        """A sharded parameter of ``shape``; ``values`` is asked once, for this rank's share.
+        """Create a sharded parameter. All ranks create the same parameters in the same order.
 
         Args:
-            in_memory: it stays there where others go to NVMe, and may be filled anew.
+            shape: shape of the whole parameter.
+            values: called once, with the range of this rank's shard.
+            trainable: True if it gets gradients.
+            in_memory: True to keep the shard in memory where others go to NVMe. Only such a
+                parameter may be refilled.
+
+        Returns:
+            The parameter, partitioned: its own data is empty until ZeRO-3 gathers it.
         """
         nothing = torch.empty(1, dtype=self.dtype, device=self.device).expand(shape)
         parameter: ZeroParameter = nn.Parameter(nothing, requires_grad=trainable)
@@ -120,31 +139,42 @@ class ShardBuilder:
         return cast(nn.Parameter, parameter)
 
     def refill(self, parameter: nn.Parameter, values: Values) -> None:
-        """Other values for a frozen one, wherever its share lies. Collective under hpZ."""
+        """Replace the values of a frozen parameter, on the CPU or the GPU. Collective under hpZ.
+
+        Args:
+            parameter: made with ``in_memory=True``.
+            values: called once, with the range of this rank's shard.
+        """
         self._init.refill(parameter, values)
 
 
 def gathers_too(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """These of another module are whole too whenever ``module`` runs, forward and backward."""
+    """Have ZeRO-3 gather ``parameters`` of another module whenever ``module`` runs, in forward and
+    backward."""
     for parameter in parameters:
         deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def own_share(parameter: nn.Parameter) -> Tensor:
-    """This rank's share of a parameter that is in memory, without padding, 1-D, a view."""
+    """Return this rank's shard without padding, as a 1-D view. The shard must be in memory, not on
+    NVMe. Not collective."""
     start, stop = own_range(cast(ZeroParameter, parameter).ds_numel)
     return cast(Tensor, cast(ZeroParameter, parameter).ds_tensor.data[: stop - start])
 
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """The parameters whole, in the engine's dtype, on every rank, for reading. Collective.
+    """Context manager: gather whole parameters on every rank, for reading only. Collective.
 
-    In one exchange; deepspeed.zero.GatheredParameters takes one for each.
+    It needs one all-gather for all of them; ``deepspeed.zero.GatheredParameters`` one for each.
+
+    Args:
+        parameters: sharded parameters, in the same order on all ranks. Inside the context their
+            ``data`` has the whole shape and the engine's dtype.
     """
     found: list[ZeroParameter] = list(parameters)
     absent = [p for p in found if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
-    # hpZ's secondary copies lie among fewer ranks than primary ones.
+    # With hpZ a secondary copy is sharded over fewer ranks than the primary one.
     for has_secondary in (False, True):
         if some := [p for p in absent if (p.ds_secondary_tensor is not None) == has_secondary]:
             some[0].all_gather_coalesced(some).wait()

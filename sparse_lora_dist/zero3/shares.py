@@ -1,4 +1,10 @@
-"""How ZeRO-3 cuts a tensor into shares, and what a rank has of one."""
+"""How ZeRO-3 cuts a tensor into shards.
+
+A tensor is flattened and cut into one shard for each rank, all of the same length, rounded up; the
+last shards are padded. Example: 10 elements on 4 ranks make shards of 3.
+
+    rank 0  [0, 3)    rank 1  [3, 6)    rank 2  [6, 9)    rank 3  [9, 10) and 2 of padding
+"""
 
 import math
 from collections.abc import Callable
@@ -10,25 +16,39 @@ from torch import Tensor
 from sparse_lora_dist.distributed import comm
 
 Values = Callable[[int, int], Tensor]
-"""(start, stop) -> those elements of a flattened tensor, 1-D: the ones this rank is to own."""
+"""(start, stop) -> elements [start, stop) of a flattened tensor, 1-D: a rank asks for its shard."""
 
 
 def share_of(numel: int) -> int:
-    """How ZeRO-3 cuts: equal shares, rounded up."""
+    """Return the length of each rank's shard of a tensor of ``numel`` elements, with padding."""
     return -(-numel // comm.world_size())
 
 
 def own_range(numel: int) -> tuple[int, int]:
-    """This rank's share of a flattened tensor, without the padding that makes shares equal."""
+    """Return [start, stop) of this rank's shard in a flattened tensor of ``numel`` elements.
+
+    Padding is left out. The range is empty if a small tensor has no elements for this rank.
+    """
     share = share_of(numel)
     start = min(share * comm.rank(), numel)
     return start, min(start + share, numel)
 
 
 def as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``own`` padded to a whole share. Kept as it is where it fits: a large share is not copied."""
-    lonely = own.untyped_storage().nbytes() == own.nbytes  # a view would keep what it is a part of
-    if (own.numel(), own.dtype, own.device) == (share, dtype, device) and lonely:
+    """Pad this rank's elements with zeros to a full shard.
+
+    Args:
+        own: 1-D, the elements of ``own_range``.
+        share: length of a shard, from ``share_of``.
+        dtype: dtype of the result.
+        device: device of the result.
+
+    Returns:
+        1-D tensor of ``share`` elements. ``own`` itself if it already fits, so that a large shard
+        is not copied.
+    """
+    owns_storage = own.untyped_storage().nbytes() == own.nbytes  # a view keeps its base alive
+    if (own.numel(), own.dtype, own.device) == (share, dtype, device) and owns_storage:
         return own
     padded = torch.zeros(share, dtype=dtype, device=device)
     padded[: own.numel()] = own
@@ -37,20 +57,25 @@ def as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSlice:
-    """This rank's part of one trained tensor: elements [start, start + length) of it, flattened."""
+    """This rank's shard of one trained tensor, and its place in the engine's flat fp32 buffers."""
 
     name: str
+    """Name of the parameter in the model."""
     shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     start: int
+    """First element of the flattened tensor that this rank holds."""
     length: int
-    """Without the padding that makes shares equal; 0 where a small tensor left nothing."""
+    """Number of elements that this rank holds, without padding; 0 if a small tensor has none for
+    this rank."""
     flat: int
-    """Which of the engine's flat fp32 tensors it lies in."""
+    """Index of the flat fp32 buffer in ``Engine.flats()``."""
     offset: int
-    """Where in that flat tensor it begins."""
+    """First element of the slice in that buffer."""
     share: int
-    """Elements reserved for it there, the same on every rank."""
+    """Elements reserved in that buffer, padding included; the same on every rank."""
 
     @property
     def numel(self) -> int:
+        """Number of elements of the whole tensor."""
         return math.prod(self.shape)

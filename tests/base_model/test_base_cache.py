@@ -151,10 +151,10 @@ def another_config(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "options", "said"),
     [
-        (another_revision, {}, "it has other weights"),
-        (another_config, {}, "it has other config.json or shapes"),
-        (None, {"double_quant": False}, "it has other double_quant"),
-        (None, {"modules_to_save": ("up_proj",)}, "it has other unquantised modules"),
+        (another_revision, {}, "it differs in weights"),
+        (another_config, {}, "it differs in config.json or shapes"),
+        (None, {"double_quant": False}, "it differs in double_quant"),
+        (None, {"modules_to_save": ("up_proj",)}, "it differs in unquantised modules"),
     ],
     ids=["revision", "config", "double_quant", "full"],
 )
@@ -254,7 +254,7 @@ def test_a_damaged_cache_is_not_used_but_replaced(
     damage(only_cache(tmp_path))
     found = ranks(2, LOAD, **arguments)
     assert not any(rank["cached"] for rank in found)
-    assert "damaged, not used, to be replaced" in found[0]["said"]
+    assert "damaged and not used, and will be replaced" in found[0]["said"]
     only_cache(tmp_path)
     for rank in ranks(2, LOAD, **arguments):
         assert rank["cached"]
@@ -359,7 +359,7 @@ def test_a_full_disk_is_a_warning_and_training_goes_on(
         caches=[str(full), str(roomy)],
         how=how,
     )
-    needed = "MB needed" if how == "free" else "No space left on device"
+    needed = "MB are needed" if how == "free" else "No space left on device"
     said = next(line for line in found[0]["said"].splitlines() if line.startswith("warning"))
     assert "training goes on" in said and needed in said
     assert "was written to" not in found[0]["said"]
@@ -382,7 +382,7 @@ def test_bad_options(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/cache")):
         flags = tiny.flags(tmp_path / "run", base_cache=place)
         for message in ranks(2, "tests.work.run:refusal_before_data", flags=flags):
-            assert f"--base_cache {place} is no folder that can be written to" in message
+            assert f"--base_cache {place} is not a writable folder" in message
 
 
 def test_a_model_in_4_bits_needs_none(ranks: Ranks, tmp_path: Path, llama: Path) -> None:

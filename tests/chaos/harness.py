@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.fixtures.same_end import check_same
 from tests.fixtures.tiny_run import TinyRun
 from tests.ranks import RankError, RankPool

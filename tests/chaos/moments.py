@@ -20,9 +20,9 @@ from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.export import peft_adapter
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
-from sparse_lora_dist.run_folder.metrics_log import JsonLines
+from sparse_lora_dist.run_folder.metrics_file import JsonLines
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.training import step
+from sparse_lora_dist.tasks import causal_lm
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.zero3.engine import Engine
 from tests.work.run import train
@@ -31,8 +31,8 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "a backward": (Engine, "backward"),
     "an optimizer step": (SparseAdamW, "step"),
     "a decision": (Shards, "decide"),
-    "an evaluation": (step, "batch_loss"),
-    "copying to the host": (save, "_copied"),
+    "an evaluation": (causal_lm, "batch_loss"),
+    "copying to the host": (save, "_copied_to_host"),
     "writing a rank's file": (save, "save_file"),
     "syncing a file": (os, "fsync"),
     "sealing a manifest": (save, "sealed"),

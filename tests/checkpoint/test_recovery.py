@@ -10,7 +10,7 @@ import pytest
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint.manifest import FORMAT, sealed
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 
@@ -83,7 +83,7 @@ def test_with_nothing_whole_left_a_person_decides(ranks: Ranks, tiny: TinyRun, r
         flip_a_bit(step(run, number) / "rank_00000.safetensors")
     before = sorted(run.rglob("*"))
     for said in ranks(2, REFUSAL, flags=tiny.flags(run, max_steps=6, resume="auto")):
-        assert f"no checkpoint of {run}/checkpoints is whole" in said
+        assert f"no checkpoint of {run}/checkpoints is intact" in said
     assert sorted(run.rglob("*")) == before
 
 

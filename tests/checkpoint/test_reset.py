@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.checkpoint.test_recovery import step
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
@@ -56,7 +56,7 @@ def test_what_is_not_reset_goes_on(ranks: Ranks, tiny: TinyRun, four: Path, tmp_
     at_four = progress(step(four, 4))
 
     told = after_one_step(ranks, tiny, four, tmp_path / "optimizer", "optimizer", 5)
-    assert "step 4; anew: optimizer" in told
+    assert "step 4; reset: optimizer" in told
     assert moments_are_of_one_step(step(tmp_path / "optimizer", 5))
     assert progress(step(tmp_path / "optimizer", 5))["rows"] == at_four["rows"] * 5 // 4
 
@@ -97,7 +97,7 @@ def test_a_requeued_job_goes_on_from_what_it_saved_since_it_began_elsewhere(
     flags = tiny.flags(tmp_path, **OPTIONS, resume=step(four, 4), reset="optimizer")
     again = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
     # Requeued before it saved anything, it begins where it was told to.
-    for last, said in ((5, f"{step(four, 4)}, step 4; anew: optimizer"), (6, "step 5")):
+    for last, said in ((5, f"{step(four, 4)}, step 4; reset: optimizer"), (6, "step 5")):
         told, _ = ranks(2, TRAIN, flags=[*flags, "--stop_after", str(last)], environment=again)
         assert said in told
     assert "anew" not in told
@@ -141,7 +141,7 @@ def test_a_reset_needs_a_folder_of_its_own(ranks: Ranks, tiny: TinyRun, four: Pa
     [
         (2, {"micro_batch_size": 1}, "--micro_batch_size 1 --gradient_accumulation_steps 2"),
         (1, {"micro_batch_size": 3}, "--micro_batch_size 2 --gradient_accumulation_steps 2"),
-        (3, {}, "cannot be shared out to 3 ranks; the nearest that can are 2 and 4"),
+        (3, {}, "cannot be divided among 3 ranks: use 2 or 4 ranks"),
     ],
 )
 def test_a_global_batch_that_is_not_kept_is_told_how_it_can_be(

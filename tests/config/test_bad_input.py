@@ -209,7 +209,7 @@ def test_a_damaged_checkpoint_is_named(
         assert str(file) in message and "manifest" in message
     (checkpoint / "manifest.json").unlink()
     for message in ranks(2, REFUSAL, flags=flags):
-        assert f"{checkpoint} is no checkpoint" in message
+        assert f"{checkpoint} is not a checkpoint" in message
 
 
 def test_a_damaged_tokenizer(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_values_that_are_paths_stay_out_of_the_folders_path(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("rnak: [8, 16]", "--rnak is no option; did you mean --rank?"),
+        ("rnak: [8, 16]", "--rnak is not an option; did you mean --rank?"),
         ("rank: [8, 0]", "run rank=0: "),
         ("rank: [8, 8]", "share the folder runs/grid/rank=8"),
         ("rank: []", "describes no run"),

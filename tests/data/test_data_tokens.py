@@ -117,7 +117,7 @@ def test_train_on_all_learns_everything_but_the_first_token(load):
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_line(load):
     tokenizer = byte_tokenizer(template=FORGETFUL)
     assert len(load([{"messages": CHAT[:3]}], tokenizer)) == 1
-    message = r"a\.jsonl:2: .*message 3 .*no token prefix.*--train_on all"
+    message = r"a\.jsonl:2: .*message 3 .*not a token prefix.*--train_on all"
     with pytest.raises(UserError, match=message):
         load([{"messages": chat} for chat in (CHAT[:3], CHAT)], tokenizer)
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.two_nodes import ADDRESSES, PATH, two_nodes, why_not
@@ -214,7 +214,7 @@ def test_an_mpi_that_is_not_that_of_mpirun_is_named(tiny: TinyRun, tmp_path: Pat
     command = ["python", "launcher/train.py", *ENGINE, *one_step(tiny, tmp_path, 2)]
     ended = start(command, **said)
     assert ended.status == 2
-    said_once(ended, "mpirun says rank 0 of 2, and mpi4py rank 0 of 1")
+    said_once(ended, "mpirun says rank 0 of 2, and mpi4py says rank 0 of 1")
 
 
 def test_an_environment_that_contradicts_itself_is_refused() -> None:

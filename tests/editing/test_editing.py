@@ -79,7 +79,7 @@ def test_one_and_two_ranks_measure_the_same(ranks: Ranks, tiny: TinyRun, tmp_pat
     ranks(1, "tests.work.edit:stopped", flags=[*part, "--stop_after", "5"])
     assert not (tmp_path / "parts" / "edits.json").exists()
     (complaint, _) = ranks(2, COMPLAINT, flags=[*part, "--resume", "auto", "--number", "0:4"])
-    assert "was trained on other edits. Give --edits and --number as then" in complaint
+    assert "was trained on other edits. Give the same --edits and --number" in complaint
     (whole, _) = ranks(2, EDIT, flags=[*part, "--resume", "auto"])
     assert whole["edits"] == one["edits"]
 
@@ -193,7 +193,7 @@ def test_what_is_no_run_is_not_replaced(ranks: Ranks, tiny: TinyRun, tmp_path: P
     keep.parent.mkdir(parents=True)
     keep.write_text("kept")
     (said,) = ranks(1, COMPLAINT, flags=[*flags(tiny, tmp_path), "--overwrite"])
-    assert "holds adapter, but no run.yaml, so it is no run, and stays" in said
+    assert "holds adapter but no run.yaml, so it is not a run folder" in said
     assert keep.read_text() == "kept"
 
 

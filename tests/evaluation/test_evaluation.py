@@ -31,7 +31,7 @@ from sparse_lora_dist.evaluation.right_answers import (
 )
 from sparse_lora_dist.export.export_command import export
 from sparse_lora_dist.export.export_options import load_request as export_request
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import documents_of, loss_of_documents, whole_model
 from tests.fixtures.tiny_run import TinyRun
@@ -459,15 +459,15 @@ def test_the_command_line_knows_the_metrics_there_are() -> None:
     ("options", "said"),
     [
         ({"metrics": "loss,gsmk8"}, "got 'gsmk8'; did you mean gsm8k?"),
-        ({"adapter": "./nowhere"}, "adapter: no such folder, and no hub id: ./nowhere"),
-        ({"compare": "base,./nowhere"}, "compare: no such folder, and no hub id: ./nowhere"),
+        ({"adapter": "./nowhere"}, "adapter: no such folder, and not a hub id: ./nowhere"),
+        ({"compare": "base,./nowhere"}, "compare: no such folder, and not a hub id: ./nowhere"),
         ({"chat_template": "nowhere.jinja"}, "chat_template: no such file: nowhere.jinja"),
-        ({"answers": "."}, "answers is a folder"),
+        ({"answers": "."}, "answers must be a file, got the folder"),
         ({"eval_data": "./nowhere.jsonl"}, "eval_data: no such file or folder"),
         ({"adapter": "a", "compare": "b,base"}, "adapter and compare exclude each other"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"task": "seq_cls"}, "task must be causal_lm here"),
-        ({"output": "."}, "output is a folder"),
+        ({"output": "."}, "output must be a file, got the folder"),
     ],
     ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
 )
@@ -569,5 +569,5 @@ def test_an_adapter_that_does_not_fit_is_refused(
     )
     assert "has only one of lora_A and lora_B" in message(half)
     head = {"base_model.model.other_head.weight": torch.zeros(2, 2)}
-    assert "nothing is called other_head" in message(other("head", lambda w: w | head))
+    assert "no module is called other_head" in message(other("head", lambda w: w | head))
     assert not output.exists()

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import whole_model
 from tests.fixtures.tiny_run import TinyRun
@@ -170,9 +170,9 @@ def damaged(adapter: Path, folder: Path, **config: object) -> Path:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rank": 8}, "its rank is 4, --rank is 8"),
-        ({"alpha": 8.0}, "its alpha is 32.0, --alpha is 8.0"),
-        ({"target_modules": "q_proj"}, "--target_modules differ in 12"),
+        ({"rank": 8}, "its rank is 4, but --rank is 8"),
+        ({"alpha": 8.0}, "its alpha is 32.0, but --alpha is 8.0"),
+        ({"target_modules": "q_proj"}, "--target_modules differ by 12"),
         ({"modules_to_save": "[]"}, "lm_head"),
     ],
     ids=["rank", "alpha", "targets", "modules"],

@@ -447,7 +447,7 @@ def test_a_run_of_another_version(run: Path, tmp_path: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     path.write_text(sealed(manifest | {"config": manifest["config"] | {"scale_rule": "sqrt"}}))
-    with pytest.raises(UserError, match="scale_rule is no option of this version"):
+    with pytest.raises(UserError, match="scale_rule is not an option of this version"):
         exported(tmp_path / "run", tmp_path / "out")
     path.write_text(sealed(manifest | {"format": 4}))
     with pytest.raises(UserError, match="export with the sparse_lora_dist version that saved it"):

@@ -125,7 +125,7 @@ def test_the_delta_starts_at_next_to_nothing() -> None:
 
 
 def test_a_growth_opens_the_reserve_first_and_what_follows_becomes_the_reserve() -> None:
-    run = Run(options(budget=16, modules=2, components=2, every=10), context())
+    run = Run(options(budget=16, modules=2, pieces=2, every=10), context())
     run.decide(0, [0.0] * 4)
     decision = run.decide(20, [1.0, 4.0, 2.0, 3.0])
     assert run.ranks() == [1, 3, 1, 3]
@@ -135,7 +135,7 @@ def test_a_growth_opens_the_reserve_first_and_what_follows_becomes_the_reserve()
 
 
 def test_a_linear_at_its_capacity_has_no_reserve_and_grows_no_more() -> None:
-    run = Run(options(budget=11, modules=1, components=3, every=10), context(rank=4))
+    run = Run(options(budget=11, modules=1, pieces=3, every=10), context(rank=4))
     run.decide(0, [0.0] * 4)
     run.decide(20, [1.0, 4.0, 2.0, 3.0])
     assert run.components["m.1"] == Components(computed=(0, 1, 2, 3), open=4)
@@ -145,16 +145,14 @@ def test_a_linear_at_its_capacity_has_no_reserve_and_grows_no_more() -> None:
 
 
 def test_what_a_linear_has_no_room_for_goes_to_the_next_in_order() -> None:
-    run = Run(options(budget=12, start_rank=2, modules=1, components=3, every=10), context(rank=4))
+    run = Run(options(budget=12, start_rank=2, modules=1, pieces=3, every=10), context(rank=4))
     run.decide(0, [0.0] * 4)
     run.decide(20, [1.0, 4.0, 2.0, 3.0])
     assert run.ranks() == [2, 4, 2, 3]
 
 
 def test_at_the_budget_reserves_die_and_their_lambda_is_zeroed() -> None:
-    run = Run(options(budget=7, modules=2, components=2, every=10), context()).go(
-        [1.0, 4.0, 2.0, 3.0]
-    )
+    run = Run(options(budget=7, modules=2, pieces=2, every=10), context()).go([1.0, 4.0, 2.0, 3.0])
     assert run.totals == [4, 7] and run.ranks() == [1, 3, 1, 2]
     for i, rank in enumerate(run.ranks()):
         assert run.moving(i) == (rank, rank, rank)
@@ -176,15 +174,15 @@ def test_a_start_at_the_budget_needs_no_reserve_and_no_statistics() -> None:
 
 def test_the_total_never_falls_nor_passes_the_budget_and_all_of_it_is_used() -> None:
     for budget in range(4, 33):
-        run = Run(options(budget=budget, modules=3, components=2, every=4), context(rank=8)).go()
+        run = Run(options(budget=budget, modules=3, pieces=2, every=4), context(rank=8)).go()
         assert run.totals == sorted(set(run.totals)) and run.totals[-1] == budget
         assert max(run.ranks()) <= 8
 
 
 def test_permuting_the_scores_of_linears_permutes_what_they_get() -> None:
     given, order = [5.0, 1.0, 4.0, 2.0, 3.0], [3, 0, 4, 1, 2]
-    straight = Run(options(budget=12, modules=2, components=1), context(5)).go(given)
-    permuted = Run(options(budget=12, modules=2, components=1), context(5)).go(
+    straight = Run(options(budget=12, modules=2, pieces=1), context(5)).go(given)
+    permuted = Run(options(budget=12, modules=2, pieces=1), context(5)).go(
         [given[i] for i in order]
     )
     assert permuted.ranks() == [straight.ranks()[i] for i in order]
@@ -192,7 +190,7 @@ def test_permuting_the_scores_of_linears_permutes_what_they_get() -> None:
 
 
 def test_of_equal_scores_the_first_linears_grow() -> None:
-    run = Run(options(budget=10, modules=3, components=2, every=10), context()).go([1.0] * 4)
+    run = Run(options(budget=10, modules=3, pieces=2, every=10), context()).go([1.0] * 4)
     assert run.ranks() == [3, 3, 3, 1]
 
 
@@ -200,7 +198,7 @@ def test_of_equal_scores_the_first_linears_grow() -> None:
 
 
 def test_a_linear_scores_by_its_open_components_only() -> None:
-    run = Run(options(budget=5, modules=1, components=1), context(2))
+    run = Run(options(budget=5, modules=1, pieces=1), context(2))
     run.decide(0, [0.0] * 2)
     values = {name: torch.ones(shape) for name, shape in run.shapes.items()}
     values["m.0.lora_lambda"][1] = 100.0  # the reserve's
@@ -307,9 +305,7 @@ def test_72_linears_grow_as_the_released_scripts_say(
 
 
 def test_after_overshooting_the_released_reserves_stay_as_they_are() -> None:
-    run = Run(
-        options(preset="released", budget=7, modules=2, components=2, every=10), context()
-    ).go()
+    run = Run(options(preset="released", budget=7, modules=2, pieces=2, every=10), context()).go()
     assert run.totals == [4, 8]
     assert not any(decision.zero for decision in run.decisions.values())
     for i, rank in enumerate(run.ranks()):
@@ -317,15 +313,13 @@ def test_after_overshooting_the_released_reserves_stay_as_they_are() -> None:
 
 
 def test_at_exactly_the_budget_the_released_reserves_die_too() -> None:
-    run = Run(
-        options(preset="released", budget=8, modules=2, components=2, every=10), context()
-    ).go()
+    run = Run(options(preset="released", budget=8, modules=2, pieces=2, every=10), context()).go()
     assert run.totals == [4, 8] and run.decisions[20].zero
     assert all(run.moving(i) == (rank,) * 3 for i, rank in enumerate(run.ranks()))
 
 
 def test_released_ties_all_grow_and_then_no_more() -> None:
-    chosen = options(preset="released", budget=10, modules=2, components=1, every=10)
+    chosen = options(preset="released", budget=10, modules=2, pieces=1, every=10)
     run = Run(chosen, context(6)).go([1.0, 2.0, 1.0, 3.0, 1.0, 0.0])
     assert run.totals[0:2] == [6, 8]
     run = Run(chosen, context(6)).go([1.0, 1.0, 1.0, 3.0, 1.0, 1.0])
@@ -334,13 +328,13 @@ def test_released_ties_all_grow_and_then_no_more() -> None:
 
 
 def test_a_linear_at_its_capacity_is_none_of_the_highest_that_others_tie_with() -> None:
-    chosen = options(preset="released", budget=7, modules=1, components=1, every=10)
+    chosen = options(preset="released", budget=7, modules=1, pieces=1, every=10)
     run = Run(chosen, context(4, rank=2)).go([4.0, 3.0, 3.0, 1.0])
     assert run.totals == [4, 5, 7] and run.ranks() == [2, 2, 2, 1]
 
 
 def test_the_released_overshoot_ends_where_capacity_does() -> None:
-    chosen = options(preset="released", budget=7, modules=2, components=2, every=10)
+    chosen = options(preset="released", budget=7, modules=2, pieces=2, every=10)
     run = Run(chosen, context(4, rank=2)).go()
     assert run.totals == [4, 8] and run.ranks() == [2, 2, 2, 2]
     assert all(run.moving(i) == (2, 2, 2) for i in range(4))
@@ -382,20 +376,20 @@ def growth_steps(method: Method, steps: int) -> list[int]:
 
 
 def test_growth_comes_at_multiples_of_every_after_begin_and_ends_at_the_budget() -> None:
-    method = increlora(options(budget=10, modules=2, components=1, every=7, begin=0.2), context())
+    method = increlora(options(budget=10, modules=2, pieces=1, every=7, begin=0.2), context())
     assert growth_steps(method, 100) == [21, 28, 35]
     assert method.observes_until == 35
 
 
 def test_the_released_code_first_grows_at_twice_every() -> None:
     method = increlora(
-        options(preset="released", budget=10, modules=2, components=1, every=7), context(steps=30)
+        options(preset="released", budget=10, modules=2, pieces=1, every=7), context(steps=30)
     )
     assert growth_steps(method, 30) == [14, 21, 28]
 
 
 def test_nothing_is_opened_at_the_last_step() -> None:
-    method = increlora(options(end=1.0, components=1), context(steps=5))
+    method = increlora(options(end=1.0, pieces=1), context(steps=5))
     assert growth_steps(method, 5) == [2, 3, 4]
 
 
@@ -458,21 +452,21 @@ def test_an_end_before_the_presets_begin_is_refused() -> None:
 
 def test_what_does_not_fit_the_run_is_told_at_once() -> None:
     with pytest.raises(ValueError) as error:
-        increlora(options(start_rank=9, budget=33, modules=5, components=1, every=60), context())
+        increlora(options(start_rank=9, budget=33, modules=5, pieces=1, every=60), context())
     told = str(error.value).split("; ")
     assert [t.split(":")[0] for t in told] == [
-        "increlora_start_rank 9 is above rank, 8",
-        "the budget of 33 components is above 32, the ranks of all linears",
+        "increlora_start_rank 9 is above --rank 8",
+        "the budget of 33 components is above 32, the sum of the ranks of all linears",
         "the budget of 33 components is below the start, 4 linears x 9",
         "5 linears would grow at a time, but there are 4",
     ]
 
 
 def test_growth_that_outlasts_the_run_says_by_how_much() -> None:
-    slow = options(budget=32, modules=1, components=1, every=10, begin=0.0)
-    with pytest.raises(ValueError, match="end at step 280 of 100, 181 too late"):
+    slow = options(budget=32, modules=1, pieces=1, every=10, begin=0.0)
+    with pytest.raises(ValueError, match="end at step 280 of 100, 181 steps too late"):
         increlora(slow, context())
-    with pytest.raises(ValueError, match="end at step 280 of 280, 1 too late"):
+    with pytest.raises(ValueError, match="end at step 280 of 280, 1 steps too late"):
         increlora(slow, context(steps=280))
     assert growth_steps(increlora(slow, context(steps=281)), 281)[-1] == 280
 

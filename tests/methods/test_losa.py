@@ -345,7 +345,7 @@ def test_wrong_numbers_are_refused() -> None:
         )
     assert str(raised.value) == (
         "losa_sparsity must be in [0, 1), got 1.0; losa_rounds must be at least 1, got 0; "
-        "losa_until must be between 0 and 1, got 1.0; losa_mean_rank must be at least 1, got 0; "
+        "losa_until must be in (0, 1), got 1.0; losa_mean_rank must be at least 1, got 0; "
         "losa_spread must be in [0, 1), got -0.1"
     )
     with pytest.raises(ValueError, match="run's 8 steps have room for 4: take fewer rounds"):

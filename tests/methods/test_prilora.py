@@ -238,7 +238,7 @@ def test_a_ramp_that_cannot_be_is_refused_with_the_nearest_that_works(
 
 
 def test_a_run_that_ends_before_the_first_pruning_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at step 50, and the run has 49: take at most 49 for"):
+    with pytest.raises(ValueError, match=r"at step 50, but the run has 49: take at most 49 for"):
         build(sites_of(3), 49, start=10, every=40)
     assert build(sites_of(3), 50, start=10, every=40).rewriting is not None
     assert build(sites_of(3), 49, start=10, every=40, sparsity=0.0).rewriting is None

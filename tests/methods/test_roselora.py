@@ -18,7 +18,7 @@ from sparse_lora_dist.methods.roselora import (
 )
 from sparse_lora_dist.methods.shared.schedules import cubic_keep
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.whole_scores import WholeScores

@@ -24,7 +24,7 @@ from sparse_lora_dist.methods.sora import (
     soft_threshold,
     sora,
 )
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.whole_scores import WholeScores
@@ -480,5 +480,5 @@ def test_every_option_has_a_name_of_its_own() -> None:
 
 
 def test_more_stages_than_steps_are_refused() -> None:
-    with pytest.raises(ValueError, match="3 stages, and the run has 2 steps.*2 stages fit"):
+    with pytest.raises(ValueError, match="3 stages, but the run has 2 steps.* most 2 stages fit"):
         sora(SoraOptions(sora_lambdas=(0.1, 0.2, 0.3)), context(2))

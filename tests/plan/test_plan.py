@@ -71,6 +71,15 @@ def outcome(**options: object) -> Outcome:
     )
 
 
+@pytest.fixture(scope="module")
+def two_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Llama-3-70B with 2 of its 80 layers: for what does not depend on their number."""
+    folder = tmp_path_factory.mktemp("two_layers")
+    content = json.loads((Path(LLAMA_70B) / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 2}))
+    return str(folder)
+
+
 # Against real shards
 
 
@@ -235,10 +244,10 @@ def test_70b_peaks_under_8_gb_a_rank_of_8_while_loading(llama_70b: Shapes) -> No
 # Laws
 
 
-def small(tmp_path: Path, **options: object) -> Shapes:
+def small(tmp_path: Path, layers: int = 6, **options: object) -> Shapes:
     folder = tmp_path / "llama"
     if not folder.exists():
-        save_llama(folder, num_hidden_layers=6, hidden_size=96, intermediate_size=160)
+        save_llama(folder, num_hidden_layers=layers, hidden_size=96, intermediate_size=160)
     (folder / "model.safetensors").unlink(missing_ok=True)
     return shapes(str(folder), rank=4, **options)
 
@@ -295,7 +304,7 @@ def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shap
 def test_the_smallest_number_of_ranks_is_one_that_a_run_takes(
     tmp_path: Path, nodes: int, hpz: int, batch: int
 ) -> None:
-    of, ranks = small(tmp_path, micro_batch_size=1), Ranks(world_size=4 * nodes, nodes=nodes)
+    of, ranks = small(tmp_path, 2, micro_batch_size=1), Ranks(world_size=4 * nodes, nodes=nodes)
     ranks = ranks if not batch else replace(ranks, world_size=4, nodes=1)
     content: dict[str, Any] = {"zero_optimization": {"zero_hpz_partition_size": hpz}}
     content |= {"train_batch_size": batch} if batch else {}
@@ -327,7 +336,7 @@ def test_live_entries_follow_the_methods_own_schedule(
     llama_70b: Shapes, name: str, first: float, peak: float, last: float
 ) -> None:
     factory = METHODS[name]
-    found = forecast(factory, factory.options(), llama_70b.plan)
+    found = forecast(factory, factory.options(), llama_70b.run_context)
     alone = found.on(1)
     assert (alone.first, alone.peak, alone.last) == pytest.approx((first, peak, last), abs=0.01)
     assert found.birth_bytes == (2 if name == "increlora" else 0)
@@ -335,7 +344,7 @@ def test_live_entries_follow_the_methods_own_schedule(
 
 def test_open_components_lie_on_the_first_rank(llama_70b: Shapes) -> None:
     factory = METHODS["increlora"]
-    found = forecast(factory, factory.options(), llama_70b.plan)
+    found = forecast(factory, factory.options(), llama_70b.run_context)
     # Most of its rows of A, half of its columns of B.
     assert found.on(1).peak == pytest.approx(0.5, abs=0.01)
     assert 0.55 < found.on(4).peak <= 0.75
@@ -351,7 +360,7 @@ def test_a_linear_counts_by_its_own_rank(llama_70b: Shapes) -> None:
 
     method = Method(name="own", form=form, decides_at=lambda step: step == 0, decide=decide)
     factory = MethodFactory(options=NoOptions, build=lambda options, plan: method, summary="")
-    live = forecast(factory, NoOptions(), llama_70b.plan).on(1)
+    live = forecast(factory, NoOptions(), llama_70b.run_context).on(1)
     # Ranks 1 to 8, without the one of rank 4.
     assert live.first == live.last == pytest.approx(32 / 36)
 
@@ -487,7 +496,7 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
     )
     real = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
     with torch.device("cpu"):
-        _dress_for_real(real, of, Method(name="lora"))
+        _inject_for_real(real, of, Method(name="lora"))
     storages: dict[int, int] = {}
     weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
     kept = []
@@ -505,7 +514,7 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
     assert planned.kept == pytest.approx(saved, rel=0.05)
 
 
-def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
+def _inject_for_real(model: Any, of: Shapes, method: Any) -> None:
     from unittest.mock import patch
 
     from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
@@ -513,9 +522,9 @@ def _dress_for_real(model: Any, of: Shapes, method: Any) -> None:
 
     with (
         patch.object(shape_step, "META", torch.device("cpu")),
-        patch.object(shape_step, "_ShapeLinear", FrozenLinear),
+        patch.object(shape_step, "_MetaLinear", FrozenLinear),
     ):
-        shape_step._dress(model, of.sites, method, 0.0, 64, ())
+        shape_step._inject(model, of.sites, method, 0.0, 64, ())
 
 
 def test_an_unknown_architecture_says_which_fields_it_needs(tmp_path: Path) -> None:
@@ -548,9 +557,9 @@ def test_a_model_that_needs_more_than_shapes_keeps_a_llamas_activations(tmp_path
     sizes = {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", **sizes}))
     found = shapes(str(tmp_path), rank=4)
-    with pytest.raises(UserError, match="missing are intermediate_size") as caught:
+    with pytest.raises(UserError, match="missing or invalid: intermediate_size") as caught:
         assert found.step
-    assert "bloom cannot be run on shapes" in str(caught.value)
+    assert "bloom cannot be run on shapes alone" in str(caught.value)
     more = {"model_type": "bloom", "intermediate_size": 256, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(more))
     found = shapes(str(tmp_path), rank=4)
@@ -575,7 +584,7 @@ def test_what_does_not_fit_says_what_to_change() -> None:
 def test_what_fits_has_nothing_to_change() -> None:
     text = as_text(outcome(world_size=64, nodes=8, gpu_memory="80GB", **LEAN))
     assert "verdict   fits" in text and "to change" not in text
-    assert "come into a node from others" in text
+    assert "come into a node from other nodes" in text
 
 
 KEYS = {
@@ -589,8 +598,8 @@ SPEED_KEYS = {
 }  # fmt: skip
 
 
-def test_json_keys_are_frozen() -> None:
-    found = json.loads(json.dumps(as_json(outcome(**LEAN))))
+def test_json_keys_are_frozen(two_layers: str) -> None:
+    found = json.loads(json.dumps(as_json(outcome(model=two_layers, **LEAN))))
     assert set(found) == KEYS
     assert set(found["speed"]) == SPEED_KEYS
     assert set(found["lines"][0]) == {"key", "label", "place", "bytes"}
@@ -606,11 +615,12 @@ def host_bytes(of: Shapes, engine: PlannedEngine, key: str, *, on_gpu: bool = Tr
     return sum(x.bytes["pass"] for x in lines if x.key == key and x.place == "host")
 
 
-def test_the_advice_to_offload_is_what_the_file_does() -> None:
+def test_the_advice_to_offload_is_what_the_file_does(two_layers: str) -> None:
+    run = {"model": two_layers} | LEAN
     files = ROOT / "ds_configs"
-    offload = outcome(ds_config=str(files / "zero3_offload.json"), **LEAN).need
+    offload = outcome(ds_config=str(files / "zero3_offload.json"), **run).need
     for name in ("zero3.json", "zero3_hpz.json", "zero3_nvme.json"):
-        advised = outcome(ds_config=str(files / name), **LEAN).changes
+        advised = outcome(ds_config=str(files / name), **run).changes
         assert [c.need for c in advised if c.what.endswith("zero3_offload.json")] == [offload]
 
 
@@ -648,7 +658,7 @@ def test_what_adapters_keep_stays_in_memory_beside_a_disk() -> None:
     found = shapes(method="pst", **LEAN)
     kept = [p for p in found.parameters if p.kind == "kept"]
     # A bit a weight of the base.
-    weights = sum(s.in_features * s.out_features for s in found.plan.sites)
+    weights = sum(s.in_features * s.out_features for s in found.run_context.sites)
     assert sum(p.numel for p in kept) * 2 == weights / 8
     assert host_bytes(found, disk, "kept", on_gpu=False) == weights / 8 / 8
 
@@ -722,7 +732,7 @@ def test_numbers_out_of_range_are_problems(options: dict[str, object], words: st
         ({"method": "roselora", "max_steps": 1}, "raise max_steps"),
         (
             {"method": "sora", "sora_lambdas": "0.5,1,2", "warmup_steps": 500},
-            "1000 steps are assumed: give --max_steps",
+            "1000 steps are assumed; set --max_steps",
         ),
     ],
 )
@@ -745,13 +755,19 @@ SIZES = {
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([], r"must hold one \{...\} object"),
-        ({"model_type": "wonder", **SIZES, "num_attention_heads": 0}, "missing are num_att"),
-        ({"model_type": "wonder", **SIZES, "num_attention_heads": 3}, "(?s)no Llama's.*multiple"),
-        ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)no Llama's.*head_dim"),
-        ({"model_type": ["llama"]}, "knows no architecture"),
-        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "sizes of no model"),
-        ({"model_type": "llama", **SIZES, "hidden_size": -64}, "sizes of no model"),
+        ([], "must be a JSON object"),
+        (
+            {"model_type": "wonder", **SIZES, "num_attention_heads": 0},
+            "invalid: num_att",
+        ),
+        (
+            {"model_type": "wonder", **SIZES, "num_attention_heads": 3},
+            "(?s)not make a Llama.*multiple",
+        ),
+        ({"model_type": "wonder", **SIZES, "head_dim": "x"}, "(?s)not make a Llama.*head_dim"),
+        ({"model_type": ["llama"]}, "does not know the architecture"),
+        ({"model_type": "llama", **SIZES, "num_attention_heads": 0}, "not describe a valid model"),
+        ({"model_type": "llama", **SIZES, "hidden_size": -64}, "not describe a valid model"),
     ],
 )
 def test_sizes_of_no_model_are_one_user_error(tmp_path: Path, content: object, words: str) -> None:
@@ -767,7 +783,7 @@ def test_training_says_so_too(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -
     (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
     flags = tiny.flags(tmp_path / "run", model=model)
     for message in ranks(2, "tests.work.run:refusal", flags=flags):
-        assert "sizes of no model" in message
+        assert "not describe a valid model" in message
 
 
 def test_ranks_that_hpz_does_not_divide_are_refused() -> None:
@@ -781,9 +797,9 @@ def test_a_runs_own_options_are_a_plan(tmp_path: Path) -> None:
     assert found.config.adapter.rank == 8
 
 
-def test_the_program_prints_json_and_draws(tmp_path: Path) -> None:
+def test_the_program_prints_json_and_draws(tmp_path: Path, two_layers: str) -> None:
     picture = tmp_path / "plan.png"
-    words = ["launcher/plan.py", "--model", LLAMA_70B, "--json", "--plot", str(picture)]
+    words = ["launcher/plan.py", "--model", two_layers, "--json", "--plot", str(picture)]
     words += ["--ds_config", "ds_configs/zero3_hpz.json"]
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=True
@@ -815,22 +831,25 @@ def test_the_command_of_the_warning_works_when_loading_died(
     assert "result" in ranks(1, "tests.work.plan:run_with_room", flags=flags, room=10**10)[0]
 
 
-def test_keys_that_are_not_planned_for_are_named(tmp_path: Path) -> None:
+def test_keys_that_are_not_planned_for_are_named(tmp_path: Path, two_layers: str) -> None:
     content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
     content["zero_optimization"]["stage3_module_granularity_threshold"] = 0
     (tmp_path / "engine.json").write_text(json.dumps(content))
-    assert as_json(outcome(ds_config=str(tmp_path / "engine.json")))["notes"] == []
+    run = {"model": two_layers, "ds_config": str(tmp_path / "engine.json")}
+    assert as_json(outcome(**run))["notes"] == []
     content["zero_optimization"]["stage3_module_granularity_threshold"] = 1000
     content["zero_optimization"]["stage3_model_persistence_threshold"] = 0
     (tmp_path / "engine.json").write_text(json.dumps(content))
-    found = outcome(ds_config=str(tmp_path / "engine.json"))
+    found = outcome(**run)
+    text, notes = as_text(found), as_json(found)["notes"]
     for key in ("stage3_module_granularity_threshold", "stage3_model_persistence_threshold"):
-        assert f"{key} of the engine file is ignored" in as_text(found)
-        assert any(key in note for note in as_json(found)["notes"])
+        assert f"{key} of the engine file is ignored" in text
+        assert any(key in note for note in notes)
 
 
-def test_cpu_ranks_without_a_limit_are_not_said_to_fit() -> None:
-    free = outcome(gpu_memory="0")
+def test_cpu_ranks_without_a_limit_are_not_said_to_fit(two_layers: str) -> None:
+    run = {"model": two_layers, "gpu_memory": "0"}
+    free = outcome(**run)
     assert "verdict   not checked" in as_text(free) and as_json(free)["fits"] is None
-    assert "DOES NOT FIT" in as_text(outcome(gpu_memory="0", host_memory="1GB"))
-    assert "verdict   fits" in as_text(outcome(gpu_memory="0", host_memory="9TB"))
+    assert "DOES NOT FIT" in as_text(outcome(host_memory="1GB", **run))
+    assert "verdict   fits" in as_text(outcome(host_memory="9TB", **run))

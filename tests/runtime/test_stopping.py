@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparse_lora_dist.config.checks import seconds_in
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.same_end import check_same
 from tests.fixtures.tiny_run import TinyRun

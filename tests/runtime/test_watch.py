@@ -87,7 +87,7 @@ def test_a_rank_that_is_stopped_ends_the_job(
     said = screen.read_text()
     assert not any(psutil.pid_exists(pid) for pid in pids)
     assert 'sparse_lora_dist/train.py", line' not in said  # no traceback of ours
-    assert f"rank {1 - sick} ends: no rank got on for 5 s (--collective_timeout)" in said
+    assert f"rank {1 - sick} ends: no rank made progress for 5 s (--collective_timeout)" in said
     sick_one = f"rank {sick} (host {os.uname().nodename}, process {pids[sick]})"
     assert f"{sick_one} has not answered for " in said
     # What it did last stays to be read.
@@ -128,7 +128,7 @@ def test_who_stops_where_others_may_wait_for_long_is_named_too(
     with pool_of_two(flags=flags, stderr=tmp_path, **how) as pool:
         assert exit_codes(pool, 0, 1) == [-signal.SIGKILL, 1]
     said = (tmp_path / "stderr_1").read_text()
-    assert "rank 1 ends: no rank got on for 5 s" in said
+    assert "rank 1 ends: no rank made progress for 5 s" in said
     assert "rank 0 (host " in said and "last seen at step 0, starting" in said
 
 

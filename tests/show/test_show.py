@@ -20,7 +20,7 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.report.ranks import Shares
 from sparse_lora_dist.report.run_data import read_run
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.show import checkpoint_table as checkpoint
 from sparse_lora_dist.show import peft_table as peft_adapter
 from sparse_lora_dist.show.show_command import as_text
@@ -205,12 +205,15 @@ def test_bytes_of_a_checkpoint_are_those_of_its_files(real: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (shutil.rmtree, "is no folder"),
+        (shutil.rmtree, "is not a folder"),
         (lambda a: (a / "adapter_config.json").unlink(), "neither an adapter"),
-        (lambda a: (a / "adapter_config.json").write_text("{"), r"adapter_config\.json is damaged"),
+        (
+            lambda a: (a / "adapter_config.json").write_text("{"),
+            r"adapter_config\.json is not valid JSON",
+        ),
         (
             lambda a: (a / "adapter_config.json").write_text('{"peft_type": "IA3"}'),
-            "not of a plain LoRA",
+            "the adapter is not plain LoRA",
         ),
         (lambda a: (a / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
         (
@@ -238,13 +241,13 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, spoil: Any, said: str) ->
         ({"lora_alpha": None}, "alpha of lora_alpha must be a number, got None"),
         ({"alpha_pattern": {"q_proj": "8"}}, "alpha of q_proj must be a number, got '8'"),
         ({"alpha_pattern": {"q_(proj": 8}}, "alpha_pattern is neither names nor a regular"),
-        ({"alpha_pattern": [8]}, "alpha_pattern must be names and their alphas"),
-        ({"use_dora": True}, "it has use_dora"),
-        ({"use_qalora": True}, "it has use_qalora"),
-        ({"use_bdlora": {"nblocks": 2}}, "it has use_bdlora"),
-        ({"alora_invocation_tokens": [1, 2]}, "it has alora_invocation_tokens"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "it has target_parameters"),
-        ({"kasa_config": {}, "monteclora_config": {"n": 1}}, "it has monteclora_config"),
+        ({"alpha_pattern": [8]}, "alpha_pattern must map names to numbers"),
+        ({"use_dora": True}, "has use_dora"),
+        ({"use_qalora": True}, "has use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "has use_bdlora"),
+        ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, "has target_parameters"),
+        ({"kasa_config": {}, "monteclora_config": {"n": 1}}, "has monteclora_config"),
     ],
 )
 def test_an_adapter_whose_update_is_not_b_a_is_refused(
@@ -258,7 +261,7 @@ def test_an_adapter_whose_update_is_not_b_a_is_refused(
 @pytest.mark.parametrize("other", ["lora_B.bias", "lora_magnitude_vector.weight", "lora_diag"])
 def test_a_tensor_that_changes_the_update_is_refused(tmp_path: Path, other: str) -> None:
     tensors = pair("0.q_proj") | {f"{PREFIX}0.q_proj.{other}": torch.ones(5)}
-    with pytest.raises(UserError, match=rf"no plain LoRA adapter: it holds .*{other}"):
+    with pytest.raises(UserError, match=rf"holds .*{other}, so it is not plain LoRA"):
         as_text(write_adapter(tmp_path / "a", tensors))
 
 
@@ -279,4 +282,4 @@ def test_the_program_prints_the_table_and_refuses_a_run_by_what_to_name(real: Pa
     assert shown.returncode == 0 and shown.stdout.startswith(f"adapter   {real}/adapter: LoRA of")
     assert len(shown.stdout.splitlines()) == 2 + len(found(real / "adapter")) + 1
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith(f"error: {real} is a run: name {real}/adapter")
+    assert refused.stderr.startswith(f"error: {real} is a run folder. Give {real}/adapter")

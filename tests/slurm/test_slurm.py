@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.fixtures.tiny_run import TinyRun
 from tests.slurm.cluster import REPOSITORY, Cluster, running_cluster, why_not
 

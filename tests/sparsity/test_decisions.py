@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.training.test_laws import flags
@@ -16,9 +16,9 @@ FIRST = "model.layers.0.self_attn.q_proj.lora_a"
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("master", f"step 6: entries of {FIRST} that do not train have changed on rank 1"),
+        ("master", f"step 6: entries of {FIRST} that are not trained have changed on rank 1"),
         # All ranks gather the same wrong part; only its owner can tell.
-        ("live copy", f"step 6: what forward uses of {FIRST} is not what rank 1 holds"),
+        ("live copy", f"step 6: the gathered copy of {FIRST} that forward uses has other zeros"),
         ("gathered", f"step 6: {FIRST} differs between rank 0 and rank 1"),
         ("decision", "step 6: the decision differs between rank 0 and rank 1"),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.config.test_ds_configs import engine_file
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
@@ -170,4 +170,4 @@ def test_a_gradient_that_is_not_finite_chooses_nothing(
 ) -> None:
     flags = words(tiny, tmp_path, method="shira", shira_support="snip", learning_rate=1e-3)
     told = ranks(1, "tests.work.writing:refusal_of_infinite", flags=flags)
-    assert "step 1: --method shira was to choose by a step that is not finite" in told[0]
+    assert "step 1: --method shira selects weights by the gradients" in told[0]

@@ -14,7 +14,7 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import RunContext, trained_specs
 from sparse_lora_dist.plan.forecast import forecast
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.show import checkpoint_table as show
 from tests.conftest import Ranks
 from tests.fixtures.reference import loss_of_batches, whole_model

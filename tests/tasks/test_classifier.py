@@ -264,7 +264,7 @@ def test_a_head_in_the_checkpoint_is_kept(ranks: Ranks, tmp_path: Path) -> None:
     tiny = with_head(tmp_path, {0: "ugly", 1: "bad", 2: "good"})
     flags = tiny.flags(tmp_path / "run", task="seq_cls", max_steps=1, learning_rate=1e-12)
     assert (
-        "classifier trained in full; values of the checkpoint"
+        "classifier trained in full; values of the base model"
         in ranks(1, "tests.work.run:train", flags=flags)[0]
     )
     ours = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -329,7 +329,7 @@ def test_data_that_do_not_fit_are_refused(ranks: Ranks, bert: TinyRun, tmp_path:
     assert "strange.jsonl:1: label 'odd' is none of the classes: bad, good, ugly" in said
     long = jsonl(tmp_path / "long.jsonl", *({"text": "a" * 99, "label": i} for i in range(2)))
     said = refusal(ranks, bert, tmp_path, data=long, eval_data="null", sequence_length=80)
-    assert "80 tokens, but the model has positions for 66" in said
+    assert "80 tokens, but the model has only 66 positions" in said
 
 
 def test_a_head_of_other_classes_is_refused(ranks: Ranks, tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_head_of_other_classes_is_refused(ranks: Ranks, tmp_path: Path) -> Non
     assert "its head has 2 classes (classifier.weight)" in said and "bad, good, ugly" in said
     other = with_head(tmp_path / "other", {0: "dog", 1: "cat", 2: "cow"})
     said = refusal(ranks, other, tmp_path)
-    assert "its head knows the classes dog, cat, cow" in said and "bad, good, ugly" in said
+    assert "its head is for the classes dog, cat, cow" in said and "bad, good, ugly" in said
 
 
 def test_models_that_the_task_does_not_suit_are_refused(

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 from torch import Tensor
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.work.growth import Watched, whole_masters

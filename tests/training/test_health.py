@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.shared.bit_masks import unpack_bits
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.training.bad_steps import ENOUGH, Health
 from sparse_lora_dist.training.step import StepResult
 from tests.config.test_ds_configs import engine_file

@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS

@@ -14,7 +14,7 @@ from sparse_lora_dist.export.export_options import load_request
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.shared.bit_masks import unpack
 from sparse_lora_dist.optim.learning_rate import LearningRate
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
@@ -284,20 +284,23 @@ BAD = {
     "target above": (["adalora_target_rank=5"], ["makes 70 components", "raise rank"]),
     "target below": (["adalora_target_rank=0.5"], ["adalora_target_rank must be at least 1"]),
     "another's": (["adalora_every=2", "method=lora"], ["belongs to method adalora"]),
-    "a support": (["method=shira", "rank=22"], ["22 makes 2,112 entries of its 2,048; take 21 or"]),
+    "a support": (
+        ["method=shira", "rank=22"],
+        ["22 makes 2,112 entries train", "has 2,048; take --rank 21"],
+    ),
     "sides": (["melora_blocks=7"], ["64", "7"]),
     "shapes": (["lorta_heads=2"], ["all linears must have one shape", "--target_modules q_proj,"]),
     "restarts": (
         ["mora_restarts=4"],
-        ["mora_restarts is 4, 5 stages, and the run has 4 steps", "4 stages fit"],
+        ["mora_restarts is 4, which makes 5 stages, but the run has 4 steps", "4 stages fit"],
     ),
     "links": (
         ["cola_links=9"],
-        ["cola_links is 9, 9 stages, and the run has 4 steps", "4 stages fit"],
+        ["cola_links is 9, which makes 9 stages, but the run has 4 steps", "4 stages fit"],
     ),
     "calibration": (
         ["method=shira", "shira_support=snip", "shira_calibration_steps=4"],
-        ["shira_calibration_steps is 4, and the run has 4 steps"],
+        ["shira_calibration_steps is 4, but the run has 4 steps"],
     ),
     "8 bits": (["moment_bits=16", "method=lora"], ["moment_bits must be one of 32, 8"]),
 }
@@ -340,8 +343,8 @@ def test_a_sparse_model_is_made_of_weights_that_are_there_and_without_dropout(
     for path in tiny.model.glob("*token*"):
         shutil.copyfile(path, quantized / path.name)
     for options, said in (
-        ({"model": quantized}, "has them in 4 bits already. Give the model that it was made from"),
-        ({"dropout": 0.1}, "--dropout 0.1 would bring back at random what"),
+        ({"model": quantized}, "is stored in 4 bits. Give the model it was quantised from"),
+        ({"dropout": 0.1}, "--dropout 0.1 would bring back at random the base weights"),
     ):
         flags = tiny.flags(tmp_path / "run", method=method, max_steps=20, **options)
         # Of a model in 4 bits the few bytes that say how are read when it is opened.
@@ -354,7 +357,7 @@ def test_a_pair_is_no_beginning_of_other_tensors(
 ) -> None:
     flags = tiny.flags(tmp_path / "run", method="mora", init_adapter=tmp_path)
     (message,) = ranks(1, "tests.work.run:refusal", flags=flags)
-    assert "--method mora cannot begin with: it trains mora_m. Use lora" in message
+    assert "--method mora cannot start from one: it trains mora_m. Use --method lora" in message
 
 
 def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(

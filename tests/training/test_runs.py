@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.optim.learning_rate import LearningRate
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import documents_of, loss_of_documents, whole_model
 from tests.fixtures.tiny_run import TinyRun
@@ -191,13 +191,13 @@ def test_tensorboard_holds_the_same_numbers(whole: Path) -> None:
 
 
 def test_wandb_offline_writes_on_rank_0_only(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
-    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_PROJECT": "our-project"}
     flags = tiny.flags(tmp_path, max_steps=2, trackers="wandb")
     ranks(2, TRAIN, flags=flags, environment=offline)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     (log,) = folder.glob("*.wandb")
     content = log.read_bytes()
-    for name in ("held_out_loss", "grad_norm", "live_entries"):
+    for name in ("held_out_loss", "grad_norm", "live_entries", "our-project"):
         assert name.encode() in content
     assert not (tmp_path / "tensorboard").exists()
 

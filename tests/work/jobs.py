@@ -6,7 +6,7 @@ from typing import Any
 
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.train import run
 
 

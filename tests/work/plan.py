@@ -47,7 +47,7 @@ def _real(job: Any) -> dict[str, int]:
 def copied_and_planned(flags: list[str]) -> tuple[int, int]:
     """Bytes that saving copies on this rank after a run, and of the plan's line for it."""
     job = finished_job(flags)
-    own, _ = save._copied(job.shards)
+    own, _ = save._copied_to_host(job.shards)
     copied = sum(t.nbytes for key, t in own.items() if not key.startswith("rng/"))
     return copied, _planned(load_config(flags)).get("saved_copy", 0)
 

@@ -13,14 +13,14 @@ from sparse_lora_dist import checkpoint
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import Stopped
 from sparse_lora_dist.runtime import stop_signals
-from sparse_lora_dist.training import step as loop
+from sparse_lora_dist.tasks import causal_lm
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.zero3.engine import Engine
 from tests.work.run import train
 
 POINTS: dict[str, tuple[Any, str]] = {
     "micro-batch": (Engine, "backward"),
-    "evaluation": (loop, "batch_loss"),  # training has its own reference to it
+    "evaluation": (causal_lm, "batch_loss"),  # training has its own reference to it
     "saving": (checkpoint.save, "_write"),
     "publishing": (Job, "_publish"),
     "after a step": (Job, "after_step"),
@@ -40,7 +40,7 @@ def stopped(flags: list[str], *, point: str, call: int, name: str, rank: int) ->
         calls += 1
         if calls == call and comm.rank() == rank:
             os.kill(os.getpid(), signal.Signals[name])
-            while stop_signals._wish is not None and stop_signals._wish.code == 0:
+            while stop_signals._request is not None and stop_signals._request.code == 0:
                 time.sleep(0.01)  # the listener has read it
         return usual(*args, **rest)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
 from tests.config.test_ds_configs import SHIPPED, USES, WATCHED, engine_file, numbers
 from tests.conftest import Ranks

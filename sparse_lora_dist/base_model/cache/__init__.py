@@ -1,1 +1,1 @@
-"""The 4-bit base kept on disk, so that later jobs load it faster."""
+"""Cache of the quantised base on disk (``--base_cache``), so that later jobs load it faster."""

@@ -1,10 +1,11 @@
-"""``--base_cache DIR``: the 4-bit base as an ordinary model folder that any number of ranks loads.
+"""``--base_cache DIR``: find the cache of the quantised base, which any number of ranks can load.
 
-    DIR/MODEL-KEY/    a checkpoint as bitsandbytes saves one, and what it was made of (``ABOUT``)
+    DIR/MODEL-KEY/    base files as transformers saves a model that bitsandbytes quantised, and
+                      base_cache.json, which describes what the cache was made from
 
-KEY is a hash of all that decides which bytes it holds; what of the weights goes into it are the
-headers of the files and samples of every tensor, since to read all of them is what a cache is to
-save. A folder gets this name once everything in it is on disk. ``cache_writer.py`` writes it.
+KEY is a hash of all that determines the cache's bytes. Of the weights it covers the headers of the
+files and samples of every tensor: reading all weights is what a cache is to save. A folder gets its
+name once all of it is synced to disk. ``writer.py`` writes it.
 """
 
 import hashlib
@@ -34,29 +35,29 @@ ABOUT = "base_cache.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseCache:
-    """The cache that belongs to this base, whether or not it is there yet."""
+    """The cache of one base, which may not have been written yet."""
 
     folder: Path
     made_of: dict[str, Any]
-    """What decides its bytes, by the name that a user knows it by."""
+    """What determines the bytes of the cache, under names for the user."""
     dates: dict[str, int]
-    """When each of the original files was changed, in ns."""
+    """Name of an original base file -> its modification time, in ns."""
     here: bool
-    """Does this node have it?"""
+    """True if this node has the cache, undamaged."""
     damaged: int | None
-    """The inode of its folder, where it is there and damaged."""
+    """Inode of the cache's folder if it is damaged, otherwise None."""
     files: CheckpointFiles | None
-    """Of the cache; None unless every node has it."""
+    """The opened files of the cache; None unless every node has it."""
     sources: Sources
-    """What it holds of the model."""
+    """Where the cache's files hold each parameter; empty where ``files`` is None."""
 
     @property
     def not_quantized(self) -> list[str]:
-        """Linears that it holds in the dtype of the files."""
+        """Names of the linear layers that are not quantised."""
         return list(self.made_of["unquantised modules"])
 
     def can_stay(self, place: Path) -> bool:
-        """Is what lies there complete, and not what was found damaged?"""
+        """Return True if ``place`` holds a complete cache, and not the one found damaged."""
         try:
             _open_files(place, self.made_of)
             return place.stat().st_ino != self.damaged
@@ -75,15 +76,20 @@ def find_cache(
     new: Collection[str],
     double_quant: bool,
 ) -> BaseCache:
-    """The cache of the base in ``folder``. Collective.
+    """Find the cache of a base. Collective.
 
     Args:
-        name: of the model, a hub id or a path.
-        keep: modules that are not quantised.
-        new: parameters that the checkpoint lacks.
+        directory: value of --base_cache.
+        name: hub id or path of the model.
+        folder: local folder of the model.
+        files: the opened base files.
+        module: the model on the meta device.
+        keep: names of modules that are not quantised.
+        new: names of parameters that the base files need not hold.
+        double_quant: True if scales are quantised too.
 
     Raises:
-        UserError: a node has none, and cannot write one.
+        UserError: a node has no cache, and ``directory`` cannot be written to.
     """
     found: tuple[dict[str, Any], dict[str, int]] | None = None
     with fail_together("looking for the cache of the base"):
@@ -104,7 +110,7 @@ def find_cache(
             _check_writable(directory)
     everyone = comm.gather_objects((opened is not None, damage))
     ready = all(has for has, _ in everyone)
-    _say_what_was_found(place, made_of, dates, [d for _, d in everyone if d], ready=ready)
+    _print_what_was_found(place, made_of, dates, [d for _, d in everyone if d], ready=ready)
     usable, sources = opened if ready and opened else (None, {})
     return BaseCache(
         folder=place,
@@ -120,10 +126,10 @@ def find_cache(
 def open_cache(
     place: Path, made_of: dict[str, Any], module: PreTrainedModel, new: Collection[str]
 ) -> tuple[CheckpointFiles, Sources] | None:
-    """A complete cache, None where there is none.
+    """Open the cache in the folder ``place``; None if there is no such folder. Not collective.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the cache is damaged.
     """
     if not place.exists():
         return None
@@ -133,18 +139,18 @@ def open_cache(
 
 def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
     if read_about(place).get("made_of") != made_of:
-        raise UserError(f"{place / ABOUT} is missing, damaged, or of something else")
+        raise UserError(f"{place / ABOUT} is missing or damaged, or describes another base")
     return CheckpointFiles(place)
 
 
 def read_about(place: Path) -> dict[str, Any]:
-    """What a cache says of itself; nothing where it is damaged."""
+    """Return the content of base_cache.json; an empty dict if it is missing or damaged."""
     try:
         about: dict[str, Any] = json.loads((place / ABOUT).read_text())
     except (OSError, ValueError):
         return {}
-    told = isinstance(about, dict) and isinstance(about.get("made_of"), dict)
-    return about if told else {}
+    valid = isinstance(about, dict) and isinstance(about.get("made_of"), dict)
+    return about if valid else {}
 
 
 def _linears(module: nn.Module, keep: Collection[str]) -> list[str]:
@@ -155,13 +161,13 @@ def _made_of(folder: Path, files: CheckpointFiles) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "config.json or shapes": identity(folder, files),
-        "weights": [hash_of_samples(files), *_hashes_of_the_hub(files)],
+        "weights": [hash_of_samples(files), *_hub_hashes(files)],
         "quantisation": f"nf4 in blocks of {nf4.BLOCK} and {nf4.NESTED_BLOCK}",
     }
 
 
-def _hashes_of_the_hub(files: CheckpointFiles) -> list[str]:
-    """A hub's own name of a file, to which its link leads, is a hash of all of it."""
+def _hub_hashes(files: CheckpointFiles) -> list[str]:
+    """Hashes of whole files, where they are links into the hub cache: those names are hashes."""
     links = sorted({e.file for e in files.entries.values() if e.file.is_symlink()})
     return [link.resolve().name for link in links]
 
@@ -178,31 +184,34 @@ def _check_writable(directory: Path) -> None:
         writable = False
     if not writable:
         raise UserError(
-            f"--base_cache {directory} is no folder that can be written to. Choose another, "
-            "or leave it out."
+            f"--base_cache {directory} is not a writable folder. Choose another folder, or leave "
+            "--base_cache out."
         )
 
 
-def _say_what_was_found(
+def _print_what_was_found(
     place: Path, made_of: dict[str, Any], dates: dict[str, int], damage: list[str], *, ready: bool
 ) -> None:
-    """Which way the load goes, and which caches it leaves alone."""
+    """Print on rank 0 whether the cache is used, and which similar caches are not and why."""
     if comm.rank() != 0:
         return
     if ready:
         print_line("cache", f"the base is read from {place}")
         if read_about(place).get("dates") != dates:
             print_line(
-                "", "the model's files have other dates than when it was made; samples of every"
+                "",
+                "the model's files have other dates than when the cache was written, but samples",
             )
-            print_line("", "tensor are the same. If you changed a few weights, remove that folder.")
+            print_line(
+                "", "of every tensor are the same. If you changed a few weights, remove the cache."
+            )
         return
     if damage:
-        print_line("cache", f"damaged, not used, to be replaced: {damage[0]}")
+        print_line("cache", f"it is damaged and not used, and will be replaced: {damage[0]}")
     name = place.name.rpartition("-")[0]
     for other in sorted(place.parent.iterdir()):
         theirs = read_about(other).get("made_of")
         if theirs and other != place and other.name.rpartition("-")[0] == name:
             differ = [k for k in made_of if theirs.get(k) != made_of[k]]
-            print_line("cache", f"{other} is not used: it has other {', other '.join(differ)}")
-    print_line("cache", f"there is none of this base yet: it will be written to {place}")
+            print_line("cache", f"{other} is not used: it differs in {', '.join(differ)}")
+    print_line("cache", f"this base has no cache yet, it will be written to {place}")

@@ -1,9 +1,9 @@
-"""What a cache of the base holds, written one linear at a time right after a base was loaded.
+"""Write a cache of the quantised base, one weight at a time, right after the base was loaded.
 
-Every rank takes part in gathering, one rank of every disk writes. A cache that cannot be written
-is a warning: the run goes on without.
+All ranks gather each weight, and one rank for each disk writes it. If a cache cannot be written,
+a warning is printed and the run goes on without it.
 
-Shapes: K tensors of the original files that a weight came from, E matrices of each.
+Shapes: K tensors of the original files that a weight was made from, E matrices of each.
 """
 
 import json
@@ -29,17 +29,17 @@ from sparse_lora_dist.base_model.safetensors_writer import (
     SafetensorsWriter,
     write_synced,
 )
-from sparse_lora_dist.base_model.weight_map import COMPONENTS, STATE, Sources
+from sparse_lora_dist.base_model.weight_map import STATE, STATE_TENSORS, Sources
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.zero3.parameters import gathered
 
 COMPUTE_DTYPE = torch.bfloat16
-"""What bitsandbytes is to dequantise to; we do as the run's precision says."""
+"""dtype that bitsandbytes dequantises to when it loads the cache. Runs use --precision instead."""
 BLOCK_BYTES = 2**25
-"""Bytes of an original file that are copied at a time."""
+"""Bytes of an original file that are copied in one go."""
 SMALL_PARTS = 2**11
-"""Bytes of a quantised tensor's codes and state, at most."""
+"""Upper bound of the bytes of a quantised tensor's code tables and state."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class CachedWeight:
     """A weight that the model holds in 4 bits."""
 
     source: Source
+    """Where the original files hold it."""
     layout: nf4.Layout
     packed: nn.Parameter
     scales: nn.Parameter
@@ -59,12 +60,21 @@ def write_cache(
     files: CheckpointFiles,
     sources: Sources,
 ) -> None:
-    """Write the base that ``model`` holds; ``folder``, ``files`` and ``sources`` are those it was
-    loaded from. Collective."""
+    """Write the cache of the base that ``model`` holds. Collective.
+
+    A failure to write is printed as a warning and not raised.
+
+    Args:
+        cache: from ``find_cache``.
+        model: the loaded model, sharded.
+        folder: local folder of the model that it was loaded from.
+        files: the opened base files.
+        sources: where these hold each parameter.
+    """
     held = list(_cached_weights(model, sources))
     quantized = {key for h in held for key in h.source.keys}
     plain = {key: entry for key, entry in files.entries.items() if key not in quantized}
-    parts = ("", STATE + "nf4", *COMPONENTS)
+    parts = ("", STATE + "nf4", *STATE_TENSORS)
     names = [*plain, *(key + part for key in quantized for part in parts)]
     header_bytes = sum(len(json.dumps(name)) + ABOUT_ONE for name in names)
     needed = sum(h.layout.packed_bytes + h.layout.scale_bytes for h in held)
@@ -75,7 +85,7 @@ def write_cache(
         own.begin(token, needed=needed, header_bytes=header_bytes)
     if any(comm.gather_objects(own.out is not None)):
         own.do(lambda out: _copy(plain, files, out))
-        comm.barrier()  # patient, as gathers are not
+        comm.barrier()  # its timeout is a day; that of the gathers below is far shorter
         for weight in held:
             with gathered([weight.packed, weight.scales]):
                 own.do(lambda out, weight=weight: _save(weight, out))  # type: ignore[misc]
@@ -84,7 +94,9 @@ def write_cache(
     everyone = comm.gather_objects((own.out is not None, own.problem))
     problems = [problem for _, problem in everyone if problem]
     if problems:
-        print_line("warning", f"--base_cache: it was not written, training goes on: {problems[0]}")
+        print_line(
+            "warning", f"--base_cache was not written, training goes on without it: {problems[0]}"
+        )
     elif any(written for written, _ in everyone):
         print_line("cache", f"the base was written to {cache.folder}")
 
@@ -103,13 +115,13 @@ def _cached_weights(model: nn.Module, sources: Sources) -> Iterator[CachedWeight
 
 
 def _copy(plain: Mapping[str, Entry], files: CheckpointFiles, out: SafetensorsWriter) -> None:
-    """What is not quantised, as the files have it."""
+    """Copy the tensors that are not quantised from the original files."""
     for key, entry in plain.items():
         out.add(key, entry.dtype, entry.shape, files.raw(entry, BLOCK_BYTES))
 
 
 def _save(weight: CachedWeight, out: SafetensorsWriter) -> None:
-    """A gathered weight under the names it has in the original files."""
+    """Write a gathered weight under the names that it has in the original files."""
     packed, scales = (p.data.view(torch.uint8).cpu() for p in (weight.packed, weight.scales))
     for name, tensor in saved_tensors(packed, scales, weight.layout, weight.source):
         out.add_tensor(name, tensor)
@@ -118,11 +130,17 @@ def _save(weight: CachedWeight, out: SafetensorsWriter) -> None:
 def saved_tensors(
     packed: Tensor, scales: Tensor, layout: nf4.Layout, source: Source
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) as bitsandbytes saves a quantised weight, from its bytes as ``layout`` has
-    them."""
+    """Yield the tensors, by name, as which bitsandbytes saves a quantised weight.
+
+    Args:
+        packed: uint8, packed bytes of the whole weight; padding at the end is allowed.
+        scales: uint8, bytes of its scales; padding at the end is allowed.
+        layout: layout of the weight.
+        source: its names and shapes in the original files.
+    """
     count = len(source.keys)
     packed_K = packed[: layout.packed_bytes].view(count, -1, 1)
-    # Aligned, since ZeRO-3 may gather to an odd place.
+    # Cloned to be aligned: ZeRO-3 may gather to an unaligned address.
     scales = scales[: layout.scale_bytes].clone()
     sizes = [4 * layout.num_nested, 4 * layout.count] if layout.double_quant else []
     *nested_and_offset, absmax = scales.split([*sizes, layout.scale_bytes - sum(sizes)])
@@ -157,14 +175,15 @@ def _named(
     for part, tensor in state.as_dict(packed=True).items():
         if part.startswith("quant_state"):
             about = unpack_tensor_to_dict(tensor)
-            if len(offset_E) > 1:  # a stack of experts has one each
+            if len(offset_E) > 1:  # each expert of a stack has its own
                 about["nested_offset"] = offset_E
             tensor = _padded(pack_dict_to_tensor(about))
         yield f"{key}.{part}", tensor
 
 
 def _padded(text: Tensor) -> Tensor:
-    """JSON with spaces after it, so that the tensor that follows in the file begins aligned."""
+    """Pad JSON with spaces to a multiple of 8 bytes, so that the next tensor in the file is
+    aligned."""
     spaces = text.new_full((-text.numel() % 8,), ord(" "))
     return torch.cat([text, spaces])
 
@@ -172,7 +191,7 @@ def _padded(text: Tensor) -> Tensor:
 def _describe(
     out: SafetensorsWriter, cache: BaseCache, model: PreTrainedModel, folder: Path
 ) -> None:
-    """All but the tensors."""
+    """Finish the safetensors files, and write config.json and base_cache.json."""
     out.finish()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = BitsAndBytesConfig(

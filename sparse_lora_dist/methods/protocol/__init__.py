@@ -1,1 +1,1 @@
-"""The records of functions that a method fills in."""
+"""Records of data and functions that a method fills in: `Method`, `Form` and `Rewriting`."""

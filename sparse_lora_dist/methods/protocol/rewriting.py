@@ -1,4 +1,7 @@
-"""When a method writes tensors of its sites anew, and what it may know for it.
+"""Rewriting: whole tensors of a site are computed anew at some steps, one site at a time.
+
+`write` and `measure` run on rank 0 only, and all ranks take its result: two ranks could round
+differently, or give a singular vector another sign, and slices of two such results do not fit.
 
 Shapes: O out_features, I in_features, N rows of a step, S sites, K measures a site.
 """
@@ -14,62 +17,71 @@ from sparse_lora_dist.methods.protocol.form import Site, Tensors
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Whole:
-    """A site while all of it is there."""
+    """Site with all its tensors gathered on rank 0."""
 
     site: Site
+    """Linear that is rewritten."""
     index: int
-    """Of the site among all."""
+    """Index of the site among all sites, in the model's order."""
     step: int
-    """The optimizer steps that are done."""
+    """Number of optimizer steps done; 0 before the first."""
     tensors: Tensors
-    """In fp32 what it trains, all components; what is kept, as it is."""
+    """Trained tensors in fp32 with all components, kept tensors in their own dtype, and drawn
+    tensors."""
     scale: float
+    """Scale of the site's delta."""
     weight_OI: Callable[[], Tensor]
-    """The base's, in fp32, made anew at each call."""
+    """() -> base weight, fp32 [O, I], dequantised anew at each call."""
     generator: torch.Generator
-    """For what is drawn, seeded by run, site and step; on the CPU."""
+    """CPU generator for random values, seeded by run, site and step."""
     squares_I: Tensor | None = None
-    """Running mean of the squares of each feature of its input, float64."""
+    """Running mean of the squared input features, float64 [I]. None: none collected yet."""
     gradient_OI: Tensor | None = None
-    """Of the step's loss by the base's weight, fp32."""
+    """Gradient of the step's loss by the base weight, fp32 [O, I]. None: not collected."""
     rows_NI: Tensor | None = None
-    """The mean input of each row of the step, fp32, in the order of the stream."""
+    """Mean input of each row of the step, fp32 [N, I], in the order of the data. None: not
+    collected."""
     measures_SK: Tensor | None = None
-    """What ``measure`` said of every site, float64."""
+    """Results of ``Rewriting.measure`` for all sites, float64 [S, K] on the CPU. None: not
+    measured."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewritten:
-    """What is not named stays as it was."""
+    """New content of a site. Tensors that are not named do not change."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Trained or kept ones of this site, whole; not shared ones."""
+    """Trained or kept tensors of this site by short name, whole; shared tensors are not allowed."""
     computed: tuple[int, ...] | None = None
-    """The components that it computes from now on, all of them open."""
+    """Components that forward computes from now on, all of them open. None: no change."""
     log_values: Mapping[str, float] = field(default_factory=dict)
-    """What the log says of it, in the mean over sites."""
+    """Numbers for the metrics; the mean over all sites is logged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewriting:
-    """All of it sees whole tensors of a site at a time, on rank 0, whose answer all ranks take."""
+    """Schedule and functions of a method that rewrites whole tensors. Called by `Rewriter`."""
 
     at: Callable[[int], bool]
-    """Is it done after this step? 0: before the first."""
+    """step -> True if sites are rewritten after this step; step 0 is before the first. Called after
+    each optimizer step. Runs: global."""
     write: Callable[[Whole], Rewritten]
+    """whole -> new content of the site. Called for one site after another. Runs: rank 0."""
     measure: Callable[[Whole], Tensor] | None = None
-    """K numbers of every site, before any is written."""
+    """whole -> K numbers, float64 [K]. Called for all sites before the first is written. Runs: rank
+    0. None: nothing is measured."""
     resets_moments: bool = False
-    """Do all moments start anew after it? The learning rate goes on as it was."""
+    """True: Adam's moments of all entries are reset after it; the learning rate is unaffected."""
     says: bool = False
-    """Are its log_values told on the screen too?"""
+    """True: log_values are printed on the screen too."""
     reads_weight: bool = True
-    """Does it ask for the base's weight?"""
+    """True: the base weight is gathered, and ``Whole.weight_OI`` may be called."""
     squares_decay: float | None = None
-    """Of the running mean of squared inputs: this much of the old one stays at each step, and all
-    of the first. None: it is not taken."""
+    """Decay rate of the running mean of squared inputs, in [0, 1); the first step counts in full.
+    None: squares are not collected."""
     collects_gradient: Callable[[int, int], bool] | None = None
-    """(step, index of a site) -> is the gradient by its base's weight taken in this step? It is
-    held in shares, in fp32."""
+    """(step, site index) -> True if the gradient by the base weight is collected in this step, in
+    fp32, sharded. Called before the forward of each step. Runs: global. None: never."""
     collects_rows: Callable[[int], bool] | None = None
-    """step -> are mean inputs of its rows taken?"""
+    """step -> True if the mean inputs of the step's rows are collected. Called before the forward
+    of each step. Runs: global. None: never."""

@@ -50,8 +50,9 @@ def warmed_up_stages(
     most = total_steps // max(1, warmup_steps)
     if num_stages > most:
         raise ValueError(
-            f"{asked}, {num_stages} stages, and the run has {total_steps} steps: a stage needs at "
-            f"least 1, and warmup_steps ({warmup_steps}); {most} stages fit"
+            f"{asked}, which makes {num_stages} stages, but the run has {total_steps} steps and a "
+            f"stage needs at least {max(1, warmup_steps)} (warmup_steps is {warmup_steps}): at "
+            f"most {most} stages fit"
         )
     return equal_stages(total_steps, num_stages)
 

@@ -17,7 +17,9 @@ def k_largest(scores: Tensor, k: int) -> Tensor:
     """
     scores_N = scores.flatten()
     if scores_N.isnan().any():
-        raise FloatingPointError("a score is NaN")
+        raise FloatingPointError(
+            "importance scores contain NaN: lower --learning_rate, or check the base weights"
+        )
     if not 0 < k < len(scores_N):
         return torch.full_like(scores, k > 0, dtype=torch.bool)
     threshold = scores_N.kthvalue(len(scores_N) - k + 1).values

@@ -1,2 +1,2 @@
-"""ZeRO-3 played back on shapes alone: which parameters are whole when, and what a step
+"""Simulation of ZeRO-3 on shapes alone: which parameters are gathered when, and what a step
 allocates."""

@@ -1,8 +1,8 @@
-"""How much of the model is whole on a rank at a time, and how much crosses the network: DeepSpeed's
-own rules of fetching, prefetching and releasing (runtime/zero/partitioned_param_coordinator.py),
-played through one micro-batch.
+"""Simulation of ZeRO-3's gathers in one micro-batch: how much of the model is gathered on a rank at
+once, and how much crosses the network.
 
-Lengths count elements of ZeRO-3 parameters.
+It follows DeepSpeed's rules of fetching, prefetching and releasing in
+runtime/zero/partitioned_param_coordinator.py. Sizes are elements of ZeRO-3 parameters.
 """
 
 from collections import deque
@@ -14,54 +14,63 @@ from sparse_lora_dist.plan.playback.parameters import PlannedParameter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:
-    """What an engine file sets; the defaults are DeepSpeed's."""
+    """Limits on gathered parameters, in elements; the defaults are DeepSpeed's."""
 
     prefetch: int = 50_000_000
+    """stage3_prefetch_bucket_size: most elements of one prefetch."""
     live: int = 1_000_000_000
+    """stage3_max_live_parameters: most gathered elements for which prefetching goes on."""
     reuse: int = 1_000_000_000
+    """stage3_max_reuse_distance: a parameter used again within so many elements is not released."""
     persistent: int = 100_000
+    """stage3_param_persistence_threshold: parameters up to this size stay gathered."""
     one_by_one: bool = False
-    """Does every parameter come in an exchange of its own (stage3_allgather_sequential)?"""
+    """stage3_allgather_sequential: is every parameter gathered in an all-gather of its own?"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gathered:
-    """Of one micro-batch."""
+    """What one micro-batch gathers, in elements."""
 
     peak: int
-    """Elements that are whole at a time, at most, and the buffers they come in."""
+    """Most elements that are gathered at once, with the buffers of all-gathers."""
     received: int
-    """Elements gathered, own share included: frozen ones."""
+    """Elements of frozen parameters that are gathered, the rank's own shard included."""
     received_trained: int
-    """The same of trained ones."""
+    """Elements of trained parameters that are gathered, the rank's own shard included."""
 
 
 @dataclass
 class _Group:
-    """Parameters that come in one exchange; their buffer lives until all have been asked for."""
+    """Parameters of one all-gather; its buffer is freed when all of them have been used."""
 
     size: int
     waiting: set[str]
+    """Parameters not used yet, and "" for a buffer that exists beside what was copied out of it."""
     split: bool = False
+    """Have the parameters been copied out of the buffer, or did they need none?"""
 
 
 Visit = tuple[str, bool]
-"""(module, does it begin?)"""
+"""(module, True before it runs and False after it ran)."""
 
 
 @dataclass
 class _Coordinator:
+    """DeepSpeed's PartitionedParameterCoordinator, with sizes in place of tensors."""
+
     sizes: Mapping[str, int]
     of_module: Mapping[str, Sequence[str]]
     order: Sequence[str]
-    """Modules as they begin, forward and backward."""
+    """Modules in the order in which they run, forward and backward."""
     bounds: Bounds
     step: int = 0
     available: set[str] = field(default_factory=set)
-    flying: dict[str, _Group] = field(default_factory=dict)
-    active: set[str] = field(default_factory=set)
+    in_flight: dict[str, _Group] = field(default_factory=dict)
     counted: int = 0
+    """Elements that DeepSpeed counts against ``bounds.live``: without buffers."""
     whole: int = 0
+    """Elements gathered now, with buffers."""
     peak: int = 0
     received: dict[str, int] = field(default_factory=dict)
 
@@ -70,11 +79,10 @@ class _Coordinator:
         self.fetched_for: dict[str, int] = {}
 
     def fetch(self, module: str) -> None:
-        """Before a module runs."""
+        """Gather what ``module`` needs before it runs, and prefetch for later ones."""
         wanted = self.of_module[module]
-        self._gather([p for p in wanted if p not in self.available and p not in self.flying])
+        self._gather([p for p in wanted if p not in self.available and p not in self.in_flight])
         for name in wanted:
-            self.active.add(name)
             self._wait(name)
         new = {p for p in wanted if self.fetched_for.get(p, -1) < self.step}
         while self.queue and new:
@@ -91,7 +99,7 @@ class _Coordinator:
         while self.queue and size < room:
             name, used = self.queue.popleft()
             self.fetched_for[name] = max(self.fetched_for.get(name, -1), used)
-            if name not in self.available and name not in self.flying and name not in chosen:
+            if name not in self.available and name not in self.in_flight and name not in chosen:
                 chosen.append(name)
                 size += self.sizes[name]
         self._gather(chosen)
@@ -101,29 +109,29 @@ class _Coordinator:
             return
         group = _Group(size=sum(self.sizes[n] for n in names), waiting=set(names))
         for name in names:
-            self.flying[name] = group
+            self.in_flight[name] = group
             self.received[name] = self.received.get(name, 0) + self.sizes[name]
-        # One alone comes to its place; several are cut out of a buffer.
+        # A single parameter is gathered in place; several are copied out of one buffer.
         group.split = self.bounds.one_by_one or len(names) == 1
         self.counted += group.size
         self._add(group.size)
 
     def _wait(self, name: str) -> None:
-        group = self.flying.get(name)
+        group = self.in_flight.get(name)
         if group is None:
             return
         if not group.split:
             group.split = True
-            group.waiting.add("")  # the buffer stands beside what was cut out of it
+            group.waiting.add("")  # the buffer exists beside the copies
             self._add(group.size)
-        del self.flying[name]
+        del self.in_flight[name]
         group.waiting.discard(name)
         self.available.add(name)
         if group.waiting == {""}:
             self._add(-group.size)
 
     def release(self, module: str) -> None:
-        """After it ran: what is not used again soon goes."""
+        """Release what ``module`` used, unless it is used again within ``bounds.reuse``."""
         going = {p for p in self.of_module[module] if self.fetched_for.get(p, -1) <= self.step}
         passed = 0
         for later in self.order[self.step :]:
@@ -133,7 +141,6 @@ class _Coordinator:
                 going.discard(name)
                 passed += self.sizes[name]
         for name in self.of_module[module]:
-            self.active.discard(name)
             if name in going and name in self.available:
                 self.available.discard(name)
                 self.counted -= self.sizes[name]
@@ -153,13 +160,15 @@ def gathered(
     ties: Sequence[tuple[str, str]] = (),
     checkpointing: bool,
 ) -> Gathered:
-    """Of a micro-batch that finds persistent parameters (``bounds``) whole already.
+    """Simulate the gathers of one micro-batch, with persistent parameters gathered before.
 
     Args:
-        layers: the name under which the model's layers lie, each of which is run again in backward
-            where activations are checkpointed.
-        once: modules that have no backward.
-        ties: (module, parameter that it uses too): the output head comes last, as it does here.
+        parameters: all parameters of the model, in its order.
+        layers: name of the list of the model's layers, such as "model.layers".
+        bounds: the limits of the engine file.
+        once: names of modules that are not gathered for backward.
+        ties: (module, name of a parameter of another module that it uses too), for the output head.
+        checkpointing: whether each layer runs again in backward.
     """
     moving = [p for p in parameters if p.numel > bounds.persistent]
     sizes = {p.name: p.numel for p in moving}
@@ -190,7 +199,8 @@ def gathered(
 def _visits(
     modules: Sequence[str], once: Collection[str], layers: str, checkpointing: bool
 ) -> list[Visit]:
-    """Forward, then backward; layer by layer once more forward before, with checkpointing."""
+    """Order of modules: forward, then backward. With checkpointing, each layer runs forward again
+    before its backward."""
     parts: dict[str, list[str]] = {}
     for module in modules:
         if module in once:
@@ -207,7 +217,7 @@ def _visits(
 
 
 def _adapted_first(modules: Sequence[str]) -> list[str]:
-    """So that reversed, an adapted linear begins before the linear in it."""
+    """Put an adapter after its base linear, so that in reversed order it begins before it."""
     swapped = list(modules)
     for i, module in enumerate(modules[:-1]):
         if module.endswith(".") and module == f"{modules[i + 1]}.":
@@ -216,7 +226,7 @@ def _adapted_first(modules: Sequence[str]) -> list[str]:
 
 
 def _pass(modules: Sequence[str]) -> list[Visit]:
-    """Each begins and ends; what carries an adapter ends after the linear in it."""
+    """Visits of one pass. An adapter ("q_proj.") ends after its base linear ("q_proj")."""
     visits: list[Visit] = []
     for i, module in enumerate(modules):
         visits.append((module, True))

@@ -1,4 +1,4 @@
-"""A Llama in place of an architecture that cannot be looked into."""
+"""A Llama of the same sizes, in place of an architecture that cannot be planned."""
 
 from typing import Any
 
@@ -18,11 +18,14 @@ OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
 
 
 def as_llama(config: Any, problem: str) -> LlamaConfig:
-    """One of the sizes in ``config``, a mapping or an object.
+    """Make a LlamaConfig with the sizes in ``config``, a mapping or an object.
+
+    Args:
+        problem: why a Llama is needed; error messages begin with it.
 
     Raises:
-        UserError: ``problem``, the fields that are needed, those that are there, those that are
-            missing or no numbers above 0; or why these are no Llama's.
+        UserError: if sizes are missing or invalid; it names the fields that are needed, those that
+            the config has, and those that are missing.
     """
 
     def read(name: str) -> Any:
@@ -32,12 +35,15 @@ def as_llama(config: Any, problem: str) -> LlamaConfig:
     missing = [name for name in NEEDED if name not in got]
     if missing:
         raise UserError(
-            f"--model: {problem}. A plan for it needs {', '.join(NEEDED)} in config.json "
-            f"(and {', '.join(OPTIONAL)} where they are not as usual); "
-            f"got {', '.join(got) or 'none of them'}; missing are {', '.join(missing)}."
+            f"--model: {problem}. To plan it as a Llama, config.json must have "
+            f"{', '.join(NEEDED)} as integers above 0 (optional: {', '.join(OPTIONAL)}). "
+            f"It has {', '.join(got) or 'none of them'}; "
+            f"missing or invalid: {', '.join(missing)}."
         )
     sizes = {name: read(name) for name in (*NEEDED, *OPTIONAL)}
     try:
         return LlamaConfig(**{name: size for name, size in sizes.items() if size is not None})
     except (StrictDataclassError, ValueError, ArithmeticError) as error:
-        raise UserError(f"--model: {problem}, and its sizes are no Llama's: {error}") from error
+        raise UserError(
+            f"--model: {problem}, and its sizes do not make a Llama: {error}"
+        ) from error

@@ -1,10 +1,10 @@
-"""A training step on shapes alone: the real modules forward and backward on the meta device, where
-tensors have sizes and no bytes, with every storage booked while it lives.
+"""A training step on the meta device, with every tensor storage counted while it exists.
 
-So what autograd keeps is counted, not derived: the model is transformers', linears and adapters are
-ours, checkpointing is torch's. Layers are alike, so a model of two layers and one of four give the
-rest. What a meta device cannot run is asked for with less; the last resort is an error that says
-what failed.
+What autograd keeps is therefore measured, not derived: the model is transformers', linears and
+adapters are this project's, checkpointing is torch's. Models of two and of four layers are run, and
+the model's own number of layers is extrapolated from them. What the meta device cannot run
+(attention kernels, dequantisation, random numbers) is replaced by operations with the same memory;
+a model that cannot run for other reasons raises its own error.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features.
 """
@@ -32,60 +32,61 @@ from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Method
 
 FEW, MORE = 2, 4
-"""Layers of the two models that are run."""
+"""Numbers of layers of the two models that are run."""
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMemory:
-    """Bytes of one micro-batch on one rank, weights not counted."""
+    """Bytes of activations and temporaries of one micro-batch on one rank, without weights."""
 
     kept: float
-    """Alive between forward and backward."""
+    """Bytes that exist between forward and backward."""
     forward: float
-    """The most at any time of forward, what is kept included."""
+    """Peak bytes of forward, ``kept`` included."""
     backward: float
-    """The same of backward."""
+    """Peak bytes of backward, ``kept`` included."""
 
 
-class _Ledger(TorchDispatchMode):
-    """Books every storage that an operation makes, until it is freed."""
+class _StorageMeter(TorchDispatchMode):
+    """Counts the bytes of every storage that an operation makes, until it is freed."""
 
     def __init__(self, known: Collection[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
-        self._booked: dict[int, Any] = {}
+        self._tracked: dict[int, Any] = {}
         for tensor in known:
-            self.see(tensor, counts=False)
+            self.track(tensor, counts=False)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self.see(leaf, counts=True)
+                self.track(leaf, counts=True)
         return out
 
-    def see(self, tensor: Tensor, *, counts: bool) -> None:
+    def track(self, tensor: Tensor, *, counts: bool) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes() if counts else 0
-        if key in self._booked:
+        if key in self._tracked:
             return
-        self._booked[key] = weakref.finalize(storage, self._free, key, size)
+        self._tracked[key] = weakref.finalize(storage, self._free, key, size)
         self.alive += size
         self.peak = max(self.peak, self.alive)
 
     def _free(self, key: int, size: int) -> None:
-        self._booked.pop(key, None)
+        self._tracked.pop(key, None)
         self.alive -= size
 
 
 @contextmanager
 def _attention_of_kernels() -> Iterator[None]:
-    """The meta device knows the formula with all T x T scores only; what runs on a CPU or GPU
-    keeps query, key, value, output, and a number for each row of the scores.
+    """Replace attention by a kernel that keeps what kernels on a CPU or GPU keep.
 
-    Not a TorchFunctionMode: it would not be there when checkpointing runs a layer again.
+    These keep query, key, value, output and one number per row of the scores; on the meta device,
+    torch falls back to the formula with all T x T scores. This is not a TorchFunctionMode, because
+    that would not be active when checkpointing runs a layer again.
     """
     formula = F.scaled_dot_product_attention
     setattr(F, "scaled_dot_product_attention", _attention)  # noqa: B010
@@ -106,15 +107,15 @@ def _attention(
 ) -> Tensor:
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     if attn_mask is not None:
-        # Kernels want a mask of numbers, which is made for each layer, and kept.
+        # Kernels need a float mask, which is made in each layer and kept for backward.
         attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)
         attn_mask = attn_mask.expand(query.shape[0], -1, query.shape[-2], key.shape[-2])
     out: Tensor = kernel(query, key, value, is_causal=is_causal, attn_mask=attn_mask)[0]
     return out
 
 
-class _ShapeLinear(FrozenLinear):
-    """A quantised linear: what dequantising it holds, for as long as that lasts."""
+class _MetaLinear(FrozenLinear):
+    """A quantised linear whose ``weight_OI`` allocates what dequantisation does."""
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         blocks = self.in_features * self.out_features // BLOCK
@@ -124,8 +125,8 @@ class _ShapeLinear(FrozenLinear):
         return weight_OI
 
 
-class _ShapeSeeds(RowSeeds):
-    """Dropout's masks without a generator, of which the meta device has none."""
+class _MetaSeeds(RowSeeds):
+    """Dropout masks without a random generator, which the meta device does not have."""
 
     def keep_mask(
         self, x_MTI: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float
@@ -148,18 +149,28 @@ def step_memory(
     dropout: float,
     packed: bool,
 ) -> StepMemory:
-    """Of the body of ``model``, which is on the meta device and stays as it is; the head and the
-    loss are left out. ``trained`` names the modules trained in full.
+    """Measure a step of the model's body, without its output head and the loss.
+
+    Args:
+        model: a model on the meta device; it is copied, not changed.
+        sites: linears that carry adapters.
+        method: the method, which gives the form of each adapter.
+        rows: rows of the micro-batch (M).
+        tokens: tokens of a row (T).
+        trained: names of modules trained in full.
+        checkpointing: whether activations are checkpointed.
+        dropout: dropout of the adapters' inputs.
+        packed: whether rows hold several documents, so that an attention mask is passed.
 
     Raises:
-        RuntimeError, ValueError, ...: what the model raises where shapes are not enough for it.
+        Exception: whatever the model raises if it cannot run on the meta device.
     """
     num_layers = len(layers_of(model)[1])
     found = []
     counts = sorted({min(FEW, num_layers), min(MORE, num_layers)})
     for count in counts:
         few = _first_layers(model, count)
-        _dress(few, sites, method, dropout, tokens, trained)
+        _inject(few, sites, method, dropout, tokens, trained)
         few.train()
         if checkpointing:
             few.gradient_checkpointing_enable(
@@ -170,7 +181,7 @@ def step_memory(
 
 
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the layers: the list that holds most of the parameters."""
+    """Name and list of the model's layers: the ModuleList with most parameters, or ("", empty)."""
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         return "", nn.ModuleList()
@@ -191,7 +202,7 @@ def _extrapolated(found: list[StepMemory], counts: list[int], num_layers: int) -
 
 
 def _first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A copy with so many layers."""
+    """A copy of the model with its first ``count`` layers."""
     name, layers = layers_of(model)
     if not name:
         return copy.deepcopy(model)
@@ -207,7 +218,7 @@ def _first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
     return few
 
 
-def _dress(
+def _inject(
     model: PreTrainedModel,
     sites: Sequence[Site],
     method: Method,
@@ -215,15 +226,15 @@ def _dress(
     tokens: int,
     trained: Collection[str],
 ) -> None:
-    """Frozen linears and adapters where a run has them; nothing else wants a gradient."""
+    """Replace linears by frozen ones, with adapters at ``sites``, and freeze the rest."""
     model.requires_grad_(False)
-    seeds = _ShapeSeeds(seed=0, sequence_length=tokens)
+    seeds = _MetaSeeds(seed=0, sequence_length=tokens)
     chosen = {site.name: site for site in sites}
     for name, module in list(model.named_modules()):
         if name in trained:
             module.requires_grad_(True)
         elif is_plain_linear(module):
-            new: nn.Module = _ShapeLinear(
+            new: nn.Module = _MetaLinear(
                 module.in_features, module.out_features, module.weight, module.bias
             )
             if name in chosen:
@@ -232,11 +243,11 @@ def _dress(
             setattr(model.get_submodule(parent), leaf, new)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # As DeepSpeed does, once it has put the gradient into its bucket.
-            parameter.register_post_accumulate_grad_hook(_forget_gradient)
+            # DeepSpeed, too, frees a gradient once it has copied it to its bucket.
+            parameter.register_post_accumulate_grad_hook(_free_gradient)
 
 
-def _forget_gradient(parameter: Tensor) -> None:
+def _free_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
@@ -262,10 +273,10 @@ def _run(body: nn.Module, rows: int, tokens: int, *, packed: bool) -> StepMemory
     mask = torch.zeros(rows, 1, tokens, tokens, dtype=torch.bool, device=META)
     inputs = {"input_ids": ids_MT, "attention_mask": mask}
     known = [*body.parameters(), *body.buffers(), ids_MT]
-    with _Ledger(known) as ledger, _attention_of_kernels():
-        ledger.see(mask, counts=packed)
+    with _StorageMeter(known) as meter, _attention_of_kernels():
+        meter.track(mask, counts=packed)
         out = body(**inputs)[0]
-        kept, forward = ledger.alive, ledger.peak
-        ledger.peak = ledger.alive
+        kept, forward = meter.alive, meter.peak
+        meter.peak = meter.alive
         torch.autograd.backward(out, torch.empty_like(out))
-        return StepMemory(kept=kept, forward=forward, backward=ledger.peak)
+        return StepMemory(kept=kept, forward=forward, backward=meter.peak)

@@ -1,7 +1,7 @@
-"""What a rank holds of every parameter, before there is one: the loader's walk over a meta model.
+"""Sizes of all ZeRO-3 parameters of a run, listed from a model on the meta device.
 
-Lengths count elements of ZeRO-3 parameters, in the engine's dtype: two or four packed bytes wear
-one.
+Sizes are elements in the engine's dtype; packed bytes are stored as such elements, two bytes in one
+element of a 16-bit dtype and four in one of fp32.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -21,32 +21,36 @@ from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Method
 
 Kind = Literal["packed", "scales", "plain", "embeddings", "rest", "kept", "trained"]
-"""plain: linears that stay in the engine's dtype, the output head among them; rest: norms, biases
-and whatever else there is; kept: of adapters, what never trains; trained: the rest of them, and
-modules trained in full."""
+"""What a parameter is.
+
+packed and scales: 4-bit weights and their block scales; plain: linears that are not quantised, such
+as the output head; rest: norms, biases and others; kept: tensors of adapters that never train;
+trained: tensors of adapters that train, and modules trained in full.
+"""
 
 
 FILE_ITEMSIZE = 2
-"""Bytes of a weight in the checkpoint: bf16 or fp16."""
+"""Bytes per weight in base files that hold floats: bf16 or fp16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Saved:
-    """How bitsandbytes quantised a checkpoint."""
+class SavedQuantization:
+    """How bitsandbytes quantised the base files."""
 
     double_quant: bool
+    """Are block scales quantised to 8 bits?"""
     skipped: tuple[str, ...]
-    """Modules that it left as they were, by whole names, or ends of them after a dot."""
+    """Modules that are not quantised, by their names or by the ends of their names after a dot."""
 
     @classmethod
-    def of(cls, config: PreTrainedConfig) -> "Saved | None":
-        """What config.json says of it; None where it holds floats."""
-        said = getattr(config, "quantization_config", None)
-        if said is None:
+    def of(cls, config: PreTrainedConfig) -> "SavedQuantization | None":
+        """Read it from config.json; None if the base files hold floats."""
+        found = getattr(config, "quantization_config", None)
+        if found is None:
             return None
         return cls(
-            double_quant=bool(said.get("bnb_4bit_use_double_quant", False)),
-            skipped=tuple(said.get("llm_int8_skip_modules") or ()),
+            double_quant=bool(found.get("bnb_4bit_use_double_quant", False)),
+            skipped=tuple(found.get("llm_int8_skip_modules") or ()),
         )
 
 
@@ -56,22 +60,23 @@ class PlannedParameter:
 
     name: str
     module: str
-    """Which fetches it; an adapted linear's tensors come with the linear's name and a dot."""
+    """Module that gathers it; for an adapter's tensors, the name of its linear and a dot."""
     kind: Kind
     numel: int
+    """Elements of the whole parameter, in the engine's dtype."""
     in_file: int = 0
-    """Weights of the checkpoint that it is made from."""
+    """Number of weights in the base files that it is made from."""
     file_bytes: int = 0
-    """Of them there."""
+    """Bytes of these weights in the base files."""
 
     @property
     def sparse(self) -> bool:
-        """Does the method decide on it? Modules trained in full have no statistics and live
-        whole."""
+        """Does the method decide on it? It does not on modules trained in full: all their entries
+        are live, and they have no statistics."""
         return self.kind == "trained" and self.module.endswith(".")
 
     def share(self, world_size: int) -> int:
-        """Elements that a rank holds, the same on all: shares are rounded up."""
+        """Elements of a rank's shard: the same on all ranks, rounded up."""
         return -(-self.numel // world_size)
 
 
@@ -84,12 +89,19 @@ def planned_parameters(
     quantize: bool,
     double_quant: bool,
     dtype: torch.dtype,
-    saved: Saved | None = None,
+    saved: SavedQuantization | None = None,
 ) -> list[PlannedParameter]:
-    """Every parameter that ``ShardLoader`` and ``inject`` would make, in the model's order.
+    """List every parameter that ``ShardLoader`` and ``inject`` would make, in the model's order.
 
     Args:
-        saved: how the checkpoint is in 4 bits already; None where it holds floats.
+        model: a model on the meta device.
+        sites: linears that carry adapters.
+        method: the method, which gives the form of each adapter.
+        trained: names of modules trained in full.
+        quantize: whether linears are quantised to 4 bits.
+        double_quant: whether block scales are quantised to 8 bits, if the run quantises.
+        dtype: the engine's dtype.
+        saved: how the base files are quantised already; None if they hold floats.
     """
     skipped = saved.skipped if saved else ()
     double_quant = saved.double_quant if saved else double_quant
@@ -134,7 +146,7 @@ def planned_parameters(
 
 
 def ties(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """(module, name of a parameter that it shares with a module before it)."""
+    """Tied parameters: (module, name of the parameter of an earlier module that it shares)."""
     first: dict[int, str] = {}
     found = []
     for name, module in model.named_modules():
@@ -150,7 +162,7 @@ def _is_under(name: str, outer: str) -> bool:
 
 
 def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
-    """Weights of linears, and of experts, which lie in one tensor of three axes."""
+    """Are weights of this kind quantised? Those of linears and (one 3-D tensor) of experts are."""
     if is_plain_linear(module):
         return leaf == "weight" and not is_head
     parameter = module.get_parameter(leaf)
@@ -197,5 +209,9 @@ def _kind(module: nn.Module, leaf: str, trained: bool) -> Kind:
 
 
 def shard_bytes(parameters: Sequence[PlannedParameter], world_size: int, itemsize: int) -> int:
-    """Bytes that a rank holds of these, padding included."""
+    """Bytes of one rank's shards of ``parameters``, padding included.
+
+    Args:
+        itemsize: bytes per element of the engine's dtype.
+    """
     return sum(p.share(world_size) for p in parameters) * itemsize

@@ -1,0 +1,73 @@
+"""Files of one JSON object a line (JSON Lines), which a resumed run goes on with."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.system.atomic_files import write_whole
+
+Record = Mapping[str, float | int | str]
+"""One line of ``metrics.jsonl``; ``step`` is its x axis."""
+
+
+class JsonLines:
+    """A file of one JSON object a line, each with its ``step``.
+
+    Only rank 0 writes; on other ranks the methods do nothing. Not a collective.
+    """
+
+    def __init__(self, path: Path, *, last_step: int | None) -> None:
+        """Open the file and remove the records after the step that a resumed run starts from.
+
+        Args:
+            path: the file; it is created by the first record.
+            last_step: last step whose records are kept; None removes all records.
+        """
+        self.path, self._failed = path, False
+        if comm.rank() == 0 and path.exists():
+            records = [
+                r for r in read_records(path) if last_step is not None and r["step"] <= last_step
+            ]
+            write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Append one record; nan and infinity, which JSON does not have, become null.
+
+        A write error is reported once and ends the file, not the run: a run can do without its
+        metrics, but not without its checkpoints.
+        """
+        if comm.rank() > 0 or self._failed:
+            return
+        finite = {k: v if _is_json(v) else None for k, v in record.items()}
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(finite) + "\n")
+        except OSError as error:
+            self._failed = True
+            print_line(
+                "warning",
+                f"{error}: {self.path.name} is not written any more, from step {record['step']} on",
+            )
+
+
+def _is_json(value: object) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON Lines file, in order; a last line that a crash cut short is left out.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records

@@ -1,0 +1,123 @@
+"""Experiment trackers (TensorBoard, W&B, MLflow ...), through the classes of accelerate.tracking.
+
+Only rank 0 has trackers, and it has its own process group already, so accelerate's state of
+processes (``PartialState``) is never made: it might start a group of its own, select a device or
+set environment variables.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import tracking
+from accelerate.logging import MultiProcessAdapter
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
+
+from sparse_lora_dist.errors import UserError
+
+PROJECT = "sparse_lora_dist"
+"""Project or experiment of a run, for trackers that need one and were given none."""
+
+
+class _LocalLogger(MultiProcessAdapter):  # type: ignore[misc]
+    """A logger for the trackers: accelerate's own raises without a ``PartialState``, also for
+    messages below the log level."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        self.logger.log(level, msg, *args, **kwargs)
+
+
+def start_trackers(
+    names: Sequence[str],
+    folder: Path,
+    config: Mapping[str, object],
+    *,
+    last_step: int | None,
+    run_ids: Mapping[str, str],
+) -> list[GeneralTracker]:
+    """Start trackers. For rank 0 only; not a collective.
+
+    Args:
+        names: keys of accelerate's ``LOGGER_TYPE_TO_CLASS``.
+        folder: the run folder; its name is the name of the run.
+        config: options of the run, which the trackers show.
+        last_step: step that a resumed run starts from; None for a new run.
+        run_ids: ids by which trackers know a resumed run, by name of the tracker.
+
+    Raises:
+        UserError: the package of a tracker is not installed.
+    """
+    tracking.logger = _LocalLogger(logging.getLogger(tracking.__name__), {})
+    trackers = []
+    for name in names:
+        tracker = _build(name, folder, config, last_step, run_ids.get(name))
+        tracker.main_process_only = False  # True asks a PartialState for the rank
+        try:
+            tracker.start()
+        except ImportError as error:
+            raise UserError(
+                f"--trackers {name} needs a package that is not installed ({error}). "
+                f"Install it: pip install {name}"
+            ) from error
+        # W&B has its config since start(); TensorBoard would show it as a run of its own.
+        if name not in ("tensorboard", "wandb") and name not in run_ids:
+            tracker.store_init_configuration({k: _plain(v) for k, v in config.items()})
+        trackers.append(tracker)
+    return trackers
+
+
+def run_id(tracker: GeneralTracker) -> str | None:
+    """The id by which a resumed run goes on as the same run of this tracker; None if the tracker
+    cannot: the resumed run is then a new one to it."""
+    if tracker.name == "wandb":
+        return str(tracker.tracker.id)
+    if tracker.name == "mlflow":
+        return str(tracker.tracker.info.run_id)
+    return None
+
+
+def log_histograms(
+    trackers: Sequence[GeneralTracker], step: int, values: Mapping[str, Sequence[int]]
+) -> None:
+    """Add histograms to TensorBoard, by tag; other trackers have no call for them in common."""
+    for tracker in trackers:
+        if tracker.name == "tensorboard":
+            for tag, numbers in values.items():
+                tracker.tracker.add_histogram(tag, torch.tensor(numbers), step)
+
+
+def _build(
+    name: str, folder: Path, config: Mapping[str, object], last_step: int | None, own_id: str | None
+) -> GeneralTracker:
+    """The tracker, not started, with its files in ``folder`` where it writes any."""
+    tracker_class = LOGGER_TYPE_TO_CLASS[name]
+    if name == "tensorboard":  # its events lie in logging_dir/name
+        first_step = 0 if last_step is None else last_step + 1
+        return tracker_class(name, logging_dir=str(folder), purge_step=first_step)
+    if name == "wandb":
+        return tracker_class(
+            None,  # the project: W&B then takes WANDB_PROJECT
+            dir=str(folder),
+            config=dict(config),
+            name=folder.name,
+            id=own_id,
+            resume="allow",
+            settings={"silent": True},
+        )
+    if name == "mlflow":
+        return tracker_class(PROJECT, run_name=folder.name, run_id=own_id)
+    if name == "dvclive":
+        return tracker_class(dir=str(folder / name), resume=last_step is not None)
+    if name == "trackio":
+        return tracker_class(PROJECT, name=folder.name)
+    if name in ("comet_ml", "swanlab"):  # their project comes from the environment, as W&B's
+        return tracker_class(None)
+    if tracker_class.requires_logging_directory:
+        return tracker_class(folder.name, logging_dir=str(folder))
+    return tracker_class(folder.name)
+
+
+def _plain(value: object) -> object:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
