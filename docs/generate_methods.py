@@ -45,9 +45,9 @@ optimizer steps. The optimizer state is AdamW's two fp32 moments, 8 bytes an ent
 `--moment_bits 8` it is 2 bytes, and a scale per 256 entries. Besides, every trained entry takes one
 bit, and every live entry 2 bytes while live entries have different birth steps. Methods that start
 dense have their peak at the start. Measured bytes are in
-[state_bytes.md](../../benchmarks/results/state_bytes.md), step times in
-[step_time.md](../../benchmarks/results/step_time.md), and losses of all methods in
-[family.md](../../benchmarks/results/family.md).
+[state_bytes.md](../results/state_bytes.md), step times in
+[step_time.md](../results/step_time.md), and losses of all methods in
+[family.md](../results/family.md).
 
 | method | optimizer state | statistics | exports as |
 |---|---|---|---|

@@ -10,7 +10,7 @@ import pytest
 
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.methods import METHODS
-from sparse_lora_dist.run_folder.metrics_log import read_records
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 
