@@ -80,6 +80,13 @@ def test_examples_parse(page: Path) -> None:
         yaml.safe_load(text)
 
 
+def test_files_that_the_pages_name_exist() -> None:
+    files = {f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.py")}
+    for page in PAGES:
+        for name in re.findall(r"`(\w[\w.-]*/[\w./-]*\.py)`", page.read_text()):
+            assert any(file.endswith(f"/{name}") for file in files), f"{page.name}: {name}"
+
+
 def texts_of(source: str) -> Iterator[str]:
     """The texts of a file, implicit concatenations and the parts of f-strings joined."""
     for node in ast.walk(ast.parse(source)):
