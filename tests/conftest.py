@@ -10,6 +10,7 @@ A marker is never set by hand: the first three follow from the fixtures that a t
 unit test that starts a process or writes a model fails.
 """
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,9 @@ from tests.smoke import is_smoke
 
 if TYPE_CHECKING:
     from tests.fixtures.tiny_run import TinyRun
+
+# One thread a test process: pytest runs as many of them as there are cores, on small tensors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 Ranks = Callable[..., list[Any]]
 

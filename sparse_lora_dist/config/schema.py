@@ -28,6 +28,7 @@ WORDS = {
     str: "text",
     type(None): "null",
 }
+LISTS = {int: "a list of whole numbers", float: "a list of finite numbers"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,7 +170,7 @@ def describe(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if get_origin(hint) is tuple:
-        return "a list of finite numbers" if float in arguments else "a list of names"
+        return LISTS.get(arguments[0], "a list of names")
     return WORDS.get(hint, str(hint))
 
 

@@ -283,6 +283,7 @@ def test_a_job_killed_while_it_writes_leaves_nothing_that_is_used(
         assert_same_base(rank, found[0])
 
 
+@pytest.mark.usefixtures("processes")
 def test_only_what_is_surely_left_over_is_removed(tmp_path: Path) -> None:
     host, dead = os.uname().nodename, subprocess.Popen(["true"])
     dead.wait()

@@ -169,6 +169,7 @@ def test_whole_runs_do_not_depend_on_ranks_or_checkpointing(
     assert _losses(one)[-1] < _losses(one)[0] - 0.01
 
 
+@pytest.mark.usefixtures("model_on_disk")
 def test_a_router_draws_no_noise(tmp_path: Path) -> None:
     """It would be another on every rank."""
     config = read_config(save_family(tmp_path, "mixtral"), trust_remote_code=False)

@@ -72,6 +72,7 @@ def test_a_number_without_a_run_names_the_array(tmp_path: Path, number: str) -> 
         load_grid([grid(tmp_path, "rank: [8, 16]"), number])
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_program_lists_all_runs_or_prints_one(tmp_path: Path) -> None:
     command = [sys.executable, "launcher/grid.py", "slurm/grid.yaml"]
     listed, one = (

@@ -71,6 +71,12 @@ def test_help_texts_can_be_read_alone() -> None:
     assert [fault for text in texts for fault in faults(*text)] == []
 
 
+def test_help_texts_of_methods_can_be_read_alone() -> None:
+    texts = method_texts()
+    assert len(texts) > 70
+    assert [fault for text in texts for fault in faults(*text)] == []
+
+
 @pytest.mark.parametrize(
     "text", ["The same in its second.", "what it is.", "How many.", "Of the run.", "Weight of it."]
 )

@@ -258,6 +258,7 @@ ENGINES = [
 ]
 
 
+@pytest.mark.usefixtures("model_on_disk")
 @pytest.mark.parametrize("engine", ENGINES, ids=["all live", "little live"])
 def test_more_ranks_never_need_more(tmp_path: Path, engine: PlannedEngine) -> None:
     of = small(tmp_path)
@@ -265,6 +266,7 @@ def test_more_ranks_never_need_more(tmp_path: Path, engine: PlannedEngine) -> No
     assert needs == sorted(needs, reverse=True)
 
 
+@pytest.mark.usefixtures("model_on_disk")
 @pytest.mark.parametrize("engine", ENGINES, ids=["all live", "little live"])
 def test_what_saves_never_needs_more(tmp_path: Path, engine: PlannedEngine) -> None:
     ranks = Ranks(world_size=4)
@@ -298,6 +300,7 @@ def test_the_smallest_number_of_ranks_fits_and_one_less_does_not(llama_70b: Shap
     assert smallest_world(llama_70b, engine, ranks, Limits(gpu=10**9, host=None)) is None
 
 
+@pytest.mark.usefixtures("model_on_disk")
 @pytest.mark.parametrize(
     ("nodes", "hpz", "batch"), [(1, 1, 0), (4, 1, 0), (2, 4, 0), (2, 3, 0), (2, 1, 4)]
 )
@@ -381,6 +384,7 @@ def test_a_prefetched_head_stands_beside_its_buffer() -> None:
     assert gathered([layer, norm, head], "", single, checkpointing=False).peak <= 112
 
 
+@pytest.mark.usefixtures("model_on_disk")
 def test_a_tied_head_is_gathered_and_computed_like_one_of_its_own(tmp_path: Path) -> None:
     sizes = {"hidden_size": 96, "num_hidden_layers": 6, "intermediate_size": 160}
     found = {}
@@ -472,6 +476,7 @@ def test_architectures_are_planned_from_config_alone(
     assert {p.kind for p in experts} <= {"packed", "scales"}
 
 
+@pytest.mark.usefixtures("model_on_disk")
 def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path) -> None:
     """torch's saved_tensors_hooks on the real model, on the CPU, with real numbers."""
 
@@ -797,6 +802,7 @@ def test_a_runs_own_options_are_a_plan(tmp_path: Path) -> None:
     assert found.config.adapter.rank == 8
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_program_prints_json_and_draws(tmp_path: Path, two_layers: str) -> None:
     picture = tmp_path / "plan.png"
     words = ["launcher/plan.py", "--model", two_layers, "--json", "--plot", str(picture)]

@@ -137,6 +137,7 @@ def test_every_page_of_the_menu_exists() -> None:
 
 
 @pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("processes")
 @pytest.mark.parametrize("number", range(len(EXAMPLES)))
 def test_an_example_runs_as_it_stands(number: int, tmp_path: Path) -> None:
     for name in ("assets", "ds_configs"):

@@ -495,6 +495,7 @@ def test_what_is_wrong_is_named_with_its_file_and_line(run: Path, spoil: Any, sa
         read_run(run)
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_program_ends_with_status_2_and_one_line(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "launcher/report.py"), str(tmp_path / "none")]
     ended = subprocess.run(command, capture_output=True, text=True)

@@ -225,6 +225,7 @@ def shell(folder: Path, num_labels: int = 2) -> Any:
     )
 
 
+@pytest.mark.usefixtures("model_on_disk")
 def test_a_new_head_is_drawn_as_transformers_does_and_the_same_everywhere(tmp_path: Path) -> None:
     save_base(tmp_path, "bert", hidden_size=128, initializer_range=0.05)
     model, files = shell(tmp_path), CheckpointFiles(tmp_path)
@@ -243,6 +244,7 @@ def test_a_new_head_is_drawn_as_transformers_does_and_the_same_everywhere(tmp_pa
     assert not torch.equal(other(0, 128 * 128), weight)
 
 
+@pytest.mark.usefixtures("model_on_disk")
 def test_norms_of_the_first_berts_are_found_by_their_old_names(tmp_path: Path) -> None:
     save_base(tmp_path, "bert-with-pooler")
     tensors = load_file(tmp_path / "model.safetensors")
@@ -355,7 +357,7 @@ def test_models_that_the_task_does_not_suit_are_refused(
 
 
 def test_options_of_another_task_are_refused_at_once(bert: TinyRun, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="a row is one example with one label: leave packing out"):
+    with pytest.raises(ConfigError, match="a row holds one example with one label: leave packing out"):
         load_config(bert.flags(tmp_path, task="seq_cls", packing=True))
     with pytest.raises(ConfigError, match="text_pair_field belongs to task seq_cls"):
         load_config(bert.flags(tmp_path, text_pair_field="second"))

@@ -34,6 +34,7 @@ def extra_bytes(gaps: str) -> int:
     return int(done.stdout.split()[-1])
 
 
+@pytest.mark.usefixtures("processes")
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's heap")
 def test_gaps_between_shares_do_not_stay() -> None:
     reads = NUMBER * READ
