@@ -47,7 +47,7 @@ bit, and every live entry 2 bytes while live entries have different birth steps.
 dense have their peak at the start. Measured bytes are in
 [state_bytes.md](../results/state_bytes.md), step times in
 [step_time.md](../results/step_time.md), and losses of all methods in
-[family.md](../../benchmarks/results/family.md).
+[family.md](../results/family.md).
 
 | method | optimizer state | statistics | exports as |
 |---|---|---|---|

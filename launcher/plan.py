@@ -1,4 +1,4 @@
-"""Plan the memory, traffic and time of a run from the model's config. ``--help`` lists the common options.
+"""Plan the memory, traffic and time of a run. ``--help`` lists the common options.
 
 python launcher/plan.py --model assets/plans/llama-3-70b --world_size 8 --gpu_memory 24GB
 """

@@ -1,5 +1,6 @@
 """The documentation: links lead somewhere, examples parse, those of docs/python.md run."""
 
+import ast
 import json
 import os
 import re
@@ -77,6 +78,32 @@ def test_examples_parse(page: Path) -> None:
         json.loads(text)
     for text in blocks(page, "yaml"):
         yaml.safe_load(text)
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    files = {f"/{path.relative_to(ROOT)}" for path in ROOT.rglob("*.py")}
+    for page in PAGES:
+        for name in re.findall(r"`(\w[\w.-]*/[\w./-]*\.py)`", page.read_text()):
+            assert any(file.endswith(f"/{name}") for file in files), f"{page.name}: {name}"
+
+
+def texts_of(source: str) -> Iterator[str]:
+    """The texts of a file, implicit concatenations and the parts of f-strings joined."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.JoinedStr):
+            parts = [part.value for part in node.values if isinstance(part, ast.Constant)]
+            yield " ... ".join(str(part) for part in parts)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def test_troubleshooting_quotes_texts_that_the_package_has() -> None:
+    files = (ROOT / "sparse_lora_dist").rglob("*.py")
+    texts = " | ".join(text for file in files for text in texts_of(file.read_text()))
+    rows = re.findall(r"^\| (.+?) \|", (DOCS / "troubleshooting.md").read_text(), re.MULTILINE)
+    quoted = [text for row in rows for text in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 15
+    assert [text for text in quoted if text not in texts] == []
 
 
 def test_readme_stays_short() -> None:
