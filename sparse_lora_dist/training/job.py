@@ -265,7 +265,8 @@ class Job:
         else:
             self.attempts.end("finished", self.progress.step)
         if comm.rank() == 0:
-            rows = read_records(self.metrics.path)
+            # No file: a checkpoint resumed into another folder with no step left to train.
+            rows = read_records(self.metrics.path) if self.metrics.path.exists() else []
             print_summary(
                 self.config,
                 self.feed,

@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sparse_lora_dist.config.schema import known_options
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.usefixtures("processes")
 def test_the_page_of_options_is_that_of_the_code() -> None:
     """Mended by ``python docs/generate_options.py > docs/options.md``."""
     command = [sys.executable, "docs/generate_options.py"]

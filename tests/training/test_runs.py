@@ -155,6 +155,16 @@ def test_resume_from_a_named_checkpoint_into_a_new_folder(
     assert exact(rows_of(tmp_path / "b")) == exact(rows_of(tmp_path / "a"))[3:]
 
 
+def test_a_checkpoint_resumed_into_a_new_folder_without_a_step_left_is_exported(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    ranks(1, TRAIN, flags=tiny.flags(tmp_path / "a", max_steps=4, save_every=2))
+    resume = {"resume": tmp_path / "a" / "checkpoints" / "step_00000002", "stop_after": 2}
+    (said,) = ranks(1, TRAIN, flags=tiny.flags(tmp_path / "b", max_steps=4, **resume))
+    assert (tmp_path / "b" / "adapter" / "adapter_model.safetensors").exists()
+    assert "no step was logged" in said
+
+
 def test_a_finished_run_resumed_only_exports_again(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
