@@ -134,18 +134,22 @@ def wait_for_another_build(folder: Path) -> None:
     if lock.exists():
         print_line(
             "note",
-            f"waiting for another job's build of DeepSpeed's {folder.name}; if no other job runs, "
-            f"delete {lock}",
+            f"waiting for another job that builds DeepSpeed's {folder.name}. If no other job runs, "
+            f"delete {lock}.",
         )
     elif not list(folder.glob("*.so")):
-        print_line("note", f"compiling DeepSpeed's {folder.name}: takes minutes, once a machine")
+        print_line(
+            "note",
+            f"compiling DeepSpeed's {folder.name}. This takes minutes, once for each machine.",
+        )
     while lock.exists():
         with suppress(FileNotFoundError):  # a running build creates and removes files
             quiet_s = time.time() - max(f.stat().st_mtime for f in folder.iterdir())
             if quiet_s > QUIET_S:
                 lock.unlink()
                 print_line(
-                    "note", f"{lock} was left by a build that was killed: deleted, building again"
+                    "note",
+                    f"{lock} was left by a build that was killed. It was deleted to build again.",
                 )
         time.sleep(0.1)
 
