@@ -84,8 +84,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     """
     if not (folder / "config.json").exists():
         raise UserError(
-            f"--model {folder} is not a folder with a config.json. Give a folder that was saved by "
-            "save_pretrained."
+            f"--model {folder} has no config.json. Give a folder that was saved by save_pretrained."
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(

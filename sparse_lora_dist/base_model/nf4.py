@@ -179,8 +179,11 @@ def quantize(w_N: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tenso
 
 
 def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor]:
-    """Yield parts of ``w_N``, cut at the ends of matrices, and on a CPU also every ``CHUNK``
-    weights."""
+    """Yield the parts of ``w_N`` that are quantised in one call each.
+
+    It is cut at the ends of matrices, and on a CPU also after every ``CHUNK`` weights. ``start`` is
+    the position of its first weight in the whole weight.
+    """
     while w_N.numel():
         rest = layout.matrix_numel - start % layout.matrix_numel
         size = min(w_N.numel(), rest, CHUNK if w_N.device.type == "cpu" else rest)
@@ -265,7 +268,7 @@ def absmax_of(scales: Tensor, layout: Layout, matrix: int = 0) -> Tensor:
 
 
 def dynamic_map(device: torch.device) -> Tensor:
-    """Return bitsandbytes' signed 8-bit code table, a fp32 tensor of shape [256].
+    """Return bitsandbytes' signed 8-bit code table, an fp32 tensor of shape [256].
 
     The tensor is shared with bitsandbytes, which caches it.
     """

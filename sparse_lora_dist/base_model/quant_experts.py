@@ -30,8 +30,7 @@ class Matrix:
     bias: nn.Parameter | None = None
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantised matrix [O, I] in ``dtype``. Valid only while ZeRO-3 has the stack
-        gathered."""
+        """Return the matrix [O, I], dequantised to ``dtype``, while ZeRO-3 has it gathered."""
         packed, scales = self.packed.data.view(torch.uint8), self.scales.data.view(torch.uint8)
         return nf4.dequantize(packed, scales, self.layout, dtype, self.index)
 
@@ -92,6 +91,7 @@ class QuantExperts(nn.Module):
         return y_TI
 
     def _times(self, x_TI: Tensor, name: str, expert: int) -> Tensor:
+        """Return ``x_TI`` times the transposed weight of one expert in the stack ``name``."""
         layout = self.layouts[name]
         count = layout.count // self.num_experts
         matrices = [self.matrix(name, expert * count + i) for i in range(count)]

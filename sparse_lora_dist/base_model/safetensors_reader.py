@@ -266,6 +266,14 @@ def read_header(file: Path) -> dict[str, Entry]:
 def _entries(
     file: Path, header: dict[str, dict[str, list[int]]], data_start: int, size: int
 ) -> dict[str, Entry]:
+    """Return the tensors of one file by name, after checking their positions.
+
+    Args:
+        file: path of the file.
+        header: decoded header of the file.
+        data_start: byte offset in the file from which the header counts.
+        size: size of the file in bytes.
+    """
     entries = {}
     for name, about in header.items():
         if name == "__metadata__":

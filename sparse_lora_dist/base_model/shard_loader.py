@@ -126,7 +126,15 @@ class ShardLoader:
         keep: Collection[str],
         train: Collection[str],
     ) -> Iterator[_Job]:
-        """Yield the jobs that load the module's own parameters, without those of its children."""
+        """Yield the jobs that load a module's own parameters, without those of its children.
+
+        Args:
+            model: the whole model.
+            name: name of the module in the model.
+            module: the module.
+            keep: names of linear layers that are not quantised.
+            train: names of modules that are trained in full.
+        """
         if isinstance(module, nn.Linear) and is_plain_linear(module) and name not in train:
             yield from self._linear(model, name, module, quantize=name not in keep)
         elif is_experts(module) and self._in_4_bits(f"{name}.down_proj"):
@@ -287,14 +295,15 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return True for nn.Linear itself, and False for its subclasses, which may compute something
-    else."""
+    """Return True for nn.Linear itself. Its subclasses may compute something else."""
     return type(module) is nn.Linear
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return True for an experts module of transformers that has just the two weight stacks
-    gate_up_proj and down_proj, each a 3-D parameter."""
+    """Return True for an experts module of transformers.
+
+    Its parameters are the two weight stacks gate_up_proj and down_proj, both 3-D, and no other.
+    """
     weights = dict(module.named_parameters(recurse=False))
     return weights.keys() == set(EXPERT_WEIGHTS) and all(w.dim() == 3 for w in weights.values())
 

@@ -275,6 +275,14 @@ def _is_complete(state: Mapping[str, Any]) -> bool:
 def _packed(
     name: str, keys: Sequence[str], states: Sequence[Mapping[str, Any]], files: CheckpointFiles
 ) -> Packed:
+    """Return where the files hold a weight in 4 bits, after checking that its format is supported.
+
+    Args:
+        name: name of the weight in the model, for messages.
+        keys: names in the files of the tensors that make the weight, in order.
+        states: bitsandbytes' description of each of these tensors.
+        files: the opened base files.
+    """
     first = states[0]
     *stack, rows, columns = first["shape"]
     layout = nf4.Layout(

@@ -162,6 +162,7 @@ def open_cache(
 
 
 def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
+    """Open the files of a cache. Raise UserError if it was not made from ``made_of``."""
     if read_about(place).get("made_of") != made_of:
         raise UserError(f"{place / ABOUT} is missing, is damaged, or describes another base.")
     return CheckpointFiles(place)
@@ -189,6 +190,7 @@ def _linears(module: nn.Module, keep: Collection[str]) -> list[str]:
 
 
 def _made_of(folder: Path, files: CheckpointFiles) -> dict[str, Any]:
+    """Return the part of ``BaseCache.made_of`` that depends on the original base files."""
     return {
         "format": FORMAT,
         "config.json or shapes": identity(folder, files),

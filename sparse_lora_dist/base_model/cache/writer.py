@@ -124,7 +124,7 @@ def _copy(plain: Mapping[str, Entry], files: CheckpointFiles, out: SafetensorsWr
 
 
 def _save(weight: CachedWeight, out: SafetensorsWriter) -> None:
-    """Write a gathered weight under the names that it has in the original files."""
+    """Write a gathered weight to the cache, under the names that it has in the original files."""
     packed, scales = (p.data.view(torch.uint8).cpu() for p in (weight.packed, weight.scales))
     for name, tensor in saved_tensors(packed, scales, weight.layout, weight.source):
         out.add_tensor(name, tensor)
@@ -174,6 +174,14 @@ def saved_tensors(
 def _named(
     key: str, packed: Tensor, state: bnb.QuantState, offset_E: list[float]
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for the packed bytes of a weight and for each tensor of its state.
+
+    Args:
+        key: name of the weight in the original files.
+        packed: packed bytes of the weight.
+        state: bitsandbytes' description of the weight.
+        offset_E: offset of each matrix; empty without double quantisation.
+    """
     yield key, packed
     for part, tensor in state.as_dict(packed=True).items():
         if part.startswith("quant_state"):
@@ -185,8 +193,10 @@ def _named(
 
 
 def _padded(text: Tensor) -> Tensor:
-    """Pad JSON with spaces to a multiple of 8 bytes, so that the next tensor in the file is
-    aligned."""
+    """Return JSON text padded with spaces to a multiple of 8 bytes.
+
+    So the next tensor in the file is aligned.
+    """
     spaces = text.new_full((-text.numel() % 8,), ord(" "))
     return torch.cat([text, spaces])
 
