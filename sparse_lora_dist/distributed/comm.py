@@ -110,6 +110,7 @@ def _check_devices() -> None:
 
 
 def _join(launch: Launch) -> None:
+    """Create the default process group, with gloo for CPU tensors and NCCL for GPU tensors."""
     store = None
     if launch.world_size == 1:
         # A group of one rank needs no port, so two runs on a machine cannot collide.
@@ -363,6 +364,8 @@ class Store:
 
 
 def store_is_in_rank_0() -> bool:
-    """Return True if rank 0's process serves the store, False if torchrun's agent does. Not
-    collective."""
+    """Return True if rank 0's process serves the key-value store. Not collective.
+
+    Under torchrun its agent may serve the store instead.
+    """
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

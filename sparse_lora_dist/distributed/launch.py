@@ -159,8 +159,8 @@ class LauncherVariables:
         return self.environ[name]
 
     def number(self, name: str) -> int:
-        """Return the value of variable ``name``. Raises UserError unless it is a whole number from
-        0."""
+        """Return the value of variable ``name``, a whole number from 0. Raises UserError if it is
+        anything else."""
         if not self.text(name).isdecimal():
             raise UserError(f"{name}={self.text(name)!r} must be a whole number from 0. {ADVICE}")
         return int(self.text(name))
