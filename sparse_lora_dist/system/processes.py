@@ -73,8 +73,10 @@ def _pid_namespace() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """Return the start time in clock ticks since boot, 0 for a zombie, or None if /proc does not
-    show the PID."""
+    """Return the start time of a process in clock ticks since boot.
+
+    Returns 0 for a zombie, and None if /proc does not show the PID.
+    """
     # Not psutil's create_time: that is a date, and changes when the host's clock is set.
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
