@@ -181,9 +181,9 @@ def _check_task(config: PretrainedConfig, task: str) -> None:
     has_decoder = config.is_encoder_decoder or getattr(config, "is_decoder", False)
     if task == "causal_lm" and has_masked_lm and not has_decoder:
         raise UserError(
-            f"--model is of type {config.model_type}, an encoder with bidirectional attention, so "
-            "it cannot be trained as a causal language model. Train it as a classifier (--task "
-            "seq_cls), or choose a decoder model."
+            f"{config.model_type} is an encoder with bidirectional attention, so this --model "
+            "cannot be trained as a causal language model. Train it as a classifier with "
+            "--task seq_cls, or choose a decoder model."
         )
 
 
