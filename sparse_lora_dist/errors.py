@@ -1,9 +1,8 @@
-"""Exceptions that end a run without a fault of the program: user errors, stop requests, lost
-peers."""
+"""Exceptions that end a run without a bug: user errors, requests to stop, lost ranks."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: options, files, the environment.
+    """Raised for a mistake in what the user gave: options, files or environment variables.
 
     The message says what was found, what is allowed and what to do next. The programs print it
     without a traceback; ``--debug`` adds the traceback.
@@ -22,10 +21,10 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """The configuration of a run is invalid. Always shared by all ranks.
+    """Raised if the configuration of a run is invalid, always by all ranks (``shared`` is True).
 
     Args:
-        problems: one sentence for each problem; all that were found, not only the first.
+        problems: all problems that were found, one sentence for each.
     """
 
     def __init__(self, problems: list[str]) -> None:
@@ -38,13 +37,11 @@ class ConfigError(UserError):
 
 
 class Stopped(Exception):
-    """A request to save a checkpoint and exit; the message gives the reason. Raised on all ranks
-    together."""
+    """Raised on all ranks together to save a checkpoint and exit. The message gives the reason."""
 
 
 class PeerError(Exception):
-    """This rank ends because another rank is gone or stuck; the message names that rank if it is
-    known.
+    """Raised to end this rank because another rank has ended or makes no progress.
 
-    Neither a user error nor a failure of the rank that raises it.
+    The message names the other rank if it is known. The rank that raises it did not fail itself.
     """

@@ -24,28 +24,29 @@ AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,
     "seq_cls": AutoModelForSequenceClassification,
 }
-"""--task -> the transformers class that builds the model."""
+"""transformers class that builds the model, by value of ``--task``."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""--precision -> dtype of the engine, and of the weights in forward."""
+"""dtype of the engine and of the weights in forward, by value of ``--precision``."""
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
-"""Files of a hub repository that are downloaded."""
+"""Name patterns of the files of a hub repository that are downloaded."""
 EXPERT_MODELS = ("mixtral", "qwen3_moe")
 """Values of model_type of the supported mixture-of-experts models."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-"""Names of the number of experts in config.json, which differ between architectures."""
+"""Keys of config.json for the number of experts. Architectures use different ones."""
 HUB_DUPLICATES = ["consolidated*", "original/*"]
-"""Files of a hub repository that hold the same weights again, in the publisher's own layout."""
+"""Name patterns of files that hold the same weights again in the publisher's own layout. They are
+not downloaded."""
 
 
 def resolve_folder(
     model: str, revision: str | None, *, patterns: Sequence[str] = HUB_PATTERNS
 ) -> Path:
-    """Return the local folder of a model; download a hub model that is not in the hub cache.
+    """Return the local folder of a model. A hub model that is not in the hub cache is downloaded.
 
     Args:
         model: path of a folder, or a hub id.
         revision: branch, tag or commit of a hub model; None for its default branch.
-        patterns: files to download.
+        patterns: name patterns of the files to download.
 
     Raises:
         UserError: ``model`` is no local folder and cannot be downloaded.
@@ -63,18 +64,19 @@ def resolve_folder(
         )
     except Exception as error:  # the hub raises a dozen kinds, from no network to a gated model
         raise UserError(
-            f"--model {model} is not a local folder, and it cannot be downloaded from the hub: "
-            f"{error}. Give the path of a model folder, or a hub id that you have access to."
+            f"--model {model} is not a local folder, and it cannot be downloaded from the hub. "
+            "Give the path of a model folder, or a hub id that you have access to. The hub reports "
+            f"this error: {error}"
         ) from error
     return Path(folder)
 
 
 def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
-    """Read config.json.
+    """Return the transformers configuration that config.json of a model folder describes.
 
     Args:
         folder: the model folder.
-        trust_remote_code: run code from the model folder.
+        trust_remote_code: True to run Python code from the model folder, if it has its own classes.
 
     Raises:
         UserError: config.json is missing or invalid, the weights are quantised in a way that
@@ -82,18 +84,21 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     """
     if not (folder / "config.json").exists():
         raise UserError(
-            f"--model {folder} has no config.json. Give a folder saved by save_pretrained."
+            f"--model {folder} has no config.json. Give a folder that was saved by save_pretrained."
         )
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError, KeyError, StrictDataclassError) as error:
-        raise UserError(f"--model {folder}: {error}") from error
+        raise UserError(
+            f"transformers cannot read the config.json of --model {folder}. Check the file, or "
+            f"download the model again. transformers reports: {error}"
+        ) from error
     except (TypeError, AttributeError, ArithmeticError) as error:  # 0 heads, a string as a size
         raise UserError(
-            f"--model {folder}: config.json does not describe a valid model: {error}. Check its "
-            "sizes, or download the model again."
+            f"The config.json of --model {folder} does not describe a valid model. Check the sizes "
+            f"in it, or download the model again. transformers reports: {error}"
         ) from error
     _refuse_unsupported_weights(folder, config)
     return config
@@ -105,16 +110,16 @@ def _refuse_unsupported_weights(folder: Path, config: PretrainedConfig) -> None:
     if method != "bitsandbytes" or quantized.get("load_in_8bit"):
         kind = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
         raise UserError(
-            f"--model {folder} is already quantised ({kind}). Supported are bf16, fp16 and fp32 "
-            "weights, which are quantised while loading, and weights that bitsandbytes saved in "
-            "4 bits. Give the original weights."
+            f"--model {folder} is already quantised ({kind}), which is not supported. Supported "
+            "are bf16, fp16 and fp32 weights, which are quantised while loading, and weights that "
+            "bitsandbytes saved in 4 bits. Give the original weights."
         )
     experts = max((getattr(config, name, None) or 0 for name in EXPERT_COUNTS), default=0)
     if experts > 1 and config.model_type not in EXPERT_MODELS:
         raise UserError(
             f"--model {folder} is a mixture-of-experts model ({config.model_type}, {experts} "
-            f"experts). Supported are {' and '.join(EXPERT_MODELS)}, and all models without "
-            "experts. Choose one of these."
+            f"experts). Supported are models of type {' and '.join(EXPERT_MODELS)}, and all models "
+            "without experts. Choose one of these."
         )
 
 
@@ -128,14 +133,16 @@ def meta_model(
 ) -> PreTrainedModel:
     """Build the model with all parameters and buffers on the meta device.
 
-    Dropout and router jitter of the base are set to 0 in ``config``.
-
     Args:
-        config: from ``read_config``.
+        config: configuration from ``read_config``. Dropout and router jitter are set to 0 in it.
         task: "causal_lm" or "seq_cls".
         dtype: dtype of the parameters.
-        attn_implementation: attention kernel of transformers; None for its default.
-        trust_remote_code: run code from the model folder.
+        attn_implementation: attention implementation of transformers, such as "sdpa"; None for the
+            default of transformers.
+        trust_remote_code: True to run Python code from the model folder, if it has its own classes.
+
+    Returns:
+        The transformers model for the task.
 
     Raises:
         UserError: the architecture has no model for the task, or cannot be built.
@@ -149,11 +156,14 @@ def meta_model(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **extra
             )
     except (ValueError, ImportError) as error:
-        raise UserError(f"--model: {error}") from error
+        raise UserError(
+            "transformers cannot build the model of --model. Check --attn_implementation and the "
+            f"packages that the model needs. transformers reports: {error}"
+        ) from error
     except (RuntimeError, ArithmeticError) as error:
         raise UserError(
-            f"--model: config.json does not describe a valid model: {error}. Check its sizes, or "
-            "download the model again."
+            "The config.json of --model does not describe a valid model. Check the sizes in it, or "
+            f"download the model again. transformers reports: {error}"
         ) from error
     return model
 
@@ -163,25 +173,25 @@ def _check_task(config: PretrainedConfig, task: str) -> None:
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) not in auto_class._model_mapping and auto_class.__name__ not in own_code:
         raise UserError(
-            f"--model: transformers has no {config.model_type} model for --task {task}. Choose "
-            "another base model or task."
+            f"transformers has no {config.model_type} model for --task {task}. Choose another "
+            "--model or another --task."
         )
     masked_lm: Any = AutoModelForMaskedLM
     has_masked_lm = type(config) in masked_lm._model_mapping
     has_decoder = config.is_encoder_decoder or getattr(config, "is_decoder", False)
     if task == "causal_lm" and has_masked_lm and not has_decoder:
         raise UserError(
-            f"--model: {config.model_type} is an encoder with bidirectional attention, so it "
-            "cannot be trained as a causal language model. Classify with it (--task seq_cls), or "
-            "choose a decoder model."
+            f"{config.model_type} is an encoder with bidirectional attention, so this --model "
+            "cannot be trained as a causal language model. Train it as a classifier with "
+            "--task seq_cls, or choose a decoder model."
         )
 
 
 def _switch_off_noise(config: PretrainedConfig) -> None:
-    """Set dropout and router jitter of the base to 0.
+    """Set dropout and router jitter of the base to 0 in ``config``.
 
-    They would draw from torch's global generator, which differs between ranks, and a frozen base
-    needs no regularisation.
+    Both would draw random numbers from torch's global generator, whose state differs between ranks.
+    A frozen base needs no regularisation.
     """
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         for name, value in list(vars(part).items()):
@@ -190,10 +200,10 @@ def _switch_off_noise(config: PretrainedConfig) -> None:
 
 
 def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Compute the buffers of a meta model, such as rotary frequencies, on ``device``.
+    """Replace the buffers of a meta model, such as rotary frequencies, by real ones on ``device``.
 
-    transformers computes non-persistent buffers in ``_init_weights``. While all parameters are
-    still on the meta device that call changes nothing else.
+    transformers computes non-persistent buffers in ``_init_weights``. That call changes nothing
+    else, as long as all parameters are on the meta device.
     """
     for module in model.modules():
         empty = {
@@ -206,16 +216,23 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def output_head(model: PreTrainedModel) -> str | None:
-    """Return the name of the linear layer that makes the logits, which is never quantised; None if
-    the model has none."""
+    """Return the name of the linear layer that computes the logits, or None if there is none.
+
+    That layer is never quantised.
+    """
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def identity(folder: Path, files: CheckpointFiles) -> str:
-    """Return the SHA-256 of config.json and of the name, size and header of each safetensors file.
+    """Return a SHA-256 hash, in hex, of config.json and the headers of the safetensors files.
 
-    It does not cover the weights themselves; ``same_on_all_nodes.hash_of_samples`` samples those.
+    It covers the name, the size in bytes and the header of each file, and not the weights.
+    ``same_on_all_nodes.hash_of_samples`` samples those.
+
+    Args:
+        folder: the model folder.
+        files: the opened base files of the folder.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted({entry.file for entry in files.entries.values()}):

@@ -1,10 +1,10 @@
 """Frozen linear layers that save no weight for backward.
 
-torch's and bitsandbytes' matmul save a view of the gathered weight for backward. Under ZeRO-3
-without activation checkpointing this keeps the whole base in the memory of every rank. Here
+The matmuls of torch and bitsandbytes save a view of the gathered weight for backward. Under ZeRO-3
+without activation checkpointing, this keeps the whole base in the memory of every rank. Here
 backward reads the weight from the layer again, after ZeRO-3's pre-backward hook has gathered it.
 
-Shapes: T tokens (any leading axes), I in_features, O out_features.
+Letters in shapes and names: T tokens (any number of leading axes), I in_features, O out_features.
 """
 
 from functools import cache
@@ -18,13 +18,13 @@ from sparse_lora_dist.base_model import nf4
 
 
 class FrozenLinear(nn.Module):
-    """Linear layer y_TO = x_TI W^T + b with frozen W and b, W in the engine's dtype.
+    """Linear layer y = x W^T + b with frozen W and b, both in the engine's dtype.
 
     Args:
-        in_features: I.
-        out_features: O.
-        weight: sharded parameter of shape [O, I].
-        bias: sharded parameter of shape [O], or None.
+        in_features: number of input features (I).
+        out_features: number of output features (O).
+        weight: sharded parameter W of shape [O, I].
+        bias: sharded parameter b of shape [O], or None.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class QuantLinear(FrozenLinear):
     ``weight`` is not the weight matrix: it holds the packed 4-bit bytes, in a 1-D parameter whose
     dtype is the engine's (bf16). ``scales`` holds the bytes of the scales in the same way. They
     have the engine's dtype so that DeepSpeed shards and gathers them like any parameter. Never do
-    arithmetic on them or call ``.to(dtype)``: read as bf16 numbers their values mean nothing. The
-    weight matrix is ``weight_OI(dtype)``, dequantised anew at each call.
+    arithmetic on them or call ``.to(dtype)``, since their values as bf16 numbers mean nothing. To
+    get the weight matrix, call ``weight_OI(dtype)``, which dequantises it at each call.
 
     Args:
-        layout: how packed bytes and scales encode the matrix.
+        layout: layout of the matrix in packed bytes and scales.
         weight: the parameters (packed, scales), from ``nf4_shard.quantized_parameters``.
         bias: sharded parameter of shape [O], or None.
     """
@@ -80,17 +80,20 @@ class QuantLinear(FrozenLinear):
 
 
 class Weighted(Protocol):
-    """A layer or expert whose weight matrix ``FrozenMatmul`` can read while ZeRO-3 has it
-    gathered."""
+    """Interface that ``FrozenMatmul`` needs: a layer or expert with a weight matrix and a bias."""
 
     bias: nn.Parameter | None
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [O, I] in ``dtype``."""
+        """Return the weight [O, I] in ``dtype``, while ZeRO-3 has it gathered."""
 
 
 class FrozenMatmul(torch.autograd.Function):
-    """Forward x W^T + b, backward g W; both read W from the layer, none of it is saved."""
+    """Autograd function of a frozen linear layer, which does not save the weight W for backward.
+
+    Forward computes x W^T + b. Backward computes the gradient of x as g W, where g is the gradient
+    of the output. Both read W from the layer. W and b get no gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, layer: Weighted) -> Tensor:
@@ -107,11 +110,12 @@ class FrozenMatmul(torch.autograd.Function):
 
 
 def fast_dtype(t: Tensor) -> torch.dtype:
-    """Return the dtype for the matrix products of backward.
+    """Return the dtype in which backward should multiply ``t`` with a weight.
 
-    It is the dtype of ``t``, except fp32 for bf16 on a CPU without bf16 instructions: there torch
-    uses a plain loop, 80 times slower than fp32 for an untransposed weight. Forward keeps bf16,
-    although 8 times slower, so that it stays bit-identical to transformers.
+    It is the dtype of ``t``, with one exception: fp32 for bf16 on a CPU without bf16 instructions.
+    There torch multiplies bf16 in a plain loop, which is 80 times slower than fp32 for an
+    untransposed weight. Forward keeps bf16, although it is 8 times slower, so that its results stay
+    bit-identical to those of transformers.
     """
     plain_loop = t.device.type == "cpu" and not _cpu_multiplies_bf16()
     return torch.float32 if plain_loop and t.dtype == torch.bfloat16 else t.dtype

@@ -1,4 +1,4 @@
-"""4-bit block layout: which packed bytes and scales belong to which weights.
+"""Quantise and dequantise ranges of a 4-bit weight: which bytes and scales encode which weights.
 
 bitsandbytes does the arithmetic. This file computes positions, so that a rank can quantise any
 range of whole blocks and get the bytes that ``bitsandbytes.functional.quantize_4bit`` gives for
@@ -6,8 +6,9 @@ the whole weight (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
 
 A matrix W_OI is flattened and cut into blocks of 64 weights (another size only if the base files
 are quantised with it). Each block has one scale, absmax, its largest absolute value. Two weights
-are packed into a byte, the first into the high half. The E expert matrices of a layer are quantised
-separately and stored one after another. All scales of a tensor are stored in one run of bytes:
+are packed into a byte, the first into the high half. The expert matrices of a layer, E in number,
+are quantised separately and stored one after another. All scales of a tensor are stored in one
+sequence of bytes:
 
     plain          absmax fp32 [E blocks]
     double quant   nested absmax fp32 [E nested] | offset fp32 [E] | absmax codes u8 [E blocks]
@@ -21,11 +22,13 @@ Example: a 3 x 50 matrix has 150 weights.
     packed bytes [0, 32)       [32, 64)        [64, 75)
     scales, double quant: 4 bytes nested absmax, 4 bytes offset, 3 bytes of codes
 
-ZeRO-3 cuts packed bytes anywhere. Cut at byte 38 for two ranks, block 1 is shared: rank 0 quantises
-weights [0, 128) and keeps bytes [0, 38), rank 1 quantises [64, 150) and keeps [38, 75). Rank 0 owns
-the scale of block 1, since it holds the block's first weight.
+ZeRO-3 cuts the packed bytes without regard to blocks. If it cuts them at byte 38 for two ranks, the
+cut lies inside block 1. Rank 0 quantises weights [0, 128) and keeps bytes [0, 38). Rank 1 quantises
+weights [64, 150) and keeps bytes [38, 75). Rank 0 provides the scale of block 1, since it holds the
+block's first weight.
 
-Shapes: N flat elements, B blocks of all matrices, E matrices, O out_features, I in_features.
+Letters in shapes and names: N weights of a range, B blocks of all matrices, E matrices, O
+out_features, I in_features.
 """
 
 from collections.abc import Iterator
@@ -42,16 +45,16 @@ NESTED_BLOCK = 256
 """Scales that share one nested scale, in double quantisation."""
 
 CHUNK = 2**17
-"""Weights quantised in one call on a CPU, where bitsandbytes needs scratch memory of ten times
-their bytes. A multiple of every block size."""
+"""Number of weights quantised in one call on a CPU, where bitsandbytes needs scratch memory of ten
+times their bytes. It is a multiple of every block size."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
     """Byte layout of one quantised weight: one matrix, or a stack of expert matrices.
 
-    Positions of weights are indices into the flattened weight; of a stack, into all matrices one
-    after another.
+    A weight's position is its index in the flattened matrix. In a stack, the flattened matrices
+    follow one another.
     """
 
     shape: tuple[int, int]
@@ -59,7 +62,7 @@ class Layout:
     double_quant: bool
     """True if the scales are quantised to 8 bits too."""
     count: int = 1
-    """Number of matrices, E."""
+    """Number of matrices (E): 1, or the number of matrices in a stack of experts."""
     block: int = BLOCK
     """Weights that share one scale."""
     nested_block: int = NESTED_BLOCK
@@ -72,7 +75,7 @@ class Layout:
 
     @property
     def numel(self) -> int:
-        """Weights of all matrices."""
+        """Number of weights of all matrices."""
         return self.count * self.matrix_numel
 
     @property
@@ -81,22 +84,22 @@ class Layout:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of all matrices, B."""
+        """Number of blocks of all matrices (B)."""
         return self.count * self.matrix_blocks
 
     @property
     def matrix_bytes(self) -> int:
-        """Packed bytes of one matrix: two weights a byte, rounded up."""
+        """Number of packed bytes of one matrix: two weights in a byte, rounded up."""
         return -(-self.matrix_numel // 2)
 
     @property
     def packed_bytes(self) -> int:
-        """Packed bytes of all matrices."""
+        """Number of packed bytes of all matrices."""
         return self.count * self.matrix_bytes
 
     @property
     def matrix_nested(self) -> int:
-        """Nested scales of one matrix."""
+        """Number of nested scales of one matrix."""
         return -(-self.matrix_blocks // self.nested_block)
 
     @property
@@ -105,14 +108,21 @@ class Layout:
 
     @property
     def scale_bytes(self) -> int:
-        """Bytes of all scales of the tensor, in the layout of the module docstring."""
+        """Number of bytes of all scales of the tensor, laid out as in the module docstring."""
         if self.double_quant:
             return 4 * self.num_nested + 4 * self.count + self.num_blocks
         return 4 * self.num_blocks
 
     def weights_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the range of weights, in whole blocks, that packed bytes [start, stop) are made
-        from. In the example bytes [38, 75) give weights (64, 150)."""
+        """Return (start, stop) of the weights to quantise in order to get a range of packed bytes.
+
+        The range of weights consists of whole blocks. In the example of the module docstring, bytes
+        [38, 75) give weights (64, 150).
+
+        Args:
+            start: first packed byte.
+            stop: end of the range of packed bytes.
+        """
         if start >= stop:
             return self.numel, self.numel
         first, byte = divmod(start, self.matrix_bytes)
@@ -122,15 +132,18 @@ class Layout:
         return first * self.matrix_numel + begin, last * self.matrix_numel + end
 
     def blocks_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Return the range of blocks whose first weight lies in packed bytes [start, stop).
+        """Return (start, stop) of the blocks whose first weight lies in packed bytes [start, stop).
 
-        Over the shards of all ranks every block is counted once. In the example bytes [38, 75) give
-        blocks (2, 3).
+        Over the shards of all ranks, every block is counted once. In the example of the module
+        docstring, bytes [38, 75) give blocks (2, 3).
         """
         return self._block_from(start), self._block_from(stop)
 
     def place_of(self, weight: int) -> tuple[int, int]:
-        """Return (packed byte, block) of a weight. In the example weight 76 gives (38, 1)."""
+        """Return (index of the packed byte, index of the block) of the weight at a position.
+
+        In the example of the module docstring, weight 76 gives (38, 1).
+        """
         matrix, weight = divmod(weight, self.matrix_numel)
         return (
             matrix * self.matrix_bytes + weight // 2,
@@ -138,21 +151,21 @@ class Layout:
         )
 
     def _block_from(self, byte: int) -> int:
-        """The first block that begins at or after a packed byte."""
+        """Return the index of the first block that begins at or after a packed byte."""
         matrix, byte = divmod(byte, self.matrix_bytes)
         return matrix * self.matrix_blocks + min(-(-2 * byte // self.block), self.matrix_blocks)
 
 
 def quantize(w_N: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Quantise a range of whole blocks.
+    """Quantise a range of a weight that consists of whole blocks.
 
     Args:
-        w_N: float weights, 1-D; the range must start and end at block boundaries.
+        w_N: 1-D tensor of float weights. The range must start and end at block boundaries.
         layout: layout of the whole weight.
         start: position of the first weight of ``w_N`` in the whole weight.
 
     Returns:
-        Packed bytes, uint8 1-D, and the absmax of each block, fp32 1-D.
+        Tuple of the packed bytes (uint8, 1-D) and the absmax of each block (fp32, 1-D).
     """
     (byte, block), (end, last) = layout.place_of(start), layout.place_of(start + w_N.numel())
     packed = w_N.new_empty(end - byte, dtype=torch.uint8)
@@ -166,8 +179,11 @@ def quantize(w_N: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tenso
 
 
 def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor]:
-    """Split the range at the ends of matrices, and on a CPU into chunks that need little scratch
-    memory."""
+    """Yield the parts of ``w_N`` that are quantised in one call each.
+
+    It is cut at the ends of matrices, and on a CPU also after every ``CHUNK`` weights. ``start`` is
+    the position of its first weight in the whole weight.
+    """
     while w_N.numel():
         rest = layout.matrix_numel - start % layout.matrix_numel
         size = min(w_N.numel(), rest, CHUNK if w_N.device.type == "cpu" else rest)
@@ -176,7 +192,7 @@ def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor
 
 
 def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Quantise whole blocks of one matrix."""
+    """Return (packed bytes, absmax) of whole blocks of one matrix."""
     packed, state = bnb.quantize_4bit(
         w_N, blocksize=layout.block, quant_type=layout.quant_type, compress_statistics=False
     )
@@ -184,17 +200,17 @@ def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def offsets(absmax_B: Tensor, layout: Layout) -> Tensor:
-    """Return the offset that double quantisation subtracts from the scales of each matrix.
+    """Return the mean scale of each matrix, which double quantisation subtracts from the scales.
 
-    One rank must compute it over whole vectors and broadcast it: a mean of partial sums differs
-    in the last bit, which changes every nested scale.
+    One rank must compute it from all scales and broadcast it. A mean of partial sums differs in the
+    last bit, which changes every nested scale.
 
     Args:
-        absmax_B: fp32 scales of the whole tensor.
+        absmax_B: fp32 scales of all blocks of the tensor.
         layout: layout of the tensor.
 
     Returns:
-        fp32 [E]: the mean of the scales of each matrix.
+        fp32 tensor of shape [E], one offset for each matrix.
     """
     return torch.stack([absmax.mean() for absmax in absmax_B.split(layout.matrix_blocks)])
 
@@ -204,11 +220,11 @@ def scale_bytes(absmax_B: Tensor, offset_E: Tensor, layout: Layout) -> Tensor:
 
     Args:
         absmax_B: fp32 scales of all blocks.
-        offset_E: fp32 offsets from ``offsets``; not used without double quantisation.
+        offset_E: fp32 offsets from ``offsets``. They are ignored without double quantisation.
         layout: layout of the tensor.
 
     Returns:
-        uint8 [layout.scale_bytes], in the layout of the module docstring.
+        uint8 tensor of ``layout.scale_bytes`` bytes, laid out as in the module docstring.
     """
     if not layout.double_quant:
         return absmax_B.contiguous().view(torch.uint8)
@@ -224,12 +240,12 @@ def absmax_of(scales: Tensor, layout: Layout, matrix: int = 0) -> Tensor:
     """Decode the scales of one matrix from the bytes of ``scale_bytes``.
 
     Args:
-        scales: uint8, the scales of the whole tensor; padding at the end is allowed.
+        scales: uint8, bytes of the scales of the whole tensor. Padding at the end is allowed.
         layout: layout of the tensor.
         matrix: index of the matrix in the stack.
 
     Returns:
-        fp32, one scale for each block of the matrix.
+        fp32 1-D tensor with one scale for each block of the matrix.
     """
     blocks, nested = layout.matrix_blocks, layout.matrix_nested
 
@@ -252,7 +268,10 @@ def absmax_of(scales: Tensor, layout: Layout, matrix: int = 0) -> Tensor:
 
 
 def dynamic_map(device: torch.device) -> Tensor:
-    """Return bitsandbytes' signed 8-bit code table, fp32 [256], from bitsandbytes' own cache."""
+    """Return bitsandbytes' signed 8-bit code table, an fp32 tensor of shape [256].
+
+    The tensor is shared with bitsandbytes, which caches it.
+    """
     if "dynamic" not in bnb.name2qmap:
         bnb.name2qmap["dynamic"] = bnb.create_dynamic_map()
     if bnb.name2qmap["dynamic"].device != device:
@@ -264,17 +283,17 @@ def dynamic_map(device: torch.device) -> Tensor:
 def dequantize(
     packed: Tensor, scales: Tensor, layout: Layout, dtype: torch.dtype, matrix: int = 0
 ) -> Tensor:
-    """Dequantise one matrix.
+    """Dequantise one matrix of a weight.
 
     Args:
-        packed: uint8, the packed bytes of the whole tensor; padding at the end is allowed.
-        scales: uint8, the scales of the whole tensor; padding at the end is allowed.
+        packed: uint8, packed bytes of the whole tensor. Padding at the end is allowed.
+        scales: uint8, bytes of the scales of the whole tensor. Padding at the end is allowed.
         layout: layout of the tensor.
         dtype: dtype of the result.
         matrix: index of the matrix in the stack.
 
     Returns:
-        w_OI of shape ``layout.shape``.
+        The matrix, of shape ``layout.shape`` and dtype ``dtype``.
     """
     state = bnb.QuantState(
         absmax=absmax_of(scales, layout, matrix),

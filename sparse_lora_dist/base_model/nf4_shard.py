@@ -1,14 +1,14 @@
-"""Quantise one rank's shard of a weight, and create the two sharded parameters, packed and scales.
+"""Quantise one rank's shard of a weight, and create sharded parameters for its bytes and scales.
 
 ZeRO-3 cuts the packed bytes into equal shards, also inside a block. A rank reads and quantises the
 blocks that cover its shard, and provides the scales of the blocks whose first weight it holds
-(example in ``nf4.py``). The scales of all ranks are gathered, 1/16 byte a weight, and cut again,
-since ZeRO-3 shards the scales as a parameter of their own.
+(example in ``nf4.py``). The scales, 1/16 byte for each weight, are gathered on all ranks and cut
+again, since ZeRO-3 shards them as a parameter of their own.
 
 Both parameters hold raw bytes, but have the dtype of the builder (bf16): DeepSpeed handles one
 dtype for all parameters. Their values as bf16 numbers mean nothing.
 
-Shapes: B blocks of the whole tensor.
+Letter in shapes and names: B blocks of the whole tensor.
 """
 
 import torch
@@ -20,19 +20,24 @@ from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.shares import own_range, share_of
 
 QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]
+"""(packed bytes, scales) of one weight, both sharded."""
 
 
 def own_bytes(num_bytes: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Return [start, stop), in bytes, of this rank's shard of a parameter that holds ``num_bytes``
-    raw bytes as elements of ``dtype``."""
+    """Return (start, stop), in bytes, of this rank's shard of a parameter that holds raw bytes.
+
+    Args:
+        num_bytes: number of bytes that the whole parameter holds.
+        dtype: dtype of the parameter.
+    """
     start, stop = own_range(num_elements_for(num_bytes, dtype))
     return min(start * dtype.itemsize, num_bytes), min(stop * dtype.itemsize, num_bytes)
 
 
 def own_weights(layout: nf4.Layout, dtype: torch.dtype) -> tuple[int, int]:
-    """Return the range of weights that this rank's packed shard is made from, in whole blocks.
+    """Return (start, stop) of the weights that this rank must quantise to get its packed shard.
 
-    At most two blocks more than the shard itself.
+    The range consists of whole blocks, at most two more than the shard itself has.
 
     Args:
         layout: layout of the whole weight.
@@ -47,12 +52,13 @@ def quantized_parameters(
     """Quantise a weight and create its two sharded parameters. Collective.
 
     Args:
-        w_N: float weights of this rank's range ``own_weights``, 1-D, on the builder's device.
+        w_N: 1-D tensor of float weights on the builder's device: those of ``own_weights``.
         layout: layout of the whole weight.
         builder: creates the parameters.
 
     Returns:
-        Packed bytes and scales, each a frozen parameter of raw bytes in the builder's dtype.
+        Tuple of packed bytes and scales. Each is a frozen sharded parameter in the builder's dtype
+        that holds raw bytes.
     """
     dtype = builder.dtype
     own_packed, own_absmax = quantized_part(w_N, layout, dtype)
@@ -69,13 +75,13 @@ def quantized_part(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> tuple
     """Quantise this rank's range of a weight. Not collective.
 
     Args:
-        w_N: float weights of the range ``own_weights``, 1-D.
+        w_N: 1-D tensor of float weights: those of ``own_weights``.
         layout: layout of the whole weight.
         dtype: dtype of the sharded parameter.
 
     Returns:
-        This rank's shard of the packed bytes, uint8 without padding, and the absmax, fp32, of the
-        blocks whose first weight lies in it.
+        Tuple of this rank's shard of the packed bytes (uint8, 1-D, without padding) and the absmax
+        of the blocks whose first weight lies in that shard (fp32, 1-D).
     """
     first, last = own_bytes(layout.packed_bytes, dtype)
     w_start, _ = layout.weights_of_bytes(first, last)
@@ -90,9 +96,9 @@ def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Pa
     """Create a sharded parameter that holds raw bytes.
 
     Args:
-        own: uint8, the bytes of this rank's shard (``own_bytes``).
-        num_bytes: bytes of the whole parameter.
-        builder: creates the parameter, in its dtype.
+        own: uint8, bytes of this rank's shard, those of ``own_bytes``.
+        num_bytes: number of bytes that the whole parameter holds.
+        builder: creates the parameter, in the builder's dtype.
     """
     elements = as_parameter_dtype(own, builder.dtype)
     return builder.parameter(
@@ -101,7 +107,7 @@ def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Pa
 
 
 def num_elements_for(num_bytes: int, dtype: torch.dtype) -> int:
-    """Return how many elements of ``dtype`` are needed to hold ``num_bytes`` bytes."""
+    """Return the number of elements of ``dtype`` that hold ``num_bytes`` bytes, rounded up."""
     return -(-num_bytes // dtype.itemsize)
 
 
@@ -109,7 +115,8 @@ def as_parameter_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
     """Reinterpret raw bytes as elements of ``dtype``, without conversion.
 
     Args:
-        raw: uint8, 1-D; padded with zero bytes to whole elements.
+        raw: uint8, 1-D. If its length is not a multiple of the element size, a copy is padded with
+            zero bytes.
         dtype: dtype of the parameter that will hold the bytes.
     """
     length = num_elements_for(raw.numel(), dtype) * dtype.itemsize
@@ -119,7 +126,13 @@ def as_parameter_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tensor:
-    """Return the absmax of the whole tensor, fp32 [B]. Collective."""
+    """Return the absmax of all blocks of the tensor, fp32 of shape [B]. Collective.
+
+    Args:
+        own: fp32, absmax of the blocks whose first weight lies in this rank's shard.
+        layout: layout of the whole weight.
+        dtype: dtype of the sharded parameter of packed bytes.
+    """
     share = share_of(num_elements_for(layout.packed_bytes, dtype)) * dtype.itemsize
     cuts = [min(share * r, layout.packed_bytes) for r in range(comm.world_size() + 1)]
     owned = [layout.blocks_of_bytes(*cut) for cut in zip(cuts, cuts[1:], strict=False)]

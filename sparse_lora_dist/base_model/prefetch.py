@@ -1,4 +1,4 @@
-"""Read ranges of the base files ahead, on a thread, while the range before is being used."""
+"""Read ranges of the base files on a thread, each while the previous one is being processed."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Sour
 
 
 class Range(NamedTuple):
-    """Elements [start, stop) of a source, flattened."""
+    """Elements [start, stop) of a flattened source."""
 
     source: Source
     start: int
@@ -22,18 +22,18 @@ class Range(NamedTuple):
 def read_ahead(
     files: CheckpointFiles, ranges: Iterable[Range], device: torch.device
 ) -> Iterator[Tensor]:
-    """Yield the elements of each range in order. Not collective.
+    """Yield the elements of each range, and read the next range meanwhile. Not collective.
 
     At most two ranges are held in memory at a time. The thread copies to a GPU on the default
     stream, so use the tensors on that stream.
 
     Args:
         files: the opened base files.
-        ranges: what to read, in this order.
+        ranges: ranges to read, in the order in which they are yielded.
         device: device of the tensors.
 
     Yields:
-        1-D tensor in the dtype of the source.
+        1-D tensor for each range, in the dtype of its source.
     """
     with ThreadPoolExecutor(1, initializer=_set_device, initargs=(device,)) as thread:
         reads: deque[Future[Tensor]] = deque()
@@ -47,7 +47,10 @@ def read_ahead(
 
 
 def _set_device(device: torch.device) -> None:
-    """Set the thread's CUDA device, which is not inherited. Without it the threads of all ranks
-    would pin memory for GPU 0, and each would create a context there."""
+    """Set the CUDA device of the reading thread, which does not inherit it.
+
+    Without this the threads of all ranks would pin memory for GPU 0, and each would create a CUDA
+    context there.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)

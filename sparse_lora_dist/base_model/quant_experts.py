@@ -1,8 +1,9 @@
 """Experts of a mixture-of-experts layer, with weights in 4 bits.
 
-One expert is dequantised at a time, if tokens are routed to it, in forward and again in backward.
+Experts are dequantised one at a time, and only those that tokens are routed to. This happens in
+forward and again in backward.
 
-Shapes: T tokens, I in_features, K experts a token, E experts.
+Letters in shapes and names: T tokens, I in_features, K experts per token, E experts.
 """
 
 from collections.abc import Callable
@@ -17,33 +18,39 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenMatmul
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix of a stack of 4-bit expert weights."""
+    """One matrix of a stack of expert weights in 4 bits, as ``FrozenMatmul`` reads it."""
 
     packed: nn.Parameter
-    """Packed bytes of the whole stack, in the engine's dtype."""
+    """Packed bytes of the whole stack, held in a parameter of the engine's dtype."""
     scales: nn.Parameter
-    """Bytes of the scales of the whole stack, in the engine's dtype."""
+    """Bytes of the scales of the whole stack, held in a parameter of the engine's dtype."""
     layout: nf4.Layout
     index: int
-    """Number of the matrix in the stack."""
+    """Index of the matrix in the stack."""
     bias: nn.Parameter | None = None
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the dequantised matrix. Valid only while ZeRO-3 has the stack gathered."""
+        """Return the matrix [O, I], dequantised to ``dtype``, while ZeRO-3 has it gathered."""
         packed, scales = self.packed.data.view(torch.uint8), self.scales.data.view(torch.uint8)
         return nf4.dequantize(packed, scales, self.layout, dtype, self.index)
 
 
 class QuantExperts(nn.Module):
-    """y_TI = sum over a token's experts e of weight_e down_e(act(gate_e(x)) * up_e(x)).
+    """All experts of one layer, held in 4 bits. Replaces the experts module of transformers.
 
-    Gate and up of an expert are one matrix or two, as in the base files.
+    The output of a token x is the sum over its experts e of
+
+        weight_e down_e(act(gate_e(x)) * up_e(x))
+
+    The gate and up projections of an expert are stored as one matrix or as two, as in the base
+    files.
 
     Args:
-        num_experts: E.
+        num_experts: number of experts (E).
         act_fn: activation function.
-        layouts: "gate_up_proj" and "down_proj" -> layout of the stack.
-        parameters: "gate_up_proj" and "down_proj" -> sharded parameters (packed, scales).
+        layouts: dict with the keys "gate_up_proj" and "down_proj": layout of each weight stack.
+        parameters: dict with the same keys: sharded parameters (packed bytes, scales) of each
+            stack.
     """
 
     def __init__(
@@ -62,6 +69,16 @@ class QuantExperts(nn.Module):
             self.register_parameter(f"{name}_scales", scales)
 
     def forward(self, x_TI: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Return the weighted sum of the experts' outputs.
+
+        Args:
+            x_TI: inputs of the tokens, shape [T, I].
+            experts_TK: indices of each token's experts, shape [T, K].
+            weights_TK: router weights of those experts, shape [T, K].
+
+        Returns:
+            Tensor of the shape and dtype of ``x_TI``.
+        """
         y_TI = torch.zeros_like(x_TI)
         for expert in experts_TK.unique().tolist():
             if expert == self.num_experts:  # transformers' value for "no expert on this device"
@@ -74,12 +91,18 @@ class QuantExperts(nn.Module):
         return y_TI
 
     def _times(self, x_TI: Tensor, name: str, expert: int) -> Tensor:
+        """Return ``x_TI`` times the transposed weight of one expert in the stack ``name``."""
         layout = self.layouts[name]
         count = layout.count // self.num_experts
         matrices = [self.matrix(name, expert * count + i) for i in range(count)]
         return torch.cat([FrozenMatmul.apply(x_TI, m) for m in matrices], dim=-1)  # type: ignore[no-untyped-call]
 
     def matrix(self, name: str, index: int) -> Matrix:
-        """Return matrix ``index`` of the stack ``name``, "gate_up_proj" or "down_proj"."""
+        """Return one matrix of a weight stack.
+
+        Args:
+            name: name of the stack, "gate_up_proj" or "down_proj".
+            index: index of the matrix in the stack.
+        """
         packed, scales = getattr(self, name), getattr(self, f"{name}_scales")
         return Matrix(packed, scales, self.layouts[name], index)

@@ -1,11 +1,11 @@
 """Open the safetensors files of a base model, check their headers, and read flat ranges of tensors.
 
-    Entry     one tensor in a file
-    Source    the elements of one or more entries, one after another, that make one parameter
+    Entry     position, dtype and shape of one tensor in a file
+    Source    one or more entries, one after another, that hold the elements of one parameter
 
-Ranges are read with plain reads. Memory-mapped pages would count as memory of the process until the
-kernel takes them back. ``safe_open`` reads whole rows only, but a ZeRO-3 shard may begin inside a
-row.
+Ranges are read with ordinary reads and not by memory mapping, since memory-mapped pages would count
+as memory of the process until the kernel reclaims them. ``safe_open`` of safetensors reads only
+whole rows, but a ZeRO-3 shard may begin inside a row.
 """
 
 import json
@@ -21,26 +21,26 @@ from torch import Tensor
 from sparse_lora_dist.errors import UserError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
-"""Name of a dtype in a safetensors header -> torch dtype."""
+"""torch dtype by its name in a safetensors header."""
 FLOATS = ("BF16", "F16", "F32")
 CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 BLOCK_BYTES = 2**26
-"""Bytes read in one go for a GPU, through pinned memory. PyTorch never frees pinned memory, so its
-size is bounded."""
+"""Number of bytes read at a time for a GPU, through pinned memory. PyTorch never frees pinned
+memory, so this bounds its size."""
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor in a safetensors file."""
+    """Position, dtype and shape of one tensor in a safetensors file."""
 
     file: Path
     dtype: str
-    """Name of its dtype in the header, such as "BF16"."""
+    """Name of the tensor's dtype in the header, such as "BF16"."""
     shape: tuple[int, ...]
     start: int
-    """Byte offset of its first element in the file."""
+    """Byte offset of the tensor's first element in the file."""
     nbytes: int
 
     @property
@@ -50,18 +50,18 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """The elements of one parameter in the files: those of its parts, one part after another."""
+    """Where the files hold the elements of one parameter: in one or more parts, in this order."""
 
     keys: tuple[str, ...]
     """Names of the parts in the files."""
     parts: tuple[Entry | bytes, ...]
-    """The tensors that it is made from; ``bytes`` for values that no tensor of a file holds."""
+    """Each part is a tensor in a file, or ``bytes`` with values that no tensor in a file holds."""
     dtype: torch.dtype
-    """Dtype in which its elements are read; uint8 to read raw bytes."""
+    """Dtype in which the elements are read; uint8 to read raw bytes."""
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the parts that are tensors of a file."""
+        """Shapes of the parts that are tensors in a file."""
         return [p.shape for p in self.parts if isinstance(p, Entry)]
 
     @property
@@ -70,20 +70,21 @@ class Source:
 
 
 class CheckpointFiles:
-    """The base files: the safetensors files of a model folder.
+    """Reader of the base files: the safetensors files of a model folder.
 
-    Opening them reads the headers and checks them against the sizes of the files. No method is
+    The constructor reads the headers and checks them against the sizes of the files. No method is
     collective.
 
     Args:
-        folder: folder with model.safetensors, or with an index and the files that it names.
+        folder: folder with model.safetensors, or with model.safetensors.index.json and the files
+            that it names.
 
     Raises:
-        UserError: files are missing, cut short, or not safetensors.
+        UserError: files are missing, cut short, or not in safetensors format.
 
     Attributes:
-        entries: name of a tensor in the files -> its entry.
-        bytes_read: bytes of tensors read so far.
+        entries: the tensors in the files, by name.
+        bytes_read: number of bytes of tensors read so far.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -101,33 +102,44 @@ class CheckpointFiles:
         missing = [n for n in json.loads(index.read_text())["weight_map"] if n not in self.entries]
         if missing:
             raise UserError(
-                f"{index} names {len(missing)} tensors that no file holds, the first of them "
+                f"{index} names {len(missing)} tensors that no file holds. The first of them is "
                 f"{missing[0]!r}. Download the model again."
             )
 
     def whole(self, key: str) -> Tensor:
-        """Read a whole tensor, which should be small.
+        """Read a whole tensor into host memory. It should be small.
 
         Args:
-            key: its name in the files.
+            key: name of the tensor in the files.
 
         Returns:
-            1-D tensor on the CPU, in the file's dtype.
+            The flattened tensor, 1-D, on the CPU, in the dtype of the file.
         """
         entry = self.entries[key]
         source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
         return self.read(source, 0, entry.nbytes // entry.itemsize)
 
     def raw(self, entry: Entry, block_bytes: int) -> Iterator[Tensor]:
-        """Yield the bytes of a tensor, uint8 on the CPU, in blocks of at most ``block_bytes``."""
+        """Yield the bytes of a tensor as 1-D uint8 tensors on the CPU.
+
+        Args:
+            entry: the tensor to read.
+            block_bytes: largest number of bytes to yield at a time.
+        """
         source = Source(keys=(), parts=(entry,), dtype=torch.uint8)
         for start in range(0, entry.nbytes, block_bytes):
             yield self.read(source, start, min(start + block_bytes, entry.nbytes))
 
     def same(self, key: str, other: str, rank: int, ranks: int) -> bool:
-        """Return True if two tensors have the same dtype, shape and bytes.
+        """Return True if two tensors have the same dtype, the same shape, and equal bytes.
 
-        Only the ``rank``-th of ``ranks`` equal parts of the bytes is compared.
+        Only a part of the bytes is compared, so that the ranks can share the work.
+
+        Args:
+            key: name of one tensor in the files.
+            other: name of the other tensor.
+            rank: index of the part to compare, from 0.
+            ranks: number of equal parts that the bytes are divided into.
         """
         one, two = self.entries[key], self.entries[other]
         if (one.dtype, one.shape) != (two.dtype, two.shape):
@@ -141,17 +153,17 @@ class CheckpointFiles:
         )
 
     def read(self, source: Source, start: int, stop: int, *, device: torch.device = CPU) -> Tensor:
-        """Read elements [start, stop) of a source, and no other bytes.
+        """Read elements [start, stop) of a flattened source, and no other bytes.
 
         Args:
-            source: what to read.
-            start: first element, in the flattened source.
-            stop: end of the range.
-            device: device of the result. A copy to a GPU may still be running on the current
-                stream on return.
+            source: the parameter to read from.
+            start: index of the first element.
+            stop: index after the last element.
+            device: device of the result. When the function returns, a copy to a GPU may still be
+                running on the current stream.
 
         Returns:
-            1-D tensor of ``source.dtype``.
+            1-D tensor of ``source.dtype`` with ``stop - start`` elements.
 
         Raises:
             UserError: a file has become unreadable or shorter since it was opened.
@@ -169,7 +181,7 @@ class CheckpointFiles:
         return out
 
     def _fill(self, out: Tensor, source: Source, start: int) -> None:
-        """Fill ``out``, 1-D in host memory, with the elements of ``source`` from ``start`` on."""
+        """Fill ``out`` (1-D, in host memory) with the elements of ``source`` from ``start`` on."""
         first = start * out.element_size()
         last = first + out.nbytes
         buffer = out.view(torch.uint8).numpy().data
@@ -191,14 +203,14 @@ class CheckpointFiles:
                 _read_into(file, buffer, part.file)
         except OSError as error:
             raise UserError(
-                f"{part.file} cannot be read any more: {error}. Keep the files of the model in "
-                "place while it is loaded."
+                f"{part.file} cannot be read any more. Keep the files of the model in place while "
+                f"it is loaded. The system reports: {error}"
             ) from error
         self.bytes_read += len(buffer)
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Return the safetensors files that the index names, or the single file."""
+    """Return the safetensors files that the folder's index names, or else [model.safetensors]."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -206,12 +218,12 @@ def _files_of(folder: Path) -> list[Path]:
             names = sorted(str(file) for file in files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{index} is not a valid safetensors index: {error}. Download it again."
+                f"{index} is not a valid safetensors index ({error}). Download it again."
             ) from error
         absent = [name for name in names if not (folder / name).exists()]
         if absent:
             raise UserError(
-                f"{index} names {len(absent)} files that are missing, the first of them "
+                f"{index} names {len(absent)} files that are missing. The first of them is "
                 f"{absent[0]}. Download the model again."
             )
         return [folder / name for name in names]
@@ -220,7 +232,7 @@ def _files_of(folder: Path) -> list[Path]:
     there = sorted(p.name for p in folder.iterdir())[:10] if folder.is_dir() else "no such folder"
     raise UserError(
         f"{folder} holds no model.safetensors and no model.safetensors.index.json "
-        f"(it holds {there}). Only safetensors files can be loaded. Convert pickled .bin files or "
+        f"(found: {there}). Only safetensors files can be loaded. Convert pickled .bin files or "
         "GGUF with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
     )
 
@@ -229,17 +241,17 @@ def read_header(file: Path) -> dict[str, Entry]:
     """Read and check the header of one safetensors file.
 
     Returns:
-        Name of a tensor -> its entry.
+        The tensors in the file, by name.
 
     Raises:
-        UserError: the file is cut short or not safetensors.
+        UserError: the file is cut short or not in safetensors format.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or not 0 < length <= min(size - 8, MAX_HEADER_BYTES):
             raise UserError(
-                f"{file} is not a safetensors file, or is cut short: it has {size} bytes. Download "
+                f"{file} is not a safetensors file, or is cut short. It has {size} bytes. Download "
                 "it again."
             )
         try:
@@ -247,13 +259,21 @@ def read_header(file: Path) -> dict[str, Entry]:
             return _entries(file, header, data_start=8 + length, size=size)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
-                f"{file} has a broken safetensors header: {error}. Download it again."
+                f"{file} has a broken safetensors header ({error}). Download it again."
             ) from error
 
 
 def _entries(
     file: Path, header: dict[str, dict[str, list[int]]], data_start: int, size: int
 ) -> dict[str, Entry]:
+    """Return the tensors of one file by name, after checking their positions.
+
+    Args:
+        file: path of the file.
+        header: decoded header of the file.
+        data_start: byte offset in the file from which the header counts.
+        size: size of the file in bytes.
+    """
     entries = {}
     for name, about in header.items():
         if name == "__metadata__":
@@ -262,12 +282,12 @@ def _entries(
         dtype, shape = str(about["dtype"]), tuple(about["shape"])
         if data_start + stop > size:
             raise UserError(
-                f"{file} is cut short: tensor {name!r} should end at byte {data_start + stop}, but "
-                f"the file has {size} bytes. Download it again."
+                f"{file} is cut short. Tensor {name!r} should end at byte {data_start + stop}, but "
+                f"the file has only {size} bytes. Download it again."
             )
         nbytes = stop - start
         if dtype in DTYPES and nbytes != prod(shape) * DTYPES[dtype].itemsize:
-            raise ValueError(f"tensor {name!r} of {list(shape)} {dtype} spans {nbytes} bytes")
+            raise ValueError(f"tensor {name!r} of shape {list(shape)}, {dtype}, has {nbytes} bytes")
         entries[name] = Entry(
             file=file, dtype=dtype, shape=shape, start=data_start + start, nbytes=nbytes
         )
@@ -275,13 +295,17 @@ def _entries(
 
 
 def _read_into(file: FileIO, buffer: memoryview, path: Path) -> None:
-    """Fill ``buffer``. One read may return less than asked for; Linux returns at most 2 GB."""
+    """Fill ``buffer`` from the file's current position.
+
+    It reads in a loop, since one read may return fewer bytes than asked for, on Linux at most 2 GB.
+    ``path`` is named in the error message.
+    """
     done = 0
     while done < len(buffer):
         got = file.readinto(buffer[done:])
         if not got:
             raise UserError(
                 f"{path} ended {len(buffer) - done} bytes early while it was read, so it was "
-                "changed after it was opened. Keep the files in place while the model is loaded."
+                "changed after it was opened. Do not change the files while the model is loaded."
             )
         done += got

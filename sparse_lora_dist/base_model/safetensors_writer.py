@@ -1,7 +1,8 @@
-"""Write a folder of safetensors files tensor by tensor, holding only the block being written.
+"""Write a folder of safetensors files tensor by tensor, with one block in memory at a time.
 
-Each file begins with room for its header, and the header is written last. Until then the file does
-not open as safetensors, so a file that was cut short cannot be taken for a whole one.
+Space for the header is reserved at the beginning of each file, and the header is written last.
+Until then the file cannot be opened as safetensors, so an incomplete file is never mistaken for a
+complete one.
 """
 
 import json
@@ -19,18 +20,18 @@ from sparse_lora_dist.base_model.safetensors_reader import DTYPES
 FILE_BYTES = 5 * 10**9
 """Once a file has this many bytes, the next tensor begins a new file."""
 HEADER_BYTES = 4 * 2**20
-"""Largest room for the header of one file."""
+"""Largest space, in bytes, reserved for the header of one file."""
 ABOUT_ONE = 128
-"""Upper bound of the header's bytes for one tensor, besides its name."""
+"""Upper bound of the bytes that one tensor takes in the header, without its name."""
 
 
 class SafetensorsWriter:
-    """Writer of a folder of safetensors files with an index. Not collective.
+    """Writes tensors to a folder of safetensors files with an index. Not collective.
 
     Args:
-        folder: an existing folder.
+        folder: an existing folder to write to.
         header_bytes: upper bound of the bytes of all headers together.
-        stem: beginning of the file names: ``STEM-00001-of-00003.safetensors``.
+        stem: first part of the file names, as in ``STEM-00001-of-00003.safetensors``.
     """
 
     def __init__(
@@ -46,13 +47,14 @@ class SafetensorsWriter:
         """Append one tensor.
 
         Args:
-            name: its name.
-            dtype: name of its dtype in a safetensors header, such as "BF16".
-            shape: its shape.
-            blocks: its values in order, cut anywhere; blocks of any dtype are written as raw bytes.
+            name: name of the tensor in the file.
+            dtype: name of its dtype in the safetensors header, such as "BF16".
+            shape: shape of the tensor.
+            blocks: the tensor's values in order, cut into blocks of any length. Their raw bytes are
+                written, whatever the dtype of a block.
 
         Raises:
-            OSError: no space, no permission, a broken disk.
+            OSError: the file cannot be written, for example since the disk is full.
         """
         about_it = len(json.dumps(name)) + ABOUT_ONE
         full = self._position >= FILE_BYTES or self._header_bytes + about_it > self._room
@@ -67,14 +69,16 @@ class SafetensorsWriter:
         self._header_bytes += about_it
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor that is in host memory, in its own dtype."""
+        """Append a tensor, which must be in host memory, in its own dtype."""
         self.add(name, NAMES[tensor.dtype], tensor.shape, [tensor])
 
     def finish(self) -> None:
-        """Write the headers, rename the files and write the index; all is synced to disk.
+        """Complete the files: write the headers, rename the files, write the index.
+
+        The contents of the files are synced to disk.
 
         Raises:
-            OSError: no space, no permission, a broken disk.
+            OSError: a file cannot be written, for example since the disk is full.
         """
         count = len(self._files)
         weight_map: dict[str, str] = {}
@@ -95,7 +99,7 @@ class SafetensorsWriter:
         write_synced(self.folder / f"{self.stem}.safetensors.index.json", index)
 
     def close(self) -> None:
-        """Close the files without finishing them, after an error."""
+        """Close the files without completing them, after an error."""
         for file in self._files:
             file.close()
 
@@ -111,19 +115,22 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.int32: "I32",
     torch.int64: "I64",
 }
-"""torch dtype -> its name in a safetensors header."""
+"""Name in a safetensors header, by torch dtype."""
 
 
 def _write_all(file: FileIO, data: bytes | memoryview) -> None:
-    """Write all of ``data``. One write may take less: at most 2 GB on Linux, or what a nearly full
-    disk still takes."""
+    """Write all of ``data`` to the file.
+
+    It writes in a loop, since one write may take fewer bytes: at most 2 GB on Linux, and less on a
+    nearly full disk.
+    """
     done = 0
     while done < len(data):
         done += file.write(data[done:])
 
 
 def write_synced(path: Path, content: object) -> None:
-    """Write ``content`` as JSON and sync the file to disk."""
+    """Write ``content`` as JSON to ``path``, and sync the file to disk."""
     with path.open("w") as file:
         json.dump(content, file, indent=2)
         file.flush()

@@ -1,7 +1,7 @@
 """Check that all nodes have the same base model.
 
-Compared are the headers of the files and samples of every tensor. Headers alone do not tell two
-revisions of a model apart, and reading all weights would take as long as loading them.
+The check compares the headers of the files and samples of every tensor. Two revisions of a model
+may have the same headers, and reading all weights would take as long as loading them.
 """
 
 import hashlib
@@ -17,16 +17,16 @@ from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 
 SAMPLES, SAMPLE_BYTES = 8, 256
-"""Samples of each tensor, and bytes of a sample."""
+"""Number of samples of each tensor, and number of bytes of a sample."""
 
 
 def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> None:
-    """Check that all nodes have the same copy of the model. Collective.
+    """Raise UserError if a node's copy of the model differs from rank 0's. Collective.
 
     Args:
-        name: value of --model, for the message.
+        name: value of ``--model``, used in the message.
         folder: the model folder on this node.
-        files: its opened files.
+        files: the opened base files of that folder.
 
     Raises:
         UserError: a node's copy differs from that of rank 0.
@@ -39,15 +39,16 @@ def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> 
     other = next((r for r, found in enumerate(hashes) if found not in (None, hashes[0])), None)
     if other is not None:
         raise UserError(
-            f"--model {name}: rank {other} has other files in its {folder} than rank 0. Set "
-            "--revision for a hub id, or copy the same folder to every machine.",
+            f"Not all nodes have the same files of --model {name}: rank {other} has other files in "
+            f"{folder} than rank 0. If the model is a hub id, set --revision. Otherwise copy the "
+            "same folder to every machine.",
             shared=True,
         )
 
 
 @lru_cache(maxsize=1)  # also used for the base cache; it takes thousands of small reads
 def hash_of_samples(files: CheckpointFiles) -> str:
-    """Return the SHA-256 of a few samples of every tensor. Not collective."""
+    """Return a SHA-256 hash, in hex, of a few samples of every tensor. Not collective."""
     digest = hashlib.sha256()
     in_order = sorted(files.entries.values(), key=lambda e: (e.file, e.start))
     for file, entries in groupby(in_order, key=lambda e: e.file):
@@ -60,6 +61,6 @@ def hash_of_samples(files: CheckpointFiles) -> str:
 
 
 def _places(num_bytes: int) -> Iterator[int]:
-    """Yield the offsets of samples, spread evenly from the first byte to the last."""
+    """Yield the byte offsets of a tensor's samples, spread evenly over the tensor."""
     last = max(num_bytes - SAMPLE_BYTES, 0)
     yield from sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})

@@ -1,9 +1,10 @@
-"""Load the base files into a model that is sharded by ZeRO-3, each rank its own shard.
+"""Load the base files into a model that is sharded by ZeRO-3. Each rank loads its own shards.
 
 The model is built on the meta device, where nothing is allocated. Then each parameter is replaced
-by a sharded one. A rank reads only the ranges of its own shards, and quantises those of linear
-layers and experts. From other ranks it receives only the scales of their blocks, 1/16 byte a
-weight. Weights that the files hold in 4 bits already are read without change.
+by a sharded one. A rank reads only the ranges of the files that its own shards need, and quantises
+the weights of linear layers and experts. From other ranks it receives only the scales of their
+blocks, 1/16 byte for each weight. Weights that the files already hold in 4 bits are read without
+change.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -36,29 +37,30 @@ from sparse_lora_dist.zero3.shares import Values, own_range
 
 @dataclass
 class LoadReport:
-    """What loading cost this rank, in bytes."""
+    """Amounts of data that this rank read and received while it loaded the base."""
 
     linear_bytes_in_file: int = 0
-    """Size in the files of all weights that are held in 4 bits."""
+    """Size in the files, in bytes, of all weights that the model holds in 4 bits."""
     linear_bytes_read: int = 0
-    """Bytes that this rank read of the weights that are held in 4 bits."""
+    """Bytes that this rank read of the weights that the model holds in 4 bits."""
     other_bytes_read: int = 0
     """Bytes that this rank read of all other parameters."""
     bytes_received: int = 0
-    """Bytes that this rank received from other ranks: scales only."""
+    """Bytes that this rank received from other ranks, all of them scales."""
     unquantized: dict[str, int] = field(default_factory=dict)
-    """Name of a linear layer that stays in the engine's dtype -> bytes of its whole weight."""
+    """Linear layers and other weights that stay in the engine's dtype: name -> bytes of the whole
+    weight."""
     experts: int = 0
-    """Number of experts held in 4 bits, over all layers."""
+    """Number of experts that the model holds in 4 bits, over all layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """The reads for one parameter, and the function that makes the parameter from them."""
+    """Ranges of the files to read for one parameter, and the function that creates it from them."""
 
     ranges: list[Range]
     finish: Callable[[list[Tensor]], None]
-    """Called with the tensors of ``ranges``."""
+    """Function that is called with the tensors read, one for each of ``ranges``."""
 
 
 class ShardLoader:
@@ -68,9 +70,9 @@ class ShardLoader:
         files: the opened base files.
         sources: where the files hold each parameter.
         builder: creates the sharded parameters.
-        quantize: quantise linear layers and experts that the files hold as floats, to NF4.
-        double_quant: quantise their scales too.
-        initial: name -> values of parameters trained in full that do not come from the files.
+        quantize: True to quantise linear layers and experts to NF4 if the files hold floats.
+        double_quant: True to quantise their scales too.
+        initial: values of fully trained parameters that do not come from the files, by name.
     """
 
     def __init__(
@@ -91,12 +93,14 @@ class ShardLoader:
         self._made: dict[int, tuple[Tensor, nn.Parameter]] = {}
 
     def load(self, model: nn.Module, *, keep: Collection[str], train: Collection[str]) -> None:
-        """Replace every parameter of ``model``. Collective.
+        """Replace every parameter of a model by a sharded one, and read the buffers. Collective.
 
         Args:
+            model: the model on the meta device. Linear layers and experts in it are replaced by
+                frozen ones (``FrozenLinear``, ``QuantLinear``, ``QuantExperts``).
             keep: names of linear layers that are not quantised, such as the output head.
-            train: names of modules trained in full: their class is kept, their parameters are
-                trainable.
+            train: names of modules that are trained in full. They keep their class, and their
+                parameters are trainable.
 
         Raises:
             UserError: a file cannot be read, or a module of ``train`` is in 4 bits in the files.
@@ -122,7 +126,15 @@ class ShardLoader:
         keep: Collection[str],
         train: Collection[str],
     ) -> Iterator[_Job]:
-        """Yield the jobs of the module's own parameters, without those of its children."""
+        """Yield the jobs that load a module's own parameters, without those of its children.
+
+        Args:
+            model: the whole model.
+            name: name of the module in the model.
+            module: the module.
+            keep: names of linear layers that are not quantised.
+            train: names of modules that are trained in full.
+        """
         if isinstance(module, nn.Linear) and is_plain_linear(module) and name not in train:
             yield from self._linear(model, name, module, quantize=name not in keep)
         elif is_experts(module) and self._in_4_bits(f"{name}.down_proj"):
@@ -140,7 +152,7 @@ class ShardLoader:
     def _linear(
         self, model: nn.Module, name: str, linear: nn.Linear, *, quantize: bool
     ) -> Iterator[_Job]:
-        """Yield the jobs of weight and bias, and the one that replaces the layer."""
+        """Yield the jobs that load weight and bias, and then the job that replaces the layer."""
         weight = f"{name}.weight"
         made: dict[str, Any] = {"bias": None}
         new: Callable[[], FrozenLinear]
@@ -158,7 +170,7 @@ class ShardLoader:
         yield _Job([], lambda _: _replace(model, name, new()))
 
     def _experts(self, model: nn.Module, name: str, experts: Any) -> Iterator[_Job]:
-        """Yield the jobs of the two weight stacks, and the one that replaces the experts."""
+        """Yield the jobs that load the two weight stacks, and the job that replaces the experts."""
         made: dict[str, QuantLinearParameters] = {}
         layouts = {leaf: self._layout(f"{name}.{leaf}") for leaf in EXPERT_WEIGHTS}
         for leaf, layout in layouts.items():
@@ -175,7 +187,8 @@ class ShardLoader:
     def _layout(self, name: str) -> nf4.Layout:
         """Return the layout of a weight that is in 4 bits in the files or will be quantised.
 
-        Each tensor of the files, or each matrix of a stacked one, is quantised by itself.
+        Each tensor of the files is quantised by itself. A stacked tensor is quantised matrix by
+        matrix.
         """
         source = self.sources[name]
         if isinstance(source, Packed):
@@ -192,8 +205,16 @@ class ShardLoader:
         *,
         trainable: bool = False,
     ) -> _Job:
-        """Return the job of a parameter in the engine's dtype. A tied one is made once and assigned
-        twice."""
+        """Return the job that loads a parameter in the engine's dtype.
+
+        A tied parameter is created once and assigned at each of its places.
+
+        Args:
+            name: name of the parameter in the model.
+            meta: the parameter on the meta device.
+            put: function that assigns the new parameter to its module.
+            trainable: True if the parameter gets gradients.
+        """
         make = partial(self.builder.parameter, tuple(meta.shape), trainable=trainable)
         if id(meta) in self._made:
             return _Job([], lambda _: put(self._made[id(meta)][1]))
@@ -209,7 +230,8 @@ class ShardLoader:
         if isinstance(source, Packed):
             raise UserError(
                 f"{self.files.folder} holds {name} in 4 bits, but only frozen linear layers may be "
-                "in 4 bits. Leave it out of --modules_to_save, or use the original weights.",
+                "in 4 bits. Leave it out of --modules_to_save, or give a --model with the original "
+                "weights.",
                 shared=True,
             )
         own = Range(source, *own_range(meta.numel()))
@@ -224,8 +246,13 @@ class ShardLoader:
     def _quantized(
         self, name: str, layout: nf4.Layout, put: Callable[[QuantLinearParameters], None]
     ) -> _Job:
-        """Return the job of packed bytes and scales, quantised from floats or read from the
-        files."""
+        """Return the job that loads packed bytes and scales, or quantises them from floats.
+
+        Args:
+            name: name of the weight in the model.
+            layout: layout of the weight.
+            put: function that receives the two new parameters.
+        """
         source, builder = self.sources[name], self.builder
         if isinstance(source, Packed):
             stored = (source.packed, source.scales)
@@ -254,7 +281,7 @@ class ShardLoader:
             self.report.unquantized[name] = weight.numel() * self.builder.dtype.itemsize
 
     def _read_buffers(self, model: nn.Module) -> None:
-        """Read the buffers that the files hold, such as a router's bias, whole on every rank."""
+        """Fill the model's buffers that the files hold, such as a router's bias, on every rank."""
         persistent = model.state_dict().keys()
         for name, buffer in model.named_buffers():
             source = self.sources.get(name)
@@ -268,12 +295,15 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return True for nn.Linear itself. A subclass may compute something else with its weight."""
+    """Return True for nn.Linear itself. Its subclasses may compute something else."""
     return type(module) is nn.Linear
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return True for an experts module whose weights are two stacks of matrices."""
+    """Return True for an experts module of transformers.
+
+    Its parameters are the two weight stacks gate_up_proj and down_proj, both 3-D, and no other.
+    """
     weights = dict(module.named_parameters(recurse=False))
     return weights.keys() == set(EXPERT_WEIGHTS) and all(w.dim() == 3 for w in weights.values())
 

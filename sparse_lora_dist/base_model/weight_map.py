@@ -1,8 +1,8 @@
 """Find the tensors of the base files that each parameter of a model is made from.
 
-transformers renames and stacks tensors while it loads a model. Its rules are applied here to names
-only. A weight that bitsandbytes quantised has several tensors in the files (``NAME``,
-``NAME.absmax``, ...), which make one ``Packed``.
+transformers renames and stacks tensors while it loads a model. Here its rules are applied to names
+only, and no tensor is read. A weight that bitsandbytes quantised has several tensors in the files
+(``NAME``, ``NAME.absmax``, ...). Together they are described by one ``Packed``.
 """
 
 import json
@@ -39,42 +39,48 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
 
 STATE = ".quant_state.bitsandbytes__"
-"""Ending, before "nf4" or "fp4", of the tensor with bitsandbytes' description of a weight."""
+"""bitsandbytes saves its description of weight NAME as a tensor whose name is NAME, this text, and
+"nf4" or "fp4"."""
 STATE_TENSORS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-"""Endings of the other tensors of a weight; the last two with double quantisation only."""
+"""What bitsandbytes appends to a weight's name for its other tensors. The last two exist only with
+double quantisation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Packed:
-    """A weight that the files hold in 4 bits."""
+    """Where and how the files hold a weight that is in 4 bits."""
 
     layout: nf4.Layout
     packed: Source
-    """Its packed bytes, uint8."""
+    """Source of the packed bytes, uint8."""
     scales: Source
-    """The bytes of its scales, uint8, in the order of ``nf4.py``."""
+    """Source of the bytes of the scales, uint8, in the order described in ``nf4.py``."""
 
 
 Keys = dict[str, list[str]]
-"""Name of a tensor in the model -> names of the tensors of the files it is made from, in order."""
+"""Dict: name of a tensor in the model -> names of the tensors in the files that make it."""
 
 Sources = dict[str, Source | Packed]
-"""Name of a parameter or persistent buffer in the model -> where the files hold it."""
+"""Dict: name of a parameter or persistent buffer in the model -> where the files hold it."""
 
 
 def find_sources(
     model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys, *, new: Collection[str] = ()
 ) -> Sources:
-    """Find the source of every parameter, and of the persistent buffers that the files hold.
+    """Find where the files hold each parameter, and each persistent buffer that they have.
 
-    All ranks must call it, since each compares only its own part of tied tensors. It communicates
-    nothing, and an error may come on one rank alone: call it inside ``fail_together``.
+    If tied parameters are in the files twice, each rank compares only its own part of the copies,
+    so all ranks must call this function. It communicates nothing and may fail on one rank only.
+    Call it inside ``fail_together``.
 
     Args:
         model: the model on the meta device.
         files: the opened base files.
-        keys_of: from ``find_keys``.
-        new: names of parameters that the files need not hold.
+        keys_of: names in the files of each tensor of the model, from ``find_keys``.
+        new: names of parameters that the files need not hold. They are left out of the result.
+
+    Returns:
+        Dict from the name of a parameter or buffer in the model to its source.
 
     Raises:
         UserError: a tensor is missing, or has a wrong shape or an unsupported dtype, or two tied
@@ -93,9 +99,9 @@ def find_sources(
         for other in held[1:]:
             if not files.same(held[0][0], other[0], comm.rank(), comm.world_size()):
                 raise UserError(
-                    f"{files.folder}: config.json ties {held[0][0]} and {other[0]}, but they are "
-                    "two different tensors in the files. Set tie_word_embeddings to false in "
-                    "config.json."
+                    f"The config.json in {files.folder} ties {held[0][0]} and {other[0]}, but the "
+                    "files hold two different tensors for them. Set tie_word_embeddings to false "
+                    "in config.json."
                 )
         if keys is None:
             raise UserError(
@@ -115,14 +121,15 @@ def is_quantized(files: CheckpointFiles) -> bool:
 
 
 def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
-    """Match the tensors of the files to the parameters and buffers of ``model``, by name only.
+    """Find by name which tensors in the files make each parameter and buffer of a model.
 
     Args:
         model: the model on the meta device.
         files: the opened base files.
 
     Returns:
-        Entries of those names of ``model.state_dict()`` that the files hold.
+        Dict from a name in ``model.state_dict()`` to the names of its tensors in the files. Names
+        for which the files hold nothing are left out.
 
     Raises:
         UserError: transformers builds a parameter from several tensors in an unsupported way.
@@ -147,7 +154,10 @@ def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
 
 
 def _tensors(files: CheckpointFiles) -> list[str]:
-    """Names of the tensors in the files, without scales and descriptions of quantised ones."""
+    """Return the names of the tensors in the files that hold weights and buffers.
+
+    The scales, code tables and descriptions of quantised weights are left out.
+    """
     states = [key for key in files.entries if STATE in key]
     quantized = {key.partition(STATE)[0] for key in states}
     state_tensors = {name + ending for name in quantized for ending in STATE_TENSORS}
@@ -157,32 +167,43 @@ def _tensors(files: CheckpointFiles) -> list[str]:
 def _stacked(
     name: str, by_pattern: dict[str | None, list[str]], converter_of: dict[str, WeightConverter]
 ) -> list[str]:
-    """Return the keys of a stacked expert weight: gate and up of expert 0, of expert 1, ..."""
+    """Return the names in the files of the tensors that make a stacked expert weight, in order.
+
+    For gate_up_proj the order is gate of expert 0, up of expert 0, gate of expert 1, and so on.
+
+    Args:
+        name: name of the stacked weight in the model, for messages.
+        by_pattern: names of tensors in the files, by the pattern of transformers that they match.
+        converter_of: rule of transformers for each pattern.
+    """
     converter = converter_of[str(next(iter(by_pattern)))]
     merge, *joins = converter.operations
     plain = isinstance(merge, MergeModulelist) and merge.dim == 0
     if not plain or not all(isinstance(j, Concatenate) and j.dim == 1 for j in joins):
         raise UserError(
             f"transformers makes {name} from several tensors in a way that is not supported "
-            f"({', '.join(type(o).__name__ for o in converter.operations)}). Supported are expert "
-            "matrices stacked one after another. Use another model."
+            f"({', '.join(type(o).__name__ for o in converter.operations)}). Only expert matrices "
+            "that are stacked one after another are supported. Choose another --model."
         )
     columns = [by_pattern[pattern] for pattern in converter.source_patterns]
     if len({len(column) for column in columns}) > 1:
-        raise UserError(f"{name}: some experts are missing in the files. Download the model again.")
+        raise UserError(f"The files lack some experts of {name}. Download the model again.")
     return [key for keys in zip(*columns, strict=True) for key in keys]
 
 
 def source_of(
     name: str, shape: tuple[int, ...], keys: Sequence[str], files: CheckpointFiles
 ) -> Source | Packed:
-    """Check shape and dtype of one parameter and return its source.
+    """Return where the files hold one parameter, after checking shapes and dtypes of its tensors.
 
     Args:
-        name: name in the model, for messages.
-        shape: shape in the model.
-        keys: names, in the files, of the tensors that it is made from.
+        name: name of the parameter in the model, for messages.
+        shape: shape of the parameter in the model.
+        keys: names in the files of the tensors that make the parameter, in order.
         files: the opened base files.
+
+    Returns:
+        ``Packed`` if the files hold the parameter in 4 bits, otherwise ``Source``.
 
     Raises:
         UserError: a tensor has a wrong shape or an unsupported dtype or quantisation.
@@ -191,8 +212,8 @@ def source_of(
     quantized = [state for state in states if state is not None]
     if quantized and len(quantized) < len(keys):
         raise UserError(
-            f"{name}: the files hold some of its tensors quantised and others not, which is not "
-            "supported. Use the original weights."
+            f"The files hold some tensors of {name} quantised and others not, which is not "
+            "supported. Give a --model with the original weights."
         )
     shapes = [tuple(s["shape"]) for s in quantized] or [files.entries[k].shape for k in keys]
     # In a stack of experts each tensor is a matrix, or some rows of one.
@@ -200,9 +221,9 @@ def source_of(
     fits = sum(prod(s) for s in shapes) == prod(shape) if stacked else shapes == [shape]
     if not fits:
         raise UserError(
-            f"{files.entries[keys[0]].file}: tensor {keys[0]!r} has shape {list(shapes[0])}, but "
-            f"{name} has shape {list(shape)} in the model of config.json. Use the config.json that "
-            "belongs to these weights."
+            f"Tensor {keys[0]!r} in {files.entries[keys[0]].file} has shape {list(shapes[0])}, but "
+            f"config.json describes a model in which {name} has shape {list(shape)}. Use the "
+            "config.json that belongs to these weights."
         )
     if quantized:
         return _packed(name, keys, quantized, files)
@@ -214,15 +235,18 @@ def _plain(keys: Sequence[str], files: CheckpointFiles) -> Source:
     for key, entry in zip(keys, entries, strict=True):
         if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype:
             raise UserError(
-                f"{entry.file}: tensor {key!r} is {entry.dtype}. All tensors of a weight must be "
-                f"one of {', '.join(FLOATS)}, or saved in 4 bits by bitsandbytes. Use the original "
-                "weights."
+                f"Tensor {key!r} in {entry.file} has dtype {entry.dtype}. The tensors of a weight "
+                f"must all have the same dtype, one of {', '.join(FLOATS)}, or be saved in 4 bits "
+                "by bitsandbytes. Give a --model with the original weights."
             )
     return Source(keys=tuple(keys), parts=tuple(entries), dtype=DTYPES[entries[0].dtype])
 
 
 def _state(key: str, files: CheckpointFiles) -> dict[str, Any] | None:
-    """Return bitsandbytes' description of a quantised tensor, None if it is not quantised."""
+    """Return bitsandbytes' description of a weight in 4 bits (shape, block size and so on).
+
+    Returns None if the tensor ``key`` is not in 4 bits.
+    """
     names = [key + STATE + kind for kind in ("nf4", "fp4")]
     return next((_read_state(name, files) for name in names if name in files.entries), None)
 
@@ -234,7 +258,7 @@ def _read_state(key: str, files: CheckpointFiles) -> dict[str, Any]:
         state = {}
     if not (isinstance(state, dict) and _is_complete(state)):
         raise UserError(
-            f"{files.entries[key].file}: tensor {key!r} is not a valid quantisation state of "
+            f"Tensor {key!r} in {files.entries[key].file} is not a valid quantisation state of "
             "bitsandbytes. Download the model again."
         )
     return state
@@ -251,6 +275,14 @@ def _is_complete(state: Mapping[str, Any]) -> bool:
 def _packed(
     name: str, keys: Sequence[str], states: Sequence[Mapping[str, Any]], files: CheckpointFiles
 ) -> Packed:
+    """Return where the files hold a weight in 4 bits, after checking that its format is supported.
+
+    Args:
+        name: name of the weight in the model, for messages.
+        keys: names in the files of the tensors that make the weight, in order.
+        states: bitsandbytes' description of each of these tensors.
+        files: the opened base files.
+    """
     first = states[0]
     *stack, rows, columns = first["shape"]
     layout = nf4.Layout(
@@ -268,8 +300,9 @@ def _packed(
             f"{missing[0]} is missing" if missing else "its codes or block sizes are not standard"
         )
         raise UserError(
-            f"{files.entries[keys[0]].file}: {name} is quantised in a way that is not supported "
-            f"({what}). Supported are bitsandbytes' NF4 and FP4. Use the original weights."
+            f"{name} in {files.entries[keys[0]].file} is quantised in a way that is not supported "
+            f"({what}). Supported are NF4 and FP4 as bitsandbytes saves them. Give a --model with "
+            "the original weights."
         )
     offsets = [offset for s in states for offset in _as_list(s.get("nested_offset", []))]
     scales = [*_entries(keys, ".nested_absmax", files), struct.pack(f"<{len(offsets)}f", *offsets)]
@@ -282,8 +315,8 @@ def _packed(
     sizes = (found.packed.nbytes, found.scales.nbytes)
     if sizes != (layout.packed_bytes, layout.scale_bytes):
         raise UserError(
-            f"{files.entries[keys[0]].file}: {name} has {sizes[0]} packed bytes and {sizes[1]} "
-            f"bytes of scales, but its shape needs {layout.packed_bytes} and "
+            f"{name} in {files.entries[keys[0]].file} has {sizes[0]} packed bytes and {sizes[1]} "
+            f"bytes of scales, but a weight of its shape has {layout.packed_bytes} and "
             f"{layout.scale_bytes}. Download the model again."
         )
     return found
@@ -306,13 +339,18 @@ def _entries(keys: Sequence[str], ending: str, files: CheckpointFiles) -> list[E
 
 
 def _bytes(keys: Sequence[str], parts: Sequence[Entry | bytes]) -> Source:
-    """Source of raw bytes. Packed bytes may have any dtype in the files
-    (``bnb_4bit_quant_storage``)."""
+    """Return a source that reads the parts as raw bytes, whatever their dtype in the files.
+
+    bitsandbytes saves packed bytes as a tensor of any dtype (``bnb_4bit_quant_storage``).
+    """
     return Source(keys=tuple(keys), parts=tuple(parts), dtype=torch.uint8)
 
 
 def _has_standard_codes(key: str, layout: nf4.Layout, files: CheckpointFiles) -> bool:
-    """Return True if the code tables in the files are those built into bitsandbytes' kernels."""
+    """Return True if the code tables of weight ``key`` are those of bitsandbytes' kernels.
+
+    A code table gives the value that each 4-bit or 8-bit code stands for.
+    """
     codes = {".quant_map": bnb.get_4bit_type(layout.quant_type, device="cpu")}
     if layout.double_quant:
         codes[".nested_quant_map"] = nf4.dynamic_map(CPU)

@@ -1,4 +1,4 @@
-"""Ranks: how they were launched, their collectives, and what rank 0 prints.
+"""Communication between ranks: launch, collectives, joint error handling, output of rank 0.
 
 Only ``comm.py`` imports torch.distributed.
 """

@@ -22,22 +22,22 @@ from sparse_lora_dist.distributed.launch_mpi import with_meeting_place
 from sparse_lora_dist.errors import UserError
 
 traffic_bytes: Counter[str] = Counter()
-"""Collective -> bytes of tensors that this rank received through this module. DeepSpeed's own
-collectives and pickled objects are not counted."""
+"""Bytes of tensors that this rank received through this module, by kind of collective: all_gather,
+all_reduce, broadcast. DeepSpeed's own collectives and pickled objects are not counted."""
 
 _patient: Any = None
-"""A gloo group with a timeout of one day, for waits that may be long: one rank downloads or
-tokenises while the others have nothing to do. If a peer dies, its connection closes, and the wait
-ends at once."""
+"""Process group of all ranks (gloo) with a timeout of one day, for long waits, such as those for
+one rank that downloads or tokenises. If another rank dies, its connection closes, and the wait ends
+at once."""
 
 last_collective = "none"
 """Name of the collective of this module that this rank entered last. DeepSpeed's own collectives
 are not seen here; ``num_collectives`` counts them."""
 
 SPARE = timedelta(seconds=60)
-"""How much later the groups' own timeout comes than that of ``runtime/watchdog.py``. NCCL's timeout
-ends the process without naming the rank that is stuck; it is the fallback for ranks whose watchdog
-thread does not run either."""
+"""Time added to the timeout of ``runtime/watchdog.py`` for the timeout of the process groups, so
+that the watchdog acts first. NCCL's timeout ends the process without naming the rank that is stuck.
+It is the fallback for ranks whose watchdog thread does not run."""
 
 _timeout = timedelta(minutes=10) + SPARE
 """Timeout of every group except ``_patient``."""
@@ -51,7 +51,10 @@ def start(timeout_s: float = 600.0) -> Launch:
 
     Args:
         timeout_s: seconds after which the watchdog ends a run that makes no progress
-            (``--collective_timeout``); the process groups time out a little later.
+            (``--collective_timeout``). The process groups time out a little later (``SPARE``).
+
+    Returns:
+        Rank, world size and rendezvous address of this process.
 
     Raises:
         UserError: the environment contradicts itself, the ranks cannot connect, or only some of
@@ -81,7 +84,7 @@ def start(timeout_s: float = 600.0) -> Launch:
         _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     except dist.DistError as error:
         raise UserError(
-            f"the ranks cannot connect at {launch.address}:{launch.port}: {error}. If another job "
+            f"The ranks cannot connect at {launch.address}:{launch.port}: {error}. If another job "
             "on that machine uses the port, choose another with --master_port (deepspeed, "
             "torchrun) or MASTER_PORT (srun, mpirun). If the other machines do not reach rank 0's "
             "machine by that address, set MASTER_ADDR. If a machine resolves its own name to "
@@ -92,19 +95,22 @@ def start(timeout_s: float = 600.0) -> Launch:
 
 
 def _check_devices() -> None:
-    """Refuse a run in which only some ranks have a GPU: those without would wait on the CPU for
-    ever."""
+    """Raise UserError if only some ranks have a GPU. Collective.
+
+    Without this check the ranks without a GPU would wait on the CPU for ever.
+    """
     found = gather_objects((on_gpu(), socket.gethostname()))
     without = [f"{rank} on {host}" for rank, (gpu, host) in enumerate(found) if not gpu]
     if 0 < len(without) < len(found):
         raise UserError(
-            f"some ranks have a GPU, but these do not see one: rank {', rank '.join(without)}. "
+            f"Some ranks have a GPU, but these do not see one: rank {', rank '.join(without)}. "
             "Check the GPU driver there (nvidia-smi), or set DS_ACCELERATOR=cpu on all ranks.",
             shared=True,
         )
 
 
 def _join(launch: Launch) -> None:
+    """Create the default process group, with gloo for CPU tensors and NCCL for GPU tensors."""
     store = None
     if launch.world_size == 1:
         # A group of one rank needs no port, so two runs on a machine cannot collide.
@@ -148,7 +154,7 @@ def _store_of_this_start(launch: Launch, timeout: timedelta) -> Any:
         if section.check([token]):
             return section
         time.sleep(0.05)
-    raise dist.DistStoreError("rank 0 does not answer")
+    raise dist.DistStoreError("rank 0 has not answered in time")
 
 
 def ranks_on_this_machine() -> int:
@@ -162,8 +168,11 @@ def num_nodes() -> int:
 
 
 def on_gpu() -> bool:
-    """Return True if ranks compute on GPUs: CUDA is available, and DeepSpeed's environment variable
-    DS_ACCELERATOR is not "cpu". Not collective."""
+    """Return True if this rank computes on a GPU. Not collective.
+
+    That is so if CUDA is available and DeepSpeed's environment variable DS_ACCELERATOR is not
+    "cpu".
+    """
     return torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") != "cpu"
 
 
@@ -237,7 +246,7 @@ def _reduce(t: Tensor, op: Any) -> Tensor:
 def largest(value: int) -> int:
     """Return the maximum of the ranks' values. Collective.
 
-    It is exchanged between CPUs, so it does not wait for work that is queued on a GPU.
+    The values are exchanged between CPUs, so the call does not wait for work queued on a GPU.
     """
     _enter("largest")
     if world_size() == 1:
@@ -261,7 +270,12 @@ def broadcast(t: Tensor) -> Tensor:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Return rank 0's value, pickled. For small objects. Collective."""
+    """Return rank 0's value on every rank. Collective.
+
+    Args:
+        value: object to send from rank 0. It is pickled, so it should be small. The other ranks'
+            values are ignored.
+    """
     _enter("broadcast_object")
     box = [value]
     if world_size() > 1:
@@ -270,11 +284,11 @@ def broadcast_object(value: Any) -> Any:
 
 
 def gather_objects(value: Any, *, after: str = "") -> list[Any]:
-    """Return the values of all ranks in rank order, pickled. For small objects. Collective.
+    """Return a list of all ranks' values in rank order, on every rank. Collective.
 
     Args:
-        value: this rank's value.
-        after: what the ranks did before, shown by the watchdog if a rank does not arrive.
+        value: this rank's value. It is pickled to be sent, so it should be small.
+        after: what the ranks did before this call. The watchdog shows it if a rank does not arrive.
     """
     _enter(f"gather_objects after {after}" if after else "gather_objects")
     if world_size() == 1:
@@ -285,7 +299,7 @@ def gather_objects(value: Any, *, after: str = "") -> list[Any]:
 
 
 def is_first_on_its_node() -> bool:
-    """Return True on one rank of each node, local rank 0. Not collective."""
+    """Return True on the rank of each node whose local rank is 0. Not collective."""
     return this_launch().local_rank == 0
 
 
@@ -313,7 +327,7 @@ def num_collectives() -> int:
 
 
 def bound_all_groups() -> None:
-    """Give all process groups but ``_patient`` the timeout of the default group. Not collective.
+    """Set the default group's timeout for all process groups but ``_patient``. Not collective.
 
     DeepSpeed creates its groups with torch's defaults: 10 minutes for NCCL and 30 for gloo.
     """
@@ -323,12 +337,12 @@ def bound_all_groups() -> None:
 
 
 class Store:
-    """Key-value store of the process group, over a connection of its own. Not collective.
+    """Client of the process group's key-value store, with a connection of its own. Not collective.
 
-    A second connection is needed since the main thread may be blocked on the first.
+    It does not share the process group's connection, on which the main thread may be blocked.
 
     Args:
-        answers_within_s: timeout of a request, in seconds.
+        answers_within_s: timeout of each request, in seconds.
     """
 
     def __init__(self, answers_within_s: float) -> None:
@@ -337,15 +351,21 @@ class Store:
         self._store.set_timeout(timedelta(seconds=answers_within_s))
 
     def set(self, key: str, value: str) -> None:
-        """Set the value of a key for all ranks."""
+        """Store ``value`` under ``key``, where all ranks can read it."""
         self._store.set(key, value)
 
     def get(self, keys: list[str]) -> list[str]:
-        """Return the values of ``keys`` in order; an error of torch if one is missing."""
+        """Return the values of ``keys`` in order.
+
+        Raises:
+            dist.DistError: a key is still missing at the timeout, or the store does not answer.
+        """
         return [value.decode() for value in self._store.multi_get(keys)]
 
 
 def store_is_in_rank_0() -> bool:
-    """Return True if rank 0's process serves the store, False if torchrun's agent does. Not
-    collective."""
+    """Return True if rank 0's process serves the key-value store. Not collective.
+
+    Under torchrun its agent may serve the store instead.
+    """
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

@@ -12,8 +12,9 @@ def print_line(label: str, text: str = "") -> None:
     """Print one line on rank 0, above the progress bar if there is one. Not collective.
 
     Args:
-        label: padded to 10 columns; empty for a line that continues the one above.
-        text: the rest of the line.
+        label: first word of the line, padded to 10 columns. Empty if the line continues the one
+            above.
+        text: rest of the line.
     """
     if comm.rank() == 0:
         tqdm.write(f"{label:<10}{text}".rstrip(), file=sys.stdout)
@@ -21,7 +22,7 @@ def print_line(label: str, text: str = "") -> None:
 
 
 def progress_bar(total: int, done: int) -> Any:
-    """Return a tqdm bar over optimizer steps, shown on rank 0 only.
+    """Return a tqdm progress bar that counts optimizer steps and is shown on rank 0 only.
 
     Args:
         total: optimizer steps of the run.
@@ -33,10 +34,15 @@ def progress_bar(total: int, done: int) -> Any:
 
 
 def counted(number: int, thing: str) -> str:
-    """Return a number with its noun: ``1 rank``, ``2 ranks``."""
+    """Return a number with its noun, in the plural unless the number is 1: ``1 rank``, ``2 ranks``.
+
+    Args:
+        number: the number.
+        thing: the noun in the singular.
+    """
     return f"{number:,} {thing}" if number == 1 else f"{number:,} {thing}s"
 
 
 def megabytes(count: int) -> str:
-    """Return a byte count as text, in MB of 10^6 bytes: ``3.54 MB``."""
+    """Return a number of bytes as text in MB (10^6 bytes), such as ``3.54 MB``."""
     return f"{count / 1e6:.2f} MB"

@@ -1,4 +1,4 @@
-"""Rank and world size of this process, from the environment variables that its launcher set.
+"""Read rank and world size of this process from the environment variables that its launcher set.
 
 Launchers in order of precedence:
 
@@ -32,20 +32,20 @@ class Launch:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    """Number of the rank on its machine, from 0."""
+    """Index of this rank among the ranks on its machine, from 0."""
     local_size: int = 1
     """Number of ranks on this machine."""
     address: str | None = None
-    """Rendezvous host, on rank 0's machine. None for a single rank, and under mpirun until
-    ``launch_mpi.py`` finds it."""
+    """Name or IP address of rank 0's machine, where the ranks meet. None for a single rank, and
+    under mpirun until ``launch_mpi.py`` finds it."""
     port: int | None = None
-    """Rendezvous port; None where ``address`` is None."""
+    """Port on rank 0's machine where the ranks meet. None where ``address`` is None."""
 
     def variables(self, device: int) -> dict[str, str]:
         """Return the environment variables that other libraries, such as DeepSpeed, read.
 
         Args:
-            device: index of this rank's GPU among those it sees, which they read as LOCAL_RANK.
+            device: index of this rank's GPU among the GPUs that it sees. It becomes LOCAL_RANK.
         """
         ranks = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": device}
         meeting_place = {"MASTER_ADDR": self.address, "MASTER_PORT": self.port}
@@ -53,18 +53,22 @@ class Launch:
         return {name: str(value) for name, value in variables.items()}
 
     def in_words(self, nodes: int) -> str:
-        """Return the screen line of a run of several ranks, which run on so many ``nodes``."""
+        """Return a line that describes the launch of several ranks, for the terminal.
+
+        Args:
+            nodes: number of nodes that the ranks run on.
+        """
         counted = "1 node" if nodes == 1 else f"{nodes} nodes"
         place = f"{self.address}:{self.port}"
         return f"{self.launcher}: {self.world_size} ranks on {counted}, meeting at {place}"
 
 
 class Names(NamedTuple):
-    """Names of the environment variables that one launcher sets."""
+    """Names of the environment variables in which one launcher sets rank, world size and so on."""
 
     launcher: str
     marker: str
-    """A variable that only this launcher sets."""
+    """Name of a variable that only this launcher sets."""
     rank: str
     world_size: str
     local_rank: str
@@ -105,8 +109,9 @@ LAUNCHERS = (
 
 @cache
 def this_launch() -> Launch:
-    """Return the launch of this process. Cached, since ``comm.start`` overwrites the environment.
-    Not collective.
+    """Return rank, world size and rendezvous address of this process. Not collective.
+
+    The result is cached, since ``comm.start`` overwrites the environment variables.
 
     Raises:
         UserError: the variables contradict each other, or one is missing.
@@ -115,7 +120,7 @@ def this_launch() -> Launch:
 
 
 def find_launch(environ: Mapping[str, str]) -> Launch:
-    """Return the launch that the environment variables describe.
+    """Return rank, world size and rendezvous address from the environment variables ``environ``.
 
     Raises:
         UserError: the variables contradict each other, or one is missing.
@@ -141,20 +146,21 @@ def find_launch(environ: Mapping[str, str]) -> Launch:
 
 @dataclass(frozen=True)
 class LauncherVariables:
-    """The environment, and the names that the launcher uses in it."""
+    """Reads the variables of one launcher from the environment."""
 
     names: Names
     environ: Mapping[str, str]
 
     def text(self, name: str) -> str:
-        """Return the value of a variable that must be set."""
+        """Return the value of variable ``name``. Raises UserError if it is not set."""
         if name not in self.environ:
             marker = self.names.marker
             raise UserError(f"{marker}={self.environ[marker]} is set, but {name} is not. {ADVICE}")
         return self.environ[name]
 
     def number(self, name: str) -> int:
-        """Return the value of a variable that must be a whole number from 0."""
+        """Return the value of variable ``name``, a whole number from 0. Raises UserError if it is
+        anything else."""
         if not self.text(name).isdecimal():
             raise UserError(f"{name}={self.text(name)!r} must be a whole number from 0. {ADVICE}")
         return int(self.text(name))
@@ -171,7 +177,8 @@ def _read(variables: LauncherVariables) -> Launch:
     _check_below(names.local_rank, local_rank, local_size_name, local_size)
     if local_size > world_size:
         raise UserError(
-            f"{local_size_name}={local_size} contradicts {names.world_size}={world_size}. {ADVICE}"
+            f"{local_size_name}={local_size} contradicts {names.world_size}={world_size}, since a "
+            f"machine cannot have more ranks than the run. {ADVICE}"
         )
     here = Launch(
         launcher=names.launcher,
@@ -185,11 +192,14 @@ def _read(variables: LauncherVariables) -> Launch:
 
 def _check_below(name: str, number: int, limit_name: str, limit: int) -> None:
     if number >= limit:
-        raise UserError(f"{name}={number} contradicts {limit_name}={limit}. {ADVICE}")
+        raise UserError(
+            f"{name}={number} contradicts {limit_name}={limit}, since ranks are counted from 0 and "
+            f"must be less than their number. {ADVICE}"
+        )
 
 
 def _local_size(variables: LauncherVariables, world_size: int) -> tuple[str, int]:
-    """Return the variable that gives the number of ranks on this machine, and that number."""
+    """Return (name, value) of the variable with the number of ranks on this machine."""
     name = variables.names.local_size
     if variables.names is SRUN:
         return name, tasks_on_node(variables.text(name), variables.number("SLURM_NODEID"))
@@ -199,8 +209,11 @@ def _local_size(variables: LauncherVariables, world_size: int) -> tuple[str, int
 
 
 def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
-    """Add address and port. MASTER_ADDR and MASTER_PORT win over values from the launcher: a
-    cluster's node names may not be those of its fast network."""
+    """Return ``launch`` with the rendezvous address and port.
+
+    MASTER_ADDR and MASTER_PORT take precedence over the launcher's values, since a cluster's node
+    names may not belong to its fast network.
+    """
     address = variables.environ.get("MASTER_ADDR")
     port = variables.number("MASTER_PORT") if "MASTER_PORT" in variables.environ else None
     if variables.names is SRUN:
@@ -215,7 +228,7 @@ def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
 
 
 def _check_variables_set_by_hand(variables: LauncherVariables) -> None:
-    """Refuse RANK and WORLD_SIZE where they contradict srun or mpirun.
+    """Raise UserError if RANK or WORLD_SIZE contradicts the variables of srun or mpirun.
 
     LOCAL_RANK is not checked: scripts set it to 0 where each task sees a single GPU.
     """

@@ -1,5 +1,7 @@
-"""Rendezvous address of ranks that mpirun started, the one value it does not put into the
-environment."""
+"""Find the rendezvous address of ranks that mpirun started.
+
+mpirun sets rank and world size in the environment, but no address.
+"""
 
 import socket
 from dataclasses import replace
@@ -11,8 +13,12 @@ from sparse_lora_dist.errors import UserError
 def with_meeting_place(launch: Launch) -> Launch:
     """Return ``launch`` with rank 0's address and port, broadcast by MPI. Collective.
 
-    Rank 0 broadcasts even an address that is set by hand, since mpirun may not pass its environment
-    to other machines. MPI is shut down afterwards; everything else uses torch.distributed.
+    Rank 0 also broadcasts an address that the user set (MASTER_ADDR), since mpirun may not pass its
+    environment to other machines. MPI is shut down afterwards. All other communication uses
+    torch.distributed.
+
+    Args:
+        launch: rank and world size of this process, from mpirun's environment variables.
 
     Raises:
         UserError: mpi4py is not installed, finds no MPI library, or uses another MPI than mpirun.
@@ -21,7 +27,7 @@ def with_meeting_place(launch: Launch) -> Launch:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no MPI library to load
         raise UserError(
-            f"mpirun started {launch.world_size} ranks, which need mpi4py to find each other, and "
+            f"mpirun started {launch.world_size} ranks, which need mpi4py to find each other, but "
             f"mpi4py cannot be imported: {error}. Install mpi4py (pip install mpi4py) in the "
             "environment that has mpirun's MPI, or start with torchrun or deepspeed."
         ) from error
@@ -29,7 +35,7 @@ def with_meeting_place(launch: Launch) -> Launch:
     if (world.Get_rank(), world.Get_size()) != (launch.rank, launch.world_size):
         raise UserError(
             f"mpirun says rank {launch.rank} of {launch.world_size}, and mpi4py says rank "
-            f"{world.Get_rank()} of {world.Get_size()}: mpi4py uses another MPI than mpirun "
+            f"{world.Get_rank()} of {world.Get_size()}. So mpi4py uses another MPI than mpirun "
             f"({MPI.Get_library_version().split(',')[0].strip()}). Build mpi4py for mpirun's MPI "
             "(pip install --no-binary mpi4py mpi4py), or start with the mpirun of mpi4py's MPI."
         )
@@ -39,7 +45,7 @@ def with_meeting_place(launch: Launch) -> Launch:
 
 
 def _here(launch: Launch) -> tuple[str, int]:
-    """Address and port set by hand, or else this machine's name and a free port."""
+    """Return (address, port) as the user set them, or else this machine's name and a free port."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = int(probe.getsockname()[1])

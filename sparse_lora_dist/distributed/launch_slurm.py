@@ -1,4 +1,4 @@
-"""Parse Slurm's own formats (host lists, task counts) and choose a port, which Slurm does not."""
+"""Parse Slurm's formats (host lists, task counts), and choose a port, since Slurm sets none."""
 
 import re
 
@@ -7,16 +7,19 @@ FIRST_PORT, NUM_PORTS = 10_000, 20_000
 
 
 def first_host(nodelist: str) -> str:
-    """Return the first host of a Slurm node list, which has rank 0:
-    ``gpu[007-009,012],login1`` gives ``gpu007``."""
+    """Return the first host of a Slurm node list, which runs rank 0.
+
+    For example ``gpu[007-009,012],login1`` gives ``gpu007``.
+    """
     first = re.split(r",(?![^\[]*\])", nodelist)[0]
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
 
 
 def tasks_on_node(counts: str, node: int) -> int:
-    """Return how many tasks a node has, from Slurm's compressed counts.
+    """Return the number of tasks on a node, from Slurm's compressed counts.
 
-    ``2(x3),1`` gives 2 tasks to each of the first three nodes, 1 to the fourth, 0 to any other.
+    For example ``2(x3),1`` means 2 tasks on each of the first three nodes, 1 on the fourth and 0 on
+    any other.
 
     Args:
         counts: the value of SLURM_STEP_TASKS_PER_NODE.
@@ -31,9 +34,14 @@ def tasks_on_node(counts: str, node: int) -> int:
 
 
 def port_of_step(job: int, step: int) -> int:
-    """Return the port of a Slurm job step, computed alike on every task without communication.
+    """Return a rendezvous port that depends only on the job and the step.
 
-    Jobs that share a node have close numbers and count their steps from 0. With a stride of 101
-    the first hundred steps of each job get ports of their own.
+    So every task of the step computes the same port without communication. Jobs that share a node
+    have close IDs and count their steps from 0. The factor 101 gives each of the first hundred
+    steps of such jobs a port of its own.
+
+    Args:
+        job: SLURM_JOB_ID.
+        step: SLURM_STEP_ID.
     """
     return FIRST_PORT + (job * 101 + step) % NUM_PORTS

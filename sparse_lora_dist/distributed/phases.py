@@ -1,4 +1,4 @@
-"""Phases in which each rank works alone: failing together, and one rank of a node going first."""
+"""Context managers for work without collectives: joint failure, and one rank of each node first."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,26 +12,27 @@ from sparse_lora_dist.errors import UserError
 
 @contextmanager
 def fail_together(phase: str) -> Iterator[None]:
-    """Context manager: if the body fails on any rank, raise on all ranks. Collective.
+    """Context manager that raises on all ranks if the body fails on any rank. Collective.
 
     Without it the other ranks would wait in their next collective for a rank that is gone. The body
     must contain no collectives: a rank that fails between two of them would leave the others
     waiting inside.
 
     Args:
-        phase: what the body does, as a gerund for messages: ``"reading the data"``.
+        phase: what the body does, used in messages after "while", such as "reading the data".
 
     Raises:
-        UserError: on the rank that failed, its own UserError, or the text of an OSError or
-            SafetensorError; on the other ranks, the message of the first rank that failed.
-        Exception: any other exception, on the rank that raised it, with its traceback.
+        UserError: the body failed. On a rank where it raised a UserError, that error; where it
+            raised an OSError or SafetensorError, a UserError with its text. On the other ranks, a
+            UserError with the message of the first rank that failed.
+        Exception: the body raised any other exception on this rank, which is raised unchanged.
     """
     failure: Exception | None = None
     try:
         yield
     # No space, no permission, a missing or damaged file: a traceback would add nothing.
     except (OSError, SafetensorError) as error:
-        failure = UserError(f"{phase}: {error}")
+        failure = UserError(f"An error occurred while {phase}: {error}")
     except Exception as error:
         failure = error
     failures = comm.gather_objects(str(failure) if failure else None, after=phase)
@@ -47,10 +48,10 @@ def fail_together(phase: str) -> Iterator[None]:
 
 @contextmanager
 def first_on_its_node() -> Iterator[None]:
-    """Context manager: one rank of each node runs the body before the node's other ranks.
+    """Context manager in which one rank of each node runs the body before the node's other ranks.
 
-    The others then find what it downloaded or cached on the node's disk. Collective; the body must
-    contain no collectives.
+    The other ranks then find on the node's disk what the first one downloaded or cached.
+    Collective. The body itself must contain no collectives.
     """
     is_first = comm.is_first_on_its_node()
     if not is_first:

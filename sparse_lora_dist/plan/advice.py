@@ -1,4 +1,8 @@
-"""Whether a run fits, on how few ranks it would fit, and changes that save memory."""
+"""Peak memory of a planned run, and advice for a run that needs more memory than there is.
+
+The advice is the smallest number of ranks on which the run fits, and a list of changed settings
+with the memory that each would need.
+"""
 
 import bisect
 import math
@@ -11,47 +15,48 @@ from sparse_lora_dist.plan.memory import rank_memory
 from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
 MAX_RANKS = 4096
-"""Largest number of ranks that is tried."""
+"""Largest number of ranks that ``smallest_world`` tries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Need:
-    """Peak memory of a run over loading, training and saving, in bytes."""
+    """Peak memory that a run needs while loading, training and saving."""
 
     gpu: int
-    """Bytes of the GPU of the rank that needs most."""
+    """Peak bytes on the GPU of the rank that needs most; 0 for ranks on CPUs."""
     host: int
-    """Bytes of host memory of a machine, all its ranks together."""
+    """Peak bytes of host memory on one machine, summed over its ranks."""
 
     def fits(self, limits: "Limits") -> bool:
-        """Does the run fit into ``limits``?"""
+        """Return True if the run needs no more memory than ``limits``."""
         return self.gpu <= limits.gpu and (limits.host is None or self.host <= limits.host)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Memory that there is, in bytes."""
+    """Memory that is available to a run."""
 
     gpu: int
-    """Memory of one GPU."""
+    """Bytes of memory of one GPU; 0 for ranks on CPUs."""
     host: int | None
-    """Memory of one machine; None leaves it unchecked."""
+    """Bytes of host memory of one machine. None: host memory is not checked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Change:
-    """A change to the planned run, and the memory that the run would then need."""
+    """A change of settings that may save memory."""
 
     what: str
-    """The options or the engine file to set, in words."""
+    """What to change, for the user to read, e.g. "--moment_bits 8"."""
     need: Need
+    """Peak memory of the run with this change."""
 
 
 def need_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Need:
     """Return the peak memory of a run.
 
     Args:
-        shapes: the model and what trains on it.
+        shapes: the model, its adapters and the options of the run.
         engine: the memory settings of the engine file.
         ranks: the ranks and machines of the job.
     """
@@ -62,14 +67,21 @@ def need_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Need:
 def smallest_world(
     shapes: Shapes, engine: PlannedEngine, ranks: Ranks, limits: Limits
 ) -> int | None:
-    """Find the smallest number of ranks on which the run fits, up to ``MAX_RANKS``.
+    """Return the smallest number of ranks on which the run fits, up to ``MAX_RANKS``.
 
-    Tried are all numbers of ranks on one machine, up to ``ranks.per_node``, and then full machines.
-    Only multiples of hpZ's partition size are tried, as training refuses others. If the engine file
-    sets train_batch_size, only the present number is tried.
+    The function tries each number of ranks on one machine, up to ``ranks.per_node``, and then each
+    number of full machines. It tries multiples of zero_hpz_partition_size only, because training
+    refuses other numbers. If the engine file sets train_batch_size, it tries only the present
+    number of ranks, since the batch size fixes it.
+
+    Args:
+        shapes: the model, its adapters and the options of the run.
+        engine: the memory settings of the engine file.
+        ranks: the present ranks, which set the number of ranks per machine.
+        limits: the available memory.
 
     Returns:
-        The number of ranks, or None if the run fits on none.
+        The number of ranks, or None if the run fits on none of the tried numbers.
     """
 
     def fits(count: int) -> bool:
@@ -91,7 +103,19 @@ def smallest_world(
 
 
 def changes(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> list[Change]:
-    """List changes that save memory, by the GPU memory needed: each alone, and all combined."""
+    """Plan the run again under each change of settings that may save memory.
+
+    Each change is planned alone. For ranks on GPUs, one more change combines CPU offload with all
+    command-line options of the list.
+
+    Args:
+        shapes: the model, its adapters and the options of the run.
+        engine: the memory settings of the engine file.
+        ranks: the ranks and machines of the job.
+
+    Returns:
+        The changes with the memory they need, sorted by GPU memory, least first.
+    """
     found = [
         Change(what=what, need=need_of(other, own, spread))
         for what, other, own, spread in _variants(shapes, engine, ranks)
@@ -100,7 +124,7 @@ def changes(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> list[Change]
 
 
 Variant = tuple[str, Shapes, PlannedEngine, Ranks]
-"""(the change in words, and what the changed run consists of)."""
+"""(text of the change, and the shapes, engine settings and ranks of the changed run)."""
 
 
 def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[Variant]:
@@ -140,6 +164,7 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
 
 
 def _savings(config: Config) -> Iterator[tuple[str, str, str, Any]]:
+    """Yield options that save memory, as (text, section of the config, field, new value)."""
     if not config.model.gradient_checkpointing:
         yield "--gradient_checkpointing true", "model", "gradient_checkpointing", True
     if (rows := config.train.micro_batch_size) > 1:

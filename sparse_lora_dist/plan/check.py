@@ -1,4 +1,5 @@
-"""The plan at the start of training: one line from rank 0, and a warning if it does not fit."""
+"""Memory check at the start of training: rank 0 prints the planned memory and warns if there is
+less."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,9 +17,15 @@ from sparse_lora_dist.tasks.class_head import modules_inside
 
 
 def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str, Any]) -> None:
-    """Print on rank 0 the memory that the run will need, before any weight is read.
+    """Print on rank 0 the memory that the run will need, and a warning if there is less.
 
-    Never refuses a run, because the plan may be wrong. Not collective.
+    Call it before weights are read, so that a run that dies while loading has printed the line. It
+    never stops a run, because the plan may be wrong. It is not a collective.
+
+    Args:
+        config: all options of the run.
+        model: the model with its adapters.
+        engine_config: content of the engine file.
     """
     if comm.rank() != 0:
         return
@@ -34,7 +41,9 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
     try:
         need = need_of(shapes, PlannedEngine.of(engine_config), ranks)
     except Exception as error:  # a model that cannot run on the meta device may raise anything
-        print_line("memory", f"not planned: this model cannot be run on shapes alone ({error})")
+        print_line(
+            "memory", f"not planned, because this model cannot run on the meta device ({error})"
+        )
         return
     limits = memory_here()
     program = f"python launcher/plan.py --config {config.run.output_dir}/run.yaml"
@@ -43,18 +52,24 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
     print_line("memory", f"{need_text(need, limits, ranks)} (plan: {program} {spread})")
     if not need.fits(limits):
         print_line(
-            "warning", "the run does not fit by this plan; the command above says what to change"
+            "warning",
+            "By this plan, the run does not fit into memory. Run the command above: it lists "
+            "changes that save memory.",
         )
 
 
 def memory_here() -> Limits:
-    """All memory of this rank's GPU (0 on a CPU), and the free memory of this machine."""
+    """Return the total memory of this rank's GPU (0 on a CPU) and this machine's free memory."""
     gpu = torch.cuda.mem_get_info()[1] if comm.on_gpu() else 0
     return Limits(gpu=gpu, host=psutil.virtual_memory().available)
 
 
 def need_text(need: Need, limits: Limits, ranks: Ranks) -> str:
-    """Text of what the run needs and what there is: "about 20.1 of 24.0 GB a GPU, ..."."""
+    """Return the needed and the available memory as text.
+
+    On GPUs: "about 20.1 of 24.0 GB per GPU, 9.5 of 64.0 GB of host memory". On CPUs: "about 9.5 of
+    64.0 GB of this machine's memory".
+    """
     assert limits.host is not None
     host = f"{need.host / 1e9:.1f} of {limits.host / 1e9:.1f} GB"
     if not ranks.on_gpu:

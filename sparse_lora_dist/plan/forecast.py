@@ -1,10 +1,9 @@
-"""Forecast of the live adapter entries: the first, the highest and the last fraction.
+"""Forecast of the fraction of adapter entries that are live at the start, at most and at the end.
 
-The method makes its own decisions for 8 linears of 200 x 200 with random scores. Fractions of rows,
-columns and components are the same in small linears as in large ones. Entries that die or not
-depending on the data (SoRA's gates) are counted as live.
-
-Shapes: R rank.
+The forecast builds the method for 8 linears of 200 x 200 and lets it make its decisions on random
+scores. The small size is enough, because a method keeps the same fraction of rows, columns and
+components in small linears as in large ones. Entries whose death depends on the data (SoRA's gates)
+are counted as live.
 """
 
 from collections import defaultdict
@@ -27,12 +26,12 @@ from sparse_lora_dist.methods.protocol.method import (
 )
 
 SITES, FEATURES, STEPS = 8, 200, 200
-"""Number of linears, their in_features and out_features, and steps of the run that is simulated."""
+"""Size of the simulated run: number of linears, their in_features and out_features, and steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Live:
-    """Live fractions of a rank's entries, for the rank with most live entries."""
+    """Fraction of a rank's entries that are live, for the rank with most live entries."""
 
     first: float
     """Live fraction before the first optimizer step."""
@@ -44,26 +43,28 @@ class Live:
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Live entries after each decision."""
+    """Live entries of the simulated run, after each decision."""
 
     profiles: tuple[list[tuple[Tensor, int]], ...]
-    """One list per decision, with a pair for all tensors of the same name and size: for every
-    entry, the number of these tensors in which it is live (1-D float); and the number of the
-    tensors (1 for a tensor that all linears share)."""
+    """One list per decision. A list has one pair (counts, number) for all tensors of the same name
+    and size. number: how many such tensors there are, 1 for a tensor that all linears share.
+    counts, 1-D float32: for each entry, in how many of these tensors it is live."""
     birth_bytes: int
-    """Bytes of the birth step of each live entry; 0 if all live entries share one birth step."""
+    """Bytes that the optimizer keeps per live entry for its birth step: 2, or 0 if all live entries
+    share one birth step."""
 
     def on(self, world_size: int) -> Live:
-        """Live fractions if the entries are sharded over ``world_size`` ranks.
+        """Return the live fractions if the entries are sharded over ``world_size`` ranks.
 
-        Tensors are cut into contiguous shards, so the rank with most live entries can have far more
-        than the average: if a quarter of the components is open, all of them may lie on the first
-        of four ranks.
+        Each tensor is cut into contiguous shards, so the rank with most live entries can have far
+        more than the average. Example: if a quarter of the components is open, all of them may lie
+        on the first of four ranks.
         """
         fractions = [self._worst(profile, world_size) for profile in self.profiles]
         return Live(first=fractions[0], peak=max(fractions), last=fractions[-1])
 
     def _worst(self, profile: list[tuple[Tensor, int]], world_size: int) -> float:
+        """Return the live fraction of the rank with most live entries."""
         live = torch.zeros(world_size)
         size = 0
         for counts, number in profile:
@@ -75,13 +76,15 @@ class Forecast:
 
 
 def forecast(factory: MethodFactory, options: object, context: RunContext) -> Forecast:
-    """Simulate the method's decisions over a run.
+    """Simulate the method's decisions over a run, and record the live entries after each.
+
+    A run of more than 200 steps is shortened to 200, unless the method's options are given in steps
+    and do not fit into 200.
 
     Args:
-        factory: the method.
-        options: the method's options.
-        context: the run. A longer run is shortened to 200 steps, unless the method's options, which
-            may be given in steps, do not allow it.
+        factory: builds the method.
+        options: the method's options, an instance of its own dataclass.
+        context: the sites, steps and warm-up of the run.
     """
     rank = max(site.rank for site in context.sites)
     side = max(FEATURES, rank)
@@ -108,6 +111,12 @@ def forecast(factory: MethodFactory, options: object, context: RunContext) -> Fo
 def _shortest(
     factory: MethodFactory, options: object, context: RunContext, sites: tuple[Site, ...]
 ) -> tuple[Method, int]:
+    """Build the method for the simulated run.
+
+    Returns:
+        The method and the steps of its run: 200, or those of ``context`` if the method's options
+        do not fit into 200.
+    """
     for steps in (min(STEPS, context.total_steps), context.total_steps):
         try:
             short = replace(context, total_steps=steps, warmup_steps=0, sites=sites)
@@ -120,6 +129,8 @@ def _shortest(
 def _take(
     decision: Decision, live: dict[str, Tensor], births: dict[str, Tensor], step: int
 ) -> None:
+    """Apply a decision: change the masks in ``live``, and set the birth step of new live entries in
+    ``births``."""
     for name, mask in decision.live.items():
         new = mask.view_as(live[name])
         births[name][new & ~live[name]] = step
@@ -127,6 +138,7 @@ def _take(
 
 
 def _profile(live: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
+    """Return one list of ``Forecast.profiles`` for the masks ``live``, by tensor name."""
     masks = defaultdict(list)
     for name, mask in live.items():
         masks[name.rpartition(".")[2], mask.numel()].append(mask.flatten().float())
@@ -134,7 +146,8 @@ def _profile(live: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
 
 
 class _RandomScores:
-    """``Scores`` of unsharded tensors: random where an entry is live, zero where it is dead."""
+    """Implements ``Scores`` for tensors that are not sharded. The scores are random for live
+    entries, and 0 for dead ones."""
 
     def __init__(self, live: Mapping[str, Tensor], method: Method, num_sites: int) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -173,7 +186,12 @@ class _RandomScores:
 
 
 def _lines(t: Tensor, by: By) -> Tensor:
-    """View a tensor as a matrix with one segment (a row, a column or all) in each row."""
+    """Return the tensor as a matrix, each of whose rows is one segment of it.
+
+    Args:
+        t: a tensor; axes after the first are flattened.
+        by: what a segment is: a row, a column, or the whole tensor.
+    """
     if by == "tensor":
         return t.reshape(1, -1)
     matrix = t.reshape(t.shape[0], -1)

@@ -1,32 +1,38 @@
-"""Memory of one rank while the base is loaded: its shards, and temporary buffers."""
+"""Memory of one rank while the base is loaded: its shards and temporary buffers."""
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.plan.playback.parameters import shard_bytes
 from sparse_lora_dist.plan.scenario import Shapes
 
 SCALE_VECTORS = 4
-"""Vectors with all block scales of a weight that exist at once while they are quantised, counted as
-fp32: as gathered, joined, with the mean subtracted, and in 8 bits."""
+"""Number of vectors that exist at once while the block scales of a weight are quantised to 8 bits.
+
+Each has an entry for every block, counted as fp32: the scales as gathered, joined into one vector,
+with their mean subtracted, and in 8 bits.
+"""
 
 
 def base_shard_bytes(shapes: Shapes, world_size: int) -> int:
-    """Bytes of the frozen base that one rank holds, padding included."""
+    """Return the bytes of one rank's shards of the frozen parameters, padding included."""
     frozen = [p for p in shapes.parameters if p.kind != "trained"]
     return shard_bytes(frozen, world_size, shapes.itemsize)
 
 
 def load_peak_bytes(shapes: Shapes, world_size: int) -> int:
-    """Peak bytes of one rank while the base and the adapters are loaded."""
+    """Return the peak bytes of one rank while the base is loaded and the adapters are made."""
     shares = shard_bytes(shapes.parameters, world_size, shapes.itemsize)
     return shares + load_work(shapes, world_size)
 
 
 def load_work(shapes: Shapes, world_size: int) -> int:
-    """Bytes by which the peak of loading exceeds all shards together.
+    """Return by how many bytes the peak of loading exceeds the sum of all shards of a rank.
 
-    Parameters are loaded one after another. While one is loaded, a rank holds the shards loaded so
-    far, this parameter's shard, its part of the file, the part of the next parameter that is read
-    ahead, and, if the weight is quantised here, all block scales of the whole weight.
+    Parameters are loaded one after another. While one is loaded, a rank holds:
+
+    - the shards loaded so far, and this parameter's shard;
+    - its part of this parameter's bytes in the file;
+    - its part of the next parameter's bytes, which is read ahead;
+    - if the weight is quantised while it is loaded, the block scales of the whole weight.
     """
     held, most = 0, 0
     coming = [p for p in shapes.parameters if p.file_bytes]

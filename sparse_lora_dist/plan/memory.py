@@ -1,8 +1,8 @@
-"""Memory of one rank, line by line: while loading, in forward and backward, in the optimizer step,
-and while saving.
+"""Memory table of one rank, with a column for each phase: loading, forward and backward, the
+optimizer step, and saving.
 
-Lines for shards are exact. Activations and gathered weights come from a playback of the step on the
-meta device. What is assumed is a constant in this file, with its reason.
+Lines for shards are exact. Lines for activations and gathered weights come from a simulation of the
+step on the meta device (plan/playback). Assumed sizes are constants in this file.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,32 +27,36 @@ TRAINED: tuple[Phase, ...] = ("pass", "step", "save")
 """Phases after the base is loaded."""
 
 LOGITS_CHUNK = 2**26
-"""Bytes of the fp32 logits of one chunk of the loss; three tensors of this size exist at a time."""
+"""Most bytes of the fp32 logits of one chunk, if the loss is computed in chunks of tokens. Three
+tensors of this size exist at a time."""
 
 GPU_CONTEXT = 1_200_000_000
-"""Bytes of CUDA's context, library workspaces and NCCL's buffers on a GPU. Assumed: GPUs differ."""
+"""Bytes on a GPU for CUDA's context, workspaces of libraries and NCCL's buffers. This is an
+assumption, as the size depends on the GPU."""
 
 GPU_SLACK = 0.05
-"""Fraction of what forward and backward allocate that PyTorch's allocator loses to fragmentation.
-Assumed."""
+"""Memory that PyTorch's allocator loses to fragmentation, as a fraction of what forward and
+backward allocate. This is an assumption."""
 
 CPU_PROCESS = 100_000_000
-"""Bytes of a CPU rank besides tensors, counted from the end of imports: data, modules imported
+"""Bytes that a CPU rank allocates after its imports, tensors not counted: data, modules imported
 late, gloo's buffers, small blocks. Measured: 0.09 to 0.13 GB (benchmarks/plan_check.py)."""
 
 HOST_PROCESS = 3_000_000_000
-"""Bytes of host memory of a rank with a GPU: Python, PyTorch with CUDA, data. Assumed."""
+"""Bytes of host memory of a rank with a GPU: Python, PyTorch with CUDA, data. This is an
+assumption."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """One line of the memory table: what takes memory, where, and how much in each phase."""
+    """One line of the memory table: a use of memory, with its bytes in each phase."""
 
     key: str
     """Name of the line in JSON."""
     label: str
     """Name of the line in the table."""
     place: Place
+    """Memory that the bytes are in: that of the GPU or of the host."""
     bytes: dict[Phase, int]
     """Bytes in each phase; a phase that is left out counts as 0."""
 
@@ -64,28 +68,28 @@ class RankMemory:
     lines: tuple[Line, ...]
 
     def total(self, place: Place, phase: Phase) -> int:
-        """Sum of all lines of a place in a phase, in bytes."""
+        """Return the bytes of all lines in ``place`` during ``phase``."""
         return sum(line.bytes.get(phase, 0) for line in self.lines if line.place == place)
 
     def peak(self, place: Place) -> int:
-        """Highest total of a place over all phases, in bytes."""
+        """Return the highest total of ``place`` over all phases, in bytes."""
         return max(self.total(place, phase) for phase in PHASES)
 
     def training_peak(self, place: Place) -> int:
-        """Highest total of a place over forward, backward and the optimizer step, in bytes."""
+        """Return the highest total of ``place`` over forward, backward and the optimizer step."""
         return max(self.total(place, "pass"), self.total(place, "step"))
 
 
 def rank_memory(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> RankMemory:
-    """Plan the memory of the rank that needs most.
+    """Return the memory table of the rank that needs most.
 
     Args:
-        shapes: the model and what trains on it.
+        shapes: the model, its adapters and the options of the run.
         engine: the memory settings of the engine file.
         ranks: the ranks and machines of the job.
 
     Returns:
-        The lines that are not 0 in all phases.
+        The table, without lines that are 0 in every phase.
     """
     lines = [
         *_base(shapes, engine, ranks),
@@ -151,14 +155,16 @@ def _base(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]
 
 
 def pinned_block(size: int) -> int:
-    """Round bytes up to a power of two, as PyTorch does for a pinned tensor."""
+    """Return the bytes that PyTorch allocates for a pinned tensor of ``size`` bytes: ``size``
+    rounded up to a power of two."""
     return 1 << (size - 1).bit_length() if size else 0
 
 
 def _offloaded(
     parameters: Sequence[PlannedParameter], shapes: Shapes, engine: PlannedEngine, ranks: Ranks
 ) -> int:
-    """Bytes of a rank's shards in host memory, each an allocation of its own."""
+    """Return the bytes of a rank's shards of ``parameters`` in host memory, where each shard is an
+    allocation of its own."""
     sizes = [_share([p], shapes, ranks) for p in parameters]
     return sum(map(pinned_block, sizes) if engine.pinned and ranks.on_gpu else sizes)
 
@@ -168,38 +174,45 @@ def _share(parameters: Sequence[PlannedParameter], shapes: Shapes, ranks: Ranks)
 
 
 def trained_entries(shapes: Shapes, ranks: Ranks) -> int:
-    """Entries of adapters and of modules trained in full on one rank, padding included."""
+    """Return the number of trained entries on one rank, of adapters and of modules trained in full,
+    padding included."""
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.kind == "trained")
 
 
 def sparse_entries(shapes: Shapes, ranks: Ranks) -> int:
-    """Entries of adapters on one rank, padding included."""
+    """Return the number of adapter entries on one rank, padding included."""
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.sparse)
 
 
 def live_entries(shapes: Shapes, ranks: Ranks) -> float:
-    """Highest number of entries with moments on one rank: the live entries of adapters, and all
-    entries of modules trained in full."""
+    """Return the number of entries that have optimizer moments, on the rank with most of them.
+
+    These are the live entries of adapters, at their peak over the run, and all entries of modules
+    trained in full.
+    """
     sparse = sparse_entries(shapes, ranks)
     peak = shapes.forecast.on(ranks.world_size).peak
     return peak * sparse + trained_entries(shapes, ranks) - sparse
 
 
 def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> float:
-    """Bytes of two moments and a birth step for each live entry, and of one bit for every entry.
+    """Return the bytes of the optimizer's moments on one rank.
+
+    A live entry has two moments and a birth step. Every entry, live or dead, has one bit that says
+    which it is.
 
     Args:
-        live: number of live entries.
-        entries: number of all entries.
-        bits: 32 or 8 bits per moment (8-bit moments have an fp32 scale per block).
-        birth_bytes: bytes of a birth step; 0 if all live entries share one.
+        live: number of live entries on the rank.
+        entries: number of live and dead entries on the rank.
+        bits: bits per moment, 32 or 8. Moments of 8 bits have an fp32 scale per block besides.
+        birth_bytes: bytes of a birth step; 0 if all live entries share one birth step.
     """
     each = 8.0 if bits == 32 else 2.0 * (1 + 4 / BLOCK)
     return live * (each + birth_bytes) + -(-entries // 8)
 
 
 def writes_beside_training(shapes: Shapes) -> bool:
-    """Is a checkpoint written in the background while training goes on?"""
+    """Return True if checkpoints are written in the background while training goes on."""
     run, stages = shapes.config.run, shapes.method.stages
     return run.async_save and (
         0 < run.save_every < shapes.run_context.total_steps or len(stages) > 1
@@ -207,8 +220,12 @@ def writes_beside_training(shapes: Shapes) -> bool:
 
 
 def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
-    """Bytes of one rank's part of a checkpoint: an fp32 master and a bit for every trained entry,
-    statistics for adapter entries, and two fp32 moments and the birth step for live entries."""
+    """Return the bytes of one rank's part of a checkpoint.
+
+    Every trained entry is saved as its fp32 master value and one bit (live or dead). An adapter
+    entry has the method's fp32 statistics besides. A live entry has two fp32 moments and, unless
+    all share one, a birth step.
+    """
     entries, birth = trained_entries(shapes, ranks), 4 if shapes.forecast.birth_bytes else 0
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     return int(4 * entries + entries / 8 + statistics + live_entries(shapes, ranks) * (8 + birth))
@@ -270,10 +287,11 @@ def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterabl
 
 
 def loss_bytes(shapes: Shapes) -> int:
-    """Bytes of the loss: logits with their gradients, and the gradient of the hidden states.
+    """Return the bytes that computing the loss takes on one rank; 0 without an output head.
 
-    If the head trains, its gradient exists three times: as the fp32 sum over chunks, of one chunk,
-    and as the result. 0 if the model has no output head.
+    These are the logits with their gradients, and the gradient of the hidden states. If the loss is
+    computed in chunks and the head trains, the head's gradient exists three times: as the fp32 sum
+    over chunks, as the gradient of one chunk, and as the result.
     """
     head = shapes.model.get_output_embeddings()
     if head is None:
@@ -290,7 +308,7 @@ def loss_bytes(shapes: Shapes) -> int:
 
 
 def trained_head(shapes: Shapes) -> int:
-    """Entries of the output head if it trains in full, else 0."""
+    """Return the number of entries of the output head if it trains in full, else 0."""
     head = output_head(shapes.model)
     return sum(p.numel for p in shapes.parameters if p.kind == "trained" and p.module == head)
 

@@ -1,4 +1,4 @@
-"""A plan as text, and as JSON."""
+"""Formats a plan as text or as JSON."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,17 +22,20 @@ from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 from sparse_lora_dist.plan.speed import Speed, speed_of
 
 PLACES: dict[Place, str] = {"gpu": "GB on a GPU", "host": "GB in host memory, per rank"}
-"""Headings of the memory tables."""
+"""Headings of the two memory tables, by the memory that they are about."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A plan: the run that it is for, and, computed when asked for, all results."""
+    """A planned run with its results, each computed when it is first read."""
 
     shapes: Shapes
+    """The model, its adapters and the options of the run."""
     engine: PlannedEngine
+    """Memory settings of the engine file."""
     ranks: Ranks
     plan: PlanConfig
+    """Options of the planner."""
 
     @property
     def limits(self) -> Limits:
@@ -48,13 +51,15 @@ class Outcome:
 
     @property
     def fits(self) -> bool | None:
-        """Does the run fit? None without a limit: ranks on CPUs, and --host_memory not given."""
+        """True if the run fits into ``limits``; None if there is no limit, which is so for ranks on
+        CPUs without ``--host_memory``."""
         if not self.ranks.on_gpu and self.limits.host is None:
             return None
         return self.need.fits(self.limits)
 
     @cached_property
     def smallest(self) -> int | None:
+        """Smallest number of ranks on which the run fits; None if there is none."""
         return smallest_world(self.shapes, self.engine, self.ranks, self.limits)
 
     @cached_property
@@ -63,9 +68,11 @@ class Outcome:
 
     @property
     def notes(self) -> list[str]:
-        """Notes on the model, and on keys of the engine file that the plan ignores."""
+        """Sentences for the user on the model, and on keys of the engine file that the plan
+        ignores."""
         ignored = [
-            f"{key} of the engine file is ignored by the plan" for key in self.engine.not_played
+            f"the plan does not take {key} of the engine file into account"
+            for key in self.engine.not_played
         ]
         return self.shapes.notes + ignored
 
@@ -75,12 +82,16 @@ class Outcome:
 
 
 def gb(size: float) -> str:
-    """Format bytes in GB (10^9 bytes)."""
+    """Return ``size`` bytes as a number of GB (10^9 bytes) with two decimals, without a unit."""
     return f"{size / 1e9:.2f}"
 
 
 def as_text(outcome: Outcome) -> str:
-    """Format a plan for the screen."""
+    """Return a plan as text for the terminal.
+
+    Its blocks are the run, a memory table per place, the verdict, changes that save memory if the
+    run does not fit, times and traffic, and the assumptions.
+    """
     blocks = [
         _head(outcome),
         *(_table(outcome.memory, place) for place in PLACES),
@@ -200,7 +211,10 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """A plan as JSON, in bytes and seconds. Programs read it, so keys must not change."""
+    """Return a plan as a dict for ``json.dumps``, with sizes in bytes and times in seconds.
+
+    Programs read this output, so its keys must not change.
+    """
     ranks, speed = outcome.ranks, asdict(outcome.speed)
     fast, slow = outcome.speed.step_s
     return {

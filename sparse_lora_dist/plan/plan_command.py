@@ -1,4 +1,4 @@
-"""The program behind launcher/plan.py: makes a plan and prints it."""
+"""Program of launcher/plan.py: plans a run and prints the plan."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,12 @@ from sparse_lora_dist.plan.shapes import shapes_of
 
 
 def plan(request: PlanRequest) -> None:
-    """Print the plan as text or JSON, and plot it if --plot is given."""
+    """Plan a run, print the plan as text or JSON, and plot it if ``--plot`` is given.
+
+    Raises:
+        UserError: if the model's config.json cannot be used, the method's schedule does not fit
+            into the steps of the run, or the plot cannot be written.
+    """
     options = request.plan
     outcome = Outcome(
         shapes=shapes_of(request.config, whole_logits=options.whole_logits),

@@ -1,4 +1,4 @@
-"""Stacked bars of the memory of a GPU (or of a CPU rank) against the number of ranks."""
+"""Bar plot of the memory of one GPU, or of one CPU rank, against the number of ranks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,10 +8,15 @@ from sparse_lora_dist.plan.memory import Place, rank_memory
 from sparse_lora_dist.plan.output import Outcome
 
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
+"""Numbers of ranks that have a bar, besides the planned one."""
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """Write the plot as a PNG file.
+    """Write a plot of the memory in forward and backward, with one bar per number of ranks.
+
+    Args:
+        outcome: the planned run.
+        path: the PNG file to write.
 
     Raises:
         UserError: if the file cannot be written.
@@ -51,6 +56,9 @@ def draw(outcome: Outcome, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise UserError(f"--plot {path} cannot be written: {error}") from error
+        raise UserError(
+            f"--plot {path} cannot be written: {error}. Name a PNG file in a folder that exists "
+            "and that you can write to."
+        ) from error
     finally:
         pyplot.close(figure)

@@ -1,4 +1,5 @@
-"""What a plan is made for: the engine file's memory settings, the ranks, the model's shapes."""
+"""Inputs of a plan: the engine file's memory settings, the ranks, and the model on the meta
+device."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -29,45 +30,47 @@ from sparse_lora_dist.plan.playback.parameters import (
 )
 
 STEPS = 1000
-"""Steps that are assumed if --max_steps is not given."""
+"""Optimizer steps of the run that are assumed if ``--max_steps`` is not given."""
 
 
 NOT_PLAYED = {
     "stage3_module_granularity_threshold": 0,
     "stage3_model_persistence_threshold": sys.maxsize,
 }
-"""Keys of an engine file that change what is gathered and that the plan ignores, with DeepSpeed's
-defaults."""
+"""Keys of an engine file that the plan ignores although they change what is gathered, with
+DeepSpeed's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedEngine:
-    """Settings of an engine file that matter for memory; the defaults are DeepSpeed's."""
+    """Settings of an engine file that change the memory; the defaults are DeepSpeed's."""
 
     bounds: Bounds
     """Limits on gathered parameters."""
     reduce_bucket: int = 500_000_000
     """Elements of the bucket that gradients are reduced in."""
     hpz: int = 1
-    """Ranks that share a second copy of the parameters (zero_hpz_partition_size); 1 is none."""
+    """zero_hpz_partition_size: number of ranks that share a second copy of the parameters. 1: there
+    is no second copy."""
     parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where parameters are offloaded to."""
+    """Device that parameters are offloaded to."""
     optimizer: Literal["none", "cpu"] = "none"
-    """Where the optimizer state is offloaded to."""
+    """Device that the optimizer state is offloaded to."""
     nvme_buffers: int = 0
     """Elements of the pinned buffers through which parameters are read from disk."""
     nvme_from: int = 2**20
-    """Smallest shard in bytes that goes to disk; DeepSpeed keeps smaller ones in host memory."""
+    """Size in bytes of the smallest shard that is offloaded to disk; DeepSpeed keeps smaller shards
+    in host memory."""
     pinned: bool = False
-    """Are offloaded parameters in pinned memory? Matters with a GPU only."""
+    """True if offloaded parameters are in pinned memory. It has no effect without a GPU."""
     settles_ranks: bool = False
-    """Does train_batch_size allow only one number of ranks?"""
+    """True if the file sets train_batch_size, which allows only one number of ranks."""
     not_played: tuple[str, ...] = ()
-    """Keys of the file that the plan ignores, although they change what is gathered."""
+    """Keys of ``NOT_PLAYED`` that the file sets to other values than the defaults."""
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "PlannedEngine":
-        """Read the settings from the content of an engine file that has been checked before."""
+        """Read the settings from ``content``, an engine file that is valid."""
 
         def number(key: str, default: int) -> int:
             value = value_at(content, f"zero_optimization.{key}")
@@ -99,37 +102,50 @@ class PlannedEngine:
 
 @dataclass(frozen=True, kw_only=True)
 class Ranks:
-    """The ranks of the job and the machines they are on."""
+    """The ranks of a job and the machines they are on."""
 
     world_size: int
+    """Number of ranks on all machines together."""
     nodes: int = 1
     """Number of machines."""
     on_gpu: bool = True
-    """Has every rank a GPU of its own, or do all run on CPUs?"""
+    """True if every rank has a GPU of its own, False if all ranks run on CPUs."""
 
     @property
     def per_node(self) -> int:
+        """Largest number of ranks on one machine."""
         return -(-self.world_size // self.nodes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """A model on the meta device, what trains on it, and what follows from these shapes alone."""
+    """A model on the meta device, its adapters, and the options of the run.
+
+    The properties are computed from the shapes of the model's parameters and the options. Most are
+    computed once, when they are first read.
+    """
 
     model: PreTrainedModel
+    """The model on the meta device, without adapters."""
     sites: tuple[Site, ...]
     """Linears that carry adapters."""
     trained: tuple[str, ...]
     """Names of modules trained in full."""
     config: Config
+    """All options of the run."""
     whole_logits: bool = False
-    """Are the logits of all tokens computed at once, instead of in chunks?"""
+    """True if the logits of all tokens are computed at once, False if in chunks of tokens."""
     notes: list[str] = field(default_factory=list)
-    """Notes on the model for the user."""
+    """Sentences on the model for the user. ``step`` may append one."""
     _gathered: dict[Bounds, Gathered] = field(default_factory=dict, repr=False, compare=False)
 
     def with_config(self, config: Config, **others: Any) -> "Shapes":
-        """Shapes of another run with the same model."""
+        """Return the shapes of a run with the same model and other options.
+
+        Args:
+            config: all options of the other run.
+            others: other fields that change, by name.
+        """
         return replace(self, config=config, _gathered={}, **others)
 
     @property
@@ -146,7 +162,7 @@ class Shapes:
 
     @cached_property
     def method(self) -> Method:
-        """The method of the run.
+        """The method of the run, built for its steps and sites.
 
         Raises:
             UserError: if the method's schedule does not fit into the run's steps.
@@ -156,11 +172,16 @@ class Shapes:
             return METHODS[name].build(self.config.method_options, self.run_context)
         except ValueError as error:
             assumed = self.config.train.max_steps is None
-            hint = f" ({STEPS} steps are assumed; set --max_steps)" if assumed else ""
+            hint = (
+                f" (The plan assumes {STEPS} steps because --max_steps is not given. Set it.)"
+                if assumed
+                else ""
+            )
             raise UserError(f"--method {name}: {error}{hint}") from error
 
     @cached_property
     def parameters(self) -> list[PlannedParameter]:
+        """All ZeRO-3 parameters of the run, in the model's order."""
         return planned_parameters(
             self.model,
             self.sites,
@@ -174,30 +195,32 @@ class Shapes:
 
     @property
     def saved(self) -> SavedQuantization | None:
-        """How the base files are quantised already; None if they hold floats."""
+        """The quantisation of the base files; None if they hold floats."""
         return SavedQuantization.of(self.model.config)
 
     @cached_property
     def forecast(self) -> Forecast:
+        """Fraction of the adapter entries that are live during the run."""
         factory = METHODS[self.config.adapter.method]
         return forecast(factory, self.config.method_options, self.run_context)
 
     @cached_property
     def step(self) -> StepMemory:
-        """Activation memory of one micro-batch.
+        """Memory of activations and temporaries of one micro-batch on one rank.
 
-        If the model cannot run on the meta device, a Llama of the same sizes stands in for it.
+        If the model cannot run on the meta device, a Llama of the same sizes is run in its place,
+        and a note is appended to ``notes``.
 
         Raises:
-            UserError: if its config does not have the sizes of a Llama either.
+            UserError: if the model cannot run and its config lacks the sizes of a Llama.
         """
         try:
             return self._played(self.model, self.sites)
         except Exception as error:  # a model that reads values of tensors may raise anything
             first = str(error).partition("\n")[0]
-            problem = f"{self.model.config.model_type} cannot be run on shapes alone ({first})"
+            problem = f"{self.model.config.model_type} cannot run on the meta device ({first})"
         sizes = as_llama(self.model.config.get_text_config(), problem)
-        note = f"{problem}; activations are planned as those of a Llama of the same sizes"
+        note = f"{problem}, so its activations are planned as those of a Llama of the same sizes"
         if note not in self.notes:  # the list is shared by ``with_config``
             self.notes.append(note)
         with torch.device("meta"):
@@ -219,7 +242,7 @@ class Shapes:
         )
 
     def gathered(self, bounds: Bounds) -> Gathered:
-        """What one micro-batch gathers under ``bounds``."""
+        """Return how many elements one micro-batch gathers under ``bounds``. Results are cached."""
         if bounds not in self._gathered:
             self._gathered[bounds] = gathered(
                 self.parameters,
@@ -232,10 +255,10 @@ class Shapes:
         return self._gathered[bounds]
 
     def _without_backward(self) -> set[str]:
-        """Modules that are not gathered for backward.
+        """Return the names of modules that are not gathered for backward.
 
-        These are the embeddings, before which nothing needs a gradient, and the output head, as the
-        loss in chunks computes its gradient in forward.
+        These are the embeddings, because no gradient is needed before them, and the output head,
+        unless it trains: a loss in chunks computes the gradient of its input during forward.
         """
         first = {p.module for p in self.parameters if p.kind == "embeddings"}
         head = None if self.whole_logits else output_head(self.model)

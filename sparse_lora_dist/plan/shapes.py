@@ -1,4 +1,4 @@
-"""Read a model's shapes from its config.json."""
+"""Builds a model on the meta device from its config.json."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,17 @@ from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, beside_base, modules_inside
 
 CONFIG_PATTERNS = ["config.json", "*.py"]
+"""Files of a model that are downloaded; weights are not among them."""
 
 
 def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
-    """Build the model that ``config`` names on the meta device; no weight is downloaded or read.
+    """Build the model that ``config`` names on the meta device, and find its target modules.
+
+    No weight is downloaded or read.
 
     Args:
         config: all options of the run.
-        whole_logits: whether the logits of all tokens are computed at once.
+        whole_logits: True if the logits of all tokens are computed at once, False if in chunks.
 
     Raises:
         UserError: if config.json is missing, invalid, or lacks sizes that are needed.
@@ -60,21 +63,39 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
 def read_architecture(
     folder: Path, *, trust_remote_code: bool
 ) -> tuple[PretrainedConfig, list[str]]:
-    """Read config.json and return the config with notes for the user.
+    """Read the config.json of a model.
 
-    An architecture that transformers does not know is planned as a Llama, if its config has the
-    fields for that; a note says so.
+    An architecture that transformers does not know is planned as a Llama, if config.json has the
+    sizes of one.
+
+    Args:
+        folder: the folder of the model.
+        trust_remote_code: True if code from the folder may define the architecture.
+
+    Returns:
+        The config, and a list with one sentence for the user if it is that of a Llama in place of
+        the model's own.
+
+    Raises:
+        UserError: if config.json is missing, invalid, or lacks sizes that are needed.
     """
     file = folder / "config.json"
     try:
         content = json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
-        raise UserError(f"--model: {file} is not valid JSON: {error}") from error
+        raise UserError(
+            f"--model: {file} is not valid JSON: {error}. Repair the file or download it again."
+        ) from error
     if not isinstance(content, dict):
-        raise UserError(f"--model: {file} must be a JSON object, got {content!r}")
+        raise UserError(
+            f"--model: {file} must be a JSON object, got {content!r}. Repair the file or download "
+            "it again."
+        )
     kind = content.get("model_type")
     own_code = trust_remote_code and "auto_map" in content
     if not file.exists() or (isinstance(kind, str) and kind in CONFIG_MAPPING) or own_code:
         return read_config(folder, trust_remote_code=trust_remote_code), []
     problem = f"transformers does not know the architecture {kind!r}"
-    return as_llama(content, problem), [f"{problem}; planned as a Llama of the same sizes"]
+    return as_llama(content, problem), [
+        f"{problem}, so the model is planned as a Llama of the same sizes"
+    ]

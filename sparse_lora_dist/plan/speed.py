@@ -1,7 +1,4 @@
-"""Traffic and time of a step and of loading, computed from rates that the user gives.
-
-Shapes: N ranks, P weights of linears, M rows, T tokens of a row.
-"""
+"""Traffic and time of an optimizer step and of loading, computed from rates that the user gives."""
 
 from dataclasses import dataclass
 from math import gcd
@@ -18,7 +15,7 @@ from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Traffic, arithmetic and time of one optimizer step, and of loading and saving."""
+    """Traffic and time of a run: per optimizer step, and for loading and saving."""
 
     gathered_bytes: int
     """Bytes of the frozen base that a rank receives in all-gathers, per step."""
@@ -27,13 +24,13 @@ class Speed:
     reduced_bytes: int
     """Bytes of gradients that a rank receives in reduce-scatters, per step."""
     across_nodes_bytes: int
-    """Bytes of the three above that come into a node from other nodes, per step."""
+    """Bytes of base, adapters and gradients that come into one node from other nodes, per step."""
     read_bytes: int
     """Bytes of its shard of the base that a rank reads from NVMe, per step."""
     flop: float
     """Floating-point operations of a rank, per step."""
     compute_s: float
-    """Seconds of arithmetic, per step."""
+    """Seconds that these operations take, per step."""
     network_s: float
     """Seconds of network traffic, per step."""
     read_s: float
@@ -43,19 +40,26 @@ class Speed:
     file_bytes: int
     """Bytes of the base files."""
     load_s: float
-    """Seconds to read the base files, where every machine reads its ranks' part."""
+    """Seconds to read the base files, if every machine reads an equal part of them."""
     checkpoint_bytes: int
-    """Bytes of a checkpoint of the run, all ranks together."""
+    """Bytes of a checkpoint of the run, summed over ranks."""
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """Seconds of a step if all traffic overlaps with compute, and if none does."""
+        """Seconds of a step: (if all traffic overlaps with compute, if none does)."""
         parts = self.compute_s, self.network_s, self.read_s
         return max(parts), sum(parts)
 
 
 def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConfig) -> Speed:
-    """Compute traffic and time of a run at the rates that ``plan`` gives."""
+    """Return the traffic and time of a run.
+
+    Args:
+        shapes: the model, its adapters and the options of the run.
+        engine: the memory settings of the engine file.
+        ranks: the ranks and machines of the job.
+        plan: the planner's options, which give the rates of GPU, network and disk.
+    """
     train, count = shapes.config.train, ranks.world_size
     micro = train.gradient_accumulation_steps
     gathered = shapes.gathered(engine.bounds)
@@ -92,13 +96,18 @@ def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConf
 
 
 def step_flop(shapes: Shapes) -> float:
-    """Floating-point operations of a micro-batch on a rank.
+    """Return the floating-point operations of one micro-batch on one rank.
 
-    Per token, frozen weights cost 2 P in forward and 2 P in backward (they have no weight
-    gradient), and layers that checkpointing runs again 2 P more. Adapter entries cost 2 each in
-    forward, 4 in backward, 2 in the backward's recomputation of the delta, and 2 more with
-    checkpointing. Attention costs 4 M T^2 width per layer in forward and 2.5 times that in
-    backward, as if every row were one document.
+    Operations per token and entry:
+
+    - a frozen weight: 2 in forward and 2 in backward, as it has no gradient of its own; 2 more in
+      layers that gradient checkpointing runs again;
+    - an adapter entry: 2 in forward, 4 in backward, 2 for computing the adapter's output again in
+      backward; 2 more with gradient checkpointing.
+
+    Attention costs 4 x rows x length^2 x width operations per layer in forward, and 2.5 times that
+    in backward. length is the number of tokens of a row, counted as one document; width is that of
+    the queries of all heads together.
     """
     config = shapes.config
     rows, length = config.train.micro_batch_size, config.data.sequence_length
@@ -118,7 +127,13 @@ def step_flop(shapes: Shapes) -> float:
 
 
 def active_fraction(parameter: PlannedParameter, config: PreTrainedConfig) -> float:
-    """Fraction of a weight that a token uses: 1, or the fraction of active experts."""
+    """Return the fraction of a weight that a token uses: that of active experts if the weight is
+    one of experts, else 1.
+
+    Args:
+        parameter: the weight.
+        config: the model's config, which has the number of experts and of experts per token.
+    """
     if not parameter.module.endswith("experts"):
         return 1.0
     text = config.get_text_config()
@@ -129,7 +144,7 @@ def active_fraction(parameter: PlannedParameter, config: PreTrainedConfig) -> fl
 
 
 def attention_width(config: PreTrainedConfig) -> int:
-    """Width of a token's queries, all heads together."""
+    """Return the width of a token's queries, summed over heads."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     each = getattr(text, "head_dim", None)

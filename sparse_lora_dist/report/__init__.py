@@ -1,1 +1,2 @@
-"""The HTML report of a run: ``run_data.py`` reads the run folder, the others draw and write."""
+"""HTML report of one or several runs. ``run_data.py`` reads a run folder, the other files draw the
+figures and write the page."""

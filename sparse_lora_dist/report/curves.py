@@ -1,4 +1,4 @@
-"""Line plots over steps: loss, live entries, throughput, memory; one or several runs per figure."""
+"""Plots of loss, live entries, throughput and memory over steps, with a line for each run."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,9 +12,10 @@ from sparse_lora_dist.report.style import SERIES, Line, Picture, lines, panels, 
 
 Runs = Sequence[RunData]
 Points = tuple[Sequence[float], Sequence[float]]
-"""(steps, values) of a curve."""
+"""(steps, values) of the points of a curve, each in order of the steps."""
 MAX_POINTS = 600
-"""Most points of a curve: more would be a solid band on the screen, and a large page."""
+"""Largest number of points of a curve. More points would merge on the screen into a solid band, and
+make the page large."""
 
 
 def loss(runs: Runs) -> Picture:
@@ -40,9 +41,9 @@ def loss(runs: Runs) -> Picture:
 
 
 def thinned(points: Points) -> Points:
-    """Average consecutive points until at most ``MAX_POINTS`` are left.
+    """Return at most ``MAX_POINTS`` points, each the mean of equally many consecutive points.
 
-    With 1,200 points every result is the mean of two neighbours, in both its step and its value.
+    Example: 1,200 points become 600; each has the mean step and the mean value of two neighbours.
     """
     steps, values = points
     every = -(-len(steps) // MAX_POINTS)
@@ -54,13 +55,15 @@ def thinned(points: Points) -> Points:
 
 
 def _every(runs: Runs) -> int:
+    """Return how many logged losses ``thinned`` averages into a point, for the longest run."""
     return max(-(-len(run.series("loss")[0]) // MAX_POINTS) for run in runs)
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Mean over a centred window of a twentieth of all values.
+    """Return for each value the mean over a window that is centred on it.
 
-    The window shrinks evenly on both sides at the ends, so that a straight line stays unchanged.
+    The window has a twentieth of all values. Near both ends it shrinks to stay centred, so that a
+    straight line stays unchanged.
     """
     last, half = len(values) - 1, len(values) // 40
     reaches = [min(half, i, last - i) for i in range(len(values))]
@@ -68,7 +71,8 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def live(runs: Runs) -> Picture:
-    """Plot the live entries and, in panels below, each log value of the method (its budget ...)."""
+    """Plot the number of live entries, and in a panel below each number that the method logs, such
+    as its budget."""
     keys = list(dict.fromkeys(key for run in runs for key in run.log_keys()))
     figure, rows = panels(1 + len(keys), height=2.4 + 1.4 * len(keys), sharex=True)
     for axes, key in zip(rows, ["live_entries", *keys], strict=True):
@@ -90,7 +94,10 @@ def live(runs: Runs) -> Picture:
 
 
 def without_plateaus(points: Points) -> Points:
-    """Drop points that equal both neighbours: the drawn line stays the same."""
+    """Return the points without those whose value equals both neighbours'.
+
+    The first and the last point stay, so a line through the points looks the same.
+    """
     steps, values = points
     ends = {0, len(steps) - 1}
     kept = [i for i in range(len(steps)) if i in ends or len({*values[i - 1 : i + 2]}) > 1]
@@ -98,7 +105,11 @@ def without_plateaus(points: Points) -> Points:
 
 
 def stages(runs: Runs) -> Picture:
-    """Plot the held-out loss against the total rank, one point per stage of a run."""
+    """Plot the held-out loss against the total rank of all sites, with a point per stage.
+
+    Args:
+        runs: runs that have at least one stage.
+    """
     figure, (axes,) = panels()
     for run, line in _with_lines(runs):
         points = [(r["live_ranks"], r["held_out_loss"], r["lambda"]) for r in run.stages]
@@ -119,7 +130,7 @@ def stages(runs: Runs) -> Picture:
 
 
 def throughput(runs: Runs) -> Picture:
-    """Plot tokens per second, of the whole job and per rank."""
+    """Plot tokens per second, of all ranks together and per rank."""
     figure, (axes,) = panels()
     for run, line in _with_lines(runs):
         steps, values = thinned(run.series("tokens_per_s"))
@@ -139,13 +150,17 @@ def throughput(runs: Runs) -> Picture:
 
 
 def _world_size(run: RunData, step: float) -> int:
-    """Ranks of the last job that made this step, or of the newest job if that is not recorded."""
+    """Return the number of ranks of the last job that made this step.
+
+    If it is not recorded, return that of the newest job, or 1.
+    """
     sizes = [a.world_size for a in run.attempts if a.first < step <= a.last and a.world_size]
     return sizes[-1] if sizes else run.world_size or 1
 
 
 def memory(runs: Runs) -> Picture:
-    """Plot the peak memory: of the highest rank at logged steps, of every rank at checkpoints."""
+    """Plot the peak memory of a rank: the highest of all ranks at each logged step, and that of
+    every rank at each checkpoint."""
     figure, (axes,) = panels()
     for run, line in _with_lines(runs):
         steps, values = without_plateaus(run.series("peak_memory_bytes"))

@@ -1,4 +1,4 @@
-"""Histograms of gates and importances, from the tensors of a checkpoint."""
+"""Histograms of gates and of importances, read from the tensors of a checkpoint."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,18 +15,25 @@ from sparse_lora_dist.report.saved_steps import SavedStep
 from sparse_lora_dist.report.style import Picture, lines, panels, plain_numbers
 
 EDGES = np.arange(-24.0, 4.01, 0.2)
-"""Edges of importance bins, as powers of ten; values beyond count in the outermost bins."""
+"""Edges of the bins for importances, as base-10 logarithms. Values beyond the edges are counted in
+the outermost bins."""
 
 
 @dataclass
 class Histogram:
-    """Counts of entries by the power of ten of their importance; zeros are counted apart."""
+    """Histogram of importances on a logarithmic scale."""
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(EDGES) - 1, np.int64))
+    """Number of entries in each bin of ``EDGES``, entries with importance 0 left out."""
     zeros: int = 0
+    """Number of entries with importance 0."""
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Add one tensor; a large model's tensors do not fit in memory together."""
+        """Count the entries of one tensor.
+
+        Tensors are added one at a time, because those of a large model do not fit into memory
+        together.
+        """
         above = values[values > 0]
         powers = np.log10(above.astype(np.float64))
         self.counts += np.histogram(powers.clip(EDGES[0], EDGES[-1]), EDGES)[0]
@@ -34,8 +41,12 @@ class Histogram:
 
 
 def gates(run: RunData) -> Picture | None:
-    """Histogram of the gates or lambdas of all components at the first, a middle and the last
-    checkpoint, or None if the method has none."""
+    """Plot histograms of the gates or lambdas of all components.
+
+    Returns:
+        A figure with the first, the middle and the last checkpoint, or None if no checkpoint has
+        gates or lambdas.
+    """
     having = [saved for saved in run.checkpoints if any(_vectors(saved.manifest))]
     if not having:
         return None
@@ -63,15 +74,21 @@ def gates(run: RunData) -> Picture | None:
 
 
 def gate_values(saved: SavedStep) -> NDArray[np.float32]:
-    """Gates of all sites of a checkpoint, concatenated in the model's order: 1-D float32."""
+    """Return the gates or lambdas of all sites of a checkpoint as one 1-D float32 array, in the
+    order of the checkpoint's manifest."""
     slices = _open(saved)
     names = _vectors(saved.manifest)
     return np.concatenate([_whole(slices, saved, "master", name) for name in names])
 
 
 def importance(run: RunData) -> Picture | None:
-    """Histogram of the first running statistic of every entry, one line per kind of tensor, or None
-    if no checkpoint stores statistics."""
+    """Plot histograms of the importance of all adapter entries, a line for each kind of tensor.
+
+    The importance of an entry is the first running statistic that the method keeps of it.
+
+    Returns:
+        A figure for the last checkpoint that stores statistics, or None if there is none.
+    """
     saved = next((s for s in reversed(run.checkpoints) if _has_statistics(s.manifest)), None)
     if saved is None:
         return None
@@ -100,7 +117,8 @@ def importance(run: RunData) -> Picture | None:
 
 
 def importances(saved: SavedStep) -> Mapping[str, Histogram]:
-    """Histograms of a checkpoint's importances by kind of tensor (lora_a, lora_b ...)."""
+    """Return the histogram of a checkpoint's importances for each kind of tensor, such as "lora_a"
+    or "lora_b"."""
     slices, found = _open(saved), dict[str, Histogram]()
     for name in _adapter_tensors(saved.manifest):
         values = _whole(slices, saved, "stat0", name)
@@ -109,12 +127,13 @@ def importances(saved: SavedStep) -> Mapping[str, Histogram]:
 
 
 def _adapter_tensors(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of tensors that the method decides on; none if the checkpoint is damaged."""
+    """Yield the names of all trained tensors of adapters; none if the manifest is empty."""
     sites = manifest.get("sites", {"pieces": ()})["pieces"]
     yield from (n for n in manifest.get("tensors", ()) if n.rpartition(".")[0] in sites)
 
 
 def _vectors(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the names of tensors that hold one number per component: gates or lambdas."""
     shapes = manifest.get("tensors", {})
     # Vectors of other forms, such as the values on a support (SHiRA), are no gates of components.
     between = (name for name in _adapter_tensors(manifest) if ".lora_" in name)
@@ -122,7 +141,7 @@ def _vectors(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _has_statistics(manifest: Mapping[str, Any]) -> bool:
-    """Does a checkpoint store statistics? They are freed after the last decision."""
+    """Return True if a checkpoint stores statistics, which methods free after the last decision."""
     return bool(manifest) and not manifest["ended"] and manifest["description"]["statistics"][0] > 0
 
 
@@ -131,5 +150,6 @@ def _open(saved: SavedStep) -> SavedSlices:
 
 
 def _whole(slices: SavedSlices, saved: SavedStep, key: str, name: str) -> NDArray[np.float32]:
+    """Read all that a checkpoint stores of the tensor ``name`` under ``key``, as a 1-D array."""
     size = prod(saved.manifest["tensors"][name])
     return slices.entries(key, name, 0, size).numpy()

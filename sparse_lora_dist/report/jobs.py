@@ -1,4 +1,4 @@
-"""The jobs of a run in order, from attempts.jsonl and, for what it lacks, from metrics.jsonl."""
+"""Lists the jobs of a run from attempts.jsonl, and from metrics.jsonl for what is missing there."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,36 +6,40 @@ from dataclasses import dataclass
 from sparse_lora_dist.report.jsonl import Record
 
 GOING = "still going"
+"""State of a run on which a job works now."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """The part of a run that one job made."""
+    """One job of a run: the steps it made, when, and how it ended."""
 
     first: int
-    """Step that the job began from."""
+    """Optimizer step that the job started from."""
     last: int
-    """Last step that it is known to have reached; it may have made more, as not all are logged."""
+    """Last optimizer step that the job is known to have reached. A killed job may have reached a
+    later one, because not every step is logged."""
     began: float | None = None
     """Start time in seconds since 1970; None if it is not recorded."""
     seconds: float | None = None
-    """How long the job trained; None if its end is not recorded."""
+    """Seconds from the job's start to its end; None if its end is not recorded."""
     world_size: int | None = None
     """Number of ranks; None if it is not recorded."""
     ended: str
-    """How the job ended: "finished", "stopped by ...", "cut short", or "still going"."""
+    """How the job ended: "finished", "stopped by ...", "cut short" (killed), "still going", or "end
+    not recorded"."""
 
 
 def jobs_of(records: Sequence[Record], metrics: Sequence[Record], *, going: bool) -> list[Attempt]:
-    """Pair the begin record of every job with its end record.
+    """Return the jobs of a run in order, at least one.
 
-    A job that was killed has no end record; its last step is then taken from the begin record of
-    the next job, or from the last logged step if there is no next job.
+    A job has a begin record and an end record. A killed job has no end record. Its last step is
+    then taken from the begin record of the next job, or from the last logged step if there is no
+    next job.
 
     Args:
-        records: records of attempts.jsonl, empty if the run has no such file.
+        records: records of attempts.jsonl; empty if the run has no such file.
         metrics: records of metrics.jsonl, at least one.
-        going: whether a job holds the run's lock now.
+        going: True if a job holds the lock of the run folder now.
     """
     first, last = metrics[0]["step"], metrics[-1]["step"]
     if not records or records[0]["event"] != "begins":  # older versions wrote no attempts.jsonl
@@ -50,6 +54,7 @@ def jobs_of(records: Sequence[Record], metrics: Sequence[Record], *, going: bool
 
 
 def _job(record: Record, following: Record | None, *, last_logged: int, going: bool) -> Attempt:
+    """Return the job that began with ``record``; ``following`` is the next record, if any."""
     end = None
     if following is None:
         last, ended = last_logged, GOING if going else "cut short"

@@ -1,4 +1,4 @@
-"""Arrange sites in a grid by their names: one row per layer, one column per kind of module."""
+"""Arranges sites in a grid by their names, with a row per layer and a column per kind of module."""
 
 import re
 from collections import Counter
@@ -14,17 +14,22 @@ Grid = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Position of every site in the grid."""
+    """Grid of sites: its rows, its columns, and the position of every site."""
 
     layers: list[int]
-    """Layer numbers, one per row."""
+    """Layer number of each row."""
     modules: list[str]
-    """Names of the columns, as short as is unique: q_proj, but encoder.query and decoder.query."""
+    """Name of each column: the shortest ending of the module's name that no other column has, such
+    as "q_proj", or "encoder.query" beside "decoder.query"."""
     places: Mapping[str, tuple[int, int]]
-    """Site -> row and column."""
+    """Name of a site -> (row, column)."""
 
     def grid(self, values: Mapping[str, float]) -> Grid:
-        """Put a value per site into a float64 [layers, modules]; NaN where there is no site."""
+        """Return the values as an array [layers, modules], float64, with NaN where no site is.
+
+        Args:
+            values: name of a site -> its value.
+        """
         grid = np.full((len(self.layers), len(self.modules)), np.nan)
         for site, value in values.items():
             grid[self.places[site]] = value
@@ -32,9 +37,10 @@ class Layout:
 
 
 def layout_of(sites: Iterable[str]) -> Layout:
-    """Lay out sites by their names, such as "model.layers.3.self_attn.q_proj" -> layer 3, q_proj.
+    """Return the grid of ``sites``, which are names of modules.
 
-    Columns keep the order of ``sites``. A site without a layer number counts as layer 0.
+    Example: "model.layers.3.self_attn.q_proj" is in the row of layer 3 and the column "q_proj".
+    Columns keep the order of ``sites``. A name without a layer number counts as layer 0.
     """
     split = {site: _split(site) for site in sites}
     kinds = list(dict.fromkeys(kind for _, kind in split.values()))
@@ -46,17 +52,20 @@ def layout_of(sites: Iterable[str]) -> Layout:
 
 
 def _split(site: str) -> tuple[int, str]:
+    """Return the layer number of a site, and its name without that number."""
     match = NUMBERED.fullmatch(site)
     return (0, site) if match is None else (int(match["layer"]), f"{match[1]}.{match['module']}")
 
 
 def _short(kinds: list[str]) -> list[str]:
-    """Shortest unique ending of each name: a.query, b.query, b.out -> a.query, b.query, out."""
+    """Return the shortest unique ending of each name: "a.query", "b.query" and "b.out" give
+    "a.query", "b.query" and "out"."""
     endings = [_endings(kind) for kind in kinds]
     seen = Counter(ending for own in endings for ending in own)
     return [next((e for e in own if seen[e] == 1), own[-1]) for own in endings]
 
 
 def _endings(kind: str) -> list[str]:
+    """Return all endings of a dotted name, shortest first: "a.b" gives "b" and "a.b"."""
     words = kind.split(".")
     return [".".join(words[i:]) for i in reversed(range(len(words)))]

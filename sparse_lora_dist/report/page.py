@@ -1,4 +1,5 @@
-"""The HTML page: it embeds all it shows, loads nothing from the network and runs no script."""
+"""Writes the HTML page. The page embeds its figures, loads nothing from the network and runs no
+script."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,23 +15,24 @@ from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Picture, as_svg
 
 GENERATOR = "sparse_lora_dist report"
-"""Mark in every page and PNG file that this program writes; it replaces only files with it."""
+"""Text that marks every page and PNG file of this program, which replaces only files that have
+it."""
 DARK = ("#6cb6ff", "#f69d50", "#57ab5a", "#c297ff", "#fc8dc7", "#c6a93f")
 """Colours that replace those of ``SERIES``, in the same order, on a dark page."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A heading with its figures: those of one run, or those that all runs share."""
+    """A section of the page: the figures of one run, or those that all runs share."""
 
     title: str
     pictures: Sequence[Picture]
     absent: Sequence[str] = ()
-    """One sentence for each figure that cannot be drawn, saying why."""
+    """Sentences that say why a figure is missing, one for each missing figure."""
 
 
 def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
-    """Render the page and return its HTML."""
+    """Return the HTML of the page for ``runs`` with the given sections."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -50,7 +52,7 @@ def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
 
 
 def overview(run: RunData) -> dict[str, str]:
-    """Lines of the table at the top of the page: label -> text."""
+    """Return the lines of the table at the top of the page: label -> text."""
     total = "" if run.total_steps is None else f" of {run.total_steps:,}"
     peaks = run.series("peak_memory_bytes")[1]
     return {
@@ -71,7 +73,8 @@ def overview(run: RunData) -> dict[str, str]:
 
 
 def loss_of(run: RunData, key: str) -> str:
-    """First and last value of a metric, and the step from which on it is NaN or infinite."""
+    """Return the first and last value of a metric as text, and from which step on it is NaN or
+    infinite: "5.0000 → 4.0000, NaN or infinite from step 4 on"."""
     since, values = run.non_finite_since(key), run.series(key)[1]
     if since is None:
         return change(values)
@@ -80,19 +83,27 @@ def loss_of(run: RunData, key: str) -> str:
 
 
 def change(values: Sequence[float], digits: int = 4) -> str:
-    """Text of the first and the last value: "4.9012 → 3.0010"."""
+    """Return the first and the last value as text: "4.9012 → 3.0010"; "–" if there is none."""
     if not values:
         return "–"
     return " → ".join(f"{v:,.{digits}f}" for v in dict.fromkeys((values[0], values[-1])))
 
 
 def median_of(values: Sequence[float]) -> str:
-    """Text of the median, because one step that waited for a disk would distort a mean."""
+    """Return the median as text; "–" if there is no value.
+
+    It is not the mean, because one step that waited for a disk would distort that.
+    """
     return f"{median(values):,.0f}" if values else "–"
 
 
 def options(runs: Sequence[RunData]) -> list[tuple[str, list[Any], bool]]:
-    """All options: (name, value in each run, whether the values differ)."""
+    """Return all options of the runs.
+
+    Returns:
+        For each option: its name, its value in each run ("–" if the run lacks it), and True if the
+        values differ.
+    """
     names = dict.fromkeys(name for run in runs for name in run.options)
     rows = [(name, [run.options.get(name, "–") for run in runs]) for name in names]
     return [(name, values, any(v != values[0] for v in values)) for name, values in rows]

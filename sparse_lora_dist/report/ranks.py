@@ -1,4 +1,5 @@
-"""Heat maps of ranks, or of shares of live entries: layer x module, and layer x step."""
+"""Heat maps of the ranks of sites, or of their shares of live entries, over layer x module and over
+layer x step."""
 
 from collections.abc import Mapping
 from math import prod
@@ -16,19 +17,20 @@ from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import WIDTH, Picture, panels
 
 READABLE = 16
-"""Most layers of a map whose cells have room for a number."""
+"""Largest number of layers of a map whose cells have room for a number."""
 FEW_RANKS = 32
-"""Largest rank for which every rank has a colour of its own."""
+"""Largest rank up to which every rank has a colour of its own."""
 
 
 class Shares:
-    """The value of every site that the maps show.
+    """The values of sites that the maps show.
 
-    It is the site's rank if the method changes ranks, and else the share of the site's entries that
-    the optimizer steps.
+    The value of a site is its rank if the method changes ranks. Otherwise it is the share of the
+    site's entries that the optimizer steps, from 0 to 1.
     """
 
     def __init__(self, run: RunData) -> None:
+        """Choose between ranks and shares for ``run``, which has at least one decision."""
         self.run, sites = run, run.decisions[0]["ranks"]
         ranks = {rank for row in run.decisions for rank in row["ranks"].values()}
         rank = run.options.get("rank")
@@ -41,7 +43,7 @@ class Shares:
 
     @property
     def note(self) -> str:
-        """Sentence for the captions of maps of shares; empty for maps of ranks."""
+        """Sentences for the captions of maps of shares; empty for maps of ranks."""
         if self.of_ranks:
             return ""
         return (
@@ -51,13 +53,13 @@ class Shares:
 
     @property
     def all_one(self) -> bool:
-        """Are all entries stepped at all times? So it is with methods that zero entries after every
-        step."""
+        """True if every entry is stepped at all times, so that a map would show nothing. This is so
+        for methods that zero entries after every step."""
         rows = self.run.decisions
         return not self.of_ranks and all(v == 1 for row in rows for v in self.of(row).values())
 
     def of(self, decision: Mapping[str, Any]) -> Mapping[str, float]:
-        """Return site -> value after ``decision``, a record of decisions.jsonl."""
+        """Return the values after ``decision``, a record of decisions.jsonl: site -> value."""
         if self.of_ranks:
             return dict(decision["ranks"])
         return {site: live / self.sizes[site] for site, live in decision["live"].items()}
@@ -73,7 +75,7 @@ class Shares:
 
     @property
     def style(self) -> dict[str, Any]:
-        """Options of ``pcolormesh`` for a grid of values."""
+        """Keyword arguments of ``pcolormesh`` for a grid of values."""
         steps = self.capacity + 1 if self.of_ranks and self.capacity <= FEW_RANKS else 256
         return {
             "cmap": colormaps["viridis"].resampled(steps),
@@ -84,7 +86,8 @@ class Shares:
 
 
 def _entries(run: RunData) -> dict[str, int]:
-    """Site -> entries of its tensors, from the newest readable checkpoint; empty if none."""
+    """Return the number of trained entries of each site, by its name, from the newest readable
+    checkpoint; an empty dict if there is none."""
     manifest = next((s.manifest for s in reversed(run.checkpoints) if s.manifest), None)
     if manifest is None:
         return {}
@@ -96,7 +99,11 @@ def _entries(run: RunData) -> dict[str, int]:
 
 
 def final_map(run: RunData) -> Picture:
-    """Map of layer x module after the last decision."""
+    """Draw a map of layer x module with the values after the last decision.
+
+    Args:
+        run: a run with at least one decision.
+    """
     shares, decision = Shares(run), run.decisions[-1]
     grid = shares.layout.grid(shares.of(decision))
     num_layers, num_modules = grid.shape
@@ -119,6 +126,7 @@ def final_map(run: RunData) -> Picture:
 
 
 def _write_numbers(axes: Any, grid: Any, shares: Shares) -> None:
+    """Write the value of each cell of ``grid`` into it."""
     bright = shares.style["vmax"] * 0.6
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
@@ -128,6 +136,7 @@ def _write_numbers(axes: Any, grid: Any, shares: Shares) -> None:
 
 
 def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
+    """Label the y axis with layer numbers, at most ``most`` of them."""
     every = next(
         n for n in (1, 2, 5, 10, 20, 50, len(layout.layers)) if n * most >= len(layout.layers)
     )
@@ -136,7 +145,11 @@ def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
 
 
 def growth(run: RunData) -> Picture:
-    """Maps of layer x step, one panel per kind of module."""
+    """Draw maps of layer x step, one panel for each kind of module.
+
+    Args:
+        run: a run with at least one decision.
+    """
     shares = Shares(run)
     grids = np.stack([shares.layout.grid(shares.of(row)) for row in run.decisions])
     steps = [row["step"] for row in run.decisions]

@@ -1,4 +1,4 @@
-"""The program behind launcher/report.py: reads run folders and writes the page."""
+"""Program of launcher/report.py: reads run folders and writes the page."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,10 +17,11 @@ from sparse_lora_dist.system.atomic_files import write_whole
 
 
 def report(request: ReportRequest) -> None:
-    """Write the page, and PNG files if asked for, and print where they are.
+    """Write the page, and PNG files with ``--png``, and print their paths.
 
     Raises:
-        UserError: if a folder is not a run folder, or the page cannot be written to --output.
+        UserError: if a folder is not a run folder, a file of it is damaged, or the page cannot be
+            written to ``--output``.
     """
     runs = [read_run(run, name) for run, name in names_of(request.runs).items()]
     check_output(request.output)
@@ -31,7 +32,10 @@ def report(request: ReportRequest) -> None:
             folder = request.output.with_name(f"{request.output.stem}_figures")
             save_all(folder, runs, sections)
     except OSError as error:
-        raise UserError(f"--output {request.output}: {error}") from error
+        raise UserError(
+            f"The report cannot be written to --output {request.output}: {error}. Choose another "
+            "--output, or make room there."
+        ) from error
     for run in runs:
         print(f"{run.name}: {run.state}, step {run.last_step}")
     print(f"report    {request.output}" + (f"\nfigures   {folder}" if request.png else ""))
@@ -41,18 +45,23 @@ def check_output(path: Path) -> None:
     """Raise UserError if the page cannot be written, or would replace a file that is no report."""
     if not path.parent.is_dir():
         raise UserError(
-            f"--output {path}: the folder {path.parent} does not exist. Create it first."
+            f"--output {path} cannot be written, because the folder {path.parent} does not exist. "
+            "Create it first."
         )
     if path.is_dir():
-        raise UserError(f"--output {path} is a folder. Name a file in it.")
+        raise UserError(f"--output {path} is a folder. Give a file in it as --output.")
     if path.exists() and GENERATOR not in path.read_text(errors="replace")[:1000]:
         raise UserError(
-            f"{path} is not a report of this program and is not replaced. Choose another --output."
+            f"--output {path} is not a report of this program, so it is not replaced. Choose "
+            "another --output."
         )
 
 
 def names_of(runs: Sequence[Path]) -> dict[Path, str]:
-    """Name every run by the last part of its path, or by as many last parts as make names unique.
+    """Return a unique name for every run: run folder -> name.
+
+    A name is the last part of the folder's path. If two runs have the same last part, all names
+    have more parts, as many as make them unique.
 
     Raises:
         UserError: if a folder is given twice.
@@ -72,7 +81,7 @@ def names_of(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def shared_section(runs: Sequence[RunData]) -> Section:
-    """Figures in which every run has a line."""
+    """Return the section with the figures that have a line for every run."""
     drawn = [draw(runs) for draw in (curves.loss, curves.live, curves.throughput, curves.memory)]
     if staged := [run for run in runs if run.stages]:
         drawn.insert(2, curves.stages(staged))
@@ -80,7 +89,7 @@ def shared_section(runs: Sequence[RunData]) -> Section:
 
 
 def run_section(run: RunData) -> Section:
-    """Figures of one run, which cannot share axes with those of other runs."""
+    """Return the section with the figures of one run that cannot share axes with other runs'."""
     pictures, absent = [timeline(run)], []
     if not run.decisions:
         absent.append(
@@ -98,19 +107,23 @@ def run_section(run: RunData) -> Section:
             picture = draw(run)
         # The checkpoint is damaged, or the running job has just removed it (--keep_last).
         except (OSError, SafetensorError) as error:
-            absent.append(f"No distribution of {what}: {error}")
+            absent.append(f"No distribution of {what}: a checkpoint cannot be read ({error}).")
             continue
         if picture is None:
-            absent.append(f"No distribution of {what}: no checkpoint of this run stores any.")
+            absent.append(f"No distribution of {what}: no checkpoint of this run stores them.")
         else:
             pictures.append(picture)
     return Section(title=run.name, pictures=pictures, absent=absent)
 
 
 def save_all(folder: Path, runs: Sequence[RunData], sections: Sequence[Section]) -> None:
-    """Write one PNG file per figure, and remove those of an earlier report.
+    """Write one PNG file for each figure, and remove the PNG files of an earlier report.
 
-    With several runs, the files of one run begin with its number and name: 2_name_timeline.png.
+    Args:
+        folder: where the files are written; it is created if it does not exist.
+        runs: the runs of the report. If there are several, the names of a run's own files begin
+            with its number and name, as in 2_name_timeline.png.
+        sections: the section that all runs share, then one section for each run.
     """
     folder.mkdir(exist_ok=True)
     for path in folder.glob("*.png"):

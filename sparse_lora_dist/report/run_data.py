@@ -1,4 +1,4 @@
-"""Read a run folder for the report. Only reads, so the run may still be going."""
+"""Reads a run folder for the report. It writes nothing, so the run may still be going."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +29,7 @@ from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
 
 STAGE = ("live_ranks", "held_out_loss", "lambda")
-"""Fields of a stage's record that its point is drawn from."""
+"""Fields of a record of stages.jsonl that its point in the figure is drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +54,18 @@ class RunData:
     attempts: Sequence[Attempt]
     """Jobs of the run in order, at least one."""
     checkpoints: Sequence[SavedStep]
-    """Published checkpoints, by step."""
+    """Published checkpoints, ordered by step."""
     total_steps: int | None
     """Planned length of the run in optimizer steps; None if it is not recorded."""
 
     @property
     def last_step(self) -> int:
+        """Last optimizer step that was logged."""
         return int(self.metrics[-1]["step"])
 
     @property
     def state(self) -> str:
-        """How the newest job ended, or "still going": see ``Attempt.ended``."""
+        """State of the newest job: how it ended, or "still going" (``Attempt.ended``)."""
         return self.attempts[-1].ended
 
     @property
@@ -74,19 +75,25 @@ class RunData:
         return int(size) if is_count(size) and size else None
 
     def non_finite_since(self, key: str) -> int | None:
-        """The step from which on a metric is null (NaN or infinite) up to the end, or None if its
-        last value is a number."""
+        """Return the step from which on the metric ``key`` is null up to the end of the run.
+
+        A metric that was NaN or infinite is logged as null.
+
+        Returns:
+            The step, or None if the last value of the metric is a number.
+        """
         rows = [row for row in self.metrics if key in row]
         ends = list(takewhile(lambda row: row[key] is None, reversed(rows)))
         return int(ends[-1]["step"]) if ends else None
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, without those that are null."""
+        """Return the steps and the values of the metric ``key``, without values that are null."""
         rows = [row for row in self.metrics if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     def log_keys(self) -> list[str]:
-        """Names of the log values in the decisions: budget, keep, lambda ..."""
+        """Return the names of the numbers that the method logs with its decisions, such as "budget"
+        or "lambda"."""
         return sorted({key for row in self.decisions for key in row} - {"step", "ranks", "live"})
 
 
@@ -94,8 +101,8 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     """Read and check all files of a run folder that the report uses.
 
     Args:
-        folder: the --output_dir of a run, finished or still going.
-        name: name of the run in the report; None takes the folder's name.
+        folder: the ``--output_dir`` of a run, finished or still going.
+        name: name of the run in the report. None: the folder's name.
 
     Raises:
         UserError: if it is not a run folder, or a file is missing or damaged.
@@ -128,6 +135,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
 
 
 def _metrics(path: Path, *, going: bool) -> list[Record]:
+    """Read metrics.jsonl; raise UserError if it has no record."""
     # A job that still loads the model holds the lock and has not written this file.
     rows = read_lines(path, is_metrics) if path.exists() or not going else []
     if not rows:
@@ -140,13 +148,18 @@ def _optional(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
+    """Read a file that holds one mapping, as ``parse`` returns it; raise UserError otherwise."""
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"{path} cannot be read: {' '.join(str(error).split())}. Restore the file from a copy "
+            "of the run folder."
+        ) from error
     if not isinstance(content, dict):
         raise UserError(
-            f"{path} must be a mapping of names to values, got {type(content).__name__}."
+            f"{path} must be a mapping of names to values, got {type(content).__name__}. Restore "
+            "the file from a copy of the run folder."
         )
     return content
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run, read from their manifests."""
+"""Lists the checkpoints of a run with their manifests."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,32 +11,35 @@ from sparse_lora_dist.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SavedStep:
-    """A published checkpoint."""
+    """A published checkpoint: its folder, its manifest, and an error if that is damaged."""
 
     path: Path
+    """Folder of the checkpoint."""
     manifest: Mapping[str, Any]
-    """Empty if the checkpoint is damaged."""
+    """Content of its manifest.json; empty if that is damaged."""
     damage: str | None = None
-    """What is wrong with the checkpoint; None if its manifest is readable."""
+    """Error message about the manifest; None if it is readable."""
 
     @property
     def step(self) -> int:
+        """Optimizer step after which the checkpoint was saved."""
         return int(self.path.name.removeprefix("step_"))
 
     @property
     def peaks(self) -> list[int]:
-        """Peak memory of every rank up to this step, in bytes; empty if it is not recorded."""
+        """Peak memory of each rank up to this step, in bytes; empty if it is not recorded."""
         files = self.manifest.get("files", [])
         return [f["peak_memory_bytes"] for f in files if "peak_memory_bytes" in f]
 
 
 def saved_steps(folder: Path) -> list[SavedStep]:
-    """Published checkpoints in ``folder``, by step."""
+    """Return the published checkpoints in ``folder``, ordered by step."""
     found = map(_read, published(folder))
     return [saved for saved in found if saved is not None]
 
 
 def _read(path: Path) -> SavedStep | None:
+    """Read one checkpoint's manifest; return None if the checkpoint has been removed."""
     try:
         return SavedStep(path=path, manifest=read_manifest(path))
     except (UserError, OSError) as error:

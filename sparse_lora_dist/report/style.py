@@ -1,4 +1,4 @@
-"""The look of figures, and their conversion to SVG in the page's light or dark colours."""
+"""Style of the figures, and their conversion to SVG in the page's light or dark colours."""
 
 import io
 import re
@@ -15,8 +15,9 @@ WIDTH, HEIGHT = 4.6, 2.7
 """Size of a figure in inches, small enough that its text stays readable on a phone."""
 TEXT, FAINT = "#1f2328", "#d0d7dd"
 SERIES = ("#0b66c2", "#c4540a", "#157f3b", "#8250df", "#bf3989", "#6e5a00")
-"""Colours on white, as in PNG files. In a page ``as_svg`` replaces them by the page's own:
-``currentColor``, ``var(--faint)``, ``var(--series-0)`` ..."""
+"""Colours of the runs on white, as in PNG files. In a page, ``as_svg`` replaces the colours of
+text, grid and runs by those of the page: ``currentColor``, ``var(--faint)``, ``var(--series-0)``.
+"""
 DASHES = (("-", "o"), ((0, (5, 1.5)), "s"), ((0, (5, 1.5, 1, 1.5)), "^"))
 """Dashes and markers that tell lines of the same colour apart."""
 
@@ -46,14 +47,23 @@ class Picture:
     """A figure with its title and caption."""
 
     name: str
-    """Name of its PNG file, without the ending."""
+    """Name of the figure's PNG file, without ".png"."""
     title: str
     caption: str
     figure: Figure
 
 
 def panels(rows: int = 1, *, height: float | None = None, **options: Any) -> tuple[Figure, Any]:
-    """Make a figure with ``rows`` axes below each other; ``height`` is in inches."""
+    """Make a figure with ``rows`` axes below each other.
+
+    Args:
+        rows: number of axes.
+        height: height of the figure in inches; None: ``HEIGHT`` for each row.
+        options: keyword arguments of ``Figure.subplots``.
+
+    Returns:
+        The figure, and a 1-D array of its axes, top first.
+    """
     figure = Figure(figsize=(WIDTH, height or HEIGHT * rows), layout="constrained")
     axes = figure.subplots(rows, squeeze=False, **options)[:, 0]
     for each in axes:  # few ticks, because the numbers of late steps are wide
@@ -71,7 +81,7 @@ class Line:
 
 
 def lines(count: int) -> list[Line]:
-    """One style per run. Colours repeat after six, with another dash and marker."""
+    """Return ``count`` line styles. Colours repeat after six, with another dash and marker."""
     return [
         Line(colour=colour, dash=dash, mark=mark)
         for (dash, mark), colour in islice(cycle(product(DASHES, SERIES)), count)
@@ -79,16 +89,24 @@ def lines(count: int) -> list[Line]:
 
 
 def plain_numbers(axes: Any) -> None:
-    """Write numbers of the y axis as 12,000: math text such as 1.2e4 would show as its source."""
+    """Format the numbers of the y axis of ``axes`` as 12,000.
+
+    matplotlib's own format for large numbers is math text, which shows as its source here, because
+    "text.parse_math" is off.
+    """
     axes.yaxis.set_major_formatter(lambda value, place: f"{value:,.10g}")
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def as_svg(picture: Picture, place: str) -> str:
-    """Return an <svg> element to embed in a page, without addresses and with the page's colours.
+    """Return a figure as an <svg> element to embed in a page.
+
+    The element uses the colours of the page. It has no metadata, which names addresses of other
+    sites.
 
     Args:
-        place: text that is unique in the page; it makes the ids in the SVG unique.
+        picture: the figure.
+        place: text that is unique in the page; the ids in the SVG are made from it.
     """
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": place}):
@@ -106,11 +124,18 @@ def as_svg(picture: Picture, place: str) -> str:
 
 
 def _page_colours() -> dict[str, str]:
+    """Return the colour in a page for each colour of a figure."""
     series = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)}
     return {TEXT: "currentColor", FAINT: "var(--faint)"} | series
 
 
 def save_png(picture: Picture, path: Path, *, maker: str) -> None:
-    """Write the figure on white under its title; ``maker`` goes into the file's Software field."""
+    """Write a figure as a PNG file, on white and under its title.
+
+    Args:
+        picture: the figure.
+        path: the file to write.
+        maker: text for the field "Software" of the file's metadata.
+    """
     picture.figure.suptitle(picture.title, size=10.5, weight="bold")
     picture.figure.savefig(path, dpi=160, metadata={"Software": maker})

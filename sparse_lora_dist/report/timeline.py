@@ -1,4 +1,4 @@
-"""The figure of a run's jobs: the steps each made, how it ended, checkpoints and bad steps."""
+"""Figure of a run's jobs: their steps and how they ended, with checkpoints and bad steps."""
 
 from datetime import datetime
 from itertools import pairwise, starmap
@@ -11,16 +11,17 @@ from sparse_lora_dist.report.style import SERIES, Picture, panels
 
 BAR: dict[str, Any] = {"height": 0.3, "color": SERIES[0]}
 MAX_BARS = 12
-"""Most jobs with a bar; the last ones are drawn, as a preempted run may have hundreds."""
+"""Largest number of jobs that have a bar. Only the last jobs are drawn, because a run that is often
+preempted has hundreds."""
 KINDS = {
     "left out": ("step left out", "x", SERIES[4]),
     "spike": ("loss spike", "^", SERIES[3]),
 }
-"""Kinds of bad steps: label, marker and colour."""
+"""Kind of a bad step in bad_steps.jsonl -> (label, marker, colour)."""
 
 
 def timeline(run: RunData) -> Picture:
-    """Draw one bar per job, the first on top, and checkpoints and bad steps below."""
+    """Draw one bar for each job, the first on top, with checkpoints and bad steps below them."""
     jobs, end = run.attempts[-MAX_BARS:], max(run.total_steps or 1, run.last_step)
     first = len(run.attempts) - len(jobs) + 1
     figure, (axes,) = panels(height=1.3 + 0.5 * len(jobs))
@@ -53,11 +54,12 @@ def timeline(run: RunData) -> Picture:
 
 
 def repeated_steps(job: Attempt, following: Attempt) -> int:
-    """Number of steps of a job that the next job had to repeat."""
+    """Return the number of steps of ``job`` that the next job, ``following``, had to repeat."""
     return max(0, job.last - following.first)
 
 
 def _marks(axes: Any, run: RunData, row: int) -> None:
+    """Draw a marker for each checkpoint and each bad step, at the height ``row``."""
     bad = {kind: [r["step"] for r in run.bad_steps if r["kind"] == kind] for kind in KINDS}
     saved = [s.step for s in run.checkpoints if not s.damage]
     for (label, mark, colour), steps in zip(
@@ -69,7 +71,7 @@ def _marks(axes: Any, run: RunData, row: int) -> None:
 
 
 def job_label(job: Attempt) -> str:
-    """Label of a job: "14 Oct 13:05, 2 ranks, 3 min: stopped by SIGTERM"."""
+    """Return the label of a job: "14 Oct 13:05, 2 ranks, 3 min: stopped by SIGTERM"."""
     parts = []
     if job.began is not None:
         parts.append(datetime.fromtimestamp(job.began).strftime("%-d %b %H:%M"))
@@ -81,7 +83,7 @@ def job_label(job: Attempt) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration as text: "42 s", "5 min" or "3.2 h"."""
+    """Return a duration as text: "42 s", "5 min" or "3.2 h"."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,1 +1,1 @@
-"""The table of an adapter or a checkpoint: one line per module."""
+"""Prints a table of the trained modules of an adapter or a checkpoint, with one line per module."""

@@ -1,4 +1,4 @@
-"""The modules of a checkpoint, with rank and density as its method defines them."""
+"""Reads the trained modules of a checkpoint, with their ranks and densities, for the table."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -11,7 +11,7 @@ from sparse_lora_dist.show.table import Module
 
 
 def head(saved: Trained) -> str:
-    """The line above the table: method, step and number of ranks."""
+    """Return the line above the table: folder, method, step and number of ranks."""
     return (
         f"saved     {saved.path}: {saved.config.adapter.method}, step {saved.step} of "
         f"{saved.manifest['total_steps']}, by {counted(saved.manifest['world_size'], 'rank')}"
@@ -19,7 +19,10 @@ def head(saved: Trained) -> str:
 
 
 def modules(saved: Trained) -> Iterator[Module]:
-    """Yield the modules, each read when it is asked for; those trained in full come last."""
+    """Yield the trained modules: the sites in the model's order, then those trained in full.
+
+    A module's tensors are read when it is yielded.
+    """
     sizes = _bytes(saved.slices)
     for site in saved.sites:
         yield _adapted(saved, site, sizes)
@@ -29,7 +32,13 @@ def modules(saved: Trained) -> Iterator[Module]:
 
 
 def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
-    """A site. Tensors that all sites share are counted at the first site only."""
+    """Return the module of a site.
+
+    Args:
+        saved: the checkpoint.
+        site: the site. Tensors that all sites share are counted at the first site only.
+        sizes: bytes saved for each tensor, by its name.
+    """
     form = saved.method.form(site)
     mine = [f"{site.name}.{key}" for key in form.tensors]
     names = [name for name in mine if name in saved.manifest["tensors"]]
@@ -47,14 +56,20 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
 
 
 def _num_live(saved: Trained, name: str) -> int:
-    """Number of entries that are live and not zero; a method may zero live entries."""
+    """Return the number of entries of the tensor ``name`` that are live and not zero.
+
+    Both are tested, because a method may set live entries to zero.
+    """
     size = prod(saved.manifest["tensors"][name])
     live, master = (saved.slices.entries(key, name, 0, size) for key in ("live", "master"))
     return int((live & (master != 0)).sum())
 
 
 def _bytes(slices: SavedSlices) -> dict[str, int]:
-    """Tensor -> bytes of all that is saved for it: fp32 master, live bits, statistics, moments."""
+    """Return the bytes saved for each tensor, by its name.
+
+    They are its fp32 master, live bits, statistics and moments, on all ranks together.
+    """
     sizes: dict[str, int] = {}
     for file in slices.files:
         for key in file.keys():  # noqa: SIM118  safe_open is no dict
@@ -66,4 +81,4 @@ def _bytes(slices: SavedSlices) -> dict[str, int]:
 
 
 WIDTHS = {"F32": 4, "I32": 4, "U8": 1, "F64": 8}
-"""Bytes of an entry, by safetensors' name of its dtype."""
+"""Bytes of an entry, by the name of its dtype in safetensors."""

@@ -1,4 +1,4 @@
-"""The modules of a PEFT LoRA adapter, exported by this project or saved by PEFT.
+"""Reads the modules of a PEFT LoRA adapter, exported by this project or saved by PEFT.
 
 Shapes: I in_features, O out_features, R rank.
 """
@@ -25,10 +25,16 @@ from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.show.table import Module
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.weight)?")
+"""Name of a tensor that is the factor A or B of a module."""
 
 
 def head(folder: Path, config: Mapping[str, Any]) -> str:
-    """The line above the table: rank, alpha and base model, from adapter_config.json."""
+    """Return the line above the table: folder, rank, alpha and base model.
+
+    Args:
+        folder: the folder of the adapter.
+        config: content of its adapter_config.json.
+    """
     return (
         f"adapter   {folder}: LoRA of rank {config.get('r')}, alpha {config.get('lora_alpha')}, "
         f"for {config.get('base_model_name_or_path')}"
@@ -39,26 +45,40 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read and check adapter_config.json in ``folder``.
 
     Raises:
-        UserError: if it is damaged, or the adapter's update is not scale * B A.
+        UserError: if it is damaged, or the adapter is another kind than LoRA, which changes a
+            weight by scale * B A.
     """
     path = folder / CONFIG
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(
+            f"{path} is not valid JSON: {error}. Export or save the adapter again."
+        ) from error
     if not isinstance(config, dict):
-        raise UserError(f"{path} must be a JSON object, got {type(config).__name__}.")
+        raise UserError(
+            f"{path} must be a JSON object, got {type(config).__name__}. Export or save the "
+            "adapter again."
+        )
     if other := other_kind(config):
         raise UserError(
-            f"{path} has {other}, so the adapter is not plain LoRA. Only plain LoRA can be shown."
+            f"{path} has {other}, so the adapter is not plain LoRA. Only plain LoRA can be shown. "
+            "Give another adapter, or a checkpoint."
         )
     if faults := _faults(config):
-        raise UserError(f"{path}: {'; '.join(faults)}")
+        raise UserError(f"{path} has wrong values: {'; '.join(faults)}. Correct them in this file.")
     return config
 
 
 def _faults(config: Mapping[str, Any]) -> list[str]:
-    """Problems with the values that the scale of a module is computed from."""
+    """Return the problems of the values that the scale of a module is computed from.
+
+    Args:
+        config: content of adapter_config.json.
+
+    Returns:
+        One clause per problem; an empty list if all values are right.
+    """
     own = config.get("alpha_pattern") or {}
     if not isinstance(own, dict):
         return [f"alpha_pattern must map names to numbers, got {own!r}"]
@@ -72,21 +92,30 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
 
 
 def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
-    """Yield the modules, each read when it is asked for; those trained in full come last.
+    """Yield the modules: those with A and B, then those trained in full.
+
+    A module's tensors are read when it is yielded.
+
+    Args:
+        folder: the folder of the adapter.
+        config: content of its adapter_config.json, checked by ``read_config``.
 
     Raises:
-        UserError: if a tensor is missing, or one changes the update besides A and B.
+        UserError: if A or B of a module is missing, or a module has other tensors of an adapter,
+            such as DoRA's magnitude.
     """
     files = _files(folder)
     pairs, full = _sorted(list(files))
     if odd := [key for key in full if ".lora_" in key]:  # a bias of B, a magnitude ...
         raise UserError(
-            f"{folder} holds {odd[0]}, so it is not plain LoRA. Only plain LoRA can be shown."
+            f"{folder} holds {odd[0]}, so it is not plain LoRA. Only plain LoRA can be shown. "
+            "Give another adapter, or a checkpoint."
         )
     for name, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             raise UserError(
-                f"{folder} is damaged: {name} has lora_{min(pair)} only. Export or save it again."
+                f"{folder} is damaged: {name} has lora_{min(pair)} only, but needs lora_A and "
+                "lora_B. Export or save the adapter again."
             )
         yield _of_pair(files, name, pair, config)
     for key in full:
@@ -100,18 +129,29 @@ def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
 
 
 def _files(folder: Path) -> dict[str, Any]:
-    """Tensor -> its open file; exports with one rank for all modules have two files."""
+    """Open the adapter's files, and return the open file of each tensor by the tensor's name.
+
+    An export may hold the modules trained in full in a second file, ``APART``.
+    """
     weights, apart = folder / WEIGHTS, folder / APART
     if not weights.exists():
         raise UserError(
-            f"{folder} has no {WEIGHTS}, the only format that is read. Save it as safetensors."
+            f"{folder} has no {WEIGHTS}, the only format that can be read. Save the adapter as "
+            "safetensors."
         )
     there = [safe_open(str(path), framework="pt") for path in (weights, apart) if path.exists()]
     return {key: file for file in there for key in file.keys()}  # noqa: SIM118  safe_open is no dict
 
 
 def _sorted(keys: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Return {module: {"A": key, "B": key}} and the keys of all other tensors."""
+    """Sort the names of tensors into pairs of A and B, and others.
+
+    Args:
+        keys: names of all tensors of the adapter.
+
+    Returns:
+        The pairs, as {module: {"A": key, "B": key}}, and the keys of all other tensors.
+    """
     pairs: dict[str, dict[str, str]] = {}
     full = []
     for key in sorted(keys, key=_in_order):
@@ -124,13 +164,14 @@ def _sorted(keys: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
 
 
 def _in_order(key: str) -> list[tuple[int, str]]:
-    """Sort key that puts layer 10 after layer 9."""
+    """Return a sort key for the name of a tensor that puts layer 10 after layer 9."""
     return [(int(word), "") if word.isdecimal() else (-1, word) for word in key.split(".")]
 
 
 def _of_pair(
     files: Mapping[str, Any], name: str, pair: Mapping[str, str], config: Mapping[str, Any]
 ) -> Module:
+    """Return the module ``name``, with A and B read from ``files``; ``pair`` gives their keys."""
     stored = [files[pair[factor]].get_tensor(pair[factor]) for factor in "AB"]
     # flatten, because the factors of convolutions have more than two axes.
     a_RI, b_OR = (t.flatten(1).double() for t in stored)

@@ -1,4 +1,4 @@
-"""The program behind launcher/show.py: prints the table of an adapter or a checkpoint."""
+"""Program of launcher/show.py: prints the table of an adapter or a checkpoint."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from sparse_lora_dist.show.show_options import ShowRequest
 from sparse_lora_dist.show.table import table
 
 DAMAGE = (OSError, SafetensorError, LookupError, ArithmeticError, ValueError, RuntimeError)
-"""What reading damaged files, or files of another program, may raise."""
+"""Exceptions that reading damaged files, or files of another program, may raise."""
 
 
 def show(request: ShowRequest) -> None:
@@ -28,7 +28,14 @@ def show(request: ShowRequest) -> None:
 
 
 def as_text(path: Path) -> str:
-    """Return the table, with a line above it that says what the folder is."""
+    """Return the table as text, below a line that says what the folder holds.
+
+    Args:
+        path: the folder of a PEFT adapter or of a checkpoint.
+
+    Raises:
+        UserError: if the folder is neither an adapter nor a checkpoint, or is damaged.
+    """
     try:
         if (path / CONFIG).exists():
             config = peft_adapter.read_config(path)
@@ -40,17 +47,21 @@ def as_text(path: Path) -> str:
             raise _neither(path)
         return f"{head}\n{table(list(found))}"
     except DAMAGE as error:
-        raise UserError(f"{path} is damaged: {error!r}") from error
+        raise UserError(
+            f"{path} is damaged: {error!r}. Give another checkpoint, or export the adapter again."
+        ) from error
 
 
 def _neither(path: Path) -> UserError:
+    """Return the error for a folder that is neither an adapter nor a checkpoint."""
     if not path.is_dir():
         return UserError(f"{path} is not a folder. Give the folder of an adapter or a checkpoint.")
     if (path / RUN_YAML).exists():
         return UserError(
-            f"{path} is a run folder. Give {path}/adapter, or {path}/checkpoints/step_..."
+            f"{path} is a run folder. Give {path}/adapter for its adapter, or "
+            f"{path}/checkpoints/step_... for one of its checkpoints."
         )
     return UserError(
-        f"{path} is neither an adapter (it has no {CONFIG}) nor a checkpoint (no {MANIFEST}). "
-        "Give the folder of either."
+        f"{path} is neither an adapter (it has no {CONFIG}) nor a checkpoint (it has no "
+        f"{MANIFEST}). Give the folder of either."
     )

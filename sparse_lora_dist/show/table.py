@@ -1,4 +1,4 @@
-"""Formats modules as a table."""
+"""Formats trained modules as a table for the terminal."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,28 +15,32 @@ class Module:
 
     name: str
     rank: int | None = None
-    """Number of components in use; None for a module trained in full."""
+    """Number of rank-1 components in use; None for a module trained in full."""
     capacity: int | None = None
-    """Number of components that the tensors have room for; None for a module trained in full."""
+    """Largest number of components that the tensors can hold; None for a module trained in full."""
     entries: int
     """Number of trained entries."""
     alive: int
-    """Number of entries that are not zero; in a checkpoint, that are live besides."""
+    """Number of entries that are not zero. In a checkpoint, dead entries are not counted either."""
     bytes: int
-    """Bytes in the files."""
+    """Bytes that the module's tensors take in the files."""
     norm: float | None = None
-    """Frobenius norm of the delta; None for a module trained in full, or if the delta depends on
-    the base weight, which is not read."""
+    """Frobenius norm of the change that the adapter makes to the module's weight. None for a module
+    trained in full, and if the change depends on the base weight, which is not read."""
 
 
 def table(modules: Sequence[Module]) -> str:
-    """Format a heading, one line per module, and a line with totals (for norms, of all deltas)."""
+    """Return the table as text: a heading, one line per module, and a line with totals.
+
+    The total of the norms is the Frobenius norm of all weight changes together.
+    """
     rows = [TITLES, *map(_cells, modules), _together(modules)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(TITLES))]
     return "\n".join(_line(row, widths) for row in rows)
 
 
 def _cells(module: Module) -> tuple[str, ...]:
+    """Return the cells of a module's line, one for each of ``TITLES``."""
     return (
         module.name,
         "full" if module.rank is None else str(module.rank),
@@ -48,6 +52,7 @@ def _cells(module: Module) -> tuple[str, ...]:
 
 
 def _together(modules: Sequence[Module]) -> tuple[str, ...]:
+    """Return the cells of the line with totals, one for each of ``TITLES``."""
     return (
         counted(len(modules), "module"),
         str(sum(m.rank or 0 for m in modules)),

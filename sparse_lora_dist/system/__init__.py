@@ -1,1 +1,1 @@
-"""Operating system: processes, the memory allocator, and files that appear whole or not at all."""
+"""Operating system: identity of processes, heap memory, and atomic writes of files and folders."""

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all.
+"""Write files and folders atomically: they appear complete or not at all.
 
 Content is written under a temporary name beside the final one, synced to disk, then renamed. A
 crash at any time leaves the old content, the new content, or a folder under a temporary name.
@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY, REPLACED = ".tmp_", ".replaced_"
-"""Name prefixes: of content being written, and of an old folder until the new one has its name."""
+"""Name prefix of content that is being written, and name prefix of an old folder that is kept until
+the new one has its name."""
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
@@ -19,7 +20,7 @@ def put_in_place(temporary: Path, final: Path) -> None:
     An existing ``final`` is renamed aside first and removed only after the new one has its name.
 
     Raises:
-        OSError: the rename failed; an existing ``final`` is still there under its name.
+        OSError: the rename failed. An existing ``final`` is still there under its name.
     """
     replaced = final.with_name(f"{REPLACED}{final.name}")
     if final.exists():
@@ -40,10 +41,11 @@ def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
 
     Args:
         folder: the final path.
-        write: creates the folder at the path that it is given and returns a size in bytes.
+        write: function that creates the folder at the path passed to it and returns the folder's
+            size in bytes.
 
     Returns:
-        What ``write`` returned.
+        Size in bytes, as returned by ``write``.
     """
     temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -54,7 +56,7 @@ def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8; on failure the file keeps its old content."""
+    """Write ``text`` to ``path`` as UTF-8. If that fails, the file keeps its old content."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -64,14 +66,17 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync_all(folder: Path) -> None:
-    """fsync every file and folder below ``folder``, and ``folder`` itself."""
+    """Call fsync on every file and folder below ``folder``, and on ``folder`` itself."""
     for path in (*folder.rglob("*"), folder):
         sync(path)
 
 
 def sync(path: Path) -> None:
-    """fsync a file or folder. Without it a crash after a rename could leave a name whose bytes are
-    missing."""
+    """Call fsync on a file or folder.
+
+    Without it, a crash after a rename could leave a file that has its final name but not its
+    content.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
 """Return freed heap memory to the system while shards are created.
 
-Each shard stays allocated and the buffers that it is made from are freed, so both alternate in
-glibc's heap. glibc keeps the freed gaps, and torch's aligned requests seldom fit into a gap of the
-same size, so the heap keeps growing: with 64 ranks and a 70B model by as much again as the shards
-take (``benchmarks/rehearsal_70b.py``).
+Each shard stays allocated, and the buffers that it is made from are freed. In glibc's heap shards
+therefore alternate with gaps of free memory. glibc does not return the gaps, and torch's aligned
+requests seldom fit into a gap of the same size, so the heap keeps growing. With a 70B model on 64
+ranks the gaps take as much memory as the shards (``benchmarks/rehearsal_70b.py``).
 """
 
 import ctypes
@@ -15,6 +15,6 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
 
 def return_gaps() -> None:
-    """Return the free pages inside the heap to the system; does nothing without glibc."""
+    """Return the free pages inside the heap to the system. Does nothing without glibc."""
     if _trim is not None:
         _trim(ctypes.c_size_t(KEPT_FREE))

@@ -13,15 +13,15 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
-    """Identity of a process, unique over hosts, containers and time."""
+    """Identity of a process that no other process on any host or in any container ever has."""
 
     host: str
     pids: str
-    """PID namespace and boot that ``pid`` belongs to. Each container of a host has a namespace of
-    its own, and PIDs start again at each boot."""
+    """Name of the PID namespace that ``pid`` belongs to, and the host's boot ID. Each container
+    has a namespace of its own, and PIDs start again at each boot."""
     pid: int
     started: int
-    """Start time in clock ticks since boot; tells it from a later process with the same PID."""
+    """Start time in clock ticks since boot. A later process with the same PID has another."""
 
     def __str__(self) -> str:
         return f"host {self.host}, process {self.pid}"
@@ -39,8 +39,8 @@ def this_process() -> Process:
 def is_gone(process: Process) -> bool:
     """Return True if the process has certainly ended.
 
-    False also for a process that cannot be seen from here: on another host, in another container,
-    or from before a reboot.
+    Returns False also for a process that cannot be seen from here: on another host, in another
+    container, or from before a reboot.
     """
     if not _is_seen_from_here(process):
         return False
@@ -49,8 +49,10 @@ def is_gone(process: Process) -> bool:
 
 
 def kill(process: Process) -> None:
-    """Send SIGKILL, which also ends a stopped process. Does nothing if the process has ended or
-    cannot be seen from here."""
+    """Send SIGKILL, which ends even a suspended process.
+
+    Does nothing if the process has ended or cannot be seen from here (see ``is_gone``).
+    """
     if _is_seen_from_here(process) and not is_gone(process):
         os.kill(process.pid, signal.SIGKILL)
 
@@ -71,7 +73,10 @@ def _pid_namespace() -> str:
 
 
 def _start_time(pid: int) -> int | None:
-    """Start time in clock ticks since boot; 0 for a zombie, None if /proc does not show the PID."""
+    """Return the start time of a process in clock ticks since boot.
+
+    Returns 0 for a zombie, and None if /proc does not show the PID.
+    """
     # Not psutil's create_time: that is a date, and changes when the host's clock is set.
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -82,8 +87,10 @@ def _start_time(pid: int) -> int | None:
 
 
 def exists(pid: int) -> bool:
-    """Return True if this host has a process with this PID, also where /proc hides the processes
-    of other users."""
+    """Return True if this host has a process with this PID.
+
+    Works also where /proc hides the processes of other users.
+    """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Everything that uses DeepSpeed: sharded parameters, the engine, and shards on CPU or NVMe.
+"""All code that uses DeepSpeed: sharded parameters, the engine, and offload to CPU or NVMe.
 
 Only this folder reads DeepSpeed's private attributes; ``test_zero3_contract.py`` tests each of them
 against the installed version.

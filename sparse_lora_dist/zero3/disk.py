@@ -9,14 +9,16 @@ from sparse_lora_dist.errors import UserError
 
 
 class Disk:
-    """DeepSpeed's swapper, but each shard leaves the swapper's few buffers as soon as it is read.
+    """Reads and writes shards through DeepSpeed's swapper, and frees its buffers after each read.
 
-    DeepSpeed itself keeps a shard in its buffer until the gathered tensor is released, and a
-    prefetched one until it is used. It fails when more tensors are in use than there are buffers.
+    DeepSpeed itself keeps a shard in a buffer until the gathered tensor is released, and a
+    prefetched shard until it is used. It fails if more tensors are in use than there are buffers.
+    Here each shard is copied out of its buffer as soon as it is read.
 
     Args:
         swapper: DeepSpeed's AsyncPartitionedParameterSwapper.
-        whole_up_to: tensors of at most this many elements stay whole in the memory of every rank.
+        whole_up_to: tensors of at most this many elements are not written to disk, since every
+            rank keeps them whole in memory.
     """
 
     def __init__(self, swapper: Any, *, whole_up_to: int) -> None:
@@ -32,12 +34,14 @@ class Disk:
         swapper.swap_in = read_each_once
 
     def takes(self, parameter: Any, share: int) -> bool:
-        """Return True if the shard goes to disk: a large shard of a frozen parameter. DeepSpeed
-        keeps shards under 1 MiB in memory.
+        """Return True if the shard of a parameter is kept on disk.
+
+        That is so for large shards of frozen parameters. DeepSpeed keeps shards under 1 MiB in
+        memory.
 
         Args:
             parameter: the parameter, already converted by DeepSpeed.
-            share: elements of its shard.
+            share: number of elements of its shard.
         """
         return bool(
             self._swapper.swappable_tensor(numel=share)
@@ -47,7 +51,14 @@ class Disk:
         )
 
     def buffer(self, parameter: Any, own: Tensor) -> Tensor:
-        """Copy this rank's shard ``own`` into a swap buffer, from which ``write`` writes it.
+        """Copy a shard into a swap buffer, from which ``write`` writes it to disk.
+
+        Args:
+            parameter: the parameter that the shard belongs to.
+            own: this rank's shard of it.
+
+        Returns:
+            1-D tensor in the buffer's memory that holds the shard, in the dtype of ``own``.
 
         Raises:
             UserError: the shard is larger than a buffer.
@@ -65,13 +76,15 @@ class Disk:
         return held
 
     def write(self, parameter: Any) -> None:
-        """Write a parameter's shard to disk and free its buffer."""
+        """Write the shard of ``parameter`` from its buffer to disk, and free the buffer."""
         self._parameters[parameter.ds_id] = parameter
         self._swapper.swap_out_and_release([parameter])
 
     def read(self, parameters: list[Any]) -> None:
-        """Read the shards of ``parameters`` into memory outside the buffers, where they stay until
-        DeepSpeed releases the tensors."""
+        """Read the shards of ``parameters`` from disk into memory outside the swapper's buffers.
+
+        They stay in memory until DeepSpeed releases the tensors.
+        """
         swapper, missing = self._swapper, []
         swapper.synchronize_reads()
         for p in parameters:

@@ -22,12 +22,12 @@ class Engine:
 
     Args:
         model: a model whose parameters are sharded (``ShardBuilder``).
-        optimizer: None for an engine that only evaluates.
+        optimizer: optimizer of the trained parameters, or None for an engine that only evaluates.
         engine_config: the DeepSpeed configuration.
 
     Attributes:
-        model: the model itself.
-        trained: name -> trained parameter.
+        model: the model passed in, not DeepSpeed's wrapper.
+        trained: the trained parameters by name.
         slices: this rank's slice of each trained parameter, in the order of ``trained``.
     """
 
@@ -69,7 +69,7 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Context manager: eval mode and no gradients. Not collective itself."""
+        """Context manager that sets eval mode and disables gradients. Not collective."""
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -78,9 +78,9 @@ class Engine:
             self._engine.train()
 
     def close(self) -> None:
-        """Free this rank's shards and hpZ's secondary copies. Not collective.
+        """Free this rank's shards and hpZ's secondary copies of them. Not collective.
 
-        DeepSpeed's caches keep the modules alive, so dropping the engine would not free them.
+        DeepSpeed's caches keep the modules alive, so deleting the engine would not free them.
         """
         for parameter in cast(Iterable[ZeroParameter], self.model.parameters()):
             parameter.ds_tensor = parameter.ds_secondary_tensor = None
@@ -89,21 +89,24 @@ class Engine:
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
     def backward(self, loss: Tensor) -> None:
-        """Run backward, reduce the gradient, and add this rank's shard of it to that of the step's
-        earlier micro-batches. Collective.
+        """Run backward for one micro-batch and accumulate its gradient. Collective.
+
+        The gradient is reduced over the ranks. Each rank adds its shard of it to the sum over the
+        step's earlier micro-batches.
 
         Args:
-            loss: scalar loss of one micro-batch on this rank.
+            loss: scalar loss of the micro-batch on this rank.
         """
         self._engine.backward(loss)
 
     def step(self, *, refuse: bool = False) -> None:
-        """Count a micro-batch; after the last one of a step, clip and update. Collective.
+        """Finish a micro-batch, and update the parameters if it was the step's last. Collective.
 
-        The update steps the fp32 masters and copies them to the low-precision parameters.
+        The update clips the gradient, steps the fp32 masters, and copies them to the low-precision
+        parameters.
 
         Args:
-            refuse: skip the update and discard the gradient.
+            refuse: True to skip the update and discard the gradient.
         """
         if refuse:  # DeepSpeed skips an update whose gradient norm is not finite
             self._zero._get_norm_groups = lambda: [math.inf]
@@ -113,12 +116,13 @@ class Engine:
             self._zero.__dict__.pop("_get_norm_groups", None)
 
     def gradient_is_finite(self) -> Tensor:
-        """Return a scalar that is finite if this rank's whole gradient shard is. Not collective.
+        """Return a scalar that is finite only if all entries of this rank's gradient shards are.
 
-        To be called before ``step``. Summed over ranks it tells of the whole gradient.
+        Call it before ``step``. Its sum over the ranks is finite only if the whole gradient is. Not
+        collective.
 
         Returns:
-            fp64 scalar on ``comm.device()``; nan or infinity if any gradient entry is.
+            fp64 scalar on ``comm.device()``, which is nan or infinite if any gradient entry is.
         """
         if self._zero.offload_optimizer:
             shards = [cast(Tensor, flat.grad) for flat in self.flats()]
@@ -127,27 +131,28 @@ class Engine:
         return torch.stack(torch._foreach_norm(shards)).double().sum().to(comm.device())
 
     def flats(self) -> list[Tensor]:
-        """Return this rank's flat fp32 master buffers, 1-D, one for each sub-group of DeepSpeed.
+        """Return this rank's flat buffers of fp32 master values, one for each DeepSpeed sub-group.
 
-        A buffer holds the slices of its trained tensors one after another (``TensorSlice.flat``).
+        Each is a 1-D tensor that holds the slices of several trained tensors one after another.
+        ``TensorSlice`` gives the buffer of a slice and its place there.
         """
         return list(self._zero.fp32_partitioned_groups_flat)
 
     def master(self, tensor_slice: TensorSlice) -> Tensor:
-        """Return the fp32 master values of a slice: a 1-D view of ``tensor_slice.length`` elements.
+        """Return a 1-D view of the fp32 master values of a slice, ``tensor_slice.length`` elements.
 
-        After writing to it call ``masters_changed``.
+        After writing to the view, call ``masters_changed``.
         """
         return self.flats()[tensor_slice.flat].data.narrow(
             0, tensor_slice.offset, tensor_slice.length
         )
 
     def gradient(self, tensor_slice: TensorSlice) -> Tensor:
-        """Return the gradient of a slice between the last backward of a step and ``step``.
+        """Return the gradient of a slice, after the last backward of a step and before ``step``.
 
         Returns:
-            fp32, 1-D, ``tensor_slice.length`` elements: the mean over all micro-batches and ranks,
-            before clipping, on the device of the master.
+            fp32 1-D tensor of ``tensor_slice.length`` elements on the device of the master: the
+            mean over all micro-batches and ranks, before clipping.
         """
         grad = deepspeed.utils.safe_get_local_grad(self.trained[tensor_slice.name])
         assert grad is not None and grad.dtype == torch.float32, tensor_slice.name
@@ -157,15 +162,18 @@ class Engine:
         )
 
     def gradient_norm(self) -> float:
-        """Return the norm of the whole gradient of the last step, before clipping. Not collective;
-        the same on every rank."""
+        """Return the L2 norm of the last step's whole gradient, before clipping. Not collective.
+
+        The value is the same on every rank.
+        """
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def set_learning_rate(self, rate: Callable[[int], float]) -> None:
         """Set the learning rate of the next step.
 
         Args:
-            rate: birth step of an entry -> its learning rate; 0 for entries live from the start.
+            rate: function of an entry's birth step that returns the entry's learning rate. Birth
+                step 0 stands for entries that are live from the start.
         """
         for group in self._zero.optimizer.param_groups:
             group["lr"], group["rate"] = rate(0), rate
@@ -173,8 +181,8 @@ class Engine:
     def masters_changed(self) -> None:
         """Copy the fp32 masters to the low-precision parameters. Collective.
 
-        To be called after the masters were written from outside the engine. Persistent parameters
-        are partitioned first, or training would go on from their old values.
+        Call it after writing to the masters from outside the engine. Persistent parameters are
+        partitioned first. Otherwise training would go on with their old values.
         """
         if self._persistent:
             self._persistent[0].partition(self._persistent)
@@ -184,13 +192,13 @@ class Engine:
 
 
 def summed_cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
-    """Return the sum over tokens of -log p(label), leaving out labels of -100.
+    """Return the sum of -log p(label) over all tokens whose label is not -100. Not collective.
 
-    It is computed in chunks, so no fp32 tensor of the size of the logits exists. Not collective.
+    It is computed in chunks, so that no fp32 tensor as large as the logits is allocated.
 
     Args:
-        logits_TV: any float dtype, [tokens, vocabulary].
-        labels_T: int64, [tokens].
+        logits_TV: logits of any float dtype, shape [tokens, vocabulary].
+        labels_T: int64 labels, shape [tokens].
 
     Returns:
         fp32 scalar.

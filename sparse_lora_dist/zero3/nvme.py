@@ -1,6 +1,7 @@
-"""Checks and preparation before shards go to a local disk.
+"""Prepare a local disk for offloaded shards: check its space, lock the folder, build async_io.
 
-DeepSpeed's async_io must be built, and the folder must have room and be used by no other job.
+async_io is the DeepSpeed extension that reads and writes the shards. The folder is the option
+nvme_path of the DeepSpeed configuration.
 """
 
 import fcntl
@@ -27,7 +28,7 @@ QUIET_S = 1800.0
 """Seconds without a change in a build folder after which the build counts as killed."""
 
 _claims: dict[Path, IO[str]] = {}
-"""Lock file -> its open file. A lock is held while its file is open: until this process ends."""
+"""Open lock files by path. A lock is held while its file is open, until this process ends."""
 
 
 def prepare(engine_config: Mapping[str, Any]) -> None:
@@ -56,8 +57,8 @@ def folder_of(engine_config: Mapping[str, Any]) -> Path | None:
 def claim(folder: Path) -> None:
     """Lock this rank's files in ``folder`` for this job, and remove those of an earlier job.
 
-    DeepSpeed names its files by rank only and first removes what it finds there, so a second job in
-    the folder would delete the shards of the first.
+    DeepSpeed names its files by rank only, and first removes the files that it finds. Without a
+    lock, a second job in the folder would delete the shards of the first.
 
     Raises:
         UserError: another job holds the lock.
@@ -78,7 +79,10 @@ def claim(folder: Path) -> None:
 
 
 def why_not() -> str | None:
-    """Return why async_io can be neither loaded nor built here, None if it can. Takes a second."""
+    """Return the reason why async_io can be neither loaded nor built here, or None if it can.
+
+    The reason is one or more sentences without the final full stop. The check takes a second.
+    """
     if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
         return None
     return (
@@ -88,13 +92,13 @@ def why_not() -> str | None:
 
 
 def load_async_io() -> None:
-    """Load async_io, and build it first if this machine has no build yet, which takes minutes.
+    """Load async_io. It is built first, in minutes, if this machine has no build of it yet.
 
     Raises:
         UserError: headers or compiler are missing, or the build fails.
     """
     if (reason := why_not()) is not None:
-        raise UserError(f"parameters cannot go to NVMe: {reason}.")
+        raise UserError(f"Parameters cannot be offloaded to NVMe. {reason}.")
     for op in ("pin_memory", "async_io"):
         wait_for_another_build(Path(_get_build_directory(op, verbose=False)))
     try:
@@ -104,50 +108,64 @@ def load_async_io() -> None:
     except (RuntimeError, ImportError, CalledProcessError) as error:
         last = "\n".join(str(error).splitlines()[-20:])
         raise UserError(
-            "DeepSpeed's async_io cannot be built or loaded here. Keep parameters in memory "
-            f"(offload_param.device none or cpu), or fix what the build reports:\n{last}"
+            "DeepSpeed's async_io cannot be built or loaded here. Keep the parameters in memory "
+            "(zero_optimization.offload_param.device none or cpu), or fix the problem that the "
+            f"build reports:\n{last}"
         ) from error
 
 
 def _without_symbols(builder: Any) -> Any:
-    """Build without debug symbols, which take a third of the build time."""
+    """Make ``builder`` compile without debug symbols, which saves a third of the time.
+
+    Returns:
+        The same builder.
+    """
     flags = [*builder.cxx_args(), "-g0"]  # the last -g option wins
     builder.cxx_args = lambda: flags  # not a subclass: pin_memory's would load itself for ever
     return builder
 
 
 def wait_for_another_build(folder: Path) -> None:
-    """Wait while another process builds the op in ``folder``, and delete the lock of a killed one.
+    """Wait while another process builds a DeepSpeed extension; delete the lock of a killed build.
 
-    torch itself would wait for ever on the lock of a build that was killed.
+    torch itself would wait for ever for such a lock.
+
+    Args:
+        folder: the build folder of the extension.
     """
     lock = folder / "lock"
     if lock.exists():
         print_line(
             "note",
-            f"waiting for another job's build of DeepSpeed's {folder.name}; if no other job runs, "
-            f"delete {lock}",
+            f"waiting for another job that builds DeepSpeed's {folder.name}. If no other job runs, "
+            f"delete {lock}.",
         )
     elif not list(folder.glob("*.so")):
-        print_line("note", f"compiling DeepSpeed's {folder.name}: takes minutes, once a machine")
+        print_line(
+            "note",
+            f"compiling DeepSpeed's {folder.name}. This takes minutes, once for each machine.",
+        )
     while lock.exists():
         with suppress(FileNotFoundError):  # a running build creates and removes files
             quiet_s = time.time() - max(f.stat().st_mtime for f in folder.iterdir())
             if quiet_s > QUIET_S:
                 lock.unlink()
                 print_line(
-                    "note", f"{lock} was left by a build that was killed: deleted, building again"
+                    "note",
+                    f"{lock} was left by a build that was killed. It was deleted to build again.",
                 )
         time.sleep(0.1)
 
 
 def check_space(engine_config: Mapping[str, Any], model: nn.Module, *, quantized: bool) -> None:
-    """Check that nvme_path has room for the shards of this machine's ranks. Collective.
+    """Raise UserError if nvme_path lacks room for the shards of this machine's ranks. Collective.
 
-    The estimate is a lower bound: half a byte for each weight that may be quantised, and no scales.
+    The estimated size is a lower bound: half a byte for each weight that may be quantised, and no
+    scales.
 
     Args:
-        engine_config: the DeepSpeed configuration; without NVMe nothing is checked.
+        engine_config: the DeepSpeed configuration. If it does not offload parameters to NVMe,
+            nothing is checked.
         model: the model, still on the meta device.
         quantized: True if linear weights will be held in 4 bits.
 

@@ -1,6 +1,6 @@
-"""ZeRO-3 parameters that are created as shards, so that no rank ever holds a whole one.
+"""Create ZeRO-3 parameters directly as shards, so that no rank ever holds a whole parameter.
 
-DeepSpeed's own ``zero.Init`` broadcasts each whole parameter and then cuts it.
+DeepSpeed's own ``zero.Init`` broadcasts each whole parameter and then cuts it into shards.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -28,7 +28,7 @@ ZeroParameter = Any
 
 
 class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
-    """zero.Init that fills each parameter's shard directly, without a broadcast of the whole."""
+    """zero.Init that fills each rank's shard directly and broadcasts no whole parameter."""
 
     def __init__(self, engine_config: Mapping[str, Any]) -> None:
         # Do not pass dtype=: without fp16 in hardware DeepSpeed replaces a given fp16 by bf16, and
@@ -64,10 +64,11 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         self._adopt(parameter, own, parameter.ds_tensor.ds_numel)
 
     def _adopt(self, parameter: ZeroParameter, own: ZeroParameter, share: int) -> None:
-        """Do what DeepSpeed's ``_partition_param`` does after it has cut a shard from the whole.
+        """Attach ``own``, a shard of ``share`` elements, to ``parameter``.
 
-        The secondary copy (hpZ) is not made here: DeepSpeed makes it in the first gather. A copy
-        made now would keep its values when the parameter is refilled.
+        This repeats what DeepSpeed's ``_partition_param`` does after it has cut a shard. The
+        secondary copy (hpZ) is not made here: DeepSpeed makes it in the first gather. A copy made
+        now would keep its values when the parameter is refilled.
         """
         disk = self._disk if self._disk and self._disk.takes(parameter, share) else None
         if disk:
@@ -92,18 +93,18 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
 
 
 class ShardBuilder:
-    """Creates ZeRO-3 parameters in the engine's dtype, of which each rank allocates its shard only.
+    """Creates ZeRO-3 parameters; each rank allocates only its own shard of a parameter.
 
     Use one builder for the whole model: DeepSpeed makes process groups and swap buffers for every
     ``zero.Init``. Creating a builder is collective.
 
     Args:
         engine_config: the DeepSpeed configuration.
-        dtype: dtype of all parameters, which must be that of ``engine_config``.
+        dtype: dtype of all parameters. It must be the one that ``engine_config`` sets.
 
     Attributes:
         dtype: dtype of all parameters.
-        device: device on which shards are made.
+        device: device on which shards are created.
     """
 
     def __init__(self, engine_config: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -120,17 +121,18 @@ class ShardBuilder:
         trainable: bool = False,
         in_memory: bool = False,
     ) -> nn.Parameter:
-        """Create a sharded parameter. All ranks create the same parameters in the same order.
+        """Create a sharded parameter. All ranks must create the same parameters in the same order.
 
         Args:
             shape: shape of the whole parameter.
-            values: called once, with the range of this rank's shard.
-            trainable: True if it gets gradients.
-            in_memory: True to keep the shard in memory where others go to NVMe. Only such a
-                parameter may be refilled.
+            values: function that returns the values of a range. It is called once, with the range
+                of this rank's shard.
+            trainable: True if the parameter gets gradients.
+            in_memory: True to keep the shard in memory even if others are offloaded to NVMe. Only
+                such a parameter may be refilled.
 
         Returns:
-            The parameter, partitioned: its own data is empty until ZeRO-3 gathers it.
+            The partitioned parameter. Its ``data`` is empty until ZeRO-3 gathers it.
         """
         nothing = torch.empty(1, dtype=self.dtype, device=self.device).expand(shape)
         parameter: ZeroParameter = nn.Parameter(nothing, requires_grad=trainable)
@@ -139,34 +141,43 @@ class ShardBuilder:
         return cast(nn.Parameter, parameter)
 
     def refill(self, parameter: nn.Parameter, values: Values) -> None:
-        """Replace the values of a frozen parameter, on the CPU or the GPU. Collective under hpZ.
+        """Replace the values of a frozen parameter. Collective under hpZ.
 
         Args:
-            parameter: made with ``in_memory=True``.
-            values: called once, with the range of this rank's shard.
+            parameter: parameter created with ``in_memory=True``. Its shard, on the CPU or the GPU,
+                is replaced.
+            values: function that returns the new values of a range. It is called once, with the
+                range of this rank's shard.
         """
         self._init.refill(parameter, values)
 
 
 def gathers_too(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
-    """Have ZeRO-3 gather ``parameters`` of another module whenever ``module`` runs, in forward and
-    backward."""
+    """Make ZeRO-3 gather parameters of other modules whenever ``module`` runs, also in backward.
+
+    Args:
+        module: module whose forward reads the parameters.
+        parameters: sharded parameters that belong to other modules.
+    """
     for parameter in parameters:
         deepspeed.zero.register_external_parameter(module, parameter)
 
 
 def own_share(parameter: nn.Parameter) -> Tensor:
-    """Return this rank's shard without padding, as a 1-D view. The shard must be in memory, not on
-    NVMe. Not collective."""
+    """Return a 1-D view of this rank's shard, without padding. Not collective.
+
+    The shard must be in memory, not on NVMe.
+    """
     start, stop = own_range(cast(ZeroParameter, parameter).ds_numel)
     return cast(Tensor, cast(ZeroParameter, parameter).ds_tensor.data[: stop - start])
 
 
 @contextmanager
 def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Context manager: gather whole parameters on every rank, for reading only. Collective.
+    """Context manager that gathers whole parameters on every rank, only to be read. Collective.
 
-    It needs one all-gather for all of them; ``deepspeed.zero.GatheredParameters`` one for each.
+    It uses a single all-gather, where ``deepspeed.zero.GatheredParameters`` uses one for each
+    parameter.
 
     Args:
         parameters: sharded parameters, in the same order on all ranks. Inside the context their

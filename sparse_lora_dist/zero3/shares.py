@@ -1,7 +1,7 @@
-"""How ZeRO-3 cuts a tensor into shards.
+"""Compute which elements of a tensor each rank holds under ZeRO-3.
 
-A tensor is flattened and cut into one shard for each rank, all of the same length, rounded up; the
-last shards are padded. Example: 10 elements on 4 ranks make shards of 3.
+ZeRO-3 flattens a tensor and cuts it into one shard for each rank. All shards have the same length,
+rounded up, and the last ones are padded. Example: 10 elements on 4 ranks make shards of 3.
 
     rank 0  [0, 3)    rank 1  [3, 6)    rank 2  [6, 9)    rank 3  [9, 10) and 2 of padding
 """
@@ -16,18 +16,22 @@ from torch import Tensor
 from sparse_lora_dist.distributed import comm
 
 Values = Callable[[int, int], Tensor]
-"""(start, stop) -> elements [start, stop) of a flattened tensor, 1-D: a rank asks for its shard."""
+"""Function of (start, stop) that returns elements [start, stop) of a flattened tensor, as a 1-D
+tensor. Each rank calls it with the range of its own shard."""
 
 
 def share_of(numel: int) -> int:
-    """Return the length of each rank's shard of a tensor of ``numel`` elements, with padding."""
+    """Return the number of elements, padding included, in each shard of a tensor of ``numel``."""
     return -(-numel // comm.world_size())
 
 
 def own_range(numel: int) -> tuple[int, int]:
-    """Return [start, stop) of this rank's shard in a flattened tensor of ``numel`` elements.
+    """Return (start, stop), the elements of a flattened tensor that this rank holds.
 
-    Padding is left out. The range is empty if a small tensor has no elements for this rank.
+    Padding is not included. The range is empty if a small tensor has no elements for this rank.
+
+    Args:
+        numel: number of elements of the whole tensor.
     """
     share = share_of(numel)
     start = min(share * comm.rank(), numel)
@@ -38,14 +42,14 @@ def as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) 
     """Pad this rank's elements with zeros to a full shard.
 
     Args:
-        own: 1-D, the elements of ``own_range``.
-        share: length of a shard, from ``share_of``.
+        own: 1-D tensor of this rank's elements, those of ``own_range``.
+        share: number of elements of a shard, from ``share_of``.
         dtype: dtype of the result.
         device: device of the result.
 
     Returns:
-        1-D tensor of ``share`` elements. ``own`` itself if it already fits, so that a large shard
-        is not copied.
+        1-D tensor of ``share`` elements. It is ``own`` itself if that has the right length, dtype
+        and device and its storage holds nothing else, so that a large shard is not copied.
     """
     owns_storage = own.untyped_storage().nbytes() == own.nbytes  # a view keeps its base alive
     if (own.numel(), own.dtype, own.device) == (share, dtype, device) and owns_storage:
@@ -64,16 +68,16 @@ class TensorSlice:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     start: int
-    """First element of the flattened tensor that this rank holds."""
+    """Index of the first element that this rank holds, in the flattened tensor."""
     length: int
     """Number of elements that this rank holds, without padding; 0 if a small tensor has none for
     this rank."""
     flat: int
     """Index of the flat fp32 buffer in ``Engine.flats()``."""
     offset: int
-    """First element of the slice in that buffer."""
+    """Index of the slice's first element in that buffer."""
     share: int
-    """Elements reserved in that buffer, padding included; the same on every rank."""
+    """Number of elements reserved in that buffer, padding included; the same on every rank."""
 
     @property
     def numel(self) -> int:

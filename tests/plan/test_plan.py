@@ -562,9 +562,9 @@ def test_a_model_that_needs_more_than_shapes_keeps_a_llamas_activations(tmp_path
     sizes = {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom", **sizes}))
     found = shapes(str(tmp_path), rank=4)
-    with pytest.raises(UserError, match="missing or invalid: intermediate_size") as caught:
+    with pytest.raises(UserError, match="Missing or invalid are intermediate_size") as caught:
         assert found.step
-    assert "bloom cannot be run on shapes alone" in str(caught.value)
+    assert "bloom cannot run on the meta device" in str(caught.value)
     more = {"model_type": "bloom", "intermediate_size": 256, **sizes}
     (tmp_path / "config.json").write_text(json.dumps(more))
     found = shapes(str(tmp_path), rank=4)
@@ -737,7 +737,7 @@ def test_numbers_out_of_range_are_problems(options: dict[str, object], words: st
         ({"method": "roselora", "max_steps": 1}, "raise max_steps"),
         (
             {"method": "sora", "sora_lambdas": "0.5,1,2", "warmup_steps": 500},
-            "1000 steps are assumed; set --max_steps",
+            "assumes 1000 steps because --max_steps is not given",
         ),
     ],
 )
@@ -763,7 +763,7 @@ SIZES = {
         ([], "must be a JSON object"),
         (
             {"model_type": "wonder", **SIZES, "num_attention_heads": 0},
-            "invalid: num_att",
+            "invalid are num_att",
         ),
         (
             {"model_type": "wonder", **SIZES, "num_attention_heads": 3},
@@ -849,7 +849,7 @@ def test_keys_that_are_not_planned_for_are_named(tmp_path: Path, two_layers: str
     found = outcome(**run)
     text, notes = as_text(found), as_json(found)["notes"]
     for key in ("stage3_module_granularity_threshold", "stage3_model_persistence_threshold"):
-        assert f"{key} of the engine file is ignored" in text
+        assert f"does not take {key} of the engine file into account" in text
         assert any(key in note for note in notes)
 
 

@@ -1,1 +1,1 @@
-"""Cache of the quantised base on disk (``--base_cache``), so that later jobs load it faster."""
+"""Base cache (``--base_cache``): the quantised base on disk, so that later jobs load it faster."""

@@ -1,7 +1,12 @@
-"""The folder that a base cache is written to: which rank writes, and when it is published.
+"""Choose the ranks that write a base cache, and publish the cache once it is complete.
 
-DIR/.writing-HOST-PID-TOKEN/    being written, never read; left behind only by a killed job
-DIR/MODEL-KEY/                  the same folder, renamed once all of it is synced to disk
+A cache is written to a temporary folder, which is renamed ("published") at the end. In the folder
+DIR given as ``--base_cache``:
+
+    .writing-HOST-PID-RANDOM/    temporary folder that a job writes to; never read, and left behind
+                                 only by a killed job
+    MODEL-KEY/                   the published cache: the temporary folder, renamed after all of it
+                                 was synced to disk (KEY is explained in ``lookup.py``)
 """
 
 import os
@@ -22,33 +27,43 @@ from sparse_lora_dist.system.atomic_files import sync
 from sparse_lora_dist.system.processes import exists
 
 PREFIX = ".writing-"
+"""First part of the names of temporary folders."""
 LEFT_OVER_SECONDS = 24 * 3600.0
-"""Age after which a temporary folder of another host counts as left over."""
+"""Age in seconds after which a temporary folder is removed, whichever host wrote it."""
 
 
 def new_token() -> str:
-    """Return a name for the temporary folder of this job, the same on all ranks. Collective."""
+    """Return HOST-PID-RANDOM, which ends the name of this job's temporary folder. Collective.
+
+    All ranks get the same text. HOST and PID are those of rank 0.
+    """
     own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return str(comm.broadcast_object(own))
 
 
 @dataclass
 class CacheFolder:
-    """This rank's part in writing a cache. Of the ranks that share a disk only one writes."""
+    """Writes a base cache on the ranks that are to write it, and does nothing on the others.
+
+    One rank of each node may call ``begin``. Of those whose nodes share a disk, only the one that
+    creates the temporary folder writes.
+    """
 
     final: Path
-    """Path under which the cache is published."""
+    """Path of the published cache."""
     out: SafetensorsWriter | None = None
-    """The writer; None on a rank that does not write, or whose writing has failed."""
+    """Writer of the cache's files; None on a rank that does not write, or after a failure."""
     problem: str | None = None
-    """Why writing failed; None if it did not."""
+    """Reason why writing failed on this rank; None if it did not fail."""
 
     def begin(self, token: str, *, needed: int, header_bytes: int) -> None:
-        """Create the temporary folder, unless a node that shares the disk was first.
+        """Create the temporary folder, unless a node that shares the disk has created it already.
+
+        If there is too little space or an error, the reason is stored in ``problem``.
 
         Args:
-            token: from ``new_token``.
-            needed: free bytes needed on the disk.
+            token: last part of the folder's name, from ``new_token``.
+            needed: number of free bytes that the disk must have.
             header_bytes: upper bound of the bytes of all safetensors headers.
         """
         directory = self.final.parent
@@ -70,10 +85,10 @@ class CacheFolder:
         self.out = SafetensorsWriter(temporary, header_bytes)
 
     def do(self, work: Callable[[SafetensorsWriter], None]) -> None:
-        """Call ``work`` on a rank that writes, and do nothing on the others.
+        """Call ``work`` with the writer on a rank that writes, and do nothing on the others.
 
-        A failure is stored in ``problem`` and not raised, since the other ranks wait for this one
-        in the next collective. The temporary folder is removed.
+        An OSError or UserError is not raised, since the other ranks wait for this one in the next
+        collective. Its text is stored in ``problem``, and the temporary folder is removed.
         """
         if self.out is None:
             return
@@ -86,11 +101,11 @@ class CacheFolder:
             self.out = None
 
     def publish(self, can_stay: Callable[[Path], bool]) -> None:
-        """Rename the temporary folder to its final name, unless another job was first.
+        """Rename the temporary folder to ``final``, unless another job has published this cache.
 
         Args:
-            can_stay: returns True if an existing folder is a complete cache. A damaged one is
-                replaced.
+            can_stay: function that returns True if a folder is a complete cache. An existing
+                ``final`` that is not complete is replaced.
         """
 
         def rename(out: SafetensorsWriter) -> None:
@@ -112,12 +127,12 @@ class CacheFolder:
 
 
 def remove_left_overs(directory: Path, but: Path) -> None:
-    """Remove temporary folders of ended jobs: a day old, or of a dead process on this host.
+    """Remove temporary folders that are a day old or belong to an ended process of this host.
 
     Args:
-        directory: value of --base_cache.
-        but: temporary folder of this job, which stays: its rank 0 may run on another host of the
-            same name.
+        directory: value of ``--base_cache``.
+        but: temporary folder of this job, which is not removed. Its name has the PID of rank 0,
+            which may run on another host with the same name.
     """
     for folder in set(directory.glob(f"{PREFIX}*")) - {but}:
         # ValueError: another kind of name. FileNotFoundError: another rank removed it meanwhile.

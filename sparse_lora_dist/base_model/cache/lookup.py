@@ -1,11 +1,14 @@
-"""``--base_cache DIR``: find the cache of the quantised base, which any number of ranks can load.
+"""Find and open the cache of a quantised base in the folder given as ``--base_cache DIR``.
 
-    DIR/MODEL-KEY/    base files as transformers saves a model that bitsandbytes quantised, and
-                      base_cache.json, which describes what the cache was made from
+A cache is the folder DIR/MODEL-KEY, which any number of ranks can load. It holds
 
-KEY is a hash of all that determines the cache's bytes. Of the weights it covers the headers of the
-files and samples of every tensor: reading all weights is what a cache is to save. A folder gets its
-name once all of it is synced to disk. ``writer.py`` writes it.
+    config.json, *.safetensors    base files, as transformers saves a model that bitsandbytes
+                                  quantised
+    base_cache.json               description of what the cache was made from
+
+KEY is a hash of everything that determines the bytes of the cache. A cache is to save the time of
+reading all weights. So of the original files the hash covers only the headers, samples of every
+tensor, and config.json. ``writer.py`` writes the cache.
 """
 
 import hashlib
@@ -30,26 +33,30 @@ from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 
 FORMAT = 1
+"""Version of the cache's format. A cache of another version is not used."""
 ABOUT = "base_cache.json"
+"""Name of the file that describes what a cache was made from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseCache:
-    """The cache of one base, which may not have been written yet."""
+    """Cache of one base, with what is known of it on this node. It may not exist yet."""
 
     folder: Path
+    """Path of the cache, whether it exists or not."""
     made_of: dict[str, Any]
-    """What determines the bytes of the cache, under names for the user."""
+    """Everything that determines the bytes of the cache: hashes of the original files, and the
+    settings of the quantisation. The keys are shown to the user."""
     dates: dict[str, int]
-    """Name of an original base file -> its modification time, in ns."""
+    """Modification times of the original base files in ns, by file name."""
     here: bool
-    """True if this node has the cache, undamaged."""
+    """True if this node has the cache, and it is not damaged."""
     damaged: int | None
-    """Inode of the cache's folder if it is damaged, otherwise None."""
+    """Inode number of the cache's folder if it is damaged, otherwise None."""
     files: CheckpointFiles | None
-    """The opened files of the cache; None unless every node has it."""
+    """The opened files of the cache; None unless every node has the cache."""
     sources: Sources
-    """Where the cache's files hold each parameter; empty where ``files`` is None."""
+    """Where the files of the cache hold each parameter; empty if ``files`` is None."""
 
     @property
     def not_quantized(self) -> list[str]:
@@ -57,7 +64,10 @@ class BaseCache:
         return list(self.made_of["unquantised modules"])
 
     def can_stay(self, place: Path) -> bool:
-        """Return True if ``place`` holds a complete cache, and not the one found damaged."""
+        """Return True if the folder ``place`` is a complete cache of this base.
+
+        The folder that ``find_cache`` found damaged is not.
+        """
         try:
             _open_files(place, self.made_of)
             return place.stat().st_ino != self.damaged
@@ -76,17 +86,22 @@ def find_cache(
     new: Collection[str],
     double_quant: bool,
 ) -> BaseCache:
-    """Find the cache of a base. Collective.
+    """Find the cache of a base, and open it if every node has it. Collective.
+
+    Rank 0 prints whether the cache is used, and why similar caches are not.
 
     Args:
-        directory: value of --base_cache.
+        directory: value of ``--base_cache``.
         name: hub id or path of the model.
         folder: local folder of the model.
-        files: the opened base files.
+        files: the opened original base files.
         module: the model on the meta device.
         keep: names of modules that are not quantised.
         new: names of parameters that the base files need not hold.
-        double_quant: True if scales are quantised too.
+        double_quant: True if the scales are quantised too.
+
+    Returns:
+        The cache. Its ``files`` are None if it cannot be loaded and is to be written.
 
     Raises:
         UserError: a node has no cache, and ``directory`` cannot be written to.
@@ -126,10 +141,19 @@ def find_cache(
 def open_cache(
     place: Path, made_of: dict[str, Any], module: PreTrainedModel, new: Collection[str]
 ) -> tuple[CheckpointFiles, Sources] | None:
-    """Open the cache in the folder ``place``; None if there is no such folder. Not collective.
+    """Open a base cache and find where its files hold each parameter. Not collective.
+
+    Args:
+        place: folder of the cache.
+        made_of: what the cache must have been made from (``BaseCache.made_of``).
+        module: the model on the meta device.
+        new: names of parameters that the files need not hold.
+
+    Returns:
+        Tuple of the opened files and their sources, or None if there is no such folder.
 
     Raises:
-        UserError: the cache is damaged.
+        UserError: the cache is damaged, or was made from something else.
     """
     if not place.exists():
         return None
@@ -138,13 +162,21 @@ def open_cache(
 
 
 def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
+    """Open the files of a cache. Raise UserError if it was not made from ``made_of``."""
     if read_about(place).get("made_of") != made_of:
-        raise UserError(f"{place / ABOUT} is missing or damaged, or describes another base")
+        raise UserError(f"{place / ABOUT} is missing, is damaged, or describes another base.")
     return CheckpointFiles(place)
 
 
 def read_about(place: Path) -> dict[str, Any]:
-    """Return the content of base_cache.json; an empty dict if it is missing or damaged."""
+    """Return the content of a cache's base_cache.json, or {} if it is missing or damaged.
+
+    Args:
+        place: folder of the cache.
+
+    Returns:
+        Dict with the keys "made_of", "model" and "dates" (see ``BaseCache``).
+    """
     try:
         about: dict[str, Any] = json.loads((place / ABOUT).read_text())
     except (OSError, ValueError):
@@ -158,6 +190,7 @@ def _linears(module: nn.Module, keep: Collection[str]) -> list[str]:
 
 
 def _made_of(folder: Path, files: CheckpointFiles) -> dict[str, Any]:
+    """Return the part of ``BaseCache.made_of`` that depends on the original base files."""
     return {
         "format": FORMAT,
         "config.json or shapes": identity(folder, files),
@@ -167,7 +200,10 @@ def _made_of(folder: Path, files: CheckpointFiles) -> dict[str, Any]:
 
 
 def _hub_hashes(files: CheckpointFiles) -> list[str]:
-    """Hashes of whole files, where they are links into the hub cache: those names are hashes."""
+    """Return the hashes of those base files that are links into the hub cache.
+
+    There a file's name is the hash of its content, so nothing has to be read.
+    """
     links = sorted({e.file for e in files.entries.values() if e.file.is_symlink()})
     return [link.resolve().name for link in links]
 
@@ -184,15 +220,23 @@ def _check_writable(directory: Path) -> None:
         writable = False
     if not writable:
         raise UserError(
-            f"--base_cache {directory} is not a writable folder. Choose another folder, or leave "
-            "--base_cache out."
+            f"--base_cache {directory} is not a writable folder. Choose another folder, or do not "
+            "give --base_cache."
         )
 
 
 def _print_what_was_found(
     place: Path, made_of: dict[str, Any], dates: dict[str, int], damage: list[str], *, ready: bool
 ) -> None:
-    """Print on rank 0 whether the cache is used, and which similar caches are not and why."""
+    """Print on rank 0 whether the cache is used, and why similar caches are not.
+
+    Args:
+        place: path of the cache.
+        made_of: what the cache is made from (``BaseCache.made_of``).
+        dates: modification times of the original base files.
+        damage: for each rank whose cache is damaged, the reason.
+        ready: True if every node has the cache, so that it is used.
+    """
     if comm.rank() != 0:
         return
     if ready:
@@ -207,11 +251,11 @@ def _print_what_was_found(
             )
         return
     if damage:
-        print_line("cache", f"it is damaged and not used, and will be replaced: {damage[0]}")
+        print_line("cache", f"the cache is damaged and not used, and will be replaced: {damage[0]}")
     name = place.name.rpartition("-")[0]
     for other in sorted(place.parent.iterdir()):
         theirs = read_about(other).get("made_of")
         if theirs and other != place and other.name.rpartition("-")[0] == name:
             differ = [k for k in made_of if theirs.get(k) != made_of[k]]
             print_line("cache", f"{other} is not used: it differs in {', '.join(differ)}")
-    print_line("cache", f"this base has no cache yet, it will be written to {place}")
+    print_line("cache", f"this base has no cache yet. It will be written to {place}")

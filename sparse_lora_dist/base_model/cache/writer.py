@@ -1,9 +1,10 @@
 """Write a cache of the quantised base, one weight at a time, right after the base was loaded.
 
-All ranks gather each weight, and one rank for each disk writes it. If a cache cannot be written,
-a warning is printed and the run goes on without it.
+All ranks gather each weight. One rank writes it to a disk that several nodes share, or else one
+rank of each node. If a cache cannot be written, a warning is printed and the run goes on without
+it.
 
-Shapes: K tensors of the original files that a weight was made from, E matrices of each.
+Letters in names: K tensors in the original files that make a weight, E matrices in each of them.
 """
 
 import json
@@ -35,19 +36,20 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.zero3.parameters import gathered
 
 COMPUTE_DTYPE = torch.bfloat16
-"""dtype that bitsandbytes dequantises to when it loads the cache. Runs use --precision instead."""
+"""dtype to which bitsandbytes dequantises if other programs load the cache. This project does not
+use it, but ``--precision``."""
 BLOCK_BYTES = 2**25
-"""Bytes of an original file that are copied in one go."""
+"""Number of bytes of an original file that are copied at a time."""
 SMALL_PARTS = 2**11
 """Upper bound of the bytes of a quantised tensor's code tables and state."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedWeight:
-    """A weight that the model holds in 4 bits."""
+    """A weight that the model holds in 4 bits, and that is written to the cache."""
 
     source: Source
-    """Where the original files hold it."""
+    """Where the original files hold the weight."""
     layout: nf4.Layout
     packed: nn.Parameter
     scales: nn.Parameter
@@ -65,11 +67,11 @@ def write_cache(
     A failure to write is printed as a warning and not raised.
 
     Args:
-        cache: from ``find_cache``.
-        model: the loaded model, sharded.
-        folder: local folder of the model that it was loaded from.
-        files: the opened base files.
-        sources: where these hold each parameter.
+        cache: the cache to write, from ``find_cache``.
+        model: the loaded and sharded model.
+        folder: local folder that the model was loaded from.
+        files: the opened original base files.
+        sources: where the original files hold each parameter.
     """
     held = list(_cached_weights(model, sources))
     quantized = {key for h in held for key in h.source.keys}
@@ -95,7 +97,8 @@ def write_cache(
     problems = [problem for _, problem in everyone if problem]
     if problems:
         print_line(
-            "warning", f"--base_cache was not written, training goes on without it: {problems[0]}"
+            "warning",
+            f"--base_cache was not written, and training goes on without it. Cause: {problems[0]}",
         )
     elif any(written for written, _ in everyone):
         print_line("cache", f"the base was written to {cache.folder}")
@@ -115,13 +118,13 @@ def _cached_weights(model: nn.Module, sources: Sources) -> Iterator[CachedWeight
 
 
 def _copy(plain: Mapping[str, Entry], files: CheckpointFiles, out: SafetensorsWriter) -> None:
-    """Copy the tensors that are not quantised from the original files."""
+    """Copy the tensors ``plain``, which are not quantised, from the original files to the cache."""
     for key, entry in plain.items():
         out.add(key, entry.dtype, entry.shape, files.raw(entry, BLOCK_BYTES))
 
 
 def _save(weight: CachedWeight, out: SafetensorsWriter) -> None:
-    """Write a gathered weight under the names that it has in the original files."""
+    """Write a gathered weight to the cache, under the names that it has in the original files."""
     packed, scales = (p.data.view(torch.uint8).cpu() for p in (weight.packed, weight.scales))
     for name, tensor in saved_tensors(packed, scales, weight.layout, weight.source):
         out.add_tensor(name, tensor)
@@ -130,13 +133,13 @@ def _save(weight: CachedWeight, out: SafetensorsWriter) -> None:
 def saved_tensors(
     packed: Tensor, scales: Tensor, layout: nf4.Layout, source: Source
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors, by name, as which bitsandbytes saves a quantised weight.
+    """Yield (name, tensor) for each tensor that bitsandbytes saves for a quantised weight.
 
     Args:
-        packed: uint8, packed bytes of the whole weight; padding at the end is allowed.
-        scales: uint8, bytes of its scales; padding at the end is allowed.
+        packed: uint8, packed bytes of the whole weight. Padding at the end is allowed.
+        scales: uint8, bytes of the weight's scales. Padding at the end is allowed.
         layout: layout of the weight.
-        source: its names and shapes in the original files.
+        source: names and shapes of the weight's tensors in the original files.
     """
     count = len(source.keys)
     packed_K = packed[: layout.packed_bytes].view(count, -1, 1)
@@ -171,6 +174,14 @@ def saved_tensors(
 def _named(
     key: str, packed: Tensor, state: bnb.QuantState, offset_E: list[float]
 ) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) for the packed bytes of a weight and for each tensor of its state.
+
+    Args:
+        key: name of the weight in the original files.
+        packed: packed bytes of the weight.
+        state: bitsandbytes' description of the weight.
+        offset_E: offset of each matrix; empty without double quantisation.
+    """
     yield key, packed
     for part, tensor in state.as_dict(packed=True).items():
         if part.startswith("quant_state"):
@@ -182,8 +193,10 @@ def _named(
 
 
 def _padded(text: Tensor) -> Tensor:
-    """Pad JSON with spaces to a multiple of 8 bytes, so that the next tensor in the file is
-    aligned."""
+    """Return JSON text padded with spaces to a multiple of 8 bytes.
+
+    So the next tensor in the file is aligned.
+    """
     spaces = text.new_full((-text.numel() % 8,), ord(" "))
     return torch.cat([text, spaces])
 
@@ -191,7 +204,7 @@ def _padded(text: Tensor) -> Tensor:
 def _describe(
     out: SafetensorsWriter, cache: BaseCache, model: PreTrainedModel, folder: Path
 ) -> None:
-    """Finish the safetensors files, and write config.json and base_cache.json."""
+    """Complete the safetensors files of the cache, and write config.json and base_cache.json."""
     out.finish()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = BitsAndBytesConfig(

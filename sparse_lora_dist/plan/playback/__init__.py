@@ -1,2 +1,2 @@
-"""Simulation of ZeRO-3 on shapes alone: which parameters are gathered when, and what a step
-allocates."""
+"""Simulation of a training step with ZeRO-3 on the meta device: when which parameters are gathered,
+and what the step allocates."""

@@ -1,8 +1,8 @@
-"""Simulation of ZeRO-3's gathers in one micro-batch: how much of the model is gathered on a rank at
-once, and how much crosses the network.
+"""Simulation of ZeRO-3's gathers in one micro-batch on one rank.
 
-It follows DeepSpeed's rules of fetching, prefetching and releasing in
-runtime/zero/partitioned_param_coordinator.py. Sizes are elements of ZeRO-3 parameters.
+It computes how many elements are gathered at once, and how many are gathered in all. It fetches,
+prefetches and releases parameters by DeepSpeed's rules
+(runtime/zero/partitioned_param_coordinator.py). All sizes are numbers of elements.
 """
 
 from collections import deque
@@ -17,27 +17,30 @@ class Bounds:
     """Limits on gathered parameters, in elements; the defaults are DeepSpeed's."""
 
     prefetch: int = 50_000_000
-    """stage3_prefetch_bucket_size: most elements of one prefetch."""
+    """stage3_prefetch_bucket_size: a prefetch ends once it has this many elements."""
     live: int = 1_000_000_000
-    """stage3_max_live_parameters: most gathered elements for which prefetching goes on."""
+    """stage3_max_live_parameters: no prefetch begins while this many elements are gathered."""
     reuse: int = 1_000_000_000
-    """stage3_max_reuse_distance: a parameter used again within so many elements is not released."""
+    """stage3_max_reuse_distance: a parameter stays gathered if it is used again before later
+    modules have used this many elements."""
     persistent: int = 100_000
     """stage3_param_persistence_threshold: parameters up to this size stay gathered."""
     one_by_one: bool = False
-    """stage3_allgather_sequential: is every parameter gathered in an all-gather of its own?"""
+    """stage3_allgather_sequential: True if every parameter is gathered by an all-gather of its
+    own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gathered:
-    """What one micro-batch gathers, in elements."""
+    """Numbers of elements that one micro-batch gathers on one rank."""
 
     peak: int
-    """Most elements that are gathered at once, with the buffers of all-gathers."""
+    """Most elements that exist at once: gathered parameters, and buffers of all-gathers."""
     received: int
-    """Elements of frozen parameters that are gathered, the rank's own shard included."""
+    """Elements of frozen parameters, counted at every all-gather, the rank's own shard included."""
     received_trained: int
-    """Elements of trained parameters that are gathered, the rank's own shard included."""
+    """Elements of trained parameters, counted at every all-gather, the rank's own shard
+    included."""
 
 
 @dataclass
@@ -45,14 +48,16 @@ class _Group:
     """Parameters of one all-gather; its buffer is freed when all of them have been used."""
 
     size: int
+    """Elements of the parameters together."""
     waiting: set[str]
-    """Parameters not used yet, and "" for a buffer that exists beside what was copied out of it."""
+    """Names of parameters that have not been used yet. The name "" stands for the buffer, if it
+    exists beside copies of the parameters."""
     split: bool = False
-    """Have the parameters been copied out of the buffer, or did they need none?"""
+    """True if the parameters are outside the buffer: copied out of it, or gathered without one."""
 
 
 Visit = tuple[str, bool]
-"""(module, True before it runs and False after it ran)."""
+"""(name of a module, True before the module runs or False after it ran)."""
 
 
 @dataclass
@@ -60,26 +65,33 @@ class _Coordinator:
     """DeepSpeed's PartitionedParameterCoordinator, with sizes in place of tensors."""
 
     sizes: Mapping[str, int]
+    """Elements of each parameter, by its name."""
     of_module: Mapping[str, Sequence[str]]
+    """Names of the parameters that a module uses, by the module's name."""
     order: Sequence[str]
     """Modules in the order in which they run, forward and backward."""
     bounds: Bounds
     step: int = 0
+    """Index in ``order`` of the module that runs next."""
     available: set[str] = field(default_factory=set)
+    """Names of gathered parameters."""
     in_flight: dict[str, _Group] = field(default_factory=dict)
+    """Parameters that are being gathered and have not been used yet: name -> its all-gather."""
     counted: int = 0
-    """Elements that DeepSpeed counts against ``bounds.live``: without buffers."""
+    """Elements that DeepSpeed counts against ``bounds.live``; it does not count buffers."""
     whole: int = 0
-    """Elements gathered now, with buffers."""
+    """Elements that are gathered now, buffers included."""
     peak: int = 0
+    """Highest value of ``whole`` so far."""
     received: dict[str, int] = field(default_factory=dict)
+    """Elements gathered so far, by the parameter's name."""
 
     def __post_init__(self) -> None:
         self.queue = deque((p, i) for i, m in enumerate(self.order) for p in self.of_module[m])
         self.fetched_for: dict[str, int] = {}
 
     def fetch(self, module: str) -> None:
-        """Gather what ``module`` needs before it runs, and prefetch for later ones."""
+        """Gather the parameters of ``module`` before it runs, and prefetch for later modules."""
         wanted = self.of_module[module]
         self._gather([p for p in wanted if p not in self.available and p not in self.in_flight])
         for name in wanted:
@@ -131,7 +143,7 @@ class _Coordinator:
             self._add(-group.size)
 
     def release(self, module: str) -> None:
-        """Release what ``module`` used, unless it is used again within ``bounds.reuse``."""
+        """Release the parameters of ``module`` that are not used again within ``bounds.reuse``."""
         going = {p for p in self.of_module[module] if self.fetched_for.get(p, -1) <= self.step}
         passed = 0
         for later in self.order[self.step :]:
@@ -160,15 +172,18 @@ def gathered(
     ties: Sequence[tuple[str, str]] = (),
     checkpointing: bool,
 ) -> Gathered:
-    """Simulate the gathers of one micro-batch, with persistent parameters gathered before.
+    """Simulate the gathers of one micro-batch.
+
+    Persistent parameters are not counted, because they are gathered once before the first step.
 
     Args:
         parameters: all parameters of the model, in its order.
         layers: name of the list of the model's layers, such as "model.layers".
         bounds: the limits of the engine file.
         once: names of modules that are not gathered for backward.
-        ties: (module, name of a parameter of another module that it uses too), for the output head.
-        checkpointing: whether each layer runs again in backward.
+        ties: pairs of a module and the name of a parameter that it shares with another module,
+            such as an output head tied to the embeddings.
+        checkpointing: True if each layer runs forward again in backward.
     """
     moving = [p for p in parameters if p.numel > bounds.persistent]
     sizes = {p.name: p.numel for p in moving}
@@ -199,8 +214,11 @@ def gathered(
 def _visits(
     modules: Sequence[str], once: Collection[str], layers: str, checkpointing: bool
 ) -> list[Visit]:
-    """Order of modules: forward, then backward. With checkpointing, each layer runs forward again
-    before its backward."""
+    """Return the visits of a micro-batch: of forward, then of backward.
+
+    With ``checkpointing``, each layer has the visits of its forward again before its backward. The
+    arguments are those of ``gathered``; ``modules`` are the names of all modules, in order.
+    """
     parts: dict[str, list[str]] = {}
     for module in modules:
         if module in once:
@@ -217,7 +235,8 @@ def _visits(
 
 
 def _adapted_first(modules: Sequence[str]) -> list[str]:
-    """Put an adapter after its base linear, so that in reversed order it begins before it."""
+    """Return the modules with each adapter after its base linear, so that in reversed order the
+    adapter begins first."""
     swapped = list(modules)
     for i, module in enumerate(modules[:-1]):
         if module.endswith(".") and module == f"{modules[i + 1]}.":
@@ -226,7 +245,8 @@ def _adapted_first(modules: Sequence[str]) -> list[str]:
 
 
 def _pass(modules: Sequence[str]) -> list[Visit]:
-    """Visits of one pass. An adapter ("q_proj.") ends after its base linear ("q_proj")."""
+    """Return the visits of one forward or backward. An adapter ("q_proj.") ends after its base
+    linear ("q_proj")."""
     visits: list[Visit] = []
     for i, module in enumerate(modules):
         visits.append((module, True))

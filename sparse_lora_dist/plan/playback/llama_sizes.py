@@ -1,4 +1,4 @@
-"""A Llama of the same sizes, in place of an architecture that cannot be planned."""
+"""Makes the config of a Llama of the same sizes, for an architecture that cannot be planned."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
 
 
 def as_llama(config: Any, problem: str) -> LlamaConfig:
-    """Make a LlamaConfig with the sizes in ``config``, a mapping or an object.
+    """Return a LlamaConfig with the sizes in ``config``.
 
     Args:
-        problem: why a Llama is needed; error messages begin with it.
+        config: content of config.json as a dict, or a config object of transformers.
+        problem: why the architecture itself cannot be planned; error messages begin with it.
 
     Raises:
-        UserError: if sizes are missing or invalid; it names the fields that are needed, those that
-            the config has, and those that are missing.
+        UserError: if a size is missing or invalid.
     """
 
     def read(name: str) -> Any:
@@ -37,13 +37,14 @@ def as_llama(config: Any, problem: str) -> LlamaConfig:
         raise UserError(
             f"--model: {problem}. To plan it as a Llama, config.json must have "
             f"{', '.join(NEEDED)} as integers above 0 (optional: {', '.join(OPTIONAL)}). "
-            f"It has {', '.join(got) or 'none of them'}; "
-            f"missing or invalid: {', '.join(missing)}."
+            f"It has {', '.join(got) or 'none of them'}. "
+            f"Missing or invalid are {', '.join(missing)}. Add these fields to config.json."
         )
     sizes = {name: read(name) for name in (*NEEDED, *OPTIONAL)}
     try:
         return LlamaConfig(**{name: size for name, size in sizes.items() if size is not None})
     except (StrictDataclassError, ValueError, ArithmeticError) as error:
         raise UserError(
-            f"--model: {problem}, and its sizes do not make a Llama: {error}"
+            f"--model: {problem}, and its sizes do not make a Llama: {error}. Correct the sizes in "
+            "config.json."
         ) from error

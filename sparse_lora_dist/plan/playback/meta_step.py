@@ -1,12 +1,12 @@
-"""A training step on the meta device, with every tensor storage counted while it exists.
+"""Measures the activation memory of a training step by running it on the meta device.
 
-What autograd keeps is therefore measured, not derived: the model is transformers', linears and
-adapters are this project's, checkpointing is torch's. Models of two and of four layers are run, and
-the model's own number of layers is extrapolated from them. What the meta device cannot run
-(attention kernels, dequantisation, random numbers) is replaced by operations with the same memory;
-a model that cannot run for other reasons raises its own error.
+The model is transformers', its linears and adapters are those of training, and every tensor storage
+is counted while it exists. Copies of the model with two and with four layers are run, and the
+memory of all layers is extrapolated from them. Operations that the meta device cannot run
+(attention kernels, dequantisation, random numbers) are replaced by ones that take the same memory.
 
-Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features.
+Shapes: M rows of a micro-batch, T tokens of a row, L tokens of a full row, I in_features,
+O out_features.
 """
 
 import copy
@@ -32,14 +32,14 @@ from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Method
 
 FEW, MORE = 2, 4
-"""Numbers of layers of the two models that are run."""
+"""Numbers of layers of the two copies of the model that are run."""
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepMemory:
-    """Bytes of activations and temporaries of one micro-batch on one rank, without weights."""
+    """Memory of activations and temporaries of one micro-batch on one rank, without weights."""
 
     kept: float
     """Bytes that exist between forward and backward."""
@@ -50,9 +50,13 @@ class StepMemory:
 
 
 class _StorageMeter(TorchDispatchMode):
-    """Counts the bytes of every storage that an operation makes, until it is freed."""
+    """Counts the bytes of every tensor storage from the operation that makes it until it is freed.
+
+    ``alive`` is the number of bytes that exist now, ``peak`` the highest number so far.
+    """
 
     def __init__(self, known: Collection[Tensor]) -> None:
+        """Begin with 0 bytes; ``known`` are tensors that are never counted, such as weights."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
         self._tracked: dict[int, Any] = {}
@@ -67,6 +71,7 @@ class _StorageMeter(TorchDispatchMode):
         return out
 
     def track(self, tensor: Tensor, *, counts: bool) -> None:
+        """Register a tensor's storage, once; its bytes count until it is freed if ``counts``."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes() if counts else 0
         if key in self._tracked:
@@ -82,11 +87,11 @@ class _StorageMeter(TorchDispatchMode):
 
 @contextmanager
 def _attention_of_kernels() -> Iterator[None]:
-    """Replace attention by a kernel that keeps what kernels on a CPU or GPU keep.
+    """Context manager: attention keeps as much memory for backward as kernels on a CPU or GPU do.
 
-    These keep query, key, value, output and one number per row of the scores; on the meta device,
-    torch falls back to the formula with all T x T scores. This is not a TorchFunctionMode, because
-    that would not be active when checkpointing runs a layer again.
+    Such kernels keep query, key, value, output and one number per query. On the meta device, torch
+    would instead compute and keep all T x T scores. This is not a TorchFunctionMode, because that
+    would not be active when checkpointing runs a layer again.
     """
     formula = F.scaled_dot_product_attention
     setattr(F, "scaled_dot_product_attention", _attention)  # noqa: B010
@@ -115,7 +120,7 @@ def _attention(
 
 
 class _MetaLinear(FrozenLinear):
-    """A quantised linear whose ``weight_OI`` allocates what dequantisation does."""
+    """A quantised linear whose ``weight_OI`` allocates as much as dequantisation does."""
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         blocks = self.in_features * self.out_features // BLOCK
@@ -126,7 +131,7 @@ class _MetaLinear(FrozenLinear):
 
 
 class _MetaSeeds(RowSeeds):
-    """Dropout masks without a random generator, which the meta device does not have."""
+    """Makes dropout masks without random numbers, because the meta device has no generator."""
 
     def keep_mask(
         self, x_MTI: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float
@@ -149,18 +154,18 @@ def step_memory(
     dropout: float,
     packed: bool,
 ) -> StepMemory:
-    """Measure a step of the model's body, without its output head and the loss.
+    """Measure forward and backward of a model without its output head and the loss.
 
     Args:
         model: a model on the meta device; it is copied, not changed.
         sites: linears that carry adapters.
         method: the method, which gives the form of each adapter.
-        rows: rows of the micro-batch (M).
-        tokens: tokens of a row (T).
+        rows: rows of the micro-batch.
+        tokens: tokens of a row.
         trained: names of modules trained in full.
-        checkpointing: whether activations are checkpointed.
+        checkpointing: True if activations are checkpointed, layer by layer.
         dropout: dropout of the adapters' inputs.
-        packed: whether rows hold several documents, so that an attention mask is passed.
+        packed: True if rows hold several documents; the attention mask is then counted.
 
     Raises:
         Exception: whatever the model raises if it cannot run on the meta device.
@@ -181,7 +186,10 @@ def step_memory(
 
 
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the model's layers: the ModuleList with most parameters, or ("", empty)."""
+    """Return the name and the list of the model's layers.
+
+    These are the ModuleList with most parameters. A model without any gives ("", empty list).
+    """
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         return "", nn.ModuleList()
@@ -189,6 +197,7 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _extrapolated(found: list[StepMemory], counts: list[int], num_layers: int) -> StepMemory:
+    """Extrapolate linearly to ``num_layers``; ``found[i]`` was measured with ``counts[i]``."""
     few, more = found[0], found[-1]
     if counts[0] == counts[-1]:
         return few
@@ -202,7 +211,7 @@ def _extrapolated(found: list[StepMemory], counts: list[int], num_layers: int) -
 
 
 def _first_layers(model: PreTrainedModel, count: int) -> PreTrainedModel:
-    """A copy of the model with its first ``count`` layers."""
+    """Return a copy of the model with its first ``count`` layers only."""
     name, layers = layers_of(model)
     if not name:
         return copy.deepcopy(model)
@@ -226,7 +235,8 @@ def _inject(
     tokens: int,
     trained: Collection[str],
 ) -> None:
-    """Replace linears by frozen ones, with adapters at ``sites``, and freeze the rest."""
+    """Change the model as training does: linears become frozen ones, with adapters at ``sites``,
+    and all other parameters are frozen except those of modules in ``trained``."""
     model.requires_grad_(False)
     seeds = _MetaSeeds(seed=0, sequence_length=tokens)
     chosen = {site.name: site for site in sites}

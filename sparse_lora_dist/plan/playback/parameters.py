@@ -1,7 +1,7 @@
-"""Sizes of all ZeRO-3 parameters of a run, listed from a model on the meta device.
+"""Lists all ZeRO-3 parameters of a run with their sizes, from a model on the meta device.
 
-Sizes are elements in the engine's dtype; packed bytes are stored as such elements, two bytes in one
-element of a 16-bit dtype and four in one of fp32.
+Sizes are numbers of elements of the engine's dtype. Packed 4-bit weights are stored in such
+elements too: two bytes in one element of a 16-bit dtype, four bytes in one of fp32.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -21,11 +21,15 @@ from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Method
 
 Kind = Literal["packed", "scales", "plain", "embeddings", "rest", "kept", "trained"]
-"""What a parameter is.
+"""Kind of a parameter.
 
-packed and scales: 4-bit weights and their block scales; plain: linears that are not quantised, such
-as the output head; rest: norms, biases and others; kept: tensors of adapters that never train;
-trained: tensors of adapters that train, and modules trained in full.
+- packed: 4-bit weights.
+- scales: block scales of 4-bit weights.
+- plain: weights of linears that are not quantised, such as the output head.
+- embeddings: weights of embeddings.
+- rest: norms, biases and others.
+- kept: adapter tensors that never train.
+- trained: adapter tensors that train, and parameters of modules trained in full.
 """
 
 
@@ -35,16 +39,16 @@ FILE_ITEMSIZE = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedQuantization:
-    """How bitsandbytes quantised the base files."""
+    """Quantisation of base files that bitsandbytes has quantised."""
 
     double_quant: bool
-    """Are block scales quantised to 8 bits?"""
+    """True if block scales are quantised to 8 bits."""
     skipped: tuple[str, ...]
-    """Modules that are not quantised, by their names or by the ends of their names after a dot."""
+    """Modules that are not quantised: full names, or last parts of names such as "lm_head"."""
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "SavedQuantization | None":
-        """Read it from config.json; None if the base files hold floats."""
+        """Read the quantisation from a model's config; None if the base files hold floats."""
         found = getattr(config, "quantization_config", None)
         if found is None:
             return None
@@ -56,27 +60,28 @@ class SavedQuantization:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlannedParameter:
-    """One ZeRO-3 parameter."""
+    """One ZeRO-3 parameter with its sizes."""
 
     name: str
     module: str
-    """Module that gathers it; for an adapter's tensors, the name of its linear and a dot."""
+    """Name of the module that gathers the parameter. For a tensor of an adapter, it is the name of
+    the adapter's linear with a dot at the end."""
     kind: Kind
     numel: int
     """Elements of the whole parameter, in the engine's dtype."""
     in_file: int = 0
-    """Number of weights in the base files that it is made from."""
+    """Number of weights in the base files that the parameter is made from."""
     file_bytes: int = 0
     """Bytes of these weights in the base files."""
 
     @property
     def sparse(self) -> bool:
-        """Does the method decide on it? It does not on modules trained in full: all their entries
-        are live, and they have no statistics."""
+        """True for a trained tensor of an adapter, whose live entries the method decides. False for
+        modules trained in full: all their entries are live, and they have no statistics."""
         return self.kind == "trained" and self.module.endswith(".")
 
     def share(self, world_size: int) -> int:
-        """Elements of a rank's shard: the same on all ranks, rounded up."""
+        """Return the elements of one rank's shard: the same on all ranks, rounded up."""
         return -(-self.numel // world_size)
 
 
@@ -91,17 +96,19 @@ def planned_parameters(
     dtype: torch.dtype,
     saved: SavedQuantization | None = None,
 ) -> list[PlannedParameter]:
-    """List every parameter that ``ShardLoader`` and ``inject`` would make, in the model's order.
+    """List the parameters of a run, in the model's order.
+
+    They are those that ``ShardLoader`` makes for the base and ``inject`` makes for the adapters.
 
     Args:
         model: a model on the meta device.
         sites: linears that carry adapters.
         method: the method, which gives the form of each adapter.
         trained: names of modules trained in full.
-        quantize: whether linears are quantised to 4 bits.
-        double_quant: whether block scales are quantised to 8 bits, if the run quantises.
+        quantize: True if linears are held in 4 bits.
+        double_quant: True if block scales are quantised to 8 bits. Ignored if ``saved`` is given.
         dtype: the engine's dtype.
-        saved: how the base files are quantised already; None if they hold floats.
+        saved: the quantisation of the base files; None if they hold floats.
     """
     skipped = saved.skipped if saved else ()
     double_quant = saved.double_quant if saved else double_quant
@@ -146,7 +153,12 @@ def planned_parameters(
 
 
 def ties(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """Tied parameters: (module, name of the parameter of an earlier module that it shares)."""
+    """List the tied parameters of a model.
+
+    Returns:
+        Pairs of the name of a module and the name of a parameter of an earlier module that it
+        shares, such as ("lm_head", "model.embed_tokens.weight").
+    """
     first: dict[int, str] = {}
     found = []
     for name, module in model.named_modules():
@@ -162,7 +174,15 @@ def _is_under(name: str, outer: str) -> bool:
 
 
 def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
-    """Are weights of this kind quantised? Those of linears and (one 3-D tensor) of experts are."""
+    """Return True if a parameter is of a kind that is quantised.
+
+    These are weights of linears other than the output head, and 3-D weights of experts.
+
+    Args:
+        module: the module that has the parameter.
+        leaf: name of the parameter in the module.
+        is_head: True if the module is the output head.
+    """
     if is_plain_linear(module):
         return leaf == "weight" and not is_head
     parameter = module.get_parameter(leaf)
@@ -172,6 +192,7 @@ def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
 def _packed(
     module: str, leaf: str, weight: Tensor, double_quant: bool, dtype: torch.dtype, saved: bool
 ) -> Iterator[PlannedParameter]:
+    """Yield the two parameters that a quantised weight becomes: packed values and block scales."""
     experts = weight.shape[0] if weight.dim() == 3 else 1
     rows, columns = weight.shape[-2:]
     layout = nf4.Layout(shape=(rows, columns), double_quant=double_quant)
@@ -189,6 +210,7 @@ def _packed(
 
 
 def _whole(module: str, leaf: str, parameter: Tensor, kind: Kind) -> PlannedParameter:
+    """Return the parameter that a tensor becomes if it is not quantised."""
     count = parameter.numel()
     return PlannedParameter(
         name=f"{module}.{leaf}",
@@ -209,9 +231,11 @@ def _kind(module: nn.Module, leaf: str, trained: bool) -> Kind:
 
 
 def shard_bytes(parameters: Sequence[PlannedParameter], world_size: int, itemsize: int) -> int:
-    """Bytes of one rank's shards of ``parameters``, padding included.
+    """Return the bytes of one rank's shards of ``parameters``, padding included.
 
     Args:
+        parameters: the parameters to count.
+        world_size: number of ranks that each parameter is sharded over.
         itemsize: bytes per element of the engine's dtype.
     """
     return sum(p.share(world_size) for p in parameters) * itemsize
