@@ -1,10 +1,10 @@
 """Knowledge editing: train on new facts, then measure what the edit changed.
 
-edits.py          edits and their questions
+edits.py          classes of an edit and its questions
 edit_file.py      reads a file of edits in KnowEdit's format
-edit_feed.py      the edits as training data: each step takes all of them
-answer_tokens.py  the model's predictions at the tokens of an answer, and generated texts
-probe_scores.py   scores of each edit from the model's predictions
-edit_metrics.py   the metrics, as EasyEdit defines them
-edit_command.py   launcher/edit.py
+edit_feed.py      makes training rows of the edits: each step takes all of them
+answer_tokens.py  predicts the tokens of answers, and generates texts
+probe_scores.py   scores each edit from the model's predictions
+edit_metrics.py   computes the metrics, as EasyEdit defines them
+edit_command.py   runs launcher/edit.py
 """

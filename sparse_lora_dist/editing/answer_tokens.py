@@ -1,4 +1,4 @@
-"""Predictions of a sharded model at the tokens of given answers, and greedily generated texts.
+"""Predicts the tokens of given answers with a sharded model, and generates texts greedily.
 
 Shapes: M rows of a batch, T tokens of its longest row.
 """
@@ -35,14 +35,14 @@ class EncodedQuestion:
 
 
 def encode(tokenizer: Any, question: Question) -> EncodedQuestion:
-    """Tokenise a question with its answer, joined by a space.
+    """Tokenise a question and its answer, joined by a space, and find where the answer starts.
 
     The answer starts at the first token in which "prompt answer" differs from "prompt" alone.
-    EasyEdit starts it after as many tokens as the prompt alone has. The two differ only if the
-    answer changes the prompt's last token, e.g. where "on" + " to" becomes one token.
+    EasyEdit lets it start after as many tokens as the prompt alone has. The results differ only if
+    the answer changes the prompt's last token, e.g. where "on" + " to" becomes one token.
 
     Args:
-        tokenizer: Adds bos if it does so for every text; an eos it adds is removed.
+        tokenizer: The model's tokenizer. If it adds bos to every text, bos is kept; eos is removed.
         question: Prompt and answer.
     """
     prompt = ids_without_eos(tokenizer, question.prompt)
@@ -53,20 +53,21 @@ def encode(tokenizer: Any, question: Question) -> EncodedQuestion:
 
 
 def ids_without_eos(tokenizer: Any, text: str) -> list[int]:
-    """Tokenise a text, without the eos that some tokenizers append to every text."""
+    """Return the token ids of a text, without the eos that some tokenizers append."""
     ids: list[int] = tokenizer(text).input_ids
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 @dataclass(frozen=True, kw_only=True)
 class GreedyDecoder:
-    """Predicts the likeliest tokens with a trained engine. Every method is collective.
+    """Predicts the likeliest tokens with a trained model. Every method is collective.
 
-    All ranks pass the same rows and get the same results, on any number of ranks.
+    All ranks pass the same arguments and get the same results. The results do not depend on the
+    number of ranks.
     """
 
     engine: Engine
-    """The engine of the model."""
+    """Engine of the model."""
     tokenizer: Any
     """Encodes prompts and decodes generated texts."""
     pad_id: int
@@ -78,7 +79,8 @@ class GreedyDecoder:
         """Predict each token of each answer, given the answer's tokens before it. Collective.
 
         Returns:
-            For each question the likeliest token ids (teacher forcing), as many as its answer has.
+            One list per question: the likeliest token id at each position of its answer (teacher
+            forcing).
         """
 
         def of_batch(batch: Sequence[EncodedQuestion]) -> list[list[int]]:
@@ -93,15 +95,15 @@ class GreedyDecoder:
     def generate(self, prompts: Sequence[str], num_tokens: int) -> list[str]:
         """Continue each prompt greedily by ``num_tokens`` tokens, ignoring eos. Collective.
 
-        No key-value cache is used: under ZeRO-3 the time of a forward is that of gathering the
-        weights, which the number of tokens does not change.
+        No key-value cache is used: under ZeRO-3 most of a forward's time goes into gathering the
+        weights, which a cache would not shorten.
 
         Args:
             prompts: Texts to continue.
-            num_tokens: Number of tokens to add to each.
+            num_tokens: Number of tokens to add to each prompt.
 
         Returns:
-            Each prompt with its continuation, without special tokens.
+            The text of each prompt with its continuation, without special tokens.
         """
 
         def of_batch(batch: Sequence[list[int]]) -> list[str]:
@@ -117,6 +119,10 @@ class GreedyDecoder:
             return in_batches(encoded, self.batch_size, of_batch, name="texts")
 
     def _argmax(self, rows: Sequence[list[int]]) -> Tensor:
+        """Return the likeliest next token after each token of each row: int64 [M, T], on the CPU.
+
+        Entries after the end of a row are to be ignored. Collective.
+        """
         # No attention mask is needed: padding comes last, and attention is causal.
         ids_MT = pad_sequence(
             [torch.tensor(row) for row in rows], batch_first=True, padding_value=self.pad_id
@@ -128,7 +134,7 @@ class GreedyDecoder:
 
 @contextmanager
 def without_adapters(adapters: Sequence[AdapterLinear]) -> Iterator[None]:
-    """Context manager in which the model computes as its base: every delta is skipped."""
+    """Context manager: the model computes as its base, since these adapters add nothing."""
     for adapter in adapters:
         adapter.base_only = True
     try:

@@ -1,4 +1,4 @@
-"""launcher/edit.py: trains on the edits, then measures the model before and after them.
+"""Runs launcher/edit.py: trains on the edits, then measures the model before and after them.
 
 "Before" is the model with all adapters switched off.
 """
@@ -33,7 +33,7 @@ SUCCESS_HINT_BELOW = 90.0
 
 
 def purpose_of(request: EditRequest) -> Purpose:
-    """Return the training data and the final measurement of an edit, for ``train.run``."""
+    """Return the purpose of an edit run: train on the edits, then measure the model."""
     return Purpose(
         open_feed=partial(_open_feed, request),
         conclude=partial(_conclude, request),
@@ -62,7 +62,7 @@ def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
 
 
 def _conclude(request: EditRequest, job: Job) -> None:
-    """Measure the model before and after the edits; write edits.json; print. Collective."""
+    """Measure the model before and after the edits, write edits.json, print scores. Collective."""
     tokenizer = open_tokenizer(job.config, job.model)
     scored = scored_questions(request.edits)
     questions = [encode(tokenizer, one.question) for one in scored]
@@ -96,6 +96,10 @@ def _conclude(request: EditRequest, job: Job) -> None:
 def _model_answers(
     request: EditRequest, job: Job, decoder: GreedyDecoder, questions: Sequence[EncodedQuestion]
 ) -> ModelAnswers:
+    """Return what the model predicts for the questions and generates after the prompts. Collective.
+
+    The generated texts are shortened if the model has fewer positions than they need.
+    """
     prompts = [edit.fact.prompt for edit in request.edits]
     longest = max(len(ids) for ids in decoder.tokenizer(prompts).input_ids)
     architecture = job.model.module.config.get_text_config()
@@ -114,7 +118,14 @@ def _results(
     scores: dict[str, list[Scores]],
     texts: dict[str, Sequence[str]],
 ) -> dict[str, object]:
-    """The content of edits.json."""
+    """Return the content of edits.json.
+
+    Args:
+        request: Options of the edit run.
+        job: The job that trained on the edits.
+        scores: "before" or "after" -> scores of each edit.
+        texts: "before" or "after" -> generated text of each edit; empty if none were generated.
+    """
     edits = [
         {"subject": edit.subject, "prompt": edit.fact.prompt, "target_new": edit.fact.answer}
         | {when: dict(rows[i]) for when, rows in scores.items()}
@@ -132,7 +143,7 @@ def _results(
 
 
 def low_success_hint(config: Config) -> str:
-    """Return a hint on what to change if too few edits succeeded."""
+    """Return the hint that is printed if too few edits succeeded: which options to change."""
     hint = "not every edit succeeded. Raise "
     hint += f"--max_steps above {config.train.max_steps} or --learning_rate above "
     hint += f"{config.train.learning_rate:g}"

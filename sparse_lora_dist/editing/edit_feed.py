@@ -1,4 +1,4 @@
-"""Edits as training data: every optimizer step takes all edits, each once."""
+"""Training data of an edit run: every optimizer step trains on all edits, each once."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -28,7 +28,8 @@ from sparse_lora_dist.training.feed import DataFeed, check_positions, settle_pad
 class EditFeed(DataFeed):
     """Training data of an edit run: each step's rows are all edits, in order.
 
-    Rows without tokens fill the last micro-batches, so any number of ranks trains the same.
+    If the edits do not fill the micro-batches of all ranks, rows without tokens are added. The
+    result of training therefore does not depend on the number of ranks.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -36,17 +37,20 @@ class EditFeed(DataFeed):
 
     @property
     def global_batch(self) -> int:
-        """Rows of a step: the number of edits."""
+        """Number of rows of a step, i.e. of edits."""
         return len(self.rows)
 
     @property
     def identity(self) -> str:
-        """Hash of the edits' texts; a resumed run must have the same."""
+        """SHA-256 of the edits' prompts and answers, in hex; a resumed run must have the same."""
         texts = "\n".join(f"{e.fact.prompt}\t{e.fact.answer}" for e in self.edits)
         return sha256(texts.encode()).hexdigest()
 
     def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of a step; they are the same in every step."""
+        """Return this rank's micro-batches of a step.
+
+        Every step has the same ones, so the arguments are ignored.
+        """
         return self._cut(self.rows, 0, len(self.rows), shuffle=False)
 
 
@@ -58,9 +62,9 @@ def build_feed(
     Args:
         edits: The edits of each step.
         config: Options of the run; ``max_steps`` is set.
-        model: The opened model, to check its number of positions.
+        model: The opened model; it gives the padding token and the number of positions.
         tokenizer: The model's tokenizer.
-        program: The command line that resumes this run, for messages.
+        program: Command line that resumes this run, for messages.
 
     Raises:
         UserError: An edit has more tokens than --sequence_length or the model's positions allow.
@@ -84,9 +88,12 @@ def build_feed(
 
 
 def build_rows(edits: tuple[Edit, ...], tokenizer: Any, config: Config) -> Rows:
-    """Encode each edit as a row "prompt target_new", with a loss on the target's tokens only.
+    """Encode each edit as a row "prompt target_new", with a loss on the tokens of target_new only.
 
-    No eos is added, as in EasyEdit: an edit changes the answer, not where the text ends.
+    As in EasyEdit, no eos is added: an edit changes the answer, not where the text ends.
+
+    Raises:
+        UserError: An edit has more tokens than --sequence_length.
     """
     length, rows = config.data.sequence_length, []
     for number, edit in enumerate(edits):
@@ -94,7 +101,7 @@ def build_rows(edits: tuple[Edit, ...], tokenizer: Any, config: Config) -> Rows:
         is_target = [i >= encoded.num_prompt for i in range(len(encoded.ids))]
         if len(encoded.ids) > length:
             raise UserError(
-                f"--edits: edit {number} of the selected ones ({edit.subject}) has "
+                f"Edit {number} of the selected edits, counted from 0 ({edit.subject}), has "
                 f"{len(encoded.ids)} tokens, more than --sequence_length {length}. Set "
                 f"--sequence_length {len(encoded.ids)} or more."
             )

@@ -21,8 +21,8 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "target_new": ("target_new", "labels"),
     "rephrase_prompt": ("rephrase_prompt", "rephrase"),
 }
-"""Field -> its names in the file: ZsRE's, which messages use, then those of WikiBio and
-counterfact."""
+"""Field -> the names that it may have in the file. The first is used by the ZsRE data set, and in
+messages; the second by WikiBio or counterfact."""
 KNOWN_FIELDS = {
     "portability",
     "locality",
@@ -31,20 +31,18 @@ KNOWN_FIELDS = {
 REQUIRED = ("subject", "prompt", "target_new")
 SEPARATORS = re.compile(r"[\s,]*")
 MAX_SHOWN = 20
-"""Problems that an error lists; a file with more has most likely another format."""
+"""Largest number of problems that an error lists. A file with more probably has another format."""
 
 
 def read_edits(path: Path) -> Edits:
-    """Read all edits of a file.
-
-    Every rank may call it by itself: it reads one file, and is not collective.
+    """Read all edits of a file. Not collective.
 
     Args:
-        path: JSON list of objects, or one object per line.
+        path: File with a JSON list of objects, or with one JSON object per line.
 
     Raises:
-        UserError: The file cannot be read, is not JSON, or has wrong records; the message names
-            line and field of each problem.
+        UserError: The file cannot be read, is not JSON, has no edits, or has wrong records. The
+            message names the line and the field of each problem.
     """
     parser, edits = _EditParser(), []
     for number, (line, record) in enumerate(_records(path), start=1):
@@ -72,7 +70,9 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         if text.lstrip().startswith("["):
             json.loads(text)  # checks the text between the elements too
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--edits {path} cannot be read: {error}", shared=True) from error
+        raise UserError(
+            f"--edits {path} cannot be read: {error}. Give a readable UTF-8 file.", shared=True
+        ) from error
     except json.JSONDecodeError as error:
         raise _not_json(path, error) from error
     at, end = _skip_separators(text, 0), len(text)
@@ -95,8 +95,8 @@ def _skip_separators(text: str, at: int) -> int:
 
 
 def _not_json(path: Path, error: json.JSONDecodeError) -> UserError:
-    problem = f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno})"
-    allowed = "Edits are a JSON list of objects, or one object per line."
+    problem = f"{path}:{error.lineno} is not valid JSON: {error.msg} (column {error.colno})"
+    allowed = "Edits must be a JSON list of objects, or one object per line. Correct this line."
     return UserError(f"{problem}. {allowed}", shared=True)
 
 
@@ -107,12 +107,17 @@ def _problem_report(path: Path, problems: Sequence[str]) -> str:
     known = "; ".join(" or ".join(names) for names in FIELD_NAMES.values())
     return (
         f"{path} has {counted(len(problems), 'problem')}:\n{shown}{rest}\n"
-        f"Edits must be in KnowEdit's format, with the fields: {known}; locality; portability."
+        f"Edits must be in KnowEdit's format, with the fields: {known}; locality; portability. "
+        "Correct these problems in the file."
     )
 
 
 class _EditParser:
-    """Parses one record at a time and collects the problems of all."""
+    """Parses one record at a time, and collects the problems of all records in ``problems``.
+
+    ``location`` names the current record in messages. ``without_answer`` counts the probes without
+    an answer, and ``unread`` collects the names of unknown fields.
+    """
 
     def __init__(self) -> None:
         self.location = ""
@@ -121,10 +126,14 @@ class _EditParser:
         self.unread: set[str] = set()
 
     def edit(self, record: Any) -> Edit | None:
-        """Return the edit, or None if the record has a problem."""
+        """Return the edit of a record.
+
+        Returns:
+            None if the record has a problem; a message is then appended to ``problems``.
+        """
         before = len(self.problems)
         if not isinstance(record, dict):
-            self._add_problem(f"must be an object, got {type(record).__name__}")
+            self._add_problem(f"the edit must be an object, got {type(record).__name__}")
             return None
         self.unread |= record.keys() - KNOWN_FIELDS
         given = {name: self._text_of(record, name) for name in FIELD_NAMES}
@@ -142,10 +151,13 @@ class _EditParser:
         )
 
     def _text_of(self, record: Mapping[str, Any], name: str) -> str:
-        """Return a field's text; "" if it is wrong, or optional and missing."""
+        """Return the text of field ``name``, or "" if it is wrong or missing.
+
+        A message is appended to ``problems`` unless the field is optional and missing.
+        """
         value = next((record[n] for n in FIELD_NAMES[name] if n in record), None)
         if _first_alias(value) is None and name in REQUIRED:
-            self._add_problem(f"{name} is missing or null; it must be text")
+            self._add_problem(f"{name} is missing or null, but must be text")
         return self._text(value, name, may_be_blank=name not in REQUIRED) or ""
 
     def _probes(self, value: Any, name: str) -> dict[str, tuple[Question, ...]]:
@@ -159,7 +171,9 @@ class _EditParser:
         found = {}
         for kind, probes in value.items():
             if not isinstance(probes, list | None):
-                self._add_problem(f"{name}.{kind} must be a list, got {type(probes).__name__}")
+                self._add_problem(
+                    f"{name}.{kind} must be a list of probes, got {type(probes).__name__}"
+                )
                 continue
             each = [self._probe(p, f"{name}.{kind}[{i}]") for i, p in enumerate(probes or [])]
             if questions := tuple(question for question in each if question):
@@ -172,9 +186,9 @@ class _EditParser:
             return None
         for key in ("prompt", "ground_truth"):
             if key not in value:
-                self._add_problem(f"{name}.{key} is missing")
+                self._add_problem(f"{name}.{key} is missing, but every probe must have it")
             elif key == "prompt" and _first_alias(value[key]) is None:
-                self._add_problem(f"{name}.prompt is null; it must be text")
+                self._add_problem(f"{name}.prompt is null, but must be text")
         prompt = self._text(value.get("prompt"), f"{name}.prompt")
         answer = self._text(value.get("ground_truth"), f"{name}.ground_truth", may_be_blank=True)
         if prompt and not answer:
@@ -188,7 +202,7 @@ class _EditParser:
         if not isinstance(text, str):
             self._add_problem(f"{name} must be text, got {type(text).__name__}: {str(text)[:40]}")
         elif not text.strip() and not may_be_blank:
-            self._add_problem(f"{name} is blank")
+            self._add_problem(f"{name} is blank, but must have text")
         return text if isinstance(text, str) and text.strip() else None
 
     def _add_problem(self, what: str) -> None:
@@ -196,7 +210,11 @@ class _EditParser:
 
 
 def _first_alias(value: Any) -> Any:
-    """Return the first alias of an answer, a list or a list of lists; None if it is empty."""
+    """Return the first alias of a list of aliases, or of a list of such lists.
+
+    Returns:
+        None for an empty list; ``value`` itself if it is no list.
+    """
     while isinstance(value, list):
         value = value[0] if value else None
     return value

@@ -6,16 +6,17 @@
     portability    the same share for questions whose answer follows from the new fact
     locality       share of the tokens of an unrelated answer at which the model predicts the same
                    token as before the edit, right or wrong
-    fluency        of a generated text that continues the prompt: the mean of (2/3) H2 and (4/3)
-                   H3, with Hn the entropy of the text's n-grams in bits; tables show 100 times it
+    fluency        mean of (2/3) H2 and (4/3) H3 of a generated text that continues the prompt,
+                   with Hn the entropy of the text's n-grams in bits; tables show 100 times it
 
 As in KnowEdit's script, scores are averaged over the probes of a kind, then over the kinds of an
-edit, then over edits; an edit without probes is left out of that column. Differences to EasyEdit:
+edit, then over edits. An edit without probes is left out of that column. Differences to EasyEdit:
 
-- a regular expression splits a text into words, and nltk there; "don't" differs;
-- texts are generated greedily, and there by sampling from the top five tokens. Ours are the same
-  on every machine but more repetitive, so fluency is lower than EasyEdit's;
-- a text has ``--fluency_tokens`` tokens after the prompt, there 100 including the prompt.
+- A regular expression splits a text into words. EasyEdit uses nltk, which splits e.g. "don't"
+  in another way.
+- Texts are generated greedily, so that they are the same on every machine. EasyEdit samples from
+  the top five tokens. Greedy texts are more repetitive, so fluency is lower than EasyEdit's.
+- A text has ``--fluency_tokens`` tokens after the prompt. EasyEdit's has 100 including the prompt.
 """
 
 import math
@@ -28,6 +29,7 @@ Scores = Mapping[str, float | None]
 """Column of ``COLUMNS`` -> score of one edit; None or missing if there was nothing to measure."""
 
 COLUMNS = ("edit success", "rephrase", "portability", "locality", "fluency")
+"""Names of the metrics, as in edits.json and in the printed table."""
 WORD = re.compile(r"\w+|[^\w\s]")
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 """n -> weight of the entropy of n-grams in fluency."""
@@ -39,18 +41,28 @@ def agreement(predicted: Sequence[int], targets: Sequence[int]) -> float:
 
 
 def mean_of_kinds(by_kind: Mapping[str, Sequence[float]]) -> float | None:
-    """Return the mean over kinds of each kind's mean score; None if there are no kinds."""
+    """Average the scores within each kind of probe, then over the kinds.
+
+    Args:
+        by_kind: Kind of probe -> scores of its questions.
+
+    Returns:
+        The average; None if there are no kinds.
+    """
     return mean(map(mean, by_kind.values())) if by_kind else None
 
 
 def fluency(text: str) -> float:
-    """Return the weighted entropy of a text's bigrams and trigrams; 0 if it has none."""
+    """Return the mean of (2/3) H2 and (4/3) H3 of a text, with Hn the entropy of its n-grams.
+
+    Entropies are in bits. A text of fewer than two words has fluency 0.
+    """
     words = WORD.findall(text)
     return mean(weight * entropy(list(ngrams(words, n))) for n, weight in WEIGHTS.items())
 
 
 def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """Return all n-grams of a list of words."""
+    """Return all runs of ``n`` consecutive words."""
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
@@ -61,7 +73,11 @@ def entropy(items: Sequence[object]) -> float:
 
 
 def table_row(scores: Sequence[Scores]) -> dict[str, float | None]:
-    """Return the mean over edits of each column, in percent; None if no edit has a score."""
+    """Average the scores of all edits.
+
+    Returns:
+        Column -> mean score over the edits that have one, times 100; None if no edit has one.
+    """
     row: dict[str, float | None] = {}
     for column in COLUMNS:
         found = [value for s in scores if (value := s.get(column)) is not None]

@@ -1,4 +1,4 @@
-"""Edits: a fact to change, with questions that should change with it and that should not."""
+"""Classes of an edit: a fact to change, and questions that should or should not change with it."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ class Question:
 
 
 Probes = Mapping[str, tuple[Question, ...]]
-"""Kind of probe, e.g. Reasoning, Subject_Aliasing, Relation_Specificity -> its questions."""
+"""Kind of probe -> its questions. Kinds are e.g. Reasoning and Relation_Specificity."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,9 @@ class Edit:
     """One fact to change."""
 
     subject: str
-    """What the fact is about; only used to name the edit."""
+    """What the fact is about; only used to name the edit in messages and results."""
     fact: Question
-    """The prompt with the new answer: what is trained."""
+    """The prompt and its new answer, which are trained on."""
     rephrased: Question | None = None
     """Another wording of the prompt, with the same answer."""
     portability: Probes = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Edits:
     """Names of fields in the file that are not used."""
 
     def report(self) -> str:
-        """Return a one-line summary of the file."""
+        """Return one line with the numbers of edits and of probes, and what is not used."""
         probes: Counter[str] = Counter()
         for edit in self.edits:
             for name in ("portability", "locality"):
@@ -71,19 +71,20 @@ def numbered(edits: Sequence[Edit], number: str | None, place: str) -> tuple[Edi
 
     Args:
         edits: All edits of the file.
-        number: One index from 0 ("7"), a slice without its end ("0:10", "5:"), or None for all.
-        place: Name of the file, for the error.
+        number: An index counted from 0 ("7"), a slice ("0:10" or "5:"), or None for all edits.
+        place: Name of the file, for the message.
 
     Raises:
-        UserError: The selection is empty, or exceeds the file.
+        UserError: The selection is empty, or names edits that the file does not have.
     """
     start, colon, stop = (number or ":").partition(":")
     first = int(start or 0)
     last = int(stop or len(edits)) if colon else first + 1
     if not first < last <= len(edits):
         raise UserError(
-            f"--number {number}: {place} has {counted(len(edits), 'edit')}, numbered from 0 to "
-            f"{len(edits) - 1}. Name some of these.",
+            f"--number {number} does not select edits of {place}, which has "
+            f"{counted(len(edits), 'edit')}, numbered from 0 to {len(edits) - 1}. Give one "
+            "of these numbers, or a range START:END with at least one of them.",
             shared=True,
         )
     return tuple(edits[first:last])

@@ -13,27 +13,27 @@ class ScoredQuestion:
     """A question and the score that it counts towards."""
 
     edit: int
-    """Index of the edit."""
+    """Index of the edit in the sequence of edits."""
     column: str
     """Column of ``edit_metrics.COLUMNS``."""
     kind: str
     """Kind of probe; "" for edit success and rephrase."""
     question: Question
-    """The question itself."""
+    """Prompt and right answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAnswers:
-    """What one model predicts and generates."""
+    """Predictions and generated texts of one model."""
 
     predicted: Sequence[Sequence[int]]
-    """Per question: the predicted token ids at the positions of its answer."""
+    """Per question: the likeliest token id at each position of its answer."""
     texts: Sequence[str]
     """Per edit: the text generated from its prompt; empty if fluency is not measured."""
 
 
 def scored_questions(edits: Sequence[Edit]) -> list[ScoredQuestion]:
-    """Return the questions of all edits, edit by edit."""
+    """Return the questions of all edits, each with the score it counts towards, edit by edit."""
     found = []
     for number, edit in enumerate(edits):
         by_column: dict[str, Probes] = {
@@ -60,13 +60,13 @@ def score_edits(
     """Compute the scores of each edit.
 
     Args:
-        questions: The questions of all edits.
+        questions: The questions of all edits, from ``scored_questions``.
         targets: Per question: token ids of the right answer.
-        answers: What the model to score predicts.
-        before: What the model predicted before the edit; locality compares with it.
+        answers: Predictions of the model to score.
+        before: Predictions of the model before the edit. Locality compares ``answers`` with them.
 
     Returns:
-        The scores of each edit, in the order of the edits.
+        Column -> score, for each edit in order; columns that were not measured are missing.
     """
     found: dict[tuple[int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for i, one in enumerate(questions):

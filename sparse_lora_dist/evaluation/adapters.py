@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters to evaluate. Each site may have its own rank and scale."""
+"""Opens the PEFT LoRA adapters to evaluate. Each site may have its own rank and scale."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,21 +18,21 @@ from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.zero3.shares import Values
 
 TRAINING_OPTIONS = ("quantization", "double_quant", "precision", "chat_template", "train_on")
-"""Options that change an adapter's results if they differ from training; only noted, as that may
-be intended."""
+"""Options that change an adapter's results if their values differ from training. A difference is
+printed as a note and is no error, since it may be intended."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A PEFT LoRA adapter; all mappings are empty for the base without an adapter."""
+    """A PEFT LoRA adapter. All mappings are empty for the base without an adapter."""
 
     name: str
     """The adapter as the user named it, or "base"."""
     values: Mapping[str, Values] = field(default_factory=dict)
-    """Readers of the tensors "SITE.lora_a", "SITE.lora_b", and "MODULE.weight" of modules trained
-    in full, by name."""
+    """Tensor name -> reader of its values. Names are e.g. "SITE.lora_a", "SITE.lora_b", and
+    "MODULE.weight" of a module trained in full."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    """Shapes of the tensors in ``values``, by the same names."""
+    """Tensor name -> shape, for the tensors in ``values``."""
     scales: Mapping[str, float] = field(default_factory=dict)
     """Site name -> scale of its delta, alpha / r or alpha / sqrt(r)."""
     base: str | None = None
@@ -46,7 +46,7 @@ class Adapter:
 
 
 def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
-    """Open adapters, reading shapes and settings but no tensors. Collective.
+    """Open adapters, reading their shapes and settings but no tensors. Collective.
 
     Args:
         names: PEFT folders, run folders or hub ids; None stands for the base without an adapter.
@@ -55,7 +55,7 @@ def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
         The adapters in the order of ``names``.
 
     Raises:
-        UserError: Some adapters are missing, or are not plain LoRA; the message names all of them.
+        UserError: Some adapters are missing or are not plain LoRA. The message names all of them.
             Raised on every rank.
     """
     adapters, problems = [], []
@@ -71,6 +71,7 @@ def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
 
 
 def _open(name: str | None) -> Adapter:
+    """Open one adapter; raise UserError if it is missing or is not a plain LoRA."""
     if name is None:
         return Adapter(name="base")
     folder = Path(name).expanduser()
@@ -80,14 +81,14 @@ def _open(name: str | None) -> Adapter:
         (folder / n).exists() for n in (RUN_YAML, MANIFEST)
     ):
         raise UserError(
-            f"adapter {name} is a run or checkpoint without an exported adapter. Export it with "
-            f"launcher/export.py {name} --output FOLDER, and name that folder."
+            f"The adapter {name} is a run or checkpoint folder without an exported adapter. Run "
+            f"launcher/export.py {name} --output FOLDER, and evaluate FOLDER."
         )
     config, values, shapes = open_peft(str(folder), "adapter")
     if why := _why_not_plain(config, shapes):
         raise UserError(
-            f"adapter {name} is not a plain LoRA adapter: {why}. Merge it (launcher/export.py "
-            "--format merged) and give the result as --model."
+            f"The adapter {name} is not a plain LoRA adapter: {why}. Merge it into its base with "
+            "launcher/export.py --format merged, and evaluate the result with --model."
         )
     ranks = {n.removesuffix(".lora_a"): s[0] for n, s in shapes.items() if n.endswith("lora_a")}
     scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}
@@ -96,10 +97,16 @@ def _open(name: str | None) -> Adapter:
 
 
 def _why_not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | None:
+    """Return why an adapter is not a plain LoRA, as a clause for a message; None if it is one.
+
+    Args:
+        config: Content of adapter_config.json.
+        shapes: Names of the adapter's tensors.
+    """
     if other := other_kind(config):
-        return f"it has {other}"
+        return f"its adapter_config.json has {other}"
     if odd := [n for n in shapes if "lora_" in n and not n.endswith(("lora_a", "lora_b"))]:
-        return f"it holds the tensor {odd[0]}"
+        return f"its weight file has the tensor {odd[0]}"
     halves = ({n[:-7] for n in shapes if n.endswith(half)} for half in (".lora_a", ".lora_b"))
     if alone := set.symmetric_difference(*halves):
         return f"{min(alone)} has only one of lora_A and lora_B"
@@ -107,26 +114,27 @@ def _why_not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | 
 
 
 def differences_from_training(adapter: Adapter, config: Config) -> list[str]:
-    """Compare the evaluation's settings with those the adapter was trained with.
+    """Compare the settings of the evaluation with those that the adapter was trained with.
 
     Args:
-        adapter: An adapter; only one inside a run folder has all training options beside it.
+        adapter: The adapter. Its training options are known only if it is in a run folder.
         config: Options of the evaluation.
 
     Returns:
-        One note per difference; empty if there is none, or nothing is known.
+        One sentence per difference; empty if no difference is known.
     """
     notes = []
     here = resolve_default("model", config.model.model)
     if adapter.base and Path(adapter.base).name != Path(here).name:
-        notes.append(f"it was trained over {adapter.base}, but --model is {here}")
+        notes.append(f"the adapter was trained over {adapter.base}, but --model is {here}")
     folder = Path(adapter.name).expanduser()
     run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)
     if run is not None:
         now, then = config.as_flat_dict(), yaml.safe_load(run.read_text())
         differ = [n for n in TRAINING_OPTIONS if n in then and then[n] != now[n]]
         notes += [
-            f"it was trained with --{n} {then[n]}, but is evaluated with {now[n]}" for n in differ
+            f"the adapter was trained with --{n} {then[n]}, but is evaluated with {now[n]}"
+            for n in differ
         ]
         if differ:
             notes.append(f"use --config {run} to evaluate it with the options it was trained with")

@@ -1,4 +1,4 @@
-"""launcher/eval.py: opens and checks all models and data, then evaluates one model at a time."""
+"""Runs launcher/eval.py: checks all models and data, then evaluates one model at a time."""
 
 import json
 import os
@@ -33,7 +33,7 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 def evaluate(request: EvalRequest) -> None:
-    """Evaluate every model of the request; print the results and write its files. Collective.
+    """Evaluate all models of a request, print the results and write the result files. Collective.
 
     Raises:
         UserError: The options, data or adapters are wrong. Raised on every rank, before any
@@ -66,20 +66,26 @@ def evaluate(request: EvalRequest) -> None:
 
 
 def _check_writable(flag: str, path: Path) -> None:
-    """Fail now, not after hours of work, if a result file cannot be written."""
+    """Raise UserError if a result file cannot be written, before hours of work. Rank 0 only.
+
+    Args:
+        flag: Name of the option that names the file, without dashes.
+        path: The file. Its folder is created if it is missing.
+    """
     if comm.rank() > 0:
         return
     folder = path.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise UserError(
-            f"--{flag} {path}: the folder {folder} is not writable. Choose another place."
+            f"--{flag} {path} cannot be written, because its folder {folder} is not writable. "
+            "Choose another folder."
         )
 
 
 @contextmanager
 def _watchdog(config: Config) -> Iterator[None]:
-    """Run a watchdog that ends all ranks, naming the rank that died or hangs. Collective."""
+    """Context manager: a watchdog ends all ranks if one dies or hangs, and names it. Collective."""
     with TemporaryDirectory() as own:
         # All ranks use rank 0's folder. Other nodes cannot see it; they find heartbeats in the
         # process group's store.
@@ -92,7 +98,12 @@ def _watchdog(config: Config) -> Iterator[None]:
 def _write_results(
     eval_set: EvalSet, measured: Sequence[tuple[str, Mapping[str, Measure]]]
 ) -> None:
-    """Print the results and write --output and --answers on rank 0. Collective."""
+    """Print the results on rank 0, and write the files of --output and --answers. Collective.
+
+    Args:
+        eval_set: The evaluation data and settings.
+        measured: (adapter name, its measures by result name) of each model.
+    """
     content, files = results(measured), eval_set.own.files
     with fail_together("writing results"):
         if comm.rank() == 0:
@@ -107,7 +118,7 @@ def _write_results(
 
 
 def _evaluate_model(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[Measure]:
-    """Load one model and compute every metric. Collective."""
+    """Load the base with one adapter, and return the results of all metrics. Collective."""
     print_line("evaluates", adapter.name)
     for note in differences_from_training(adapter, eval_set.config) if comm.rank() == 0 else ():
         print_line("note", note)
@@ -132,6 +143,6 @@ def _evaluate_model(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[M
 
 
 def eos_ids(model: Any) -> set[int]:
-    """End-of-sequence ids of a model's generation config."""
+    """Return the end-of-sequence token ids of a model's generation config."""
     ids = model.generation_config.eos_token_id
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

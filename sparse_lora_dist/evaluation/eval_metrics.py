@@ -1,4 +1,4 @@
-"""The metrics of ``--metrics``: from a model's losses and texts to one number per example."""
+"""Defines the metrics of ``--metrics``: each turns losses or texts into one number per example."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +12,12 @@ from sparse_lora_dist.evaluation.questions import Encoder, GeneratedQuestion, Mu
 from sparse_lora_dist.evaluation.scoring import Scorer
 
 MakeItems = Callable[[Encoder, Table, int | None], Any]
+"""Type of ``Metric.items``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """A result, sum(sums) / sum(weights), with its parts per example."""
+    """One result of a model, kept per example. Its value is sum(sums) / sum(weights)."""
 
     name: str
     """Name of the result, e.g. "loss" or "choice_per_token"."""
@@ -26,26 +27,26 @@ class Measure:
     weights: Sequence[float]
     """Per example: its number of scored tokens for a loss, else 1.0."""
     is_accuracy: bool = True
-    """True if every example is right or wrong."""
+    """True if each example is right or wrong, false for a loss."""
     texts: Sequence[str] = ()
     """Per example: the text that the model generated; empty for metrics that do not generate."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """How a metric prepares the examples, and how it measures a model on them."""
+    """A metric: how it prepares the examples, and how it measures a model on them."""
 
     items: MakeItems
-    """(encoder, table, limit) -> items: tokenise the examples, without any model. Not collective;
-    ``limit`` is the number of examples to use, or None for all."""
+    """(encoder, table, limit) -> the tokenised examples. Needs no model. ``limit`` is the largest
+    number of examples to use, or None for all. Not collective."""
     measure: Callable[[str, Scorer, Any], list[Measure]]
-    """(name, scorer, items) -> results of one model. Collective."""
+    """(metric's name, scorer, tokenised examples) -> results of the scorer's model. Collective."""
     generates: bool = False
     """True if the model generates text, false if given text is scored."""
 
 
 def mean_loss(name: str, scorer: Scorer, documents: Documents) -> list[Measure]:
-    """Mean loss in nats per token, over the scored tokens of all documents. Collective."""
+    """Compute the mean loss, in nats per token, over the targets of all documents. Collective."""
     sums, counts = zip(*scorer.losses(documents, name), strict=True)
     return [Measure(name=name, sums=sums, weights=counts, is_accuracy=False)]
 
@@ -53,9 +54,11 @@ def mean_loss(name: str, scorer: Scorer, documents: Documents) -> list[Measure]:
 def likelihood_accuracy(
     name: str, scorer: Scorer, choices: Sequence[MultipleChoice]
 ) -> list[Measure]:
-    """Accuracy of the likeliest choice, by -log p summed and per token. Collective.
+    """Compute the share of questions whose right choice has the lowest loss. Collective.
 
-    lm-evaluation-harness calls the first ``acc``.
+    Returns:
+        Two results. ``name`` compares the losses summed over the tokens of each choice
+        (lm-evaluation-harness: ``acc``); ``name``_per_token compares the mean losses per token.
     """
     losses = iter(scorer.losses([d for c in choices for d in c.documents], name))
     by_sum, by_mean = [], []
@@ -69,7 +72,7 @@ def likelihood_accuracy(
 def generated_accuracy(
     name: str, scorer: Scorer, items: Sequence[GeneratedQuestion]
 ) -> list[Measure]:
-    """Share of prompts after which the model generates a right answer. Collective."""
+    """Compute the share of prompts after which the model generates a right answer. Collective."""
     texts = scorer.generate([item.prompt for item in items], name)
     is_right = [item.is_right(text) for item, text in zip(items, texts, strict=True)]
     return [_accuracy(name, is_right, texts)]

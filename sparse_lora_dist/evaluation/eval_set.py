@@ -1,4 +1,4 @@
-"""The evaluation data, read and tokenised once for all models that are compared."""
+"""Reads and tokenises the evaluation data, once for all models that are compared."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ RESULT_OPTIONS = (
     *("eval_data", "text_field", "prompt_field", "response_field", "chat_template", "train_on"),
     "sequence_length",
 )
-"""Options that the results depend on; --output records them."""
+"""Options that the results depend on. The file of --output records their values."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +42,12 @@ class EvalSet:
     stop_ids: set[int]
     """Token ids at which the chat template ends a turn; empty if nothing is generated."""
     items: Mapping[str, Any]
-    """Metric name -> its tokenised examples, as ``Metric.items`` made them."""
+    """Metric name -> its tokenised examples, as ``Metric.items`` returns them."""
 
     def settings(self) -> dict[str, Any]:
-        """Return what the results depend on, for --output.
+        """Return the settings that the results depend on, by name, for the file of --output.
 
-        Nothing in it differs between launches of one evaluation, e.g. the number of ranks.
+        Settings that do not change the results, e.g. the number of ranks, are left out.
         """
         flat = self.config.as_flat_dict() | {"eval_data": self.config.data.eval_data or "default"}
         left_out = {

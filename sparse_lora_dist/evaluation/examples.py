@@ -1,4 +1,4 @@
-"""Reads evaluation examples: the chat up to the answer, its choices, and the right answer."""
+"""Reads evaluation examples: the chat up to the answer, the choices, and the right answer."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,32 +13,46 @@ from sparse_lora_dist.evaluation.right_answers import LETTERS
 Item = TypeVar("Item")
 
 MAX_SHOWN = 5
-"""Faulty examples that an error names; further ones are only counted."""
+"""Largest number of faulty examples that an error names. Further ones are only counted."""
 
 
 class ExampleTooLong(ExampleError):
-    """An example has more tokens than --sequence_length."""
+    """Raised if an example has more tokens than --sequence_length.
+
+    Args:
+        tokens: Number of tokens of the example.
+        most: Value of --sequence_length.
+    """
 
     def __init__(self, tokens: int, most: int) -> None:
-        super().__init__(f"it has {tokens} tokens, more than --sequence_length {most}")
+        super().__init__(f"The example has {tokens} tokens, more than --sequence_length {most}.")
         self.tokens = tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The examples, with access to their prompts, choices and right answers.
+    """The evaluation data, with methods that read the fields of its records.
 
-    The prompt is read from column ``--prompt_field``, or ``question`` if the option is not set and
-    there is no such column; the answer from ``--response_field``, or ``answer``. A column
-    ``messages`` takes precedence over both: it holds chats that end with the right answer.
+    Prompts are read from the column named by ``--prompt_field``. If the option has its default and
+    there is no such column, they are read from column ``question``. Answers are read from
+    ``--response_field`` or ``answer`` by the same rule. A column ``messages`` takes precedence
+    over both: it holds chats that end with the right answer.
     """
 
     examples: Examples
+    """The records, with their files and lines."""
     data: DataConfig
+    """Data options of the evaluation."""
 
     @classmethod
     def read(cls, source: str, data: DataConfig, limit: int | None) -> "Table":
-        """Read the examples. Not collective; the first process of a node fills the cache."""
+        """Read the examples. Not collective; the first process of a node fills the cache.
+
+        Args:
+            source: File, folder or hub id of the examples.
+            data: Data options of the evaluation.
+            limit: Largest number of examples to read; None for all.
+        """
         examples = read_examples(
             source,
             split="test",
@@ -55,8 +69,8 @@ class Table:
             make: Turns one record into an item; raises ExampleError if the record is wrong.
 
         Raises:
-            UserError: ``make`` refused examples. The message gives file, line and reason of the
-                first ones, and the number of others.
+            UserError: ``make`` raised ExampleError for some examples. The message gives the file,
+                line and reason of the first ones, and the number of the others.
         """
         items: list[Item] = []
         faults: list[tuple[int, ExampleError]] = []
@@ -70,40 +84,45 @@ class Table:
         return items
 
     def _error(self, faults: Sequence[tuple[int, ExampleError]]) -> UserError:
+        """Return the error for faulty examples, given as (index of the example, its error)."""
         lines = [str(self.examples.fault(index, str(error))) for index, error in faults[:MAX_SHOWN]]
         if len(faults) > MAX_SHOWN:
-            lines.append(f"and {len(faults) - MAX_SHOWN:,} more")
+            lines.append(f"and {len(faults) - MAX_SHOWN:,} more examples like these")
         longest = max((e.tokens for _, e in faults if isinstance(e, ExampleTooLong)), default=0)
         if longest:
-            lines.append(f"Set --sequence_length {longest} to take the longest.")
+            lines.append(f"Set --sequence_length {longest} or more to keep the longest.")
         return UserError("\n".join(lines))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """Return the chat up to the answer."""
+        """Return the messages of a record's chat, up to the answer."""
         if MESSAGES not in record:
             column = self.column("prompt")
             return [{"role": "user", "content": text_of(record[column], repr(column))}]
         chat = chat_of(record[MESSAGES])
         chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
         if not chat:
-            raise ExampleError(f"{MESSAGES!r} has no message before the answer")
+            raise ExampleError(
+                f"{MESSAGES!r} has no message before the answer. Add the question to it."
+            )
         return chat
 
     def reference(self, record: Mapping[str, Any]) -> str:
-        """Return the right answer as text."""
+        """Return the right answer of a record as text."""
         if MESSAGES not in record:
             column = self.column("response")
             return text_of(record[column], repr(column))
         last = chat_of(record[MESSAGES])[-1]
         if last["role"] != "assistant":
-            raise ExampleError(f"{MESSAGES!r} must end with an assistant message, the answer")
+            raise ExampleError(
+                f"{MESSAGES!r} must end with an assistant message, the right answer. Add it."
+            )
         return str(last["content"])
 
     def choices(self, record: Mapping[str, Any]) -> tuple[list[str], int]:
-        """Return the choices and the index of the right one.
+        """Return the choices of a record, and the index of the right one.
 
-        Column ``choices`` is a list of texts, or a dict of two lists, ``text`` and ``label``, as
-        ARC has it. The answer is an index from 0, a label or letter, or the text of a choice.
+        Column ``choices`` is a list of texts, or a dict of the lists ``text`` and ``label``, as in
+        ARC. The answer is an index from 0, a label or letter, or the text of a choice.
         """
         given: Any = record.get("choices")
         labels: Sequence[object] = ()
@@ -111,14 +130,18 @@ class Table:
             labels, given = given.get("label") or (), given.get("text")
         if not isinstance(given, list) or len(given) < 2:
             raise ExampleError(
-                f"'choices' must be a list of at least two texts, got {str(given)[:40]}"
+                f"'choices' must be a list of at least two texts, got {str(given)[:40]}. "
+                "Correct it."
             )
         texts = [text_of(choice, "a choice") for choice in given]
         column = self.column("response")
         return texts, index_of_answer(record[column], texts, labels or LETTERS, repr(column))
 
     def column(self, kind: str) -> str:
-        """Return the name of the "prompt" or "response" column, whichever ``kind`` says.
+        """Return the name of the column that holds the prompts or the answers.
+
+        Args:
+            kind: "prompt" or "response".
 
         Raises:
             UserError: The data have no such column.
@@ -140,14 +163,24 @@ class Table:
 def index_of_answer(
     answer: object, texts: Sequence[str], labels: Sequence[object], name: str
 ) -> int:
-    """Return the index of the right choice; of several matches the first.
+    """Return the index of the right choice; the first if several match.
 
-    A string is compared with the choices' texts, then with labels, then with indices from 0; an
-    integer with labels and indices only. So the answer "1" of choices ["2", "1"] is the second.
+    A string is compared with the choices' texts, then with their labels, then with indices from 0.
+    An integer is compared with labels and indices only. For example, the answer "1" to the choices
+    ["2", "1"] is the second choice.
+
+    Args:
+        answer: Right answer as the record gives it.
+        texts: Texts of the choices.
+        labels: Labels of the choices, e.g. "A"; may be longer than ``texts``.
+        name: Name of the answer's column, for messages.
+
+    Raises:
+        ExampleError: The answer matches no choice.
     """
     if isinstance(answer, bool) or not isinstance(answer, int | str):
         raise ExampleError(
-            f"{name} must be an index, a label or the text of a choice, got {answer!r}"
+            f"{name} must be an index, a label or the text of a choice, got {answer!r}. Correct it."
         )
     indices: dict[str, int] = {}
     candidates = texts if isinstance(answer, str) else ()
@@ -157,5 +190,8 @@ def index_of_answer(
     try:
         return indices[str(answer).strip()]
     except KeyError:
-        problem = f"{name} is {answer!r}, which matches none of its {len(texts)} choices"
+        problem = (
+            f"{name} is {answer!r}, which matches none of the example's {len(texts)} choices. Give "
+            "an index from 0, a label or the text of a choice."
+        )
         raise ExampleError(problem) from None

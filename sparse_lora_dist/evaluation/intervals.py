@@ -1,4 +1,4 @@
-"""95% confidence intervals in closed form, so that every machine computes the same numbers."""
+"""Computes 95% confidence intervals in closed form, so that all machines get the same numbers."""
 
 import math
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ Interval = tuple[float, float] | None
 
 
 def wilson(successes: float, count: int) -> Interval:
-    """Interval of a share, successes / count: Wilson's score interval.
+    """Return Wilson's score interval of the share successes / count.
 
     It lies inside [0, 1], and is also valid for shares of 0 and 1.
     """
@@ -22,14 +22,15 @@ def wilson(successes: float, count: int) -> Interval:
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
-    """Interval of the difference of two shares over the same examples: adjusted Wald.
+    """Return the adjusted Wald interval of the difference between two models' accuracies.
 
-    Half an example is added to each cell of the 2 x 2 table, so that the interval has a width
-    even if the two never disagree. A. Agresti and Y. Min, Statistics in Medicine 24 (2005), 729.
+    Half an example is added to each cell of the 2 x 2 table (each model right or wrong), so that
+    the interval has a width even if the models never disagree. A. Agresti and Y. Min, Statistics in
+    Medicine 24 (2005), 729.
 
     Args:
-        ours: 1.0 for a right, 0.0 for a wrong answer, per example.
-        theirs: Results of the other model on the same examples.
+        ours: Per example: 1.0 if the first model is right, 0.0 if it is wrong.
+        theirs: The same for the second model, which is subtracted.
     """
     gained = 0.5 + sum(a > b for a, b in zip(ours, theirs, strict=True))
     lost = 0.5 + sum(a < b for a, b in zip(ours, theirs, strict=True))
@@ -40,11 +41,15 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> Interval:
 
 
 def ratio(sums: Sequence[float], weights: Sequence[float]) -> Interval:
-    """Interval of r = sum(sums) / sum(weights), for examples drawn independently.
+    """Return the interval of r = sum(sums) / sum(weights), for examples drawn independently.
 
-    Normal approximation of a ratio estimator (linearised): its variance is
-    n / (n - 1) * sum((s - r w)^2) / sum(w)^2. With weights of 1 this is the squared standard error
+    It is the normal approximation of a linearised ratio estimator with the variance
+    n / (n - 1) * sum((s - r w)^2) / sum(w)^2, where n is the number of examples, and s and w are
+    their entries of ``sums`` and ``weights``. With weights of 1 this is the squared standard error
     of a mean.
+
+    Returns:
+        The interval; None for fewer than two examples.
     """
     n, total = len(sums), math.fsum(weights)
     if n < 2:

@@ -1,4 +1,4 @@
-"""Opens and loads the sharded base with one adapter, whose sites may have different ranks."""
+"""Loads the sharded base with one adapter, whose sites may have different ranks."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,10 +11,11 @@ from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
 
 PLAIN = Method(name="lora")
+"""The method of every adapter that is evaluated: plain LoRA."""
 
 
 def open_model(config: Config, adapter: Adapter) -> Model:
-    """Open the base with the adapter's modules as its sites; no weights are read. Collective.
+    """Open the base with the adapter's linears as its sites, without any weights. Collective.
 
     Raises:
         UserError: The adapter does not fit the base. Raised on every rank.
@@ -29,7 +30,7 @@ def open_model(config: Config, adapter: Adapter) -> Model:
     linears = {site.name: site for site in model.sites}
     absent = [site for site in adapter.scales if site not in linears]
     if absent:
-        raise _does_not_fit(adapter, f"this model has no linear {absent[0]}")
+        raise _does_not_fit(adapter, f"the model has no linear named {absent[0]}")
     model.sites = [  # in the model's order
         replace(site, rank=adapter.shapes[f"{name}.lora_a"][0])
         for name, site in linears.items()
@@ -39,20 +40,22 @@ def open_model(config: Config, adapter: Adapter) -> Model:
     for name, shape in adapter.shapes.items():
         if shape != ours.get(name):
             here = f"needs {list(ours[name])}" if name in ours else "has no such tensor"
-            raise _does_not_fit(adapter, f"{name} has shape {list(shape)}, this model {here}")
+            raise _does_not_fit(
+                adapter, f"its {name} has shape {list(shape)}, but the model {here}"
+            )
     return model
 
 
 def _does_not_fit(adapter: Adapter, problem: str) -> UserError:
     return UserError(
-        f"adapter {adapter.name} does not fit this model: {problem.removesuffix('.')}. Give "
-        "the adapter's base with --model.",
+        f"The adapter {adapter.name} does not fit --model: {problem.removesuffix('.')}. Give the "
+        "adapter's base with --model.",
         shared=True,
     )
 
 
 def load(config: Config, model: Model, adapter: Adapter, engine_config: dict[str, Any]) -> None:
-    """Load this rank's shards of base and adapter, all frozen. Collective."""
+    """Load this rank's shards of the base and the adapter into ``model``, frozen. Collective."""
     model.load(config, PLAIN, engine_config, adapter.values)
     for linear in model.adapters:
         linear.scale = adapter.scales[linear.site.name]

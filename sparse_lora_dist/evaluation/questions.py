@@ -1,4 +1,9 @@
-"""Tokenises examples: texts to score, or prompts with a function that checks the answer."""
+"""Tokenises evaluation examples.
+
+An example becomes a text whose loss is computed, or a prompt with a function that checks the text
+that the model generates after it. Functions that encode one example take the encoder, the table
+that reads the fields of a record, and the record.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +29,7 @@ from sparse_lora_dist.evaluation.right_answers import (
 
 @dataclass(frozen=True, kw_only=True)
 class MultipleChoice:
-    """A question with several answers to choose from."""
+    """A tokenised question with several answers to choose from."""
 
     documents: list[Document]
     """The chat with each choice as its answer; only the answer's tokens are scored."""
@@ -34,12 +39,12 @@ class MultipleChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratedQuestion:
-    """A question that the model answers with generated text."""
+    """A tokenised question that the model answers with generated text."""
 
     prompt: list[int]
     """Token ids of the chat up to the answer."""
     is_right: Callable[[str], bool]
-    """Returns whether a generated text is a right answer."""
+    """(generated text) -> True if it is a right answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,22 +59,26 @@ class Encoder:
     template: str | None
     """Text of the Jinja chat template; None for plain text."""
     data: DataConfig
-    """Data options of the run."""
+    """Data options of the evaluation."""
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Encode a chat up to the answer.
 
         Returns:
-            Token ids, with what the template puts before an assistant's message.
+            Token ids of the chat and of what the template puts before an assistant's message.
         """
         return self._check_length(encode_prompt(self.tokenizer, messages, template=self.template))
 
     def with_answers(self, messages: list[Message], answers: Sequence[str]) -> list[Document]:
-        """Encode a chat with each of several answers.
+        """Encode a chat once with each of several answers.
+
+        Args:
+            messages: The chat up to the answer.
+            answers: Texts of the answers.
 
         Returns:
-            One document per answer. Only the tokens of the answer, its end of turn included, are
-            targets.
+            One document per answer. Its targets are the tokens of the answer, including its end of
+            turn.
         """
         before, found = self.prompt(messages), []
         for answer in answers:
@@ -88,7 +97,13 @@ class Encoder:
 
 
 def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
-    """Encode the examples of metric ``loss`` as training encodes its held-out data."""
+    """Encode the examples of metric ``loss`` in the same way as training encodes held-out data.
+
+    Args:
+        encoder: Tokenizer, template and data options.
+        table: The examples.
+        limit: Largest number of examples to use; None for all.
+    """
     data, columns = encoder.data, set(table.examples.table.column_names)
     as_trained = {data.prompt_field, data.response_field} <= columns
     if not (as_trained or columns & {MESSAGES, data.text_field} or table.examples.is_plain_text):
@@ -112,7 +127,7 @@ def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
 
 
 def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> MultipleChoice:
-    """Encode an example of metric ``choice``: every choice is scored by its likelihood."""
+    """Encode an example of metric ``choice``, which compares the losses of the choices."""
     texts, right = table.choices(record)
     messages = table.messages(record)
     return MultipleChoice(documents=encoder.with_answers(messages, texts), right=right)
@@ -121,14 +136,21 @@ def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Multipl
 def choice_generated(
     encoder: Encoder, table: Table, record: Mapping[str, Any]
 ) -> GeneratedQuestion:
-    """Encode an example of metric ``choice_generated``: the prompt lists the choices.
+    """Encode an example of metric ``choice_generated`` as a prompt that lists the choices.
 
-    The last message becomes e.g. "The sky is?\\nA. blue\\nB. green".
+    The last message becomes e.g. "The sky is?\\nA. blue\\nB. green". A generated text is right if
+    ``chosen_index`` finds the right choice in it.
+
+    Raises:
+        ExampleError: The example is wrong, or has more choices than there are letters.
     """
     texts, right = table.choices(record)
     *before, last = table.messages(record)
     if len(texts) > len(LETTERS):
-        raise ExampleError(f"it has {len(texts)} choices; at most {len(LETTERS)} are allowed")
+        raise ExampleError(
+            f"The example has {len(texts)} choices, but choice_generated allows at most "
+            f"{len(LETTERS)}. Evaluate it with --metrics choice."
+        )
     listed = [last["content"], *(f"{a}. {text}" for a, text in zip(LETTERS, texts, strict=False))]
     prompt = encoder.prompt([*before, last | {"content": "\n".join(listed)}])
     return GeneratedQuestion(
@@ -137,7 +159,10 @@ def choice_generated(
 
 
 def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> GeneratedQuestion:
-    """Encode an example of metric ``exact``: the whole text must match."""
+    """Encode an example of metric ``exact`` as a prompt.
+
+    A generated text is right if it equals the answer, ignoring case and white space.
+    """
     prompt = encoder.prompt(table.messages(record))
     return GeneratedQuestion(
         prompt=prompt, is_right=partial(is_exact, answer=table.reference(record))
@@ -145,9 +170,15 @@ def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
 
 
 def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> GeneratedQuestion:
-    """Encode an example of metric ``gsm8k``: the final number must match."""
+    """Encode an example of metric ``gsm8k`` as a prompt.
+
+    A generated text is right if its final number equals the answer's (see ``final_number``).
+    """
     answer = table.reference(record)
     if final_number(answer) is None:
-        raise ExampleError(f"its answer has no number: {answer[-40:]!r}")
+        raise ExampleError(
+            f"The example's answer has no number: {answer[-40:]!r}. Give a number, or choose other "
+            "--metrics than gsm8k."
+        )
     prompt = encoder.prompt(table.messages(record))
     return GeneratedQuestion(prompt=prompt, is_right=partial(is_same_number, answer=answer))

@@ -1,4 +1,4 @@
-"""Results with 95% confidence intervals, as JSON and as a table."""
+"""Turns measures into results with 95% confidence intervals, as JSON and as a table."""
 
 import json
 import math
@@ -9,9 +9,10 @@ from sparse_lora_dist.evaluation.eval_metrics import Measure
 from sparse_lora_dist.evaluation.intervals import Interval, paired, ratio, wilson
 
 MeasuresByName = Mapping[str, Measure]
-"""Result name -> measure, of one model."""
+"""Result name -> measure of one model."""
 Number = dict[str, Any]
-"""A result for JSON: value, low, high (ends of the interval, or None) and examples (a count)."""
+"""A result for JSON, with the keys value, low, high (ends of the interval, or None), examples (a
+count), and for a loss tokens (a count)."""
 
 
 def results(measured: Sequence[tuple[str, MeasuresByName]]) -> dict[str, Any]:
@@ -21,7 +22,8 @@ def results(measured: Sequence[tuple[str, MeasuresByName]]) -> dict[str, Any]:
         measured: (adapter name, its measures) of each model, all over the same examples.
 
     Returns:
-        The content of --output except for the settings.
+        The content of the --output file except for its settings: "results" is a list of models, and
+        "differences" a list of the models after the first.
     """
     first, base = measured[0]
     return {
@@ -34,6 +36,7 @@ def results(measured: Sequence[tuple[str, MeasuresByName]]) -> dict[str, Any]:
 
 
 def _numbers(measures: MeasuresByName) -> dict[str, Number]:
+    """Return result name -> result of one model; a loss adds the result "perplexity"."""
     numbers = {}
     for name, m in measures.items():
         interval = wilson(math.fsum(m.sums), len(m.sums)) if m.is_accuracy else None
@@ -45,7 +48,10 @@ def _numbers(measures: MeasuresByName) -> dict[str, Number]:
 
 
 def _differences(measures: MeasuresByName, base: MeasuresByName) -> dict[str, Number]:
-    """Paired differences: examples that are hard for both models do not widen the interval."""
+    """Return result name -> difference between a model and the first model, ``base``.
+
+    Differences are paired: examples that are hard for both models do not widen the interval.
+    """
     differences = {}
     for name, m in measures.items():
         theirs = base[name].sums
@@ -56,10 +62,10 @@ def _differences(measures: MeasuresByName, base: MeasuresByName) -> dict[str, Nu
 
 
 def example_lines(measured: Sequence[tuple[str, MeasuresByName]]) -> str:
-    """Return the JSON lines of --answers: one for each model, result and example.
+    """Return the content of the --answers file: one JSON line for each model, result and example.
 
-    Examples are counted from 0. A line has the example's value, its number of tokens for a loss,
-    and the generated text (key "said") for metrics that generate.
+    A line has the index of the example, counted from 0, and its value. For a loss it also has the
+    number of tokens, and for metrics that generate the generated text (key "said").
     """
     rows = [
         {"adapter": adapter, "measure": name, "example": i, "value": value}
@@ -79,12 +85,16 @@ def _number(sums: Sequence[float], weights: Sequence[float], interval: Interval)
 
 
 def _exponential(number: Number) -> Number:
-    """Exponentiate the value and both ends of its interval."""
+    """Return a result with the exponentials of its value and of both ends of its interval."""
     return {k: v if k == "examples" or v is None else math.exp(v) for k, v in number.items()}
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """Return a table with one line per result."""
+    """Return a text table with one line for each result and difference.
+
+    Args:
+        content: What ``results`` returned.
+    """
     rows = [("adapter", "measure", "value", "95% interval", "examples")]
     for one in content["results"]:
         rows += [(one["adapter"], *_cells(name, n)) for name, n in one["measures"].items()]

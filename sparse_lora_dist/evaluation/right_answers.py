@@ -21,12 +21,16 @@ def normalized(text: str) -> str:
 
 
 def is_exact(text: str, answer: str) -> bool:
-    """Compare two texts, ignoring case and white space."""
+    """Return True if two texts are equal, ignoring case and white space between words."""
     return normalized(text) == normalized(answer)
 
 
 def final_number(text: str) -> Decimal | None:
-    """Return the first number after the last ####, GSM8K's answer mark, or the last number."""
+    """Return the number that a text gives as its answer; None if it has none.
+
+    That is the first number after the last "####", GSM8K's answer mark. Without the mark it is the
+    last number of the text.
+    """
     _, mark, marked = re.sub("[−–]", "-", text).rpartition("####")  # noqa: RUF001  minus, dash
     found = list(NUMBER.finditer(marked))
     if not found:
@@ -37,19 +41,24 @@ def final_number(text: str) -> Decimal | None:
 
 
 def is_same_number(text: str, answer: str) -> bool:
-    """Compare the final numbers of two texts by value: 18.00 equals 18."""
+    """Return True if the final numbers of two texts have the same value: 18.00 equals 18.
+
+    A text without a number equals no other.
+    """
     number = final_number(text)
     return number is not None and number == final_number(answer)
 
 
 def chosen_index(text: str, choices: Sequence[str]) -> int | None:
-    """Return the index of the choice that a generated text takes, or None.
+    """Return the index of the choice that a generated text names; None if it names none.
 
     The first rule that fits decides:
 
-    1. the text begins with a choice (the longest, if several fit);
-    2. it names a letter: "B." at the start, or "the answer is B";
-    3. it contains a choice: the one that comes first (the longest, if several start there).
+    1. The text begins with a choice; the longest, if it begins with several.
+    2. The text names a letter: "B." at its start, or "the answer is B".
+    3. The text contains a choice; the first one, or the longest if several start there.
+
+    Case, white space, Markdown emphasis and quotes are ignored.
     """
     text = MARKUP.sub("", text).strip()
     plain, wanted = normalized(text), [normalized(MARKUP.sub("", choice)) for choice in choices]
@@ -65,7 +74,7 @@ def chosen_index(text: str, choices: Sequence[str]) -> int | None:
 
 
 def _find_words(text: str, words: str) -> int | None:
-    """Return the position of ``words`` in ``text`` as whole words; None if they are not in it."""
+    """Return the first position of ``words`` in ``text`` as whole words; None if not found."""
     # So "3" is found neither in "-3" nor in "3.5".
     pattern = rf"(?<![\w.-]){re.escape(words)}(?!\w|[.,]\d)"
     found = re.search(pattern, text) if words else None

@@ -1,4 +1,4 @@
-"""Losses of given texts, and generated texts, of one sharded model.
+"""Computes losses of given texts, and generates texts, with one sharded model.
 
 Shapes: M rows of a batch, T tokens of its longest row (padded).
 """
@@ -22,7 +22,8 @@ from sparse_lora_dist.tasks.loss_head import target_losses
 from sparse_lora_dist.zero3.engine import Engine
 
 Loss = tuple[float, int]
-"""(sum of -log p over an example's targets in nats, summed in float64; number of targets)."""
+"""(loss, number of targets) of one example. The loss is -log p of its targets in nats, summed in
+float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,11 +31,12 @@ class Scorer:
     """A loaded model that scores and generates text. Every method is collective.
 
     All ranks pass the same examples. These are cut into batches in their order, each batch is
-    computed by one rank, and every rank gets all results: the same on any number of ranks.
+    computed by one rank, and every rank gets all results. The results do not depend on the number
+    of ranks.
     """
 
     engine: Engine
-    """The engine of the loaded model."""
+    """Engine of the loaded model."""
     tokenizer: Any
     """Decodes generated tokens."""
     pad_id: int
@@ -51,7 +53,7 @@ class Scorer:
 
         Args:
             documents: Token ids and labels; each document is a row by itself, never packed.
-            name: Name of the metric, for the progress bar and errors.
+            name: Name of the metric, for the progress bar and messages.
 
         Returns:
             (summed loss, number of targets) of each document, in order, on every rank.
@@ -67,9 +69,9 @@ class Scorer:
         )
         if bad := [i for i, (total, _) in enumerate(found) if not math.isfinite(total)]:
             raise UserError(
-                f"{name}: the loss of {len(bad)} of {len(found)} texts is not finite; the first is "
-                f"text {bad[0] + 1}. Try --precision fp32. If that does not help, the model or the "
-                "adapter has damaged weights.",
+                f"Metric {name}: the loss of {len(bad)} of {len(found)} texts is not finite, first "
+                f"for text {bad[0] + 1}. Try --precision fp32. If that does not help, the weights "
+                "of the model or of the adapter are damaged: get a new copy of them.",
                 shared=True,
             )
         return found

@@ -1,4 +1,4 @@
-"""The adapter folder of a finished run whose update is not a LoRA: PEFT's own type, if any."""
+"""Writes the adapter of a finished run whose update is not a LoRA, as its method's PEFT type."""
 
 import shutil
 from functools import partial
@@ -13,16 +13,18 @@ from sparse_lora_dist.system.atomic_files import replace_whole
 
 
 def save_own_type(run: Path, adapter: Path) -> int:
-    """Write the adapter of a run's newest checkpoint as PEFT's own type. Collective.
+    """Write the adapter of a run's newest checkpoint as its method's own PEFT type. Collective.
 
-    Rank 0 writes. Where PEFT has no such type, it removes ``adapter`` instead.
+    Only rank 0 writes. If PEFT has no type for the method, rank 0 deletes ``adapter``, which an
+    earlier job may have left.
 
     Args:
-        run: The run folder; its newest published checkpoint is read.
-        adapter: The folder to write; replaced as a whole.
+        run: Run folder. Its newest complete checkpoint is read.
+        adapter: Folder to write. An existing one is replaced as a whole.
 
     Returns:
-        Bytes of the weight file on rank 0; 0 on other ranks, and where PEFT has no such type.
+        Size of adapter_model.safetensors in bytes on rank 0, or 0 if nothing was written; 0 on
+        other ranks.
 
     Raises:
         UserError: The folder cannot be written. Raised on every rank.

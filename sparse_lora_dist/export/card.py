@@ -1,4 +1,4 @@
-"""The model card (README.md) of an export: its origin, its numbers, and code that loads it."""
+"""Writes the model card (README.md) of an export: its origin, figures, and code to load it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +25,7 @@ model = AutoModelFor{kind}.from_pretrained("{base}", dtype="auto"{options}){note
 applied = apply_sparse_delta(model, Path("{folder}"))
 applied.undo()  # restores every weight bit for bit""",
 }
+"""Value of ``--format`` -> code that loads the export. ``_code_fields`` fills the placeholders."""
 
 
 def write_card(
@@ -36,8 +37,9 @@ def write_card(
         trained: The exported run, or sum of runs.
         folder: Folder to write the card into, before it is moved to ``final``.
         final: Folder from which the card's code loads the export.
-        kind: Value of ``--format``.
-        summary: Rows about this export, label to text; they follow the rows about the run.
+        kind: Value of ``--format``: peft, merged or sparse_delta.
+        summary: Label -> text of the table rows about this export. They follow the rows about the
+            run.
     """
     config = trained.config
     about = {
@@ -79,7 +81,7 @@ def write_card(
 
 
 def _code_fields(trained: Trained) -> dict[str, str]:
-    """Values of the placeholders in ``LOADING_CODE``."""
+    """Return placeholder -> value for the templates in ``LOADING_CODE``, except for "folder"."""
     model = trained.config.model
     code = ", trust_remote_code=True" if model.trust_remote_code else ""
     labels = f", num_labels={len(trained.classes)}" if trained.classes else ""
@@ -101,7 +103,11 @@ def _added_runs(trained: Trained) -> dict[str, str]:
 
 
 def _losses(trained: Trained) -> dict[str, str]:
-    """Held-out loss before training and at the exported step."""
+    """Return a table row with the held-out loss before training and at the exported step.
+
+    Returns:
+        Label -> text; empty if the run measured no held-out loss, and for a sum of runs.
+    """
     if isinstance(trained, Union):  # the loss of a sum was never measured
         return {}
     path = trained.path.parents[1] / "metrics.jsonl"

@@ -1,4 +1,4 @@
-"""launcher/export.py: exports a checkpoint. The output folder appears complete or not at all."""
+"""Runs launcher/export.py: exports a checkpoint to a folder that appears only once complete."""
 
 import os
 import shutil
@@ -24,18 +24,18 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync_all
 
 Summary = dict[str, str]
-"""Label -> text about an export, for the screen and the model card."""
+"""Label -> text: facts about an export, which are printed and listed in the model card."""
 
 
 def export(request: ExportRequest) -> None:
     """Export one checkpoint, or the sum of several, and print what was written.
 
-    Needs one process and no GPU. An existing output folder is replaced only once the new one is
-    complete.
+    Runs in one process and needs no GPU. An existing output folder is replaced only once the new
+    one is complete.
 
     Raises:
-        UserError: The checkpoint, the base or the output folder does not allow this export, or
-            writing fails.
+        UserError: The checkpoint, the base model or the output folder does not allow this export,
+            or writing fails.
     """
     asked, final = request.export, Path(request.export.output).expanduser().resolve()
     trained = _attach_base(Trained.open(Path(request.source)), asked)
@@ -53,7 +53,10 @@ def export(request: ExportRequest) -> None:
         sync_all(temporary)
         put_in_place(temporary, final)
     except (OSError, SafetensorError) as error:  # a full disk may raise either
-        raise UserError(f"export to {final} failed: {error}") from error
+        raise UserError(
+            f"The export could not be written to {final}: {error}. Check the free space and the "
+            "permissions of the folder, then export again."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     for name, text in summary.items():
@@ -63,13 +66,25 @@ def export(request: ExportRequest) -> None:
 
 
 def _attach_base(trained: Trained, asked: ExportConfig) -> Trained:
-    """Return the run with access to its base's weights, if its update depends on them."""
+    """Open the run's base model if the run's update depends on the base's weights.
+
+    Args:
+        trained: The run to export.
+        asked: Options of the export.
+
+    Returns:
+        The run with ``read_base`` set; unchanged if its update does not depend on the base.
+
+    Raises:
+        UserError: --base or --trust_remote_code is given but has no effect, or the base model
+            cannot be opened.
+    """
     if not trained.reads_base:
         for name in ("base", "trust_remote_code"):
             if asked.format != "merged" and getattr(asked, name):
                 raise UserError(
-                    f"--{name} is not used: exporting this run as {asked.format} does not need "
-                    "the base's weights. Leave the option out."
+                    f"--{name} has no effect: exporting this run with --format {asked.format} "
+                    "does not read the base model. Leave the option out."
                 )
         return trained
     # If the run's base was saved in 4 bits, --base of a merge names the unquantised model, and
@@ -81,19 +96,27 @@ def _attach_base(trained: Trained, asked: ExportConfig) -> Trained:
 
 
 def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
-    """Refuse to replace the base model, or a folder that is not an earlier export."""
+    """Raise UserError if the output folder must not be replaced.
+
+    A missing or empty folder is allowed. A folder with files is allowed with --overwrite if it
+    holds an earlier export and is not the base model.
+    """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
     if not asked.overwrite:
         raise UserError(
-            f"--output {final} is not empty. Choose another folder, or add --overwrite."
+            f"--output {final} is not empty. Choose another folder, or add --overwrite to replace "
+            "an earlier export."
         )
     card = final / CARD
     is_export = card.is_file() and SIGNATURE in card.read_text(errors="replace")
     bases = {Path(name).resolve() for name in (trained.base, asked.base) if name}
     if not is_export or final in bases:
         what = "the base model" if final in bases else "not an earlier export"
-        raise UserError(f"--overwrite cannot replace {final}: it is {what}. Choose another folder.")
+        raise UserError(
+            f"--output {final} is {what}, but --overwrite replaces only earlier exports. Choose "
+            "another folder."
+        )
 
 
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
@@ -103,8 +126,8 @@ def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
             return {"modules": counted(len(own.forms), "linear"), "type": own.kind.lower()}
         if asked.own_type:
             raise UserError(
-                f"--own_type: PEFT has no own type that computes --method {trained.method.name} "
-                "as it was trained here. Leave the flag out."
+                f"--own_type is not possible with --method {trained.method.name}: PEFT has no "
+                "adapter type that computes the update of this run. Leave the option out."
             )
     lora = trained.plain_lora()
     write_peft(folder, lora, uniform=asked.uniform_rank)
@@ -129,14 +152,15 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     base = Base.open(trained, asked.base, trust_remote_code=asked.trust_remote_code)
     if asked.onto == "dequantised" and trained.manifest["base_in_4_bits"]:
         raise UserError(
-            f"{base.folder} is not the model that the adapter was trained over, which was saved in "
-            "4 bits. Add --onto original."
+            f"{base.folder} has unquantised weights, but the adapter was trained over a model that "
+            "was saved in 4 bits, so --onto dequantised, the default, is not possible. Add "
+            "--onto original to merge into the unquantised weights."
         )
     if asked.onto == "original" and trained.masks_base:
         raise UserError(
-            f"--onto original is not possible with --method {trained.method.name}: it sets weights "
-            "to zero by subtracting their 4-bit values, which would leave a remainder of the "
-            "original ones. Leave the option out."
+            f"--onto original is not possible with --method {trained.method.name}, which sets "
+            "weights to zero by subtracting their 4-bit values. Subtracted from the original "
+            "weights, these would not give zero. Leave --onto out."
         )
     merge = Merge(
         dtype=PRECISIONS[asked.dtype], stochastic=asked.rounding == "stochastic", onto=asked.onto
@@ -182,4 +206,5 @@ WRITERS: dict[str, Callable[[Trained, Path, ExportConfig], Summary]] = {
     "merged": _merged,
     "sparse_delta": _sparse_delta,
 }
-"""Value of ``--format`` -> function that writes an export into a folder."""
+"""Value of ``--format`` -> function (run, folder, options) that writes the export into the folder
+and returns its summary."""

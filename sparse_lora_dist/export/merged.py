@@ -1,6 +1,6 @@
-"""Merges an adapter into its base: W + delta for every site, one tensor in memory at a time.
+"""Merges an adapter into its base model: adds the update of every site to the site's weight.
 
-Sums are computed in fp32 and rounded once, to the output dtype.
+One tensor is in memory at a time. Sums are computed in fp32 and rounded once, to the output dtype.
 
 Shapes: O out_features, I in_features.
 """
@@ -25,7 +25,7 @@ from sparse_lora_dist.export.weight_change import WeightChange
 from sparse_lora_dist.tasks import TASKS
 
 BLOCK_ENTRIES = 2**23
-"""Entries of a weight that are summed and rounded at a time."""
+"""About how many entries of a weight are summed and rounded at a time."""
 NOT_COPIED = (
     ".safetensors",
     ".bin",
@@ -47,23 +47,24 @@ class Merge:
     """Settings of a merge and, after ``write``, statistics of what it changed."""
 
     dtype: torch.dtype
-    """Dtype that merged weights are rounded to."""
+    """Dtype of the written weights."""
     stochastic: bool
-    """True for stochastic rounding to bf16, false for rounding to nearest."""
+    """True: stochastic rounding to bf16. False: rounding to nearest."""
     onto: Literal["dequantised", "original"]
-    """Weights that the update is added to: those the run had in 4 bits, or those of the files."""
+    """Weights that the update is added to. "dequantised": the weights that the run computed with,
+    after 4-bit quantisation if it quantised them. "original": the weights in the base's files."""
     touched: int = 0
     """Number of weights with a nonzero update."""
     unchanged: int = 0
-    """Number of touched weights that have their old value after rounding."""
+    """Number of weights with a nonzero update whose rounded value is the old value."""
     _squared_error: float = 0.0
-    """||W - dequantised W||^2 summed over all weights that the run had in 4 bits."""
+    """Sum of (original - dequantised)^2 over all weights that the run had in 4 bits."""
     _squared_norm: float = 0.0
-    """||W||^2 summed over all weights that the run had in 4 bits."""
+    """Sum of original^2 over all weights that the run had in 4 bits."""
 
     @property
     def quantization_error(self) -> float:
-        """||W - dequantised W|| / ||W|| over all weights that the run had in 4 bits."""
+        """Relative error ||original - dequantised|| / ||original|| of the run's 4-bit weights."""
         return sqrt(self._squared_error / self._squared_norm)
 
     @property
@@ -72,12 +73,12 @@ class Merge:
         return self._squared_norm > 0
 
     def write(self, trained: Trained, base: Base, folder: Path) -> None:
-        """Write the merged model with its config and tokenizer.
+        """Write the merged model with its config and tokenizer, and update the statistics.
 
         Args:
             trained: The run whose updates and fully trained modules are merged.
-            base: The weights to add to.
-            folder: An empty folder.
+            base: The base model that they are merged into.
+            folder: Empty folder to write into.
         """
         self._copy_other_files(trained, base, folder)
         out = SafetensorsWriter(folder)
@@ -110,7 +111,16 @@ class Merge:
             out.close()
 
     def _merged_blocks(self, base: Base, key: str, change: WeightChange | None) -> Iterator[Tensor]:
-        """Yield one merged floating-point tensor, a few rows at a time."""
+        """Yield a floating-point tensor of the base with its update added, a few rows at a time.
+
+        Args:
+            base: The base model.
+            key: Name of the tensor in the base's files.
+            change: Update to add; None to add nothing.
+
+        Yields:
+            Consecutive rows of the tensor, [rows, entries of a row], in the output dtype.
+        """
         entry = base.files.entries[key]
         w = base.read(key)
         if key in base.quantized:
@@ -128,7 +138,16 @@ class Merge:
                 yield self._rounded(before, change.rows(start, start + step), generator)
 
     def _quantized_weight(self, w: Tensor, base: Base, key: str) -> Tensor:
-        """Return the weight to add to, and add its quantisation error to the statistics."""
+        """Return the weight to add the update to; add its quantisation error to the statistics.
+
+        Args:
+            w: Original weight, flattened.
+            base: The base model.
+            key: Name of the weight in the base's files.
+
+        Returns:
+            The weight that ``onto`` asks for, flattened.
+        """
         dequantised = base.dequantised(w, key)
         blocks = zip(w.split(BLOCK_ENTRIES), dequantised.split(BLOCK_ENTRIES), strict=True)
         for original, rounded in blocks:
@@ -157,13 +176,18 @@ class Merge:
 
 
 def _stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Round fp32 in place to a neighbouring bf16 value, so that the expected value is ``x``.
+    """Round fp32 entries in place to a neighbouring bf16 value, without bias.
 
-    bf16 is the upper 16 bits of fp32. A random 16-bit number is added and the lower 16 bits are
-    cleared, so x is rounded up with probability (lower bits) / 2^16:
+    The expected value of each rounded entry is the entry. bf16 is the upper 16 bits of fp32. A
+    random 16-bit number is added and the lower 16 bits are cleared, so an entry is rounded away
+    from zero with probability (lower bits) / 2^16:
 
-        lower bits 0x4000: 1/4 of the random numbers carry into bf16, so up in 1 of 4 cases
-        lower bits 0x0000: no number carries, so a bf16 value keeps its value
+        lower bits 0x4000: 1/4 of the random numbers carry into the upper bits
+        lower bits 0x0000: no random number carries, so a bf16 value keeps its value
+
+    Args:
+        x: fp32 tensor. It is changed, and returned.
+        generator: Source of the random numbers.
     """
     bits = x.view(torch.int32)
     bits += torch.randint(2**16, bits.shape, dtype=torch.int32, generator=generator)

@@ -1,4 +1,4 @@
-"""The base model that an adapter was trained over, read from its files.
+"""Opens the base model that an adapter was trained over, and reads its weights from the files.
 
 Shapes: O out_features, I in_features.
 """
@@ -30,7 +30,7 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The base model of a run: its files, and the model that they belong to on the meta device."""
+    """The base model of a run: its files, and its module without weights."""
 
     folder: Path
     files: CheckpointFiles
@@ -50,17 +50,18 @@ class Base:
         trust_remote_code: bool,
         read_only: bool = False,
     ) -> "Base":
-        """Open the base of a run and check that it is the same model.
+        """Open the base model of a run, and check that the run was trained over it.
 
         Args:
             trained: The run.
             location: Folder or hub id of the base; None for the one that the run names.
-            trust_remote_code: Allow Python code that comes with the base.
-            read_only: True if weights are only read, to compute the update. They may then be in
-                4 bits, but must be those of the run. False if merged weights are written.
+            trust_remote_code: True: run Python code that comes with the base.
+            read_only: True: the weights are only read, to compute the update. They may be in 4
+                bits. False: merged weights are written, so the base must not be in 4 bits. If the
+                run's base was, any model with the same shapes is accepted.
 
         Raises:
-            UserError: The base is missing, is another model, is in 4 bits where merged weights
+            UserError: The base is missing, is another model, is in 4 bits although merged weights
                 are to be written, or needs Python code that was not allowed.
         """
         model, revision = location or trained.base, trained.config.model.revision
@@ -72,8 +73,8 @@ class Base:
         _check_identity(trained, folder, files, read_only=read_only)
         if trained.config.model.trust_remote_code and not trust_remote_code:
             raise UserError(
-                f"the run was trained with --trust_remote_code: this export would run Python code "
-                f"from {folder}. If you trust that code, add --trust_remote_code here too."
+                "The run was trained with --trust_remote_code, so this export would run Python "
+                f"code from {folder}. If you trust that code, add --trust_remote_code."
             )
         config = read_labelled_config(trained, folder)
         module = meta_model(
@@ -96,16 +97,17 @@ class Base:
             if shapes != [(site.out_features, site.in_features)]:
                 found = f"has shape {', '.join(map(str, shapes))}" if shapes else "is missing"
                 raise UserError(
-                    f"{self.folder}: {site.name}.weight {found}, but the adapter was trained for "
-                    f"shape {(site.out_features, site.in_features)}. Give the base that it was "
-                    "trained over with --base FOLDER."
+                    f"In {self.folder}, {site.name}.weight {found}, but the adapter was trained "
+                    f"for shape {(site.out_features, site.in_features)}. Give the base model that "
+                    "it was trained over with --base FOLDER."
                 )
 
     def weight(self, site: Site) -> Tensor:
         """Return the base weight of a site as the run computed with it.
 
         Returns:
-            w_OI in the run's precision; dequantised if the run had it in 4 bits.
+            w_OI, [out_features, in_features], in the run's precision; dequantised if the run had
+            it in 4 bits.
         """
         (key,) = keys = self.keys_of[f"{site.name}.weight"]
         shape = site.out_features, site.in_features
@@ -120,13 +122,21 @@ class Base:
         return w.view(shape)
 
     def read(self, key: str) -> Tensor:
-        """Return a tensor of the files, flattened, in the dtype of the files."""
+        """Return the tensor named ``key`` in the base's files, flattened, in its stored dtype."""
         entry = self.files.entries[key]
         source = Source(keys=(key,), parts=(entry,), dtype=DTYPES[entry.dtype])
         return self.files.read(source, 0, entry.nbytes // entry.itemsize)
 
     def dequantised(self, w: Tensor, key: str) -> Tensor:
-        """Quantise a weight to 4 bits as the run did; return it dequantised and flattened."""
+        """Quantise a weight to 4 bits as the run did, and dequantise it again.
+
+        Args:
+            w: Original weight, flattened.
+            key: Name of the weight in the base's files, one of ``quantized``.
+
+        Returns:
+            The dequantised weight, flattened, in the run's precision.
+        """
         layout = self.quantized[key]
         packed, absmax = nf4.quantize(w, layout)
         scales = nf4.scale_bytes(absmax, nf4.offsets(absmax, layout), layout)
@@ -134,7 +144,10 @@ class Base:
 
     @cached_property
     def quantized(self) -> Mapping[str, nf4.Layout]:
-        """File key -> 4-bit layout of each weight that the run had quantised, without experts."""
+        """Name in the files -> 4-bit layout of each linear's weight that the run quantised.
+
+        Stacked expert weights are left out.
+        """
         model = self.trained.config.model
         if model.quantization == "none":
             return {}
@@ -150,17 +163,18 @@ class Base:
 
     @property
     def has_experts(self) -> bool:
-        """True if the model has stacked weights of experts, which a merge does not quantise."""
+        """True if the model has stacked expert weights (3-D), which a merge does not quantise."""
         return any(p.dim() == 3 for p in self.module.parameters())
 
 
 def _check_identity(
     trained: Trained, folder: Path, files: CheckpointFiles, *, read_only: bool
 ) -> None:
+    """Raise UserError if the model in ``folder`` is not one that ``Base.open`` accepts."""
     if is_quantized(files) and not read_only:
         raise UserError(
             f"{folder} is quantised to 4 bits, and merged weights cannot be stored in that form. "
-            "Give the model it was quantised from: --base FOLDER --onto original."
+            "Give the model that it was quantised from, with --base FOLDER --onto original."
         )
     # A run over a base in 4 bits does not know which model that was quantised from, so any model
     # with the same shapes is accepted as the target of a merge.
@@ -168,13 +182,14 @@ def _check_identity(
     same = identity(folder, files) == trained.manifest["description"]["base"]
     if not same and not may_differ:
         raise UserError(
-            f"{folder} is not the base of {trained.path}: its config.json or the headers of its "
-            f"weight files differ. Give an unchanged copy of {trained.base} with --base FOLDER."
+            f"{folder} is not the base model that {trained.path} was trained over: its config.json "
+            "or the headers of its weight files differ. Give an unchanged copy of "
+            f"{trained.base} with --base FOLDER."
         )
 
 
 def read_labelled_config(trained: Trained, folder: Path) -> PretrainedConfig:
-    """Read the base's config.json; for a classifier, add the class names it was trained with."""
+    """Return the base's config.json, with the run's class names if the run is a classifier."""
     trusts = trained.config.model.trust_remote_code
     config = read_config(folder, trust_remote_code=trusts)
     if trained.classes:

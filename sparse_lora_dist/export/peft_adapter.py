@@ -2,8 +2,8 @@
 
 Only components with a nonzero update are written, so sites may have different ranks.
 
-Shapes: R rank of a site, Q its components that forward computes, L its components with a nonzero
-update, I in_features, O out_features.
+Shapes: R components of a site, Q those that forward computes, L those with a nonzero update, I
+in_features, O out_features.
 """
 
 import json
@@ -27,7 +27,7 @@ from sparse_lora_dist.zero3.parameters import gathered
 
 
 class NothingLives(UserError):
-    """Every component of every adapter has a zero update."""
+    """Raised if every component of every adapter has a zero update."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -38,19 +38,20 @@ class NothingLives(UserError):
 
 
 class NoPair(UserError):
-    """The method's update is not a low-rank product B A."""
+    """Raised if the method's update is not a low-rank product B A."""
 
     def __init__(self, method: str) -> None:
         super().__init__(
-            f"what --method {method} adds to a weight is not a low-rank product B A, so it cannot "
-            "be written as a LoRA. Use launcher/export.py with --format merged, or with --format "
-            "sparse_delta if the update is sparse.",
+            f"The update that --method {method} adds to a weight is not a low-rank product B A, so "
+            "it cannot be written as a LoRA. Use launcher/export.py with --format merged, or with "
+            "--format sparse_delta if the update is sparse.",
             shared=True,
         )
 
 
 Pair = tuple[Tensor, Tensor]
-"""(a_LI, b_OL) of a plain LoRA: delta W = alpha / R * B A."""
+"""(a_LI, b_OL), the factors A and B of a plain LoRA: delta W = alpha / rank * B A, with the run's
+--rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class PeftAdapter:
     """Content of a PEFT adapter folder that does not depend on the adapter type."""
 
     full: Mapping[str, Tensor] = field(default_factory=dict)
-    """Parameter name in the model -> weights of the modules trained in full."""
+    """Parameter name in the model -> weight, for the modules trained in full."""
     full_modules: Sequence[str] = ()
     """Names of the modules trained in full (PEFT: ``modules_to_save``)."""
     base: str
@@ -79,7 +80,7 @@ class PlainLora(PeftAdapter):
     pairs: Mapping[str, Pair]
     """Site name -> (a_LI, b_OL); sites without a nonzero update are left out."""
     rank: int
-    """R of the run: pairs are scaled by alpha / rank, whatever their own L is."""
+    """--rank of the run. Every pair is scaled by alpha / rank, whatever its own rank L is."""
     alpha: float
     """LoRA alpha of the run."""
     dropout: float
@@ -98,20 +99,20 @@ def save_peft(
 ) -> int:
     """Gather a sharded adapter and write it as a PEFT LoRA. Collective.
 
-    ``peft.PeftModel.from_pretrained(base, folder)`` then computes the trained logits. One module
-    is gathered at a time, and rank 0 writes.
+    ``peft.PeftModel.from_pretrained(base, folder)`` then computes the same logits as the trained
+    model. One module is gathered at a time, and rank 0 writes.
 
     Args:
-        folder: Folder to write; replaced as a whole.
+        folder: Folder to write. An existing one is replaced as a whole.
         adapters: All adapters of the model.
-        saved_modules: Name -> module trained in full.
+        saved_modules: Module name -> module, for the modules trained in full.
         base: Hub id or folder of the base model, for adapter_config.json.
         revision: Revision of the base model on the hub.
         task_type: PEFT's task type, e.g. CAUSAL_LM.
-        classes: Class names of a classifier, or empty.
+        classes: Class names of a classifier; empty for a language model.
 
     Returns:
-        Bytes of adapter_model.safetensors on rank 0; 0 on other ranks.
+        Size of adapter_model.safetensors in bytes on rank 0; 0 on other ranks.
 
     Raises:
         NothingLives: No component has a nonzero update. Raised on every rank.
@@ -155,17 +156,17 @@ def save_peft(
 
 
 def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> int:
-    """Write a LoRA that is in memory as adapter_config.json and adapter_model.safetensors.
+    """Write a LoRA as adapter_config.json and adapter_model.safetensors. Not collective.
 
     Args:
-        folder: Folder to write into; made if it is missing.
-        trained: The adapter.
-        uniform: Write for servers that accept one rank only and no ``modules_to_save``: pad every
-            pair with zeros to the largest rank, multiply the scale into B, and put modules
-            trained in full into a file of their own.
+        folder: Folder to write into; created if it is missing.
+        trained: The adapter, whole and in memory.
+        uniform: True: write for servers that accept only one rank and no ``modules_to_save``. Every
+            pair is padded with zeros to the largest rank, the scale is multiplied into B, and
+            modules trained in full are written to modules_to_save.safetensors.
 
     Returns:
-        Bytes of adapter_model.safetensors.
+        Size of adapter_model.safetensors in bytes.
 
     Raises:
         NothingLives: No component has a nonzero update.
@@ -193,7 +194,10 @@ def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> in
 
 
 def write_labels(folder: Path, classes: Sequence[str]) -> None:
-    """Write a classifier's class names to id2label.json; PEFT's config has no field for them."""
+    """Write class names to id2label.json in ``folder``, or nothing if there are none.
+
+    PEFT's config has no field for them.
+    """
     if classes:
         names = json.dumps(dict(enumerate(classes)), indent=1)
         (folder / "id2label.json").write_text(names + "\n")
@@ -216,7 +220,7 @@ def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) ->
         # Full names: PEFT matches suffixes, which may fit a linear without an adapter.
         target_modules=list(ranks),
         rank_pattern=others,
-        # PEFT scales by alpha / r of the module; ours is alpha / R, whatever r is left.
+        # PEFT scales by alpha / r, r the rank of the module. Ours scales by alpha / --rank.
         alpha_pattern={name: alpha * r / rank for name, r in others.items()},
         modules_to_save=None if uniform else list(trained.full_modules) or None,
     )
@@ -230,22 +234,33 @@ def _padded(pair: Pair, rank: int, scale: float) -> Pair:
 
 
 def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
-    """Return the LoRA pair of the components with a nonzero update; None if there are none."""
+    """Return the plain LoRA of a site's adapter, of the components with a nonzero update only.
+
+    Args:
+        adapter: The adapter of one site.
+        tensors: The site's trained tensors, gathered, in the order of ``adapter.specs``.
+
+    Returns:
+        (a_LI, b_OL), to be scaled by alpha / --rank; None if no component has a nonzero update.
+
+    Raises:
+        NoPair: The method's update is not a low-rank product.
+    """
     a_RI, b_OR = plain_pair(adapter, tensors)
     lives_R = (a_RI != 0).any(1) & (b_OR != 0).any(0)
     return (a_RI[lives_R], b_OR[:, lives_R]) if lives_R.any() else None
 
 
 def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
-    """Return the plain LoRA that computes the adapter's delta.
+    """Return the plain LoRA of a site's adapter, of all its components.
 
     Args:
         adapter: The adapter of one site.
-        tensors: Its trained tensors in the order of its form, whole (not sharded).
+        tensors: The site's trained tensors, gathered, in the order of ``adapter.specs``.
 
     Returns:
-        (a_RI, b_OR), to be scaled by alpha / --rank; zero in the components that forward does not
-        compute.
+        (a_RI, b_OR), to be scaled by alpha / --rank. Components that forward does not compute are
+        zero.
 
     Raises:
         NoPair: The method's update is not a low-rank product.

@@ -1,6 +1,7 @@
 """Writes an adapter as another PEFT type than LoRA, e.g. SHiRA, or PEANUT for NEAT.
 
-Used where the update is not a LoRA, and with ``--own_type`` where it is one as well.
+Used for methods whose update is not a LoRA, and with ``--own_type`` for any method that has a PEFT
+type.
 """
 
 from collections.abc import Mapping
@@ -21,21 +22,26 @@ class OwnType(PeftAdapter):
     """Content of a PEFT adapter folder of another type than LoRA."""
 
     forms: Mapping[str, PeftForm]
-    """Site name -> its tensors and settings in PEFT's terms; all have the same type."""
+    """Site name -> tensors and settings as PEFT stores them. All sites have the same PEFT type."""
 
     @property
     def kind(self) -> str:
-        """Member name of ``peft.PeftType``, e.g. SHIRA."""
+        """Name of the PEFT type, a member of ``peft.PeftType``, e.g. SHIRA."""
         return next(iter(self.forms.values())).kind
 
 
 def write_own_type(folder: Path, trained: OwnType) -> int:
-    """Write adapter_config.json and adapter_model.safetensors.
+    """Write an adapter of another PEFT type as adapter_config.json and adapter_model.safetensors.
 
-    ``peft.PeftModel.from_pretrained(base, folder)`` then computes the trained logits.
+    ``peft.PeftModel.from_pretrained(base, folder)`` then computes the same logits as the trained
+    model.
+
+    Args:
+        folder: Folder to write into; created if it is missing.
+        trained: The adapter, whole and in memory.
 
     Returns:
-        Bytes of adapter_model.safetensors.
+        Size of adapter_model.safetensors in bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"{PREFIX}{name}": t for name, t in trained.full.items()}

@@ -1,8 +1,9 @@
-"""Writes the weights that a run changed as indices and values, and adds them to a model.
+"""Writes the nonzero updates of a run as indices and values, and adds them to a model's weights.
 
-``apply_sparse_delta`` keeps the weights it overwrites, so that undoing is exact bit for bit.
+``apply_sparse_delta`` keeps a copy of the weights that it overwrites, so that ``undo`` restores
+them bit for bit.
 
-Shapes: O out_features, I in_features, N weights that change.
+Shapes: N weights of one matrix that have a nonzero update.
 """
 
 import json
@@ -20,16 +21,17 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import WeightChange
 
 STEM, ABOUT = "sparse_delta", "sparse_delta.json"
+"""Start of the names of the safetensors files, and name of the file with the matrices' shapes."""
 ROWS = 512
-"""Rows of a dense update that are in memory at a time."""
+"""Number of rows of an update that are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """Sparsity of an update over all adapted matrices."""
+    """Sparsity of a run's update, over the weights of all sites."""
 
     weights: int
-    """Number of weights of all adapted matrices."""
+    """Number of weights of all sites."""
     changed: int
     """Number of weights with a nonzero update."""
     max_changed: int
@@ -44,9 +46,9 @@ class Sparsity:
     def bound(self) -> float:
         """Lower bound on ``sparsity``.
 
-        For low-rank updates RoseLoRA's Proposition 1 (arXiv:2406.10777): the mean over matrices,
-        weighted by size, of max(0, 1 - sum_l (1 - s(A_l)) (1 - s(B_l))), with s the share of
-        zeros in row l of A and in column l of B.
+        For low-rank updates it is Proposition 1 of RoseLoRA (arXiv:2406.10777): the mean over
+        matrices, weighted by size, of max(0, 1 - sum_l (1 - s(A_l)) (1 - s(B_l))). Here s(A_l) is
+        the share of zeros in row l of A, and s(B_l) in column l of B.
         """
         return 1.0 - self.max_changed / self.weights
 
@@ -54,16 +56,20 @@ class Sparsity:
 def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
     """Write the nonzero updates of a run, one matrix in memory at a time.
 
-    Matrix SITE becomes two tensors of the safetensors files: ``SITE.indices`` [N], ascending
-    indices into the flattened weight (int32 if they fit, else int64), and ``SITE.values`` [N],
-    fp32, its scale included. sparse_delta.json holds the base's name and the matrices' shapes.
+    The safetensors files hold two tensors for each site SITE:
+
+        SITE.indices   [N], ascending indices into the flattened weight; int32 if they fit, else
+                       int64
+        SITE.values    [N], the updates in fp32, with the adapter's scale included
+
+    sparse_delta.json holds the base's name and the shapes of the weights.
 
     Args:
         trained: The run. Modules trained in full are left out.
-        folder: An existing folder.
+        folder: Existing folder to write into.
 
     Returns:
-        Sparsity over all sites, those without a nonzero update included.
+        Sparsity over all sites, including sites without a nonzero update.
     """
     changed, max_changed, shapes = 0, 0, {}
     out = SafetensorsWriter(folder, stem=STEM)
@@ -86,7 +92,11 @@ def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
 
 
 def nonzeros(change: WeightChange) -> tuple[Tensor, Tensor]:
-    """Return (indices_N into the flattened weight, values_N) of the nonzero entries."""
+    """Return the nonzero entries of the update of one weight.
+
+    Returns:
+        (indices_N, values_N): ascending int64 indices into the flattened weight, and fp32 values.
+    """
     indices, values, (num_rows, num_columns) = [], [], change.shape
     for start in range(0, num_rows, ROWS):
         delta = change.rows(start, start + ROWS).flatten()
@@ -98,12 +108,12 @@ def nonzeros(change: WeightChange) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """A sparse delta that was added to a model, with the weights to restore."""
+    """A sparse delta that was added to a model, with the old weights."""
 
     model: nn.Module
     """The model that was changed."""
     overwritten: Mapping[str, tuple[Tensor, Tensor]]
-    """Site name -> (indices_N, old weights [N] in the model's dtype)."""
+    """Site name -> (indices_N into the flattened weight, old weights [N] in the model's dtype)."""
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -116,19 +126,19 @@ class Applied:
 def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
     """Add a sparse delta to a model's weights in place.
 
-    Each sum is computed in fp32 and rounded once to the model's dtype. For one process: weights
+    Each sum is computed in fp32 and rounded once to the model's dtype. Not collective: the weights
     must be whole, not sharded.
 
     Args:
         model: The base that the delta was trained over, with floating-point weights.
-        folder: A folder written by launcher/export.py --format sparse_delta.
+        folder: Folder written by launcher/export.py --format sparse_delta.
 
     Returns:
         The overwritten weights; ``undo()`` restores them bit for bit.
 
     Raises:
         UserError: The folder holds no sparse delta, or a linear of the delta is missing in the
-            model, quantised, or of another shape. No weight has been changed then.
+            model, is quantised, or has another shape. The model is then unchanged.
     """
     try:
         shapes = json.loads((folder / ABOUT).read_text())["shapes"]
@@ -141,8 +151,8 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
         found = list(_weight(model, name).shape)
         if found != shape:
             raise UserError(
-                f"{name}.weight has shape {found} in the model, but the delta is for {shape}. Load "
-                "the base model that the delta was trained over."
+                f"{name}.weight has shape {found} in the model, but the sparse delta was made for "
+                f"shape {shape}. Load the base model that the delta was trained over."
             )
     files = [safe_open(str(p), framework="pt") for p in folder.glob(f"{STEM}-*.safetensors")]
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  not a dict
@@ -161,15 +171,17 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:
+    """Return the weight of linear ``name``; raise UserError if it is missing or quantised."""
     try:
         weight = model.get_parameter(f"{name}.weight")
     except AttributeError as error:
         raise UserError(
-            f"the model has no linear {name}. Load the base model that the delta was trained over."
+            f"The model has no linear named {name}, which the sparse delta changes. Load the base "
+            "model that the delta was trained over."
         ) from error
     if not weight.is_floating_point():
         raise UserError(
-            f"{name}.weight is quantised, and a sparse delta is added to floating-point weights. "
-            "Load the model without quantisation."
+            f"{name}.weight is quantised, but a sparse delta can only be added to floating-point "
+            "weights. Load the model without quantisation."
         )
     return weight.data

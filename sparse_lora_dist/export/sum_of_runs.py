@@ -1,7 +1,7 @@
-"""The sum of several adapters over one base (``--plus``).
+"""Adds the adapters of several runs over one base (``--plus``).
 
-LoRA pairs are concatenated along the rank: s1 B1 A1 + s2 B2 A2 = s1 [B1, s2/s1 B2] [A1; A2].
-Dense changes are added.
+LoRA pairs are concatenated along the rank: s1 B1 A1 + s2 B2 A2 = s1 [B1, s2/s1 B2] [A1; A2], with
+s1 and s2 the runs' alpha / --rank. Dense updates are added.
 
 Shapes: O out_features, I in_features, L components with a nonzero update.
 """
@@ -25,7 +25,7 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True)
 class SummedChange:
-    """The sum of several changes of one weight, as a ``WeightChange``."""
+    """The sum of several updates of one weight, as a ``WeightChange``."""
 
     changes: Sequence[WeightChange]
 
@@ -51,7 +51,7 @@ class SummedChange:
 class Union(Trained):
     """A sum of runs that is used like one run. Each run keeps its own alpha / rank.
 
-    Config, checkpoint path and modules trained in full are those of the first run.
+    Its config, checkpoint path and modules trained in full are those of the first run.
     """
 
     first: Trained
@@ -61,7 +61,7 @@ class Union(Trained):
 
     @classmethod
     def of(cls, first: Trained, sources: Sequence[str]) -> "Union":
-        """Add other runs to a run.
+        """Return the sum of runs, after checking that they can be added.
 
         Args:
             first: The run that the others are added to.
@@ -78,7 +78,7 @@ class Union(Trained):
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Sites of all runs, those of the first run first."""
+        """Sites of all runs: those of the first run, then sites that only other runs have."""
         found: dict[str, Site] = {}
         for run in (self.first, *self.others):
             found = {site.name: site for site in run.sites} | found
@@ -86,12 +86,12 @@ class Union(Trained):
 
     @cached_property
     def method(self) -> Method:
-        """Method of the first run."""
+        """The method of the first run."""
         return self.first.method
 
     @cached_property
     def full(self) -> tuple[str, ...]:
-        """Parameters that the first run trained in full; other runs have none."""
+        """Names of the parameters that the first run trained in full; other runs have none."""
         return self.first.full
 
     @property
@@ -101,19 +101,25 @@ class Union(Trained):
 
     @property
     def masks_base(self) -> bool:
-        """False: runs that zero base weights depend on the base, and cannot be added."""
+        """Always false: runs that set weights of the base to zero cannot be added."""
         return False
 
     def own_type(self) -> OwnType | None:
-        """None: no PEFT type other than LoRA can represent a sum."""
+        """Return None: only PEFT's LoRA type can represent a sum."""
         return None
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
-        """Concatenate the pairs of all runs; B of the others carries the ratio of the scales.
+        """Return the plain LoRA of a site: the pairs of all runs, concatenated along the rank.
+
+        B of each other run is multiplied by the ratio of its scale to the first run's scale.
+
+        Args:
+            site: One of ``sites``.
+            dtype: Dtype that the fp32 masters are rounded to first.
 
         Returns:
-            (a_LI, b_OL) in fp32, made from masters rounded to ``dtype``, or None. They stay in
-            fp32 because B times a ratio would be rounded a second time in ``dtype``.
+            (a_LI, b_OL) in fp32, since B times a ratio would be rounded a second time in ``dtype``;
+            None if no run has a nonzero update of the site.
         """
         found = []
         for run, own in self._runs_with(site):
@@ -124,42 +130,46 @@ class Union(Trained):
         return torch.cat([a_LI for a_LI, _ in found]), torch.cat([b_OL for _, b_OL in found], dim=1)
 
     def change(self, site: Site) -> WeightChange | None:
-        """Return the summed change of one weight; None if no run changes it."""
+        """Return the summed update of a site's weight; None if no run changes it."""
         found = [change for run, own in self._runs_with(site) if (change := run.change(own))]
         return SummedChange(changes=found) if found else None
 
     def _runs_with(self, site: Site) -> Iterator[tuple[Trained, Site]]:
-        """Yield every run that adapts the linear, with its own ``Site`` (ranks may differ)."""
+        """Yield (run, its own ``Site``) for each run that adapts this linear; ranks may differ."""
         for run in (self.first, *self.others):
             yield from ((run, own) for own in run.sites if own.name == site.name)
 
 
 def _check_can_add(run: Trained, first: Trained) -> None:
+    """Raise UserError if the adapter of ``run`` cannot be added to that of ``first``."""
     if run.manifest["description"]["base"] != first.manifest["description"]["base"]:
         raise UserError(
-            f"--plus: {run.path} was trained over {run.base}, {first.path} over another model, "
-            f"{first.base}. Only adapters over the same base can be added."
+            f"--plus cannot add {run.path}, which was trained over {run.base}, to {first.path}, "
+            f"which was trained over another model, {first.base}. Only adapters over the same base "
+            "can be added. Leave this run out."
         )
     if run.full and run is not first:
         raise UserError(
-            f"--plus: {run.path} trained {', '.join(run.manifest['full_modules'])} in full, and "
-            "such modules cannot be added. Name that run first, as the run to export."
+            f"--plus cannot add {run.path}, which trained "
+            f"{', '.join(run.manifest['full_modules'])} in full: such modules cannot be added. "
+            "Name it first, as the run to export, and give the other runs to --plus."
         )
     for name in ("quantization", "double_quant", "precision"):
         was, own = getattr(first.config.model, name), getattr(run.config.model, name)
         if was != own:
             raise UserError(
-                f"--plus: {first.path} was trained with --{name} {was}, {run.path} with {own}. "
-                "Only runs over the same base weights can be added."
+                f"--plus cannot add {run.path}, trained with --{name} {own}, to {first.path}, "
+                f"trained with --{name} {was}. Only runs over the same base weights can be added. "
+                "Leave this run out."
             )
     whole = set(first.manifest["full_modules"])
     if both := [site.name for site in run.sites if run is not first and site.name in whole]:
         raise UserError(
-            f"--plus: {first.path} trained {both[0]} in full, and {run.path} has an adapter on it. "
-            "These runs cannot be added; export each by itself."
+            f"--plus cannot add {run.path}, which has an adapter on {both[0]}, to {first.path}, "
+            "which trained that module in full. Export each run by itself."
         )
     if run.reads_base:
         raise UserError(
-            f"--plus: the update of --method {run.method.name} depends on the base's weights, so "
-            "it cannot be added to others. Export each run by itself."
+            f"--plus cannot add runs of --method {run.method.name}, because their update depends "
+            "on the base's weights. Export each run by itself."
         )

@@ -1,4 +1,4 @@
-"""A checkpoint of a run, read one site at a time by one process, without model or DeepSpeed.
+"""Reads a checkpoint of a run one site at a time, in one process, without model or DeepSpeed.
 
 Shapes: O out_features, I in_features, L components with a nonzero update.
 """
@@ -35,7 +35,7 @@ from sparse_lora_dist.tasks import TASKS
 class Trained:
     """A checkpoint of a run: what was trained, and with which settings.
 
-    No method is a collective. Tensors are read from the files at each call.
+    None of its methods is collective. Tensors are read from the files at each call.
     """
 
     path: Path
@@ -45,9 +45,10 @@ class Trained:
     config: Config
     """Options of the run."""
     slices: SavedSlices
-    """The saved tensors."""
+    """Reader of the saved tensors."""
     read_base: Callable[[Site], Tensor] | None = None
-    """Returns w_OI of a site as the run computed with it; None if the base was not opened."""
+    """(site) -> w_OI, the site's base weight as the run computed with it. None: the base was not
+    opened."""
 
     @classmethod
     def open(cls, source: Path) -> "Trained":
@@ -89,7 +90,7 @@ class Trained:
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The adapted linears, in the model's order."""
+        """The sites of the run, in the model's order."""
         shapes = self.manifest["sites"]["shapes"].items()
         return tuple(
             Site(name=name, in_features=i, out_features=o, rank=r) for name, (i, o, r) in shapes
@@ -103,7 +104,7 @@ class Trained:
 
     @property
     def scale(self) -> float:
-        """alpha / rank: delta W = scale * B A for a pair (A, B)."""
+        """Scale of a LoRA pair (A, B), alpha / --rank: delta W = scale * B A."""
         return self.config.adapter.alpha / self.config.adapter.rank
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
@@ -124,7 +125,7 @@ class Trained:
             return live_pair(adapter, tensors)
 
     def change(self, site: Site) -> WeightChange | None:
-        """Return the update of a site's weight, computed in fp32 from its masters.
+        """Return the update of a site's weight, computed in fp32 from the site's fp32 masters.
 
         Returns:
             The update; None if it is zero.
@@ -141,7 +142,7 @@ class Trained:
         return LowRank(a_LI=pair[0], b_OL=pair[1], scale=self.scale) if pair else None
 
     def changes(self) -> Iterator[tuple[Site, WeightChange]]:
-        """Yield (site, update) of every site with a nonzero update, reading one at a time."""
+        """Yield (site, update) for every site with a nonzero update, reading one at a time."""
         for site in self.sites:
             if change := self.change(site):
                 yield site, change
@@ -162,19 +163,27 @@ class Trained:
         return any(self.method.form(site).masks_base for site in self.sites)
 
     def _base_linear(self, site: Site) -> nn.Module:
-        """Return the layer that the site's adapter wraps."""
+        """Return the frozen linear of a site, or a placeholder if the update never reads it."""
         if not self.method.form(site).reads_base:
             return nn.Identity()  # never called
         if self.read_base is None:
             raise UserError(
-                f"the update of --method {self.method.name} depends on the base's weights, which "
+                f"The update of --method {self.method.name} depends on the base's weights, which "
                 "were not opened. Export the run with launcher/export.py, which opens them."
             )
         weight = nn.Parameter(self.read_base(site), requires_grad=False)
         return FrozenLinear(site.in_features, site.out_features, weight, None)
 
     def _adapter(self, site: Site, dtype: torch.dtype) -> tuple[AdapterLinear, list[nn.Parameter]]:
-        """Return a site's adapter and its trained tensors, the masters rounded to ``dtype``."""
+        """Build the adapter of a site from the checkpoint.
+
+        Args:
+            site: One of ``sites``.
+            dtype: Dtype that the fp32 masters are rounded to.
+
+        Returns:
+            (adapter, its trained tensors in the order of ``adapter.specs``).
+        """
         form = self.method.form(site)
         tensors = form.tensors
         named = {}
@@ -200,7 +209,7 @@ class Trained:
         """Return the adapter as another PEFT type than LoRA, in the precision of the run.
 
         Returns:
-            The whole adapter, in memory; None if PEFT has no type that computes the same.
+            The whole adapter, in memory; None if PEFT has no type that computes the same update.
         """
         forms = {}
         for site in self.sites:
@@ -213,7 +222,14 @@ class Trained:
         return OwnType(forms=forms, **self._peft_fields())
 
     def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Site, Pair]]:
-        """Yield (site, pair) of every site with a nonzero update, reading one at a time."""
+        """Yield (site, plain LoRA pair) for every site with a nonzero update.
+
+        Args:
+            dtype: Dtype that the fp32 masters are rounded to first.
+
+        Raises:
+            NoPair: The method's update is not a low-rank product.
+        """
         for site in self.sites:
             if pair := self.pair(site, dtype):
                 yield site, pair
@@ -224,7 +240,7 @@ class Trained:
         return PRECISIONS[self.config.model.precision]
 
     def tensor(self, name: str) -> Tensor:
-        """Return the fp32 master of a trained tensor, in its shape, e.g. of "SITE.lora_a"."""
+        """Return the fp32 master of trained tensor ``name``, e.g. "SITE.lora_a", in its shape."""
         shape = self.manifest["tensors"][name]
         return self.slices.entries("master", name, 0, prod(shape)).view(shape)
 
@@ -250,7 +266,7 @@ class Trained:
         )
 
     def _peft_fields(self) -> dict[str, Any]:
-        """Values of the fields of ``PeftAdapter``."""
+        """Return field -> value of ``PeftAdapter``, for its subclasses."""
         return {
             "full": {name: self.tensor(name).to(self.dtype) for name in self.full},
             "full_modules": self.manifest["full_modules"],
@@ -262,18 +278,22 @@ class Trained:
 
 
 def _checkpoint_in(source: Path) -> Path:
-    """Return the newest intact checkpoint of a run folder, or ``source`` if it is a checkpoint."""
+    """Return the newest intact checkpoint of a run folder, or ``source`` if it is a checkpoint.
+
+    Raises:
+        UserError: There is no complete checkpoint, or all are damaged.
+    """
     if not source.is_dir():
         raise UserError(
-            f"{source}: no such folder. Give a run folder, or one of its checkpoints/step_... "
+            f"{source} is not a folder. Give a run folder, or one of its checkpoints/step_... "
             "folders."
         )
     run = source / "checkpoints"
     found = checkpoint.published(run)[::-1] if run.is_dir() else [source]
     if not found:
         raise UserError(
-            f"{source} has no published checkpoint yet. Train until the first --save_every step, "
-            "or until the run ends."
+            f"{source} has no complete checkpoint yet. Train until the first --save_every step, or "
+            "until the run ends."
         )
     damages = []
     for path in found:

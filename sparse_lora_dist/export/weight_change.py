@@ -1,4 +1,4 @@
-"""The update of one weight, delta W, of which a few rows are computed at a time.
+"""Computes the update of one weight, delta W, a few rows at a time.
 
 Shapes: O out_features, I in_features, L components with a nonzero update.
 """
@@ -14,7 +14,7 @@ from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.methods.protocol.form import Tensors
 
 COLUMNS = 1024
-"""Columns of a dense update that are computed at a time."""
+"""Number of columns of a dense update that are computed at a time."""
 
 
 class WeightChange(Protocol):
@@ -25,7 +25,7 @@ class WeightChange(Protocol):
         """(O, I), the shape of the weight."""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows start to stop of the update: [stop - start, I], fp32.
+        """Return rows ``start`` to ``stop`` of the update: [stop - start, I], fp32.
 
         As with slices, ``stop`` may lie beyond O.
         """
@@ -41,7 +41,7 @@ class WeightChange(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """A low-rank update: delta W = scale * B A."""
+    """A low-rank update: delta W = scale * B A, with A in ``a_LI`` and B in ``b_OL``."""
 
     a_LI: Tensor
     b_OL: Tensor
@@ -56,17 +56,17 @@ class LowRank:
 
     @property
     def max_changed(self) -> int:
-        """The bound of RoseLoRA's Proposition 1 (arXiv:2406.10777).
+        """Upper bound on the number of nonzero entries (RoseLoRA, arXiv:2406.10777, Proposition 1).
 
-        Component l changes nnz(A_l) * nnz(B_l) entries at most, and the bound is reached if no two
-        components change the same entry.
+        A component changes at most (nonzeros in its row of A) * (nonzeros in its column of B)
+        entries. The bound is reached if no two components change the same entry.
         """
         total = ((self.a_LI != 0).sum(1) * (self.b_OL != 0).sum(0)).sum()
         return min(int(total), self.a_LI.shape[1] * len(self.b_OL))
 
     @property
     def norm(self) -> float:
-        """Frobenius norm without forming the O x I product: ||B A||^2 = sum((B^T B) * (A A^T))."""
+        """Frobenius norm, by ||B A||^2 = sum((B^T B) * (A A^T)), without the O x I product."""
         a_LI, b_OL = self.a_LI.double(), self.b_OL.double()
         square = float(((b_OL.t() @ b_OL) * (a_LI @ a_LI.t())).sum())
         return abs(self.scale) * sqrt(max(square, 0.0))  # unlike max(0.0, square), it keeps NaN
@@ -95,10 +95,10 @@ class DenseChange:
 
 
 def dense_change(adapter: AdapterLinear, tensors: Tensors) -> DenseChange:
-    """Compute the dense update of an adapter whose form is not a LoRA.
+    """Compute the update of a site whose form is not a LoRA, as a dense matrix.
 
-    The delta is linear in its input, so its outputs for the rows of the identity are the columns
-    of delta W.
+    What the adapter adds to its linear's output is linear in the input, so the outputs for the rows
+    of the identity matrix are the columns of delta W.
 
     Args:
         adapter: The adapter of one site.

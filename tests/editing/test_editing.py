@@ -323,24 +323,24 @@ def test_all_problems_of_a_file_are_told_by_line_and_field(tmp_path: Path) -> No
         f"{path}:1: edit 1: target_new is missing or null",
         f"{path}:2: edit 2: prompt is blank",
         f"{path}:2: edit 2: locality.Kind[0].ground_truth is missing",
-        f"{path}:2: edit 2: locality.Kind[1].prompt is null; it must be text",
+        f"{path}:2: edit 2: locality.Kind[1].prompt is null, but must be text",
         f"{path}:4: edit 4: target_new must be text, got int: 7",
         f"{path}:4: edit 4: portability.Kind[1].prompt must be text, got int: 3",
-        f"{path}:5: edit 5: must be an object, got str",
+        f"{path}:5: edit 5: the edit must be an object, got str",
         "target_new or labels",
     ):
         assert said in told
     listed = written(tmp_path, bad)
     line = 1 + listed.read_text().splitlines().index(' "no object"')
-    with pytest.raises(UserError, match=f":{line}: edit 5: must be an object"):
+    with pytest.raises(UserError, match=f":{line}: edit 5: the edit must be an object"):
         read_edits(listed)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[{"prompt": "a",\n "b": }]', ":2: not valid JSON"),
-        ('{"prompt": "a"}\nno json', ":2: not valid JSON"),
+        ('[{"prompt": "a",\n "b": }]', ":2 is not valid JSON"),
+        ('{"prompt": "a"}\nno json', ":2 is not valid JSON"),
         ("[]", "has no edits"),
         ("", "has no edits"),
         ('[{"src": "a", "alt": "b"}]', "subject is missing"),
@@ -383,7 +383,7 @@ def test_defaults_are_the_released_ones_where_none_is_given(tmp_path: Path, tiny
     [
         ([], ["edits is missing"]),
         (["--edits", "no.json", "--number", "x"], ["no such file: no.json", "number must be like"]),
-        (["--number", "5"], ["--number 5: ", "has 5 edits, numbered from 0 to 4"]),
+        (["--number", "5"], ["--number 5 does not select", "has 5 edits, numbered from 0 to 4"]),
         (["--number", "3:3"], ["from 0 to 4"]),
         (["--packing", "true", "--eval_data", "default"], ["packing is not for", "eval_data is"]),
         (["--max_steps", "null"], ["max_steps must be a number"]),

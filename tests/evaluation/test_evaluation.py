@@ -279,7 +279,10 @@ def test_a_run_trained_otherwise_is_told_of(
 ) -> None:
     asked = flags(tiny, adapter=run, quantization="none", limit=2)
     (said,) = ranks(1, EVALUATE, flags=asked)
-    assert "note      it was trained with --quantization nf4, but is evaluated with none\n" in said
+    assert (
+        "note      the adapter was trained with --quantization nf4, but is evaluated with none\n"
+        in said
+    )
     assert f"note      use --config {run}/run.yaml to evaluate it with" in said
 
 
@@ -501,9 +504,13 @@ def test_a_faulty_example_is_named_by_line_and_field(
     for bad, metric, said in [
         ({"answer": None}, "exact", "'answer' is missing or null"),
         ({"question": None}, "exact", "'question' is missing or null"),
-        ({"answer": "C"}, "choice", "'answer' is 'C', which matches none of its 2 choices"),
+        (
+            {"answer": "C"},
+            "choice",
+            "'answer' is 'C', which matches none of the example's 2 choices",
+        ),
         ({"choices": ["sat"]}, "choice", "'choices' must be a list of at least two"),
-        ({"answer": "two"}, "gsm8k", "its answer has no number: 'two'"),
+        ({"answer": "two"}, "gsm8k", "The example's answer has no number: 'two'"),
         ({"question": "far " * 30}, "exact", "more than --sequence_length 64"),
     ]:
         first = good | ({"answer": "2"} if metric == "gsm8k" else {})
@@ -516,7 +523,7 @@ def test_a_faulty_example_is_named_by_line_and_field(
     (message,) = ranks(1, REFUSAL, flags=flags(tiny, eval_data=data, metrics="exact"))
     *lines, more, last = message.splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"{data}:{n}" for n in range(1, 6)]
-    assert more == "and 4 more" and last.endswith(" to take the longest.")
+    assert more == "and 4 more examples like these" and last.endswith("to keep the longest.")
     enough = last.split()[2]
     ranks(1, EVALUATE, flags=flags(tiny, eval_data=data, metrics="exact", sequence_length=enough))
     write(data, [{"prompt": "the cat", "why": "because"}])
@@ -558,12 +565,12 @@ def test_an_adapter_that_does_not_fit_is_refused(
         return folder
 
     wider = other("wider", lambda w: {k: torch.cat([t, t], 1) for k, t in w.items()})
-    assert "does not fit this model: " in message(wider)
-    assert "this model needs" in message(wider)
+    assert "does not fit --model: " in message(wider)
+    assert "but the model needs" in message(wider)
     deeper = other("deeper", lambda w: {k.replace("layers.1", "layers.9"): t for k, t in w.items()})
-    assert "this model has no linear model.layers.9" in message(deeper)
+    assert "the model has no linear named model.layers.9" in message(deeper)
     dora = other("dora", lambda w: w, use_dora=True)
-    assert "is not a plain LoRA adapter: it has use_dora" in message(dora)
+    assert "is not a plain LoRA adapter: its adapter_config.json has use_dora" in message(dora)
     half = other(
         "half", lambda w: {k: t for k, t in w.items() if "layers.1.mlp" not in k or "_A" in k}
     )

@@ -121,10 +121,10 @@ def test_what_cannot_be_added_is_refused(
     ):
         flags = tiny.flags(tmp_path / name, max_steps=1, **options)
         ranks(1, "tests.work.run:train", flags=flags)
-    with pytest.raises(UserError, match="the update of --method neat depends on the base's"):
+    with pytest.raises(UserError, match="--method neat, because their update depends on"):
         exported(runs("fa"), tmp_path / "out", "--plus", str(tmp_path / "neat"))
-    with pytest.raises(UserError, match="trained lm_head in full.*Name that run first"):
+    with pytest.raises(UserError, match="trained lm_head in full.*Name it first"):
         exported(runs("fa"), tmp_path / "out", "--plus", str(tmp_path / "full"))
-    with pytest.raises(UserError, match="no such folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         exported(runs("fa"), tmp_path / "out", "--plus", str(tmp_path / "nowhere"))
     assert not (tmp_path / "out").exists()
