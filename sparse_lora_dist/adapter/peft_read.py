@@ -45,7 +45,9 @@ def read_peft(
             "starts with one of each. Give an adapter without these fields."
         )
     if config.get("r") != rank:
-        problems.append(f"Its rank is {config.get('r')}, but --rank is {rank}. Use the adapter's rank.")
+        problems.append(
+            f"Its rank is {config.get('r')}, but --rank is {rank}. Use the adapter's rank."
+        )
     if config.get("lora_alpha") != alpha:
         problems.append(
             f"Its alpha is {config.get('lora_alpha')}, but --alpha is {alpha}. Use the adapter's "
