@@ -29,7 +29,7 @@ from sparse_lora_dist.methods.protocol.form import Update
 from sparse_lora_dist.optim.moments import MOMENTS, Packed
 
 CHUNK = 2**18
-"""Number of entries that are stepped and re-packed at a time. It is a multiple of 8, so that the live
+"""Number of entries that are stepped and re-packed at a time. A multiple of 8, so that the live
 bits of a chunk fill whole bytes."""
 
 
