@@ -166,8 +166,20 @@ class Rewriter:
         step: int,
         measures_SK: Tensor | None = None,
     ) -> Rewritten:
-        """Gather one site's tensors, call ``ask`` with them on rank 0, and return its result on
-        every rank. Collective."""
+        """Gather one site's tensors, and return what ``ask`` computes from them on rank 0.
+
+        Collective.
+
+        Args:
+            now: the method's rewriting.
+            ask: function of the gathered site, such as ``now.write``.
+            index: index of the site in ``adapters``.
+            step: optimizer step, counted from 1; 0 before training.
+            measures_SK: results of ``now.measure`` for all sites, float64; None if not measured.
+
+        Returns:
+            The result of ``ask`` on rank 0, the same on every rank.
+        """
         adapter = self.adapters[index]
         site, statistics = adapter.site, adapter.input_statistics
         kept = [getattr(adapter, key) for key in adapter.form.kept]
@@ -202,6 +214,10 @@ class Rewriter:
 
     def _put(self, adapter: AdapterLinear, done: Rewritten) -> bool:
         """Store this rank's shards of a site's new tensors. Collective.
+
+        Args:
+            adapter: adapter of the site.
+            done: new tensors by key, whole and the same on every rank.
 
         Returns:
             True if a trained tensor was among them.

@@ -226,6 +226,11 @@ class ShardScores:
         fits in an int64.
 
         E.g. 39 for a segment of 1,000 entries whose ``largest`` is 1.0 = 0.5 * 2^1.
+
+        Args:
+            name: name of the tensor.
+            by: segments of the tensor: rows, columns, or the whole tensor.
+            largest: largest absolute value of the tensor over all ranks.
         """
         size = _segment_size(self.slices[name].shape, by)
         return min(SUM_BITS, 63 - size.bit_length()) - math.frexp(largest)[1]
@@ -274,7 +279,7 @@ def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None =
 
 
 def num_segments(shape: tuple[int, ...], by: By) -> int:
-    """Return the number of segments of a tensor of ``shape``."""
+    """Return the number of segments of a tensor: of its rows, its columns, or 1 for the tensor."""
     return {"row": shape[0], "column": math.prod(shape[1:]), "tensor": 1}[by]
 
 
