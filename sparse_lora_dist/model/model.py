@@ -229,6 +229,11 @@ class Model:
 
         They are those of a new head, those ``given``, and those of --init_adapter; where two have
         the same name, the later of these three is used.
+
+        Args:
+            config: configuration of the run.
+            method: method that trains the adapters.
+            given: initial values by tensor name, as in ``load``.
         """
         adapter = config.adapter
         initial = first_values(self.module, self.head.new, config.train.seed) | dict(given)
@@ -296,7 +301,7 @@ class Model:
 
     @cached_property
     def identity(self) -> str:
-        """Hash that identifies the base's files; cached, since it reads the header of every file."""
+        """Hash that identifies the base's files; cached, since it reads every file's header."""
         return identity(self.folder, self.files)
 
 
