@@ -64,6 +64,9 @@ def published_for_all(folder: Path) -> list[Path]:
     """Return what ``published(folder)`` returns on rank 0, on every rank. Collective.
 
     Ranks must not list the folder themselves: on a shared disk a node may see an older listing.
+
+    Args:
+        folder: the "checkpoints" folder of a run.
     """
     found: list[Path] = comm.broadcast_object(published(folder) if comm.rank() == 0 else [])
     return found

@@ -226,7 +226,7 @@ def _packed(spread_N: Tensor, live_N: Tensor) -> Tensor:
 
 
 def _one_if_all_equal(births_L: Tensor) -> Tensor:
-    """Return a tensor of length 1 if all birth steps are equal (the usual case), else the input."""
+    """Return the first birth step alone, [1], if all are equal (the usual case), else the input."""
     return births_L[:1].clone() if (births_L == births_L[:1]).all() else births_L
 
 

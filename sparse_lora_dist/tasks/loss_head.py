@@ -101,7 +101,10 @@ class LossHead(nn.Module):
         return x_MTI.flatten(0, -2).index_select(0, self.targets[0])
 
     def chunks(self, x_NI: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yield (hidden states, labels) of as many targets as ``CHUNK_BYTES`` of logits allow."""
+        """Split hidden states [N, I] and their labels [N] into chunks of targets.
+
+        A chunk has as many targets as have ``CHUNK_BYTES`` of fp32 logits together, at least 1.
+        """
         assert self.targets is not None
         rows = max(1, CHUNK_BYTES // (4 * self.vocabulary))
         return zip(x_NI.split(rows), self.targets[1].split(rows), strict=True)
