@@ -46,7 +46,7 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
     unused = [w for w in names if not any(is_called(n, w) for n in chosen)]
     if unused or not chosen:
         raise UserError(
-            f"No linear of this model matches {', '.join(unused) or wanted} of --target_modules. "
+            f"No linear of this model matches --target_modules {', '.join(unused) or wanted}. "
             f"Its linears are called {_endings(linears)}. Name some of these, or use all-linear."
         )
     sites = [
@@ -71,7 +71,7 @@ def _check_ranks(sites: Sequence[Site]) -> None:
     if small:
         first = small[0]
         raise UserError(
-            f"--rank {first.rank} is larger than a side of {len(small)} target matrices; the first "
+            f"--rank {first.rank} is larger than a side of {len(small)} target modules. The first "
             f"is {first.name} ({first.out_features} x {first.in_features}). Lower --rank, or leave "
             "these modules out of --target_modules."
         )
