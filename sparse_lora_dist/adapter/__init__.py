@@ -1,1 +1,1 @@
-"""INJECT: adapters on frozen linears, and reading of PEFT LoRA adapters to start from."""
+"""Stage INJECT: add adapters to frozen linears, and read PEFT LoRA adapters to start from."""

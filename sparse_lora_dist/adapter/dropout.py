@@ -1,4 +1,4 @@
-"""Dropout masks of adapters that do not depend on how rows are spread over ranks.
+"""Dropout masks for the inputs of adapters. A row's mask is the same on whichever rank it trains.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, L tokens of a full-length row.
 """
@@ -14,7 +14,7 @@ from sparse_lora_dist.adapter.seeds import seed_of
 
 @dataclass
 class RowSeeds:
-    """Rows of the current micro-batch, from which the dropout masks of all adapters are seeded.
+    """Rows of the current micro-batch, and the dropout masks that are seeded by them.
 
     All adapters of a model share one instance. A mask depends on (seed, step, row, site) alone, so
     neither the number of ranks nor the micro-batch size changes it.
@@ -27,21 +27,24 @@ class RowSeeds:
     step: int = 0
     """Current optimizer step, counted from 1."""
     rows_M: tuple[int, ...] = field(default=())
-    """Index of each row of the micro-batch in the stream of training rows."""
+    """Number of each row of the micro-batch, counted over the whole run in training order."""
     lengths_M: tuple[int, ...] = field(default=())
     """Number of tokens at the front of each row; the rest of the row is padding."""
     num_positions: int | None = None
-    """T of the micro-batch. None: unknown, and any input with M rows counts as [M, T, I]."""
+    """T, the padded length of the micro-batch's rows. None: unknown; then any input whose first
+    axis has length M counts as [M, T, I]."""
     micro_batch: int = 0
-    """Micro-batches begun so far on this rank, over the whole run."""
+    """Number of micro-batches begun so far on this rank. 0 if ``begin`` is never called."""
 
     def begin(
         self, rows_M: tuple[int, ...], lengths_M: tuple[int, ...], *, num_positions: int
     ) -> None:
-        """Start the next micro-batch on this rank.
+        """Store the rows of the next micro-batch and count the micro-batch.
+
+        Must be called before the micro-batch's forward. Not a collective.
 
         Args:
-            rows_M: index of each row in the stream of training rows.
+            rows_M: number of each row, counted over the whole run in training order.
             lengths_M: number of tokens at the front of each row that are not padding.
             num_positions: T, the padded length of the rows.
         """
@@ -49,7 +52,7 @@ class RowSeeds:
         self.micro_batch += 1
 
     def row_metadata(self) -> RowMetadata:
-        """Return the row metadata that backward needs, as the current micro-batch has it."""
+        """Return the rows, lengths and padded length of the current micro-batch, for backward."""
         return RowMetadata(
             rows_M=self.rows_M, lengths_M=self.lengths_M, num_positions=self.num_positions
         )
@@ -65,8 +68,8 @@ class RowSeeds:
                 row and gets one mask, seeded by (seed, step, site).
             site: name of the site.
             rows_M: rows of the micro-batch that ``x`` comes from.
-            step: optimizer step that ``x`` comes from.
-            dropout: probability with which an entry is dropped.
+            step: optimizer step, counted from 1, that ``x`` comes from.
+            dropout: probability with which an entry is dropped, in [0, 1).
 
         Returns:
             The mask, with the shape, dtype and device of ``x``.

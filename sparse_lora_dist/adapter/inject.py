@@ -1,4 +1,4 @@
-"""INJECT: replace each site of a loaded model with an ``AdapterLinear``."""
+"""Replace each site of a loaded model with an ``AdapterLinear``."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,22 +28,25 @@ def inject(
     micro_batches: int,
     initial: Mapping[str, Values],
 ) -> list[AdapterLinear]:
-    """Replace the linear at each site with an adapter around it. Collective.
+    """Replace the linear at each site with an ``AdapterLinear`` that contains it. Collective.
 
     Args:
         model: loaded model, changed in place. Each site must be a ``FrozenLinear``.
-        sites: linears to adapt, in the model's order.
-        method: method that defines each site's tensors and delta.
+        sites: linears that get an adapter, in the model's order.
+        method: method that defines each site's tensors and its delta (what the adapter adds to the
+            linear's output).
         builder: makes the sharded parameters.
-        row_seeds: seeds of the dropout masks; one instance for all adapters.
+        row_seeds: source of the dropout masks; one instance for all adapters.
         alpha: LoRA alpha.
-        dropout: probability with which an entry of a delta's input is dropped.
-        micro_batches: micro-batches of an optimizer step on one rank.
-        initial: initial values by "site.tensor". A tensor missing here is drawn from (seed, name),
-            so its values are the same on any number of ranks.
+        dropout: probability with which an entry of an adapter's input is dropped.
+        micro_batches: number of micro-batches of an optimizer step on one rank.
+        initial: initial values of trained tensors, by name "site.tensor". A tensor that is missing
+            here gets random values seeded by (seed of the run, its name), which are therefore the
+            same on any number of ranks.
 
     Returns:
-        The adapters, in the order of ``sites``. Kept tensors are zero.
+        The adapters, in the order of ``sites``. Their kept tensors (such as masks, which no
+        gradient trains) are zero until the method writes them.
     """
     adapters: list[AdapterLinear] = []
     for site in sites:

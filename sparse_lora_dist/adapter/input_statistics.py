@@ -1,4 +1,4 @@
-"""Statistics of a site's input and output gradient in one step, for methods that rewrite it.
+"""Statistics of a site's inputs and output gradients in one step, for methods that rewrite sites.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features, N rows of a step.
 """
@@ -14,10 +14,10 @@ from sparse_lora_dist.zero3.shares import own_range
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowMetadata:
-    """Rows of a micro-batch, as backward needs them."""
+    """Rows of a micro-batch: forward stores them, and backward reads them."""
 
     rows_M: tuple[int, ...]
-    """Index of each row in the stream of training rows."""
+    """Number of each row, counted over the whole run in training order."""
     lengths_M: tuple[int, ...]
     """Number of tokens at the front of each row; the rest of the row is padding."""
     num_positions: int | None
@@ -26,26 +26,30 @@ class RowMetadata:
 
 @dataclass(kw_only=True)
 class InputStatistics:
-    """Statistics of one site, summed over the micro-batches of a step. Padding is left out."""
+    """Statistics of one site, summed over the micro-batches of a step.
+
+    Padding tokens are left out.
+    """
 
     squares: bool = False
-    """Whether to collect ``squares_I`` and ``num_tokens``."""
+    """True: collect ``squares_I`` and ``num_tokens``."""
     gradient: bool = False
-    """Whether to collect ``gradient_share``."""
+    """True: collect ``gradient_share``."""
     rows: bool = False
-    """Whether to collect ``means``."""
+    """True: collect ``means``."""
     num_tokens: int = 0
-    """This rank's tokens in ``squares_I``."""
+    """Number of this rank's tokens that ``squares_I`` sums over."""
     squares_I: Tensor | float = 0.0
-    """Sum of the squared inputs of this rank's tokens, float64 [I]; 0.0 before the first."""
+    """Sum of the squared inputs of this rank's tokens, one per input feature, float64 [I]; 0.0
+    before the first backward."""
     gradient_share: Tensor | float = 0.0
-    """This rank's share of the flattened gradient of the loss with respect to the base's weight
-    [O, I], averaged over ranks, fp32, 1-D; 0.0 before the first."""
+    """This rank's shard of the gradient of the loss with respect to the linear's frozen weight
+    [O, I], flattened, averaged over ranks, fp32; 0.0 before the first backward."""
     means: dict[int, Tensor] = field(default_factory=dict)
-    """Row of this rank -> mean of its input over its tokens, fp32 [I]."""
+    """Number of a row of this rank -> mean of the site's input over the row's tokens, fp32 [I]."""
 
     def add(self, x: Tensor, grad_y: Tensor, row_metadata: RowMetadata) -> None:
-        """Add one backward of the site. Collective if ``gradient`` is set.
+        """Add the input and output gradient of one backward. Collective if ``gradient`` is True.
 
         Args:
             x: input of the site, [M, T, I], [M * T, I] or [M, I], before dropout. Inputs of any
@@ -76,10 +80,10 @@ class InputStatistics:
         self.gradient_share = self.gradient_share + whole[start:stop] / comm.world_size()
 
     def gathered_rows(self) -> Tensor | None:
-        """Return the mean inputs of all rows of the step, from all ranks. Collective.
+        """Return the mean input of every row of the step, gathered from all ranks. Collective.
 
         Returns:
-            fp32 [N, I] on this rank's device, in the order of the stream; None if there are none.
+            fp32 [N, I] on this rank's device, rows in training order; None if no rank has a row.
         """
         everyone: dict[int, Tensor] = {}
         for theirs in comm.gather_objects({row: m.cpu() for row, m in self.means.items()}):
@@ -90,7 +94,8 @@ class InputStatistics:
 
 
 def _by_row(x: Tensor, row_metadata: RowMetadata) -> Tensor | None:
-    """Return ``x`` as [M, T, I]; None if it belongs to no row (DeBERTa's relative positions)."""
+    """Return a view of ``x`` as [M, T, I]; None if its shape does not fit the rows, like that of
+    DeBERTa's table of relative positions."""
     count = len(row_metadata.rows_M)
     if x.dim() == 3:
         whole = row_metadata.num_positions in (None, x.shape[1])

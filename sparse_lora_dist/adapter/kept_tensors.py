@@ -1,4 +1,4 @@
-"""Kept tensors: written by a method, trained by no gradient, stored as bytes of a parameter.
+"""Kept tensors: tensors that a method writes and no gradient trains, stored as a parameter's bytes.
 
 ZeRO-3 shards parameters in the dtype of the engine. So the bytes of a kept tensor of any dtype are
 stored in a parameter of that dtype, padded with zeros to a whole number of its elements. With a
@@ -18,7 +18,7 @@ from sparse_lora_dist.methods.protocol.form import KeptSpec
 
 
 def from_bytes(parameter: Tensor, spec: KeptSpec) -> Tensor:
-    """Return the kept tensor that a gathered parameter holds.
+    """Return the kept tensor whose bytes a gathered parameter holds.
 
     Args:
         parameter: gathered parameter, 1-D, in the dtype of the engine.

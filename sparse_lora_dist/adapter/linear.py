@@ -1,4 +1,4 @@
-"""``AdapterLinear``: a frozen linear plus the trained delta of a method.
+"""``AdapterLinear``: a frozen linear plus its delta, which is what the adapter adds to its output.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features.
 """
@@ -20,10 +20,10 @@ from sparse_lora_dist.zero3.parameters import gathers_too
 
 
 class AdapterLinear(nn.Module):
-    """A site with its adapter: y_TO = base(x_TI) + delta(dropout(x_TI)).
+    """A frozen linear with its adapter: y_TO = base(x_TI) + delta(dropout(x_TI)).
 
-    The method's form defines the delta; only the components that are computed enter it. Forward and
-    backward are collective, since ZeRO-3 gathers the site's parameters for each.
+    The method's ``Form`` defines the delta, which uses only the components that ``set_components``
+    names. Forward and backward are collective, since ZeRO-3 gathers the parameters for each.
 
     Args:
         base: frozen linear of the model.
@@ -32,8 +32,8 @@ class AdapterLinear(nn.Module):
         parameters: the site's trained and kept tensors by key, sharded.
         alpha: LoRA alpha.
         dropout: probability with which an entry of the delta's input is dropped.
-        row_seeds: seeds of the dropout masks, shared by all adapters of the model.
-        micro_batches: micro-batches of an optimizer step on one rank.
+        row_seeds: source of the dropout masks, shared by all adapters of the model.
+        micro_batches: number of micro-batches of an optimizer step on one rank.
     """
 
     def __init__(
@@ -59,12 +59,12 @@ class AdapterLinear(nn.Module):
             self.register_parameter(name, parameter)
         self.probe = method.probe
         self.probed: Tensor | float = 0.0
-        """Sum of the probe's values over this step's backwards on this rank; 0.0 before them."""
+        """Sum of the method's probe over this step's backwards on this rank; 0.0 before them."""
         self._penalised_micro_batch = 0
         self.input_statistics: InputStatistics | None = None
         """Statistics that this step's backwards collect; None if the step needs none."""
         self.base_only = False
-        """Whether forward leaves the delta out."""
+        """True: forward returns the output of the frozen linear without the delta."""
         if self.form.reads_base:
             gathers_too(self, base.parameters())
         self.num_components = self.form.num_components(site)
@@ -73,7 +73,10 @@ class AdapterLinear(nn.Module):
         )
 
     def set_components(self, components: Components) -> None:
-        """Compute these components from the next forward on. All ranks must pass the same."""
+        """Set the components that forward computes, and the scale that follows from them.
+
+        All ranks must pass the same components. They take effect at the next forward.
+        """
         self.components = components
         self.scale = self.form.scale(self.alpha, self.site.rank, components.open)
         self._computed_indices = torch.tensor(components.computed, dtype=torch.int64)
@@ -90,22 +93,28 @@ class AdapterLinear(nn.Module):
         return delta_MTO
 
     def dropped(self, x_MTI: Tensor, rows_M: tuple[int, ...], step: int) -> Tensor:
-        """Return the site's input after dropout, as the delta sees it."""
+        """Apply dropout to the site's input. In eval mode the input is returned as it is.
+
+        Args:
+            x_MTI: input of the site.
+            rows_M: number of each row of the micro-batch that ``x_MTI`` comes from.
+            step: optimizer step that ``x_MTI`` comes from.
+        """
         if not self.training or self.dropout == 0.0:
             return x_MTI
         mask = self.row_seeds.keep_mask(x_MTI, self.site.name, rows_M, step, self.dropout)
         return x_MTI * mask
 
     def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that the form's delta takes, by key.
+        """Return the tensors that ``Form.delta`` takes, by key.
 
         Args:
             tensors: the site's trained tensors, gathered, in the order of ``self.specs``.
 
         Returns:
-            The computed components of these, the kept tensors, the drawn tensors, and the base's
-            weight if the form reads it. Kept tensors of floating point and the weight are in the
-            dtype of ``tensors``.
+            Key -> tensor: the trained tensors, cut to the components that forward computes; the
+            kept tensors; the tensors drawn from a seed; and the frozen weight if the form reads it.
+            The weight and floating-point kept tensors are in the dtype of ``tensors``.
         """
         named = dict(zip(self.specs, tensors, strict=True))
         if len(self.components.computed) < self.num_components:
@@ -119,15 +128,18 @@ class AdapterLinear(nn.Module):
         return named
 
     def kept(self) -> dict[str, Tensor]:
-        """Return the site's kept tensors by key. Their parameters must be gathered."""
+        """Return the site's kept tensors by key. ZeRO-3 must have gathered their parameters."""
         return {key: from_bytes(getattr(self, key), spec) for key, spec in self.form.kept.items()}
 
     def adds_penalty(self, micro_batch: int) -> bool:
-        """Whether this backward is the first of the micro-batch, which adds the penalty's gradient.
+        """Return True in the first backward of each micro-batch: it adds the penalty's gradient.
 
-        A model may call one linear several times in a forward: ALBERT's layers are one layer, and
-        DeBERTa's linears take relative positions too. Micro-batch 0 means that nobody counts them:
-        then every backward adds it.
+        A model may call one linear several times in a forward: ALBERT runs the same layer again and
+        again, and DeBERTa's linears take relative positions too. The penalty must be added once.
+
+        Args:
+            micro_batch: ``RowSeeds.micro_batch``; it is stored for the next call. 0 means that
+                micro-batches are not counted, and every call returns True.
         """
         is_first = micro_batch == 0 or micro_batch != self._penalised_micro_batch
         self._penalised_micro_batch = micro_batch
@@ -144,12 +156,12 @@ class AdapterLinear(nn.Module):
 
 
 class _Delta(torch.autograd.Function):
-    """The delta as an autograd function that computes it again in backward.
+    """Autograd function that computes the delta in forward, and once more in backward.
 
-    This costs two thin matmuls, and saves holding every gathered adapter tensor and every dropout
-    mask from forward to backward. In backward both the site's gathered tensors and the gradient of
-    its output are there, so the gradient of a method's penalty, its probe and the input statistics
-    are computed here too.
+    Computing it twice costs two thin matmuls. It avoids that gathered adapter tensors and dropout
+    masks stay in memory from forward to backward. Backward has the site's gathered tensors and the
+    gradient of its output, so it also computes the gradient of the method's penalty, the method's
+    probe, and the input statistics.
     """
 
     @staticmethod

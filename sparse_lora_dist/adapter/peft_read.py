@@ -17,53 +17,61 @@ from sparse_lora_dist.zero3.shares import Values
 def read_peft(
     folder: str, shapes: Mapping[str, tuple[int, ...]], *, rank: int, alpha: float
 ) -> dict[str, Values]:
-    """Return initial values from a PEFT LoRA adapter with this run's rank, alpha and sites.
+    """Open a PEFT LoRA adapter as initial values of a run. Not a collective.
 
     Args:
-        folder: adapter folder, or hub id.
-        shapes: shape of every tensor that trains: "site.lora_a" [R, I], "site.lora_b" [O, R], and
-            "name.weight" for modules trained in full, which the adapter need not have.
-        rank: rank of the run.
-        alpha: LoRA alpha of the run.
+        folder: adapter folder, or hub id, which is downloaded.
+        shapes: tensor name -> shape of every tensor that trains. Names are "site.lora_a" (shape
+            [rank, in_features]), "site.lora_b" ([out_features, rank]), and "name.weight" for
+            modules trained in full, which the adapter need not have.
+        rank: rank of the run, which must be the adapter's.
+        alpha: LoRA alpha of the run, which must be the adapter's.
 
     Returns:
-        Values by the names of ``shapes``. They are read from disk when called.
+        Tensor name -> function that reads a range of the tensor from disk, for every tensor of the
+        adapter.
 
     Raises:
-        UserError: the adapter is absent or damaged, or does not fit the run.
+        UserError: the adapter is absent or damaged, or its type, rank, alpha, modules or shapes are
+            not those of the run.
     """
     config, values, theirs = open_peft(folder)
     problems = []
     if kind := other_kind(config) or (config.get("use_rslora") and "use_rslora"):
-        problems.append(f"it is not a plain LoRA adapter: it has {kind}")
+        problems.append(f"It has {kind}, so it is not a plain LoRA adapter. Give a plain one.")
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         problems.append(
-            "its modules have different ranks or alphas (rank_pattern, alpha_pattern), but a run "
-            "starts with one of each"
+            "Its modules have different ranks or alphas (rank_pattern, alpha_pattern), but a run "
+            "starts with one of each. Give an adapter without these fields."
         )
     if config.get("r") != rank:
-        problems.append(f"its rank is {config.get('r')}, but --rank is {rank}")
+        problems.append(
+            f"Its rank is {config.get('r')}, but --rank is {rank}. Use the adapter's rank."
+        )
     if config.get("lora_alpha") != alpha:
-        problems.append(f"its alpha is {config.get('lora_alpha')}, but --alpha is {alpha}")
+        problems.append(
+            f"Its alpha is {config.get('lora_alpha')}, but --alpha is {alpha}. Use the adapter's "
+            "alpha."
+        )
     # A problem above would only show up again in every tensor.
     if problems := problems or _mismatches(theirs, shapes):
-        raise UserError(f"--init_adapter {folder}: " + "; ".join(problems))
+        raise UserError(f"--init_adapter {folder} does not fit this run. " + " ".join(problems))
     return values
 
 
 def open_peft(
     folder: str, flag: str = "--init_adapter"
 ) -> tuple[dict[str, Any], dict[str, Values], dict[str, tuple[int, ...]]]:
-    """Open a PEFT adapter. Tensors are named "site.lora_a", "site.lora_b" and, for modules trained
-    in full, "name.weight".
+    """Open the files of a PEFT adapter. Not a collective.
 
     Args:
         folder: adapter folder, or hub id, which is downloaded.
-        flag: command-line option that error messages name.
+        flag: what error messages call the folder: the command-line option that gave it.
 
     Returns:
-        (contents of adapter_config.json, values by tensor name, shapes by tensor name). Values are
-        read from disk when called.
+        A tuple of three: the contents of adapter_config.json; tensor name -> function that reads a
+        range of the tensor from disk; tensor name -> shape. Names are "site.lora_a", "site.lora_b"
+        and, for modules trained in full, "name.weight".
 
     Raises:
         UserError: the adapter is absent or damaged.
@@ -92,13 +100,14 @@ def _mismatches(
 ) -> list[str]:
     if other := sorted(_sites(theirs) ^ _sites(shapes)):
         return [
-            f"its modules and --target_modules differ by {len(other)} (the first is {other[0]}); "
-            "set --target_modules to the adapter's modules"
+            f"Its modules and those of --target_modules differ by {len(other)} (the first is "
+            f"{other[0]}). Set --target_modules to the adapter's modules."
         ]
     if extra := sorted(theirs.keys() - shapes.keys()):
-        return [f"it trained {extra[0]} in full: name that module in --modules_to_save"]
+        return [f"It trained {extra[0]} in full. Name that module in --modules_to_save."]
     return [
-        f"its {name} has shape {list(shape)}, but this model needs {list(shapes[name])}"
+        f"Its {name} has shape {list(shape)}, but this model needs {list(shapes[name])}. Give an "
+        "adapter that was trained on this model."
         for name, shape in theirs.items()
         if shape != tuple(shapes[name])
     ][:1]
@@ -109,7 +118,8 @@ def _sites(names: Iterable[str]) -> set[str]:
 
 
 def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
-    """Return the contents of adapter_config.json and the opened files of weights."""
+    """Return the contents of adapter_config.json and the opened safetensors files, downloading the
+    adapter first if ``folder`` is no local folder."""
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 
@@ -117,7 +127,8 @@ def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
             folder = snapshot_download(folder, allow_patterns=["adapter_*", APART])
         except Exception as error:  # the hub raises a dozen kinds
             raise UserError(
-                f"{flag} {folder} is not a folder, and downloading it from the hub failed: {error}"
+                f"{flag} {folder} is not a folder, and downloading it from the hub failed. Give "
+                f"the folder or the hub id of a PEFT adapter. The hub's message: {error}"
             ) from error
     config, weights, apart = (Path(folder) / name for name in (CONFIG, WEIGHTS, APART))
     absent = [p.name for p in (config, weights) if not p.exists()]
@@ -131,7 +142,9 @@ def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
         there = [path for path in (weights, apart) if path.exists()]
         return json.loads(config.read_text()), [safe_open(str(p), framework="pt") for p in there]
     except (ValueError, SafetensorError) as error:
-        raise UserError(f"{flag} {folder} is damaged: {error}") from error
+        raise UserError(
+            f"{flag} {folder} is damaged: {error}. Copy or export the adapter again."
+        ) from error
 
 
 def _our_name(key: str) -> str:

@@ -1,4 +1,4 @@
-"""Derive random seeds from names."""
+"""Derive random seeds from names and numbers."""
 
 import hashlib
 

@@ -1,4 +1,6 @@
-"""SAVE: sharded, atomic checkpoints of all training state, without pickle and base weights.
+"""Stage SAVE: write and read sharded checkpoints of all training state.
+
+They are published whole or not at all, and contain neither pickles nor base weights.
 
     checkpoints/step_00000100/
         rank_00000.safetensors ...   one rank's slices; the metadata holds the range of each
@@ -14,10 +16,15 @@ A rank's slice of a trained tensor "t" is stored under these keys:
     exp_avg/t, exp_avg_sq/t   moments, fp32, live entries only
     born/t                    birth steps, int32, live entries only; one value if all are equal
 
-Also per rank: ``kept/t``, bytes of a kept tensor; ``squares/site``, running mean of squared inputs,
-float64; and ``rng/cpu``, ``rng/cuda``, random states. What is the same on every rank (components
-and statistics of each site) is in the manifest. A reader takes the ranges it needs from the files
-that hold them, so a checkpoint can be read by any number of ranks.
+A rank's file also has these keys:
+
+    kept/t                    bytes of a kept tensor, which a method writes and no gradient trains
+    squares/s                 running mean of the squared inputs of site "s", float64
+    rng/cpu, rng/cuda         states of the random generators
+
+The components and statistics of each site are the same on every rank and are in the manifest. A
+reader takes the ranges it needs from the files that hold them, so a checkpoint can be read by any
+number of ranks.
 """
 
 from sparse_lora_dist.checkpoint.manifest import (

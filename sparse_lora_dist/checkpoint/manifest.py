@@ -1,4 +1,4 @@
-"""Read, write and check a checkpoint's manifest: its progress, description and list of files."""
+"""Read and check manifest.json: progress, description and list of files of a checkpoint."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ FORMAT = 5
 """Version of the checkpoint format."""
 MANIFEST = "manifest.json"
 PACKED = (*MOMENTS, "born")
-"""Keys that are saved for live entries only."""
+"""Kinds of values that a rank's file holds for live entries only."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,20 +24,20 @@ class Progress:
     step: int = 0
     """Optimizer steps done."""
     rows: int = 0
-    """Rows of the training stream consumed: the data position, independent of the batch size."""
+    """Number of training rows consumed: the position in the data, whatever the batch size."""
     tokens: int = 0
     """Tokens trained on, padding not counted."""
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:
-    """Return a manifest as JSON text, with the sha256 hash of its contents added."""
+    """Return the text of manifest.json: the manifest with a sha256 hash of its contents added."""
     return json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest, and check it and the sizes of the files it lists.
+    """Return a checkpoint's manifest, after checking its hash and the sizes of the listed files.
 
-    Hashes of the files are not checked; see ``find_damage``. Not a collective.
+    The hashes of the files are not checked; ``find_damage`` does that. Not a collective.
 
     Args:
         checkpoint: a step_... folder.
@@ -47,7 +47,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the manifest is absent, damaged or of another format, or a file is absent or has
-            another size. The message does not say what to do instead; the caller adds that.
+            another size.
     """
     path = checkpoint / MANIFEST
     if not path.exists():
@@ -58,16 +58,27 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         manifest: dict[str, Any] = json.loads(path.read_text())
         version, digest = manifest["format"], manifest.pop("sha256", None)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {error!r}.") from error
+        raise UserError(
+            f"{path} is damaged: {error!r}. Restore the file to use this checkpoint."
+        ) from error
     if version != FORMAT:
-        raise UserError(f"{path} has format {version}, but this version reads format {FORMAT}.")
+        raise UserError(
+            f"{path} has format {version}, but this version of the program reads format {FORMAT}. "
+            "Use the version that saved the checkpoint."
+        )
     if digest != _hash(manifest):
-        raise UserError(f"{path} was altered after it was saved: its hash does not match.")
+        raise UserError(
+            f"{path} was altered after it was saved: its hash does not match. Restore the file "
+            "to use this checkpoint."
+        )
     for file in manifest["files"]:
         there = checkpoint / file["name"]
         size = there.stat().st_size if there.exists() else 0
         if size != file["bytes"]:
-            raise UserError(f"{there} has {size} bytes, but the manifest lists {file['bytes']}.")
+            raise UserError(
+                f"{there} has {size} bytes, but {MANIFEST} lists {file['bytes']}. Restore the "
+                "file to use this checkpoint."
+            )
     return manifest
 
 
@@ -84,15 +95,15 @@ def _hash(manifest: Mapping[str, Any]) -> str:
 
 
 def check_description(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse to resume with another base, method or other setting than was saved.
+    """Raise ``UserError`` if this run's base, method or settings are not those of a checkpoint.
 
     Args:
-        checkpoint: checkpoint to resume from, named in the error.
-        saved: description in its manifest.
-        now: description of this run.
+        checkpoint: folder of the checkpoint to resume from, for the message.
+        saved: description in its manifest: name of a setting -> value.
+        now: description of this run, of the same form.
 
     Raises:
-        UserError: names every entry that differs, with both values.
+        UserError: a setting differs. The message names each of them, with both values.
     """
     differ = [
         f"{k} was {saved.get(k)!r}, now {now.get(k)!r}"
@@ -101,29 +112,29 @@ def check_description(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[s
     ]
     if differ:
         raise UserError(
-            f"{checkpoint} belongs to another run: {'; '.join(differ)}. Resume with the saved "
-            "settings, or start a new run in another --output_dir."
+            f"{checkpoint} belongs to another run. Its settings differ: {', '.join(differ)}. "
+            "Resume with the saved settings, or start a new run in another --output_dir."
         )
 
 
 def check_tensors(
     checkpoint: Path, saved: Mapping[str, list[int]], now: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Refuse to resume with other trained tensors than were saved.
+    """Raise ``UserError`` if this run trains other tensors than a checkpoint contains.
 
     Args:
-        checkpoint: checkpoint to resume from, named in the error.
-        saved: name -> shape of every trained tensor in its manifest.
-        now: name -> shape of every tensor that this run trains.
+        checkpoint: folder of the checkpoint to resume from, for the message.
+        saved: tensor name -> shape of every trained tensor in its manifest.
+        now: tensor name -> shape of every tensor that this run trains.
 
     Raises:
-        UserError: names the first tensor that differs, with both shapes.
+        UserError: a name or a shape differs. The message has the first one, with both shapes.
     """
     ours = {name: list(shape) for name, shape in now.items()}
     differ = sorted(n for n in {*saved, *ours} if saved.get(n) != ours.get(n))
     if differ:
         raise UserError(
-            f"{checkpoint}: {len(differ)} trained tensors differ from the saved ones. The first is "
+            f"{len(differ)} trained tensors differ between this run and {checkpoint}. The first is "
             f"{differ[0]}: its saved shape is {saved.get(differ[0])}, and now it is "
             f"{ours.get(differ[0])} (None: not trained). Resume with the saved --rank, "
             "--target_modules and --modules_to_save."

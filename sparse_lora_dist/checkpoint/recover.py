@@ -18,9 +18,9 @@ another node may still see an old one on a shared disk."""
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint. Collective.
+    """Return the newest intact checkpoint of a run. Collective.
 
-    Prints a line for each damaged checkpoint that is skipped.
+    Prints a line for each damaged checkpoint that it skips.
 
     Args:
         folder: the "checkpoints" folder of a run.
@@ -29,8 +29,8 @@ def newest_whole(folder: Path) -> Path | None:
         A step_... folder; None if no checkpoint was ever published.
 
     Raises:
-        UserError: on all ranks, if all checkpoints are damaged. Starting anew would lose the run,
-            so the user has to decide on it.
+        UserError: on all ranks, if all checkpoints are damaged. The run is not started anew,
+            because that would delete its progress.
     """
     found = published_for_all(folder)
     for path in reversed(found):
@@ -40,47 +40,58 @@ def newest_whole(folder: Path) -> Path | None:
         print_line("skipped", damage)
     if found:
         raise UserError(
-            f"no checkpoint of {folder} is intact; the lines above name the damage. Restore these "
-            "files, or start a new run in another --output_dir.",
+            f"None of the checkpoints in {folder} is intact; the lines above name the damage. "
+            "Restore these files, or start a new run in another --output_dir.",
             shared=True,
         )
     return None
 
 
 def published(folder: Path) -> list[Path]:
-    """Return the published checkpoints in ``folder``, by ascending step. Not a collective.
+    """Return the folders of all published checkpoints, by ascending step. Not a collective.
 
-    Folders with other names than step_<digits>, like step_00000004_backup, are left out.
+    A checkpoint is published once it has a manifest. Folders with other names than step_<digits>,
+    like step_00000004_backup, are ignored.
+
+    Args:
+        folder: the "checkpoints" folder of a run.
     """
     named = (p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdecimal())
     return sorted(p for p in named if (p / MANIFEST).exists())
 
 
 def published_for_all(folder: Path) -> list[Path]:
-    """Return rank 0's ``published`` on every rank. Collective.
+    """Return what ``published(folder)`` returns on rank 0, on every rank. Collective.
 
-    On a shared disk other nodes may see an older listing.
+    Ranks must not list the folder themselves: on a shared disk a node may see an older listing.
+
+    Args:
+        folder: the "checkpoints" folder of a run.
     """
     found: list[Path] = comm.broadcast_object(published(folder) if comm.rank() == 0 else [])
     return found
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Check every file of a checkpoint against its hash. Collective.
+    """Return a sentence on the first damaged file of a checkpoint. Collective.
 
-    The files are spread over the ranks, so that each is read once.
+    Every file is compared with its hash. The files are spread over the ranks, so that each is read
+    once.
 
     Args:
         checkpoint: a step_... folder.
 
     Returns:
-        The first damage found, the same on every rank; None if the checkpoint is intact.
+        The message, the same on every rank; None if the checkpoint is intact.
     """
     try:
         for file in read_manifest(checkpoint)["files"][comm.rank() :: comm.world_size()]:
             path = checkpoint / file["name"]
             if hash_of_file(path) != file["sha256"]:
-                raise UserError(f"{path} was altered after it was saved: its hash does not match.")
+                raise UserError(
+                    f"{path} was altered after it was saved: its hash does not match. Restore the "
+                    "file to use this checkpoint."
+                )
         damage = None
     except (UserError, OSError) as error:
         damage = str(error)
@@ -88,9 +99,12 @@ def find_damage(checkpoint: Path) -> str | None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed job left in ``folder``: half-written, half-deleted and replaced files.
+    """Remove what a killed job left: half-written, half-deleted and replaced checkpoints.
 
     A replaced checkpoint whose replacement is missing gets its name back. Not a collective.
+
+    Args:
+        folder: the "checkpoints" folder of a run.
     """
     for left in folder.glob(f"{REPLACED}*"):
         final = folder / left.name.removeprefix(REPLACED)

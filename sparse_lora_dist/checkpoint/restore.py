@@ -1,4 +1,4 @@
-"""Restore a run from a checkpoint: each rank reads the ranges it owns, from any rank's files."""
+"""Restore a run from a checkpoint. Each rank reads its own ranges, from the files of any rank."""
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
@@ -26,13 +26,13 @@ def restore(
 
     Args:
         checkpoint: a step_... folder, whose files ``find_damage`` has checked.
-        shards: what to restore into, with its engine, optimizer and sites.
+        shards: this rank's shards. They, their engine, optimizer and sites are changed in place.
         manifest: what ``read_manifest`` returned for the checkpoint.
-        reset: what to start anew: any of "optimizer" (moments), "schedule" (steps, and moments with
-            them) and "data" (data position).
+        reset: names of the parts that start anew instead: "optimizer" (moments), "schedule" (step
+            count and moments) and "data" (position in the data).
 
     Returns:
-        Progress to go on from.
+        Progress of the run at the checkpoint, with the reset parts at zero.
 
     Raises:
         UserError: on all ranks, if any rank cannot read a file.

@@ -1,4 +1,4 @@
-"""Delete checkpoints that a run no longer keeps."""
+"""Delete the checkpoints that ``keep_last`` and ``keep_best`` do not keep."""
 
 import math
 import shutil
@@ -10,15 +10,15 @@ from sparse_lora_dist.errors import UserError
 
 
 def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
-    """Delete older checkpoints after ``newest`` was published. To be called on one rank only.
+    """Delete all checkpoints but the last few and the best. To be called on one rank only.
 
-    Checkpoints of later steps, from an earlier attempt, are neither counted nor deleted: the run
-    will replace them.
+    Checkpoints of later steps than ``newest``, from an earlier attempt, are neither counted nor
+    deleted: the run will replace them.
 
     Args:
-        newest: the checkpoint just published.
-        keep_last: number of newest checkpoints to keep, ``newest`` included. None keeps all.
-        keep_best: whether to keep the checkpoint of smallest held-out loss as well.
+        newest: folder of the checkpoint that was just published.
+        keep_last: number of checkpoints to keep, ``newest`` included. None keeps all.
+        keep_best: True to keep the checkpoint of smallest held-out loss as well.
     """
     if keep_last is None:
         return
@@ -32,10 +32,13 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
 
 
 def drop_later(newest: Path) -> None:
-    """Delete the checkpoints of steps after ``newest``. To be called on one rank only.
+    """Delete the checkpoints of later steps than ``newest``. To be called on one rank only.
 
-    They are from an earlier attempt. Without this, a run that went back to an earlier step with
+    They are from an earlier attempt. If they stayed, a run that went back to an earlier step with
     --resume FOLDER would later resume from them.
+
+    Args:
+        newest: folder of the checkpoint that the run resumes from.
     """
     for path in published(newest.parent):
         if path.name > newest.name:
@@ -51,7 +54,7 @@ def _remove(path: Path) -> None:
 
 
 def _held_out_loss(checkpoint: Path) -> float:
-    """Return the held-out loss of a checkpoint; infinity if it has none or cannot be read."""
+    """Return the held-out loss of a checkpoint; infinity if it has no loss or cannot be read."""
     try:
         loss = read_manifest(checkpoint)["held_out_loss"]
     except UserError:

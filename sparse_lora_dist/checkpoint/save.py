@@ -1,8 +1,8 @@
 """Save a checkpoint: every rank writes a file of its slices, then rank 0 publishes the folder.
 
-Training waits only while slices are copied to host memory. A thread writes them to a temporary
-folder meanwhile. At the first step after which every rank's file is on disk, rank 0 writes the
-manifest and renames the folder to step_N: that publishes it.
+Training waits only until the slices are copied to host memory. Then a thread writes them to a
+temporary folder while training goes on. At the first step after which every rank's file is on disk,
+rank 0 writes the manifest and renames the folder to step_N. This publishes the checkpoint.
 """
 
 import json
@@ -57,7 +57,7 @@ class Saver:
 
     Args:
         folder: the "checkpoints" folder of the run.
-        beside: whether to write in the background while training goes on.
+        beside: True to write in the background while training goes on.
     """
 
     def __init__(self, folder: Path, *, beside: bool) -> None:
@@ -65,13 +65,13 @@ class Saver:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: _Writing | None = None
         self.took_s = 0.0
-        """Seconds that the last save would have taken if training had waited for all of it. The
-        time limit leaves room for as much."""
+        """Seconds that the last save took to copy, write and publish, without the training steps in
+        between. The run stops that long before its time limit, to save once more."""
 
     def begin(self, shards: Shards, progress: Progress, about: Mapping[str, Any]) -> Path | None:
-        """Start saving the present state as ``folder/step_N``. Collective.
+        """Copy the present state and start to write it as ``folder/step_N``. Collective.
 
-        The save before it must have been published, by ``poll`` or ``finish``.
+        ``poll`` or ``finish`` must have published the save before it.
 
         Args:
             shards: this rank's shards.
@@ -79,7 +79,8 @@ class Saver:
             about: further entries of the manifest: description, config, total_steps ...
 
         Returns:
-            The published checkpoint, if saves are not in the background; otherwise None.
+            None, since the checkpoint is written in the background; its folder if ``beside`` is
+            False, after it was published.
 
         Raises:
             UserError: on all ranks, if any rank cannot write.
@@ -121,10 +122,10 @@ class Saver:
     def poll(self) -> Path | None:
         """Publish the checkpoint that is being written, if every rank's file is on disk.
 
-        Collective.
+        Does not wait. Collective.
 
         Returns:
-            The checkpoint that this call published; None if it published none.
+            Folder of the checkpoint that this call published; None if it published none.
         """
         if self._writing is None or comm.largest(int(not self._writing.file.done())):
             return None
@@ -134,7 +135,7 @@ class Saver:
         """Wait for the checkpoint that is being written, and publish it. Collective.
 
         Returns:
-            The checkpoint that this call published; None if none was being written.
+            Folder of the checkpoint that this call published; None if none was being written.
 
         Raises:
             UserError: on all ranks, if any rank could not write its file.
@@ -166,7 +167,8 @@ def _copied_to_host(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[i
     """Copy this rank's slices to host memory, where training does not change them.
 
     Returns:
-        (key -> tensor to save, tensor name -> [first entry, number of entries] of the slice).
+        A tuple of two: key in the file -> tensor to save, on the CPU; tensor name -> [first entry,
+        number of entries] of this rank's slice.
     """
     tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
     if comm.on_gpu():
@@ -191,8 +193,16 @@ def _copied_to_host(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[i
 
 
 def _own_parts_of_sites(shards: Shards, offsets: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Return this rank's part of kept tensors, as bytes, and of mean squared inputs, and add the
-    range of each to ``offsets``."""
+    """Return this rank's slices of the kept tensors and of the sites' means of squared inputs.
+
+    Args:
+        shards: this rank's shards.
+        offsets: tensor name -> [first entry, number of entries] of this rank's slice. An item is
+            added for each kept tensor (its entries are bytes) and each site.
+
+    Returns:
+        "kept/NAME" -> uint8, 1-D; "squares/SITE" -> float64, 1-D.
+    """
     own = {}
     for name, (parameter, spec) in shards.sites.kept().items():
         raw = own_share(parameter).view(torch.uint8)
@@ -205,23 +215,35 @@ def _own_parts_of_sites(shards: Shards, offsets: dict[str, list[int]]) -> dict[s
 
 
 def _packed(spread_N: Tensor, live_N: Tensor) -> Tensor:
-    """Return the live entries [L] on the host, with a storage of their own."""
+    """Copy the live entries of a slice to the CPU, 1-D.
+
+    Args:
+        spread_N: values of all entries of the slice, live and dead.
+        live_N: mask of the live entries, bool.
+    """
     # Picking all entries by a mask takes five times as long as copying them.
     return spread_N.to("cpu", copy=True) if live_N.all() else spread_N[live_N].cpu()
 
 
 def _one_if_all_equal(births_L: Tensor) -> Tensor:
-    """Return birth steps [L] as one value [1] if all are equal, which is the usual case."""
+    """Return the first birth step alone, [1], if all are equal (the usual case), else the input."""
     return births_L[:1].clone() if (births_L == births_L[:1]).all() else births_L
 
 
 def _write(
     path: Path, own: dict[str, Tensor], offsets: Mapping[str, list[int]]
 ) -> tuple[dict[str, Any], float]:
-    """Write a rank's file and wait until it is on disk.
+    """Write a rank's file and wait until it is on disk. Runs in the thread.
+
+    Args:
+        path: the file to write.
+        own: key -> tensor to save, on the CPU.
+        offsets: tensor name -> [first entry, number of entries] of this rank's slice, for the
+            file's metadata.
 
     Returns:
-        (its entry in the manifest: name, size in bytes and hash; seconds it took).
+        A tuple of two: the file's entry in the manifest (name, size in bytes, sha256 hash); the
+        seconds that writing took.
     """
     began = time.perf_counter()
     save_file(own, path, metadata={"offsets": json.dumps(offsets)})

@@ -49,7 +49,7 @@ class SavedSlices:
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Mapping[str, Any]) -> "SavedSlices":
-        """Open all rank files that the manifest lists.
+        """Open all rank files that a checkpoint's manifest lists.
 
         Args:
             checkpoint: a step_... folder.
@@ -58,18 +58,20 @@ class SavedSlices:
         return cls(checkpoint, [file["name"] for file in manifest["files"]])
 
     def entries(self, key: str, name: str, first: int, last: int) -> Tensor:
-        """Read entries [first, last) of a flattened tensor. Not a collective.
+        """Read entries [first, last) of a flattened tensor, from all files that hold some of them.
+
+        Not a collective.
 
         Args:
-            key: what to read of the tensor: "master", "live", "stat0" ..., "exp_avg", "exp_avg_sq",
-                "born", "kept" (its entries are bytes) or "squares".
-            name: name of the tensor; of the site for "squares".
-            first: first entry.
-            last: entry after the last.
+            key: which values of the tensor to read: "master", "live", "stat0" ..., "exp_avg",
+                "exp_avg_sq", "born", "kept" (its entries are bytes) or "squares".
+            name: name of the tensor, or of the site for "squares".
+            first: index of the first entry.
+            last: index after the last entry.
 
         Returns:
-            [last - first], on the CPU, in the dtype of ``DTYPES``. Moments and birth steps of dead
-            entries are zero.
+            1-D tensor of last - first entries, on the CPU, in the dtype of ``DTYPES``. Moments and
+            birth steps of dead entries are zero.
         """
         out = torch.zeros(last - first, dtype=DTYPES.get(key, torch.float32))
         for file, offsets in zip(self.files, self.offsets, strict=True):
@@ -82,7 +84,18 @@ class SavedSlices:
 
 
 def _entries(file: Any, key: str, name: str, first: int, last: int) -> Tensor:
-    """Read entries [first, last) of one rank's slice, counted from the start of the slice."""
+    """Read entries of one rank's slice.
+
+    Args:
+        file: opened rank file.
+        key: which values to read, as in ``SavedSlices.entries``.
+        name: name of the tensor, or of the site for "squares".
+        first: index of the first entry, counted from the start of the slice.
+        last: index after the last entry.
+
+    Returns:
+        1-D tensor of last - first entries. Moments and birth steps of dead entries are zero.
+    """
     if key not in (*PACKED, "live"):
         return file.get_slice(f"{key}/{name}")[first:last]  # type: ignore[no-any-return]
     live = unpack_bits(file.get_slice(f"live/{name}")[: -(-last // 8)], last)

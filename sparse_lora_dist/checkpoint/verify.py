@@ -9,9 +9,9 @@ from sparse_lora_dist.errors import UserError
 
 
 def verify(run: Path) -> None:
-    """Read every byte of a run's checkpoints and print a line for each. Collective.
+    """Check all files of a run's checkpoints by their hashes, and print a line per checkpoint.
 
-    Nothing is written.
+    Nothing is written. Collective.
 
     Args:
         run: folder of the run.
@@ -24,8 +24,8 @@ def verify(run: Path) -> None:
     found = checkpoint.published_for_all(folder)
     if not found:
         raise UserError(
-            f"--verify {run}: {folder} holds no published checkpoint. Give the --output_dir of a "
-            "run that has saved one.",
+            f"{folder} holds no published checkpoint to verify. Give --verify the --output_dir of "
+            "a run that has saved one.",
             shared=True,
         )
     damages = {path: checkpoint.find_damage(path) for path in found}
@@ -36,7 +36,8 @@ def verify(run: Path) -> None:
     num_damaged = sum(damage is not None for damage in damages.values())
     if num_damaged:
         raise UserError(
-            f"{num_damaged} of {counted(len(found), 'checkpoint')} damaged; the lines above name "
-            "the files. --resume auto skips them and takes the newest intact one.",
+            f"--verify found damage in {num_damaged} of {counted(len(found), 'checkpoint')}; the "
+            "lines above name the files. Resume with --resume auto, which skips damaged "
+            "checkpoints and takes the newest intact one.",
             shared=True,
         )

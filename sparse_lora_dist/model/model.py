@@ -1,4 +1,4 @@
-"""``Model``: a sharded frozen base with adapters and modules trained in full."""
+"""``Model``: a sharded frozen base model with adapters and with modules that train in full."""
 
 import re
 from collections import defaultdict
@@ -51,26 +51,27 @@ from sparse_lora_dist.zero3.shares import Values
 
 @dataclass(kw_only=True)
 class Model:
-    """The model of a run: ``open`` makes it on the meta device, ``load`` fills in its shards."""
+    """The model of a run. ``open`` builds it on the meta device, and ``load`` reads its shards."""
 
     module: PreTrainedModel
-    """The transformers model. On the meta device until ``load``."""
+    """The transformers model, on the meta device until ``load``."""
     folder: Path
     """Local folder with the base's files."""
     files: CheckpointFiles
     """The base's safetensors files."""
     sources: Sources
-    """Where in the files each parameter's values come from."""
+    """Parameter name -> the tensors of ``files`` that its values come from."""
     name: str
     """Name of the base as the user gave it: a hub id, or the folder."""
     sites: list[Site]
-    """The linears that get an adapter, in the model's order."""
+    """Linears that get an adapter, in the model's order."""
     head: Head
-    """Modules of a classifier's head; none for a causal language model."""
+    """Head of a classifier; for a causal language model, a ``Head`` without modules."""
     full: dict[str, nn.Module]
-    """Modules trained in full by name, the head's included; they may contain other modules."""
+    """Name -> module that trains in full, the head's included. It may contain other modules."""
     cache: BaseCache | None = None
-    """Cache of the 4-bit base on disk, which may still have to be written. None: no cache."""
+    """Cache of the 4-bit base on disk; if it does not exist yet, ``load`` writes it. None: no
+    cache."""
     adapters: list[AdapterLinear] = field(default_factory=list)
     """Adapters in the order of ``sites``. Empty until ``load``."""
     builder: ShardBuilder | None = None
@@ -78,7 +79,9 @@ class Model:
 
     @classmethod
     def open(cls, config: Config) -> "Model":
-        """Open the base model on the meta device; check all that needs no weights. Collective.
+        """Build the base model on the meta device and check the options against it. Collective.
+
+        No weights are read.
 
         Args:
             config: configuration of the run.
@@ -110,8 +113,8 @@ class Model:
             )
             if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
                 raise UserError(
-                    f"--gradient_checkpointing: {type(module).__name__} does not support it. Leave "
-                    "the option out."
+                    f"{type(module).__name__} does not support --gradient_checkpointing. Leave the "
+                    "option out."
                 )
             keys_of = find_keys(module, files)
             head = task.head(module, files, keys_of)
@@ -134,7 +137,10 @@ class Model:
         return model
 
     def _find_cache(self, options: ModelConfig) -> None:
-        """Look the base up in the cache. Collective if there is to be one."""
+        """Set ``cache`` if --base_cache is given and the base is not in 4 bits already.
+
+        Collective if --base_cache is given.
+        """
         if options.base_cache is None:
             return
         if is_quantized(self.files):
@@ -162,16 +168,18 @@ class Model:
         engine_config: dict[str, Any],
         given: Mapping[str, Values] | None = None,
     ) -> RowSeeds:
-        """Read this rank's share of the base and add the adapters. Collective.
+        """Read this rank's shards of the base and add the adapters. Collective.
 
         Args:
             config: configuration of the run.
             method: method that trains the adapters.
             engine_config: DeepSpeed configuration.
-            given: initial values of trained tensors by name: "site.tensor", or as the base has it.
+            given: initial values of trained tensors by name: "site.tensor" for an adapter's, the
+                parameter's name for others. They replace the usual initial values.
 
         Returns:
-            Seeds of the adapters' dropout masks.
+            Source of the adapters' dropout masks. Its ``begin`` must be called before each
+            micro-batch.
         """
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
@@ -217,8 +225,16 @@ class Model:
     def _initial_values(
         self, config: Config, method: Method, given: Mapping[str, Values]
     ) -> dict[str, Values]:
-        """Return initial values of a new head, those ``given``, and those of --init_adapter.
-        Collective."""
+        """Return initial values of trained tensors, by tensor name. Collective.
+
+        They are those of a new head, those ``given``, and those of --init_adapter; where two have
+        the same name, the later of these three is used.
+
+        Args:
+            config: configuration of the run.
+            method: method that trains the adapters.
+            given: initial values by tensor name, as in ``load``.
+        """
         adapter = config.adapter
         initial = first_values(self.module, self.head.new, config.train.seed) | dict(given)
         with fail_together("reading --init_adapter"):
@@ -236,7 +252,8 @@ class Model:
             method: method that trains the adapters.
 
         Returns:
-            Shapes by name: "site.tensor" in adapters, and as the base has it in other modules.
+            Tensor name -> shape. An adapter's tensor is named "site.tensor"; others have the name
+            of the base's parameter.
         """
         shapes = {name: spec.shape for name, spec in trained_specs(method, self.sites).items()}
         for name, module in self.full.items():
@@ -244,16 +261,19 @@ class Model:
         return shapes
 
     def trainable(self) -> list[nn.Parameter]:
-        """Return all parameters that the optimizer steps."""
+        """Return all parameters that the optimizer steps, in the model's order."""
         return [p for p in self.module.parameters() if p.requires_grad]
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the trained parameters as param groups of ``SparseAdamW``.
+        """Return the trained parameters as param groups for ``SparseAdamW``.
 
-        Parameters of one group share learning-rate factor, weight decay and projection.
+        The parameters of a group share learning-rate factor, weight decay and projection.
 
         Args:
-            weight_decay: weight decay of the run, for parameters that decay.
+            weight_decay: weight decay of the run. Groups of tensors that do not decay have 0.
+
+        Returns:
+            Dicts with the keys "params", "lr_factor", "weight_decay" and "project".
         """
         usual = TensorSpec(shape=(), init=zeros)
         special = {
@@ -276,19 +296,28 @@ class Model:
 
     @property
     def classes(self) -> list[str]:
-        """Class names of a classifier's head, in the order of its outputs; empty without one."""
+        """Class names of a classifier, in the order of its outputs; empty for other models."""
         return classes_of(self.module.config) if self.head.modules else []
 
     @cached_property
     def identity(self) -> str:
-        """Hash that tells this base from any other; cached, since it reads every file's header."""
+        """Hash that identifies the base's files; cached, since it reads every file's header."""
         return identity(self.folder, self.files)
 
 
 def _check_quantization(
     options: ModelConfig, architecture: PretrainedConfig, files: CheckpointFiles
 ) -> None:
-    """Check that the files hold what config.json and the options say."""
+    """Raise ``UserError`` if the base files contradict config.json or --quantization.
+
+    Config.json may say that weights are quantised when they are not, and --quantization none cannot
+    be used with a quantised base.
+
+    Args:
+        options: options of the model.
+        architecture: contents of config.json.
+        files: safetensors files of the base.
+    """
     said = getattr(architecture, "quantization_config", None) is not None
     if said and not is_quantized(files):
         raise UserError(
@@ -304,7 +333,10 @@ def _check_quantization(
 
 
 def _print_what_was_loaded(model: Model, report: LoadReport) -> None:
-    """Print what was loaded, the most that a rank read, and what is not quantised. Collective."""
+    """Print what was loaded: the base, the bytes read, unquantised weights, head and adapters.
+
+    The bytes are the largest of any rank. Collective.
+    """
     costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
     most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
     linear, other, received = (megabytes(int(n)) for n in most)
@@ -326,7 +358,11 @@ def _print_what_was_loaded(model: Model, report: LoadReport) -> None:
 
 
 def _grouped(sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
-    """Group names that differ only in layer and expert numbers: (name, count, total bytes)."""
+    """Yield (name, count, total bytes) for each group of names that differ only in their numbers.
+
+    Args:
+        sizes: name -> bytes. In the name of a group of several, numbers are replaced by "*".
+    """
     groups: dict[str, list[int]] = defaultdict(list)
     for name, size in sizes.items():
         groups[re.sub(r"\b\d+\b", "*", name)].append(size)

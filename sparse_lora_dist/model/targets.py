@@ -18,20 +18,21 @@ from sparse_lora_dist.tasks.class_head import Head, modules_inside
 
 
 def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[str]) -> list[Site]:
-    """Find the linears that get an adapter.
+    """Return the linears that get an adapter, as sites.
 
     Args:
-        model: the base model; it may be on the meta device.
+        model: base model; it may be on the meta device.
         adapter: options of the adapter. ``target_modules`` is "all-linear" (every linear but the
             output head), another string (a regular expression that must match a whole name), or a
-            sequence of names (each a whole name, or what follows a dot in one).
-        full: names of modules trained in full, which get no adapter.
+            sequence of names (each a whole name, or the part of one that follows a dot).
+        full: names of modules that train in full, which get no adapter.
 
     Returns:
         The sites, in the model's order.
 
     Raises:
-        UserError: a name matches no linear, or the rank is larger than a side of a linear.
+        UserError: a name matches no linear, or the rank is larger than in_features or out_features
+            of a linear.
     """
     wanted, head = adapter.target_modules, output_head(model)
     linears = {n: m for n, m in model.named_modules() if is_plain_linear(m) and n not in full}
@@ -45,7 +46,7 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
     unused = [w for w in names if not any(is_called(n, w) for n in chosen)]
     if unused or not chosen:
         raise UserError(
-            f"--target_modules: no linear of this model matches {', '.join(unused) or wanted}. "
+            f"No linear of this model matches --target_modules {', '.join(unused) or wanted}. "
             f"Its linears are called {_endings(linears)}. Name some of these, or use all-linear."
         )
     sites = [
@@ -62,57 +63,64 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
 
 
 def _check_ranks(sites: Sequence[Site]) -> None:
-    """Refuse a rank above a side of a matrix, which the product of A and B cannot have."""
+    """Raise ``UserError`` if a site's rank is larger than its in_features or out_features.
+
+    The product of A and B cannot have such a rank.
+    """
     small = [s for s in sites if s.rank > min(s.in_features, s.out_features)]
     if small:
         first = small[0]
         raise UserError(
-            f"--rank {first.rank} is larger than a side of {len(small)} target matrices; the first "
+            f"--rank {first.rank} is larger than a side of {len(small)} target modules. The first "
             f"is {first.name} ({first.out_features} x {first.in_features}). Lower --rank, or leave "
             "these modules out of --target_modules."
         )
 
 
 def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict[str, nn.Module]:
-    """Find the modules that ``--modules_to_save`` names, besides the head, which always trains.
+    """Return the modules that ``--modules_to_save`` names, without those of a classifier's head.
+
+    The head trains in full in any case.
 
     Args:
-        model: the base model; it may be on the meta device.
-        wanted: names of modules, each a whole name, or what follows a dot in one.
-        head: a classifier's head.
+        model: base model; it may be on the meta device.
+        wanted: names of modules, each a whole name or the part of one that follows a dot.
+        head: head of a classifier; without modules for a causal language model.
 
     Returns:
-        Modules to train in full, by name.
+        Name -> module to train in full.
 
     Raises:
-        UserError: a name matches no module, or one that cannot be trained in full.
+        UserError: a name matches no module, or a module that cannot be trained in full.
     """
     unasked = modules_inside(head.modules)
     modules = {n: m for n, m in model.named_modules() if n not in unasked}
     wanted = [w for w in wanted if not any(is_called(n, w) for n in unasked)]
     found = {n: m for n, m in modules.items() if any(is_called(n, w) for w in wanted)}
     problems = [
-        f"no module is called {w}" for w in wanted if not any(is_called(n, w) for n in found)
+        f"No module is called {w}." for w in wanted if not any(is_called(n, w) for n in found)
     ]
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
-        problems.append(f"{branches[0]} contains modules: name those of them that hold parameters")
+        problems.append(f"{branches[0]} contains modules. Name those of them that hold parameters.")
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = model.config.tie_word_embeddings and ends[1] is not None
     if is_tied and any(m in ends for m in found.values()):
         problems.append(
-            "the input and output embeddings of this model are tied, so they must stay frozen"
+            "The input and output embeddings of this model are tied, so they must stay frozen. "
+            "Leave them out."
         )
     if problems:
         holders = [n for n, m in modules.items() if next(m.parameters(False), None) is not None]
         raise UserError(
-            f"--modules_to_save: {'; '.join(problems)}. Its modules are: {_endings(holders)}."
+            f"--modules_to_save does not fit this model. {' '.join(problems)} Name only modules "
+            f"of the model: {_endings(holders)}."
         )
     return found
 
 
 def is_called(name: str, ending: str) -> bool:
-    """Return whether ``ending`` is a module's whole name, or what follows a dot in it."""
+    """Return True if ``ending`` is a module's whole name, or the part of it that follows a dot."""
     return name == ending or name.endswith(f".{ending}")
 
 

@@ -1,6 +1,6 @@
-"""Learning rate as a function of step and birth step, from the schedules of transformers.
+"""Learning rate as a function of step and birth step, with the schedules of transformers.
 
-It has no state, so a checkpoint saves none.
+``LearningRate`` has no state, so checkpoints do not contain it.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,11 @@ from transformers import get_scheduler
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LearningRate:
-    """Learning rate of every step and entry of a run."""
+    """Learning-rate schedule of a run: a rate for each step and each birth step of entries.
+
+    An entry of a tensor may come to life during the run; its birth step is the number of optimizer
+    steps that were done by then.
+    """
 
     name: str
     """Schedule, by its name in transformers: "linear", "cosine", "constant_with_warmup" ..."""
@@ -22,15 +26,15 @@ class LearningRate:
     warmup_steps: int
     """Warm-up steps at the start of each stage."""
     stages: tuple[int, ...]
-    """Last step of each stage; each stage runs through the whole schedule. The last stage ends with
-    the run."""
+    """Last step of each stage, ascending. Each stage runs through the whole schedule, and the last
+    one ends with the run."""
     first_stage_only: bool = False
-    """Whether all stages but the first have learning rate 0."""
+    """True: the learning rate is 0 in all stages but the first."""
     newborn_warmup: int = 0
-    """Warm-up steps of an entry that comes to life within a stage."""
+    """Number of warm-up steps of an entry that comes to life within a stage."""
     newborn_restarts: bool = False
-    """Whether such an entry runs through a schedule of its own, from its birth to the stage's
-    end."""
+    """True: an entry that comes to life within a stage runs through a schedule of its own, from its
+    birth step to the end of the stage."""
 
     def at(self, step: int, born: int = 0) -> float:
         """Return the learning rate of a step for entries of one birth step.
@@ -42,7 +46,7 @@ class LearningRate:
 
         Args:
             step: optimizer step, counted from 1.
-            born: number of optimizer steps done when the entries came to life.
+            born: birth step: the number of optimizer steps done when the entries came to life.
         """
         start, end = stage_of(step, self.stages)
         if self.first_stage_only and start > 0:
@@ -58,14 +62,14 @@ class LearningRate:
 
 
 def stage_of(step: int, stages: tuple[int, ...]) -> tuple[int, int]:
-    """Find the stage of a step.
+    """Return the first and last step of the stage that a step lies in.
 
     Args:
         step: optimizer step, counted from 1.
         stages: last step of each stage, ascending.
 
     Returns:
-        (last step before the stage, last step of the stage).
+        (last step before the stage, last step of the stage). The first is 0 for the first stage.
 
     Raises:
         ValueError: the step is beyond the last stage.
@@ -75,7 +79,7 @@ def stage_of(step: int, stages: tuple[int, ...]) -> tuple[int, int]:
         if step <= end:
             return start, end
         start = end
-    raise ValueError(f"step {step} is beyond the last stage, which ends at step {start}")
+    raise ValueError(f"Step {step} is beyond the last stage, which ends at step {start}.")
 
 
 def _factor(name: str, warmup_steps: int, total_steps: int, step: int) -> float:

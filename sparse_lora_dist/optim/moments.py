@@ -1,4 +1,6 @@
-"""Adam's moments of one chunk of a shard, stored for live entries only, in fp32 or 8 bits.
+"""Store Adam's moments of one chunk of a shard, for live entries only, in fp32 or 8 bits.
+
+An entry is live if the optimizer steps it.
 
 Shapes: N entries of the chunk, L of them live, K distinct birth steps of these, B blocks of 8-bit
 values.
@@ -17,26 +19,31 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the first and second moment, as in torch.optim.AdamW."""
 
 BLOCK = 256
-"""8-bit values that share a scale."""
+"""Number of 8-bit values that share a scale."""
 
 
 class Fp32:
-    """A moment in fp32."""
+    """A moment of the live entries, stored in fp32.
+
+    Args:
+        values_L: the moment, fp32, one value per live entry.
+        signed: unused; ``EightBit`` has the same arguments.
+    """
 
     def __init__(self, values_L: Tensor, *, signed: bool) -> None:
         self.tensors: tuple[Tensor, ...] = (values_L,)
 
     def read(self) -> Tensor:
-        """Return the moment, fp32 [L], to be changed in place and passed to ``write``."""
+        """Return the stored moment itself, fp32 [L], not a copy."""
         return self.tensors[0]
 
     def write(self, values_L: Tensor) -> None:
-        """Store the moment, fp32 [L]."""
+        """Replace the stored moment by ``values_L``, fp32 [L]."""
         self.tensors = (values_L,)
 
 
 class EightBit:
-    """A moment in blockwise dynamic 8-bit code (Dettmers et al. 2021, arXiv:2110.02861).
+    """A moment in 8 bits, blockwise with a dynamic code (Dettmers et al. 2021, arXiv:2110.02861).
 
     Two things differ from bitsandbytes. First, -1.0 is a code, as 1.0 is: otherwise an entry that
     is the negative maximum of its block would shrink by 0.7 % at every step. Second, a positive
@@ -45,8 +52,8 @@ class EightBit:
     arXiv:2309.01507). Writing what ``read`` returned gives the same bytes.
 
     Args:
-        values_L: the moment, fp32.
-        signed: whether values may be negative: True for ``exp_avg``, False for ``exp_avg_sq``.
+        values_L: the moment, fp32, one value per live entry.
+        signed: True if values may be negative: True for ``exp_avg``, False for ``exp_avg_sq``.
     """
 
     def __init__(self, values_L: Tensor, *, signed: bool) -> None:
@@ -54,7 +61,7 @@ class EightBit:
         self.write(values_L)
 
     def read(self) -> Tensor:
-        """Return the moment, fp32 [L], a copy."""
+        """Return the moment, decoded to fp32 [L]."""
         codes_L, absmax_B = self.tensors
         if codes_L.numel() == 0:
             return absmax_B
@@ -65,7 +72,7 @@ class EightBit:
         return values_L
 
     def write(self, values_L: Tensor) -> None:
-        """Store the moment, fp32 [L], rounded to codes of its blocks."""
+        """Replace the stored moment by ``values_L``, fp32 [L], rounded to 8-bit codes."""
         if values_L.numel() == 0:  # bitsandbytes would launch a CUDA kernel with no blocks
             self.tensors = values_L.byte(), values_L
             return
@@ -84,7 +91,15 @@ class EightBit:
 
 @cache
 def dynamic_code(signed: bool, device: torch.device) -> Tensor:
-    """Return the value of each of the 256 codes, as a fraction of its block's maximum, fp32."""
+    """Return the value of each 8-bit code, as a fraction of its block's largest absolute value.
+
+    Args:
+        signed: True for codes from -1 to 1, False for codes from 0 to 1.
+        device: device of the result.
+
+    Returns:
+        fp32 [256].
+    """
     code: Tensor = create_dynamic_map(signed=signed)
     if signed:
         code[0] = -1.0
@@ -92,10 +107,10 @@ def dynamic_code(signed: bool, device: torch.device) -> Tensor:
 
 
 class Packed:
-    """Optimizer state of a chunk: one bit per entry, and moments and birth steps of live entries.
+    """Optimizer state of a chunk: a live bit per entry; moments and birth steps of live entries.
 
-    Packed tensors hold the live entries in the order of the chunk. A chunk of N = 8 entries, of
-    which L = 3 live, two since the start and one since step 20 (K = 2):
+    Tensors of live entries have the order of the chunk. Example: a chunk of N = 8 entries, of which
+    L = 3 are live, two since the start and one since step 20, so there are K = 2 birth steps:
 
         entry of the chunk      0    1    2    3    4    5    6    7
         live                    no   yes  no   no   yes  yes  no   no     bits = [0b00110010]
@@ -108,11 +123,11 @@ class Packed:
     the usual case.
 
     Args:
-        live_N: mask of live entries, bool.
-        exp_avg_N: first moment, fp32; values of dead entries are ignored, here and below.
+        live_N: mask of live entries, bool. Values of all other entries are ignored below.
+        exp_avg_N: first moment, fp32.
         exp_avg_sq_N: second moment, fp32.
-        born_N: birth steps, int32.
-        eight_bit: whether to store moments in 8 bits.
+        born_N: birth steps, int32: number of steps that were done when an entry came to life.
+        eight_bit: True to store moments in 8 bits, False for fp32.
     """
 
     def __init__(
@@ -138,15 +153,15 @@ class Packed:
             self.birth_L = torch.searchsorted(births_K, born_L, out_int32=True).to(torch.int16)
 
     def live(self) -> Tensor:
-        """Return the mask of live entries, bool [N]."""
+        """Return the mask of live entries over the whole chunk, bool [N]."""
         return unpack_bits(self.bits, self.size)
 
     def where(self) -> Tensor | None:
-        """Return the positions of the live entries in the chunk, int64 [L]; None if all live."""
+        """Return the positions of live entries in the chunk, int64 [L]; None if all are live."""
         return None if self.count == self.size else self.live().nonzero().flatten()
 
     def spread(self, values_L: Tensor) -> Tensor:
-        """Return packed values [L] at their places in the chunk [N], with zero for dead entries."""
+        """Scatter values of live entries [L] to their places in the chunk [N]; others are zero."""
         if self.count == self.size:  # takes a tenth of the time of the general case
             return values_L.clone()
         out_N = torch.zeros(self.size, dtype=values_L.dtype, device=values_L.device)
@@ -154,26 +169,26 @@ class Packed:
         return out_N
 
     def born(self) -> Tensor:
-        """Return the birth step of each entry, int32 [N], zero for dead entries."""
+        """Return the birth step of each entry of the chunk, int32 [N], zero for dead entries."""
         births_K = torch.tensor(self.births, dtype=torch.int32, device=self.bits.device)
         born_L = births_K.expand(self.count) if self.birth_L is None else self._by_birth(births_K)
         return self.spread(born_L)
 
     def per_entry(self, values_K: Sequence[float]) -> float | Tensor:
-        """Return the value of each live entry's birth step.
+        """Give each live entry the value of its birth step.
 
         Args:
-            values_K: one value per birth step, in the order of ``births``.
+            values_K: one value for each birth step, in the order of ``births``.
 
         Returns:
-            fp32 [L]; or one float if all birth steps have the same value.
+            One value per live entry, fp32 [L]; a float if all birth steps have the same value.
         """
         if len(set(values_K)) == 1:
             return values_K[0]
         return self._by_birth(torch.tensor(values_K, dtype=torch.float32, device=self.bits.device))
 
     def nbytes(self) -> int:
-        """Return the bytes of all storages."""
+        """Return the bytes of memory that the state takes."""
         tensors = [self.bits, *self.exp_avg.tensors, *self.exp_avg_sq.tensors]
         if self.birth_L is not None:
             tensors.append(self.birth_L)

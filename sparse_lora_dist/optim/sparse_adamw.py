@@ -1,15 +1,17 @@
-"""SparseAdamW: AdamW over ZeRO-3's flat fp32 shards, with moments for live entries only.
+"""``SparseAdamW``: AdamW on ZeRO-3's flat fp32 shards, with moments for live entries only.
+
+An entry of a tensor is live if the optimizer steps it, and dead otherwise.
 
 DeepSpeed passes ``step`` one flat shard at a time. A flat shard holds this rank's parts of many
-tensors one after another, cut anywhere, so everything here is elementwise: pick the live entries,
-step them, project them, write them back. Dead entries keep their values. Since all of it happens
-inside ``step``, the low-precision copy that DeepSpeed makes right after ``step`` is up to date.
+tensors one after another, cut anywhere, so all work here is elementwise: the live entries are
+picked, stepped, projected and written back. Dead entries keep their values. All of it happens
+inside ``step``, so the low-precision copy that DeepSpeed makes right after ``step`` is up to date.
 
 A flat shard is worked on in chunks of ``CHUNK`` entries, each with a ``Packed`` state of its own:
 
     flat shard    | chunk 0: 262,144 entries | chunk 1: 262,144 | ... | last chunk: the rest |
 
-Stepping and re-packing need scratch memory per entry, and chunks bound it.
+Stepping and re-packing need scratch memory per entry; working on one chunk at a time bounds it.
 
 Birth steps: if a decision after step 19 but before the engine's step 20 brings an entry to life,
 19 steps are done, so its birth step is 19. Step 20 is its first: age 20 - 19 = 1. An entry that
@@ -27,20 +29,21 @@ from sparse_lora_dist.methods.protocol.form import Update
 from sparse_lora_dist.optim.moments import MOMENTS, Packed
 
 CHUNK = 2**18
-"""Entries that are stepped and re-packed at a time; a multiple of 8, so that bits fill bytes."""
+"""Number of entries that are stepped and re-packed at a time. A multiple of 8, so that the live
+bits of a chunk fill whole bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateBytes:
-    """Bytes of optimizer state on this rank: moments, live bits and birth steps."""
+    """Bytes of optimizer state on this rank: moments, live bits and birth steps of all chunks."""
 
     now: int
     """Bytes held at present."""
     peak: int
     """Most bytes held so far, outside re-packing."""
     repacking: int
-    """Most bytes held so far while a chunk was re-packed: all state, the chunk's new state, and its
-    unpacked moments and birth steps."""
+    """Most bytes held so far while a chunk was re-packed. Counted are all state, the chunk's new
+    state, and its mask, moments and birth steps of all entries."""
 
 
 class SparseAdamW(torch.optim.Optimizer):
@@ -63,7 +66,7 @@ class SparseAdamW(torch.optim.Optimizer):
     Keys of a param group besides Adam's:
         rate: birth step -> learning rate of this step; None uses ``lr`` for all entries.
         lr_factor: multiplies the learning rate.
-        project: ``Project`` that ends an update; None for none.
+        project: ``Project`` function that ends each update; None for no projection.
 
     Keys of a flat shard's state:
         step: number of steps it has done.
@@ -79,7 +82,7 @@ class SparseAdamW(torch.optim.Optimizer):
         weight_decay: decoupled weight decay.
         betas: decay rates of the two moments.
         eps: added to the denominator.
-        eight_bit: whether to store moments in 8 bits.
+        eight_bit: True to store moments in 8 bits, False for fp32.
     """
 
     def __init__(
@@ -100,12 +103,12 @@ class SparseAdamW(torch.optim.Optimizer):
     def set_live(self, flat: Tensor, live: Tensor) -> None:
         """Set which entries of a flat shard are stepped from now on.
 
-        Entries that lived before keep their moments and birth step. The others start with zero
+        Entries that were live before keep their moments and birth step. New ones start with zero
         moments, and their birth step is the number of steps done.
 
         Args:
             flat: flat shard, fp32, 1-D.
-            live: mask of the entries that live, bool, of ``flat``'s length.
+            live: mask of the entries to step, bool, of ``flat``'s length.
         """
         state = self._state(flat)
         for i, live_N in enumerate(live.to(flat.device).split(CHUNK)):
@@ -123,7 +126,7 @@ class SparseAdamW(torch.optim.Optimizer):
         born: Tensor,
         steps: int,
     ) -> None:
-        """Restore what ``live``, ``dense`` and ``born`` returned for a flat shard.
+        """Set the state of a flat shard to what ``live``, ``dense`` and ``born`` returned.
 
         Args:
             flat: flat shard, fp32, 1-D; the tensors below have its length.
@@ -140,7 +143,10 @@ class SparseAdamW(torch.optim.Optimizer):
             self._pack(state, i, *part)
 
     def reset_moments(self) -> None:
-        """Reset every live entry: zero moments, and the number of steps done as birth step."""
+        """Set all moments to zero, and all birth steps to the number of steps done.
+
+        Which entries are live does not change.
+        """
         for state in self.state.values():
             for i, old in enumerate(state["chunks"]):
                 live_N = old.live()
@@ -149,26 +155,32 @@ class SparseAdamW(torch.optim.Optimizer):
                 self._pack(state, i, live_N, zero_N, zero_N, now_N)
 
     def zero_after_step(self, flat: Tensor, mask: Tensor) -> None:
-        """Set entries to zero at the end of the flat shard's next step, whether live or dead.
+        """Schedule entries to be set to zero at the end of the flat shard's next step.
 
         Args:
             flat: flat shard, fp32, 1-D.
-            mask: entries to set to zero, bool, of ``flat``'s length.
+            mask: entries to set to zero, live or dead, bool, of ``flat``'s length.
         """
         state = self._state(flat)
         state["zero"] = mask.to(flat.device) | state.get("zero", False)
 
     def live(self, flat: Tensor) -> Tensor:
-        """Return the mask of live entries of a flat shard, bool, of its length."""
+        """Return the mask of live entries of a flat shard, bool, 1-D, of its length."""
         return torch.cat([chunk.live() for chunk in self.state[flat]["chunks"]])
 
     def dense(self, flat: Tensor, key: str) -> Tensor:
-        """Return the moment ``key`` of a flat shard, fp32, of its length, zero for dead entries."""
+        """Return a moment of a flat shard, fp32, 1-D, of its length, zero for dead entries.
+
+        Args:
+            flat: flat shard, fp32, 1-D.
+            key: "exp_avg" or "exp_avg_sq".
+        """
         chunks = self.state[flat]["chunks"]
         return torch.cat([chunk.spread(getattr(chunk, key).read()) for chunk in chunks])
 
     def born(self, flat: Tensor) -> Tensor:
-        """Return the birth steps of a flat shard, int32, of its length, zero for dead entries."""
+        """Return the birth steps of a flat shard, int32, 1-D, of its length, zero for dead
+        entries."""
         return torch.cat([chunk.born() for chunk in self.state[flat]["chunks"]])
 
     def num_live(self) -> int:
@@ -176,12 +188,12 @@ class SparseAdamW(torch.optim.Optimizer):
         return sum(chunk.count for state in self.state.values() for chunk in state["chunks"])
 
     def state_bytes(self) -> StateBytes:
-        """Return the exact bytes of all state that is kept from one step to the next."""
+        """Return the exact size in bytes of the state kept between steps, now and at its peaks."""
         return StateBytes(now=self._nbytes(), peak=self._peak, repacking=self._repacking)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # ZeRO-3 has no closures
-        """Step the flat shards that the engine has put into ``param_groups``."""
+        """Update the flat shards that the engine has put into ``param_groups``, in place."""
         for group in self.param_groups:
             for flat in group["params"]:
                 self._step_shard(flat, group)
@@ -190,8 +202,8 @@ class SparseAdamW(torch.optim.Optimizer):
     def skip_step(self, flat: Tensor) -> None:
         """Count a step that the engine did not apply to a flat shard.
 
-        It counts so that ages and birth steps stay steps of the run, and entries that were to be
-        zero after the step become zero.
+        The count keeps ages and birth steps equal to steps of the run. Entries that
+        ``zero_after_step`` has scheduled become zero.
         """
         self._begin_step(flat)
         self._end_step(flat)
@@ -215,7 +227,7 @@ class SparseAdamW(torch.optim.Optimizer):
             flat.data.masked_fill_(zero, 0.0)
 
     def _state(self, flat: Tensor) -> dict[str, Any]:
-        """Return the state of a flat shard. A new one has no live entries."""
+        """Return the state of a flat shard. If it has none, create one without live entries."""
         state: dict[str, Any] = self.state[flat]
         if not state:
             state["step"], state["chunks"] = 0, []
@@ -241,7 +253,15 @@ class SparseAdamW(torch.optim.Optimizer):
 def _step_chunk(
     w_N: Tensor, grad_N: Tensor, chunk: Packed, step: int, group: dict[str, Any]
 ) -> None:
-    """Step and project the live entries of a chunk of N entries, in place."""
+    """Step and project the live entries of one chunk, in place.
+
+    Args:
+        w_N: fp32 master values of the chunk's entries, changed in place.
+        grad_N: their gradient, fp32.
+        chunk: optimizer state of the chunk, changed in place.
+        step: number of the optimizer step, counted from 1.
+        group: param group of the flat shard.
+    """
     where_L = chunk.where()
     w, grad = (w_N, grad_N) if where_L is None else (w_N[where_L], grad_N[where_L])
     update = _adamw(w, grad, chunk, step, group)
@@ -254,10 +274,20 @@ def _step_chunk(
 
 
 def _adamw(w: Tensor, grad: Tensor, chunk: Packed, step: int, group: dict[str, Any]) -> Update:
-    """Step the live entries ``w`` [L] and the chunk's moments in place, as torch.optim.AdamW does.
+    """Apply one step of AdamW to the live entries and the chunk's moments, in place.
 
-    All K values below are per birth step: entries of one birth step share age, learning rate and
-    bias correction.
+    The lists that end in _K have one value per birth step: entries of one birth step share age,
+    learning rate and bias correction.
+
+    Args:
+        w: fp32 master values of the chunk's live entries, 1-D, changed in place.
+        grad: their gradient, fp32, 1-D.
+        chunk: optimizer state of the chunk, changed in place.
+        step: number of the optimizer step, counted from 1.
+        group: param group of the flat shard.
+
+    Returns:
+        Step, learning rates and denominators, for the projection that follows.
     """
     rate, (beta1, beta2) = group["rate"], group["betas"]
     ages_K = [step - born for born in chunk.births]

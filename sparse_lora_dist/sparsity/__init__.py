@@ -1,2 +1,2 @@
-"""Decisions of sparse methods: sharded scores and statistics give masks and ranks, which are the
-same bits on every rank."""
+"""Decisions of sparse methods: compute masks and ranks of sites from sharded scores and statistics,
+with the same bits on every rank."""

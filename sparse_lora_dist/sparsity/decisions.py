@@ -22,12 +22,12 @@ Digests = Mapping[str, str]
 """Tensor name -> hash."""
 
 MODULES = 16
-"""Adapters gathered at a time for the comparison: 19 MB of bf16 for a 70B model's widest linears at
-rank 16."""
+"""Number of adapters that ``confirm`` gathers at a time. 16 take 19 MB in bf16 for the widest
+linears of a 70B model at rank 16."""
 
 
 class Decisions:
-    """Makes the method's decisions at the steps it asks for, and checks their outcome on all ranks.
+    """Makes the method's decisions, and checks that they have the same outcome on all ranks.
 
     Args:
         shards: this rank's shards of the trained tensors.
@@ -39,7 +39,7 @@ class Decisions:
         self._dead_digests = self._digests_of_dead_entries()
 
     def make(self, step: int) -> Decision | None:
-        """Decide, if a decision is due. Collective.
+        """Make and apply the method's decision, if one is due at this step. Collective.
 
         Must be called between a step's last backward and the engine's step.
 
@@ -50,8 +50,8 @@ class Decisions:
             The decision; None if none is due.
 
         Raises:
-            UserError: on all ranks, if entries that are not live have changed since the last
-                decision, or if scores are not finite.
+            UserError: on all ranks, if entries that the optimizer does not step have changed since
+                the last decision, or if scores are not finite.
         """
         if not self.shards.decides_at(step):
             return None
@@ -60,24 +60,24 @@ class Decisions:
         for rank, names in enumerate(comm.gather_objects(moved)):
             if names:
                 raise _divergence(
-                    f"step {step}: entries of {names[0]} that are not trained have changed on "
+                    f"At step {step}, entries of {names[0]} that are not trained have changed on "
                     f"rank {rank} since the last decision"
                 )
         self._made = self.shards.decide(step)
         return self._made
 
     def confirm(self, step: int) -> None:
-        """Check the decision that ``make`` returned at this step. Collective.
+        """Raise ``UserError`` if ranks differ in this step's decision or its outcome. Collective.
 
-        Must be called after the engine's step. All ranks must have the same decision and see the
-        same zeros in every gathered tensor, and these must be the zeros of the fp32 masters.
-        Gathers ``MODULES`` adapters at a time. Does nothing if no decision was due.
+        Must be called after the engine's step. Gathers ``MODULES`` adapters at a time. Does nothing
+        if no decision was due.
 
         Args:
-            step: optimizer step, counted from 1.
+            step: optimizer step, counted from 1, that ``make`` was called with.
 
         Raises:
-            UserError: on all ranks, if one of these differs.
+            UserError: on all ranks, if two ranks have made different decisions or see different
+                zeros in a gathered tensor, or if these are not the zeros of the fp32 masters.
         """
         if self._made is None:
             return
@@ -128,18 +128,18 @@ def _compare(step: int, patterns: Digests, stale: list[str]) -> None:
     for rank, (theirs, their_stale) in enumerate(everyone):
         differ = [name for name in patterns if theirs[name] != everyone[0][0][name]]
         if differ:
-            raise _divergence(f"step {step}: {differ[0]} differs between rank 0 and rank {rank}")
+            raise _divergence(f"At step {step}, {differ[0]} differs between rank 0 and rank {rank}")
         if their_stale:
             raise _divergence(
-                f"step {step}: the gathered copy of {their_stale[0]} that forward uses has other "
-                f"zeros than the fp32 master on rank {rank}"
+                f"At step {step}, the gathered copy of {their_stale[0]} that forward uses has "
+                f"other zeros than the fp32 master on rank {rank}"
             )
 
 
 def _divergence(what: str) -> UserError:
     return UserError(
         f"{what}. The ranks no longer train the same model, so the run stops without saving. "
-        "Resume from the last checkpoint with --resume auto; if it happens again, check the memory "
+        "Resume from the last checkpoint with --resume auto. If it happens again, check the memory "
         "and the network of that rank's machine.",
         shared=True,
     )

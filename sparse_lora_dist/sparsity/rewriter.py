@@ -1,7 +1,7 @@
-"""Let a method rewrite whole tensors of its sites at the steps it asks for.
+"""Compute whole tensors of all sites anew, at the steps that the method's ``Rewriting`` names.
 
-One site is gathered at a time. Rank 0 computes the new tensors and broadcasts them, and each rank
-keeps its share.
+One site is gathered at a time. Rank 0 computes the new tensors and broadcasts them. Each rank
+stores its shard.
 
 Shapes: I in_features, O out_features, S sites.
 """
@@ -29,11 +29,11 @@ from sparse_lora_dist.zero3.shares import as_share, share_of
 
 
 class Rewriter:
-    """Rewrites sites for a method with a ``Rewriting``; does nothing for any other method.
+    """Rewrites the sites of a method that has a ``Rewriting``; does nothing for other methods.
 
     Args:
-        shards: this rank's shards of the trained tensors.
-        seed: seed of the run; a site's random generator is seeded from (seed, site, step).
+        shards: this rank's shards of the trained tensors, which a rewriting changes.
+        seed: seed of the run. Random values for a site are seeded by (seed, site, step).
     """
 
     def __init__(self, shards: Shards, seed: int) -> None:
@@ -42,7 +42,7 @@ class Rewriter:
         self.adapters = list(shards.sites.adapters.values())
 
     def begin(self) -> None:
-        """Rewrite before the first step of a new run, if the method asks for it. Collective.
+        """Rewrite all sites before step 1 of a new run, if the method asks for it. Collective.
 
         Must not be called for a resumed run.
         """
@@ -50,7 +50,7 @@ class Rewriter:
             self._rewrite(self.rewriting, 0)
 
     def collect_inputs(self, step: int) -> None:
-        """Have the sites collect the input statistics that the method needs from this step.
+        """Make the sites collect the input statistics that the method needs from this step.
 
         Must be called on all ranks before the step's first forward.
 
@@ -70,16 +70,16 @@ class Rewriter:
                 )
 
     def after(self, step: int, *, applied: bool) -> Decision | None:
-        """Take in the step's input statistics and rewrite, if that is due. Collective.
+        """Update the running statistics, and rewrite all sites if it is due. Collective.
 
         Must be called after the engine's step.
 
         Args:
             step: optimizer step, counted from 1.
-            applied: whether the engine applied the step; False if its gradient was not finite.
+            applied: True if the engine applied the step; False if its gradient was not finite.
 
         Returns:
-            The components and log values of the rewriting; None if none was due.
+            The new components and the log values of the rewriting; None if none was due.
 
         Raises:
             UserError: on all ranks, if the method needed the gradients or inputs of a step that was
@@ -97,8 +97,8 @@ class Rewriter:
         ]
         if not applied and any(statistics.gradient or statistics.rows for statistics in statistics):
             raise UserError(
-                f"step {step}: --method {self.shards.method.name} selects weights by the gradients "
-                "or inputs of this step, but its loss or gradient is not finite. Lower "
+                f"--method {self.shards.method.name} selects weights by the gradients or inputs of "
+                f"step {step}, but the loss or gradient of this step is not finite. Lower "
                 "--learning_rate, or check the data.",
                 shared=True,
             )
@@ -108,7 +108,11 @@ class Rewriter:
         return decision
 
     def _update_mean_squares(self, decay: float) -> None:
-        """Update every site's running mean of squared inputs. One all-reduce for all sites."""
+        """Update every site's running mean of squared inputs. Collective: one all-reduce in all.
+
+        Args:
+            decay: weight of the old mean, in [0, 1).
+        """
         statistics = [a.input_statistics for a in self.adapters if a.input_statistics is not None]
         sums = [torch.as_tensor(w.squares_I, device=comm.device()).double() for w in statistics]
         widths = [a.site.in_features for a in self.adapters]
@@ -162,7 +166,20 @@ class Rewriter:
         step: int,
         measures_SK: Tensor | None = None,
     ) -> Rewritten:
-        """Gather one site and return rank 0's answer about it. Collective."""
+        """Gather one site's tensors, and return what ``ask`` computes from them on rank 0.
+
+        Collective.
+
+        Args:
+            now: the method's rewriting.
+            ask: function of the gathered site, such as ``now.write``.
+            index: index of the site in ``adapters``.
+            step: optimizer step, counted from 1; 0 before training.
+            measures_SK: results of ``now.measure`` for all sites, float64; None if not measured.
+
+        Returns:
+            The result of ``ask`` on rank 0, the same on every rank.
+        """
         adapter = self.adapters[index]
         site, statistics = adapter.site, adapter.input_statistics
         kept = [getattr(adapter, key) for key in adapter.form.kept]
@@ -189,17 +206,21 @@ class Rewriter:
             return _answer_of_rank_0(ask, whole)
 
     def _master(self, adapter: AdapterLinear, key: str) -> Tensor:
-        """Return a trained tensor, gathered from the fp32 masters. Collective."""
+        """Return a site's trained tensor ``key``, gathered from the fp32 masters. Collective."""
         tensor_slice = self.shards.sites.tensor_slice(self.shards.sparse, adapter.site.name, key)
         return _gathered_from(
             self.shards.engine.master(tensor_slice), tensor_slice.share, tensor_slice.shape
         )
 
     def _put(self, adapter: AdapterLinear, done: Rewritten) -> bool:
-        """Write this rank's shares of the new tensors. Collective.
+        """Store this rank's shards of a site's new tensors. Collective.
+
+        Args:
+            adapter: adapter of the site.
+            done: new tensors by key, whole and the same on every rank.
 
         Returns:
-            Whether a trained tensor was among them.
+            True if a trained tensor was among them.
         """
         for key, t in done.tensors.items():
             if key in adapter.specs:
@@ -217,10 +238,10 @@ def _measured(measure: Callable[[Whole], Tensor], whole: Whole) -> Rewritten:
 
 
 def _answer_of_rank_0(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewritten:
-    """Return what ``ask`` answers on rank 0. Collective.
+    """Call ``ask(whole)`` on rank 0 and return its result on every rank. Collective.
 
-    Not what each rank would compute: other machines may round differently or give a singular vector
-    the other sign, and shares of two different answers do not fit together.
+    If each rank computed it, machines might round differently or give a singular vector the other
+    sign, and shards of two different results do not fit together.
 
     Raises:
         UserError: on all ranks, if ``ask`` fails on rank 0.
@@ -230,7 +251,10 @@ def _answer_of_rank_0(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
         try:
             own = ask(whole)
         except Exception as error:  # any kind: the other ranks wait for an answer
-            failure = f"step {whole.step}, {whole.site.name}: {type(error).__name__}: {error}"
+            failure = (
+                f"Rewriting {whole.site.name} at step {whole.step} failed on rank 0 with "
+                f"{type(error).__name__}: {error}"
+            )
     kinds = {key: (tuple(t.shape), t.dtype) for key, t in own.tensors.items()}
     said = comm.broadcast_object((failure, kinds, own.computed, dict(own.log_values)))
     failure, kinds, computed, log_values = said
@@ -244,7 +268,8 @@ def _answer_of_rank_0(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
 
 
 def _gradient(adapter: AdapterLinear, statistics: InputStatistics | None) -> Tensor | None:
-    """Return the gradient with respect to the base's weight, fp32 [O, I]; None if not collected."""
+    """Return the gradient of the loss with respect to the frozen weight, fp32 [O, I], gathered from
+    all ranks. None if it was not collected. Collective."""
     if statistics is None or not isinstance(statistics.gradient_share, Tensor):
         return None
     shape = adapter.site.out_features, adapter.site.in_features
@@ -252,7 +277,12 @@ def _gradient(adapter: AdapterLinear, statistics: InputStatistics | None) -> Ten
 
 
 def _gathered_from(own: Tensor, share: int, shape: tuple[int, ...]) -> Tensor:
-    """Return the tensor of ``shape`` whose ``own`` part, of at most ``share`` entries, is this
-    rank's. Collective."""
+    """Gather a tensor from its shards. Collective.
+
+    Args:
+        own: this rank's shard, 1-D, without padding.
+        share: length of each rank's shard with padding.
+        shape: shape of the whole tensor.
+    """
     padded = as_share(own, share, own.dtype, comm.device())
     return comm.all_gather_flat(padded, prod(shape)).view(shape)

@@ -1,4 +1,4 @@
-"""Sums and exact top-k over sharded scores, with the same bits on any number of ranks.
+"""Compute sums and exact top-k of sharded scores, with the same bits on any number of ranks.
 
 A rank holds elements [start, start + length) of every flattened tensor; ranks hold them in order.
 As a matrix, a tensor has shape[0] rows and prod(shape[1:]) columns. A segment is a set of entries
@@ -82,7 +82,7 @@ class TensorSlice(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardScores:
-    """Importance scores of sharded tensors: the ``Scores`` of ``methods/protocol/method.py``.
+    """Importance scores of sharded tensors: the ``Scores`` that a method's decision reads.
 
     In a collective call all ranks must name the same tensors; their order does not matter.
     """
@@ -133,14 +133,18 @@ class ShardScores:
     def sums(self, by: Mapping[str, By]) -> dict[str, Tensor]:
         """Sum the scores of every segment. Collective.
 
-        s_j = 2^(e - 40) * sum_i round(x_i * 2^(40 - e)), with 2^e the power of two above the
-        tensor's largest |x|. Each value adds an error of at most 2^-40 of that power.
+        Scores x_i are rounded to a common step first, so that their sum is exact in any order:
+
+            sum = step * sum_i round(x_i / step),  step = 2^(e - 40)
+
+        Here 2^e is the power of two above the tensor's largest |x|. Each score adds an error of at
+        most half a step. Segments of 2^23 entries and more have a larger step (``SUM_BITS``).
 
         Args:
             by: tensor name -> its segments: rows, columns, or the whole tensor.
 
         Returns:
-            Tensor name -> sums of all its segments, float64 [segments], on every rank.
+            Tensor name -> sum of each of its segments, float64 [segments], the same on every rank.
 
         Raises:
             FloatingPointError: on every rank, if any score on any rank is NaN or infinite.
@@ -160,7 +164,7 @@ class ShardScores:
             by: tensor name -> its segments: rows, columns, or the whole tensor.
 
         Returns:
-            Tensor name -> counts of all its segments, int64 [segments], on every rank.
+            Tensor name -> count of each of its segments, int64 [segments], the same on every rank.
         """
         names = sorted(by)
         return self._add_up(names, by, (self.live_mask(name).long() for name in names))
@@ -174,13 +178,16 @@ class ShardScores:
             by: segments of the tensor: rows, columns, or the whole tensor.
 
         Returns:
-            This rank's part, 1-D, in the dtype of ``values``.
+            The values of this rank's entries, 1-D, in the dtype of ``values``.
         """
         device = self.live_mask(name).device  # of the tensor's shard; ``values`` may be elsewhere
         return values.to(device)[segments_of(self.slices[name], by, device)]
 
     def _groups(self, names: Sequence[str], by: Mapping[str, By]) -> Iterator[list[str]]:
-        """Yield the names in groups within the bounds, the same groups on every rank."""
+        """Yield the names in groups of at most ``GROUP_ENTRIES`` and ``GROUP_SEGMENTS``.
+
+        A larger tensor is a group of its own. The groups are the same on every rank.
+        """
         group: list[str] = []
         entries = segments = 0
         for name in names:
@@ -197,7 +204,11 @@ class ShardScores:
     def _top_k_of_group(
         self, group: Sequence[str], k: Mapping[str, int], by: Mapping[str, By], ties: Ties
     ) -> dict[str, Tensor]:
-        """Rank the tensors of a group as one long shard, with segments numbered consecutively."""
+        """Choose the largest scores of several tensors with one set of collectives.
+
+        The tensors are treated as one long shard whose segments are numbered consecutively. Returns
+        tensor name -> this rank's part of the mask of chosen entries, bool, 1-D. Collective.
+        """
         shards = [self.score(name) for name in group]
         _largest(group, shards)  # only to refuse NaN and infinity
         segments: list[Tensor] = []
@@ -211,9 +222,15 @@ class ShardScores:
         return dict(zip(group, mask.split([len(shard) for shard in shards]), strict=True))
 
     def _binary_places(self, name: str, by: By, largest: float) -> int:
-        """Return how many binary places behind the point let a segment's sum fit in an int64.
+        """Return the number of binary places at which scores are rounded, so that a segment's sum
+        fits in an int64.
 
-        E.g. 39 for a segment of 1,000 entries whose largest is 1.0 = 0.5 * 2^1.
+        E.g. 39 for a segment of 1,000 entries whose ``largest`` is 1.0 = 0.5 * 2^1.
+
+        Args:
+            name: name of the tensor.
+            by: segments of the tensor: rows, columns, or the whole tensor.
+            largest: largest absolute value of the tensor over all ranks.
         """
         size = _segment_size(self.slices[name].shape, by)
         return min(SUM_BITS, 63 - size.bit_length()) - math.frexp(largest)[1]
@@ -221,7 +238,17 @@ class ShardScores:
     def _add_up(
         self, names: Sequence[str], by: Mapping[str, By], shards: Iterable[Tensor]
     ) -> dict[str, Tensor]:
-        """Sum integer shards by segment over all ranks, int64 [segments] each. Collective."""
+        """Sum integer values by segment over all ranks. Collective.
+
+        Args:
+            names: tensor names.
+            by: tensor name -> its segments: rows, columns, or the whole tensor.
+            shards: values of this rank's entries of each tensor, int64, 1-D, in the order of
+                ``names``.
+
+        Returns:
+            Tensor name -> sum of each of its segments, int64 [segments], the same on every rank.
+        """
         own = []
         for name, shard in zip(names, shards, strict=True):
             tensor_slice = self.slices[name]
@@ -234,7 +261,14 @@ class ShardScores:
 
 
 def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None = None) -> Tensor:
-    """Return the segment number of each element of a shard, int64 [length]."""
+    """Return the segment number of each element of a shard, int64, 1-D.
+
+    Args:
+        tensor_slice: the range of a tensor's elements that the shard holds.
+        by: segments of the tensor. A row's number is its index, and so is a column's; the whole
+            tensor is segment 0.
+        device: device of the result.
+    """
     index = torch.arange(
         tensor_slice.start, tensor_slice.start + tensor_slice.length, device=device
     )
@@ -245,7 +279,7 @@ def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None =
 
 
 def num_segments(shape: tuple[int, ...], by: By) -> int:
-    """Return the number of segments of a tensor of ``shape``."""
+    """Return the number of segments of a tensor: of its rows, its columns, or 1 for the tensor."""
     return {"row": shape[0], "column": math.prod(shape[1:]), "tensor": 1}[by]
 
 
@@ -254,7 +288,7 @@ def _segment_size(shape: tuple[int, ...], by: By) -> int:
 
 
 def falling_keys(values: Tensor) -> Tensor:
-    """Return int64 keys in [0, 2^32) that are lower the larger the fp32 value is.
+    """Map fp32 values to int64 keys in [0, 2^32), so that a larger value has a lower key.
 
     The bits of a positive float grow with its value, and those of a negative one, which has the
     highest bit set, with its magnitude:
@@ -268,13 +302,14 @@ def falling_keys(values: Tensor) -> Tensor:
 
 
 def first_k(keys: Tensor, segments: Tensor, k: Tensor, ties: Ties) -> Tensor:
-    """Radix select: choose the entries with the ``k[s]`` lowest keys of each segment s. Collective.
+    """Choose the entries with the lowest keys of each segment by radix select. Collective.
 
     Args:
         keys: keys of this shard's entries, from ``falling_keys``, int64, 1-D.
         segments: segment number of each entry, int64, 1-D.
-        k: entries to choose in each segment, int64 [segments].
-        ties: how to choose among entries that equal the k-th.
+        k: number of entries to choose in each segment over all ranks, int64 [segments].
+        ties: how to choose among entries whose key equals the k-th lowest. "index": those of lowest
+            index, so that exactly k are chosen. "all": all of them.
 
     Returns:
         Mask of the chosen entries of this shard, bool, 1-D.
@@ -297,13 +332,30 @@ def first_k(keys: Tensor, segments: Tensor, k: Tensor, ties: Ties) -> Tensor:
 
 
 def _histogram(segments: Tensor, byte: Tensor, count: int) -> Tensor:
-    """Count the entries of all ranks by segment and byte, int32 [segments, 256]. Collective."""
+    """Count the entries of all ranks by segment and byte. Collective.
+
+    Args:
+        segments: segment number of each of this rank's entries, int64, 1-D.
+        byte: value of each entry's byte, 0 to 255, int64, 1-D.
+        count: number of segments.
+
+    Returns:
+        int32 [segments, 256], the same on every rank.
+    """
     own = torch.bincount(segments * BINS + byte, minlength=count * BINS).view(count, BINS)
     return comm.sum_over_ranks(own.int())
 
 
 def _first_ties(tied: Tensor, segments: Tensor, left: Tensor) -> Tensor:
-    """Choose the first ``left[s]`` tied entries of each segment s over all ranks. Collective.
+    """Choose the tied entries of lowest index in each segment over all ranks. Collective.
+
+    Args:
+        tied: mask of this rank's entries that tie, bool, 1-D.
+        segments: segment number of each of this rank's entries, int64, 1-D.
+        left: number of tied entries to choose in each segment over all ranks, int64 [segments].
+
+    Returns:
+        Mask of the chosen entries of this rank, bool, 1-D.
 
     Ranks hold indices in rank order, so an entry's place among the ties of its segment is the
     number of ties on lower ranks plus its place on this one. Example with two segments on rank 1:
@@ -326,7 +378,11 @@ def _first_ties(tied: Tensor, segments: Tensor, left: Tensor) -> Tensor:
 
 
 def _largest(names: Sequence[str], shards: Iterable[Tensor]) -> dict[str, float]:
-    """Return the largest |x| of every tensor over all ranks. Collective.
+    """Return the largest absolute value of every tensor over all ranks. Collective.
+
+    Args:
+        names: tensor names.
+        shards: values of this rank's entries of each tensor, in the order of ``names``.
 
     Raises:
         FloatingPointError: on every rank, if any value on any rank is NaN or infinite.

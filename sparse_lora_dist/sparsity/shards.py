@@ -18,11 +18,13 @@ from sparse_lora_dist.zero3.engine import Engine
 class Shards:
     """Live entries, importance statistics and moments of this rank's shards of trained tensors.
 
-    They lie on the device of the fp32 master shards. Tensors of modules trained in full have no
-    statistics, and all their entries live. Tensors are named "site.tensor", or as the base names
-    them; a rank's shard of one is 1-D, of ``engine.slices``' length.
+    All are on the device of the fp32 master shards. Tensors of modules trained in full have no
+    statistics, and all their entries are live. Tensors of adapters are named "site.tensor", and
+    those of other modules by the parameter's name in the base. Where a method takes or returns
+    "tensor name -> shard", a shard is 1-D and has the length of the tensor's slice in
+    ``engine.slices``.
 
-    Building one is collective: it makes the decision of step 0, if the method has one.
+    The constructor is collective: it makes the decision of step 0, if the method has one.
 
     Args:
         engine: engine that trains the model.
@@ -52,7 +54,7 @@ class Shards:
             for name, p in self.sparse.items()
         }
         self.ended = False
-        """Whether the last decision has been made and statistics are freed."""
+        """True after the last decision, when the statistics have been freed."""
         self.traffic_bytes = 0
         """Bytes that this rank received for statistics and decisions since the program started."""
         self.log_values: Mapping[str, float] = {}
@@ -86,9 +88,9 @@ class Shards:
             self.stats[name] = self.method.observe(self.stats[name], w, grad, step)
 
     def skip_step(self) -> None:
-        """Do what is due at the end of a step that the engine did not apply. Collective.
+        """Count a step that the engine did not apply, and finish its decision. Collective.
 
-        Probes are dropped, the step is counted, and entries that a decision zeroes become zero.
+        The step's probes are discarded, and the entries that its decision zeroes become zero.
         """
         self.sites.reset_probes()
         for flat in self.engine.flats():
@@ -96,18 +98,21 @@ class Shards:
         self.engine.masters_changed()
 
     def decides_at(self, step: int) -> bool:
-        """Return whether the method has a decision to make at this step."""
+        """Return True if the method has a decision to make at this step."""
         return not self.ended and self.method.decides_at(step)
 
     def decide(self, step: int) -> Decision:
-        """Let the method decide which entries live, and apply it. Collective.
+        """Make the method's decision and apply it. Collective.
 
-        Equal numbers give equal decisions on every rank. Live entries and components change at
-        once; entries that the decision zeroes, and those that no longer live, become zero at the
-        end of the engine's step.
+        Live entries and components change at once. Entries that the decision zeroes, and those that
+        stop being live, become zero at the end of the engine's step.
 
         Args:
             step: optimizer step, counted from 1.
+
+        Returns:
+            The decision: the same components and log values on every rank, and masks of this rank's
+            shards.
 
         Raises:
             UserError: on all ranks, if a score is NaN or infinite.
@@ -117,8 +122,8 @@ class Shards:
             decision = self.method.decide(step, self._scores(self.live()))
         except FloatingPointError as error:
             raise UserError(
-                f"step {step}: {error}, because a gradient overflowed. Lower --learning_rate, or "
-                "resume from an earlier checkpoint.",
+                f"At step {step}, {error}, because a gradient overflowed. Lower --learning_rate, "
+                "or resume from an earlier checkpoint.",
                 shared=True,
             ) from error
         self.traffic_bytes += comm.traffic_bytes.total() - before
@@ -130,17 +135,19 @@ class Shards:
         return decision
 
     def ranks_now(self, step: int) -> int:
-        """Return the total number of open components that a decision now would leave. Collective.
+        """Return the sum of all sites' ranks if the method decided now. Collective.
+
+        Changes nothing. A site's rank is its number of open components.
 
         Args:
-            step: optimizer step, counted from 1, of the decision. Nothing is changed.
+            step: optimizer step, counted from 1, that the decision is made for.
         """
         decided = self.method.decide(step, self._scores(self.live())).components
         now = self.sites.ranks() | {name: components.open for name, components in decided.items()}
         return sum(now.values())
 
     def free_statistics(self) -> None:
-        """Free the statistics and stop probing: no decision follows."""
+        """Free the statistics and stop probing. Must be called after the last decision."""
         self.ended = True
         self.stats = dict.fromkeys(self.sparse, ())
         self.sites.stop_probing()
@@ -171,11 +178,11 @@ class Shards:
         )
 
     def live(self) -> dict[str, Tensor]:
-        """Return the mask of live entries of this rank's shard of every tensor, bool."""
+        """Return tensor name -> mask of the live entries of this rank's shard, bool."""
         return self._cut([self.optimizer.live(flat) for flat in self.engine.flats()])
 
     def moments(self, key: str) -> dict[str, Tensor]:
-        """Return one moment of this rank's shard of every tensor, fp32, zero for dead entries.
+        """Return tensor name -> one moment of this rank's shard, fp32, zero for dead entries.
 
         Args:
             key: "exp_avg" or "exp_avg_sq".
@@ -183,8 +190,7 @@ class Shards:
         return self._cut([self.optimizer.dense(flat, key) for flat in self.engine.flats()])
 
     def born(self) -> dict[str, Tensor]:
-        """Return the birth steps of this rank's shard of every tensor, int32, zero for dead
-        entries."""
+        """Return tensor name -> birth steps of this rank's shard, int32, zero for dead entries."""
         return self._cut([self.optimizer.born(flat) for flat in self.engine.flats()])
 
     def restore(
@@ -194,13 +200,14 @@ class Shards:
         born: Mapping[str, Tensor],
         steps: int,
     ) -> None:
-        """Restore what ``live``, ``moments`` and ``born`` returned.
+        """Set the live entries, moments and birth steps to what was saved.
 
         Args:
             live: tensor name -> mask of live entries of this rank's shard, bool.
-            moments: "exp_avg" and "exp_avg_sq" -> tensor name -> fp32 shard.
+            moments: "exp_avg" or "exp_avg_sq" -> (tensor name -> moment of this rank's shard,
+                fp32).
             born: tensor name -> birth steps of this rank's shard, int32.
-            steps: optimizer steps that were done when they were saved.
+            steps: number of optimizer steps that were done when they were saved.
         """
         for index, flat in enumerate(self.engine.flats()):
             exp_avg, exp_avg_sq = (
@@ -221,7 +228,7 @@ class Shards:
         return int(comm.sum_over_ranks(count))
 
     def statistics_bytes(self) -> int:
-        """Return the bytes of statistics on this rank."""
+        """Return the size of the statistics on this rank, in bytes."""
         return sum(stat.nbytes for stats in self.stats.values() for stat in stats)
 
     def _set_live(self, live: Mapping[str, Tensor]) -> None:
@@ -234,9 +241,15 @@ class Shards:
     def _flat(
         self, index: int, values: Mapping[str, Tensor], dtype: torch.dtype = torch.bool
     ) -> Tensor:
-        """Place shards of tensors where they lie in the flat shard ``index``.
+        """Return a flat shard with the given values at their tensors' places, and zero elsewhere.
 
-        Everywhere else is zero, so the padding between tensors never lives.
+        Zero in a mask means dead, so the padding between tensors is never live.
+
+        Args:
+            index: index of the flat shard in ``engine.flats()``.
+            values: tensor name -> values of this rank's shard. Tensors of other flat shards are
+                ignored.
+            dtype: dtype of the result.
         """
         flat = self.engine.flats()[index]
         out = torch.zeros(flat.shape, dtype=dtype, device=flat.device)

@@ -1,5 +1,6 @@
-"""The adapters of a model as decisions see them: computed components, statistics of probes, kept
-tensors. Components and statistics are the same on every rank.
+"""``Sites``: the computed components, probe statistics and kept tensors of all adapters of a model.
+
+Components and statistics are the same on every rank.
 
 Shapes: K statistics per site, S sites, I in_features.
 """
@@ -20,7 +21,7 @@ from sparse_lora_dist.zero3.shares import TensorSlice
 
 
 class Sites:
-    """All adapters of a model, in the model's order.
+    """All adapters of a model, with the per-site state that decisions read and change.
 
     Args:
         adapters: the adapters, in the model's order.
@@ -38,7 +39,7 @@ class Sites:
         self.method, self._builder = method, builder
         self.stats = torch.zeros(method.n_site_stats, len(adapters), dtype=torch.float64)
         self.squares: dict[str, Tensor] = {}
-        """Site -> running mean of the squares of its input features, float64 [I] on this rank's
+        """Site name -> running mean of the square of each input feature, float64 [I] on this rank's
         device, the same on every rank; zero before the first step."""
         if method.rewriting is not None and method.rewriting.squares_decay is not None:
             for site in (a.site for a in adapters):
@@ -46,7 +47,7 @@ class Sites:
                 self.squares[site.name] = nothing_I.to(comm.device())
 
     def tensors(self) -> set[str]:
-        """Return the names "site.tensor" of all trained tensors of the adapters."""
+        """Return the names of all trained tensors of the adapters, as "site.tensor"."""
         return {f"{name}.{key}" for name, a in self.adapters.items() for key in a.specs}
 
     def observe(self) -> None:
@@ -64,7 +65,7 @@ class Sites:
         self.reset_probes()
 
     def reset_probes(self) -> None:
-        """Set every adapter's probed sum back to 0.0, for the next step."""
+        """Set the probe sum of every adapter to 0.0, for the next step."""
         for adapter in self._in_order():
             adapter.probed = 0.0
 
@@ -74,7 +75,9 @@ class Sites:
             adapter.probe = None
 
     def tensor_slice(self, slices: Mapping[str, TensorSlice], site: str, key: str) -> TensorSlice:
-        """Return the slice of a site's trained tensor: the first site's if all sites share it.
+        """Return this rank's slice of a site's trained tensor.
+
+        A tensor that all sites share has one slice, under the first site's name.
 
         Args:
             slices: this rank's slices by "site.tensor".
@@ -85,7 +88,7 @@ class Sites:
         return slices[f"{first}.{key}"]
 
     def kept(self) -> dict[str, tuple[nn.Parameter, KeptSpec]]:
-        """Return the sharded parameter and spec of every kept tensor, by "site.tensor"."""
+        """Return "site.tensor" -> (sharded parameter, spec) of every kept tensor."""
         return {
             f"{name}.{key}": (getattr(a, key), spec)
             for name, a in self.adapters.items()
@@ -93,7 +96,7 @@ class Sites:
         }
 
     def put_kept(self, adapter: AdapterLinear, key: str, t: Tensor) -> None:
-        """Write a kept tensor, of which this rank stores its share. Collective.
+        """Store this rank's shard of a site's kept tensor. Collective.
 
         Args:
             adapter: adapter of the site.
@@ -107,15 +110,15 @@ class Sites:
         self.fill_kept(getattr(adapter, key), raw[first:last])
 
     def own_kept_bytes(self, spec: KeptSpec) -> tuple[int, int]:
-        """Return the range [first, last) of a kept tensor's bytes that this rank stores."""
+        """Return (first, last): this rank stores bytes [first, last) of the kept tensor."""
         return own_bytes(spec.num_bytes, self._filler.dtype)
 
     def fill_kept(self, parameter: nn.Parameter, raw: Tensor) -> None:
-        """Write this rank's share of a kept tensor. Collective under hpZ.
+        """Store this rank's bytes of a kept tensor. Collective with ZeRO++'s hpZ.
 
         Args:
-            parameter: parameter of the kept tensor.
-            raw: uint8, 1-D: the bytes of ``own_kept_bytes``.
+            parameter: sharded parameter of the kept tensor.
+            raw: the bytes in the range of ``own_kept_bytes``, uint8, 1-D.
         """
         own = as_parameter_dtype(raw, self._filler.dtype)
         self._filler.refill(parameter, lambda start, stop: own)
@@ -132,18 +135,25 @@ class Sites:
         """Set which components the named sites compute from the next forward on.
 
         All ranks must pass the same.
+
+        Args:
+            components: site name -> its components. Sites that are not named do not change.
         """
         for name, now in components.items():
             self.adapters[name].set_components(now)
 
     def ranks(self) -> dict[str, int]:
-        """Return the number of open components of every site, by site name."""
+        """Return site name -> rank of the site, which is its number of open components."""
         return {name: adapter.components.open for name, adapter in self.adapters.items()}
 
     def as_json(self) -> dict[str, Any]:
-        """Return components and statistics as JSON, the same on every rank, for the manifest.
+        """Return components, statistics and shapes for a checkpoint's manifest, as JSON values.
 
-        Also the shape [I, O, R] of each site, for programs that read a checkpoint without a model.
+        Returns:
+            The same on every rank. "shapes": site name -> [in_features, out_features, rank], for
+            programs that read a checkpoint without a model. "pieces": site name -> [indices of the
+            computed components, number of open ones]. "stats": statistics, one list of numbers for
+            each statistic, with one number per site.
         """
         components = {name: adapter.components for name, adapter in self.adapters.items()}
         linears = {name: adapter.site for name, adapter in self.adapters.items()}
@@ -154,7 +164,7 @@ class Sites:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Restore the components and statistics that ``as_json`` returned."""
+        """Set components and statistics to what ``as_json`` returned."""
         self.set_components(
             {n: Components(computed=tuple(c), open=o) for n, (c, o) in saved["pieces"].items()}
         )

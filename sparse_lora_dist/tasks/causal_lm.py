@@ -1,4 +1,4 @@
-"""Task causal_lm: predict the next token. Its loss and held-out score.
+"""Task causal_lm: a model learns to predict the next token. Defines its loss and held-out score.
 
 Shapes: M rows of a micro-batch, T tokens of a row.
 """
@@ -20,11 +20,14 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 def batch_loss(engine: Engine, batch: Batch) -> Tensor:
-    """Return the sum of -log p over the target tokens of a micro-batch, fp32 scalar. Collective.
+    """Return the sum of -log p(token) over a micro-batch's target tokens. Collective.
 
     Args:
         engine: engine that runs the model.
-        batch: packed rows, on the host.
+        batch: micro-batch of packed rows, on the CPU.
+
+    Returns:
+        fp32 scalar on the device.
     """
     # Logits at position t predict token t + 1. Shift the labels, which are smaller than the logits.
     next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
@@ -41,13 +44,25 @@ def batch_loss(engine: Engine, batch: Batch) -> Tensor:
 
 
 def batch_tally(engine: Engine, batch: Batch) -> Tensor:
-    """Return [sum of -log p, number of target tokens] of a micro-batch, float64. Collective."""
+    """Return loss and number of target tokens of a micro-batch. Collective.
+
+    Args:
+        engine: engine that runs the model.
+        batch: micro-batch of packed rows, on the CPU.
+
+    Returns:
+        float64 [2] on the device: the sum of -log p(token) over the target tokens; their number.
+    """
     loss = batch_loss(engine, batch)
     return torch.stack([loss.double(), loss.new_tensor(batch.num_targets, dtype=torch.float64)])
 
 
 def loss_per_target(totals: Tensor) -> dict[str, float]:
-    """Return the held-out loss in nats per target token from the sum of all tallies, [2]."""
+    """Return {"held_out_loss": mean loss in nats per target token}.
+
+    Args:
+        totals: sum of what ``batch_tally`` returned for all micro-batches, float64 [2].
+    """
     loss, targets = totals
     return {"held_out_loss": float(loss / targets.clamp(min=1.0))}
 
@@ -55,7 +70,17 @@ def loss_per_target(totals: Tensor) -> dict[str, float]:
 def read_documents(
     source: str, tokenizer: Any, architecture: PretrainedConfig, data: DataConfig, **options: Any
 ) -> Documents:
-    """Read texts, prompt and response pairs, or chats, by the columns that the source has."""
+    """Read and tokenise texts, prompt and response pairs, or chats.
+
+    The columns of the source decide which of these it contains.
+
+    Args:
+        source: file, folder or hub id of the data.
+        tokenizer: tokenizer of the base.
+        architecture: unused; ``Task.read`` of other tasks needs the model's config.
+        data: data options: names of columns, chat template, tokens to train on.
+        options: further arguments of ``load_documents``.
+    """
     return load_documents(
         source,
         tokenizer,

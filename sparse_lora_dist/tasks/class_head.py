@@ -1,4 +1,4 @@
-"""The head of a classifier: its modules, and initial values of those that the base files lack.
+"""Find the head of a classifier, and draw initial values for parameters that the base files lack.
 
 A head trains in full: it is small, and randomly initialised if the base was not trained as a
 classifier.
@@ -22,15 +22,15 @@ from sparse_lora_dist.zero3.shares import Values
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """A classifier's head. The head of a causal language model is frozen, so it counts as none."""
+    """A classifier's head. For a causal language model, whose head is frozen, it has no modules."""
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    """Modules to train in full, by name; they may contain other modules."""
+    """Name -> module to train in full. It may contain other modules."""
     new: tuple[str, ...] = ()
     """Names of the head's parameters that the base files lack."""
 
     def report(self) -> str:
-        """Return a line on what trains and where its initial values come from."""
+        """Return a line for the screen: which modules train, and where their values come from."""
         new = dict.fromkeys(name.rpartition(".")[0] for name in self.new)
         values = f"randomly initialised: {', '.join(new)}" if new else "values of the base model"
         return f"{', '.join(self.modules)} trained in full; {values}"
@@ -42,18 +42,19 @@ def classes_of(architecture: PretrainedConfig) -> list[str]:
 
 
 def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> Head:
-    """Find the head of a classifier.
+    """Return the head of a classifier. Not a collective.
 
-    It is all modules beside the base model, and poolers inside the base model that the files lack:
-    BERT's pooler serves the head, and the files of a masked language model have none.
+    The head is all modules beside ``model.base_model``, and poolers inside it that the files lack:
+    BERT's head reads a pooler, which the files of a masked language model do not contain.
 
     Args:
-        model: classifier; it may be on the meta device.
-        files: files of the base.
-        keys_of: parameter name -> its keys in the files.
+        model: transformers classifier; it may be on the meta device.
+        files: safetensors files of the base.
+        keys_of: parameter name -> names of its tensors in the files. Parameters that the files lack
+            are missing.
 
     Raises:
-        UserError: the files have a head for other classes than the data.
+        UserError: the files contain a head for other classes than the data has.
     """
     modules = beside_base(model)
     poolers = [n for n, m in model.named_modules() if "pooler" in n and isinstance(m, nn.Linear)]
@@ -66,14 +67,21 @@ def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> 
 
 
 def beside_base(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return the modules with parameters that a classifier has beside its base model, by name."""
+    """Return name -> module for a classifier's modules with parameters outside its base model."""
     base = model.base_model
     assert base is not model, f"{type(model).__name__} has no base model apart from its head"
     return {name: m for name, m in model.named_children() if m is not base and _holds(m)}
 
 
 def modules_inside(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the modules and all modules inside them, by whole name."""
+    """Return the given modules and all modules inside them.
+
+    Args:
+        modules: full name -> module.
+
+    Returns:
+        Full name -> module.
+    """
     return {
         f"{name}.{inner}".rstrip("."): module
         for name, outer in modules.items()
@@ -82,15 +90,18 @@ def modules_inside(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 
 
 def first_values(model: PreTrainedModel, names: Collection[str], seed: int) -> dict[str, Values]:
-    """Return initial values of parameters, as transformers' ``_init_weights`` draws them, fp32.
+    """Return random initial values of parameters, as transformers' ``_init_weights`` draws them.
 
-    Each module is drawn whole, from (seed, module's name), and then cut, so the values are the same
-    on any number of ranks.
+    Each module's values are drawn whole with a seed from (seed, module's name) and then cut, so
+    they are the same on any number of ranks.
 
     Args:
         model: model that has the parameters; it may be on the meta device.
         names: names of the parameters.
         seed: seed of the run.
+
+    Returns:
+        Parameter name -> function that returns a range of its flattened values, fp32, on the CPU.
     """
     values: dict[str, Values] = {}
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):
@@ -115,22 +126,25 @@ def _is_inside(name: str, modules: Iterable[str]) -> bool:
 
 
 def _check_classes(model: PreTrainedModel, files: CheckpointFiles, held: Mapping[str, str]) -> None:
-    """Refuse a head in the files that is for other classes than the data.
+    """Raise ``UserError`` if the files contain a head for other classes than the data has.
 
     Args:
-        held: name of each parameter of the head that the files have -> its key in them.
+        model: classifier whose config has the classes of the data.
+        files: safetensors files of the base.
+        held: parameter name -> its name in the files, for each parameter of the head that they
+            contain.
     """
     wanted = classes_of(model.config)
     remedy = (
-        "Use data with the model's labels, or a model without a head, which is then randomly "
-        "initialised: AutoModel.from_pretrained(...).save_pretrained(...) saves one."
+        "Use data with the model's labels, or a model without a head, so that a new head is "
+        "initialised: AutoModel.from_pretrained(...).save_pretrained(...) saves such a model."
     )
     for name, key in held.items():
         shape = tuple(model.get_parameter(name).shape)
         found = files.entries[key].shape
         if found != shape and found[1:] == shape[1:]:
             raise UserError(
-                f"{files.folder}: its head has {found[0]} classes ({name}), but --data has the "
+                f"The head of {files.folder} has {found[0]} classes ({name}), but --data has the "
                 f"labels {', '.join(wanted)}. {remedy}"
             )
     config = json.loads((files.folder / "config.json").read_text())
@@ -140,6 +154,6 @@ def _check_classes(model: PreTrainedModel, files: CheckpointFiles, held: Mapping
     if known not in ([], unnamed, wanted) and wanted != [str(i) for i in range(len(known))]:
         if held:
             raise UserError(
-                f"{files.folder}: its head is for the classes {', '.join(known)}, but --data has "
+                f"The head of {files.folder} is for the classes {', '.join(known)}, but --data has "
                 f"the labels {', '.join(wanted)}. {remedy}"
             )

@@ -1,6 +1,6 @@
-"""Record what an architecture does to its logits between its output head and its output.
+"""Record the operations that a model applies to the logits which its output head returns.
 
-Most architectures do nothing, Gemma 2 caps logits softly, Granite and Cohere scale them. The
+Most architectures apply none, Gemma 2 caps logits softly, Granite and Cohere scale them. The
 operations are observed in a forward, so no list of architectures is needed. Operations that torch
 tags as pointwise can be applied to the logits of a few tokens at a time; others cannot.
 
@@ -22,7 +22,8 @@ Operation = Callable[[Tensor], Tensor]
 class OperationRecorder(TorchDispatchMode):
     """Dispatch mode that records the chain of pointwise operations applied to one tensor.
 
-    ``begin`` names the tensor, and ``end`` the result that it should have become.
+    Call ``begin`` with the tensor, and ``end`` with the tensor that the operations should result
+    in. Then ``operations`` holds the chain, or ``refused`` says why there is none.
     """
 
     def __init__(self) -> None:
@@ -30,15 +31,16 @@ class OperationRecorder(TorchDispatchMode):
         self.operations: list[Operation] = []
         """The operations recorded so far, in their order."""
         self.refused: str | None = None
-        """The first operation that is not pointwise, or that takes more than the latest result."""
+        """Name of the first operation that is not pointwise, or takes other tensors than the latest
+        result. None if there is none."""
         self._results: list[Tensor] = []  # keeps all alive, so that no address is used twice
 
     def begin(self, logits: Tensor) -> None:
-        """Record what is done to this tensor."""
+        """Start recording the operations that are applied to ``logits``."""
         self._results.append(logits)
 
     def end(self, logits: Tensor) -> None:
-        """Check that the recorded operations led to this tensor."""
+        """Set ``refused`` if ``logits`` is not the result of the recorded operations."""
         if not (self._results and is_same(logits, self._results[-1])):
             self.refused = self.refused or "an unrecorded operation"
 
@@ -60,9 +62,9 @@ class OperationRecorder(TorchDispatchMode):
 
 
 def is_same(a: Any, b: Tensor) -> bool:
-    """Return whether ``a`` is the same memory, shape and dtype as ``b``.
+    """Return True if ``a`` is a tensor with the memory, shape, strides and dtype of ``b``.
 
-    Not ``a is b``: DeepSpeed's hooks and views make new tensor objects.
+    ``a is b`` would not do: DeepSpeed's hooks and views make new tensor objects.
     """
     return (
         isinstance(a, Tensor)
@@ -72,14 +74,24 @@ def is_same(a: Any, b: Tensor) -> bool:
 
 
 def is_pointwise(func: Any) -> bool:
-    """Return whether an operator is pointwise. Casts are, though torch does not tag them so."""
+    """Return True if an ATen operator is pointwise and changes no argument.
+
+    A cast counts as pointwise, though torch does not tag it so.
+    """
     if func._schema.is_mutable:
         return False
     return torch.Tag.pointwise in func.tags or func is torch.ops.aten._to_copy.default
 
 
 def again(func: Any, args: Any, kwargs: Any) -> Operation:
-    """Return ``func`` as a function of the one tensor among its arguments."""
+    """Return a function of one tensor that calls ``func`` with it and the recorded arguments.
+
+    Args:
+        func: operator.
+        args: positional arguments of the recorded call. Each tensor among them is replaced by the
+            function's argument.
+        kwargs: keyword arguments of the recorded call.
+    """
 
     def operation(y: Tensor) -> Tensor:
         out: Tensor = func(*(y if isinstance(a, Tensor) else a for a in args), **kwargs)

@@ -48,14 +48,15 @@ class LossHead(nn.Module):
             self.register_parameter(name, parameter)
         self.vocabulary = linear.out_features
         self.after: list[Operation] | None = None
-        """Operations that the model applies to logits; None until they were recorded."""
+        """Operations that the model applies to the head's logits; None until they are recorded."""
         self.refused: str | None = None
-        """Operation on logits that needs those of all tokens at once; None if there is none."""
+        """Name of an operation that the model applies to the logits of all tokens at once, so that
+        they cannot be computed in chunks. None if there is none."""
         self.targets: tuple[Tensor, Tensor] | None = None
-        """(where_N: flat positions of the targets in the micro-batch, labels_N), both int64 on the
-        device; None outside ``expecting``."""
+        """(positions of the targets in the flattened micro-batch, labels of the targets), both
+        int64 [N] on the device. None outside ``expecting``."""
         self.one_by_one = False
-        """Whether to compute the loss of each target instead of their sum."""
+        """True: compute the loss of each target instead of their sum."""
         self._loss: Tensor | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -80,19 +81,30 @@ class LossHead(nn.Module):
         return logits_MT0 if trained else logits_MT0.detach()
 
     def logits(self, x_NI: Tensor, leaves: dict[str, Tensor]) -> Tensor:
-        """Return logits [N, V] as the model would, with ``leaves`` in place of parameters."""
+        """Return the logits that the model would return for a few hidden states.
+
+        Args:
+            x_NI: hidden states.
+            leaves: name -> tensor that is used in place of the head's parameter of that name.
+
+        Returns:
+            [N, V], after the operations that the model applies to logits.
+        """
         y_NV: Tensor = functional_call(self._linear[0], leaves, (x_NI,))
         for operation in self.after or []:
             y_NV = operation(y_NV)
         return y_NV
 
     def at_targets(self, x_MTI: Tensor) -> Tensor:
-        """Return the hidden states of the target tokens, [N, I]."""
+        """Select the hidden states [N, I] of the target tokens."""
         assert self.targets is not None
         return x_MTI.flatten(0, -2).index_select(0, self.targets[0])
 
     def chunks(self, x_NI: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Yield hidden states and labels of a few targets at a time."""
+        """Split hidden states [N, I] and their labels [N] into chunks of targets.
+
+        A chunk has as many targets as have ``CHUNK_BYTES`` of fp32 logits together, at least 1.
+        """
         assert self.targets is not None
         rows = max(1, CHUNK_BYTES // (4 * self.vocabulary))
         return zip(x_NI.split(rows), self.targets[1].split(rows), strict=True)
@@ -104,7 +116,8 @@ class LossHead(nn.Module):
         Args:
             labels_MT: the token that each position's logits should predict, int64, on the host;
                 ``NOT_A_TARGET`` where there is none.
-            one_by_one: whether ``loss`` is the loss of each target [N] instead of their sum.
+            one_by_one: True to return the loss of each target [N] as ``loss``, False for their
+                sum.
         """
         self.one_by_one = one_by_one
         labels_T = labels_MT.flatten()
@@ -118,9 +131,12 @@ class LossHead(nn.Module):
             self.one_by_one = False
 
     def put_loss(self, output: Any) -> None:
-        """Add the loss to the model's output.
+        """Set ``output.loss``, if inside ``expecting``.
 
-        It has to be there, because DeepSpeed's backward starts from a tensor of the output.
+        DeepSpeed's backward has to start from a tensor of the model's output.
+
+        Args:
+            output: the model's output, changed in place.
         """
         if self.targets is not None:
             assert self._loss is not None, "the model did not run its output head"
@@ -129,8 +145,11 @@ class LossHead(nn.Module):
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Sum of -log p(label) over the targets. Forward computes the gradients too, chunk by chunk;
-    backward multiplies them by the gradient of the loss."""
+    """Autograd function: the sum of -log p(label) over the targets.
+
+    Forward computes the loss and its gradients chunk by chunk. Backward multiplies the gradients by
+    the gradient with respect to the loss.
+    """
 
     @staticmethod
     def forward(
@@ -165,7 +184,9 @@ class _SummedLoss(torch.autograd.Function):
 
 
 def install(model: PreTrainedModel) -> None:
-    """Replace the model's output head by a ``LossHead``, if it is a plain linear.
+    """Replace the model's output head by a ``LossHead``, if the head is a plain linear.
+
+    If it is another module, a note is printed and the model does not change.
 
     Args:
         model: loaded model, changed in place.
@@ -226,12 +247,20 @@ def target_losses(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
 
 
 def each_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Return -log p(label) of each token, fp32 [N]."""
+    """Return -log p(label) of each token, fp32 [N].
+
+    Args:
+        logits_NV: logits of the tokens.
+        labels_N: index in the vocabulary of the token that each should predict, int64.
+    """
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
 
 
 def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
-    """Return the model's ``LossHead``; None if the logits of all tokens are needed at once."""
+    """Return the model's ``LossHead``; None if the logits of all tokens are needed at once.
+
+    The first call runs a forward to record what the model does to logits. Collective.
+    """
     head = cast(PreTrainedModel, engine.model).get_output_embeddings()
     if not isinstance(head, LossHead):
         return None
@@ -241,7 +270,13 @@ def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
 
 
 def _record_operations(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:
-    """Record what the model does to logits, in a forward of two tokens per row. Collective."""
+    """Set ``head.after`` and ``head.refused`` from a forward of two tokens per row. Collective.
+
+    Args:
+        engine: engine that runs the model.
+        head: output head of the model.
+        inputs: the model's inputs, on the device.
+    """
     few = {k: v[:, :2] if isinstance(v, Tensor) else v for k, v in inputs.items()}
     watch = OperationRecorder()
     # Runs after DeepSpeed's own hooks, so it sees the tensor that the model gets.

@@ -1,4 +1,4 @@
-"""Task seq_cls: predict one label per row. Its classes, loss and held-out scores.
+"""Task seq_cls: a model learns to predict one label per row. Defines classes, loss and scores.
 
 Shapes: M rows of a micro-batch, C classes.
 """
@@ -29,7 +29,12 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
-    """Write the classes of ``--data`` into the model's config, which sets the width of its head."""
+    """Write the classes of ``--data`` into the model's config, which sets the width of its head.
+
+    Args:
+        architecture: the model's config. Its id2label, label2id and use_cache are changed.
+        data: data options.
+    """
     labels = read_classes(
         resolve_default("data", data.data),
         label_field=data.label_field,
@@ -45,7 +50,15 @@ def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
 def read_labelled(
     source: str, tokenizer: Any, architecture: PretrainedConfig, data: DataConfig, **options: Any
 ) -> Documents:
-    """Read the examples of ``source``, with labels numbered by the classes of ``architecture``."""
+    """Read and tokenise labelled examples.
+
+    Args:
+        source: file, folder or hub id of the data.
+        tokenizer: tokenizer of the base.
+        architecture: the model's config, whose classes number the labels.
+        data: data options: names of columns.
+        options: further arguments of ``load_labelled``.
+    """
     pair = () if data.text_pair_field is None else (data.text_pair_field,)
     return load_labelled(
         source,
@@ -60,16 +73,29 @@ def read_labelled(
 
 
 def class_loss(engine: Engine, batch: LabelledBatch) -> Tensor:
-    """Return the sum of -log p(class) over a micro-batch's examples, fp32 scalar. Collective."""
+    """Return the sum of -log p(class) over a micro-batch's examples. Collective.
+
+    Args:
+        engine: engine that runs the model.
+        batch: micro-batch of labelled examples, on the CPU.
+
+    Returns:
+        fp32 scalar on the device.
+    """
     return _summed_loss(engine(**batch.inputs(comm.device())).logits, batch)
 
 
 def class_tally(engine: Engine, batch: LabelledBatch) -> Tensor:
-    """Return loss and confusion counts of a micro-batch. Collective.
+    """Return loss and confusion matrix of a micro-batch. Collective.
+
+    Args:
+        engine: engine that runs the model.
+        batch: micro-batch of labelled examples, on the CPU.
 
     Returns:
-        float64 [1 + C * C]: the sum of -log p(class), then at i * C + j the number of examples of
-        class i that were predicted as class j.
+        float64 [1 + C * C] on the device, for C classes: the sum of -log p(class), then the
+        flattened confusion matrix. Its entry [i, j] is the number of examples of class i that were
+        predicted as class j.
     """
     logits_MC = engine(**batch.inputs(comm.device())).logits
     num_classes = logits_MC.shape[-1]
@@ -81,7 +107,7 @@ def class_tally(engine: Engine, batch: LabelledBatch) -> Tensor:
 
 
 def class_scores(totals: Tensor) -> dict[str, float]:
-    """Return held-out loss (nats per example), accuracy and Matthews correlation.
+    """Compute held-out loss (nats per example), accuracy and Matthews correlation.
 
     Counts add up exactly, so accuracy and correlation depend neither on the number of ranks nor on
     the micro-batch size. The Matthews correlation is that of labels and predictions, and 0 if all
@@ -89,7 +115,11 @@ def class_scores(totals: Tensor) -> dict[str, float]:
     doi:10.1016/j.compbiolchem.2004.09.006).
 
     Args:
-        totals: sum of all tallies, float64 [1 + C * C].
+        totals: sum of what ``class_tally`` returned for all micro-batches, float64 [1 + C * C] for
+            C classes.
+
+    Returns:
+        Dict with the keys "held_out_loss", "held_out_accuracy" and "held_out_matthews".
     """
     loss, counts = float(totals[0]), totals[1:].cpu()
     confusion_CC = counts.view(isqrt(len(counts)), -1)

@@ -1,4 +1,4 @@
-"""The ``Task`` record: everything in which one task differs from another."""
+"""The ``Task`` record, which holds everything that differs between tasks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from sparse_lora_dist.zero3.engine import Engine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What a model is trained to do: how data are read, the loss, and held-out scores."""
+    """A task that a model is trained for: functions for data, head, loss and held-out scores."""
 
     settle: Callable[[PretrainedConfig, DataConfig], None]
-    """(model's config, data options): writes what the data decide, like a classifier's classes,
-    into the model's config. Not a collective."""
+    """(model's config, data options) -> None. Writes what depends on the data, such as a
+    classifier's classes, into the model's config. Not a collective."""
     head: Callable[[PreTrainedModel, CheckpointFiles, Keys], Head]
-    """(model, base files, keys of each parameter in them) -> modules that train in full without
-    ``--modules_to_save``."""
+    """(model, base files, parameter name -> names of its tensors in the files) -> head. Its
+    modules train in full without ``--modules_to_save``."""
     read: Callable[..., Documents]
     """(source, tokenizer, model's config, data options, ...) -> tokenised examples."""
     collate: Collate
-    """Makes a micro-batch of rows."""
+    """Builds a micro-batch from rows."""
     loss: Callable[[Engine, Any], Tensor]
     """(engine, micro-batch) -> sum of the losses over the micro-batch's targets, scalar.
     Collective."""
@@ -36,12 +36,13 @@ class Task:
     """(engine, micro-batch) -> sums over the micro-batch that ``scores`` needs, float64, 1-D, of
     the same length for every micro-batch. Collective."""
     scores: Callable[[Tensor], dict[str, float]]
-    """Sum of all tallies -> held-out scores by key of metrics.jsonl, "held_out_loss" first."""
+    """Sum of the results of ``tally`` for all micro-batches -> held-out scores. Keys are those of
+    metrics.jsonl, "held_out_loss" first."""
     trains_head: bool
-    """Whether the modules beside the base model are a head that trains in full."""
+    """True: the modules outside the base model are a head that trains in full."""
     target: str
-    """What the loss is averaged over, as a word for messages: "token" or "example"."""
+    """Word for what the loss is averaged over, for messages: "token" or "example"."""
     peft_type: str
-    """PEFT's name of the task."""
+    """Value of task_type in PEFT's adapter_config.json, e.g. "CAUSAL_LM"."""
     auto_class: str
     """Name of the transformers class that loads a model for the task."""

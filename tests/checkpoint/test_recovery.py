@@ -83,7 +83,7 @@ def test_with_nothing_whole_left_a_person_decides(ranks: Ranks, tiny: TinyRun, r
         flip_a_bit(step(run, number) / "rank_00000.safetensors")
     before = sorted(run.rglob("*"))
     for said in ranks(2, REFUSAL, flags=tiny.flags(run, max_steps=6, resume="auto")):
-        assert f"no checkpoint of {run}/checkpoints is intact" in said
+        assert f"None of the checkpoints in {run}/checkpoints is intact" in said
     assert sorted(run.rglob("*")) == before
 
 
@@ -123,7 +123,7 @@ def test_verify_reads_all_and_changes_nothing(ranks: Ranks, run: Path, tmp_path:
     told, _ = ranks(2, VERIFY, run=run)
     lines = told.splitlines()
     assert lines[1].split()[:2] == ["damaged", str(step(run, 4) / "rank_00001.safetensors")]
-    assert "1 of 3 checkpoints damaged" in lines[-1] and "--resume auto" in lines[-1]
+    assert "found damage in 1 of 3 checkpoints" in lines[-1] and "--resume auto" in lines[-1]
     assert before == {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     told, _ = ranks(2, VERIFY, run=tmp_path)
     assert "holds no published checkpoint" in told

@@ -170,9 +170,9 @@ def damaged(adapter: Path, folder: Path, **config: object) -> Path:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"rank": 8}, "its rank is 4, but --rank is 8"),
-        ({"alpha": 8.0}, "its alpha is 32.0, but --alpha is 8.0"),
-        ({"target_modules": "q_proj"}, "--target_modules differ by 12"),
+        ({"rank": 8}, "Its rank is 4, but --rank is 8"),
+        ({"alpha": 8.0}, "Its alpha is 32.0, but --alpha is 8.0"),
+        ({"target_modules": "q_proj"}, "those of --target_modules differ by 12"),
         ({"modules_to_save": "[]"}, "lm_head"),
     ],
     ids=["rank", "alpha", "targets", "modules"],

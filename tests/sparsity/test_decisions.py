@@ -16,11 +16,11 @@ FIRST = "model.layers.0.self_attn.q_proj.lora_a"
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("master", f"step 6: entries of {FIRST} that are not trained have changed on rank 1"),
+        ("master", f"At step 6, entries of {FIRST} that are not trained have changed on rank 1"),
         # All ranks gather the same wrong part; only its owner can tell.
-        ("live copy", f"step 6: the gathered copy of {FIRST} that forward uses has other zeros"),
-        ("gathered", f"step 6: {FIRST} differs between rank 0 and rank 1"),
-        ("decision", "step 6: the decision differs between rank 0 and rank 1"),
+        ("live copy", f"At step 6, the gathered copy of {FIRST} that forward uses has other zeros"),
+        ("gathered", f"At step 6, {FIRST} differs between rank 0 and rank 1"),
+        ("decision", "At step 6, the decision differs between rank 0 and rank 1"),
     ],
 )
 def test_a_rank_that_goes_astray_is_named(

@@ -170,4 +170,4 @@ def test_a_gradient_that_is_not_finite_chooses_nothing(
 ) -> None:
     flags = words(tiny, tmp_path, method="shira", shira_support="snip", learning_rate=1e-3)
     told = ranks(1, "tests.work.writing:refusal_of_infinite", flags=flags)
-    assert "step 1: --method shira selects weights by the gradients" in told[0]
+    assert "--method shira selects weights by the gradients or inputs of step 1" in told[0]

@@ -337,10 +337,10 @@ def test_data_that_do_not_fit_are_refused(ranks: Ranks, bert: TinyRun, tmp_path:
 def test_a_head_of_other_classes_is_refused(ranks: Ranks, tmp_path: Path) -> None:
     two = with_head(tmp_path / "two", {0: "bad", 1: "good"})
     said = refusal(ranks, two, tmp_path)
-    assert "its head has 2 classes (classifier.weight)" in said and "bad, good, ugly" in said
+    assert "has 2 classes (classifier.weight)" in said and "bad, good, ugly" in said
     other = with_head(tmp_path / "other", {0: "dog", 1: "cat", 2: "cow"})
     said = refusal(ranks, other, tmp_path)
-    assert "its head is for the classes dog, cat, cow" in said and "bad, good, ugly" in said
+    assert "is for the classes dog, cat, cow" in said and "bad, good, ugly" in said
 
 
 def test_models_that_the_task_does_not_suit_are_refused(
