@@ -94,9 +94,7 @@ def test_faults_of_a_table_without_names_have_their_place(tmp_path: Path) -> Non
     path = written(tmp_path / "cola.tsv", COLA + "gj04\t2\t\tNobody.\n")
     with pytest.raises(UserError, match=r"cola\.tsv, example 3: The label '2' is not one .* 0, 1"):
         load(path, column_names=COLUMNS)
-    with pytest.raises(
-        UserError, match=r"has 4 cells, but --column_names has 2 names"
-    ):
+    with pytest.raises(UserError, match=r"has 4 cells, but --column_names has 2 names"):
         classes_of(path, ("text", "label"))
     written(path, COLA + "one cell\n")
     with pytest.raises(UserError, match=r"cola\.tsv:3: This line has 1 cells, but the first has 4"):
