@@ -136,8 +136,14 @@ def micro_batches(
 
 
 def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) -> Batch:
-    """Make a micro-batch for language modelling: packed rows, padded to the longest. Its arguments
-    are those of ``Collate``."""
+    """Make a micro-batch for language modelling: packed rows, padded to the longest.
+
+    Args:
+        rows: rows of the data set.
+        numbers: row numbers in the stream; ``FILLER`` stands for a filler row.
+        pad_id: token id used as padding.
+        shuffle: read each epoch in its own random order; False keeps the order of the list.
+    """
     filler = Row(
         input_ids=np.array([pad_id]),
         labels=np.array([NOT_A_TARGET]),

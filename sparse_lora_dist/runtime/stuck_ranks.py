@@ -11,7 +11,7 @@ from sparse_lora_dist.system.processes import is_gone
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Which ranks are stuck, and the text that says so."""
+    """Result of comparing heartbeats: which ranks are stuck, and the text that says so."""
 
     text: str
     """Sentences that the other ranks print."""

@@ -139,7 +139,7 @@ def open_feed(config: Config, model: Model) -> DataFeed:
 
 
 def open_tokenizer(config: Config, model: Model) -> Any:
-    """Return the tokenizer in the model's folder.
+    """Return the transformers tokenizer in the model's folder. Not a collective.
 
     Raises:
         UserError: the tokenizer is missing or damaged.

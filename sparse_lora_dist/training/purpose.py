@@ -15,7 +15,10 @@ def ask_nothing(job: Job) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Purpose:
-    """What a run is for: by default, to train on ``--data``. Its functions are collectives."""
+    """Purpose of a run: its data, its last action, and whether it replaces an earlier run.
+
+    By default, the run trains on ``--data``. The functions are collectives.
+    """
 
     open_feed: Callable[[Config, Model], DataFeed] | None = None
     """Function that opens the data of the run; None opens ``--data`` and ``--eval_data``."""

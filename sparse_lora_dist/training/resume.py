@@ -142,6 +142,12 @@ def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> di
 
     Each checkpoint stores them, and a resumed run compares its own with them.
 
+    Args:
+        config: options of the run.
+        model: model of the run, whose base is identified.
+        feed: data of the run, of which the numbers of rows are taken.
+        method: method of the run.
+
     Returns:
         JSON values by name.
     """
