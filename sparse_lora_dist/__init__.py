@@ -1,9 +1,9 @@
 """Sparse low-rank adapters over a 4-bit base model that DeepSpeed ZeRO-3 shards across ranks.
 
 The Python API is ``settings``, ``run``, ``training``, ``export_run`` and ``apply_sparse_delta``;
-docs/python.md has examples. Each is imported on first use: ``run`` and ``training`` import
-transformers and DeepSpeed, for which the check of a command line need not wait. (That check imports
-torch, through the method's options.)
+docs/python.md has examples. Each function is imported when it is first used, so that a program can
+check its command line without waiting for the import of transformers and DeepSpeed. (The check
+imports torch, which the options of the methods need.)
 """
 
 from importlib import import_module
@@ -29,5 +29,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no {name!r}; it has {', '.join(_HOMES)}")
+        raise AttributeError(
+            f"module {__name__!r} has no attribute {name!r}. It has: {', '.join(_HOMES)}"
+        )
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

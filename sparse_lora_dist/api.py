@@ -1,4 +1,4 @@
-"""Python API: the options of the command lines as keyword arguments."""
+"""Python API that takes the options of the command lines as keyword arguments."""
 
 from pathlib import Path
 
@@ -9,15 +9,16 @@ from sparse_lora_dist.runtime.entry_point import quiet_others
 
 
 def settings(**options: object) -> Config:
-    """Make the config of a run, for ``run`` and ``training``.
+    """Check the options of a run, and return its config for ``run`` and ``training``.
 
-    Unless ``debug`` is set, warnings and notes of other libraries are silenced in this process.
+    Unless ``debug`` is set, warnings and log messages of other libraries are silenced in this
+    process.
 
     Args:
         options: options of launcher/train.py by name, e.g. ``max_steps=100``.
 
     Raises:
-        ConfigError: options are wrong or do not fit together; names every problem.
+        ConfigError: options are wrong or contradict each other; the message lists every problem.
     """
     config = load_config(_words(options))
     if not config.run.debug:
@@ -26,15 +27,15 @@ def settings(**options: object) -> Config:
 
 
 def export_run(source: str | Path, output: str | Path, **options: object) -> None:
-    """Export what a run has trained. Not a collective: for one process.
+    """Write the adapter of a run, or the base merged with it, to a folder. Call it in one process.
 
     Args:
-        source: run folder or checkpoint.
+        source: run folder, or folder of a checkpoint.
         output: folder to write.
         options: further options of launcher/export.py by name, e.g. ``format="merged"``.
 
     Raises:
-        UserError: there is nothing to export, an option is wrong, or ``output`` is in use.
+        UserError: there is nothing to export, an option is wrong, or ``output`` is not empty.
     """
     # Late: it imports transformers and DeepSpeed, which ``settings`` does not need.
     from sparse_lora_dist.export.export_command import export
@@ -43,7 +44,7 @@ def export_run(source: str | Path, output: str | Path, **options: object) -> Non
 
 
 def _words(options: dict[str, object]) -> list[str]:
-    """The words of a command line with these options."""
+    """Return the options as the arguments of a command line."""
     return [word for name, value in options.items() for word in (f"--{name}", _text(value))]
 
 

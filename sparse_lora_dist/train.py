@@ -1,5 +1,5 @@
-"""A training run from top to bottom: read the data, load the base, inject adapters, train, save,
-export."""
+"""Make a training run from beginning to end: read the data, load the base, inject adapters, train,
+save checkpoints and export the adapter."""
 
 import time
 from collections.abc import Iterator
@@ -38,15 +38,17 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 def run(config: Config, purpose: Purpose = TRAINING) -> None:
-    """Run a training: fine-tune, save and export as ``config`` says. Collective.
+    """Make a training run from beginning to end: train, save checkpoints, export the adapter.
+    Collective.
 
     Args:
-        config: the options of the run, the same on every rank.
+        config: options of the run, from ``settings``, the same on every rank.
         purpose: what the run is for; by default, to train on ``--data``.
 
     Raises:
-        UserError: the user can correct what is wrong; on every rank, unless ``shared`` is False.
-        Stopped: the run was asked to stop, and is saved; on every rank.
+        UserError: an option, a file or the environment must be corrected, as the message says. All
+            ranks raise the same error if its attribute ``shared`` is True.
+        Stopped: the run was asked to stop, and a checkpoint was saved; on every rank.
     """
     with training(config, purpose) as now:
         for step in now.steps:
@@ -62,15 +64,17 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
                 now.step(step)
 
     Args:
-        config: the options of the run, the same on every rank.
+        config: options of the run, from ``settings``, the same on every rank.
         purpose: what the run is for; by default, to train on ``--data``.
 
     Yields:
-        The run before its next step. Leaving early saves a checkpoint.
+        The run, ready to make its next step. If the context is left before the last step, a
+        checkpoint is saved, from which the run can be resumed.
 
     Raises:
-        UserError: the user can correct what is wrong; on every rank, unless ``shared`` is False.
-        Stopped: the run was asked to stop, and is saved; on every rank.
+        UserError: an option, a file or the environment must be corrected, as the message says. All
+            ranks raise the same error if its attribute ``shared`` is True.
+        Stopped: the run was asked to stop, and a checkpoint was saved; on every rank.
     """
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     launch = comm.start(timeout_s)
@@ -103,13 +107,15 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
 
 
 class Training:
-    """A run that is set up, and makes its steps one by one."""
+    """A run that is set up and makes its optimizer steps one at a time, by ``step``."""
 
     def __init__(self, config: Config, engine_config: dict[str, Any], purpose: Purpose) -> None:
-        """Read the data, load the base, inject adapters. Collective.
+        """Set up the run: read the data, load the base, inject adapters. Collective.
 
         Args:
-            engine_config: DeepSpeed's config, as ``engine_dict`` makes it.
+            config: options of the run.
+            engine_config: DeepSpeed's config, from ``engine_dict``.
+            purpose: what the run is for.
         """
         self.config = config
         zero3_nvme.prepare(engine_config)
@@ -144,7 +150,8 @@ class Training:
         self.last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
 
     def begin(self) -> None:
-        """Restore the checkpoint, or measure the held-out loss of the base. Collective."""
+        """Restore the checkpoint of a resumed run, or log the held-out loss of a new run as step 0.
+        Collective."""
         if self._resume is None:
             self.rewriter.begin()
         self.job.start(self._resume)
@@ -152,14 +159,17 @@ class Training:
 
     @property
     def steps(self) -> range:
-        """Optimizer steps that are left, counted from 1."""
+        """Numbers of the optimizer steps that are left. The first step of a run has number 1."""
         return range(self.job.progress.step + 1, self.last_step + 1)
 
     def step(self, step: int) -> StepResult:
-        """Make one optimizer step, then log, evaluate and save where it is due. Collective.
+        """Make one optimizer step; then log, evaluate and save if due at this step. Collective.
 
         Args:
-            step: the next of ``steps``.
+            step: number of the step, the first of ``steps``.
+
+        Returns:
+            Loss, tokens and decision of the step, the same on every rank.
 
         Raises:
             UserError: too many steps in a row were not finite, or a file cannot be written.
@@ -227,7 +237,7 @@ def _check_form(config: Config, model: Model, method: Method) -> None:
         )
     if config.adapter.init_adapter is not None and set(form.tensors) != plain:
         raise UserError(
-            f"--init_adapter is a plain LoRA pair, but --method {method.name} cannot start from "
-            f"one: it trains {', '.join(form.tensors)}. Use --method lora or roselora.",
+            f"--init_adapter gives the tensors A and B of LoRA, but --method {method.name} trains "
+            f"other tensors: {', '.join(form.tensors)}. Use --method lora or roselora.",
             shared=True,
         )

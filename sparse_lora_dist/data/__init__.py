@@ -1,7 +1,11 @@
-"""Files and data sets -> tokenised, packed batches with a resumable position.
+"""Read files and data sets, tokenise and pack them, and cut batches from any position.
 
-read_files (examples) -> fields, chat, tokens (documents) -> packing (rows) -> batches
-                      -> labels, labelled (documents of a class) -> packing (rows) -> labelled
+The modules, in the order in which data goes through them, and what each makes:
+
+    language modelling: read_files (examples) -> fields, chat, tokens (documents) -> packing (rows)
+        -> batches (micro-batches)
+    classification: read_files (examples) -> labels (classes), labelled (documents)
+        -> packing (rows) -> labelled (micro-batches)
 """
 
 from sparse_lora_dist.data.batches import (

@@ -1,8 +1,11 @@
-"""Rows of the stream -> the micro-batches of one rank.
+"""Make the micro-batches of one rank from rows of the stream.
 
-Shapes: M rows of a micro-batch, T tokens of its longest row (padded). Attention stays inside a
-document because ``position_ids`` restart there. transformers does so only without an
-``attention_mask`` and with ``use_cache=False``, and with flash attention only for M = 1.
+Suffixes of names are shapes: M is the number of rows of a micro-batch, T the number of tokens of
+its longest row after padding.
+
+``position_ids`` restart at each document, from which transformers sees that attention must stay
+inside a document. It does so only without an ``attention_mask`` and with ``use_cache=False``, and
+with flash attention only for M = 1.
 """
 
 from collections.abc import Sequence
@@ -17,33 +20,33 @@ from sparse_lora_dist.data.packing import Row, Rows
 from sparse_lora_dist.data.tokens import NOT_A_TARGET, Ints
 
 FILLER = -1
-"""Row number of a filler row, which only completes the last global batch."""
+"""Row number of a filler row: a row without a loss that completes the last global batch."""
 PAD_TO = 8
 """Padded row lengths are multiples of this many tokens, for which GPU matmuls are faster."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One micro-batch of one rank. Tensors are int64."""
+    """One micro-batch of one rank, for language modelling. All tensors are int64."""
 
     input_ids_MT: Tensor
-    """Token ids, padded with the pad token."""
+    """[M, T], token ids, padded with the pad token."""
     labels_MT: Tensor
-    """Target ids, not shifted; -100 for tokens without a loss."""
+    """[M, T], target ids, not shifted; -100 for tokens without a loss."""
     position_ids_MT: Tensor
-    """Positions, which restart at 0 at each document and where the padding begins."""
+    """[M, T], positions, which restart at 0 at each document and where the padding begins."""
     rows_M: tuple[int, ...]
     """Row numbers in the stream; -1 for filler rows."""
     lengths_M: tuple[int, ...]
-    """Tokens of each row without the padding, which follows them; 0 for filler rows."""
+    """Number of tokens of each row, without the padding at its end; 0 for filler rows."""
 
     @property
     def num_targets(self) -> int:
-        """Number of tokens that the shifted loss is taken on."""
+        """Number of tokens that have a loss, after labels are shifted by one."""
         return int((self.labels_MT[:, 1:] != NOT_A_TARGET).sum())
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on ``device``."""
+        """Return the same batch with its tensors on ``device``."""
         return Batch(
             input_ids_MT=self.input_ids_MT.to(device),
             labels_MT=self.labels_MT.to(device),
@@ -54,7 +57,7 @@ class Batch:
 
 
 class MicroBatch(Protocol):
-    """What a train step needs of a micro-batch, for any task."""
+    """Attributes of a micro-batch that a train step needs, whatever the task; see ``Batch``."""
 
     @property
     def input_ids_MT(self) -> Tensor: ...  # noqa: D102
@@ -70,8 +73,14 @@ class MicroBatch(Protocol):
 
 
 class Collate(Protocol):
-    """Function that makes a micro-batch of the rows with these numbers in the stream; ``FILLER``
-    stands for a filler row."""
+    """Function that makes a micro-batch of rows, for a task.
+
+    Args:
+        rows: rows of the data set.
+        numbers: row numbers in the stream; ``FILLER`` stands for a filler row.
+        pad_id: token id used as padding.
+        shuffle: read each epoch in its own random order; False keeps the order of the list.
+    """
 
     def __call__(  # noqa: D102
         self, rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool
@@ -93,28 +102,28 @@ def micro_batches(
 ) -> list[Any]:
     """Make one rank's micro-batches of a global batch. Not a collective.
 
-    Row i of the global batch goes to micro-batch ``i // (world_size * micro_batch_size)`` and rank
-    ``(i // micro_batch_size) % world_size``. Rows from ``end_row`` on become filler rows, of one
-    pad token and no target. So the last batch neither drops nor repeats rows, and the loss divided
-    by the global number of targets is exact.
+    Row i of the global batch goes to micro-batch ``i // (world_size * micro_batch_size)`` of rank
+    ``(i // micro_batch_size) % world_size``. Rows from ``end_row`` on become filler rows: one pad
+    token, no target. So the last global batch neither drops nor repeats rows, and its summed loss
+    divided by its number of targets is an exact mean.
 
         2 ranks, micro_batch_size 2, accumulation 2, first_row 0:
         rank 0 has rows (0, 1) and (4, 5); rank 1 has rows (2, 3) and (6, 7)
 
     Args:
-        rows: the rows of the data set.
-        first_row: row of the stream at which the global batch begins.
-        end_row: row of the stream at which the run ends.
+        rows: rows of the data set.
+        first_row: number of the row in the stream at which the global batch begins.
+        end_row: number of the row in the stream before which the run ends.
         rank: the rank whose micro-batches are made.
         world_size: number of ranks.
         micro_batch_size: rows per rank in one forward.
-        accumulation: micro-batches per step.
-        pad_id: token id that fills rows up.
-        collate: makes a micro-batch of rows.
-        shuffle: take each epoch in its own seeded order; False keeps the order of the list.
+        accumulation: micro-batches per optimizer step.
+        pad_id: token id used as padding.
+        collate: function that makes a micro-batch of rows.
+        shuffle: read each epoch in its own random order; False keeps the order of the list.
 
     Returns:
-        ``accumulation`` batches of ``micro_batch_size`` rows, filler included.
+        ``accumulation`` micro-batches of ``micro_batch_size`` rows each, filler rows included.
     """
     assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
     batches = []
@@ -127,7 +136,14 @@ def micro_batches(
 
 
 def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) -> Batch:
-    """``Collate`` for language modelling: packed rows, padded to one length."""
+    """Make a micro-batch for language modelling: packed rows, padded to the longest.
+
+    Args:
+        rows: rows of the data set.
+        numbers: row numbers in the stream; ``FILLER`` stands for a filler row.
+        pad_id: token id used as padding.
+        shuffle: read each epoch in its own random order; False keeps the order of the list.
+    """
     filler = Row(
         input_ids=np.array([pad_id]),
         labels=np.array([NOT_A_TARGET]),
@@ -149,12 +165,22 @@ def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: 
 
 
 def padded_length(lengths: Sequence[int], most: int) -> int:
-    """Padded length of a micro-batch whose rows have ``lengths``, at most ``most``."""
+    """Return the padded length of a micro-batch, a multiple of ``PAD_TO`` tokens.
+
+    Args:
+        lengths: number of tokens of each row.
+        most: largest padded length, even if it is no such multiple.
+    """
     return min(-(-max(lengths) // PAD_TO) * PAD_TO, most)
 
 
 def padded(rows: Sequence[Ints], length: int, value: int) -> Tensor:
-    """Pad each row with ``value`` at its end.
+    """Pad each row with ``value`` at its end, and stack the rows.
+
+    Args:
+        rows: int64 [number of tokens] each.
+        length: number of tokens of each padded row.
+        value: number to pad with.
 
     Returns:
         int64 [len(rows), length].

@@ -1,4 +1,4 @@
-"""Text or chat messages -> token ids, and the tokens that the loss is taken on."""
+"""Tokenise text and chat messages, and mark the tokens that have a loss (the targets)."""
 
 import re
 from dataclasses import dataclass
@@ -20,23 +20,23 @@ GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """The tokens of an example."""
+    """The tokens of an example, and which of them are targets."""
 
     ids: list[int]
     """Token ids."""
     is_target: list[bool]
-    """For each token, whether the loss is taken on it."""
+    """For each token, True if it has a loss."""
 
 
 def find_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> str | None:
-    """Find the jinja text that renders chats.
+    """Return the jinja text that renders chats.
 
     Args:
         tokenizer: its own template is used if ``chat_template`` is None.
-        chat_template: ``--chat_template``: jinja text, or a file with it.
+        chat_template: value of ``--chat_template``: jinja text, or the path of a file with it.
 
     Returns:
-        The jinja text; None if there is none.
+        The jinja text; None if neither ``chat_template`` nor the tokenizer has one.
 
     Raises:
         UserError: ``chat_template`` is neither jinja text nor a file that exists.
@@ -47,15 +47,17 @@ def find_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None)
         return chat_template
     if not Path(chat_template).expanduser().is_file():
         raise UserError(
-            f"--chat_template {chat_template}: no such file, and no jinja text (with {{{{ or {{%). "
-            "Give the path of a file, or the text of a template"
+            f"--chat_template {chat_template} is neither a file that exists nor jinja text, which "
+            "has {{ or {% in it. Give the path of a file, or the text of a template."
         )
     return Path(chat_template).expanduser().read_text(encoding="utf-8")
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
-    """Token ids of a text, with bos if the tokenizer adds one and with eos if it has one; [] for
-    white space."""
+    """Return the token ids of a plain text, or [] if it is only white space.
+
+    bos is added if the tokenizer adds one to texts, and eos if the tokenizer has one.
+    """
     return _framed(tokenizer, _ids(tokenizer, text)) if text.strip() else []
 
 
@@ -66,16 +68,19 @@ def encode_chat(
     template: str | None,
     train_on: TrainOn,
 ) -> Encoded:
-    """Tokenise a chat. The targets are the assistant turns with the end that the template gives
-    them, or all tokens.
+    """Tokenise a chat. The targets are the assistant turns, including the tokens with which the
+    template ends them, or all tokens.
 
     Args:
-        messages: {role, content} each; without a template exactly one prompt and its response.
-        template: jinja text; None joins prompt and response as they are and adds eos.
-        train_on: ``response`` for assistant turns only, or ``all``.
+        tokenizer: tokenizer of the model.
+        messages: dicts {role, content}; without a template exactly one prompt and its response.
+        template: jinja text that renders the chat; None joins prompt and response as they are, with
+            bos and eos as ``encode_text`` adds them.
+        train_on: ``response`` makes only assistant turns targets, ``all`` every token.
 
     Raises:
-        ExampleError: the template refuses the chat, or its response spans cannot be found.
+        ExampleError: the template refuses the chat, or the tokens of an assistant turn cannot be
+            found.
     """
     if template is None:
         encoded = _joined(tokenizer, messages)
@@ -92,23 +97,28 @@ def encode_chat(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, template: str | None
 ) -> list[int]:
-    """Tokenise a prompt: the ids that ``encode_chat`` has before a response.
+    """Return the token ids of a prompt: those that ``encode_chat`` puts before a response.
 
     Args:
-        messages: the chat without the answer.
-        template: jinja text; None for a single prompt without one.
+        tokenizer: tokenizer of the model.
+        messages: the chat, dicts {role, content}, without the answer.
+        template: jinja text that renders the chat; None if the chat is one prompt as it is.
 
     Raises:
-        ExampleError: the template refuses the chat.
+        ExampleError: the template refuses the chat, there are several messages and no template, or
+            the prompt has no tokens.
     """
     if template is None:
         if len(messages) > 1:
-            raise ExampleError("a chat of several turns needs a template: give --chat_template")
+            raise ExampleError(
+                "This chat has several turns, but the tokenizer has no chat template. Give one "
+                "with --chat_template."
+            )
         ids = _framed(tokenizer, _ids(tokenizer, messages[0]["content"]), ends=False)
     else:
         ids = _render(tokenizer, messages, template, add_generation_prompt=True)["input_ids"]
     if not ids:
-        raise ExampleError("its prompt is empty")
+        raise ExampleError("The prompt of this example is empty. Give it a text.")
     return ids
 
 
@@ -120,14 +130,15 @@ def encode_answer(
     before: list[int],
     template: str | None,
 ) -> Encoded:
-    """Tokenise a chat and an answer. The targets are the tokens that the answer adds, including the
-    end of its turn.
+    """Tokenise a chat with an answer. The targets are the tokens that the answer adds, including
+    those that end its turn.
 
     Args:
-        messages: the chat without the answer.
+        tokenizer: tokenizer of the model.
+        messages: the chat, dicts {role, content}, without the answer.
         answer: text of the answer.
-        before: ids of the chat without the answer, from ``encode_prompt``.
-        template: jinja text, or None.
+        before: token ids of ``messages``, from ``encode_prompt``.
+        template: jinja text that renders the chat; None if the chat is one prompt as it is.
 
     Raises:
         ExampleError: the template refuses the chat, renders the prompt differently when an answer
@@ -137,17 +148,22 @@ def encode_answer(
     ids = encode_chat(tokenizer, chat, template=template, train_on="all").ids
     if ids[: len(before)] != before:
         raise ExampleError(
-            "the chat template renders the prompt differently when an answer follows it, so the "
+            "The chat template renders the prompt differently when an answer follows it, so the "
             "likelihood of an answer cannot be computed. Give another --chat_template, or score "
-            "generated answers with choice_generated"
+            "generated answers with --metrics choice_generated."
         )
     if len(ids) == len(before):
-        raise ExampleError(f"the answer {answer!r} has no tokens; it must not be empty")
+        raise ExampleError(f"The answer {answer!r} has no tokens. Give it a text.")
     return Encoded(ids=ids, is_target=[i >= len(before) for i in range(len(ids))])
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> set[int]:
-    """Token ids that end a response: eos, and the special tokens that the template puts after it.
+    """Return the ids of the tokens that end a response: eos, and the special tokens that the
+    template puts after a response.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        template: jinja text that renders chats; None if chats are one prompt as it is.
 
     Raises:
         ExampleError: the template refuses a chat of one question and its answer.
@@ -175,10 +191,11 @@ def _whole(ids: list[int]) -> Encoded:
 
 
 def _covers_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether the tokenizer's offsets cover every character.
+    """Return True if the offsets of the tokenizer cover every character, including spaces.
 
-    With ``trim_offsets`` they do not. transformers then finds no token at a generation mark next to
-    a space, and drops the turn or makes all that follows a target. Prefixes need no offsets.
+    With ``trim_offsets`` they do not: transformers then finds no token at a generation mark next to
+    a space, and either drops the turn or makes all tokens after it targets. ``_spans_by_prefixes``
+    needs no offsets.
     """
     encoded = tokenizer(" a ", add_special_tokens=False)
     return all(encoded.char_to_token(0, i) is not None for i in range(3))
@@ -194,21 +211,27 @@ def _joined(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Enco
 def _spans_by_prefixes(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str
 ) -> Encoded:
-    """Tokenise a chat. The tokens of an assistant turn are those that it adds to the rendering of
-    the chat before it with the generation prompt."""
+    """Tokenise a chat, and find each assistant turn by rendering the chat twice.
+
+    The chat before the turn, with the generation prompt, gives a prefix of the tokens of the chat
+    that ends with the turn. The tokens after that prefix are the tokens of the turn.
+    """
     ids = _render(tokenizer, messages, template)["input_ids"]
     is_target = [False] * len(ids)
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if k == 0:
-            raise ExampleError(_no_span(1, "it is the first message"))
+            raise ExampleError(_no_span(1, "no message comes before it"))
         before = _render(tokenizer, messages[:k], template, add_generation_prompt=True)["input_ids"]
         is_last = k + 1 == len(messages)
         upto = ids if is_last else _render(tokenizer, messages[: k + 1], template)["input_ids"]
         if upto[: len(before)] != before or ids[: len(upto)] != upto:
             raise ExampleError(
-                _no_span(k + 1, "the chat up to it is not a token prefix of the whole chat")
+                _no_span(
+                    k + 1,
+                    "the tokens of the chat up to it are not the first tokens of the whole chat",
+                )
             )
         is_target[len(before) : len(upto)] = [True] * (len(upto) - len(before))
     return Encoded(ids=ids, is_target=is_target)
@@ -216,8 +239,8 @@ def _spans_by_prefixes(
 
 def _no_span(number: int, why: str) -> str:
     return (
-        f"cannot find the tokens of message {number} (assistant): {why}. Give a --chat_template "
-        "with {% generation %} marks around assistant turns, or set --train_on all"
+        f"The tokens of message {number} (of the assistant) cannot be found, because {why}. Give a "
+        "--chat_template with {% generation %} marks around assistant turns, or set --train_on all."
     )
 
 
@@ -230,7 +253,10 @@ def _render(
             messages, chat_template=template, return_dict=True, **options
         )
     except jinja2.TemplateError as error:
-        raise ExampleError(f"the chat template refuses it: {error}") from error
+        raise ExampleError(
+            f"The chat template refuses this chat: {error}. Correct the chat, or give another "
+            "--chat_template."
+        ) from error
     assert isinstance(out, BatchEncoding)
     return dict(out)
 
@@ -242,7 +268,13 @@ def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def _framed(tokenizer: PreTrainedTokenizerFast, ids: list[int], *, ends: bool = True) -> list[int]:
-    """Add bos and eos to ``ids``, where the tokenizer has them and they are not there yet."""
+    """Add bos and eos to ``ids``, unless they are there already or the tokenizer has none.
+
+    Args:
+        tokenizer: tokenizer of the model; bos is added only if the tokenizer adds it to texts.
+        ids: token ids.
+        ends: True if eos may be added.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     starts_with_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
     before = [bos] if starts_with_bos and ids[:1] != [bos] else []

@@ -1,4 +1,4 @@
-"""Find the columns that hold the text, and read an example as text or as chat messages."""
+"""Find the columns that hold the text, and turn an example into text or chat messages."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,24 +11,34 @@ MESSAGES = "messages"
 
 
 class ExampleError(Exception):
-    """One example is wrong. The caller that knows its file and line raises a UserError instead."""
+    """One example is wrong. The message is a sentence without the example's place; the caller that
+    knows its file and line raises a ``UserError`` with both (``Examples.fault``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fields:
-    """The columns of a data set that hold its text."""
+    """The columns of a data set that hold its text, and the kind of its examples."""
 
     kind: Literal["messages", "pair", "text"]
-    """A chat; a prompt with its response; or plain text."""
+    """Kind of each example: a chat, a prompt with its response, or plain text."""
     columns: tuple[str, ...]
-    """Names: ("messages",), (prompt, response) or (text,)."""
+    """Names of the columns: "messages"; those of prompt and response; or that of the text."""
 
     def text(self, record: Mapping[str, Any]) -> str:
-        """The plain text of an example of kind ``text``."""
+        """Return the text of an example, if ``kind`` is "text".
+
+        Args:
+            record: the example, column -> value.
+        """
         return text_of(record[self.columns[0]], repr(self.columns[0]))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """The chat of an example of the other kinds; a pair is a user and an assistant turn."""
+        """Return the chat of an example, if ``kind`` is "messages" or "pair". A pair becomes a user
+        turn and an assistant turn.
+
+        Args:
+            record: the example, column -> value.
+        """
         if self.kind == "messages":
             return chat_of(record[MESSAGES])
         prompt, response = (text_of(record[c], repr(c)) for c in self.columns)
@@ -48,8 +58,15 @@ def find_fields(
 ) -> Fields:
     """Find the columns of the text: ``messages`` if it exists, else prompt and response, else text.
 
+    Args:
+        columns: names of the columns of the data set.
+        text_field: name of the column of plain text.
+        prompt_field: name of the column of prompts.
+        response_field: name of the column of responses.
+        place: flag and source, e.g. "--data x.jsonl", with which the message begins.
+
     Raises:
-        UserError: none of them exists; names the columns that do.
+        UserError: none of these columns exists; the message lists the columns that do.
     """
     if MESSAGES in columns:
         return Fields(kind="messages", columns=(MESSAGES,))
@@ -58,33 +75,37 @@ def find_fields(
     if text_field in columns:
         return Fields(kind="text", columns=(text_field,))
     raise UserError(
-        f"{place}: found neither {MESSAGES!r}, nor {prompt_field!r} with {response_field!r}, nor "
-        f"{text_field!r}. Its columns are: {', '.join(columns)}. Name them with --prompt_field and "
-        "--response_field, or --text_field"
+        f"{place} has neither the column {MESSAGES!r}, nor {prompt_field!r} with "
+        f"{response_field!r}, nor {text_field!r}. Its columns are: {', '.join(columns)}. Name the "
+        "columns of its text with --prompt_field and --response_field, or --text_field."
     )
 
 
 def text_of(value: Any, name: str) -> str:
-    """Check that ``value`` is text, and return it.
+    """Return ``value`` if it is text.
 
     Args:
-        name: what the value is, for the message.
+        value: value of an example, of any type.
+        name: name of the value for the message, e.g. its column in quotes.
 
     Raises:
-        ExampleError: it is missing or not text.
+        ExampleError: ``value`` is None or not text.
     """
     if value is None:
-        raise ExampleError(f"{name} is missing or null; it must be text")
+        raise ExampleError(f"{name} is missing or null. It must be text.")
     if not isinstance(value, str):
         raise ExampleError(f"{name} must be text, got {type(value).__name__}: {str(value)[:40]}")
     return value
 
 
 def chat_of(value: Any) -> list[Message]:
-    """Check that ``value`` is a list of {role, content}, and return it.
+    """Return ``value`` if it is a list of at least one {role, content}.
+
+    Args:
+        value: value of the column ``messages`` of an example, of any type.
 
     Raises:
-        ExampleError: it is not, or it is empty.
+        ExampleError: ``value`` is not such a list.
     """
     if not isinstance(value, list) or not value:
         raise ExampleError(
@@ -93,7 +114,7 @@ def chat_of(value: Any) -> list[Message]:
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
             raise ExampleError(
-                f"message {number} must be {{role, content}}, got {str(message)[:40]}"
+                f"Message {number} must be {{role, content}}, got {str(message)[:40]}"
             )
         for key in ("role", "content"):
             text_of(message.get(key), f"{key!r} of message {number}")

@@ -1,6 +1,8 @@
-"""Labelled examples -> documents with a class -> batches, one example per row.
+"""Read and tokenise labelled examples for classification, and make batches with one example per
+row.
 
-Shapes: M rows of a micro-batch, T tokens of its longest row (padded).
+Suffixes of names are shapes: M is the number of rows of a micro-batch, T the number of tokens of
+its longest row after padding.
 """
 
 from collections import Counter
@@ -38,23 +40,32 @@ LABELLED = datasets.Features(
         "whole_length": datasets.Value("int64"),
     }
 )
-"""Columns of the cache: one row for each example, whose one label is its class."""
+"""Columns of the cache of tokens. The cache has one row for each example; its column ``labels``
+holds one number, the class."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledDocument(Document):
-    """One example. ``labels`` holds its class only."""
+    """One tokenised example. ``labels`` is int64 [1], the number of its class."""
 
     segment_ids: Ints
-    """token_type_ids: 0 in the first text, 1 in the second; empty if the model has none."""
+    """int64 [number of tokens], token_type_ids: 0 in the first text, 1 in the second. Empty if the
+    model has none."""
 
 
 class LabelledDocuments(Documents):
-    """The examples of a data set; those that are too long are cut, not left out."""
+    """The tokenised examples of a data set. Examples that are too long are cut, not left out."""
 
     def __init__(
         self, table: datasets.Dataset, *, sequence_length: int, classes: Sequence[str]
     ) -> None:
+        """Make documents of a cached table.
+
+        Args:
+            table: table with the columns ``LABELLED``.
+            sequence_length: most tokens of an example.
+            classes: labels in the order of their classes.
+        """
         super().__init__(table, sequence_length=sequence_length)
         self._table = table.with_format("numpy", columns=["input_ids", "labels", "segment_ids"])
         self.classes = classes
@@ -67,7 +78,8 @@ class LabelledDocuments(Documents):
         return LabelledDocument(**{k: v.astype(np.int64) for k, v in record.items()})
 
     def report(self) -> str:
-        """One line: the number of examples of each class, and of those cut or left out."""
+        """Return one line of text: the number of examples of each class, and how many were cut or
+        left out."""
         labels = self._table["labels"][:][self._kept].flatten()
         counts = Counter(self.classes[label] for label in labels.tolist())
         each = ", ".join(f"{counts[name]:,} of {name}" for name in self.classes[:5])
@@ -99,20 +111,21 @@ def load_labelled(
 ) -> LabelledDocuments:
     """Read, check and tokenise labelled examples. Not a collective.
 
-    The tokenizer adds its own special tokens to a text or a pair. The tokens are cached on disk.
+    The tokenizer adds its own special tokens to each text or pair. The token ids are cached on
+    disk.
 
     Args:
         source: file, folder or hub id; see ``read_examples``.
         tokenizer: tokenizer of the model.
-        text_fields: column of the text, and of the second text for pairs.
+        text_fields: names of the text columns: one, or two if the examples are pairs of texts.
         label_field: column of the label.
         column_names: names of the columns of a table without a header line.
         classes: labels in the order of their classes.
-        segments: whether the model uses token_type_ids to tell the texts of a pair apart.
+        segments: True if the model uses token_type_ids to tell the texts of a pair apart.
         sequence_length: most tokens of an example; longer ones are cut.
         max_samples: number of first examples to read; None reads all.
         flag: the command-line flag that holds ``source``, for messages.
-        split: part of a folder or hub data set.
+        split: split of a folder or hub data set, e.g. "train".
 
     Raises:
         UserError: the source or an example is wrong, a label is not in ``classes``, or no example
@@ -129,7 +142,10 @@ def load_labelled(
     def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         label = label_of(record[label_field], feature)
         if label not in places:
-            raise ExampleError(f"label {label!r} is none of the classes: {', '.join(classes)}")
+            raise ExampleError(
+                f"The label {label!r} is not one of the classes of --data: {', '.join(classes)}. "
+                "Correct it, or remove the example."
+            )
         texts = [text_of(record[c], repr(c)) for c in text_fields]
         return [_row(tokenizer, texts, places[label], segments, sequence_length)]
 
@@ -137,7 +153,10 @@ def load_labelled(
     table = tokenise(examples, columns, rows_of, (*key, *identity(tokenizer)), LABELLED)
     documents = LabelledDocuments(table, sequence_length=sequence_length, classes=classes)
     if len(documents) == 0:
-        raise UserError(f"{flag} {source}: nothing is left to train on: {documents.report()}")
+        raise UserError(
+            f"{flag} {source} has no example with text: {documents.report()}. Give data in which "
+            "at least one example has text."
+        )
     return documents
 
 
@@ -169,28 +188,28 @@ def _row(
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledBatch:
-    """One micro-batch of one rank. Tensors are int64."""
+    """One micro-batch of one rank, for classification. All tensors are int64."""
 
     input_ids_MT: Tensor
-    """Token ids, padded with the pad token."""
+    """[M, T], token ids, padded with the pad token."""
     attention_mask_MT: Tensor
-    """1 for the tokens of an example, 0 for padding."""
+    """[M, T], 1 for the tokens of an example, 0 for padding."""
     segment_ids_MT: Tensor | None
-    """token_type_ids; None if the model has none."""
+    """[M, T], token_type_ids; None if the model has none."""
     labels_M: Tensor
-    """Class of each row; -100 for filler rows."""
+    """[M], class of each row; -100 for filler rows."""
     rows_M: tuple[int, ...]
     """Row numbers in the stream; -1 for filler rows."""
     lengths_M: tuple[int, ...]
-    """Tokens of each row without the padding, which follows them; 0 for filler rows."""
+    """Number of tokens of each row, without the padding at its end; 0 for filler rows."""
 
     @property
     def num_targets(self) -> int:
-        """Number of examples that the loss is taken on."""
+        """Number of examples that have a loss, which filler rows do not."""
         return int((self.labels_M != NOT_A_TARGET).sum())
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
-        """Keyword arguments of the model's forward, on ``device``."""
+        """Return the keyword arguments of the model's forward: tensors [M, T] on ``device``."""
         inputs = {"input_ids": self.input_ids_MT, "attention_mask": self.attention_mask_MT}
         if self.segment_ids_MT is not None:
             inputs["token_type_ids"] = self.segment_ids_MT
@@ -200,9 +219,15 @@ class LabelledBatch:
 def labelled_batch(
     rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool
 ) -> LabelledBatch:
-    """``Collate`` for classification: one example per row, padded to one length.
+    """Make a micro-batch for classification: one example per row, padded to the longest row.
 
     A filler row is one pad token with attention mask 1, since a softmax over no token is nan.
+
+    Args:
+        rows: rows of the data set.
+        numbers: row numbers in the stream; ``FILLER`` stands for a filler row.
+        pad_id: token id used as padding.
+        shuffle: read each epoch in its own random order; False keeps the order of the data.
     """
     filler = LabelledDocument(
         input_ids=np.array([pad_id]),

@@ -1,4 +1,4 @@
-"""The labels of a data set: the classes that it has, and the class of an example."""
+"""Find the labels of a data set, which are its classes, and the label of an example."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -11,17 +11,18 @@ from sparse_lora_dist.errors import UserError
 
 
 def read_classes(source: str, *, label_field: str, column_names: Columns, flag: str) -> list[str]:
-    """Find the labels of a data set.
+    """Find the distinct labels of a data set.
 
     Args:
         source: file, folder or hub id; see ``read_examples``.
-        label_field: column of the labels.
+        label_field: name of the column of labels.
         column_names: names of the columns of a table without a header line.
         flag: command-line flag that holds ``source``, for messages.
 
     Returns:
-        The labels as text: all that the data set declares, in its order; else those that occur,
-        numbers by size and names by the alphabet.
+        The labels as text. If the data set declares labels (``datasets.ClassLabel``), all of these
+        in their order; otherwise those that occur, whole numbers first and by size, then names in
+        alphabetical order.
 
     Raises:
         UserError: the column is missing, a label is neither a whole number nor text, or all labels
@@ -43,60 +44,69 @@ def read_classes(source: str, *, label_field: str, column_names: Columns, flag: 
         return list(feature.names)
     if len(found) < 2:
         raise UserError(
-            f"{place}: every example has the label {found.pop()!r}; two are needed. Give data with "
-            "at least two different labels, or another --label_field"
+            f"Every example of {place} has the label {found.pop()!r}, but a classifier needs at "
+            "least two classes. Give data with two different labels or more, or name another "
+            "column with --label_field."
         )
     return sorted(found, key=_by_size)
 
 
 def label_of(value: Any, feature: Any) -> str:
-    """A label as text.
+    """Return the label of an example as text.
 
     Args:
-        value: value of the label column.
-        feature: type of the column in ``datasets``.
+        value: value of the label column: a whole number or text.
+        feature: type of the column in ``datasets``; a ``ClassLabel`` turns numbers into names.
 
     Raises:
-        ExampleError: it is missing, or neither a whole number nor text.
+        ExampleError: the label is missing, or neither a whole number nor text.
     """
     if isinstance(feature, datasets.ClassLabel) and isinstance(value, int):
         if value < 0:  # hub data sets mark examples with secret labels so
-            raise ExampleError("it has no label (-1)")
+            raise ExampleError(
+                "This example has the label -1, which means that its label is unknown. Give data "
+                "in which each example has a label, or remove this example."
+            )
         return str(feature.names[value])
     if value == "":
-        raise ExampleError("its label is empty")
+        raise ExampleError("The label of this example is empty. Give it a whole number or text.")
     if isinstance(value, bool) or not isinstance(value, int | str):
         found = f"{type(value).__name__}: {str(value)[:40]}"
-        raise ExampleError(f"a label must be a whole number or text, got {found}")
+        raise ExampleError(f"The label must be a whole number or text, got {found}")
     return str(value)
 
 
 def class_names(labels: Sequence[str], declared: Sequence[str]) -> Sequence[str]:
-    """Names of the classes, in order.
+    """Return the names of the classes, in the order of their numbers.
 
     Args:
         labels: labels of the data.
-        declared: class names in the model's config.
+        declared: class names in the model's config, in order.
 
     Returns:
-        ``declared`` if it contains all labels, else ``labels``.
+        ``declared`` if it contains all labels of the data, otherwise ``labels``.
     """
     return declared if set(labels) <= set(declared) else labels
 
 
 def check_columns(columns: Collection[str], wanted: Sequence[str], place: str) -> None:
-    """Check that the columns ``wanted`` (text, second text, label) exist.
+    """Raise UserError if a column that classification reads does not exist.
+
+    Args:
+        columns: names of the columns of the data set.
+        wanted: names of the columns that must exist: of texts and labels.
+        place: flag and source, e.g. "--data x.jsonl", with which the message begins.
 
     Raises:
-        UserError: one does not; names those that do.
+        UserError: one of ``wanted`` does not exist; the message lists ``columns``.
     """
     absent = [name for name in wanted if name not in columns]
     if absent:
         raise UserError(
-            f"{place}: found no column {', '.join(map(repr, absent))}, which task seq_cls needs. "
-            f"Its columns are: {', '.join(columns)}. Name them with --text_field, "
-            "--text_pair_field and --label_field (and with --column_names, if the file has no "
-            "header line)"
+            f"{place} has no column {', '.join(map(repr, absent))}, which --task seq_cls needs. "
+            f"Its columns are: {', '.join(columns)}. Name the columns to read with --text_field, "
+            "--text_pair_field and --label_field. If the file has no header line, name all of its "
+            "columns with --column_names."
         )
 
 

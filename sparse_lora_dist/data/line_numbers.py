@@ -1,4 +1,4 @@
-"""Line numbers of examples in a file, and its first broken line, for error messages."""
+"""Find line numbers of examples in a file, and its first broken line, for error messages."""
 
 import csv
 import json
@@ -13,20 +13,20 @@ CELLS: dict[str, dict[str, Any]] = {
     # Cells of a TSV hold no tabs, so nothing needs quotes, and one in a sentence is only a letter.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
-"""Options of the csv module, and of pandas, by kind of file."""
+"""Options for reading a table, by suffix of the file; the csv module and pandas take the same."""
 LARGEST_CELL = 2**31 - 1
-"""Most bytes of a cell; the csv module's default of 128 KiB is less than a long document."""
+"""Most characters of a cell. The csv module's default, 131,072, is less than a long document."""
 
 
 def has_content(file: Path) -> bool:
-    """Whether the file has anything but white space."""
+    """Return True if the file has anything but white space."""
     with file.open("rb") as f:
         return any(line.strip() for line in f)
 
 
 def example_lines(file: Path) -> list[int] | None:
-    """Line number, from 1, of each example of a JSON Lines file (.json may be one); None for other
-    kinds."""
+    """Return the line number, from 1, of each example of a JSON Lines file. Return None for other
+    kinds of files. A ``.json`` file may be either."""
     if file.suffix not in JSON:
         return None
     with file.open("rb") as f:
@@ -38,8 +38,8 @@ def example_lines(file: Path) -> list[int] | None:
 
 
 def broken_line(file: Path) -> str | None:
-    """The text "file:line: problem" for the first broken line of JSON or of a table; None if there
-    is none."""
+    """Return a message "file:line: problem" for the first broken line of a JSON file or a table.
+    Return None if no line is broken or the file is of another kind."""
     if file.suffix in CELLS:
         return _broken_table(file)
     if file.suffix not in JSON:
@@ -55,7 +55,7 @@ def broken_line(file: Path) -> str | None:
 
 
 def first_cells(file: Path) -> list[str]:
-    """Cells of the first line of a table: its column names, if it has a header line."""
+    """Return the cells of the first line of a table: its column names, if it has a header line."""
     with _cells(file) as reader:
         return next(reader)
 
@@ -68,13 +68,13 @@ def _cells(file: Path) -> Iterator[Any]:
 
 
 def _broken_table(file: Path) -> str | None:
-    remedy = "; put cells that contain commas in quotes" if file.suffix == ".csv" else ""
+    remedy = " Put cells that contain commas in quotes." if file.suffix == ".csv" else ""
     with _cells(file) as reader:
         try:
             columns = next(reader)
             for cells in reader:
                 if cells and len(cells) != len(columns):
-                    found = f"{len(cells)} cells, but the first line has {len(columns)}"
+                    found = f"This line has {len(cells)} cells, but the first has {len(columns)}."
                     return f"{file}:{reader.line_num}: {found}{remedy}"
         except (csv.Error, UnicodeDecodeError) as error:
             return f"{file}:{reader.line_num + 1}: {error}"
@@ -87,10 +87,12 @@ def _json_problem(
     try:
         value = json.loads(content.decode("utf-8-sig").rstrip())
     except UnicodeDecodeError as error:
-        return f"{file}:{line}: not UTF-8 text ({error.reason})"
+        return f"{file}:{line}: This line is not UTF-8 text ({error.reason})."
     except json.JSONDecodeError as error:
         where = f"{file}:{line + error.lineno - 1}"
-        return f"{where}: not valid JSON: {error.msg} (column {error.colno})"
+        return f"{where}: This line is not valid JSON: {error.msg} (column {error.colno})."
     if not isinstance(value, allowed):
-        return f"{file}:{line}: expected a JSON object {{...}}, got {type(value).__name__}"
+        return (
+            f"{file}:{line}: A JSON object {{...}} is needed, but this is {type(value).__name__}."
+        )
     return None

@@ -1,6 +1,7 @@
-"""Documents -> packed rows, and the endless stream of rows that a run trains on.
+"""Pack documents into rows, and order the rows as the endless stream that a run trains on.
 
-The position in the stream is one integer, the number of rows consumed. Rows do not depend on ranks.
+The position in the stream is one integer, the number of rows consumed. The stream does not depend
+on the number of ranks.
 """
 
 from bisect import bisect_left, insort
@@ -13,30 +14,35 @@ from sparse_lora_dist.data.tokens import Documents, Ints
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One or more documents end to end; ``position_ids`` restart at 0 where a document begins."""
+    """One or more documents end to end. All arrays are int64 [number of tokens]."""
 
     input_ids: Ints
+    """Token ids."""
     labels: Ints
+    """Target ids, not shifted; -100 for tokens without a loss."""
     position_ids: Ints
+    """Positions, which restart at 0 where a document begins."""
 
 
 class Rows:
-    """The rows of one data set, as a list that depends on data and seed only.
+    """The rows of one data set: a list that depends on the data and the seed only.
 
-    The stream of rows 0, 1, 2, ... goes through the list in a new random order in each epoch.
+    The stream, row numbers 0, 1, 2, ... without end, goes through the list once in each epoch, each
+    time in a new random order.
     """
 
     def __init__(
         self, documents: Documents, order: Ints, bounds: Ints, *, sequence_length: int, seed: int
     ) -> None:
-        """Make rows of documents: row r holds ``order[bounds[r] : bounds[r + 1]]``.
+        """Make rows of documents: row r holds the documents ``order[bounds[r] : bounds[r + 1]]``.
 
         Args:
-            documents: the documents.
-            order: int64 [number of documents], document numbers.
-            bounds: int64 [number of rows + 1], from 0 to the number of documents.
+            documents: documents of the data set.
+            order: int64 [number of documents], indices of documents, those of row 0 first.
+            bounds: int64 [number of rows + 1], the place in ``order`` at which each row begins,
+                and the number of documents at the end.
             sequence_length: most tokens of a row.
-            seed: seed of the order of the stream.
+            seed: seed of the random order of each epoch.
         """
         self.documents = documents
         self.sequence_length = sequence_length
@@ -50,7 +56,7 @@ class Rows:
         return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> Row:
-        """Row ``index`` of the list (not of the stream)."""
+        """Return row ``index`` of the list (not of the stream)."""
         numbers = self.document_numbers(index)
         documents = [self.documents[n] for n in numbers]
         return Row(
@@ -60,14 +66,15 @@ class Rows:
         )
 
     def document_numbers(self, index: int) -> list[int]:
-        """Numbers of the documents in row ``index`` of the list, in order."""
+        """Return the indices of the documents in row ``index`` of the list, in order."""
         assert 0 <= index < len(self), f"row {index} of {len(self)}"
         return [int(n) for n in self._order[self._bounds[index] : self._bounds[index + 1]]]
 
     def index(self, row_number: int, *, shuffle: bool) -> int:
-        """Index in the list of row ``row_number`` of the stream.
+        """Return the index in the list of a row of the stream.
 
         Args:
+            row_number: number of the row in the stream, from 0.
             shuffle: each epoch has its own random order; False goes through the list in order.
         """
         epoch, place = divmod(row_number, len(self))
@@ -82,12 +89,13 @@ class Rows:
 def pack(documents: Documents, *, sequence_length: int, packing: bool, seed: int) -> Rows:
     """Put documents into rows of at most ``sequence_length`` tokens.
 
-    Best fit, in a random order: each document goes into the fullest row that still has room for it.
+    The documents are taken in a random order, and each goes into the fullest row that still has
+    room for it (best fit).
 
     Args:
         documents: documents of at most ``sequence_length`` tokens.
         sequence_length: most tokens of a row.
-        packing: several documents a row; False puts one into each row, in order.
+        packing: put several documents into a row; False puts one into each row, in order.
         seed: seed of the order in which documents are packed, and of the stream.
     """
     lengths = documents.lengths
@@ -105,17 +113,18 @@ def pack(documents: Documents, *, sequence_length: int, packing: bool, seed: int
 
 
 def best_fit(lengths: Ints, capacity: int) -> Ints:
-    """Assign documents to rows by best fit, in the order given. About a microsecond a document.
+    """Assign documents to rows by best fit, in the order given. It takes about a microsecond per
+    document.
 
         lengths 6, 5, 4, 3 with capacity 10: rows 0, 1, 0, 1
         (4 fits both and goes to row 0, which is fuller; 3 fits row 1 only)
 
     Args:
-        lengths: int64 [number of documents], tokens of each, at most ``capacity``.
+        lengths: int64 [number of documents], number of tokens of each, at most ``capacity``.
         capacity: most tokens of a row.
 
     Returns:
-        int64 [number of documents], the row of each document.
+        int64 [number of documents], the number of the row of each document.
     """
     rows_with: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
     rooms: list[int] = []  # the keys of rows_with, sorted; at most `capacity` of them

@@ -1,6 +1,7 @@
-"""A file, a folder or a hub id -> a table of examples, each with its file and line for messages.
+"""Read a file, folder or hub data set into a table of examples; find file and line of an example.
 
-Hugging Face ``datasets`` reads all kinds; by its Arrow cache memory does not grow with the data.
+Hugging Face ``datasets`` reads all kinds of files. It keeps the table in an Arrow file on disk, so
+memory does not grow with the data.
 """
 
 import glob
@@ -51,23 +52,28 @@ class Examples:
 
     @property
     def is_plain_text(self) -> bool:
-        """Whether each example is the whole text of a ``.txt`` file, in a column ``text``."""
+        """True if each example is the whole text of a ``.txt`` file, in a column ``text``."""
         return bool(self.files) and self.files[0].suffix == ".txt"
 
     def fault(self, index: int, what: str) -> UserError:
-        """The error to raise for an example, with its file and line. Reads the files to find them.
+        """Return the error to raise for a wrong example, with its file and line. The files are read
+        again to find them.
 
         Args:
             index: row of ``table``.
-            what: what is wrong with the example.
+            what: sentence that says what is wrong with the example.
         """
         # JSON readers accept some broken lines, and return missing or extra examples for them.
         problem = next(filter(None, map(broken_line, self.files)), None)
         return UserError(problem or f"{self.place(index)}: {what}")
 
     def place(self, index: int) -> str:
-        """Text that names an example: "file:line" for JSON Lines, else "file, example n" (from
-        1)."""
+        """Return a text that names an example: "file:line" for JSON Lines, otherwise "file, example
+        n" with n counted from 1.
+
+        Args:
+            index: row of ``table``.
+        """
         for file in self.files:
             lines = example_lines(file)
             count = _count(file, self.column_names) if lines is None else len(lines)
@@ -85,13 +91,13 @@ def read_examples(
     flag: str,
     column_names: Columns = (),
 ) -> Examples:
-    """Read examples. Not a collective.
+    """Read a file, folder or hub data set into a table. Not a collective.
 
     Args:
         source: a file (.jsonl .json .parquet .txt .csv .tsv), a folder of files of one of these
             kinds, a folder laid out like a hub data set, or a hub id.
-        split: part of a folder or hub data set, e.g. "train"; a single file has no parts.
-        max_samples: number of first examples to return; None returns all.
+        split: split of a folder or hub data set, e.g. "train". A single file has no splits.
+        max_samples: number of examples to return, from the first on; None returns all.
         flag: the command-line flag that holds ``source``, for messages.
         column_names: names of the columns of a CSV or TSV table without a header line.
 
@@ -106,9 +112,9 @@ def read_examples(
     elif path.is_dir():
         table, files = _read_folder(path, split, place, column_names)
     elif path.suffix in BUILDERS or source.startswith((".", "~", "/")) or source.count("/") > 1:
-        raise UserError(f"{place}: no such file or folder. Check the path")
+        raise UserError(f"{place} does not exist. Give the path of a file or folder, or a hub id.")
     else:
-        place += ": not a file or folder here, and as a hub data set"
+        place += " is no file or folder on this machine, and as a hub data set it"
         table, files = _build(source, split, (), place, {})
     if max_samples is not None:
         table = table.select(range(min(max_samples, len(table))))
@@ -116,21 +122,25 @@ def read_examples(
 
 
 def be_quiet() -> None:
-    """Switch off progress bars and notes of ``datasets`` in this process; for all ranks but one."""
+    """Switch off the progress bars and log of ``datasets`` in this process. Called on all ranks but
+    rank 0, so that they are printed once."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
 
 
 Read = tuple[datasets.Dataset, tuple[Path, ...]]
-"""A table, and the local files it was read from."""
+"""A table, and the paths of the local files it was read from."""
 
 
 def _read_file(path: Path, place: str, column_names: Columns) -> Read:
     if path.suffix not in BUILDERS:
-        raise UserError(f"{place}: cannot read {path.suffix or 'this kind'}; known: {KINDS}")
+        raise UserError(
+            f"{place} is a file of an unknown kind: {path.suffix or 'it has no suffix'}. Give a "
+            f"file of one of these kinds: {KINDS}."
+        )
     # Checked here, as each reader fails in its own words at a file without columns.
     if not has_content(path):
-        raise UserError(f"{place}: the file is empty; it needs at least one example")
+        raise UserError(f"{place} is an empty file. Give a file with at least one example.")
     options = _file_options(path, column_names)
     return _build(BUILDERS[path.suffix], "train", (path,), place, options)
 
@@ -139,37 +149,55 @@ def _read_folder(folder: Path, split: str, place: str, column_names: Columns) ->
     files = sorted(p for p in folder.rglob("*") if p.suffix in BUILDERS and has_content(p))
     kinds = sorted({p.suffix for p in files})
     if not files:
-        raise UserError(f"{place}: the folder holds no data; known kinds: {KINDS}")
+        raise UserError(
+            f"{place} is a folder without data files. Give a folder with files of one of these "
+            f"kinds: {KINDS}."
+        )
     if len(kinds) == 1:
         options = _reader_options(files, column_names)
         return _build(str(folder), split, tuple(files), place, options)
     # A README makes it a folder like a hub data set: its metadata says which files are the data.
     if (folder / "README.md").is_file():
         return _build(str(folder), split, tuple(files), place, {})
-    raise UserError(f"{place}: it mixes {', '.join(kinds)}; keep one kind, or name one file")
+    raise UserError(
+        f"{place} is a folder with files of several kinds: {', '.join(kinds)}. Keep one kind, or "
+        "give a single file."
+    )
 
 
 def _build(
     name: str, split: str, suspects: tuple[Path, ...], place: str, options: dict[str, Any]
 ) -> Read:
-    """Read with the builder ``name``; a failure names the first broken line of ``suspects``."""
+    """Read a table with a builder of ``datasets``.
+
+    Args:
+        name: name of the builder (BUILDERS), folder, or hub id.
+        split: split to read.
+        suspects: files that are searched for a broken line if reading fails.
+        place: flag and source, with which a message begins.
+        options: options of the builder.
+
+    Raises:
+        UserError: reading failed; the message names the first broken line of ``suspects`` if there
+            is one.
+    """
     try:
         with _silent_log():
             builder = datasets.load_dataset_builder(name, **options)
             builder.download_and_prepare()
         part = builder.info.splits.get(split)
         if part is not None and part.num_examples == 0:
-            raise ValueError("it is empty; it needs at least one example")
+            raise ValueError("It is empty. Give data with at least one example.")
         table = builder.as_dataset(split=split)
     except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
         problem = next(filter(None, map(broken_line, suspects)), None)
-        raise UserError(problem or f"{place}: cannot be read: {_root(error)}") from error
+        raise UserError(problem or f"{place} cannot be read. {_root(error)}") from error
     names = (builder.config.data_files or {}).get(split, [])
     return table, tuple(Path(name) for name in names if Path(name).is_file())
 
 
 def _count(file: Path, column_names: Columns) -> int:
-    """Number of examples in a file that is not JSON Lines."""
+    """Return the number of examples in a file that is not JSON Lines."""
     options = _file_options(file, column_names)
     return len(_build(BUILDERS[file.suffix], "train", (), str(file), options)[0])
 
@@ -197,8 +225,8 @@ def _table_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
     first = first_cells(files[0])
     if column_names and len(column_names) != len(first):
         raise UserError(
-            f"{files[0]}: its first line has {len(first)} cells, but --column_names has "
-            f"{len(column_names)} names. Give one name for each cell"
+            f"The first line of {files[0]} has {len(first)} cells, but --column_names has "
+            f"{len(column_names)} names. Give one name for each cell."
         )
     features = datasets.Features(dict.fromkeys(column_names or first, text))
     names = {"names": list(column_names)} if column_names else {}
@@ -207,7 +235,7 @@ def _table_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
 
 @contextmanager
 def _silent_log() -> Iterator[None]:
-    """Silence the log of ``datasets``, which logs an error before it raises it."""
+    """Context manager: silence the log of ``datasets``, which logs each error before raising it."""
     before = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(logging.CRITICAL)
     try:

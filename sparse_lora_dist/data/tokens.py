@@ -1,4 +1,5 @@
-"""Examples -> documents: token ids with labels, at most ``--sequence_length`` tokens each.
+"""Tokenise examples into documents: token ids with labels, at most ``--sequence_length`` tokens
+each.
 
 Plain text is cut into parts. A pair or chat that is too long is left out and counted.
 """
@@ -20,9 +21,10 @@ from sparse_lora_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
-"""Label that torch's cross entropy ignores."""
+"""Label of a token or row without a loss; torch's cross entropy ignores it."""
 CACHE_VERSION = 1
-"""Increase it when the same text gives other tokens, so that old caches are not used."""
+"""Version of the cache of tokens. Increase it when a change of this code gives other tokens for the
+same text, so that old caches are not used."""
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -31,7 +33,8 @@ FEATURES = datasets.Features(
         "num_targets": datasets.Value("int64"),
     }
 )
-"""Columns of the cache: one row for each document."""
+"""Columns of the cache of tokens, which has one row for each document. ``length`` and
+``num_targets`` are numbers of tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,16 +42,22 @@ class Document:
     """One tokenised example, or a part of one."""
 
     input_ids: Ints
-    """int64 [T], token ids."""
+    """int64 [number of tokens], token ids."""
     labels: Ints
-    """int64 [T], target ids, not shifted; -100 for tokens without a loss. The first is always -100,
-    so that in a packed row no document predicts the first token of the next."""
+    """int64 [number of tokens], target ids, not shifted; -100 for tokens without a loss. The first
+    is always -100, so that in a packed row no document predicts the first token of the next."""
 
 
 class Documents:
-    """The documents of a data set, in its order: a sequence of ``Document``, read from disk."""
+    """Sequence of the documents of a data set, in its order, each read from disk when indexed."""
 
     def __init__(self, table: datasets.Dataset, *, sequence_length: int) -> None:
+        """Make documents of a cached table, without those that are too long or have no target.
+
+        Args:
+            table: table with the columns ``FEATURES``.
+            sequence_length: most tokens of a document.
+        """
         sizes = table.select_columns(["length", "num_targets"]).with_format("numpy")[:]
         length, num_targets = sizes["length"], sizes["num_targets"]
         fits = length <= sequence_length
@@ -56,15 +65,15 @@ class Documents:
         self._kept = np.flatnonzero(fits & (num_targets > 0))
         self.sequence_length = sequence_length
         self.lengths: Ints = length[self._kept].astype(np.int64)
-        """int64 [len(self)], tokens of each document."""
+        """int64 [len(self)], number of tokens of each document."""
         self.num_tokens = int(self.lengths.sum())
         self.num_targets = int(num_targets[self._kept].sum())
         self.too_long = int((~fits).sum())
-        """Number of examples left out as they are longer than ``sequence_length``."""
+        """Number of examples left out because they are longer than ``sequence_length``."""
         self.no_target = int((fits & (num_targets == 0)).sum())
-        """Number of examples left out as none of their tokens is a target."""
+        """Number of examples left out because none of their tokens is a target."""
         self.longest = int(length.max(initial=0))
-        """Tokens of the longest example, also if it is left out."""
+        """Number of tokens of the longest example, even if it is left out."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -77,7 +86,8 @@ class Documents:
         )
 
     def report(self) -> str:
-        """One line: the documents there are to train on, and the examples left out."""
+        """Return one line of text: the number of documents, tokens and targets, and how many
+        examples are left out."""
         parts = [
             f"{len(self):,} documents, {self.num_tokens:,} tokens, {self.num_targets:,} targets"
         ]
@@ -106,17 +116,21 @@ def load_documents(
     flag: str = "--data",
     split: str = "train",
 ) -> Documents:
-    """Read, check and tokenise examples. Not a collective. The tokens are cached on disk.
+    """Read, check and tokenise examples. Not a collective. The token ids are cached on disk.
 
     Examples are chats if there is a ``messages`` column, pairs if there are prompt and response
-    columns, and else plain text. A ``.txt`` file is one long plain text (plays and books have no
-    marks between documents); it is tokenised at once, which takes about 100 bytes per token.
+    columns, and otherwise plain text. A ``.txt`` file is one long plain text, since plays and books
+    have no marks between documents. It is tokenised at once, which takes about 100 bytes of memory
+    per token.
 
     Args:
         source: file, folder or hub id; see ``read_examples``.
-        text_field, prompt_field, response_field: columns of plain text, and of a pair.
-        chat_template: jinja text or a file with it; None uses the tokenizer's own.
-        train_on: ``response`` for the loss on assistant turns only; plain text is learned whole.
+        tokenizer: tokenizer of the model.
+        text_field, prompt_field, response_field: names of the column of plain text and of the two
+            columns of a pair.
+        chat_template: jinja text or the path of a file with it; None uses the tokenizer's own.
+        train_on: ``response`` takes the loss on assistant turns only, ``all`` on every token. The
+            loss of plain text is always on every token.
         sequence_length: most tokens of a document, at least 2.
         max_samples, column_names, flag, split: see ``read_examples``.
 
@@ -136,7 +150,10 @@ def load_documents(
     )
     template = find_template(tokenizer, chat_template)
     if fields.kind == "messages" and template is None:
-        raise UserError(f"{flag} {source}: chats need a template; give one with --chat_template")
+        raise UserError(
+            f"{flag} {source} has a column 'messages', but the tokenizer has no chat "
+            "template. Give one with --chat_template."
+        )
 
     def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if fields.kind == "text":
@@ -149,7 +166,10 @@ def load_documents(
     table = tokenise(examples, fields.columns, rows_of, key)
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
-        raise UserError(f"{flag} {source}: nothing is left to train on: {documents.report()}")
+        raise UserError(
+            f"{flag} {source} has no document to train on: {documents.report()}. Raise "
+            "--sequence_length, or give other data."
+        )
     return documents
 
 
@@ -163,14 +183,18 @@ def tokenise(
     """Tokenise examples, and cache the result on disk.
 
     Args:
-        examples: the examples.
-        columns: columns that ``rows_of`` reads.
-        rows_of: makes rows with the columns ``features`` of one example.
-        key: all that the result depends on besides the examples; the name of the cache.
+        examples: examples to tokenise.
+        columns: names of the columns that ``rows_of`` reads.
+        rows_of: function from one example (column -> value) to rows with the columns ``features``.
+            It raises ``ExampleError`` if the example is wrong.
+        key: all values that the result depends on besides the examples; they name the cache file.
         features: columns of the result.
 
+    Returns:
+        Table of the rows of all examples, in order.
+
     Raises:
-        UserError: with file and line, for the first example that ``rows_of`` refuses.
+        UserError: ``rows_of`` refused an example; the message has its file and line.
     """
 
     def rows_of_batch(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -198,7 +222,13 @@ def tokenise(
 
 
 def document_row(ids: list[int], is_target: list[bool], sequence_length: int) -> dict[str, Any]:
-    """Make a row with the columns ``FEATURES``; without tokens for a document that is too long."""
+    """Make one row of the cache of tokens, with the columns ``FEATURES``.
+
+    Args:
+        ids: token ids of a document.
+        is_target: for each token, True if it has a loss.
+        sequence_length: most tokens of a document; a longer one gives a row without tokens.
+    """
     is_target = [False, *is_target[1:]][: len(ids)]
     fits = len(ids) <= sequence_length
     labels = [i if t else NOT_A_TARGET for i, t in zip(ids, is_target, strict=True)]
@@ -213,8 +243,8 @@ def document_row(ids: list[int], is_target: list[bool], sequence_length: int) ->
 def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
     """Cut a text into parts of at most ``sequence_length`` tokens.
 
-    Each part begins with the last token of the part before, as context only, so that every token of
-    the text but its first is a target exactly once:
+    Each part begins with the last token of the part before, as context without a loss. So every
+    token of the text is a target exactly once, except the first, which is none:
 
         tokens 1 2 3 4 5 6, sequence_length 3: parts (1 2 3) (3 4 5) (5 6), targets 2 3, 4 5, 6
     """
@@ -224,5 +254,6 @@ def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
 
 
 def identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """Values that differ between tokenizers, for the key of a cache."""
+    """Return two texts that describe the tokenizer: as its JSON, and its special tokens. Tokenizers
+    that give other tokens have other texts, so they are part of a cache's key."""
     return tokenizer.backend_tokenizer.to_str(), str(sorted(tokenizer.special_tokens_map.items()))

@@ -1,2 +1,2 @@
-"""Files of a run folder besides checkpoints and the adapter: description, metrics, attempts and
-lock."""
+"""Write the files of a run folder other than checkpoints and the adapter: description, metrics,
+attempts and lock."""

@@ -1,5 +1,5 @@
-"""``attempts.jsonl`` of a run folder: one line when a job begins and one when it ends. A job that
-was killed has no second line.
+"""Write ``attempts.jsonl`` of a run folder: one record when a job begins and one when it ends.
+A job that was killed has no second record.
 
     {"event": "begins", "step": 20, "reached": 27, ...}   resumed from step 20; 27 steps were logged
     {"event": "stopped", "step": 31, "why": "SIGTERM", ...}   or "finished"
@@ -16,15 +16,16 @@ NAME = "attempts.jsonl"
 
 
 class Attempts:
-    """Writer of ``attempts.jsonl``.
+    """Appends records to ``attempts.jsonl``.
 
     Only rank 0 writes; on other ranks the methods do nothing. Not a collective.
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int) -> None:
-        """Append the line that a job begins.
+        """Append the record that a job begins.
 
-        Make it before ``Metrics``, which removes the logged steps that are counted here.
+        Make this object before ``Metrics``, which removes records of metrics.jsonl whose last step
+        is read here.
 
         Args:
             folder: the run folder.
@@ -47,7 +48,7 @@ class Attempts:
         )
 
     def end(self, event: str, step: int, why: str = "") -> None:
-        """Append the line that the job ends after ``step``.
+        """Append the record that the job ends after ``step``.
 
         Args:
             event: "stopped" or "finished".

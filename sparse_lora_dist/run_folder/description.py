@@ -1,4 +1,5 @@
-"""A run folder before the first step: check that it may be written, and describe the run in it."""
+"""Prepare a run folder before the first step: check that a run may write into it, and write the
+files that describe the run."""
 
 import json
 import os
@@ -28,9 +29,10 @@ PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "p
 
 
 def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
-    """Check that a run may write into ``folder``. Not a collective.
+    """Raise UserError if a run may not write into ``folder``. Not a collective.
 
-    A folder with a description only, of a run that ended while loading, may be used again.
+    A folder that has only run.yaml and environment.json, of a run that ended before its first step,
+    may be used again.
 
     Args:
         folder: the run folder; it need not exist.
@@ -43,8 +45,8 @@ def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
     made = [name for name in MADE if (folder / name).exists()]
     if replaces and made and RUN_YAML not in made:
         raise UserError(
-            f"--overwrite: {folder} holds {made[0]} but no run.yaml, so it is not a run folder and "
-            "is not removed. Choose another --output_dir."
+            f"--overwrite cannot replace {folder}: it holds {made[0]} but no run.yaml, so it is "
+            "not a run folder and is not removed. Choose another --output_dir."
         )
     if begins and not replaces and {"metrics.jsonl", "checkpoints"} & set(made):
         raise UserError(
@@ -54,7 +56,8 @@ def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
     probe = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
     if not os.access(probe, os.W_OK):
         raise UserError(
-            f"--output_dir {folder}: {probe} is not writable. Choose another --output_dir."
+            f"--output_dir {folder} cannot be used, since {probe} is not writable. Choose another "
+            "--output_dir."
         )
 
 
@@ -74,7 +77,8 @@ def write_description(folder: Path, config: Config) -> None:
 
 
 def environment() -> dict[str, object]:
-    """Versions, hardware and command line of this run, for ``environment.json``."""
+    """Return the content of ``environment.json``: versions of packages, git commit, number of
+    ranks, device and command line, as JSON values by name."""
     return {
         "sparse_lora_dist": __version__,
         "git_commit": git_commit(),
@@ -94,7 +98,8 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The git commit of this source tree, with "+changes" if files differ; None outside a clone."""
+    """Return the git commit of this source tree, with "+changes" added if files differ from it.
+    Return None outside a git clone."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(

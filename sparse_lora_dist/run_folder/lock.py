@@ -1,8 +1,9 @@
-"""Lock of a run folder: only the job that holds ``RUN/run.lock`` writes into it.
+"""Lock a run folder: only the job that holds ``RUN/run.lock`` writes into it.
 
-The lock is a file that is created exclusively and whose modification time the holder renews every
-10 s. It is taken over when its holder's process is gone, when it was not renewed for 30 s, or when
-Slurm has requeued the holder's job. flock is not used, as shared file systems may not honour it.
+The lock is a file that is created exclusively (mode "x"). Its holder renews it every 10 s by
+setting its modification time. Another job takes it over when the holder's process is gone, when it
+was not renewed for 30 s, or when Slurm has requeued the holder's job. flock is not used, because
+some shared file systems do not honour it.
 """
 
 import json
@@ -26,26 +27,28 @@ NAME = "run.lock"
 HEARTBEAT_S = 10.0
 """Seconds between two renewals of the lock."""
 MISSED = 3
-"""Renewals in a row that a dead holder has missed."""
+"""Number of renewals in a row after whose absence the holder counts as dead."""
 LOOK_S = 0.5
-"""Seconds between two looks at the modification time of another job's lock."""
+"""Seconds between two readings of the modification time of another job's lock."""
 SETTLED_S = 1.0
 """Seconds after which two jobs that take over the same lock have both finished."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """Rank 0 of the job that writes a run folder."""
+    """Content of the lock file: who holds the lock."""
 
     process: Process
+    """Process of the job's rank 0."""
     job: str | None
     """Slurm's job id, which a requeued job keeps; None without Slurm."""
     attempt: int
-    """How often Slurm has requeued the job. Two runs in one allocation have the same number."""
+    """Number of times that Slurm has requeued the job. Two runs in one allocation have the same
+    number."""
     since: str
     """Time at which the lock was taken, ISO 8601."""
     token: str
-    """Random id of this attempt."""
+    """Random id, which differs for each process that takes the lock."""
 
     def __str__(self) -> str:
         job = "" if self.job is None else f", Slurm job {self.job}"
@@ -57,9 +60,12 @@ _held: tuple[Path, Holder] | None = None
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Context manager: hold the lock of ``folder``. Collective.
+    """Context manager: take the lock of a run folder, and release it on exit. Collective.
 
     A folder that does not exist is made, and removed on exit if nothing was written into it.
+
+    Args:
+        folder: the run folder.
 
     Raises:
         UserError: another job holds the lock.
@@ -92,11 +98,13 @@ def renew() -> None:
 
 
 def check() -> None:
-    """Check that this process still holds the lock it took. Call it before publishing or removing
-    anything. Not a collective.
+    """Raise UserError if this process has lost the lock that it took. Not a collective.
+
+    Call it before publishing or removing files of the run folder. It does nothing in a process that
+    took no lock.
 
     Raises:
-        UserError: another job has taken the lock over, or it is gone.
+        UserError: another job has taken the lock over, or the lock file is gone.
     """
     if _held is None:
         return
@@ -108,14 +116,14 @@ def check() -> None:
     if now is None or now.token != ours.token:
         taker = f"now held by another job ({now})" if now else "gone"
         raise UserError(
-            f"{path} of this job is {taker}. Another job may take it over when it was not renewed "
-            f"for {MISSED * HEARTBEAT_S:.0f} s, or when Slurm requeues the job. This job ends and "
-            "writes nothing more."
+            f"The lock {path} of this job is {taker}. Another job may take it over when it was not "
+            f"renewed for {MISSED * HEARTBEAT_S:.0f} s, or when Slurm requeues the job. This job "
+            "ends and writes nothing more. Start one job at a time in a run folder."
         )
 
 
 def is_ours() -> bool:
-    """Whether this process holds the lock and no other job has taken it over."""
+    """Return True if this process took the lock and no other job has taken it over."""
     try:
         now = _held and _read(_held[0])
     except OSError:
@@ -124,10 +132,10 @@ def is_ours() -> bool:
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a live job holds the lock of ``folder``, for programs that only read.
+    """Return True if a live job holds the lock of ``folder``. For programs that only read it.
 
-    It writes nothing, so it compares with this host's clock: wrong where that is far from the file
-    system's.
+    The age of the lock is measured by this host's clock, since reading the file system's clock
+    takes a write. The result is wrong if the two clocks are many seconds apart.
     """
     try:
         holder, age = _read(folder / NAME), time.time() - (folder / NAME).stat().st_mtime
@@ -156,7 +164,7 @@ def _take(path: Path) -> None:
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """Create the lock file; False if there is one already."""
+    """Create the lock file. Return False if there is one already."""
     try:
         file = path.open("x")
     except FileExistsError:
@@ -176,7 +184,7 @@ def _remove_if_stale(path: Path, ours: Holder) -> None:
     if not _may_take_over(holder, age, ours) and _shows_life(path, age):
         raise UserError(
             f"{path.parent} is being written by another job: "
-            f"{holder or 'one that is just starting'}; it is alive. "
+            f"{holder or 'one that is just starting'}. That job is alive. "
             "Wait for it, end it, or choose another --output_dir."
         )
     # A third job may have removed the same stale lock and created its own already. So the file is
@@ -191,10 +199,14 @@ def _remove_if_stale(path: Path, ours: Holder) -> None:
 
 
 def _shows_life(path: Path, age: float) -> bool:
-    """Wait until the lock is renewed (True) or stale (False).
+    """Wait until the lock is renewed (return True), or stale or gone (return False).
 
-    A job that was killed a moment ago leaves a fresh lock, and the job that follows it must not
-    fail because of that.
+    A job that was killed a moment ago leaves a lock that is not stale yet. The next job waits here
+    until it is stale, instead of failing.
+
+    Args:
+        path: the lock file of another job.
+        age: seconds since it was renewed.
     """
     left_s = MISSED * HEARTBEAT_S - age
     print_line(
@@ -221,7 +233,7 @@ def _may_take_over(holder: Holder | None, age: float, ours: Holder) -> bool:
 
 
 def _read(path: Path) -> Holder | None:
-    """The holder that a lock file names; None if there is no file, or it is not written yet."""
+    """Return the holder that a lock file names; None if there is no file or it is still empty."""
     try:
         fields: Mapping[str, object] = json.loads(path.read_text())
         process = Process(**fields["process"])  # type: ignore[arg-type]
@@ -231,7 +243,8 @@ def _read(path: Path) -> Holder | None:
 
 
 def _age(path: Path, token: str) -> float:
-    """Seconds since the lock was renewed, by the file system's clock, as hosts' clocks differ."""
+    """Return the seconds since the lock ``path`` was renewed. They are measured by the clock of the
+    file system, since the clocks of hosts differ; ``token`` names the file made for it."""
     probe = path.with_name(f".{NAME}.probe.{token}")
     probe.touch()
     os.utime(probe)

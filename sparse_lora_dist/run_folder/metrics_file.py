@@ -1,4 +1,4 @@
-"""Files of one JSON object a line (JSON Lines), which a resumed run goes on with."""
+"""Write and read JSON Lines files (one JSON object per line). A resumed run appends to them."""
 
 import json
 import math
@@ -11,17 +11,17 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.system.atomic_files import write_whole
 
 Record = Mapping[str, float | int | str]
-"""One line of ``metrics.jsonl``; ``step`` is its x axis."""
+"""One record of ``metrics.jsonl``: numbers by name, among them ``step``, their optimizer step."""
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with its ``step``.
+    """File of records, one JSON object per line, each with the key ``step``.
 
     Only rank 0 writes; on other ranks the methods do nothing. Not a collective.
     """
 
     def __init__(self, path: Path, *, last_step: int | None) -> None:
-        """Open the file and remove the records after the step that a resumed run starts from.
+        """Prepare the file: remove the records after the step that a resumed run starts from.
 
         Args:
             path: the file; it is created by the first record.
@@ -35,10 +35,13 @@ class JsonLines:
             write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Append one record; nan and infinity, which JSON does not have, become null.
+        """Append one record. Values that JSON does not have, nan and infinity, become null.
 
-        A write error is reported once and ends the file, not the run: a run can do without its
-        metrics, but not without its checkpoints.
+        The first write error is printed as a warning, and later records are dropped. It does not
+        end the run, because a run can do without its metrics.
+
+        Args:
+            record: JSON values by name, with the key ``step``.
         """
         if comm.rank() > 0 or self._failed:
             return
@@ -50,7 +53,7 @@ class JsonLines:
             self._failed = True
             print_line(
                 "warning",
-                f"{error}: {self.path.name} is not written any more, from step {record['step']} on",
+                f"{self.path.name} is not written any more from step {record['step']} on: {error}",
             )
 
 
@@ -59,7 +62,8 @@ def _is_json(value: object) -> bool:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON Lines file, in order; a last line that a crash cut short is left out.
+    """Return the records of a JSON Lines file as dicts, in order. Reading ends at the first line
+    that is not JSON: the last one, if a crash cut it short.
 
     Raises:
         OSError: the file cannot be read.

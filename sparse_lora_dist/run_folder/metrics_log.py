@@ -1,4 +1,4 @@
-"""The numbers that a run logs: metrics.jsonl, the trackers beside it, and peak memory."""
+"""Log the numbers of a run to metrics.jsonl and to experiment trackers; measure peak memory."""
 
 import resource
 from collections.abc import Mapping, Sequence
@@ -12,21 +12,24 @@ from sparse_lora_dist.run_folder.trackers import log_histograms, run_id, start_t
 
 
 def own_peak_memory_bytes() -> int:
-    """Peak memory of this rank: allocated on its GPU, or resident in its process on CPU. Not a
-    collective."""
+    """Return the peak memory of this rank in bytes. Not a collective.
+
+    On a GPU it is the memory that torch has allocated there, on CPU the resident memory of the
+    process.
+    """
     if comm.on_gpu():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_memory_bytes() -> int:
-    """Largest ``own_peak_memory_bytes`` of all ranks. Collective."""
+    """Return the largest ``own_peak_memory_bytes`` of all ranks. Collective."""
     peak = torch.tensor(own_peak_memory_bytes(), device=comm.device())
     return int(comm.max_over_ranks(peak))
 
 
 class Metrics:
-    """``metrics.jsonl`` and the trackers of a run.
+    """Logs records to ``metrics.jsonl`` and to the trackers of a run.
 
     Only rank 0 writes; on other ranks the methods do nothing. Not a collective.
     """
@@ -44,11 +47,12 @@ class Metrics:
 
         Args:
             folder: the run folder.
-            trackers: names of trackers, of ``config.sections.TRACKERS``.
-            config: options of the run, which the trackers show.
-            last_step: step that a resumed run starts from, whose later records are removed; None
-                for a new run, which removes all.
-            run_ids: ``run_ids`` of the run that is resumed, so that trackers go on with it.
+            trackers: names of trackers, each one of ``config.sections.TRACKERS``.
+            config: options of the run by name, which the trackers show.
+            last_step: step that a resumed run starts from; records of later steps are removed. None
+                for a new run, which removes all records.
+            run_ids: property ``run_ids`` of the run that is resumed, so that the trackers continue
+                the same run; {} for a new run.
 
         Raises:
             UserError: the package of a tracker is not installed.
@@ -63,30 +67,34 @@ class Metrics:
 
     @property
     def run_ids(self) -> dict[str, str]:
-        """Ids by which trackers know this run, by name of the tracker, for a checkpoint. Empty on
-        all ranks but rank 0."""
+        """Ids by which trackers know this run, by name of the tracker. They are saved in
+        checkpoints. {} on all ranks but rank 0."""
         ids = {tracker.name: run_id(tracker) for tracker in self._trackers}
         return {name: own_id for name, own_id in ids.items() if own_id is not None}
 
     def log(self, record: Record) -> None:
-        """Append one record; the trackers get its numbers at its ``step``."""
+        """Append one record to ``metrics.jsonl``, and send its numbers to the trackers.
+
+        Args:
+            record: numbers by name, among them ``step``, the optimizer step.
+        """
         self._lines.append(record)
         numbers = {k: v for k, v in record.items() if k != "step" and not isinstance(v, str)}
         for tracker in self._trackers:
             tracker.log(numbers, step=int(record["step"]))
 
     def log_sites(self, step: int, numbers: Mapping[str, Mapping[str, int]]) -> None:
-        """Log what a decision left of every site, as TensorBoard histograms (a scalar for each site
-        would be thousands).
+        """Log numbers of all sites after a decision as TensorBoard histograms. One scalar per site
+        would be thousands.
 
         Args:
             step: optimizer step of the decision.
-            numbers: name of the number -> name of the site -> its value.
+            numbers: name of a number ("ranks", "live") -> name of a site -> value.
         """
         tags = {f"sites/{name}": [*sites.values()] for name, sites in numbers.items()}
         log_histograms(self._trackers, step, tags)
 
     def close(self) -> None:
-        """Flush and close the trackers, which may upload for long."""
+        """Flush and close the trackers. It may take long, if a tracker uploads."""
         for tracker in self._trackers:
             tracker.finish()

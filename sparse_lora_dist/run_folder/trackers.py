@@ -1,8 +1,8 @@
-"""Experiment trackers (TensorBoard, W&B, MLflow ...), through the classes of accelerate.tracking.
+"""Start experiment trackers (TensorBoard, W&B, MLflow ...) with the classes of accelerate.tracking.
 
-Only rank 0 has trackers, and it has its own process group already, so accelerate's state of
-processes (``PartialState``) is never made: it might start a group of its own, select a device or
-set environment variables.
+Only rank 0 has trackers. accelerate's ``PartialState`` is never created: it might start a process
+group of its own, select a device or set environment variables, and this process has its group and
+device already.
 """
 
 import logging
@@ -18,12 +18,13 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from sparse_lora_dist.errors import UserError
 
 PROJECT = "sparse_lora_dist"
-"""Project or experiment of a run, for trackers that need one and were given none."""
+"""Name of the project or experiment, for trackers that need one and take it from no environment
+variable."""
 
 
 class _LocalLogger(MultiProcessAdapter):  # type: ignore[misc]
-    """A logger for the trackers: accelerate's own raises without a ``PartialState``, also for
-    messages below the log level."""
+    """Logger of accelerate's trackers without a ``PartialState``. The method that it overrides
+    raises if there is none, even for messages below the log level."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         self.logger.log(level, msg, *args, **kwargs)
@@ -37,12 +38,12 @@ def start_trackers(
     last_step: int | None,
     run_ids: Mapping[str, str],
 ) -> list[GeneralTracker]:
-    """Start trackers. For rank 0 only; not a collective.
+    """Start trackers, and return them in the order of ``names``. Call it on rank 0 only.
 
     Args:
-        names: keys of accelerate's ``LOGGER_TYPE_TO_CLASS``.
+        names: names of trackers, keys of accelerate's ``LOGGER_TYPE_TO_CLASS``.
         folder: the run folder; its name is the name of the run.
-        config: options of the run, which the trackers show.
+        config: options of the run by name, which the trackers show.
         last_step: step that a resumed run starts from; None for a new run.
         run_ids: ids by which trackers know a resumed run, by name of the tracker.
 
@@ -59,7 +60,7 @@ def start_trackers(
         except ImportError as error:
             raise UserError(
                 f"--trackers {name} needs a package that is not installed ({error}). "
-                f"Install it: pip install {name}"
+                f"Install it with: pip install {name}"
             ) from error
         # W&B has its config since start(); TensorBoard would show it as a run of its own.
         if name not in ("tensorboard", "wandb") and name not in run_ids:
@@ -69,8 +70,8 @@ def start_trackers(
 
 
 def run_id(tracker: GeneralTracker) -> str | None:
-    """The id by which a resumed run goes on as the same run of this tracker; None if the tracker
-    cannot: the resumed run is then a new one to it."""
+    """Return the id with which a resumed run continues the same run in this tracker. Return None if
+    the tracker cannot continue a run, so that a resumed run appears there as a new one."""
     if tracker.name == "wandb":
         return str(tracker.tracker.id)
     if tracker.name == "mlflow":
@@ -81,7 +82,13 @@ def run_id(tracker: GeneralTracker) -> str | None:
 def log_histograms(
     trackers: Sequence[GeneralTracker], step: int, values: Mapping[str, Sequence[int]]
 ) -> None:
-    """Add histograms to TensorBoard, by tag; other trackers have no call for them in common."""
+    """Add histograms to TensorBoard. The other trackers have no common call for histograms.
+
+    Args:
+        trackers: started trackers; all but TensorBoard are left out.
+        step: optimizer step of the values.
+        values: tag of a histogram -> its values.
+    """
     for tracker in trackers:
         if tracker.name == "tensorboard":
             for tag, numbers in values.items():
@@ -91,7 +98,15 @@ def log_histograms(
 def _build(
     name: str, folder: Path, config: Mapping[str, object], last_step: int | None, own_id: str | None
 ) -> GeneralTracker:
-    """The tracker, not started, with its files in ``folder`` where it writes any."""
+    """Make a tracker without starting it. Its files, if it writes any, go into ``folder``.
+
+    Args:
+        name: name of the tracker, a key of ``LOGGER_TYPE_TO_CLASS``.
+        folder: the run folder.
+        config: options of the run by name.
+        last_step: step that a resumed run starts from; None for a new run.
+        own_id: id by which the tracker knows a resumed run; None if it knows none.
+    """
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":  # its events lie in logging_dir/name
         first_step = 0 if last_step is None else last_step + 1

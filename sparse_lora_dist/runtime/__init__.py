@@ -1,1 +1,1 @@
-"""What every program has around its work: exit codes, stop signals, the watchdog."""
+"""What every program needs around its work: exit status, stop signals, and the watchdog."""

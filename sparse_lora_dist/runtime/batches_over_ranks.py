@@ -1,4 +1,4 @@
-"""Spread batches over ranks, with results that do not depend on the number of ranks."""
+"""Spread batches over the ranks, so that results do not depend on the number of ranks."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -21,18 +21,19 @@ def in_batches(
 ) -> list[Result]:
     """Apply ``work`` to batches of ``items``, spread over the ranks. Collective.
 
-    Batch i holds the ``batch_size`` items from i * batch_size on, whatever the number of ranks,
-    since rounding depends on what else is in a batch. It goes to rank i % ranks. In the last round,
-    ranks without a batch repeat the last one and drop its results: every forward is a collective.
+    Batch i holds the ``batch_size`` items from i * batch_size on, and goes to rank
+    i % (number of ranks). Its items do not depend on the number of ranks, because the rounding of a
+    result depends on what else is in its batch. In the last round, ranks without a batch repeat the
+    last one and drop its results, because every forward is a collective.
 
     Args:
-        items: the same on every rank.
-        batch_size: items per batch.
-        work: collective function that returns one result for each item of a batch.
+        items: items to work on, the same on every rank.
+        batch_size: number of items per batch.
+        work: collective function from the items of a batch to one result for each.
         name: phase for the watchdog, and label of rank 0's progress bar.
 
     Returns:
-        One result for each item, in their order, on every rank.
+        One result for each item, in the order of ``items``, on every rank.
     """
     watchdog.set_phase(name)
     starts = range(0, len(items), batch_size)

@@ -1,5 +1,5 @@
-"""What every program in launcher/ does around its work: silence other libraries, print one clear
-message on failure, and exit with the right status."""
+"""Run the work of a program in launcher/: silence other libraries, print one message on failure,
+and exit with the status that says what happened."""
 
 import logging
 import os
@@ -30,7 +30,7 @@ FOREIGN_LOGGERS = (
 
 
 class HasRun(Protocol):
-    """A ``Config``, or the options of another program."""
+    """Options of any program: an object with an attribute ``run``, as ``Config`` has."""
 
     @property
     def run(self) -> RunConfig: ...
@@ -42,15 +42,15 @@ Read = TypeVar("Read", bound=HasRun)
 def run_program(
     argv: Sequence[str], read: Callable[[Sequence[str]], Read], work: Callable[[Read], None]
 ) -> None:
-    """Read the options, do the work, and end the process. Collective.
+    """Read the options of a program, do its work, and end the process. Collective.
 
     Exit status: 0 when done; 2 on a ``UserError``, with its message; 1 on any other error, with a
     traceback; 75 when stopped and saved; 130 on Ctrl-C.
 
     Args:
         argv: command line without the program's name.
-        read: turns ``argv`` into the options, or raises ``UserError``.
-        work: the work of the program, given the options.
+        read: function that turns ``argv`` into the options, or raises ``UserError``.
+        work: function that does the work of the program, given the options.
     """
     debug = False
     try:
@@ -82,7 +82,7 @@ def run_program(
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:
             write_stderr(
-                f"rank {this_launch().rank} ends because another rank ended; see its message"
+                f"rank {this_launch().rank} ends because another rank ended. See its message."
             )
         else:
             traceback.print_exc()
@@ -93,7 +93,9 @@ def write_stderr(message: str, *, for_all: bool = False) -> None:
     """Print ``message`` on stderr.
 
     Args:
-        for_all: all ranks print the same message, so only one rank of each machine does.
+        message: the text to print.
+        for_all: True if all ranks call this with the same message, so that only one rank of each
+            machine prints it.
     """
     if not for_all or this_launch().local_rank == 0:
         print(message, file=sys.stderr)
@@ -102,15 +104,16 @@ def write_stderr(message: str, *, for_all: bool = False) -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process at once, without the interpreter's shutdown, which may wait for other ranks
-    inside a collective."""
+    """End the process at once with exit status ``code``. The interpreter's shutdown is skipped, as
+    it may wait for other ranks inside a collective."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def quiet_others() -> None:
-    """Silence warnings and notes of other libraries; their errors still show."""
+    """Silence warnings and log messages of other libraries in this process. Their errors are still
+    printed."""
     warnings.filterwarnings("ignore")
     warnings.filterwarnings("default", module="sparse_lora_dist")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -1,7 +1,8 @@
-"""Heartbeats: what each rank tells the others about itself.
+"""Post and read heartbeats: records with which each rank tells the others that it is alive, and
+where it is.
 
-They are posted in two places: torch's rendezvous store, and the folder ``RUN/ranks/``, which can
-still be read when the store is gone because rank 0 is.
+They are posted in two places: torch's rendezvous store, and the folder ``RUN/ranks/``. The store is
+gone when rank 0 is; the folder can still be read then.
 """
 
 import json
@@ -21,24 +22,25 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Heartbeat:
-    """Position of a rank in the run."""
+    """One heartbeat of a rank: its process, and how far it is in the run."""
 
     rank: int
     process: Process
     number: int
-    """Heartbeats that the rank has sent; does not grow when its process is stopped or gone."""
+    """Number of heartbeats that the rank has sent. It grows no more when the process is stopped or
+    gone."""
     time: float
     """Seconds since 1970, by the clock of the rank's host."""
     step: int
     phase: str
     marks: int
-    """Phases that the rank has begun; a rank with fewer than the others is behind."""
+    """Number of phases that the rank has begun. A rank with fewer than the others is behind."""
     collectives: int
-    """Collectives that the rank has entered."""
+    """Number of collectives that the rank has entered."""
     last_collective: str
-    """Name of the last collective that this package, not DeepSpeed, called."""
+    """Name of the last collective that this package called; those of DeepSpeed do not count."""
     ended: bool = False
-    """Whether the rank is ending, with a message of its own."""
+    """True if the rank is ending, with a message of its own."""
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -51,17 +53,22 @@ class Heartbeat:
     @property
     def where(self) -> str:
         return (
-            f"step {self.step}, {self.phase}, collective {self.collectives:,}, the last of our own "
-            f"{self.last_collective}"
+            f"step {self.step}, {self.phase}, collective {self.collectives:,} (the last one that "
+            f"is not DeepSpeed's: {self.last_collective})"
         )
 
 
 Heartbeats = dict[int, Heartbeat]
-"""Rank -> its newest heartbeat, for the ranks that could be read."""
+"""Rank -> its newest heartbeat. Ranks of which no heartbeat could be read are missing."""
 
 
 class Board:
-    """The places where heartbeats are posted and read: the store, and ``RUN/ranks/``."""
+    """Posts and reads heartbeats in both places, the store and the folder ``RUN/ranks/``.
+
+    Args:
+        run: the run folder.
+        patience_s: most seconds to wait for the store or the disk.
+    """
 
     def __init__(self, run: Path, *, patience_s: float) -> None:
         self.folder, self.patience_s = run / FOLDER, patience_s
@@ -74,7 +81,8 @@ class Board:
         self.post_file(heartbeat)
 
     def post_file(self, heartbeat: Heartbeat) -> None:
-        """Write a heartbeat to the folder only: torch prints pages if the store is gone."""
+        """Write a heartbeat to the folder only, because torch prints long messages if the store is
+        gone."""
         path = self._file(heartbeat.rank)
         temporary = path.with_name(f".{path.name}.{threading.get_ident()}")
         with suppress(OSError):
@@ -82,13 +90,13 @@ class Board:
             temporary.replace(path)
 
     def read(self) -> Heartbeats:
-        """The newest heartbeat of every rank that either place returns in time."""
+        """Return the newest heartbeat of every rank that either place returns in time."""
         from_store = in_time(self._of_store, self.patience_s) or []
         found = [*from_store, *self.read_files().values()]
         return {beat.rank: beat for beat in sorted(found, key=lambda beat: beat.number)}
 
     def read_files(self) -> Heartbeats:
-        """The heartbeats that the folder returns in time."""
+        """Return the heartbeats that the folder returns in time."""
         return {beat.rank: beat for beat in in_time(self._of_files, self.patience_s) or []}
 
     def _of_store(self) -> list[Heartbeat]:
@@ -102,9 +110,10 @@ class Board:
 
 
 def in_time(work: Callable[[], T], seconds: float) -> T | None:
-    """The result of ``work``; None if it fails, or takes more than ``seconds``.
+    """Return the result of ``work``; None if it fails or takes more than ``seconds``.
 
-    ``work`` runs in a thread, which is left behind if a store or disk hangs.
+    ``work`` runs in a thread of its own. If the store or the disk hangs, the thread goes on waiting
+    after this function has returned.
     """
     done: list[T] = []
 

@@ -1,7 +1,7 @@
-"""Stop a run early, by a signal or the time limit, at a boundary that all ranks agree on.
+"""Stop a run early, by a signal or the time limit, on all ranks at the same place.
 
-A signal only sets a flag. ``check`` is called at every boundary (before a micro-batch, between
-batches of an evaluation, after a step): there the ranks compare their flags and stop together.
+A signal only sets a flag. ``check`` is called at every boundary: before a micro-batch, between
+batches of an evaluation, after a step. There the ranks compare their flags and stop together.
 """
 
 import os
@@ -20,16 +20,22 @@ from sparse_lora_dist.errors import Stopped
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SIGNALS_OF_ONE_REQUEST_S = 2.0
-"""Signals at most so many seconds apart are one request: on Ctrl-C a launcher adds a SIGTERM."""
+"""Signals at most this many seconds apart are one request: on Ctrl-C a launcher sends SIGTERM as
+well."""
 UNMEASURED = 0.05
-"""Fraction of the time limit that a save is assumed to take before one was measured."""
+"""Fraction of the time limit that a save is assumed to take until one has been measured."""
 CLOCK = 1
-"""Code of a stop by the time limit; a stop by a signal has its number. Larger codes win, and those
-of ``SIGNALS`` all are."""
+"""Code of a stop by the time limit. The code of a stop by a signal is the signal's number. If ranks
+have different codes, the largest is reported; all numbers of ``SIGNALS`` are larger than 1."""
 
 
 class _StopRequest:
-    """Whether this rank was asked to stop, and the times that ``--time_limit`` needs."""
+    """State of this rank: whether it was asked to stop, and the measured times that
+    ``--time_limit`` needs.
+
+    Args:
+        time_limit_s: seconds from the start of the process; None for no limit.
+    """
 
     def __init__(self, time_limit_s: float | None) -> None:
         self.code = 0
@@ -40,10 +46,14 @@ class _StopRequest:
         self.save_s = UNMEASURED * (time_limit_s or 0.0)
 
     def take(self, number: int) -> None:
-        """Take a signal: the first one requests a stop.
+        """Handle a signal. The first one requests a stop.
 
-        After that, only a Ctrl-C, or any signal after a Ctrl-C, ends the process at once. Other
-        signals are repeats of the scheduler, which sends SIGTERM at the end of its lead time.
+        A later signal ends the process at once if it or the first one is a Ctrl-C. Other later
+        signals are ignored: a scheduler repeats its signal, and sends SIGTERM at the end of the
+        lead time.
+
+        Args:
+            number: number of the signal.
         """
         now = time.monotonic()
         if self._signalled_at is None:
@@ -59,7 +69,8 @@ class _StopRequest:
             os._exit(128 + number)
 
     def check_time_limit(self) -> None:
-        """Request a stop if the time left is too short to reach the next boundary and save then."""
+        """Request a stop if the time left is too short to reach the next boundary and to save a
+        checkpoint there."""
         now = time.monotonic()
         self.slowest_s, self.last = max(self.slowest_s, now - self.last), now
         if self._limit_s is not None and self.code == 0:
@@ -73,10 +84,11 @@ _request: _StopRequest | None = None
 
 @contextmanager
 def listening(time_limit: str | None) -> Iterator[None]:
-    """Context manager: SIGUSR1, SIGTERM and SIGINT request a stop. For the main thread.
+    """Context manager: inside it SIGUSR1, SIGTERM and SIGINT request a stop. For the main thread.
 
     Args:
-        time_limit: ``--time_limit``, a duration counted from the start of the process, or None.
+        time_limit: value of ``--time_limit``, a duration from the start of the process, e.g. "2h";
+            None for no limit.
     """
     global _request
     _request = request = _StopRequest(None if time_limit is None else seconds_in(time_limit))
@@ -107,20 +119,21 @@ def _listen(reading: int, request: _StopRequest) -> None:
 
 
 def begin() -> None:
-    """Start to measure the time between boundaries, now that loading is over. Not a collective."""
+    """Start to measure the time between boundaries. Called after loading, which has none. Not a
+    collective."""
     if _request is not None:
         _request.slowest_s, _request.last = 0.0, time.monotonic()
 
 
 def save_took(seconds: float) -> None:
-    """Record the seconds from the begin of a save to its publishing, which the time limit reserves
-    for the last one. Not a collective."""
+    """Record the seconds from the begin of a save to its publishing. ``--time_limit`` reserves
+    twice the longest of them for the last save. Not a collective."""
     if _request is not None:
         _request.save_s = max(_request.save_s, seconds)
 
 
 def check() -> None:
-    """Stop all ranks if one of them was asked to stop. Collective.
+    """Raise Stopped on all ranks if one of them was asked to stop. Collective.
 
     Raises:
         Stopped: a signal came to one of the ranks, or the time limit is near; on every rank.

@@ -1,8 +1,8 @@
 """Watchdog: end a job in which no rank makes progress, and report which rank is stuck.
 
 Each rank has two threads beside the main one. The first posts heartbeats and renews the lock of the
-run folder. The second counts turns without progress; it touches no disk and no store while it
-counts, as these may hang.
+run folder. The second wakes up ``TURNS`` times per timeout, and counts the turns in a row without
+progress. It uses neither the disk nor the rendezvous store while it counts, as these may hang.
 """
 
 import faulthandler
@@ -25,9 +25,9 @@ from sparse_lora_dist.runtime.stuck_ranks import Verdict, find_behind, find_lost
 from sparse_lora_dist.system.processes import kill, this_process
 
 TURNS = 20
-"""Number of turns that make up the timeout."""
+"""Number of turns of the counting thread in one timeout."""
 LONGEST_S = 5.0
-"""Most seconds between two heartbeats, and to wait for an answer of the store or the disk."""
+"""Most seconds between two heartbeats, and most seconds to wait for the store or the disk."""
 
 
 @dataclass
@@ -42,13 +42,14 @@ _place = _Place()
 
 
 def set_phase(phase: str, *, step: int | None = None, may_be_long: bool = False) -> None:
-    """Set the phase of this rank, which the watchdog reports. Not a collective, but all ranks must
-    set the same phases in the same order.
+    """Set the phase of this rank, which counts as progress and which the watchdog reports. Not a
+    collective, but all ranks must set the same phases in the same order.
 
     Args:
         phase: what the rank does from here on, e.g. "loading the base".
         step: optimizer step from here on; None keeps the current one.
-        may_be_long: the phase may exceed the timeout as long as all ranks send heartbeats.
+        may_be_long: the phase may take longer than the timeout, as long as all ranks send
+            heartbeats.
     """
     _place.phase, _place.may_be_long = phase, may_be_long
     _place.step = _place.step if step is None else step
@@ -57,7 +58,7 @@ def set_phase(phase: str, *, step: int | None = None, may_be_long: bool = False)
 
 @contextmanager
 def watched(run: Path, timeout_s: float) -> Iterator[None]:
-    """Context manager: run the watchdog. Collective.
+    """Context manager: run the watchdog's threads inside the context. Collective.
 
     Args:
         run: the run folder.
@@ -92,7 +93,7 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
 
 
 class _Watchdog:
-    """The two threads, and what they have seen."""
+    """The two threads of the watchdog, and the heartbeats that they have read."""
 
     def __init__(self, board: Board, timeout_s: float) -> None:
         self.board, self.timeout_s = board, timeout_s
@@ -111,17 +112,22 @@ class _Watchdog:
             thread.join(LONGEST_S)
 
     def tell_end(self) -> None:
-        """Tell the other ranks that this one ends with a message of its own."""
+        """Post a heartbeat that tells the other ranks that this one ends with a message of its
+        own."""
         self._ended = True
         in_time(lambda: self.board.post_file(self._heartbeat()), self.board.patience_s)
 
     def reason(self, error: Exception) -> str:
-        """Why a collective failed on this rank, as text."""
+        """Return the reason for which a collective failed on this rank, as text.
+
+        Args:
+            error: the exception that the collective raised.
+        """
         time.sleep(0.1)  # the sockets of a killed process close a moment before it is gone
         verdict = find_lost(self._at_half, self.board.read_files())
         if verdict is None and "imed out" in str(error):
             verdict = find_behind(self.board.read())
-        return verdict.text if verdict else "another rank ended; see its message"
+        return verdict.text if verdict else "another rank ended. See its message."
 
     def _keep_telling(self) -> None:
         while not self._stopped.wait(min(LONGEST_S, self.timeout_s / TURNS)):
@@ -186,6 +192,6 @@ class _Watchdog:
 
 
 def _is_about_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone, or did not join it."""
+    """Return True if ``error`` says that another rank is gone or did not join a collective."""
     texts = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

@@ -1,1 +1,1 @@
-"""The train step and what happens around it: data, resume, logging, saving."""
+"""The optimizer step of a training run, and the work around it: data, resume, logging, saving."""

@@ -1,5 +1,8 @@
-"""Bad steps: steps without a finite loss and gradient, and loss spikes. They are printed and
-logged; too many non-finite ones in a row end the run."""
+"""Find bad steps, print them, and log them to ``bad_steps.jsonl``.
+
+A step is bad if its loss or gradient is not finite, or if its loss is far above the losses before
+it (a spike). Too many steps in a row that are not finite end the run.
+"""
 
 import math
 import statistics
@@ -15,27 +18,36 @@ from sparse_lora_dist.run_folder.metrics_file import JsonLines
 from sparse_lora_dist.training.step import StepResult
 
 WINDOW = 50
-"""Number of last losses that a spike is measured against."""
+"""Number of losses before a step that its loss is compared with."""
 ENOUGH = 20
-"""Fewest losses that a spike is measured against."""
+"""Fewest losses to compare with. A step with fewer losses before it is not checked for a spike."""
 DEVIATIONS = 6.0
-"""Standard deviations above the mean that make a spike. Losses of batches differ by 1 to 2."""
+"""A loss is a spike if it is more than this many standard deviations above the mean of the losses
+before it. Losses of different batches usually lie within 1 to 2 standard deviations."""
 
 
 class Health:
-    """Writer of ``bad_steps.jsonl``, which also ends a run that has bad steps only."""
+    """Logs bad steps to ``bad_steps.jsonl``, and ends a run that has only such steps."""
 
     def __init__(self, folder: Path, max_bad_steps: int, *, last_step: int | None) -> None:
+        """Open the file and remove the records that a resumed run makes again.
+
+        Args:
+            folder: the run folder.
+            max_bad_steps: number of steps in a row without a finite loss and gradient that ends the
+                run.
+            last_step: last step whose records are kept; None removes all.
+        """
         self._lines = JsonLines(folder / "bad_steps.jsonl", last_step=last_step)
         self._most, self._in_a_row = max_bad_steps, 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def after_step(self, step: int, result: StepResult, batches: Sequence[MicroBatch]) -> None:
-        """Look at the result of a step. Collective.
+        """Print and log the step if it is bad, and raise if too many were. Collective.
 
         Args:
-            step: the optimizer step, counted from 1.
-            result: what the step did.
+            step: number of the optimizer step, counted from 1.
+            result: result of the step.
             batches: this rank's micro-batches of the step, whose row numbers are logged.
 
         Raises:

@@ -1,4 +1,5 @@
-"""The data of a run: its length in steps, and the batches of any step."""
+"""Open the data of a run, find its length in optimizer steps, and make the micro-batches of any
+step."""
 
 import math
 from collections.abc import Iterator
@@ -21,54 +22,59 @@ from sparse_lora_dist.tasks import TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class DataFeed:
-    """The rows that a run trains on, and its length. Steps are optimizer steps, counted from 1."""
+    """Data of a run: the rows to train on, and how many optimizer steps they are."""
 
     rows: Rows
-    """Rows to train on."""
+    """Rows of the training data, of one epoch."""
     held_out: Rows | None
     """Rows for the held-out loss; None without ``--eval_data``."""
     pad_id: int
-    """Token id that fills rows up."""
+    """Token id used as padding."""
     collate: Collate
-    """Makes a micro-batch of rows."""
+    """Function that makes a micro-batch of rows."""
     micro_batch_size: int
     """Rows per rank in one forward."""
     accumulation: int
-    """Micro-batches per step."""
+    """Micro-batches per optimizer step."""
     end_row: int
-    """Rows of the stream that are trained on; filler rows complete the last global batch."""
+    """Number of rows of the stream that the run trains on, over all epochs. Filler rows complete
+    the last global batch."""
     program: str = "launcher/train.py"
-    """Program that continues a run with these rows."""
+    """Program that started the run. The summary names it in the command that continues the run."""
 
     @property
     def identity(self) -> str:
-        """Identity of rows that the run's options do not determine, for a resume; "" if they do."""
+        """Text that differs for other training rows. A resumed run must have the same. "" if the
+        options of the run determine its rows, which a resume compares anyway."""
         return ""
 
     @property
     def global_batch(self) -> int:
-        """Rows per step, over all ranks and micro-batches."""
+        """Number of rows per optimizer step, over all ranks and micro-batches."""
         return self.micro_batch_size * self.accumulation * comm.world_size()
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the run, at whose end the schedules end."""
+        """Number of optimizer steps of the run. All schedules end with the last one."""
         return math.ceil(self.end_row / self.global_batch)
 
     def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
-        """This rank's micro-batches of one step.
+        """Return this rank's micro-batches of one optimizer step, ``accumulation`` of them.
 
         Args:
-            first_row: row of the stream at which the step's global batch begins.
-            steps_done: optimizer steps made before it.
+            first_row: number of the row in the stream at which the step's global batch begins.
+            steps_done: number of optimizer steps made before this step.
         """
         # The offset is not 0 after --reset schedule or data.
         offset = first_row - steps_done * self.global_batch
         return self._cut(self.rows, first_row, self.end_row + offset, shuffle=True)
 
     def held_out_batches(self, limit: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of the held-out rows, in file order; at most ``limit`` global
-        batches."""
+        """Yield this rank's micro-batches of the held-out rows, in the order of the data.
+
+        Args:
+            limit: largest number of global batches to take.
+        """
         assert self.held_out is not None
         starts = range(0, len(self.held_out), self.global_batch)
         for first_row in starts[:limit]:
@@ -90,12 +96,17 @@ class DataFeed:
 
 
 def open_feed(config: Config, model: Model) -> DataFeed:
-    """Read, tokenise and pack the data sets. Collective.
+    """Read, tokenise and pack the data sets ``--data`` and ``--eval_data``. Collective.
 
-    The first rank of each node works first; the others then read its cache.
+    The first rank of each node does so first; the other ranks then read its cache.
+
+    Args:
+        config: options of the run.
+        model: model whose tokenizer is used. The padding token is set in its config.
 
     Raises:
-        UserError: the data or the tokenizer cannot be used, on every rank.
+        UserError: the data or the tokenizer cannot be used, or ``--warmup_steps`` is longer than
+            the run; on every rank.
     """
     train = config.train
     if comm.rank() > 0:
@@ -121,31 +132,37 @@ def open_feed(config: Config, model: Model) -> DataFeed:
         if train.warmup_steps > feed.total_steps:
             raise UserError(
                 f"--warmup_steps {train.warmup_steps} is more than the {feed.total_steps} steps of "
-                f"this run. Set it to {feed.total_steps} or less, or make the run longer."
+                f"this run. Set it to {feed.total_steps} or less, or make the run longer with "
+                "--max_steps."
             )
     return feed
 
 
 def open_tokenizer(config: Config, model: Model) -> Any:
-    """Open the tokenizer in the model's folder.
+    """Return the transformers tokenizer in the model's folder. Not a collective.
 
     Raises:
-        UserError: it is missing or damaged.
+        UserError: the tokenizer is missing or damaged.
     """
     trust = config.model.trust_remote_code
     try:
         return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust)
     except Exception as error:  # a missing or damaged file raises whatever its reader does
         raise UserError(
-            f"--model {model.folder}: its tokenizer cannot be opened: {error}. Give a model folder "
-            "that has a tokenizer."
+            f"The tokenizer of --model {model.folder} cannot be opened: {error}. Give a model "
+            "folder that has a tokenizer."
         ) from error
 
 
 def settle_padding(model: Model, tokenizer: Any) -> int:
-    """Choose the token id that fills rows up, and set it as ``pad_token_id`` of the model's config.
+    """Return the token id used as padding, and set it as ``pad_token_id`` of the model's config.
 
-    It is the model's pad token, the tokenizer's pad or eos token, or 0: the first that exists.
+    It is the first that exists of: the model's pad token, the tokenizer's pad token, the
+    tokenizer's eos token, 0.
+
+    Args:
+        model: model whose config is changed.
+        tokenizer: tokenizer of the model.
     """
     architecture = model.module.config.get_text_config()
     padding = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -194,11 +211,12 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
 
 
 def check_positions(model: nn.Module, longest: int, flag: str) -> None:
-    """Check that no row is longer than the model's table of position embeddings: torch would report
-    an index only.
+    """Raise UserError if a row is longer than the model's table of position embeddings. torch's own
+    error would only say that an index is out of range.
 
     Args:
-        longest: tokens of the longest row.
+        model: model whose tables are looked up; most models have none.
+        longest: number of tokens of the longest row.
         flag: command-line flag of the data, for the message.
 
     Raises:
@@ -211,6 +229,6 @@ def check_positions(model: nn.Module, longest: int, flag: str) -> None:
             room = module.num_embeddings - before
             if longest > room:
                 raise UserError(
-                    f"{flag}: the longest row has {longest} tokens, but the model has only {room} "
-                    f"positions ({name}). Set --sequence_length to {room} or less."
+                    f"In {flag} the longest row has {longest} tokens, but the model has only "
+                    f"{room} positions ({name}). Set --sequence_length to {room} or less."
                 )

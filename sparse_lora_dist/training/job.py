@@ -1,4 +1,5 @@
-"""What happens around the steps of a run: resume, metrics, held-out loss, checkpoints, export."""
+"""The work around the optimizer steps of a run: resume, metrics, held-out loss, checkpoints,
+export."""
 
 import shutil
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,15 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 class Job:
-    """One job of a run: what one start of the program does of it. Every method is a collective."""
+    """One job of a run, which is one start of the program. Every method is a collective.
+
+    Args:
+        config: options of the run.
+        model: model with its adapters.
+        feed: data of the run.
+        engine: the DeepSpeed engine of the model.
+        shards: this rank's shards of the trained tensors.
+    """
 
     def __init__(
         self, config: Config, model: Model, feed: DataFeed, engine: Engine, shards: Shards
@@ -55,11 +64,11 @@ class Job:
         self.rate = _learning_rate(config, shards.method, feed.total_steps)
 
     def start(self, resume: Resume | None) -> None:
-        """Open the files of the run folder, and restore a checkpoint or measure the base.
+        """Restore a checkpoint if there is one, and open the files of the run folder. Log the
+        held-out loss of a new run as step 0.
 
         Args:
-            resume: the checkpoint to continue from; None for a new run, which logs the held-out
-                loss of the base as step 0.
+            resume: checkpoint to continue from; None for a new run.
 
         Raises:
             Stopped: the run was asked to stop during the held-out loss.
@@ -99,8 +108,8 @@ class Job:
         stop_signals.begin()
 
     def set_learning_rate(self, step: int) -> None:
-        """Set the learning rate of optimizer step ``step``; where a stage begins, reset the moments
-        if the method asks for it."""
+        """Set the learning rates of optimizer step ``step``. If the step is the first of a later
+        stage and the method asks for it, also reset the optimizer's moments."""
         start, _ = stage_of(step, self.rate.stages)
         if 0 < start == step - 1 and self.shards.method.stage_resets_moments:
             self.shards.optimizer.reset_moments()
@@ -115,7 +124,19 @@ class Job:
         seconds: float,
         is_last: bool,
     ) -> None:
-        """Count the step; log, evaluate and save where one is due."""
+        """Count a step that was made; log, evaluate and save if due at this step.
+
+        Args:
+            step: number of the optimizer step, counted from 1.
+            batches: this rank's micro-batches of the step.
+            result: result of the step.
+            seconds: duration of the step.
+            is_last: True if this is the last step of the job, which always evaluates and saves.
+
+        Raises:
+            UserError: too many steps in a row were not finite, or a file cannot be written.
+            Stopped: the run was asked to stop.
+        """
         self.progress = Progress(
             step=step,
             rows=self.progress.rows + self.feed.global_batch,
@@ -139,8 +160,14 @@ class Job:
     def _conclude(
         self, row: Mapping[str, float | int] | None, *, evaluates: bool, saves: bool
     ) -> None:
-        """Evaluate, log and save after the last step. If the run is stopped during the evaluation,
-        the checkpoint notes these actions as pending, and the next job makes them first."""
+        """Evaluate, log and save at the present step. If the run is stopped during the evaluation,
+        the checkpoint notes these actions as pending, and the next job does them first.
+
+        Args:
+            row: numbers of training to log; None logs no record.
+            evaluates: True to measure the held-out loss.
+            saves: True to save a checkpoint.
+        """
         step = self.progress.step
         self._pending = {"row": row, "evaluates": evaluates, "saves": saves}
         held_out = self.held_out() if evaluates else {}
@@ -179,29 +206,32 @@ class Job:
     def log(
         self, step: int, row: Mapping[str, float | int], *, held_out: Mapping[str, float]
     ) -> None:
-        """Write one record of metrics.
+        """Write one record of metrics, and print the held-out scores in it.
 
         Args:
             step: optimizer step of the numbers.
-            row: numbers of training; {} if there are none.
-            held_out: scores of the held-out set at the same step; {} if there are none.
+            row: numbers of training by name; {} if there are none.
+            held_out: scores of the held-out data at the same step by name; {} if there are none.
         """
         self.metrics.log({"step": step, **row, **held_out})
         if held_out:
             print_line("held-out", f"{in_words(held_out, self.task.target)} at step {step}")
 
     def held_out(self) -> dict[str, float]:
-        """Held-out loss and the task's other scores, by name; {} without held-out data."""
+        """Measure and return the held-out loss and the task's other scores, by name. Return {}
+        without held-out data."""
         if self.feed.held_out is None:
             return {}
         batches = self.feed.held_out_batches(self.config.run.eval_batches)
         return self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
 
     def save(self, held_out_loss: float | None) -> None:
-        """Begin a checkpoint of this step; it is published at a later boundary.
+        """Save a checkpoint of the present step. With ``--async_save`` saving only starts here, and
+        the checkpoint is published at the end of a later step.
 
         Args:
-            held_out_loss: of this step, by which ``--keep_best`` chooses; None if not measured.
+            held_out_loss: held-out loss at this step, by which ``--keep_best`` chooses; None if it
+                was not measured.
         """
         self._publish(self._saver.finish())
         about = {
@@ -219,7 +249,8 @@ class Job:
         self._publish(self._saver.begin(self.shards, self.progress, about))
 
     def _publish(self, path: Path | None) -> None:
-        """After a checkpoint was published at ``path``: record its time, remove old checkpoints."""
+        """Record how long the checkpoint published at ``path`` took, and remove old checkpoints. Do
+        nothing if ``path`` is None."""
         if path is None:
             return
         stop_signals.save_took(self._saver.took_s)
@@ -232,13 +263,19 @@ class Job:
                 checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
 
     def publish_what_is_saved(self) -> None:
-        """Publish a checkpoint that is being written, before the run ends with an error."""
+        """Publish the checkpoint that is being written, if there is one, before the run ends with
+        an error."""
         with suppress(Exception):  # a rank may be gone; the error that ends the run is printed
             self._bar.close()
             self._publish(self._saver.finish())
 
     def stop(self, why: Stopped) -> None:
-        """Save and publish a checkpoint of the last complete step, and print how to continue."""
+        """Save and publish a checkpoint of the last complete step, and print the command that
+        continues the run.
+
+        Args:
+            why: reason of the stop.
+        """
         self._bar.close()
         if self.progress.step > self._saved_step:
             self.save(held_out_loss=None)
@@ -279,11 +316,11 @@ class Job:
             )
 
     def _export(self) -> int:
-        """Export the adapter.
+        """Export the adapter to the folder ``adapter`` of the run folder.
 
         Returns:
-            Its bytes; 0 if all of its entries are dead (a warning, not an error) or if PEFT has no
-            adapter for this method.
+            Size of its weights in bytes, on rank 0. It is 0 if nothing was written, because all
+            entries are dead (a warning is printed) or the method has no adapter to write.
         """
         try:
             return peft_adapter.save_peft(
@@ -321,5 +358,6 @@ def _learning_rate(config: Config, method: Method, total_steps: int) -> Learning
 
 
 def is_due(step: int, every: int) -> bool:
-    """Whether something done every ``every`` steps is due at ``step``; 0 is never."""
+    """Return True if an action of every ``every`` steps is due at ``step``. It never is if
+    ``every`` is 0."""
     return every > 0 and step % every == 0

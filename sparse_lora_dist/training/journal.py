@@ -1,4 +1,4 @@
-"""Records of a run's decisions and stages, and the memory and traffic that sparsity costs."""
+"""Record a run's decisions and stages, and measure the memory and traffic that sparsity costs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from sparse_lora_dist.sparsity.shards import Shards
 
 
 class Journal:
-    """Writer of ``decisions.jsonl`` and ``stages.jsonl`` of a run folder."""
+    """Appends records to ``decisions.jsonl`` and ``stages.jsonl`` of a run folder."""
 
     def __init__(self, folder: Path, *, last_step: int | None, last_stage: int | None) -> None:
         """Open both files and remove the records that a resumed run makes again.
@@ -38,7 +38,8 @@ class Journal:
             shards: the trained tensors after the decision.
 
         Returns:
-            "ranks" (open components) and "live" (live entries) -> name of the site -> number.
+            A dict with the keys "ranks" and "live". Each value is a dict from the name of a site to
+            its number of open components, or of live entries.
         """
         sites = {"ranks": shards.sites.ranks(), "live": live_per_site(shards)}
         self._decisions.append({"step": step, **decision.log_values, **sites})
@@ -51,9 +52,10 @@ class Journal:
 
         Args:
             step: last optimizer step of the stage.
-            rate: the learning rates, whose mean over the stage is recorded.
-            metrics: ``metrics.jsonl``, from which the mean of the stage's logged losses is taken.
-            results: numbers at the end of the stage, by name.
+            rate: learning rate of each step; its mean over the stage is recorded.
+            metrics: path of ``metrics.jsonl``; the mean of the losses logged in the stage is
+                recorded.
+            results: further numbers to record, measured at the end of the stage, by name.
         """
         start, _ = stage_of(step, rate.stages)
         rows = read_records(metrics) if comm.rank() == 0 else []
@@ -73,7 +75,8 @@ class Journal:
 
 
 def live_per_site(shards: Shards) -> dict[str, int]:
-    """Live entries of every site, over all ranks, by name. Collective: one all-reduce."""
+    """Return the number of live entries of each site over all ranks, by the site's name.
+    Collective: one all-reduce."""
     counts = dict.fromkeys(shards.sites.adapters, 0)
     for name, mask in shards.live().items():
         if name in shards.sparse:
@@ -83,11 +86,14 @@ def live_per_site(shards: Shards) -> dict[str, int]:
 
 
 def memory_and_traffic(shards: Shards) -> dict[str, int]:
-    """Memory and traffic of the rank that has most of each, in bytes. Collective: one all-reduce.
+    """Measure memory and traffic in bytes, each as the largest value of any rank. Collective: one
+    all-reduce.
 
     Returns:
-        Optimizer state now, at its peak and while it is repacked; statistics of the method; bytes
-        received for decisions so far.
+        Bytes by name. ``state_bytes``, ``state_bytes_peak`` and ``state_bytes_repacking``: the
+        optimizer state now, at its peak, and while it is repacked. ``statistics_bytes``: the
+        statistics of the method. ``decision_bytes_received``: what was received for decisions so
+        far.
     """
     state = shards.optimizer.state_bytes()
     own: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Purpose of a run: the three points in which editing differs from training."""
+"""Define what a run is for by the three points in which editing differs from training."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,20 +10,23 @@ from sparse_lora_dist.training.job import Job
 
 
 def ask_nothing(job: Job) -> None:
-    """Do nothing more: training is judged by its held-out loss."""
+    """Do nothing after the last step. Training measures its held-out loss during the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Purpose:
-    """What a run is for; by default, to train on ``--data``. Its functions are collectives."""
+    """Purpose of a run: its data, its last action, and whether it replaces an earlier run.
+
+    By default, the run trains on ``--data``. The functions are collectives.
+    """
 
     open_feed: Callable[[Config, Model], DataFeed] | None = None
-    """Opens the data of the run; None opens ``--data``."""
+    """Function that opens the data of the run; None opens ``--data`` and ``--eval_data``."""
     conclude: Callable[[Job], None] = ask_nothing
-    """Called after the last step of the run, before the adapter is exported. A run that is stopped
-    in it and resumed calls it again."""
+    """Function that is called after the last step of the run, before the adapter is exported. If
+    the run is stopped while it works, the resumed run calls it again."""
     replaces: bool = False
-    """Whether the run replaces an earlier one in its folder."""
+    """True if the run removes an earlier run from its folder first."""
 
 
 TRAINING = Purpose()

@@ -28,22 +28,23 @@ FREE = """
 
 
 DATA_KEYS = ("seed", "packing", "sequence_length", "rows_per_epoch")
-"""Keys of a description that concern the data; with ``--reset data`` their values may differ."""
+"""Keys of a run's description (``describe``) that concern its data. With ``--reset data`` their
+values may differ from those of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resume:
-    """A checkpoint that fits this run."""
+    """Checkpoint that the run continues from. It has been checked to fit the run."""
 
     path: Path
     """Folder of the checkpoint."""
     manifest: Mapping[str, Any]
-    """Its manifest, as ``checkpoint.read_manifest`` reads it."""
+    """Manifest of the checkpoint, from ``checkpoint.read_manifest``."""
     reset: frozenset[str] = frozenset()
-    """States that are not restored but begin anew: any of optimizer, schedule, data."""
+    """States that are not restored but start anew: any of "optimizer", "schedule", "data"."""
 
     def is_of(self, run: Path) -> bool:
-        """Whether the checkpoint lies in the run folder ``run``."""
+        """Return True if the checkpoint lies in the run folder ``run``."""
         return self.path.resolve().parent == (run / "checkpoints").resolve()
 
     @property
@@ -53,15 +54,20 @@ class Resume:
 
 
 def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) -> Resume | None:
-    """Find the checkpoint that ``--resume`` names, and check that this run can continue from it.
-    Collective.
+    """Return the checkpoint that ``--resume`` names, if this run can continue from it. Collective.
+
+    Args:
+        config: options of the run.
+        model: model whose trained tensors must have the shapes of the checkpoint's.
+        feed: data of the run.
+        method: method of the run.
 
     Returns:
         The checkpoint; None for a run that starts from step 0.
 
     Raises:
-        UserError: it is damaged, belongs to another run, or is past the end of this one; on every
-            rank.
+        UserError: the checkpoint is damaged, belongs to another run, or is past the end of this
+            run; on every rank.
     """
     wanted = config.run.resume
     if wanted == "never":
@@ -78,8 +84,8 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
             saved.pop(name), now.pop(name)
         if saved.get("rows", "") != feed.identity:
             raise UserError(
-                f"{path} was trained on other edits. Give the same --edits and --number, or start "
-                "a new run in another --output_dir."
+                f"The checkpoint {path} was trained on other edits. Give the same --edits and "
+                "--number, or start a new run in another --output_dir."
             )
         _check_global_batch(path, saved["global_batch"], feed)
         checkpoint.check_description(path, saved, now)
@@ -90,7 +96,7 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
 
 
 def is_requeued() -> bool:
-    """Whether Slurm has requeued this job, so that it runs again."""
+    """Return True if Slurm has requeued this job, so that its command line is run again."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
@@ -99,9 +105,11 @@ def _own(config: Config) -> Path:
 
 
 def _saved_since_requeue(config: Config) -> Path | None:
-    """The newest checkpoint that earlier attempts of a requeued job have saved; None if there is
-    none. The job's command line is the same each time, so ``--resume FOLDER`` would start from
-    FOLDER each time."""
+    """Return the newest checkpoint that earlier attempts of a requeued job have saved, or None.
+
+    A requeued job has the same command line at each attempt. Without this, ``--resume FOLDER``
+    would start from FOLDER at each attempt.
+    """
     run = config.run
     if run.resume == "auto" or not is_requeued():
         return None
@@ -112,7 +120,12 @@ def _saved_since_requeue(config: Config) -> Path | None:
 
 
 def _requested(wanted: str, folder: Path) -> Path | None:
-    """The intact checkpoint that ``--resume`` names: the newest in ``folder``, or a path."""
+    """Return the intact checkpoint that ``--resume`` names; None if there is none yet.
+
+    Args:
+        wanted: value of ``--resume``: "auto" for the newest in ``folder``, or a path.
+        folder: folder of this run's checkpoints; unfinished ones are removed from it.
+    """
     with fail_together(f"cleaning {folder}"):
         if comm.rank() == 0:
             checkpoint.clean(folder)
@@ -125,7 +138,15 @@ def _requested(wanted: str, folder: Path) -> Path | None:
 
 
 def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> dict[str, Any]:
-    """Description of a run for its checkpoints: values that a resume must not change. Collective.
+    """Describe a run by the values that a resume must not change. Collective.
+
+    Each checkpoint stores them, and a resumed run compares its own with them.
+
+    Args:
+        config: options of the run.
+        model: model of the run, whose base is identified.
+        feed: data of the run, of which the numbers of rows are taken.
+        method: method of the run.
 
     Returns:
         JSON values by name.
@@ -163,7 +184,7 @@ def _check_global_batch(path: Path, saved: int, feed: DataFeed) -> None:
         whole = [n for n in range(1, saved + 1) if saved % n == 0]
         near = [max(n for n in whole if n < ranks), *[n for n in whole if n > ranks][:1]]
         raise UserError(
-            f"{found} {saved} rows cannot be divided among {counted(ranks, 'rank')}: use "
+            f"{found} {saved} rows cannot be divided among {counted(ranks, 'rank')}. Use "
             f"{' or '.join(map(str, near))} ranks."
         )
     own = saved // ranks
@@ -174,9 +195,12 @@ def _check_global_batch(path: Path, saved: int, feed: DataFeed) -> None:
 
 
 def _options_of_tensors(config: Config, model: Model, method: Method) -> dict[str, Any]:
-    """The method's options, if the saved tensors depend on them: on what was drawn from the seed,
-    kept or folded away. With other options the tensors would mean something else. {} for a method
-    whose options concern its decisions only, which may change."""
+    """Return the method's options, if the saved tensors depend on them.
+
+    The saved tensors of a method that draws tensors from the seed, keeps tensors that are not
+    trained, or takes no decisions would mean something else with other options. Options of any
+    other method concern its decisions only and may change, so {} is returned.
+    """
     form = method.form(model.sites[0])
     is_drawn = form.drawn is not draw_nothing
     if method.decide is not decide_nothing and not form.kept and not is_drawn:
@@ -193,8 +217,8 @@ def _check_steps(found: Resume, config: Config, feed: DataFeed, method: Method) 
     free = method.redraws or found.manifest["ended"]
     if "schedule" in found.reset and not free:
         raise UserError(
-            f"--reset schedule: {found.path} is in the middle of a schedule of {method.name}, "
-            f"which cannot start again on what is left of the adapter. {_instead_of_reset(method)}"
+            f"--reset schedule cannot be used: {found.path} is in the middle of a schedule of "
+            f"{method.name}, whose decisions cannot be undone. {_instead_of_reset(method)}"
         )
     if not free:
         differ = _changed(found, config, [f.name for f in fields(config.method_options)])
@@ -211,19 +235,23 @@ def _check_steps(found: Resume, config: Config, feed: DataFeed, method: Method) 
     for name, last in ends:
         if last is not None and last < found.step:
             raise UserError(
-                f"{found.path} is at step {found.step} already, but this run ends at step {last}: "
-                f"raise --{name}, or resume from an earlier checkpoint."
+                f"{found.path} is at step {found.step} already, but this run ends at step {last}. "
+                f"Raise --{name}, or resume from an earlier checkpoint."
             )
 
 
 def _instead_of_reset(method: Method) -> str:
     if method.observes_until is not None:
-        return "Resume it to its end first."
-    return "Merge what it learned (launcher/export.py --format merged) and train that --model."
+        return "Resume that run to its end first."
+    return (
+        "Merge its adapter (launcher/export.py --format merged), and start a new run with the "
+        "merged model as --model."
+    )
 
 
 def _changed(found: Resume, config: Config, names: Iterable[str]) -> list[str]:
-    """The text "name old -> new" for each of these options that has changed."""
+    """Return the text "name old -> new" for each option of ``names`` that has changed since the
+    checkpoint was saved."""
     was, now = found.manifest["config"], config.as_flat_dict()
     return [f"{n} {was.get(n)} -> {now[n]}" for n in names if was.get(n) != now[n]]
 

@@ -1,6 +1,7 @@
-"""One optimizer step, and the held-out loss, by the same forward.
+"""Make one optimizer step, and sum the held-out loss.
 
-Shapes: M rows of a micro-batch, T tokens of a row.
+Suffixes of names are shapes: M is the number of rows of a micro-batch, T the number of tokens of
+its longest row after padding.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -25,13 +26,13 @@ class StepResult:
     """Result of one optimizer step; the same on every rank."""
 
     loss: float
-    """Mean loss before the update, in nats per target (a token, or an example)."""
+    """Mean loss before the update, in nats per target (a token, or an example of a classifier)."""
     applied: bool
-    """False if loss or gradient was not finite on any rank, in which case nothing was updated."""
+    """False if the loss or the gradient of any rank was not finite, so that nothing was updated."""
     tokens: int
-    """Tokens of all ranks that went through the model, without padding."""
+    """Number of tokens that went through the model on all ranks, without padding."""
     decision: Decision | None
-    """Decision of the method; None if none was due."""
+    """Decision of the method; None if none was due at this step."""
 
 
 def train_step(
@@ -44,21 +45,27 @@ def train_step(
     step: int,
     loss_of: Callable[[Engine, Any], Tensor],
 ) -> StepResult:
-    """Make one optimizer step: forward and backward of every micro-batch, decision, update.
-    Collective.
+    """Make one optimizer step. Collective.
 
-    The loss is the mean over the targets of the whole step: all ranks, all micro-batches. DeepSpeed
-    averages gradients over both, so each micro-batch's sum, ``loss_of(engine, batch)``, is scaled
-    by (ranks x micro-batches) / targets.
+    Each micro-batch goes through forward and backward. Then the method decides, and the optimizer
+    updates the trained tensors. If the loss or a gradient is not finite, nothing is updated.
+
+    The loss is the mean over all targets of the step, on all ranks and in all micro-batches.
+    DeepSpeed averages gradients over ranks and micro-batches, so the summed loss of a micro-batch,
+    ``loss_of(engine, batch)``, is multiplied by (ranks x micro-batches) / targets.
 
     Args:
         engine: the DeepSpeed engine.
         shards: this rank's shards of the trained tensors.
-        decisions: makes and confirms the decisions of the method.
+        decisions: makes the decision of the method, and checks it after the update.
         batches: this rank's micro-batches of the step; as many on every rank.
-        row_seeds: seeds of dropout, by row.
-        step: the optimizer step, counted from 1.
-        loss_of: summed loss of a micro-batch in nats, a scalar with a gradient.
+        row_seeds: gives dropout its seeds; its step and the rows of each micro-batch are set here.
+        step: number of the optimizer step, counted from 1.
+        loss_of: function of (engine, micro-batch) that returns the summed loss in nats, a scalar
+            with a gradient.
+
+    Returns:
+        Loss, tokens and decision of the step, the same on every rank.
 
     Raises:
         Stopped: the run was asked to stop, before one of the micro-batches.
@@ -99,11 +106,16 @@ def train_step(
 def held_out_totals(
     engine: Engine, batches: Iterable[MicroBatch], tally: Callable[[Engine, Any], Tensor]
 ) -> Tensor:
-    """Sum ``tally`` over the batches of all ranks. Collective.
+    """Return the sum of ``tally`` over the held-out micro-batches of all ranks. Collective.
 
     Args:
+        engine: the DeepSpeed engine.
         batches: this rank's held-out micro-batches; as many on every rank.
-        tally: a vector of sums of one micro-batch (losses, hits, targets ...), by the task.
+        tally: function of (engine, micro-batch) that returns a vector of sums over the
+            micro-batch. Which sums (of losses, hits, targets ...) depends on the task.
+
+    Returns:
+        The vector of totals, the same on every rank.
 
     Raises:
         Stopped: the run was asked to stop, before one of the batches.

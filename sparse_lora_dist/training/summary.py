@@ -1,4 +1,4 @@
-"""The lines printed at the end of a run: what was trained, the result, and what to type next."""
+"""Print the last lines of a run: what was trained, the result, and the command to type next."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.training.feed import DataFeed
 
 SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
-"""Scores that a task may have besides the loss: key in the metrics, name on the screen."""
+"""Scores that a task may have besides the loss: (key in metrics.jsonl, name on the screen)."""
 
 
 def print_summary(
@@ -31,11 +31,14 @@ def print_summary(
     """Print the summary of a run. For rank 0 only.
 
     Args:
+        config: options of the run.
+        feed: data of the run.
+        progress: steps and tokens made.
         rows: records of metrics.jsonl.
-        target: what the loss is a mean over, e.g. "token".
-        adapter_bytes: size of the exported adapter; 0 if none was exported.
-        is_lora: whether what was trained can be exported as a LoRA.
-        goes_on: whether the finished run may be continued with more steps.
+        target: what the loss is a mean over: "token" or "example".
+        adapter_bytes: size of the exported adapter in bytes; 0 if none was exported.
+        is_lora: True if the trained adapter can be exported as a LoRA adapter.
+        goes_on: True if the run may be continued with more steps even after its last step.
     """
     folder = Path(config.run.output_dir)
     device = comm.device().type
@@ -78,14 +81,24 @@ def print_summary(
 
 
 def in_words(scores: Mapping[str, float], target: str) -> str:
-    """Scores of the held-out set as text: the loss, and the task's other scores."""
+    """Return the scores of the held-out data as text: the loss, and the task's other scores.
+
+    Args:
+        scores: scores by their keys in metrics.jsonl.
+        target: what the loss is a mean over: "token" or "example".
+    """
     others = [f"{name} {scores[key]:.4f}" for key, name in SCORES if key in scores]
     return ", ".join([f"{scores['held_out_loss']:.4f} nats per {target}", *others])
 
 
 def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
-    """Held-out loss and other scores before and after training, as text; the training loss if
-    there is no held-out data."""
+    """Return as text the first and the last held-out loss and other scores. Without held-out data,
+    return the first and the last training loss.
+
+    Args:
+        rows: records of metrics.jsonl.
+        target: what the loss is a mean over: "token" or "example".
+    """
     for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
         losses = [row[key] for row in rows if row.get(key) is not None]
         if len(losses) > 1:
@@ -101,7 +114,12 @@ def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Live entries at the first and the last logged step and the optimizer's bytes, as text."""
+    """Return as text the number of live entries at the first and the last logged step, and the size
+    of the optimizer state.
+
+    Args:
+        rows: records of metrics.jsonl.
+    """
     steps = [row for row in rows if "live_entries" in row]
     if not steps:
         return "no step was logged"
@@ -114,14 +132,14 @@ def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def command(name: str) -> str:
-    """What to type for a program of this Python environment: its path, if it is below the working
-    directory, else its name."""
+    """Return what to type to start a program of this Python environment: its path if it is below
+    the working directory, otherwise ``name``."""
     path = os.path.relpath(Path(sys.executable).with_name(name))
     return name if path.startswith("..") else path
 
 
 def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
-    """The command that continues the run from where it ended."""
+    """Return the command that continues the run after its last step."""
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
     if this_launch().launcher in ("torchrun", "mpirun", "srun"):
         words = ["the same launcher with"]

@@ -118,7 +118,10 @@ def test_a_run_that_goes_back_by_name_leaves_no_later_step_behind(
 
 @pytest.mark.parametrize(
     ("name", "instead"),
-    [("increlora", "Resume it to its end first"), ("cola", "--format merged) and train that")],
+    [
+        ("increlora", "Resume that run to its end first"),
+        ("cola", "--format merged), and start a new run"),
+    ],
 )
 def test_a_schedule_of_decisions_cannot_begin_anew_in_its_middle(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str, instead: str
@@ -141,7 +144,7 @@ def test_a_reset_needs_a_folder_of_its_own(ranks: Ranks, tiny: TinyRun, four: Pa
     [
         (2, {"micro_batch_size": 1}, "--micro_batch_size 1 --gradient_accumulation_steps 2"),
         (1, {"micro_batch_size": 3}, "--micro_batch_size 2 --gradient_accumulation_steps 2"),
-        (3, {}, "cannot be divided among 3 ranks: use 2 or 4 ranks"),
+        (3, {}, "cannot be divided among 3 ranks. Use 2 or 4 ranks"),
     ],
 )
 def test_a_global_batch_that_is_not_kept_is_told_how_it_can_be(

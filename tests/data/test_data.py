@@ -122,7 +122,7 @@ def test_a_hub_id_goes_to_the_hub_and_its_answer_comes_back(tmp_path, monkeypatc
     monkeypatch.setattr(datasets, "load_dataset_builder", hub)
     assert len(load("who/what")) == 3
     with pytest.raises(
-        UserError, match="--data who/gone: not a file or folder here.*doesn't exist"
+        UserError, match="--data who/gone is no file or folder on this machine.*doesn't exist"
     ):
         load("who/gone")
     assert asked == ["who/what", "who/gone"]
@@ -155,23 +155,29 @@ def test_file_names_with_brackets_are_names(tmp_path):
 
 
 BROKEN = {
-    "cut": ('{"text": "a"}\n\n{"text": "b\n{"text": "c"}\n', r"a\.jsonl:3: not valid JSON"),
-    "last line cut": ('{"text": "a"}\n{"text": ', r"a\.jsonl:2: not valid JSON"),
+    "cut": (
+        '{"text": "a"}\n\n{"text": "b\n{"text": "c"}\n',
+        r"a\.jsonl:3: This line is not valid JSON",
+    ),
+    "last line cut": ('{"text": "a"}\n{"text": ', r"a\.jsonl:2: This line is not valid JSON"),
     "two on a line": (
         '{"text": "a"}\n{"text": "b"}{"text": "c"}\n{"text": null}\n',
-        r"a\.jsonl:2: not valid JSON: Extra data",
+        r"a\.jsonl:2: This line is not valid JSON: Extra data",
     ),
-    "no object": ('{"text": "a"}\n["b"]\n', r"a\.jsonl:2: expected a JSON object .* got list"),
+    "no object": (
+        '{"text": "a"}\n["b"]\n',
+        r"a\.jsonl:2: A JSON object .* is needed, but this is list",
+    ),
     "null": ('{"text": "a"}\n\n{"text": null}\n', r"a\.jsonl:3: 'text' is missing or null"),
     "missing": ('{"text": "a"}\n{"other": "b"}\n', r"a\.jsonl:2: 'text' is missing or null"),
     "number": ('{"text": "a"}\n{"text": 5}\n', r"a\.jsonl:2: 'text' must be text, got int: 5"),
     "list": ('{"text": "a"}\n{"text": ["b"]}\n', r"a\.jsonl:2: 'text' must be text, got list"),
-    "not utf-8": (b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8"),
-    "empty": ("", r"--data .*a\.jsonl: the file is empty"),
-    "blank": ("\n \n", r"--data .*a\.jsonl: the file is empty"),
+    "not utf-8": (b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: This line is not UTF-8"),
+    "empty": ("", r"--data .*a\.jsonl is an empty file"),
+    "blank": ("\n \n", r"--data .*a\.jsonl is an empty file"),
     "no column": (
         '{"foo": "a", "bar": 1}\n',
-        r"a\.jsonl: found neither 'messages', nor 'prompt' with 'response', nor 'text'. "
+        r"a\.jsonl has neither the column 'messages', nor 'prompt' with 'response', nor 'text'. "
         r"Its columns are: foo, bar. .*--prompt_field .*--text_field",
     ),
     "no role": (
@@ -210,12 +216,15 @@ def test_other_kinds_name_the_example(tmp_path):
 
 def test_broken_files_of_other_kinds(tmp_path):
     files = {
-        "a.json": (b'[{"text": "a"},\n{"text" "b"}]', r"a\.json:2: not valid JSON"),
-        "b.json": (b"[]", r"b\.json.* it is empty"),
-        "c.csv": (b"prompt,response\nhello, world,x\n", r"c\.csv:2: 3 cells, but .* has 2"),
-        "d.csv": (b"prompt,response\n", r"d\.csv.* it is empty"),
-        "e.parquet": (b"PAR1 and no more", r"e\.parquet: cannot be read"),
-        "f.docx": (b"?", r"f\.docx: cannot read \.docx; known: \.jsonl"),
+        "a.json": (b'[{"text": "a"},\n{"text" "b"}]', r"a\.json:2: This line is not valid JSON"),
+        "b.json": (b"[]", r"b\.json.* It is empty"),
+        "c.csv": (
+            b"prompt,response\nhello, world,x\n",
+            r"c\.csv:2: This line has 3 cells, but .* has 2",
+        ),
+        "d.csv": (b"prompt,response\n", r"d\.csv.* It is empty"),
+        "e.parquet": (b"PAR1 and no more", r"e\.parquet cannot be read"),
+        "f.docx": (b"?", r"f\.docx is a file of an unknown kind: \.docx\. .* kinds: \.jsonl"),
     }
     for name, (content, message) in files.items():
         (tmp_path / name).write_bytes(content)
@@ -228,9 +237,9 @@ def test_what_is_not_there_and_what_is_mixed(tmp_path):
     write_jsonl(tmp_path / "mixed" / "a.jsonl", TEXTS)
     write_csv(tmp_path / "mixed" / "b.csv", TEXTS)
     faults = {
-        "gone.jsonl": "no such file or folder",
-        "empty": "the folder holds no data",
-        "mixed": r"it mixes \.csv, \.jsonl",
+        "gone.jsonl": "does not exist",
+        "empty": "is a folder without data files",
+        "mixed": r"files of several kinds: \.csv, \.jsonl",
     }
     for name, message in faults.items():
         with pytest.raises(UserError, match=rf"--eval_data .*{name}.*{message}"):

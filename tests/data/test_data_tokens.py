@@ -117,14 +117,16 @@ def test_train_on_all_learns_everything_but_the_first_token(load):
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_line(load):
     tokenizer = byte_tokenizer(template=FORGETFUL)
     assert len(load([{"messages": CHAT[:3]}], tokenizer)) == 1
-    message = r"a\.jsonl:2: .*message 3 .*not a token prefix.*--train_on all"
+    message = r"a\.jsonl:2: .*message 3 .*not the first tokens.*--train_on all"
     with pytest.raises(UserError, match=message):
         load([{"messages": chat} for chat in (CHAT[:3], CHAT)], tokenizer)
 
 
 def test_a_chat_that_the_template_refuses_is_named(load):
     refusing = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the chat template refuses it: roles must"):
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: The chat template refuses this chat: roles must"
+    ):
         load([{"messages": CHAT}], byte_tokenizer(), chat_template=refusing)
 
 
@@ -134,9 +136,9 @@ def test_chat_template_is_a_file_or_the_text_and_needed_for_chats(load, tmp_path
     for given in (MARKED, str(tmp_path / "chat.jinja")):
         (document,) = load([{"messages": CHAT}], tokenizer, chat_template=given)
         assert learned(document, tokenizer) == [" yo <|end|>", "so long<|end|>"]
-    with pytest.raises(UserError, match="chats need a template.*--chat_template"):
+    with pytest.raises(UserError, match="has no chat template.*--chat_template"):
         load([{"messages": CHAT}], tokenizer)
-    with pytest.raises(UserError, match=r"--chat_template gone\.jinja: no such file"):
+    with pytest.raises(UserError, match=r"--chat_template gone\.jinja is neither a file"):
         load([{"messages": CHAT}], tokenizer, chat_template="gone.jinja")
 
 
@@ -167,7 +169,7 @@ def test_what_is_too_long_or_teaches_nothing_is_left_out_and_reported(load):
     assert report.startswith("1 documents, 23 tokens, 5 targets; 1 left out, longer than")
     assert "--sequence_length 128 (raise it to 911, the longest" in report
     assert report.endswith("1 left out, without a target token")
-    with pytest.raises(UserError, match=r"nothing is left to train on.*--sequence_length 128"):
+    with pytest.raises(UserError, match=r"no document to train on.*--sequence_length 128"):
         load(records[1:], tokenizer)
 
 

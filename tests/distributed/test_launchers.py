@@ -289,7 +289,7 @@ def test_torchrun_ends_with_one_message(tiny: TinyRun, tmp_path: Path) -> None:
     flags = one_step(tiny, tmp_path / "run", 2, data=data)
     ended = start([*TORCHRUN, "launcher/train.py", *ENGINE, *flags])
     assert ended.status != 0
-    said_once(ended, f"{data}:41: not valid JSON")
+    said_once(ended, f"{data}:41: This line is not valid JSON")
 
 
 def test_a_mistake_is_status_2_and_debug_shows_where(tiny: TinyRun, tmp_path: Path) -> None:

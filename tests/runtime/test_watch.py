@@ -101,7 +101,7 @@ def test_a_rank_that_hangs_is_named_and_shows_where(tiny: TinyRun, tmp_path: Pat
         assert exit_codes(pool, 0, 1) == [1, 1]
     said, own = ((tmp_path / f"stderr_{rank}").read_text() for rank in (0, 1))
     for text in (said, own):
-        named = text.partition("Not as far as the others: ")[2].partition("Furthest: ")
+        named = text.partition("not as far as the others: ")[2].partition("The furthest is ")
         assert named[0].startswith("rank 1 (host ")
         assert "at step 3, reading its batches" in named[0]
         assert named[2].startswith("rank 0 (host ") and "sum_over_ranks" in named[2]

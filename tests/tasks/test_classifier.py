@@ -92,12 +92,12 @@ def test_a_tsv_is_read_with_names_in_its_first_line_and_without(
 
 def test_faults_of_a_table_without_names_have_their_place(tmp_path: Path) -> None:
     path = written(tmp_path / "cola.tsv", COLA + "gj04\t2\t\tNobody.\n")
-    with pytest.raises(UserError, match=r"cola\.tsv, example 3: label '2' is none of .* 0, 1"):
+    with pytest.raises(UserError, match=r"cola\.tsv, example 3: The label '2' is not one .* 0, 1"):
         load(path, column_names=COLUMNS)
-    with pytest.raises(UserError, match=r"first line has 4 cells, but --column_names has 2 names"):
+    with pytest.raises(UserError, match=r"has 4 cells, but --column_names has 2 names"):
         classes_of(path, ("text", "label"))
     written(path, COLA + "one cell\n")
-    with pytest.raises(UserError, match=r"cola\.tsv:3: 1 cells, but the first line has 4"):
+    with pytest.raises(UserError, match=r"cola\.tsv:3: This line has 1 cells, but the first has 4"):
         classes_of(path, COLUMNS)
 
 
@@ -130,11 +130,11 @@ def test_a_data_set_that_names_its_classes_is_believed(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 0], "every example has the label '0'; two are needed"),
-        ([0, 1.5], r"a\.jsonl:1: a label must be a whole number or text, got float: 0\.0"),
-        ([True, False], r"a\.jsonl:1: a label must be .* got bool: True"),
-        ([1, None], r"a\.jsonl:2: a label must be .* got NoneType"),
-        (["a", ""], r"a\.jsonl:2: its label is empty"),
+        ([0, 0], "Every example of .* has the label '0', but a classifier needs at least two"),
+        ([0, 1.5], r"a\.jsonl:1: The label must be a whole number or text, got float: 0\.0"),
+        ([True, False], r"a\.jsonl:1: The label must be .* got bool: True"),
+        ([1, None], r"a\.jsonl:2: The label must be .* got NoneType"),
+        (["a", ""], r"a\.jsonl:2: The label of this example is empty"),
     ],
 )
 def test_what_names_no_class_is_refused(tmp_path: Path, labels: list[Any], message: str) -> None:
@@ -328,7 +328,10 @@ def test_data_that_do_not_fit_are_refused(ranks: Ranks, bert: TinyRun, tmp_path:
     assert "no column 'third'" in said
     strange = jsonl(tmp_path / "strange.jsonl", {"text": "a", "label": "odd"})
     said = refusal(ranks, bert, tmp_path, eval_data=strange)
-    assert "strange.jsonl:1: label 'odd' is none of the classes: bad, good, ugly" in said
+    assert (
+        "strange.jsonl:1: The label 'odd' is not one of the classes of --data: bad, good, ugly"
+        in said
+    )
     long = jsonl(tmp_path / "long.jsonl", *({"text": "a" * 99, "label": i} for i in range(2)))
     said = refusal(ranks, bert, tmp_path, data=long, eval_data="null", sequence_length=80)
     assert "80 tokens, but the model has only 66 positions" in said
@@ -353,7 +356,7 @@ def test_models_that_the_task_does_not_suit_are_refused(
     said = refusal(ranks, bert, tmp_path, model=tmp_path / "codegen")
     assert "no model for --task seq_cls of the kind codegen" in said
     said = refusal(ranks, tiny, tmp_path)
-    assert "found no column 'label', 'text'" in said or "no column 'label'" in said
+    assert "has no column 'label', 'text'" in said or "no column 'label'" in said
 
 
 def test_options_of_another_task_are_refused_at_once(bert: TinyRun, tmp_path: Path) -> None:

@@ -333,7 +333,7 @@ def test_a_resume_that_would_end_before_it_begins_is_refused(
     flags = tiny.flags(tmp_path, max_steps=4, resume="auto")
     ranks(1, TRAIN, flags=flags)
     (said,) = ranks(1, "tests.work.run:refusal", flags=[*flags, "--max_steps", "2"])
-    assert "step_00000004 is at step 4 already" in said and "raise --max_steps" in said
+    assert "step_00000004 is at step 4 already" in said and "Raise --max_steps" in said
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(
