@@ -31,9 +31,12 @@ Ranks = Callable[..., list[Any]]
 
 PROCESSES = {"ranks", "processes", "async_io"}
 MODELS = {"tiny", "model_on_disk"}
+LONGEST = ("slurm", "training/test_laws", "zero3/test_nvme", "training/test_method_runs")
+"""Files that take longest. They come first, so that at the end no worker waits for the other."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONGEST))
     for item in items:
         asked = set(getattr(item, "fixturenames", ()))
         tier = "ranks" if asked & PROCESSES else "disk" if asked & MODELS else "unit"

@@ -34,6 +34,7 @@ IN_TURN = [
 """Moment, the how manieth, after it, rank, everybody."""
 
 
+@pytest.mark.usefixtures("full")
 def test_killed_again_and_again_it_comes_to_the_same_end(
     tiny: TinyRun, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -106,14 +106,14 @@ SPOILT: dict[str, tuple[Change, list[str]]] = {
     "too few bytes": (_put("", lambda t: t[:-3]), ["up_proj", "packed bytes", "Download"]),
     "a state that is no JSON": (
         _put(".quant_state.bitsandbytes__nf4", lambda t: t[1:]),
-        ["up_proj", "as bitsandbytes writes", "Download"],
+        ["up_proj", "valid quantisation state", "Download"],
     ),
     "a state without a shape": (
         _put(
             ".quant_state.bitsandbytes__nf4",
             lambda t: torch.tensor(list(bytes(t.numpy()).replace(b'"shape"', b'"other"'))).byte(),
         ),
-        ["up_proj", "as bitsandbytes writes", "Download"],
+        ["up_proj", "valid quantisation state", "Download"],
     ),
     "no state": (_drop(".quant_state.bitsandbytes__nf4"), ["up_proj", "[37, 60]"]),
 }

@@ -64,10 +64,11 @@ def test_tensorboard_drops_the_steps_that_a_resumed_run_does_again(tmp_path):
 
 
 def test_trackers_make_no_state_of_processes(tmp_path):
+    before = dict(PartialState._shared_state)  # another library may have made one in this process
     metrics = open_metrics(tmp_path, "tensorboard")
     metrics.log({"step": 1, "loss": 2.0})
     metrics.close()
-    assert PartialState._shared_state == {}
+    assert PartialState._shared_state == before
 
 
 class FakeRun:

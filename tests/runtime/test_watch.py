@@ -159,7 +159,7 @@ def test_no_group_of_deepspeed_gives_up_before_the_watch(
 def test_a_process_is_told_from_later_ones_of_its_number() -> None:
     child = subprocess.Popen(["sleep", "1000"])
     here = processes.this_process()
-    started = processes._start_of(child.pid)
+    started = processes._start_time(child.pid)
     assert started is not None
     ours = replace(here, pid=child.pid, started=started)
     others = [

@@ -158,6 +158,7 @@ def test_a_run_over_two_nodes_finishes(undisturbed: Submitted) -> None:
     assert "srun: 2 ranks on 2 nodes" in undisturbed.log
 
 
+@pytest.mark.usefixtures("full")
 def test_interrupted_in_every_way_it_ends_the_same(
     cluster: Cluster, undisturbed: Submitted, tiny: TinyRun, tmp_path: Path
 ) -> None:
@@ -187,6 +188,7 @@ def test_interrupted_in_every_way_it_ends_the_same(
     assert "resumes" in job.log.partition("attempt 5, on")[2]
 
 
+@pytest.mark.usefixtures("full")
 def test_an_export_is_a_job_of_its_own(
     cluster: Cluster, undisturbed: Submitted, tmp_path: Path
 ) -> None:
@@ -201,6 +203,7 @@ def test_an_export_is_a_job_of_its_own(
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == adapter
 
 
+@pytest.mark.usefixtures("full")
 def test_requeues_come_to_an_end(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
     job = submit(cluster, tiny, tmp_path / "run", MAX_REQUEUES="0")
     job.signal_early("TERM")
@@ -220,6 +223,7 @@ def test_a_failure_of_the_program_is_not_tried_again(
     assert "DS_ACCELERATOR must be one of" in job.log and "requeue" not in job.log
 
 
+@pytest.mark.usefixtures("full")
 def test_a_sweep_fills_its_folders(cluster: Cluster, tiny: TinyRun, tmp_path: Path) -> None:
     words = tiny.flags(tmp_path / "sweep", max_steps=2)
     options = dict(zip([word.removeprefix("--") for word in words[::2]], words[1::2], strict=True))
@@ -240,6 +244,7 @@ def test_a_sweep_fills_its_folders(cluster: Cluster, tiny: TinyRun, tmp_path: Pa
         assert (run / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("full")
 def test_a_time_limit_shorter_than_the_run(
     limited: Future[Submitted], undisturbed: Submitted
 ) -> None:

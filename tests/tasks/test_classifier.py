@@ -354,7 +354,7 @@ def test_models_that_the_task_does_not_suit_are_refused(
     CodeGenConfig(n_layer=1, n_head=4, n_embd=16).save_pretrained(tmp_path / "codegen")
     save_file({"a": torch.zeros(1)}, tmp_path / "codegen" / "model.safetensors")
     said = refusal(ranks, bert, tmp_path, model=tmp_path / "codegen")
-    assert "no model for --task seq_cls of the kind codegen" in said
+    assert "no codegen model for --task seq_cls" in said
     said = refusal(ranks, tiny, tmp_path)
     assert "has no column 'label', 'text'" in said or "no column 'label'" in said
 
