@@ -115,12 +115,12 @@ class AdaLoraOptions:
 
 
 def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
-    """Takes components away from ``begin`` to ``end`` of the run, and trains what is left.
+    """Build AdaLoRA.
 
     Raises:
-        ValueError: the budget does not fit the ranks, or the run is too short to prune in.
+        ValueError: The budget does not fit the ranks, or the run is too short to prune in.
     """
-    # Not before step 2: lambda starts at zero, so at step 1 every score is, and ties would decide.
+    # Not before step 2: lambda starts at zero, so at step 1 every score is 0 and ties would decide.
     begin = max(1, round(options.adalora_begin * context.total_steps))
     end = context.total_steps - round(options.adalora_final * context.total_steps)
     first, last = budget_ends(options, context)
@@ -174,7 +174,7 @@ def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
 
 
 def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]:
-    """(b_0, b_T): components of the whole model, at first and in the end."""
+    """Return (b_0, b_T), the components of the whole model at the start and at the end."""
     capacity = sum(site.rank for site in context.sites)
     if options.adalora_target_rank is None:
         return capacity, max(len(context.sites), capacity * 2 // 3)
@@ -182,8 +182,15 @@ def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]
 
 
 def top_components(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """Site -> which of its components are among the ``budget`` best of all sites; ties: the lowest
-    index first."""
+    """Select the ``budget`` best components of all sites; ties: lowest index.
+
+    Args:
+        scores: Site name -> scores of its components, [R].
+        budget: Number of components to select.
+
+    Returns:
+        Site name -> bool [R].
+    """
     flat = torch.cat(list(scores.values()))
     kept = torch.zeros_like(flat, dtype=torch.bool)
     kept[flat.argsort(descending=True, stable=True)[:budget]] = True
@@ -194,8 +201,10 @@ def top_components(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
 def keep(
     scores: Scores, kept: dict[str, Tensor], *, final: bool, log_values: dict[str, float]
 ) -> Decision:
-    """Zeroes lambda of the components that are not kept, or, if ``final``, lets only the kept
-    live."""
+    """Return the decision that zeroes lambda of all components that are not ``kept``.
+
+    If ``final``, these components lose A, B and lambda for good.
+    """
     kept_parts = {
         f"{site}.{name}": scores.spread(f"{site}.{name}", kept_R, by)
         for site, kept_R in kept.items()

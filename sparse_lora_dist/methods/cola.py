@@ -47,7 +47,7 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 ROOM = 8
-"""Pairs that the stack has room for, at most, unless the user says."""
+"""Default maximum number of pairs that the stack has room for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +71,11 @@ class ColaOptions:
 
 
 def cola(options: ColaOptions, context: RunContext) -> Method:
-    """Folds at the end of each link but the last.
+    """Build Chain of LoRA.
 
     Raises:
-        ValueError: a link is shorter than the warm-up, or the stack's rank above that of a weight.
+        ValueError: A link is shorter than the warm-up, or the stack's rank is above that of a
+            weight.
     """
     if options.cola_links == 1:
         return Method(name="cola")
@@ -101,7 +102,11 @@ def cola(options: ColaOptions, context: RunContext) -> Method:
 
 
 def check(options: ColaOptions, context: RunContext) -> None:
-    """Has every weight room for the stack?"""
+    """Check that the rank of the stack is at most the smallest side of a linear.
+
+    Raises:
+        ValueError: It is not.
+    """
     least = min(context.sites, key=lambda site: min(site.out_features, site.in_features))
     side = min(least.out_features, least.in_features)
     if options.cola_stack_rank is not None and options.cola_stack_rank > side:
@@ -112,14 +117,14 @@ def check(options: ColaOptions, context: RunContext) -> None:
 
 
 def stack_rank(site: Site, options: ColaOptions) -> int:
-    """Q: of all pairs that are folded, if nothing bounds it."""
+    """Return Q, the rank of the stack: that of all folded pairs, within its bounds."""
     pairs = (options.cola_links - 1) * site.rank
     asked = options.cola_stack_rank or ROOM * site.rank
     return min(pairs, asked, site.out_features, site.in_features)
 
 
 def stacked(site: Site, options: ColaOptions) -> Form:
-    """A trained pair beside a frozen one, which is kept."""
+    """Return the form of a trained pair beside the frozen stack, which is a kept pair."""
     rank = stack_rank(site, options)
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     return Form(
@@ -137,23 +142,23 @@ def stacked(site: Site, options: ColaOptions) -> Form:
 
 
 def stacked_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """y_TO = scale * x (B A + D C)^T"""
-    # Not as one pair of rank R + Q: autograd would make gradients of the stack too.
+    """Return y_TO = scale * x (B A + D C)^T."""
+    # Not one pair of rank R + Q: autograd would make gradients of the stack too.
     stack = {"lora_a": tensors["cola_a"], "lora_b": tensors["cola_b"]}
     return low_rank_delta(x_TI, tensors, scale) + low_rank_delta(x_TI, stack, scale)
 
 
 def side_by_side(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(A over C, B beside D), the plain LoRA pair of the same delta."""
+    """Return (A over C, B beside D), the plain LoRA pair of the same delta."""
     a_LI = torch.cat([tensors["lora_a"], tensors["cola_a"]])
     return a_LI, torch.cat([tensors["lora_b"], tensors["cola_b"]], dim=1)
 
 
 def fold(whole: Whole) -> Rewritten:
-    """The pair goes into the stack; a new one whose product is zero takes its place."""
+    """Add the pair to the stack, and replace it by a new pair whose product is zero."""
     a_RI, b_OR = whole.tensors["lora_a"], whole.tensors["lora_b"]
     c_QI, d_OQ = whole.tensors["cola_a"], whole.tensors["cola_b"]
-    # Not by the number of links: a run whose schedule began anew has a stack already.
+    # Not from the number of links: after --reset schedule the stack is not empty.
     rank, used, error = len(c_QI), int((c_QI != 0).any(1).sum()), 0.0
     c_LI = torch.cat([c_QI[:used], a_RI])
     d_OL = torch.cat([d_OQ[:, :used], b_OR], dim=1)
@@ -172,9 +177,9 @@ def fold(whole: Whole) -> Rewritten:
 
 
 def nearest(c_LI: Tensor, d_OL: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The pair of this rank whose product is nearest to D C, and how far it is, in D C's Frobenius
-    norm: by the singular values of D C, without the O x I product."""
-    # On the CPU: ranks must get the same bits, or their shares would not fit together.
+    """Return the pair of rank ``rank`` whose product is nearest to D C, and its relative distance
+    in the Frobenius norm. Uses singular values of D C without making the O x I product."""
+    # On the CPU, so that the result does not depend on the device.
     q_OL, r_LL = torch.linalg.qr(d_OL.double().cpu())
     p_IL, s_LL = torch.linalg.qr(c_LI.double().cpu().t())
     u_LL, sigma_L, v_LL = torch.linalg.svd(r_LL @ s_LL.t(), full_matrices=False)

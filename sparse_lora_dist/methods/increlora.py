@@ -62,10 +62,11 @@ from sparse_lora_dist.methods.shared.growth import Growth
 from sparse_lora_dist.methods.shared.triplets import WITHIN
 
 RESERVE_LAMBDA = 1e-5
-"""Small beside lambdas that were trained, 1e-2 to 1e-1, yet enough to let gradients through."""
+"""Lambda of a reserve: small beside trained lambdas (1e-2 to 1e-1), yet enough to pass
+gradients."""
 
 GROWTHS = 10
-"""In the span from begin to end, where nothing else is said."""
+"""Default number of growth updates between begin and end."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"increlora_begin": 0.1, "increlora_score": "triplet"},
@@ -150,10 +151,10 @@ class IncreLoraOptions:
 
 
 def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
-    """The growth that ``options`` ask for in this run.
+    """Return the growth that ``options`` ask for in this run.
 
     Raises:
-        ValueError: with every reason why it does not fit the run.
+        ValueError: With every reason why it does not fit the run.
     """
     total, sites = context.total_steps, len(context.sites)
     begin, end, start = options.increlora_begin, options.increlora_end, options.increlora_start_rank
@@ -162,8 +163,8 @@ def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
     )
     budget = options.increlora_budget or round(average * sites)
     every = options.increlora_every or max(1, int((end - (begin or 0.0)) * total / GROWTHS))
-    # Not at step 1, where lambda is zero, so that no gradient of the loss has reached A or B; and
-    # not at the last, or what it opens never trains.
+    # Not at step 1, where lambda is zero and the loss gives A and B no gradient; not at the last
+    # step, or the components that it opens never train.
     begins = every if begin is None else max(1, round(begin * total))
     first = (begins // every + 1) * every
     growths = max(1, (min(round(end * total), total - 1) - first) // every + 1)
@@ -187,10 +188,10 @@ def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
 
 
 def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
-    """Grows from ``increlora_start_rank`` to the budget, then trains on with what is open.
+    """Build IncreLoRA.
 
     Raises:
-        ValueError: with every reason why the options do not fit the run.
+        ValueError: With every reason why the options do not fit the run.
     """
     options = as_preset(options, options.increlora_preset, PRESETS)
     growth = planned(options, context)
@@ -211,7 +212,7 @@ def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
         if step == 0:
             return opened(growth, scores, [growth.start] * len(growth.sites))
         open_S = open_components(growth, scores)
-        if sum(open_S) >= growth.budget:  # ties brought the released preset here early
+        if sum(open_S) >= growth.budget:  # ties let the released preset reach it early
             return Decision(log_values={"budget": float(sum(open_S))})
         score_S = delta_scores(scores) if by_delta else component_scores(growth, scores, open_S)
         return opened(growth, scores, growth.grown(open_S, score_S))
@@ -247,16 +248,18 @@ def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
 
 
 def first_lambda(t: Tensor, generator: torch.Generator, *, start: int) -> None:
-    """Zero for the components that are open at first, a reserve's for all others."""
+    """Fill lambda with 0 for the components open at first, and RESERVE_LAMBDA for all others."""
     t.fill_(RESERVE_LAMBDA)[:start] = 0.0
 
 
 def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
-    """The decision that so many components of each site are open.
+    """Return the decision with ``open_S`` open components per site.
 
-    Open components live whole; of a reserve, the component after them, a and b live and lambda
-    stays as it is. There is one where there is room, until the budget is exactly reached: then
-    reserves leave, and every lambda that never lived becomes zero.
+    All entries of open components live. The component after them is the reserve: its row of A and
+    column of B live, its lambda does not move. A site has a reserve where it has room, until the
+    budget is exactly reached: then reserves die, and every lambda that never lived becomes zero.
+
+    For rank 4 and 2 open components, the live masks are 1 1 1 0 for A and B, 1 1 0 0 for lambda.
     """
     full = sum(open_S) == growth.budget
     live, zero, components = {}, {}, {}
@@ -276,10 +279,9 @@ def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
 
 
 def open_components(growth: Growth, scores: Scores) -> list[int]:
-    """Of each site: those whose lambda lives. Components are opened in order, so a number says
-    which.
+    """Count the components of each site whose lambda lives. Collective.
 
-    Collective.
+    Components are opened in order, so the count says which are open.
     """
     names = [f"{site.name}.lora_lambda" for site in growth.sites]
     live = scores.live(dict.fromkeys(names, "row"))
@@ -287,13 +289,13 @@ def open_components(growth: Growth, scores: Scores) -> list[int]:
 
 
 def component_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> list[float]:
-    """Of each site: the triplet scores of its open components, added up. Collective."""
+    """Sum the triplet scores of each site's open components. Collective."""
     of = triplets.triplet_scores(scores)
     return [float(of[s.name][:n].sum()) for s, n in zip(growth.sites, open_S, strict=True)]
 
 
 def delta_scores(scores: Scores) -> list[float]:
-    """Of each site: mean * spread of its |dW * dL/dW|."""
+    """Return mean * spread of |dW * dL/dW| for each site."""
     mean_S, spread_S = scores.site_stats
     score_S = mean_S * spread_S
     if not torch.isfinite(score_S).all():
@@ -302,8 +304,8 @@ def delta_scores(scores: Scores) -> list[float]:
 
 
 def alpha_over_open(alpha: float, capacity: int, open_components: int) -> float:
-    """alpha / (open components + 1e-5), the released code's: a delta shrinks when a component is
-    opened."""
+    """Return alpha / (open components + 1e-5), as the released code has it: a delta shrinks when a
+    component is opened."""
     return alpha / (open_components + 1e-5)
 
 

@@ -60,10 +60,10 @@ class LortaOptions:
 
 
 def lorta(options: LortaOptions, context: RunContext) -> Method:
-    """Nothing is decided.
+    """Build LoRTA.
 
     Raises:
-        ValueError: the linears differ in shape, or heads do not divide their outputs.
+        ValueError: The linears differ in shape, or lorta_heads does not divide their outputs.
     """
     check_shapes(context.sites)
     check_heads(context.sites[0], options.lorta_heads)
@@ -74,7 +74,7 @@ def lorta(options: LortaOptions, context: RunContext) -> Method:
     matrices = list(dict.fromkeys(matrix for _, matrix in places.values()))
 
     def form(site: Site) -> Form:
-        # The planner also asks of linears that are not of the run: for their sizes alone.
+        # The planner also asks for linears that are not in the run, for their sizes alone.
         layer, matrix = places.get(site.name, (layers[0], matrices[0]))
         l, m = layers.index(layer), matrices.index(matrix)  # noqa: E741
         heads = heads_of(site.out_features, options.lorta_heads)
@@ -104,17 +104,17 @@ def lorta(options: LortaOptions, context: RunContext) -> Method:
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """N(0, 1)"""
+    """Fill ``t`` from N(0, 1)."""
     t.normal_(generator=generator)
 
 
 def of_unit_columns(t_IR: Tensor, generator: torch.Generator) -> None:
-    """N(0, 1 / I): columns of length 1 or so."""
+    """Fill ``t_IR`` from N(0, 1 / I), so that columns have a length of about 1."""
     t_IR.normal_(std=len(t_IR) ** -0.5, generator=generator)
 
 
 def place(site: Site) -> tuple[int, str]:
-    """(layer, matrix) by its name."""
+    """Return (layer, matrix) of a site, from its name."""
     parts = site.name.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
@@ -123,20 +123,25 @@ def place(site: Site) -> tuple[int, str]:
 
 
 def nearest_divisors(number: int, wanted: float) -> list[int]:
-    """All there are, those near ``wanted`` first."""
+    """Return all divisors of ``number``, those nearest to ``wanted`` first."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     return sorted(divisors, key=lambda n: (abs(n - wanted), n))
 
 
 @cache
 def heads_of(num_outputs: int, wanted: int | None) -> int:
-    """As many as wanted, or else as is usual; of both, the nearest number that divides."""
+    """Return the divisor of the outputs nearest to ``wanted``, or to one head per 128 outputs (64
+    below 4096 outputs)."""
     usual = num_outputs / (128 if num_outputs >= 4096 else 64)
     return nearest_divisors(num_outputs, wanted or usual)[0]
 
 
 def check_heads(site: Site, wanted: int | None) -> None:
-    """Raises ValueError where they do not divide the outputs, with the nearest that do."""
+    """Check that ``wanted`` heads divide the outputs.
+
+    Raises:
+        ValueError: They do not; the message has the nearest numbers that do.
+    """
     if wanted is not None and site.out_features % wanted:
         near = sorted(nearest_divisors(site.out_features, wanted)[:2])
         raise ValueError(
@@ -146,7 +151,11 @@ def check_heads(site: Site, wanted: int | None) -> None:
 
 
 def check_shapes(sites: Sequence[Site]) -> None:
-    """Raises ValueError where linears differ in shape, with the names of the most that do not."""
+    """Check that all linears have one shape.
+
+    Raises:
+        ValueError: They have not; the message names the largest group that has.
+    """
     groups = defaultdict(list)
     for site in sites:
         groups[site.out_features, site.in_features].append(site)
@@ -163,7 +172,7 @@ def check_shapes(sites: Sequence[Site]) -> None:
 
 
 def own_ending(name: str, others: Sequence[str]) -> str:
-    """The shortest end of a name, from a dot on, that none of the others has."""
+    """Return the shortest dotted suffix of ``name`` that none of ``others`` ends with."""
     parts = name.split(".")
     ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
     own = (e for e in ends if not any(f".{other}".endswith(f".{e}") for other in others))

@@ -48,9 +48,9 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 
 ROWS = 16
-"""Of a step, at most, whose inputs are compared between linears."""
+"""Maximum number of rows of a step whose inputs are compared between linears."""
 SORTED = 1024
-"""Rows of a weight that are sorted at a time."""
+"""Number of rows of a weight that are sorted at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,17 +89,19 @@ class LosaOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """What all linears come to in it."""
+    """Targets of a pruning round, on average over all linears."""
 
     sparsity: float
+    """Fraction of the base weights that are zero, in [0, 1)."""
     mean_rank: int
+    """Open components per linear, at least 1."""
 
 
 def losa(options: LosaOptions, context: RunContext) -> Method:
-    """Chooses masks and ranks in the first part of the run.
+    """Build LoSA.
 
     Raises:
-        ValueError: the run has too few steps for the rounds, or ranks are to rise above --rank.
+        ValueError: The run has too few steps for the rounds, or losa_mean_rank is above --rank.
     """
     rounds = rounds_of(options, context)
     return Method(
@@ -111,9 +113,9 @@ def losa(options: LosaOptions, context: RunContext) -> Method:
 
 
 def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
-    """Step -> the round after it."""
+    """Return the rounds by the step after which they happen."""
     count, capacity = options.losa_rounds, min(site.rank for site in context.sites)
-    # One step is left to train in, at least.
+    # At least one step follows the last round.
     last = min(int(options.losa_until * context.total_steps), context.total_steps - 2)
     if count > last + 1:
         raise ValueError(
@@ -137,7 +139,8 @@ def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
 
 
 def masked(site: Site) -> Form:
-    """y_TO = x ( keep . (W + scale B A) - W )^T, without the rounding of W + scale B A."""
+    """Return the form y_TO = x (keep . (W + scale B A) - W)^T, which does not round W + scale B
+    A."""
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         update_OI = tensors["lora_b"] * scale @ tensors["lora_a"]
@@ -154,7 +157,8 @@ def masked(site: Site) -> Form:
 
 
 def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: float) -> Rewriting:
-    """One component a linear before the first step; then the rounds."""
+    """Return the rewriting that opens one component per linear before the first step, then prunes
+    in rounds."""
     sizes_S = torch.tensor([site.out_features * site.in_features for site in sites]).double()
     capacities_S = torch.tensor([site.rank for site in sites]).double()
 
@@ -193,7 +197,7 @@ def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: floa
 
 
 def scores_of(whole: Whole) -> Tensor:
-    """|W + scale B A| sqrt(squares); without squares, the magnitude."""
+    """Return |W + scale B A| sqrt(squares), [O, I]; the magnitude if there are no squares."""
     tensors, w_OI = whole.tensors, whole.weight_OI()
     merged_OI = torch.addmm(w_OI, tensors["lora_b"], tensors["lora_a"], alpha=whole.scale)
     if whole.squares_I is None:
@@ -202,14 +206,16 @@ def scores_of(whole: Whole) -> Tensor:
 
 
 def lowest(scores_OI: Tensor, share: float) -> Tensor:
-    """The mask of so many of each row; of equal ones, those of lowest index."""
+    """Return the mask of the fraction ``share`` of each row with the lowest scores; ties: lowest
+    index."""
     count = round(share * scores_OI.shape[1])
     order = [rows.argsort(dim=1, stable=True)[:, :count] for rows in scores_OI.split(SORTED)]
     return torch.zeros_like(scores_OI, dtype=torch.bool).scatter_(1, torch.cat(order), True)
 
 
 def error(scores_OI: Tensor, sparsity: float) -> Tensor:
-    """Share of the output's square that goes with the lowest scores."""
+    """Return the fraction of the scores' squares that is lost with the lowest scores, float64
+    scalar."""
     squares_OI = scores_OI.square()
     gone_OI = torch.where(lowest(scores_OI, sparsity), squares_OI, 0.0)
     every = squares_OI.sum(dtype=torch.float64)
@@ -217,15 +223,16 @@ def error(scores_OI: Tensor, sparsity: float) -> Tensor:
 
 
 def opened(whole: Whole) -> Tensor:
-    """How many components have a B that has moved, all before the last of them counted; at least
-    1."""
+    """Return the number of open components, at least 1: the index of the last component whose B is
+    not zero, plus 1."""
     moved_R = (whole.tensors["lora_b"] != 0).any(0).double()
     places_R = torch.arange(1, len(moved_R) + 1, device=moved_R.device)
     return (moved_R * places_R).max().clamp(min=1.0)
 
 
 def gram(rows_NI: Tensor | None) -> Tensor:
-    """Of the first rows, centred: float64 [ROWS * ROWS], zero where there are fewer."""
+    """Return the centred Gram matrix of the first rows, float64 [ROWS * ROWS], padded with
+    zeros."""
     if rows_NI is None:
         return torch.zeros(ROWS * ROWS, dtype=torch.float64)
     first_NI = rows_NI[:ROWS].cpu().double()
@@ -235,24 +242,27 @@ def gram(rows_NI: Tensor | None) -> Tensor:
 
 
 def similarity(grams_SG: Tensor) -> Tensor:
-    """The mean of a site's linear CKA with the others, [S]."""
+    """Return each site's mean linear CKA with the others, [S]."""
     unit_SG = F.normalize(grams_SG, dim=1)
     others_SG = unit_SG.sum(0) - unit_SG
     return (unit_SG * others_SG).sum(1) / max(1, len(unit_SG) - 1)
 
 
 def sparsities(importance_S: Tensor, sizes_S: Tensor, *, target: float, spread: float) -> Tensor:
-    """Of each site: the mean over weights is the target, none is further from it than ``spread``,
-    and the more important of two is no sparser."""
+    """Return the sparsity of each site, [S].
+
+    Its mean over weights is ``target``, no site is further from it than ``spread``, and of two
+    sites the more important is not sparser.
+    """
     behind_S = torch.dot(sizes_S / sizes_S.sum(), importance_S) - importance_S
-    # The least is above rounding, so that equal importance is no difference.
+    # 1e-4 is above rounding, so that sites of equal importance get equal sparsity.
     furthest = behind_S.abs().max().clamp(min=1e-4)
     return target + min(spread, target, 1 - target) * behind_S / furthest
 
 
 def ranks(errors_S: Tensor, least_S: Tensor, most_S: Tensor, total: int) -> Tensor:
-    """Whole numbers in proportion to the errors, none outside its bounds, that sum to ``total``,
-    or as near as the bounds allow."""
+    """Return whole numbers [S] in proportion to the errors, within [least, most] of each site, that
+    sum to ``total``, or as near to it as the bounds allow."""
     total = min(max(total, int(least_S.sum())), int(most_S.sum()))
     largest = errors_S.max().clamp(min=torch.finfo(torch.float64).tiny)
     shares_S = (errors_S / largest).clamp(min=1e-9)

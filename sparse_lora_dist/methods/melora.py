@@ -66,10 +66,10 @@ class MeLoraOptions:
 
 
 def melora(options: MeLoraOptions, context: RunContext) -> Method:
-    """Nothing is decided.
+    """Build MELoRA.
 
     Raises:
-        ValueError: a side of a linear is not divisible.
+        ValueError: melora_blocks does not divide a side of a linear.
     """
     blocks = options.melora_blocks
     check_sides(context.sites, blocks)
@@ -80,7 +80,7 @@ def melora(options: MeLoraOptions, context: RunContext) -> Method:
         b_shape = (site.out_features // blocks, sum(ranks))
 
         def each(tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, float]]:
-            """Of every block A_k, B_k, and alpha / R_k in alpha / --rank."""
+            """Yield A_k, B_k and (alpha / R_k) / (alpha / --rank) of every block."""
             parts = tensors["lora_a"].split(ranks), tensors["lora_b"].split(ranks, dim=1)
             for a, b, rank in zip(*parts, ranks, strict=True):
                 yield a, b, site.rank / rank
@@ -103,8 +103,11 @@ def melora(options: MeLoraOptions, context: RunContext) -> Method:
 
 
 def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
-    """Raises ValueError where ``blocks`` does not divide a side, with the nearest that divides
-    all."""
+    """Check that ``blocks`` divides both sides of every linear.
+
+    Raises:
+        ValueError: It does not; the message has the nearest number that does.
+    """
     common = gcd(*(side for site in sites for side in (site.in_features, site.out_features)))
     if common % blocks == 0:
         return

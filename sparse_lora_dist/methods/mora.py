@@ -45,13 +45,12 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 THETA = 10000.0
-"""Of rotary embeddings."""
+"""Base of the rotary angles."""
 
 Turn = int | Tensor
-"""Whose it is: 0 the contiguous grouping's, 1 the strided one's; a tensor where only the device
-knows."""
+"""Grouping in use: 0 contiguous, 1 strided; a tensor if it is known on the device only."""
 Act = Callable[[Tensor, Tensor, Turn], Tensor]
-"""(x_TI, m_HH, turn) -> y_TO"""
+"""(x_TI, m_HH, turn) -> y_TO: a square applied between the maps of one grouping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,10 +71,10 @@ class MoraOptions:
 
 
 def mora(options: MoraOptions, context: RunContext) -> Method:
-    """Merges at each restart.
+    """Build MoRA.
 
     Raises:
-        ValueError: a part of the run between restarts is shorter than the warm-up.
+        ValueError: A stage between restarts is shorter than the warm-up.
     """
     action = shared if options.mora_type == 1 else rotated
     if options.mora_restarts == 0:
@@ -97,12 +96,12 @@ def mora(options: MoraOptions, context: RunContext) -> Method:
 
 
 def side_of(site: Site) -> int:
-    """H, of the square with as many entries as a low-rank pair has."""
+    """Return H, side of the square with as many entries as a low-rank pair."""
     return int(sqrt((site.in_features + site.out_features) * site.rank) + 0.5)
 
 
 def shared(site: Site) -> tuple[int, Act]:
-    """(H, type 1): all groups of x are summed, and every group of y is M's result."""
+    """Return (H, map of type 1): groups of x are summed, and M's result is repeated along y."""
     side = side_of(site)
 
     def act(x_TI: Tensor, m_HH: Tensor, turn: Turn) -> Tensor:
@@ -113,7 +112,7 @@ def shared(site: Site) -> tuple[int, Act]:
 
 
 def rotated(site: Site) -> tuple[int, Act]:
-    """(H, type 6): group g of y is M rotate_g(x_g)."""
+    """Return (H, map of type 6): group g of y is M rotate_g(x_g)."""
     side = side_of(site) // 2 * 2
 
     def act(x_TI: Tensor, m_HH: Tensor, turn: Turn) -> Tensor:
@@ -124,7 +123,7 @@ def rotated(site: Site) -> tuple[int, Act]:
 
 
 def square(side: int, act: Act) -> Form:
-    """M alone trains, and nothing scales it."""
+    """Return the form in which M alone trains, without a scale."""
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         return act(x_TI, tensors["mora_m"], 0)
@@ -134,10 +133,10 @@ def square(side: int, act: Act) -> Form:
 
 
 def with_merged(side: int, act: Act) -> Form:
-    """M acts through the grouping whose turn it is, beside what was merged in each."""
+    """Return the form in which M acts in the grouping in use, beside the merged squares of both."""
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-        # Not as one square a grouping: bf16 would round M away beside what was merged.
+        # Not one square per grouping: bf16 would round M away beside what was merged.
         y_TO = act(x_TI, tensors["mora_m"], tensors["mora_turn"])
         y_TO = y_TO + act(x_TI, tensors["mora_contiguous"], 0)
         return y_TO + act(x_TI, tensors["mora_strided"], 1)
@@ -151,7 +150,7 @@ def with_merged(side: int, act: Act) -> Form:
 
 
 def merge(whole: Whole) -> Rewritten:
-    """M goes into the square of its grouping, and begins again in the other one."""
+    """Add M to the square of its grouping, and restart it at zero in the other grouping."""
     m_HH, turn_1 = whole.tensors["mora_m"], whole.tensors["mora_turn"]
     into = "mora_strided" if turn_1.any() else "mora_contiguous"
     return Rewritten(
@@ -164,7 +163,10 @@ def merge(whole: Whole) -> Rewritten:
 
 
 def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
-    """x_TGH, the last group, or the end of all, filled up from the front of x."""
+    """Return x_TGH, where x is continued from its front to whole groups.
+
+    For I = 5 and H = 2 the contiguous groups are (0 1) (2 3) (4 0), the strided (0 3) (1 4) (2 0).
+    """
     width = x_TI.shape[-1]
     groups = -(-width // side)
     g_G1 = torch.arange(groups, device=x_TI.device)[:, None]
@@ -176,7 +178,7 @@ def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
 
 
 def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
-    """y_TO, made of the groups one after another, as often as it takes, and cut."""
+    """Return y_TO: the groups one after another, repeated as needed, cut to ``width``."""
     groups, side = y_TGH.shape[-2:]
     o, all_groups = torch.arange(width, device=y_TGH.device), -(-width // side)
     contiguous = o // side % groups * side + o % side
@@ -185,7 +187,7 @@ def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
 
 
 def turned(x_TGH: Tensor) -> Tensor:
-    """Pair (j, j + H/2) of group g by the angle g * THETA^(-2 j / H)."""
+    """Rotate pair (j, j + H/2) of group g by the angle g * THETA^(-2 j / H)."""
     groups, side = x_TGH.shape[-2:]
     j_H = torch.arange(0, side, 2, device=x_TGH.device, dtype=torch.float32)
     angles_GH = torch.outer(torch.arange(groups, device=x_TGH.device), THETA ** (-j_H / side))

@@ -62,13 +62,13 @@ class NeatOptions:
 
 
 def neat(options: NeatOptions, context: RunContext) -> Method:
-    """Nothing is decided."""
+    """Build NEAT."""
     form = official if options.neat_form == "official" else as_peft
     return Method(name="neat", form=lambda site: form(site, options.neat_depth))
 
 
 def official(site: Site, depth: int) -> Form:
-    """B is the pair's A, and h its B."""
+    """Return the official form: B is A of the LoRA pair, and h its B."""
     inner = [f"neat_m{k}" for k in range(depth)]
 
     def pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def official(site: Site, depth: int) -> Form:
 
 
 def as_peft(site: Site, depth: int) -> Form:
-    """h is the pair's A."""
+    """Return PEFT's form: h is A of the LoRA pair."""
     encoders, decoders = ([f"neat_{k}{i}" for i in range(depth)] for k in ("encoder", "decoder"))
 
     def pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,8 @@ def network(
     pair: Callable[[Tensors], tuple[Tensor, Tensor]],
     to_peft: Callable[[Tensors, float], PeftForm] | None = None,
 ) -> Form:
-    """y_TO = scale * x a^T b^T with the ``pair`` (a_RI, b_OR) that the weight makes."""
+    """Return the form y_TO = scale * x a^T b^T, with the ``pair`` (a_RI, b_OR) made of the
+    weight."""
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         a_RI, b_OR = pair(tensors)

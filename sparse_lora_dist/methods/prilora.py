@@ -39,7 +39,7 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.top_k import k_largest
 
 EVERY = 40
-"""Steps between two prunings, in a run that has room for four."""
+"""Default steps between two prunings, in a run that has room for four."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,15 +75,15 @@ class PriLoraOptions:
 
 
 def prilora(options: PriLoraOptions, context: RunContext) -> Method:
-    """Gives every layer its rank, and prunes A.
+    """Build PRILoRA.
 
     Raises:
-        ValueError: the linears have no such ranks, or the run is over before the first pruning.
+        ValueError: The linears cannot have such ranks, or the run ends before the first pruning.
     """
     ranks = ranks_of_layers(context.sites, options.prilora_first)
 
     def form(site: Site) -> Form:
-        # The memory planner also plays with sites that the context does not know.
+        # The memory planner also asks for sites that are not in the context.
         rank = ranks.get(layer_of(site), site.rank)
         a_shape, b_shape = (rank, site.in_features), (site.out_features, rank)
         return Form(
@@ -98,15 +98,15 @@ def prilora(options: PriLoraOptions, context: RunContext) -> Method:
 
 
 def layer_of(site: Site) -> str:
-    """The first whole number in its name, or the name."""
+    """Return the first whole number in the site's name, or the name."""
     return next((part for part in site.name.split(".") if part.isdecimal()), site.name)
 
 
 def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
-    """Layer -> the rank of its sites.
+    """Return the rank of each layer's sites by layer.
 
     Raises:
-        ValueError: a ramp from ``first`` does not keep the mean, or has a rank above a side.
+        ValueError: A ramp from ``first`` does not keep the mean, or has a rank above a side.
     """
     sides: dict[str, int] = {}
     for site in sites:
@@ -132,8 +132,11 @@ def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
 
 
 def ramp(first: int, mean: int, layers: int) -> list[int]:
-    """Whole numbers from ``first`` to 2 * mean - first, nearest to a line, whose mean is ``mean``:
-    of what the line has after the point, the largest are rounded up."""
+    """Return whole numbers from ``first`` to 2 * mean - first, near a line, with mean ``mean``.
+
+    The entries of the line with the largest fractions are rounded up, the others down: from 4 with
+    mean 8 over 4 layers the line 4, 6.67, 9.33, 12 becomes 4, 7, 9, 12.
+    """
     steps = max(1, layers - 1)
     parts = [divmod(first * steps + 2 * (mean - first) * i, steps) for i in range(layers)]
     missing = sum(left for _, left in parts) // steps
@@ -142,10 +145,10 @@ def ramp(first: int, mean: int, layers: int) -> list[int]:
 
 
 def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
-    """None where nothing is to be pruned.
+    """Return the rewriting that prunes A, or None if prilora_sparsity is 0.
 
     Raises:
-        ValueError: the run is over before.
+        ValueError: The run ends before the first pruning.
     """
     sparsity, start = options.prilora_sparsity, options.prilora_start
     if sparsity == 0.0:
@@ -166,7 +169,7 @@ def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
 
 
 def pruned(whole: Whole, sparsity: float) -> Rewritten:
-    """A with ``sparsity`` of each row, rounded down, at zero."""
+    """Zero the fraction ``sparsity`` (rounded down) of each row of A with the least importance."""
     a_RI, squares_I = whole.tensors["lora_a"], whole.squares_I
     importance_RI = a_RI.abs().double()
     if squares_I is not None:

@@ -102,10 +102,10 @@ class PstOptions:
 
 
 def pst(options: PstOptions, context: RunContext) -> Method:
-    """Makes its masks every so many steps, and none after the last.
+    """Build PST.
 
     Raises:
-        ValueError: the run is over before its masks have all been trained with.
+        ValueError: The run ends before a step is trained with the last mask.
     """
     total, final = context.total_steps, options.pst_sparsity
     begin = round(options.pst_warmup * total)
@@ -141,7 +141,7 @@ def pst(options: PstOptions, context: RunContext) -> Method:
 
 
 def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
-    """S"""
+    """Return the score S, fp32 [O, I]."""
     u_OR, v_RI, a_OK, b_KI, r_O, c_I = (tensors[f"pst_{key}"] for key in "uvabrc")
     changed_OI = torch.addmm(w_OI, u_OR, v_RI, alpha=options.pst_beta)
     lines_OI = options.pst_alpha2 * (r_O[:, None] + c_I)
@@ -149,7 +149,7 @@ def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
 
 
 def masked(site: Site, options: PstOptions) -> Form:
-    """y_TO = x (M . W' - W)^T"""
+    """Return the form y_TO = x (M . W' - W)^T."""
     height, width, rank = site.out_features, site.in_features, site.rank
     score_rank = options.pst_score_rank or rank
 
@@ -172,7 +172,7 @@ def masked(site: Site, options: PstOptions) -> Form:
             "pst_r": TensorSpec(shape=(height,), init=zeros),
             "pst_c": TensorSpec(shape=(width,), init=zeros),
         },
-        # Of the pruned, not the kept: what was never written is zero, and prunes nothing.
+        # A bit is set for a pruned entry: the mask is zero until written, and then prunes nothing.
         kept={"pst_pruned": mask_spec(site)},
         reads_base=True,
         delta=delta,
@@ -182,12 +182,12 @@ def masked(site: Site, options: PstOptions) -> Form:
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """N(0, 1)"""
+    """Fill ``t`` from N(0, 1)."""
     t.normal_(generator=generator)
 
 
 class _Masked(torch.autograd.Function):
-    """M . W' - W. The gradient of M is that of S, whose value it does not take to find it."""
+    """Compute M . W' - W. The gradient of S is that of M, and needs no value of S."""
 
     @staticmethod
     def forward(ctx: Any, change_OI: Tensor, w_OI: Tensor, pruned_OI: Tensor, *rest: Any) -> Tensor:

@@ -49,7 +49,7 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import cubic_keep
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column"}
-"""Piece i of the delta is row i of a_RI times column i of b_OR."""
+"""Segments that hold one component: component i is row i of a_RI and column i of b_OR."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -127,10 +127,10 @@ class RoseLoraOptions:
 
 
 def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
-    """Prunes from ``begin`` to ``end`` of the run, one decision every so many steps.
+    """Build RoseLoRA.
 
     Raises:
-        ValueError: the run is too short to prune in.
+        ValueError: The run is too short to prune in.
     """
     options = as_preset(options, options.roselora_preset, PRESETS)
     # Not before step 2: at step 1 B is zero, so every importance is, and ties would decide.
@@ -159,7 +159,7 @@ def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
         return Decision(live=masks, log_values=log_values)
 
     def decides_at(step: int) -> bool:
-        # With dense moments what is dead moves again in every step, to the last.
+        # With dense moments pruned entries move again in every step, to the last one.
         due = step == end or (step > end and dense) or (begin < step < end and step % every == 0)
         return prunes and due
 
@@ -184,24 +184,27 @@ def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
 
 
 def smooth_sensitivity(smoothed: Tensor, w: Tensor, grad: Tensor, *, beta: float) -> Tensor:
-    """beta * smoothed + (1 - beta) * |w * grad|"""
-    # Products and sum one by one: a fused lerp rounds by where an entry lies in its shard.
+    """Return beta * smoothed + (1 - beta) * |w * grad|, elementwise."""
+    # Not torch.lerp: a fused kernel rounds differently at different places of a shard.
     return beta * smoothed + (1.0 - beta) * (w * grad).abs()
 
 
 def keep_within_components(scores: Scores, keep: float) -> dict[str, Tensor]:
-    """The top fraction ``keep`` of every row of A and every column of B; ties: lowest index."""
+    """Select the top fraction ``keep`` of every row of A and column of B; ties: lowest index.
+
+    Collective. Returns this rank's slice of each mask.
+    """
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
-    # The little more: 0.29 * 100 is 28.999... in floating point.
+    # 1e-9 is added because 0.29 * 100 is 28.999... in floating point.
     k = {n: max(1, int(keep * _size(shape, by[n]) + 1e-9)) for n, shape in scores.shapes.items()}
     return scores.top_k(k, by)
 
 
 def kept_by_kthvalue(scores: Scores, keep: float) -> dict[str, Tensor]:
-    """All entries from the k-th smallest up, k = int(d (1 - keep)); all d where k is 0.
+    """Select all entries from the k-th smallest up, k = int(d (1 - keep)); all d where k is 0.
 
-    The released code zeroes what is < torch.kthvalue(importance, k): d - k + 1 entries stay, or
-    more where several equal the k-th.
+    Collective. The released code zeroes what is < torch.kthvalue(importance, k): d - k + 1 entries
+    stay, or more where several equal the k-th.
     """
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
     k = {}

@@ -58,10 +58,10 @@ from sparse_lora_dist.methods.shared.top_k import k_largest
 from sparse_lora_dist.methods.shira import SparseProduct, scattered
 
 PAIRS = 8
-"""K."""
+"""K, number of singular pairs of the nuclear term."""
 
 POWER_STEPS = 2
-"""Of S^T and S in turn."""
+"""Number of subspace iterations, each a product with S and one with S^T."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,11 @@ class SaraOptions:
 
 
 def sara(options: SaraOptions, context: RunContext) -> Method:
-    """Chooses before the first step, and once more.
+    """Build SaRA.
 
     Raises:
-        ValueError: a weight has no more entries than are to train, or the run is too short to
-            choose anew between two steps.
+        ValueError: A weight has no more entries than are to train, or the run is too short to
+            select again between two steps.
     """
     for site in context.sites:
         check_count(site, options)
@@ -117,13 +117,17 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
         rewriting=Rewriting(
             at=lambda step: step in (0, switch), write=choose, resets_moments=True, says=True
         ),
-        # A longer run would come to its share again, and there is room for one that leaves.
+        # A longer run would select a third time, and there is room for entries that left once.
         redraws=switch == 0,
     )
 
 
 def check_count(site: Site, options: SaraOptions) -> None:
-    """Is something of a weight left that does not train?"""
+    """Check that some entries of a weight do not train.
+
+    Raises:
+        ValueError: All would train.
+    """
     weight, count = site.out_features * site.in_features, count_of(site, options)
     if count >= weight:
         most = (weight - 1) // (site.out_features + site.in_features)
@@ -135,14 +139,14 @@ def check_count(site: Site, options: SaraOptions) -> None:
 
 
 def count_of(site: Site, options: SaraOptions) -> int:
-    """N, at least 1."""
+    """Return N, at least 1."""
     if options.sara_density is None:
         return site.rank * (site.in_features + site.out_features)
     return max(1, int(options.sara_density * site.in_features * site.out_features))
 
 
 def smallest_entries(site: Site, options: SaraOptions) -> Form:
-    """y_TO = x D^T, D with the trained values and those that have left."""
+    """Return the form y_TO = x D^T, D with the trained values and those that have left."""
     count, weight = count_of(site, options), site.out_features * site.in_features
     places_dtype = torch.int32 if weight < 2**31 else torch.int64
     kept = {"sara_places": KeptSpec(shape=(count,), dtype=places_dtype)}
@@ -152,7 +156,7 @@ def smallest_entries(site: Site, options: SaraOptions) -> Form:
         kept["sara_left_values"] = KeptSpec(shape=left)
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
-        # On the CPU, where reading two numbers waits for nothing.
+        # On the CPU, since reading two numbers from the GPU would synchronise.
         return {"sara_shape": torch.tensor([site.out_features, site.in_features])}
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
@@ -173,7 +177,7 @@ def smallest_entries(site: Site, options: SaraOptions) -> Form:
 
 
 def entries(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(values, flat places) of all of D: those that train, then those that have left."""
+    """Return (values, flat places) of D: entries that train, then entries that have left."""
     values, places = tensors["sara_values"], tensors["sara_places"]
     if "sara_left_values" in tensors:
         values = torch.cat([values, tensors["sara_left_values"]])
@@ -182,16 +186,16 @@ def entries(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def choose(whole: Whole) -> Rewritten:
-    """The N places of smallest |W + D| train from now on; D stays what it was."""
+    """Select the N places of smallest |W + D|; D does not change."""
     weight_OI, before = whole.weight_OI(), whole.tensors["sara_places"]
     change_E = torch.zeros_like(weight_OI.flatten())
-    # Before the first step nothing was chosen, and all places are 0.
+    # Before the first step nothing was selected, and all places are 0.
     if whole.step > 0:
         change_E = scattered(*entries(whole.tensors), *weight_OI.shape).flatten()
     places_N = first_of(-(weight_OI.flatten() + change_E).abs(), len(before))
     tensors = {"sara_places": places_N.to(before.dtype), "sara_values": change_E[places_N]}
     if "sara_left_places" in whole.tensors:
-        # All that is not zero, filled up with zeros: places must differ.
+        # All entries that are not zero, filled up with zero entries, since places must differ.
         rest_E = change_E.abs().index_fill_(0, places_N, -1.0)
         room = len(whole.tensors["sara_left_places"])
         if int((rest_E > 0.0).sum()) > room:
@@ -208,14 +212,18 @@ def choose(whole: Whole) -> Rewritten:
 
 
 def first_of(scores_E: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` largest, ascending, int64; of equal ones the first visited."""
+    """Return the places of the ``count`` largest scores, ascending, int64; ties: the first that
+    ``spread_order`` visits."""
     order_E = spread_order(len(scores_E), scores_E.device)
     return order_E[k_largest(scores_E[order_E], count)].sort().values
 
 
 def spread_order(count: int, device: torch.device) -> Tensor:
-    """Every number below ``count`` once, int64, each far from the last few: by steps of about its
-    golden section."""
+    """Return a permutation of the numbers below ``count``, int64, each far from those just before
+    it.
+
+    It steps by about 0.618 x count: for count 8 the step is 5, and the order 0 5 2 7 4 1 6 3.
+    """
     step = round(count * 0.6180339887498949)
     while gcd(step, count) != 1:
         step += 1
@@ -223,7 +231,8 @@ def spread_order(count: int, device: torch.device) -> Tensor:
 
 
 def nuclear_gradient(tensors: Tensors) -> Tensor:
-    """U min(Sigma / delta, 1) V^T at the places of S = U Sigma V^T, what trains of D [N]."""
+    """Return U min(Sigma / delta, 1) V^T at the N places of S = U Sigma V^T, the trained part of
+    D."""
     values_N, places_N = tensors["sara_values"].float(), tensors["sara_places"].long()
     num_out, num_in = tensors["sara_shape"].tolist()
     s_OI = scattered(values_N, places_N, num_out, num_in)
@@ -233,14 +242,16 @@ def nuclear_gradient(tensors: Tensors) -> Tensor:
         v_IK, _ = polar(s_OI.t() @ u_OK)
     sv_OK = s_OI @ v_IK
     u_OK, delta = polar(sv_OK)
-    # u v^T of the leading pairs, and S / delta less what is theirs of it.
+    # u v^T of the leading pairs, and S / delta without its part in their subspace.
     more_OK = u_OK - sv_OK / delta
     return values_N / delta + (more_OK[places_N // num_in] * v_IK[places_N % num_in]).sum(dim=1)
 
 
 def polar(y_LK: Tensor) -> tuple[Tensor, Tensor]:
-    """(Y (Y^T Y)^(-1/2), in which singular values are 1, or 0 if they are so next to the largest;
-    the smallest that is not)."""
+    """Return (Y (Y^T Y)^(-1/2), smallest singular value of Y that is not negligible).
+
+    The first has singular values 1, or 0 where those of Y are negligible beside the largest.
+    """
     squares_K, q_KK = torch.linalg.eigh(y_LK.t() @ y_LK)
     counts_K = squares_K > squares_K[-1] * PAIRS * torch.finfo(torch.float32).eps
     squares_K = torch.where(counts_K, squares_K, torch.inf)

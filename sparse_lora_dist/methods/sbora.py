@@ -44,10 +44,10 @@ class SBoraOptions:
 
 
 def sbora(options: SBoraOptions, context: RunContext) -> Method:
-    """Nothing is decided.
+    """Build SBoRA.
 
     Raises:
-        ValueError: a weight has fewer columns, or rows, than are to be chosen.
+        ValueError: A weight has fewer columns or rows than --rank.
     """
     build = from_columns if options.sbora_side == "fa" else to_rows
     for site in context.sites:
@@ -62,7 +62,7 @@ def sbora(options: SBoraOptions, context: RunContext) -> Method:
 
 
 def from_columns(site: Site) -> Form:
-    """FA: y_TO = scale * x[:, chosen] B^T"""
+    """Return form fa: y_TO = scale * x[:, chosen] B^T."""
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
         return {"chosen": distinct(site.rank, site.in_features, seed, device)}
@@ -80,7 +80,7 @@ def from_columns(site: Site) -> Form:
 
 
 def to_rows(site: Site) -> Form:
-    """FB: y_TO is zero, but for y[:, chosen] = scale * x A^T"""
+    """Return form fb: y_TO is zero, but for y[:, chosen] = scale * x A^T."""
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
         return {"chosen": distinct(site.rank, site.out_features, seed, device)}

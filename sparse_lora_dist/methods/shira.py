@@ -57,7 +57,7 @@ from sparse_lora_dist.methods.shared.hashed_random import stratified
 from sparse_lora_dist.methods.shared.top_k import k_largest
 
 CHUNK = 2**24
-"""Products of gradient and input that are held at a time, at most."""
+"""Maximum number of products of gradient and input that are held at a time."""
 
 Support = Literal["random", "rows", "columns", "magnitude", "gradient", "snip"]
 CHOSEN: tuple[Support, ...] = ("magnitude", "gradient", "snip")
@@ -93,11 +93,11 @@ class ShiraOptions:
 
 
 def shira(options: ShiraOptions, context: RunContext) -> Method:
-    """Chooses its places before or in the first steps.
+    """Build SHiRA.
 
     Raises:
-        ValueError: more entries are to train than a weight has, fewer than its diagonal, or the run
-            is over before the places are chosen.
+        ValueError: More entries are to train than a weight has, fewer than its diagonal, or the run
+            ends before the places are chosen.
     """
     for site in context.sites:
         check_count(site, options)
@@ -117,7 +117,7 @@ def shira(options: ShiraOptions, context: RunContext) -> Method:
 
 
 def cost_of_gradients(context: RunContext, steps: int) -> str:
-    """What the user should know of them."""
+    """Return the note about the memory that calibration gradients take."""
     weights = sum(site.out_features * site.in_features for site in context.sites)
     held = 4e-9 * weights / steps
     return (
@@ -128,7 +128,11 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
 
 
 def check_count(site: Site, options: ShiraOptions) -> None:
-    """Does a weight have room for N?"""
+    """Check that a weight has room for its N entries.
+
+    Raises:
+        ValueError: It has not.
+    """
     weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
     shape, density = f"{site.out_features} x {site.in_features}", options.shira_density
     option = f"--rank {site.rank}" if density is None else f"--shira_density {density}"
@@ -149,14 +153,14 @@ def check_count(site: Site, options: ShiraOptions) -> None:
 
 
 def count_of(site: Site, density: float | None) -> int:
-    """N, at least 1."""
+    """Return N, at least 1."""
     if density is None:
         return site.rank * (site.in_features + site.out_features)
     return max(1, int(density * site.in_features * site.out_features))
 
 
 def chosen_entries(site: Site, options: ShiraOptions) -> Form:
-    """y_TO = x S^T"""
+    """Return the form y_TO = x S^T, S zero but at N places."""
     support, weight = options.shira_support, site.out_features * site.in_features
     count = wanted = count_of(site, options.shira_density)
     as_peft = options.shira_density is None and support not in ("rows", "columns")
@@ -168,7 +172,7 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
             return {"shira_places": stratified(count, weight, seed, device)}
         if support in CHOSEN:
             return {}
-        if device.type == "meta":  # who plans wants sizes
+        if device.type == "meta":  # the planner needs sizes only
             return {"shira_places": torch.empty(count, dtype=torch.int64, device=device)}
         return {"shira_places": structured(site, wanted, support).to(device)}
 
@@ -201,7 +205,8 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
 
 
 def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int]:
-    """(the rows, or columns, that train; how many entries one has; how long the diagonal is)."""
+    """Return (indices of the rows or columns that train, entries of one, length of the
+    diagonal)."""
     sides = site.out_features, site.in_features
     number, length = sides if support == "rows" else sides[::-1]
     some = max(0, (count - min(sides)) // length)
@@ -209,15 +214,19 @@ def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int
 
 
 def structured_count(site: Site, count: int, support: Support) -> int:
-    """N of what ``structured`` gives."""
+    """Return the number of places that ``structured`` gives."""
     lines_K, length, diagonal = lines_of(site, count, support)
     return len(lines_K) * length + diagonal - int((lines_K < diagonal).sum())
 
 
 @cache
 def structured(site: Site, count: int, support: Support) -> Tensor:
-    """Flat places, ascending, on the CPU: the diagonal, and as many evenly spaced rows, or columns,
-    as ``count`` entries pay for beside it."""
+    """Return flat places, ascending, int64 on the CPU: the diagonal, and as many evenly spaced rows
+    or columns as ``count`` entries pay for beside it.
+
+    For a 4 x 4 weight and 8 entries, support rows: the diagonal (4) and row 0 (4) give the places
+    0 1 2 3 5 10 15, of which (0, 0) counts once.
+    """
     lines_K, length, diagonal = lines_of(site, count, support)
     along = torch.arange(length)
     in_lines = lines_K[:, None] * site.in_features + along
@@ -229,13 +238,14 @@ def structured(site: Site, count: int, support: Support) -> Tensor:
 
 
 def choosing(support: Support, steps: int) -> Rewriting:
-    """The N places of largest score, from the weight before the first step, or from gradients."""
+    """Return the rewriting that selects the N places of largest score: from the weight before the
+    first step, or from the gradients of the first ``steps`` steps."""
 
     def write(whole: Whole) -> Rewritten:
         values_N, gradient_OI = whole.tensors["shira_values"], whole.gradient_OI
         if "shira_settled" in whole.tensors and whole.tensors["shira_settled"].any():
-            return Rewritten()  # a schedule that began anew (--reset) chooses nothing anew
-        # What was trained was trained at places that nobody chose.
+            return Rewritten()  # after --reset schedule the places stay
+        # The values so far were trained at places that were not selected.
         tensors = {"shira_values": torch.zeros_like(values_N)}
         if support == "magnitude" or gradient_OI is not None:
             scores_OI = torch.ones(()) if support == "gradient" else whole.weight_OI().abs()
@@ -259,9 +269,11 @@ def choosing(support: Support, steps: int) -> Rewriting:
 
 
 class SparseProduct(torch.autograd.Function):
-    """x S^T, S with ``values_N`` at its flat ``places_N``; the first ``num_trained`` of them have a
-    gradient, all unless told. S is whole while it is multiplied by: a weight of one linear, which
-    GPUs multiply faster than they gather."""
+    """Product x S^T, where S has ``values_N`` at its flat ``places_N``.
+
+    The first ``num_trained`` values get a gradient, at their places only; None: all do. S is made
+    whole for the product, since GPUs multiply one weight faster than they gather N columns.
+    """
 
     @staticmethod
     def forward(
@@ -292,7 +304,7 @@ class SparseProduct(torch.autograd.Function):
 
 
 def scattered(values_N: Tensor, places_N: Tensor, out_features: int, in_features: int) -> Tensor:
-    """S_OI, zero but at ``places_N``, which differ from each other."""
+    """Return S_OI, zero but at ``places_N``, which must differ from each other."""
     flat = values_N.new_zeros(out_features * in_features)
     return flat.index_copy_(0, places_N, values_N).view(out_features, in_features)
 

@@ -63,10 +63,11 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import stage_at, warmed_up_stages
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_gate": "row"}
-"""Where component i lies in each tensor: a_RI, b_OR, gate_R."""
+"""Segments that hold one component: row i of a_RI, column i of b_OR, entry i of gate_R."""
 
 TRAVEL = 2.0
-"""Peak learning rate of the gates times the steps of a stage; a decaying rate goes half of it."""
+"""Peak learning rate of the gates x steps of a stage. A decaying rate moves a gate by half of
+it."""
 
 # Measured on the embedded model (rank 8, rate 2e-4, one seed): with gates from N(0, 1), 1.5 closes
 # 46%, 32% and 39% of the components in 30, 100 and 300 steps; in 100 the training loss falls by
@@ -141,10 +142,10 @@ class SoraOptions:
 
 
 def sora(options: SoraOptions, context: RunContext) -> Method:
-    """Shrinks the gates at every step, and counts the open ones every so many.
+    """Build SoRA.
 
     Raises:
-        ValueError: the run has fewer steps than stages.
+        ValueError: A stage is shorter than the warm-up.
     """
     chosen = as_preset(options, options.sora_preset, PRESETS)
     lambdas: tuple[float, ...] = chosen.sora_lambdas
@@ -156,7 +157,7 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
     )
     several = len(stages) > 1
     every = options.sora_every or max(1, context.total_steps // 50)
-    # The released script with stages has a smaller one.
+    # The released script for stages has a smaller weight.
     in_stages = options.sora_l1 is None and several
     weight = min(chosen.sora_l1, 1e-3) if in_stages else chosen.sora_l1
     l1 = weight / sum(site.rank for site in context.sites)
@@ -177,7 +178,7 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
         form=gated(chosen, context, projection(chosen.sora_threshold, lambda_at)),
         penalty=penalty if l1 > 0.0 else None,
         score=magnitude,
-        # At the first step of a stage too: from there its lambda is the one in force.
+        # Also at the first step of a stage, from which its lambda is in force.
         decides_at=lambda step: (
             step > 0 and (step % every == 0 or step in stages or step - 1 in (0, *stages))
         ),
@@ -190,7 +191,7 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
 
 
 def gated(options: SoraOptions, context: RunContext, project: Project) -> Callable[[Site], Form]:
-    """site -> A and B of LoRA, and its gates g (R)."""
+    """Return site -> form with LoRA's A and B, and gates g (R)."""
     init = {"ones": ones, "normal": normal}[options.sora_gate_init]
     lr_factor = gate_lr_factor(options, context)
 
@@ -210,10 +211,11 @@ def gated(options: SoraOptions, context: RunContext, project: Project) -> Callab
 
 
 def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
-    """TRAVEL / (steps of a stage * learning rate), unless the user or the released preset says.
+    """Return the learning-rate multiplier of the gates.
 
-    At the learning rate of A and B gates would hardly move. So they cross the same way in a run of
-    any length: a gate that starts at g closes about where |g| < TRAVEL / 2 * (lambda - direction).
+    At the learning rate of A and B gates would hardly move. TRAVEL / (steps of a stage * learning
+    rate) lets a gate travel the same distance in a run of any length: a gate that starts at g
+    closes if about |g| < TRAVEL / 2 * (lambda - direction).
     """
     if options.sora_gate_lr_factor is not None:
         return options.sora_gate_lr_factor
@@ -224,38 +226,39 @@ def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
 
 
 def ones(t: Tensor, generator: torch.Generator) -> None:
-    """One, so that SoRA starts as LoRA: components then close together, or none does."""
+    """Fill ``t`` with 1, so that SoRA starts as LoRA: components then close together, or none."""
     t.fill_(1.0)
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """N(0, 1), as released: small ones close first, so that the rank falls bit by bit."""
+    """Fill ``t`` from N(0, 1), as released: small gates close first, so the rank falls
+    gradually."""
     t.normal_(generator=generator)
 
 
 def gated_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """y_TO = scale * x A^T diag(g) B^T"""
+    """Return y_TO = scale * x A^T diag(g) B^T."""
     z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_gate"] * scale)
     return z_TR @ tensors["lora_b"].t()
 
 
 def gate_in_b(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(A, B diag(g)), the plain LoRA pair of the same delta."""
+    """Return (A, B diag(g)), the plain LoRA pair of the same delta."""
     return tensors["lora_a"], tensors["lora_b"] * tensors["lora_gate"]
 
 
 def magnitude(stats: Stats, w: Tensor) -> Tensor:
-    """|w|: nothing but what is exactly zero scores zero."""
+    """Return |w|, so that only an exact zero scores zero."""
     return w.abs()
 
 
 def soft_threshold(w: Tensor, xi: float | Tensor) -> Tensor:
-    """w - xi above xi, w + xi below -xi, 0 in between: the proximal step of xi * |w|."""
+    """Return w - xi above xi, w + xi below -xi, 0 in between: the proximal step of xi * |w|."""
     return w - torch.clamp(w, -xi, xi)  # type: ignore[arg-type]  # both floats or both tensors
 
 
 def released_threshold(w: Tensor, xi: float) -> Tensor:
-    """What the released optimizer does in place, one after the other, on the result of the last.
+    """Apply the three in-place operations of the released optimizer, one on the result of another.
 
     So xi < |w| < 2 xi becomes 0 too, |w| = 2 xi becomes xi, and |w| = xi stays.
     """
@@ -265,7 +268,7 @@ def released_threshold(w: Tensor, xi: float) -> Tensor:
 
 
 def projection(threshold: str, lambda_at: Callable[[int], float]) -> Project:
-    """What ends each update of a gate."""
+    """Return the projection that ends each update of a gate."""
 
     def exact(w: Tensor, update: Update) -> Tensor:
         return soft_threshold(w, update.lr * lambda_at(update.step))
@@ -280,7 +283,8 @@ def projection(threshold: str, lambda_at: Callable[[int], float]) -> Project:
 
 
 def count_open(scores: Scores, *, reopen: bool, log_values: dict[str, float]) -> Decision:
-    """Open components are those whose gate is not zero; without ``reopen`` the others die."""
+    """Count the components whose gate is not zero; without ``reopen``, drop the others.
+    Collective."""
     sites = site_names(scores)
     gates = scores.sums({f"{site}.lora_gate": "row" for site in sites})
     live, components = {}, {}

@@ -1,4 +1,7 @@
-"""Which linears grow, when and by how much: the bookkeeping of a rank budget, S sites."""
+"""Growth of ranks inside a budget: which linears grow, when, and by how much.
+
+Shapes: S sites.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,36 +12,52 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Growth:
-    """Which linears there are, and when and by how much their ranks grow."""
+    """Schedule and amounts of the growth of ranks."""
 
     sites: tuple[Site, ...]
+    """Linears that may grow, in the model's order."""
     start: int
-    """Components open in each site at first."""
+    """Components open in each site at the start."""
     budget: int
+    """Components open in all sites together at the end."""
     modules: int
+    """Sites that grow per update."""
     components: int
+    """Components that each growing site opens per update."""
     every: int
+    """Steps between two updates."""
     first: int
+    """Step of the first update, a multiple of ``every``."""
     overshoots: bool
+    """True: the last update is not cut to the budget, and ties all grow (preset released)."""
 
     @property
     def needed(self) -> int:
-        """Components to open in all."""
+        """Number of components to open in all."""
         return self.budget - self.start * len(self.sites)
 
     @property
     def last(self) -> int:
-        """The step of the growth that reaches the budget; 0 where nothing is to grow."""
+        """Step of the update that reaches the budget; 0 if nothing is to grow."""
         rounds = ceil(self.needed / (self.modules * self.components))
         return self.first + (rounds - 1) * self.every if rounds > 0 else 0
 
     def at(self, step: int) -> bool:
-        """Is it a step of growth?"""
+        """Return True if an update is due at ``step``."""
         return self.first <= step <= self.last and step % self.every == 0
 
     def grown(self, open_S: Sequence[int], score_S: Sequence[float]) -> list[int]:
-        """Open components after a growth: those of the highest scores first; ties: the lowest
-        index."""
+        """Return the open components of each site after an update.
+
+        Sites of the highest score grow first; ties: lowest index. With modules 2, components 2,
+        rank 4, a budget of 10, open (1, 3, 1, 1) and scores (1, 4, 2, 3) the order is 1, 3, 2, 0.
+        Of the 4 components to open site 1 takes 1 (its capacity), site 3 takes 2, and the last one
+        goes to site 2: (1, 4, 2, 3).
+
+        Args:
+            open_S: Open components of each site.
+            score_S: Importance of each site.
+        """
         room_S = [site.rank - n for site, n in zip(self.sites, open_S, strict=True)]
         order = sorted((s for s, room in enumerate(room_S) if room), key=lambda s: -score_S[s])
         left = self.budget - sum(open_S)
@@ -48,7 +67,7 @@ class Growth:
             modules, limit = max(modules, sum(score_S[s] >= least for s in order)), sum(room_S)
         opening, after_S = min(modules * self.components, limit), list(open_S)
         while opening > 0:
-            # Once through, unless some had no room for all of theirs.
+            # A second round is needed only if some sites have no room for all of their components.
             for s in order:
                 extra = min(self.components, self.sites[s].rank - after_S[s], opening)
                 after_S[s] += extra
@@ -56,7 +75,7 @@ class Growth:
         return after_S
 
     def notes(self) -> tuple[str, ...]:
-        """What the user should know: by how much the last growth overshoots, ties aside."""
+        """Return notes for the user: by how much the last update overshoots, ties aside."""
         left = self.needed % (self.modules * self.components)
         above = min(self.modules, left) * self.components - left
         if not self.overshoots or above == 0:
@@ -68,7 +87,7 @@ class Growth:
         )
 
     def misfits(self, total_steps: int) -> list[str]:
-        """What is wrong with it in a run of so many steps."""
+        """Return a sentence for each reason why it does not fit a run of ``total_steps``."""
         sites, capacity = len(self.sites), sum(site.rank for site in self.sites)
         smallest = min(site.rank for site in self.sites)
         problems = {

@@ -1,10 +1,10 @@
-"""step -> how much is kept: pure functions that methods share."""
+"""Schedules: how much is kept at a step, and the stages of a run."""
 
 from bisect import bisect_left
 
 
 def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
-    """Fraction kept at ``step``: 1 up to ``begin``, ``final`` from ``end`` on, cubic in between.
+    """Return the fraction kept at ``step``: 1 up to ``begin``, ``final`` from ``end`` on.
 
     keep = final + (1 - final) * (1 - (step - begin) / (end - begin))^3
 
@@ -19,8 +19,8 @@ def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
 
 
 def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> int:
-    """Components kept in all at ``step``: ``first`` up to ``begin``, ``last`` from ``end`` on,
-    cubic in between, rounded down.
+    """Return the components kept in all at ``step``: ``first`` up to ``begin``, ``last`` from
+    ``end`` on.
 
     budget = floor(last + (first - last) * (1 - (step - begin) / (end - begin))^3)
 
@@ -35,17 +35,23 @@ def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> i
 
 
 def equal_stages(total_steps: int, num_stages: int) -> tuple[int, ...]:
-    """The last steps of ``num_stages`` parts of a run, equal in length to one step."""
+    """Return the last step of each of ``num_stages`` stages, whose lengths differ by at most 1."""
     return tuple(total_steps * (i + 1) // num_stages for i in range(num_stages))
 
 
 def warmed_up_stages(
     total_steps: int, num_stages: int, *, warmup_steps: int, asked: str
 ) -> tuple[int, ...]:
-    """The same, for stages that each warm up; ``asked``: the option and its value.
+    """Return the last step of each of ``num_stages`` equal stages that each warm up.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        num_stages: Number of stages.
+        warmup_steps: Warm-up steps of each stage.
+        asked: Option and value that ask for the stages, for the error message.
 
     Raises:
-        ValueError: a stage is shorter than the warm-up, or has no step.
+        ValueError: A stage would be shorter than the warm-up, or have no step.
     """
     most = total_steps // max(1, warmup_steps)
     if num_stages > most:
@@ -58,5 +64,5 @@ def warmed_up_stages(
 
 
 def stage_at(step: int, stages: tuple[int, ...]) -> int:
-    """Which stage, counted from 0, ``step`` belongs to; after the last one, the last."""
+    """Return the index of the stage that ``step`` belongs to, from 0; after the end, the last."""
     return min(bisect_left(stages, step), len(stages) - 1)

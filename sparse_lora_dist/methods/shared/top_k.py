@@ -1,4 +1,4 @@
-"""Which entries of a whole tensor are the largest: the same ones on every device.
+"""Selection of the largest entries of a whole tensor, the same on every device.
 
 Shapes: N entries.
 """
@@ -8,12 +8,13 @@ from torch import Tensor
 
 
 def k_largest(scores: Tensor, k: int) -> Tensor:
-    """The mask of the ``k`` largest of all entries, in the scores' shape; what equals the k-th:
-    those of lowest index up to k. NF4 has so many equal weights that torch.topk, which promises
-    nothing of ties, would choose otherwise on another device.
+    """Return the mask of the ``k`` largest scores, bool in the scores' shape; ties: lowest index.
+
+    Not torch.topk: NF4 has many equal weights, and topk promises no order of ties, so devices would
+    choose differently. For scores 1 3 2 2 and k 2 the threshold is 2, the mask 0 1 1 0.
 
     Raises:
-        FloatingPointError: a score is NaN.
+        FloatingPointError: A score is NaN.
     """
     scores_N = scores.flatten()
     if scores_N.isnan().any():

@@ -1,7 +1,7 @@
-"""dW = B diag(lambda) A, the SVD-like components that AdaLoRA and IncreLoRA train and rank.
+"""Triplets dW = B diag(lambda) A, which AdaLoRA and IncreLoRA train and rank.
 
 Zhang et al. 2023, arXiv:2303.10512, equations 3, 4 and 8 to 12; IncreLoRA, arXiv:2308.12043, takes
-them over. Piece i is the triplet (column i of B, lambda_i, row i of A). A and B are held near
+them over. Component i is the triplet (column i of B, lambda_i, row i of A). A and B are held near
 orthonormal by a penalty, so that lambda_i is the size of component i and comparable between sites.
 
 IncreLoRA opens components in order, so how many are open in a site says which: ``Growth`` adds to
@@ -30,16 +30,16 @@ from sparse_lora_dist.methods.protocol.form import (
 from sparse_lora_dist.methods.protocol.method import By, Scores, Stats, site_names
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_lambda": "row"}
-"""Where component i lies in each tensor: a_RI, b_OR, lambda_R."""
+"""Segments that hold one component: row i of a_RI, column i of b_OR, entry i of lambda_R."""
 
 CHUNK = 2**20
-"""Entries of a site's weight gradient that are held at a time, at most."""
+"""Maximum number of entries of a site's weight gradient that are held at a time."""
 
 Init = Callable[[Tensor, torch.Generator], None]
 
 
 def gaussian(std: float) -> Init:
-    """N(0, std^2)"""
+    """Return an initialiser that fills a tensor from N(0, std^2)."""
 
     def init(t: Tensor, generator: torch.Generator) -> None:
         t.normal_(0.0, std, generator=generator)
@@ -48,19 +48,19 @@ def gaussian(std: float) -> Init:
 
 
 RELEASED_STD = 0.02
-"""Of A and B in the released codes of both."""
+"""Standard deviation of A and B at the start in the released codes of both methods."""
 
 
 def triplet_tensors(
     site: Site, *, lambda_init: Init, lr_factor: float | None = None, released: bool = False
 ) -> dict[str, TensorSpec]:
-    """A (R x I) and B (O x R) Gaussian; lambda (R), zero where the delta is to start at nothing.
+    """Return the specs of A (R x I) and B (O x R), Gaussian, and lambda (R).
 
     Unless ``released``, rows of A and columns of B have length 1 on average, which the penalty
     holds them to. The released 0.02 has that at I = 2,500 only: in smaller linears the penalty's
     gradient drowns the loss's for hundreds of steps, in the norm that clips and in Adam's.
 
-    And lambda's learning rate is ``lr_factor`` times that of the run, by default sqrt(O / 3): Adam
+    The learning rate of lambda is ``lr_factor`` times that of the run, by default sqrt(O / 3): Adam
     then moves a component as far in a step as it moves LoRA's, of which O entries of B move,
     before a row of A of length 1 / sqrt(3). At a factor of 1, the papers', short runs hardly leave
     zero.
@@ -80,13 +80,13 @@ def triplet_tensors(
 
 
 def triplet_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """y_TO = scale * x A^T diag(lambda) B^T"""
+    """Return y_TO = scale * x A^T diag(lambda) B^T."""
     z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_lambda"] * scale)
     return z_TR @ tensors["lora_b"].t()
 
 
 def lambda_in_a(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(diag(lambda) A, B), the plain LoRA pair of the same delta."""
+    """Return (diag(lambda) A, B), the plain LoRA pair of the same delta."""
     return tensors["lora_lambda"][:, None] * tensors["lora_a"], tensors["lora_b"]
 
 
@@ -98,31 +98,41 @@ def triplet(
     released: bool,
     scale: Callable[[float, int, int], float] = alpha_over_capacity,
 ) -> Form:
-    """All of it together."""
+    """Return the form of a site with triplets.
+
+    Args:
+        site: Linear that is adapted.
+        lambda_init: Initialiser of lambda.
+        lr_factor: Learning-rate multiplier for lambda. None: see ``triplet_tensors``.
+        released: Start A and B as the released codes do.
+        scale: (alpha, --rank, open components) -> scale.
+    """
     tensors = triplet_tensors(site, lambda_init=lambda_init, lr_factor=lr_factor, released=released)
     return Form(tensors=tensors, delta=triplet_delta, to_lora=lambda_in_a, scale=scale)
 
 
 def smooth_pair(stats: Stats, importance: Tensor, *, beta1: float, beta2: float) -> Stats:
-    """The running mean of an importance, and of how far it strays from that mean; from zero.
+    """Update the running mean of an importance and of its deviation from that mean; both start at
+    0.
 
         mean   = beta1 * mean   + (1 - beta1) * importance
         spread = beta2 * spread + (1 - beta2) * |importance - mean|    with the mean just updated
 
     arXiv:2303.10512, equations 10 and 11, where an importance is an entry's |w * dL/dw|.
     """
-    # Products and sums one by one: a fused lerp rounds by where an entry lies in its shard.
+    # Not torch.lerp: a fused kernel rounds differently at different places of a shard.
     mean = beta1 * stats[0] + (1.0 - beta1) * importance
     return mean, beta2 * stats[1] + (1.0 - beta2) * (importance - mean).abs()
 
 
 def mean_times_spread(stats: Stats, w: Tensor) -> Tensor:
-    """What an entry scores: the product of the two averages, arXiv:2303.10512, equation 12."""
+    """Return mean * spread, the score of an entry: arXiv:2303.10512, equation 12."""
     return stats[0] * stats[1]
 
 
 def triplet_scores(scores: Scores) -> dict[str, Tensor]:
-    """Site -> s_R, float64, whole on every rank. Collective, once for all sites.
+    """Return the scores of each site's components, float64 [R] by site name, equal on all ranks.
+    Collective.
 
     s_i = s(lambda_i) + mean over j of s(b_ji) + mean over j of s(a_ij):  arXiv:2303.10512, eq. 8
     """
@@ -141,15 +151,15 @@ def triplet_scores(scores: Scores) -> dict[str, Tensor]:
 def delta_sensitivity(
     x_TI: Tensor, grad_y_TO: Tensor, tensors: Tensors, scale: float, *, power: float
 ) -> Tensor:
-    """sum |dW * G| / (O I)^power, float64, with G_OI = grad_y^T x the gradient by dW.
+    """Return sum |dW * G| / (O I)^power, float64, with G_OI = grad_y^T x the gradient by dW.
 
     IncreLoRA's score: a mean with power 1 (the paper), over sqrt(O I) with 0.5 (the released code).
-    An eighth of the rows of dW and G at a time, or fewer, so that neither is ever whole.
+    At most an eighth of the rows of dW and G is made at a time, so that neither is ever whole.
 
-    G is that of one micro-batch on one rank, and the record adds the results up. They are absolute
-    values, so the sum is at least that of the whole batch's gradient and changes with how a batch
-    is cut; every rank has the same one, so all choose alike. The released code knows only the last
-    micro-batch of its own process.
+    G is that of one micro-batch on one rank, and the results are summed over micro-batches and
+    ranks. They are absolute values, so the sum is at least that of the whole batch's gradient and
+    depends on how a batch is cut; all ranks have the same sum, so they decide alike. The released
+    code uses the last micro-batch of its own process only.
     """
     x_TI, grad_y_TO = x_TI.flatten(0, -2), grad_y_TO.flatten(0, -2)
     a_RI, b_OR = (t.float() for t in lambda_in_a(tensors))
@@ -166,7 +176,7 @@ def delta_sensitivity(
 def orthogonality(
     weight: float, num_matrices: int, *, released: bool
 ) -> Callable[[Tensors], dict[str, Tensor]] | None:
-    """Gradients of what holds A and B near orthonormal; None where its weight is 0."""
+    """Return the penalty that keeps A and B near orthonormal, or None if ``weight`` is 0."""
     if weight == 0.0:
         return None
     if released:
@@ -175,9 +185,10 @@ def orthogonality(
 
 
 def squared_penalty(tensors: Tensors, *, weight: float) -> dict[str, Tensor]:
-    """Gradients of weight * (|A A^T - 1|_F^2 + |B^T B - 1|_F^2), fp32: arXiv:2303.10512, eq. 4.
+    """Return the gradients of weight * (|A A^T - 1|_F^2 + |B^T B - 1|_F^2), fp32: arXiv:2303.10512,
+    eq. 4.
 
-    By A: weight * 4 (A A^T - 1) A, and the same of B^T.
+    That by A is weight * 4 (A A^T - 1) A, and that by B^T has the same form.
     """
     return {
         "lora_a": 4.0 * weight * _gram_error(tensors["lora_a"]) @ tensors["lora_a"].float(),
@@ -186,7 +197,7 @@ def squared_penalty(tensors: Tensors, *, weight: float) -> dict[str, Tensor]:
 
 
 def released_penalty(tensors: Tensors, *, weight: float, num_matrices: int) -> dict[str, Tensor]:
-    """Gradients of weight / num_matrices * (|A A^T - 1|_F + |B^T B - 1|_F), fp32.
+    """Return the gradients of weight / num_matrices * (|A A^T - 1|_F + |B^T B - 1|_F), fp32.
 
     The norms unsquared, and averaged over the matrices of the whole model, two a site: what the
     released trainers add.
@@ -202,6 +213,6 @@ def released_penalty(tensors: Tensors, *, weight: float, num_matrices: int) -> d
 
 
 def _gram_error(a_RI: Tensor) -> Tensor:
-    """A A^T - 1, symmetric, fp32."""
+    """Return A A^T - 1, symmetric, fp32."""
     a_RI = a_RI.float()
     return a_RI @ a_RI.t() - torch.eye(len(a_RI), device=a_RI.device)
