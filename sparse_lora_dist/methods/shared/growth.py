@@ -12,50 +12,51 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Growth:
-    """Schedule and amounts of the growth of ranks."""
+    """Schedule by which sites open components, and how many they open."""
 
     sites: tuple[Site, ...]
     """Linears that may grow, in the model's order."""
     start: int
-    """Components open in each site at the start."""
+    """Number of components open in each site at the start."""
     budget: int
-    """Components open in all sites together at the end."""
+    """Number of components open in all sites together at the end."""
     modules: int
-    """Sites that grow per update."""
+    """Number of sites that grow per update."""
     components: int
-    """Components that each growing site opens per update."""
+    """Number of components that each growing site opens per update."""
     every: int
     """Steps between two updates."""
     first: int
     """Step of the first update, a multiple of ``every``."""
     overshoots: bool
-    """True: the last update is not cut to the budget, and ties all grow (preset released)."""
+    """True (preset released): the last update may exceed the budget, and all sites that tie with
+    the last chosen one grow."""
 
     @property
     def needed(self) -> int:
-        """Number of components to open in all."""
+        """Number of components to open during the run, over all sites."""
         return self.budget - self.start * len(self.sites)
 
     @property
     def last(self) -> int:
-        """Step of the update that reaches the budget; 0 if nothing is to grow."""
+        """Step of the update that reaches the budget; 0 if no site grows."""
         rounds = ceil(self.needed / (self.modules * self.components))
         return self.first + (rounds - 1) * self.every if rounds > 0 else 0
 
     def at(self, step: int) -> bool:
-        """Return True if an update is due at ``step``."""
         return self.first <= step <= self.last and step % self.every == 0
 
     def grown(self, open_S: Sequence[int], score_S: Sequence[float]) -> list[int]:
-        """Return the open components of each site after an update.
+        """Return the number of open components of each site after one update.
 
-        Sites of the highest score grow first; ties: lowest index. With modules 2, components 2,
-        rank 4, a budget of 10, open (1, 3, 1, 1) and scores (1, 4, 2, 3) the order is 1, 3, 2, 0.
-        Of the 4 components to open site 1 takes 1 (its capacity), site 3 takes 2, and the last one
-        goes to site 2: (1, 4, 2, 3).
+        Sites with the highest score grow first; of equal scores, the lowest index. A site that
+        cannot take all of its components leaves the rest to the next one. Example with modules 2,
+        components 2, rank 4 and budget 10: open (1, 3, 1, 1) and scores (1, 4, 2, 3) give the order
+        1, 3, 2, 0. Of the 4 components to open, site 1 takes 1 (its capacity is 4), site 3 takes 2,
+        and site 2 takes the last one. The result is (1, 4, 2, 3).
 
         Args:
-            open_S: Open components of each site.
+            open_S: Number of open components of each site before the update.
             score_S: Importance of each site.
         """
         room_S = [site.rank - n for site, n in zip(self.sites, open_S, strict=True)]
@@ -75,7 +76,11 @@ class Growth:
         return after_S
 
     def notes(self) -> tuple[str, ...]:
-        """Return notes for the user: by how much the last update overshoots, ties aside."""
+        """Return a note for the user if the last update exceeds the budget; otherwise an empty
+        tuple.
+
+        Components that exceed it because of tied scores are not counted: they are not known yet.
+        """
         left = self.needed % (self.modules * self.components)
         above = min(self.modules, left) * self.components - left
         if not self.overshoots or above == 0:
@@ -87,7 +92,12 @@ class Growth:
         )
 
     def misfits(self, total_steps: int) -> list[str]:
-        """Return a sentence for each reason why it does not fit a run of ``total_steps``."""
+        """Return one sentence for each reason why this growth does not fit the run; empty if it
+        fits.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+        """
         sites, capacity = len(self.sites), sum(site.rank for site in self.sites)
         smallest = min(site.rank for site in self.sites)
         problems = {

@@ -18,7 +18,11 @@ MULTIPLIERS = ((30, -4658895280553007687), (27, -7723592293110705685))
 
 
 def hashes(count: int, seed: int, device: torch.device) -> Tensor:
-    """Return splitmix64 of indices 0 ... N - 1, int64 [N], all different."""
+    """Return ``count`` different pseudo-random numbers: the hashes of 0 ... count - 1, int64
+    [count].
+
+    The hash is splitmix64, in integer arithmetic, so that every device gives the same bits.
+    """
     x_N = torch.arange(1, count + 1, device=device) * GOLDEN + seed
     for shift, multiplier in MULTIPLIERS:
         x_N = (x_N ^ _shifted(x_N, shift)) * multiplier
@@ -26,27 +30,27 @@ def hashes(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _shifted(x_N: Tensor, bits: int) -> Tensor:
-    """Shift right and fill with zeros; torch's >> fills with the sign."""
+    """Shift right and fill with zeros, which torch's >> does not do for negative numbers."""
     return (x_N >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform(shape: tuple[int, ...], bound: float, seed: int, device: torch.device) -> Tensor:
-    """Return U(-bound, bound) with 24 random bits each, fp32 of ``shape``."""
+    """Return random numbers from U(-bound, bound), fp32 of ``shape``, with 24 random bits each."""
     units_N = _shifted(hashes(prod(shape), seed, device), 40).float() * 2.0**-23 - 1.0
     return (units_N * bound).view(shape)
 
 
 def distinct(count: int, below: int, seed: int, device: torch.device) -> Tensor:
-    """Return ``count`` different random numbers below ``below``, ascending, int64 [count]."""
+    """Draw ``count`` different numbers from 0 ... below - 1; ascending, int64 [count]."""
     return hashes(below, seed, device).argsort()[:count].sort().values
 
 
 def stratified(count: int, below: int, seed: int, device: torch.device) -> Tensor:
-    """Return one random number from each of ``count`` equal parts of 0 ... below - 1, ascending,
-    int64 [count].
+    """Draw one number from each of ``count`` equal parts of 0 ... below - 1; ascending, int64
+    [count].
 
-    It needs no sort, unlike ``distinct``, and serves where the numbers only must lie everywhere.
-    For count 3 and below 9 the parts are 0-2, 3-5 and 6-8.
+    For count 3 and below 9 the parts are 0-2, 3-5 and 6-8. This needs no sort, so it is faster than
+    ``distinct``. Use it where the numbers need only be spread over the whole range.
     """
     edges = torch.arange(count + 1, device=device) * below // count
     widths_N = edges.diff()

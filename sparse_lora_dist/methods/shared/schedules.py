@@ -4,11 +4,13 @@ from bisect import bisect_left
 
 
 def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
-    """Return the fraction kept at ``step``: 1 up to ``begin``, ``final`` from ``end`` on.
+    """Return the fraction of entries to keep at ``step``, in [final, 1].
 
-    keep = final + (1 - final) * (1 - (step - begin) / (end - begin))^3
+    It is 1 up to step ``begin`` and ``final`` from step ``end`` on. In between:
 
-    RoseLoRA, arXiv:2406.10777; the same curve as AdaLoRA's budget, arXiv:2303.10512.
+        keep = final + (1 - final) * (1 - (step - begin) / (end - begin))^3
+
+    Source: RoseLoRA, arXiv:2406.10777; the same curve as AdaLoRA's budget, arXiv:2303.10512.
     """
     if step <= begin:
         return 1.0
@@ -19,12 +21,13 @@ def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
 
 
 def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> int:
-    """Return the components kept in all at ``step``: ``first`` up to ``begin``, ``last`` from
-    ``end`` on.
+    """Return the number of components that all sites together keep at ``step``.
 
-    budget = floor(last + (first - last) * (1 - (step - begin) / (end - begin))^3)
+    It is ``first`` up to step ``begin`` and ``last`` from step ``end`` on. In between:
 
-    AdaLoRA, arXiv:2303.10512, equation 13.
+        budget = floor(last + (first - last) * (1 - (step - begin) / (end - begin))^3)
+
+    Source: AdaLoRA, arXiv:2303.10512, equation 13.
     """
     if step <= begin:
         return first
@@ -35,20 +38,27 @@ def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> i
 
 
 def equal_stages(total_steps: int, num_stages: int) -> tuple[int, ...]:
-    """Return the last step of each of ``num_stages`` stages, whose lengths differ by at most 1."""
+    """Split a run into ``num_stages`` stages whose lengths differ by at most 1.
+
+    Returns:
+        Last step of each stage, counted from 1.
+    """
     return tuple(total_steps * (i + 1) // num_stages for i in range(num_stages))
 
 
 def warmed_up_stages(
     total_steps: int, num_stages: int, *, warmup_steps: int, asked: str
 ) -> tuple[int, ...]:
-    """Return the last step of each of ``num_stages`` equal stages that each warm up.
+    """Split a run into ``num_stages`` equal stages, each long enough for its own warm-up.
 
     Args:
         total_steps: Optimizer steps of the run.
         num_stages: Number of stages.
         warmup_steps: Warm-up steps of each stage.
-        asked: Option and value that ask for the stages, for the error message.
+        asked: Start of the error message: the option that sets the number of stages, and its value.
+
+    Returns:
+        Last step of each stage, counted from 1.
 
     Raises:
         ValueError: A stage would be shorter than the warm-up, or have no step.
@@ -64,5 +74,11 @@ def warmed_up_stages(
 
 
 def stage_at(step: int, stages: tuple[int, ...]) -> int:
-    """Return the index of the stage that ``step`` belongs to, from 0; after the end, the last."""
+    """Return the index of the stage that ``step`` is in, counted from 0; after the end, the last
+    one.
+
+    Args:
+        step: Optimizer step, counted from 1.
+        stages: Last step of each stage.
+    """
     return min(bisect_left(stages, step), len(stages) - 1)

@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 def k_largest(scores: Tensor, k: int) -> Tensor:
-    """Return the mask of the ``k`` largest scores, bool in the scores' shape; ties: lowest index.
+    """Return the mask of the ``k`` largest scores, bool of the scores' shape; ties: lowest index.
 
-    Not torch.topk: NF4 has many equal weights, and topk promises no order of ties, so devices would
-    choose differently. For scores 1 3 2 2 and k 2 the threshold is 2, the mask 0 1 1 0.
+    torch.topk does not say which of several equal scores it takes, and an NF4 weight has many equal
+    entries, so two devices could choose differently. Example: for the scores 1 3 2 2 and k = 2 the
+    threshold is 2 and the mask 0 1 1 0.
 
     Raises:
         FloatingPointError: A score is NaN.
