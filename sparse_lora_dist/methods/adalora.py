@@ -115,10 +115,11 @@ class AdaLoraOptions:
 
 
 def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
-    """Build AdaLoRA.
+    """Build the `Method` record of AdaLoRA for a run.
 
     Raises:
-        ValueError: The budget does not fit the ranks, or the run is too short to prune in.
+        ValueError: --adalora_target_rank asks for more components than the linears have, or the run
+            is too short to prune in.
     """
     # Not before step 2: lambda starts at zero, so at step 1 every score is 0 and ties would decide.
     begin = max(1, round(options.adalora_begin * context.total_steps))
@@ -174,7 +175,7 @@ def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
 
 
 def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]:
-    """Return (b_0, b_T), the components of the whole model at the start and at the end."""
+    """Return the number of components of the whole model at the start and at the end of pruning."""
     capacity = sum(site.rank for site in context.sites)
     if options.adalora_target_rank is None:
         return capacity, max(len(context.sites), capacity * 2 // 3)
@@ -182,14 +183,14 @@ def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]
 
 
 def top_components(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """Select the ``budget`` best components of all sites; ties: lowest index.
+    """Select the ``budget`` best components over all sites; ties: lowest index.
 
     Args:
         scores: Site name -> scores of its components, [R].
         budget: Number of components to select.
 
     Returns:
-        Site name -> bool [R].
+        Site name -> mask of its components, bool [R]; True means selected.
     """
     flat = torch.cat(list(scores.values()))
     kept = torch.zeros_like(flat, dtype=torch.bool)
@@ -201,9 +202,16 @@ def top_components(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
 def keep(
     scores: Scores, kept: dict[str, Tensor], *, final: bool, log_values: dict[str, float]
 ) -> Decision:
-    """Return the decision that zeroes lambda of all components that are not ``kept``.
+    """Return the decision to keep some components and prune the others.
 
-    If ``final``, these components lose A, B and lambda for good.
+    Before the final decision, a pruned component has its lambda set to zero but trains on and may
+    return. At the final decision it loses A, B and lambda for good and is no longer computed.
+
+    Args:
+        scores: Scores of the run; used to spread the masks over this rank's slices.
+        kept: Site name -> mask of the components to keep, bool [R].
+        final: True for the final decision.
+        log_values: Numbers to log with the decision.
     """
     kept_parts = {
         f"{site}.{name}": scores.spread(f"{site}.{name}", kept_R, by)

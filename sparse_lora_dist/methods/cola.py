@@ -47,7 +47,7 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 ROOM = 8
-"""Default maximum number of pairs that the stack has room for."""
+"""Default for the rank of the stack: at most this many times --rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +71,11 @@ class ColaOptions:
 
 
 def cola(options: ColaOptions, context: RunContext) -> Method:
-    """Build Chain of LoRA.
+    """Build the `Method` record of Chain of LoRA for a run.
 
     Raises:
-        ValueError: A link is shorter than the warm-up, or the stack's rank is above that of a
-            weight.
+        ValueError: A link is shorter than the warm-up, or --cola_stack_rank is above the smallest
+            side of a linear.
     """
     if options.cola_links == 1:
         return Method(name="cola")
@@ -102,11 +102,7 @@ def cola(options: ColaOptions, context: RunContext) -> Method:
 
 
 def check(options: ColaOptions, context: RunContext) -> None:
-    """Check that the rank of the stack is at most the smallest side of a linear.
-
-    Raises:
-        ValueError: It is not.
-    """
+    """Raise ValueError if --cola_stack_rank is above the smallest side of a linear."""
     least = min(context.sites, key=lambda site: min(site.out_features, site.in_features))
     side = min(least.out_features, least.in_features)
     if options.cola_stack_rank is not None and options.cola_stack_rank > side:
@@ -117,14 +113,21 @@ def check(options: ColaOptions, context: RunContext) -> None:
 
 
 def stack_rank(site: Site, options: ColaOptions) -> int:
-    """Return Q, the rank of the stack: that of all folded pairs, within its bounds."""
+    """Return the rank of the frozen stack beside ``site``.
+
+    It is the sum of the ranks of all folded pairs, but at most --cola_stack_rank (8 x --rank if
+    that is not given) and at most the smallest side of the linear.
+    """
     pairs = (options.cola_links - 1) * site.rank
     asked = options.cola_stack_rank or ROOM * site.rank
     return min(pairs, asked, site.out_features, site.in_features)
 
 
 def stacked(site: Site, options: ColaOptions) -> Form:
-    """Return the form of a trained pair beside the frozen stack, which is a kept pair."""
+    """Return the form of a site with a trained pair (A, B) and a frozen stack (C, D).
+
+    C and D are kept tensors, named ``cola_a`` and ``cola_b``.
+    """
     rank = stack_rank(site, options)
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     return Form(
@@ -142,20 +145,27 @@ def stacked(site: Site, options: ColaOptions) -> Form:
 
 
 def stacked_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """Return y_TO = scale * x (B A + D C)^T."""
+    """Return the delta y_TO = scale * x (B A + D C)^T, where C, D is the frozen stack."""
     # Not one pair of rank R + Q: autograd would make gradients of the stack too.
     stack = {"lora_a": tensors["cola_a"], "lora_b": tensors["cola_b"]}
     return low_rank_delta(x_TI, tensors, scale) + low_rank_delta(x_TI, stack, scale)
 
 
 def side_by_side(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Return (A over C, B beside D), the plain LoRA pair of the same delta."""
+    """Return the plain LoRA pair of the same delta: A above C, and B beside D.
+
+    Its rank is the sum of the ranks of the trained pair and of the stack.
+    """
     a_LI = torch.cat([tensors["lora_a"], tensors["cola_a"]])
     return a_LI, torch.cat([tensors["lora_b"], tensors["cola_b"]], dim=1)
 
 
 def fold(whole: Whole) -> Rewritten:
-    """Add the pair to the stack, and replace it by a new pair whose product is zero."""
+    """Return the site's tensors with the trained pair moved into the stack.
+
+    The new trained pair is random in A and zero in B. If the stack would exceed its rank, the
+    nearest product of that rank replaces it; the relative error is logged as ``fold_error``.
+    """
     a_RI, b_OR = whole.tensors["lora_a"], whole.tensors["lora_b"]
     c_QI, d_OQ = whole.tensors["cola_a"], whole.tensors["cola_b"]
     # Not from the number of links: after --reset schedule the stack is not empty.
@@ -177,8 +187,20 @@ def fold(whole: Whole) -> Rewritten:
 
 
 def nearest(c_LI: Tensor, d_OL: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Return the pair of rank ``rank`` whose product is nearest to D C, and its relative distance
-    in the Frobenius norm. Uses singular values of D C without making the O x I product."""
+    """Return the product of rank ``rank`` that is nearest to D C in the Frobenius norm.
+
+    The singular values of D C come from QR decompositions of both factors, so that the O x I
+    product is never made.
+
+    Args:
+        c_LI: C, right factor of the product.
+        d_OL: D, left factor of the product.
+        rank: Rank of the result, at most L.
+
+    Returns:
+        The new C [rank, I], the new D [O, rank], and the norm of the difference divided by that of
+            D C.
+    """
     # On the CPU, so that the result does not depend on the device.
     q_OL, r_LL = torch.linalg.qr(d_OL.double().cpu())
     p_IL, s_LL = torch.linalg.qr(c_LI.double().cpu().t())

@@ -62,8 +62,8 @@ from sparse_lora_dist.methods.shared.growth import Growth
 from sparse_lora_dist.methods.shared.triplets import WITHIN
 
 RESERVE_LAMBDA = 1e-5
-"""Lambda of a reserve: small beside trained lambdas (1e-2 to 1e-1), yet enough to pass
-gradients."""
+"""Initial lambda of components that are not open. It is small beside trained lambdas (1e-2 to
+1e-1), but lets gradients reach A and B of the reserve."""
 
 GROWTHS = 10
 """Default number of growth updates between begin and end."""
@@ -154,7 +154,7 @@ def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
     """Return the growth that ``options`` ask for in this run.
 
     Raises:
-        ValueError: With every reason why it does not fit the run.
+        ValueError: The growth does not fit the run; the message gives every reason.
     """
     total, sites = context.total_steps, len(context.sites)
     begin, end, start = options.increlora_begin, options.increlora_end, options.increlora_start_rank
@@ -188,10 +188,10 @@ def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
 
 
 def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
-    """Build IncreLoRA.
+    """Build the `Method` record of IncreLoRA for a run.
 
     Raises:
-        ValueError: With every reason why the options do not fit the run.
+        ValueError: The options do not fit the run; the message gives every reason.
     """
     options = as_preset(options, options.increlora_preset, PRESETS)
     growth = planned(options, context)
@@ -248,18 +248,26 @@ def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
 
 
 def first_lambda(t: Tensor, generator: torch.Generator, *, start: int) -> None:
-    """Fill lambda with 0 for the components open at first, and RESERVE_LAMBDA for all others."""
+    """Fill ``t``, lambda of a site [R], in place: 0 for the first ``start`` components, which are
+    open from the start, and RESERVE_LAMBDA for the others."""
     t.fill_(RESERVE_LAMBDA)[:start] = 0.0
 
 
 def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
-    """Return the decision with ``open_S`` open components per site.
+    """Return the decision that makes ``open_S[i]`` components of site i open.
 
-    All entries of open components live. The component after them is the reserve: its row of A and
-    column of B live, its lambda does not move. A site has a reserve where it has room, until the
-    budget is exactly reached: then reserves die, and every lambda that never lived becomes zero.
+    All entries of open components are live. The next component is the reserve: its row of A and
+    column of B are live, but its lambda is not. There is no reserve at a site without a free
+    component, nor once the budget is reached exactly. Reserves then die, and every lambda that was
+    never live is set to zero.
 
-    For rank 4 and 2 open components, the live masks are 1 1 1 0 for A and B, 1 1 0 0 for lambda.
+    Example: with rank 4 and 2 open components, the live masks are 1 1 1 0 for A and B, and 1 1 0 0
+    for lambda.
+
+    Args:
+        growth: Growth of the run.
+        scores: Scores of the run; used to spread the masks over this rank's slices.
+        open_S: Number of open components of each site.
     """
     full = sum(open_S) == growth.budget
     live, zero, components = {}, {}, {}
@@ -279,9 +287,9 @@ def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
 
 
 def open_components(growth: Growth, scores: Scores) -> list[int]:
-    """Count the components of each site whose lambda lives. Collective.
+    """Return the number of open components of each site: those whose lambda is live.
 
-    Components are opened in order, so the count says which are open.
+    Components open in ascending order, so the number tells which are open. All ranks must call it.
     """
     names = [f"{site.name}.lora_lambda" for site in growth.sites]
     live = scores.live(dict.fromkeys(names, "row"))
@@ -289,13 +297,23 @@ def open_components(growth: Growth, scores: Scores) -> list[int]:
 
 
 def component_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> list[float]:
-    """Sum the triplet scores of each site's open components. Collective."""
+    """Return the sum of the triplet scores of each site's open components. All ranks must call it.
+
+    Args:
+        growth: Growth of the run.
+        scores: Scores of the run.
+        open_S: Number of open components of each site.
+    """
     of = triplets.triplet_scores(scores)
     return [float(of[s.name][:n].sum()) for s, n in zip(growth.sites, open_S, strict=True)]
 
 
 def delta_scores(scores: Scores) -> list[float]:
-    """Return mean * spread of |dW * dL/dW| for each site."""
+    """Return the score of each site: smoothed |dW * dL/dW| times its smoothed deviation.
+
+    Raises:
+        FloatingPointError: A score is NaN or infinite.
+    """
     mean_S, spread_S = scores.site_stats
     score_S = mean_S * spread_S
     if not torch.isfinite(score_S).all():
@@ -304,8 +322,10 @@ def delta_scores(scores: Scores) -> list[float]:
 
 
 def alpha_over_open(alpha: float, capacity: int, open_components: int) -> float:
-    """Return alpha / (open components + 1e-5), as the released code has it: a delta shrinks when a
-    component is opened."""
+    """Return alpha / (open_components + 1e-5), the scale of the authors' code.
+
+    The delta therefore shrinks when a component opens. ``capacity`` is ignored.
+    """
     return alpha / (open_components + 1e-5)
 
 

@@ -60,10 +60,10 @@ class LortaOptions:
 
 
 def lorta(options: LortaOptions, context: RunContext) -> Method:
-    """Build LoRTA.
+    """Build the `Method` record of LoRTA for a run.
 
     Raises:
-        ValueError: The linears differ in shape, or lorta_heads does not divide their outputs.
+        ValueError: The linears differ in shape, or --lorta_heads does not divide their outputs.
     """
     check_shapes(context.sites)
     check_heads(context.sites[0], options.lorta_heads)
@@ -104,17 +104,21 @@ def lorta(options: LortaOptions, context: RunContext) -> Method:
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` from N(0, 1)."""
+    """Fill ``t`` in place from N(0, 1)."""
     t.normal_(generator=generator)
 
 
 def of_unit_columns(t_IR: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t_IR`` from N(0, 1 / I), so that columns have a length of about 1."""
+    """Fill ``t_IR`` in place from N(0, 1 / I), so that its columns have a length of about 1."""
     t_IR.normal_(std=len(t_IR) ** -0.5, generator=generator)
 
 
 def place(site: Site) -> tuple[int, str]:
-    """Return (layer, matrix) of a site, from its name."""
+    """Return the layer and the matrix that a site belongs to.
+
+    The layer is the first whole number in the name (0 if there is none); the matrix is the rest of
+    it. "model.layers.3.self_attn.q_proj" gives (3, "model.layers.self_attn.q_proj").
+    """
     parts = site.name.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
@@ -123,25 +127,24 @@ def place(site: Site) -> tuple[int, str]:
 
 
 def nearest_divisors(number: int, wanted: float) -> list[int]:
-    """Return all divisors of ``number``, those nearest to ``wanted`` first."""
+    """Return all divisors of ``number``, sorted by their distance from ``wanted``."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     return sorted(divisors, key=lambda n: (abs(n - wanted), n))
 
 
 @cache
 def heads_of(num_outputs: int, wanted: int | None) -> int:
-    """Return the divisor of the outputs nearest to ``wanted``, or to one head per 128 outputs (64
-    below 4096 outputs)."""
+    """Return the number of heads that the outputs of a linear are split into.
+
+    It is the divisor of ``num_outputs`` that is nearest to ``wanted``. If ``wanted`` is None, it is
+    the one nearest to num_outputs / 128, or / 64 below 4096 outputs.
+    """
     usual = num_outputs / (128 if num_outputs >= 4096 else 64)
     return nearest_divisors(num_outputs, wanted or usual)[0]
 
 
 def check_heads(site: Site, wanted: int | None) -> None:
-    """Check that ``wanted`` heads divide the outputs.
-
-    Raises:
-        ValueError: They do not; the message has the nearest numbers that do.
-    """
+    """Raise ValueError if ``wanted`` heads do not divide the outputs of ``site``."""
     if wanted is not None and site.out_features % wanted:
         near = sorted(nearest_divisors(site.out_features, wanted)[:2])
         raise ValueError(
@@ -151,10 +154,9 @@ def check_heads(site: Site, wanted: int | None) -> None:
 
 
 def check_shapes(sites: Sequence[Site]) -> None:
-    """Check that all linears have one shape.
+    """Raise ValueError if the linears do not all have one shape.
 
-    Raises:
-        ValueError: They have not; the message names the largest group that has.
+    The message names the largest group of linears that have.
     """
     groups = defaultdict(list)
     for site in sites:
@@ -172,7 +174,10 @@ def check_shapes(sites: Sequence[Site]) -> None:
 
 
 def own_ending(name: str, others: Sequence[str]) -> str:
-    """Return the shortest dotted suffix of ``name`` that none of ``others`` ends with."""
+    """Return the shortest dotted suffix of ``name`` that no name in ``others`` ends with.
+
+    For "layers.0.q_proj" and others ("layers.0.k_proj",) that is "q_proj".
+    """
     parts = name.split(".")
     ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
     own = (e for e in ends if not any(f".{other}".endswith(f".{e}") for other in others))

@@ -50,7 +50,7 @@ from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 ROWS = 16
 """Maximum number of rows of a step whose inputs are compared between linears."""
 SORTED = 1024
-"""Number of rows of a weight that are sorted at a time."""
+"""Number of rows of a weight that are sorted at a time, which bounds memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ class LosaOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """Targets of a pruning round, on average over all linears."""
+    """Targets of one pruning round, on average over all linears."""
 
     sparsity: float
     """Fraction of the base weights that are zero, in [0, 1)."""
@@ -98,10 +98,10 @@ class Round:
 
 
 def losa(options: LosaOptions, context: RunContext) -> Method:
-    """Build LoSA.
+    """Build the `Method` record of LoSA for a run.
 
     Raises:
-        ValueError: The run has too few steps for the rounds, or losa_mean_rank is above --rank.
+        ValueError: The run has too few steps for the rounds, or --losa_mean_rank is above --rank.
     """
     rounds = rounds_of(options, context)
     return Method(
@@ -113,7 +113,11 @@ def losa(options: LosaOptions, context: RunContext) -> Method:
 
 
 def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
-    """Return the rounds by the step after which they happen."""
+    """Return {step: round}, where a round happens after its step; steps ascend.
+
+    Raises:
+        ValueError: The run has too few steps for the rounds, or --losa_mean_rank is above --rank.
+    """
     count, capacity = options.losa_rounds, min(site.rank for site in context.sites)
     # At least one step follows the last round.
     last = min(int(options.losa_until * context.total_steps), context.total_steps - 2)
@@ -139,8 +143,11 @@ def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
 
 
 def masked(site: Site) -> Form:
-    """Return the form y_TO = x (keep . (W + scale B A) - W)^T, which does not round W + scale B
-    A."""
+    """Return the form of a site with the delta y_TO = x (keep . (W + scale B A) - W)^T.
+
+    It is computed as -W where an entry is pruned and scale B A elsewhere, so that W + scale B A is
+    never rounded to the dtype of x.
+    """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         update_OI = tensors["lora_b"] * scale @ tensors["lora_a"]
@@ -157,8 +164,14 @@ def masked(site: Site) -> Form:
 
 
 def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: float) -> Rewriting:
-    """Return the rewriting that opens one component per linear before the first step, then prunes
-    in rounds."""
+    """Return the rewriting that opens one component per linear before training, then prunes in
+    rounds.
+
+    Args:
+        rounds: {step: round}.
+        sites: Linears that carry an adapter.
+        spread: Largest deviation of a linear's sparsity from the average.
+    """
     sizes_S = torch.tensor([site.out_features * site.in_features for site in sites]).double()
     capacities_S = torch.tensor([site.rank for site in sites]).double()
 
@@ -197,7 +210,11 @@ def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: floa
 
 
 def scores_of(whole: Whole) -> Tensor:
-    """Return |W + scale B A| sqrt(squares), [O, I]; the magnitude if there are no squares."""
+    """Return Wanda's score of each weight entry: |W + scale B A| * sqrt(mean squared input), [O,
+    I].
+
+    Without mean squared inputs it is |W + scale B A|.
+    """
     tensors, w_OI = whole.tensors, whole.weight_OI()
     merged_OI = torch.addmm(w_OI, tensors["lora_b"], tensors["lora_a"], alpha=whole.scale)
     if whole.squares_I is None:
@@ -206,16 +223,26 @@ def scores_of(whole: Whole) -> Tensor:
 
 
 def lowest(scores_OI: Tensor, share: float) -> Tensor:
-    """Return the mask of the fraction ``share`` of each row with the lowest scores; ties: lowest
-    index."""
+    """Return the mask of the lowest scores of each row, bool [O, I]; ties: lowest index.
+
+    Args:
+        scores_OI: Scores of a weight's entries.
+        share: Fraction of each row that is selected.
+    """
     count = round(share * scores_OI.shape[1])
     order = [rows.argsort(dim=1, stable=True)[:, :count] for rows in scores_OI.split(SORTED)]
     return torch.zeros_like(scores_OI, dtype=torch.bool).scatter_(1, torch.cat(order), True)
 
 
 def error(scores_OI: Tensor, sparsity: float) -> Tensor:
-    """Return the fraction of the scores' squares that is lost with the lowest scores, float64
-    scalar."""
+    """Return how much of the output a pruning would lose, as a float64 scalar in [0, 1].
+
+    It is the sum of the squared scores that would be pruned, divided by the sum of all.
+
+    Args:
+        scores_OI: Scores of a weight's entries.
+        sparsity: Fraction of each row that would be pruned, lowest scores first.
+    """
     squares_OI = scores_OI.square()
     gone_OI = torch.where(lowest(scores_OI, sparsity), squares_OI, 0.0)
     every = squares_OI.sum(dtype=torch.float64)
@@ -223,16 +250,23 @@ def error(scores_OI: Tensor, sparsity: float) -> Tensor:
 
 
 def opened(whole: Whole) -> Tensor:
-    """Return the number of open components, at least 1: the index of the last component whose B is
-    not zero, plus 1."""
+    """Return the number of open components of a site, at least 1, as a float64 scalar.
+
+    It is the index of the last component whose column of B is not zero, plus 1.
+    """
     moved_R = (whole.tensors["lora_b"] != 0).any(0).double()
     places_R = torch.arange(1, len(moved_R) + 1, device=moved_R.device)
     return (moved_R * places_R).max().clamp(min=1.0)
 
 
 def gram(rows_NI: Tensor | None) -> Tensor:
-    """Return the centred Gram matrix of the first rows, float64 [ROWS * ROWS], padded with
-    zeros."""
+    """Return the Gram matrix of the first ``ROWS`` rows, centred, float64 [ROWS * ROWS].
+
+    Places of rows that do not exist are zero, as is everything if ``rows_NI`` is None.
+
+    Args:
+        rows_NI: Mean input of each row of the step.
+    """
     if rows_NI is None:
         return torch.zeros(ROWS * ROWS, dtype=torch.float64)
     first_NI = rows_NI[:ROWS].cpu().double()
@@ -242,7 +276,11 @@ def gram(rows_NI: Tensor | None) -> Tensor:
 
 
 def similarity(grams_SG: Tensor) -> Tensor:
-    """Return each site's mean linear CKA with the others, [S]."""
+    """Return the mean linear CKA of each site with the other sites, [S].
+
+    Args:
+        grams_SG: Centred Gram matrix of each site's inputs, flattened.
+    """
     unit_SG = F.normalize(grams_SG, dim=1)
     others_SG = unit_SG.sum(0) - unit_SG
     return (unit_SG * others_SG).sum(1) / max(1, len(unit_SG) - 1)
@@ -251,8 +289,14 @@ def similarity(grams_SG: Tensor) -> Tensor:
 def sparsities(importance_S: Tensor, sizes_S: Tensor, *, target: float, spread: float) -> Tensor:
     """Return the sparsity of each site, [S].
 
-    Its mean over weights is ``target``, no site is further from it than ``spread``, and of two
-    sites the more important is not sparser.
+    The mean over all weights is ``target``, no site deviates from it by more than ``spread``, and a
+    more important site is never sparser than a less important one.
+
+    Args:
+        importance_S: Importance of each site.
+        sizes_S: Number of weight entries of each site.
+        target: Sparsity on average.
+        spread: Largest deviation from ``target``.
     """
     behind_S = torch.dot(sizes_S / sizes_S.sum(), importance_S) - importance_S
     # 1e-4 is above rounding, so that sites of equal importance get equal sparsity.
@@ -261,8 +305,17 @@ def sparsities(importance_S: Tensor, sizes_S: Tensor, *, target: float, spread: 
 
 
 def ranks(errors_S: Tensor, least_S: Tensor, most_S: Tensor, total: int) -> Tensor:
-    """Return whole numbers [S] in proportion to the errors, within [least, most] of each site, that
-    sum to ``total``, or as near to it as the bounds allow."""
+    """Return the number of components of each site, whole numbers in float64 [S].
+
+    They are in proportion to the errors, within each site's bounds. They sum to ``total``, or to
+    the nearest number that the bounds allow.
+
+    Args:
+        errors_S: Error of each site, as ``error`` returns it.
+        least_S: Smallest number of components of each site.
+        most_S: Largest number of components of each site.
+        total: Number of components of all sites together.
+    """
     total = min(max(total, int(least_S.sum())), int(most_S.sum()))
     largest = errors_S.max().clamp(min=torch.finfo(torch.float64).tiny)
     shares_S = (errors_S / largest).clamp(min=1e-9)

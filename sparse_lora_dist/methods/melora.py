@@ -66,10 +66,10 @@ class MeLoraOptions:
 
 
 def melora(options: MeLoraOptions, context: RunContext) -> Method:
-    """Build MELoRA.
+    """Build the `Method` record of MELoRA for a run.
 
     Raises:
-        ValueError: melora_blocks does not divide a side of a linear.
+        ValueError: --melora_blocks does not divide both sides of every linear.
     """
     blocks = options.melora_blocks
     check_sides(context.sites, blocks)
@@ -80,7 +80,7 @@ def melora(options: MeLoraOptions, context: RunContext) -> Method:
         b_shape = (site.out_features // blocks, sum(ranks))
 
         def each(tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, float]]:
-            """Yield A_k, B_k and (alpha / R_k) / (alpha / --rank) of every block."""
+            """Yield A and B of each block, and --rank / (rank of the block), which adapts the scale."""
             parts = tensors["lora_a"].split(ranks), tensors["lora_b"].split(ranks, dim=1)
             for a, b, rank in zip(*parts, ranks, strict=True):
                 yield a, b, site.rank / rank
@@ -103,11 +103,7 @@ def melora(options: MeLoraOptions, context: RunContext) -> Method:
 
 
 def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
-    """Check that ``blocks`` divides both sides of every linear.
-
-    Raises:
-        ValueError: It does not; the message has the nearest number that does.
-    """
+    """Raise ValueError if ``blocks`` does not divide both sides of every linear."""
     common = gcd(*(side for site in sites for side in (site.in_features, site.out_features)))
     if common % blocks == 0:
         return

@@ -45,12 +45,14 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 THETA = 10000.0
-"""Base of the rotary angles."""
+"""Base of the angles of the rotary embedding."""
 
 Turn = int | Tensor
-"""Grouping in use: 0 contiguous, 1 strided; a tensor if it is known on the device only."""
+"""Grouping of the features that is in use: 0 contiguous, 1 strided. It is a tensor where it comes
+from a kept tensor, so that no device has to be waited for."""
 Act = Callable[[Tensor, Tensor, Turn], Tensor]
-"""(x_TI, m_HH, turn) -> y_TO: a square applied between the maps of one grouping."""
+"""Function (x_TI, m_HH, turn) -> y_TO that applies the square matrix M between compression and
+decompression in one grouping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,10 +73,10 @@ class MoraOptions:
 
 
 def mora(options: MoraOptions, context: RunContext) -> Method:
-    """Build MoRA.
+    """Build the `Method` record of MoRA for a run.
 
     Raises:
-        ValueError: A stage between restarts is shorter than the warm-up.
+        ValueError: A stage between two restarts is shorter than the warm-up.
     """
     action = shared if options.mora_type == 1 else rotated
     if options.mora_restarts == 0:
@@ -96,12 +98,16 @@ def mora(options: MoraOptions, context: RunContext) -> Method:
 
 
 def side_of(site: Site) -> int:
-    """Return H, side of the square with as many entries as a low-rank pair."""
+    """Return the side of M: the square with about as many entries as a LoRA pair of the site's
+    rank."""
     return int(sqrt((site.in_features + site.out_features) * site.rank) + 0.5)
 
 
 def shared(site: Site) -> tuple[int, Act]:
-    """Return (H, map of type 1): groups of x are summed, and M's result is repeated along y."""
+    """Return the side of M and the map of type 1.
+
+    The map sums the groups of x, applies M, and repeats the result along y.
+    """
     side = side_of(site)
 
     def act(x_TI: Tensor, m_HH: Tensor, turn: Turn) -> Tensor:
@@ -112,7 +118,10 @@ def shared(site: Site) -> tuple[int, Act]:
 
 
 def rotated(site: Site) -> tuple[int, Act]:
-    """Return (H, map of type 6): group g of y is M rotate_g(x_g)."""
+    """Return the side of M, an even number, and the map of type 6.
+
+    The map rotates each group of x, applies M to it, and puts the results one after another in y.
+    """
     side = side_of(site) // 2 * 2
 
     def act(x_TI: Tensor, m_HH: Tensor, turn: Turn) -> Tensor:
@@ -123,7 +132,12 @@ def rotated(site: Site) -> tuple[int, Act]:
 
 
 def square(side: int, act: Act) -> Form:
-    """Return the form in which M alone trains, without a scale."""
+    """Return the form of a site where M alone is trained; its scale is always 1.
+
+    Args:
+        side: Side of M.
+        act: Map that applies M.
+    """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         return act(x_TI, tensors["mora_m"], 0)
@@ -133,7 +147,12 @@ def square(side: int, act: Act) -> Form:
 
 
 def with_merged(side: int, act: Act) -> Form:
-    """Return the form in which M acts in the grouping in use, beside the merged squares of both."""
+    """Return the form of a site with restarts: M in the grouping in use, plus the merged squares.
+
+    Args:
+        side: Side of M.
+        act: Map that applies a square.
+    """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         # Not one square per grouping: bf16 would round M away beside what was merged.
@@ -150,7 +169,11 @@ def with_merged(side: int, act: Act) -> Form:
 
 
 def merge(whole: Whole) -> Rewritten:
-    """Add M to the square of its grouping, and restart it at zero in the other grouping."""
+    """Return the site's tensors after a restart.
+
+    M is added to the merged square of its grouping, M becomes zero, and the other grouping is used
+    from then on.
+    """
     m_HH, turn_1 = whole.tensors["mora_m"], whole.tensors["mora_turn"]
     into = "mora_strided" if turn_1.any() else "mora_contiguous"
     return Rewritten(
@@ -163,9 +186,15 @@ def merge(whole: Whole) -> Rewritten:
 
 
 def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
-    """Return x_TGH, where x is continued from its front to whole groups.
+    """Return the features of x in groups, x_TGH, where G = ceil(I / side) and H = side.
 
-    For I = 5 and H = 2 the contiguous groups are (0 1) (2 3) (4 0), the strided (0 3) (1 4) (2 0).
+    If I is no multiple of ``side``, x is continued from its first features. For I = 5 and side 2,
+    the contiguous groups are the features (0 1) (2 3) (4 0), the strided ones (0 3) (1 4) (2 0).
+
+    Args:
+        x_TI: Input of the linear.
+        side: Length of a group.
+        turn: Grouping: 0 contiguous, 1 strided.
     """
     width = x_TI.shape[-1]
     groups = -(-width // side)
@@ -178,7 +207,13 @@ def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
 
 
 def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
-    """Return y_TO: the groups one after another, repeated as needed, cut to ``width``."""
+    """Return y_TO, the reverse of ``grouped``: groups in their places, repeated until y is full.
+
+    Args:
+        y_TGH: Groups of features.
+        width: Number of features of y.
+        turn: Grouping: 0 contiguous, 1 strided.
+    """
     groups, side = y_TGH.shape[-2:]
     o, all_groups = torch.arange(width, device=y_TGH.device), -(-width // side)
     contiguous = o // side % groups * side + o % side
@@ -187,7 +222,10 @@ def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
 
 
 def turned(x_TGH: Tensor) -> Tensor:
-    """Rotate pair (j, j + H/2) of group g by the angle g * THETA^(-2 j / H)."""
+    """Return x with group g rotated as by a rotary embedding at position g.
+
+    Features j and j + H/2 of a group are rotated by the angle g * THETA^(-2 j / H).
+    """
     groups, side = x_TGH.shape[-2:]
     j_H = torch.arange(0, side, 2, device=x_TGH.device, dtype=torch.float32)
     angles_GH = torch.outer(torch.arange(groups, device=x_TGH.device), THETA ** (-j_H / side))

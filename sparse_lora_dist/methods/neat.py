@@ -62,13 +62,16 @@ class NeatOptions:
 
 
 def neat(options: NeatOptions, context: RunContext) -> Method:
-    """Build NEAT."""
+    """Build the `Method` record of NEAT for a run."""
     form = official if options.neat_form == "official" else as_peft
     return Method(name="neat", form=lambda site: form(site, options.neat_depth))
 
 
 def official(site: Site, depth: int) -> Form:
-    """Return the official form: B is A of the LoRA pair, and h its B."""
+    """Return the form of a site as in the authors' code: f(W) = h B with h = relu(W A^T).
+
+    As a LoRA pair, the trained B is the pair's A, and h is the pair's B.
+    """
     inner = [f"neat_m{k}" for k in range(depth)]
 
     def pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,10 @@ def official(site: Site, depth: int) -> Form:
 
 
 def as_peft(site: Site, depth: int) -> Form:
-    """Return PEFT's form: h is A of the LoRA pair."""
+    """Return the form of a site as in PEFT's PEANuT: f(W) = B h with h = relu(A W).
+
+    As a LoRA pair, h is the pair's A, and the trained B is the pair's B.
+    """
     encoders, decoders = ([f"neat_{k}{i}" for i in range(depth)] for k in ("encoder", "decoder"))
 
     def pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -115,8 +121,16 @@ def network(
     pair: Callable[[Tensors], tuple[Tensor, Tensor]],
     to_peft: Callable[[Tensors, float], PeftForm] | None = None,
 ) -> Form:
-    """Return the form y_TO = scale * x a^T b^T, with the ``pair`` (a_RI, b_OR) made of the
-    weight."""
+    """Return the form of a site whose LoRA pair is computed from the base weight.
+
+    Args:
+        site: The linear that is adapted.
+        inner: Names of the R x R layers.
+        a_shape: Shape of the trained tensor ``neat_a``.
+        b_shape: Shape of the trained tensor ``neat_b``.
+        pair: Function (tensors) -> (a_RI, b_OR), the LoRA pair.
+        to_peft: Function (tensors, scale) -> the site as a PEFT type. None: PEFT has none.
+    """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         a_RI, b_OR = pair(tensors)

@@ -39,7 +39,7 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.top_k import k_largest
 
 EVERY = 40
-"""Default steps between two prunings, in a run that has room for four."""
+"""Default number of steps between two prunings, in a run with room for at least four."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +75,11 @@ class PriLoraOptions:
 
 
 def prilora(options: PriLoraOptions, context: RunContext) -> Method:
-    """Build PRILoRA.
+    """Build the `Method` record of PRILoRA for a run.
 
     Raises:
-        ValueError: The linears cannot have such ranks, or the run ends before the first pruning.
+        ValueError: The linears cannot have the ranks that the options ask for, or the run ends
+            before the first pruning.
     """
     ranks = ranks_of_layers(context.sites, options.prilora_first)
 
@@ -98,15 +99,21 @@ def prilora(options: PriLoraOptions, context: RunContext) -> Method:
 
 
 def layer_of(site: Site) -> str:
-    """Return the first whole number in the site's name, or the name."""
+    """Return the name of the layer that a site belongs to: the first whole number in the site's
+    name, or the whole name if there is none."""
     return next((part for part in site.name.split(".") if part.isdecimal()), site.name)
 
 
 def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
-    """Return the rank of each layer's sites by layer.
+    """Return {layer: rank of its sites}; ranks rise evenly with depth and have mean --rank.
+
+    Args:
+        sites: Linears that carry an adapter, in the model's order.
+        first: Rank of the bottom layer. None: half of --rank, or the nearest rank that fits.
 
     Raises:
-        ValueError: A ramp from ``first`` does not keep the mean, or has a rank above a side.
+        ValueError: With ``first``, the mean is not --rank, or a rank is below 1 or above the
+            smallest side of a layer's linears.
     """
     sides: dict[str, int] = {}
     for site in sites:
@@ -132,10 +139,10 @@ def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
 
 
 def ramp(first: int, mean: int, layers: int) -> list[int]:
-    """Return whole numbers from ``first`` to 2 * mean - first, near a line, with mean ``mean``.
+    """Return the rank of each layer: whole numbers near a line from ``first`` to 2 * mean - first.
 
-    The entries of the line with the largest fractions are rounded up, the others down: from 4 with
-    mean 8 over 4 layers the line 4, 6.67, 9.33, 12 becomes 4, 7, 9, 12.
+    Numbers with the largest fractions are rounded up and the others down, so that the mean is
+    ``mean``. From 4 with mean 8 over 4 layers, the line 4, 6.67, 9.33, 12 becomes 4, 7, 9, 12.
     """
     steps = max(1, layers - 1)
     parts = [divmod(first * steps + 2 * (mean - first) * i, steps) for i in range(layers)]
@@ -145,7 +152,7 @@ def ramp(first: int, mean: int, layers: int) -> list[int]:
 
 
 def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
-    """Return the rewriting that prunes A, or None if prilora_sparsity is 0.
+    """Return the rewriting that prunes A, or None if --prilora_sparsity is 0.
 
     Raises:
         ValueError: The run ends before the first pruning.
@@ -169,7 +176,15 @@ def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
 
 
 def pruned(whole: Whole, sparsity: float) -> Rewritten:
-    """Zero the fraction ``sparsity`` (rounded down) of each row of A with the least importance."""
+    """Return A with its least important entries set to zero.
+
+    Importance is |a| * sqrt(mean squared input feature), or |a| if no inputs were collected. The
+    fraction of zeros in A is logged as ``zeros_in_a``.
+
+    Args:
+        whole: The site.
+        sparsity: Fraction of each row that is set to zero; the number of entries is rounded down.
+    """
     a_RI, squares_I = whole.tensors["lora_a"], whole.squares_I
     importance_RI = a_RI.abs().double()
     if squares_I is not None:

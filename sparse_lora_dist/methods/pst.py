@@ -102,10 +102,10 @@ class PstOptions:
 
 
 def pst(options: PstOptions, context: RunContext) -> Method:
-    """Build PST.
+    """Build the `Method` record of PST for a run.
 
     Raises:
-        ValueError: The run ends before a step is trained with the last mask.
+        ValueError: The run has no step left after --pst_sparsity is reached.
     """
     total, final = context.total_steps, options.pst_sparsity
     begin = round(options.pst_warmup * total)
@@ -141,7 +141,8 @@ def pst(options: PstOptions, context: RunContext) -> Method:
 
 
 def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
-    """Return the score S, fp32 [O, I]."""
+    """Return the score S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T) of each weight entry, fp32
+    [O, I]."""
     u_OR, v_RI, a_OK, b_KI, r_O, c_I = (tensors[f"pst_{key}"] for key in "uvabrc")
     changed_OI = torch.addmm(w_OI, u_OR, v_RI, alpha=options.pst_beta)
     lines_OI = options.pst_alpha2 * (r_O[:, None] + c_I)
@@ -149,7 +150,7 @@ def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
 
 
 def masked(site: Site, options: PstOptions) -> Form:
-    """Return the form y_TO = x (M . W' - W)^T."""
+    """Return the form of a site with the delta y_TO = x (M . W' - W)^T."""
     height, width, rank = site.out_features, site.in_features, site.rank
     score_rank = options.pst_score_rank or rank
 
@@ -182,12 +183,15 @@ def masked(site: Site, options: PstOptions) -> Form:
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` from N(0, 1)."""
+    """Fill ``t`` in place from N(0, 1)."""
     t.normal_(generator=generator)
 
 
 class _Masked(torch.autograd.Function):
-    """Compute M . W' - W. The gradient of S is that of M, and needs no value of S."""
+    """Compute M . W' - W, with the gradient of the mask M passed to the score S unchanged.
+
+    The gradients of the score's factors follow from it, so backward does not compute S.
+    """
 
     @staticmethod
     def forward(ctx: Any, change_OI: Tensor, w_OI: Tensor, pruned_OI: Tensor, *rest: Any) -> Tensor:

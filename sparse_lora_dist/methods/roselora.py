@@ -49,7 +49,7 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import cubic_keep
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column"}
-"""Segments that hold one component: component i is row i of a_RI and column i of b_OR."""
+"""Segments that hold one component: component i is row i of A and column i of B."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -127,7 +127,7 @@ class RoseLoraOptions:
 
 
 def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
-    """Build RoseLoRA.
+    """Build the `Method` record of RoseLoRA for a run.
 
     Raises:
         ValueError: The run is too short to prune in.
@@ -184,15 +184,25 @@ def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
 
 
 def smooth_sensitivity(smoothed: Tensor, w: Tensor, grad: Tensor, *, beta: float) -> Tensor:
-    """Return beta * smoothed + (1 - beta) * |w * grad|, elementwise."""
+    """Return the updated running mean of |w * grad|: beta * smoothed + (1 - beta) * |w * grad|.
+
+    Args:
+        smoothed: Running mean before the update, fp32 [N].
+        w: Values of the entries.
+        grad: Gradient of the entries.
+        beta: Decay rate of the running mean.
+    """
     # Not torch.lerp: a fused kernel rounds differently at different places of a shard.
     return beta * smoothed + (1.0 - beta) * (w * grad).abs()
 
 
 def keep_within_components(scores: Scores, keep: float) -> dict[str, Tensor]:
-    """Select the top fraction ``keep`` of every row of A and column of B; ties: lowest index.
+    """Select the fraction ``keep`` of highest score in every row of A and every column of B.
 
-    Collective. Returns this rank's slice of each mask.
+    Ties go to the lowest index. All ranks must call it.
+
+    Returns:
+        This rank's slice of each mask by tensor name, bool [N]; True means kept.
     """
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
     # 1e-9 is added because 0.29 * 100 is 28.999... in floating point.
@@ -201,10 +211,14 @@ def keep_within_components(scores: Scores, keep: float) -> dict[str, Tensor]:
 
 
 def kept_by_kthvalue(scores: Scores, keep: float) -> dict[str, Tensor]:
-    """Select all entries from the k-th smallest up, k = int(d (1 - keep)); all d where k is 0.
+    """Select entries as the authors' code does: all that are not below the k-th smallest score.
 
-    Collective. The released code zeroes what is < torch.kthvalue(importance, k): d - k + 1 entries
-    stay, or more where several equal the k-th.
+    The segments are rows of A and columns of B. For d entries, k = int(d (1 - keep)). So d - k + 1
+    entries are selected, more if several equal the k-th, and all d if k is 0. All ranks must call
+    it.
+
+    Returns:
+        This rank's slice of each mask by tensor name, bool [N]; True means kept.
     """
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
     k = {}

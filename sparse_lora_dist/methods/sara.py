@@ -58,10 +58,10 @@ from sparse_lora_dist.methods.shared.top_k import k_largest
 from sparse_lora_dist.methods.shira import SparseProduct, scattered
 
 PAIRS = 8
-"""K, number of singular pairs of the nuclear term."""
+"""Number of singular pairs that the nuclear-norm term uses, written K in shapes."""
 
 POWER_STEPS = 2
-"""Number of subspace iterations, each a product with S and one with S^T."""
+"""Number of subspace iterations. Each multiplies by S once and by S^T once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,11 +91,11 @@ class SaraOptions:
 
 
 def sara(options: SaraOptions, context: RunContext) -> Method:
-    """Build SaRA.
+    """Build the `Method` record of SaRA for a run.
 
     Raises:
-        ValueError: A weight has no more entries than are to train, or the run is too short to
-            select again between two steps.
+        ValueError: All entries of a weight would train, or --sara_reselect leaves no step before or
+            after the second selection.
     """
     for site in context.sites:
         check_count(site, options)
@@ -123,11 +123,7 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
 
 
 def check_count(site: Site, options: SaraOptions) -> None:
-    """Check that some entries of a weight do not train.
-
-    Raises:
-        ValueError: All would train.
-    """
+    """Raise ValueError if all entries of the site's weight would train."""
     weight, count = site.out_features * site.in_features, count_of(site, options)
     if count >= weight:
         most = (weight - 1) // (site.out_features + site.in_features)
@@ -139,14 +135,18 @@ def check_count(site: Site, options: SaraOptions) -> None:
 
 
 def count_of(site: Site, options: SaraOptions) -> int:
-    """Return N, at least 1."""
+    """Return the number of entries that train at a site, at least 1."""
     if options.sara_density is None:
         return site.rank * (site.in_features + site.out_features)
     return max(1, int(options.sara_density * site.in_features * site.out_features))
 
 
 def smallest_entries(site: Site, options: SaraOptions) -> Form:
-    """Return the form y_TO = x D^T, D with the trained values and those that have left."""
+    """Return the form of a site with the delta y_TO = x D^T.
+
+    D has the trained values and, if there is a second selection, the frozen values of entries that
+    are no longer trained.
+    """
     count, weight = count_of(site, options), site.out_features * site.in_features
     places_dtype = torch.int32 if weight < 2**31 else torch.int64
     kept = {"sara_places": KeptSpec(shape=(count,), dtype=places_dtype)}
@@ -177,7 +177,10 @@ def smallest_entries(site: Site, options: SaraOptions) -> Form:
 
 
 def entries(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Return (values, flat places) of D: entries that train, then entries that have left."""
+    """Return the values of D and their places in the flattened weight (int64).
+
+    Entries that train come first, then entries that are no longer trained.
+    """
     values, places = tensors["sara_values"], tensors["sara_places"]
     if "sara_left_values" in tensors:
         values = torch.cat([values, tensors["sara_left_values"]])
@@ -186,7 +189,13 @@ def entries(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def choose(whole: Whole) -> Rewritten:
-    """Select the N places of smallest |W + D|; D does not change."""
+    """Return the site's tensors after selecting the places where |W + D| is smallest.
+
+    D stays the same. Before the first step D is zero.
+
+    Raises:
+        ValueError: More entries are no longer trained than there is room for.
+    """
     weight_OI, before = whole.weight_OI(), whole.tensors["sara_places"]
     change_E = torch.zeros_like(weight_OI.flatten())
     # Before the first step nothing was selected, and all places are 0.
@@ -212,17 +221,23 @@ def choose(whole: Whole) -> Rewritten:
 
 
 def first_of(scores_E: Tensor, count: int) -> Tensor:
-    """Return the places of the ``count`` largest scores, ascending, int64; ties: the first that
-    ``spread_order`` visits."""
+    """Return the places of the ``count`` largest scores, ascending, int64 [count].
+
+    Of equal scores, those that ``spread_order`` visits first are taken.
+
+    Args:
+        scores_E: Score of each entry of the flattened weight.
+        count: Number of places to return.
+    """
     order_E = spread_order(len(scores_E), scores_E.device)
     return order_E[k_largest(scores_E[order_E], count)].sort().values
 
 
 def spread_order(count: int, device: torch.device) -> Tensor:
-    """Return a permutation of the numbers below ``count``, int64, each far from those just before
-    it.
+    """Return 0 ... count - 1 in an order where neighbours are far from each other, int64 [count].
 
-    It steps by about 0.618 x count: for count 8 the step is 5, and the order 0 5 2 7 4 1 6 3.
+    The order steps by about 0.618 x count. For count 8 the step is 5, and the order 0 5 2 7 4 1 6
+    3.
     """
     step = round(count * 0.6180339887498949)
     while gcd(step, count) != 1:
@@ -231,8 +246,11 @@ def spread_order(count: int, device: torch.device) -> Tensor:
 
 
 def nuclear_gradient(tensors: Tensors) -> Tensor:
-    """Return U min(Sigma / delta, 1) V^T at the N places of S = U Sigma V^T, the trained part of
-    D."""
+    """Return the gradient of the smoothed nuclear norm by the trained values, [N].
+
+    S is the matrix of trained values. With S = U Sigma V^T and delta its K-th singular value, the
+    gradient is U min(Sigma / delta, 1) V^T, read at the trained places.
+    """
     values_N, places_N = tensors["sara_values"].float(), tensors["sara_places"].long()
     num_out, num_in = tensors["sara_shape"].tolist()
     s_OI = scattered(values_N, places_N, num_out, num_in)
@@ -248,9 +266,10 @@ def nuclear_gradient(tensors: Tensors) -> Tensor:
 
 
 def polar(y_LK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (Y (Y^T Y)^(-1/2), smallest singular value of Y that is not negligible).
+    """Return Y (Y^T Y)^(-1/2), and the smallest singular value of Y that is not negligible.
 
-    The first has singular values 1, or 0 where those of Y are negligible beside the largest.
+    The matrix has the singular vectors of ``y_LK``. Its singular values are 1, or 0 where those of
+    Y are negligible beside the largest.
     """
     squares_K, q_KK = torch.linalg.eigh(y_LK.t() @ y_LK)
     counts_K = squares_K > squares_K[-1] * PAIRS * torch.finfo(torch.float32).eps

@@ -44,10 +44,10 @@ class SBoraOptions:
 
 
 def sbora(options: SBoraOptions, context: RunContext) -> Method:
-    """Build SBoRA.
+    """Build the `Method` record of SBoRA for a run.
 
     Raises:
-        ValueError: A weight has fewer columns or rows than --rank.
+        ValueError: A weight has fewer columns (side fa) or rows (side fb) than --rank.
     """
     build = from_columns if options.sbora_side == "fa" else to_rows
     for site in context.sites:
@@ -62,7 +62,7 @@ def sbora(options: SBoraOptions, context: RunContext) -> Method:
 
 
 def from_columns(site: Site) -> Form:
-    """Return form fa: y_TO = scale * x[:, chosen] B^T."""
+    """Return the form of side fa, with the delta y_TO = scale * x[:, chosen] B^T."""
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
         return {"chosen": distinct(site.rank, site.in_features, seed, device)}
@@ -80,7 +80,8 @@ def from_columns(site: Site) -> Form:
 
 
 def to_rows(site: Site) -> Form:
-    """Return form fb: y_TO is zero, but for y[:, chosen] = scale * x A^T."""
+    """Return the form of side fb: the delta y_TO is scale * x A^T at the chosen outputs, 0
+    elsewhere."""
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
         return {"chosen": distinct(site.rank, site.out_features, seed, device)}

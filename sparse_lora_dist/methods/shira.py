@@ -57,7 +57,7 @@ from sparse_lora_dist.methods.shared.hashed_random import stratified
 from sparse_lora_dist.methods.shared.top_k import k_largest
 
 CHUNK = 2**24
-"""Maximum number of products of gradient and input that are held at a time."""
+"""Maximum number of products of a gradient and an input entry that are in memory at a time."""
 
 Support = Literal["random", "rows", "columns", "magnitude", "gradient", "snip"]
 CHOSEN: tuple[Support, ...] = ("magnitude", "gradient", "snip")
@@ -93,11 +93,11 @@ class ShiraOptions:
 
 
 def shira(options: ShiraOptions, context: RunContext) -> Method:
-    """Build SHiRA.
+    """Build the `Method` record of SHiRA for a run.
 
     Raises:
-        ValueError: More entries are to train than a weight has, fewer than its diagonal, or the run
-            ends before the places are chosen.
+        ValueError: More entries would train than a weight has, fewer would train than the diagonal
+            that --shira_support needs, or no step is left after calibration.
     """
     for site in context.sites:
         check_count(site, options)
@@ -117,7 +117,12 @@ def shira(options: ShiraOptions, context: RunContext) -> Method:
 
 
 def cost_of_gradients(context: RunContext, steps: int) -> str:
-    """Return the note about the memory that calibration gradients take."""
+    """Return the note for the user about the memory that calibration gradients take.
+
+    Args:
+        context: The run.
+        steps: Number of calibration steps.
+    """
     weights = sum(site.out_features * site.in_features for site in context.sites)
     held = 4e-9 * weights / steps
     return (
@@ -128,10 +133,10 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
 
 
 def check_count(site: Site, options: ShiraOptions) -> None:
-    """Check that a weight has room for its N entries.
+    """Raise ValueError if the options do not fit the site's weight.
 
-    Raises:
-        ValueError: It has not.
+    They do not if more entries would train than the weight has. With support rows or columns they
+    also do not if fewer would train than the diagonal has.
     """
     weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
     shape, density = f"{site.out_features} x {site.in_features}", options.shira_density
@@ -153,14 +158,19 @@ def check_count(site: Site, options: ShiraOptions) -> None:
 
 
 def count_of(site: Site, density: float | None) -> int:
-    """Return N, at least 1."""
+    """Return the number of entries to train at a site, at least 1.
+
+    Args:
+        site: The linear that is adapted.
+        density: Value of --shira_density. None: as many as LoRA of the site's rank has.
+    """
     if density is None:
         return site.rank * (site.in_features + site.out_features)
     return max(1, int(density * site.in_features * site.out_features))
 
 
 def chosen_entries(site: Site, options: ShiraOptions) -> Form:
-    """Return the form y_TO = x S^T, S zero but at N places."""
+    """Return the form of a site with the delta y_TO = x S^T, S zero but at the chosen places."""
     support, weight = options.shira_support, site.out_features * site.in_features
     count = wanted = count_of(site, options.shira_density)
     as_peft = options.shira_density is None and support not in ("rows", "columns")
@@ -205,8 +215,17 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
 
 
 def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int]:
-    """Return (indices of the rows or columns that train, entries of one, length of the
-    diagonal)."""
+    """Return which rows or columns of a weight train under support rows or columns.
+
+    Args:
+        site: The linear that is adapted.
+        count: Number of entries that may train.
+        support: "rows" or "columns".
+
+    Returns:
+        Indices of the rows or columns, the number of entries of one, and the length of the
+            diagonal.
+    """
     sides = site.out_features, site.in_features
     number, length = sides if support == "rows" else sides[::-1]
     some = max(0, (count - min(sides)) // length)
@@ -214,18 +233,26 @@ def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int
 
 
 def structured_count(site: Site, count: int, support: Support) -> int:
-    """Return the number of places that ``structured`` gives."""
+    """Return the number of places that ``structured`` returns for the same arguments."""
     lines_K, length, diagonal = lines_of(site, count, support)
     return len(lines_K) * length + diagonal - int((lines_K < diagonal).sum())
 
 
 @cache
 def structured(site: Site, count: int, support: Support) -> Tensor:
-    """Return flat places, ascending, int64 on the CPU: the diagonal, and as many evenly spaced rows
-    or columns as ``count`` entries pay for beside it.
+    """Return the places in the flattened weight that train under support rows or columns.
 
-    For a 4 x 4 weight and 8 entries, support rows: the diagonal (4) and row 0 (4) give the places
-    0 1 2 3 5 10 15, of which (0, 0) counts once.
+    They are the diagonal and as many evenly spaced rows or columns as fit into ``count`` entries
+    beside it. For a 4 x 4 weight, 8 entries and support rows, the diagonal (4) and row 0 (4) give
+    the places 0 1 2 3 5 10 15: the entry (0, 0) is in both and counts once.
+
+    Args:
+        site: The linear that is adapted.
+        count: Number of entries that may train.
+        support: "rows" or "columns".
+
+    Returns:
+        Ascending places, int64 on the CPU, at most ``count``.
     """
     lines_K, length, diagonal = lines_of(site, count, support)
     along = torch.arange(length)
@@ -238,8 +265,14 @@ def structured(site: Site, count: int, support: Support) -> Tensor:
 
 
 def choosing(support: Support, steps: int) -> Rewriting:
-    """Return the rewriting that selects the N places of largest score: from the weight before the
-    first step, or from the gradients of the first ``steps`` steps."""
+    """Return the rewriting that selects the places that train, those of the largest scores.
+
+    Scores come from the weight before the first step (support magnitude), or from gradients.
+
+    Args:
+        support: "magnitude", "gradient" or "snip".
+        steps: Number of calibration steps, whose gradients are used.
+    """
 
     def write(whole: Whole) -> Rewritten:
         values_N, gradient_OI = whole.tensors["shira_values"], whole.gradient_OI
@@ -269,10 +302,12 @@ def choosing(support: Support, steps: int) -> Rewriting:
 
 
 class SparseProduct(torch.autograd.Function):
-    """Product x S^T, where S has ``values_N`` at its flat ``places_N``.
+    """Compute x S^T for a sparse S, with a gradient for x and for trained values of S.
 
-    The first ``num_trained`` values get a gradient, at their places only; None: all do. S is made
-    whole for the product, since GPUs multiply one weight faster than they gather N columns.
+    S has ``values_N`` at the places ``places_N`` of the flattened matrix. The first ``num_trained``
+    values get a gradient, which is computed at their places only; None means all. The product uses
+    S as a dense matrix, because GPUs multiply by one dense weight faster than they gather N
+    columns.
     """
 
     @staticmethod
@@ -304,7 +339,14 @@ class SparseProduct(torch.autograd.Function):
 
 
 def scattered(values_N: Tensor, places_N: Tensor, out_features: int, in_features: int) -> Tensor:
-    """Return S_OI, zero but at ``places_N``, which must differ from each other."""
+    """Return the dense matrix S with the given values at the given places, and 0 elsewhere.
+
+    Args:
+        values_N: Values of S.
+        places_N: Their places in the flattened matrix, all different, int64.
+        out_features: Number of rows of S.
+        in_features: Number of columns of S.
+    """
     flat = values_N.new_zeros(out_features * in_features)
     return flat.index_copy_(0, places_N, values_N).view(out_features, in_features)
 

@@ -63,11 +63,11 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import stage_at, warmed_up_stages
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_gate": "row"}
-"""Segments that hold one component: row i of a_RI, column i of b_OR, entry i of gate_R."""
+"""Segments that hold one component: component i is row i of A, column i of B and gate i."""
 
 TRAVEL = 2.0
-"""Peak learning rate of the gates x steps of a stage. A decaying rate moves a gate by half of
-it."""
+"""Distance that the default learning rate lets a gate move in a stage: peak learning rate x steps.
+With a decaying learning rate it is about half of that."""
 
 # Measured on the embedded model (rank 8, rate 2e-4, one seed): with gates from N(0, 1), 1.5 closes
 # 46%, 32% and 39% of the components in 30, 100 and 300 steps; in 100 the training loss falls by
@@ -142,7 +142,7 @@ class SoraOptions:
 
 
 def sora(options: SoraOptions, context: RunContext) -> Method:
-    """Build SoRA.
+    """Build the `Method` record of SoRA for a run.
 
     Raises:
         ValueError: A stage is shorter than the warm-up.
@@ -191,7 +191,13 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
 
 
 def gated(options: SoraOptions, context: RunContext, project: Project) -> Callable[[Site], Form]:
-    """Return site -> form with LoRA's A and B, and gates g (R)."""
+    """Return a function (site) -> form of a site with LoRA's A and B and a gate per component.
+
+    Args:
+        options: Options with the preset filled in.
+        context: The run.
+        project: Function that shrinks the gates after each optimizer update.
+    """
     init = {"ones": ones, "normal": normal}[options.sora_gate_init]
     lr_factor = gate_lr_factor(options, context)
 
@@ -213,9 +219,10 @@ def gated(options: SoraOptions, context: RunContext, project: Project) -> Callab
 def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
     """Return the learning-rate multiplier of the gates.
 
-    At the learning rate of A and B gates would hardly move. TRAVEL / (steps of a stage * learning
-    rate) lets a gate travel the same distance in a run of any length: a gate that starts at g
-    closes if about |g| < TRAVEL / 2 * (lambda - direction).
+    At the learning rate of A and B, gates would hardly move. The default is TRAVEL / (steps of a
+    stage * learning rate), with which a gate can move the same distance in a run of any length. A
+    gate that starts at g then closes if about |g| < TRAVEL / 2 * (lambda - direction), where
+    direction is m / sqrt(v) of Adam.
     """
     if options.sora_gate_lr_factor is not None:
         return options.sora_gate_lr_factor
@@ -226,41 +233,46 @@ def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
 
 
 def ones(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` with 1, so that SoRA starts as LoRA: components then close together, or none."""
+    """Fill ``t`` in place with 1, so that SoRA starts as LoRA. Gates then close all together, or
+    not at all."""
     t.fill_(1.0)
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` from N(0, 1), as released: small gates close first, so the rank falls
-    gradually."""
+    """Fill ``t`` in place from N(0, 1), as the authors' code does. Small gates close first, so the
+    rank falls gradually."""
     t.normal_(generator=generator)
 
 
 def gated_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """Return y_TO = scale * x A^T diag(g) B^T."""
+    """Return the delta y_TO = scale * x A^T diag(g) B^T, with the gates g."""
     z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_gate"] * scale)
     return z_TR @ tensors["lora_b"].t()
 
 
 def gate_in_b(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Return (A, B diag(g)), the plain LoRA pair of the same delta."""
+    """Return (A, B diag(g)), [R, I] and [O, R], the plain LoRA pair that gives the same delta."""
     return tensors["lora_a"], tensors["lora_b"] * tensors["lora_gate"]
 
 
 def magnitude(stats: Stats, w: Tensor) -> Tensor:
-    """Return |w|, so that only an exact zero scores zero."""
+    """Return |w| of each entry as its score, which is 0 only for an entry that is exactly 0."""
     return w.abs()
 
 
 def soft_threshold(w: Tensor, xi: float | Tensor) -> Tensor:
-    """Return w - xi above xi, w + xi below -xi, 0 in between: the proximal step of xi * |w|."""
+    """Return each entry moved towards 0 by ``xi``; entries between -xi and xi become 0.
+
+    This is the proximal step of xi * |w|.
+    """
     return w - torch.clamp(w, -xi, xi)  # type: ignore[arg-type]  # both floats or both tensors
 
 
 def released_threshold(w: Tensor, xi: float) -> Tensor:
-    """Apply the three in-place operations of the released optimizer, one on the result of another.
+    """Return ``w`` after the three operations that the authors' optimizer applies in place.
 
-    So xi < |w| < 2 xi becomes 0 too, |w| = 2 xi becomes xi, and |w| = xi stays.
+    Each operation acts on the result of the one before it. So xi < |w| < 2 xi becomes 0 too, |w| =
+    2 xi becomes xi, and |w| = xi stays.
     """
     w = torch.where(w > xi, w - xi, w)
     w = torch.where(w < -xi, w + xi, w)
@@ -268,7 +280,12 @@ def released_threshold(w: Tensor, xi: float) -> Tensor:
 
 
 def projection(threshold: str, lambda_at: Callable[[int], float]) -> Project:
-    """Return the projection that ends each update of a gate."""
+    """Return the function that shrinks the gates after each optimizer update.
+
+    Args:
+        threshold: Value of --sora_threshold: "exact", "scaled" or "released".
+        lambda_at: Function (step) -> weight of the gates' L1 norm at this step.
+    """
 
     def exact(w: Tensor, update: Update) -> Tensor:
         return soft_threshold(w, update.lr * lambda_at(update.step))
@@ -283,8 +300,15 @@ def projection(threshold: str, lambda_at: Callable[[int], float]) -> Project:
 
 
 def count_open(scores: Scores, *, reopen: bool, log_values: dict[str, float]) -> Decision:
-    """Count the components whose gate is not zero; without ``reopen``, drop the others.
-    Collective."""
+    """Return the decision whose open components are those with a gate that is not zero.
+
+    All ranks must call it.
+
+    Args:
+        scores: Scores of the run.
+        reopen: False: components with a gate of zero die and are no longer computed.
+        log_values: Numbers to log with the decision.
+    """
     sites = site_names(scores)
     gates = scores.sums({f"{site}.lora_gate": "row" for site in sites})
     live, components = {}, {}
