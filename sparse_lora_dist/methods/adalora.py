@@ -90,25 +90,25 @@ class AdaLoraOptions:
         problems = []
         if self.adalora_target_rank is not None and self.adalora_target_rank < 1.0:
             problems.append(
-                f"adalora_target_rank must be at least 1, got {self.adalora_target_rank}"
+                f"--adalora_target_rank must be at least 1, got {self.adalora_target_rank}"
             )
         begin, final = self.adalora_begin, self.adalora_final
         if begin < 0.0 or final < 0.0 or begin + final >= 1.0:
             problems.append(
-                "adalora_begin and adalora_final must be at least 0 and their sum below 1, "
+                "--adalora_begin and --adalora_final must be at least 0 and their sum below 1, "
                 f"got {begin} and {final}"
             )
         factor = self.adalora_lambda_lr_factor
         if factor is not None and not 0.0 < factor < inf:
-            problems.append(f"adalora_lambda_lr_factor must be above 0, got {factor}")
+            problems.append(f"--adalora_lambda_lr_factor must be above 0, got {factor}")
         if self.adalora_every is not None and self.adalora_every < 1:
-            problems.append(f"adalora_every must be at least 1, got {self.adalora_every}")
+            problems.append(f"--adalora_every must be at least 1, got {self.adalora_every}")
         for name in ("adalora_beta1", "adalora_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                problems.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                problems.append(f"--{name} must be in [0, 1), got {getattr(self, name)}")
         if self.adalora_orthogonality < 0.0:
             problems.append(
-                f"adalora_orthogonality must be at least 0, got {self.adalora_orthogonality}"
+                f"--adalora_orthogonality must be at least 0, got {self.adalora_orthogonality}"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -128,14 +128,14 @@ def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
     problems = []
     if last > first:
         problems.append(
-            f"adalora_target_rank {options.adalora_target_rank} makes {last} components, but all "
-            f"linears together have {first}: raise rank, or lower adalora_target_rank"
+            f"--adalora_target_rank {options.adalora_target_rank} makes {last} components, but all "
+            f"linears together have {first}. Raise --rank, or lower --adalora_target_rank"
         )
     if begin >= end:
         problems.append(
             f"pruning would begin at step {begin} and end at step {end} of {context.total_steps}, "
-            "which leaves no step to prune in: raise max_steps, or lower adalora_begin or "
-            "adalora_final"
+            "which leaves no step to prune in. Raise --max_steps, or lower --adalora_begin or "
+            "--adalora_final"
         )
     if problems:
         raise ValueError("; ".join(problems))

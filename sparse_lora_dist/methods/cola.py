@@ -63,9 +63,9 @@ class ColaOptions:
     def __post_init__(self) -> None:
         problems = []
         if self.cola_links < 1:
-            problems.append(f"cola_links must be at least 1, got {self.cola_links}")
+            problems.append(f"--cola_links must be at least 1, got {self.cola_links}")
         if self.cola_stack_rank is not None and self.cola_stack_rank < 1:
-            problems.append(f"cola_stack_rank must be at least 1, got {self.cola_stack_rank}")
+            problems.append(f"--cola_stack_rank must be at least 1, got {self.cola_stack_rank}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -84,7 +84,7 @@ def cola(options: ColaOptions, context: RunContext) -> Method:
         context.total_steps,
         options.cola_links,
         warmup_steps=context.warmup_steps,
-        asked=f"cola_links is {options.cola_links}",
+        asked=f"--cola_links is {options.cola_links}",
     )
     return Method(
         name="cola",
@@ -107,8 +107,8 @@ def check(options: ColaOptions, context: RunContext) -> None:
     side = min(least.out_features, least.in_features)
     if options.cola_stack_rank is not None and options.cola_stack_rank > side:
         raise ValueError(
-            f"cola_stack_rank is {options.cola_stack_rank}, but {least.name} is only "
-            f"{least.out_features} x {least.in_features}: take {side} or less"
+            f"--cola_stack_rank is {options.cola_stack_rank}, but {least.name} is only "
+            f"{least.out_features} x {least.in_features}. Take {side} or less"
         )
 
 

@@ -130,13 +130,13 @@ class IncreLoraOptions:
         begin = as_preset(self, self.increlora_preset, PRESETS).increlora_begin
         if not 0.0 <= (begin or 0.0) < self.increlora_end <= 1.0:
             problems.append(
-                "increlora_begin and increlora_end must satisfy 0 <= begin < end <= 1, "
+                "--increlora_begin and --increlora_end must satisfy 0 <= begin < end <= 1, "
                 f"got {begin} and {self.increlora_end}"
             )
         if self.increlora_target_rank is not None and self.increlora_budget is not None:
             problems.append(
-                "increlora_target_rank and increlora_budget both set the size at the end, got "
-                f"{self.increlora_target_rank} and {self.increlora_budget}: give one of them"
+                "--increlora_target_rank and --increlora_budget both set the size at the end, got "
+                f"{self.increlora_target_rank} and {self.increlora_budget}. Give one of them"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -144,7 +144,7 @@ class IncreLoraOptions:
     def _outside(self, bound: str, low: float, high: float, *names: str) -> list[str]:
         values = {name: getattr(self, f"increlora_{name}") for name in names}
         return [
-            f"increlora_{name} must be {bound}, got {value}"
+            f"--increlora_{name} must be {bound}, got {value}"
             for name, value in values.items()
             if value is not None and not low <= value < high
         ]
@@ -317,7 +317,7 @@ def delta_scores(scores: Scores) -> list[float]:
     mean_S, spread_S = scores.site_stats
     score_S = mean_S * spread_S
     if not torch.isfinite(score_S).all():
-        raise FloatingPointError("importance scores contain NaN or infinity")
+        raise FloatingPointError("importance scores contain NaN or infinity. Lower --learning_rate")
     return [float(score) for score in score_S]
 
 

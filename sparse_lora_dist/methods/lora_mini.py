@@ -42,7 +42,7 @@ class LoraMiniOptions:
 
     def __post_init__(self) -> None:
         if self.lora_mini_size < 1:
-            raise ValueError(f"lora_mini_size must be at least 1, got {self.lora_mini_size}")
+            raise ValueError(f"--lora_mini_size must be at least 1, got {self.lora_mini_size}")
 
 
 def lora_mini(options: LoraMiniOptions, context: RunContext) -> Method:

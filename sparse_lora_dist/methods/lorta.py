@@ -56,7 +56,7 @@ class LortaOptions:
 
     def __post_init__(self) -> None:
         if self.lorta_heads is not None and self.lorta_heads < 1:
-            raise ValueError(f"lorta_heads must be at least 1, got {self.lorta_heads}")
+            raise ValueError(f"--lorta_heads must be at least 1, got {self.lorta_heads}")
 
 
 def lorta(options: LortaOptions, context: RunContext) -> Method:
@@ -148,8 +148,8 @@ def check_heads(site: Site, wanted: int | None) -> None:
     if wanted is not None and site.out_features % wanted:
         near = sorted(nearest_divisors(site.out_features, wanted)[:2])
         raise ValueError(
-            f"lorta_heads {wanted} does not divide the {site.out_features} outputs of {site.name}; "
-            f"the nearest numbers that do are {' and '.join(map(str, near))}"
+            f"--lorta_heads {wanted} does not divide the {site.out_features} outputs of {site.name}"
+            f". The nearest numbers that do are {' and '.join(map(str, near))}"
         )
 
 
@@ -168,7 +168,7 @@ def check_shapes(sites: Sequence[Site]) -> None:
     others = [site.name for group in groups.values() if group is not most for site in group]
     names = dict.fromkeys(own_ending(site.name, others) for site in most)
     raise ValueError(
-        f"all linears must have one shape, got {', '.join(got)}; the largest group of one shape is "
+        f"all linears must have one shape, got {', '.join(got)}. The largest group of one shape is "
         f"--target_modules {','.join(names)}"
     )
 

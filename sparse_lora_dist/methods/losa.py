@@ -74,15 +74,15 @@ class LosaOptions:
     def __post_init__(self) -> None:
         problems = []
         if not 0.0 <= self.losa_sparsity < 1.0:
-            problems.append(f"losa_sparsity must be in [0, 1), got {self.losa_sparsity}")
+            problems.append(f"--losa_sparsity must be in [0, 1), got {self.losa_sparsity}")
         if self.losa_rounds < 1:
-            problems.append(f"losa_rounds must be at least 1, got {self.losa_rounds}")
+            problems.append(f"--losa_rounds must be at least 1, got {self.losa_rounds}")
         if not 0.0 < self.losa_until < 1.0:
-            problems.append(f"losa_until must be in (0, 1), got {self.losa_until}")
+            problems.append(f"--losa_until must be in (0, 1), got {self.losa_until}")
         if self.losa_mean_rank is not None and self.losa_mean_rank < 1:
-            problems.append(f"losa_mean_rank must be at least 1, got {self.losa_mean_rank}")
+            problems.append(f"--losa_mean_rank must be at least 1, got {self.losa_mean_rank}")
         if not 0.0 <= self.losa_spread < 1.0:
-            problems.append(f"losa_spread must be in [0, 1), got {self.losa_spread}")
+            problems.append(f"--losa_spread must be in [0, 1), got {self.losa_spread}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -123,15 +123,15 @@ def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
     last = min(int(options.losa_until * context.total_steps), context.total_steps - 2)
     if count > last + 1:
         raise ValueError(
-            f"losa_rounds is {count}, but up to losa_until {options.losa_until} the run's "
-            f"{context.total_steps} steps have room for {last + 1}: take fewer rounds, or raise "
-            "max_steps"
+            f"--losa_rounds is {count}, but up to --losa_until {options.losa_until} the run's "
+            f"{context.total_steps} steps have room for {last + 1}. Take fewer rounds, or raise "
+            "--max_steps"
         )
     final = options.losa_mean_rank or max(1, round(capacity * 5 / 8))
     if final > capacity:
         raise ValueError(
-            f"losa_mean_rank is {final}, but a linear has at most {capacity} components: "
-            f"take {capacity} or less, or raise --rank"
+            f"--losa_mean_rank is {final}, but a linear has at most {capacity} components. "
+            f"Take {capacity} or less, or raise --rank"
         )
     s = options.losa_sparsity
     return {

@@ -69,7 +69,7 @@ class MoraOptions:
 
     def __post_init__(self) -> None:
         if self.mora_restarts < 0:
-            raise ValueError(f"mora_restarts must be at least 0, got {self.mora_restarts}")
+            raise ValueError(f"--mora_restarts must be at least 0, got {self.mora_restarts}")
 
 
 def mora(options: MoraOptions, context: RunContext) -> Method:
@@ -85,7 +85,7 @@ def mora(options: MoraOptions, context: RunContext) -> Method:
         context.total_steps,
         options.mora_restarts + 1,
         warmup_steps=context.warmup_steps,
-        asked=f"mora_restarts is {options.mora_restarts}",
+        asked=f"--mora_restarts is {options.mora_restarts}",
     )
     return Method(
         name="mora",

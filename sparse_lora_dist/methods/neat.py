@@ -58,7 +58,7 @@ class NeatOptions:
 
     def __post_init__(self) -> None:
         if self.neat_depth < 0:
-            raise ValueError(f"neat_depth must be at least 0, got {self.neat_depth}")
+            raise ValueError(f"--neat_depth must be at least 0, got {self.neat_depth}")
 
 
 def neat(options: NeatOptions, context: RunContext) -> Method:

@@ -64,12 +64,12 @@ class PriLoraOptions:
         problems = []
         for name in ("prilora_first", "prilora_every"):
             if (value := getattr(self, name)) is not None and value < 1:
-                problems.append(f"{name} must be at least 1, got {value}")
+                problems.append(f"--{name} must be at least 1, got {value}")
         if self.prilora_start < 0:
-            problems.append(f"prilora_start must be at least 0, got {self.prilora_start}")
+            problems.append(f"--prilora_start must be at least 0, got {self.prilora_start}")
         for name in ("prilora_sparsity", "prilora_decay"):
             if not 0.0 <= (share := getattr(self, name)) < 1.0:
-                problems.append(f"{name} must be in [0, 1), got {share}")
+                problems.append(f"--{name} must be in [0, 1), got {share}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -131,9 +131,9 @@ def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
     nearest = min(fitting, key=lambda start: abs(start - wanted), default=mean)
     if first not in (None, nearest):
         raise ValueError(
-            f"prilora_first is {first}: with --rank {mean} as the mean the top layer would have "
+            f"--prilora_first is {first}. With --rank {mean} as the mean, the top layer would have "
             f"rank {2 * mean - wanted}, but ranks must be from 1 to the shortest side of a layer's "
-            f"linears, and a single layer has --rank; the nearest rank that works is {nearest}"
+            f"linears, and a single layer has --rank. The nearest rank that works is {nearest}"
         )
     return dict(zip(sides, ramp(nearest, mean, len(sides)), strict=True))
 
@@ -163,9 +163,9 @@ def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
     every = options.prilora_every or max(1, min(EVERY, (total_steps - start) // 4))
     if start + every > total_steps:
         raise ValueError(
-            f"prilora_start {start} and prilora_every {every} put the first pruning at step "
-            f"{start + every}, but the run has {total_steps}: take at most {total_steps} for their "
-            "sum, or prilora_sparsity 0"
+            f"--prilora_start {start} and --prilora_every {every} put the first pruning at step "
+            f"{start + every}, but the run has {total_steps}. Take at most {total_steps} for their "
+            "sum, or --prilora_sparsity 0"
         )
     return Rewriting(
         at=lambda step: step > start and (step - start) % every == 0,

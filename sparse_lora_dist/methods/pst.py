@@ -78,25 +78,25 @@ class PstOptions:
         problems = []
         if not 0.0 <= self.pst_initial_sparsity <= self.pst_sparsity < 1.0:
             problems.append(
-                "pst_initial_sparsity and pst_sparsity must satisfy 0 <= initial <= final < 1, "
+                "--pst_initial_sparsity and --pst_sparsity must satisfy 0 <= initial <= final < 1, "
                 f"got {self.pst_initial_sparsity} and {self.pst_sparsity}"
             )
         if not (min(self.pst_warmup, self.pst_cooldown) >= 0.0) or not (
             self.pst_warmup + self.pst_cooldown < 1.0
         ):
             problems.append(
-                "pst_warmup and pst_cooldown must be at least 0 and their sum below 1, "
+                "--pst_warmup and --pst_cooldown must be at least 0 and their sum below 1, "
                 f"got {self.pst_warmup} and {self.pst_cooldown}"
             )
         for name in ("pst_every", "pst_score_rank"):
             number = getattr(self, name)
             if number is not None and number < 1:
-                problems.append(f"{name} must be at least 1, got {number}")
+                problems.append(f"--{name} must be at least 1, got {number}")
         if not 0.0 < self.pst_beta < float("inf"):
-            problems.append(f"pst_beta must be above 0, got {self.pst_beta}")
+            problems.append(f"--pst_beta must be above 0, got {self.pst_beta}")
         for name in ("pst_alpha1", "pst_alpha2"):
             if not 0.0 <= getattr(self, name) < float("inf"):
-                problems.append(f"{name} must be at least 0, got {getattr(self, name)}")
+                problems.append(f"--{name} must be at least 0, got {getattr(self, name)}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -113,8 +113,8 @@ def pst(options: PstOptions, context: RunContext) -> Method:
     if final > 0.0 and end >= total:
         least = next(n for n in count(total + 1) if round(options.pst_warmup * n) + 1 < n)
         raise ValueError(
-            f"pst_sparsity would be reached at step {end}, but the run has {total}: at least one "
-            f"step must follow; take max_steps {least} or more, or a smaller pst_warmup"
+            f"--pst_sparsity would be reached at step {end}, but the run has {total} steps, and at "
+            f"least one must follow. Take --max_steps {least} or more, or a smaller --pst_warmup"
         )
     every = options.pst_every or max(1, total // 50)
 

@@ -104,23 +104,23 @@ class RoseLoraOptions:
     def __post_init__(self) -> None:
         problems = []
         if not 0.0 < self.roselora_keep <= 1.0:
-            problems.append(f"roselora_keep must be in (0, 1], got {self.roselora_keep}")
+            problems.append(f"--roselora_keep must be in (0, 1], got {self.roselora_keep}")
         if not 0.0 <= self.roselora_begin < self.roselora_end <= 1.0:
             problems.append(
-                "roselora_begin and roselora_end must satisfy 0 <= begin < end <= 1, "
+                "--roselora_begin and --roselora_end must satisfy 0 <= begin < end <= 1, "
                 f"got {self.roselora_begin} and {self.roselora_end}"
             )
         if self.roselora_every is not None and self.roselora_every < 1:
-            problems.append(f"roselora_every must be at least 1, got {self.roselora_every}")
+            problems.append(f"--roselora_every must be at least 1, got {self.roselora_every}")
         if not 0.0 <= self.roselora_beta < 1.0:
-            problems.append(f"roselora_beta must be in [0, 1), got {self.roselora_beta}")
+            problems.append(f"--roselora_beta must be in [0, 1), got {self.roselora_beta}")
         if self.roselora_clamp is not None and not 0.0 <= self.roselora_clamp < float("inf"):
-            problems.append(f"roselora_clamp must be at least 0, got {self.roselora_clamp}")
+            problems.append(f"--roselora_clamp must be at least 0, got {self.roselora_clamp}")
         dense = as_preset(self, self.roselora_preset, PRESETS).roselora_dense_moments
         if dense and (self.roselora_every or 1) > 1:
             problems.append(
-                "roselora_every must be 1 with dense moments (preset released), because pruned "
-                f"entries move until the next decision; got {self.roselora_every}"
+                "--roselora_every must be 1 with dense moments (preset released), because pruned "
+                f"entries move until the next decision, got {self.roselora_every}"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -138,8 +138,8 @@ def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
     end = max(begin + 1, round(options.roselora_end * context.total_steps))
     if end > context.total_steps:
         raise ValueError(
-            f"pruning would end at step {end}, but the run has {context.total_steps} steps: lower "
-            "roselora_begin or raise max_steps"
+            f"pruning would end at step {end}, but the run has {context.total_steps} steps. Lower "
+            "--roselora_begin or raise --max_steps"
         )
     prunes, dense = options.roselora_keep < 1.0, options.roselora_dense_moments
     every = options.roselora_every or (1 if dense else max(1, context.total_steps // 100))

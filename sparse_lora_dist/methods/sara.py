@@ -81,11 +81,11 @@ class SaraOptions:
     def __post_init__(self) -> None:
         problems = []
         if self.sara_density is not None and not 0.0 < self.sara_density < 1.0:
-            problems.append(f"sara_density must be in (0, 1), got {self.sara_density}")
+            problems.append(f"--sara_density must be in (0, 1), got {self.sara_density}")
         if self.sara_reselect is not None and not 0.0 <= self.sara_reselect < 1.0:
-            problems.append(f"sara_reselect must be in [0, 1), got {self.sara_reselect}")
+            problems.append(f"--sara_reselect must be in [0, 1), got {self.sara_reselect}")
         if not 0.0 <= self.sara_nuclear < float("inf"):
-            problems.append(f"sara_nuclear must be at least 0, got {self.sara_nuclear}")
+            problems.append(f"--sara_nuclear must be at least 0, got {self.sara_nuclear}")
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -102,9 +102,9 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
     switch = round((options.sara_reselect or 0.0) * context.total_steps)
     if options.sara_reselect and not 0 < switch < context.total_steps:
         raise ValueError(
-            f"sara_reselect is {options.sara_reselect}, which is after {switch} of the run's "
+            f"--sara_reselect is {options.sara_reselect}, which is after {switch} of the run's "
             f"{context.total_steps} steps, but at least one step must come before it and one "
-            "after: take 0.5 in a run of at least 2 steps, or 0 to select once only"
+            "after. Take 0.5 in a run of at least 2 steps, or 0 to select once only"
         )
 
     def penalty(tensors: Tensors) -> dict[str, Tensor]:
@@ -128,8 +128,8 @@ def check_count(site: Site, options: SaraOptions) -> None:
     if count >= weight:
         most = (weight - 1) // (site.out_features + site.in_features)
         raise ValueError(
-            f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} makes "
-            f"{count:,} entries train, but the weight has {weight:,} and not all may train; take "
+            f"{site.name} is {site.out_features} x {site.in_features}. --rank {site.rank} makes "
+            f"{count:,} entries train, but the weight has {weight:,} and not all may train. Take "
             f"--rank {most} or less, or set --sara_density"
         )
 
@@ -209,9 +209,9 @@ def choose(whole: Whole) -> Rewritten:
         room = len(whole.tensors["sara_left_places"])
         if int((rest_E > 0.0).sum()) > room:
             raise ValueError(
-                f"more entries have left the trained ones than there is room for ({room:,}): the "
-                "schedule was reset after a re-selection, which SaRA does not support; resume "
-                "without --reset schedule"
+                f"more entries are no longer trained than there is room for ({room:,}), because "
+                "the schedule was reset after the second selection, which SaRA does not support. "
+                "Resume without --reset schedule"
             )
         places_C = first_of(rest_E, room)
         tensors["sara_left_places"] = places_C.to(before.dtype)

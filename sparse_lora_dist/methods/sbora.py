@@ -55,8 +55,8 @@ def sbora(options: SBoraOptions, context: RunContext) -> Method:
         side, lines = sides[options.sbora_side]
         if site.rank > side:
             raise ValueError(
-                f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} is "
-                f"more than its {side} {lines}; take --rank {side} or less"
+                f"{site.name} is {site.out_features} x {site.in_features}. --rank {site.rank} is "
+                f"more than its {side} {lines}. Take --rank {side} or less"
             )
     return Method(name="sbora", form=build)
 

@@ -83,10 +83,10 @@ class ShiraOptions:
     def __post_init__(self) -> None:
         problems = []
         if self.shira_density is not None and not 0.0 < self.shira_density <= 1.0:
-            problems.append(f"shira_density must be in (0, 1], got {self.shira_density}")
+            problems.append(f"--shira_density must be in (0, 1], got {self.shira_density}")
         if self.shira_calibration_steps < 1:
             problems.append(
-                f"shira_calibration_steps must be at least 1, got {self.shira_calibration_steps}"
+                f"--shira_calibration_steps must be at least 1, got {self.shira_calibration_steps}"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -104,8 +104,9 @@ def shira(options: ShiraOptions, context: RunContext) -> Method:
     steps, support = options.shira_calibration_steps, options.shira_support
     if support in BY_GRADIENT and steps >= context.total_steps:
         raise ValueError(
-            f"shira_calibration_steps is {steps}, but the run has {context.total_steps} steps, and "
-            "at least one must follow calibration: take fewer calibration steps, or raise max_steps"
+            f"--shira_calibration_steps is {steps}, but the run has {context.total_steps} steps, "
+            "and at least one must follow calibration. Take fewer calibration steps, or raise "
+            "--max_steps"
         )
     notes = (cost_of_gradients(context, steps),) if support in BY_GRADIENT else ()
     return Method(
@@ -127,7 +128,7 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
     held = 4e-9 * weights / steps
     return (
         f"calibration gradients take {held:,.2f} GB over all ranks together in the first steps "
-        f"({steps}), and the memory plan does not count them; raise --shira_calibration_steps to "
+        f"({steps}), and the memory plan does not count them. Raise --shira_calibration_steps to "
         "lower this"
     )
 
@@ -141,18 +142,18 @@ def check_count(site: Site, options: ShiraOptions) -> None:
     weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
     shape, density = f"{site.out_features} x {site.in_features}", options.shira_density
     option = f"--rank {site.rank}" if density is None else f"--shira_density {density}"
-    asked = f"{site.name} is {shape}: {option} makes"
+    asked = f"{site.name} is {shape}. {option} makes"
     if count > weight:
         most = weight // (site.out_features + site.in_features)
         raise ValueError(
-            f"{asked} {count:,} entries train, but the weight has {weight:,}; "
-            f"take --rank {most} or less"
+            f"{asked} {count:,} entries train, but the weight has {weight:,}. "
+            f"Take --rank {most} or less"
         )
     diagonal = min(site.out_features, site.in_features)
     if options.shira_support in ("rows", "columns") and count < diagonal:
         raise ValueError(
             f"{asked} {count:,} entries train, but --shira_support {options.shira_support} trains "
-            f"the whole diagonal, which has {diagonal:,}; take --shira_density "
+            f"the whole diagonal, which has {diagonal:,}. Take --shira_density "
             f"{diagonal / weight:.2g} or more"
         )
 

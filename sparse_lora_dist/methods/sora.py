@@ -122,20 +122,20 @@ class SoraOptions:
         lambdas, factor = self.sora_lambdas, self.sora_gate_lr_factor
         problems = []
         if not all(0.0 <= x < inf for x in lambdas) or list(lambdas) != sorted(set(lambdas)):
-            problems.append(f"sora_lambdas must be at least 0 and rising, got {list(lambdas)}")
+            problems.append(f"--sora_lambdas must be at least 0 and rising, got {list(lambdas)}")
         if factor is not None and factor <= 0.0:
-            problems.append(f"sora_gate_lr_factor must be above 0, got {factor}")
+            problems.append(f"--sora_gate_lr_factor must be above 0, got {factor}")
         if self.sora_l1 is not None and self.sora_l1 < 0.0:
-            problems.append(f"sora_l1 must be at least 0, got {self.sora_l1}")
+            problems.append(f"--sora_l1 must be at least 0, got {self.sora_l1}")
         if self.sora_every is not None and self.sora_every < 1:
-            problems.append(f"sora_every must be at least 1, got {self.sora_every}")
+            problems.append(f"--sora_every must be at least 1, got {self.sora_every}")
         # B starts at zero, so at step 1 a gate has no gradient, Adam's denominator is its eps, and
         # every gate would close for good.
         first = as_preset(self, self.sora_preset, PRESETS).sora_lambdas[0]
         if self.sora_threshold == "scaled" and first > 0.0:
             problems.append(
-                "sora_threshold scaled needs 0 as the first of sora_lambdas, because every gate "
-                f"would close at step 1; got {first}, take 0,{first}"
+                "--sora_threshold scaled needs 0 as the first of --sora_lambdas, because every "
+                f"gate would close at step 1, got {first}. Take 0,{first}"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -153,7 +153,7 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
         context.total_steps,
         len(lambdas),
         warmup_steps=context.warmup_steps,
-        asked=f"sora_lambdas is {', '.join(map(str, lambdas))}",
+        asked=f"--sora_lambdas is {', '.join(map(str, lambdas))}",
     )
     several = len(stages) > 1
     every = options.sora_every or max(1, context.total_steps // 50)

@@ -87,8 +87,8 @@ class Growth:
             return ()
         total = min(self.budget + above, sum(site.rank for site in self.sites))
         return (
-            f"increlora_preset released: growth ends at {total} components in all, above the "
-            f"budget of {self.budget}, and the reserve components stay",
+            f"with --increlora_preset released, growth ends at {total} components in all, above "
+            f"the budget of {self.budget}, and the reserve components stay",
         )
 
     def misfits(self, total_steps: int) -> list[str]:
@@ -101,16 +101,17 @@ class Growth:
         sites, capacity = len(self.sites), sum(site.rank for site in self.sites)
         smallest = min(site.rank for site in self.sites)
         problems = {
-            f"increlora_start_rank {self.start} is above --rank {smallest}: raise rank, or lower "
-            "increlora_start_rank": self.start > smallest,
+            f"--increlora_start_rank {self.start} is above --rank {smallest}. Raise --rank, or "
+            "lower --increlora_start_rank": self.start > smallest,
             f"the budget of {self.budget} components is above {capacity}, the sum of the ranks of "
-            "all linears: raise rank, or lower the budget": self.budget > capacity,
+            "all linears. Raise --rank, or lower --increlora_target_rank or "
+            "--increlora_budget": self.budget > capacity,
             f"the budget of {self.budget} components is below the start, {sites} linears x "
-            f"{self.start}: raise increlora_target_rank or increlora_budget": self.needed < 0,
-            f"{self.modules} linears would grow at a time, but there are {sites}: lower "
-            "increlora_modules, or raise increlora_pieces": self.modules > sites,
+            f"{self.start}. Raise --increlora_target_rank or --increlora_budget": self.needed < 0,
+            f"{self.modules} linears would grow at a time, but there are {sites}. Lower "
+            "--increlora_modules, or raise --increlora_pieces": self.modules > sites,
             f"growth would end at step {self.last} of {total_steps}, "
-            f"{self.last + 1 - total_steps} steps too late to train what it opens: lower "
-            "increlora_every, or raise increlora_modules": self.last >= total_steps,
+            f"{self.last + 1 - total_steps} steps too late to train what it opens. Lower "
+            "--increlora_every, or raise --increlora_modules": self.last >= total_steps,
         }
         return [problem for problem, is_so in problems.items() if is_so]

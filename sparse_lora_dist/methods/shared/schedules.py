@@ -67,7 +67,7 @@ def warmed_up_stages(
     if num_stages > most:
         raise ValueError(
             f"{asked}, which makes {num_stages} stages, but the run has {total_steps} steps and a "
-            f"stage needs at least {max(1, warmup_steps)} (warmup_steps is {warmup_steps}): at "
+            f"stage needs at least {max(1, warmup_steps)} (--warmup_steps is {warmup_steps}). At "
             f"most {most} stages fit"
         )
     return equal_stages(total_steps, num_stages)

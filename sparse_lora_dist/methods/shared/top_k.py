@@ -20,7 +20,7 @@ def k_largest(scores: Tensor, k: int) -> Tensor:
     scores_N = scores.flatten()
     if scores_N.isnan().any():
         raise FloatingPointError(
-            "importance scores contain NaN: lower --learning_rate, or check the base weights"
+            "importance scores contain NaN. Lower --learning_rate, or check the base weights"
         )
     if not 0 < k < len(scores_N):
         return torch.full_like(scores, k > 0, dtype=torch.bool)
