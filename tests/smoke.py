@@ -26,4 +26,3 @@ def is_smoke(test_id: str) -> bool:
     """Return whether a test is one of ``make smoke``."""
     name = test_id.removeprefix("tests/").replace("[", "(").replace("]", ")")
     return any(fnmatch(name, pattern) for pattern in SMOKE)
-

@@ -1,7 +1,7 @@
-"""Flags and YAML keys as the user gave them, each with its place for error messages.
+"""Read options from the command line and from a YAML file, as they are written.
 
-Every function appends the problems it finds to ``problems`` and goes on, so that one error names
-all of them.
+Every function appends a line to ``problems`` for each mistake that it finds, and goes on, so that
+one error names them all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,23 +23,34 @@ from sparse_lora_dist.config.schema import (
 from sparse_lora_dist.config.spelling import did_you_mean
 
 ACTIONS = ("config", "print_config", "help", "help_all")
+"""Flags that are not options of a run, because they name a file or print something."""
 LAUNCHER_FLAGS = ("local_rank", "local-rank")  # deepspeed and torchrun add them; unused here
 
 Flags = list[tuple[str, list[str]]]
-"""[(flag without dashes, its words)] in the order given."""
+"""[(flag without dashes, list of the words that follow it)], in the order given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """One option with its value as written, and the place to name in messages."""
+    """One option that the user gave, with its value not yet parsed."""
 
     name: str
     value: object
+    """A string from the command line, or a value from YAML."""
     place: str
+    """Start of messages about the value, e.g. "--rank" or "run.yaml line 3: rank"."""
 
 
 def split_argv(argv: Sequence[str], problems: list[str]) -> Flags:
-    """Split argv into flags and their words, without the flags that launchers add."""
+    """Split a command line into flags and the words that follow each of them.
+
+    ``--flag=value`` counts as the flag ``flag`` with one word. Flags that launchers add
+    (``--local_rank``) are dropped.
+
+    Args:
+        argv: The words after the program's name.
+        problems: A message is appended for each word that follows no flag.
+    """
     chunks: Flags = []
     closed = True  # True before the first flag and after --flag=value: no word may follow
     for word in argv:
@@ -48,14 +59,22 @@ def split_argv(argv: Sequence[str], problems: list[str]) -> Flags:
             chunks.append(("help" if name == "h" else name, [value] if equals else []))
             closed = bool(equals)
         elif closed:
-            problems.append(f"{word!r} does not belong to an option; write --option value")
+            problems.append(f"{word!r} does not belong to an option. Write --option value")
         else:
             chunks[-1][1].append(word)
     return [(name, words) for name, words in chunks if name not in LAUNCHER_FLAGS]
 
 
 def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str]) -> list[Given]:
-    """Return the options among the flags, each with one value."""
+    """Return the options among the flags, each with one value.
+
+    A list becomes one comma-separated value, and a switch without a value becomes "true".
+
+    Args:
+        flags: Flags of the command line.
+        options: All options of the program, by name.
+        problems: A message is appended for each unknown flag and each wrong number of values.
+    """
     given = []
     for name, words in flags:
         if name in ACTIONS:
@@ -76,12 +95,19 @@ def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str])
 
 
 def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) -> list[Given]:
-    """Return the options in the YAML file of ``--config``, which holds ``name: value`` lines."""
+    """Return the options in the YAML file of ``--config``, which holds ``name: value`` lines.
+
+    Args:
+        flags: Flags of the command line. Without ``--config`` the result is empty.
+        options: All options of the program, by name.
+        problems: A message is appended if the file cannot be read, and for each option that is
+            unknown or set twice.
+    """
     files = [words for name, words in flags if name == "config"]
     if not files:
         return []
     if len(files) > 1 or len(files[0]) != 1:
-        problems.append("--config takes one file")
+        problems.append("--config takes one YAML file. Give it once, with one file")
         return []
     (path,) = files[0]
     try:
@@ -89,18 +115,22 @@ def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) 
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"--config {path} cannot be read: {' '.join(str(error).split())}")
+        problems.append(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}")
         return []
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        problems.append(f"{path} must hold 'name: value' lines, got a {root.tag.split(':')[-1]}")
+        problems.append(
+            f"{path} must hold 'name: value' lines, but holds a {root.tag.split(':')[-1]}"
+        )
         return []
     places: dict[str, str] = {}
     for key, _ in root.value:
         place = f"{path} line {key.start_mark.line + 1}"
         if key.value in places:  # the YAML parser would silently take the last one
-            problems.append(f"{place}: {key.value} is set twice, first at {places[key.value]}")
+            problems.append(
+                f"{place}: {key.value} is set twice, first at {places[key.value]}. Remove one line"
+            )
         elif key.value not in options:
             problems.append(
                 f"{place}: {key.value} is not an option{did_you_mean(key.value, options)}"
@@ -119,7 +149,17 @@ def typed_values(
     parser: ArgumentParser,
     problems: list[str],
 ) -> dict[str, object]:
-    """Return {name: value of the option's type}; the last value of an option counts."""
+    """Parse the given values by the types of their options.
+
+    Args:
+        given: Options as written. If one is given twice, the last value counts.
+        options: All options of the program, by name.
+        parser: Parser that knows the type of each option.
+        problems: A message is appended for each value of a wrong type and each NaN or infinity.
+
+    Returns:
+        {option: parsed value}, without the options that have a problem.
+    """
     values = {}
     for one in given:
         hint = options[one.name].hint
@@ -140,6 +180,6 @@ def typed_values(
 
 
 def is_finite(value: object) -> bool:
-    """Whether every number in ``value`` is finite."""
+    """Return True if ``value``, or each item of a list or tuple, is finite or not a float."""
     items = value if isinstance(value, list | tuple) else [value]
     return all(isfinite(item) for item in items if isinstance(item, float))

@@ -1,6 +1,6 @@
-"""``Config``: all options of a run together, with the checks that span several sections.
+"""``Config`` holds all options of a run and checks those that depend on several sections.
 
-The options themselves are defined in sections.py; load.py fills them in.
+sections.py defines the options, and load.py fills them in.
 """
 
 from dataclasses import dataclass, field, fields
@@ -20,7 +20,8 @@ from sparse_lora_dist.methods.protocol.method import NoOptions, RunContext
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All options of a training run."""
+    """All options of a training run, by section. Raises ConfigError if they contradict each
+    other."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -35,15 +36,15 @@ class Config:
 
     @property
     def packs(self) -> bool:
-        """Whether several documents share a row."""
+        """True if several documents share a row."""
         return self.model.task == "causal_lm" and self.data.packing is not False
 
     def run_context(self, total_steps: int, sites: tuple[Site, ...]) -> RunContext:
-        """Return what a method is built from.
+        """Return the facts about the run that a method is built from.
 
         Args:
-            total_steps: optimizer steps of the run.
-            sites: linears that carry an adapter, in the order of the model.
+            total_steps: Optimizer steps of the run.
+            sites: Linears that carry an adapter, in the order of the model.
         """
         return RunContext(
             total_steps=total_steps,
@@ -55,11 +56,14 @@ class Config:
     def _bad_for_the_task(self) -> list[str]:
         if self.model.task == "seq_cls" and self.data.packing:
             return [
-                "packing is true, but with task seq_cls a row holds one example with one label: "
-                "leave packing out"
+                "--packing is true, but with --task seq_cls a row holds one example with its "
+                "label. Leave --packing out"
             ]
         if self.model.task == "causal_lm" and self.data.text_pair_field is not None:
-            return ["text_pair_field belongs to task seq_cls, but task is causal_lm"]
+            return [
+                "--text_pair_field belongs to --task seq_cls, but --task is causal_lm. Set --task "
+                "seq_cls, or leave --text_pair_field out"
+            ]
         return []
 
     def _bad_for_flash_attention(self) -> list[str]:
@@ -69,13 +73,17 @@ class Config:
         if not (flash and self.packs and self.train.micro_batch_size > 1):
             return []
         return [
-            f"attn_implementation {self.model.attn_implementation} separates packed documents only "
-            f"if a micro-batch has one row, but micro_batch_size is {self.train.micro_batch_size}: "
-            "use micro_batch_size 1 with longer rows, attn_implementation sdpa, or packing false"
+            f"--attn_implementation {self.model.attn_implementation} separates packed documents "
+            "only if a micro-batch has one row, but --micro_batch_size is "
+            f"{self.train.micro_batch_size}. Use --micro_batch_size 1 with a larger "
+            "--sequence_length, --attn_implementation sdpa, or --packing false"
         ]
 
     def as_flat_dict(self) -> dict[str, object]:
-        """Return {option: value}; written as YAML, a ``--config`` file for an equal Config."""
+        """Return {option: value} of all sections and of the method.
+
+        Written as YAML, it is a ``--config`` file that gives an equal Config.
+        """
         parts = (self.model, self.data, self.adapter, self.train, self.run, self.method_options)
         flat = {f.name: getattr(part, f.name) for part in parts for f in fields(part)}
         # YAML has lists, but no tuples.
@@ -89,4 +97,4 @@ SECTIONS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "run": RunConfig,
 }
-"""{attribute of ``Config``: dataclass of its options}, without the method's options."""
+"""{attribute of ``Config``: dataclass of the section}, without the options of the method."""

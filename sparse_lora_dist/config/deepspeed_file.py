@@ -1,11 +1,12 @@
-"""DeepSpeed JSON file (ds_configs/*.json) + ``Config`` -> the dict that DeepSpeed gets.
+"""Check a DeepSpeed JSON file (ds_configs/*.json), and fill in the numbers of the run.
 
-The file sets mechanics and the options of the run set training numbers; a number that both set to
-different values is an error. The file is checked here against the keys that this project supports,
-because DeepSpeed 0.19 does not check all of it: it rejects unknown keys in ``zero_optimization``
-and ``bf16``, but only when the engine is built, one at a time; it ignores unknown keys at the top
-level and in ``aio``, takes ``"stage": "auto"`` as stage 0, and keeps ``"auto"`` as a gradient
-clipping value.
+The file sets how DeepSpeed works (ZeRO stage, offload, bucket sizes), and the options of the run
+set training numbers. A number that both set to different values is an error.
+
+The file is checked here because DeepSpeed 0.19 does not check all of it. It rejects unknown keys in
+``zero_optimization`` and ``bf16``, but only when the engine is built, one at a time. It ignores
+unknown keys at the top level and in ``aio``, takes ``"stage": "auto"`` as stage 0, and keeps
+``"auto"`` as a gradient clipping value.
 """
 
 import copy
@@ -28,6 +29,7 @@ from sparse_lora_dist.config.deepspeed_keys import (
 from sparse_lora_dist.config.spelling import did_you_mean
 
 EngineDict = dict[str, Any]
+"""Content of a DeepSpeed file, or the dict that ``deepspeed.initialize`` gets."""
 
 NEVER = 2**31 - 1  # no run has so many steps
 DEFAULTS = {
@@ -36,54 +38,70 @@ DEFAULTS = {
     "communication_data_type": "fp32",
     "steps_per_print": NEVER,
 }
+"""{DeepSpeed key: value} that is used where the file has no such key."""
 
 
 def check_engine_file(path: str) -> list[str]:
-    """Return every problem of the file at ``path``, each with its place."""
+    """Return a message for every problem of the DeepSpeed file at ``path``."""
     problems: list[str] = []
     engine = read_engine_file(path, problems)
     return problems if engine is None else problems + check_engine(engine, path)
 
 
 def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
-    """Return the file's content, or None with the reason appended to ``problems``."""
+    """Return the content of a DeepSpeed file, or None if it cannot be read.
+
+    Args:
+        path: Path of the JSON file.
+        problems: A message is appended if the file cannot be read, and for each key set twice.
+    """
 
     def without_doubles(pairs: list[tuple[str, Any]]) -> EngineDict:
         names = [name for name, _ in pairs]
         doubles = {name for name in names if names.count(name) > 1}
-        problems.extend(f"{path}: {name} is set twice in one block" for name in sorted(doubles))
+        problems.extend(
+            f"{path}: {name} is set twice in one block. Remove one" for name in sorted(doubles)
+        )
         return dict(pairs)
 
     try:
         content = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=without_doubles)
     except FileNotFoundError:
-        problems.append(f"ds_config: no such file: {path}")
+        problems.append(f"--ds_config {path} does not exist. Name a DeepSpeed JSON file")
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"ds_config: {path} cannot be read: {error}")
+        problems.append(f"--ds_config {path} cannot be read: {error}")
     except json.JSONDecodeError as error:
-        problems.append(f"{path} line {error.lineno}: not JSON: {error.msg}")
+        problems.append(f"{path} line {error.lineno} is not valid JSON: {error.msg}")
     else:
         if isinstance(content, dict):
             return content
-        problems.append(f"{path} must hold one {{...}} object, got {content!r}")
+        problems.append(f"{path} must hold one {{...}} object, but holds {content!r}")
     return None
 
 
 def check_engine(engine: Mapping[str, Any], place: str) -> list[str]:
-    """Return every problem of a file's content; ``place`` names the file in messages."""
+    """Return a message for every problem of a DeepSpeed file's content.
+
+    Args:
+        engine: Content of the file.
+        place: Name of the file for messages.
+    """
     problems = check_block(engine, KEYS, "", place)
     zero = engine.get("zero_optimization", {})
     if isinstance(zero, dict):
         if "stage" not in zero:
-            problems.append(f"{place}: zero_optimization.stage is missing; must be 3")
+            problems.append(f"{place}: zero_optimization.stage is missing. Set it to 3")
         param = zero.get("offload_param")
         if isinstance(param, dict) and param.get("device") == "nvme" and "nvme_path" not in param:
-            problems.append(f"{place}: zero_optimization.offload_param needs nvme_path for nvme")
+            problems.append(
+                f"{place}: zero_optimization.offload_param has device nvme, but no nvme_path. Set "
+                "nvme_path to a folder on the NVMe disk"
+            )
         node = zero.get("zero_hpz_partition_size", 1)
         if isinstance(param, dict) and param.get("device") == "nvme" and node not in (0, 1):
             problems.append(
                 f"{place}: zero_optimization sets zero_hpz_partition_size and offload_param.device "
-                "nvme, but a node's copy of the parameters cannot be kept on NVMe: remove one of "
+                "nvme, but a node's copy of the parameters cannot be kept on NVMe. Remove one of "
                 "the two, or set the device to cpu"
             )
     return problems
@@ -92,13 +110,21 @@ def check_engine(engine: Mapping[str, Any], place: str) -> list[str]:
 def check_block(
     block: Mapping[str, Any], keys: Mapping[str, Any], prefix: str, place: str
 ) -> list[str]:
-    """Return the problems of one ``{...}`` block, given the keys it may have."""
+    """Return a message for every problem of one ``{...}`` block and of the blocks in it.
+
+    Args:
+        block: Content of the block.
+        keys: Keys that the block may have, as in ``KEYS``.
+        prefix: Path of the block with a dot at its end, e.g. "zero_optimization."; empty for the
+            whole file.
+        place: Name of the file for messages.
+    """
     problems = []
     for key, value in block.items():
         name = prefix + key
         if key not in keys:
-            why = KNOWN_ELSEWHERE.get(name) or "not a supported key" + did_you_mean(key, keys)
-            problems.append(f"{place}: {name}: {why}")
+            why = KNOWN_ELSEWHERE.get(name) or "is not a supported key" + did_you_mean(key, keys)
+            problems.append(f"{place}: {name} {why}")
         elif isinstance(keys[key], dict) and isinstance(value, dict):
             problems += check_block(value, keys[key], f"{name}.", place)
         else:
@@ -107,24 +133,37 @@ def check_block(
 
 
 def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
-    """Return a problem if the value has the wrong kind or is not the only one that works here."""
+    """Return a message if a value has the wrong type, or if only another value works here.
+
+    Args:
+        name: Path of the key, e.g. "zero_optimization.stage".
+        value: Its value in the file.
+        kind: What the value may be, an entry of ``KEYS``.
+        place: Name of the file for messages.
+
+    Returns:
+        A list with the message, or an empty list.
+    """
     if name in OWNED and value == "auto":
         return []
     said = f"{place}: {name} is {json.dumps(value)}"
     if name in FIXED:
         wanted, why = FIXED[name]
         right = value == wanted and type(value) is type(wanted)
-        return [] if right else [f"{said}; must be {json.dumps(wanted)}: {why}"]
+        return [] if right else [f"{said}, but it must be {json.dumps(wanted)}, because {why}"]
     if name in AT_LEAST_ONE and value == 0:
-        return [f"{said}; must be at least 1"]
+        return [f"{said}, but it must be at least 1"]
     if fits(value, kind):
         return []
     why = WHY_NOT.get(name, "") if value != "auto" else "auto is only for numbers of the run"
-    return [f"{said}; must be {kind_in_words(kind)}" + (f": {why}" if why else "")]
+    return [f"{said}, but it must be {kind_in_words(kind)}" + (f", because {why}" if why else "")]
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether ``value`` is of this kind. Numbers must be at least 0; 5e8 counts as whole."""
+    """Return True if ``value`` is allowed by ``kind``, an entry of ``KEYS``.
+
+    Numbers must be at least 0. A float such as 5e8 passes as a whole number.
+    """
     if isinstance(kind, tuple):
         return value in kind
     if kind in (int, float):
@@ -134,7 +173,7 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def kind_in_words(kind: Any) -> str:
-    """Describe a kind of value for a message."""
+    """Return what an entry of ``KEYS`` allows in words, e.g. "true or false"."""
     if isinstance(kind, tuple):
         return "one of " + ", ".join(kind)
     if isinstance(kind, dict):
@@ -144,18 +183,15 @@ def kind_in_words(kind: Any) -> str:
 
 
 def engine_dict(source: str | EngineDict, config: Config, world_size: int) -> EngineDict:
-    """Build the dict for ``deepspeed.initialize``: the file with the run's numbers filled in.
+    """Return the dict for ``deepspeed.initialize``: the file with the numbers of the run filled in.
 
     Args:
-        source: path of the JSON file, or its content.
-        config: options of the run.
-        world_size: number of ranks.
-
-    Returns:
-        A new dict; ``source`` is left unchanged.
+        source: Path of the JSON file, or its content, which is not changed.
+        config: Options of the run.
+        world_size: Number of ranks.
 
     Raises:
-        ConfigError: with all problems of the file and all numbers that differ from the run's.
+        ConfigError: The file has problems, or a number in it differs from the run's.
     """
     engine, place = load(source)
     raise_if(check_engine(engine, place))
@@ -171,15 +207,12 @@ def engine_dict(source: str | EngineDict, config: Config, world_size: int) -> En
 
 
 def conflicts(source: str | EngineDict, config: Config, *, trains: bool = True) -> list[str]:
-    """Compare a well-formed file with the options of the run.
+    """Return a message for each number of the file that differs from the options of the run.
 
     Args:
-        source: path of the JSON file, or its content.
-        config: options of the run.
-        trains: whether to check the NVMe folder too.
-
-    Returns:
-        One problem per number that differs, and one if the NVMe folder cannot be written to.
+        source: Path of the JSON file, or its content, without problems of its own.
+        config: Options of the run.
+        trains: True: also return a message if the NVMe folder cannot be written to.
     """
     engine, place = load(source)
     problems = [
@@ -197,13 +230,13 @@ def conflicts(source: str | EngineDict, config: Config, *, trains: bool = True) 
 
 
 def world_problems(engine: EngineDict, config: Config, world_size: int, place: str) -> list[str]:
-    """Check the numbers of a file that depend on the number of ranks.
+    """Return a message for each number of the file that does not fit the number of ranks.
 
     Args:
-        engine: content of the DeepSpeed file.
-        config: options of the run.
-        world_size: number of ranks.
-        place: name of the file for messages.
+        engine: Content of the DeepSpeed file.
+        config: Options of the run.
+        world_size: Number of ranks.
+        place: Name of the file for messages.
     """
     problems = []
     train = config.train
@@ -214,13 +247,13 @@ def world_problems(engine: EngineDict, config: Config, world_size: int, place: s
     if world_size % node:
         problems.append(
             f"{place}: zero_optimization.zero_hpz_partition_size is {node}, "
-            f"which does not divide the {world_size} ranks; set it to the number of ranks per node"
+            f"which does not divide the {world_size} ranks. Set it to the number of ranks per node"
         )
     return problems
 
 
 def training_numbers(config: Config) -> dict[str, object]:
-    """Return {DeepSpeed key: the run's number}."""
+    """Return {DeepSpeed key: value} for the values that the options of the run set."""
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
@@ -230,27 +263,31 @@ def training_numbers(config: Config) -> dict[str, object]:
 
 
 def differs(place: str, key: str, theirs: object, ours: object) -> str:
-    """Return the problem of a number that file and run set differently."""
+    """Return the message for a number that the file and the run set differently.
+
+    Args:
+        place: Name of the file for messages.
+        key: Path of the key in the file.
+        theirs: Value in the file.
+        ours: Value of the run.
+    """
     return (
-        f"{place}: {key} is {json.dumps(theirs)}, but {OWNED[key]} of the run says "
-        f'{json.dumps(ours)}; write "auto" in the file'
+        f"{place}: {key} is {json.dumps(theirs)}, but {OWNED[key]} of the run is "
+        f'{json.dumps(ours)}. Write "auto" in the file'
     )
 
 
 def load(source: str | EngineDict) -> tuple[EngineDict, str]:
-    """Read a DeepSpeed file.
+    """Return the content of a DeepSpeed file, and its name for messages.
 
     Args:
-        source: path of the JSON file, or its content.
-
-    Returns:
-        (content, name for messages).
+        source: Path of the JSON file, or its content, which is returned as it is.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: The file cannot be read.
     """
     if not isinstance(source, str):
-        return source, "engine config"
+        return source, "the DeepSpeed configuration"
     problems: list[str] = []
     engine = read_engine_file(source, problems)
     raise_if(problems)
@@ -259,7 +296,7 @@ def load(source: str | EngineDict) -> tuple[EngineDict, str]:
 
 
 def value_at(engine: Mapping[str, Any], dotted: str) -> Any:
-    """Return the value at the path ``a.b.c``; None if a part of the path is missing."""
+    """Return the value at the dotted path ``a.b.c`` in nested dicts; None if a key is missing."""
     value: Any = engine
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -267,7 +304,7 @@ def value_at(engine: Mapping[str, Any], dotted: str) -> Any:
 
 
 def set_at(engine: EngineDict, dotted: str, value: object) -> None:
-    """Set the value at the path ``a.b``; create the block ``a`` if it is missing."""
+    """Set the value at the dotted path ``a.b`` in nested dicts; missing dicts are created."""
     *way, last = dotted.split(".")
     for key in way:
         engine = engine.setdefault(key, {})

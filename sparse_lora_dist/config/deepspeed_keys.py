@@ -60,10 +60,13 @@ KEYS: dict[str, Any] = {
     },
     "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool},
 }
-"""{key: type, tuple of allowed words, or the keys of a block}."""
+"""{key: what its value may be}: a type, a tuple of allowed words, or a dict with the keys of a
+block."""
 
 PACKED = "it works on numbers, and the base model is packed 4-bit bytes"
+"""Reason why keys that compute with weights are refused."""
 STATISTICS = "importance statistics are read from these gradients"
+"""Reason why keys that reduce the precision of gradients are refused."""
 
 FIXED: dict[str, tuple[object, str]] = {
     "zero_optimization.stage": (3, "only stage 3 shards the base model"),
@@ -74,7 +77,7 @@ FIXED: dict[str, tuple[object, str]] = {
     "zero_optimization.zero_quantized_gradients": (False, STATISTICS),
     "communication_data_type": ("fp32", STATISTICS),
     "data_types.grad_accum_dtype": ("fp32", STATISTICS),
-    "fp16.enabled": (False, PACKED + "; use --precision bf16 or fp32"),
+    "fp16.enabled": (False, PACKED + ". Use --precision bf16 or fp32"),
     "aio.use_gds": (False, "shards pass through host memory"),
     "zero_allow_untested_optimizer": (True, "the optimizer is this project's own"),
     "zero_force_ds_cpu_optimizer": (False, "the optimizer is this project's own"),
@@ -89,29 +92,32 @@ AT_LEAST_ONE = {
     "aio.queue_depth",
     "aio.intra_op_parallelism",
 }
-"""Numbers by which DeepSpeed divides, or for which it waits, so that 0 would fail or hang."""
+"""Numbers that must not be 0: DeepSpeed divides by them or waits for that many, and would fail or
+hang."""
 
 WHY_NOT = {
     "zero_optimization.offload_optimizer.device": "packed moments do not fit its NVMe swapper",
 }
-"""{key: why other values that DeepSpeed takes do not work here}."""
+"""{key: reason why some values that DeepSpeed takes do not work here}, for messages."""
 
 KNOWN_ELSEWHERE = {
-    "optimizer": "remove it and set --learning_rate, --weight_decay",
-    "scheduler": "remove it and set --lr_schedule, --warmup_steps",
-    "activation_checkpointing": "remove it and set --gradient_checkpointing",
-    "tensorboard": "remove it and set --trackers",
-    "wandb": "remove it and set --trackers",
-    "bfloat16": "write bf16",
-    "zero_optimization.offload_param.max_in_cpu": "remove it: trained tensors stay in memory",
+    "optimizer": "is set by options here. Remove it and set --learning_rate, --weight_decay",
+    "scheduler": "is set by options here. Remove it and set --lr_schedule, --warmup_steps",
+    "activation_checkpointing": "is an option here. Remove it and set --gradient_checkpointing",
+    "tensorboard": "is an option here. Remove it and set --trackers",
+    "wandb": "is an option here. Remove it and set --trackers",
+    "bfloat16": "is an old name. Write bf16",
+    "zero_optimization.offload_param.max_in_cpu": "has no effect, because trained tensors stay "
+    "in memory. Remove it",
 }
-"""{refused key: what to do instead}. Messages on other unknown keys suggest the nearest name."""
+"""{key that is refused: end of the message, with what to do}. For other unknown keys the message
+suggests the nearest known key."""
 
 OWNED = {
-    "train_micro_batch_size_per_gpu": "micro_batch_size",
-    "gradient_accumulation_steps": "gradient_accumulation_steps",
-    "gradient_clipping": "max_grad_norm",
-    "train_batch_size": "micro_batch_size x gradient_accumulation_steps x ranks",
-    "bf16.enabled": "precision",
+    "train_micro_batch_size_per_gpu": "--micro_batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps",
+    "gradient_clipping": "--max_grad_norm",
+    "train_batch_size": "--micro_batch_size x --gradient_accumulation_steps x ranks",
+    "bf16.enabled": "--precision",
 }
-"""{key: option of the run that sets its number}. The file may have "auto" or an equal number."""
+"""{key: options of the run that set its number}. The file may have "auto" or an equal number."""

@@ -1,4 +1,4 @@
-"""Help pages: the common options (--help), one method (--help METHOD), all (--help_all)."""
+"""Help pages: the common options (--help), one method (--help METHOD), all options (--help_all)."""
 
 import shutil
 import textwrap
@@ -25,7 +25,7 @@ def help_page(flags: Flags, program: Program) -> str | None:
     """Return the help page that the flags ask for, or None if they ask for none.
 
     Raises:
-        ConfigError: --help is followed by something that is not a method.
+        ConfigError: ``--help`` is followed by a word that is not a method.
     """
     given = dict(flags)
     if "help_all" in given:
@@ -43,11 +43,12 @@ def _not_a_method(words: list[str]) -> list[str]:
     if name in methods.METHODS:
         return []
     known, hint = ", ".join(methods.METHODS), did_you_mean(name, methods.METHODS)
-    return [f"--help takes no value or one of {known}, got {name!r}{hint}"]
+    return [f"--help takes no value or one method ({known}), got {name!r}{hint}"]
 
 
 def common_page(program: Program) -> str:
-    """Return the page of ``--help``: common options by section, and the names of the methods."""
+    """Return the page of ``--help``: the common options by section, and the names of all
+    methods."""
     options = {name: o for name, o in known_options(program).items() if _is_common(program, name)}
     names = _wrapped("  ", ", ".join(methods.METHODS) + ".")
     head = "Methods (--help METHOD describes one and lists its options):"
@@ -59,7 +60,7 @@ def _is_common(program: Program, name: str) -> bool:
 
 
 def method_page(program: Program, method: str) -> str:
-    """Return the page of ``--help METHOD``: its summary and its options."""
+    """Return the page of ``--help METHOD``: what the method does, and its options."""
     factory = methods.METHODS[method]
     options = {name: o for name, o in known_options(program).items() if o.method == method}
     lines = list(_sections(options, program)) or ["This method has no options of its own."]
@@ -67,7 +68,8 @@ def method_page(program: Program, method: str) -> str:
 
 
 def full_page(program: Program) -> str:
-    """Return the page of ``--help_all``: every option, by section and then by method."""
+    """Return the page of ``--help_all``: the options of a run by section, those of each method, and
+    what each method does."""
     known = known_options(program)
     summaries = (_entry(name, m.summary + ".") for name, m in methods.METHODS.items())
     return "\n".join([*_head(program), *_sections(known, program), "Methods:", *summaries])
@@ -80,7 +82,7 @@ def _head(program: Program) -> list[str]:
 
 
 def _sections(options: Mapping[str, Option], program: Program) -> Iterable[str]:
-    """Yield the lines of the options: for each section its title, entries, and an empty line."""
+    """Yield the lines of a help page: for each section its title, its options and an empty line."""
     texts = help_texts(program)
     for title, names in groupby(options, key=lambda name: _title(options[name])):
         yield f"{title}:"
@@ -94,7 +96,8 @@ def _title(option: Option) -> str:
 
 
 def _with_default(text: str, option: Option) -> str:
-    """Append the choices that the text does not name, and the default, to a help text."""
+    """Return a help text followed by the allowed words that it does not name, and by the
+    default."""
     words = choices(option.hint)
     if not all(word in text for word in words):
         text += f" One of {', '.join(words)}."
@@ -102,7 +105,7 @@ def _with_default(text: str, option: Option) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a default as one writes it on the command line."""
+    """Return a default as it is written on the command line, e.g. "a,b", "true" or "null"."""
     if isinstance(value, list | tuple):
         return ",".join(map(str, value)) or "[]"
     if value is None:
@@ -111,7 +114,10 @@ def shown(value: object) -> str:
 
 
 def _entry(name: str, text: str) -> str:
-    """Place a text beside its name, or below a name that is too long for its column."""
+    """Return the lines of a help page for one option: its name, and its text in the second column.
+
+    A name that is too long for the first column gets a line of its own.
+    """
     start, beside = f"  {name} ", _wrapped(" " * COLUMN, text)
     return start.rstrip() + f"\n{beside}" if len(start) > COLUMN else start + beside[len(start) :]
 

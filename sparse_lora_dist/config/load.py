@@ -1,7 +1,8 @@
-"""Command line and YAML file -> ``Config``. All problems are found before anything is loaded.
+"""Read the options of a run from the command line and a YAML file into a ``Config``.
 
-Precedence: defaults < YAML file of --config < command line. jsonargparse parses each value by the
-type of its field. The options are gone through one by one here, because a parser stops at its
+All problems are reported together, before a model or data are loaded. A value on the command line
+replaces that of the YAML file of --config, which replaces the default. jsonargparse parses each
+value by the type of its field. It is called for one option at a time, because a parser stops at its
 first error.
 """
 
@@ -27,31 +28,31 @@ from sparse_lora_dist.errors import ConfigError
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """Read the options of a training run.
+    """Return the options of a training run.
 
     ``--help``, ``--help_all`` and ``--print_config`` print on rank 0 and exit with status 0.
 
     Args:
-        argv: the words after the program's name.
+        argv: The words after the program's name.
 
     Raises:
-        ConfigError: with all problems at once.
+        ConfigError: Some options are wrong; it lists all problems.
     """
     return read_options(argv, TRAIN)[0]
 
 
 def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
-    """Read the options of a program that takes those of a training run.
+    """Return the options of a program that takes those of a training run and its own.
 
     Args:
-        argv: the words after the program's name.
-        program: the program, with its own options, defaults and checks.
+        argv: The words after the program's name.
+        program: The program, with its own options, defaults and checks.
 
     Returns:
         The options of the run, and an instance of ``program.own`` (None if it has no own options).
 
     Raises:
-        ConfigError: with all problems at once.
+        ConfigError: Some options are wrong; it lists all problems.
     """
     problems: list[str] = []
     options, parser = known_options(program), build_parser(program)
@@ -73,7 +74,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
 
 
 def print_and_exit(text: str) -> NoReturn:
-    """Print ``text`` on rank 0 and exit with status 0."""
+    """Print ``text`` on rank 0, and exit with status 0 on all ranks."""
     if this_launch().rank == 0:
         print(text.rstrip())
     raise SystemExit(0)
@@ -86,16 +87,13 @@ def build(
     *,
     trains: bool = True,
 ) -> Config | None:
-    """Build a Config from ``values`` and the defaults, and append all problems to ``problems``.
+    """Return the Config of the given values and the defaults, or None if a section is invalid.
 
     Args:
         values: {option: value} that the user gave.
-        options: all options that there are.
-        problems: list that problems are appended to.
-        trains: whether data, output and trackers must be usable too, not only the model.
-
-    Returns:
-        The Config; None if a section of it is invalid.
+        options: All options of the program, by name.
+        problems: A message is appended for each problem.
+        trains: True: data, output folder and trackers are checked too, not only the model.
     """
     flat: dict[str, Any] = {name: option.default for name, option in options.items()} | dict(values)
     parts = parts_of(flat, problems)
@@ -105,7 +103,9 @@ def build(
     problems += missing_locations(flat) if trains else missing_source("model", flat["model"])
     for name in TRACKERS if trains else ():
         if name in flat["trackers"] and find_spec(name) is None:
-            problems.append(f"trackers has {name}, which is not installed: pip install {name}")
+            problems.append(
+                f"--trackers names {name}, which is not installed. Run: pip install {name}"
+            )
     engine_problems = check_engine_file(flat["ds_config"])
     if config is not None and not engine_problems:
         engine_problems = conflicts(flat["ds_config"], config, trains=trains)
@@ -114,16 +114,21 @@ def build(
 
 
 def saved_config(saved: Mapping[str, Any]) -> Config:
-    """Rebuild a Config from what ``as_flat_dict`` returned, e.g. from a run's run.yaml.
+    """Rebuild a Config from a saved ``Config.as_flat_dict()``, e.g. from a run's run.yaml.
 
     Args:
         saved: {option: value}. Files and folders that it names need not exist here.
 
     Raises:
-        ConfigError: an option or a value is unknown to this version.
+        ConfigError: This version does not know an option, or does not allow a value.
     """
     options = known_options()
-    problems = [f"{name} is not an option of this version" for name in saved if name not in options]
+    problems = [
+        f"{name} is saved with the run, but is not an option of this version. Use the version "
+        "that wrote it"
+        for name in saved
+        if name not in options
+    ]
     tuples = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
     flat: dict[str, Any] = {n: option.default for n, option in options.items()} | tuples
     parts = parts_of(flat, problems)
@@ -132,19 +137,32 @@ def saved_config(saved: Mapping[str, Any]) -> Config:
 
 
 def parts_of(flat: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Return {attribute of Config: section}; an invalid section is None, its problems appended."""
+    """Build the sections of a Config.
+
+    Args:
+        flat: {option: value} of all options.
+        problems: A message is appended for each problem.
+
+    Returns:
+        {attribute of Config: section}, with None for an invalid section.
+    """
     parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
     name = flat["method"]
     if name in methods.METHODS:
         parts["method_options"] = make(methods.METHODS[name].options, flat, problems)
     else:
         known, hint = ", ".join(methods.METHODS), did_you_mean(name, methods.METHODS)
-        problems.append(f"method must be one of {known}, got {name!r}{hint}")
+        problems.append(f"--method must be one of {known}, got {name!r}{hint}")
     return parts
 
 
 def whole(parts: dict[str, Any], problems: list[str]) -> Config | None:
-    """Return the Config, or None with the problems between its sections appended."""
+    """Return the Config made of its sections, or None if they contradict each other.
+
+    Args:
+        parts: {attribute of Config: section}.
+        problems: A message is appended for each contradiction.
+    """
     try:
         return Config(**parts)
     except ConfigError as error:
@@ -153,7 +171,13 @@ def whole(parts: dict[str, Any], problems: list[str]) -> Config | None:
 
 
 def make(part: type[Any], flat: Mapping[str, Any], problems: list[str]) -> Any:
-    """Return an instance of the dataclass ``part``, or None with its problems appended."""
+    """Return an instance of a dataclass of options, or None if a value is invalid.
+
+    Args:
+        part: The dataclass.
+        flat: {option: value} of at least the options that are its fields.
+        problems: A message is appended for each problem.
+    """
     try:
         return part(**{f.name: flat[f.name] for f in fields(part)})
     except ConfigError as error:
@@ -166,11 +190,18 @@ def make(part: type[Any], flat: Mapping[str, Any], problems: list[str]) -> Any:
 def foreign_options(
     values: Mapping[str, Any], method: str, options: Mapping[str, Option]
 ) -> list[str]:
-    """Return a problem for each given option that belongs to another method."""
+    """Return a message for each given option that belongs to another method than the run's.
+
+    Args:
+        values: {option: value} that the user gave.
+        method: Value of --method.
+        options: All options of the program, by name.
+    """
     if method not in methods.METHODS:
         return []
     return [
-        f"--{name} belongs to method {options[name].method}, but --method is {method}"
+        f"--{name} belongs to --method {options[name].method}, but --method is {method}. Leave it "
+        "out"
         for name in values
         if options[name].method not in (None, method)
     ]

@@ -1,4 +1,7 @@
-"""Resolve "default", paths and hub ids, and find those that do not exist. Opens no file."""
+"""Resolve "default", paths and hub ids in options, and find paths that do not exist.
+
+No file is opened and the hub is not asked.
+"""
 
 import re
 from collections.abc import Mapping
@@ -16,14 +19,16 @@ EMBEDDED = {
 }
 """{option: path in ASSETS that "default" stands for}."""
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""Hub ids are ``name`` or ``owner/name``."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv")
+"""Ends of names that are taken for files, not for hub ids."""
 
 
 def resolve_default(option: str, value: str) -> str:
-    """Resolve the value of --model, --data or --eval_data.
+    """Return the path or hub id that the value of --model, --data or --eval_data stands for.
 
     Args:
-        option: name of the option.
+        option: Name of the option.
         value: "default", a path or a hub id.
 
     Returns:
@@ -33,17 +38,17 @@ def resolve_default(option: str, value: str) -> str:
 
 
 def eval_source(data: DataConfig) -> str | None:
-    """Return path or hub id of the held-out data; None if there are none."""
+    """Return the path or hub id of the held-out data, or None if there is none."""
     if data.eval_data is not None:
         return resolve_default("eval_data", data.eval_data)
     return resolve_default("eval_data", "default") if data.data == "default" else None
 
 
 def missing_locations(flat: Mapping[str, Any]) -> list[str]:
-    """Return a problem for each path among the options that does not exist.
+    """Return a message for each path among the options of a run that does not exist.
 
     Args:
-        flat: {option: value} of a run.
+        flat: {option: value} of all options.
     """
     problems = []
     for option in ("model", "data", "eval_data", "init_adapter"):
@@ -51,47 +56,61 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
             problems += missing_source(option, flat[option])
     problems += missing_files(flat)
     if flat["resume"] not in ("auto", "never") and not Path(flat["resume"]).is_dir():
-        problems.append(f"resume must be auto, never or an existing folder, got {flat['resume']!r}")
+        problems.append(
+            f"--resume must be auto, never or an existing folder, got {flat['resume']!r}"
+        )
     if Path(flat["output_dir"]).is_file():
-        problems.append(f"output_dir must be a folder, got the file {flat['output_dir']}")
+        problems.append(f"--output_dir must be a folder, got the file {flat['output_dir']}")
     return problems
 
 
 def missing_files(flat: Mapping[str, Any]) -> list[str]:
-    """Return problems of files that every program reads beside the model.
+    """Return messages about --chat_template and --revision, which every program takes.
+
+    There is one if the template does not exist, and one if a revision is given for a local model.
 
     Args:
-        flat: {option: value} of a run.
+        flat: {option: value} of all options.
     """
     problems = []
     if flat["chat_template"] is not None and not Path(flat["chat_template"]).expanduser().is_file():
-        problems.append(f"chat_template: no such file: {flat['chat_template']}")
+        problems.append(
+            f"--chat_template {flat['chat_template']} does not exist. Name a file with a Jinja "
+            "template"
+        )
     if flat["revision"] is not None and Path(resolve_default("model", flat["model"])).exists():
-        problems.append(f"revision is for hub models, but model is a local path: {flat['model']}")
+        problems.append(
+            f"--revision is for hub models, but --model is the local path {flat['model']}. Leave "
+            "--revision out"
+        )
     return problems
 
 
 def missing_source(option: str, value: str) -> list[str]:
-    """Check that a model, adapter or data set can exist.
+    """Return a message if a model, an adapter or data cannot exist.
 
     Args:
-        option: name of the option.
+        option: Name of the option.
         value: "default", a path or a hub id. Hub ids are not looked up.
 
     Returns:
-        A list with one problem if ``value`` is a path and does not exist, or an empty list.
+        A list with the message if ``value`` is a path that does not exist, or an empty list.
     """
     embedded = value == "default" and option in EMBEDDED
     path = Path(resolve_default(option, value) if embedded else value).expanduser()
     if path.exists() or not (embedded or looks_local(value)):
         return []
     if embedded:
-        return [f"{option}: {path} is missing; it comes with a git clone only. Set --{option}"]
-    return [f"{option}: no such file or folder, and not a hub id: {value}"]
+        return [
+            f"--{option} is not set, and its default {path} is missing, because it comes with a "
+            f"git clone only. Set --{option}"
+        ]
+    return [f"--{option} {value} does not exist, and is not a hub id. Check the path"]
 
 
 def looks_local(value: str) -> bool:
-    """Whether ``value`` can only be a path. Hub ids are ``name`` or ``owner/name``."""
+    """Return True if ``value`` can only be a path: it does not have the form of a hub id, ``name``
+    or ``owner/name``."""
     return (
         value.startswith(("/", ".", "~"))
         or value.endswith(DATA_SUFFIXES)

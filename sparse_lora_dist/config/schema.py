@@ -1,4 +1,4 @@
-"""Schema of the options: type, default, section and method of each, and the parser for values."""
+"""Types, defaults, sections and help texts of all options, and the parser for their values."""
 
 import re
 import types
@@ -21,6 +21,7 @@ COMMON = """
 """.split()
 """Options of a training run that ``--help`` shows; ``--help_all`` shows all."""
 PLAIN_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
+"""One or more names, separated by commas."""
 WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -28,12 +29,15 @@ WORDS = {
     str: "text",
     type(None): "null",
 }
+"""{type of an option: the type in words}."""
 LISTS = {int: "a list of whole numbers", float: "a list of finite numbers"}
+"""{type of the items of a list: the list in words}."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
-    """A launcher that takes the options of a training run, and perhaps options of its own."""
+    """A program in launcher/ that takes the options of a training run, and maybe some of its
+    own."""
 
     name: str
     usage: str
@@ -41,13 +45,14 @@ class Program:
     own: type[Any] | None = None
     """Dataclass of the program's own options; None if there are none."""
     trains: bool = True
-    """Whether data, output and trackers must be usable; False: only the model is checked."""
+    """True: data, output folder and trackers must be usable. False: only the model is checked."""
     defaults: Mapping[str, object] = field(default_factory=dict)
-    """{option: default} where the default differs from that of a training run."""
+    """{option: default}, for defaults that differ from those of a training run."""
     common: tuple[str, ...] = tuple(COMMON)
-    """Options of a training run that the program's ``--help`` shows; its own are always shown."""
+    """Options of a training run that the program's ``--help`` shows; its own options are always
+    shown."""
     check: Callable[[Mapping[str, Any]], list[str]] = lambda flat: []
-    """Function from {option: value} to the problems that the program has with the values."""
+    """Function ({option: value}) -> messages about values that this program cannot work with."""
 
 
 TRAIN = Program(
@@ -62,22 +67,18 @@ class Option:
     """One option of a program."""
 
     hint: Any
-    """Type of the value."""
+    """Type of the value, a type hint."""
     default: object
     section: str
-    """Title of the section that the option stands in."""
+    """Title of the section of help pages that has the option."""
     method: str | None
-    """Method that the option belongs to; None if all methods have it."""
+    """Method that the option belongs to; None if it does not depend on the method."""
 
 
 def known_options(program: Program = TRAIN) -> dict[str, Option]:
-    """Collect the options of a program.
+    """Return {name: Option} of all options that a program takes, those of all methods included.
 
-    Args:
-        program: the program that takes them.
-
-    Returns:
-        {name: Option} over all sections and all methods registered at the time of the call.
+    Methods that are added to ``METHODS`` later are found by later calls.
     """
     return {
         f.name: Option(
@@ -92,7 +93,7 @@ def known_options(program: Program = TRAIN) -> dict[str, Option]:
 
 
 def _owners(program: Program) -> Iterator[tuple[str | None, type[Any]]]:
-    """(method or None, dataclass of options), the program's own options first."""
+    """Yield (method or None, dataclass of options); the program's own options come first."""
     for section in ([program.own] if program.own else []) + list(SECTIONS.values()):
         yield None, section
     for name, factory in methods.METHODS.items():
@@ -100,7 +101,7 @@ def _owners(program: Program) -> Iterator[tuple[str | None, type[Any]]]:
 
 
 def build_parser(program: Program = TRAIN) -> ArgumentParser:
-    """Return the parser that knows type and help text of every option of ``program``."""
+    """Return the parser that knows the type and the help text of every option of ``program``."""
     return _parser(program, tuple(methods.METHODS.items()))
 
 
@@ -119,32 +120,37 @@ def _parser(
 
 
 def help_texts(program: Program = TRAIN) -> dict[str, str]:
-    """Return {option: help text}, each on one line."""
+    """Return {option: help text on one line}."""
     actions = build_parser(program)._actions
     return {action.dest: " ".join((action.help or "").split()) for action in actions}
 
 
 def may_be_null(hint: Any) -> bool:
-    """Whether null is a value of this type."""
+    """Return True if an option of this type may be null."""
     return type(None) in get_args(hint)
 
 
 def is_switch(hint: Any) -> bool:
-    """Whether the flag alone, without a value, means true."""
+    """Return True if an option of this type may be given as a flag without a value, which means
+    true."""
     return bool in (hint, *get_args(hint))
 
 
 def takes_list(hint: Any) -> bool:
-    """Whether a value of this type is a list of names or numbers."""
+    """Return True if an option of this type takes a list of names or numbers."""
     return any(get_origin(t) is tuple for t in (hint, *get_args(hint)))
 
 
 def items_in(text: str, hint: Any) -> Any:
-    """Split the value of an option that takes a list.
+    """Split the text given for an option that takes a list; return a list, or the text unchanged.
 
-    ``a,b`` is two names and ``a`` is one. An option that also takes a regular expression gets
-    everything that is not plain names as it is; ``all-linear`` stays the word that PEFT knows, and
-    ``[a, b]`` is left to the YAML parser.
+    ``a,b`` gives ["a", "b"] and ``a`` gives ["a"]. The text is returned unchanged if it is
+    ``all-linear``, if it starts with ``[`` (the parser reads it as YAML), or if the option also
+    takes a regular expression and the text is not plain names.
+
+    Args:
+        text: Value as written on the command line.
+        hint: Type of the option.
     """
     if text.startswith("[") or text == "all-linear":
         return text
@@ -155,7 +161,10 @@ def items_in(text: str, hint: Any) -> Any:
 
 
 def _number(text: str) -> float | str:
-    """Parse as Python does, because YAML 1.1 takes 3e-4 for text; anything else stays text."""
+    """Return ``text`` as a float if Python can read it as one, otherwise as it is.
+
+    YAML 1.1 would take 3e-4 for text.
+    """
     try:
         return float(text)
     except ValueError:
@@ -163,7 +172,7 @@ def _number(text: str) -> float | str:
 
 
 def describe(hint: Any) -> str:
-    """Return the type in words, such as "a whole number or null"."""
+    """Return a type in words for messages, such as "a whole number or null"."""
     arguments = get_args(hint)
     if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(describe(t) for t in arguments)
@@ -175,6 +184,7 @@ def describe(hint: Any) -> str:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """Return the words that a Literal type, or Literal or null, allows; empty for other types."""
+    """Return the words that a Literal type allows, also if it may be null; empty for other
+    types."""
     literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
     return tuple(str(word) for literal in literals for word in get_args(literal))

@@ -1,7 +1,8 @@
 """All options of a training run: one frozen dataclass per section.
 
-The string under a field is its help text; field names are the flags and the keys of the YAML file.
-A class checks its own values when it is created and raises one ``ConfigError`` with all problems.
+A field's name is the name of the flag and of the key in the YAML file; the string below the field
+is its help text. Each class checks its values when it is created and raises one ``ConfigError``
+with all problems.
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from sparse_lora_dist.config.checks import above, at_least, bad_durations, bad_r
 TRACKERS = tuple("aim clearml comet_ml dvclive mlflow swanlab tensorboard trackio wandb".split())
 """Names of accelerate's trackers, each also the name of its package for pip and import."""
 RESETS = ("optimizer", "schedule", "data")
+"""Words that --reset takes: the state that a resumed run may discard."""
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
 
@@ -45,7 +47,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if self.base_cache is not None and self.quantization == "none":
-            raise_if(["base_cache needs quantization nf4, got none: leave base_cache out"])
+            raise_if(["--base_cache needs --quantization nf4, got none. Leave --base_cache out"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +112,9 @@ class AdapterConfig:
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "rank") + above(self, 0, "alpha")
         if not 0.0 <= self.dropout < 1.0:
-            problems.append(f"dropout must be in [0, 1), got {self.dropout}")
+            problems.append(f"--dropout must be in [0, 1), got {self.dropout}")
         if not self.target_modules:
-            problems.append("target_modules is empty: name modules, or write all-linear")
+            problems.append("--target_modules is empty. Name modules, or write all-linear")
         if isinstance(self.target_modules, str):
             problems += bad_regex("target_modules", self.target_modules)
         raise_if(problems)
@@ -163,16 +165,21 @@ class TrainConfig:
         problems = at_least(self, 1, *counts) + above(self, 0, *positive)
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                problems.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                problems.append(f"--{name} must be in [0, 1), got {getattr(self, name)}")
         problems += at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "seed")
         for name in ("stop_after", "warmup_steps"):
             value = getattr(self, name)
             if self.max_steps is not None and value is not None and value > self.max_steps:
-                problems.append(f"{name} must be at most max_steps ({self.max_steps}), got {value}")
+                problems.append(
+                    f"--{name} must be at most --max_steps ({self.max_steps}), got {value}"
+                )
         if self.seed > MAX_SEED:
-            problems.append(f"seed must be at most {MAX_SEED}, got {self.seed}")
+            problems.append(f"--seed must be at most {MAX_SEED}, got {self.seed}")
         if self.warmup_steps > 0 and self.lr_schedule == "constant":
-            problems.append("lr_schedule constant has no warm-up: use constant_with_warmup")
+            problems.append(
+                "--lr_schedule constant has no warm-up, but --warmup_steps is above 0. Use "
+                "--lr_schedule constant_with_warmup"
+            )
         raise_if(problems)
 
 
@@ -231,17 +238,17 @@ class RunConfig:
         problems += bad_durations(self, "time_limit", "signal_lead")
         problems += bad_durations(self, "collective_timeout", least_s=5)
         problems += [
-            f"reset takes {', '.join(RESETS)}, got {name!r}"
+            f"--reset must be any of {', '.join(RESETS)}, got {name!r}"
             for name in self.reset
             if name not in RESETS
         ]
         if self.reset and self.resume in ("auto", "never"):
             problems.append(
-                f"reset needs --resume with the folder of a checkpoint, got {self.resume}. With "
+                f"--reset needs --resume with the folder of a checkpoint, got {self.resume}. With "
                 "auto, every restart of an interrupted run would discard the state again"
             )
         problems += [
-            f"trackers must be any of {', '.join(TRACKERS)} ([] for none), got {name!r}"
+            f"--trackers must be any of {', '.join(TRACKERS)} ([] for none), got {name!r}"
             for name in self.trackers
             if name not in TRACKERS
         ]

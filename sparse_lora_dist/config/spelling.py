@@ -5,15 +5,15 @@ from difflib import get_close_matches
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """Suggest a known word.
+    """Return a suggestion for a misspelt word, to append to a message.
 
     Args:
-        word: the word as the user wrote it.
-        known: words that are allowed.
-        prefix: what to put before the suggestion, such as "--".
+        word: The word as the user wrote it.
+        known: Words that are allowed.
+        prefix: What to put before the suggested word, such as "--".
 
     Returns:
-        Text to append to a message, like "; did you mean rank?"; empty if no word is near.
+        Text like "; did you mean --rank?", or "" if no allowed word is similar.
     """
     near = get_close_matches(word, list(known), n=1)
     return f"; did you mean {prefix}{near[0]}?" if near else ""

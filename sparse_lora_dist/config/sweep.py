@@ -1,4 +1,4 @@
-"""A sweep: YAML file of options, some with a list of values -> the options of every run."""
+"""A sweep: a YAML file of options, some with a list of values, is expanded into several runs."""
 
 import re
 from collections.abc import Sequence
@@ -19,24 +19,26 @@ USAGE = """usage: launcher/grid.py FILE [NUMBER]
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The runs of a sweep, and the number of the one that was asked for."""
+    """The runs of a sweep, and which of them launcher/grid.py prints."""
 
     path: str
+    """Path of the sweep's YAML file."""
     runs: dict[str, list[str]]
     """{name of the run's folder: its options as words of a command line}."""
     number: int | None
-    """Run to print, from 0; None lists all."""
+    """Number of the run to print, from 0. None: all runs are listed."""
     run: RunConfig = field(default_factory=RunConfig)
+    """Options that ``run_program`` reads (--debug)."""
 
 
 def load_grid(argv: Sequence[str]) -> Grid:
-    """Read the command line of launcher/grid.py.
+    """Return the sweep that the command line of launcher/grid.py names.
 
     Args:
-        argv: the words after the program's name.
+        argv: The words after the program's name.
 
     Raises:
-        UserError: the file is not a sweep, the options of a run are wrong, or NUMBER is too large.
+        UserError: The file is not a sweep, the options of a run are wrong, or NUMBER is too large.
     """
     if len(argv) not in (1, 2) or argv[0].startswith("-"):
         raise UserError(USAGE)
@@ -48,23 +50,36 @@ def load_grid(argv: Sequence[str]) -> Grid:
 
 
 def read(path: Path) -> dict[str, str | list[str]]:
-    """Read the file, values as text: ``2e-4`` and ``true`` go to the command line unchanged."""
+    """Return the content of a sweep's file, with all values as text.
+
+    Text keeps values such as ``2e-4`` and ``true`` as they are written for the command line.
+
+    Raises:
+        UserError: The file cannot be read, or is not a list of options.
+    """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or any(isinstance(v, dict) for v in content.values()):
         raise UserError(f"{path} must hold 'name: value' or 'name: [value, value]' lines.")
     return content
 
 
 def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
-    """Expand the lists into all combinations; the last list changes fastest.
+    """Return the options of every combination of the values in lists; the last list changes
+    fastest.
 
     ``{rank: [8, 16], seed: [0, 1]}`` gives rank=8,seed=0; rank=8,seed=1; rank=16,seed=0; ...
 
+    Args:
+        grid: {option: value, or list of values}.
+
+    Returns:
+        {name of the run's folder: its options as words of a command line}.
+
     Raises:
-        UserError: two runs would have the same folder.
+        UserError: Two runs would have the same folder.
     """
     lists = {name: value for name, value in grid.items() if isinstance(value, list)}
     fixed = {name: value for name, value in grid.items() if isinstance(value, str)}
@@ -75,7 +90,7 @@ def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
         name = _folder(chosen)
         if name in runs:
             raise UserError(
-                f"two runs of the sweep would share the folder {parent}/{name}: remove one of the "
+                f"Two runs of the sweep would share the folder {parent}/{name}. Remove one of the "
                 "equal values."
             )
         options = fixed | chosen | {"output_dir": f"{parent}/{name}"}
@@ -84,20 +99,28 @@ def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
 
 
 def _text(value: str | list[str]) -> str:
-    """Join a list inside a list: it is one value of an option that takes several names."""
+    """Return a value as one word; a list, which is one value of an option that takes several names,
+    is joined by commas."""
     return ",".join(value) if isinstance(value, list) else value
 
 
 def _folder(chosen: dict[str, str]) -> str:
-    """Name a folder after the values (method=lora,rank=8), without special characters."""
+    """Return the name of a run's folder, e.g. "method=lora,rank=8", without special characters."""
     text = ",".join(f"{name}={value}" for name, value in chosen.items())
     return re.sub(r"[^\w.,=+-]+", "-", text) or "run"
 
 
 def check(path: str, runs: dict[str, list[str]]) -> None:
-    """Raise a UserError if the options of a run are wrong, before anything is queued."""
+    """Raise UserError if there is no run, or if the options of a run are wrong.
+
+    Args:
+        path: Path of the sweep's file, for messages.
+        runs: {name of the run's folder: its options as words of a command line}.
+    """
     if not runs:
-        raise UserError(f"{path} describes no run, because one of its lists is empty.")
+        raise UserError(
+            f"{path} describes no run, because one of its lists is empty. Give each list a value."
+        )
     for name, flags in runs.items():
         try:
             load_config(flags)
@@ -108,14 +131,14 @@ def check(path: str, runs: dict[str, list[str]]) -> None:
 def _number(text: str, count: int) -> int:
     if not text.isdecimal() or int(text) >= count:
         raise UserError(
-            f"NUMBER must be in 0 to {count - 1}, since the sweep has {count} runs, got {text}: "
-            f"submit it with sbatch --array=0-{count - 1}"
+            f"NUMBER must be from 0 to {count - 1}, because the sweep has {count} runs, got "
+            f"{text}. Submit the sweep with sbatch --array=0-{count - 1}."
         )
     return int(text)
 
 
 def show(grid: Grid) -> None:
-    """Print the options of the run that was asked for, or list all runs."""
+    """Print the options of run ``grid.number``, one word per line, or a list of all runs."""
     if grid.number is not None:
         print("\n".join(list(grid.runs.values())[grid.number]))
         return

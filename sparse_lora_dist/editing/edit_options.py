@@ -20,15 +20,16 @@ COMMON = """
     model precision gradient_checkpointing sequence_length method rank alpha dropout target_modules
     max_steps micro_batch_size learning_rate seed ds_config output_dir
 """.split()
-"""Options of a training run that matter for edits."""
+"""Options of a training run that matter for edits, which ``--help`` shows."""
 RESULTS = "edits.json"
 """Name of the result file in the run folder."""
 NUMBER = re.compile(r"\d+|\d*:\d*")
+"""One number, or a range with a colon, either end of which may be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """Edits: facts to learn, and measurements afterwards"""
+    """Edits: the facts to teach the model, and what is measured afterwards"""
 
     edits: str | None = None
     """File of edits in KnowEdit's format: a JSON list, or one JSON object per line."""
@@ -47,11 +48,11 @@ class EditConfig:
     def __post_init__(self) -> None:
         problems = at_least(self, 0, "fluency_tokens")
         if self.edits is None:
-            problems.append("edits is missing: name a file of edits")
+            problems.append("--edits is missing. Name a file of edits")
         elif not Path(self.edits).expanduser().is_file():
-            problems.append(f"edits: no such file: {self.edits}")
+            problems.append(f"--edits {self.edits} does not exist. Name a file of edits")
         if self.number is not None and NUMBER.fullmatch(self.number) is None:
-            problems.append(f"number must be like 7, 0:10 or 5:, got {self.number!r}")
+            problems.append(f"--number must be like 7, 0:10 or 5:, got {self.number!r}")
         raise_if(problems)
 
     @property
@@ -62,12 +63,15 @@ class EditConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
-    """The training run, the edits it makes, and the file of edits."""
+    """What launcher/edit.py was asked for: the training run, its own options, and the edits to
+    make."""
 
     config: Config
     options: EditConfig
     file: Edits
+    """Content of the whole file of edits."""
     edits: tuple[Edit, ...]
+    """Edits to make, those that --number selects."""
 
     @property
     def run(self) -> RunConfig:
@@ -88,10 +92,12 @@ RELEASED: dict[str, object] = {
     "lr_schedule": "constant",
     "max_steps": 25,
 }
-"""Settings of RoseLoRA's released code for editing (hparams/ROSELORA; it prunes from pass 3 to 20
-of 25). Two differences: there a pass over several edits takes one step per edit and ends early once
-the loss is below 0.1; here gradients are clipped at --max_grad_norm, which its settings leave
-open."""
+"""Defaults of options, taken from RoseLoRA's released code for editing (hparams/ROSELORA), which
+prunes from pass 3 to 20 of 25.
+
+Two things differ. There, a pass over several edits takes one step per edit and ends early once the
+loss is below 0.1. Here, gradients are clipped at --max_grad_norm; its settings do not say.
+"""
 
 PROGRAM = Program(
     name="launcher/edit.py",
@@ -110,22 +116,23 @@ NOT_FOR_EDITS = {
     "eval_data": "edits are measured by metrics of their own",
     "packing": "each edit is a row of its own",
     "modules_to_save": "removing the adapter would not undo what these modules learn",
-    "verify": "use launcher/train.py --verify",
+    "verify": "this program checks no checkpoints. Use launcher/train.py --verify",
     "task": "only language models (causal_lm) can be edited",
-    "init_adapter": "edits are measured against the base and undone by removing their adapter; "
-    "merge the other adapter into the base first (launcher/export.py --format merged)",
+    "init_adapter": "edits are measured against the base and undone by removing their adapter. "
+    "Merge the other adapter into the base first (launcher/export.py --format merged)",
 }
+"""{option of a training run that cannot be used for edits: reason}."""
 
 
 def load_request(argv: Sequence[str]) -> EditRequest:
-    """Read the editor's command line, its YAML file and the file of edits.
+    """Return what the editor's command line and its YAML file ask for, with the edits read.
 
     Args:
-        argv: the words after the program's name.
+        argv: The words after the program's name.
 
     Raises:
-        ConfigError: with all problems of the options at once.
-        UserError: the file of edits has a problem.
+        ConfigError: Some options are wrong; it lists all problems.
+        UserError: The file of edits has a problem.
     """
     config, options = read_options(argv, PROGRAM)
     raise_if(_not_for_edits(config, options))
@@ -144,17 +151,25 @@ def _not_for_edits(config: Config, options: EditConfig) -> list[str]:
     usual = Config().as_flat_dict() | {"packing": False}
     earlier = {"data": options.edits}  # --config with the run.yaml of an earlier edit has it
     problems = [
-        f"{name} is not for edits: {why}"
+        f"--{name} cannot be used for edits, because {why}"
         for name, why in NOT_FOR_EDITS.items()
         if given[name] not in (usual[name], earlier.get(name, usual[name]))
     ]
     results = Path(config.run.output_dir) / RESULTS
     if results.resolve() == options.path.resolve():
-        problems.append(f"edits is {results}, which the results replace: choose another output_dir")
+        problems.append(
+            f"--edits is {results}, the file that the results would overwrite. Choose another "
+            "--output_dir"
+        )
     if config.train.max_steps is None:
-        problems.append("max_steps must be a number: num_epochs has no meaning for edits")
+        problems.append(
+            "--max_steps must be a number for edits, got null, and --num_epochs has no effect. "
+            "Set --max_steps"
+        )
     if options.overwrite and config.run.resume != "never":
-        problems.append("overwrite starts a new run, resume continues one: leave one of them out")
+        problems.append(
+            "--overwrite starts a new run, but --resume continues one. Leave one of them out"
+        )
     return problems
 
 

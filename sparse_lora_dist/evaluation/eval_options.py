@@ -17,10 +17,11 @@ COMMON = """
     model precision quantization gradient_checkpointing eval_data text_field prompt_field
     response_field chat_template train_on packing sequence_length ds_config debug
 """.split()
-"""Options of a training run that matter for an evaluation."""
+"""Options of a training run that matter for an evaluation, which ``--help`` shows."""
 METRICS = ("loss", "choice", "choice_generated", "exact", "gsm8k")
+"""Names that --metrics takes."""
 BASE = "base"
-"""Name that stands for the base model without an adapter."""
+"""Word in --adapter and --compare that means the base model without an adapter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,38 +55,44 @@ class EvalConfig:
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "batch_size", "max_new_tokens", "limit")
         problems += [
-            f"metrics takes {', '.join(METRICS)}, got {name!r}{did_you_mean(name, METRICS)}"
+            f"--metrics must be any of {', '.join(METRICS)}, got {name!r}"
+            f"{did_you_mean(name, METRICS)}"
             for name in self.metrics
             if name not in METRICS
         ]
         if not self.metrics:
-            problems.append(f"metrics is empty: name at least one of {', '.join(METRICS)}")
+            problems.append(f"--metrics is empty. Name at least one of {', '.join(METRICS)}")
         if self.compare and self.adapter is not None:
-            problems.append("adapter and compare exclude each other: name all adapters in compare")
+            problems.append(
+                "--adapter and --compare are both given, but exclude each other. Name all adapters "
+                "in --compare"
+            )
         for name in self.names:
             if name is not None and looks_local(name) and not Path(name).expanduser().exists():
                 flag = "compare" if self.compare else "adapter"
-                problems.append(f"{flag}: no such folder, and not a hub id: {name}")
+                problems.append(
+                    f"--{flag} {name} does not exist, and is not a hub id. Check the path"
+                )
         for flag, path in self.files.items():
             problems += bad_output(flag, path, overwrite=self.overwrite)
         raise_if(problems)
 
     @property
     def files(self) -> dict[str, Path]:
-        """{option: file to write}, of the options that are set."""
+        """{option: path of the file to write}, for --output and --answers if they are set."""
         given = {"output": self.output, "answers": self.answers}
         return {flag: Path(p).expanduser() for flag, p in given.items() if p is not None}
 
     @property
     def names(self) -> tuple[str | None, ...]:
-        """Names of the adapters as given; None stands for the base model alone."""
+        """Adapters to evaluate, as the user named them; None means the base model alone."""
         named = self.compare or (self.adapter,)
         return tuple(None if name == BASE else name for name in named)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """The options of a run, those of the evaluation, and the data they lead to."""
+    """What launcher/eval.py was asked for: the options of the run, its own, and the data to use."""
 
     config: Config
     own: EvalConfig
@@ -99,33 +106,37 @@ class EvalRequest:
 
 
 def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
-    """Check that results may be written to a file.
+    """Return a message if results cannot be written to a file.
 
     Args:
-        flag: name of the option, for the message.
-        path: the file.
-        overwrite: whether an existing file may be replaced.
+        flag: Name of the option that names the file.
+        path: The file.
+        overwrite: True if an existing file may be replaced.
 
     Returns:
-        A list with one problem, or an empty list.
+        A list with the message, or an empty list.
     """
     if path.is_dir():
-        return [f"{flag} must be a file, got the folder {path}"]
+        return [f"--{flag} must be a file, got the folder {path}"]
     if path.exists() and not overwrite:
-        return [f"{flag} exists already: {path}. Give --overwrite or another name"]
+        return [f"--{flag} {path} exists already. Give --overwrite or another name"]
     return []
 
 
 def bad_options(flat: Mapping[str, Any]) -> list[str]:
-    """Problems of the options of a run that evaluation cannot work with."""
+    """Return a message for each option of a run that evaluation cannot work with.
+
+    Args:
+        flat: {option: value} of all options.
+    """
     problems = missing_files(flat)
     if flat["task"] != "causal_lm":
         problems.append(
-            f"task must be causal_lm here, got {flat['task']}: launcher/train.py reports a "
-            "classifier's loss and accuracy on its --eval_data"
+            f"--task must be causal_lm here, got {flat['task']}. To evaluate a classifier, use "
+            "launcher/train.py, which reports its loss and accuracy on --eval_data"
         )
     if flat["eval_data"] is None and flat["data"] != "default":
-        problems.append("eval_data is missing: name the examples to evaluate on")
+        problems.append("--eval_data is missing. Name the examples to evaluate on")
     elif flat["eval_data"] is not None:
         problems += missing_source("eval_data", flat["eval_data"])
     return problems
@@ -143,13 +154,13 @@ PROGRAM = Program(
 
 
 def load_request(argv: Sequence[str]) -> EvalRequest:
-    """Read the evaluation's command line and its YAML file.
+    """Return what the evaluation's command line and its YAML file ask for.
 
     Args:
-        argv: the words after the program's name.
+        argv: The words after the program's name.
 
     Raises:
-        ConfigError: with all problems at once.
+        ConfigError: Some options are wrong; it lists all problems.
     """
     config, own = read_options(argv, PROGRAM)
     source = eval_source(config.data)

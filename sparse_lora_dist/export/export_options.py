@@ -11,6 +11,7 @@ from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.errors import ConfigError
 
 OF_MERGED = ("dtype", "rounding", "onto")
+"""Options that belong to --format merged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,27 +52,35 @@ class ExportConfig:
     def __post_init__(self) -> None:
         problems = []
         if self.uniform_rank and self.format != "peft":
-            problems.append(f"uniform_rank belongs to format peft, got format {self.format}")
+            problems.append(
+                f"--uniform_rank belongs to --format peft, got --format {self.format}. Leave it out"
+            )
         if self.plus is not None and not all(part.strip() for part in self.plus.split(",")):
-            problems.append(f"plus must be folders separated by commas, got {self.plus!r}")
+            problems.append(f"--plus must be folders separated by commas, got {self.plus!r}")
         if self.own_type and (self.format != "peft" or self.uniform_rank):
-            problems.append("own_type belongs to format peft, and excludes uniform_rank")
+            problems.append(
+                "--own_type needs --format peft without --uniform_rank. Leave --own_type out"
+            )
         if self.format != "merged":
             problems += [
-                f"{f.name} belongs to format merged, got format {self.format}"
+                f"--{f.name} belongs to --format merged, got --format {self.format}. Leave it out"
                 for f in fields(self)
                 if f.name in OF_MERGED and getattr(self, f.name) != f.default
             ]
         if self.rounding == "stochastic" and self.dtype == "fp32":
-            problems.append("rounding stochastic is for dtype bf16: fp32 loses nothing")
+            problems.append(
+                "--rounding stochastic is for --dtype bf16, got fp32, which is precise enough to "
+                "keep small deltas without it. Leave --rounding out"
+            )
         raise_if(problems)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportRequest:
-    """The run or checkpoint to export, and the options of the export."""
+    """What launcher/export.py was asked for: a run or checkpoint to export, and the options."""
 
     source: str
+    """Run folder, or folder of a checkpoint."""
     export: ExportConfig
 
     @property
@@ -81,13 +90,13 @@ class ExportRequest:
 
 
 def load_request(argv: Sequence[str]) -> ExportRequest:
-    """Read the exporter's command line; ``--help`` prints the help page and exits.
+    """Return what the exporter's command line asks for; ``--help`` prints the help page and exits.
 
     Args:
-        argv: the words after the program's name.
+        argv: The words after the program's name.
 
     Raises:
-        ConfigError: an option or a value is wrong.
+        ConfigError: An option or a value is wrong.
     """
     parser = build_parser()
     try:
@@ -99,7 +108,7 @@ def load_request(argv: Sequence[str]) -> ExportRequest:
 
 
 def build_parser() -> ArgumentParser:
-    """Build the parser of launcher/export.py."""
+    """Return the parser of launcher/export.py's command line."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="launcher/export.py",
@@ -113,7 +122,10 @@ def build_parser() -> ArgumentParser:
 
 
 def _switched_on(argv: Sequence[str]) -> Iterator[str]:
-    """Write --switch as --switch=true where no value follows, as in the other programs."""
+    """Yield the words of the command line, with --switch as --switch=true if no value follows.
+
+    The other programs accept a switch without a value too.
+    """
     switches = {f"--{f.name}" for f in fields(ExportConfig) if isinstance(f.default, bool)}
     for word, after in zip(argv, [*argv, ""][1:], strict=True):
         lone = after.lower() not in ("true", "false", "yes", "no")

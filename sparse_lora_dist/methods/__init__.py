@@ -1,5 +1,8 @@
-"""Every method there is. A new one: its file beside this, its line here, its row in the laws
-table."""
+"""All methods by name.
+
+A new method needs its file in this folder, its line in `METHODS`, its row in ``tests/laws.py``, and
+a run of ``docs/generate_methods.py``.
+"""
 
 from sparse_lora_dist.methods.adalora import ADALORA
 from sparse_lora_dist.methods.cola import COLA

@@ -14,10 +14,10 @@ This implementation differs from the released code (github.com/QingruZhang/AdaLo
 PEFT: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
 exactly b_t components stay, ties by lowest index, even where b_t is all of them and both fail; the
 penalty is the paper's squared norm, which `--adalora_preset released` changes; lambda has a
-learning rate of its own (`triplets.triplet_tensors`). Decisions equal those of PEFT's
-`RankAllocator` on one process (`tests/methods/test_adalora.py`). Under ZeRO-3 PEFT's own either
-raises or never masks the fp32 masters; here masked lambdas are zero there too (`python
-benchmarks/peft_adalora.py`).
+learning rate of its own (`triplets.triplet_tensors`). On the same parameters and gradients,
+decisions equal those of PEFT's `RankAllocator` (`tests/methods/test_adalora.py`). Under ZeRO-3
+PEFT's own either raises or never masks the fp32 masters; here masked lambdas are zero there too
+(`python benchmarks/peft_adalora.py`).
 
 - **Optimizer state:** 8 bytes x trained entries; falls once, at the final choice.
 - **Statistics:** 8 bytes x trained entries until the final choice.
@@ -90,51 +90,52 @@ class AdaLoraOptions:
         problems = []
         if self.adalora_target_rank is not None and self.adalora_target_rank < 1.0:
             problems.append(
-                f"adalora_target_rank must be at least 1, got {self.adalora_target_rank}"
+                f"--adalora_target_rank must be at least 1, got {self.adalora_target_rank}"
             )
         begin, final = self.adalora_begin, self.adalora_final
         if begin < 0.0 or final < 0.0 or begin + final >= 1.0:
             problems.append(
-                "adalora_begin and adalora_final must be at least 0 and their sum below 1, "
+                "--adalora_begin and --adalora_final must be at least 0 and their sum below 1, "
                 f"got {begin} and {final}"
             )
         factor = self.adalora_lambda_lr_factor
         if factor is not None and not 0.0 < factor < inf:
-            problems.append(f"adalora_lambda_lr_factor must be above 0, got {factor}")
+            problems.append(f"--adalora_lambda_lr_factor must be above 0, got {factor}")
         if self.adalora_every is not None and self.adalora_every < 1:
-            problems.append(f"adalora_every must be at least 1, got {self.adalora_every}")
+            problems.append(f"--adalora_every must be at least 1, got {self.adalora_every}")
         for name in ("adalora_beta1", "adalora_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
-                problems.append(f"{name} must be in [0, 1), got {getattr(self, name)}")
+                problems.append(f"--{name} must be in [0, 1), got {getattr(self, name)}")
         if self.adalora_orthogonality < 0.0:
             problems.append(
-                f"adalora_orthogonality must be at least 0, got {self.adalora_orthogonality}"
+                f"--adalora_orthogonality must be at least 0, got {self.adalora_orthogonality}"
             )
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
-    """Takes components away from ``begin`` to ``end`` of the run, and trains what is left.
+    """Build the `Method` record of AdaLoRA for a run.
 
     Raises:
-        ValueError: the budget does not fit the ranks, or the run is too short to prune in.
+        ValueError: --adalora_target_rank asks for more components than the linears have, or the run
+            is too short to prune in.
     """
-    # Not before step 2: lambda starts at zero, so at step 1 every score is, and ties would decide.
+    # Not before step 2: lambda starts at zero, so at step 1 every score is 0 and ties would decide.
     begin = max(1, round(options.adalora_begin * context.total_steps))
     end = context.total_steps - round(options.adalora_final * context.total_steps)
     first, last = budget_ends(options, context)
     problems = []
     if last > first:
         problems.append(
-            f"adalora_target_rank {options.adalora_target_rank} makes {last} components, but all "
-            f"linears together have {first}: raise rank, or lower adalora_target_rank"
+            f"--adalora_target_rank {options.adalora_target_rank} makes {last} components, but all "
+            f"linears together have {first}. Raise --rank, or lower --adalora_target_rank"
         )
     if begin >= end:
         problems.append(
             f"pruning would begin at step {begin} and end at step {end} of {context.total_steps}, "
-            "which leaves no step to prune in: raise max_steps, or lower adalora_begin or "
-            "adalora_final"
+            "which leaves no step to prune in. Raise --max_steps, or lower --adalora_begin or "
+            "--adalora_final"
         )
     if problems:
         raise ValueError("; ".join(problems))
@@ -174,7 +175,7 @@ def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
 
 
 def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]:
-    """(b_0, b_T): components of the whole model, at first and in the end."""
+    """Return the number of components of the whole model at the start and at the end of pruning."""
     capacity = sum(site.rank for site in context.sites)
     if options.adalora_target_rank is None:
         return capacity, max(len(context.sites), capacity * 2 // 3)
@@ -182,8 +183,15 @@ def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]
 
 
 def top_components(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """Site -> which of its components are among the ``budget`` best of all sites; ties: the lowest
-    index first."""
+    """Select the ``budget`` best components over all sites; ties: lowest index.
+
+    Args:
+        scores: Site name -> scores of its components, [R].
+        budget: Number of components to select.
+
+    Returns:
+        Site name -> mask of its components, bool [R]; True means selected.
+    """
     flat = torch.cat(list(scores.values()))
     kept = torch.zeros_like(flat, dtype=torch.bool)
     kept[flat.argsort(descending=True, stable=True)[:budget]] = True
@@ -194,8 +202,17 @@ def top_components(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
 def keep(
     scores: Scores, kept: dict[str, Tensor], *, final: bool, log_values: dict[str, float]
 ) -> Decision:
-    """Zeroes lambda of the components that are not kept, or, if ``final``, lets only the kept
-    live."""
+    """Return the decision to keep some components and prune the others.
+
+    Before the final decision, a pruned component has its lambda set to zero but trains on and may
+    return. At the final decision it loses A, B and lambda for good and is no longer computed.
+
+    Args:
+        scores: Scores of the run; used to spread the masks over this rank's slices.
+        kept: Site name -> mask of the components to keep, bool [R].
+        final: True for the final decision.
+        log_values: Numbers to log with the decision.
+    """
     kept_parts = {
         f"{site}.{name}": scores.spread(f"{site}.{name}", kept_R, by)
         for site, kept_R in kept.items()

@@ -47,7 +47,7 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 ROOM = 8
-"""Pairs that the stack has room for, at most, unless the user says."""
+"""Default for the rank of the stack: at most this many times --rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +63,19 @@ class ColaOptions:
     def __post_init__(self) -> None:
         problems = []
         if self.cola_links < 1:
-            problems.append(f"cola_links must be at least 1, got {self.cola_links}")
+            problems.append(f"--cola_links must be at least 1, got {self.cola_links}")
         if self.cola_stack_rank is not None and self.cola_stack_rank < 1:
-            problems.append(f"cola_stack_rank must be at least 1, got {self.cola_stack_rank}")
+            problems.append(f"--cola_stack_rank must be at least 1, got {self.cola_stack_rank}")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def cola(options: ColaOptions, context: RunContext) -> Method:
-    """Folds at the end of each link but the last.
+    """Build the `Method` record of Chain of LoRA for a run.
 
     Raises:
-        ValueError: a link is shorter than the warm-up, or the stack's rank above that of a weight.
+        ValueError: A link is shorter than the warm-up, or --cola_stack_rank is above the smallest
+            side of a linear.
     """
     if options.cola_links == 1:
         return Method(name="cola")
@@ -83,7 +84,7 @@ def cola(options: ColaOptions, context: RunContext) -> Method:
         context.total_steps,
         options.cola_links,
         warmup_steps=context.warmup_steps,
-        asked=f"cola_links is {options.cola_links}",
+        asked=f"--cola_links is {options.cola_links}",
     )
     return Method(
         name="cola",
@@ -101,25 +102,32 @@ def cola(options: ColaOptions, context: RunContext) -> Method:
 
 
 def check(options: ColaOptions, context: RunContext) -> None:
-    """Has every weight room for the stack?"""
+    """Raise ValueError if --cola_stack_rank is above the smallest side of a linear."""
     least = min(context.sites, key=lambda site: min(site.out_features, site.in_features))
     side = min(least.out_features, least.in_features)
     if options.cola_stack_rank is not None and options.cola_stack_rank > side:
         raise ValueError(
-            f"cola_stack_rank is {options.cola_stack_rank}, but {least.name} is only "
-            f"{least.out_features} x {least.in_features}: take {side} or less"
+            f"--cola_stack_rank is {options.cola_stack_rank}, but {least.name} is only "
+            f"{least.out_features} x {least.in_features}. Take {side} or less"
         )
 
 
 def stack_rank(site: Site, options: ColaOptions) -> int:
-    """Q: of all pairs that are folded, if nothing bounds it."""
+    """Return the rank of the frozen stack beside ``site``.
+
+    It is the sum of the ranks of all folded pairs, but at most --cola_stack_rank (8 x --rank if
+    that is not given) and at most the smallest side of the linear.
+    """
     pairs = (options.cola_links - 1) * site.rank
     asked = options.cola_stack_rank or ROOM * site.rank
     return min(pairs, asked, site.out_features, site.in_features)
 
 
 def stacked(site: Site, options: ColaOptions) -> Form:
-    """A trained pair beside a frozen one, which is kept."""
+    """Return the form of a site with a trained pair (A, B) and a frozen stack (C, D).
+
+    C and D are kept tensors, named ``cola_a`` and ``cola_b``.
+    """
     rank = stack_rank(site, options)
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     return Form(
@@ -137,23 +145,30 @@ def stacked(site: Site, options: ColaOptions) -> Form:
 
 
 def stacked_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """y_TO = scale * x (B A + D C)^T"""
-    # Not as one pair of rank R + Q: autograd would make gradients of the stack too.
+    """Return the delta y_TO = scale * x (B A + D C)^T, where C, D is the frozen stack."""
+    # Not one pair of rank R + Q: autograd would make gradients of the stack too.
     stack = {"lora_a": tensors["cola_a"], "lora_b": tensors["cola_b"]}
     return low_rank_delta(x_TI, tensors, scale) + low_rank_delta(x_TI, stack, scale)
 
 
 def side_by_side(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(A over C, B beside D), the plain LoRA pair of the same delta."""
+    """Return the plain LoRA pair of the same delta: A above C, and B beside D.
+
+    Its rank is the sum of the ranks of the trained pair and of the stack.
+    """
     a_LI = torch.cat([tensors["lora_a"], tensors["cola_a"]])
     return a_LI, torch.cat([tensors["lora_b"], tensors["cola_b"]], dim=1)
 
 
 def fold(whole: Whole) -> Rewritten:
-    """The pair goes into the stack; a new one whose product is zero takes its place."""
+    """Return the site's tensors with the trained pair moved into the stack.
+
+    The new trained pair is random in A and zero in B. If the stack would exceed its rank, the
+    nearest product of that rank replaces it; the relative error is logged as ``fold_error``.
+    """
     a_RI, b_OR = whole.tensors["lora_a"], whole.tensors["lora_b"]
     c_QI, d_OQ = whole.tensors["cola_a"], whole.tensors["cola_b"]
-    # Not by the number of links: a run whose schedule began anew has a stack already.
+    # Not from the number of links: after --reset schedule the stack is not empty.
     rank, used, error = len(c_QI), int((c_QI != 0).any(1).sum()), 0.0
     c_LI = torch.cat([c_QI[:used], a_RI])
     d_OL = torch.cat([d_OQ[:, :used], b_OR], dim=1)
@@ -172,9 +187,21 @@ def fold(whole: Whole) -> Rewritten:
 
 
 def nearest(c_LI: Tensor, d_OL: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """The pair of this rank whose product is nearest to D C, and how far it is, in D C's Frobenius
-    norm: by the singular values of D C, without the O x I product."""
-    # On the CPU: ranks must get the same bits, or their shares would not fit together.
+    """Return the product of rank ``rank`` that is nearest to D C in the Frobenius norm.
+
+    The singular values of D C come from QR decompositions of both factors, so that the O x I
+    product is never made.
+
+    Args:
+        c_LI: C, right factor of the product.
+        d_OL: D, left factor of the product.
+        rank: Rank of the result, at most L.
+
+    Returns:
+        The new C [rank, I], the new D [O, rank], and the norm of the difference divided by that of
+            D C.
+    """
+    # On the CPU, so that the result does not depend on the device.
     q_OL, r_LL = torch.linalg.qr(d_OL.double().cpu())
     p_IL, s_LL = torch.linalg.qr(c_LI.double().cpu().t())
     u_LL, sigma_L, v_LL = torch.linalg.svd(r_LL @ s_LL.t(), full_matrices=False)

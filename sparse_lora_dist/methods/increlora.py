@@ -62,10 +62,11 @@ from sparse_lora_dist.methods.shared.growth import Growth
 from sparse_lora_dist.methods.shared.triplets import WITHIN
 
 RESERVE_LAMBDA = 1e-5
-"""Small beside lambdas that were trained, 1e-2 to 1e-1, yet enough to let gradients through."""
+"""Initial lambda of components that are not open. It is small beside trained lambdas (1e-2 to
+1e-1), but lets gradients reach A and B of the reserve."""
 
 GROWTHS = 10
-"""In the span from begin to end, where nothing else is said."""
+"""Default number of growth updates between begin and end."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"increlora_begin": 0.1, "increlora_score": "triplet"},
@@ -129,13 +130,13 @@ class IncreLoraOptions:
         begin = as_preset(self, self.increlora_preset, PRESETS).increlora_begin
         if not 0.0 <= (begin or 0.0) < self.increlora_end <= 1.0:
             problems.append(
-                "increlora_begin and increlora_end must satisfy 0 <= begin < end <= 1, "
+                "--increlora_begin and --increlora_end must satisfy 0 <= begin < end <= 1, "
                 f"got {begin} and {self.increlora_end}"
             )
         if self.increlora_target_rank is not None and self.increlora_budget is not None:
             problems.append(
-                "increlora_target_rank and increlora_budget both set the size at the end, got "
-                f"{self.increlora_target_rank} and {self.increlora_budget}: give one of them"
+                "--increlora_target_rank and --increlora_budget both set the size at the end, got "
+                f"{self.increlora_target_rank} and {self.increlora_budget}. Give one of them"
             )
         if problems:
             raise ValueError("; ".join(problems))
@@ -143,17 +144,17 @@ class IncreLoraOptions:
     def _outside(self, bound: str, low: float, high: float, *names: str) -> list[str]:
         values = {name: getattr(self, f"increlora_{name}") for name in names}
         return [
-            f"increlora_{name} must be {bound}, got {value}"
+            f"--increlora_{name} must be {bound}, got {value}"
             for name, value in values.items()
             if value is not None and not low <= value < high
         ]
 
 
 def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
-    """The growth that ``options`` ask for in this run.
+    """Return the growth that ``options`` ask for in this run.
 
     Raises:
-        ValueError: with every reason why it does not fit the run.
+        ValueError: The growth does not fit the run; the message gives every reason.
     """
     total, sites = context.total_steps, len(context.sites)
     begin, end, start = options.increlora_begin, options.increlora_end, options.increlora_start_rank
@@ -162,8 +163,8 @@ def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
     )
     budget = options.increlora_budget or round(average * sites)
     every = options.increlora_every or max(1, int((end - (begin or 0.0)) * total / GROWTHS))
-    # Not at step 1, where lambda is zero, so that no gradient of the loss has reached A or B; and
-    # not at the last, or what it opens never trains.
+    # Not at step 1, where lambda is zero and the loss gives A and B no gradient; not at the last
+    # step, or the components that it opens never train.
     begins = every if begin is None else max(1, round(begin * total))
     first = (begins // every + 1) * every
     growths = max(1, (min(round(end * total), total - 1) - first) // every + 1)
@@ -187,10 +188,10 @@ def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
 
 
 def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
-    """Grows from ``increlora_start_rank`` to the budget, then trains on with what is open.
+    """Build the `Method` record of IncreLoRA for a run.
 
     Raises:
-        ValueError: with every reason why the options do not fit the run.
+        ValueError: The options do not fit the run; the message gives every reason.
     """
     options = as_preset(options, options.increlora_preset, PRESETS)
     growth = planned(options, context)
@@ -211,7 +212,7 @@ def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
         if step == 0:
             return opened(growth, scores, [growth.start] * len(growth.sites))
         open_S = open_components(growth, scores)
-        if sum(open_S) >= growth.budget:  # ties brought the released preset here early
+        if sum(open_S) >= growth.budget:  # ties let the released preset reach it early
             return Decision(log_values={"budget": float(sum(open_S))})
         score_S = delta_scores(scores) if by_delta else component_scores(growth, scores, open_S)
         return opened(growth, scores, growth.grown(open_S, score_S))
@@ -247,16 +248,26 @@ def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
 
 
 def first_lambda(t: Tensor, generator: torch.Generator, *, start: int) -> None:
-    """Zero for the components that are open at first, a reserve's for all others."""
+    """Fill ``t``, lambda of a site [R], in place: 0 for the first ``start`` components, which are
+    open from the start, and RESERVE_LAMBDA for the others."""
     t.fill_(RESERVE_LAMBDA)[:start] = 0.0
 
 
 def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
-    """The decision that so many components of each site are open.
+    """Return the decision that makes ``open_S[i]`` components of site i open.
 
-    Open components live whole; of a reserve, the component after them, a and b live and lambda
-    stays as it is. There is one where there is room, until the budget is exactly reached: then
-    reserves leave, and every lambda that never lived becomes zero.
+    All entries of open components are live. The next component is the reserve: its row of A and
+    column of B are live, but its lambda is not. There is no reserve at a site without a free
+    component, nor once the budget is reached exactly. Reserves then die, and every lambda that was
+    never live is set to zero.
+
+    Example: with rank 4 and 2 open components, the live masks are 1 1 1 0 for A and B, and 1 1 0 0
+    for lambda.
+
+    Args:
+        growth: Growth of the run.
+        scores: Scores of the run; used to spread the masks over this rank's slices.
+        open_S: Number of open components of each site.
     """
     full = sum(open_S) == growth.budget
     live, zero, components = {}, {}, {}
@@ -276,10 +287,9 @@ def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
 
 
 def open_components(growth: Growth, scores: Scores) -> list[int]:
-    """Of each site: those whose lambda lives. Components are opened in order, so a number says
-    which.
+    """Return the number of open components of each site: those whose lambda is live.
 
-    Collective.
+    Components open in ascending order, so the number tells which are open. All ranks must call it.
     """
     names = [f"{site.name}.lora_lambda" for site in growth.sites]
     live = scores.live(dict.fromkeys(names, "row"))
@@ -287,23 +297,35 @@ def open_components(growth: Growth, scores: Scores) -> list[int]:
 
 
 def component_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> list[float]:
-    """Of each site: the triplet scores of its open components, added up. Collective."""
+    """Return the sum of the triplet scores of each site's open components. All ranks must call it.
+
+    Args:
+        growth: Growth of the run.
+        scores: Scores of the run.
+        open_S: Number of open components of each site.
+    """
     of = triplets.triplet_scores(scores)
     return [float(of[s.name][:n].sum()) for s, n in zip(growth.sites, open_S, strict=True)]
 
 
 def delta_scores(scores: Scores) -> list[float]:
-    """Of each site: mean * spread of its |dW * dL/dW|."""
+    """Return the score of each site: smoothed |dW * dL/dW| times its smoothed deviation.
+
+    Raises:
+        FloatingPointError: A score is NaN or infinite.
+    """
     mean_S, spread_S = scores.site_stats
     score_S = mean_S * spread_S
     if not torch.isfinite(score_S).all():
-        raise FloatingPointError("importance scores contain NaN or infinity")
+        raise FloatingPointError("importance scores contain NaN or infinity. Lower --learning_rate")
     return [float(score) for score in score_S]
 
 
 def alpha_over_open(alpha: float, capacity: int, open_components: int) -> float:
-    """alpha / (open components + 1e-5), the released code's: a delta shrinks when a component is
-    opened."""
+    """Return alpha / (open_components + 1e-5), the scale of the authors' code.
+
+    The delta therefore shrinks when a component opens. ``capacity`` is ignored.
+    """
     return alpha / (open_components + 1e-5)
 
 

@@ -22,7 +22,7 @@ from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOp
 
 
 def lora(options: NoOptions, context: RunContext) -> Method:
-    """Plain LoRA: no statistics, no decisions, nothing pruned."""
+    """Build the `Method` record of plain LoRA."""
     return Method(name="lora")
 
 

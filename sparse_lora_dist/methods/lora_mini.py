@@ -42,11 +42,11 @@ class LoraMiniOptions:
 
     def __post_init__(self) -> None:
         if self.lora_mini_size < 1:
-            raise ValueError(f"lora_mini_size must be at least 1, got {self.lora_mini_size}")
+            raise ValueError(f"--lora_mini_size must be at least 1, got {self.lora_mini_size}")
 
 
 def lora_mini(options: LoraMiniOptions, context: RunContext) -> Method:
-    """Nothing is decided."""
+    """Build the `Method` record of LoRA-Mini for a run."""
     size = options.lora_mini_size
 
     def form(site: Site) -> Form:
@@ -67,19 +67,23 @@ def lora_mini(options: LoraMiniOptions, context: RunContext) -> Method:
 
 
 def of_one_size(t: Tensor, generator: torch.Generator) -> None:
-    """U(-sqrt(3/N), sqrt(3/N)) with N the last axis: variance 1/N."""
+    """Fill ``t`` in place from U(-sqrt(3/n), sqrt(3/n)), n the length of its last axis.
+
+    Its variance is 1/n, so that a product with ``t`` keeps the size of its input.
+    """
     bound = sqrt(3 / t.shape[-1])
     t.uniform_(-bound, bound, generator=generator)
 
 
 def nested(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """y_TO = scale * x A_aux^T A_tr^T B_tr^T B_aux^T"""
+    """Return the delta y_TO = scale * x A_aux^T A_tr^T B_tr^T B_aux^T."""
     z_TR = x_TI @ tensors["aux_a"].to(x_TI.dtype).t() @ tensors["lora_a"].t() * scale
     return z_TR @ tensors["lora_b"].t() @ tensors["aux_b"].to(x_TI.dtype).t()
 
 
 def multiplied(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(A_tr A_aux, B_aux B_tr), the plain LoRA pair of the same delta."""
+    """Return (A_tr A_aux, B_aux B_tr), [R, I] and [O, R], the plain LoRA pair that gives the same
+    delta."""
     a_RN, b_NR = tensors["lora_a"], tensors["lora_b"]
     return a_RN @ tensors["aux_a"].to(a_RN.dtype), tensors["aux_b"].to(b_NR.dtype) @ b_NR
 

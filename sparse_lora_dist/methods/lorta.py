@@ -56,14 +56,14 @@ class LortaOptions:
 
     def __post_init__(self) -> None:
         if self.lorta_heads is not None and self.lorta_heads < 1:
-            raise ValueError(f"lorta_heads must be at least 1, got {self.lorta_heads}")
+            raise ValueError(f"--lorta_heads must be at least 1, got {self.lorta_heads}")
 
 
 def lorta(options: LortaOptions, context: RunContext) -> Method:
-    """Nothing is decided.
+    """Build the `Method` record of LoRTA for a run.
 
     Raises:
-        ValueError: the linears differ in shape, or heads do not divide their outputs.
+        ValueError: The linears differ in shape, or --lorta_heads does not divide their outputs.
     """
     check_shapes(context.sites)
     check_heads(context.sites[0], options.lorta_heads)
@@ -74,7 +74,7 @@ def lorta(options: LortaOptions, context: RunContext) -> Method:
     matrices = list(dict.fromkeys(matrix for _, matrix in places.values()))
 
     def form(site: Site) -> Form:
-        # The planner also asks of linears that are not of the run: for their sizes alone.
+        # The planner also asks for linears that are not in the run, for their sizes alone.
         layer, matrix = places.get(site.name, (layers[0], matrices[0]))
         l, m = layers.index(layer), matrices.index(matrix)  # noqa: E741
         heads = heads_of(site.out_features, options.lorta_heads)
@@ -104,17 +104,21 @@ def lorta(options: LortaOptions, context: RunContext) -> Method:
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """N(0, 1)"""
+    """Fill ``t`` in place from N(0, 1)."""
     t.normal_(generator=generator)
 
 
 def of_unit_columns(t_IR: Tensor, generator: torch.Generator) -> None:
-    """N(0, 1 / I): columns of length 1 or so."""
+    """Fill ``t_IR`` in place from N(0, 1 / I), so that its columns have a length of about 1."""
     t_IR.normal_(std=len(t_IR) ** -0.5, generator=generator)
 
 
 def place(site: Site) -> tuple[int, str]:
-    """(layer, matrix) by its name."""
+    """Return the layer and the matrix that a site belongs to.
+
+    The layer is the first whole number in the name (0 if there is none); the matrix is the rest of
+    it. "model.layers.3.self_attn.q_proj" gives (3, "model.layers.self_attn.q_proj").
+    """
     parts = site.name.split(".")
     for i, part in enumerate(parts):
         if part.isdecimal():
@@ -123,30 +127,37 @@ def place(site: Site) -> tuple[int, str]:
 
 
 def nearest_divisors(number: int, wanted: float) -> list[int]:
-    """All there are, those near ``wanted`` first."""
+    """Return all divisors of ``number``, sorted by their distance from ``wanted``."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     return sorted(divisors, key=lambda n: (abs(n - wanted), n))
 
 
 @cache
 def heads_of(num_outputs: int, wanted: int | None) -> int:
-    """As many as wanted, or else as is usual; of both, the nearest number that divides."""
+    """Return the number of heads that the outputs of a linear are split into.
+
+    It is the divisor of ``num_outputs`` that is nearest to ``wanted``. If ``wanted`` is None, it is
+    the one nearest to num_outputs / 128, or / 64 below 4096 outputs.
+    """
     usual = num_outputs / (128 if num_outputs >= 4096 else 64)
     return nearest_divisors(num_outputs, wanted or usual)[0]
 
 
 def check_heads(site: Site, wanted: int | None) -> None:
-    """Raises ValueError where they do not divide the outputs, with the nearest that do."""
+    """Raise ValueError if ``wanted`` heads do not divide the outputs of ``site``."""
     if wanted is not None and site.out_features % wanted:
         near = sorted(nearest_divisors(site.out_features, wanted)[:2])
         raise ValueError(
-            f"lorta_heads {wanted} does not divide the {site.out_features} outputs of {site.name}; "
-            f"the nearest numbers that do are {' and '.join(map(str, near))}"
+            f"--lorta_heads {wanted} does not divide the {site.out_features} outputs of {site.name}"
+            f". The nearest numbers that do are {' and '.join(map(str, near))}"
         )
 
 
 def check_shapes(sites: Sequence[Site]) -> None:
-    """Raises ValueError where linears differ in shape, with the names of the most that do not."""
+    """Raise ValueError if the linears do not all have one shape.
+
+    The message names the largest group of linears that have.
+    """
     groups = defaultdict(list)
     for site in sites:
         groups[site.out_features, site.in_features].append(site)
@@ -157,13 +168,16 @@ def check_shapes(sites: Sequence[Site]) -> None:
     others = [site.name for group in groups.values() if group is not most for site in group]
     names = dict.fromkeys(own_ending(site.name, others) for site in most)
     raise ValueError(
-        f"all linears must have one shape, got {', '.join(got)}; the largest group of one shape is "
+        f"all linears must have one shape, got {', '.join(got)}. The largest group of one shape is "
         f"--target_modules {','.join(names)}"
     )
 
 
 def own_ending(name: str, others: Sequence[str]) -> str:
-    """The shortest end of a name, from a dot on, that none of the others has."""
+    """Return the shortest dotted suffix of ``name`` that no name in ``others`` ends with.
+
+    For "layers.0.q_proj" and others ("layers.0.k_proj",) that is "q_proj".
+    """
     parts = name.split(".")
     ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]
     own = (e for e in ends if not any(f".{other}".endswith(f".{e}") for other in others))

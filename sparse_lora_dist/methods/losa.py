@@ -48,9 +48,9 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 
 ROWS = 16
-"""Of a step, at most, whose inputs are compared between linears."""
+"""Maximum number of rows of a step whose inputs are compared between linears."""
 SORTED = 1024
-"""Rows of a weight that are sorted at a time."""
+"""Number of rows of a weight that are sorted at a time, which bounds memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,32 +74,34 @@ class LosaOptions:
     def __post_init__(self) -> None:
         problems = []
         if not 0.0 <= self.losa_sparsity < 1.0:
-            problems.append(f"losa_sparsity must be in [0, 1), got {self.losa_sparsity}")
+            problems.append(f"--losa_sparsity must be in [0, 1), got {self.losa_sparsity}")
         if self.losa_rounds < 1:
-            problems.append(f"losa_rounds must be at least 1, got {self.losa_rounds}")
+            problems.append(f"--losa_rounds must be at least 1, got {self.losa_rounds}")
         if not 0.0 < self.losa_until < 1.0:
-            problems.append(f"losa_until must be in (0, 1), got {self.losa_until}")
+            problems.append(f"--losa_until must be in (0, 1), got {self.losa_until}")
         if self.losa_mean_rank is not None and self.losa_mean_rank < 1:
-            problems.append(f"losa_mean_rank must be at least 1, got {self.losa_mean_rank}")
+            problems.append(f"--losa_mean_rank must be at least 1, got {self.losa_mean_rank}")
         if not 0.0 <= self.losa_spread < 1.0:
-            problems.append(f"losa_spread must be in [0, 1), got {self.losa_spread}")
+            problems.append(f"--losa_spread must be in [0, 1), got {self.losa_spread}")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Round:
-    """What all linears come to in it."""
+    """Targets of one pruning round, on average over all linears."""
 
     sparsity: float
+    """Fraction of the base weights that are zero, in [0, 1)."""
     mean_rank: int
+    """Open components per linear, at least 1."""
 
 
 def losa(options: LosaOptions, context: RunContext) -> Method:
-    """Chooses masks and ranks in the first part of the run.
+    """Build the `Method` record of LoSA for a run.
 
     Raises:
-        ValueError: the run has too few steps for the rounds, or ranks are to rise above --rank.
+        ValueError: The run has too few steps for the rounds, or --losa_mean_rank is above --rank.
     """
     rounds = rounds_of(options, context)
     return Method(
@@ -111,21 +113,25 @@ def losa(options: LosaOptions, context: RunContext) -> Method:
 
 
 def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
-    """Step -> the round after it."""
+    """Return {step: round}, where a round happens after its step; steps ascend.
+
+    Raises:
+        ValueError: The run has too few steps for the rounds, or --losa_mean_rank is above --rank.
+    """
     count, capacity = options.losa_rounds, min(site.rank for site in context.sites)
-    # One step is left to train in, at least.
+    # At least one step follows the last round.
     last = min(int(options.losa_until * context.total_steps), context.total_steps - 2)
     if count > last + 1:
         raise ValueError(
-            f"losa_rounds is {count}, but up to losa_until {options.losa_until} the run's "
-            f"{context.total_steps} steps have room for {last + 1}: take fewer rounds, or raise "
-            "max_steps"
+            f"--losa_rounds is {count}, but up to --losa_until {options.losa_until} the run's "
+            f"{context.total_steps} steps have room for {last + 1}. Take fewer rounds, or raise "
+            "--max_steps"
         )
     final = options.losa_mean_rank or max(1, round(capacity * 5 / 8))
     if final > capacity:
         raise ValueError(
-            f"losa_mean_rank is {final}, but a linear has at most {capacity} components: "
-            f"take {capacity} or less, or raise --rank"
+            f"--losa_mean_rank is {final}, but a linear has at most {capacity} components. "
+            f"Take {capacity} or less, or raise --rank"
         )
     s = options.losa_sparsity
     return {
@@ -137,7 +143,11 @@ def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
 
 
 def masked(site: Site) -> Form:
-    """y_TO = x ( keep . (W + scale B A) - W )^T, without the rounding of W + scale B A."""
+    """Return the form of a site with the delta y_TO = x (keep . (W + scale B A) - W)^T.
+
+    It is computed as -W where an entry is pruned and scale B A elsewhere, so that W + scale B A is
+    never rounded to the dtype of x.
+    """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         update_OI = tensors["lora_b"] * scale @ tensors["lora_a"]
@@ -154,7 +164,14 @@ def masked(site: Site) -> Form:
 
 
 def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: float) -> Rewriting:
-    """One component a linear before the first step; then the rounds."""
+    """Return the rewriting that opens one component per linear before training, then prunes in
+    rounds.
+
+    Args:
+        rounds: {step: round}.
+        sites: Linears that carry an adapter.
+        spread: Largest deviation of a linear's sparsity from the average.
+    """
     sizes_S = torch.tensor([site.out_features * site.in_features for site in sites]).double()
     capacities_S = torch.tensor([site.rank for site in sites]).double()
 
@@ -193,7 +210,11 @@ def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: floa
 
 
 def scores_of(whole: Whole) -> Tensor:
-    """|W + scale B A| sqrt(squares); without squares, the magnitude."""
+    """Return Wanda's score of each weight entry: |W + scale B A| * sqrt(mean squared input), [O,
+    I].
+
+    Without mean squared inputs it is |W + scale B A|.
+    """
     tensors, w_OI = whole.tensors, whole.weight_OI()
     merged_OI = torch.addmm(w_OI, tensors["lora_b"], tensors["lora_a"], alpha=whole.scale)
     if whole.squares_I is None:
@@ -202,14 +223,26 @@ def scores_of(whole: Whole) -> Tensor:
 
 
 def lowest(scores_OI: Tensor, share: float) -> Tensor:
-    """The mask of so many of each row; of equal ones, those of lowest index."""
+    """Return the mask of the lowest scores of each row, bool [O, I]; ties: lowest index.
+
+    Args:
+        scores_OI: Scores of a weight's entries.
+        share: Fraction of each row that is selected.
+    """
     count = round(share * scores_OI.shape[1])
     order = [rows.argsort(dim=1, stable=True)[:, :count] for rows in scores_OI.split(SORTED)]
     return torch.zeros_like(scores_OI, dtype=torch.bool).scatter_(1, torch.cat(order), True)
 
 
 def error(scores_OI: Tensor, sparsity: float) -> Tensor:
-    """Share of the output's square that goes with the lowest scores."""
+    """Return how much of the output a pruning would lose, as a float64 scalar in [0, 1].
+
+    It is the sum of the squared scores that would be pruned, divided by the sum of all.
+
+    Args:
+        scores_OI: Scores of a weight's entries.
+        sparsity: Fraction of each row that would be pruned, lowest scores first.
+    """
     squares_OI = scores_OI.square()
     gone_OI = torch.where(lowest(scores_OI, sparsity), squares_OI, 0.0)
     every = squares_OI.sum(dtype=torch.float64)
@@ -217,15 +250,23 @@ def error(scores_OI: Tensor, sparsity: float) -> Tensor:
 
 
 def opened(whole: Whole) -> Tensor:
-    """How many components have a B that has moved, all before the last of them counted; at least
-    1."""
+    """Return the number of open components of a site, at least 1, as a float64 scalar.
+
+    It is the index of the last component whose column of B is not zero, plus 1.
+    """
     moved_R = (whole.tensors["lora_b"] != 0).any(0).double()
     places_R = torch.arange(1, len(moved_R) + 1, device=moved_R.device)
     return (moved_R * places_R).max().clamp(min=1.0)
 
 
 def gram(rows_NI: Tensor | None) -> Tensor:
-    """Of the first rows, centred: float64 [ROWS * ROWS], zero where there are fewer."""
+    """Return the Gram matrix of the first ``ROWS`` rows, centred, float64 [ROWS * ROWS].
+
+    Places of rows that do not exist are zero, as is everything if ``rows_NI`` is None.
+
+    Args:
+        rows_NI: Mean input of each row of the step.
+    """
     if rows_NI is None:
         return torch.zeros(ROWS * ROWS, dtype=torch.float64)
     first_NI = rows_NI[:ROWS].cpu().double()
@@ -235,24 +276,46 @@ def gram(rows_NI: Tensor | None) -> Tensor:
 
 
 def similarity(grams_SG: Tensor) -> Tensor:
-    """The mean of a site's linear CKA with the others, [S]."""
+    """Return the mean linear CKA of each site with the other sites, [S].
+
+    Args:
+        grams_SG: Centred Gram matrix of each site's inputs, flattened.
+    """
     unit_SG = F.normalize(grams_SG, dim=1)
     others_SG = unit_SG.sum(0) - unit_SG
     return (unit_SG * others_SG).sum(1) / max(1, len(unit_SG) - 1)
 
 
 def sparsities(importance_S: Tensor, sizes_S: Tensor, *, target: float, spread: float) -> Tensor:
-    """Of each site: the mean over weights is the target, none is further from it than ``spread``,
-    and the more important of two is no sparser."""
+    """Return the sparsity of each site, [S].
+
+    The mean over all weights is ``target``, no site deviates from it by more than ``spread``, and a
+    more important site is never sparser than a less important one.
+
+    Args:
+        importance_S: Importance of each site.
+        sizes_S: Number of weight entries of each site.
+        target: Sparsity on average.
+        spread: Largest deviation from ``target``.
+    """
     behind_S = torch.dot(sizes_S / sizes_S.sum(), importance_S) - importance_S
-    # The least is above rounding, so that equal importance is no difference.
+    # 1e-4 is above rounding, so that sites of equal importance get equal sparsity.
     furthest = behind_S.abs().max().clamp(min=1e-4)
     return target + min(spread, target, 1 - target) * behind_S / furthest
 
 
 def ranks(errors_S: Tensor, least_S: Tensor, most_S: Tensor, total: int) -> Tensor:
-    """Whole numbers in proportion to the errors, none outside its bounds, that sum to ``total``,
-    or as near as the bounds allow."""
+    """Return the number of components of each site, whole numbers in float64 [S].
+
+    They are in proportion to the errors, within each site's bounds. They sum to ``total``, or to
+    the nearest number that the bounds allow.
+
+    Args:
+        errors_S: Error of each site, as ``error`` returns it.
+        least_S: Smallest number of components of each site.
+        most_S: Largest number of components of each site.
+        total: Number of components of all sites together.
+    """
     total = min(max(total, int(least_S.sum())), int(most_S.sum()))
     largest = errors_S.max().clamp(min=torch.finfo(torch.float64).tiny)
     shares_S = (errors_S / largest).clamp(min=1e-9)

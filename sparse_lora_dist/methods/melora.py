@@ -53,12 +53,12 @@ class MeLoraOptions:
     def __post_init__(self) -> None:
         problems = []
         if self.melora_blocks < 1:
-            problems.append(f"melora_blocks must be at least 1, got {self.melora_blocks}")
+            problems.append(f"--melora_blocks must be at least 1, got {self.melora_blocks}")
         if any(rank < 1 for rank in self.melora_ranks):
-            problems.append(f"melora_ranks must be at least 1, got {list(self.melora_ranks)}")
+            problems.append(f"--melora_ranks must be at least 1, got {list(self.melora_ranks)}")
         if self.melora_ranks and len(self.melora_ranks) != self.melora_blocks:
             problems.append(
-                f"melora_ranks must be {self.melora_blocks} numbers, as many as melora_blocks, "
+                f"--melora_ranks must be {self.melora_blocks} numbers, as many as --melora_blocks, "
                 f"got {list(self.melora_ranks)}"
             )
         if problems:
@@ -66,10 +66,10 @@ class MeLoraOptions:
 
 
 def melora(options: MeLoraOptions, context: RunContext) -> Method:
-    """Nothing is decided.
+    """Build the `Method` record of MELoRA for a run.
 
     Raises:
-        ValueError: a side of a linear is not divisible.
+        ValueError: --melora_blocks does not divide both sides of every linear.
     """
     blocks = options.melora_blocks
     check_sides(context.sites, blocks)
@@ -80,7 +80,7 @@ def melora(options: MeLoraOptions, context: RunContext) -> Method:
         b_shape = (site.out_features // blocks, sum(ranks))
 
         def each(tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, float]]:
-            """Of every block A_k, B_k, and alpha / R_k in alpha / --rank."""
+            """Yield A and B of each block, and --rank / (its rank), a factor of its scale."""
             parts = tensors["lora_a"].split(ranks), tensors["lora_b"].split(ranks, dim=1)
             for a, b, rank in zip(*parts, ranks, strict=True):
                 yield a, b, site.rank / rank
@@ -103,8 +103,7 @@ def melora(options: MeLoraOptions, context: RunContext) -> Method:
 
 
 def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
-    """Raises ValueError where ``blocks`` does not divide a side, with the nearest that divides
-    all."""
+    """Raise ValueError if ``blocks`` does not divide both sides of every linear."""
     common = gcd(*(side for site in sites for side in (site.in_features, site.out_features)))
     if common % blocks == 0:
         return
@@ -112,8 +111,8 @@ def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
     whole = [n for n in range(1, common + 1) if common % n == 0]
     nearest = min(whole, key=lambda n: (abs(n - blocks), n))
     raise ValueError(
-        f"melora_blocks {blocks} does not divide both sides of {odd.name}, which is "
-        f"{odd.out_features} x {odd.in_features}; the nearest number that divides every linear is "
+        f"--melora_blocks {blocks} does not divide both sides of {odd.name}, which is "
+        f"{odd.out_features} x {odd.in_features}. The nearest number that divides every linear is "
         f"{nearest}"
     )
 

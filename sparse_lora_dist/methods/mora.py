@@ -45,13 +45,14 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 THETA = 10000.0
-"""Of rotary embeddings."""
+"""Base of the angles of the rotary embedding."""
 
 Turn = int | Tensor
-"""Whose it is: 0 the contiguous grouping's, 1 the strided one's; a tensor where only the device
-knows."""
+"""Grouping of the features that is in use: 0 contiguous, 1 strided. It is a tensor where it comes
+from a kept tensor, so that no device has to be waited for."""
 Act = Callable[[Tensor, Tensor, Turn], Tensor]
-"""(x_TI, m_HH, turn) -> y_TO"""
+"""Function (x_TI, m_HH, turn) -> y_TO that applies the square matrix M between compression and
+decompression in one grouping."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +69,14 @@ class MoraOptions:
 
     def __post_init__(self) -> None:
         if self.mora_restarts < 0:
-            raise ValueError(f"mora_restarts must be at least 0, got {self.mora_restarts}")
+            raise ValueError(f"--mora_restarts must be at least 0, got {self.mora_restarts}")
 
 
 def mora(options: MoraOptions, context: RunContext) -> Method:
-    """Merges at each restart.
+    """Build the `Method` record of MoRA for a run.
 
     Raises:
-        ValueError: a part of the run between restarts is shorter than the warm-up.
+        ValueError: A stage between two restarts is shorter than the warm-up.
     """
     action = shared if options.mora_type == 1 else rotated
     if options.mora_restarts == 0:
@@ -84,7 +85,7 @@ def mora(options: MoraOptions, context: RunContext) -> Method:
         context.total_steps,
         options.mora_restarts + 1,
         warmup_steps=context.warmup_steps,
-        asked=f"mora_restarts is {options.mora_restarts}",
+        asked=f"--mora_restarts is {options.mora_restarts}",
     )
     return Method(
         name="mora",
@@ -97,12 +98,16 @@ def mora(options: MoraOptions, context: RunContext) -> Method:
 
 
 def side_of(site: Site) -> int:
-    """H, of the square with as many entries as a low-rank pair has."""
+    """Return the side of M: the square with about as many entries as a LoRA pair of the site's
+    rank."""
     return int(sqrt((site.in_features + site.out_features) * site.rank) + 0.5)
 
 
 def shared(site: Site) -> tuple[int, Act]:
-    """(H, type 1): all groups of x are summed, and every group of y is M's result."""
+    """Return the side of M and the map of type 1.
+
+    The map sums the groups of x, applies M, and repeats the result along y.
+    """
     side = side_of(site)
 
     def act(x_TI: Tensor, m_HH: Tensor, turn: Turn) -> Tensor:
@@ -113,7 +118,10 @@ def shared(site: Site) -> tuple[int, Act]:
 
 
 def rotated(site: Site) -> tuple[int, Act]:
-    """(H, type 6): group g of y is M rotate_g(x_g)."""
+    """Return the side of M, an even number, and the map of type 6.
+
+    The map rotates each group of x, applies M to it, and puts the results one after another in y.
+    """
     side = side_of(site) // 2 * 2
 
     def act(x_TI: Tensor, m_HH: Tensor, turn: Turn) -> Tensor:
@@ -124,7 +132,12 @@ def rotated(site: Site) -> tuple[int, Act]:
 
 
 def square(side: int, act: Act) -> Form:
-    """M alone trains, and nothing scales it."""
+    """Return the form of a site where M alone is trained; its scale is always 1.
+
+    Args:
+        side: Side of M.
+        act: Map that applies M.
+    """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         return act(x_TI, tensors["mora_m"], 0)
@@ -134,10 +147,15 @@ def square(side: int, act: Act) -> Form:
 
 
 def with_merged(side: int, act: Act) -> Form:
-    """M acts through the grouping whose turn it is, beside what was merged in each."""
+    """Return the form of a site with restarts: M in the grouping in use, plus the merged squares.
+
+    Args:
+        side: Side of M.
+        act: Map that applies a square.
+    """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-        # Not as one square a grouping: bf16 would round M away beside what was merged.
+        # Not one square per grouping: bf16 would round M away beside what was merged.
         y_TO = act(x_TI, tensors["mora_m"], tensors["mora_turn"])
         y_TO = y_TO + act(x_TI, tensors["mora_contiguous"], 0)
         return y_TO + act(x_TI, tensors["mora_strided"], 1)
@@ -151,7 +169,11 @@ def with_merged(side: int, act: Act) -> Form:
 
 
 def merge(whole: Whole) -> Rewritten:
-    """M goes into the square of its grouping, and begins again in the other one."""
+    """Return the site's tensors after a restart.
+
+    M is added to the merged square of its grouping, M becomes zero, and the other grouping is used
+    from then on.
+    """
     m_HH, turn_1 = whole.tensors["mora_m"], whole.tensors["mora_turn"]
     into = "mora_strided" if turn_1.any() else "mora_contiguous"
     return Rewritten(
@@ -164,7 +186,16 @@ def merge(whole: Whole) -> Rewritten:
 
 
 def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
-    """x_TGH, the last group, or the end of all, filled up from the front of x."""
+    """Return the features of x in groups, x_TGH, where G = ceil(I / side) and H = side.
+
+    If I is no multiple of ``side``, x is continued from its first features. For I = 5 and side 2,
+    the contiguous groups are the features (0 1) (2 3) (4 0), the strided ones (0 3) (1 4) (2 0).
+
+    Args:
+        x_TI: Input of the linear.
+        side: Length of a group.
+        turn: Grouping: 0 contiguous, 1 strided.
+    """
     width = x_TI.shape[-1]
     groups = -(-width // side)
     g_G1 = torch.arange(groups, device=x_TI.device)[:, None]
@@ -176,7 +207,13 @@ def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
 
 
 def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
-    """y_TO, made of the groups one after another, as often as it takes, and cut."""
+    """Return y_TO, the reverse of ``grouped``: groups in their places, repeated until y is full.
+
+    Args:
+        y_TGH: Groups of features.
+        width: Number of features of y.
+        turn: Grouping: 0 contiguous, 1 strided.
+    """
     groups, side = y_TGH.shape[-2:]
     o, all_groups = torch.arange(width, device=y_TGH.device), -(-width // side)
     contiguous = o // side % groups * side + o % side
@@ -185,7 +222,10 @@ def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
 
 
 def turned(x_TGH: Tensor) -> Tensor:
-    """Pair (j, j + H/2) of group g by the angle g * THETA^(-2 j / H)."""
+    """Return x with group g rotated as by a rotary embedding at position g.
+
+    Features j and j + H/2 of a group are rotated by the angle g * THETA^(-2 j / H).
+    """
     groups, side = x_TGH.shape[-2:]
     j_H = torch.arange(0, side, 2, device=x_TGH.device, dtype=torch.float32)
     angles_GH = torch.outer(torch.arange(groups, device=x_TGH.device), THETA ** (-j_H / side))

@@ -58,17 +58,20 @@ class NeatOptions:
 
     def __post_init__(self) -> None:
         if self.neat_depth < 0:
-            raise ValueError(f"neat_depth must be at least 0, got {self.neat_depth}")
+            raise ValueError(f"--neat_depth must be at least 0, got {self.neat_depth}")
 
 
 def neat(options: NeatOptions, context: RunContext) -> Method:
-    """Nothing is decided."""
+    """Build the `Method` record of NEAT for a run."""
     form = official if options.neat_form == "official" else as_peft
     return Method(name="neat", form=lambda site: form(site, options.neat_depth))
 
 
 def official(site: Site, depth: int) -> Form:
-    """B is the pair's A, and h its B."""
+    """Return the form of a site as in the authors' code: f(W) = h B with h = relu(W A^T).
+
+    As a LoRA pair, the trained B is the pair's A, and h is the pair's B.
+    """
     inner = [f"neat_m{k}" for k in range(depth)]
 
     def pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -82,7 +85,10 @@ def official(site: Site, depth: int) -> Form:
 
 
 def as_peft(site: Site, depth: int) -> Form:
-    """h is the pair's A."""
+    """Return the form of a site as in PEFT's PEANuT: f(W) = B h with h = relu(A W).
+
+    As a LoRA pair, h is the pair's A, and the trained B is the pair's B.
+    """
     encoders, decoders = ([f"neat_{k}{i}" for i in range(depth)] for k in ("encoder", "decoder"))
 
     def pair(tensors: Tensors) -> tuple[Tensor, Tensor]:
@@ -115,7 +121,16 @@ def network(
     pair: Callable[[Tensors], tuple[Tensor, Tensor]],
     to_peft: Callable[[Tensors, float], PeftForm] | None = None,
 ) -> Form:
-    """y_TO = scale * x a^T b^T with the ``pair`` (a_RI, b_OR) that the weight makes."""
+    """Return the form of a site whose LoRA pair is computed from the base weight.
+
+    Args:
+        site: The linear that is adapted.
+        inner: Names of the R x R layers.
+        a_shape: Shape of the trained tensor ``neat_a``.
+        b_shape: Shape of the trained tensor ``neat_b``.
+        pair: Function (tensors) -> (a_RI, b_OR), the LoRA pair.
+        to_peft: Function (tensors, scale) -> the site as a PEFT type. None: PEFT has none.
+    """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
         a_RI, b_OR = pair(tensors)

@@ -39,7 +39,7 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.top_k import k_largest
 
 EVERY = 40
-"""Steps between two prunings, in a run that has room for four."""
+"""Default number of steps between two prunings, in a run with room for at least four."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,26 +64,27 @@ class PriLoraOptions:
         problems = []
         for name in ("prilora_first", "prilora_every"):
             if (value := getattr(self, name)) is not None and value < 1:
-                problems.append(f"{name} must be at least 1, got {value}")
+                problems.append(f"--{name} must be at least 1, got {value}")
         if self.prilora_start < 0:
-            problems.append(f"prilora_start must be at least 0, got {self.prilora_start}")
+            problems.append(f"--prilora_start must be at least 0, got {self.prilora_start}")
         for name in ("prilora_sparsity", "prilora_decay"):
             if not 0.0 <= (share := getattr(self, name)) < 1.0:
-                problems.append(f"{name} must be in [0, 1), got {share}")
+                problems.append(f"--{name} must be in [0, 1), got {share}")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def prilora(options: PriLoraOptions, context: RunContext) -> Method:
-    """Gives every layer its rank, and prunes A.
+    """Build the `Method` record of PRILoRA for a run.
 
     Raises:
-        ValueError: the linears have no such ranks, or the run is over before the first pruning.
+        ValueError: The linears cannot have the ranks that the options ask for, or the run ends
+            before the first pruning.
     """
     ranks = ranks_of_layers(context.sites, options.prilora_first)
 
     def form(site: Site) -> Form:
-        # The memory planner also plays with sites that the context does not know.
+        # The memory planner also asks for sites that are not in the context.
         rank = ranks.get(layer_of(site), site.rank)
         a_shape, b_shape = (rank, site.in_features), (site.out_features, rank)
         return Form(
@@ -98,15 +99,21 @@ def prilora(options: PriLoraOptions, context: RunContext) -> Method:
 
 
 def layer_of(site: Site) -> str:
-    """The first whole number in its name, or the name."""
+    """Return the name of the layer that a site belongs to: the first whole number in the site's
+    name, or the whole name if there is none."""
     return next((part for part in site.name.split(".") if part.isdecimal()), site.name)
 
 
 def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
-    """Layer -> the rank of its sites.
+    """Return {layer: rank of its sites}; ranks rise evenly with depth and have mean --rank.
+
+    Args:
+        sites: Linears that carry an adapter, in the model's order.
+        first: Rank of the bottom layer. None: half of --rank, or the nearest rank that fits.
 
     Raises:
-        ValueError: a ramp from ``first`` does not keep the mean, or has a rank above a side.
+        ValueError: With ``first``, the mean is not --rank, or a rank is below 1 or above the
+            smallest side of a layer's linears.
     """
     sides: dict[str, int] = {}
     for site in sites:
@@ -124,16 +131,19 @@ def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
     nearest = min(fitting, key=lambda start: abs(start - wanted), default=mean)
     if first not in (None, nearest):
         raise ValueError(
-            f"prilora_first is {first}: with --rank {mean} as the mean the top layer would have "
+            f"--prilora_first is {first}. With --rank {mean} as the mean, the top layer would have "
             f"rank {2 * mean - wanted}, but ranks must be from 1 to the shortest side of a layer's "
-            f"linears, and a single layer has --rank; the nearest rank that works is {nearest}"
+            f"linears, and a single layer has --rank. The nearest rank that works is {nearest}"
         )
     return dict(zip(sides, ramp(nearest, mean, len(sides)), strict=True))
 
 
 def ramp(first: int, mean: int, layers: int) -> list[int]:
-    """Whole numbers from ``first`` to 2 * mean - first, nearest to a line, whose mean is ``mean``:
-    of what the line has after the point, the largest are rounded up."""
+    """Return the rank of each layer: whole numbers near a line from ``first`` to 2 * mean - first.
+
+    Numbers with the largest fractions are rounded up and the others down, so that the mean is
+    ``mean``. From 4 with mean 8 over 4 layers, the line 4, 6.67, 9.33, 12 becomes 4, 7, 9, 12.
+    """
     steps = max(1, layers - 1)
     parts = [divmod(first * steps + 2 * (mean - first) * i, steps) for i in range(layers)]
     missing = sum(left for _, left in parts) // steps
@@ -142,10 +152,10 @@ def ramp(first: int, mean: int, layers: int) -> list[int]:
 
 
 def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
-    """None where nothing is to be pruned.
+    """Return the rewriting that prunes A, or None if --prilora_sparsity is 0.
 
     Raises:
-        ValueError: the run is over before.
+        ValueError: The run ends before the first pruning.
     """
     sparsity, start = options.prilora_sparsity, options.prilora_start
     if sparsity == 0.0:
@@ -153,9 +163,9 @@ def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
     every = options.prilora_every or max(1, min(EVERY, (total_steps - start) // 4))
     if start + every > total_steps:
         raise ValueError(
-            f"prilora_start {start} and prilora_every {every} put the first pruning at step "
-            f"{start + every}, but the run has {total_steps}: take at most {total_steps} for their "
-            "sum, or prilora_sparsity 0"
+            f"--prilora_start {start} and --prilora_every {every} put the first pruning at step "
+            f"{start + every}, but the run has {total_steps}. Take at most {total_steps} for their "
+            "sum, or --prilora_sparsity 0"
         )
     return Rewriting(
         at=lambda step: step > start and (step - start) % every == 0,
@@ -166,7 +176,15 @@ def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
 
 
 def pruned(whole: Whole, sparsity: float) -> Rewritten:
-    """A with ``sparsity`` of each row, rounded down, at zero."""
+    """Return A with its least important entries set to zero.
+
+    Importance is |a| * sqrt(mean squared input feature), or |a| if no inputs were collected. The
+    fraction of zeros in A is logged as ``zeros_in_a``.
+
+    Args:
+        whole: The site.
+        sparsity: Fraction of each row that is set to zero; the number of entries is rounded down.
+    """
     a_RI, squares_I = whole.tensors["lora_a"], whole.squares_I
     importance_RI = a_RI.abs().double()
     if squares_I is not None:

@@ -78,34 +78,34 @@ class PstOptions:
         problems = []
         if not 0.0 <= self.pst_initial_sparsity <= self.pst_sparsity < 1.0:
             problems.append(
-                "pst_initial_sparsity and pst_sparsity must satisfy 0 <= initial <= final < 1, "
+                "--pst_initial_sparsity and --pst_sparsity must satisfy 0 <= initial <= final < 1, "
                 f"got {self.pst_initial_sparsity} and {self.pst_sparsity}"
             )
         if not (min(self.pst_warmup, self.pst_cooldown) >= 0.0) or not (
             self.pst_warmup + self.pst_cooldown < 1.0
         ):
             problems.append(
-                "pst_warmup and pst_cooldown must be at least 0 and their sum below 1, "
+                "--pst_warmup and --pst_cooldown must be at least 0 and their sum below 1, "
                 f"got {self.pst_warmup} and {self.pst_cooldown}"
             )
         for name in ("pst_every", "pst_score_rank"):
             number = getattr(self, name)
             if number is not None and number < 1:
-                problems.append(f"{name} must be at least 1, got {number}")
+                problems.append(f"--{name} must be at least 1, got {number}")
         if not 0.0 < self.pst_beta < float("inf"):
-            problems.append(f"pst_beta must be above 0, got {self.pst_beta}")
+            problems.append(f"--pst_beta must be above 0, got {self.pst_beta}")
         for name in ("pst_alpha1", "pst_alpha2"):
             if not 0.0 <= getattr(self, name) < float("inf"):
-                problems.append(f"{name} must be at least 0, got {getattr(self, name)}")
+                problems.append(f"--{name} must be at least 0, got {getattr(self, name)}")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def pst(options: PstOptions, context: RunContext) -> Method:
-    """Makes its masks every so many steps, and none after the last.
+    """Build the `Method` record of PST for a run.
 
     Raises:
-        ValueError: the run is over before its masks have all been trained with.
+        ValueError: The run has no step left after --pst_sparsity is reached.
     """
     total, final = context.total_steps, options.pst_sparsity
     begin = round(options.pst_warmup * total)
@@ -113,8 +113,8 @@ def pst(options: PstOptions, context: RunContext) -> Method:
     if final > 0.0 and end >= total:
         least = next(n for n in count(total + 1) if round(options.pst_warmup * n) + 1 < n)
         raise ValueError(
-            f"pst_sparsity would be reached at step {end}, but the run has {total}: at least one "
-            f"step must follow; take max_steps {least} or more, or a smaller pst_warmup"
+            f"--pst_sparsity would be reached at step {end}, but the run has {total} steps, and at "
+            f"least one must follow. Take --max_steps {least} or more, or a smaller --pst_warmup"
         )
     every = options.pst_every or max(1, total // 50)
 
@@ -141,7 +141,8 @@ def pst(options: PstOptions, context: RunContext) -> Method:
 
 
 def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
-    """S"""
+    """Return the score S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T) of each weight entry, fp32
+    [O, I]."""
     u_OR, v_RI, a_OK, b_KI, r_O, c_I = (tensors[f"pst_{key}"] for key in "uvabrc")
     changed_OI = torch.addmm(w_OI, u_OR, v_RI, alpha=options.pst_beta)
     lines_OI = options.pst_alpha2 * (r_O[:, None] + c_I)
@@ -149,7 +150,7 @@ def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
 
 
 def masked(site: Site, options: PstOptions) -> Form:
-    """y_TO = x (M . W' - W)^T"""
+    """Return the form of a site with the delta y_TO = x (M . W' - W)^T."""
     height, width, rank = site.out_features, site.in_features, site.rank
     score_rank = options.pst_score_rank or rank
 
@@ -172,7 +173,7 @@ def masked(site: Site, options: PstOptions) -> Form:
             "pst_r": TensorSpec(shape=(height,), init=zeros),
             "pst_c": TensorSpec(shape=(width,), init=zeros),
         },
-        # Of the pruned, not the kept: what was never written is zero, and prunes nothing.
+        # A bit is set for a pruned entry: the mask is zero until written, and then prunes nothing.
         kept={"pst_pruned": mask_spec(site)},
         reads_base=True,
         delta=delta,
@@ -182,12 +183,15 @@ def masked(site: Site, options: PstOptions) -> Form:
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """N(0, 1)"""
+    """Fill ``t`` in place from N(0, 1)."""
     t.normal_(generator=generator)
 
 
 class _Masked(torch.autograd.Function):
-    """M . W' - W. The gradient of M is that of S, whose value it does not take to find it."""
+    """Compute M . W' - W, with the gradient of the mask M passed to the score S unchanged.
+
+    The gradients of the score's factors follow from it, so backward does not compute S.
+    """
 
     @staticmethod
     def forward(ctx: Any, change_OI: Tensor, w_OI: Tensor, pruned_OI: Tensor, *rest: Any) -> Tensor:

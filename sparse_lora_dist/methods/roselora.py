@@ -49,7 +49,7 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import cubic_keep
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column"}
-"""Piece i of the delta is row i of a_RI times column i of b_OR."""
+"""Segments that hold one component: component i is row i of A and column i of B."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -104,33 +104,33 @@ class RoseLoraOptions:
     def __post_init__(self) -> None:
         problems = []
         if not 0.0 < self.roselora_keep <= 1.0:
-            problems.append(f"roselora_keep must be in (0, 1], got {self.roselora_keep}")
+            problems.append(f"--roselora_keep must be in (0, 1], got {self.roselora_keep}")
         if not 0.0 <= self.roselora_begin < self.roselora_end <= 1.0:
             problems.append(
-                "roselora_begin and roselora_end must satisfy 0 <= begin < end <= 1, "
+                "--roselora_begin and --roselora_end must satisfy 0 <= begin < end <= 1, "
                 f"got {self.roselora_begin} and {self.roselora_end}"
             )
         if self.roselora_every is not None and self.roselora_every < 1:
-            problems.append(f"roselora_every must be at least 1, got {self.roselora_every}")
+            problems.append(f"--roselora_every must be at least 1, got {self.roselora_every}")
         if not 0.0 <= self.roselora_beta < 1.0:
-            problems.append(f"roselora_beta must be in [0, 1), got {self.roselora_beta}")
+            problems.append(f"--roselora_beta must be in [0, 1), got {self.roselora_beta}")
         if self.roselora_clamp is not None and not 0.0 <= self.roselora_clamp < float("inf"):
-            problems.append(f"roselora_clamp must be at least 0, got {self.roselora_clamp}")
+            problems.append(f"--roselora_clamp must be at least 0, got {self.roselora_clamp}")
         dense = as_preset(self, self.roselora_preset, PRESETS).roselora_dense_moments
         if dense and (self.roselora_every or 1) > 1:
             problems.append(
-                "roselora_every must be 1 with dense moments (preset released), because pruned "
-                f"entries move until the next decision; got {self.roselora_every}"
+                "--roselora_every must be 1 with dense moments (preset released), because pruned "
+                f"entries move until the next decision, got {self.roselora_every}"
             )
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
-    """Prunes from ``begin`` to ``end`` of the run, one decision every so many steps.
+    """Build the `Method` record of RoseLoRA for a run.
 
     Raises:
-        ValueError: the run is too short to prune in.
+        ValueError: The run is too short to prune in.
     """
     options = as_preset(options, options.roselora_preset, PRESETS)
     # Not before step 2: at step 1 B is zero, so every importance is, and ties would decide.
@@ -138,8 +138,8 @@ def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
     end = max(begin + 1, round(options.roselora_end * context.total_steps))
     if end > context.total_steps:
         raise ValueError(
-            f"pruning would end at step {end}, but the run has {context.total_steps} steps: lower "
-            "roselora_begin or raise max_steps"
+            f"pruning would end at step {end}, but the run has {context.total_steps} steps. Lower "
+            "--roselora_begin or raise --max_steps"
         )
     prunes, dense = options.roselora_keep < 1.0, options.roselora_dense_moments
     every = options.roselora_every or (1 if dense else max(1, context.total_steps // 100))
@@ -159,7 +159,7 @@ def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
         return Decision(live=masks, log_values=log_values)
 
     def decides_at(step: int) -> bool:
-        # With dense moments what is dead moves again in every step, to the last.
+        # With dense moments pruned entries move again in every step, to the last one.
         due = step == end or (step > end and dense) or (begin < step < end and step % every == 0)
         return prunes and due
 
@@ -184,24 +184,41 @@ def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
 
 
 def smooth_sensitivity(smoothed: Tensor, w: Tensor, grad: Tensor, *, beta: float) -> Tensor:
-    """beta * smoothed + (1 - beta) * |w * grad|"""
-    # Products and sum one by one: a fused lerp rounds by where an entry lies in its shard.
+    """Return the updated running mean of |w * grad|: beta * smoothed + (1 - beta) * |w * grad|.
+
+    Args:
+        smoothed: Running mean before the update, fp32 [N].
+        w: Values of the entries.
+        grad: Gradient of the entries.
+        beta: Decay rate of the running mean.
+    """
+    # Not torch.lerp: a fused kernel rounds differently at different places of a shard.
     return beta * smoothed + (1.0 - beta) * (w * grad).abs()
 
 
 def keep_within_components(scores: Scores, keep: float) -> dict[str, Tensor]:
-    """The top fraction ``keep`` of every row of A and every column of B; ties: lowest index."""
+    """Select the fraction ``keep`` of highest score in every row of A and every column of B.
+
+    Ties go to the lowest index. All ranks must call it.
+
+    Returns:
+        This rank's slice of each mask by tensor name, bool [N]; True means kept.
+    """
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
-    # The little more: 0.29 * 100 is 28.999... in floating point.
+    # 1e-9 is added because 0.29 * 100 is 28.999... in floating point.
     k = {n: max(1, int(keep * _size(shape, by[n]) + 1e-9)) for n, shape in scores.shapes.items()}
     return scores.top_k(k, by)
 
 
 def kept_by_kthvalue(scores: Scores, keep: float) -> dict[str, Tensor]:
-    """All entries from the k-th smallest up, k = int(d (1 - keep)); all d where k is 0.
+    """Select entries as the authors' code does: all that are not below the k-th smallest score.
 
-    The released code zeroes what is < torch.kthvalue(importance, k): d - k + 1 entries stay, or
-    more where several equal the k-th.
+    The segments are rows of A and columns of B. For d entries, k = int(d (1 - keep)). So d - k + 1
+    entries are selected, more if several equal the k-th, and all d if k is 0. All ranks must call
+    it.
+
+    Returns:
+        This rank's slice of each mask by tensor name, bool [N]; True means kept.
     """
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
     k = {}

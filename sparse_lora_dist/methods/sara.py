@@ -58,10 +58,10 @@ from sparse_lora_dist.methods.shared.top_k import k_largest
 from sparse_lora_dist.methods.shira import SparseProduct, scattered
 
 PAIRS = 8
-"""K."""
+"""Number of singular pairs that the nuclear-norm term uses, written K in shapes."""
 
 POWER_STEPS = 2
-"""Of S^T and S in turn."""
+"""Number of subspace iterations. Each multiplies by S once and by S^T once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,30 +81,30 @@ class SaraOptions:
     def __post_init__(self) -> None:
         problems = []
         if self.sara_density is not None and not 0.0 < self.sara_density < 1.0:
-            problems.append(f"sara_density must be in (0, 1), got {self.sara_density}")
+            problems.append(f"--sara_density must be in (0, 1), got {self.sara_density}")
         if self.sara_reselect is not None and not 0.0 <= self.sara_reselect < 1.0:
-            problems.append(f"sara_reselect must be in [0, 1), got {self.sara_reselect}")
+            problems.append(f"--sara_reselect must be in [0, 1), got {self.sara_reselect}")
         if not 0.0 <= self.sara_nuclear < float("inf"):
-            problems.append(f"sara_nuclear must be at least 0, got {self.sara_nuclear}")
+            problems.append(f"--sara_nuclear must be at least 0, got {self.sara_nuclear}")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def sara(options: SaraOptions, context: RunContext) -> Method:
-    """Chooses before the first step, and once more.
+    """Build the `Method` record of SaRA for a run.
 
     Raises:
-        ValueError: a weight has no more entries than are to train, or the run is too short to
-            choose anew between two steps.
+        ValueError: All entries of a weight would train, or --sara_reselect leaves no step before or
+            after the second selection.
     """
     for site in context.sites:
         check_count(site, options)
     switch = round((options.sara_reselect or 0.0) * context.total_steps)
     if options.sara_reselect and not 0 < switch < context.total_steps:
         raise ValueError(
-            f"sara_reselect is {options.sara_reselect}, which is after {switch} of the run's "
+            f"--sara_reselect is {options.sara_reselect}, which is after {switch} of the run's "
             f"{context.total_steps} steps, but at least one step must come before it and one "
-            "after: take 0.5 in a run of at least 2 steps, or 0 to select once only"
+            "after. Take 0.5 in a run of at least 2 steps, or 0 to select once only"
         )
 
     def penalty(tensors: Tensors) -> dict[str, Tensor]:
@@ -117,32 +117,36 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
         rewriting=Rewriting(
             at=lambda step: step in (0, switch), write=choose, resets_moments=True, says=True
         ),
-        # A longer run would come to its share again, and there is room for one that leaves.
+        # A longer run would select a third time, and there is room for entries that left once.
         redraws=switch == 0,
     )
 
 
 def check_count(site: Site, options: SaraOptions) -> None:
-    """Is something of a weight left that does not train?"""
+    """Raise ValueError if all entries of the site's weight would train."""
     weight, count = site.out_features * site.in_features, count_of(site, options)
     if count >= weight:
         most = (weight - 1) // (site.out_features + site.in_features)
         raise ValueError(
-            f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} makes "
-            f"{count:,} entries train, but the weight has {weight:,} and not all may train; take "
+            f"{site.name} is {site.out_features} x {site.in_features}. --rank {site.rank} makes "
+            f"{count:,} entries train, but the weight has {weight:,} and not all may train. Take "
             f"--rank {most} or less, or set --sara_density"
         )
 
 
 def count_of(site: Site, options: SaraOptions) -> int:
-    """N, at least 1."""
+    """Return the number of entries that train at a site, at least 1."""
     if options.sara_density is None:
         return site.rank * (site.in_features + site.out_features)
     return max(1, int(options.sara_density * site.in_features * site.out_features))
 
 
 def smallest_entries(site: Site, options: SaraOptions) -> Form:
-    """y_TO = x D^T, D with the trained values and those that have left."""
+    """Return the form of a site with the delta y_TO = x D^T.
+
+    D has the trained values and, if there is a second selection, the frozen values of entries that
+    are no longer trained.
+    """
     count, weight = count_of(site, options), site.out_features * site.in_features
     places_dtype = torch.int32 if weight < 2**31 else torch.int64
     kept = {"sara_places": KeptSpec(shape=(count,), dtype=places_dtype)}
@@ -152,7 +156,7 @@ def smallest_entries(site: Site, options: SaraOptions) -> Form:
         kept["sara_left_values"] = KeptSpec(shape=left)
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
-        # On the CPU, where reading two numbers waits for nothing.
+        # On the CPU, since reading two numbers from the GPU would synchronise.
         return {"sara_shape": torch.tensor([site.out_features, site.in_features])}
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
@@ -173,7 +177,10 @@ def smallest_entries(site: Site, options: SaraOptions) -> Form:
 
 
 def entries(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(values, flat places) of all of D: those that train, then those that have left."""
+    """Return the values of D and their places in the flattened weight (int64).
+
+    Entries that train come first, then entries that are no longer trained.
+    """
     values, places = tensors["sara_values"], tensors["sara_places"]
     if "sara_left_values" in tensors:
         values = torch.cat([values, tensors["sara_left_values"]])
@@ -182,23 +189,29 @@ def entries(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def choose(whole: Whole) -> Rewritten:
-    """The N places of smallest |W + D| train from now on; D stays what it was."""
+    """Return the site's tensors after selecting the places where |W + D| is smallest.
+
+    D stays the same. Before the first step D is zero.
+
+    Raises:
+        ValueError: More entries are no longer trained than there is room for.
+    """
     weight_OI, before = whole.weight_OI(), whole.tensors["sara_places"]
     change_E = torch.zeros_like(weight_OI.flatten())
-    # Before the first step nothing was chosen, and all places are 0.
+    # Before the first step nothing was selected, and all places are 0.
     if whole.step > 0:
         change_E = scattered(*entries(whole.tensors), *weight_OI.shape).flatten()
     places_N = first_of(-(weight_OI.flatten() + change_E).abs(), len(before))
     tensors = {"sara_places": places_N.to(before.dtype), "sara_values": change_E[places_N]}
     if "sara_left_places" in whole.tensors:
-        # All that is not zero, filled up with zeros: places must differ.
+        # All entries that are not zero, filled up with zero entries, since places must differ.
         rest_E = change_E.abs().index_fill_(0, places_N, -1.0)
         room = len(whole.tensors["sara_left_places"])
         if int((rest_E > 0.0).sum()) > room:
             raise ValueError(
-                f"more entries have left the trained ones than there is room for ({room:,}): the "
-                "schedule was reset after a re-selection, which SaRA does not support; resume "
-                "without --reset schedule"
+                f"more entries are no longer trained than there is room for ({room:,}), because "
+                "the schedule was reset after the second selection, which SaRA does not support. "
+                "Resume without --reset schedule"
             )
         places_C = first_of(rest_E, room)
         tensors["sara_left_places"] = places_C.to(before.dtype)
@@ -208,14 +221,24 @@ def choose(whole: Whole) -> Rewritten:
 
 
 def first_of(scores_E: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` largest, ascending, int64; of equal ones the first visited."""
+    """Return the places of the ``count`` largest scores, ascending, int64 [count].
+
+    Of equal scores, those that ``spread_order`` visits first are taken.
+
+    Args:
+        scores_E: Score of each entry of the flattened weight.
+        count: Number of places to return.
+    """
     order_E = spread_order(len(scores_E), scores_E.device)
     return order_E[k_largest(scores_E[order_E], count)].sort().values
 
 
 def spread_order(count: int, device: torch.device) -> Tensor:
-    """Every number below ``count`` once, int64, each far from the last few: by steps of about its
-    golden section."""
+    """Return 0 ... count - 1 in an order where neighbours are far from each other, int64 [count].
+
+    The order steps by about 0.618 x count. For count 8 the step is 5, and the order 0 5 2 7 4 1 6
+    3.
+    """
     step = round(count * 0.6180339887498949)
     while gcd(step, count) != 1:
         step += 1
@@ -223,7 +246,11 @@ def spread_order(count: int, device: torch.device) -> Tensor:
 
 
 def nuclear_gradient(tensors: Tensors) -> Tensor:
-    """U min(Sigma / delta, 1) V^T at the places of S = U Sigma V^T, what trains of D [N]."""
+    """Return the gradient of the smoothed nuclear norm by the trained values, [N].
+
+    S is the matrix of trained values. With S = U Sigma V^T and delta its K-th singular value, the
+    gradient is U min(Sigma / delta, 1) V^T, read at the trained places.
+    """
     values_N, places_N = tensors["sara_values"].float(), tensors["sara_places"].long()
     num_out, num_in = tensors["sara_shape"].tolist()
     s_OI = scattered(values_N, places_N, num_out, num_in)
@@ -233,14 +260,17 @@ def nuclear_gradient(tensors: Tensors) -> Tensor:
         v_IK, _ = polar(s_OI.t() @ u_OK)
     sv_OK = s_OI @ v_IK
     u_OK, delta = polar(sv_OK)
-    # u v^T of the leading pairs, and S / delta less what is theirs of it.
+    # u v^T of the leading pairs, and S / delta without its part in their subspace.
     more_OK = u_OK - sv_OK / delta
     return values_N / delta + (more_OK[places_N // num_in] * v_IK[places_N % num_in]).sum(dim=1)
 
 
 def polar(y_LK: Tensor) -> tuple[Tensor, Tensor]:
-    """(Y (Y^T Y)^(-1/2), in which singular values are 1, or 0 if they are so next to the largest;
-    the smallest that is not)."""
+    """Return Y (Y^T Y)^(-1/2), and the smallest singular value of Y that is not negligible.
+
+    The matrix has the singular vectors of ``y_LK``. Its singular values are 1, or 0 where those of
+    Y are negligible beside the largest.
+    """
     squares_K, q_KK = torch.linalg.eigh(y_LK.t() @ y_LK)
     counts_K = squares_K > squares_K[-1] * PAIRS * torch.finfo(torch.float32).eps
     squares_K = torch.where(counts_K, squares_K, torch.inf)

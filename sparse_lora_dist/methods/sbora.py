@@ -44,10 +44,10 @@ class SBoraOptions:
 
 
 def sbora(options: SBoraOptions, context: RunContext) -> Method:
-    """Nothing is decided.
+    """Build the `Method` record of SBoRA for a run.
 
     Raises:
-        ValueError: a weight has fewer columns, or rows, than are to be chosen.
+        ValueError: A weight has fewer columns (side fa) or rows (side fb) than --rank.
     """
     build = from_columns if options.sbora_side == "fa" else to_rows
     for site in context.sites:
@@ -55,14 +55,14 @@ def sbora(options: SBoraOptions, context: RunContext) -> Method:
         side, lines = sides[options.sbora_side]
         if site.rank > side:
             raise ValueError(
-                f"{site.name} is {site.out_features} x {site.in_features}: --rank {site.rank} is "
-                f"more than its {side} {lines}; take --rank {side} or less"
+                f"{site.name} is {site.out_features} x {site.in_features}. --rank {site.rank} is "
+                f"more than its {side} {lines}. Take --rank {side} or less"
             )
     return Method(name="sbora", form=build)
 
 
 def from_columns(site: Site) -> Form:
-    """FA: y_TO = scale * x[:, chosen] B^T"""
+    """Return the form of side fa, with the delta y_TO = scale * x[:, chosen] B^T."""
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
         return {"chosen": distinct(site.rank, site.in_features, seed, device)}
@@ -80,7 +80,8 @@ def from_columns(site: Site) -> Form:
 
 
 def to_rows(site: Site) -> Form:
-    """FB: y_TO is zero, but for y[:, chosen] = scale * x A^T"""
+    """Return the form of side fb: the delta y_TO is scale * x A^T at the chosen outputs, 0
+    elsewhere."""
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
         return {"chosen": distinct(site.rank, site.out_features, seed, device)}

@@ -57,7 +57,7 @@ from sparse_lora_dist.methods.shared.hashed_random import stratified
 from sparse_lora_dist.methods.shared.top_k import k_largest
 
 CHUNK = 2**24
-"""Products of gradient and input that are held at a time, at most."""
+"""Maximum number of products of a gradient and an input entry that are in memory at a time."""
 
 Support = Literal["random", "rows", "columns", "magnitude", "gradient", "snip"]
 CHOSEN: tuple[Support, ...] = ("magnitude", "gradient", "snip")
@@ -83,29 +83,30 @@ class ShiraOptions:
     def __post_init__(self) -> None:
         problems = []
         if self.shira_density is not None and not 0.0 < self.shira_density <= 1.0:
-            problems.append(f"shira_density must be in (0, 1], got {self.shira_density}")
+            problems.append(f"--shira_density must be in (0, 1], got {self.shira_density}")
         if self.shira_calibration_steps < 1:
             problems.append(
-                f"shira_calibration_steps must be at least 1, got {self.shira_calibration_steps}"
+                f"--shira_calibration_steps must be at least 1, got {self.shira_calibration_steps}"
             )
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def shira(options: ShiraOptions, context: RunContext) -> Method:
-    """Chooses its places before or in the first steps.
+    """Build the `Method` record of SHiRA for a run.
 
     Raises:
-        ValueError: more entries are to train than a weight has, fewer than its diagonal, or the run
-            is over before the places are chosen.
+        ValueError: More entries would train than a weight has, fewer would train than the diagonal
+            that --shira_support needs, or no step is left after calibration.
     """
     for site in context.sites:
         check_count(site, options)
     steps, support = options.shira_calibration_steps, options.shira_support
     if support in BY_GRADIENT and steps >= context.total_steps:
         raise ValueError(
-            f"shira_calibration_steps is {steps}, but the run has {context.total_steps} steps, and "
-            "at least one must follow calibration: take fewer calibration steps, or raise max_steps"
+            f"--shira_calibration_steps is {steps}, but the run has {context.total_steps} steps, "
+            "and at least one must follow calibration. Take fewer calibration steps, or raise "
+            "--max_steps"
         )
     notes = (cost_of_gradients(context, steps),) if support in BY_GRADIENT else ()
     return Method(
@@ -117,46 +118,60 @@ def shira(options: ShiraOptions, context: RunContext) -> Method:
 
 
 def cost_of_gradients(context: RunContext, steps: int) -> str:
-    """What the user should know of them."""
+    """Return the note for the user about the memory that calibration gradients take.
+
+    Args:
+        context: The run.
+        steps: Number of calibration steps.
+    """
     weights = sum(site.out_features * site.in_features for site in context.sites)
     held = 4e-9 * weights / steps
     return (
         f"calibration gradients take {held:,.2f} GB over all ranks together in the first steps "
-        f"({steps}), and the memory plan does not count them; raise --shira_calibration_steps to "
+        f"({steps}), and the memory plan does not count them. Raise --shira_calibration_steps to "
         "lower this"
     )
 
 
 def check_count(site: Site, options: ShiraOptions) -> None:
-    """Does a weight have room for N?"""
+    """Raise ValueError if the options do not fit the site's weight.
+
+    They do not if more entries would train than the weight has. With support rows or columns they
+    also do not if fewer would train than the diagonal has.
+    """
     weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
     shape, density = f"{site.out_features} x {site.in_features}", options.shira_density
     option = f"--rank {site.rank}" if density is None else f"--shira_density {density}"
-    asked = f"{site.name} is {shape}: {option} makes"
+    asked = f"{site.name} is {shape}. {option} makes"
     if count > weight:
         most = weight // (site.out_features + site.in_features)
         raise ValueError(
-            f"{asked} {count:,} entries train, but the weight has {weight:,}; "
-            f"take --rank {most} or less"
+            f"{asked} {count:,} entries train, but the weight has {weight:,}. "
+            f"Take --rank {most} or less"
         )
     diagonal = min(site.out_features, site.in_features)
     if options.shira_support in ("rows", "columns") and count < diagonal:
         raise ValueError(
             f"{asked} {count:,} entries train, but --shira_support {options.shira_support} trains "
-            f"the whole diagonal, which has {diagonal:,}; take --shira_density "
+            f"the whole diagonal, which has {diagonal:,}. Take --shira_density "
             f"{diagonal / weight:.2g} or more"
         )
 
 
 def count_of(site: Site, density: float | None) -> int:
-    """N, at least 1."""
+    """Return the number of entries to train at a site, at least 1.
+
+    Args:
+        site: The linear that is adapted.
+        density: Value of --shira_density. None: as many as LoRA of the site's rank has.
+    """
     if density is None:
         return site.rank * (site.in_features + site.out_features)
     return max(1, int(density * site.in_features * site.out_features))
 
 
 def chosen_entries(site: Site, options: ShiraOptions) -> Form:
-    """y_TO = x S^T"""
+    """Return the form of a site with the delta y_TO = x S^T, S zero but at the chosen places."""
     support, weight = options.shira_support, site.out_features * site.in_features
     count = wanted = count_of(site, options.shira_density)
     as_peft = options.shira_density is None and support not in ("rows", "columns")
@@ -168,7 +183,7 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
             return {"shira_places": stratified(count, weight, seed, device)}
         if support in CHOSEN:
             return {}
-        if device.type == "meta":  # who plans wants sizes
+        if device.type == "meta":  # the planner needs sizes only
             return {"shira_places": torch.empty(count, dtype=torch.int64, device=device)}
         return {"shira_places": structured(site, wanted, support).to(device)}
 
@@ -201,7 +216,17 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
 
 
 def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int]:
-    """(the rows, or columns, that train; how many entries one has; how long the diagonal is)."""
+    """Return which rows or columns of a weight train under support rows or columns.
+
+    Args:
+        site: The linear that is adapted.
+        count: Number of entries that may train.
+        support: "rows" or "columns".
+
+    Returns:
+        Indices of the rows or columns, the number of entries of one, and the length of the
+            diagonal.
+    """
     sides = site.out_features, site.in_features
     number, length = sides if support == "rows" else sides[::-1]
     some = max(0, (count - min(sides)) // length)
@@ -209,15 +234,27 @@ def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int
 
 
 def structured_count(site: Site, count: int, support: Support) -> int:
-    """N of what ``structured`` gives."""
+    """Return the number of places that ``structured`` returns for the same arguments."""
     lines_K, length, diagonal = lines_of(site, count, support)
     return len(lines_K) * length + diagonal - int((lines_K < diagonal).sum())
 
 
 @cache
 def structured(site: Site, count: int, support: Support) -> Tensor:
-    """Flat places, ascending, on the CPU: the diagonal, and as many evenly spaced rows, or columns,
-    as ``count`` entries pay for beside it."""
+    """Return the places in the flattened weight that train under support rows or columns.
+
+    They are the diagonal and as many evenly spaced rows or columns as fit into ``count`` entries
+    beside it. For a 4 x 4 weight, 8 entries and support rows, the diagonal (4) and row 0 (4) give
+    the places 0 1 2 3 5 10 15: the entry (0, 0) is in both and counts once.
+
+    Args:
+        site: The linear that is adapted.
+        count: Number of entries that may train.
+        support: "rows" or "columns".
+
+    Returns:
+        Ascending places, int64 on the CPU, at most ``count``.
+    """
     lines_K, length, diagonal = lines_of(site, count, support)
     along = torch.arange(length)
     in_lines = lines_K[:, None] * site.in_features + along
@@ -229,13 +266,20 @@ def structured(site: Site, count: int, support: Support) -> Tensor:
 
 
 def choosing(support: Support, steps: int) -> Rewriting:
-    """The N places of largest score, from the weight before the first step, or from gradients."""
+    """Return the rewriting that selects the places that train, those of the largest scores.
+
+    Scores come from the weight before the first step (support magnitude), or from gradients.
+
+    Args:
+        support: "magnitude", "gradient" or "snip".
+        steps: Number of calibration steps, whose gradients are used.
+    """
 
     def write(whole: Whole) -> Rewritten:
         values_N, gradient_OI = whole.tensors["shira_values"], whole.gradient_OI
         if "shira_settled" in whole.tensors and whole.tensors["shira_settled"].any():
-            return Rewritten()  # a schedule that began anew (--reset) chooses nothing anew
-        # What was trained was trained at places that nobody chose.
+            return Rewritten()  # after --reset schedule the places stay
+        # The values so far were trained at places that were not selected.
         tensors = {"shira_values": torch.zeros_like(values_N)}
         if support == "magnitude" or gradient_OI is not None:
             scores_OI = torch.ones(()) if support == "gradient" else whole.weight_OI().abs()
@@ -259,9 +303,13 @@ def choosing(support: Support, steps: int) -> Rewriting:
 
 
 class SparseProduct(torch.autograd.Function):
-    """x S^T, S with ``values_N`` at its flat ``places_N``; the first ``num_trained`` of them have a
-    gradient, all unless told. S is whole while it is multiplied by: a weight of one linear, which
-    GPUs multiply faster than they gather."""
+    """Compute x S^T for a sparse S, with a gradient for x and for trained values of S.
+
+    S has ``values_N`` at the places ``places_N`` of the flattened matrix. The first ``num_trained``
+    values get a gradient, which is computed at their places only; None means all. The product uses
+    S as a dense matrix, because GPUs multiply by one dense weight faster than they gather N
+    columns.
+    """
 
     @staticmethod
     def forward(
@@ -292,7 +340,14 @@ class SparseProduct(torch.autograd.Function):
 
 
 def scattered(values_N: Tensor, places_N: Tensor, out_features: int, in_features: int) -> Tensor:
-    """S_OI, zero but at ``places_N``, which differ from each other."""
+    """Return the dense matrix S with the given values at the given places, and 0 elsewhere.
+
+    Args:
+        values_N: Values of S.
+        places_N: Their places in the flattened matrix, all different, int64.
+        out_features: Number of rows of S.
+        in_features: Number of columns of S.
+    """
     flat = values_N.new_zeros(out_features * in_features)
     return flat.index_copy_(0, places_N, values_N).view(out_features, in_features)
 

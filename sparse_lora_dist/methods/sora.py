@@ -63,10 +63,11 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import stage_at, warmed_up_stages
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_gate": "row"}
-"""Where component i lies in each tensor: a_RI, b_OR, gate_R."""
+"""Segments that hold one component: component i is row i of A, column i of B and gate i."""
 
 TRAVEL = 2.0
-"""Peak learning rate of the gates times the steps of a stage; a decaying rate goes half of it."""
+"""Distance that the default learning rate lets a gate move in a stage: peak learning rate x steps.
+With a decaying learning rate it is about half of that."""
 
 # Measured on the embedded model (rank 8, rate 2e-4, one seed): with gates from N(0, 1), 1.5 closes
 # 46%, 32% and 39% of the components in 30, 100 and 300 steps; in 100 the training loss falls by
@@ -121,30 +122,30 @@ class SoraOptions:
         lambdas, factor = self.sora_lambdas, self.sora_gate_lr_factor
         problems = []
         if not all(0.0 <= x < inf for x in lambdas) or list(lambdas) != sorted(set(lambdas)):
-            problems.append(f"sora_lambdas must be at least 0 and rising, got {list(lambdas)}")
+            problems.append(f"--sora_lambdas must be at least 0 and rising, got {list(lambdas)}")
         if factor is not None and factor <= 0.0:
-            problems.append(f"sora_gate_lr_factor must be above 0, got {factor}")
+            problems.append(f"--sora_gate_lr_factor must be above 0, got {factor}")
         if self.sora_l1 is not None and self.sora_l1 < 0.0:
-            problems.append(f"sora_l1 must be at least 0, got {self.sora_l1}")
+            problems.append(f"--sora_l1 must be at least 0, got {self.sora_l1}")
         if self.sora_every is not None and self.sora_every < 1:
-            problems.append(f"sora_every must be at least 1, got {self.sora_every}")
+            problems.append(f"--sora_every must be at least 1, got {self.sora_every}")
         # B starts at zero, so at step 1 a gate has no gradient, Adam's denominator is its eps, and
         # every gate would close for good.
         first = as_preset(self, self.sora_preset, PRESETS).sora_lambdas[0]
         if self.sora_threshold == "scaled" and first > 0.0:
             problems.append(
-                "sora_threshold scaled needs 0 as the first of sora_lambdas, because every gate "
-                f"would close at step 1; got {first}, take 0,{first}"
+                "--sora_threshold scaled needs 0 as the first of --sora_lambdas, because every "
+                f"gate would close at step 1, got {first}. Take 0,{first}"
             )
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def sora(options: SoraOptions, context: RunContext) -> Method:
-    """Shrinks the gates at every step, and counts the open ones every so many.
+    """Build the `Method` record of SoRA for a run.
 
     Raises:
-        ValueError: the run has fewer steps than stages.
+        ValueError: A stage is shorter than the warm-up.
     """
     chosen = as_preset(options, options.sora_preset, PRESETS)
     lambdas: tuple[float, ...] = chosen.sora_lambdas
@@ -152,11 +153,11 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
         context.total_steps,
         len(lambdas),
         warmup_steps=context.warmup_steps,
-        asked=f"sora_lambdas is {', '.join(map(str, lambdas))}",
+        asked=f"--sora_lambdas is {', '.join(map(str, lambdas))}",
     )
     several = len(stages) > 1
     every = options.sora_every or max(1, context.total_steps // 50)
-    # The released script with stages has a smaller one.
+    # The released script for stages has a smaller weight.
     in_stages = options.sora_l1 is None and several
     weight = min(chosen.sora_l1, 1e-3) if in_stages else chosen.sora_l1
     l1 = weight / sum(site.rank for site in context.sites)
@@ -177,7 +178,7 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
         form=gated(chosen, context, projection(chosen.sora_threshold, lambda_at)),
         penalty=penalty if l1 > 0.0 else None,
         score=magnitude,
-        # At the first step of a stage too: from there its lambda is the one in force.
+        # Also at the first step of a stage, from which its lambda is in force.
         decides_at=lambda step: (
             step > 0 and (step % every == 0 or step in stages or step - 1 in (0, *stages))
         ),
@@ -190,7 +191,13 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
 
 
 def gated(options: SoraOptions, context: RunContext, project: Project) -> Callable[[Site], Form]:
-    """site -> A and B of LoRA, and its gates g (R)."""
+    """Return a function (site) -> form of a site with LoRA's A and B and a gate per component.
+
+    Args:
+        options: Options with the preset filled in.
+        context: The run.
+        project: Function that shrinks the gates after each optimizer update.
+    """
     init = {"ones": ones, "normal": normal}[options.sora_gate_init]
     lr_factor = gate_lr_factor(options, context)
 
@@ -210,10 +217,12 @@ def gated(options: SoraOptions, context: RunContext, project: Project) -> Callab
 
 
 def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
-    """TRAVEL / (steps of a stage * learning rate), unless the user or the released preset says.
+    """Return the learning-rate multiplier of the gates.
 
-    At the learning rate of A and B gates would hardly move. So they cross the same way in a run of
-    any length: a gate that starts at g closes about where |g| < TRAVEL / 2 * (lambda - direction).
+    At the learning rate of A and B, gates would hardly move. The default is TRAVEL / (steps of a
+    stage * learning rate), with which a gate can move the same distance in a run of any length. A
+    gate that starts at g then closes if about |g| < TRAVEL / 2 * (lambda - direction), where
+    direction is m / sqrt(v) of Adam.
     """
     if options.sora_gate_lr_factor is not None:
         return options.sora_gate_lr_factor
@@ -224,40 +233,46 @@ def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
 
 
 def ones(t: Tensor, generator: torch.Generator) -> None:
-    """One, so that SoRA starts as LoRA: components then close together, or none does."""
+    """Fill ``t`` in place with 1, so that SoRA starts as LoRA. Gates then close all together, or
+    not at all."""
     t.fill_(1.0)
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """N(0, 1), as released: small ones close first, so that the rank falls bit by bit."""
+    """Fill ``t`` in place from N(0, 1), as the authors' code does. Small gates close first, so the
+    rank falls gradually."""
     t.normal_(generator=generator)
 
 
 def gated_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """y_TO = scale * x A^T diag(g) B^T"""
+    """Return the delta y_TO = scale * x A^T diag(g) B^T, with the gates g."""
     z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_gate"] * scale)
     return z_TR @ tensors["lora_b"].t()
 
 
 def gate_in_b(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(A, B diag(g)), the plain LoRA pair of the same delta."""
+    """Return (A, B diag(g)), [R, I] and [O, R], the plain LoRA pair that gives the same delta."""
     return tensors["lora_a"], tensors["lora_b"] * tensors["lora_gate"]
 
 
 def magnitude(stats: Stats, w: Tensor) -> Tensor:
-    """|w|: nothing but what is exactly zero scores zero."""
+    """Return |w| of each entry as its score, which is 0 only for an entry that is exactly 0."""
     return w.abs()
 
 
 def soft_threshold(w: Tensor, xi: float | Tensor) -> Tensor:
-    """w - xi above xi, w + xi below -xi, 0 in between: the proximal step of xi * |w|."""
+    """Return each entry moved towards 0 by ``xi``; entries between -xi and xi become 0.
+
+    This is the proximal step of xi * |w|.
+    """
     return w - torch.clamp(w, -xi, xi)  # type: ignore[arg-type]  # both floats or both tensors
 
 
 def released_threshold(w: Tensor, xi: float) -> Tensor:
-    """What the released optimizer does in place, one after the other, on the result of the last.
+    """Return ``w`` after the three operations that the authors' optimizer applies in place.
 
-    So xi < |w| < 2 xi becomes 0 too, |w| = 2 xi becomes xi, and |w| = xi stays.
+    Each operation acts on the result of the one before it. So xi < |w| < 2 xi becomes 0 too, |w| =
+    2 xi becomes xi, and |w| = xi stays.
     """
     w = torch.where(w > xi, w - xi, w)
     w = torch.where(w < -xi, w + xi, w)
@@ -265,7 +280,12 @@ def released_threshold(w: Tensor, xi: float) -> Tensor:
 
 
 def projection(threshold: str, lambda_at: Callable[[int], float]) -> Project:
-    """What ends each update of a gate."""
+    """Return the function that shrinks the gates after each optimizer update.
+
+    Args:
+        threshold: Value of --sora_threshold: "exact", "scaled" or "released".
+        lambda_at: Function (step) -> weight of the gates' L1 norm at this step.
+    """
 
     def exact(w: Tensor, update: Update) -> Tensor:
         return soft_threshold(w, update.lr * lambda_at(update.step))
@@ -280,7 +300,15 @@ def projection(threshold: str, lambda_at: Callable[[int], float]) -> Project:
 
 
 def count_open(scores: Scores, *, reopen: bool, log_values: dict[str, float]) -> Decision:
-    """Open components are those whose gate is not zero; without ``reopen`` the others die."""
+    """Return the decision whose open components are those with a gate that is not zero.
+
+    All ranks must call it.
+
+    Args:
+        scores: Scores of the run.
+        reopen: False: components with a gate of zero die and are no longer computed.
+        log_values: Numbers to log with the decision.
+    """
     sites = site_names(scores)
     gates = scores.sums({f"{site}.lora_gate": "row" for site in sites})
     live, components = {}, {}

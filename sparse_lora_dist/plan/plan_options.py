@@ -17,9 +17,11 @@ COMMON = """
     model quantization gradient_checkpointing sequence_length method rank target_modules
     modules_to_save max_steps micro_batch_size moment_bits ds_config
 """.split()
-"""Options of a training run that change the memory most."""
+"""Options of a training run that change the memory most, which ``--help`` shows."""
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(B|MB|GB|TB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
+"""A number, and maybe a unit."""
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+"""{unit: bytes}; a number without a unit is in GB."""
 BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
 
 
@@ -54,29 +56,29 @@ class PlanConfig:
         problems += above(self, 0, "disk_gb_per_s", "tflops", "network_gb_per_s")
         if self.nodes >= 1 and self.world_size % self.nodes:
             problems.append(
-                f"world_size must be a multiple of nodes, got {self.world_size} ranks on "
+                f"--world_size must be a multiple of --nodes, got {self.world_size} ranks on "
                 f"{self.nodes} nodes"
             )
         for name in ("gpu_memory", "host_memory"):
             text = getattr(self, name)
             if text is not None and bytes_in(text) is None:
-                problems.append(f"{name} must be a size like 24GB, 80 GiB or 40, got {text!r}")
+                problems.append(f"--{name} must be a size like 24GB or 80GiB, got {text!r}")
         raise_if(problems)
 
     @property
     def gpu_bytes(self) -> int:
-        """Bytes of one GPU's memory; 0 for ranks on CPUs."""
+        """Memory of one GPU in bytes; 0 for ranks on CPUs."""
         return bytes_in(self.gpu_memory) or 0
 
     @property
     def host_bytes(self) -> int | None:
-        """Bytes of one machine's memory; None if not to be checked."""
+        """Memory of one machine in bytes; None if host memory is not checked."""
         return None if self.host_memory is None else bytes_in(self.host_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanRequest:
-    """The run to plan, and the planner's options."""
+    """What launcher/plan.py was asked for: the run to plan, and the planner's own options."""
 
     config: Config
     plan: PlanConfig
@@ -100,13 +102,10 @@ PROGRAM = Program(
 
 
 def bytes_in(text: str) -> int | None:
-    """Parse a memory size.
+    """Return the bytes in a memory size, or None if ``text`` is not a size.
 
     Args:
-        text: a size such as "24GB", "22.5 GiB", or "24" (GB).
-
-    Returns:
-        Bytes; None if ``text`` is not a size.
+        text: A size such as "24GB", "22.5 GiB", or "24", which means GB.
     """
     match = SIZE.fullmatch(text)
     if match is None:
@@ -117,13 +116,13 @@ def bytes_in(text: str) -> int | None:
 
 
 def load_request(argv: Sequence[str]) -> PlanRequest:
-    """Read the planner's command line and its YAML file.
+    """Return what the planner's command line and its YAML file ask for.
 
     Args:
-        argv: the words after the program's name.
+        argv: The words after the program's name.
 
     Raises:
-        ConfigError: with all problems at once.
+        ConfigError: Some options are wrong; it lists all problems.
     """
     config, plan = read_options(argv, PROGRAM)
     engine, place = load(config.run.ds_config)

@@ -10,19 +10,23 @@ from sparse_lora_dist.config.sections import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ReportRequest:
-    """Runs to report on, and where the report goes."""
+    """What launcher/report.py was asked for: the runs to report on, and the files to write."""
 
     runs: tuple[Path, ...]
+    """Run folders, at least one."""
     output: Path
+    """HTML file to write."""
     png: bool
+    """True: each figure is written to a PNG file too."""
     run: RunConfig = field(default_factory=RunConfig)
+    """Options that ``run_program`` reads (--debug)."""
 
 
 def load_request(argv: Sequence[str]) -> ReportRequest:
-    """Read the report's command line; a wrong option exits with status 2.
+    """Return what the report's command line asks for; exit with status 2 if an option is wrong.
 
     Args:
-        argv: the words after the program's name.
+        argv: The words after the program's name.
     """
     found = build_parser().parse_args(argv)
     output = found.output or found.runs[0] / "report.html"
@@ -30,7 +34,7 @@ def load_request(argv: Sequence[str]) -> ReportRequest:
 
 
 def build_parser() -> ArgumentParser:
-    """Build the parser of launcher/report.py."""
+    """Return the parser of launcher/report.py's command line."""
     parser = ArgumentParser(
         prog="launcher/report.py",
         description="Report what a run did on one HTML page, or compare several runs.",

@@ -10,23 +10,25 @@ from sparse_lora_dist.config.sections import RunConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRequest:
-    """The folder to show."""
+    """What launcher/show.py was asked for: the folder to show."""
 
     path: Path
+    """Folder of a PEFT adapter or of a checkpoint."""
     run: RunConfig = field(default_factory=RunConfig)
+    """Options that ``run_program`` reads (--debug)."""
 
 
 def load_request(argv: Sequence[str]) -> ShowRequest:
-    """Read the command line; a wrong option exits with status 2.
+    """Return what the command line asks for; exit with status 2 if an option is wrong.
 
     Args:
-        argv: the words after the program's name.
+        argv: The words after the program's name.
     """
     return ShowRequest(path=build_parser().parse_args(argv).path)
 
 
 def build_parser() -> ArgumentParser:
-    """Build the parser of launcher/show.py."""
+    """Return the parser of launcher/show.py's command line."""
     parser = ArgumentParser(
         prog="launcher/show.py",
         description="Show what an adapter or a checkpoint holds, as a table.",

@@ -94,7 +94,7 @@ def test_a_damaged_model(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"model": "./nowhere"}, ["model: no such file or folder", "./nowhere"]),
+        ({"model": "./nowhere"}, ["--model ./nowhere does not exist"]),
         ({"target_modules": "qq_proj"}, ["qq_proj", "q_proj", "down_proj"]),
         ({"target_modules": ".*nothing.*"}, [".*nothing.*", "q_proj"]),
         ({"target_modules": "q_proj,k_prj"}, ["k_prj"]),

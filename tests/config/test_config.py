@@ -159,10 +159,10 @@ def test_all_problems_come_at_once(run_folder):
         "--max_step is not an option; did you mean --max_steps?",
         "dropout must be in [0, 1), got 1.0",
         "--seed takes one value, got none",
-        "model: no such file or folder, and not a hub id: ./nowhere",
-        "chat_template: no such file: nowhere.jinja",
+        "--model ./nowhere does not exist, and is not a hub id",
+        "--chat_template nowhere.jinja does not exist",
         "method must be one of lora",
-        "zero_optimization.stage is 2; must be 3",
+        "zero_optimization.stage is 2, but it must be 3",
     ):
         assert words in problems
 
@@ -190,17 +190,17 @@ def test_all_problems_come_at_once(run_folder):
         ("train_on", "prompt", "--train_on must be one of response, all"),
         ("lr_schedule", "cosin", "--lr_schedule must be one of constant"),
         ("trackers", "neptun", "trackers must be any of aim, clearml"),
-        ("target_modules", "(q", "target_modules is neither names nor a regular expression"),
+        ("target_modules", "(q", "target_modules must be names or a regular expression"),
         ("target_modules", "[]", "target_modules is empty"),
         ("log_every", "0", "log_every must be at least 1"),
         ("save_every", "-1", "save_every must be at least 0"),
         ("resume", "latest", "resume must be auto, never or an existing folder"),
-        ("data", "train.jsonl", "data: no such file or folder"),
-        ("data", "/nowhere", "data: no such file or folder"),
-        ("eval_data", "a/b/c", "eval_data: no such file or folder"),
-        ("init_adapter", "../nowhere", "init_adapter: no such file or folder"),
+        ("data", "train.jsonl", "--data train.jsonl does not exist"),
+        ("data", "/nowhere", "--data /nowhere does not exist"),
+        ("eval_data", "a/b/c", "--eval_data a/b/c does not exist"),
+        ("init_adapter", "../nowhere", "--init_adapter ../nowhere does not exist"),
         ("revision", "main", "revision is for hub models"),
-        ("ds_config", "nowhere.json", "ds_config: no such file: nowhere.json"),
+        ("ds_config", "nowhere.json", "--ds_config nowhere.json does not exist"),
         ("config", "nowhere.yaml", "--config nowhere.yaml cannot be read"),
         ("output_dir", "ds_configs/zero3.json", "output_dir must be a folder, got the file"),
         ("model_name", "x", "--model_name is not an option"),
@@ -229,13 +229,13 @@ def test_no_option_of_a_method_is_nan_or_infinite(flag, value, kind):
 @pytest.mark.parametrize("name", ["stop_after", "warmup_steps"])
 def test_nothing_lies_beyond_the_last_step(name):
     problem = only_problem_of("--max_steps", "10", f"--{name}", "11")
-    assert problem == f"{name} must be at most max_steps (10), got 11"
+    assert problem == f"--{name} must be at most --max_steps (10), got 11"
     load_config(["--max_steps", "10", f"--{name}", "10"])
 
 
 def test_constant_schedule_has_no_warmup():
     problem = only_problem_of("--lr_schedule", "constant", "--warmup_steps", "5")
-    assert "use constant_with_warmup" in problem
+    assert "Use --lr_schedule constant_with_warmup" in problem
 
 
 def test_a_hub_id_needs_no_file():
@@ -257,7 +257,7 @@ def test_stray_words_are_refused():
         ("rank:\n", "line 1: rank must be a whole number, got None"),
         ("adapter: {rank: 4}\n", "line 1: adapter is not an option"),
         ("3: 4\n", "line 1: 3 is not an option"),
-        ("- rank\n", "must hold 'name: value' lines, got a seq"),
+        ("- rank\n", "must hold 'name: value' lines, but holds a seq"),
         ("rank: [\n", "cannot be read"),
         ("trackers: [1]\n", "trackers must be a list of names"),
         ("model: {a: 1}\n", "model must be text"),
@@ -276,7 +276,7 @@ def test_empty_yaml_changes_nothing(run_folder):
 def test_embedded_assets_can_be_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(locations, "ASSETS", tmp_path / "none")
     problems = problems_of()
-    assert [p.split(":")[0] for p in problems] == ["model", "data"]
+    assert [p.split()[0] for p in problems] == ["--model", "--data"]
     assert all("comes with a git clone only" in p for p in problems)
 
 
@@ -330,7 +330,7 @@ def test_a_new_method_brings_its_options(toy, run_folder, capsys):
 
 def test_an_option_of_another_method_is_refused(toy):
     problem = only_problem_of("--toy_strength", "2")
-    assert problem == "--toy_strength belongs to method toy, but --method is lora"
+    assert "--toy_strength belongs to --method toy, but --method is lora" in problem
 
 
 def test_a_method_checks_its_options(toy):

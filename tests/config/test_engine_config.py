@@ -64,8 +64,8 @@ def test_shipped_file_is_good_and_reduces_in_fp32(path):
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("zero_optimization.stage", 2, "must be 3: only stage 3 shards"),
-        ("zero_optimization.stage", "3", 'is "3"; must be 3'),
+        ("zero_optimization.stage", 2, "must be 3, because only stage 3 shards"),
+        ("zero_optimization.stage", "3", 'is "3", but it must be 3'),
         ("zero_optimization.stage", 3.0, "must be 3"),
         ("zero_optimization.stage", True, "must be 3"),
         ("zero_optimisation", {"stage": 3}, "did you mean zero_optimization?"),
@@ -84,7 +84,7 @@ def test_shipped_file_is_good_and_reduces_in_fp32(path):
         ("zero_optimization.offload_param", "cpu", "must be a {...} block"),
         ("zero_optimization.offload_param.device", "disk", "one of none, cpu, nvme"),
         ("zero_optimization.offload_param.device", ["cpu"], "one of none, cpu, nvme"),
-        ("zero_optimization.offload_param.device", "nvme", "needs nvme_path"),
+        ("zero_optimization.offload_param.device", "nvme", "no nvme_path"),
         ("zero_optimization.offload_param.pinned", True, "not a supported key"),
         ("zero_optimization.offload_param.max_in_cpu", 0, "trained tensors stay in memory"),
         ("zero_optimization.offload_param.buffer_count", 0, "must be at least 1"),
@@ -92,20 +92,28 @@ def test_shipped_file_is_good_and_reduces_in_fp32(path):
         ("steps_per_print", 0, "must be at least 1"),
         ("aio.use_gds", True, "must be false"),
         ("zero_optimization.offload_optimizer.device", "nvme", "packed moments do not fit"),
-        ("optimizer", {"type": "AdamW"}, "optimizer: remove it and set --learning_rate"),
-        ("scheduler", {"type": "WarmupLR"}, "scheduler: remove it and set --lr_schedule"),
-        ("fp16", {"enabled": True}, "fp16.enabled is true; must be false"),
+        (
+            "optimizer",
+            {"type": "AdamW"},
+            "optimizer is set by options here. Remove it and set --learning_rate",
+        ),
+        (
+            "scheduler",
+            {"type": "WarmupLR"},
+            "scheduler is set by options here. Remove it and set --lr_schedule",
+        ),
+        ("fp16", {"enabled": True}, "fp16.enabled is true, but it must be false"),
         ("amp", {"enabled": True}, "not a supported key"),
-        ("bfloat16", {"enabled": True}, "write bf16"),
+        ("bfloat16", {"enabled": True}, "Write bf16"),
         ("bf16.enabled", "yes", "must be true or false"),
         ("bf16", True, "must be a {...} block"),
-        ("communication_data_type", "bf16", 'must be "fp32": importance statistics'),
-        ("data_types.grad_accum_dtype", "bf16", 'must be "fp32": importance statistics'),
+        ("communication_data_type", "bf16", 'must be "fp32", because importance statistics'),
+        ("data_types.grad_accum_dtype", "bf16", 'must be "fp32", because importance statistics'),
         ("zero_force_ds_cpu_optimizer", True, "must be false"),
         ("zero_allow_untested_optimizer", False, "must be true"),
         ("train_micro_batch_size_per_gpu", "8", "must be a whole number"),
         ("gradient_clipping", "1.0", "must be a number from 0 up"),
-        ("gradient_clipping", None, "is null; must be a number"),
+        ("gradient_clipping", None, "is null, but it must be a number"),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_its_place(file, key, value, words):
@@ -117,10 +125,10 @@ def test_a_wrong_key_or_value_is_named_with_its_place(file, key, value, words):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ('{\n"zero_optimization": {"stage": 3},\n}', "x.json line 3: not JSON"),
+        ('{\n"zero_optimization": {"stage": 3},\n}', "x.json line 3 is not valid JSON"),
         ("[]", "must hold one {...} object"),
         ("{}", "zero_optimization.stage is missing"),
-        ('{"zero_optimization": true}', "zero_optimization is true; must be a {...} block"),
+        ('{"zero_optimization": true}', "zero_optimization is true, but it must be a {...} block"),
         ('{"zero_optimization": {"stage": 2, "stage": 3}}', "stage is set twice"),
         ('{"zero_optimization": {"stage": 3}, "gradient_clipping": NaN}', "must be a number"),
     ],
@@ -132,7 +140,8 @@ def test_a_broken_file_is_one_problem(file, text, words):
 
 def test_missing_file(tmp_path):
     path = str(tmp_path / "none.json")
-    assert check_engine_file(path) == [f"ds_config: no such file: {path}"]
+    (problem,) = check_engine_file(path)
+    assert problem.startswith(f"--ds_config {path} does not exist")
 
 
 def test_all_problems_of_a_file_come_at_once(file):
@@ -186,11 +195,11 @@ def test_fp32_turns_bf16_off():
 @pytest.mark.parametrize(
     ("key", "same", "other", "owner"),
     [
-        ("train_micro_batch_size_per_gpu", 4, 8, "micro_batch_size"),
-        ("gradient_accumulation_steps", 2, 1, "gradient_accumulation_steps"),
-        ("gradient_clipping", 0.5, 1.0, "max_grad_norm"),
-        ("bf16.enabled", True, False, "precision"),
-        ("train_batch_size", 24, 8, "micro_batch_size x gradient_accumulation_steps x ranks"),
+        ("train_micro_batch_size_per_gpu", 4, 8, "--micro_batch_size"),
+        ("gradient_accumulation_steps", 2, 1, "--gradient_accumulation_steps"),
+        ("gradient_clipping", 0.5, 1.0, "--max_grad_norm"),
+        ("bf16.enabled", True, False, "--precision"),
+        ("train_batch_size", 24, 8, "--micro_batch_size x --gradient_accumulation_steps x ranks"),
     ],
 )
 def test_a_number_in_two_places_must_be_the_same(file, key, same, other, owner):
@@ -198,11 +207,13 @@ def test_a_number_in_two_places_must_be_the_same(file, key, same, other, owner):
     with pytest.raises(ConfigError) as caught:
         engine_dict(file(with_key(key, other)), RUN, world_size=3)
     (problem,) = caught.value.problems
-    assert problem.startswith(f"x.json: {key} is {json.dumps(other)}, but {owner} of the run says")
+    assert problem.startswith(f"x.json: {key} is {json.dumps(other)}, but {owner} of the run is")
 
 
 def test_bad_content_never_reaches_deepspeed():
-    with pytest.raises(ConfigError, match="engine config: optimizer: remove it"):
+    with pytest.raises(
+        ConfigError, match="the DeepSpeed configuration: optimizer is set by options here"
+    ):
         engine_dict(MINIMAL | {"optimizer": {}}, RUN, world_size=1)
 
 

@@ -382,13 +382,19 @@ def test_defaults_are_the_released_ones_where_none_is_given(tmp_path: Path, tiny
     ("given", "said"),
     [
         ([], ["edits is missing"]),
-        (["--edits", "no.json", "--number", "x"], ["no such file: no.json", "number must be like"]),
+        (
+            ["--edits", "no.json", "--number", "x"],
+            ["no.json does not exist", "number must be like"],
+        ),
         (["--number", "5"], ["--number 5 does not select", "has 5 edits, numbered from 0 to 4"]),
         (["--number", "3:3"], ["from 0 to 4"]),
-        (["--packing", "true", "--eval_data", "default"], ["packing is not for", "eval_data is"]),
+        (
+            ["--packing", "true", "--eval_data", "default"],
+            ["packing cannot be used for edits", "eval_data cannot be used"],
+        ),
         (["--max_steps", "null"], ["max_steps must be a number"]),
-        (["--overwrite", "--resume", "auto"], ["leave one of them out"]),
-        (["--init_adapter", "."], ["init_adapter is not for edits"]),
+        (["--overwrite", "--resume", "auto"], ["Leave one of them out"]),
+        (["--init_adapter", "."], ["init_adapter cannot be used for edits"]),
         (["--modules_to_save", "norm"], ["would not undo"]),
     ],
 )

@@ -447,7 +447,9 @@ def test_a_run_of_another_version(run: Path, tmp_path: Path) -> None:
     manifest = json.loads(path.read_text())
     del manifest["sha256"]
     path.write_text(sealed(manifest | {"config": manifest["config"] | {"scale_rule": "sqrt"}}))
-    with pytest.raises(UserError, match="scale_rule is not an option of this version"):
+    with pytest.raises(
+        UserError, match="scale_rule is saved with the run, but is not an option of this version"
+    ):
         exported(tmp_path / "run", tmp_path / "out")
     path.write_text(sealed(manifest | {"format": 4}))
     with pytest.raises(UserError, match="export with the sparse_lora_dist version that saved it"):
@@ -537,11 +539,11 @@ def test_what_reads_a_base_in_4_bits_is_exported(
     ("flags", "words"),
     [
         (["--format", "gguf"], "gguf"),
-        (["--uniform_rank", "true", "--format", "merged"], "uniform_rank belongs to format peft"),
-        (["--dtype", "fp32"], "dtype belongs to format merged"),
+        (["--uniform_rank", "true", "--format", "merged"], "uniform_rank belongs to --format peft"),
+        (["--dtype", "fp32"], "dtype belongs to --format merged"),
         (
             ["--format", "merged", "--dtype", "fp32", "--rounding", "stochastic"],
-            "rounding stochastic is for dtype bf16",
+            "rounding stochastic is for --dtype bf16",
         ),
         (["--wat", "1"], "wat"),
         (["--forma", "peft"], "forma"),

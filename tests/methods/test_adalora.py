@@ -436,7 +436,7 @@ def test_a_budget_above_the_ranks_is_refused() -> None:
 
 
 def test_a_run_too_short_to_prune_in_is_refused() -> None:
-    with pytest.raises(ValueError, match="of 1, which leaves no step .*: raise max_steps"):
+    with pytest.raises(ValueError, match="of 1, which leaves no step .* Raise --max_steps"):
         adalora(AdaLoraOptions(), context(1))
 
 

@@ -178,7 +178,7 @@ def test_links_are_equal_stages_that_each_begin_anew() -> None:
     ("options", "said"),
     [
         ({"cola_links": 0}, "cola_links must be at least 1, got 0"),
-        ({"cola_links": -1, "cola_stack_rank": 0}, "got -1; cola_stack_rank must be at least 1"),
+        ({"cola_links": -1, "cola_stack_rank": 0}, "got -1; --cola_stack_rank must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, int], said: str) -> None:
@@ -190,10 +190,10 @@ def test_what_does_not_fit_the_run_is_refused_with_what_does() -> None:
     with pytest.raises(ValueError, match="cola_links is 21,.* 21 st.* 20 steps .* most 20 st"):
         built(21)
     warm = replace(PLAN, warmup_steps=7)
-    with pytest.raises(ValueError, match=r"cola_links is 3.*warmup_steps is 7\): at most 2 st"):
+    with pytest.raises(ValueError, match=r"cola_links is 3.*warmup_steps is 7\). At most 2 st"):
         built(3, None, warm)
     built(2, None, warm)
-    with pytest.raises(ValueError, match="cola_stack_rank is 15, but q is only 14 x 20: take 14"):
+    with pytest.raises(ValueError, match="cola_stack_rank is 15, but q is only 14 x 20. Take 14"):
         built(3, 15)
     built(3, 14)
 

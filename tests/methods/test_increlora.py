@@ -438,9 +438,9 @@ def test_options_tell_all_that_is_wrong_with_them_at_once() -> None:
         options(begin=0.5, end=1.5, **wrong)
     told = str(error.value).split("; ")
     for name, value in wrong.items():
-        assert any(t.startswith(f"increlora_{name} must be") and str(value) in t for t in told)
+        assert any(t.startswith(f"--increlora_{name} must be") and str(value) in t for t in told)
     assert any("0 <= begin < end <= 1, got 0.5 and 1.5" in t for t in told)
-    assert any("give one" in t for t in told)
+    assert any("Give one" in t for t in told)
     assert len(told) == len(wrong) + 2
 
 
@@ -454,8 +454,8 @@ def test_what_does_not_fit_the_run_is_told_at_once() -> None:
     with pytest.raises(ValueError) as error:
         increlora(options(start_rank=9, budget=33, modules=5, pieces=1, every=60), context())
     told = str(error.value).split("; ")
-    assert [t.split(":")[0] for t in told] == [
-        "increlora_start_rank 9 is above --rank 8",
+    assert [t.split(". ")[0] for t in told] == [
+        "--increlora_start_rank 9 is above --rank 8",
         "the budget of 33 components is above 32, the sum of the ranks of all linears",
         "the budget of 33 components is below the start, 4 linears x 9",
         "5 linears would grow at a time, but there are 4",

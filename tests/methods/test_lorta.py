@@ -154,7 +154,7 @@ def test_linears_of_several_shapes_are_refused_with_names_that_work() -> None:
 
 @pytest.mark.parametrize(("heads", "near"), [(5, "4 and 6"), (13, "8 and 12"), (100, "12 and 24")])
 def test_heads_that_do_not_divide_are_refused_with_those_that_do(heads: int, near: str) -> None:
-    said = f"lorta_heads {heads} does not divide the 24 outputs of q; .* do are {near}"
+    said = f"lorta_heads {heads} does not divide the 24 outputs of q\\. .* do are {near}"
     with pytest.raises(ValueError, match=said):
         build((site("q", 24, 24),), heads)
 

@@ -344,12 +344,12 @@ def test_wrong_numbers_are_refused() -> None:
             losa_sparsity=1.0, losa_rounds=0, losa_until=1.0, losa_mean_rank=0, losa_spread=-0.1
         )
     assert str(raised.value) == (
-        "losa_sparsity must be in [0, 1), got 1.0; losa_rounds must be at least 1, got 0; "
-        "losa_until must be in (0, 1), got 1.0; losa_mean_rank must be at least 1, got 0; "
-        "losa_spread must be in [0, 1), got -0.1"
+        "--losa_sparsity must be in [0, 1), got 1.0; --losa_rounds must be at least 1, got 0; "
+        "--losa_until must be in (0, 1), got 1.0; --losa_mean_rank must be at least 1, got 0; "
+        "--losa_spread must be in [0, 1), got -0.1"
     )
-    with pytest.raises(ValueError, match="run's 8 steps have room for 4: take fewer rounds"):
+    with pytest.raises(ValueError, match="run's 8 steps have room for 4. Take fewer rounds"):
         method_of(plan_of(steps=8))
     method_of(plan_of(steps=8), losa_rounds=4)
-    with pytest.raises(ValueError, match="losa_mean_rank is 7, .* take 6 or less, or raise --rank"):
+    with pytest.raises(ValueError, match="losa_mean_rank is 7, .* Take 6 or less, or raise --rank"):
         method_of(plan_of(), losa_mean_rank=7)

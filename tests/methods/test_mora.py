@@ -191,6 +191,6 @@ def test_restarts_that_do_not_fit_are_refused_with_how_many_do() -> None:
         built(6, 10)
     built(6, 9)
     warm = replace(PLAN, warmup_steps=4)
-    with pytest.raises(ValueError, match=r"mora_restarts is 2.*warmup_steps is 4\): at most 2 st"):
+    with pytest.raises(ValueError, match=r"mora_restarts is 2.*warmup_steps is 4\). At most 2 st"):
         built(6, 2, warm)
     built(6, 1, warm)

@@ -232,13 +232,13 @@ def test_a_ramp_that_cannot_be_is_refused_with_the_nearest_that_works(
     layers: int, out: int, first: int, nearest: int
 ) -> None:
     sites = sites_of(layers, out=out)
-    with pytest.raises(ValueError, match=f"prilora_first is {first}: .* works is {nearest}$"):
+    with pytest.raises(ValueError, match=f"prilora_first is {first}. .* works is {nearest}$"):
         build(sites, first=first)
     assert ranks_of(build(sites, first=nearest), sites)[0] == nearest
 
 
 def test_a_run_that_ends_before_the_first_pruning_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"at step 50, but the run has 49: take at most 49 for"):
+    with pytest.raises(ValueError, match=r"at step 50, but the run has 49. Take at most 49 for"):
         build(sites_of(3), 49, start=10, every=40)
     assert build(sites_of(3), 50, start=10, every=40).rewriting is not None
     assert build(sites_of(3), 49, start=10, every=40, sparsity=0.0).rewriting is None
@@ -256,9 +256,9 @@ def test_wrong_options_are_refused_all_at_once() -> None:
             prilora_decay=-0.1,
         )
     assert str(caught.value).split("; ") == [
-        "prilora_first must be at least 1, got 0",
-        "prilora_every must be at least 1, got 0",
-        "prilora_start must be at least 0, got -1",
-        "prilora_sparsity must be in [0, 1), got 1.0",
-        "prilora_decay must be in [0, 1), got -0.1",
+        "--prilora_first must be at least 1, got 0",
+        "--prilora_every must be at least 1, got 0",
+        "--prilora_start must be at least 0, got -1",
+        "--prilora_sparsity must be in [0, 1), got 1.0",
+        "--prilora_decay must be in [0, 1), got -0.1",
     ]

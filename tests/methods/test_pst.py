@@ -248,13 +248,13 @@ def test_wrong_numbers_are_refused(options: dict[str, Any], words: str) -> None:
 
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
-    with pytest.raises(ValueError, match="pst_every .*; pst_beta "):
+    with pytest.raises(ValueError, match="--pst_every .*; --pst_beta "):
         PstOptions(pst_every=0, pst_beta=0.0)
 
 
 def test_a_run_too_short_to_train_with_its_last_mask_is_refused_with_what_works() -> None:
     for steps, options in ((1, {}), (8, {"pst_warmup": 0.9, "pst_cooldown": 0.0})):
-        with pytest.raises(ValueError, match=f"run has {steps}: .* max_steps") as refusal:
+        with pytest.raises(ValueError, match=f"run has {steps} steps.* --max_steps") as refusal:
             method_of(steps=steps, **options)
         least = int(str(refusal.value).partition("max_steps ")[2].split()[0])
         masks = rewriting_of(method_of(steps=least, **options))

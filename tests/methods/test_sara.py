@@ -252,8 +252,8 @@ def test_parameters_are_those_of_lora_or_a_share_of_the_weight(
         ("reselect", 1.0, r"sara_reselect must be in \[0, 1\), got 1.0"),
         ("nuclear", -1.0, "sara_nuclear must be at least 0, got -1.0"),
         ("nuclear", float("nan"), "sara_nuclear must be at least 0, got nan"),
-        ("reselect", 0.01, "after 0 of the run's 10 steps.* take 0.5 .* or 0 to select once"),
-        ("reselect", 0.99, "after 10 of the run's 10 steps.* take 0.5 .* or 0 to select once"),
+        ("reselect", 0.01, "after 0 of the run's 10 steps.* Take 0.5 .* or 0 to select once"),
+        ("reselect", 0.99, "after 10 of the run's 10 steps.* Take 0.5 .* or 0 to select once"),
     ],
 )
 def test_wrong_numbers_are_refused(name: str, value: float, says: str) -> None:
@@ -262,10 +262,10 @@ def test_wrong_numbers_are_refused(name: str, value: float, says: str) -> None:
 
 
 def test_all_problems_are_told_at_once_and_a_weight_must_have_room() -> None:
-    with pytest.raises(ValueError, match="sara_density .*; sara_nuclear"):
+    with pytest.raises(ValueError, match="--sara_density .*; --sara_nuclear"):
         SaraOptions(sara_density=2.0, sara_nuclear=-1.0)
     with pytest.raises(
-        ValueError, match="q is 28 x 40: --rank 17 makes 1,156 .* take --rank 16 or"
+        ValueError, match="q is 28 x 40. --rank 17 makes 1,156 .* Take --rank 16 or"
     ):
         built(replace(SITE, rank=17))
     built(replace(SITE, rank=16))
@@ -276,7 +276,7 @@ def test_a_third_choice_for_which_there_is_no_room_is_refused() -> None:
     method, weight_OI = built(), weight()
     form = method.form(SITE)
     tensors, _ = rewritten(method, weight_OI, first(form), 0)
-    with pytest.raises(ValueError, match="more entries have left"):
+    with pytest.raises(ValueError, match="more entries are no longer trained"):
         for _ in range(4):
             tensors["sara_values"] = 1.0 + tensors["sara_values"].abs()
             tensors, _ = rewritten(method, weight_OI, tensors, 5)

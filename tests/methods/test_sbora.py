@@ -40,6 +40,6 @@ def test_more_than_there_are_is_refused() -> None:
     narrow = Site(name="k", in_features=40, out_features=4, rank=6)
     sbora(SBoraOptions(), context(SITE, narrow))
     with pytest.raises(
-        ValueError, match="k is 4 x 40: --rank 6 is more than its 4 rows; .* --rank 4"
+        ValueError, match="k is 4 x 40. --rank 6 is more than its 4 rows. .* --rank 4"
     ):
         sbora(SBoraOptions(sbora_side="fb"), context(SITE, narrow))

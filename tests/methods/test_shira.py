@@ -87,7 +87,7 @@ def test_wrong_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="shira_density must be in"):
         ShiraOptions(shira_density=1.5)
     small = Site(name="k", in_features=10, out_features=10, rank=6)
-    with pytest.raises(ValueError, match="k is 10 x 10: --rank 6 makes 120 .* take --rank 5"):
+    with pytest.raises(ValueError, match="k is 10 x 10. --rank 6 makes 120 .* Take --rank 5"):
         form_of(small)
 
 
@@ -171,9 +171,9 @@ def test_rows_and_columns_come_with_the_diagonal(support: str, out: int, inner: 
 def test_the_support_must_fit_the_run() -> None:
     with pytest.raises(ValueError, match="at least one must follow calibration"):
         shira(ShiraOptions(shira_support="snip", shira_calibration_steps=10), PLAN)
-    with pytest.raises(ValueError, match="diagonal, which has 28; take --shira_density 0.025"):
+    with pytest.raises(ValueError, match="diagonal, which has 28. Take --shira_density 0.025"):
         shira(ShiraOptions(shira_support="rows", shira_density=0.01), PLAN)
-    with pytest.raises(ValueError, match="density must be in.*; shira_calibration_steps must be"):
+    with pytest.raises(ValueError, match="density must be in.*; --shira_calibration_steps must be"):
         ShiraOptions(shira_density=2.0, shira_calibration_steps=0)
 
 

@@ -734,7 +734,7 @@ def test_numbers_out_of_range_are_problems(options: dict[str, object], words: st
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"method": "roselora", "max_steps": 1}, "raise max_steps"),
+        ({"method": "roselora", "max_steps": 1}, "raise --max_steps"),
         (
             {"method": "sora", "sora_lambdas": "0.5,1,2", "warmup_steps": 500},
             "assumes 1000 steps because --max_steps is not given",

@@ -24,19 +24,20 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """State of an optimizer step, for the entries that a projection gets."""
+    """What a projection may read about the optimizer step whose update it ends."""
 
     step: int
-    """Optimizer step, counted from 1."""
+    """Number of the optimizer step, counted from 1."""
     lr: float | Tensor
-    """Learning rate, with lr_factor applied; fp32 [N] if entries have different birth steps."""
+    """Learning rate with lr_factor applied: one number, or fp32 [N] if the N entries of the slice
+    have different birth steps."""
     denominator: Tensor
-    """Adam's sqrt(v_hat) + eps, fp32 [N]."""
+    """Adam's sqrt(v_hat) + eps for each of the N entries of the slice, fp32 [N]."""
 
 
 Project = Callable[[Tensor, Update], Tensor]
-"""(w, update) -> w, fp32 [N] each. Called by `SparseAdamW` inside `step`, after Adam's update.
-Runs: shard."""
+"""Function (w, update) -> w that replaces the weights of a slice, fp32 [N], after Adam's update.
+Called by `SparseAdamW` inside `step`. Runs: shard."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,11 +47,12 @@ class Site:
     name: str
     """Full module name, e.g. "model.layers.3.self_attn.q_proj"."""
     in_features: int
-    """I, width of the linear's input."""
+    """Width of the linear's input, written I in shapes."""
     out_features: int
-    """O, width of the linear's output."""
+    """Width of the linear's output, written O in shapes."""
     rank: int
-    """Value of --rank, the capacity R of methods that choose ranks."""
+    """Value of --rank, written R in shapes: the capacity of the site, unless ``Form.own_rank`` is
+    set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,29 +62,33 @@ class TensorSpec:
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     init: Callable[[Tensor, torch.Generator], None]
-    """(t, generator) -> None. Fills the fp32 CPU tensor t of ``shape`` in place. Called by adapter
-    injection, once a rank, with a generator seeded alike on all ranks. Runs: global."""
+    """Function (t, generator) -> None that fills ``t``, an fp32 CPU tensor of ``shape``, in place.
+    Called by adapter injection once per rank, with a generator that has the same seed on all ranks.
+    Runs: global."""
     component_axis: int | None = None
-    """Axis along which the site's rank-1 components lie. None: the tensor has no components."""
+    """Axis along which the site's rank-1 components lie, e.g. 0 for A (R x I). None: the tensor has
+    no components."""
     lr_factor: float = 1.0
     """Learning-rate multiplier, above 0."""
     decays: bool = True
     """True: --weight_decay applies to this tensor."""
     project: Project | None = None
-    """Projection that ends each optimizer update of this tensor's entries. None: no projection."""
+    """Function that changes this tensor's entries after each optimizer update, such as a clamp.
+    None: nothing follows Adam's update."""
     shared: bool = False
-    """True: one tensor serves all sites, under the name of the first site."""
+    """True: all sites use this one tensor. It has the name of the first site."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptSpec:
-    """Kept tensor of a site: never trained, sharded, saved in checkpoints, zero until the method
-    writes it."""
+    """Spec of a kept tensor: the method writes it and no gradient trains it, e.g. a mask. It is
+    sharded, saved in checkpoints, and zero until it is first written."""
 
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
     dtype: torch.dtype = torch.float32
-    """Dtype of the entries; stored as bytes, whatever the engine's dtype."""
+    """Dtype of the entries. They are stored as raw bytes, so the engine's precision does not change
+    them."""
 
     @property
     def num_bytes(self) -> int:
@@ -91,20 +97,28 @@ class KeptSpec:
 
 
 def kaiming_uniform(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` with U(-1/sqrt(I), 1/sqrt(I)), I the last axis, as PEFT and loralib do for A."""
+    """Fill ``t`` in place from U(-1/sqrt(n), 1/sqrt(n)), where n is the length of its last axis.
+
+    PEFT and loralib initialise A (R x I, so n = I) in this way.
+    """
     bound = 1.0 / math.sqrt(t.shape[-1])
     t.uniform_(-bound, bound, generator=generator)
 
 
 def zeros(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` with zeros, so that the delta starts at zero."""
+    """Fill ``t`` in place with zeros; used for B, so that the delta starts at zero."""
     t.zero_()
 
 
 def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, TensorSpec]:
-    """Return the specs of plain LoRA's pair: lora_a (R x I) random, lora_b (O x R) zero.
+    """Return the specs of plain LoRA's two tensors, by their short names.
 
-    Hu et al. 2021, arXiv:2106.09685, section 4.1. ``project`` ends updates of both tensors.
+    ``lora_a`` is [site.rank, in_features] with random initial values, ``lora_b`` is [out_features,
+    site.rank] and starts at zero. Hu et al. 2021, arXiv:2106.09685, section 4.1.
+
+    Args:
+        site: The linear that is adapted.
+        project: Function that changes the entries of both tensors after each optimizer update.
     """
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     return {
@@ -116,85 +130,100 @@ def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, Tenso
 
 
 def low_rank_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """Return y_TO = scale * x A^T B^T."""
+    """Return plain LoRA's delta, y_TO = scale * x A^T B^T, with A = ``lora_a`` and B =
+    ``lora_b``."""
     # The scale is applied to the narrow product: R numbers a token, not O.
     return (x_TI @ tensors["lora_a"].t() * scale) @ tensors["lora_b"].t()
 
 
 def pair_itself(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Return (a_RI, b_OR), which a low-rank pair has as they are."""
+    """Return ``(lora_a, lora_b)`` unchanged, [R, I] and [O, R]: they are a LoRA pair already."""
     return tensors["lora_a"], tensors["lora_b"]
 
 
 def alpha_over_capacity(alpha: float, capacity: int, open_components: int) -> float:
-    """Return alpha / R for any number of open components, so that the delta does not jump when a
-    component opens or dies."""
+    """Return alpha / capacity, the scale of a site's delta.
+
+    ``open_components`` is ignored, so that the delta does not jump when a component opens or
+    closes.
+
+    Args:
+        alpha: Value of --alpha.
+        capacity: Value of --rank, the largest number of components that a site can have.
+        open_components: Number of components that are open now.
+    """
     return alpha / capacity
 
 
 WEIGHT = "weight"
-"""Name of w_OI, the dequantised base weight, among the tensors of a form with ``reads_base``."""
+"""Key of the dequantised base weight, [O, I], among the tensors of a form with ``reads_base``."""
 
 
 def draw_nothing(seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Return no drawn tensors."""
+    """Return an empty dict: the default of forms without drawn tensors."""
     return {}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeftForm:
-    """Delta of one site as a PEFT adapter type other than LoRA."""
+    """Delta of one site, stored as a PEFT adapter type other than LoRA."""
 
     kind: str
     """Name of the PEFT type in capitals, e.g. "SHIRA"."""
     tensors: Mapping[str, Tensor]
-    """Tensors of the site; a key is what follows the linear's name in PEFT's file."""
+    """Tensors of the site in PEFT's file. A key is the part of the file's key after the linear's
+    name."""
     config: Mapping[str, Any]
-    """Fields of PEFT's config, the same for all linears."""
+    """Fields of PEFT's adapter_config.json, the same for all sites."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Form:
-    """Delta of one site.
+    """How a site computes its delta, what the adapter adds to the output of the linear.
 
-    The ``tensors`` that ``delta``, ``to_lora`` and ``to_peft`` get hold the trained tensors, cut to
-    the computed components instead of all R, the kept and drawn tensors whole, and ``WEIGHT`` if
-    ``reads_base``. Floating-point tensors have the dtype of x in ``delta``, fp32 in exports.
+    The functions ``delta``, ``to_lora`` and ``to_peft`` get a dict of tensors by short name. It has
+    the trained tensors with only those components that forward computes, the kept and drawn tensors
+    whole, and ``WEIGHT`` if ``reads_base``. Floating-point tensors have the dtype of x in ``delta``
+    and are fp32 in exports.
     """
 
     tensors: Mapping[str, TensorSpec]
-    """Trained tensors of the site."""
+    """Specs of the site's trained tensors, by short name."""
     drawn: Callable[[int, torch.device], dict[str, Tensor]] = draw_nothing
-    """(seed, device) -> drawn tensors, which never train and are in no checkpoint: the same bits on
-    every device. Called by the adapter at every forward and backward, and by exports.
-    Runs: local."""
+    """Function (seed, device) -> drawn tensors by short name, with the same bits on every device.
+    They are never trained and no checkpoint has them. Called by the adapter in every forward and
+    backward, and by exports. Runs: local."""
     kept: Mapping[str, KeptSpec] = field(default_factory=dict)
-    """Kept tensors of the site, which ``Rewriting.write`` fills and no gradient trains."""
+    """Specs of the site's kept tensors, by short name. ``Rewriting.write`` fills them; no gradient
+    trains them."""
     reads_base: bool = False
-    """True: the delta depends on the base weight, which is then among the tensors as ``WEIGHT``."""
+    """True: the delta depends on the base weight, which is passed to it under the key
+    ``WEIGHT``."""
     delta: Callable[[Tensor, Tensors, float], Tensor] = low_rank_delta
-    """(x_TI, tensors, scale) -> y_TO, what the site adds to the base's output; linear in x. Called
-    by the adapter in forward, and in backward with gradients enabled. Runs: local."""
+    """Function (x_TI, tensors, scale) -> y_TO, what is added to the linear's output; linear in x.
+    Called by the adapter in forward, and again in backward with gradients enabled. Runs: local."""
     to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] | None = pair_itself
-    """tensors -> (a_RI, b_OR), the plain LoRA pair that gives the same delta at the same scale.
-    Called by exports. Runs: local. None: there is no such pair, and exports apply ``delta`` to the
-    identity."""
+    """Function (tensors) -> (a_RI, b_OR), the plain LoRA pair that gives the same delta at the same
+    scale. Called by exports. Runs: local. None: there is no such pair, and exports compute the
+    matrix by applying ``delta`` to the identity."""
     to_peft: Callable[[Tensors, float], PeftForm] | None = None
-    """(tensors, scale) -> the site as a PEFT type other than LoRA. Called by exports. Runs: local.
-    None: PEFT has no such type."""
+    """Function (tensors, scale) -> the site as a PEFT type other than LoRA. Called by exports.
+    Runs: local. None: PEFT has no such type."""
     scale: Callable[[float, int, int], float] = alpha_over_capacity
-    """(alpha, --rank, open components) -> scale of the site. Called by the adapter at its start and
-    after each change of components. Runs: global."""
+    """Function (alpha, --rank, open components) -> scale of the site's delta. Called by the adapter
+    at its start and after each change of components. Runs: global."""
     own_rank: int | None = None
-    """Maximum number of rank-1 components, R. None: --rank."""
+    """Capacity of the site if it differs from --rank: the largest number of rank-1 components that
+    it can have. None: --rank."""
 
     def num_components(self, site: Site) -> int:
-        """Return R, the maximum number of rank-1 components of ``site``, whose form this is."""
+        """Return the capacity of ``site``, whose form this is: the largest number of components it
+        can have."""
         return site.rank if self.own_rank is None else self.own_rank
 
     @property
     def masks_base(self) -> bool:
-        """True if the delta may zero base weights: it reads them and is no low-rank pair."""
+        """True if the delta may cancel base weights to zero: it reads them and has no LoRA pair."""
         return self.reads_base and self.to_lora is None
 
 

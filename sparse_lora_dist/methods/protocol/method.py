@@ -25,66 +25,83 @@ from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors, TensorSp
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting
 
 Stats = tuple[Tensor, ...]
-"""Running statistics of a slice, ``Method.n_stats`` tensors, fp32 [N] each."""
+"""Running statistics of a slice of N entries: ``Method.n_stats`` tensors, fp32 [N] each."""
 By = Literal["row", "column", "tensor"]
-"""Segment within which entries are summed or ranked: a row, a column, or the whole tensor."""
+"""Segments of a tensor, within which entries are summed or ranked: each row, each column, or the
+whole tensor."""
 Ties = Literal["index", "all"]
-"""Entries equal to the k-th that `Scores.top_k` keeps: lowest indices up to k ("index"), or all."""
+"""Which entries ``Scores.top_k`` keeps of those equal to the k-th: those of lowest index until k
+are kept ("index"), or all of them ("all")."""
 
 
 class Scores(Protocol):
-    """Importance scores of all trained tensors, of which each rank holds a slice only.
+    """Importance scores of all trained tensors. Each rank holds one slice of them.
 
-    Equal scores give equal bits on any number of ranks. ``top_k``, ``sums`` and ``live`` make a few
-    collectives for all tensors named in one call, so ask for many tensors at once. The entries of a
-    vector are rows of one column.
+    The results of ``top_k``, ``sums`` and ``live`` have the same bits on any number of ranks. Each
+    call makes a few collectives, however many tensors it names, so name many at once. All ranks
+    must call them. A vector counts as a matrix with one column: each entry is a row.
     """
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the whole tensors by name; sites follow each other in the model's order."""
+        """Shape of each whole tensor, by tensor name; sites follow each other in the model's
+        order."""
 
     @property
     def site_stats(self) -> Tensor:
-        """Statistics of the sites from ``Method.observe_sites``, float64 [K, S], equal on all
-        ranks."""
+        """Running statistics of the sites, float64 [K, S], equal on all ranks.
+
+        K is ``Method.n_site_stats`` and S the number of sites. ``Method.observe_sites`` updates
+        them.
+        """
 
     def top_k(
         self, k: Mapping[str, int], by: Mapping[str, By], ties: Ties = "index"
     ) -> dict[str, Tensor]:
-        """Select the largest scores of every segment. Collective.
+        """Select the ``k`` largest scores of every segment. All ranks must call it.
 
         Args:
             k: Number of entries to select in each segment, by tensor name; at least 1.
-            by: Segments of each tensor, by tensor name.
-            ties: Entries to keep of those equal to the k-th.
+            by: Kind of segments of each tensor, by tensor name.
+            ties: Which of the entries equal to the k-th are kept.
 
         Returns:
-            This rank's slice of each mask, bool [N].
+            This rank's slice of each mask by tensor name, bool [N]; True means selected.
 
         Raises:
             FloatingPointError: On all ranks, if a score of any rank is NaN or infinite.
         """
 
     def sums(self, by: Mapping[str, By]) -> dict[str, Tensor]:
-        """Sum the scores of every segment: float64 [segments] by tensor name, equal on all ranks.
-        Collective.
+        """Sum the scores of every segment. All ranks must call it.
+
+        Args:
+            by: Kind of segments of each tensor, by tensor name.
+
+        Returns:
+            Sums by tensor name, float64 [number of segments], equal on all ranks.
 
         Raises:
             FloatingPointError: On all ranks, if a score of any rank is NaN or infinite.
         """
 
     def live(self, by: Mapping[str, By]) -> dict[str, Tensor]:
-        """Count the live entries of every segment: int64 [segments] by tensor name, equal on all
-        ranks. Collective."""
+        """Count the live entries of every segment. All ranks must call it.
+
+        Args:
+            by: Kind of segments of each tensor, by tensor name.
+
+        Returns:
+            Counts by tensor name, int64 [number of segments], equal on all ranks.
+        """
 
     def spread(self, name: str, values: Tensor, by: By) -> Tensor:
-        """Give every entry the value of its segment.
+        """Copy the value of each segment to all its entries. Makes no collective.
 
         Args:
             name: Tensor name.
-            values: One value per segment, [segments], equal on all ranks.
-            by: Segments of the tensor.
+            values: One value per segment, [number of segments], equal on all ranks.
+            by: Kind of segments of the tensor.
 
         Returns:
             This rank's slice of the result, [N].
@@ -93,7 +110,7 @@ class Scores(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:
-    """Run that a method is built for. The same on all ranks."""
+    """Facts about the run that a method is built from. They are the same on all ranks."""
 
     total_steps: int
     """Optimizer steps of the run, at least 1."""
@@ -107,113 +124,126 @@ class RunContext:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Components:
-    """Rank-1 components of a site."""
+    """Which rank-1 components of a site are computed, and how many are open."""
 
     computed: tuple[int, ...]
-    """Indices of the components that forward computes: the open ones, and those that a gradient can
-    still reach; ascending."""
+    """Ascending indices of the components that forward computes: the open ones, and those that are
+    closed but still get a gradient."""
     open: int
-    """Number of components that count as the site's rank."""
+    """Number of open components, which is reported as the site's rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Change that a method makes at a step. Tensors and sites that are not named do not change.
+    """Changes that a method makes at one step. Tensors and sites that are not named stay as they
+    are.
 
     An entry that stops being live is zero from the end of this step on. An entry that was never
     live keeps its initial value. At step 0, before training, nothing is zeroed.
     """
 
     live: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensor name -> this rank's slice of the mask of live entries, bool [N]."""
+    """Tensor name -> this rank's slice of the mask of live entries, bool [N]. The optimizer steps
+    live entries only."""
     zero: Mapping[str, Tensor] = field(default_factory=dict)
-    """Tensor name -> this rank's slice of the mask of entries that are zeroed after this optimizer
-    step, bool [N]. They may stay live and move again."""
+    """Tensor name -> this rank's slice of the mask of entries that are set to zero after this
+    optimizer step, bool [N]. They may stay live, and then move again at the next step."""
     components: Mapping[str, Components] = field(default_factory=dict)
-    """Site name -> its components from the end of this step on; equal on all ranks."""
+    """Site name -> components of the site from the end of this step on; equal on all ranks."""
     log_values: Mapping[str, float] = field(default_factory=dict)
-    """Numbers for the metrics, e.g. keep fraction, budget, lambda; equal on all ranks."""
+    """Numbers that are logged with the metrics, by name, e.g. keep fraction, budget, lambda; equal
+    on all ranks."""
 
 
 def observe_nothing(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
-    """Return the statistics unchanged."""
+    """Return ``stats`` unchanged; the default of methods without statistics."""
     return stats
 
 
 def first_statistic(stats: Stats, w: Tensor) -> Tensor:
-    """Return the first running statistic as the importance."""
+    """Return the first running statistic as the importance of each entry, fp32 [N]."""
     return stats[0]
 
 
 def decide_nothing(step: int, scores: Scores) -> Decision:
-    """Return a decision that changes nothing."""
+    """Return an empty decision, which changes nothing."""
     return Decision()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """Method as data and functions. Defaults are plain LoRA, ``Method(name="lora")``.
+    """Record of a method: data and functions. The defaults make plain LoRA,
+    ``Method(name="lora")``.
 
-    A *newborn* entry is one that becomes live during the run. The ``tensors`` that ``probe`` and
-    ``penalty`` get are those that ``Form.delta`` gets: cut to the computed components.
+    A *newborn* entry is one that becomes live during the run. ``probe`` and ``penalty`` get the
+    same dict of tensors as ``Form.delta``, with only those components that forward computes.
     """
 
     name: str
     """Name of the method, the value of --method."""
     notes: tuple[str, ...] = ()
-    """Sentences that are printed before training, for what the user should know."""
+    """Sentences for the user that are printed before training."""
     form: Callable[[Site], Form] = low_rank
-    """site -> form of its delta. Called by adapter injection, planner and exports. Runs: global."""
+    """Function (site) -> form of its delta. Called by adapter injection, the planner and exports.
+    Runs: global."""
     penalty: Callable[[Tensors], dict[str, Tensor]] | None = None
-    """tensors -> gradients by tensor name, shaped like the tensors, of what is added to the loss of
-    an optimizer step. Called by the adapter in backward, once a micro-batch. Runs: local. None:
-    nothing is added."""
+    """Function (tensors) -> gradients of a penalty by tensor name, each shaped like its tensor. The
+    penalty is added to the loss of an optimizer step. Called by the adapter in backward, once per
+    micro-batch. Runs: local. None: there is no penalty."""
 
     n_stats: int = 0
-    """Number of running statistics per trained entry, fp32 each, sharded like the gradient."""
+    """Number of running statistics per trained entry, fp32 each. They are sharded like the
+    gradient."""
     observe: Callable[[Stats, Tensor, Tensor, int], Stats] = observe_nothing
-    """(stats, w, grad, step) -> stats, all fp32 [N]; grad is the step's gradient of all
-    ranks. Called by `Shards` at each optimizer step, before the decision. Runs: shard."""
+    """Function (stats, w, grad, step) -> updated stats; all tensors are fp32 [N]. ``grad`` is the
+    gradient of the step, already reduced over all ranks. Called by `Shards` at each optimizer step,
+    before the decision. Runs: shard."""
     score: Callable[[Stats, Tensor], Tensor] = first_statistic
-    """(stats, w) -> importance, fp32 [N] each. Called by `Scores` in a decision. Runs: shard."""
+    """Function (stats, w) -> importance of each entry, fp32 [N]. Called by `Scores` in a decision.
+    Runs: shard."""
     probe: Callable[[Tensor, Tensor, Tensors, float], Tensor] | None = None
-    """(x_TI, grad_y_TO, tensors, scale) -> one number, scalar. Called by the adapter in each
-    backward; summed over micro-batches, averaged over ranks. Runs: local. None: no probe."""
+    """Function (x_TI, grad_y_TO, tensors, scale) -> one number, a scalar tensor. Called by the
+    adapter in each backward; the results are summed over micro-batches and averaged over ranks.
+    Runs: local. None: no number is collected."""
     n_site_stats: int = 0
-    """K, number of running statistics per site, float64 each, equal on all ranks."""
+    """Number of running statistics per site, written K in shapes; float64, equal on all ranks."""
     observe_sites: Callable[[Tensor, Tensor], Tensor] | None = None
-    """(statistics [K, S], probes [S]) -> statistics [K, S], all float64 on the CPU. Called by
-    `Shards` at each optimizer step, after the probes were reduced. Runs: global. None: no
-    statistics of sites."""
+    """Function (statistics [K, S], probes [S]) -> updated statistics [K, S], all float64 on the
+    CPU, for S sites. Called by `Shards` at each optimizer step, after the probes were reduced.
+    Runs: global. None: there are no statistics of sites."""
     observes_until: int | None = None
-    """Step from which the next decision is the last; the memory of the statistics is freed after
-    it. None: there is no last decision."""
+    """Step from which on the next decision is the last one. The memory of the statistics is freed
+    after it. None: there is no last decision."""
 
     decides_at: Callable[[int], bool] = lambda step: False
-    """step -> True if a decision is due. Step 0, before training, sets the live entries and the
-    computed components at the start. Called by `Shards` at each step. Runs: global."""
+    """Function (step) -> True if a decision is due at this step. A decision at step 0, before
+    training, sets the live entries and the computed components at the start. Called by `Shards` at
+    each step. Runs: global."""
     decide: Callable[[int, Scores], Decision] = decide_nothing
-    """(step, scores) -> decision. Called by `Shards` between backward and optimizer step. Runs:
-    global. The scores are the only source of what other ranks hold, so equal scores give equal
-    decisions on all ranks without a broadcast."""
+    """Function (step, scores) -> decision. Called by `Shards` between backward and the optimizer
+    step. Runs: global. It may read what other ranks hold through ``scores`` only. These give equal
+    results on all ranks, so all ranks decide alike without a broadcast."""
 
     rewriting: Rewriting | None = None
     """Rewriting of whole tensors at some steps. None: only optimizer steps and decisions change a
-    site. A method has a rewriting or decisions, not both, because a step logs one of them."""
+    site. A method has a rewriting or decisions, not both, because the metrics of a step have room
+    for the values of one."""
 
     redraws: bool = True
-    """True: a resume may change the length of the run before the last decision, which recomputes
-    the schedule."""
+    """True: a resumed run may have another length, which recomputes the schedule, as long as the
+    last decision has not been made."""
     newborn_warmup: int | None = None
-    """Steps in which the learning rate of a newborn entry rises from 0. None: --warmup_steps."""
+    """Number of steps in which the learning rate of a newborn entry rises from 0. None:
+    --warmup_steps."""
     newborn_restarts: bool = False
-    """True: a newborn entry sees the whole learning-rate schedule in the remaining steps."""
+    """True: a newborn entry runs through a whole learning-rate schedule in the steps that are left.
+    False: its learning rate is that of the run."""
     stages: tuple[int, ...] = ()
-    """Last step of each stage; a stage has a learning-rate schedule, a checkpoint and a record in
-    ``stages.jsonl`` of its own. Empty: the run has no stages."""
+    """Last step of each stage. A stage has its own learning-rate schedule, its own checkpoint and
+    its own record in ``stages.jsonl``. Empty: the run has no stages."""
     stage_rate: Literal["own", "first"] = "own"
-    """Stages whose learning rate is above 0: each with its own schedule ("own"), or the first only
-    ("first")."""
+    """Stages that train at a learning rate above 0: all, each with its own schedule ("own"), or
+    only the first ("first")."""
     stage_resets_moments: bool = False
     """True: Adam's moments are reset at the start of each stage."""
 
@@ -223,33 +253,38 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class NoOptions:
-    """Options of a method that has none."""
+    """Options of a method that has no options."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MethodFactory:
-    """Entry of a method in `METHODS`: its options, how it is built, and how it is introduced.
+    """Entry of a method in `METHODS`: its options, the function that builds it, and texts about it.
 
-    The documentation page of a method is made of its module docstring and of this record
-    (``docs/generate_methods.py``).
+    ``docs/generate_methods.py`` makes the documentation page of a method from its module docstring
+    and this record.
     """
 
     options: type[Any]
-    """Frozen dataclass of the method's options. Each field becomes a command-line flag of that
-    name, so names start with the method's name; its ``__post_init__`` raises ``ValueError``."""
+    """Frozen dataclass of the method's options. Each field becomes a command-line flag of the same
+    name, so its name starts with the method's name. Its ``__post_init__`` raises ``ValueError`` for
+    bad values."""
     build: Callable[[Any, RunContext], Method]
-    """(options, context) -> method; raises ``ValueError`` if the options do not fit the run. Called
-    by the training program, the planner and exports. Runs: global."""
+    """Function (options, context) -> method. It raises ``ValueError`` if the options do not fit the
+    run. Called by the training program, the planner and exports. Runs: global."""
     summary: str
-    """Phrase of a few words for --help and tables: what the method does."""
+    """What the method does, as a phrase of a few words for --help and tables."""
     example: str = ""
-    """Flags of a short run, 6 steps of a small model, for the documentation page."""
+    """Flags of a short example run (6 steps of a small model), shown on the documentation page."""
 
 
 def trained_specs(method: Method, sites: Sequence[Site]) -> dict[str, TensorSpec]:
-    """Return the spec of every trained tensor by name "site.tensor", in the model's order.
+    """Return the spec of every trained tensor by its name "site.tensor", in the model's order.
 
-    A tensor that all sites share is listed once, at the first site.
+    A tensor that all sites share has one entry, under the first site.
+
+    Args:
+        method: The method of the run.
+        sites: Linears that carry an adapter, in the model's order.
     """
     found: dict[str, TensorSpec] = {}
     for site in sites:
@@ -260,7 +295,7 @@ def trained_specs(method: Method, sites: Sequence[Site]) -> dict[str, TensorSpec
 
 
 def site_names(scores: Scores) -> Sequence[str]:
-    """Return the names of the sites whose tensors are scored, in the model's order."""
+    """Return the names of the sites that have scored tensors, in the model's order."""
     return list(dict.fromkeys(name.rpartition(".")[0] for name in scores.shapes))
 
 

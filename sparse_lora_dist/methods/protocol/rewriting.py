@@ -17,71 +17,78 @@ from sparse_lora_dist.methods.protocol.form import Site, Tensors
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Whole:
-    """Site with all its tensors gathered on rank 0."""
+    """One site with all its tensors gathered on rank 0, the input of a rewriting."""
 
     site: Site
-    """Linear that is rewritten."""
+    """The linear whose tensors are rewritten."""
     index: int
     """Index of the site among all sites, in the model's order."""
     step: int
-    """Number of optimizer steps done; 0 before the first."""
+    """Number of optimizer steps done so far; 0 before the first."""
     tensors: Tensors
-    """Trained tensors in fp32 with all components, kept tensors in their own dtype, and drawn
-    tensors."""
+    """All tensors of the site by short name: trained tensors in fp32 with all components, kept
+    tensors in their own dtype, and drawn tensors."""
     scale: float
     """Scale of the site's delta."""
     weight_OI: Callable[[], Tensor]
-    """() -> base weight, fp32 [O, I], dequantised anew at each call."""
+    """Function () -> base weight, fp32 [O, I]. Each call dequantises it again."""
     generator: torch.Generator
-    """CPU generator for random values, seeded by run, site and step."""
+    """CPU generator for random values. Its seed follows from the run's seed, the site and the
+    step."""
     squares_I: Tensor | None = None
-    """Running mean of the squared input features, float64 [I]. None: none collected yet."""
+    """Running mean of each squared input feature, float64 [I]. None: not collected so far."""
     gradient_OI: Tensor | None = None
-    """Gradient of the step's loss by the base weight, fp32 [O, I]. None: not collected."""
-    rows_NI: Tensor | None = None
-    """Mean input of each row of the step, fp32 [N, I], in the order of the data. None: not
+    """Gradient of the step's loss with respect to the base weight, fp32 [O, I]. None: not
     collected."""
+    rows_NI: Tensor | None = None
+    """For each of the step's N rows, the mean over tokens of the linear's input, fp32 [N, I], in
+    the order of the data. None: not collected."""
     measures_SK: Tensor | None = None
-    """Results of ``Rewriting.measure`` for all sites, float64 [S, K] on the CPU. None: not
-    measured."""
+    """Results of ``Rewriting.measure`` for all sites, float64 [S, K] on the CPU: S sites with K
+    numbers each. None: the rewriting has no ``measure``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewritten:
-    """New content of a site. Tensors that are not named do not change."""
+    """New values of a site's tensors. Tensors that are not named stay as they are."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    """Trained or kept tensors of this site by short name, whole; shared tensors are not allowed."""
+    """New whole tensors by short name, trained or kept. Tensors that all sites share are not
+    allowed."""
     computed: tuple[int, ...] | None = None
-    """Components that forward computes from now on, all of them open. None: no change."""
+    """Indices of the components that forward computes from now on; all of them count as open. None:
+    the components stay as they are."""
     log_values: Mapping[str, float] = field(default_factory=dict)
-    """Numbers for the metrics; the mean over all sites is logged."""
+    """Numbers for the metrics, by name. The mean over all sites is logged."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewriting:
-    """Schedule and functions of a method that rewrites whole tensors. Called by `Rewriter`."""
+    """When and how a method rewrites whole tensors of its sites. Called by `Rewriter`."""
 
     at: Callable[[int], bool]
-    """step -> True if sites are rewritten after this step; step 0 is before the first. Called after
-    each optimizer step. Runs: global."""
+    """Function (step) -> True if sites are rewritten after this step; step 0 is before training.
+    Called after each optimizer step. Runs: global."""
     write: Callable[[Whole], Rewritten]
-    """whole -> new content of the site. Called for one site after another. Runs: rank 0."""
+    """Function (whole) -> new values of the site's tensors. Called for one site after another.
+    Runs: rank 0."""
     measure: Callable[[Whole], Tensor] | None = None
-    """whole -> K numbers, float64 [K]. Called for all sites before the first is written. Runs: rank
-    0. None: nothing is measured."""
+    """Function (whole) -> K numbers about the site, float64 [K]. Called for all sites before
+    ``write`` is called for the first. Runs: rank 0. None: ``Whole.measures_SK`` is None."""
     resets_moments: bool = False
-    """True: Adam's moments of all entries are reset after it; the learning rate is unaffected."""
+    """True: Adam's moments of all entries are set to zero after the rewriting. The learning-rate
+    schedule goes on unchanged."""
     says: bool = False
-    """True: log_values are printed on the screen too."""
+    """True: log_values are printed on the screen as well as logged."""
     reads_weight: bool = True
-    """True: the base weight is gathered, and ``Whole.weight_OI`` may be called."""
+    """True: the base weight is gathered, so that ``Whole.weight_OI`` may be called."""
     squares_decay: float | None = None
-    """Decay rate of the running mean of squared inputs, in [0, 1); the first step counts in full.
-    None: squares are not collected."""
+    """Decay rate of the running mean of squared inputs, in [0, 1). The mean starts at the value of
+    the first step. None: squared inputs are not collected."""
     collects_gradient: Callable[[int, int], bool] | None = None
-    """(step, site index) -> True if the gradient by the base weight is collected in this step, in
-    fp32, sharded. Called before the forward of each step. Runs: global. None: never."""
+    """Function (step, site index) -> True if this step collects the site's gradient with respect to
+    the base weight, in fp32, sharded. Called before the forward of each step. Runs: global. None:
+    it is never collected."""
     collects_rows: Callable[[int], bool] | None = None
-    """step -> True if the mean inputs of the step's rows are collected. Called before the forward
-    of each step. Runs: global. None: never."""
+    """Function (step) -> True if this step collects the mean input of each of its rows. Called
+    before the forward of each step. Runs: global. None: they are never collected."""

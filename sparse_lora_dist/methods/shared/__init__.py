@@ -1,1 +1,1 @@
-"""Pure functions that several methods use."""
+"""Pure functions that several methods share: schedules, masks, random numbers, triplets."""

@@ -1,6 +1,8 @@
-"""Masks of a weight, a bit an entry: what a method keeps of where a weight lives.
+"""Masks packed as one bit an entry.
 
-Shapes: O out_features, I in_features, B = ceil(O I / 8) bytes.
+    True False False True  True False False False  True   ->   bytes 0b00011001, 0b00000001
+
+Shapes: O out_features, I in_features, B = ceil(O I / 8) bytes, N entries.
 """
 
 import torch
@@ -11,28 +13,36 @@ from sparse_lora_dist.methods.protocol.form import KeptSpec, Site
 
 
 def mask_spec(site: Site) -> KeptSpec:
-    """Of a mask of the site's weight, packed: no bit is set until it is written."""
+    """Return the spec of a kept tensor that holds a mask of the site's weight with one bit per
+    entry.
+
+    All bits are 0 until the method writes the mask.
+    """
     return KeptSpec(shape=(-(-site.out_features * site.in_features // 8),), dtype=torch.uint8)
 
 
 def pack(mask_OI: Tensor) -> Tensor:
-    """bool [O, I] -> uint8 [B], the first entry in the lowest bit of the first byte."""
+    """Pack a mask of a weight, bool [O, I], into bytes, uint8 [ceil(O I / 8)].
+
+    The first entry is the lowest bit of the first byte.
+    """
     return pack_bits(mask_OI.flatten())
 
 
 def unpack(bits_B: Tensor, shape: tuple[int, int]) -> Tensor:
-    """The mask that was packed: bool [O, I], ``shape``."""
+    """Unpack bytes from ``pack`` into a mask, bool of ``shape`` (out_features, in_features)."""
     return unpack_bits(bits_B, shape[0] * shape[1]).view(shape)
 
 
 def pack_bits(mask_N: Tensor) -> Tensor:
-    """bool [N] -> uint8 [ceil(N / 8)], the first entry in the lowest bit."""
+    """Pack bool [N] into uint8 [ceil(N / 8)]. The first entry is the lowest bit of the first
+    byte."""
     eights = F.pad(mask_N, (0, -len(mask_N) % 8)).view(-(-len(mask_N) // 8), 8)
     return (eights * _powers(mask_N.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(bits: Tensor, size: int) -> Tensor:
-    """What was packed: bool [size]."""
+    """Unpack bytes from ``pack_bits``, uint8 [ceil(size / 8)], into bool [size]."""
     return (bits[:, None] & _powers(bits.device)).flatten()[:size].bool()
 
 

@@ -1,4 +1,7 @@
-"""Which linears grow, when and by how much: the bookkeeping of a rank budget, S sites."""
+"""Growth of ranks inside a budget: which linears grow, when, and by how much.
+
+Shapes: S sites.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,36 +12,53 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Growth:
-    """Which linears there are, and when and by how much their ranks grow."""
+    """Schedule by which sites open components, and how many they open."""
 
     sites: tuple[Site, ...]
+    """Linears that may grow, in the model's order."""
     start: int
-    """Components open in each site at first."""
+    """Number of components open in each site at the start."""
     budget: int
+    """Number of components open in all sites together at the end."""
     modules: int
+    """Number of sites that grow per update."""
     components: int
+    """Number of components that each growing site opens per update."""
     every: int
+    """Steps between two updates."""
     first: int
+    """Step of the first update, a multiple of ``every``."""
     overshoots: bool
+    """True (preset released): the last update may exceed the budget, and all sites that tie with
+    the last chosen one grow."""
 
     @property
     def needed(self) -> int:
-        """Components to open in all."""
+        """Number of components to open during the run, over all sites."""
         return self.budget - self.start * len(self.sites)
 
     @property
     def last(self) -> int:
-        """The step of the growth that reaches the budget; 0 where nothing is to grow."""
+        """Step of the update that reaches the budget; 0 if no site grows."""
         rounds = ceil(self.needed / (self.modules * self.components))
         return self.first + (rounds - 1) * self.every if rounds > 0 else 0
 
     def at(self, step: int) -> bool:
-        """Is it a step of growth?"""
         return self.first <= step <= self.last and step % self.every == 0
 
     def grown(self, open_S: Sequence[int], score_S: Sequence[float]) -> list[int]:
-        """Open components after a growth: those of the highest scores first; ties: the lowest
-        index."""
+        """Return the number of open components of each site after one update.
+
+        Sites with the highest score grow first; of equal scores, the lowest index. A site that
+        cannot take all of its components leaves the rest to the next one. Example with modules 2,
+        components 2, rank 4 and budget 10: open (1, 3, 1, 1) and scores (1, 4, 2, 3) give the order
+        1, 3, 2, 0. Of the 4 components to open, site 1 takes 1 (its capacity is 4), site 3 takes 2,
+        and site 2 takes the last one. The result is (1, 4, 2, 3).
+
+        Args:
+            open_S: Number of open components of each site before the update.
+            score_S: Importance of each site.
+        """
         room_S = [site.rank - n for site, n in zip(self.sites, open_S, strict=True)]
         order = sorted((s for s, room in enumerate(room_S) if room), key=lambda s: -score_S[s])
         left = self.budget - sum(open_S)
@@ -48,7 +68,7 @@ class Growth:
             modules, limit = max(modules, sum(score_S[s] >= least for s in order)), sum(room_S)
         opening, after_S = min(modules * self.components, limit), list(open_S)
         while opening > 0:
-            # Once through, unless some had no room for all of theirs.
+            # A second round is needed only if some sites have no room for all of their components.
             for s in order:
                 extra = min(self.components, self.sites[s].rank - after_S[s], opening)
                 after_S[s] += extra
@@ -56,32 +76,42 @@ class Growth:
         return after_S
 
     def notes(self) -> tuple[str, ...]:
-        """What the user should know: by how much the last growth overshoots, ties aside."""
+        """Return a note for the user if the last update exceeds the budget; otherwise an empty
+        tuple.
+
+        Components that exceed it because of tied scores are not counted: they are not known yet.
+        """
         left = self.needed % (self.modules * self.components)
         above = min(self.modules, left) * self.components - left
         if not self.overshoots or above == 0:
             return ()
         total = min(self.budget + above, sum(site.rank for site in self.sites))
         return (
-            f"increlora_preset released: growth ends at {total} components in all, above the "
-            f"budget of {self.budget}, and the reserve components stay",
+            f"with --increlora_preset released, growth ends at {total} components in all, above "
+            f"the budget of {self.budget}, and the reserve components stay",
         )
 
     def misfits(self, total_steps: int) -> list[str]:
-        """What is wrong with it in a run of so many steps."""
+        """Return one sentence for each reason why this growth does not fit the run; empty if it
+        fits.
+
+        Args:
+            total_steps: Optimizer steps of the run.
+        """
         sites, capacity = len(self.sites), sum(site.rank for site in self.sites)
         smallest = min(site.rank for site in self.sites)
         problems = {
-            f"increlora_start_rank {self.start} is above --rank {smallest}: raise rank, or lower "
-            "increlora_start_rank": self.start > smallest,
+            f"--increlora_start_rank {self.start} is above --rank {smallest}. Raise --rank, or "
+            "lower --increlora_start_rank": self.start > smallest,
             f"the budget of {self.budget} components is above {capacity}, the sum of the ranks of "
-            "all linears: raise rank, or lower the budget": self.budget > capacity,
+            "all linears. Raise --rank, or lower --increlora_target_rank or "
+            "--increlora_budget": self.budget > capacity,
             f"the budget of {self.budget} components is below the start, {sites} linears x "
-            f"{self.start}: raise increlora_target_rank or increlora_budget": self.needed < 0,
-            f"{self.modules} linears would grow at a time, but there are {sites}: lower "
-            "increlora_modules, or raise increlora_pieces": self.modules > sites,
+            f"{self.start}. Raise --increlora_target_rank or --increlora_budget": self.needed < 0,
+            f"{self.modules} linears would grow at a time, but there are {sites}. Lower "
+            "--increlora_modules, or raise --increlora_pieces": self.modules > sites,
             f"growth would end at step {self.last} of {total_steps}, "
-            f"{self.last + 1 - total_steps} steps too late to train what it opens: lower "
-            "increlora_every, or raise increlora_modules": self.last >= total_steps,
+            f"{self.last + 1 - total_steps} steps too late to train what it opens. Lower "
+            "--increlora_every, or raise --increlora_modules": self.last >= total_steps,
         }
         return [problem for problem, is_so in problems.items() if is_so]

@@ -1,5 +1,7 @@
-"""Numbers from a seed by hashing their places: in integers, so the same bits on every device, and
-cheap enough to be made anew at every use.
+"""Random numbers made by hashing indices with a seed.
+
+Hashing uses integers only, so all devices give the same bits, which torch's generators do not. It
+is cheap enough to repeat at every use, so the numbers need not be stored.
 
 Shapes: N numbers.
 """
@@ -10,13 +12,17 @@ import torch
 from torch import Tensor
 
 GOLDEN = -7046029254386353131
-"""2^64 / the golden ratio, odd, as a signed number: splitmix64's step."""
+"""Increment of splitmix64: 2^64 / golden ratio, odd, as a signed number."""
 MULTIPLIERS = ((30, -4658895280553007687), (27, -7723592293110705685))
-"""splitmix64's (S. Vigna, prng.di.unimi.it): shift, then multiply by."""
+"""Rounds of splitmix64 (S. Vigna, prng.di.unimi.it): bits to shift by, multiplier."""
 
 
 def hashes(count: int, seed: int, device: torch.device) -> Tensor:
-    """splitmix64 of the first N places, int64 [N]; different places have different hashes."""
+    """Return ``count`` different pseudo-random numbers: the hashes of 0 ... count - 1, int64
+    [count].
+
+    The hash is splitmix64, in integer arithmetic, so that every device gives the same bits.
+    """
     x_N = torch.arange(1, count + 1, device=device) * GOLDEN + seed
     for shift, multiplier in MULTIPLIERS:
         x_N = (x_N ^ _shifted(x_N, shift)) * multiplier
@@ -24,25 +30,28 @@ def hashes(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _shifted(x_N: Tensor, bits: int) -> Tensor:
-    """To the right, zeros following: torch's own fills up with the sign."""
+    """Shift right and fill with zeros, which torch's >> does not do for negative numbers."""
     return (x_N >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def uniform(shape: tuple[int, ...], bound: float, seed: int, device: torch.device) -> Tensor:
-    """U(-bound, bound) in 24 bits, fp32."""
+    """Return random numbers from U(-bound, bound), fp32 of ``shape``, with 24 random bits each."""
     units_N = _shifted(hashes(prod(shape), seed, device), 40).float() * 2.0**-23 - 1.0
     return (units_N * bound).view(shape)
 
 
 def distinct(count: int, below: int, seed: int, device: torch.device) -> Tensor:
-    """``count`` different numbers below ``below``, drawn without order, ascending, int64."""
+    """Draw ``count`` different numbers from 0 ... below - 1; ascending, int64 [count]."""
     return hashes(below, seed, device).argsort()[:count].sort().values
 
 
 def stratified(count: int, below: int, seed: int, device: torch.device) -> Tensor:
-    """A number of each of ``count`` equal parts of what is below ``below``, ascending, int64: as
-    good as drawn at random where all that matters is that they lie everywhere, and there is nothing
-    to sort."""
+    """Draw one number from each of ``count`` equal parts of 0 ... below - 1; ascending, int64
+    [count].
+
+    For count 3 and below 9 the parts are 0-2, 3-5 and 6-8. This needs no sort, so it is faster than
+    ``distinct``. Use it where the numbers need only be spread over the whole range.
+    """
     edges = torch.arange(count + 1, device=device) * below // count
     widths_N = edges.diff()
     return edges[:-1] + _shifted(hashes(count, seed, device), 1) % widths_N

@@ -1,14 +1,16 @@
-"""step -> how much is kept: pure functions that methods share."""
+"""Schedules: how much is kept at a step, and the stages of a run."""
 
 from bisect import bisect_left
 
 
 def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
-    """Fraction kept at ``step``: 1 up to ``begin``, ``final`` from ``end`` on, cubic in between.
+    """Return the fraction of entries to keep at ``step``, in [final, 1].
 
-    keep = final + (1 - final) * (1 - (step - begin) / (end - begin))^3
+    It is 1 up to step ``begin`` and ``final`` from step ``end`` on. In between:
 
-    RoseLoRA, arXiv:2406.10777; the same curve as AdaLoRA's budget, arXiv:2303.10512.
+        keep = final + (1 - final) * (1 - (step - begin) / (end - begin))^3
+
+    Source: RoseLoRA, arXiv:2406.10777; the same curve as AdaLoRA's budget, arXiv:2303.10512.
     """
     if step <= begin:
         return 1.0
@@ -19,12 +21,13 @@ def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
 
 
 def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> int:
-    """Components kept in all at ``step``: ``first`` up to ``begin``, ``last`` from ``end`` on,
-    cubic in between, rounded down.
+    """Return the number of components that all sites together keep at ``step``.
 
-    budget = floor(last + (first - last) * (1 - (step - begin) / (end - begin))^3)
+    It is ``first`` up to step ``begin`` and ``last`` from step ``end`` on. In between:
 
-    AdaLoRA, arXiv:2303.10512, equation 13.
+        budget = floor(last + (first - last) * (1 - (step - begin) / (end - begin))^3)
+
+    Source: AdaLoRA, arXiv:2303.10512, equation 13.
     """
     if step <= begin:
         return first
@@ -35,28 +38,47 @@ def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> i
 
 
 def equal_stages(total_steps: int, num_stages: int) -> tuple[int, ...]:
-    """The last steps of ``num_stages`` parts of a run, equal in length to one step."""
+    """Split a run into ``num_stages`` stages whose lengths differ by at most 1.
+
+    Returns:
+        Last step of each stage, counted from 1.
+    """
     return tuple(total_steps * (i + 1) // num_stages for i in range(num_stages))
 
 
 def warmed_up_stages(
     total_steps: int, num_stages: int, *, warmup_steps: int, asked: str
 ) -> tuple[int, ...]:
-    """The same, for stages that each warm up; ``asked``: the option and its value.
+    """Split a run into ``num_stages`` equal stages, each long enough for its own warm-up.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        num_stages: Number of stages.
+        warmup_steps: Warm-up steps of each stage.
+        asked: Start of the error message: the option that sets the number of stages, and its value.
+
+    Returns:
+        Last step of each stage, counted from 1.
 
     Raises:
-        ValueError: a stage is shorter than the warm-up, or has no step.
+        ValueError: A stage would be shorter than the warm-up, or have no step.
     """
     most = total_steps // max(1, warmup_steps)
     if num_stages > most:
         raise ValueError(
             f"{asked}, which makes {num_stages} stages, but the run has {total_steps} steps and a "
-            f"stage needs at least {max(1, warmup_steps)} (warmup_steps is {warmup_steps}): at "
+            f"stage needs at least {max(1, warmup_steps)} (--warmup_steps is {warmup_steps}). At "
             f"most {most} stages fit"
         )
     return equal_stages(total_steps, num_stages)
 
 
 def stage_at(step: int, stages: tuple[int, ...]) -> int:
-    """Which stage, counted from 0, ``step`` belongs to; after the last one, the last."""
+    """Return the index of the stage that ``step`` is in, counted from 0; after the end, the last
+    one.
+
+    Args:
+        step: Optimizer step, counted from 1.
+        stages: Last step of each stage.
+    """
     return min(bisect_left(stages, step), len(stages) - 1)

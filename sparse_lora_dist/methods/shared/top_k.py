@@ -1,4 +1,4 @@
-"""Which entries of a whole tensor are the largest: the same ones on every device.
+"""Selection of the largest entries of a whole tensor, the same on every device.
 
 Shapes: N entries.
 """
@@ -8,17 +8,19 @@ from torch import Tensor
 
 
 def k_largest(scores: Tensor, k: int) -> Tensor:
-    """The mask of the ``k`` largest of all entries, in the scores' shape; what equals the k-th:
-    those of lowest index up to k. NF4 has so many equal weights that torch.topk, which promises
-    nothing of ties, would choose otherwise on another device.
+    """Return the mask of the ``k`` largest scores, bool of the scores' shape; ties: lowest index.
+
+    torch.topk does not say which of several equal scores it takes, and an NF4 weight has many equal
+    entries, so two devices could choose differently. Example: for the scores 1 3 2 2 and k = 2 the
+    threshold is 2 and the mask 0 1 1 0.
 
     Raises:
-        FloatingPointError: a score is NaN.
+        FloatingPointError: A score is NaN.
     """
     scores_N = scores.flatten()
     if scores_N.isnan().any():
         raise FloatingPointError(
-            "importance scores contain NaN: lower --learning_rate, or check the base weights"
+            "importance scores contain NaN. Lower --learning_rate, or check the base weights"
         )
     if not 0 < k < len(scores_N):
         return torch.full_like(scores, k > 0, dtype=torch.bool)

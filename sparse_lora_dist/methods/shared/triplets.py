@@ -1,7 +1,7 @@
-"""dW = B diag(lambda) A, the SVD-like components that AdaLoRA and IncreLoRA train and rank.
+"""Triplets dW = B diag(lambda) A, which AdaLoRA and IncreLoRA train and rank.
 
 Zhang et al. 2023, arXiv:2303.10512, equations 3, 4 and 8 to 12; IncreLoRA, arXiv:2308.12043, takes
-them over. Piece i is the triplet (column i of B, lambda_i, row i of A). A and B are held near
+them over. Component i is the triplet (column i of B, lambda_i, row i of A). A and B are held near
 orthonormal by a penalty, so that lambda_i is the size of component i and comparable between sites.
 
 IncreLoRA opens components in order, so how many are open in a site says which: ``Growth`` adds to
@@ -30,16 +30,16 @@ from sparse_lora_dist.methods.protocol.form import (
 from sparse_lora_dist.methods.protocol.method import By, Scores, Stats, site_names
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_lambda": "row"}
-"""Where component i lies in each tensor: a_RI, b_OR, lambda_R."""
+"""Segments that hold one component: component i is row i of A, column i of B, entry i of lambda."""
 
 CHUNK = 2**20
-"""Entries of a site's weight gradient that are held at a time, at most."""
+"""Maximum number of entries of a site's weight gradient that are computed at a time."""
 
 Init = Callable[[Tensor, torch.Generator], None]
 
 
 def gaussian(std: float) -> Init:
-    """N(0, std^2)"""
+    """Return a function (t, generator) that fills ``t`` in place from N(0, std^2)."""
 
     def init(t: Tensor, generator: torch.Generator) -> None:
         t.normal_(0.0, std, generator=generator)
@@ -48,22 +48,32 @@ def gaussian(std: float) -> Init:
 
 
 RELEASED_STD = 0.02
-"""Of A and B in the released codes of both."""
+"""Standard deviation of A and B at the start in the authors' code of both methods."""
 
 
 def triplet_tensors(
     site: Site, *, lambda_init: Init, lr_factor: float | None = None, released: bool = False
 ) -> dict[str, TensorSpec]:
-    """A (R x I) and B (O x R) Gaussian; lambda (R), zero where the delta is to start at nothing.
+    """Return the specs of the tensors of dW = B diag(lambda) A, by their short names.
 
-    Unless ``released``, rows of A and columns of B have length 1 on average, which the penalty
-    holds them to. The released 0.02 has that at I = 2,500 only: in smaller linears the penalty's
-    gradient drowns the loss's for hundreds of steps, in the norm that clips and in Adam's.
+    ``lora_a`` is [R, I] and ``lora_b`` [O, R], both Gaussian; ``lora_lambda`` is [R]. Here R is the
+    site's rank, I its in_features and O its out_features.
 
-    And lambda's learning rate is ``lr_factor`` times that of the run, by default sqrt(O / 3): Adam
-    then moves a component as far in a step as it moves LoRA's, of which O entries of B move,
-    before a row of A of length 1 / sqrt(3). At a factor of 1, the papers', short runs hardly leave
-    zero.
+    Initial values: by default rows of A and columns of B have length 1 on average, the length that
+    the orthogonality penalty pulls them to. With the authors' standard deviation of 0.02 they have
+    it only if I is 2,500. In smaller linears the gradient of the penalty is then far larger than
+    that of the loss for hundreds of steps, in the norm that is clipped and in Adam's moments.
+
+    Learning rate of lambda: by default sqrt(O / 3) times that of the run. Adam then moves a
+    component as far per step as it moves one of LoRA's, where O entries of B move and the row of A
+    has length 1 / sqrt(3). With the papers' factor of 1, short runs hardly leave zero.
+
+    Args:
+        site: The linear that is adapted.
+        lambda_init: Function (t, generator) that fills lambda in place.
+        lr_factor: Learning-rate multiplier for lambda. None: 1 if ``released``, otherwise sqrt(O /
+            3).
+        released: Start A and B as the authors' code does.
     """
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     a_std, b_std = site.in_features**-0.5, site.out_features**-0.5
@@ -80,13 +90,14 @@ def triplet_tensors(
 
 
 def triplet_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """y_TO = scale * x A^T diag(lambda) B^T"""
+    """Return the delta y_TO = scale * x A^T diag(lambda) B^T."""
     z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_lambda"] * scale)
     return z_TR @ tensors["lora_b"].t()
 
 
 def lambda_in_a(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """(diag(lambda) A, B), the plain LoRA pair of the same delta."""
+    """Return (diag(lambda) A, B), [R, I] and [O, R], the plain LoRA pair that gives the same
+    delta."""
     return tensors["lora_lambda"][:, None] * tensors["lora_a"], tensors["lora_b"]
 
 
@@ -98,33 +109,60 @@ def triplet(
     released: bool,
     scale: Callable[[float, int, int], float] = alpha_over_capacity,
 ) -> Form:
-    """All of it together."""
+    """Return the form of a site whose delta is B diag(lambda) A.
+
+    Args:
+        site: The linear that is adapted.
+        lambda_init: Function (t, generator) that fills lambda in place.
+        lr_factor: Learning-rate multiplier for lambda. None: see ``triplet_tensors``.
+        released: Start A and B as the authors' code does.
+        scale: Function (alpha, --rank, open components) -> scale of the delta.
+    """
     tensors = triplet_tensors(site, lambda_init=lambda_init, lr_factor=lr_factor, released=released)
     return Form(tensors=tensors, delta=triplet_delta, to_lora=lambda_in_a, scale=scale)
 
 
 def smooth_pair(stats: Stats, importance: Tensor, *, beta1: float, beta2: float) -> Stats:
-    """The running mean of an importance, and of how far it strays from that mean; from zero.
+    """Update the running mean of an importance and of its deviation from that mean.
 
         mean   = beta1 * mean   + (1 - beta1) * importance
-        spread = beta2 * spread + (1 - beta2) * |importance - mean|    with the mean just updated
+        spread = beta2 * spread + (1 - beta2) * |importance - mean|     (with the updated mean)
 
-    arXiv:2303.10512, equations 10 and 11, where an importance is an entry's |w * dL/dw|.
+    Source: arXiv:2303.10512, equations 10 and 11. There the importance is |w * dL/dw| of an entry.
+
+    Args:
+        stats: (mean, spread) before the update; both start at 0.
+        importance: New importance of each entry, shaped like ``mean``.
+        beta1: Decay rate of the mean.
+        beta2: Decay rate of the deviation.
+
+    Returns:
+        (mean, spread) after the update.
     """
-    # Products and sums one by one: a fused lerp rounds by where an entry lies in its shard.
+    # Not torch.lerp: a fused kernel rounds differently at different places of a shard.
     mean = beta1 * stats[0] + (1.0 - beta1) * importance
     return mean, beta2 * stats[1] + (1.0 - beta2) * (importance - mean).abs()
 
 
 def mean_times_spread(stats: Stats, w: Tensor) -> Tensor:
-    """What an entry scores: the product of the two averages, arXiv:2303.10512, equation 12."""
+    """Return mean * spread of each entry, fp32 [N]: arXiv:2303.10512, equation 12.
+
+    Args:
+        stats: (mean, spread), as ``smooth_pair`` returns them.
+        w: Values of the entries; unused.
+    """
     return stats[0] * stats[1]
 
 
 def triplet_scores(scores: Scores) -> dict[str, Tensor]:
-    """Site -> s_R, float64, whole on every rank. Collective, once for all sites.
+    """Return the score of every component. All ranks must call it.
 
-    s_i = s(lambda_i) + mean over j of s(b_ji) + mean over j of s(a_ij):  arXiv:2303.10512, eq. 8
+        s_i = s(lambda_i) + mean over j of s(b_ji) + mean over j of s(a_ij)
+
+    Here s is the score of an entry. Source: arXiv:2303.10512, equation 8.
+
+    Returns:
+        Site name -> scores of its components, float64 [R], equal on all ranks.
     """
     sites = site_names(scores)
     sums = scores.sums({f"{site}.{name}": by for site in sites for name, by in WITHIN.items()})
@@ -141,15 +179,24 @@ def triplet_scores(scores: Scores) -> dict[str, Tensor]:
 def delta_sensitivity(
     x_TI: Tensor, grad_y_TO: Tensor, tensors: Tensors, scale: float, *, power: float
 ) -> Tensor:
-    """sum |dW * G| / (O I)^power, float64, with G_OI = grad_y^T x the gradient by dW.
+    """Return sum |dW * G| / (O I)^power, a float64 scalar: IncreLoRA's importance of a site.
 
-    IncreLoRA's score: a mean with power 1 (the paper), over sqrt(O I) with 0.5 (the released code).
-    An eighth of the rows of dW and G at a time, or fewer, so that neither is ever whole.
+    dW is the delta as a matrix and G = grad_y^T x its gradient, both [O, I]. They are computed in
+    parts of at most an eighth of their rows, so that neither is ever in memory as a whole.
 
-    G is that of one micro-batch on one rank, and the record adds the results up. They are absolute
-    values, so the sum is at least that of the whole batch's gradient and changes with how a batch
-    is cut; every rank has the same one, so all choose alike. The released code knows only the last
+    G is the gradient of one micro-batch on one rank; the adapter sums the results over
+    micro-batches and averages them over ranks. Since they are absolute values, the result is at
+    least that of the gradient of the whole batch, and it depends on how the batch is split. All
+    ranks get the same number, so they decide alike. The authors' code uses only the last
     micro-batch of its own process.
+
+    Args:
+        x_TI: Input of the linear.
+        grad_y_TO: Gradient of the loss with respect to the linear's output.
+        tensors: ``lora_a``, ``lora_b`` and ``lora_lambda`` of the site.
+        scale: Scale of the delta.
+        power: 1 for a mean over all entries (the paper), 0.5 for a sum over sqrt(O I) (the authors'
+            code).
     """
     x_TI, grad_y_TO = x_TI.flatten(0, -2), grad_y_TO.flatten(0, -2)
     a_RI, b_OR = (t.float() for t in lambda_in_a(tensors))
@@ -166,7 +213,16 @@ def delta_sensitivity(
 def orthogonality(
     weight: float, num_matrices: int, *, released: bool
 ) -> Callable[[Tensors], dict[str, Tensor]] | None:
-    """Gradients of what holds A and B near orthonormal; None where its weight is 0."""
+    """Return the penalty that keeps A and B near orthonormal, for ``Method.penalty``.
+
+    Args:
+        weight: Weight of the penalty in the loss.
+        num_matrices: Number of matrices A and B in the model, over which ``released`` averages.
+        released: Use the unsquared norms of the authors' code.
+
+    Returns:
+        Function (tensors) -> gradients by tensor name; None if ``weight`` is 0.
+    """
     if weight == 0.0:
         return None
     if released:
@@ -175,9 +231,13 @@ def orthogonality(
 
 
 def squared_penalty(tensors: Tensors, *, weight: float) -> dict[str, Tensor]:
-    """Gradients of weight * (|A A^T - 1|_F^2 + |B^T B - 1|_F^2), fp32: arXiv:2303.10512, eq. 4.
+    """Return the gradients of weight * (|A A^T - 1|_F^2 + |B^T B - 1|_F^2) by A and B.
 
-    By A: weight * 4 (A A^T - 1) A, and the same of B^T.
+    The gradient by A is weight * 4 (A A^T - 1) A; that by B^T has the same form. Source:
+    arXiv:2303.10512, equation 4.
+
+    Returns:
+        Gradients for ``lora_a`` and ``lora_b``, in their shapes, fp32.
     """
     return {
         "lora_a": 4.0 * weight * _gram_error(tensors["lora_a"]) @ tensors["lora_a"].float(),
@@ -186,10 +246,18 @@ def squared_penalty(tensors: Tensors, *, weight: float) -> dict[str, Tensor]:
 
 
 def released_penalty(tensors: Tensors, *, weight: float, num_matrices: int) -> dict[str, Tensor]:
-    """Gradients of weight / num_matrices * (|A A^T - 1|_F + |B^T B - 1|_F), fp32.
+    """Return the gradients of weight / num_matrices * (|A A^T - 1|_F + |B^T B - 1|_F) by A and B.
 
-    The norms unsquared, and averaged over the matrices of the whole model, two a site: what the
-    released trainers add.
+    This is what the authors' trainers add to the loss: norms that are not squared, averaged over
+    all matrices of the model.
+
+    Args:
+        tensors: Tensors of a site.
+        weight: Weight of the penalty in the loss.
+        num_matrices: Number of matrices A and B in the model, two per site.
+
+    Returns:
+        Gradients for ``lora_a`` and ``lora_b``, in their shapes, fp32.
     """
     squared = squared_penalty(tensors, weight=weight / num_matrices / 2.0)
     norms = {
@@ -202,6 +270,6 @@ def released_penalty(tensors: Tensors, *, weight: float, num_matrices: int) -> d
 
 
 def _gram_error(a_RI: Tensor) -> Tensor:
-    """A A^T - 1, symmetric, fp32."""
+    """Return A A^T minus the identity, symmetric, fp32 [R, R]."""
     a_RI = a_RI.float()
     return a_RI @ a_RI.t() - torch.eye(len(a_RI), device=a_RI.device)
