@@ -14,10 +14,10 @@ This implementation differs from the released code (github.com/QingruZhang/AdaLo
 PEFT: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
 exactly b_t components stay, ties by lowest index, even where b_t is all of them and both fail; the
 penalty is the paper's squared norm, which `--adalora_preset released` changes; lambda has a
-learning rate of its own (`triplets.triplet_tensors`). Decisions equal those of PEFT's
-`RankAllocator` on one process (`tests/methods/test_adalora.py`). Under ZeRO-3 PEFT's own either
-raises or never masks the fp32 masters; here masked lambdas are zero there too (`python
-benchmarks/peft_adalora.py`).
+learning rate of its own (`triplets.triplet_tensors`). On the same parameters and gradients,
+decisions equal those of PEFT's `RankAllocator` (`tests/methods/test_adalora.py`). Under ZeRO-3
+PEFT's own either raises or never masks the fp32 masters; here masked lambdas are zero there too
+(`python benchmarks/peft_adalora.py`).
 
 - **Optimizer state:** 8 bytes x trained entries; falls once, at the final choice.
 - **Statistics:** 8 bytes x trained entries until the final choice.
