@@ -1,4 +1,5 @@
-"""A row for every method: how it is switched on in a short run, and how off."""
+"""Row for every method: options that switch it on in a short run, options that switch it off, and
+what the laws in ``test_methods.py`` and ``training/test_laws.py`` need to know of it."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,35 +10,36 @@ from tests.fixtures.toy_method import TOY
 
 
 def sites_of(widths: dict[str, int]) -> tuple[Site, ...]:
-    """Linears of so many outputs, all with 24 inputs."""
+    """Return linears with 24 inputs, rank 6, and these numbers of outputs by name."""
     return tuple(Site(name=n, in_features=24, out_features=o, rank=6) for n, o in widths.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Law:
-    """What the laws need to know of a method."""
+    """Row of one method."""
 
     factory: MethodFactory
     on: dict[str, Any] = field(default_factory=dict)
-    """Options under which a run of 12 steps decides several times, and ``target_modules`` of a tiny
-    Llama, where the method does not take all."""
+    """Options with which a run of 12 steps decides several times, and ``target_modules`` of a tiny
+    Llama if the method does not take all linears."""
     off: dict[str, Any] = field(default_factory=dict)
-    """Options under which it prunes or grows nothing."""
+    """Options with which the method prunes or grows nothing."""
     decides: bool = True
+    """True: the method makes decisions (`Method.decide`)."""
     first_delta: float = 0.0
-    """How large an entry of the delta may be before the first step."""
+    """Largest absolute entry of the delta before the first step."""
     first_component_first: bool = False
-    """Do components open in the order of their slots?"""
+    """True: components open in the order of their indices."""
     penalty: dict[str, float] = field(default_factory=dict)
-    """Options that weigh what is added to the loss, and their values."""
+    """Options that weigh what is added to the loss, with their values in the test."""
     is_pair: bool = True
-    """Is its delta a low-rank pair, which PEFT can open?"""
+    """True: the delta is a low-rank pair, which PEFT opens as LoRA."""
     peft_type: str | None = None
-    """PEFT's own type of it, where it has one."""
+    """Name of the PEFT type other than LoRA that the method has. None: none."""
     off_is: str | None = "lora"
-    """The method that it is step for step when off; None: it has no off."""
+    """Method whose losses it repeats step for step when switched off. None: it cannot be."""
     sites: tuple[Site, ...] = sites_of({"q": 24, "k": 12, "up": 40})
-    """Linears on which its functions are tried; the first is q, 24 x 24."""
+    """Linears on which the method's functions are tested; the first is q, 24 x 24."""
 
 
 LAWS: dict[str, Law] = {
@@ -48,7 +50,7 @@ LAWS: dict[str, Law] = {
     "sora": Law(
         factory=METHODS["sora"],
         on={"sora_every": 2, "sora_reopen": False},
-        # Gates that stay at 1.
+        # The gates stay at 1.
         off={"sora_lambdas": (0.0,), "sora_gate_init": "ones", "sora_gate_lr_factor": 1e-30},
     ),
     "increlora": Law(
@@ -59,7 +61,7 @@ LAWS: dict[str, Law] = {
             "increlora_target_rank": 6.0,
             "increlora_orthogonality": 0.0,
         },
-        # The reserve component trains ahead at lambda 1e-5.
+        # The reserve component trains in advance at lambda 1e-5.
         first_delta=1e-4,
         first_component_first=True,
         penalty={"increlora_orthogonality": 0.1},
