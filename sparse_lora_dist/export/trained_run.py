@@ -302,6 +302,6 @@ def _checkpoint_in(source: Path) -> Path:
             return path
         damages.append(damage)
     raise UserError(
-        f"{damages[0]} Name another checkpoint, or export with the sparse_lora_dist version that "
-        "saved it."
+        f"{damages[0]} The checkpoint is damaged, or another version saved it. Name another "
+        "checkpoint, or export with the sparse_lora_dist version that saved it."
     )

@@ -119,8 +119,9 @@ class RoseLoraOptions:
         dense = as_preset(self, self.roselora_preset, PRESETS).roselora_dense_moments
         if dense and (self.roselora_every or 1) > 1:
             problems.append(
-                "--roselora_every must be 1 with dense moments (preset released), because pruned "
-                f"entries move until the next decision, got {self.roselora_every}"
+                f"--roselora_every must be 1 with dense moments, got {self.roselora_every}: AdamW "
+                "keeps moments for pruned entries too, so they would leave zero until the next "
+                "decision. Set --roselora_every 1, or --roselora_preset paper"
             )
         if problems:
             raise ValueError("; ".join(problems))

@@ -108,7 +108,7 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
     if is_tied and any(m in ends for m in found.values()):
         problems.append(
             "The input and output embeddings of this model are tied, so they must stay frozen. "
-            "Leave them out."
+            "Remove them from the list of modules."
         )
     if problems:
         holders = [n for n, m in modules.items() if next(m.parameters(False), None) is not None]
