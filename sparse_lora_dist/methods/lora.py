@@ -22,7 +22,12 @@ from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOp
 
 
 def lora(options: NoOptions, context: RunContext) -> Method:
-    """Build the `Method` record of plain LoRA."""
+    """Build the `Method` record of plain LoRA.
+
+    Args:
+        options: Unused; LoRA has no options of its own.
+        context: Unused.
+    """
     return Method(name="lora")
 
 

@@ -267,9 +267,9 @@ class Method:
     for the values of one."""
 
     redraws: bool = True
-    """True: a run that is resumed with another number of steps recomputes the schedule for the new
-    length, as long as the last decision has not been made. False: the schedule cannot be
-    changed."""
+    """True: a resumed run may have another number of steps, which recomputes the schedule, as long
+    as the last decision has not been made. False: a resumed run must have the same number of steps
+    until the schedule has ended."""
     newborn_warmup: int | None = None
     """Number of steps in which the learning rate of a newborn entry rises from 0. None:
     --warmup_steps."""
