@@ -40,7 +40,7 @@ class Config:
         return self.model.task == "causal_lm" and self.data.packing is not False
 
     def run_context(self, total_steps: int, sites: tuple[Site, ...]) -> RunContext:
-        """Return the facts about the run that a method's record is built from.
+        """Return the facts about the run that its `Method` is built from.
 
         Args:
             total_steps: Optimizer steps of the run.

@@ -124,7 +124,7 @@ class AdaLoraOptions:
 
 
 def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of AdaLoRA for a run.
+    """Return the `Method` that describes AdaLoRA to training, planning and export.
 
     Args:
         options: Values of the --adalora options.

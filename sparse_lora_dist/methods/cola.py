@@ -76,7 +76,7 @@ class ColaOptions:
 
 
 def cola(options: ColaOptions, context: RunContext) -> Method:
-    """Build the `Method` record of Chain of LoRA for a run.
+    """Return the `Method` that describes Chain of LoRA to training, planning and export.
 
     Args:
         options: Values of the --cola options.

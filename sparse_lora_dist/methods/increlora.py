@@ -206,7 +206,7 @@ def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
 
 
 def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of IncreLoRA for a run.
+    """Return the `Method` that describes IncreLoRA to training, planning and export.
 
     Args:
         options: Values of the --increlora options.

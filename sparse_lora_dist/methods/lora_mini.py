@@ -51,7 +51,7 @@ class LoraMiniOptions:
 
 
 def lora_mini(options: LoraMiniOptions, context: RunContext) -> Method:
-    """Build the `Method` record of LoRA-Mini for a run.
+    """Return the `Method` that describes LoRA-Mini to training, planning and export.
 
     Args:
         options: Value of --lora_mini_size.

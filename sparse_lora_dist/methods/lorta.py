@@ -65,7 +65,7 @@ class LortaOptions:
 
 
 def lorta(options: LortaOptions, context: RunContext) -> Method:
-    """Build the `Method` record of LoRTA for a run.
+    """Return the `Method` that describes LoRTA to training, planning and export.
 
     Args:
         options: Value of --lorta_heads.
@@ -127,10 +127,13 @@ def of_unit_columns(t_IR: Tensor, generator: torch.Generator) -> None:
 
 
 def place(site: Site) -> tuple[int, str]:
-    """Return the layer and the matrix that a site belongs to.
+    """Split the name of a linear into its layer and its matrix.
 
     The layer is the first whole number in the name (0 if there is none); the matrix is the rest of
     it. "model.layers.3.self_attn.q_proj" gives (3, "model.layers.self_attn.q_proj").
+
+    Returns:
+        (layer, matrix).
     """
     parts = site.name.split(".")
     for i, part in enumerate(parts):

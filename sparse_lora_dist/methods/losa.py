@@ -111,7 +111,7 @@ class Round:
 
 
 def losa(options: LosaOptions, context: RunContext) -> Method:
-    """Build the `Method` record of LoSA for a run.
+    """Return the `Method` that describes LoSA to training, planning and export.
 
     Args:
         options: Values of the --losa options.

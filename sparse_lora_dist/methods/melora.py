@@ -73,7 +73,7 @@ class MeLoraOptions:
 
 
 def melora(options: MeLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of MELoRA for a run.
+    """Return the `Method` that describes MELoRA to training, planning and export.
 
     Args:
         options: Values of the --melora options.

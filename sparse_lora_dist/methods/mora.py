@@ -82,7 +82,7 @@ class MoraOptions:
 
 
 def mora(options: MoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of MoRA for a run.
+    """Return the `Method` that describes MoRA to training, planning and export.
 
     Args:
         options: Values of the --mora options.

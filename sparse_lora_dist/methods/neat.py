@@ -67,7 +67,7 @@ class NeatOptions:
 
 
 def neat(options: NeatOptions, context: RunContext) -> Method:
-    """Build the `Method` record of NEAT for a run.
+    """Return the `Method` that describes NEAT to training, planning and export.
 
     Args:
         options: Values of the --neat options.

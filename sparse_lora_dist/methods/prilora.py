@@ -82,7 +82,7 @@ class PriLoraOptions:
 
 
 def prilora(options: PriLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of PRILoRA for a run.
+    """Return the `Method` that describes PRILoRA to training, planning and export.
 
     Args:
         options: Values of the --prilora options.

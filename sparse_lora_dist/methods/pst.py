@@ -114,7 +114,7 @@ class PstOptions:
 
 
 def pst(options: PstOptions, context: RunContext) -> Method:
-    """Build the `Method` record of PST for a run.
+    """Return the `Method` that describes PST to training, planning and export.
 
     Args:
         options: Values of the --pst options.

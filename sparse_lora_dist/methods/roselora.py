@@ -136,7 +136,7 @@ class RoseLoraOptions:
 
 
 def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of RoseLoRA for a run.
+    """Return the `Method` that describes RoseLoRA to training, planning and export.
 
     Args:
         options: Values of the --roselora options.

@@ -96,7 +96,7 @@ class SaraOptions:
 
 
 def sara(options: SaraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of SaRA for a run.
+    """Return the `Method` that describes SaRA to training, planning and export.
 
     Args:
         options: Values of the --sara options.

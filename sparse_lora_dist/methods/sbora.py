@@ -45,7 +45,7 @@ class SBoraOptions:
 
 
 def sbora(options: SBoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of SBoRA for a run.
+    """Return the `Method` that describes SBoRA to training, planning and export.
 
     Args:
         options: Value of --sbora_side.

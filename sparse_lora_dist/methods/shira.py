@@ -98,7 +98,7 @@ class ShiraOptions:
 
 
 def shira(options: ShiraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of SHiRA for a run.
+    """Return the `Method` that describes SHiRA to training, planning and export.
 
     Args:
         options: Values of the --shira options.

@@ -152,7 +152,7 @@ class SoraOptions:
 
 
 def sora(options: SoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of SoRA for a run.
+    """Return the `Method` that describes SoRA to training, planning and export.
 
     Args:
         options: Values of the --sora options.

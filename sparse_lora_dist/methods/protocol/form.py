@@ -225,7 +225,7 @@ class Form:
     tensors: Mapping[str, TensorSpec]
     """Specs of the site's trained tensors, by short name."""
     drawn: Callable[[int, torch.device], dict[str, Tensor]] = draw_nothing
-    """Function (seed, device) -> drawn tensors by short name. A drawn tensor is made anew from the
+    """Function (seed, device) -> drawn tensors by short name. A drawn tensor is computed from the
     seed at each use, with the same bits on every device; it is never trained and no checkpoint has
     it. Called by the adapter in every forward and backward, and by exports. Runs: local."""
     kept: Mapping[str, KeptSpec] = field(default_factory=dict)

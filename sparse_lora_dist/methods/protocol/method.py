@@ -1,4 +1,4 @@
-"""`Method`, the record that every method fills in; its defaults are plain LoRA.
+"""`Method`, the dataclass that every method fills in; its defaults are plain LoRA.
 
 A method is data and pure functions on single-device tensors: it calls no collective and no
 DeepSpeed, and inherits from nothing. Only ``sparsity/`` and ``zero3/`` know which rank holds which
@@ -208,7 +208,7 @@ def decide_nothing(step: int, scores: Scores) -> Decision:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """Record of a method: data and functions. The defaults make plain LoRA,
+    """Description of a method: data and functions. The defaults make plain LoRA,
     ``Method(name="lora")``.
 
     A *newborn* entry is one that becomes live during the run; a live entry is one that the
@@ -271,11 +271,11 @@ class Method:
     as the last decision has not been made. False: a resumed run must have the same number of steps
     until the schedule has ended."""
     newborn_warmup: int | None = None
-    """Number of steps in which the learning rate of a newborn entry rises from 0. None:
-    --warmup_steps."""
+    """Number of steps in which the learning rate of an entry that becomes live during the run rises
+    from 0. None: --warmup_steps."""
     newborn_restarts: bool = False
-    """True: a newborn entry runs through a whole learning-rate schedule in the steps that are left.
-    False: its learning rate is that of the run."""
+    """True: an entry that becomes live during the run has a whole learning-rate schedule of its own
+    in the steps that are left. False: its learning rate is that of the run."""
     stages: tuple[int, ...] = ()
     """Last step of each stage, ascending. A stage is a part of the run with its own learning-rate
     schedule, its own checkpoint and its own JSON line in ``stages.jsonl``. Empty: the run has no
