@@ -1,7 +1,7 @@
-"""Read options from the command line and from a YAML file, as they are written.
+"""Read options from the command line and from a YAML file, without parsing their values.
 
-Every function appends a line to ``problems`` for each mistake that it finds, and goes on, so that
-one error names them all.
+``typed_values`` then parses the values. Every function appends a message to ``problems`` for each
+mistake that it finds, and goes on, so that one error names them all.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +27,7 @@ ACTIONS = ("config", "print_config", "help", "help_all")
 LAUNCHER_FLAGS = ("local_rank", "local-rank")  # deepspeed and torchrun add them; unused here
 
 Flags = list[tuple[str, list[str]]]
-"""[(flag without dashes, list of the words that follow it)], in the order given."""
+"""Command line as [(flag without dashes, list of the words that follow it)], in the order given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +36,10 @@ class Given:
 
     name: str
     value: object
-    """A string from the command line, or a value from YAML."""
+    """A string from the command line, or the value that the YAML parser returned."""
     place: str
-    """Start of messages about the value, e.g. "--rank" or "run.yaml line 3: rank"."""
+    """Where the user gave the value; messages about it begin with this, e.g. "--rank" or "run.yaml
+    line 3: rank"."""
 
 
 def split_argv(argv: Sequence[str], problems: list[str]) -> Flags:
@@ -49,7 +50,10 @@ def split_argv(argv: Sequence[str], problems: list[str]) -> Flags:
 
     Args:
         argv: The words after the program's name.
-        problems: A message is appended for each word that follows no flag.
+        problems: List of messages. One is appended for each word that follows no flag.
+
+    Returns:
+        [(flag without dashes, list of the words that follow it)], in the order given.
     """
     chunks: Flags = []
     closed = True  # True before the first flag and after --flag=value: no word may follow
@@ -66,14 +70,15 @@ def split_argv(argv: Sequence[str], problems: list[str]) -> Flags:
 
 
 def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str]) -> list[Given]:
-    """Return the options among the flags, each with one value.
+    """Return the options among the flags, each with one value that is not yet parsed.
 
     A list becomes one comma-separated value, and a switch without a value becomes "true".
 
     Args:
         flags: Flags of the command line.
         options: All options of the program, by name.
-        problems: A message is appended for each unknown flag and each wrong number of values.
+        problems: List of messages. One is appended for each unknown flag and each wrong number of
+            values.
     """
     given = []
     for name, words in flags:
@@ -95,13 +100,13 @@ def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str])
 
 
 def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) -> list[Given]:
-    """Return the options in the YAML file of ``--config``, which holds ``name: value`` lines.
+    """Return the options in the YAML file of ``--config``, which has ``name: value`` lines.
 
     Args:
         flags: Flags of the command line. Without ``--config`` the result is empty.
         options: All options of the program, by name.
-        problems: A message is appended if the file cannot be read, and for each option that is
-            unknown or set twice.
+        problems: List of messages. One is appended if the file cannot be read, and one for each
+            option that is unknown or set twice.
     """
     files = [words for name, words in flags if name == "config"]
     if not files:
@@ -152,10 +157,12 @@ def typed_values(
     """Parse the given values by the types of their options.
 
     Args:
-        given: Options as written. If one is given twice, the last value counts.
+        given: Options with their values not yet parsed. If one is given twice, the last value
+            counts.
         options: All options of the program, by name.
         parser: Parser that knows the type of each option.
-        problems: A message is appended for each value of a wrong type and each NaN or infinity.
+        problems: List of messages. One is appended for each value of a wrong type and each NaN or
+            infinity.
 
     Returns:
         {option: parsed value}, without the options that have a problem.
@@ -180,6 +187,7 @@ def typed_values(
 
 
 def is_finite(value: object) -> bool:
-    """Return True if ``value``, or each item of a list or tuple, is finite or not a float."""
+    """Return False if ``value`` is NaN or infinite, or a list or tuple with such an item; otherwise
+    True."""
     items = value if isinstance(value, list | tuple) else [value]
     return all(isfinite(item) for item in items if isinstance(item, float))

@@ -1,4 +1,5 @@
-"""Checks of option values. Each check returns a list of messages, one per problem."""
+"""Checks of option values. Each check returns a list of messages, one per problem, empty if all is
+right."""
 
 import math
 import re
@@ -7,7 +8,7 @@ from sparse_lora_dist.errors import ConfigError
 
 
 def raise_if(problems: list[str]) -> None:
-    """Raise a ConfigError with all ``problems`` if there are any."""
+    """Raise a ConfigError with all messages in ``problems``; do nothing if the list is empty."""
     if problems:
         raise ConfigError(problems)
 
@@ -18,7 +19,7 @@ def at_least(part: object, bound: float, *names: str) -> list[str]:
     Args:
         part: Object with the options as attributes. An option that is None passes.
         bound: Smallest value allowed.
-        names: Options to check.
+        names: Names of the options to check.
     """
     numbers = {name: getattr(part, name) for name in names}
     return [
@@ -34,7 +35,7 @@ def above(part: object, bound: float, *names: str) -> list[str]:
     Args:
         part: Object with the options as attributes.
         bound: Largest value that is not allowed.
-        names: Options to check.
+        names: Names of the options to check.
     """
     numbers = {name: getattr(part, name) for name in names}
     return [
@@ -45,10 +46,14 @@ def above(part: object, bound: float, *names: str) -> list[str]:
 
 
 def bad_regex(name: str, pattern: str) -> list[str]:
-    """Return a message if ``pattern``, the value of the option ``name``, is no regular expression.
+    """Return a message if the value of an option is not a regular expression.
+
+    Args:
+        name: Name of the option.
+        pattern: Its value.
 
     Returns:
-        A list with that message, or an empty list.
+        A list with the message, or an empty list.
     """
     try:
         re.compile(pattern)
@@ -88,7 +93,7 @@ def bad_durations(part: object, *names: str, least_s: float = 1.0) -> list[str]:
 
     Args:
         part: Object with the options as attributes. An option that is None passes.
-        names: Options to check.
+        names: Names of the options to check.
         least_s: Shortest duration allowed, in seconds.
     """
     problems = []

@@ -20,8 +20,8 @@ from sparse_lora_dist.methods.protocol.method import NoOptions, RunContext
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All options of a training run, by section. Raises ConfigError if they contradict each
-    other."""
+    """All options of a training run, by section. Creating one raises ConfigError if the options
+    contradict each other."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -36,11 +36,11 @@ class Config:
 
     @property
     def packs(self) -> bool:
-        """True if several documents share a row."""
+        """True if several documents (tokenised examples) share a row (sequence) of a batch."""
         return self.model.task == "causal_lm" and self.data.packing is not False
 
     def run_context(self, total_steps: int, sites: tuple[Site, ...]) -> RunContext:
-        """Return the facts about the run that a method is built from.
+        """Return the facts about the run that its `Method` is built from.
 
         Args:
             total_steps: Optimizer steps of the run.
@@ -97,4 +97,5 @@ SECTIONS: dict[str, type[Any]] = {
     "train": TrainConfig,
     "run": RunConfig,
 }
-"""{attribute of ``Config``: dataclass of the section}, without the options of the method."""
+"""{attribute of ``Config``: dataclass of the section}. The options of the method are not among
+them."""

@@ -1,7 +1,8 @@
 """Check a DeepSpeed JSON file (ds_configs/*.json), and fill in the numbers of the run.
 
-The file sets how DeepSpeed works (ZeRO stage, offload, bucket sizes), and the options of the run
-set training numbers. A number that both set to different values is an error.
+The file sets how DeepSpeed works (ZeRO stage, offload, bucket sizes). The options of the run set
+training numbers, such as the batch size. If both set a number to different values, that is an
+error.
 
 The file is checked here because DeepSpeed 0.19 does not check all of it. It rejects unknown keys in
 ``zero_optimization`` and ``bf16``, but only when the engine is built, one at a time. It ignores
@@ -42,18 +43,26 @@ DEFAULTS = {
 
 
 def check_engine_file(path: str) -> list[str]:
-    """Return a message for every problem of the DeepSpeed file at ``path``."""
+    """Return a message for every problem of the DeepSpeed file at ``path``; no messages if it is
+    right.
+
+    Numbers that the options of the run set are compared by ``conflicts``, not here.
+    """
     problems: list[str] = []
     engine = read_engine_file(path, problems)
     return problems if engine is None else problems + check_engine(engine, path)
 
 
 def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
-    """Return the content of a DeepSpeed file, or None if it cannot be read.
+    """Read a DeepSpeed file.
 
     Args:
         path: Path of the JSON file.
-        problems: A message is appended if the file cannot be read, and for each key set twice.
+        problems: List of messages. One is appended if the file cannot be read, and one for each key
+            that is set twice.
+
+    Returns:
+        Content of the file, or None if it cannot be read.
     """
 
     def without_doubles(pairs: list[tuple[str, Any]]) -> EngineDict:
@@ -84,7 +93,7 @@ def check_engine(engine: Mapping[str, Any], place: str) -> list[str]:
 
     Args:
         engine: Content of the file.
-        place: Name of the file for messages.
+        place: Name of the file, with which messages begin.
     """
     problems = check_block(engine, KEYS, "", place)
     zero = engine.get("zero_optimization", {})
@@ -117,7 +126,7 @@ def check_block(
         keys: Keys that the block may have, as in ``KEYS``.
         prefix: Path of the block with a dot at its end, e.g. "zero_optimization."; empty for the
             whole file.
-        place: Name of the file for messages.
+        place: Name of the file, with which messages begin.
     """
     problems = []
     for key, value in block.items():
@@ -136,10 +145,10 @@ def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
     """Return a message if a value has the wrong type, or if only another value works here.
 
     Args:
-        name: Path of the key, e.g. "zero_optimization.stage".
+        name: Dotted path of the key, e.g. "zero_optimization.stage".
         value: Its value in the file.
         kind: What the value may be, an entry of ``KEYS``.
-        place: Name of the file for messages.
+        place: Name of the file, with which messages begin.
 
     Returns:
         A list with the message, or an empty list.
@@ -160,9 +169,13 @@ def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Return True if ``value`` is allowed by ``kind``, an entry of ``KEYS``.
+    """Return True if a value of a DeepSpeed file is allowed.
 
     Numbers must be at least 0. A float such as 5e8 passes as a whole number.
+
+    Args:
+        value: Value in the file.
+        kind: What the value may be, an entry of ``KEYS``: a type, a tuple of words, or a dict.
     """
     if isinstance(kind, tuple):
         return value in kind
@@ -173,7 +186,11 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def kind_in_words(kind: Any) -> str:
-    """Return what an entry of ``KEYS`` allows in words, e.g. "true or false"."""
+    """Return in words which values an entry of ``KEYS`` allows, e.g. "true or false".
+
+    Args:
+        kind: The entry: a type, a tuple of words, or a dict.
+    """
     if isinstance(kind, tuple):
         return "one of " + ", ".join(kind)
     if isinstance(kind, dict):
@@ -184,6 +201,8 @@ def kind_in_words(kind: Any) -> str:
 
 def engine_dict(source: str | EngineDict, config: Config, world_size: int) -> EngineDict:
     """Return the dict for ``deepspeed.initialize``: the file with the numbers of the run filled in.
+
+    Makes no collective.
 
     Args:
         source: Path of the JSON file, or its content, which is not changed.
@@ -210,7 +229,7 @@ def conflicts(source: str | EngineDict, config: Config, *, trains: bool = True) 
     """Return a message for each number of the file that differs from the options of the run.
 
     Args:
-        source: Path of the JSON file, or its content, without problems of its own.
+        source: Path of the JSON file, or its content, which has passed ``check_engine``.
         config: Options of the run.
         trains: True: also return a message if the NVMe folder cannot be written to.
     """
@@ -236,7 +255,7 @@ def world_problems(engine: EngineDict, config: Config, world_size: int, place: s
         engine: Content of the DeepSpeed file.
         config: Options of the run.
         world_size: Number of ranks.
-        place: Name of the file for messages.
+        place: Name of the file, with which messages begin.
     """
     problems = []
     train = config.train
@@ -253,7 +272,14 @@ def world_problems(engine: EngineDict, config: Config, world_size: int, place: s
 
 
 def training_numbers(config: Config) -> dict[str, object]:
-    """Return {DeepSpeed key: value} for the values that the options of the run set."""
+    """Return the values of the DeepSpeed file that the options of the run set.
+
+    Args:
+        config: Options of the run.
+
+    Returns:
+        {dotted DeepSpeed key: value}.
+    """
     return {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
         "gradient_accumulation_steps": config.train.gradient_accumulation_steps,
@@ -266,8 +292,8 @@ def differs(place: str, key: str, theirs: object, ours: object) -> str:
     """Return the message for a number that the file and the run set differently.
 
     Args:
-        place: Name of the file for messages.
-        key: Path of the key in the file.
+        place: Name of the file, with which the message begins.
+        key: Dotted path of the key in the file.
         theirs: Value in the file.
         ours: Value of the run.
     """
@@ -283,6 +309,10 @@ def load(source: str | EngineDict) -> tuple[EngineDict, str]:
     Args:
         source: Path of the JSON file, or its content, which is returned as it is.
 
+    Returns:
+        (content, path of the file); for a given content the second is "the DeepSpeed
+            configuration".
+
     Raises:
         ConfigError: The file cannot be read.
     """
@@ -296,7 +326,12 @@ def load(source: str | EngineDict) -> tuple[EngineDict, str]:
 
 
 def value_at(engine: Mapping[str, Any], dotted: str) -> Any:
-    """Return the value at the dotted path ``a.b.c`` in nested dicts; None if a key is missing."""
+    """Return the value at a dotted path in nested dicts, or None if a key is missing.
+
+    Args:
+        engine: Content of a DeepSpeed file.
+        dotted: Path such as "zero_optimization.offload_param.device".
+    """
     value: Any = engine
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
@@ -304,7 +339,13 @@ def value_at(engine: Mapping[str, Any], dotted: str) -> Any:
 
 
 def set_at(engine: EngineDict, dotted: str, value: object) -> None:
-    """Set the value at the dotted path ``a.b`` in nested dicts; missing dicts are created."""
+    """Set the value at a dotted path in nested dicts, in place; missing dicts are created.
+
+    Args:
+        engine: Content of a DeepSpeed file, which is changed.
+        dotted: Path such as "bf16.enabled".
+        value: New value.
+    """
     *way, last = dotted.split(".")
     for key in way:
         engine = engine.setdefault(key, {})

@@ -60,13 +60,13 @@ KEYS: dict[str, Any] = {
     },
     "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool},
 }
-"""{key: what its value may be}: a type, a tuple of allowed words, or a dict with the keys of a
-block."""
+"""{key of the file: what its value may be}. The latter is a type, a tuple of allowed words, or a
+dict with the keys of a nested ``{...}`` block."""
 
 PACKED = "it works on numbers, and the base model is packed 4-bit bytes"
-"""Reason why keys that compute with weights are refused."""
+"""Reason, for messages, why keys that compute with the weights are refused."""
 STATISTICS = "importance statistics are read from these gradients"
-"""Reason why keys that reduce the precision of gradients are refused."""
+"""Reason, for messages, why keys that reduce the precision of gradients are refused."""
 
 FIXED: dict[str, tuple[object, str]] = {
     "zero_optimization.stage": (3, "only stage 3 shards the base model"),
@@ -82,7 +82,8 @@ FIXED: dict[str, tuple[object, str]] = {
     "zero_allow_untested_optimizer": (True, "the optimizer is this project's own"),
     "zero_force_ds_cpu_optimizer": (False, "the optimizer is this project's own"),
 }
-"""{key: (the only value that works, reason)}. All keys but the stage may be left out."""
+"""{dotted key: (the only value that works, reason)}. All of these keys except
+zero_optimization.stage may be left out."""
 
 AT_LEAST_ONE = {
     "steps_per_print",
@@ -92,13 +93,13 @@ AT_LEAST_ONE = {
     "aio.queue_depth",
     "aio.intra_op_parallelism",
 }
-"""Numbers that must not be 0: DeepSpeed divides by them or waits for that many, and would fail or
-hang."""
+"""Dotted keys of numbers that must not be 0, because DeepSpeed divides by them or waits for that
+many, and would fail or hang."""
 
 WHY_NOT = {
     "zero_optimization.offload_optimizer.device": "packed moments do not fit its NVMe swapper",
 }
-"""{key: reason why some values that DeepSpeed takes do not work here}, for messages."""
+"""{dotted key: reason why some values that DeepSpeed takes do not work here}, for messages."""
 
 KNOWN_ELSEWHERE = {
     "optimizer": "is set by options here. Remove it and set --learning_rate, --weight_decay",
@@ -120,4 +121,5 @@ OWNED = {
     "train_batch_size": "--micro_batch_size x --gradient_accumulation_steps x ranks",
     "bf16.enabled": "--precision",
 }
-"""{key: options of the run that set its number}. The file may have "auto" or an equal number."""
+"""{dotted key: options of the run that set its number}. The file may have "auto" or an equal
+number."""

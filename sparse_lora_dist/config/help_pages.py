@@ -17,12 +17,16 @@ ACTIONS = {
     "help": "Print the common options and exit; with a METHOD, its options.",
     "help_all": "Print all options and exit.",
 }
-"""{flag that is not an option of the run: help text}."""
+"""{flag that is not an option of a run: its help text}."""
 COLUMN = 24  # where help texts begin
 
 
 def help_page(flags: Flags, program: Program) -> str | None:
-    """Return the help page that the flags ask for, or None if they ask for none.
+    """Return the help page that the command line asks for, or None if it asks for none.
+
+    Args:
+        flags: Flags of the command line with the words that follow them.
+        program: Program whose help is asked for.
 
     Raises:
         ConfigError: ``--help`` is followed by a word that is not a method.
@@ -47,8 +51,8 @@ def _not_a_method(words: list[str]) -> list[str]:
 
 
 def common_page(program: Program) -> str:
-    """Return the page of ``--help``: the common options by section, and the names of all
-    methods."""
+    """Return the page of ``--help``: the common options of ``program`` by section, and the names of
+    all methods."""
     options = {name: o for name, o in known_options(program).items() if _is_common(program, name)}
     names = _wrapped("  ", ", ".join(methods.METHODS) + ".")
     head = "Methods (--help METHOD describes one and lists its options):"
@@ -60,7 +64,12 @@ def _is_common(program: Program, name: str) -> bool:
 
 
 def method_page(program: Program, method: str) -> str:
-    """Return the page of ``--help METHOD``: what the method does, and its options."""
+    """Return the page of ``--help METHOD``: what the method does, and its options.
+
+    Args:
+        program: Program whose help is asked for.
+        method: Name of the method.
+    """
     factory = methods.METHODS[method]
     options = {name: o for name, o in known_options(program).items() if o.method == method}
     lines = list(_sections(options, program)) or ["This method has no options of its own."]
@@ -68,8 +77,8 @@ def method_page(program: Program, method: str) -> str:
 
 
 def full_page(program: Program) -> str:
-    """Return the page of ``--help_all``: the options of a run by section, those of each method, and
-    what each method does."""
+    """Return the page of ``--help_all``: all options of ``program`` by section, and what each
+    method does."""
     known = known_options(program)
     summaries = (_entry(name, m.summary + ".") for name, m in methods.METHODS.items())
     return "\n".join([*_head(program), *_sections(known, program), "Methods:", *summaries])
@@ -96,7 +105,7 @@ def _title(option: Option) -> str:
 
 
 def _with_default(text: str, option: Option) -> str:
-    """Return a help text followed by the allowed words that it does not name, and by the
+    """Return a help text followed by what it lacks: allowed words that it does not name, and the
     default."""
     words = choices(option.hint)
     if not all(word in text for word in words):
@@ -105,7 +114,11 @@ def _with_default(text: str, option: Option) -> str:
 
 
 def shown(value: object) -> str:
-    """Return a default as it is written on the command line, e.g. "a,b", "true" or "null"."""
+    """Return a default as it is written on the command line, e.g. "a,b", "true" or "null".
+
+    Args:
+        value: Default of an option: a number, text, a boolean, None, or a list or tuple.
+    """
     if isinstance(value, list | tuple):
         return ",".join(map(str, value)) or "[]"
     if value is None:

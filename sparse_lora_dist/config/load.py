@@ -28,9 +28,10 @@ from sparse_lora_dist.errors import ConfigError
 
 
 def load_config(argv: Sequence[str]) -> Config:
-    """Return the options of a training run.
+    """Return the checked options of a training run.
 
-    ``--help``, ``--help_all`` and ``--print_config`` print on rank 0 and exit with status 0.
+    ``--help``, ``--help_all`` and ``--print_config`` print on rank 0 and exit with status 0 on all
+    ranks.
 
     Args:
         argv: The words after the program's name.
@@ -87,13 +88,16 @@ def build(
     *,
     trains: bool = True,
 ) -> Config | None:
-    """Return the Config of the given values and the defaults, or None if a section is invalid.
+    """Check the given values and combine them with the defaults into a Config.
 
     Args:
-        values: {option: value} that the user gave.
+        values: {option: parsed value} that the user gave.
         options: All options of the program, by name.
-        problems: A message is appended for each problem.
+        problems: List of messages. One is appended for each problem.
         trains: True: data, output folder and trackers are checked too, not only the model.
+
+    Returns:
+        The Config, or None if a section is invalid or sections contradict each other.
     """
     flat: dict[str, Any] = {name: option.default for name, option in options.items()} | dict(values)
     parts = parts_of(flat, problems)
@@ -117,7 +121,8 @@ def saved_config(saved: Mapping[str, Any]) -> Config:
     """Rebuild a Config from a saved ``Config.as_flat_dict()``, e.g. from a run's run.yaml.
 
     Args:
-        saved: {option: value}. Files and folders that it names need not exist here.
+        saved: {option: value}. Files and folders that it names need not exist on this machine. An
+            option that is missing gets its default.
 
     Raises:
         ConfigError: This version does not know an option, or does not allow a value.
@@ -137,14 +142,15 @@ def saved_config(saved: Mapping[str, Any]) -> Config:
 
 
 def parts_of(flat: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Build the sections of a Config.
+    """Build the sections of a Config, and the options of its method.
 
     Args:
         flat: {option: value} of all options.
-        problems: A message is appended for each problem.
+        problems: List of messages. One is appended for each problem.
 
     Returns:
-        {attribute of Config: section}, with None for an invalid section.
+        {attribute of Config: section}, with None for an invalid section. Without a known method
+            there is no entry "method_options".
     """
     parts = {name: make(section, flat, problems) for name, section in SECTIONS.items()}
     name = flat["method"]
@@ -157,11 +163,14 @@ def parts_of(flat: Mapping[str, Any], problems: list[str]) -> dict[str, Any]:
 
 
 def whole(parts: dict[str, Any], problems: list[str]) -> Config | None:
-    """Return the Config made of its sections, or None if they contradict each other.
+    """Build the Config from its sections.
 
     Args:
         parts: {attribute of Config: section}.
-        problems: A message is appended for each contradiction.
+        problems: List of messages. One is appended for each contradiction between sections.
+
+    Returns:
+        The Config, or None if the sections contradict each other.
     """
     try:
         return Config(**parts)
@@ -171,12 +180,15 @@ def whole(parts: dict[str, Any], problems: list[str]) -> Config | None:
 
 
 def make(part: type[Any], flat: Mapping[str, Any], problems: list[str]) -> Any:
-    """Return an instance of a dataclass of options, or None if a value is invalid.
+    """Build one section: an instance of a dataclass of options, which checks its values.
 
     Args:
         part: The dataclass.
         flat: {option: value} of at least the options that are its fields.
-        problems: A message is appended for each problem.
+        problems: List of messages. One is appended for each problem.
+
+    Returns:
+        The instance, or None if a value is invalid.
     """
     try:
         return part(**{f.name: flat[f.name] for f in fields(part)})

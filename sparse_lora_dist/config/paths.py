@@ -1,6 +1,7 @@
 """Resolve "default", paths and hub ids in options, and find paths that do not exist.
 
-No file is opened and the hub is not asked.
+"default" stands for the model and data that come with the repository. No file is opened, and the
+Hugging Face hub is not asked.
 """
 
 import re
@@ -38,7 +39,13 @@ def resolve_default(option: str, value: str) -> str:
 
 
 def eval_source(data: DataConfig) -> str | None:
-    """Return the path or hub id of the held-out data, or None if there is none."""
+    """Return the path or hub id of the held-out data, or None if there is none.
+
+    Without --eval_data there is none, unless --data is "default".
+
+    Args:
+        data: The data section of the options.
+    """
     if data.eval_data is not None:
         return resolve_default("eval_data", data.eval_data)
     return resolve_default("eval_data", "default") if data.data == "default" else None
@@ -65,12 +72,14 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
 
 
 def missing_files(flat: Mapping[str, Any]) -> list[str]:
-    """Return messages about --chat_template and --revision, which every program takes.
-
-    There is one if the template does not exist, and one if a revision is given for a local model.
+    """Check --chat_template and --revision, which every program takes.
 
     Args:
         flat: {option: value} of all options.
+
+    Returns:
+        Messages: one if the template does not exist, and one if a revision is given for a local
+            model.
     """
     problems = []
     if flat["chat_template"] is not None and not Path(flat["chat_template"]).expanduser().is_file():
@@ -109,8 +118,11 @@ def missing_source(option: str, value: str) -> list[str]:
 
 
 def looks_local(value: str) -> bool:
-    """Return True if ``value`` can only be a path: it does not have the form of a hub id, ``name``
-    or ``owner/name``."""
+    """Return True if ``value`` can only be a path.
+
+    That is so if it does not have the form of a hub id, ``name`` or ``owner/name``, or if it begins
+    like a path or ends like a data file.
+    """
     return (
         value.startswith(("/", ".", "~"))
         or value.endswith(DATA_SUFFIXES)

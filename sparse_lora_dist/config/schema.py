@@ -29,14 +29,14 @@ WORDS = {
     str: "text",
     type(None): "null",
 }
-"""{type of an option: the type in words}."""
+"""{Python type of an option: the type in words}, for messages."""
 LISTS = {int: "a list of whole numbers", float: "a list of finite numbers"}
-"""{type of the items of a list: the list in words}."""
+"""{type of the items of a list: the list in words}, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Program:
-    """A program in launcher/ that takes the options of a training run, and maybe some of its
+    """A program in launcher/ that takes the options of a training run, and possibly some of its
     own."""
 
     name: str
@@ -67,7 +67,7 @@ class Option:
     """One option of a program."""
 
     hint: Any
-    """Type of the value, a type hint."""
+    """Type hint of the value, e.g. ``int | None``."""
     default: object
     section: str
     """Title of the section of help pages that has the option."""
@@ -76,9 +76,15 @@ class Option:
 
 
 def known_options(program: Program = TRAIN) -> dict[str, Option]:
-    """Return {name: Option} of all options that a program takes, those of all methods included.
+    """Return all options that a program takes, those of all methods included.
 
     Methods that are added to ``METHODS`` later are found by later calls.
+
+    Args:
+        program: The program; by default launcher/train.py.
+
+    Returns:
+        {name: Option}; the program's own options come first.
     """
     return {
         f.name: Option(
@@ -93,7 +99,11 @@ def known_options(program: Program = TRAIN) -> dict[str, Option]:
 
 
 def _owners(program: Program) -> Iterator[tuple[str | None, type[Any]]]:
-    """Yield (method or None, dataclass of options); the program's own options come first."""
+    """Yield (method or None, dataclass of options) for every dataclass whose options ``program``
+    takes.
+
+    The program's own options come first, those of methods last.
+    """
     for section in ([program.own] if program.own else []) + list(SECTIONS.values()):
         yield None, section
     for name, factory in methods.METHODS.items():
@@ -101,7 +111,8 @@ def _owners(program: Program) -> Iterator[tuple[str | None, type[Any]]]:
 
 
 def build_parser(program: Program = TRAIN) -> ArgumentParser:
-    """Return the parser that knows the type and the help text of every option of ``program``."""
+    """Return the jsonargparse parser that knows the type and the help text of every option of
+    ``program``."""
     return _parser(program, tuple(methods.METHODS.items()))
 
 
@@ -120,29 +131,29 @@ def _parser(
 
 
 def help_texts(program: Program = TRAIN) -> dict[str, str]:
-    """Return {option: help text on one line}."""
+    """Return {option: help text on one line} of all options of ``program``."""
     actions = build_parser(program)._actions
     return {action.dest: " ".join((action.help or "").split()) for action in actions}
 
 
 def may_be_null(hint: Any) -> bool:
-    """Return True if an option of this type may be null."""
+    """Return True if an option of the type ``hint`` may be null."""
     return type(None) in get_args(hint)
 
 
 def is_switch(hint: Any) -> bool:
-    """Return True if an option of this type may be given as a flag without a value, which means
-    true."""
+    """Return True if an option of the type ``hint`` may be given as a flag without a value, which
+    means true."""
     return bool in (hint, *get_args(hint))
 
 
 def takes_list(hint: Any) -> bool:
-    """Return True if an option of this type takes a list of names or numbers."""
+    """Return True if an option of the type ``hint`` takes a list of names or numbers."""
     return any(get_origin(t) is tuple for t in (hint, *get_args(hint)))
 
 
 def items_in(text: str, hint: Any) -> Any:
-    """Split the text given for an option that takes a list; return a list, or the text unchanged.
+    """Split the text that was given on the command line for an option that takes a list.
 
     ``a,b`` gives ["a", "b"] and ``a`` gives ["a"]. The text is returned unchanged if it is
     ``all-linear``, if it starts with ``[`` (the parser reads it as YAML), or if the option also
@@ -151,6 +162,9 @@ def items_in(text: str, hint: Any) -> Any:
     Args:
         text: Value as written on the command line.
         hint: Type of the option.
+
+    Returns:
+        A list of strings, a list of floats if the option takes floats, or ``text``.
     """
     if text.startswith("[") or text == "all-linear":
         return text
@@ -161,9 +175,9 @@ def items_in(text: str, hint: Any) -> Any:
 
 
 def _number(text: str) -> float | str:
-    """Return ``text`` as a float if Python can read it as one, otherwise as it is.
+    """Return ``text`` as a float if Python can read it as one, otherwise unchanged.
 
-    YAML 1.1 would take 3e-4 for text.
+    The YAML parser is not used for this, because YAML 1.1 would take 3e-4 for text.
     """
     try:
         return float(text)
@@ -172,7 +186,7 @@ def _number(text: str) -> float | str:
 
 
 def describe(hint: Any) -> str:
-    """Return a type in words for messages, such as "a whole number or null"."""
+    """Return a type hint in words for messages, such as "a whole number or null"."""
     arguments = get_args(hint)
     if get_origin(hint) in (types.UnionType, Union):
         return " or ".join(describe(t) for t in arguments)
@@ -184,7 +198,9 @@ def describe(hint: Any) -> str:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """Return the words that a Literal type allows, also if it may be null; empty for other
-    types."""
+    """Return the words that the type ``hint`` allows if it is a Literal, possibly with None.
+
+    For other types the result is empty.
+    """
     literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
     return tuple(str(word) for literal in literals for word in get_args(literal))

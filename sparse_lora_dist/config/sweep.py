@@ -1,4 +1,7 @@
-"""A sweep: a YAML file of options, some with a list of values, is expanded into several runs."""
+"""Expand a sweep, a YAML file of options of which some have a list of values, into several runs.
+
+Called by launcher/grid.py. Every combination of the values in lists is one run.
+"""
 
 import re
 from collections.abc import Sequence
@@ -24,7 +27,8 @@ class Grid:
     path: str
     """Path of the sweep's YAML file."""
     runs: dict[str, list[str]]
-    """{name of the run's folder: its options as words of a command line}."""
+    """{name of the run's folder: its options as words of a command line}, in the order of run
+    numbers."""
     number: int | None
     """Number of the run to print, from 0. None: all runs are listed."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -50,12 +54,18 @@ def load_grid(argv: Sequence[str]) -> Grid:
 
 
 def read(path: Path) -> dict[str, str | list[str]]:
-    """Return the content of a sweep's file, with all values as text.
+    """Return the content of a sweep's YAML file, with all values as text.
 
     Text keeps values such as ``2e-4`` and ``true`` as they are written for the command line.
 
+    Args:
+        path: Path of the file.
+
+    Returns:
+        {option: value, or list of values}.
+
     Raises:
-        UserError: The file cannot be read, or is not a list of options.
+        UserError: The file cannot be read, or does not have the form ``name: value``.
     """
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
@@ -67,10 +77,10 @@ def read(path: Path) -> dict[str, str | list[str]]:
 
 
 def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
-    """Return the options of every combination of the values in lists; the last list changes
-    fastest.
+    """Expand a sweep into one run for every combination of the values in lists.
 
-    ``{rank: [8, 16], seed: [0, 1]}`` gives rank=8,seed=0; rank=8,seed=1; rank=16,seed=0; ...
+    The last list changes fastest: ``{rank: [8, 16], seed: [0, 1]}`` gives the runs rank=8,seed=0;
+    rank=8,seed=1; rank=16,seed=0; rank=16,seed=1.
 
     Args:
         grid: {option: value, or list of values}.
@@ -99,13 +109,19 @@ def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
 
 
 def _text(value: str | list[str]) -> str:
-    """Return a value as one word; a list, which is one value of an option that takes several names,
-    is joined by commas."""
+    """Return one value of a list as one word of the command line.
+
+    A value that is itself a list, for an option that takes several names, is joined by commas.
+    """
     return ",".join(value) if isinstance(value, list) else value
 
 
 def _folder(chosen: dict[str, str]) -> str:
-    """Return the name of a run's folder, e.g. "method=lora,rank=8", without special characters."""
+    """Return the name of a run's folder, e.g. "method=lora,rank=8", without special characters.
+
+    Args:
+        chosen: {option: value} of the options that the sweep varies.
+    """
     text = ",".join(f"{name}={value}" for name, value in chosen.items())
     return re.sub(r"[^\w.,=+-]+", "-", text) or "run"
 
@@ -138,7 +154,8 @@ def _number(text: str, count: int) -> int:
 
 
 def show(grid: Grid) -> None:
-    """Print the options of run ``grid.number``, one word per line, or a list of all runs."""
+    """Print the options of run ``grid.number``, one word per line, or a list of all runs if it is
+    None."""
     if grid.number is not None:
         print("\n".join(list(grid.runs.values())[grid.number]))
         return

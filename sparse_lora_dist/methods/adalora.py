@@ -3,21 +3,30 @@
     y = W x + (alpha / R) B diag(lambda) A x
     b_t = floor(b_T + (b_0 - b_T) * (1 - (t - begin) / (end - begin))^3)
 
-The method decides every `adalora_every` steps from `adalora_begin` on: the top b_t components of
-all linears together keep their lambda, the others' becomes zero (equation 6). Scores are smoothed
-|w * dL/dw| times its smoothed deviation, summed over a component (`shared/triplets.py`). A and B
-of all components go on training, so a component may return. At the end, `adalora_final` of the run
-before its last step, the choice is final: the other components lose A, B and lambda and are no
-longer computed. A linear may end without any component.
+Component i is row i of A, column i of B and lambda_i. b_t is the budget at step t: the number of
+components that all linears together keep. It falls from b_0 at step begin to b_T at step end.
+
+The method decides every `adalora_every` steps from `adalora_begin` on: the b_t components of
+highest score keep their lambda, and the lambda of all others becomes zero (equation 6). The score
+of an entry is the smoothed |w * dL/dw| times its smoothed deviation; that of a component is the sum
+over its entries (`shared/triplets.py`). A and B of all components go on training, so a component
+may return. The last choice comes when `adalora_final` of the run is left, and is final: the other
+components lose A, B and lambda and are no longer computed. A linear may end without any component.
 
 This implementation differs from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and
-PEFT: importance is w * dL/dw at the same w, not w after the step times the gradient before it;
-exactly b_t components stay, ties by lowest index, even where b_t is all of them and both fail; the
-penalty is the paper's squared norm, which `--adalora_preset released` changes; lambda has a
-learning rate of its own (`triplets.triplet_tensors`). On the same parameters and gradients,
-decisions equal those of PEFT's `RankAllocator` (`tests/methods/test_adalora.py`). Under ZeRO-3
-PEFT's own either raises or never masks the fp32 masters; here masked lambdas are zero there too
-(`python benchmarks/peft_adalora.py`).
+PEFT:
+
+- Importance is w * dL/dw at the same w. There it is w after the step times the gradient before it.
+- Exactly b_t components stay, those of lowest index among equal scores. This also holds where b_t
+  is the number of all components, a case in which both of them fail.
+- The penalty is the paper's squared norm. `--adalora_preset released` takes the unsquared norm of
+  the released code.
+- Lambda has a learning rate of its own (`triplets.triplet_tensors`).
+
+On the same parameters and gradients, decisions equal those of PEFT's `RankAllocator`
+(`tests/methods/test_adalora.py`). Under ZeRO-3, PEFT's own AdaLoRA either raises an error or never
+masks the fp32 master weights. Here masked lambdas are zero there too (`python
+benchmarks/peft_adalora.py`).
 
 - **Optimizer state:** 8 bytes x trained entries; falls once, at the final choice.
 - **Statistics:** 8 bytes x trained entries until the final choice.
@@ -25,7 +34,7 @@ PEFT's own either raises or never masks the fp32 masters; here masked lambdas ar
 - **Choose it when:** a total rank is given and you want its best distribution over linears.
 - **Paper:** Zhang et al. 2023, arXiv:2303.10512.
 
-Shapes: R rank, S sites.
+Shapes: R rank, S sites (adapted linears).
 """
 
 from dataclasses import dataclass
@@ -115,7 +124,11 @@ class AdaLoraOptions:
 
 
 def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of AdaLoRA for a run.
+    """Return the `Method` that describes AdaLoRA to training, planning and export.
+
+    Args:
+        options: Values of the --adalora options.
+        context: Length and adapted linears of the run.
 
     Raises:
         ValueError: --adalora_target_rank asks for more components than the linears have, or the run
@@ -175,7 +188,15 @@ def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
 
 
 def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]:
-    """Return the number of components of the whole model at the start and at the end of pruning."""
+    """Return how many components the whole model has at the start and at the end of pruning.
+
+    Args:
+        options: Values of the --adalora options.
+        context: Adapted linears of the run.
+
+    Returns:
+        (number at the start, number at the end).
+    """
     capacity = sum(site.rank for site in context.sites)
     if options.adalora_target_rank is None:
         return capacity, max(len(context.sites), capacity * 2 // 3)
@@ -183,7 +204,7 @@ def budget_ends(options: AdaLoraOptions, context: RunContext) -> tuple[int, int]
 
 
 def top_components(scores: dict[str, Tensor], budget: int) -> dict[str, Tensor]:
-    """Select the ``budget`` best components over all sites; ties: lowest index.
+    """Select the ``budget`` components of highest score over all sites; of equal scores, the first.
 
     Args:
         scores: Site name -> scores of its components, [R].
@@ -204,14 +225,15 @@ def keep(
 ) -> Decision:
     """Return the decision to keep some components and prune the others.
 
-    Before the final decision, a pruned component has its lambda set to zero but trains on and may
-    return. At the final decision it loses A, B and lambda for good and is no longer computed.
+    Before the final decision, a pruned component has its lambda set to zero, but its A and B go on
+    training and it may return. At the final decision it loses A, B and lambda for good and is no
+    longer computed.
 
     Args:
         scores: Scores of the run; used to spread the masks over this rank's slices.
         kept: Site name -> mask of the components to keep, bool [R].
         final: True for the final decision.
-        log_values: Numbers to log with the decision.
+        log_values: Numbers to log with the metrics of this step, by name.
     """
     kept_parts = {
         f"{site}.{name}": scores.spread(f"{site}.{name}", kept_R, by)

@@ -2,27 +2,32 @@
 
     y = W x + (alpha / R) (B A + sum over earlier links j of B_j A_j) x
 
-In each link A is drawn anew as LoRA's, and B starts at zero. A link has a learning-rate schedule
-and moments of its own. The update has rank up to `cola_links` x R where R trains at a time.
+A *link* is one of `cola_links` equal parts of the run. At its start A is drawn anew as LoRA's is,
+and B is zero. Each link has its own learning-rate schedule and Adam moments. The update has rank up
+to `cola_links` x R, while only R components train at a time.
 
-The method decides at the end of each of `cola_links` equal stages but the last: the trained pair
-is folded into a frozen stack beside the base, C (Q x I) and D (O x Q) in fp32, where D C is the
-sum of the pairs. If `cola_stack_rank` bounds Q, the sum is replaced by the nearest product of rank
-Q; its relative distance is logged as `fold_error`.
+The method decides at the end of each link but the last: the trained pair (A, B) is moved into a
+frozen pair beside the base, the stack, of C (Q x I) and D (O x Q) in fp32, where D C is the sum of
+the products of all earlier pairs. If `cola_stack_rank` limits Q, the sum is replaced by the nearest
+product of rank Q; its relative distance is logged as `fold_error`.
 
-This implementation differs from the paper: it merges each pair into the weight, which a 4-bit base
-would mostly round away. The paper's merged pairs see the whole input; the stack sees it after
-dropout. The variant whose rank falls from link to link is not implemented.
+This implementation differs from the paper:
+
+- The paper merges each pair into the weight. A 4-bit base would mostly round it away, so the stack
+  holds it here.
+- The paper's merged pairs see the whole input; the stack sees it after dropout.
+- The variant whose rank falls from link to link is not implemented.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
 - **Statistics:** none; 4 bytes x entries of the frozen stack, Q (I + O) a linear.
 - **Exports as:** PEFT LoRA of rank R + Q, merged model or sparse delta.
-- **Choose it when:** you want an update of higher rank than can train at a time; forward pays for
-  rank R + Q.
+- **Choose it when:** you want an update of higher rank than can train at a time; forward costs as
+  much as that of LoRA of rank R + Q.
 - **Paper:** Xia et al. 2024, arXiv:2401.04151.
 
-Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L components of a
-sum.
+Shapes: T tokens, I in_features, O out_features, R rank, Q rank of the stack, L components of a sum.
 """
 
 from dataclasses import dataclass
@@ -47,7 +52,7 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 ROOM = 8
-"""Default for the rank of the stack: at most this many times --rank."""
+"""The default --cola_stack_rank is at most this many times --rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +76,15 @@ class ColaOptions:
 
 
 def cola(options: ColaOptions, context: RunContext) -> Method:
-    """Build the `Method` record of Chain of LoRA for a run.
+    """Return the `Method` that describes Chain of LoRA to training, planning and export.
+
+    Args:
+        options: Values of the --cola options.
+        context: Length, warm-up and adapted linears of the run.
 
     Raises:
-        ValueError: A link is shorter than the warm-up, or --cola_stack_rank is above the smallest
-            side of a linear.
+        ValueError: A link (one of the equal parts of the run) is shorter than the warm-up, or
+            --cola_stack_rank is above the smallest side of a linear.
     """
     if options.cola_links == 1:
         return Method(name="cola")
@@ -102,7 +111,12 @@ def cola(options: ColaOptions, context: RunContext) -> Method:
 
 
 def check(options: ColaOptions, context: RunContext) -> None:
-    """Raise ValueError if --cola_stack_rank is above the smallest side of a linear."""
+    """Raise ValueError if --cola_stack_rank is above the smallest side of a linear.
+
+    Args:
+        options: Values of the --cola options.
+        context: Adapted linears of the run.
+    """
     least = min(context.sites, key=lambda site: min(site.out_features, site.in_features))
     side = min(least.out_features, least.in_features)
     if options.cola_stack_rank is not None and options.cola_stack_rank > side:
@@ -113,10 +127,15 @@ def check(options: ColaOptions, context: RunContext) -> None:
 
 
 def stack_rank(site: Site, options: ColaOptions) -> int:
-    """Return the rank of the frozen stack beside ``site``.
+    """Return the rank of the frozen stack of ``site``, the pair that holds all earlier trained
+    pairs.
 
     It is the sum of the ranks of all folded pairs, but at most --cola_stack_rank (8 x --rank if
     that is not given) and at most the smallest side of the linear.
+
+    Args:
+        site: The linear that is adapted.
+        options: Values of the --cola options.
     """
     pairs = (options.cola_links - 1) * site.rank
     asked = options.cola_stack_rank or ROOM * site.rank
@@ -126,7 +145,12 @@ def stack_rank(site: Site, options: ColaOptions) -> int:
 def stacked(site: Site, options: ColaOptions) -> Form:
     """Return the form of a site with a trained pair (A, B) and a frozen stack (C, D).
 
-    C and D are kept tensors, named ``cola_a`` and ``cola_b``.
+    The product D C of the stack is the sum of all earlier pairs. C and D are kept tensors, named
+    ``cola_a`` and ``cola_b``.
+
+    Args:
+        site: The linear that is adapted.
+        options: Values of the --cola options.
     """
     rank = stack_rank(site, options)
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
@@ -145,26 +169,40 @@ def stacked(site: Site, options: ColaOptions) -> Form:
 
 
 def stacked_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """Return the delta y_TO = scale * x (B A + D C)^T, where C, D is the frozen stack."""
+    """Return what the site adds to the linear's output: scale * x (B A + D C)^T.
+
+    Args:
+        x_TI: Input of the linear, [T tokens, in_features].
+        tensors: The trained pair ``lora_a`` (A) and ``lora_b`` (B), and the frozen stack of earlier
+            pairs, ``cola_a`` (C) and ``cola_b`` (D).
+        scale: Scale of the delta.
+
+    Returns:
+        The delta, [T, out_features].
+    """
     # Not one pair of rank R + Q: autograd would make gradients of the stack too.
     stack = {"lora_a": tensors["cola_a"], "lora_b": tensors["cola_b"]}
     return low_rank_delta(x_TI, tensors, scale) + low_rank_delta(x_TI, stack, scale)
 
 
 def side_by_side(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Return the plain LoRA pair of the same delta: A above C, and B beside D.
+    """Return the plain LoRA pair that gives the same delta as the trained pair (A, B) and the stack
+    (C, D).
 
-    Its rank is the sum of the ranks of the trained pair and of the stack.
+    Returns:
+        (A above C, B beside D). Its rank is the sum of the ranks of the trained pair and of the
+            stack.
     """
     a_LI = torch.cat([tensors["lora_a"], tensors["cola_a"]])
     return a_LI, torch.cat([tensors["lora_b"], tensors["cola_b"]], dim=1)
 
 
 def fold(whole: Whole) -> Rewritten:
-    """Return the site's tensors with the trained pair moved into the stack.
+    """Return the site's tensors after the trained pair was moved into the frozen stack.
 
-    The new trained pair is random in A and zero in B. If the stack would exceed its rank, the
-    nearest product of that rank replaces it; the relative error is logged as ``fold_error``.
+    Called at the end of each link but the last. The new trained pair is random in A and zero in B.
+    If the stack would exceed its rank, the nearest product of that rank replaces it; the relative
+    error is logged as ``fold_error``.
     """
     a_RI, b_OR = whole.tensors["lora_a"], whole.tensors["lora_b"]
     c_QI, d_OQ = whole.tensors["cola_a"], whole.tensors["cola_b"]
@@ -189,11 +227,11 @@ def fold(whole: Whole) -> Rewritten:
 def nearest(c_LI: Tensor, d_OL: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Return the product of rank ``rank`` that is nearest to D C in the Frobenius norm.
 
-    The singular values of D C come from QR decompositions of both factors, so that the O x I
-    product is never made.
+    The singular values of D C come from QR decompositions of both factors, so that the [O, I]
+    product is never computed.
 
     Args:
-        c_LI: C, right factor of the product.
+        c_LI: C, right factor of the product of rank L.
         d_OL: D, left factor of the product.
         rank: Rank of the result, at most L.
 

@@ -3,37 +3,51 @@
     y = W x + (alpha / R) B diag(lambda) A x
     score of a linear = mean_t * spread_t           (smoothed importance and its deviation)
 
-The method decides every `increlora_every` steps (nu) between `increlora_begin` and
-`increlora_end`: the h linears of highest score open n components each, until the ranks add up to
-the budget; the last growth opens what is left. What a linear at its capacity R cannot take goes to
-the next in order.
+Component i is row i of A, column i of B and lambda_i. R is `--rank`, the largest number of
+components that a linear can have.
 
-- Advance learning: the next component, the reserve, trains before it is opened. Its row of A and
-  column of B move while its lambda is held at 1e-5. At the budget, reserves are zeroed.
-- Restart: a component that is opened warms up on its own, then decays to the end of the run.
+The method decides every `increlora_every` steps between `increlora_begin` and `increlora_end`. The
+linears of highest score, `increlora_modules` of them, open `increlora_pieces` components each,
+until the ranks add up to the budget; the last growth opens what is left of it. What a linear cannot
+take because it has R components goes to the linear of next highest score.
 
-This implementation differs from the paper: the default score is the sum of AdaLoRA's triplet
-scores over the open components, of reduced gradients, so it does not depend on the number of
-ranks. The paper's |dW * dL/dW| is `--increlora_score delta`, which does
-(`triplets.delta_sensitivity`). Lambda has a learning rate of its own (`triplets.triplet_tensors`).
-With one component a linear at first, a short run needs a higher `--learning_rate` than LoRA.
+- Advance learning: the next component of a linear, the reserve, trains before it is opened. Its row
+  of A and column of B are trained while its lambda is held at 1e-5. When the budget is reached,
+  reserves are set to zero.
+- Own schedule: the learning rate of a component that is opened warms up from zero at that step,
+  then decays to the end of the run.
 
-Preset `released` follows github.com/FeiyuZhang98/IncreLoRA (51a2d73): the scale is alpha / open
-components, so the update jumps at growth; h counts linears even where fewer components are left,
-and all ties with the h-th grow, so the budget may be overshot, and then reserves stay; the first
-growth is at step 2 nu; the delta score is divided by sqrt(O I), which favours large linears; the
-penalty is that of `triplets.released_penalty`; A and B start at N(0, 0.02^2). Unlike there,
-components have a capacity.
+This implementation differs from the paper:
 
-- **Optimizer state:** 8 bytes x live entries; grows from the start rank, so its peak is smaller
-  too.
+- The default score of a linear is the sum of AdaLoRA's triplet scores over its open components. It
+  is computed from gradients reduced over all ranks, so it does not depend on the number of ranks.
+  The paper's score, |dW * dL/dW|, is `--increlora_score delta`, and does depend on it
+  (`triplets.delta_sensitivity`).
+- Lambda has a learning rate of its own (`triplets.triplet_tensors`).
+
+With one component per linear at first, a short run needs a higher `--learning_rate` than LoRA.
+
+Preset `released` follows github.com/FeiyuZhang98/IncreLoRA (51a2d73):
+
+- The scale is alpha / open components, so the update jumps when components open.
+- `increlora_modules` counts linears even where fewer components are left in the budget, and all
+  linears that tie with the last one grow. So the budget may be exceeded, and then reserves stay.
+- The first growth is at step 2 x `increlora_every`.
+- The delta score is divided by sqrt(O I), which favours large linears.
+- The penalty is that of `triplets.released_penalty`.
+- A and B start at N(0, 0.02^2).
+
+Unlike in that code, a linear can have at most R components.
+
+- **Optimizer state:** 8 bytes x live entries (those that train); grows from the start rank, so its
+  peak is smaller too.
 - **Statistics:** 8 bytes x trained entries until growth ends; none with `--increlora_score delta`.
 - **Exports as:** PEFT LoRA of each linear's own rank (lambda in A), merged model or sparse delta.
 - **Choose it when:** few linears matter; with `--increlora_score delta` the peak is lower in
   optimizer state and in statistics.
 - **Paper:** Zhang et al. 2023, arXiv:2308.12043.
 
-Shapes: T tokens, I in_features, O out_features, R rank, S sites.
+Shapes: T tokens, I in_features, O out_features, R rank, S sites (adapted linears).
 """
 
 from collections.abc import Sequence
@@ -62,8 +76,8 @@ from sparse_lora_dist.methods.shared.growth import Growth
 from sparse_lora_dist.methods.shared.triplets import WITHIN
 
 RESERVE_LAMBDA = 1e-5
-"""Initial lambda of components that are not open. It is small beside trained lambdas (1e-2 to
-1e-1), but lets gradients reach A and B of the reserve."""
+"""Initial lambda of components that are not open. It is small compared with trained lambdas (1e-2
+to 1e-1), but lets gradients reach the A and B of the next component to open."""
 
 GROWTHS = 10
 """Default number of growth updates between begin and end."""
@@ -151,7 +165,11 @@ class IncreLoraOptions:
 
 
 def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
-    """Return the growth that ``options`` ask for in this run.
+    """Return the growth schedule that the options ask for in this run.
+
+    Args:
+        options: Values of the --increlora options, those of the preset filled in.
+        context: Length and adapted linears of the run.
 
     Raises:
         ValueError: The growth does not fit the run; the message gives every reason.
@@ -188,7 +206,11 @@ def planned(options: IncreLoraOptions, context: RunContext) -> Growth:
 
 
 def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of IncreLoRA for a run.
+    """Return the `Method` that describes IncreLoRA to training, planning and export.
+
+    Args:
+        options: Values of the --increlora options.
+        context: Length and adapted linears of the run.
 
     Raises:
         ValueError: The options do not fit the run; the message gives every reason.
@@ -248,24 +270,31 @@ def increlora(options: IncreLoraOptions, context: RunContext) -> Method:
 
 
 def first_lambda(t: Tensor, generator: torch.Generator, *, start: int) -> None:
-    """Fill ``t``, lambda of a site [R], in place: 0 for the first ``start`` components, which are
-    open from the start, and RESERVE_LAMBDA for the others."""
+    """Fill ``t``, lambda of a site [R], in place with its initial values.
+
+    They are 0 for the components that are open from the start, and RESERVE_LAMBDA for the others.
+
+    Args:
+        t: Tensor to fill.
+        generator: Unused; every ``TensorSpec.init`` has this argument.
+        start: Number of components that are open from the start.
+    """
     t.fill_(RESERVE_LAMBDA)[:start] = 0.0
 
 
 def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
     """Return the decision that makes ``open_S[i]`` components of site i open.
 
-    All entries of open components are live. The next component is the reserve: its row of A and
-    column of B are live, but its lambda is not. There is no reserve at a site without a free
-    component, nor once the budget is reached exactly. Reserves then die, and every lambda that was
-    never live is set to zero.
+    All entries of open components are live, i.e. the optimizer steps them. The next component is
+    the reserve: its row of A and column of B are live, but its lambda is not. There is no reserve
+    at a site without a free component, nor once the budget is reached exactly. Reserves then stop
+    being live, which sets them to zero, and every lambda that was never live is set to zero too.
 
     Example: with rank 4 and 2 open components, the live masks are 1 1 1 0 for A and B, and 1 1 0 0
     for lambda.
 
     Args:
-        growth: Growth of the run.
+        growth: Growth schedule of the run.
         scores: Scores of the run; used to spread the masks over this rank's slices.
         open_S: Number of open components of each site.
     """
@@ -289,7 +318,12 @@ def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
 def open_components(growth: Growth, scores: Scores) -> list[int]:
     """Return the number of open components of each site: those whose lambda is live.
 
-    Components open in ascending order, so the number tells which are open. All ranks must call it.
+    A live entry is one that the optimizer steps. Components open in ascending order, so the number
+    tells which are open. All ranks must call it.
+
+    Args:
+        growth: Growth schedule of the run.
+        scores: Scores of the run.
     """
     names = [f"{site.name}.lora_lambda" for site in growth.sites]
     live = scores.live(dict.fromkeys(names, "row"))
@@ -300,9 +334,12 @@ def component_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> l
     """Return the sum of the triplet scores of each site's open components. All ranks must call it.
 
     Args:
-        growth: Growth of the run.
+        growth: Growth schedule of the run.
         scores: Scores of the run.
         open_S: Number of open components of each site.
+
+    Returns:
+        One score per site, equal on all ranks.
     """
     of = triplets.triplet_scores(scores)
     return [float(of[s.name][:n].sum()) for s, n in zip(growth.sites, open_S, strict=True)]
@@ -322,9 +359,14 @@ def delta_scores(scores: Scores) -> list[float]:
 
 
 def alpha_over_open(alpha: float, capacity: int, open_components: int) -> float:
-    """Return alpha / (open_components + 1e-5), the scale of the authors' code.
+    """Return alpha / (open_components + 1e-5), the scale of a site in the authors' code.
 
-    The delta therefore shrinks when a component opens. ``capacity`` is ignored.
+    The delta therefore shrinks when a component opens.
+
+    Args:
+        alpha: Value of --alpha.
+        capacity: Ignored.
+        open_components: Number of components that are open now.
     """
     return alpha / (open_components + 1e-5)
 

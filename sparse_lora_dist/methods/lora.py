@@ -4,7 +4,7 @@
 
 A starts as U(-1/sqrt(I), 1/sqrt(I)) and B at zero, so the update starts at zero.
 
-Nothing is decided: the rank stays fixed and nothing is pruned. Every field of the `Method` record
+Nothing is decided: the rank stays fixed and nothing is pruned. Every field of `Method`
 defaults to LoRA, so this file fills in the name alone.
 
 This implementation differs from the paper: A is uniform, as in PEFT; the paper says Gaussian.
@@ -22,7 +22,12 @@ from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, NoOp
 
 
 def lora(options: NoOptions, context: RunContext) -> Method:
-    """Build the `Method` record of plain LoRA."""
+    """Return the `Method` that describes plain LoRA to training, planning and export.
+
+    Args:
+        options: Unused; LoRA has no options of its own.
+        context: Unused.
+    """
     return Method(name="lora")
 
 

@@ -5,18 +5,23 @@
 B_aux (O x N) and A_aux (N x I) are random and frozen; A_tr (R x N) starts random, B_tr (N x R) at
 zero. 2 R N parameters train per linear.
 
-Nothing is decided: the frozen factors are made anew from the seed at every use
+Nothing is decided. The frozen factors are computed anew from the seed at every use
 (`hashed_random.py`), and stored nowhere.
 
-This implementation differs from the paper: no code was released, and its first values and sizes
-are not certain. Ours keep the size of what passes through: U(-1/sqrt(I), 1/sqrt(I)) for A_aux as
-for LoRA's A, U(-sqrt(3/N), sqrt(3/N)) for B_aux and for A_tr; both inner sizes are one number,
-`lora_mini_size`.
+This implementation may differ from the paper, whose code was not released and whose initial values
+and sizes are not certain:
+
+- The initial values here keep the size of what passes through: U(-1/sqrt(I), 1/sqrt(I)) for A_aux
+  as for LoRA's A, and U(-sqrt(3/N), sqrt(3/N)) for B_aux and for A_tr.
+- Both inner sizes are one number, `lora_mini_size`.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries, `--rank` x 2 `lora_mini_size` a linear.
 - **Statistics:** none.
 - **Exports as:** PEFT LoRA of rank R, merged model or sparse delta.
-- **Choose it when:** what trains and is saved must be tiny; forward pays for the frozen factors.
+- **Choose it when:** what trains and is saved must be tiny; every forward computes the frozen
+  factors and multiplies by them.
 - **Paper:** Singh et al. 2024, arXiv:2411.15804.
 
 Shapes: T tokens, I in_features, O out_features, R rank, N inner size.
@@ -46,7 +51,12 @@ class LoraMiniOptions:
 
 
 def lora_mini(options: LoraMiniOptions, context: RunContext) -> Method:
-    """Build the `Method` record of LoRA-Mini for a run."""
+    """Return the `Method` that describes LoRA-Mini to training, planning and export.
+
+    Args:
+        options: Value of --lora_mini_size.
+        context: Unused.
+    """
     size = options.lora_mini_size
 
     def form(site: Site) -> Form:
@@ -67,16 +77,30 @@ def lora_mini(options: LoraMiniOptions, context: RunContext) -> Method:
 
 
 def of_one_size(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` in place from U(-sqrt(3/n), sqrt(3/n)), n the length of its last axis.
+    """Fill ``t`` in place from U(-sqrt(3/n), sqrt(3/n)), where n is the length of its last axis.
 
-    Its variance is 1/n, so that a product with ``t`` keeps the size of its input.
+    The variance is 1/n, so that a product with ``t`` keeps the size of its input.
+
+    Args:
+        t: Tensor to fill.
+        generator: Source of the random values.
     """
     bound = sqrt(3 / t.shape[-1])
     t.uniform_(-bound, bound, generator=generator)
 
 
 def nested(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """Return the delta y_TO = scale * x A_aux^T A_tr^T B_tr^T B_aux^T."""
+    """Return what the site adds to the linear's output: scale * x A_aux^T A_tr^T B_tr^T B_aux^T.
+
+    Args:
+        x_TI: Input of the linear, [T tokens, in_features].
+        tensors: The frozen ``aux_a`` (A_aux) and ``aux_b`` (B_aux), and the trained ``lora_a``
+            (A_tr) and ``lora_b`` (B_tr).
+        scale: Scale of the delta.
+
+    Returns:
+        The delta, [T, out_features].
+    """
     z_TR = x_TI @ tensors["aux_a"].to(x_TI.dtype).t() @ tensors["lora_a"].t() * scale
     return z_TR @ tensors["lora_b"].t() @ tensors["aux_b"].to(x_TI.dtype).t()
 

@@ -2,19 +2,24 @@
 
     dW[(h, e), i] = (alpha / R) sum_r In[i, r] E[e, r] H[h, r] L[l, r] M[m, r]
 
-is the update of matrix m in layer l, over heads h of O / H outputs e each. For one linear it is a
-LoRA of rank R with A = In^T.
+is the update of matrix m in layer l. Its outputs are divided into heads h of O / H outputs e each,
+and i is an input. For one linear it equals a LoRA of rank R with A = In^T.
 
-Nothing is decided. All linears must have one shape (`--target_modules`). The layer is the first
-whole number in a linear's name (0 if there is none), and the matrix is the rest of the name, so
-that no two linears share an update.
+Nothing is decided. All linears must have one shape (choose them with `--target_modules`). The layer
+is the first whole number in a linear's name (0 if there is none), and the matrix is the rest of the
+name, so that no two linears share an update.
 
-This implementation differs from the paper: no code could be had, and its first values are not
-known. Ours: In from N(0, 1 / I), E, H and L from N(0, 1), M zero, so that M begins as LoRA's B
-does, between factors of LoRA's size. Heads are on the output side everywhere, also of output
-projections, whose inputs come in heads: so all matrices are treated alike and need not be square.
-The gradient of a factor is summed over all linears in the engine's precision: in bf16 a sum over
-128 linears is off by about 1%.
+This implementation may differ from the paper, whose code could not be had and whose initial values
+are not known:
+
+- In starts from N(0, 1 / I), E, H and L from N(0, 1), and M at zero. So M begins as LoRA's B does,
+  between factors of LoRA's size.
+- The outputs of every linear are divided into heads, also those of output projections, whose inputs
+  are what comes in heads. So all matrices are treated alike and need not be square.
+- The gradient of a factor is summed over all linears in the engine's precision. In bf16 a sum over
+  128 linears is off by about 1%.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries, `--rank` x (inputs + outputs of a head + heads +
   layers + matrices) for the whole model.
@@ -23,8 +28,8 @@ The gradient of a factor is summed over all linears in the engine's precision: i
 - **Choose it when:** what trains must be tiny, and linears of one shape are enough.
 - **Paper:** Hounie et al. 2024, arXiv:2410.04060.
 
-Shapes: T tokens, I in_features, O out_features, H heads, E outputs of a head, L layers, M
-matrices, R CP rank.
+Shapes: T tokens, I in_features, O out_features, H heads, E outputs of a head, L layers, M matrices,
+R CP rank.
 """
 
 from collections import defaultdict
@@ -60,7 +65,11 @@ class LortaOptions:
 
 
 def lorta(options: LortaOptions, context: RunContext) -> Method:
-    """Build the `Method` record of LoRTA for a run.
+    """Return the `Method` that describes LoRTA to training, planning and export.
+
+    Args:
+        options: Value of --lorta_heads.
+        context: Adapted linears of the run.
 
     Raises:
         ValueError: The linears differ in shape, or --lorta_heads does not divide their outputs.
@@ -104,20 +113,27 @@ def lorta(options: LortaOptions, context: RunContext) -> Method:
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` in place from N(0, 1)."""
     t.normal_(generator=generator)
 
 
 def of_unit_columns(t_IR: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t_IR`` in place from N(0, 1 / I), so that its columns have a length of about 1."""
+    """Fill ``t_IR`` in place from N(0, 1 / I), so that its columns have a length of about 1.
+
+    Args:
+        t_IR: Tensor to fill, [I in_features, R rank].
+        generator: Source of the random values.
+    """
     t_IR.normal_(std=len(t_IR) ** -0.5, generator=generator)
 
 
 def place(site: Site) -> tuple[int, str]:
-    """Return the layer and the matrix that a site belongs to.
+    """Split the name of a linear into its layer and its matrix.
 
     The layer is the first whole number in the name (0 if there is none); the matrix is the rest of
     it. "model.layers.3.self_attn.q_proj" gives (3, "model.layers.self_attn.q_proj").
+
+    Returns:
+        (layer, matrix).
     """
     parts = site.name.split(".")
     for i, part in enumerate(parts):
@@ -127,24 +143,33 @@ def place(site: Site) -> tuple[int, str]:
 
 
 def nearest_divisors(number: int, wanted: float) -> list[int]:
-    """Return all divisors of ``number``, sorted by their distance from ``wanted``."""
+    """Return all divisors of ``number``, those nearest to ``wanted`` first."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
     return sorted(divisors, key=lambda n: (abs(n - wanted), n))
 
 
 @cache
 def heads_of(num_outputs: int, wanted: int | None) -> int:
-    """Return the number of heads that the outputs of a linear are split into.
+    """Return the number of heads that the outputs of a linear are divided into.
 
     It is the divisor of ``num_outputs`` that is nearest to ``wanted``. If ``wanted`` is None, it is
     the one nearest to num_outputs / 128, or / 64 below 4096 outputs.
+
+    Args:
+        num_outputs: out_features of the linear.
+        wanted: Value of --lorta_heads.
     """
     usual = num_outputs / (128 if num_outputs >= 4096 else 64)
     return nearest_divisors(num_outputs, wanted or usual)[0]
 
 
 def check_heads(site: Site, wanted: int | None) -> None:
-    """Raise ValueError if ``wanted`` heads do not divide the outputs of ``site``."""
+    """Raise ValueError if ``wanted`` heads do not divide the outputs of ``site``.
+
+    Args:
+        site: One of the adapted linears, which all have the same shape.
+        wanted: Value of --lorta_heads. None passes.
+    """
     if wanted is not None and site.out_features % wanted:
         near = sorted(nearest_divisors(site.out_features, wanted)[:2])
         raise ValueError(
@@ -156,7 +181,7 @@ def check_heads(site: Site, wanted: int | None) -> None:
 def check_shapes(sites: Sequence[Site]) -> None:
     """Raise ValueError if the linears do not all have one shape.
 
-    The message names the largest group of linears that have.
+    The message gives the --target_modules of the largest group of linears that have one shape.
     """
     groups = defaultdict(list)
     for site in sites:
@@ -177,6 +202,10 @@ def own_ending(name: str, others: Sequence[str]) -> str:
     """Return the shortest dotted suffix of ``name`` that no name in ``others`` ends with.
 
     For "layers.0.q_proj" and others ("layers.0.k_proj",) that is "q_proj".
+
+    Args:
+        name: Module name of a linear.
+        others: Module names of the linears that the suffix must not match.
     """
     parts = name.split(".")
     ends = [".".join(parts[i:]) for i in reversed(range(len(parts)))]

@@ -1,38 +1,51 @@
 """LoSA: prune the base in rounds while it is trained, so that the merged model is sparse.
 
-    y = (keep . (W + (alpha / R) B_r A_r)) x            B_r, A_r: the first r of R components
+    y = (keep . (W + (alpha / R) B_r A_r)) x
 
-The update is -W where keep is 0, and (alpha / R) B_r A_r elsewhere.
+W is the base weight of a linear, keep a mask of 0 and 1 of its shape, and "." the product of
+entries. A_r and B_r are the first r of the adapter's R rank-1 components, where R is `--rank`. So
+the adapter adds -W to an entry of the weight where keep is 0, and (alpha / R) B_r A_r elsewhere.
 
-The method decides keep and r of every linear in `losa_rounds` rounds t = 1 ... T, from the running
-mean square of each input feature and the mean inputs of the step's rows:
+The method decides keep and r of every linear in `losa_rounds` rounds t = 1 ... T. It reads the
+running mean square of each input feature ("squares" below), and for each row (sequence) of the step
+the mean of the linear's input over tokens. With s = `losa_sparsity` and spread = `losa_spread`:
 
-    s_t = s - s (1 - t / T)^3                                   sparsity of all linears
-    score = |W + (alpha / R) B A| sqrt(squares)                 lowest pruned in each row (Wanda)
-    importance = exp(-mean linear CKA of a linear's inputs with those of the others)
-    sparsity of a linear: from s_t + spread, least important, to s_t - spread
-    r: in proportion to the share of the scores' squares lost at s_t; rbar_t on average
+    s_t = s - s (1 - t / T)^3                       sparsity in round t, on average over all linears
+    score = |W + (alpha / R) B A| sqrt(squares)     the lowest in each row of W are pruned (Wanda)
+    importance = exp(-mean linear CKA of the linear's inputs with those of the other linears)
+    sparsity of the linear: from s_t + spread (least important) to s_t - spread (most important)
+    error = (sum of squared scores that would be pruned at s_t) / (sum of all squared scores)
+    r: in proportion to the linear's error
 
-Each round begins with fresh moments, as in the released code.
+The average of r over linears is `losa_mean_rank` in the last round and one less in each earlier
+one, but at least 1. Each round begins with fresh Adam moments, as in the released code.
 
 This implementation differs from the released code (github.com/wzhuang-xmu/LoSA, 51b4e57):
-components go up to R (there at most 8 exist, and higher ranks are cut); a linear's r never falls,
-so nothing learnt is lost; linears are weighed one by one, not decoder layers; sparsity is
-corrected in proportion to how far importance is from its mean over weights, which keeps the
-average exactly (there a linear program, SLSQP, gives nearly all linears either bound); the error
-is that of the linear's own output, features taken as uncorrelated; a pruned weight may return,
-since W stays; statistics are those of the run's batches. `--dropout` is refused: it would bring
-pruned weights back at random.
+
+- A linear can have up to R components. In the released code at most 8 exist, and higher ranks are
+  cut.
+- The r of a linear never falls, so that nothing learnt is lost.
+- Importance is measured for each linear, not for each decoder layer.
+- The sparsity of a linear deviates from s_t in proportion to how far its importance is from the
+  mean over all weights, which keeps the average exactly. The released code solves a linear program
+  (SLSQP), which gives nearly all linears either bound.
+- The error of a linear is that of its own output, with its input features taken as uncorrelated.
+- A pruned weight may return in a later round, because W itself is not changed.
+- The statistics are those of the run's own batches.
+- `--dropout` is refused, because it would bring pruned weights back at random.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
 - **Statistics:** 8 bytes x input features of each linear; one bit x base weights for the mask.
 - **Exports as:** merged model, its zeros exact.
-- **Choose it when:** the merged model is to be sparse; forward multiplies by one more whole
-  weight, and backward makes its gradient.
+- **Choose it when:** the merged model is to be sparse. It costs more time than LoRA: forward also
+  multiplies the input by a matrix of the size of each adapted weight, and backward computes that
+  matrix's gradient.
 - **Paper:** Huang et al. 2025, arXiv:2502.14816.
 
-Shapes: T tokens, I in_features, O out_features, R rank, N rows of a step, S sites, K numbers
-measured, G entries of a Gram matrix.
+Shapes: T tokens, I in_features, O out_features, R rank, N rows (sequences) of a step, S sites
+(adapted linears), K numbers measured, G entries of a Gram matrix.
 """
 
 from collections.abc import Mapping
@@ -48,7 +61,7 @@ from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Wh
 from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 
 ROWS = 16
-"""Maximum number of rows of a step whose inputs are compared between linears."""
+"""Maximum number of rows (sequences) of a step whose inputs are compared between linears."""
 SORTED = 1024
 """Number of rows of a weight that are sorted at a time, which bounds memory."""
 
@@ -98,7 +111,11 @@ class Round:
 
 
 def losa(options: LosaOptions, context: RunContext) -> Method:
-    """Build the `Method` record of LoSA for a run.
+    """Return the `Method` that describes LoSA to training, planning and export.
+
+    Args:
+        options: Values of the --losa options.
+        context: Length and adapted linears of the run.
 
     Raises:
         ValueError: The run has too few steps for the rounds, or --losa_mean_rank is above --rank.
@@ -113,7 +130,14 @@ def losa(options: LosaOptions, context: RunContext) -> Method:
 
 
 def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
-    """Return {step: round}, where a round happens after its step; steps ascend.
+    """Plan the pruning rounds of a run: their steps and targets.
+
+    Args:
+        options: Values of the --losa options.
+        context: Length and adapted linears of the run.
+
+    Returns:
+        {step: targets of the round that follows this step}; steps ascend.
 
     Raises:
         ValueError: The run has too few steps for the rounds, or --losa_mean_rank is above --rank.
@@ -143,10 +167,11 @@ def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
 
 
 def masked(site: Site) -> Form:
-    """Return the form of a site with the delta y_TO = x (keep . (W + scale B A) - W)^T.
+    """Return the form of a site whose delta is y_TO = x (keep . (W + scale B A) - W)^T.
 
-    It is computed as -W where an entry is pruned and scale B A elsewhere, so that W + scale B A is
-    never rounded to the dtype of x.
+    Here W is the base weight and keep the mask, which the kept tensor ``losa_pruned`` stores
+    inverted. The delta is computed as -W where an entry is pruned and scale B A elsewhere, so that
+    W + scale B A is never rounded to the dtype of x.
     """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
@@ -168,7 +193,7 @@ def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: floa
     rounds.
 
     Args:
-        rounds: {step: round}.
+        rounds: {step: targets of the round that follows it}.
         sites: Linears that carry an adapter.
         spread: Largest deviation of a linear's sparsity from the average.
     """
@@ -210,10 +235,15 @@ def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: floa
 
 
 def scores_of(whole: Whole) -> Tensor:
-    """Return Wanda's score of each weight entry: |W + scale B A| * sqrt(mean squared input), [O,
-    I].
+    """Return Wanda's score of each weight entry: |W + scale B A| * sqrt(mean squared input).
 
     Without mean squared inputs it is |W + scale B A|.
+
+    Args:
+        whole: A site with its tensors and statistics.
+
+    Returns:
+        Scores, fp32 [O, I].
     """
     tensors, w_OI = whole.tensors, whole.weight_OI()
     merged_OI = torch.addmm(w_OI, tensors["lora_b"], tensors["lora_a"], alpha=whole.scale)
@@ -223,11 +253,14 @@ def scores_of(whole: Whole) -> Tensor:
 
 
 def lowest(scores_OI: Tensor, share: float) -> Tensor:
-    """Return the mask of the lowest scores of each row, bool [O, I]; ties: lowest index.
+    """Select the lowest scores in each row of a weight; of equal scores, those of the lowest index.
 
     Args:
         scores_OI: Scores of a weight's entries.
         share: Fraction of each row that is selected.
+
+    Returns:
+        The mask, bool [O, I]; True means selected.
     """
     count = round(share * scores_OI.shape[1])
     order = [rows.argsort(dim=1, stable=True)[:, :count] for rows in scores_OI.split(SORTED)]
@@ -235,13 +268,16 @@ def lowest(scores_OI: Tensor, share: float) -> Tensor:
 
 
 def error(scores_OI: Tensor, sparsity: float) -> Tensor:
-    """Return how much of the output a pruning would lose, as a float64 scalar in [0, 1].
+    """Return how much of a linear's output a pruning would lose.
 
     It is the sum of the squared scores that would be pruned, divided by the sum of all.
 
     Args:
         scores_OI: Scores of a weight's entries.
         sparsity: Fraction of each row that would be pruned, lowest scores first.
+
+    Returns:
+        The lost fraction, a float64 scalar tensor in [0, 1].
     """
     squares_OI = scores_OI.square()
     gone_OI = torch.where(lowest(scores_OI, sparsity), squares_OI, 0.0)
@@ -250,9 +286,9 @@ def error(scores_OI: Tensor, sparsity: float) -> Tensor:
 
 
 def opened(whole: Whole) -> Tensor:
-    """Return the number of open components of a site, at least 1, as a float64 scalar.
+    """Return the number of open components of a site, at least 1, as a float64 scalar tensor.
 
-    It is the index of the last component whose column of B is not zero, plus 1.
+    It is the index (from 1) of the last component whose column of B is not zero.
     """
     moved_R = (whole.tensors["lora_b"] != 0).any(0).double()
     places_R = torch.arange(1, len(moved_R) + 1, device=moved_R.device)
@@ -260,12 +296,16 @@ def opened(whole: Whole) -> Tensor:
 
 
 def gram(rows_NI: Tensor | None) -> Tensor:
-    """Return the Gram matrix of the first ``ROWS`` rows, centred, float64 [ROWS * ROWS].
+    """Return the centred Gram matrix of a linear's inputs in the first ``ROWS`` rows (sequences).
 
-    Places of rows that do not exist are zero, as is everything if ``rows_NI`` is None.
+    If there are fewer rows, the rest of the matrix is zero. It is all zero if ``rows_NI`` is None.
 
     Args:
-        rows_NI: Mean input of each row of the step.
+        rows_NI: For each row of the step, the mean over tokens of the linear's input. None: not
+            collected.
+
+    Returns:
+        The matrix, flattened, float64 [ROWS * ROWS] on the CPU.
     """
     if rows_NI is None:
         return torch.zeros(ROWS * ROWS, dtype=torch.float64)
@@ -276,7 +316,9 @@ def gram(rows_NI: Tensor | None) -> Tensor:
 
 
 def similarity(grams_SG: Tensor) -> Tensor:
-    """Return the mean linear CKA of each site with the other sites, [S].
+    """Return the mean linear CKA of each site's inputs with those of the other sites, [S].
+
+    Linear CKA (centred kernel alignment) is the cosine between two centred Gram matrices.
 
     Args:
         grams_SG: Centred Gram matrix of each site's inputs, flattened.
@@ -287,7 +329,7 @@ def similarity(grams_SG: Tensor) -> Tensor:
 
 
 def sparsities(importance_S: Tensor, sizes_S: Tensor, *, target: float, spread: float) -> Tensor:
-    """Return the sparsity of each site, [S].
+    """Return the sparsity of each site, the fraction of its weights to prune, [S].
 
     The mean over all weights is ``target``, no site deviates from it by more than ``spread``, and a
     more important site is never sparser than a less important one.

@@ -2,14 +2,21 @@
 
     y = W x + blockdiag(s_1 B_1 A_1, ..., s_n B_n A_n) x            s_k = alpha / R_k
 
-A_k (R_k x I/n) starts random, B_k (O/n x R_k) at zero. With all R_k = R that is as many parameters
-as LoRA of rank R, and an update of rank up to n R.
+Mini-adapter k has the rank R_k. A_k (R_k x I/n) starts random, B_k (O/n x R_k) at zero. If every
+R_k is `--rank` R, they have together as many parameters as LoRA of rank R, and give an update of
+rank up to n R.
 
-Nothing is decided: blocks and ranks are fixed by `melora_blocks` and `melora_ranks`.
+Nothing is decided: the number of mini-adapters and their ranks are fixed by `melora_blocks` and
+`melora_ranks`.
 
-This implementation differs from the released code (github.com/ChasonShi/MELoRA, 4ebb8b4): sides
-that n does not divide are refused (there the remainder is lost); one alpha holds for all blocks;
-it can be exported.
+This implementation differs from the released code (github.com/ChasonShi/MELoRA, 4ebb8b4):
+
+- A linear whose sides n does not divide is refused. The released code ignores the features that
+  remain.
+- All mini-adapters have one alpha.
+- The adapter can be exported.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
 - **Statistics:** none.
@@ -66,7 +73,11 @@ class MeLoraOptions:
 
 
 def melora(options: MeLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of MELoRA for a run.
+    """Return the `Method` that describes MELoRA to training, planning and export.
+
+    Args:
+        options: Values of the --melora options.
+        context: Adapted linears of the run.
 
     Raises:
         ValueError: --melora_blocks does not divide both sides of every linear.
@@ -103,7 +114,12 @@ def melora(options: MeLoraOptions, context: RunContext) -> Method:
 
 
 def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
-    """Raise ValueError if ``blocks`` does not divide both sides of every linear."""
+    """Raise ValueError if ``blocks`` does not divide in_features and out_features of every linear.
+
+    Args:
+        sites: Linears that carry an adapter.
+        blocks: Value of --melora_blocks.
+    """
     common = gcd(*(side for site in sites for side in (site.in_features, site.out_features)))
     if common % blocks == 0:
         return

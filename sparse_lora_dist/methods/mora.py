@@ -2,30 +2,39 @@
 
     y = W x + decompress(M compress(x))             M: H x H, H = round(sqrt((I + O) R))
 
-M starts at zero, has as many parameters as LoRA of rank R, and gives an update of rank up to H.
-There is no scale: `--alpha` has no meaning here.
+M is the trained matrix. It starts at zero, has as many parameters as LoRA of rank R, and gives an
+update of rank up to H. There is no scale: `--alpha` has no meaning here.
 
-- Type 1, "sharing", for large ranks: x, continued from its front to whole groups of H, is summed
-  over its groups; the H results are repeated along y.
-- Type 6, "rotary", for small ranks (H even): group g of x is turned by the angles of position g of
-  a rotary embedding, M is applied to every group, and the results stand one after another in y.
+- Type 1, "sharing", is for large ranks. The features of x are cut into groups of H (the first
+  features are repeated at the end if the last group is not full), and compress(x) is the sum of the
+  groups. decompress repeats the H results until y is full.
+- Type 6, "rotary", is for small ranks; H is even. Group g of x is rotated by the angles that a
+  rotary embedding has at position g, M is applied to every group, and the results stand one after
+  another in y.
 
-The method decides only with `mora_restarts` (ReMoRA), at the end of each of its equal stages but
-the last: M is merged and restarts at zero with another grouping, so that ranks add up (type 1: to
-2 H). Groupings take turns: contiguous (group g of x is features g H to g H + H - 1) and strided
-(every G-th feature from g on, G the number of groups); y likewise. Each stage has a learning-rate
-schedule and moments of its own.
+The method decides only with `mora_restarts` (ReMoRA). The run is then cut into equal stages, each
+with its own learning-rate schedule and Adam moments. At the end of each stage but the last, M is
+merged into a frozen matrix and restarts at zero with the other grouping of features, so that ranks
+add up (type 1: to 2 H). The two groupings take turns. In the contiguous one, group g of x has the
+features g H to g H + H - 1. In the strided one, it has every G-th feature from g on, where G is the
+number of groups. The features of y are grouped in the same way.
 
-This implementation differs from the paper: restarts merge into a frozen fp32 square per grouping
-beside the base, since a 4-bit base would round M away. That is exact, and two squares are enough
-for any number of restarts. With dropout all squares see the dropped input. The released fork
-(github.com/kongds/MoRA, de5df31) cannot merge type 6 where I <= H; here it can be merged.
+This implementation differs from the paper and its code:
+
+- A restart adds M to a frozen fp32 H x H matrix beside the base, one for each grouping. The paper
+  merges M into the weight, but a 4-bit base would round it away. The sum is exact, and two frozen
+  matrices are enough for any number of restarts.
+- With dropout, the frozen matrices too see the dropped input.
+- Type 6 can be merged where I <= H. The released fork (github.com/kongds/MoRA, de5df31) cannot do
+  that.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank`.
-- **Statistics:** none; with restarts 8 bytes x trained entries for the two frozen squares.
+- **Statistics:** none; with restarts 8 bytes x trained entries for the two frozen matrices.
 - **Exports as:** merged model or sparse delta; its update is not a low-rank pair.
-- **Choose it when:** much is to be memorised; with restarts its rank adds up, and forward pays for
-  three squares.
+- **Choose it when:** much is to be memorised. With restarts its rank adds up, and forward applies
+  three H x H matrices instead of one.
 - **Paper:** Jiang et al. 2024, arXiv:2405.12130.
 
 Shapes: T tokens, I in_features, O out_features, H side of M, G groups.
@@ -48,11 +57,11 @@ THETA = 10000.0
 """Base of the angles of the rotary embedding."""
 
 Turn = int | Tensor
-"""Grouping of the features that is in use: 0 contiguous, 1 strided. It is a tensor where it comes
-from a kept tensor, so that no device has to be waited for."""
+"""Grouping of the features that is in use: 0 contiguous, 1 strided. It is a tensor where it is read
+from a kept tensor, because converting it to an int would wait for the device."""
 Act = Callable[[Tensor, Tensor, Turn], Tensor]
-"""Function (x_TI, m_HH, turn) -> y_TO that applies the square matrix M between compression and
-decompression in one grouping."""
+"""Function (x_TI, m_HH, turn) -> y_TO that compresses x, applies the square matrix ``m_HH`` and
+decompresses the result, in the grouping ``turn`` (0 contiguous, 1 strided)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +82,14 @@ class MoraOptions:
 
 
 def mora(options: MoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of MoRA for a run.
+    """Return the `Method` that describes MoRA to training, planning and export.
+
+    Args:
+        options: Values of the --mora options.
+        context: Length, warm-up and adapted linears of the run.
 
     Raises:
-        ValueError: A stage between two restarts is shorter than the warm-up.
+        ValueError: The part of the run between two restarts is shorter than the warm-up.
     """
     action = shared if options.mora_type == 1 else rotated
     if options.mora_restarts == 0:
@@ -98,15 +111,20 @@ def mora(options: MoraOptions, context: RunContext) -> Method:
 
 
 def side_of(site: Site) -> int:
-    """Return the side of M: the square with about as many entries as a LoRA pair of the site's
-    rank."""
+    """Return the number of rows (and columns) of the trained square matrix M of ``site``.
+
+    The square has about as many entries as a LoRA pair of the site's rank.
+    """
     return int(sqrt((site.in_features + site.out_features) * site.rank) + 0.5)
 
 
 def shared(site: Site) -> tuple[int, Act]:
-    """Return the side of M and the map of type 1.
+    """Return the side of M at ``site`` and the function that applies M in MoRA's type 1.
 
-    The map sums the groups of x, applies M, and repeats the result along y.
+    The function sums the groups of x, applies M, and repeats the result along y.
+
+    Returns:
+        (side of M, function (x_TI, m_HH, turn) -> y_TO, see `Act`).
     """
     side = side_of(site)
 
@@ -118,9 +136,13 @@ def shared(site: Site) -> tuple[int, Act]:
 
 
 def rotated(site: Site) -> tuple[int, Act]:
-    """Return the side of M, an even number, and the map of type 6.
+    """Return the side of M at ``site`` and the function that applies M in MoRA's type 6.
 
-    The map rotates each group of x, applies M to it, and puts the results one after another in y.
+    The function rotates each group of x, applies M to it, and puts the results one after another in
+    y.
+
+    Returns:
+        (side of M, an even number; function (x_TI, m_HH, turn) -> y_TO, see `Act`).
     """
     side = side_of(site) // 2 * 2
 
@@ -132,11 +154,12 @@ def rotated(site: Site) -> tuple[int, Act]:
 
 
 def square(side: int, act: Act) -> Form:
-    """Return the form of a site where M alone is trained; its scale is always 1.
+    """Return the form of a site without restarts, where M is the only tensor; its scale is always
+    1.
 
     Args:
-        side: Side of M.
-        act: Map that applies M.
+        side: Number of rows and columns of M.
+        act: Function that applies M to the input, see `Act`.
     """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
@@ -147,11 +170,15 @@ def square(side: int, act: Act) -> Form:
 
 
 def with_merged(side: int, act: Act) -> Form:
-    """Return the form of a site with restarts: M in the grouping in use, plus the merged squares.
+    """Return the form of a site with restarts: the trained M and two frozen matrices of earlier
+    M's.
+
+    The frozen matrices are kept tensors, one for each grouping of features. The kept tensor
+    ``mora_turn`` tells the grouping that M uses now.
 
     Args:
-        side: Side of M.
-        act: Map that applies a square.
+        side: Number of rows and columns of M.
+        act: Function that applies a square matrix to the input, see `Act`.
     """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
@@ -169,9 +196,9 @@ def with_merged(side: int, act: Act) -> Form:
 
 
 def merge(whole: Whole) -> Rewritten:
-    """Return the site's tensors after a restart.
+    """Return the site's tensors after a restart, at the end of a stage.
 
-    M is added to the merged square of its grouping, M becomes zero, and the other grouping is used
+    M is added to the frozen matrix of its grouping, M becomes zero, and the other grouping is used
     from then on.
     """
     m_HH, turn_1 = whole.tensors["mora_m"], whole.tensors["mora_turn"]
@@ -186,15 +213,18 @@ def merge(whole: Whole) -> Rewritten:
 
 
 def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
-    """Return the features of x in groups, x_TGH, where G = ceil(I / side) and H = side.
+    """Cut the features of x into groups of ``side`` features.
 
     If I is no multiple of ``side``, x is continued from its first features. For I = 5 and side 2,
     the contiguous groups are the features (0 1) (2 3) (4 0), the strided ones (0 3) (1 4) (2 0).
 
     Args:
-        x_TI: Input of the linear.
-        side: Length of a group.
+        x_TI: Input of the linear, [T tokens, I in_features].
+        side: Number of features in a group.
         turn: Grouping: 0 contiguous, 1 strided.
+
+    Returns:
+        x_TGH, [T, G, H] with G = ceil(I / side) groups and H = side.
     """
     width = x_TI.shape[-1]
     groups = -(-width // side)
@@ -207,12 +237,17 @@ def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
 
 
 def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
-    """Return y_TO, the reverse of ``grouped``: groups in their places, repeated until y is full.
+    """Put groups of features back in their positions; the reverse of ``grouped``.
+
+    The groups are repeated until y is full.
 
     Args:
-        y_TGH: Groups of features.
+        y_TGH: Groups of features, [T tokens, G groups, H features].
         width: Number of features of y.
         turn: Grouping: 0 contiguous, 1 strided.
+
+    Returns:
+        y_TO, [T, width].
     """
     groups, side = y_TGH.shape[-2:]
     o, all_groups = torch.arange(width, device=y_TGH.device), -(-width // side)
@@ -222,9 +257,13 @@ def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
 
 
 def turned(x_TGH: Tensor) -> Tensor:
-    """Return x with group g rotated as by a rotary embedding at position g.
+    """Return x with group g rotated as by a rotary embedding at position g, in the shape of
+    ``x_TGH``.
 
     Features j and j + H/2 of a group are rotated by the angle g * THETA^(-2 j / H).
+
+    Args:
+        x_TGH: Groups of features, [T tokens, G groups, H features]; H is even.
     """
     groups, side = x_TGH.shape[-2:]
     j_H = torch.arange(0, side, 2, device=x_TGH.device, dtype=torch.float32)

@@ -4,19 +4,24 @@
     official    f(W) = h B,  h = relu(W A^T)            A and B: R x I
     peft        f(W) = B h,  h = relu(A W)              A: R x O, B: O x R
 
-W is the base weight, dequantised while ZeRO-3 has it gathered. B starts at zero. `neat_depth` D
-adds R x R layers: D of them, h = relu(h M^T), in form official; D encoders and D decoders with
-residual sums, as PEFT's `peanut` has them, in form peft.
+W is the base weight; forward dequantises it while ZeRO-3 has it gathered. A and B are trained, and
+B starts at zero. `neat_depth` D adds R x R layers. Form official adds D of them, h = relu(h M^T).
+Form peft adds D encoders and D decoders with residual sums, as PEFT's `peanut` has them.
 
 Nothing is decided.
 
-This implementation differs from both codes: f(W) is a product of two thin matrices, one of them h,
-and is never multiplied out. A LoRA pair is exported, with h as it was trained. Another base, or
-the same one rounded otherwise, has another h: so serve the LoRA pair, and take `peanut` to go on
-training.
+This implementation differs from the authors' code and from PEFT's:
 
-- **Optimizer state:** 8 bytes x trained entries, 2 R I + D R^2 (official) or 2 R O + 2 D R^2
-  (peft) a linear.
+- f(W) is kept as a product of two thin matrices, one of them h, and the O x I product is never
+  computed.
+- The adapter is exported as a LoRA pair, with h computed from the base that it was trained on.
+  Another base, or the same one rounded in another way, would give another h. So use the LoRA pair
+  for serving, and the `peanut` export to go on training.
+
+In short:
+
+- **Optimizer state:** 8 bytes x trained entries, 2 R I + D R^2 (official) or 2 R O + 2 D R^2 (peft)
+  a linear.
 - **Statistics:** none.
 - **Exports as:** PEFT LoRA, PEFT PEANuT (form peft), merged model or sparse delta.
 - **Choose it when:** you want to try a nonlinear update; each forward reads the base weight twice.
@@ -62,7 +67,12 @@ class NeatOptions:
 
 
 def neat(options: NeatOptions, context: RunContext) -> Method:
-    """Build the `Method` record of NEAT for a run."""
+    """Return the `Method` that describes NEAT to training, planning and export.
+
+    Args:
+        options: Values of the --neat options.
+        context: Unused.
+    """
     form = official if options.neat_form == "official" else as_peft
     return Method(name="neat", form=lambda site: form(site, options.neat_depth))
 
@@ -71,6 +81,10 @@ def official(site: Site, depth: int) -> Form:
     """Return the form of a site as in the authors' code: f(W) = h B with h = relu(W A^T).
 
     As a LoRA pair, the trained B is the pair's A, and h is the pair's B.
+
+    Args:
+        site: The linear that is adapted.
+        depth: Number of additional R x R layers.
     """
     inner = [f"neat_m{k}" for k in range(depth)]
 
@@ -88,6 +102,10 @@ def as_peft(site: Site, depth: int) -> Form:
     """Return the form of a site as in PEFT's PEANuT: f(W) = B h with h = relu(A W).
 
     As a LoRA pair, h is the pair's A, and the trained B is the pair's B.
+
+    Args:
+        site: The linear that is adapted.
+        depth: Number of additional encoders, and of additional decoders.
     """
     encoders, decoders = ([f"neat_{k}{i}" for i in range(depth)] for k in ("encoder", "decoder"))
 
@@ -125,7 +143,7 @@ def network(
 
     Args:
         site: The linear that is adapted.
-        inner: Names of the R x R layers.
+        inner: Names of the trained R x R layers.
         a_shape: Shape of the trained tensor ``neat_a``.
         b_shape: Shape of the trained tensor ``neat_b``.
         pair: Function (tensors) -> (a_RI, b_OR), the LoRA pair.

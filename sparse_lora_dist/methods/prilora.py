@@ -3,20 +3,27 @@
     y = W x + (alpha / --rank) B_l A_l x            rank of layer l is linear in its depth
     importance of a_ri = |a_ri| sqrt(mean x_i^2)
 
-Ranks go from `prilora_first` at the bottom to 2 x `--rank` - `prilora_first` at the top, so that
-their mean is `--rank`. The scale is the same in all layers.
+a_ri is the entry in row r and column i of A, and x_i feature i of the linear's input. Ranks go from
+`prilora_first` at the bottom to 2 x `--rank` - `prilora_first` at the top, so that their mean is
+`--rank`. The scale is the same in all layers.
 
 The method decides every `prilora_every` steps after `prilora_start`: the least important
-`prilora_sparsity` of each row of A is zeroed. The mean is a running one of the linear's input
-before dropout, over the tokens of all rows and ranks; where it is unknown, |a_ri| alone counts. A
-zeroed entry keeps its moments and its gradient and moves again at the next step, so A is sparse at
-the end only if the last step prunes.
+`prilora_sparsity` of each row of A is zeroed. The mean of x_i^2 is a running mean over the tokens
+of all rows (sequences) and ranks, of the linear's input before dropout; where it is unknown, |a_ri|
+alone counts. A zeroed entry keeps its moments and its gradient and moves again at the next step, so
+A is sparse at the end only if the last step prunes.
 
-This implementation differs from the paper: it gives no code that could be read. Not confirmed by
-it are ranks 4 to 12, 40 steps and half of A as defaults, comparison within a row, the return of
-zeroed entries, the decay of the running mean, and the constant scale. The layer of a linear is the
-first whole number in its name ("model.layers.3.self_attn.q_proj"), or the linear itself; layers
-are ordered as in the model.
+This implementation may differ from the paper, whose code could not be read. These points are not
+confirmed:
+
+- The defaults: ranks 4 to 12, a pruning every 40 steps, and half of A zeroed.
+- Importance is compared within a row of A.
+- Zeroed entries may return.
+- The running mean has a decay rate.
+- The scale is the same in all layers.
+
+The layer of a linear is the first whole number in its name ("model.layers.3.self_attn.q_proj"), or
+the linear itself if there is none; layers are ordered as in the model.
 
 - **Optimizer state:** 8 bytes x trained entries, as many as LoRA of the same `--rank` where layers
   have equal shapes.
@@ -75,7 +82,11 @@ class PriLoraOptions:
 
 
 def prilora(options: PriLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of PRILoRA for a run.
+    """Return the `Method` that describes PRILoRA to training, planning and export.
+
+    Args:
+        options: Values of the --prilora options.
+        context: Length and adapted linears of the run.
 
     Raises:
         ValueError: The linears cannot have the ranks that the options ask for, or the run ends
@@ -105,11 +116,14 @@ def layer_of(site: Site) -> str:
 
 
 def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
-    """Return {layer: rank of its sites}; ranks rise evenly with depth and have mean --rank.
+    """Compute the rank of each layer; ranks rise evenly with depth and have mean --rank.
 
     Args:
         sites: Linears that carry an adapter, in the model's order.
         first: Rank of the bottom layer. None: half of --rank, or the nearest rank that fits.
+
+    Returns:
+        {layer: rank of its sites}, where a layer is named as by ``layer_of``.
 
     Raises:
         ValueError: With ``first``, the mean is not --rank, or a rank is below 1 or above the
@@ -143,6 +157,11 @@ def ramp(first: int, mean: int, layers: int) -> list[int]:
 
     Numbers with the largest fractions are rounded up and the others down, so that the mean is
     ``mean``. From 4 with mean 8 over 4 layers, the line 4, 6.67, 9.33, 12 becomes 4, 7, 9, 12.
+
+    Args:
+        first: Rank of the bottom layer.
+        mean: Mean of the ranks.
+        layers: Number of layers.
     """
     steps = max(1, layers - 1)
     parts = [divmod(first * steps + 2 * (mean - first) * i, steps) for i in range(layers)]
@@ -152,7 +171,11 @@ def ramp(first: int, mean: int, layers: int) -> list[int]:
 
 
 def pruning(options: PriLoraOptions, total_steps: int) -> Rewriting | None:
-    """Return the rewriting that prunes A, or None if --prilora_sparsity is 0.
+    """Return the rewriting that prunes A at some steps, or None if --prilora_sparsity is 0.
+
+    Args:
+        options: Values of the --prilora options.
+        total_steps: Optimizer steps of the run.
 
     Raises:
         ValueError: The run ends before the first pruning.
@@ -182,7 +205,7 @@ def pruned(whole: Whole, sparsity: float) -> Rewritten:
     fraction of zeros in A is logged as ``zeros_in_a``.
 
     Args:
-        whole: The site.
+        whole: A site with its tensors and statistics.
         sparsity: Fraction of each row that is set to zero; the number of entries is rounded down.
     """
     a_RI, squares_I = whole.tensors["lora_a"], whole.squares_I

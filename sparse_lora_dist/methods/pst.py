@@ -3,31 +3,43 @@
     y = (M . W') x,  W' = W + beta U V
     S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T)          M keeps the entries of largest S
 
-U and A start at N(0, 1); V, B, R and C at zero. The gradient of M goes straight to S, and so
-through |W'| to U and V. There is no scale but beta: `--alpha` has no meaning here. U is of size 1,
-so a step changes W' by about sqrt(R) learning rates: take about a tenth of LoRA's. In 60 steps of
-the embedded model (rank 16, half of the weights pruned, one seed) 1e-3 reaches 2.60 nats, as 1e-2
-does for LoRA; 1e-2 reaches 4.11.
+W is the base weight, M the mask of 0 and 1, and "." the product of entries. U, V, A, B, R (a
+column) and C (a row) are trained. beta, alpha1 and alpha2 are `pst_beta`, `pst_alpha1` and
+`pst_alpha2`.
 
-The method decides every `pst_every` steps, before the first and up to the last but one: the mask
-of each weight is made of its S in fp32, by all ranks alike, with int(sparsity O I) zeros, ties by
-lowest index. Sparsity rises on a cubic curve between `pst_warmup` and `pst_cooldown`; a run that
-is prolonged goes back on it. The W' of pruned weights goes on changing, so they may return.
+U and A start at N(0, 1); V, B, R and C at zero. The gradient of M is passed to the score S
+unchanged, and so through |W'| to U and V. There is no scale but beta: `--alpha` has no meaning
+here. The entries of U have size 1, so a step changes W' by about sqrt(rank) learning rates: take
+about a tenth of LoRA's learning rate. In 60 steps of the embedded model (rank 16, half of the
+weights pruned, one seed) 1e-3 reaches 2.60 nats, as 1e-2 does for LoRA; 1e-2 reaches 4.11.
+
+The method decides every `pst_every` steps, from before the first step to the last step but one. The
+mask of each weight is computed from its S in fp32, with int(sparsity O I) zeros; of equal scores,
+the lowest index is kept. Rank 0 computes it and all ranks take it, so all prune alike. The sparsity
+rises on a cubic curve between `pst_warmup` and `pst_cooldown`; if the run is prolonged, it goes
+back on the curve of the longer run. The W' of pruned weights goes on changing, so they may return.
 
 This implementation differs from the released code (github.com/alibaba/AliceMind, S4/PST, 41153b1):
-it makes the mask in every forward, sorting all weights, in bf16, which is not what is exported.
-Our last mask is made before the last step, so what is exported was trained. There the score has
-rank 8 and the initial sparsity begins after the first step; here `--rank`, and before it. Only
-`--target_modules` are pruned, not the output head. The update is where(pruned, -W, beta U V), so
-that no W' rounds off a small change in bf16: on random weights (2048 x 2048) rounding is 0.25% of
-the norm of y with half of them pruned, 0.35% with nine tenths; a product with M . W' has 0.24%.
-`--dropout` is refused: it would bring pruned weights back at random.
+
+- The released code computes the mask in every forward, by sorting all weights in bf16, and exports
+  another mask. Here the last mask is computed before the last step, so the exported mask was
+  trained with.
+- In the released code the score has rank 8; here it has `--rank`.
+- In the released code the initial sparsity begins after the first step; here it begins before it.
+- Only `--target_modules` are pruned, not the output head.
+- The adapter adds -W where an entry is pruned and beta U V elsewhere, so that no W' in bf16 rounds
+  off a small change. On random weights (2048 x 2048) the rounding error is 0.25% of the norm of y
+  with half of the weights pruned, and 0.35% with nine tenths; a product with M . W' has 0.24%.
+- `--dropout` is refused, because it would bring pruned weights back at random.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries, twice LoRA's with a score of `--rank`.
 - **Statistics:** none; one bit x base weights for the mask.
 - **Exports as:** merged model, its zeros exact in any `--dtype`; `--onto original` does not fit a
-  run over 4 bits, since the mask then takes away what is not there.
-- **Choose it when:** the model itself is to become sparse; forward makes each weight anew.
+  run over 4 bits, since the mask subtracts the 4-bit weights, which differ from the original ones.
+- **Choose it when:** the model itself is to become sparse; every forward computes the changed
+  weight of each adapted linear.
 - **Paper:** Li et al. 2022, arXiv:2205.11005.
 
 Shapes: T tokens, I in_features, O out_features, R rank of U and V, K rank of A and B.
@@ -102,7 +114,11 @@ class PstOptions:
 
 
 def pst(options: PstOptions, context: RunContext) -> Method:
-    """Build the `Method` record of PST for a run.
+    """Return the `Method` that describes PST to training, planning and export.
+
+    Args:
+        options: Values of the --pst options.
+        context: Length of the run.
 
     Raises:
         ValueError: The run has no step left after --pst_sparsity is reached.
@@ -141,8 +157,19 @@ def pst(options: PstOptions, context: RunContext) -> Method:
 
 
 def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
-    """Return the score S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T) of each weight entry, fp32
-    [O, I]."""
+    """Return the score S = |W'| + alpha1 A B + alpha2 (R 1^T + 1 C^T) of each weight entry.
+
+    W' = W + beta U V is the changed weight.
+
+    Args:
+        w_OI: Base weight W, fp32.
+        tensors: ``pst_u`` (U), ``pst_v`` (V), ``pst_a`` (A), ``pst_b`` (B), ``pst_r`` (R) and
+            ``pst_c`` (C) of the site.
+        options: Values of the --pst options, with beta, alpha1 and alpha2.
+
+    Returns:
+        Scores, fp32 [O, I].
+    """
     u_OR, v_RI, a_OK, b_KI, r_O, c_I = (tensors[f"pst_{key}"] for key in "uvabrc")
     changed_OI = torch.addmm(w_OI, u_OR, v_RI, alpha=options.pst_beta)
     lines_OI = options.pst_alpha2 * (r_O[:, None] + c_I)
@@ -150,7 +177,15 @@ def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
 
 
 def masked(site: Site, options: PstOptions) -> Form:
-    """Return the form of a site with the delta y_TO = x (M . W' - W)^T."""
+    """Return the form of a site with the delta y_TO = x (M . W' - W)^T.
+
+    M is the mask of kept entries, which the kept tensor ``pst_pruned`` stores inverted, and W' = W
+    + beta U V the changed weight.
+
+    Args:
+        site: The linear that is adapted.
+        options: Values of the --pst options.
+    """
     height, width, rank = site.out_features, site.in_features, site.rank
     score_rank = options.pst_score_rank or rank
 
@@ -183,7 +218,6 @@ def masked(site: Site, options: PstOptions) -> Form:
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` in place from N(0, 1)."""
     t.normal_(generator=generator)
 
 

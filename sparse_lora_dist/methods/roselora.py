@@ -5,29 +5,37 @@
     keep in each row of A the top      max(1, floor(tau_t * I))  entries by smoothed_t,
     in each column of B the top        max(1, floor(tau_t * O)),  and zero the others
 
-Sparse factors alone do not make a sparse product, hence the limit per row of A and per column of
-B: at least 1 - R tau^2 of the entries of B A are zero (Proposition 1).
+I_t is the sensitivity of an entry w of A or B at step t, and beta is `roselora_beta`. The limit
+holds per row of A and per column of B because sparse factors alone do not make a sparse product.
+With it, at least 1 - R tau^2 of the entries of B A are zero (Proposition 1).
 
 The method decides every `roselora_every` steps between `roselora_begin` and `roselora_end`, from
-the smoothed sensitivity: tau_t falls from 1 to `roselora_keep` on a cubic curve.
+the smoothed sensitivity. The kept fraction tau_t falls from 1 to `roselora_keep` on a cubic curve.
 
-This implementation differs from the paper: the schedule counts optimizer steps as fractions of the
-run, where the released code takes 3 to 20 passes over the data. As there, the gradient norm that
-is clipped counts pruned entries too. Preset `released` follows github.com/lliutianc/roselora
-(0b8f41a), its loop for knowledge editing: it zeroes what is below the k-th smallest of d entries,
-k = int(d (1 - tau_t)), so d - k + 1 stay, or more with ties; the average starts at its first
-value; pruned entries keep their moments, move in each step and are zeroed again; A and B are
-clamped to 3e-3 once tau_t < 1.
+This implementation differs from the paper: the schedule is a fraction of the run's optimizer steps,
+where the released code takes 3 to 20 passes over the data. As in that code, the gradient norm that
+is clipped counts pruned entries too.
 
-- **Optimizer state:** 8 bytes x live entries; falls to about `roselora_keep` of its start (not
-  with preset `released`, where pruned entries count as live).
+Preset `released` follows the loop for knowledge editing of github.com/lliutianc/roselora (0b8f41a):
+
+- Of the d entries of a row or column it zeroes those below the k-th smallest, k = int(d (1 -
+  tau_t)). So d - k + 1 entries stay, or more with ties.
+- The smoothed sensitivity starts at its first value, not at zero.
+- Pruned entries keep their Adam moments, move in each step and are zeroed again after it.
+- A and B are clamped to 3e-3 once tau_t < 1.
+
+In short:
+
+- **Optimizer state:** 8 bytes x live entries (those that are not pruned); falls to about
+  `roselora_keep` of its start (not with preset `released`, where pruned entries count as live).
 - **Statistics:** 4 bytes x trained entries until pruning ends (preset `released`: to the end).
 - **Exports as:** PEFT LoRA, merged model or sparse delta.
-- **Choose it when:** few weights of the base may change, as in edits and small diffs; it is not
-  for many edits in sequence.
+- **Choose it when:** few weights of the base may change, as in knowledge edits and small diffs; it
+  is not for many edits in sequence.
 - **Paper:** Wang et al. 2024, arXiv:2406.10777.
 
-Shapes: R rank, I in_features, O out_features, d entries of a row of A or a column of B.
+Shapes: R rank, I in_features, O out_features, d entries of a row of A or a column of B, N entries
+of a slice.
 """
 
 from dataclasses import dataclass
@@ -49,7 +57,8 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import cubic_keep
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column"}
-"""Segments that hold one component: component i is row i of A and column i of B."""
+"""{short tensor name: which part of the tensor belongs to one component}: component i has row i of
+A and column i of B."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
@@ -128,7 +137,11 @@ class RoseLoraOptions:
 
 
 def roselora(options: RoseLoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of RoseLoRA for a run.
+    """Return the `Method` that describes RoseLoRA to training, planning and export.
+
+    Args:
+        options: Values of the --roselora options.
+        context: Length of the run.
 
     Raises:
         ValueError: The run is too short to prune in.
@@ -188,7 +201,7 @@ def smooth_sensitivity(smoothed: Tensor, w: Tensor, grad: Tensor, *, beta: float
     """Return the updated running mean of |w * grad|: beta * smoothed + (1 - beta) * |w * grad|.
 
     Args:
-        smoothed: Running mean before the update, fp32 [N].
+        smoothed: Running mean before the update, fp32 [N] for a slice of N entries.
         w: Values of the entries.
         grad: Gradient of the entries.
         beta: Decay rate of the running mean.
@@ -200,10 +213,14 @@ def smooth_sensitivity(smoothed: Tensor, w: Tensor, grad: Tensor, *, beta: float
 def keep_within_components(scores: Scores, keep: float) -> dict[str, Tensor]:
     """Select the fraction ``keep`` of highest score in every row of A and every column of B.
 
-    Ties go to the lowest index. All ranks must call it.
+    Of equal scores, those of the lowest index are selected. All ranks must call it.
+
+    Args:
+        scores: Scores of the entries of all trained tensors.
+        keep: Fraction to select, in (0, 1]; at least one entry of each row or column is selected.
 
     Returns:
-        This rank's slice of each mask by tensor name, bool [N]; True means kept.
+        Tensor name -> this rank's slice of the mask, bool [N]; True means kept.
     """
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
     # 1e-9 is added because 0.29 * 100 is 28.999... in floating point.
@@ -214,12 +231,16 @@ def keep_within_components(scores: Scores, keep: float) -> dict[str, Tensor]:
 def kept_by_kthvalue(scores: Scores, keep: float) -> dict[str, Tensor]:
     """Select entries as the authors' code does: all that are not below the k-th smallest score.
 
-    The segments are rows of A and columns of B. For d entries, k = int(d (1 - keep)). So d - k + 1
-    entries are selected, more if several equal the k-th, and all d if k is 0. All ranks must call
-    it.
+    This is done in each row of A and each column of B. For d entries, k = int(d (1 - keep)). So d -
+    k + 1 entries are selected, more if several equal the k-th, and all d if k is 0. All ranks must
+    call it.
+
+    Args:
+        scores: Scores of the entries of all trained tensors.
+        keep: Fraction to select, in (0, 1].
 
     Returns:
-        This rank's slice of each mask by tensor name, bool [N]; True means kept.
+        Tensor name -> this rank's slice of the mask, bool [N]; True means kept.
     """
     by = {name: WITHIN[name.rpartition(".")[2]] for name in scores.shapes}
     k = {}

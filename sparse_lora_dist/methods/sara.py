@@ -2,46 +2,50 @@
 
     y = (W + D) x           D is zero but at the N entries of smallest |W|, which train from zero
 
-N is R (I + O), as many as LoRA of rank R has, or `sara_density` of the weight. There is no scale:
-`--alpha` has no meaning here.
+N is R (I + O), as many as LoRA of rank R has, or `sara_density` of the weight's entries. There is
+no scale: `--alpha` has no meaning here.
 
-The method decides before the first step, and again after `sara_reselect` of the run: then the N
-entries of smallest |W + D| take over. Entries that stay keep their value; the value of an entry
-that leaves stays in D, frozen, so D does not jump and has up to 2 N entries. Moments are reset.
-Ties go in the order of `spread_order`, not by index: a tenth of an NF4 base is exactly 0, and the
-first N of those by index would lie in a few rows.
+The method decides before the first step, and again after `sara_reselect` of the run: from then on
+the N entries of smallest |W + D| train. Entries that are selected again keep their value in D. The
+value of an entry that is no longer selected stays in D, frozen, so D does not jump and has up to 2
+N entries. Adam's moments are reset. Of equal |W + D|, those first in the order of `spread_order`
+are selected, not those of lowest index: a tenth of an NF4 base is exactly 0, and the first N of
+those by index would lie in a few rows.
 
-`sara_nuclear` weighs a smoothed nuclear norm of S = U Sigma V^T, the trained part of D. With delta
-its K-th singular value, the gradient is U min(Sigma / delta, 1) V^T at the N places. It needs the
-K leading pairs only, from `POWER_STEPS` of subspace iteration from fixed vectors: close singular
-values give a nearby subspace, never an uphill step. Shrinking the leading pairs alone would
-flatten the spectrum. For scattered entries the term is little else than weight decay, costs five
-products of S with K vectors a linear and step, and was not measured on language models: it is 0 by
-default.
+`sara_nuclear` is the weight of a smoothed nuclear norm of S = U Sigma V^T, the trained part of D.
+With delta the K-th singular value of S, the gradient is U min(Sigma / delta, 1) V^T at the N
+trained entries. It needs only the K leading singular pairs, which `POWER_STEPS` of subspace
+iteration from fixed vectors compute. If singular values are close, the iteration gives a nearby
+subspace, but never an uphill step. Shrinking the leading pairs alone would flatten the spectrum.
+For scattered entries the term acts almost like weight decay. It costs five products of S with K
+vectors per linear and step, and was not measured on language models, so it is 0 by default.
 
 This implementation differs from the released code (github.com/sjtuplayer/SaRA, ea21192):
 
-- Threshold: it trains |W| < t of all tensors and biases. That count is known only after the
-  weights are read, and a tensor here has its shape before; so t moves, and re-selection fills up
-  to N.
-- Sign: its packed optimizer writes |values| into the model at the start and at the switch,
-  flipping negative weights until the next update.
-- Low rank: its nuclear norm is of W + D at the support, by an SVD of one drawn matrix a step, and
-  its gradient lands on a tensor that nothing steps.
-- Switch: its packed optimizer skips that update, its dense one keeps the moments; here moments are
-  reset and no update is lost.
-- Learning rate and decay: 1e-3 exp(-350 t) unless given, and decay of W + D; here
-  `--learning_rate`, and decay of the trained values.
+- Threshold: the released code trains all entries with |W| < t, in all tensors and biases. Their
+  number is known only after the weights are read, but a trained tensor here needs its shape before
+  that. So N is fixed here, the threshold t follows from it, and the second selection again selects
+  N entries.
+- Sign: the packed optimizer of the released code writes |values| into the model at the start and at
+  the second selection, which flips negative weights until the next update.
+- Low rank: the nuclear norm of the released code is that of W + D at the selected entries, by an
+  SVD of one matrix drawn at random a step, and its gradient lands on a tensor that nothing steps.
+- Second selection: the packed optimizer of the released code skips the update of that step, and its
+  dense one keeps the moments. Here moments are reset and no update is lost.
+- Learning rate and decay: the released code takes 1e-3 exp(-350 t) unless given, and decays W + D.
+  Here the rate is `--learning_rate`, and the trained values decay.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries: R (I + O) a linear, or `sara_density` x O x I.
 - **Statistics:** none.
 - **Exports as:** merged model or sparse delta.
-- **Choose it when:** what the base uses least is to change; up to twice as many entries change as
-  train at a time.
+- **Choose it when:** the entries that the base uses least are to change; up to twice as many
+  entries change as train at a time.
 - **Paper:** Hu et al. 2024, arXiv:2409.06633.
 
-Shapes: T tokens, I in_features, O out_features, N entries that train, C places for entries that
-have left, E entries of a weight, K singular pairs, L of a side (O or I).
+Shapes: T tokens, I in_features, O out_features, N entries that train, C entries that are no longer
+trained, E entries of a weight, K singular pairs, L length of a side (O or I).
 """
 
 from dataclasses import dataclass
@@ -61,7 +65,8 @@ PAIRS = 8
 """Number of singular pairs that the nuclear-norm term uses, written K in shapes."""
 
 POWER_STEPS = 2
-"""Number of subspace iterations. Each multiplies by S once and by S^T once."""
+"""Number of subspace iterations for the nuclear-norm term. Each multiplies by S, the matrix of
+trained entries, once and by S^T once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +96,11 @@ class SaraOptions:
 
 
 def sara(options: SaraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of SaRA for a run.
+    """Return the `Method` that describes SaRA to training, planning and export.
+
+    Args:
+        options: Values of the --sara options.
+        context: Length and adapted linears of the run.
 
     Raises:
         ValueError: All entries of a weight would train, or --sara_reselect leaves no step before or
@@ -123,7 +132,12 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
 
 
 def check_count(site: Site, options: SaraOptions) -> None:
-    """Raise ValueError if all entries of the site's weight would train."""
+    """Raise ValueError if all entries of the site's weight would train.
+
+    Args:
+        site: The linear that is adapted.
+        options: Values of the --sara options.
+    """
     weight, count = site.out_features * site.in_features, count_of(site, options)
     if count >= weight:
         most = (weight - 1) // (site.out_features + site.in_features)
@@ -135,7 +149,12 @@ def check_count(site: Site, options: SaraOptions) -> None:
 
 
 def count_of(site: Site, options: SaraOptions) -> int:
-    """Return the number of entries that train at a site, at least 1."""
+    """Return the number of entries that train at a site, at least 1.
+
+    Args:
+        site: The linear that is adapted.
+        options: Values of the --sara options.
+    """
     if options.sara_density is None:
         return site.rank * (site.in_features + site.out_features)
     return max(1, int(options.sara_density * site.in_features * site.out_features))
@@ -145,7 +164,11 @@ def smallest_entries(site: Site, options: SaraOptions) -> Form:
     """Return the form of a site with the delta y_TO = x D^T.
 
     D has the trained values and, if there is a second selection, the frozen values of entries that
-    are no longer trained.
+    are no longer trained. It is zero elsewhere.
+
+    Args:
+        site: The linear that is adapted.
+        options: Values of the --sara options.
     """
     count, weight = count_of(site, options), site.out_features * site.in_features
     places_dtype = torch.int32 if weight < 2**31 else torch.int64
@@ -177,9 +200,15 @@ def smallest_entries(site: Site, options: SaraOptions) -> Form:
 
 
 def entries(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Return the values of D and their places in the flattened weight (int64).
+    """Return the nonzero part of D, the change of the weight: its values and their indices.
 
     Entries that train come first, then entries that are no longer trained.
+
+    Args:
+        tensors: Tensors of the site.
+
+    Returns:
+        (values, indices in the flattened weight, int64).
     """
     values, places = tensors["sara_values"], tensors["sara_places"]
     if "sara_left_values" in tensors:
@@ -189,9 +218,9 @@ def entries(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def choose(whole: Whole) -> Rewritten:
-    """Return the site's tensors after selecting the places where |W + D| is smallest.
+    """Return the site's tensors after selecting the entries to train, those of smallest |W + D|.
 
-    D stays the same. Before the first step D is zero.
+    D, the change of the base weight W, stays the same. Before the first step D is zero.
 
     Raises:
         ValueError: More entries are no longer trained than there is room for.
@@ -221,13 +250,13 @@ def choose(whole: Whole) -> Rewritten:
 
 
 def first_of(scores_E: Tensor, count: int) -> Tensor:
-    """Return the places of the ``count`` largest scores, ascending, int64 [count].
+    """Return the indices of the ``count`` largest scores, ascending, int64 [count].
 
     Of equal scores, those that ``spread_order`` visits first are taken.
 
     Args:
         scores_E: Score of each entry of the flattened weight.
-        count: Number of places to return.
+        count: Number of indices to return.
     """
     order_E = spread_order(len(scores_E), scores_E.device)
     return order_E[k_largest(scores_E[order_E], count)].sort().values
@@ -236,8 +265,12 @@ def first_of(scores_E: Tensor, count: int) -> Tensor:
 def spread_order(count: int, device: torch.device) -> Tensor:
     """Return 0 ... count - 1 in an order where neighbours are far from each other, int64 [count].
 
-    The order steps by about 0.618 x count. For count 8 the step is 5, and the order 0 5 2 7 4 1 6
-    3.
+    Successive numbers differ by about 0.618 x count, modulo count. For count 8 the difference is 5,
+    and the order 0 5 2 7 4 1 6 3.
+
+    Args:
+        count: How many numbers to order.
+        device: Device of the result.
     """
     step = round(count * 0.6180339887498949)
     while gcd(step, count) != 1:
@@ -246,10 +279,15 @@ def spread_order(count: int, device: torch.device) -> Tensor:
 
 
 def nuclear_gradient(tensors: Tensors) -> Tensor:
-    """Return the gradient of the smoothed nuclear norm by the trained values, [N].
+    """Return the gradient of the smoothed nuclear norm of S with respect to the trained values,
+    [N].
 
-    S is the matrix of trained values. With S = U Sigma V^T and delta its K-th singular value, the
-    gradient is U min(Sigma / delta, 1) V^T, read at the trained places.
+    S is the matrix with the trained values at their entries. With S = U Sigma V^T and delta its
+    K-th singular value (K is ``PAIRS``), the gradient is U min(Sigma / delta, 1) V^T, read at the
+    trained entries.
+
+    Args:
+        tensors: Tensors of the site.
     """
     values_N, places_N = tensors["sara_values"].float(), tensors["sara_places"].long()
     num_out, num_in = tensors["sara_shape"].tolist()
@@ -266,10 +304,17 @@ def nuclear_gradient(tensors: Tensors) -> Tensor:
 
 
 def polar(y_LK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return Y (Y^T Y)^(-1/2), and the smallest singular value of Y that is not negligible.
+    """Compute Y (Y^T Y)^(-1/2), the orthogonal factor of Y's polar decomposition.
 
-    The matrix has the singular vectors of ``y_LK``. Its singular values are 1, or 0 where those of
-    Y are negligible beside the largest.
+    The result has the singular vectors of ``y_LK``. Its singular values are 1, or 0 where those of
+    Y are negligible compared with the largest.
+
+    Args:
+        y_LK: The matrix Y.
+
+    Returns:
+        (the factor [L, K], the smallest singular value of Y that is not negligible, a scalar
+            tensor).
     """
     squares_K, q_KK = torch.linalg.eigh(y_LK.t() @ y_LK)
     counts_K = squares_K > squares_K[-1] * PAIRS * torch.finfo(torch.float32).eps

@@ -3,20 +3,21 @@
     fa:  y = W x + (alpha / R) B x[chosen]              B (O x R) trains, R columns of W change
     fb:  y = W x, y[chosen] += (alpha / R) A x          A (R x I) trains, R rows of W change
 
-The other factor is R different rows (fa) or columns (fb) of the identity. The trained factor
+The other factor is R different rows (fa) or columns (fb) of the identity matrix. The trained factor
 starts at zero.
 
-Nothing is decided: coordinates are drawn from the seed and the linear's name, and used by index.
+Nothing is decided: the chosen coordinates are drawn from the seed and the linear's name. They are
+used as indices, so the fixed factor is never a matrix in memory.
 
 This implementation differs from the released code (github.com/cityuhkai/SBoRA, 8870499): there
-coordinates are drawn by Python's random module and kept as a frozen matrix.
+coordinates are drawn by Python's random module and stored as a frozen matrix.
 
 - **Optimizer state:** 8 bytes x trained entries, R O (fa) or R I (fb) a linear; 0.54 x LoRA's of
   the same rank (Llama-2-7B, all linears, fa).
 - **Statistics:** none.
 - **Exports as:** PEFT LoRA, merged model or sparse delta.
-- **Choose it when:** an update is to touch few columns or rows of the weights, or half of LoRA's
-  memory is to train.
+- **Choose it when:** an update is to touch few columns or rows of the weights, or the optimizer
+  state is to take about half of LoRA's memory.
 - **Paper:** Po et al. 2024, arXiv:2407.05413.
 
 Shapes: T tokens, I in_features, O out_features, R rank.
@@ -44,7 +45,11 @@ class SBoraOptions:
 
 
 def sbora(options: SBoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of SBoRA for a run.
+    """Return the `Method` that describes SBoRA to training, planning and export.
+
+    Args:
+        options: Value of --sbora_side.
+        context: Adapted linears of the run.
 
     Raises:
         ValueError: A weight has fewer columns (side fa) or rows (side fb) than --rank.
@@ -62,7 +67,10 @@ def sbora(options: SBoraOptions, context: RunContext) -> Method:
 
 
 def from_columns(site: Site) -> Form:
-    """Return the form of side fa, with the delta y_TO = scale * x[:, chosen] B^T."""
+    """Return the form of side fa at ``site``, with the delta y_TO = scale * x[:, chosen] B^T.
+
+    Only B is trained; ``chosen`` are the indices of site.rank input features.
+    """
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
         return {"chosen": distinct(site.rank, site.in_features, seed, device)}
@@ -80,8 +88,11 @@ def from_columns(site: Site) -> Form:
 
 
 def to_rows(site: Site) -> Form:
-    """Return the form of side fb: the delta y_TO is scale * x A^T at the chosen outputs, 0
-    elsewhere."""
+    """Return the form of side fb at ``site``: the delta y_TO is scale * x A^T at the chosen
+    outputs, 0 elsewhere.
+
+    Only A is trained; ``chosen`` are the indices of site.rank output features.
+    """
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:
         return {"chosen": distinct(site.rank, site.out_features, seed, device)}

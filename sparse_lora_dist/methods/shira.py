@@ -1,33 +1,38 @@
 """SHiRA and random masking: train chosen entries of each weight, and nothing else.
 
-    y = (W + S) x           S is zero but at N places, where values train from zero
+    y = (W + S) x           S is zero except at N entries, whose values train from zero
 
-N is R (I + O), as many as LoRA of rank R has, or `shira_density` of the weight. There is no scale:
-`--alpha` has no meaning here.
+N is R (I + O), as many as LoRA of rank R has, or `shira_density` of the weight's entries. There is
+no scale: `--alpha` has no meaning here.
 
-The method decides the N places once, by `shira_support`:
+The method decides once which N entries train, by `shira_support`:
 
-    random      one place in each of N equal parts of the flattened weight
-    rows        evenly spaced rows and the diagonal, as many as N pays for (SHiRA-Struct)
-    columns     evenly spaced columns and the diagonal
+    random      one entry in each of N equal parts of the flattened weight
+    rows        evenly spaced rows and the diagonal, as many rows as fit into N (SHiRA-Struct)
+    columns     evenly spaced columns and the diagonal, as many columns as fit into N
     magnitude   the N largest |W| (SHiRA-WM)
-    gradient    the N largest |dL/dW| over the rows of a step (SHiRA-Grad)
+    gradient    the N largest |dL/dW| over the rows (sequences) of a step (SHiRA-Grad)
     snip        the N largest |W * dL/dW| (SHiRA-SNIP)
 
-The first three follow from seed and shape, and are made anew at every use. The others are chosen
-from whole weights, one linear at a time, and kept as sharded indices. `gradient` and `snip`
-calibrate: in the n-th of `shira_calibration_steps` the gradient of each n-th linear is summed over
-all ranks; then all values go back to zero and moments are reset.
+The first three follow from seed and shape, and their indices are computed anew at every use. The
+others are chosen from whole weights, one linear at a time, and their indices are stored, sharded
+over ranks. `gradient` and `snip` need calibration. Each of the first `shira_calibration_steps`
+steps collects the gradient of its share of the linears, summed over all ranks. After each of these
+steps all values are set to zero and Adam's moments are reset.
 
-This implementation differs from the papers: `random` draws one place per part, where they draw
-from all entries. The gradient of the values is taken at their places only; the gradient of the
-whole weight is not made.
+This implementation differs from the papers:
+
+- `random` draws one entry per part, where the papers draw from all entries.
+- The gradient of the values is computed at their entries only; the gradient of the whole weight is
+  not computed.
+
+In short:
 
 - **Optimizer state:** 8 bytes x trained entries: R (I + O) a linear, or `shira_density` x O x I.
 - **Statistics:** none; with support `gradient` or `snip` 4 bytes x base weights, sharded, during
   calibration.
-- **Exports as:** PEFT SHiRA (not with `shira_density`, `rows` or `columns`), merged model or
-  sparse delta.
+- **Exports as:** PEFT SHiRA (not with `shira_density`, `rows` or `columns`), merged model or sparse
+  delta.
 - **Choose it when:** the update is to be sparse from the first step.
 - **Paper:** Bhardwaj et al. 2024, arXiv:2406.13175 (SHiRA); Xu and Zhang 2024, arXiv:2405.02596
   (random masking).
@@ -93,7 +98,11 @@ class ShiraOptions:
 
 
 def shira(options: ShiraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of SHiRA for a run.
+    """Return the `Method` that describes SHiRA to training, planning and export.
+
+    Args:
+        options: Values of the --shira options.
+        context: Length and adapted linears of the run.
 
     Raises:
         ValueError: More entries would train than a weight has, fewer would train than the diagonal
@@ -121,8 +130,11 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
     """Return the note for the user about the memory that calibration gradients take.
 
     Args:
-        context: The run.
+        context: Adapted linears of the run.
         steps: Number of calibration steps.
+
+    Returns:
+        A sentence that names the GB over all ranks together; it is printed before training.
     """
     weights = sum(site.out_features * site.in_features for site in context.sites)
     held = 4e-9 * weights / steps
@@ -138,6 +150,10 @@ def check_count(site: Site, options: ShiraOptions) -> None:
 
     They do not if more entries would train than the weight has. With support rows or columns they
     also do not if fewer would train than the diagonal has.
+
+    Args:
+        site: The linear that is adapted.
+        options: Values of the --shira options.
     """
     weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
     shape, density = f"{site.out_features} x {site.in_features}", options.shira_density
@@ -171,7 +187,15 @@ def count_of(site: Site, density: float | None) -> int:
 
 
 def chosen_entries(site: Site, options: ShiraOptions) -> Form:
-    """Return the form of a site with the delta y_TO = x S^T, S zero but at the chosen places."""
+    """Return the form of a site with the delta y_TO = x S^T, where S is zero except at the chosen
+    entries.
+
+    The tensor ``shira_places`` has the indices of these entries in the flattened weight.
+
+    Args:
+        site: The linear that is adapted.
+        options: Values of the --shira options.
+    """
     support, weight = options.shira_support, site.out_features * site.in_features
     count = wanted = count_of(site, options.shira_density)
     as_peft = options.shira_density is None and support not in ("rows", "columns")
@@ -216,15 +240,15 @@ def chosen_entries(site: Site, options: ShiraOptions) -> Form:
 
 
 def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int]:
-    """Return which rows or columns of a weight train under support rows or columns.
+    """Return which rows or columns of a weight train as a whole under support rows or columns.
 
     Args:
         site: The linear that is adapted.
-        count: Number of entries that may train.
+        count: Number of entries that may train, the diagonal included.
         support: "rows" or "columns".
 
     Returns:
-        Indices of the rows or columns, the number of entries of one, and the length of the
+        Indices of the rows or columns (int64), the number of entries of one, and the length of the
             diagonal.
     """
     sides = site.out_features, site.in_features
@@ -234,18 +258,25 @@ def lines_of(site: Site, count: int, support: Support) -> tuple[Tensor, int, int
 
 
 def structured_count(site: Site, count: int, support: Support) -> int:
-    """Return the number of places that ``structured`` returns for the same arguments."""
+    """Return how many entries ``structured`` selects for the same arguments, without selecting
+    them.
+
+    Args:
+        site: The linear that is adapted.
+        count: Number of entries that may train.
+        support: "rows" or "columns".
+    """
     lines_K, length, diagonal = lines_of(site, count, support)
     return len(lines_K) * length + diagonal - int((lines_K < diagonal).sum())
 
 
 @cache
 def structured(site: Site, count: int, support: Support) -> Tensor:
-    """Return the places in the flattened weight that train under support rows or columns.
+    """Return the entries of a weight that train under support rows or columns.
 
     They are the diagonal and as many evenly spaced rows or columns as fit into ``count`` entries
     beside it. For a 4 x 4 weight, 8 entries and support rows, the diagonal (4) and row 0 (4) give
-    the places 0 1 2 3 5 10 15: the entry (0, 0) is in both and counts once.
+    the indices 0 1 2 3 5 10 15: the entry (0, 0) is in both and counts once.
 
     Args:
         site: The linear that is adapted.
@@ -253,7 +284,7 @@ def structured(site: Site, count: int, support: Support) -> Tensor:
         support: "rows" or "columns".
 
     Returns:
-        Ascending places, int64 on the CPU, at most ``count``.
+        Ascending indices in the flattened weight, int64 on the CPU, at most ``count``.
     """
     lines_K, length, diagonal = lines_of(site, count, support)
     along = torch.arange(length)
@@ -266,7 +297,7 @@ def structured(site: Site, count: int, support: Support) -> Tensor:
 
 
 def choosing(support: Support, steps: int) -> Rewriting:
-    """Return the rewriting that selects the places that train, those of the largest scores.
+    """Return the rewriting that selects the entries that train, those of the largest scores.
 
     Scores come from the weight before the first step (support magnitude), or from gradients.
 
@@ -305,10 +336,10 @@ def choosing(support: Support, steps: int) -> Rewriting:
 class SparseProduct(torch.autograd.Function):
     """Compute x S^T for a sparse S, with a gradient for x and for trained values of S.
 
-    S has ``values_N`` at the places ``places_N`` of the flattened matrix. The first ``num_trained``
-    values get a gradient, which is computed at their places only; None means all. The product uses
-    S as a dense matrix, because GPUs multiply by one dense weight faster than they gather N
-    columns.
+    S has the values ``values_N`` at the indices ``places_N`` of the flattened matrix, and
+    ``out_features`` rows. The first ``num_trained`` values get a gradient, which is computed at
+    their indices only; None means all. The product uses S as a dense matrix, because GPUs multiply
+    by one dense weight faster than they gather N columns.
     """
 
     @staticmethod
@@ -340,11 +371,11 @@ class SparseProduct(torch.autograd.Function):
 
 
 def scattered(values_N: Tensor, places_N: Tensor, out_features: int, in_features: int) -> Tensor:
-    """Return the dense matrix S with the given values at the given places, and 0 elsewhere.
+    """Return the dense matrix S with the given values at the given indices, and 0 elsewhere.
 
     Args:
         values_N: Values of S.
-        places_N: Their places in the flattened matrix, all different, int64.
+        places_N: Their indices in the flattened matrix, all different, int64.
         out_features: Number of rows of S.
         in_features: Number of columns of S.
     """

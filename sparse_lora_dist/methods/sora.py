@@ -3,23 +3,32 @@
     y = W x + (alpha / R) B diag(g) A x
     g <- g - clamp(g, -xi, xi)              xi = (learning rate of the gates) * lambda
 
-The second line ends each update of a gate: it is the proximal step of lambda * |g|_1.
+g are the R gates of a linear. The second line ends each optimizer update of a gate: it is the
+proximal step of lambda * |g|_1.
 
 The method decides at every step which gates become zero, and every `sora_every` steps which
-components are open: those whose gate is not zero. A gate at zero still has a gradient, so it may
-open again, unless `sora_reopen` is false; its row of A and column of B have none. Several
-`sora_lambdas` cut the run into equal stages of rising lambda (the paper's sparsifying schedule),
-each with its own learning-rate schedule, a checkpoint and a record in `stages.jsonl`.
+components are open: those whose gate is not zero. A gate at zero still gets a gradient, so it may
+open again, unless `sora_reopen` is false. Its row of A and column of B get none. If `sora_lambdas`
+has several values, the run is cut into as many equal stages of rising lambda (the paper's
+sparsifying schedule). Each stage has its own learning-rate schedule, a checkpoint and a line in
+`stages.jsonl`.
 
-Adam divides the gradient by its own size, but not the threshold. So threshold `exact` solves no L1
-problem: lambda is in Adam's units, and a gate shrinks while its direction m / sqrt(v) is below
-lambda. That is about 1, for all components alike, as long as B grows from zero. Threshold `scaled`
-divides the threshold too, and solves the L1 problem. Results depend on lambda: look at the curve.
+Adam divides the gradient by its own size, but the threshold is not divided. So threshold `exact`
+does not solve an L1 problem: lambda is in the units of Adam's update, and a gate shrinks while
+Adam's direction m / sqrt(v) for it is below lambda. The direction is about 1, for all components
+alike, as long as B grows from zero. Threshold `scaled` divides the threshold too, and solves the L1
+problem. Results depend on lambda, so compare several values.
 
-This implementation differs from the released code (github.com/TsinghuaC3I/SoRA, c275ac2): its
-threshold has no learning rate, zeroes all of (xi, 2 xi) and leaves +-xi where it is; an L1
-gradient is added; from the second stage on the learning rate is 0. Preset `released` has all of
-that (its Adam has `adam_eps` 1e-6). It never drops a component; `--sora_reopen false` does.
+This implementation differs from the released code (github.com/TsinghuaC3I/SoRA, c275ac2) in these
+points. Preset `released` follows that code in all of them:
+
+- The threshold of the released code is lambda itself, without the learning rate.
+- Its thresholding sets all gates with xi < |g| < 2 xi to zero too, and leaves |g| = xi where it is.
+- It adds the gradient of an L1 term to that of the loss.
+- From the second stage on its learning rate is 0.
+
+Two more facts about the released code: its Adam has `adam_eps` 1e-6, which the preset does not set,
+and it never drops a component from forward, which `--sora_reopen false` does here.
 
 - **Optimizer state:** 8 bytes x trained entries; falls as components close with `--sora_reopen
   false`.
@@ -63,11 +72,12 @@ from sparse_lora_dist.methods.protocol.method import (
 from sparse_lora_dist.methods.shared.schedules import stage_at, warmed_up_stages
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_gate": "row"}
-"""Segments that hold one component: component i is row i of A, column i of B and gate i."""
+"""{short tensor name: which part of the tensor belongs to one component}: component i has row i of
+A, column i of B and gate i."""
 
 TRAVEL = 2.0
-"""Distance that the default learning rate lets a gate move in a stage: peak learning rate x steps.
-With a decaying learning rate it is about half of that."""
+"""Distance that the default learning rate lets a gate move in a stage (all of the run if it has one
+lambda): peak learning rate x steps. With a decaying learning rate it is about half of that."""
 
 # Measured on the embedded model (rank 8, rate 2e-4, one seed): with gates from N(0, 1), 1.5 closes
 # 46%, 32% and 39% of the components in 30, 100 and 300 steps; in 100 the training loss falls by
@@ -142,10 +152,14 @@ class SoraOptions:
 
 
 def sora(options: SoraOptions, context: RunContext) -> Method:
-    """Build the `Method` record of SoRA for a run.
+    """Return the `Method` that describes SoRA to training, planning and export.
+
+    Args:
+        options: Values of the --sora options.
+        context: Length, warm-up, learning rate and adapted linears of the run.
 
     Raises:
-        ValueError: A stage is shorter than the warm-up.
+        ValueError: A stage, the part of the run with one lambda, is shorter than the warm-up.
     """
     chosen = as_preset(options, options.sora_preset, PRESETS)
     lambdas: tuple[float, ...] = chosen.sora_lambdas
@@ -191,11 +205,12 @@ def sora(options: SoraOptions, context: RunContext) -> Method:
 
 
 def gated(options: SoraOptions, context: RunContext, project: Project) -> Callable[[Site], Form]:
-    """Return a function (site) -> form of a site with LoRA's A and B and a gate per component.
+    """Return the function for ``Method.form``: site -> form with LoRA's A and B and a gate per
+    component.
 
     Args:
-        options: Options with the preset filled in.
-        context: The run.
+        options: Values of the --sora options, those of the preset filled in.
+        context: Length and learning rate of the run.
         project: Function that shrinks the gates after each optimizer update.
     """
     init = {"ones": ones, "normal": normal}[options.sora_gate_init]
@@ -217,12 +232,16 @@ def gated(options: SoraOptions, context: RunContext, project: Project) -> Callab
 
 
 def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
-    """Return the learning-rate multiplier of the gates.
+    """Return the factor by which the run's learning rate is multiplied for the gates.
 
     At the learning rate of A and B, gates would hardly move. The default is TRAVEL / (steps of a
     stage * learning rate), with which a gate can move the same distance in a run of any length. A
     gate that starts at g then closes if about |g| < TRAVEL / 2 * (lambda - direction), where
     direction is m / sqrt(v) of Adam.
+
+    Args:
+        options: Values of the --sora options, those of the preset filled in.
+        context: Length and learning rate of the run.
     """
     if options.sora_gate_lr_factor is not None:
         return options.sora_gate_lr_factor
@@ -233,19 +252,40 @@ def gate_lr_factor(options: SoraOptions, context: RunContext) -> float:
 
 
 def ones(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` in place with 1, so that SoRA starts as LoRA. Gates then close all together, or
-    not at all."""
+    """Fill ``t`` in place with 1, so that SoRA starts as LoRA.
+
+    Gates then close all together, or not at all.
+
+    Args:
+        t: The gates of a site.
+        generator: Unused; every ``TensorSpec.init`` has this argument.
+    """
     t.fill_(1.0)
 
 
 def normal(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` in place from N(0, 1), as the authors' code does. Small gates close first, so the
-    rank falls gradually."""
+    """Fill ``t`` in place from N(0, 1), as the authors' code does.
+
+    Small gates close first, so the rank falls gradually.
+
+    Args:
+        t: The gates of a site.
+        generator: Source of the random values.
+    """
     t.normal_(generator=generator)
 
 
 def gated_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """Return the delta y_TO = scale * x A^T diag(g) B^T, with the gates g."""
+    """Return what the site adds to the linear's output: scale * x A^T diag(g) B^T.
+
+    Args:
+        x_TI: Input of the linear, [T tokens, in_features].
+        tensors: ``lora_a`` (A), ``lora_b`` (B) and ``lora_gate`` (the gates g) of the site.
+        scale: Scale of the delta.
+
+    Returns:
+        The delta, [T, out_features].
+    """
     z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_gate"] * scale)
     return z_TR @ tensors["lora_b"].t()
 
@@ -256,7 +296,12 @@ def gate_in_b(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def magnitude(stats: Stats, w: Tensor) -> Tensor:
-    """Return |w| of each entry as its score, which is 0 only for an entry that is exactly 0."""
+    """Return |w| of each entry as its score, which is 0 only for an entry that is exactly 0.
+
+    Args:
+        stats: Unused; SoRA has no statistics.
+        w: Values of the entries, fp32 [N].
+    """
     return w.abs()
 
 
@@ -264,6 +309,10 @@ def soft_threshold(w: Tensor, xi: float | Tensor) -> Tensor:
     """Return each entry moved towards 0 by ``xi``; entries between -xi and xi become 0.
 
     This is the proximal step of xi * |w|.
+
+    Args:
+        w: Values of the entries, [N].
+        xi: Threshold: one number, or one for each entry.
     """
     return w - torch.clamp(w, -xi, xi)  # type: ignore[arg-type]  # both floats or both tensors
 
@@ -273,6 +322,10 @@ def released_threshold(w: Tensor, xi: float) -> Tensor:
 
     Each operation acts on the result of the one before it. So xi < |w| < 2 xi becomes 0 too, |w| =
     2 xi becomes xi, and |w| = xi stays.
+
+    Args:
+        w: Values of the entries, [N].
+        xi: Threshold.
     """
     w = torch.where(w > xi, w - xi, w)
     w = torch.where(w < -xi, w + xi, w)
@@ -305,9 +358,10 @@ def count_open(scores: Scores, *, reopen: bool, log_values: dict[str, float]) ->
     All ranks must call it.
 
     Args:
-        scores: Scores of the run.
-        reopen: False: components with a gate of zero die and are no longer computed.
-        log_values: Numbers to log with the decision.
+        scores: Scores of the run; the score of a gate is its absolute value.
+        reopen: True: all components stay computed, so that a gate at zero may grow again. False:
+            components with a gate of zero are dropped for good.
+        log_values: Numbers to log with the metrics of this step, by name.
     """
     sites = site_names(scores)
     gates = scores.sums({f"{site}.lora_gate": "row" for site in sites})

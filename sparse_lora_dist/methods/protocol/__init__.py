@@ -1,1 +1,4 @@
-"""Records of data and functions that a method fills in: `Method`, `Form` and `Rewriting`."""
+"""Dataclasses that describe a method to the rest of the program: `Method`, `Form` and `Rewriting`.
+
+They consist of data and functions, and every method fills them in.
+"""

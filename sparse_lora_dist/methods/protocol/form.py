@@ -1,7 +1,9 @@
-"""Form of a site's delta: its tensors, how they act on the input, and the plain LoRA they equal.
+"""Form of a site's delta: its tensors, how they act on the input, and the plain LoRA pair they
+equal.
 
-A *delta* is what an adapter adds to the output of its linear. Each field below that is a function
-says where it runs:
+A *site* is an ``nn.Linear`` of the base that carries an adapter (PEFT: target module). A *delta* is
+what an adapter adds to the output of its linear. Each field below that is a function says where it
+runs:
 
     local    one linear on one rank, with whole tensors on the rank's device
     shard    any slice of a tensor on one rank, flattened; must be elementwise
@@ -24,25 +26,28 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Update:
-    """What a projection may read about the optimizer step whose update it ends."""
+    """Facts about one optimizer step that a projection, the function ``TensorSpec.project``, may
+    read."""
 
     step: int
     """Number of the optimizer step, counted from 1."""
     lr: float | Tensor
-    """Learning rate with lr_factor applied: one number, or fp32 [N] if the N entries of the slice
-    have different birth steps."""
+    """Learning rate of the tensor, its ``TensorSpec.lr_factor`` included: one number, or fp32 [N]
+    if the N entries of the slice became trainable at different steps and so have different learning
+    rates."""
     denominator: Tensor
     """Adam's sqrt(v_hat) + eps for each of the N entries of the slice, fp32 [N]."""
 
 
 Project = Callable[[Tensor, Update], Tensor]
 """Function (w, update) -> w that replaces the weights of a slice, fp32 [N], after Adam's update.
-Called by `SparseAdamW` inside `step`. Runs: shard."""
+Called by `SparseAdamW` on each rank inside ``step``. Runs: shard, so it must be elementwise."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """Linear of the base that carries an adapter (PEFT: target module)."""
+    """Linear of the base that carries an adapter (PEFT: target module): its name, sides and
+    rank."""
 
     name: str
     """Full module name, e.g. "model.layers.3.self_attn.q_proj"."""
@@ -51,8 +56,8 @@ class Site:
     out_features: int
     """Width of the linear's output, written O in shapes."""
     rank: int
-    """Value of --rank, written R in shapes: the capacity of the site, unless ``Form.own_rank`` is
-    set."""
+    """Value of --rank, written R in shapes: the largest number of rank-1 components that the site
+    can have, unless ``Form.own_rank`` is set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,23 +71,27 @@ class TensorSpec:
     Called by adapter injection once per rank, with a generator that has the same seed on all ranks.
     Runs: global."""
     component_axis: int | None = None
-    """Axis along which the site's rank-1 components lie, e.g. 0 for A (R x I). None: the tensor has
-    no components."""
+    """Axis along which the site's rank-1 components lie, e.g. 0 for A [R, I], whose row i belongs
+    to component i. None: the tensor has no components."""
     lr_factor: float = 1.0
-    """Learning-rate multiplier, above 0."""
+    """Factor by which the run's learning rate is multiplied for this tensor, above 0."""
     decays: bool = True
     """True: --weight_decay applies to this tensor."""
     project: Project | None = None
     """Function that changes this tensor's entries after each optimizer update, such as a clamp.
     None: nothing follows Adam's update."""
     shared: bool = False
-    """True: all sites use this one tensor. It has the name of the first site."""
+    """True: all sites use this one tensor. Its full name begins with the name of the model's first
+    site."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptSpec:
-    """Spec of a kept tensor: the method writes it and no gradient trains it, e.g. a mask. It is
-    sharded, saved in checkpoints, and zero until it is first written."""
+    """Spec of a kept tensor: a tensor of a site that the method writes and no gradient trains, e.g.
+    a mask.
+
+    It is sharded over the ranks, saved in checkpoints, and zero until it is first written.
+    """
 
     shape: tuple[int, ...]
     """Shape of the whole tensor."""
@@ -100,25 +109,38 @@ def kaiming_uniform(t: Tensor, generator: torch.Generator) -> None:
     """Fill ``t`` in place from U(-1/sqrt(n), 1/sqrt(n)), where n is the length of its last axis.
 
     PEFT and loralib initialise A (R x I, so n = I) in this way.
+
+    Args:
+        t: Tensor to fill, fp32 on the CPU.
+        generator: Source of the random values.
     """
     bound = 1.0 / math.sqrt(t.shape[-1])
     t.uniform_(-bound, bound, generator=generator)
 
 
 def zeros(t: Tensor, generator: torch.Generator) -> None:
-    """Fill ``t`` in place with zeros; used for B, so that the delta starts at zero."""
+    """Fill ``t`` in place with zeros; used for B, so that the delta starts at zero.
+
+    Args:
+        t: Tensor to fill.
+        generator: Unused; every ``TensorSpec.init`` has this argument.
+    """
     t.zero_()
 
 
 def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, TensorSpec]:
-    """Return the specs of plain LoRA's two tensors, by their short names.
+    """Return the specs of plain LoRA's two tensors, A and B.
 
-    ``lora_a`` is [site.rank, in_features] with random initial values, ``lora_b`` is [out_features,
-    site.rank] and starts at zero. Hu et al. 2021, arXiv:2106.09685, section 4.1.
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1.
 
     Args:
         site: The linear that is adapted.
         project: Function that changes the entries of both tensors after each optimizer update.
+            None: nothing follows the update.
+
+    Returns:
+        {short name: spec}: ``lora_a`` is [site.rank, in_features] with random initial values;
+            ``lora_b`` is [out_features, site.rank] and starts at zero.
     """
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     return {
@@ -130,37 +152,50 @@ def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, Tenso
 
 
 def low_rank_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """Return plain LoRA's delta, y_TO = scale * x A^T B^T, with A = ``lora_a`` and B =
-    ``lora_b``."""
+    """Return plain LoRA's delta, what it adds to the linear's output: scale * x A^T B^T.
+
+    Args:
+        x_TI: Input of the linear, [T tokens, in_features].
+        tensors: Tensors of the site; ``lora_a`` is A [R, I] and ``lora_b`` is B [O, R].
+        scale: Scale of the delta, alpha / rank in plain LoRA.
+
+    Returns:
+        The delta, [T, out_features], in the dtype of ``x_TI``.
+    """
     # The scale is applied to the narrow product: R numbers a token, not O.
     return (x_TI @ tensors["lora_a"].t() * scale) @ tensors["lora_b"].t()
 
 
 def pair_itself(tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """Return ``(lora_a, lora_b)`` unchanged, [R, I] and [O, R]: they are a LoRA pair already."""
+    """Return ``(lora_a, lora_b)`` unchanged, [R, I] and [O, R]: the tensors are a LoRA pair
+    already."""
     return tensors["lora_a"], tensors["lora_b"]
 
 
 def alpha_over_capacity(alpha: float, capacity: int, open_components: int) -> float:
     """Return alpha / capacity, the scale of a site's delta.
 
-    ``open_components`` is ignored, so that the delta does not jump when a component opens or
-    closes.
-
     Args:
         alpha: Value of --alpha.
         capacity: Value of --rank, the largest number of components that a site can have.
-        open_components: Number of components that are open now.
+        open_components: Number of components that are open now. It is ignored, so that the delta
+            does not jump when a component opens or closes.
     """
     return alpha / capacity
 
 
 WEIGHT = "weight"
-"""Key of the dequantised base weight, [O, I], among the tensors of a form with ``reads_base``."""
+"""Key of the dequantised base weight, [O, I], in the dict of tensors that a form's functions get if
+its ``reads_base`` is True."""
 
 
 def draw_nothing(seed: int, device: torch.device) -> dict[str, Tensor]:
-    """Return an empty dict: the default of forms without drawn tensors."""
+    """Return an empty dict: the default of ``Form.drawn``, for forms without drawn tensors.
+
+    Args:
+        seed: Unused.
+        device: Unused.
+    """
     return {}
 
 
@@ -190,12 +225,12 @@ class Form:
     tensors: Mapping[str, TensorSpec]
     """Specs of the site's trained tensors, by short name."""
     drawn: Callable[[int, torch.device], dict[str, Tensor]] = draw_nothing
-    """Function (seed, device) -> drawn tensors by short name, with the same bits on every device.
-    They are never trained and no checkpoint has them. Called by the adapter in every forward and
-    backward, and by exports. Runs: local."""
+    """Function (seed, device) -> drawn tensors by short name. A drawn tensor is computed from the
+    seed at each use, with the same bits on every device; it is never trained and no checkpoint has
+    it. Called by the adapter in every forward and backward, and by exports. Runs: local."""
     kept: Mapping[str, KeptSpec] = field(default_factory=dict)
-    """Specs of the site's kept tensors, by short name. ``Rewriting.write`` fills them; no gradient
-    trains them."""
+    """Specs of the site's kept tensors, by short name. The method writes them in
+    ``Rewriting.write``; no gradient trains them."""
     reads_base: bool = False
     """True: the delta depends on the base weight, which is passed to it under the key
     ``WEIGHT``."""
@@ -207,8 +242,8 @@ class Form:
     scale. Called by exports. Runs: local. None: there is no such pair, and exports compute the
     matrix by applying ``delta`` to the identity."""
     to_peft: Callable[[Tensors, float], PeftForm] | None = None
-    """Function (tensors, scale) -> the site as a PEFT type other than LoRA. Called by exports.
-    Runs: local. None: PEFT has no such type."""
+    """Function (tensors, scale) -> the site stored as a PEFT adapter type other than LoRA. Called
+    by exports. Runs: local. None: PEFT has no such type."""
     scale: Callable[[float, int, int], float] = alpha_over_capacity
     """Function (alpha, --rank, open components) -> scale of the site's delta. Called by the adapter
     at its start and after each change of components. Runs: global."""
@@ -217,8 +252,12 @@ class Form:
     it can have. None: --rank."""
 
     def num_components(self, site: Site) -> int:
-        """Return the capacity of ``site``, whose form this is: the largest number of components it
-        can have."""
+        """Return the capacity of ``site``, the largest number of rank-1 components that it can
+        have.
+
+        Args:
+            site: The site that this form was built for.
+        """
         return site.rank if self.own_rank is None else self.own_rank
 
     @property
@@ -228,5 +267,5 @@ class Form:
 
 
 def low_rank(site: Site) -> Form:
-    """Return the form of plain LoRA."""
+    """Return the form of plain LoRA at ``site``: A and B, with the delta scale * x A^T B^T."""
     return Form(tensors=low_rank_pair(site))

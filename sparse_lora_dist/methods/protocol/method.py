@@ -1,14 +1,16 @@
-"""Record that every method fills in; its defaults are plain LoRA.
+"""`Method`, the dataclass that every method fills in; its defaults are plain LoRA.
 
 A method is data and pure functions on single-device tensors: it calls no collective and no
-DeepSpeed, and inherits from nothing. Which rank holds which slice is known to ``sparsity/`` and
-``zero3/`` only. Each field that is a function says where it runs:
+DeepSpeed, and inherits from nothing. Only ``sparsity/`` and ``zero3/`` know which rank holds which
+slice of a tensor. Each field that is a function says where it runs:
 
     local    one linear on one rank, with whole tensors on the rank's device
     shard    any slice of a tensor on one rank, flattened; must be elementwise
     global   the same arguments on all ranks; must return the same bits on all ranks
 
-Tensors of all sites are named "site.tensor", e.g. "model.layers.3.self_attn.q_proj.lora_a".
+Tensors of all sites are named "site.tensor", e.g. "model.layers.3.self_attn.q_proj.lora_a". A
+*site* is a linear that carries an adapter. A *segment* is a row, a column or the whole of a tensor,
+see `By`. A *live* entry is an entry of a trained tensor that the optimizer steps.
 
 Shapes: T tokens, I in_features, O out_features, R rank, S sites, K statistics a site, N entries of
 a slice.
@@ -25,21 +27,24 @@ from sparse_lora_dist.methods.protocol.form import Form, Site, Tensors, TensorSp
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting
 
 Stats = tuple[Tensor, ...]
-"""Running statistics of a slice of N entries: ``Method.n_stats`` tensors, fp32 [N] each."""
+"""Running statistics of a slice of N entries: as many tensors as ``Method.n_stats`` says, fp32 [N]
+each."""
 By = Literal["row", "column", "tensor"]
-"""Segments of a tensor, within which entries are summed or ranked: each row, each column, or the
-whole tensor."""
+"""Segments that a tensor is divided into, and within which entries are summed or ranked: each row
+("row"), each column ("column"), or the whole tensor as one segment ("tensor")."""
 Ties = Literal["index", "all"]
-"""Which entries ``Scores.top_k`` keeps of those equal to the k-th: those of lowest index until k
-are kept ("index"), or all of them ("all")."""
+"""Which entries ``Scores.top_k`` keeps of those whose score equals the k-th largest: those of
+lowest index until k entries are kept ("index"), or all of them, even if more than k are kept
+("all")."""
 
 
 class Scores(Protocol):
-    """Importance scores of all trained tensors. Each rank holds one slice of them.
+    """Importance scores of all trained tensors. Each rank holds one slice of every tensor's scores.
 
-    The results of ``top_k``, ``sums`` and ``live`` have the same bits on any number of ranks. Each
-    call makes a few collectives, however many tensors it names, so name many at once. All ranks
-    must call them. A vector counts as a matrix with one column: each entry is a row.
+    The results of ``top_k``, ``sums`` and ``live`` have the same bits on any number of ranks. All
+    ranks must call them. Each call makes a few collectives, however many tensors it names, so name
+    many tensors in one call. A vector counts as a matrix with one column, in which each entry is a
+    row.
     """
 
     @property
@@ -51,66 +56,78 @@ class Scores(Protocol):
     def site_stats(self) -> Tensor:
         """Running statistics of the sites, float64 [K, S], equal on all ranks.
 
-        K is ``Method.n_site_stats`` and S the number of sites. ``Method.observe_sites`` updates
-        them.
+        K is ``Method.n_site_stats`` and S the number of sites, in the model's order.
+        ``Method.observe_sites`` updates the statistics.
         """
 
     def top_k(
         self, k: Mapping[str, int], by: Mapping[str, By], ties: Ties = "index"
     ) -> dict[str, Tensor]:
-        """Select the ``k`` largest scores of every segment. All ranks must call it.
+        """Select the ``k`` largest scores in every segment: every row, every column or the whole
+        tensor.
+
+        All ranks must call it.
 
         Args:
-            k: Number of entries to select in each segment, by tensor name; at least 1.
-            by: Kind of segments of each tensor, by tensor name.
-            ties: Which of the entries equal to the k-th are kept.
+            k: Tensor name -> number of entries to select in each of the tensor's segments, at least
+                1.
+            by: Tensor name -> what a segment of the tensor is: "row", "column" or "tensor".
+            ties: Which of the entries equal to the k-th largest are kept: "index" (the lowest
+                indices, so that exactly k are kept) or "all".
 
         Returns:
-            This rank's slice of each mask by tensor name, bool [N]; True means selected.
+            Tensor name -> this rank's slice of the mask, bool [N]; True means selected.
 
         Raises:
             FloatingPointError: On all ranks, if a score of any rank is NaN or infinite.
         """
 
     def sums(self, by: Mapping[str, By]) -> dict[str, Tensor]:
-        """Sum the scores of every segment. All ranks must call it.
+        """Sum the scores in every segment: every row, every column or the whole tensor.
+
+        All ranks must call it.
 
         Args:
-            by: Kind of segments of each tensor, by tensor name.
+            by: Tensor name -> what a segment of the tensor is: "row", "column" or "tensor".
 
         Returns:
-            Sums by tensor name, float64 [number of segments], equal on all ranks.
+            Tensor name -> sums, float64 [number of segments], equal on all ranks.
 
         Raises:
             FloatingPointError: On all ranks, if a score of any rank is NaN or infinite.
         """
 
     def live(self, by: Mapping[str, By]) -> dict[str, Tensor]:
-        """Count the live entries of every segment. All ranks must call it.
+        """Count the live entries in every segment: every row, every column or the whole tensor.
+
+        A live entry is one that the optimizer steps. All ranks must call it.
 
         Args:
-            by: Kind of segments of each tensor, by tensor name.
+            by: Tensor name -> what a segment of the tensor is: "row", "column" or "tensor".
 
         Returns:
-            Counts by tensor name, int64 [number of segments], equal on all ranks.
+            Tensor name -> counts, int64 [number of segments], equal on all ranks.
         """
 
     def spread(self, name: str, values: Tensor, by: By) -> Tensor:
-        """Copy the value of each segment to all its entries. Makes no collective.
+        """Copy one value per segment (row, column or whole tensor) to all entries of that segment.
+
+        It makes no collective.
 
         Args:
             name: Tensor name.
             values: One value per segment, [number of segments], equal on all ranks.
-            by: Kind of segments of the tensor.
+            by: What a segment of the tensor is: "row", "column" or "tensor".
 
         Returns:
-            This rank's slice of the result, [N].
+            This rank's slice of the result, [N], in the dtype of ``values``.
         """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunContext:
-    """Facts about the run that a method is built from. They are the same on all ranks."""
+    """Facts about the run that ``MethodFactory.build`` makes a method from; the same on all
+    ranks."""
 
     total_steps: int
     """Optimizer steps of the run, at least 1."""
@@ -135,11 +152,11 @@ class Components:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """Changes that a method makes at one step. Tensors and sites that are not named stay as they
-    are.
+    """Changes that a method makes at one step, returned by ``Method.decide``.
 
-    An entry that stops being live is zero from the end of this step on. An entry that was never
-    live keeps its initial value. At step 0, before training, nothing is zeroed.
+    Tensors and sites that are not named stay as they are. A live entry is one that the optimizer
+    steps. An entry that stops being live is zero from the end of this step on. An entry that was
+    never live keeps its initial value. At step 0, before training, nothing is zeroed.
     """
 
     live: Mapping[str, Tensor] = field(default_factory=dict)
@@ -156,27 +173,47 @@ class Decision:
 
 
 def observe_nothing(stats: Stats, w: Tensor, grad: Tensor, step: int) -> Stats:
-    """Return ``stats`` unchanged; the default of methods without statistics."""
+    """Return ``stats`` unchanged: the default of ``Method.observe``, for methods without
+    statistics.
+
+    Args:
+        stats: Running statistics of a slice; an empty tuple in such methods.
+        w: Unused.
+        grad: Unused.
+        step: Unused.
+    """
     return stats
 
 
 def first_statistic(stats: Stats, w: Tensor) -> Tensor:
-    """Return the first running statistic as the importance of each entry, fp32 [N]."""
+    """Return the first running statistic as the importance of each entry, fp32 [N]: the default of
+    ``Method.score``.
+
+    Args:
+        stats: Running statistics of a slice, fp32 [N] each; at least one.
+        w: Unused.
+    """
     return stats[0]
 
 
 def decide_nothing(step: int, scores: Scores) -> Decision:
-    """Return an empty decision, which changes nothing."""
+    """Return an empty decision, which changes nothing: the default of ``Method.decide``.
+
+    Args:
+        step: Unused.
+        scores: Unused.
+    """
     return Decision()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Method:
-    """Record of a method: data and functions. The defaults make plain LoRA,
+    """Description of a method: data and functions. The defaults make plain LoRA,
     ``Method(name="lora")``.
 
-    A *newborn* entry is one that becomes live during the run. ``probe`` and ``penalty`` get the
-    same dict of tensors as ``Form.delta``, with only those components that forward computes.
+    A *newborn* entry is one that becomes live during the run; a live entry is one that the
+    optimizer steps. ``probe`` and ``penalty`` get the same dict of tensors as ``Form.delta``, with
+    only those components that forward computes.
     """
 
     name: str
@@ -184,8 +221,8 @@ class Method:
     notes: tuple[str, ...] = ()
     """Sentences for the user that are printed before training."""
     form: Callable[[Site], Form] = low_rank
-    """Function (site) -> form of its delta. Called by adapter injection, the planner and exports.
-    Runs: global."""
+    """Function (site) -> form of its delta, i.e. the tensors of the site and how they act. Called
+    by adapter injection, the planner and exports. Runs: global."""
     penalty: Callable[[Tensors], dict[str, Tensor]] | None = None
     """Function (tensors) -> gradients of a penalty by tensor name, each shaped like its tensor. The
     penalty is added to the loss of an optimizer step. Called by the adapter in backward, once per
@@ -199,8 +236,8 @@ class Method:
     gradient of the step, already reduced over all ranks. Called by `Shards` at each optimizer step,
     before the decision. Runs: shard."""
     score: Callable[[Stats, Tensor], Tensor] = first_statistic
-    """Function (stats, w) -> importance of each entry, fp32 [N]. Called by `Scores` in a decision.
-    Runs: shard."""
+    """Function (stats, w) -> importance of each entry, fp32 [N], from its statistics and its value.
+    Called by `Scores` when ``decide`` asks for scores. Runs: shard."""
     probe: Callable[[Tensor, Tensor, Tensors, float], Tensor] | None = None
     """Function (x_TI, grad_y_TO, tensors, scale) -> one number, a scalar tensor. Called by the
     adapter in each backward; the results are summed over micro-batches and averaged over ranks.
@@ -230,20 +267,22 @@ class Method:
     for the values of one."""
 
     redraws: bool = True
-    """True: a resumed run may have another length, which recomputes the schedule, as long as the
-    last decision has not been made."""
+    """True: a resumed run may have another number of steps, which recomputes the schedule, as long
+    as the last decision has not been made. False: a resumed run must have the same number of steps
+    until the schedule has ended."""
     newborn_warmup: int | None = None
-    """Number of steps in which the learning rate of a newborn entry rises from 0. None:
-    --warmup_steps."""
+    """Number of steps in which the learning rate of an entry that becomes live during the run rises
+    from 0. None: --warmup_steps."""
     newborn_restarts: bool = False
-    """True: a newborn entry runs through a whole learning-rate schedule in the steps that are left.
-    False: its learning rate is that of the run."""
+    """True: an entry that becomes live during the run has a whole learning-rate schedule of its own
+    in the steps that are left. False: its learning rate is that of the run."""
     stages: tuple[int, ...] = ()
-    """Last step of each stage. A stage has its own learning-rate schedule, its own checkpoint and
-    its own record in ``stages.jsonl``. Empty: the run has no stages."""
+    """Last step of each stage, ascending. A stage is a part of the run with its own learning-rate
+    schedule, its own checkpoint and its own JSON line in ``stages.jsonl``. Empty: the run has no
+    stages."""
     stage_rate: Literal["own", "first"] = "own"
     """Stages that train at a learning rate above 0: all, each with its own schedule ("own"), or
-    only the first ("first")."""
+    only the first, with rate 0 in the later ones ("first")."""
     stage_resets_moments: bool = False
     """True: Adam's moments are reset at the start of each stage."""
 
@@ -260,7 +299,7 @@ class NoOptions:
 class MethodFactory:
     """Entry of a method in `METHODS`: its options, the function that builds it, and texts about it.
 
-    ``docs/generate_methods.py`` makes the documentation page of a method from its module docstring
+    ``docs/generate_methods.py`` writes the documentation page of a method from its module docstring
     and this record.
     """
 
@@ -278,13 +317,14 @@ class MethodFactory:
 
 
 def trained_specs(method: Method, sites: Sequence[Site]) -> dict[str, TensorSpec]:
-    """Return the spec of every trained tensor by its name "site.tensor", in the model's order.
-
-    A tensor that all sites share has one entry, under the first site.
+    """Return the spec of every trained tensor of the run, in the model's order.
 
     Args:
         method: The method of the run.
         sites: Linears that carry an adapter, in the model's order.
+
+    Returns:
+        {"site.tensor": spec}. A tensor that all sites share has one entry, under the first site.
     """
     found: dict[str, TensorSpec] = {}
     for site in sites:
@@ -303,8 +343,8 @@ def as_preset(options: Any, preset: str, presets: Mapping[str, Mapping[str, Any]
     """Return a copy of ``options`` in which fields that are None or empty have the preset's value.
 
     Args:
-        options: Options of a method.
-        preset: Name of the preset.
+        options: Options of a method, an instance of its dataclass.
+        preset: Name of the preset, e.g. "released".
         presets: Preset name -> {field name: value}.
     """
     given = {f.name: getattr(options, f.name) for f in fields(options)}

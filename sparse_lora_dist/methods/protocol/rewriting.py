@@ -1,9 +1,11 @@
 """Rewriting: whole tensors of a site are computed anew at some steps, one site at a time.
 
-`write` and `measure` run on rank 0 only, and all ranks take its result: two ranks could round
-differently, or give a singular vector another sign, and slices of two such results do not fit.
+A *site* is a linear that carries an adapter. The functions ``write`` and ``measure`` run on rank 0
+only, and their results are sent to all ranks. If every rank computed them, two ranks could round
+differently, or give a singular vector another sign, and slices of two such results do not fit
+together.
 
-Shapes: O out_features, I in_features, N rows of a step, S sites, K measures a site.
+Shapes: O out_features, I in_features, N rows (sequences) of a step, S sites, K measures a site.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,7 +19,8 @@ from sparse_lora_dist.methods.protocol.form import Site, Tensors
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Whole:
-    """One site with all its tensors gathered on rank 0, the input of a rewriting."""
+    """One site with all its tensors gathered on rank 0: the argument of ``Rewriting.write`` and
+    ``Rewriting.measure``."""
 
     site: Site
     """The linear whose tensors are rewritten."""
@@ -29,20 +32,21 @@ class Whole:
     """All tensors of the site by short name: trained tensors in fp32 with all components, kept
     tensors in their own dtype, and drawn tensors."""
     scale: float
-    """Scale of the site's delta."""
+    """Scale of the site's delta, e.g. alpha / rank."""
     weight_OI: Callable[[], Tensor]
     """Function () -> base weight, fp32 [O, I]. Each call dequantises it again."""
     generator: torch.Generator
     """CPU generator for random values. Its seed follows from the run's seed, the site and the
     step."""
     squares_I: Tensor | None = None
-    """Running mean of each squared input feature, float64 [I]. None: not collected so far."""
+    """Running mean of each squared input feature of the linear, float64 [I]. None: not collected so
+    far."""
     gradient_OI: Tensor | None = None
     """Gradient of the step's loss with respect to the base weight, fp32 [O, I]. None: not
     collected."""
     rows_NI: Tensor | None = None
-    """For each of the step's N rows, the mean over tokens of the linear's input, fp32 [N, I], in
-    the order of the data. None: not collected."""
+    """For each of the step's N rows (sequences), the mean over its tokens of the linear's input,
+    fp32 [N, I], in the order of the data. None: not collected."""
     measures_SK: Tensor | None = None
     """Results of ``Rewriting.measure`` for all sites, float64 [S, K] on the CPU: S sites with K
     numbers each. None: the rewriting has no ``measure``."""
@@ -50,14 +54,15 @@ class Whole:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewritten:
-    """New values of a site's tensors. Tensors that are not named stay as they are."""
+    """Result of ``Rewriting.write``: new values of a site's tensors. Tensors that are not named
+    stay as they are."""
 
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     """New whole tensors by short name, trained or kept. Tensors that all sites share are not
     allowed."""
     computed: tuple[int, ...] | None = None
-    """Indices of the components that forward computes from now on; all of them count as open. None:
-    the components stay as they are."""
+    """Indices of the rank-1 components that forward computes from now on; all of them count as
+    open. None: the components stay as they are."""
     log_values: Mapping[str, float] = field(default_factory=dict)
     """Numbers for the metrics, by name. The mean over all sites is logged."""
 
@@ -90,5 +95,6 @@ class Rewriting:
     the base weight, in fp32, sharded. Called before the forward of each step. Runs: global. None:
     it is never collected."""
     collects_rows: Callable[[int], bool] | None = None
-    """Function (step) -> True if this step collects the mean input of each of its rows. Called
-    before the forward of each step. Runs: global. None: they are never collected."""
+    """Function (step) -> True if this step collects, for each of its rows (sequences), the mean of
+    the linear's input over tokens. Called before the forward of each step. Runs: global. None: no
+    step collects them."""

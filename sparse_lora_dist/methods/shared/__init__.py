@@ -1,1 +1,2 @@
-"""Pure functions that several methods share: schedules, masks, random numbers, triplets."""
+"""Pure functions that several methods share: schedules, growth of ranks, masks, random numbers,
+selection of the largest entries, and AdaLoRA's triplets."""

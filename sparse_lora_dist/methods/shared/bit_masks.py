@@ -1,4 +1,4 @@
-"""Masks packed as one bit an entry.
+"""Masks stored as packed bits, one bit per entry, eight entries in a byte.
 
     True False False True  True False False False  True   ->   bytes 0b00011001, 0b00000001
 
@@ -13,10 +13,13 @@ from sparse_lora_dist.methods.protocol.form import KeptSpec, Site
 
 
 def mask_spec(site: Site) -> KeptSpec:
-    """Return the spec of a kept tensor that holds a mask of the site's weight with one bit per
+    """Return the spec of a kept tensor that stores a mask of the site's weight with one bit per
     entry.
 
     All bits are 0 until the method writes the mask.
+
+    Returns:
+        Spec of a uint8 tensor [ceil(out_features * in_features / 8)], in the format of ``pack``.
     """
     return KeptSpec(shape=(-(-site.out_features * site.in_features // 8),), dtype=torch.uint8)
 
@@ -30,7 +33,15 @@ def pack(mask_OI: Tensor) -> Tensor:
 
 
 def unpack(bits_B: Tensor, shape: tuple[int, int]) -> Tensor:
-    """Unpack bytes from ``pack`` into a mask, bool of ``shape`` (out_features, in_features)."""
+    """Unpack the mask of a weight from the bytes that ``pack`` returns.
+
+    Args:
+        bits_B: Packed bits, uint8 [ceil(out_features * in_features / 8)].
+        shape: Shape of the weight, (out_features, in_features).
+
+    Returns:
+        The mask, bool [out_features, in_features].
+    """
     return unpack_bits(bits_B, shape[0] * shape[1]).view(shape)
 
 
@@ -42,7 +53,15 @@ def pack_bits(mask_N: Tensor) -> Tensor:
 
 
 def unpack_bits(bits: Tensor, size: int) -> Tensor:
-    """Unpack bytes from ``pack_bits``, uint8 [ceil(size / 8)], into bool [size]."""
+    """Unpack the bytes that ``pack_bits`` returns.
+
+    Args:
+        bits: Packed bits, uint8 [ceil(size / 8)].
+        size: Number of entries that were packed.
+
+    Returns:
+        The entries, bool [size].
+    """
     return (bits[:, None] & _powers(bits.device)).flatten()[:size].bool()
 
 

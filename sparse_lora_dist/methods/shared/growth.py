@@ -1,6 +1,6 @@
-"""Growth of ranks inside a budget: which linears grow, when, and by how much.
+"""Growth of ranks inside a budget, for IncreLoRA: which linears grow, when, and by how much.
 
-Shapes: S sites.
+Shapes: S sites, the linears that carry an adapter.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,10 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Growth:
-    """Schedule by which sites open components, and how many they open."""
+    """Schedule by which sites open rank-1 components, and how many they open.
+
+    A growth *update* is a step at which some sites open components.
+    """
 
     sites: tuple[Site, ...]
     """Linears that may grow, in the model's order."""
@@ -44,10 +47,11 @@ class Growth:
         return self.first + (rounds - 1) * self.every if rounds > 0 else 0
 
     def at(self, step: int) -> bool:
+        """Return True if an update happens at ``step``."""
         return self.first <= step <= self.last and step % self.every == 0
 
     def grown(self, open_S: Sequence[int], score_S: Sequence[float]) -> list[int]:
-        """Return the number of open components of each site after one update.
+        """Compute how many components each site has open after one update.
 
         Sites with the highest score grow first; of equal scores, the lowest index. A site that
         cannot take all of its components leaves the rest to the next one. Example with modules 2,
@@ -58,6 +62,9 @@ class Growth:
         Args:
             open_S: Number of open components of each site before the update.
             score_S: Importance of each site.
+
+        Returns:
+            Number of open components of each site after the update.
         """
         room_S = [site.rank - n for site, n in zip(self.sites, open_S, strict=True)]
         order = sorted((s for s, room in enumerate(room_S) if room), key=lambda s: -score_S[s])
@@ -76,10 +83,12 @@ class Growth:
         return after_S
 
     def notes(self) -> tuple[str, ...]:
-        """Return a note for the user if the last update exceeds the budget; otherwise an empty
-        tuple.
+        """Return a note to print before training if the last update exceeds the budget.
 
         Components that exceed it because of tied scores are not counted: they are not known yet.
+
+        Returns:
+            A tuple with the note, or an empty tuple.
         """
         left = self.needed % (self.modules * self.components)
         above = min(self.modules, left) * self.components - left
@@ -92,11 +101,13 @@ class Growth:
         )
 
     def misfits(self, total_steps: int) -> list[str]:
-        """Return one sentence for each reason why this growth does not fit the run; empty if it
-        fits.
+        """Return the reasons why this growth does not fit the run.
 
         Args:
             total_steps: Optimizer steps of the run.
+
+        Returns:
+            One sentence per reason; an empty list if the growth fits.
         """
         sites, capacity = len(self.sites), sum(site.rank for site in self.sites)
         smallest = min(site.rank for site in self.sites)

@@ -1,4 +1,7 @@
-"""Schedules: how much is kept at a step, and the stages of a run."""
+"""Schedules: what fraction or number is kept at a step, and how a run is split into stages.
+
+A *stage* is a part of a run with its own learning-rate schedule.
+"""
 
 from bisect import bisect_left
 
@@ -11,6 +14,12 @@ def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
         keep = final + (1 - final) * (1 - (step - begin) / (end - begin))^3
 
     Source: RoseLoRA, arXiv:2406.10777; the same curve as AdaLoRA's budget, arXiv:2303.10512.
+
+    Args:
+        step: Optimizer step.
+        begin: Last step at which everything is kept.
+        end: Step from which on the fraction is ``final``; above ``begin``.
+        final: Fraction kept at the end, in [0, 1].
     """
     if step <= begin:
         return 1.0
@@ -21,13 +30,20 @@ def cubic_keep(step: int, *, begin: int, end: int, final: float) -> float:
 
 
 def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> int:
-    """Return the number of components that all sites together keep at ``step``.
+    """Return the number of rank-1 components that all sites together keep at ``step``.
 
     It is ``first`` up to step ``begin`` and ``last`` from step ``end`` on. In between:
 
         budget = floor(last + (first - last) * (1 - (step - begin) / (end - begin))^3)
 
     Source: AdaLoRA, arXiv:2303.10512, equation 13.
+
+    Args:
+        step: Optimizer step.
+        begin: Last step at which the budget is ``first``.
+        end: Step from which on the budget is ``last``; above ``begin``.
+        first: Number of components at the start.
+        last: Number of components at the end, at most ``first``.
     """
     if step <= begin:
         return first
@@ -38,7 +54,11 @@ def cubic_budget(step: int, *, begin: int, end: int, first: int, last: int) -> i
 
 
 def equal_stages(total_steps: int, num_stages: int) -> tuple[int, ...]:
-    """Split a run into ``num_stages`` stages whose lengths differ by at most 1.
+    """Split a run into ``num_stages`` stages whose lengths differ by at most 1 step.
+
+    Args:
+        total_steps: Optimizer steps of the run.
+        num_stages: Number of stages.
 
     Returns:
         Last step of each stage, counted from 1.
@@ -49,7 +69,7 @@ def equal_stages(total_steps: int, num_stages: int) -> tuple[int, ...]:
 def warmed_up_stages(
     total_steps: int, num_stages: int, *, warmup_steps: int, asked: str
 ) -> tuple[int, ...]:
-    """Split a run into ``num_stages`` equal stages, each long enough for its own warm-up.
+    """Split a run into equal stages, each long enough for a warm-up of its own.
 
     Args:
         total_steps: Optimizer steps of the run.
@@ -74,11 +94,13 @@ def warmed_up_stages(
 
 
 def stage_at(step: int, stages: tuple[int, ...]) -> int:
-    """Return the index of the stage that ``step`` is in, counted from 0; after the end, the last
-    one.
+    """Return the index of the stage that ``step`` lies in.
 
     Args:
         step: Optimizer step, counted from 1.
-        stages: Last step of each stage.
+        stages: Last step of each stage, ascending.
+
+    Returns:
+        Index from 0. A step after the end of the run gives the last stage.
     """
     return min(bisect_left(stages, step), len(stages) - 1)

@@ -8,11 +8,19 @@ from torch import Tensor
 
 
 def k_largest(scores: Tensor, k: int) -> Tensor:
-    """Return the mask of the ``k`` largest scores, bool of the scores' shape; ties: lowest index.
+    """Select the ``k`` largest scores; of equal scores, those of the lowest index are taken first.
 
     torch.topk does not say which of several equal scores it takes, and an NF4 weight has many equal
     entries, so two devices could choose differently. Example: for the scores 1 3 2 2 and k = 2 the
-    threshold is 2 and the mask 0 1 1 0.
+    k-th largest score is 2 and the mask is 0 1 1 0.
+
+    Args:
+        scores: Scores, of any shape; they are compared over the whole tensor.
+        k: Number of scores to select. 0 or less selects none, the number of scores or more selects
+            all.
+
+    Returns:
+        The mask, bool in the shape of ``scores``; True means selected.
 
     Raises:
         FloatingPointError: A score is NaN.

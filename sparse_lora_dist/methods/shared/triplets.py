@@ -1,14 +1,16 @@
-"""Triplets dW = B diag(lambda) A, which AdaLoRA and IncreLoRA train and rank.
+"""Triplets dW = B diag(lambda) A, the form that AdaLoRA and IncreLoRA train.
 
-Zhang et al. 2023, arXiv:2303.10512, equations 3, 4 and 8 to 12; IncreLoRA, arXiv:2308.12043, takes
-them over. Component i is the triplet (column i of B, lambda_i, row i of A). A and B are held near
-orthonormal by a penalty, so that lambda_i is the size of component i and comparable between sites.
+Source: Zhang et al. 2023, arXiv:2303.10512, equations 3, 4 and 8 to 12; IncreLoRA,
+arXiv:2308.12043, uses the same equations. Component i is the triplet of column i of B, lambda_i and
+row i of A. A penalty holds A and B near orthonormal, so that lambda_i is the size of component i
+and comparable between sites (the linears that carry an adapter).
 
-IncreLoRA opens components in order, so how many are open in a site says which: ``Growth`` adds to
-them.
+IncreLoRA opens components in ascending order, so the number of open components of a site tells
+which ones they are (`shared/growth.py`).
 
-A penalty is given by its gradient, since the loss of no rank sees a tensor whole. "squared" is
-the papers', "released" the unsquared norm of both released codes.
+The penalty is computed as a gradient that backward adds, not as a term of the loss, because no rank
+has the whole tensors when it computes the loss. ``squared_penalty`` is that of the papers;
+``released_penalty`` is the unsquared norm that the authors' code of both methods uses.
 
 Shapes: T tokens, I in_features, O out_features, R rank.
 """
@@ -30,16 +32,19 @@ from sparse_lora_dist.methods.protocol.form import (
 from sparse_lora_dist.methods.protocol.method import By, Scores, Stats, site_names
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_lambda": "row"}
-"""Segments that hold one component: component i is row i of A, column i of B, entry i of lambda."""
+"""{short tensor name: which part of the tensor belongs to one component}: component i has row i of
+A, column i of B and entry i of lambda."""
 
 CHUNK = 2**20
-"""Maximum number of entries of a site's weight gradient that are computed at a time."""
+"""Maximum number of entries of a site's weight gradient that ``delta_sensitivity`` computes at a
+time."""
 
 Init = Callable[[Tensor, torch.Generator], None]
 
 
 def gaussian(std: float) -> Init:
-    """Return a function (t, generator) that fills ``t`` in place from N(0, std^2)."""
+    """Return an initialiser: a function (t, generator) that fills ``t`` in place from N(0,
+    std^2)."""
 
     def init(t: Tensor, generator: torch.Generator) -> None:
         t.normal_(0.0, std, generator=generator)
@@ -54,26 +59,29 @@ RELEASED_STD = 0.02
 def triplet_tensors(
     site: Site, *, lambda_init: Init, lr_factor: float | None = None, released: bool = False
 ) -> dict[str, TensorSpec]:
-    """Return the specs of the tensors of dW = B diag(lambda) A, by their short names.
-
-    ``lora_a`` is [R, I] and ``lora_b`` [O, R], both Gaussian; ``lora_lambda`` is [R]. Here R is the
-    site's rank, I its in_features and O its out_features.
+    """Return the specs of the three trained tensors of dW = B diag(lambda) A.
 
     Initial values: by default rows of A and columns of B have length 1 on average, the length that
     the orthogonality penalty pulls them to. With the authors' standard deviation of 0.02 they have
-    it only if I is 2,500. In smaller linears the gradient of the penalty is then far larger than
-    that of the loss for hundreds of steps, in the norm that is clipped and in Adam's moments.
+    it only if in_features is 2,500. In smaller linears the gradient of the penalty is then far
+    larger than that of the loss for hundreds of steps, both in the norm that is clipped and in
+    Adam's moments.
 
-    Learning rate of lambda: by default sqrt(O / 3) times that of the run. Adam then moves a
-    component as far per step as it moves one of LoRA's, where O entries of B move and the row of A
-    has length 1 / sqrt(3). With the papers' factor of 1, short runs hardly leave zero.
+    Learning rate of lambda: by default sqrt(out_features / 3) times that of the run. Adam then
+    moves a component as far per step as it moves one of LoRA's, where out_features entries of B
+    move and the row of A has length 1 / sqrt(3). With the papers' factor of 1, lambda hardly leaves
+    zero in short runs.
 
     Args:
         site: The linear that is adapted.
         lambda_init: Function (t, generator) that fills lambda in place.
-        lr_factor: Learning-rate multiplier for lambda. None: 1 if ``released``, otherwise sqrt(O /
-            3).
-        released: Start A and B as the authors' code does.
+        lr_factor: Learning-rate multiplier for lambda. None: 1 if ``released``, otherwise
+            sqrt(out_features / 3).
+        released: True: A and B start with the authors' standard deviation, 0.02.
+
+    Returns:
+        {short name: spec}: ``lora_a`` [R, in_features] and ``lora_b`` [out_features, R], both
+            Gaussian at the start, and ``lora_lambda`` [R], where R is the site's rank.
     """
     a_shape, b_shape = (site.rank, site.in_features), (site.out_features, site.rank)
     a_std, b_std = site.in_features**-0.5, site.out_features**-0.5
@@ -90,7 +98,16 @@ def triplet_tensors(
 
 
 def triplet_delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:
-    """Return the delta y_TO = scale * x A^T diag(lambda) B^T."""
+    """Return what the site adds to the linear's output: scale * x A^T diag(lambda) B^T.
+
+    Args:
+        x_TI: Input of the linear, [T tokens, in_features].
+        tensors: ``lora_a`` (A), ``lora_lambda`` and ``lora_b`` (B) of the site.
+        scale: Scale of the delta.
+
+    Returns:
+        The delta, [T, out_features].
+    """
     z_TR = x_TI @ tensors["lora_a"].t() * (tensors["lora_lambda"] * scale)
     return z_TR @ tensors["lora_b"].t()
 
@@ -109,13 +126,13 @@ def triplet(
     released: bool,
     scale: Callable[[float, int, int], float] = alpha_over_capacity,
 ) -> Form:
-    """Return the form of a site whose delta is B diag(lambda) A.
+    """Return the form of a site whose delta is scale * x (B diag(lambda) A)^T.
 
     Args:
         site: The linear that is adapted.
         lambda_init: Function (t, generator) that fills lambda in place.
-        lr_factor: Learning-rate multiplier for lambda. None: see ``triplet_tensors``.
-        released: Start A and B as the authors' code does.
+        lr_factor: Learning-rate multiplier for lambda. None: the default of ``triplet_tensors``.
+        released: True: A and B start with the authors' standard deviation, 0.02.
         scale: Function (alpha, --rank, open components) -> scale of the delta.
     """
     tensors = triplet_tensors(site, lambda_init=lambda_init, lr_factor=lr_factor, released=released)
@@ -145,21 +162,27 @@ def smooth_pair(stats: Stats, importance: Tensor, *, beta1: float, beta2: float)
 
 
 def mean_times_spread(stats: Stats, w: Tensor) -> Tensor:
-    """Return mean * spread of each entry, fp32 [N]: arXiv:2303.10512, equation 12.
+    """Return mean * spread of each entry as its importance: arXiv:2303.10512, equation 12.
 
     Args:
-        stats: (mean, spread), as ``smooth_pair`` returns them.
-        w: Values of the entries; unused.
+        stats: (mean, spread), fp32 [N] each, as ``smooth_pair`` returns them.
+        w: Unused; every ``Method.score`` has this argument.
+
+    Returns:
+        Importance of each entry, fp32 [N].
     """
     return stats[0] * stats[1]
 
 
 def triplet_scores(scores: Scores) -> dict[str, Tensor]:
-    """Return the score of every component. All ranks must call it.
+    """Compute the score of every component of every site. All ranks must call it.
 
         s_i = s(lambda_i) + mean over j of s(b_ji) + mean over j of s(a_ij)
 
-    Here s is the score of an entry. Source: arXiv:2303.10512, equation 8.
+    Here s is the score of an entry and i the component. Source: arXiv:2303.10512, equation 8.
+
+    Args:
+        scores: Scores of the entries of all trained tensors.
 
     Returns:
         Site name -> scores of its components, float64 [R], equal on all ranks.
@@ -179,10 +202,11 @@ def triplet_scores(scores: Scores) -> dict[str, Tensor]:
 def delta_sensitivity(
     x_TI: Tensor, grad_y_TO: Tensor, tensors: Tensors, scale: float, *, power: float
 ) -> Tensor:
-    """Return sum |dW * G| / (O I)^power, a float64 scalar: IncreLoRA's importance of a site.
+    """Return sum |dW * G| / (O I)^power, IncreLoRA's importance of a site, from one backward.
 
-    dW is the delta as a matrix and G = grad_y^T x its gradient, both [O, I]. They are computed in
-    parts of at most an eighth of their rows, so that neither is ever in memory as a whole.
+    dW is the delta as a matrix and G = grad_y^T x its gradient, both [O, I], for O out_features and
+    I in_features. They are computed in parts of at most an eighth of their rows, so that neither is
+    ever in memory as a whole.
 
     G is the gradient of one micro-batch on one rank; the adapter sums the results over
     micro-batches and averages them over ranks. Since they are absolute values, the result is at
@@ -197,6 +221,9 @@ def delta_sensitivity(
         scale: Scale of the delta.
         power: 1 for a mean over all entries (the paper), 0.5 for a sum over sqrt(O I) (the authors'
             code).
+
+    Returns:
+        The importance, a float64 scalar tensor.
     """
     x_TI, grad_y_TO = x_TI.flatten(0, -2), grad_y_TO.flatten(0, -2)
     a_RI, b_OR = (t.float() for t in lambda_in_a(tensors))
@@ -213,15 +240,17 @@ def delta_sensitivity(
 def orthogonality(
     weight: float, num_matrices: int, *, released: bool
 ) -> Callable[[Tensors], dict[str, Tensor]] | None:
-    """Return the penalty that keeps A and B near orthonormal, for ``Method.penalty``.
+    """Return the function for ``Method.penalty`` that keeps A and B near orthonormal.
 
     Args:
         weight: Weight of the penalty in the loss.
-        num_matrices: Number of matrices A and B in the model, over which ``released`` averages.
-        released: Use the unsquared norms of the authors' code.
+        num_matrices: Number of matrices A and B in the model, two per site. Used only if
+            ``released``.
+        released: True: the mean of unsquared norms, as in the authors' code. False: the squared
+            norms of the papers.
 
     Returns:
-        Function (tensors) -> gradients by tensor name; None if ``weight`` is 0.
+        Function (tensors) -> gradients by short tensor name; None if ``weight`` is 0.
     """
     if weight == 0.0:
         return None
@@ -231,10 +260,14 @@ def orthogonality(
 
 
 def squared_penalty(tensors: Tensors, *, weight: float) -> dict[str, Tensor]:
-    """Return the gradients of weight * (|A A^T - 1|_F^2 + |B^T B - 1|_F^2) by A and B.
+    """Return the gradients of weight * (|A A^T - 1|_F^2 + |B^T B - 1|_F^2) with respect to A and B.
 
-    The gradient by A is weight * 4 (A A^T - 1) A; that by B^T has the same form. Source:
+    The gradient for A is weight * 4 (A A^T - 1) A; that for B^T has the same form. Source:
     arXiv:2303.10512, equation 4.
+
+    Args:
+        tensors: Tensors of a site, of which ``lora_a`` (A) and ``lora_b`` (B) are read.
+        weight: Weight of the penalty in the loss.
 
     Returns:
         Gradients for ``lora_a`` and ``lora_b``, in their shapes, fp32.
@@ -246,13 +279,14 @@ def squared_penalty(tensors: Tensors, *, weight: float) -> dict[str, Tensor]:
 
 
 def released_penalty(tensors: Tensors, *, weight: float, num_matrices: int) -> dict[str, Tensor]:
-    """Return the gradients of weight / num_matrices * (|A A^T - 1|_F + |B^T B - 1|_F) by A and B.
+    """Return the gradients of weight / num_matrices * (|A A^T - 1|_F + |B^T B - 1|_F) with respect
+    to A and B.
 
     This is what the authors' trainers add to the loss: norms that are not squared, averaged over
     all matrices of the model.
 
     Args:
-        tensors: Tensors of a site.
+        tensors: Tensors of a site, of which ``lora_a`` (A) and ``lora_b`` (B) are read.
         weight: Weight of the penalty in the loss.
         num_matrices: Number of matrices A and B in the model, two per site.
 
