@@ -23,6 +23,8 @@ SAMPLES, SAMPLE_BYTES = 8, 256
 def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> None:
     """Raise UserError if a node's copy of the model differs from rank 0's. Collective.
 
+    One rank of each node reads the files of its node.
+
     Args:
         name: value of ``--model``, used in the message.
         folder: the model folder on this node.
@@ -48,7 +50,7 @@ def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> 
 
 @lru_cache(maxsize=1)  # also used for the base cache; it takes thousands of small reads
 def hash_of_samples(files: CheckpointFiles) -> str:
-    """Return a SHA-256 hash, in hex, of a few samples of every tensor. Not collective."""
+    """Return a SHA-256 hash, in hex, of ``SAMPLES`` samples of every tensor. Not collective."""
     digest = hashlib.sha256()
     in_order = sorted(files.entries.values(), key=lambda e: (e.file, e.start))
     for file, entries in groupby(in_order, key=lambda e: e.file):
@@ -61,6 +63,6 @@ def hash_of_samples(files: CheckpointFiles) -> str:
 
 
 def _places(num_bytes: int) -> Iterator[int]:
-    """Yield the byte offsets of a tensor's samples, spread evenly over the tensor."""
+    """Yield the byte offsets of a tensor's samples, spread evenly over its ``num_bytes`` bytes."""
     last = max(num_bytes - SAMPLE_BYTES, 0)
     yield from sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
