@@ -223,7 +223,7 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def output_head(model: PreTrainedModel) -> str | None:
     """Return the name of the linear layer that computes the logits, or None if there is none.
 
-    That layer is never quantised.
+    The name is that of ``named_modules()``, such as "lm_head". The layer is never quantised.
     """
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if module is head), None)

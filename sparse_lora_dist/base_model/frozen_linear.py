@@ -38,7 +38,11 @@ class FrozenLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [O, I] in ``dtype``. Valid only while ZeRO-3 has it gathered."""
+        """Return the weight as a tensor of shape [O, I] in ``dtype``.
+
+        Call it only while ZeRO-3 has the weight gathered: in the layer's forward and backward, or
+        inside ``zero3.parameters.gathered``.
+        """
         return self.weight.data.to(dtype)
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -89,7 +93,7 @@ class Weighted(Protocol):
     bias: nn.Parameter | None
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [O, I] in ``dtype``, while ZeRO-3 has it gathered."""
+        """Return the weight as a tensor of shape [O, I] in ``dtype``, while it is gathered."""
 
 
 class FrozenMatmul(torch.autograd.Function):

@@ -46,7 +46,7 @@ from torch import Tensor
 BLOCK = 64
 """Weights that share one scale."""
 NESTED_BLOCK = 256
-"""Scales that share one nested scale, in double quantisation."""
+"""Scales that share one nested absmax, in double quantisation."""
 
 CHUNK = 2**17
 """Number of weights quantised in one call on a CPU, where bitsandbytes needs scratch memory of ten
@@ -70,12 +70,13 @@ class Layout:
     block: int = BLOCK
     """Weights that share one scale."""
     nested_block: int = NESTED_BLOCK
-    """Scales that share one nested scale."""
+    """Scales that share one nested absmax, in double quantisation."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit number format, by bitsandbytes' name."""
 
     @property
     def matrix_numel(self) -> int:
+        """Number of weights of one matrix."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -85,6 +86,7 @@ class Layout:
 
     @property
     def matrix_blocks(self) -> int:
+        """Number of blocks of one matrix. The last one may have fewer weights."""
         return -(-self.matrix_numel // self.block)
 
     @property
@@ -104,11 +106,12 @@ class Layout:
 
     @property
     def matrix_nested(self) -> int:
-        """Number of nested scales of one matrix."""
+        """Number of nested absmax values of one matrix, in double quantisation."""
         return -(-self.matrix_blocks // self.nested_block)
 
     @property
     def num_nested(self) -> int:
+        """Number of nested absmax values of all matrices, in double quantisation."""
         return self.count * self.matrix_nested
 
     @property
@@ -119,7 +122,7 @@ class Layout:
         return 4 * self.num_blocks
 
     def weights_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Return (start, stop) of the weights to quantise in order to get a range of packed bytes.
+        """Return positions (start, stop) of the weights to quantise for a range of packed bytes.
 
         The range of weights consists of whole blocks. In the example of the module docstring, bytes
         [38, 75) give weights (64, 150).
@@ -195,7 +198,7 @@ def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor
     """Yield the parts of ``w_N`` that are quantised in one call each.
 
     ``w_N`` is cut at the ends of matrices, and on a CPU also after every ``CHUNK`` weights. The
-    arguments are those of ``quantize``.
+    arguments are those of ``quantize``, and the parts are views of ``w_N``.
     """
     while w_N.numel():
         rest = layout.matrix_numel - start % layout.matrix_numel
@@ -205,7 +208,7 @@ def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor
 
 
 def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return (packed bytes, absmax) of whole blocks of one matrix."""
+    """Return (packed bytes, absmax of each block) of a range of whole blocks inside one matrix."""
     packed, state = bnb.quantize_4bit(
         w_N, blocksize=layout.block, quant_type=layout.quant_type, compress_statistics=False
     )
@@ -215,8 +218,8 @@ def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def offsets(absmax_B: Tensor, layout: Layout) -> Tensor:
     """Return the mean scale of each matrix, which double quantisation subtracts from the scales.
 
-    One rank must compute it from all scales and broadcast it. A mean of partial sums differs in the
-    last bit, which changes every nested scale.
+    One rank must compute it from all scales and broadcast it. If several ranks computed it from
+    partial sums, the mean would differ in the last bit, which changes every nested absmax.
 
     Args:
         absmax_B: fp32 scales of all blocks of the tensor.

@@ -101,6 +101,9 @@ def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Pa
         own: uint8, 1-D, bytes of this rank's shard, those in the range that ``own_bytes`` returns.
         num_bytes: number of bytes that the whole parameter holds.
         builder: object that creates the parameter, in its own dtype.
+
+    Returns:
+        Frozen sharded 1-D parameter, whose last element may be padded with zero bytes.
     """
     elements = as_parameter_dtype(own, builder.dtype)
     return builder.parameter(
@@ -120,6 +123,9 @@ def as_parameter_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
         raw: uint8, 1-D. If its length is not a multiple of the element size, a copy is padded with
             zero bytes.
         dtype: dtype of the parameter that will hold the bytes.
+
+    Returns:
+        1-D tensor of ``dtype``: a view of ``raw`` where possible.
     """
     length = num_elements_for(raw.numel(), dtype) * dtype.itemsize
     # A view may begin at an address that is not aligned for dtype.
@@ -131,7 +137,7 @@ def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tenso
     """Return the absmax of all blocks of the tensor, fp32 of shape [B]. Collective.
 
     Args:
-        own: fp32, absmax of the blocks whose first weight lies in this rank's shard.
+        own: fp32, 1-D, absmax of the blocks whose first weight lies in this rank's shard.
         layout: layout of the whole weight.
         dtype: dtype of the sharded parameter of packed bytes.
     """

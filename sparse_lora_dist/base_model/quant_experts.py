@@ -19,7 +19,7 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenMatmul
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix of a stack of expert weights in 4 bits, as ``FrozenMatmul`` reads it."""
+    """One matrix of a stack of expert weights in 4 bits, in the form ``FrozenMatmul`` needs."""
 
     packed: nn.Parameter
     """Packed bytes of the whole stack, held in a parameter of the engine's dtype."""
@@ -98,8 +98,13 @@ class QuantExperts(nn.Module):
     def _times(self, x_TI: Tensor, name: str, expert: int) -> Tensor:
         """Return ``x_TI`` times the transposed weight of one expert in the stack ``name``.
 
-        An expert may have several matrices in the stack. Their results are concatenated along the
+        If an expert has several matrices in the stack, their results are concatenated along the
         last axis.
+
+        Args:
+            x_TI: inputs of the tokens that are routed to the expert.
+            name: name of the stack, "gate_up_proj" or "down_proj".
+            expert: index of the expert.
         """
         layout = self.layouts[name]
         count = layout.count // self.num_experts

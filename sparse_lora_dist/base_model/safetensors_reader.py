@@ -192,7 +192,13 @@ class CheckpointFiles:
         return out
 
     def _fill(self, out: Tensor, source: Source, start: int) -> None:
-        """Fill ``out`` (1-D, in host memory) with the elements of ``source`` from ``start`` on."""
+        """Read elements of a parameter into a tensor, until the tensor is full.
+
+        Args:
+            out: 1-D tensor in host memory, of ``source.dtype``.
+            source: where the files hold the parameter.
+            start: index of the first element to read in the flattened parameter.
+        """
         first = start * out.element_size()
         last = first + out.nbytes
         buffer = out.view(torch.uint8).numpy().data
@@ -221,7 +227,14 @@ class CheckpointFiles:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Return the safetensors files that the folder's index names, or else [model.safetensors]."""
+    """Return the safetensors files of a model folder.
+
+    These are the files that model.safetensors.index.json names, or model.safetensors if there is no
+    index.
+
+    Raises:
+        UserError: files are missing, or the index is not valid.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -309,10 +322,17 @@ def _entries(
 
 
 def _read_into(file: FileIO, buffer: memoryview, path: Path) -> None:
-    """Fill ``buffer`` from the file's current position.
+    """Fill a buffer from the file's current position.
 
     It reads in a loop, since one read may return fewer bytes than asked for, on Linux at most 2 GB.
-    ``path`` is named in the error message.
+
+    Args:
+        file: the file to read from.
+        buffer: memory to fill.
+        path: path of the file, for the error message.
+
+    Raises:
+        UserError: the file ends before the buffer is full.
     """
     done = 0
     while done < len(buffer):

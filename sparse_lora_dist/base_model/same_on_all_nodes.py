@@ -17,7 +17,7 @@ from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 
 SAMPLES, SAMPLE_BYTES = 8, 256
-"""Number of samples of each tensor, and number of bytes of a sample."""
+"""Number of samples of each tensor (fewer if it is small), and number of bytes of a sample."""
 
 
 def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> None:
@@ -50,7 +50,7 @@ def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> 
 
 @lru_cache(maxsize=1)  # also used for the base cache; it takes thousands of small reads
 def hash_of_samples(files: CheckpointFiles) -> str:
-    """Return a SHA-256 hash, in hex, of ``SAMPLES`` samples of every tensor. Not collective."""
+    """Return a SHA-256 hash, in hex, of a few samples of every tensor. Not collective."""
     digest = hashlib.sha256()
     in_order = sorted(files.entries.values(), key=lambda e: (e.file, e.start))
     for file, entries in groupby(in_order, key=lambda e: e.file):

@@ -49,7 +49,7 @@ class LoadReport:
     """Bytes that this rank received from other ranks, all of them scales."""
     unquantized: dict[str, int] = field(default_factory=dict)
     """Dict: name of a linear layer or other weight that stays in the engine's dtype, although
-    others are held in 4 bits -> bytes of the whole weight. Empty if no weight is in 4 bits."""
+    others are held in 4 bits -> bytes of the whole weight. Empty if nothing is to be in 4 bits."""
     experts: int = 0
     """Number of experts that the model holds in 4 bits, over all layers."""
 
@@ -321,14 +321,15 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return True for nn.Linear itself. Its subclasses may compute something else."""
+    """Return True if the class is nn.Linear itself. A subclass may compute something else."""
     return type(module) is nn.Linear
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return True for an experts module of transformers.
+    """Return True if ``module`` looks like an experts module of transformers.
 
-    Its parameters are the two weight stacks gate_up_proj and down_proj, both 3-D, and no other.
+    The parameters of such a module are the two weight stacks gate_up_proj and down_proj, both 3-D,
+    and no other.
     """
     weights = dict(module.named_parameters(recurse=False))
     return weights.keys() == set(EXPERT_WEIGHTS) and all(w.dim() == 3 for w in weights.values())

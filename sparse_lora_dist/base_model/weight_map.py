@@ -165,7 +165,8 @@ def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
 def _tensors(files: CheckpointFiles) -> list[str]:
     """Return the names of the tensors in the files that hold weights and buffers.
 
-    The scales, code tables and descriptions of quantised weights are left out.
+    Of a weight in 4 bits this is the tensor of packed bytes. Those of its scales, code tables and
+    description are left out.
     """
     states = [key for key in files.entries if STATE in key]
     quantized = {key.partition(STATE)[0] for key in states}

@@ -43,8 +43,8 @@ ABOUT = "base_cache.json"
 class BaseCache:
     """Result of ``find_cache``: where the cache of one base model is, and whether it can be used.
 
-    The cache may not exist yet. ``here``, ``damaged`` and ``files`` describe this node's disk, and
-    may differ between nodes.
+    The cache may not exist yet. ``here`` and ``damaged`` describe this node's disk, and may differ
+    between nodes.
     """
 
     folder: Path
@@ -179,10 +179,14 @@ def open_cache(
 
 
 def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
-    """Open the safetensors files of the cache in the folder ``place``.
+    """Open the safetensors files of a cache, without looking up the parameters.
+
+    Args:
+        place: folder of the cache.
+        made_of: what the cache must have been made from (``BaseCache.made_of``).
 
     Raises:
-        UserError: the cache is damaged, or was not made from ``made_of``.
+        UserError: the cache is damaged, or was made from something else.
     """
     if read_about(place).get("made_of") != made_of:
         raise UserError(f"{place / ABOUT} is missing, is damaged, or describes another base.")

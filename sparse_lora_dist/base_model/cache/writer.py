@@ -125,13 +125,24 @@ def _cached_weights(model: nn.Module, sources: Sources) -> Iterator[CachedWeight
 
 
 def _copy(plain: Mapping[str, Entry], files: CheckpointFiles, out: SafetensorsWriter) -> None:
-    """Copy the tensors ``plain``, which are not quantised, from the original files to the cache."""
+    """Copy the tensors that are not quantised from the original files to the cache.
+
+    Args:
+        plain: these tensors, by name.
+        files: the opened original safetensors files.
+        out: writer of the cache's files.
+    """
     for key, entry in plain.items():
         out.add(key, entry.dtype, entry.shape, files.raw(entry, BLOCK_BYTES))
 
 
 def _save(weight: CachedWeight, out: SafetensorsWriter) -> None:
-    """Write a gathered weight to the cache, under the names that it has in the original files."""
+    """Write a quantised weight to the cache, under the names that it has in the original files.
+
+    Args:
+        weight: the weight, whose parameters ZeRO-3 has gathered.
+        out: writer of the cache's files.
+    """
     packed, scales = (p.data.view(torch.uint8).cpu() for p in (weight.packed, weight.scales))
     for name, tensor in saved_tensors(packed, scales, weight.layout, weight.source):
         out.add_tensor(name, tensor)
