@@ -55,7 +55,7 @@ class Disk:
         )
 
     def buffer(self, parameter: Any, own: Tensor) -> Tensor:
-        """Copy a shard into a swap buffer, from which ``write`` writes it to disk.
+        """Copy a shard into one of the swapper's buffers, from which ``write`` writes it to disk.
 
         Args:
             parameter: the parameter that the shard belongs to.

@@ -65,12 +65,19 @@ class Engine:
         )
 
     def __call__(self, **inputs: Tensor | bool) -> Any:
-        """Run forward and return the model's output. Collective."""
+        """Run forward on this rank's micro-batch and return the model's output. Collective.
+
+        Args:
+            **inputs: keyword arguments of the model's forward.
+        """
         return self._engine(**inputs)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Context manager that sets eval mode and disables gradients. Not collective."""
+        """Context manager that sets eval mode and disables gradients, and sets train mode on exit.
+
+        Entering it is not collective, but calls of the engine inside are.
+        """
         self._engine.eval()
         try:
             with torch.no_grad():

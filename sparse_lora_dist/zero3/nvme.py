@@ -52,7 +52,11 @@ def prepare(engine_config: Mapping[str, Any]) -> None:
 
 
 def folder_of(engine_config: Mapping[str, Any]) -> Path | None:
-    """Return zero_optimization.offload_param.nvme_path, or None if parameters stay in memory."""
+    """Return zero_optimization.offload_param.nvme_path, or None if parameters stay in memory.
+
+    Args:
+        engine_config: the DeepSpeed configuration, as a dict of its JSON form.
+    """
     offload = engine_config["zero_optimization"].get("offload_param", {})
     return Path(offload["nvme_path"]) if offload.get("device") == "nvme" else None
 
@@ -88,7 +92,8 @@ def claim(folder: Path) -> None:
 def why_not() -> str | None:
     """Return the reason why async_io can be neither loaded nor built here, or None if it can.
 
-    The reason is one or more sentences without the final full stop. The check takes a second.
+    The reason is one or more sentences without the final full stop, to be used in an error message.
+    The check takes a second.
     """
     if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
         return None

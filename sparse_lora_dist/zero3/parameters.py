@@ -43,6 +43,12 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
             self._disk = Disk(self.param_swapper, whole_up_to=whole_up_to)
 
     def fill(self, parameter: ZeroParameter, values: Values) -> None:
+        """Convert a new parameter to a ZeRO-3 parameter, of which this rank holds its shard.
+
+        Args:
+            parameter: parameter of the whole shape, for which no memory needs to be allocated.
+            values: function of (start, stop) that returns these elements, flattened.
+        """
         self._convert_to_deepspeed_param(parameter)
         share = share_of(parameter.ds_numel)
         assert share * comm.world_size() == self._aligned_size(parameter)
@@ -53,6 +59,7 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         self._adopt(parameter, own, share)
 
     def refill(self, parameter: ZeroParameter, values: Values) -> None:
+        """Replace this rank's shard of a parameter, as ``ShardBuilder.refill`` describes."""
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # a persistent parameter
             parameter.partition([parameter])
         own = as_share(
