@@ -136,7 +136,7 @@ def _store_of_this_start(launch: Launch, timeout: timedelta) -> Any:
     not help: each node has its own. So the ranks agree on a new prefix. They do it in a handshake
     that the keys of an earlier start cannot fake. For rank 3, it sets these keys:
 
-        rank 0          start -> PREFIX                   (random)
+        rank 0          start -> PREFIX                   (a random text)
         rank 3          PREFIX/rank 3 -> TOKEN            (random, under the prefix that it read)
         rank 0          PREFIX/TOKEN -> welcome           (rank 3 now knows that PREFIX is not old)
     """
@@ -257,6 +257,9 @@ def largest(value: int) -> int:
     """Return the maximum of the ranks' integers on every rank. Collective.
 
     The values are exchanged between CPUs, so the call does not wait for work queued on a GPU.
+
+    Args:
+        value: this rank's integer.
     """
     _enter("largest")
     if world_size() == 1:
@@ -363,11 +366,7 @@ class Store:
         self._store.set_timeout(timedelta(seconds=answers_within_s))
 
     def set(self, key: str, value: str) -> None:
-        """Store ``value`` under ``key``, where all ranks can read it.
-
-        Raises:
-            dist.DistError: the store does not answer in time.
-        """
+        """Store ``value`` under ``key``, where all ranks can read it."""
         self._store.set(key, value)
 
     def get(self, keys: list[str]) -> list[str]:

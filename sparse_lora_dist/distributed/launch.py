@@ -2,8 +2,8 @@
 
 If the variables of several launchers are set, the first in this list counts:
 
-    torchrun, deepspeed    they start the ranks' processes, even inside srun or mpirun
-    mpirun, srun           only if they started several tasks
+    torchrun, deepspeed    these start the ranks' processes, even inside srun or mpirun
+    mpirun, srun           these count only if they started several tasks
     environment            RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand
     python                 none of the above: a run of one rank
 """
@@ -85,11 +85,15 @@ class Names(NamedTuple):
 
 
 RANKED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""Names of the variables that torchrun, deepspeed and users set."""
 AGENTS = (
     Names("torchrun", "TORCHELASTIC_RUN_ID", *RANKED, "LOCAL_WORLD_SIZE"),
     Names("deepspeed", "CROSS_SIZE", *RANKED, "LOCAL_SIZE"),
 )
+"""Variables of the launchers that start the ranks' processes themselves. They count even if there
+is only one rank, and even inside srun or mpirun."""
 HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+"""Names of the variables that Hydra sets, which is the mpirun of MPICH and Intel MPI."""
 SRUN = Names(
     "srun",
     "SLURM_STEP_ID",
@@ -114,6 +118,7 @@ LAUNCHERS = (
     SRUN,
     Names("mpirun", "PMI_SIZE", *HYDRA),
 )
+"""Variables of the launchers that count only if they started several tasks, in this order."""
 
 
 @cache
@@ -166,15 +171,22 @@ class LauncherVariables:
     """All environment variables."""
 
     def text(self, name: str) -> str:
-        """Return the value of variable ``name``. Raises UserError if it is not set."""
+        """Return the value of variable ``name``.
+
+        Raises:
+            UserError: the variable is not set.
+        """
         if name not in self.environ:
             marker = self.names.marker
             raise UserError(f"{marker}={self.environ[marker]} is set, but {name} is not. {ADVICE}")
         return self.environ[name]
 
     def number(self, name: str) -> int:
-        """Return the value of variable ``name``, a whole number from 0. Raises UserError if it is
-        anything else."""
+        """Return the value of variable ``name`` as an integer.
+
+        Raises:
+            UserError: the variable is not set, or is not a whole number from 0.
+        """
         if not self.text(name).isdecimal():
             raise UserError(f"{name}={self.text(name)!r} must be a whole number from 0. {ADVICE}")
         return int(self.text(name))
@@ -254,7 +266,7 @@ def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
 
 
 def _check_variables_set_by_hand(variables: LauncherVariables) -> None:
-    """Raise UserError if RANK or WORLD_SIZE contradicts the variables of srun or mpirun.
+    """Raise UserError if RANK or WORLD_SIZE contradicts the variables that srun or mpirun set.
 
     LOCAL_RANK is not checked: scripts set it to 0 where each task sees a single GPU.
     """
