@@ -26,11 +26,11 @@ AUTO_CLASSES = {
 }
 """transformers class that builds the model, by value of ``--task``."""
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""dtype of the engine and of the weights in forward, by value of ``--precision``."""
+"""dtype of the DeepSpeed engine and of the weights in forward, by value of ``--precision``."""
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.py"]
 """Name patterns of the files of a hub repository that are downloaded."""
 EXPERT_MODELS = ("mixtral", "qwen3_moe")
-"""Values of model_type of the supported mixture-of-experts models."""
+"""Values of model_type in config.json of the supported mixture-of-experts models."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json for the number of experts. Architectures use different ones."""
 HUB_DUPLICATES = ["consolidated*", "original/*"]
@@ -188,7 +188,7 @@ def _check_task(config: PretrainedConfig, task: str) -> None:
 
 
 def _switch_off_noise(config: PretrainedConfig) -> None:
-    """Set dropout and router jitter of the base to 0 in ``config``.
+    """Set dropout and router jitter of the base model to 0 in ``config``.
 
     Both would draw random numbers from torch's global generator, whose state differs between ranks.
     A frozen base needs no regularisation.
@@ -202,8 +202,13 @@ def _switch_off_noise(config: PretrainedConfig) -> None:
 def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Replace the buffers of a meta model, such as rotary frequencies, by real ones on ``device``.
 
-    transformers computes non-persistent buffers in ``_init_weights``. That call changes nothing
-    else, as long as all parameters are on the meta device.
+    Call it before any parameter is loaded. transformers computes non-persistent buffers in
+    ``_init_weights``. That call changes nothing else, as long as all parameters are on the meta
+    device.
+
+    Args:
+        model: the model on the meta device, which is changed in place.
+        device: device of the new buffers.
     """
     for module in model.modules():
         empty = {
@@ -218,7 +223,7 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def output_head(model: PreTrainedModel) -> str | None:
     """Return the name of the linear layer that computes the logits, or None if there is none.
 
-    That layer is never quantised.
+    The name is that of ``named_modules()``, such as "lm_head". The layer is never quantised.
     """
     head = model.get_output_embeddings()
     return next((name for name, module in model.named_modules() if module is head), None)
@@ -227,12 +232,12 @@ def output_head(model: PreTrainedModel) -> str | None:
 def identity(folder: Path, files: CheckpointFiles) -> str:
     """Return a SHA-256 hash, in hex, of config.json and the headers of the safetensors files.
 
-    It covers the name, the size in bytes and the header of each file, and not the weights.
-    ``same_on_all_nodes.hash_of_samples`` samples those.
+    Of each safetensors file the hash covers the name, the size in bytes and the header, but not the
+    weights. ``same_on_all_nodes.hash_of_samples`` hashes samples of the weights.
 
     Args:
         folder: the model folder.
-        files: the opened base files of the folder.
+        files: the opened safetensors files of the folder.
     """
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for file in sorted({entry.file for entry in files.entries.values()}):

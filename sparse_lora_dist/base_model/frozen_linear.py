@@ -4,7 +4,8 @@ The matmuls of torch and bitsandbytes save a view of the gathered weight for bac
 without activation checkpointing, this keeps the whole base in the memory of every rank. Here
 backward reads the weight from the layer again, after ZeRO-3's pre-backward hook has gathered it.
 
-Letters in shapes and names: T tokens (any number of leading axes), I in_features, O out_features.
+Letters in shapes and at the end of names: T tokens (any number of leading axes), I in_features, O
+out_features.
 """
 
 from functools import cache
@@ -18,7 +19,7 @@ from sparse_lora_dist.base_model import nf4
 
 
 class FrozenLinear(nn.Module):
-    """Linear layer y = x W^T + b with frozen W and b, both in the engine's dtype.
+    """Linear layer y = x W^T + b with frozen W and b, both in the DeepSpeed engine's dtype.
 
     Args:
         in_features: number of input features (I).
@@ -37,7 +38,11 @@ class FrozenLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [O, I] in ``dtype``. Valid only while ZeRO-3 has it gathered."""
+        """Return the weight as a tensor of shape [O, I] in ``dtype``.
+
+        Call it only while ZeRO-3 has the weight gathered: in the layer's forward and backward, or
+        inside ``zero3.parameters.gathered``.
+        """
         return self.weight.data.to(dtype)
 
     def forward(self, x_TI: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ class FrozenLinear(nn.Module):
 
 
 class QuantLinear(FrozenLinear):
-    """Frozen linear layer whose weight is held in 4 bits, as packed bytes and scales.
+    """Frozen linear layer whose weight is held in 4 bits (NF4 or FP4), as packed bytes and scales.
 
     ``weight`` is not the weight matrix: it holds the packed 4-bit bytes, in a 1-D parameter whose
     dtype is the engine's (bf16). ``scales`` holds the bytes of the scales in the same way. They
@@ -80,12 +85,15 @@ class QuantLinear(FrozenLinear):
 
 
 class Weighted(Protocol):
-    """Interface that ``FrozenMatmul`` needs: a layer or expert with a weight matrix and a bias."""
+    """Interface that ``FrozenMatmul`` needs: a layer or expert with a weight matrix and a bias.
+
+    ``FrozenLinear`` and ``quant_experts.Matrix`` implement it.
+    """
 
     bias: nn.Parameter | None
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight [O, I] in ``dtype``, while ZeRO-3 has it gathered."""
+        """Return the weight as a tensor of shape [O, I] in ``dtype``, while it is gathered."""
 
 
 class FrozenMatmul(torch.autograd.Function):
@@ -93,6 +101,9 @@ class FrozenMatmul(torch.autograd.Function):
 
     Forward computes x W^T + b. Backward computes the gradient of x as g W, where g is the gradient
     of the output. Both read W from the layer. W and b get no gradient.
+
+    Call ``FrozenMatmul.apply(x_TI, layer)`` with inputs of shape [T, I]. It returns a tensor of
+    shape [T, O] and the dtype of ``x_TI``.
     """
 
     @staticmethod

@@ -4,16 +4,20 @@ bitsandbytes does the arithmetic. This file computes positions, so that a rank c
 range of whole blocks and get the bytes that ``bitsandbytes.functional.quantize_4bit`` gives for
 the whole weight (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
 
-A matrix W_OI is flattened and cut into blocks of 64 weights (another size only if the base files
-are quantised with it). Each block has one scale, absmax, its largest absolute value. Two weights
-are packed into a byte, the first into the high half. The expert matrices of a layer, E in number,
-are quantised separately and stored one after another. All scales of a tensor are stored in one
-sequence of bytes:
+A weight matrix is flattened and cut into blocks of 64 weights (another size only if the files of
+the base model are quantised with it). Each block has one scale, called absmax: its largest absolute
+value. Two weights are packed into a byte, the first into the high half. The expert matrices of a
+layer, E in number, are quantised separately and stored one after another. Here "tensor" means all
+of these matrices together, or the only one. All scales of a tensor are stored in one sequence of
+bytes, where "blocks" and "nested" are numbers for all matrices:
 
     plain          absmax fp32 [E blocks]
     double quant   nested absmax fp32 [E nested] | offset fp32 [E] | absmax codes u8 [E blocks]
 
-where nested = ceil(blocks / 256), and absmax = 8-bit code x nested absmax + offset.
+Double quantisation quantises the scales too. It subtracts from the scales of a matrix their mean,
+the offset, and quantises them to 8-bit codes in blocks of 256 scales. Each of these blocks has one
+scale of its own, the nested absmax. So a matrix has ceil(its blocks / 256) nested absmax values,
+and absmax = value of the 8-bit code x nested absmax + offset.
 
 Example: a 3 x 50 matrix has 150 weights.
 
@@ -27,8 +31,8 @@ cut lies inside block 1. Rank 0 quantises weights [0, 128) and keeps bytes [0, 3
 weights [64, 150) and keeps bytes [38, 75). Rank 0 provides the scale of block 1, since it holds the
 block's first weight.
 
-Letters in shapes and names: N weights of a range, B blocks of all matrices, E matrices, O
-out_features, I in_features.
+Letters in shapes and at the end of names: N weights of a range, B blocks of all matrices, E
+matrices, O out_features, I in_features.
 """
 
 from collections.abc import Iterator
@@ -42,7 +46,7 @@ from torch import Tensor
 BLOCK = 64
 """Weights that share one scale."""
 NESTED_BLOCK = 256
-"""Scales that share one nested scale, in double quantisation."""
+"""Scales that share one nested absmax, in double quantisation."""
 
 CHUNK = 2**17
 """Number of weights quantised in one call on a CPU, where bitsandbytes needs scratch memory of ten
@@ -66,11 +70,13 @@ class Layout:
     block: int = BLOCK
     """Weights that share one scale."""
     nested_block: int = NESTED_BLOCK
-    """Scales that share one nested scale."""
+    """Scales that share one nested absmax, in double quantisation."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit number format, by bitsandbytes' name."""
 
     @property
     def matrix_numel(self) -> int:
+        """Number of weights of one matrix."""
         return self.shape[0] * self.shape[1]
 
     @property
@@ -80,6 +86,7 @@ class Layout:
 
     @property
     def matrix_blocks(self) -> int:
+        """Number of blocks of one matrix. The last one may have fewer weights."""
         return -(-self.matrix_numel // self.block)
 
     @property
@@ -99,11 +106,12 @@ class Layout:
 
     @property
     def matrix_nested(self) -> int:
-        """Number of nested scales of one matrix."""
+        """Number of nested absmax values of one matrix, in double quantisation."""
         return -(-self.matrix_blocks // self.nested_block)
 
     @property
     def num_nested(self) -> int:
+        """Number of nested absmax values of all matrices, in double quantisation."""
         return self.count * self.matrix_nested
 
     @property
@@ -114,7 +122,7 @@ class Layout:
         return 4 * self.num_blocks
 
     def weights_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
-        """Return (start, stop) of the weights to quantise in order to get a range of packed bytes.
+        """Return positions (start, stop) of the weights to quantise for a range of packed bytes.
 
         The range of weights consists of whole blocks. In the example of the module docstring, bytes
         [38, 75) give weights (64, 150).
@@ -134,8 +142,13 @@ class Layout:
     def blocks_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
         """Return (start, stop) of the blocks whose first weight lies in packed bytes [start, stop).
 
-        Over the shards of all ranks, every block is counted once. In the example of the module
-        docstring, bytes [38, 75) give blocks (2, 3).
+        These are the blocks whose scales the rank that holds the bytes provides. Over the shards of
+        all ranks, every block is counted once. In the example of the module docstring, bytes
+        [38, 75) give blocks (2, 3).
+
+        Args:
+            start: first packed byte.
+            stop: end of the range of packed bytes.
         """
         return self._block_from(start), self._block_from(stop)
 
@@ -143,6 +156,9 @@ class Layout:
         """Return (index of the packed byte, index of the block) of the weight at a position.
 
         In the example of the module docstring, weight 76 gives (38, 1).
+
+        Args:
+            weight: position of the weight in the flattened tensor.
         """
         matrix, weight = divmod(weight, self.matrix_numel)
         return (
@@ -181,8 +197,8 @@ def quantize(w_N: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tenso
 def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor]:
     """Yield the parts of ``w_N`` that are quantised in one call each.
 
-    It is cut at the ends of matrices, and on a CPU also after every ``CHUNK`` weights. ``start`` is
-    the position of its first weight in the whole weight.
+    ``w_N`` is cut at the ends of matrices, and on a CPU also after every ``CHUNK`` weights. The
+    arguments are those of ``quantize``, and the parts are views of ``w_N``.
     """
     while w_N.numel():
         rest = layout.matrix_numel - start % layout.matrix_numel
@@ -192,7 +208,7 @@ def _within_matrices(w_N: Tensor, layout: Layout, start: int) -> Iterator[Tensor
 
 
 def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return (packed bytes, absmax) of whole blocks of one matrix."""
+    """Return (packed bytes, absmax of each block) of a range of whole blocks inside one matrix."""
     packed, state = bnb.quantize_4bit(
         w_N, blocksize=layout.block, quant_type=layout.quant_type, compress_statistics=False
     )
@@ -202,8 +218,8 @@ def _quantize(w_N: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 def offsets(absmax_B: Tensor, layout: Layout) -> Tensor:
     """Return the mean scale of each matrix, which double quantisation subtracts from the scales.
 
-    One rank must compute it from all scales and broadcast it. A mean of partial sums differs in the
-    last bit, which changes every nested scale.
+    One rank must compute it from all scales and broadcast it. If several ranks computed it from
+    partial sums, the mean would differ in the last bit, which changes every nested absmax.
 
     Args:
         absmax_B: fp32 scales of all blocks of the tensor.
@@ -268,9 +284,10 @@ def absmax_of(scales: Tensor, layout: Layout, matrix: int = 0) -> Tensor:
 
 
 def dynamic_map(device: torch.device) -> Tensor:
-    """Return bitsandbytes' signed 8-bit code table, an fp32 tensor of shape [256].
+    """Return bitsandbytes' signed 8-bit code table, an fp32 tensor of shape [256] on ``device``.
 
-    The tensor is shared with bitsandbytes, which caches it.
+    The table gives the value of each 8-bit code of a scale. The tensor is shared with bitsandbytes,
+    which caches it.
     """
     if "dynamic" not in bnb.name2qmap:
         bnb.name2qmap["dynamic"] = bnb.create_dynamic_map()

@@ -5,10 +5,11 @@ blocks that cover its shard, and provides the scales of the blocks whose first w
 (example in ``nf4.py``). The scales, 1/16 byte for each weight, are gathered on all ranks and cut
 again, since ZeRO-3 shards them as a parameter of their own.
 
-Both parameters hold raw bytes, but have the dtype of the builder (bf16): DeepSpeed handles one
-dtype for all parameters. Their values as bf16 numbers mean nothing.
+Both parameters hold raw bytes, but have the same dtype as all other parameters (bf16), since
+DeepSpeed handles one dtype for all parameters. Their values as bf16 numbers mean nothing.
 
-Letter in shapes and names: B blocks of the whole tensor.
+Letters in shapes and at the end of names: N weights of a range, B blocks of the whole tensor, E
+matrices of the whole tensor.
 """
 
 import torch
@@ -52,13 +53,14 @@ def quantized_parameters(
     """Quantise a weight and create its two sharded parameters. Collective.
 
     Args:
-        w_N: 1-D tensor of float weights on the builder's device: those of ``own_weights``.
+        w_N: 1-D tensor of float weights on the builder's device, those in the range that
+            ``own_weights`` returns.
         layout: layout of the whole weight.
-        builder: creates the parameters.
+        builder: object that creates the sharded parameters.
 
     Returns:
-        Tuple of packed bytes and scales. Each is a frozen sharded parameter in the builder's dtype
-        that holds raw bytes.
+        Tuple of packed bytes and scales. Each is a frozen sharded 1-D parameter in the builder's
+        dtype that holds raw bytes.
     """
     dtype = builder.dtype
     own_packed, own_absmax = quantized_part(w_N, layout, dtype)
@@ -75,7 +77,7 @@ def quantized_part(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> tuple
     """Quantise this rank's range of a weight. Not collective.
 
     Args:
-        w_N: 1-D tensor of float weights: those of ``own_weights``.
+        w_N: 1-D tensor of float weights, those in the range that ``own_weights`` returns.
         layout: layout of the whole weight.
         dtype: dtype of the sharded parameter.
 
@@ -93,12 +95,15 @@ def quantized_part(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> tuple
 
 
 def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Parameter:
-    """Create a sharded parameter that holds raw bytes.
+    """Create a sharded parameter that holds raw bytes. All ranks must call it, in the same order.
 
     Args:
-        own: uint8, bytes of this rank's shard, those of ``own_bytes``.
+        own: uint8, 1-D, bytes of this rank's shard, those in the range that ``own_bytes`` returns.
         num_bytes: number of bytes that the whole parameter holds.
-        builder: creates the parameter, in the builder's dtype.
+        builder: object that creates the parameter, in its own dtype.
+
+    Returns:
+        Frozen sharded 1-D parameter, whose last element may be padded with zero bytes.
     """
     elements = as_parameter_dtype(own, builder.dtype)
     return builder.parameter(
@@ -118,6 +123,9 @@ def as_parameter_dtype(raw: Tensor, dtype: torch.dtype) -> Tensor:
         raw: uint8, 1-D. If its length is not a multiple of the element size, a copy is padded with
             zero bytes.
         dtype: dtype of the parameter that will hold the bytes.
+
+    Returns:
+        1-D tensor of ``dtype``: a view of ``raw`` where possible.
     """
     length = num_elements_for(raw.numel(), dtype) * dtype.itemsize
     # A view may begin at an address that is not aligned for dtype.
@@ -129,7 +137,7 @@ def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tenso
     """Return the absmax of all blocks of the tensor, fp32 of shape [B]. Collective.
 
     Args:
-        own: fp32, absmax of the blocks whose first weight lies in this rank's shard.
+        own: fp32, 1-D, absmax of the blocks whose first weight lies in this rank's shard.
         layout: layout of the whole weight.
         dtype: dtype of the sharded parameter of packed bytes.
     """

@@ -1,4 +1,4 @@
-"""Read ranges of the base files on a thread, each while the previous one is being processed."""
+"""Read ranges of the base model's files on a thread, each while the previous one is processed."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Sour
 
 
 class Range(NamedTuple):
-    """Elements [start, stop) of a flattened source."""
+    """Elements [start, stop) of a parameter, flattened, as the files hold it (``source``)."""
 
     source: Source
     start: int
@@ -28,12 +28,12 @@ def read_ahead(
     stream, so use the tensors on that stream.
 
     Args:
-        files: the opened base files.
+        files: the opened safetensors files of the base model.
         ranges: ranges to read, in the order in which they are yielded.
         device: device of the tensors.
 
     Yields:
-        1-D tensor for each range, in the dtype of its source.
+        1-D tensor for each range, in the dtype of its source (``Source.dtype``).
     """
     with ThreadPoolExecutor(1, initializer=_set_device, initargs=(device,)) as thread:
         reads: deque[Future[Tensor]] = deque()

@@ -3,7 +3,8 @@
 Experts are dequantised one at a time, and only those that tokens are routed to. This happens in
 forward and again in backward.
 
-Letters in shapes and names: T tokens, I in_features, K experts per token, E experts.
+Letters in shapes and at the end of names: T tokens, I in_features, O out_features, K experts per
+token.
 """
 
 from collections.abc import Callable
@@ -18,16 +19,18 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenMatmul
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix of a stack of expert weights in 4 bits, as ``FrozenMatmul`` reads it."""
+    """One matrix of a stack of expert weights in 4 bits, in the form ``FrozenMatmul`` needs."""
 
     packed: nn.Parameter
     """Packed bytes of the whole stack, held in a parameter of the engine's dtype."""
     scales: nn.Parameter
     """Bytes of the scales of the whole stack, held in a parameter of the engine's dtype."""
     layout: nf4.Layout
+    """Layout of the whole stack."""
     index: int
     """Index of the matrix in the stack."""
     bias: nn.Parameter | None = None
+    """Always None, since expert matrices have no bias. ``FrozenMatmul`` reads it."""
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix [O, I], dequantised to ``dtype``, while ZeRO-3 has it gathered."""
@@ -42,11 +45,13 @@ class QuantExperts(nn.Module):
 
         weight_e down_e(act(gate_e(x)) * up_e(x))
 
-    The gate and up projections of an expert are stored as one matrix or as two, as in the base
-    files.
+    where weight_e is the router's weight of expert e for this token (0 if the token is not routed
+    to e), gate_e, up_e and down_e are the expert's linear layers, and act is the activation
+    function. The gate and up projections of an expert are stored as one matrix or as two, as in the
+    base model's files.
 
     Args:
-        num_experts: number of experts (E).
+        num_experts: number of experts.
         act_fn: activation function.
         layouts: dict with the keys "gate_up_proj" and "down_proj": layout of each weight stack.
         parameters: dict with the same keys: sharded parameters (packed bytes, scales) of each
@@ -91,7 +96,16 @@ class QuantExperts(nn.Module):
         return y_TI
 
     def _times(self, x_TI: Tensor, name: str, expert: int) -> Tensor:
-        """Return ``x_TI`` times the transposed weight of one expert in the stack ``name``."""
+        """Return ``x_TI`` times the transposed weight of one expert in the stack ``name``.
+
+        If an expert has several matrices in the stack, their results are concatenated along the
+        last axis.
+
+        Args:
+            x_TI: inputs of the tokens that are routed to the expert.
+            name: name of the stack, "gate_up_proj" or "down_proj".
+            expert: index of the expert.
+        """
         layout = self.layouts[name]
         count = layout.count // self.num_experts
         matrices = [self.matrix(name, expert * count + i) for i in range(count)]

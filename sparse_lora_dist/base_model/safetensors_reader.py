@@ -1,7 +1,8 @@
 """Open the safetensors files of a base model, check their headers, and read flat ranges of tensors.
 
     Entry     position, dtype and shape of one tensor in a file
-    Source    one or more entries, one after another, that hold the elements of one parameter
+    Source    one or more entries, one after another, that hold the elements of one parameter of the
+              model; flattened and joined in this order, they are read as one 1-D tensor
 
 Ranges are read with ordinary reads and not by memory mapping, since memory-mapped pages would count
 as memory of the process until the kernel reclaims them. ``safe_open`` of safetensors reads only
@@ -23,6 +24,7 @@ from sparse_lora_dist.errors import UserError
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 """torch dtype by its name in a safetensors header."""
 FLOATS = ("BF16", "F16", "F32")
+"""Names, in a safetensors header, of the dtypes in which weights that are not quantised may be."""
 CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -36,12 +38,14 @@ class Entry:
     """Position, dtype and shape of one tensor in a safetensors file."""
 
     file: Path
+    """Path of the safetensors file."""
     dtype: str
     """Name of the tensor's dtype in the header, such as "BF16"."""
     shape: tuple[int, ...]
     start: int
     """Byte offset of the tensor's first element in the file."""
     nbytes: int
+    """Size of the tensor in bytes."""
 
     @property
     def itemsize(self) -> int:
@@ -50,14 +54,20 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Where the files hold the elements of one parameter: in one or more parts, in this order."""
+    """Where the files hold the elements of one parameter of the model.
+
+    The elements are those of one or more parts, flattened and joined in this order. Several parts
+    are, for example, the matrices of a layer's experts, which many files hold as separate tensors.
+    """
 
     keys: tuple[str, ...]
-    """Names of the parts in the files."""
+    """Names in the files of the tensors that make the parameter."""
     parts: tuple[Entry | bytes, ...]
-    """Each part is a tensor in a file, or ``bytes`` with values that no tensor in a file holds."""
+    """Each part is a tensor in a file, or ``bytes`` with values that no tensor in a file holds,
+    such as numbers that bitsandbytes saves as JSON text."""
     dtype: torch.dtype
-    """Dtype in which the elements are read; uint8 to read raw bytes."""
+    """Dtype in which the elements are read; uint8 to read raw bytes, whatever their dtype in the
+    files."""
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -70,7 +80,7 @@ class Source:
 
 
 class CheckpointFiles:
-    """Reader of the base files: the safetensors files of a model folder.
+    """Reader of the base files, that is of the safetensors files of a base model's folder.
 
     The constructor reads the headers and checks them against the sizes of the files. No method is
     collective.
@@ -133,7 +143,8 @@ class CheckpointFiles:
     def same(self, key: str, other: str, rank: int, ranks: int) -> bool:
         """Return True if two tensors have the same dtype, the same shape, and equal bytes.
 
-        Only a part of the bytes is compared, so that the ranks can share the work.
+        Only one of ``ranks`` equal parts of the bytes is compared, so that the ranks can share the
+        work. The tensors are the same if the result is True for each part.
 
         Args:
             key: name of one tensor in the files.
@@ -156,8 +167,8 @@ class CheckpointFiles:
         """Read elements [start, stop) of a flattened source, and no other bytes.
 
         Args:
-            source: the parameter to read from.
-            start: index of the first element.
+            source: where the files hold the parameter to read from.
+            start: index of the first element in the flattened parameter.
             stop: index after the last element.
             device: device of the result. When the function returns, a copy to a GPU may still be
                 running on the current stream.
@@ -181,7 +192,13 @@ class CheckpointFiles:
         return out
 
     def _fill(self, out: Tensor, source: Source, start: int) -> None:
-        """Fill ``out`` (1-D, in host memory) with the elements of ``source`` from ``start`` on."""
+        """Read elements of a parameter into a tensor, until the tensor is full.
+
+        Args:
+            out: 1-D tensor in host memory, of ``source.dtype``.
+            source: where the files hold the parameter.
+            start: index of the first element to read in the flattened parameter.
+        """
         first = start * out.element_size()
         last = first + out.nbytes
         buffer = out.view(torch.uint8).numpy().data
@@ -210,7 +227,14 @@ class CheckpointFiles:
 
 
 def _files_of(folder: Path) -> list[Path]:
-    """Return the safetensors files that the folder's index names, or else [model.safetensors]."""
+    """Return the safetensors files of a model folder.
+
+    These are the files that model.safetensors.index.json names, or model.safetensors if there is no
+    index.
+
+    Raises:
+        UserError: files are missing, or the index is not valid.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -240,6 +264,9 @@ def _files_of(folder: Path) -> list[Path]:
 def read_header(file: Path) -> dict[str, Entry]:
     """Read and check the header of one safetensors file.
 
+    Args:
+        file: path of the file.
+
     Returns:
         The tensors in the file, by name.
 
@@ -266,12 +293,12 @@ def read_header(file: Path) -> dict[str, Entry]:
 def _entries(
     file: Path, header: dict[str, dict[str, list[int]]], data_start: int, size: int
 ) -> dict[str, Entry]:
-    """Return the tensors of one file by name, after checking their positions.
+    """Return the tensors of one file by name, after checking their positions and sizes.
 
     Args:
         file: path of the file.
-        header: decoded header of the file.
-        data_start: byte offset in the file from which the header counts.
+        header: decoded header of the file: for each tensor name, its dtype, shape and data_offsets.
+        data_start: byte offset in the file from which data_offsets count.
         size: size of the file in bytes.
     """
     entries = {}
@@ -295,10 +322,17 @@ def _entries(
 
 
 def _read_into(file: FileIO, buffer: memoryview, path: Path) -> None:
-    """Fill ``buffer`` from the file's current position.
+    """Fill a buffer from the file's current position.
 
     It reads in a loop, since one read may return fewer bytes than asked for, on Linux at most 2 GB.
-    ``path`` is named in the error message.
+
+    Args:
+        file: the file to read from.
+        buffer: memory to fill.
+        path: path of the file, for the error message.
+
+    Raises:
+        UserError: the file ends before the buffer is full.
     """
     done = 0
     while done < len(buffer):

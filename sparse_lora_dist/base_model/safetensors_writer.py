@@ -1,4 +1,7 @@
-"""Write a folder of safetensors files tensor by tensor, with one block in memory at a time.
+"""Write a folder of safetensors files tensor by tensor, and each tensor block by block.
+
+So only one block, a part of a tensor, has to be in memory at a time.
+
 
 Space for the header is reserved at the beginning of each file, and the header is written last.
 Until then the file cannot be opened as safetensors, so an incomplete file is never mistaken for a
@@ -22,15 +25,20 @@ FILE_BYTES = 5 * 10**9
 HEADER_BYTES = 4 * 2**20
 """Largest space, in bytes, reserved for the header of one file."""
 ABOUT_ONE = 128
-"""Upper bound of the bytes that one tensor takes in the header, without its name."""
+"""Upper bound of the bytes that the description of one tensor takes in the header, not counting the
+tensor's name."""
 
 
 class SafetensorsWriter:
     """Writes tensors to a folder of safetensors files with an index. Not collective.
 
+    Call ``add`` or ``add_tensor`` for each tensor, and then ``finish`` once. After an error call
+    ``close`` instead.
+
     Args:
         folder: an existing folder to write to.
-        header_bytes: upper bound of the bytes of all headers together.
+        header_bytes: upper bound of the bytes of all headers together. A smaller bound reserves
+            less space in each file (at most ``HEADER_BYTES``).
         stem: first part of the file names, as in ``STEM-00001-of-00003.safetensors``.
     """
 
@@ -44,7 +52,7 @@ class SafetensorsWriter:
         self._header_bytes = self._position = 0  # in the file being written
 
     def add(self, name: str, dtype: str, shape: Sequence[int], blocks: Iterable[Tensor]) -> None:
-        """Append one tensor.
+        """Append one tensor, which is passed in blocks.
 
         Args:
             name: name of the tensor in the file.
@@ -69,13 +77,13 @@ class SafetensorsWriter:
         self._header_bytes += about_it
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor, which must be in host memory, in its own dtype."""
+        """Append a tensor in its own dtype. It must be in host memory."""
         self.add(name, NAMES[tensor.dtype], tensor.shape, [tensor])
 
     def finish(self) -> None:
         """Complete the files: write the headers, rename the files, write the index.
 
-        The contents of the files are synced to disk.
+        Call it once, after the last tensor. The contents of the files are synced to disk.
 
         Raises:
             OSError: a file cannot be written, for example since the disk is full.
@@ -115,7 +123,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.int32: "I32",
     torch.int64: "I64",
 }
-"""Name in a safetensors header, by torch dtype."""
+"""Name of a dtype in a safetensors header, by torch dtype."""
 
 
 def _write_all(file: FileIO, data: bytes | memoryview) -> None:
@@ -130,7 +138,12 @@ def _write_all(file: FileIO, data: bytes | memoryview) -> None:
 
 
 def write_synced(path: Path, content: object) -> None:
-    """Write ``content`` as JSON to ``path``, and sync the file to disk."""
+    """Write ``content`` as JSON to ``path``, and sync the file to disk.
+
+    Args:
+        path: file to create or overwrite.
+        content: object that ``json.dump`` accepts.
+    """
     with path.open("w") as file:
         json.dump(content, file, indent=2)
         file.flush()

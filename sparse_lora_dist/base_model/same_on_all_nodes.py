@@ -17,11 +17,13 @@ from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 
 SAMPLES, SAMPLE_BYTES = 8, 256
-"""Number of samples of each tensor, and number of bytes of a sample."""
+"""Number of samples of each tensor (fewer if it is small), and number of bytes of a sample."""
 
 
 def check_same_on_all_nodes(name: str, folder: Path, files: CheckpointFiles) -> None:
     """Raise UserError if a node's copy of the model differs from rank 0's. Collective.
+
+    One rank of each node reads the files of its node.
 
     Args:
         name: value of ``--model``, used in the message.
@@ -61,6 +63,6 @@ def hash_of_samples(files: CheckpointFiles) -> str:
 
 
 def _places(num_bytes: int) -> Iterator[int]:
-    """Yield the byte offsets of a tensor's samples, spread evenly over the tensor."""
+    """Yield the byte offsets of a tensor's samples, spread evenly over its ``num_bytes`` bytes."""
     last = max(num_bytes - SAMPLE_BYTES, 0)
     yield from sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})

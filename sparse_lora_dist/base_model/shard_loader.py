@@ -1,4 +1,4 @@
-"""Load the base files into a model that is sharded by ZeRO-3. Each rank loads its own shards.
+"""Load a base model's files into a model sharded by ZeRO-3. Each rank loads its own shards.
 
 The model is built on the meta device, where nothing is allocated. Then each parameter is replaced
 by a sharded one. A rank reads only the ranges of the files that its own shards need, and quantises
@@ -37,7 +37,7 @@ from sparse_lora_dist.zero3.shares import Values, own_range
 
 @dataclass
 class LoadReport:
-    """Amounts of data that this rank read and received while it loaded the base."""
+    """Amounts of data that this rank read and received while it loaded the base model."""
 
     linear_bytes_in_file: int = 0
     """Size in the files, in bytes, of all weights that the model holds in 4 bits."""
@@ -48,15 +48,19 @@ class LoadReport:
     bytes_received: int = 0
     """Bytes that this rank received from other ranks, all of them scales."""
     unquantized: dict[str, int] = field(default_factory=dict)
-    """Linear layers and other weights that stay in the engine's dtype: name -> bytes of the whole
-    weight."""
+    """Dict: name of a linear layer or other weight that stays in the engine's dtype, although
+    others are held in 4 bits -> bytes of the whole weight. Empty if nothing is to be in 4 bits."""
     experts: int = 0
     """Number of experts that the model holds in 4 bits, over all layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Ranges of the files to read for one parameter, and the function that creates it from them."""
+    """One step of loading: ranges of the files to read, and a function to call with the result.
+
+    Most jobs create one parameter. The last job of a linear layer or of an experts module reads
+    nothing, and replaces the module by one that has the new parameters.
+    """
 
     ranges: list[Range]
     finish: Callable[[list[Tensor]], None]
@@ -67,12 +71,17 @@ class ShardLoader:
     """Replaces the parameters of a meta model by sharded ones, one parameter at a time.
 
     Args:
-        files: the opened base files.
-        sources: where the files hold each parameter.
-        builder: creates the sharded parameters.
+        files: the opened safetensors files of the base model.
+        sources: dict from the name of each parameter to where the files hold it.
+        builder: object that creates the sharded parameters.
         quantize: True to quantise linear layers and experts to NF4 if the files hold floats.
         double_quant: True to quantise their scales too.
-        initial: values of fully trained parameters that do not come from the files, by name.
+        initial: values of fully trained parameters that do not come from the files, such as a new
+            classification head: dict from a parameter's name to a function of (start, stop) that
+            returns a range of its flattened values.
+
+    Attributes:
+        report: amounts of data that this rank read and received, filled by ``load``.
     """
 
     def __init__(
@@ -98,9 +107,10 @@ class ShardLoader:
         Args:
             model: the model on the meta device. Linear layers and experts in it are replaced by
                 frozen ones (``FrozenLinear``, ``QuantLinear``, ``QuantExperts``).
-            keep: names of linear layers that are not quantised, such as the output head.
-            train: names of modules that are trained in full. They keep their class, and their
-                parameters are trainable.
+            keep: names of linear layers that are not quantised, such as the output head. They are
+                frozen.
+            train: names of modules that are trained in full (``--modules_to_save``). They keep
+                their class, and their parameters are trainable.
 
         Raises:
             UserError: a file cannot be read, or a module of ``train`` is in 4 bits in the files.
@@ -152,7 +162,15 @@ class ShardLoader:
     def _linear(
         self, model: nn.Module, name: str, linear: nn.Linear, *, quantize: bool
     ) -> Iterator[_Job]:
-        """Yield the jobs that load weight and bias, and then the job that replaces the layer."""
+        """Yield the jobs that load weight and bias, and then the job that replaces the layer.
+
+        Args:
+            model: the whole model.
+            name: name of the layer in the model.
+            linear: the layer on the meta device.
+            quantize: False if the layer must not be quantised here. It may still be in 4 bits, if
+                the files hold it so.
+        """
         weight = f"{name}.weight"
         made: dict[str, Any] = {"bias": None}
         new: Callable[[], FrozenLinear]
@@ -170,7 +188,13 @@ class ShardLoader:
         yield _Job([], lambda _: _replace(model, name, new()))
 
     def _experts(self, model: nn.Module, name: str, experts: Any) -> Iterator[_Job]:
-        """Yield the jobs that load the two weight stacks, and the job that replaces the experts."""
+        """Yield the jobs that load the two weight stacks, and the job that replaces the experts.
+
+        Args:
+            model: the whole model.
+            name: name of the experts module in the model.
+            experts: the experts module on the meta device.
+        """
         made: dict[str, QuantLinearParameters] = {}
         layouts = {leaf: self._layout(f"{name}.{leaf}") for leaf in EXPERT_WEIGHTS}
         for leaf, layout in layouts.items():
@@ -187,8 +211,8 @@ class ShardLoader:
     def _layout(self, name: str) -> nf4.Layout:
         """Return the layout of a weight that is in 4 bits in the files or will be quantised.
 
-        Each tensor of the files is quantised by itself. A stacked tensor is quantised matrix by
-        matrix.
+        If several tensors of the files make the weight, each is quantised by itself. A tensor that
+        is a stack of matrices is quantised matrix by matrix.
         """
         source = self.sources[name]
         if isinstance(source, Packed):
@@ -207,7 +231,8 @@ class ShardLoader:
     ) -> _Job:
         """Return the job that loads a parameter in the engine's dtype.
 
-        A tied parameter is created once and assigned at each of its places.
+        A parameter that several modules share (tied weights) is created once and assigned to each
+        of them.
 
         Args:
             name: name of the parameter in the model.
@@ -246,12 +271,13 @@ class ShardLoader:
     def _quantized(
         self, name: str, layout: nf4.Layout, put: Callable[[QuantLinearParameters], None]
     ) -> _Job:
-        """Return the job that loads packed bytes and scales, or quantises them from floats.
+        """Return the job that loads a weight in 4 bits, or quantises it if the files hold floats.
 
         Args:
             name: name of the weight in the model.
             layout: layout of the weight.
-            put: function that receives the two new parameters.
+            put: function that is called with the tuple of the two new parameters (packed bytes,
+                scales).
         """
         source, builder = self.sources[name], self.builder
         if isinstance(source, Packed):
@@ -295,14 +321,15 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Return True for nn.Linear itself. Its subclasses may compute something else."""
+    """Return True if the class is nn.Linear itself. A subclass may compute something else."""
     return type(module) is nn.Linear
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Return True for an experts module of transformers.
+    """Return True if ``module`` looks like an experts module of transformers.
 
-    Its parameters are the two weight stacks gate_up_proj and down_proj, both 3-D, and no other.
+    The parameters of such a module are the two weight stacks gate_up_proj and down_proj, both 3-D,
+    and no other.
     """
     weights = dict(module.named_parameters(recurse=False))
     return weights.keys() == set(EXPERT_WEIGHTS) and all(w.dim() == 3 for w in weights.values())

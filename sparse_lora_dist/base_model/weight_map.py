@@ -1,8 +1,10 @@
-"""Find the tensors of the base files that each parameter of a model is made from.
+"""Find the tensors in the safetensors files from which each parameter of a model is made.
 
 transformers renames and stacks tensors while it loads a model. Here its rules are applied to names
-only, and no tensor is read. A weight that bitsandbytes quantised has several tensors in the files
-(``NAME``, ``NAME.absmax``, ...). Together they are described by one ``Packed``.
+only, and no weight is read. The result for each parameter is a ``Source`` (one or more tensors in
+the files, joined) or, for a weight that bitsandbytes quantised to 4 bits, a ``Packed``. The files
+hold several tensors for such a weight: ``NAME`` with the packed bytes, ``NAME.absmax`` with the
+scales, and so on.
 """
 
 import json
@@ -39,8 +41,8 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
 
 STATE = ".quant_state.bitsandbytes__"
-"""bitsandbytes saves its description of weight NAME as a tensor whose name is NAME, this text, and
-"nf4" or "fp4"."""
+"""bitsandbytes saves its description of weight NAME (shape, block size and so on, as JSON text) in
+a tensor whose name is NAME, this text, and "nf4" or "fp4"."""
 STATE_TENSORS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 """What bitsandbytes appends to a weight's name for its other tensors. The last two exist only with
 double quantisation."""
@@ -51,10 +53,12 @@ class Packed:
     """Where and how the files hold a weight that is in 4 bits."""
 
     layout: nf4.Layout
+    """Shape, block size and number format of the weight."""
     packed: Source
-    """Source of the packed bytes, uint8."""
+    """Where the files hold the packed bytes, read as uint8."""
     scales: Source
-    """Source of the bytes of the scales, uint8, in the order described in ``nf4.py``."""
+    """Where the files hold the bytes of the scales, read as uint8 in the order that ``nf4.py``
+    describes."""
 
 
 Keys = dict[str, list[str]]
@@ -69,18 +73,21 @@ def find_sources(
 ) -> Sources:
     """Find where the files hold each parameter, and each persistent buffer that they have.
 
-    If tied parameters are in the files twice, each rank compares only its own part of the copies,
-    so all ranks must call this function. It communicates nothing and may fail on one rank only.
-    Call it inside ``fail_together``.
+    If the files hold tied parameters twice, the copies must be equal. Each rank compares only its
+    own part of them, so all ranks must call this function. It communicates nothing and may fail on
+    one rank only. Call it inside ``fail_together``.
 
     Args:
         model: the model on the meta device.
-        files: the opened base files.
-        keys_of: names in the files of each tensor of the model, from ``find_keys``.
-        new: names of parameters that the files need not hold. They are left out of the result.
+        files: the opened safetensors files of the base model.
+        keys_of: for each parameter and buffer of the model, the names of its tensors in the files,
+            from ``find_keys``.
+        new: names of parameters that the files need not hold, such as those of a new classification
+            head. They are left out of the result.
 
     Returns:
-        Dict from the name of a parameter or buffer in the model to its source.
+        Dict from the name of a parameter or buffer in the model to where the files hold it. Tied
+        parameters have one item, under the first of their names.
 
     Raises:
         UserError: a tensor is missing, or has a wrong shape or an unsupported dtype, or two tied
@@ -123,9 +130,11 @@ def is_quantized(files: CheckpointFiles) -> bool:
 def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
     """Find by name which tensors in the files make each parameter and buffer of a model.
 
+    No tensor is read. Not collective.
+
     Args:
         model: the model on the meta device.
-        files: the opened base files.
+        files: the opened safetensors files of the base model.
 
     Returns:
         Dict from a name in ``model.state_dict()`` to the names of its tensors in the files. Names
@@ -156,7 +165,8 @@ def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
 def _tensors(files: CheckpointFiles) -> list[str]:
     """Return the names of the tensors in the files that hold weights and buffers.
 
-    The scales, code tables and descriptions of quantised weights are left out.
+    Of a weight in 4 bits this is the tensor of packed bytes. Those of its scales, code tables and
+    description are left out.
     """
     states = [key for key in files.entries if STATE in key]
     quantized = {key.partition(STATE)[0] for key in states}
@@ -173,8 +183,9 @@ def _stacked(
 
     Args:
         name: name of the stacked weight in the model, for messages.
-        by_pattern: names of tensors in the files, by the pattern of transformers that they match.
-        converter_of: rule of transformers for each pattern.
+        by_pattern: names of the weight's tensors in the files, grouped by the name pattern of
+            transformers that they match. There is one pattern for each projection, such as gate.
+        converter_of: for each of these patterns, the rule of transformers that contains it.
     """
     converter = converter_of[str(next(iter(by_pattern)))]
     merge, *joins = converter.operations
@@ -200,7 +211,7 @@ def source_of(
         name: name of the parameter in the model, for messages.
         shape: shape of the parameter in the model.
         keys: names in the files of the tensors that make the parameter, in order.
-        files: the opened base files.
+        files: the opened safetensors files of the base model.
 
     Returns:
         ``Packed`` if the files hold the parameter in 4 bits, otherwise ``Source``.
@@ -243,9 +254,14 @@ def _plain(keys: Sequence[str], files: CheckpointFiles) -> Source:
 
 
 def _state(key: str, files: CheckpointFiles) -> dict[str, Any] | None:
-    """Return bitsandbytes' description of a weight in 4 bits (shape, block size and so on).
+    """Return bitsandbytes' description of a weight in 4 bits, or None if it is not in 4 bits.
 
-    Returns None if the tensor ``key`` is not in 4 bits.
+    Args:
+        key: name of the weight in the files.
+        files: the opened safetensors files of the base model.
+
+    Returns:
+        Dict with the keys "shape", "blocksize", "quant_type" and others that bitsandbytes saves.
     """
     names = [key + STATE + kind for kind in ("nf4", "fp4")]
     return next((_read_state(name, files) for name in names if name in files.entries), None)
@@ -280,8 +296,8 @@ def _packed(
     Args:
         name: name of the weight in the model, for messages.
         keys: names in the files of the tensors that make the weight, in order.
-        states: bitsandbytes' description of each of these tensors.
-        files: the opened base files.
+        states: bitsandbytes' description of each of these tensors, from ``_state``.
+        files: the opened safetensors files of the base model.
     """
     first = states[0]
     *stack, rows, columns = first["shape"]
@@ -339,9 +355,14 @@ def _entries(keys: Sequence[str], ending: str, files: CheckpointFiles) -> list[E
 
 
 def _bytes(keys: Sequence[str], parts: Sequence[Entry | bytes]) -> Source:
-    """Return a source that reads the parts as raw bytes, whatever their dtype in the files.
+    """Return a ``Source`` from which several parts are read as one sequence of raw bytes.
 
-    bitsandbytes saves packed bytes as a tensor of any dtype (``bnb_4bit_quant_storage``).
+    The parts' dtypes in the files are ignored, since bitsandbytes may save packed bytes as a tensor
+    of any dtype (``bnb_4bit_quant_storage``).
+
+    Args:
+        keys: names in the files of the tensors that make the weight.
+        parts: positions of tensors in the files, or literal bytes, in the order of reading.
     """
     return Source(keys=tuple(keys), parts=tuple(parts), dtype=torch.uint8)
 
@@ -349,7 +370,13 @@ def _bytes(keys: Sequence[str], parts: Sequence[Entry | bytes]) -> Source:
 def _has_standard_codes(key: str, layout: nf4.Layout, files: CheckpointFiles) -> bool:
     """Return True if the code tables of weight ``key`` are those of bitsandbytes' kernels.
 
-    A code table gives the value that each 4-bit or 8-bit code stands for.
+    A code table gives the value that each 4-bit or 8-bit code stands for. The files hold one for
+    the weights and, with double quantisation, one for the scales.
+
+    Args:
+        key: name of the weight in the files.
+        layout: layout of the weight.
+        files: the opened safetensors files of the base model.
     """
     codes = {".quant_map": bnb.get_4bit_type(layout.quant_type, device="cpu")}
     if layout.double_quant:

@@ -1,4 +1,4 @@
-"""Every torch.distributed call of the package.
+"""Every torch.distributed call of the package: start, collectives, and functions of the watchdog.
 
 A function whose docstring says "Collective." must be called by all ranks, in the same order. On a
 single rank collectives communicate nothing, so callers need no branch on the number of ranks.
@@ -26,18 +26,19 @@ traffic_bytes: Counter[str] = Counter()
 all_reduce, broadcast. DeepSpeed's own collectives and pickled objects are not counted."""
 
 _patient: Any = None
-"""Process group of all ranks (gloo) with a timeout of one day, for long waits, such as those for
-one rank that downloads or tokenises. If another rank dies, its connection closes, and the wait ends
-at once."""
+"""Process group of all ranks (gloo, on CPUs) with a timeout of one day. It is for long waits, such
+as those for one rank that downloads or tokenises. If another rank dies, its connection closes, and
+the wait ends at once."""
 
 last_collective = "none"
 """Name of the collective of this module that this rank entered last. DeepSpeed's own collectives
 are not seen here; ``num_collectives`` counts them."""
 
 SPARE = timedelta(seconds=60)
-"""Time added to the timeout of ``runtime/watchdog.py`` for the timeout of the process groups, so
-that the watchdog acts first. NCCL's timeout ends the process without naming the rank that is stuck.
-It is the fallback for ranks whose watchdog thread does not run."""
+"""By how much the process groups' timeout exceeds that of ``runtime/watchdog.py``, a thread of each
+rank that ends a run without progress. So the watchdog acts first, and names the rank that is stuck.
+NCCL's timeout ends the process without naming it, and is the fallback for ranks whose watchdog
+thread does not run."""
 
 _timeout = timedelta(minutes=10) + SPARE
 """Timeout of every group except ``_patient``."""
@@ -46,15 +47,16 @@ _timeout = timedelta(minutes=10) + SPARE
 def start(timeout_s: float = 600.0) -> Launch:
     """Join the process group that the launcher described, or a group of one rank. Collective.
 
-    Also chooses this rank's GPU or its number of CPU threads, and sets the environment variables
-    that DeepSpeed reads. A second call returns the same launch.
+    Call it once at the start of a program, before any other function of this module that is
+    collective. It also chooses this rank's GPU and its number of CPU threads, and sets the
+    environment variables that DeepSpeed reads. Further calls do nothing but return the result.
 
     Args:
         timeout_s: seconds after which the watchdog ends a run that makes no progress
             (``--collective_timeout``). The process groups time out a little later (``SPARE``).
 
     Returns:
-        Rank, world size and rendezvous address of this process.
+        Launcher, rank, world size and rendezvous address of this process.
 
     Raises:
         UserError: the environment contradicts itself, the ranks cannot connect, or only some of
@@ -127,13 +129,14 @@ def _join(launch: Launch) -> None:
 
 
 def _store_of_this_start(launch: Launch, timeout: timedelta) -> Any:
-    """Return a section of torchrun's store that only the ranks of this start use. Collective.
+    """Return a view of torchrun's key-value store for the ranks of this start alone. Collective.
 
-    When torchrun restarts all ranks, torch 2.13 gives them the old store, which still holds the
-    addresses of the dead ranks. torchrun's restart count does not help: each node has its own. So
-    the ranks agree on a new prefix, in a handshake that no earlier start can answer:
+    The view puts a prefix before each key. When torchrun restarts all ranks, torch 2.13 gives them
+    the old store, which still holds the addresses of the dead ranks. torchrun's restart count does
+    not help: each node has its own. So the ranks agree on a new prefix. They do it in a handshake
+    that the keys of an earlier start cannot fake. For rank 3, it sets these keys:
 
-        rank 0          start -> PREFIX                   (random)
+        rank 0          start -> PREFIX                   (a random text)
         rank 3          PREFIX/rank 3 -> TOKEN            (random, under the prefix that it read)
         rank 0          PREFIX/TOKEN -> welcome           (rank 3 now knows that PREFIX is not old)
     """
@@ -202,8 +205,8 @@ def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
     """Concatenate the shards of all ranks. Collective.
 
     Args:
-        shard: 1-D tensor of the same length and dtype on every rank.
-        numel: elements to keep; those after it are the padding of the last shards.
+        shard: this rank's 1-D tensor, of the same length and dtype on every rank.
+        numel: number of elements to keep; those after them are the padding of the last shards.
 
     Returns:
         A new 1-D tensor: the shards in rank order, cut to ``numel`` elements. Each rank receives
@@ -224,13 +227,20 @@ def sum_over_ranks(t: Tensor) -> Tensor:
 
     A ring all-reduce moves twice the tensor's bytes. The order of a floating-point sum depends on
     the number of ranks; sums of integers are exact.
+
+    Args:
+        t: this rank's tensor, of the same shape and dtype on every rank.
     """
     _enter("sum_over_ranks")
     return _reduce(t, dist.ReduceOp.SUM)
 
 
 def max_over_ranks(t: Tensor) -> Tensor:
-    """Return the elementwise maximum of the ranks' tensors as a new tensor. Collective."""
+    """Return the elementwise maximum of the ranks' tensors as a new tensor. Collective.
+
+    Args:
+        t: this rank's tensor, of the same shape and dtype on every rank.
+    """
     _enter("max_over_ranks")
     return _reduce(t, dist.ReduceOp.MAX)
 
@@ -244,9 +254,12 @@ def _reduce(t: Tensor, op: Any) -> Tensor:
 
 
 def largest(value: int) -> int:
-    """Return the maximum of the ranks' values. Collective.
+    """Return the maximum of the ranks' integers on every rank. Collective.
 
     The values are exchanged between CPUs, so the call does not wait for work queued on a GPU.
+
+    Args:
+        value: this rank's integer.
     """
     _enter("largest")
     if world_size() == 1:
@@ -260,7 +273,7 @@ def broadcast(t: Tensor) -> Tensor:
     """Overwrite ``t`` in place with rank 0's values, and return it. Collective.
 
     Args:
-        t: tensor of the same shape and dtype on every rank.
+        t: this rank's tensor, of the same shape and dtype on every rank.
     """
     _enter("broadcast")
     if world_size() > 1:
@@ -288,7 +301,8 @@ def gather_objects(value: Any, *, after: str = "") -> list[Any]:
 
     Args:
         value: this rank's value. It is pickled to be sent, so it should be small.
-        after: what the ranks did before this call. The watchdog shows it if a rank does not arrive.
+        after: what the ranks did before this call, such as "reading the data". The watchdog shows
+            it if a rank does not arrive.
     """
     _enter(f"gather_objects after {after}" if after else "gather_objects")
     if world_size() == 1:
@@ -299,7 +313,7 @@ def gather_objects(value: Any, *, after: str = "") -> list[Any]:
 
 
 def is_first_on_its_node() -> bool:
-    """Return True on the rank of each node whose local rank is 0. Not collective."""
+    """Return True if this is the rank of its node with local rank 0. Not collective."""
     return this_launch().local_rank == 0
 
 
@@ -329,7 +343,8 @@ def num_collectives() -> int:
 def bound_all_groups() -> None:
     """Set the default group's timeout for all process groups but ``_patient``. Not collective.
 
-    DeepSpeed creates its groups with torch's defaults: 10 minutes for NCCL and 30 for gloo.
+    Call it after DeepSpeed has created its groups. It creates them with torch's default timeouts:
+    10 minutes for NCCL and 30 for gloo.
     """
     for group in dist.distributed_c10d._world.pg_map:
         if group is not _patient:
@@ -355,7 +370,7 @@ class Store:
         self._store.set(key, value)
 
     def get(self, keys: list[str]) -> list[str]:
-        """Return the values of ``keys`` in order.
+        """Return the values stored under ``keys``, in the same order. Waits for missing keys.
 
         Raises:
             dist.DistError: a key is still missing at the timeout, or the store does not answer.
@@ -366,6 +381,7 @@ class Store:
 def store_is_in_rank_0() -> bool:
     """Return True if rank 0's process serves the key-value store. Not collective.
 
-    Under torchrun its agent may serve the store instead.
+    Then the store is lost when rank 0 ends. Under torchrun, its agent process may serve the store
+    instead.
     """
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"

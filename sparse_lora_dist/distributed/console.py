@@ -12,8 +12,8 @@ def print_line(label: str, text: str = "") -> None:
     """Print one line on rank 0, above the progress bar if there is one. Not collective.
 
     Args:
-        label: first word of the line, padded to 10 columns. Empty if the line continues the one
-            above.
+        label: first word of the line, such as "note", padded to 10 columns. Empty if the line
+            continues the one above.
         text: rest of the line.
     """
     if comm.rank() == 0:
@@ -26,7 +26,7 @@ def progress_bar(total: int, done: int) -> Any:
 
     Args:
         total: optimizer steps of the run.
-        done: optimizer steps already taken.
+        done: optimizer steps already taken, in an earlier part of a resumed run.
     """
     return tqdm(
         total=total, initial=done, unit="step", disable=comm.rank() != 0, dynamic_ncols=True

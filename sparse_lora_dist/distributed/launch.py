@@ -1,9 +1,9 @@
 """Read rank and world size of this process from the environment variables that its launcher set.
 
-Launchers in order of precedence:
+If the variables of several launchers are set, the first in this list counts:
 
-    torchrun, deepspeed    they start the ranks' processes, even inside srun or mpirun
-    mpirun, srun           only if they started several tasks
+    torchrun, deepspeed    these start the ranks' processes, even inside srun or mpirun
+    mpirun, srun           these count only if they started several tasks
     environment            RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT set by hand
     python                 none of the above: a run of one rank
 """
@@ -28,7 +28,7 @@ class Launch:
     """Rank, world size and rendezvous address of one process."""
 
     launcher: str
-    """torchrun, deepspeed, mpirun, srun, environment or python."""
+    """torchrun, deepspeed, mpirun, srun, environment or python (see the module docstring)."""
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
@@ -46,6 +46,10 @@ class Launch:
 
         Args:
             device: index of this rank's GPU among the GPUs that it sees. It becomes LOCAL_RANK.
+
+        Returns:
+            Dict from name to value: RANK, WORLD_SIZE and LOCAL_RANK, and with several ranks
+            MASTER_ADDR and MASTER_PORT too.
         """
         ranks = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": device}
         meeting_place = {"MASTER_ADDR": self.address, "MASTER_PORT": self.port}
@@ -64,11 +68,16 @@ class Launch:
 
 
 class Names(NamedTuple):
-    """Names of the environment variables in which one launcher sets rank, world size and so on."""
+    """Names of the environment variables in which one launcher sets rank, world size and so on.
+
+    ``rank``, ``world_size``, ``local_rank`` and ``local_size`` are names of variables. Their values
+    have the meanings of the attributes of ``Launch``.
+    """
 
     launcher: str
+    """Name of the launcher, as in ``Launch.launcher``."""
     marker: str
-    """Name of a variable that only this launcher sets."""
+    """Name of the variable by which the launcher is recognised, since it always sets it."""
     rank: str
     world_size: str
     local_rank: str
@@ -76,11 +85,15 @@ class Names(NamedTuple):
 
 
 RANKED = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+"""Names of the variables that torchrun, deepspeed and users set."""
 AGENTS = (
     Names("torchrun", "TORCHELASTIC_RUN_ID", *RANKED, "LOCAL_WORLD_SIZE"),
     Names("deepspeed", "CROSS_SIZE", *RANKED, "LOCAL_SIZE"),
 )
+"""Variables of the launchers that start the ranks' processes themselves. They count even if there
+is only one rank, and even inside srun or mpirun."""
 HYDRA = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS")
+"""Names of the variables that Hydra sets, which is the mpirun of MPICH and Intel MPI."""
 SRUN = Names(
     "srun",
     "SLURM_STEP_ID",
@@ -105,6 +118,7 @@ LAUNCHERS = (
     SRUN,
     Names("mpirun", "PMI_SIZE", *HYDRA),
 )
+"""Variables of the launchers that count only if they started several tasks, in this order."""
 
 
 @cache
@@ -120,7 +134,10 @@ def this_launch() -> Launch:
 
 
 def find_launch(environ: Mapping[str, str]) -> Launch:
-    """Return rank, world size and rendezvous address from the environment variables ``environ``.
+    """Return rank, world size and rendezvous address of a process.
+
+    Args:
+        environ: the environment variables of the process.
 
     Raises:
         UserError: the variables contradict each other, or one is missing.
@@ -149,18 +166,27 @@ class LauncherVariables:
     """Reads the variables of one launcher from the environment."""
 
     names: Names
+    """Names of the launcher's variables."""
     environ: Mapping[str, str]
+    """All environment variables."""
 
     def text(self, name: str) -> str:
-        """Return the value of variable ``name``. Raises UserError if it is not set."""
+        """Return the value of variable ``name``.
+
+        Raises:
+            UserError: the variable is not set.
+        """
         if name not in self.environ:
             marker = self.names.marker
             raise UserError(f"{marker}={self.environ[marker]} is set, but {name} is not. {ADVICE}")
         return self.environ[name]
 
     def number(self, name: str) -> int:
-        """Return the value of variable ``name``, a whole number from 0. Raises UserError if it is
-        anything else."""
+        """Return the value of variable ``name`` as an integer.
+
+        Raises:
+            UserError: the variable is not set, or is not a whole number from 0.
+        """
         if not self.text(name).isdecimal():
             raise UserError(f"{name}={self.text(name)!r} must be a whole number from 0. {ADVICE}")
         return int(self.text(name))
@@ -199,7 +225,14 @@ def _check_below(name: str, number: int, limit_name: str, limit: int) -> None:
 
 
 def _local_size(variables: LauncherVariables, world_size: int) -> tuple[str, int]:
-    """Return (name, value) of the variable with the number of ranks on this machine."""
+    """Return (name, value) of the variable with the number of ranks on this machine.
+
+    If the variables are set by hand and this one is missing, all ranks are on this machine.
+
+    Args:
+        variables: the variables of the launcher.
+        world_size: number of ranks of the run.
+    """
     name = variables.names.local_size
     if variables.names is SRUN:
         return name, tasks_on_node(variables.text(name), variables.number("SLURM_NODEID"))
@@ -209,10 +242,15 @@ def _local_size(variables: LauncherVariables, world_size: int) -> tuple[str, int
 
 
 def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
-    """Return ``launch`` with the rendezvous address and port.
+    """Return ``launch`` with the rendezvous address and port filled in.
 
     MASTER_ADDR and MASTER_PORT take precedence over the launcher's values, since a cluster's node
-    names may not belong to its fast network.
+    names may not belong to its fast network. Under mpirun both stay None unless they are set there:
+    ``launch_mpi.py`` finds them later.
+
+    Args:
+        launch: launcher, rank and world size of this process.
+        variables: the variables of the launcher.
     """
     address = variables.environ.get("MASTER_ADDR")
     port = variables.number("MASTER_PORT") if "MASTER_PORT" in variables.environ else None
@@ -228,7 +266,7 @@ def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
 
 
 def _check_variables_set_by_hand(variables: LauncherVariables) -> None:
-    """Raise UserError if RANK or WORLD_SIZE contradicts the variables of srun or mpirun.
+    """Raise UserError if RANK or WORLD_SIZE contradicts the variables that srun or mpirun set.
 
     LOCAL_RANK is not checked: scripts set it to 0 where each task sees a single GPU.
     """

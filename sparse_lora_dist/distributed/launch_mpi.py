@@ -13,9 +13,9 @@ from sparse_lora_dist.errors import UserError
 def with_meeting_place(launch: Launch) -> Launch:
     """Return ``launch`` with rank 0's address and port, broadcast by MPI. Collective.
 
-    Rank 0 also broadcasts an address that the user set (MASTER_ADDR), since mpirun may not pass its
-    environment to other machines. MPI is shut down afterwards. All other communication uses
-    torch.distributed.
+    If the user set the address or port for rank 0 (MASTER_ADDR, MASTER_PORT), these are broadcast,
+    since mpirun may not pass its environment to other machines. MPI is shut down afterwards. All
+    other communication uses torch.distributed.
 
     Args:
         launch: rank and world size of this process, from mpirun's environment variables.

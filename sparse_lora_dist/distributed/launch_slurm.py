@@ -3,13 +3,17 @@
 import re
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
-"""Ports 10000 to 29999, below 32768, where Linux's range of ephemeral ports begins."""
+"""First of the ports to choose from, and their number: 10000 to 29999. They are below 32768, where
+Linux's range of ephemeral ports begins."""
 
 
 def first_host(nodelist: str) -> str:
     """Return the first host of a Slurm node list, which runs rank 0.
 
     For example ``gpu[007-009,012],login1`` gives ``gpu007``.
+
+    Args:
+        nodelist: value of SLURM_STEP_NODELIST, in Slurm's compressed form.
     """
     first = re.split(r",(?![^\[]*\])", nodelist)[0]
     return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first)
@@ -37,8 +41,8 @@ def port_of_step(job: int, step: int) -> int:
     """Return a rendezvous port that depends only on the job and the step.
 
     So every task of the step computes the same port without communication. Jobs that share a node
-    have close IDs and count their steps from 0. The factor 101 gives each of the first hundred
-    steps of such jobs a port of its own.
+    tend to have close IDs, and each counts its steps from 0. The factor 101 gives each of the first
+    hundred steps of such jobs a port of its own.
 
     Args:
         job: SLURM_JOB_ID.

@@ -1,4 +1,8 @@
-"""Context managers for work without collectives: joint failure, and one rank of each node first."""
+"""Context managers for work that each rank does by itself, without collectives.
+
+``fail_together`` makes all ranks fail if one fails. ``first_on_its_node`` lets one rank of each
+node work before the others.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,17 +18,18 @@ from sparse_lora_dist.errors import UserError
 def fail_together(phase: str) -> Iterator[None]:
     """Context manager that raises on all ranks if the body fails on any rank. Collective.
 
-    Without it the other ranks would wait in their next collective for a rank that is gone. The body
-    must contain no collectives: a rank that fails between two of them would leave the others
-    waiting inside.
+    All ranks must enter it. At the end of the body they tell each other whether it failed. Without
+    this the other ranks would wait in their next collective for a rank that is gone. The body must
+    contain no collectives: a rank that fails before one would leave the others waiting inside.
 
     Args:
         phase: what the body does, used in messages after "while", such as "reading the data".
 
     Raises:
-        UserError: the body failed. On a rank where it raised a UserError, that error; where it
-            raised an OSError or SafetensorError, a UserError with its text. On the other ranks, a
-            UserError with the message of the first rank that failed.
+        UserError: the body failed on some rank. If it raised a UserError on this rank, that error
+            is raised. If it raised an OSError or SafetensorError on this rank, a UserError with its
+            text is raised. If it did not fail on this rank, a UserError with the message of the
+            first rank that failed is raised.
         Exception: the body raised any other exception on this rank, which is raised unchanged.
     """
     failure: Exception | None = None
@@ -50,8 +55,9 @@ def fail_together(phase: str) -> Iterator[None]:
 def first_on_its_node() -> Iterator[None]:
     """Context manager in which one rank of each node runs the body before the node's other ranks.
 
-    The other ranks then find on the node's disk what the first one downloaded or cached.
-    Collective. The body itself must contain no collectives.
+    The rank that goes first is the one with local rank 0. The other ranks then find on the node's
+    disk what it downloaded or cached. Collective: all ranks must enter it, but the body itself must
+    contain no collectives.
     """
     is_first = comm.is_first_on_its_node()
     if not is_first:

@@ -1,1 +1,1 @@
-"""Operating system: identity of processes, heap memory, and atomic writes of files and folders."""
+"""Use the operating system: identify processes, return heap memory, write files atomically."""

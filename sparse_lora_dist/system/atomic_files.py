@@ -1,7 +1,8 @@
 """Write files and folders atomically: they appear complete or not at all.
 
-Content is written under a temporary name beside the final one, synced to disk, then renamed. A
-crash at any time leaves the old content, the new content, or a folder under a temporary name.
+Content is written under a temporary name beside the final one, then renamed. Folders are synced to
+disk before they are renamed. A crash of the process at any time leaves the old content or the new
+content under the final name, or else a folder under a temporary name.
 """
 
 import os
@@ -10,14 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 TEMPORARY, REPLACED = ".tmp_", ".replaced_"
-"""Name prefix of content that is being written, and name prefix of an old folder that is kept until
-the new one has its name."""
+"""Name prefix of a file or folder that is being written, and name prefix of an old folder that is
+kept until the new one has its name."""
 
 
 def put_in_place(temporary: Path, final: Path) -> None:
-    """Rename ``temporary``, already synced to disk, to ``final``.
+    """Rename a complete folder to its final path, and replace a folder that is there.
 
     An existing ``final`` is renamed aside first and removed only after the new one has its name.
+
+    Args:
+        temporary: path of the complete folder, already synced to disk (``sync_all``). It must be on
+            the same file system as ``final``.
+        final: the path to rename it to.
 
     Raises:
         OSError: the rename failed. An existing ``final`` is still there under its name.
@@ -39,10 +45,12 @@ def put_in_place(temporary: Path, final: Path) -> None:
 def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
     """Create or replace a folder in one step.
 
+    If ``write`` raises an exception, the old folder stays as it is.
+
     Args:
         folder: the final path.
-        write: function that creates the folder at the path passed to it and returns the folder's
-            size in bytes.
+        write: function that creates a folder at the path passed to it, which is a temporary one
+            beside ``folder``, and returns the folder's size in bytes.
 
     Returns:
         Size in bytes, as returned by ``write``.
@@ -56,7 +64,10 @@ def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` as UTF-8. If that fails, the file keeps its old content."""
+    """Write ``text`` to the file ``path`` as UTF-8. If that fails, the file keeps its old content.
+
+    The text is not synced to disk.
+    """
     temporary = path.with_name(f"{TEMPORARY}{path.name}")
     try:
         temporary.write_text(text, encoding="utf-8")

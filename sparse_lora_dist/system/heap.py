@@ -15,6 +15,9 @@ _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
 
 def return_gaps() -> None:
-    """Return the free pages inside the heap to the system. Does nothing without glibc."""
+    """Return the free pages inside this process's heap to the system. Does nothing without glibc.
+
+    Call it after each shard is created.
+    """
     if _trim is not None:
         _trim(ctypes.c_size_t(KEPT_FREE))

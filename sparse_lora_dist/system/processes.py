@@ -16,12 +16,15 @@ class Process:
     """Identity of a process that no other process on any host or in any container ever has."""
 
     host: str
+    """Name of the host."""
     pids: str
     """Name of the PID namespace that ``pid`` belongs to, and the host's boot ID. Each container
     has a namespace of its own, and PIDs start again at each boot."""
     pid: int
+    """Process ID (PID)."""
     started: int
-    """Start time in clock ticks since boot. A later process with the same PID has another."""
+    """Start time in clock ticks since boot, by which later processes with the same PID differ; 0 if
+    it is unknown."""
 
     def __str__(self) -> str:
         return f"host {self.host}, process {self.pid}"
@@ -49,7 +52,7 @@ def is_gone(process: Process) -> bool:
 
 
 def kill(process: Process) -> None:
-    """Send SIGKILL, which ends even a suspended process.
+    """Send SIGKILL to a process, which ends it even if it is suspended.
 
     Does nothing if the process has ended or cannot be seen from here (see ``is_gone``).
     """

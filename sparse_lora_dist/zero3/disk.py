@@ -1,4 +1,7 @@
-"""Read and write shards on a local disk with DeepSpeed's parameter swapper."""
+"""Keep shards of parameters on a local disk (NVMe offload), with DeepSpeed's parameter swapper.
+
+DeepSpeed's swapper copies shards between files and a fixed number of pinned buffers in memory.
+"""
 
 from typing import Any
 
@@ -13,7 +16,8 @@ class Disk:
 
     DeepSpeed itself keeps a shard in a buffer until the gathered tensor is released, and a
     prefetched shard until it is used. It fails if more tensors are in use than there are buffers.
-    Here each shard is copied out of its buffer as soon as it is read.
+    Here each shard is copied out of its buffer as soon as it is read. To write a new shard, call
+    ``takes``, then ``buffer``, then ``write``. No method is collective.
 
     Args:
         swapper: DeepSpeed's AsyncPartitionedParameterSwapper.
@@ -34,14 +38,14 @@ class Disk:
         swapper.swap_in = read_each_once
 
     def takes(self, parameter: Any, share: int) -> bool:
-        """Return True if the shard of a parameter is kept on disk.
+        """Return True if the shard of a parameter is kept on disk, and False if it is in memory.
 
-        That is so for large shards of frozen parameters. DeepSpeed keeps shards under 1 MiB in
+        Large shards of frozen parameters are kept on disk. DeepSpeed keeps shards under 1 MiB in
         memory.
 
         Args:
             parameter: the parameter, already converted by DeepSpeed.
-            share: number of elements of its shard.
+            share: number of elements of its shard, padding included.
         """
         return bool(
             self._swapper.swappable_tensor(numel=share)
@@ -51,11 +55,11 @@ class Disk:
         )
 
     def buffer(self, parameter: Any, own: Tensor) -> Tensor:
-        """Copy a shard into a swap buffer, from which ``write`` writes it to disk.
+        """Copy a shard into one of the swapper's buffers, from which ``write`` writes it to disk.
 
         Args:
             parameter: the parameter that the shard belongs to.
-            own: this rank's shard of it.
+            own: this rank's shard of the parameter, 1-D.
 
         Returns:
             1-D tensor in the buffer's memory that holds the shard, in the dtype of ``own``.
@@ -76,14 +80,18 @@ class Disk:
         return held
 
     def write(self, parameter: Any) -> None:
-        """Write the shard of ``parameter`` from its buffer to disk, and free the buffer."""
+        """Write the shard of ``parameter`` from its buffer to disk, and free the buffer.
+
+        Call it once ``parameter.ds_tensor`` is the tensor that ``buffer`` returned.
+        """
         self._parameters[parameter.ds_id] = parameter
         self._swapper.swap_out_and_release([parameter])
 
     def read(self, parameters: list[Any]) -> None:
         """Read the shards of ``parameters`` from disk into memory outside the swapper's buffers.
 
-        They stay in memory until DeepSpeed releases the tensors.
+        DeepSpeed calls it before it gathers the parameters. Shards that are in memory already are
+        not read. The shards stay in memory until DeepSpeed releases the gathered tensors.
         """
         swapper, missing = self._swapper, []
         swapper.synchronize_reads()

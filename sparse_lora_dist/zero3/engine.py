@@ -21,14 +21,15 @@ class Engine:
     """A model under DeepSpeed ZeRO-3. Creating and calling it is collective.
 
     Args:
-        model: a model whose parameters are sharded (``ShardBuilder``).
+        model: a model whose parameters are sharded (created by ``ShardBuilder``).
         optimizer: optimizer of the trained parameters, or None for an engine that only evaluates.
-        engine_config: the DeepSpeed configuration.
+        engine_config: the DeepSpeed configuration, as a dict of its JSON form.
 
     Attributes:
         model: the model passed in, not DeepSpeed's wrapper.
         trained: the trained parameters by name.
-        slices: this rank's slice of each trained parameter, in the order of ``trained``.
+        slices: for each trained parameter, in the order of ``trained``, its slice: the range of
+            elements that this rank holds, with its position in the flat buffer of fp32 masters.
     """
 
     def __init__(
@@ -64,12 +65,19 @@ class Engine:
         )
 
     def __call__(self, **inputs: Tensor | bool) -> Any:
-        """Run forward and return the model's output. Collective."""
+        """Run forward on this rank's micro-batch and return the model's output. Collective.
+
+        Args:
+            **inputs: keyword arguments of the model's forward.
+        """
         return self._engine(**inputs)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Context manager that sets eval mode and disables gradients. Not collective."""
+        """Context manager that sets eval mode and disables gradients, and sets train mode on exit.
+
+        Entering it is not collective, but calls of the engine inside are.
+        """
         self._engine.eval()
         try:
             with torch.no_grad():
@@ -80,7 +88,9 @@ class Engine:
     def close(self) -> None:
         """Free this rank's shards and hpZ's secondary copies of them. Not collective.
 
-        DeepSpeed's caches keep the modules alive, so deleting the engine would not free them.
+        Call it when the engine and its model are no longer used, before another is created in the
+        same process. DeepSpeed's caches keep the modules alive, so deleting the engine would not
+        free the shards. hpZ is ZeRO++'s option to keep a second copy of the shards within a node.
         """
         for parameter in cast(Iterable[ZeroParameter], self.model.parameters()):
             parameter.ds_tensor = parameter.ds_secondary_tensor = None
@@ -91,8 +101,8 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Run backward for one micro-batch and accumulate its gradient. Collective.
 
-        The gradient is reduced over the ranks. Each rank adds its shard of it to the sum over the
-        step's earlier micro-batches.
+        The gradient is reduced over the ranks. Each rank adds its shard of the gradient to the sum
+        over the step's earlier micro-batches.
 
         Args:
             loss: scalar loss of the micro-batch on this rank.
@@ -102,11 +112,12 @@ class Engine:
     def step(self, *, refuse: bool = False) -> None:
         """Finish a micro-batch, and update the parameters if it was the step's last. Collective.
 
-        The update clips the gradient, steps the fp32 masters, and copies them to the low-precision
-        parameters.
+        Call it after each ``backward``. The update clips the gradient, steps the fp32 masters, and
+        copies them to the low-precision parameters.
 
         Args:
-            refuse: True to skip the update and discard the gradient.
+            refuse: True to skip the update and discard the gradient. It must be the same on all
+                ranks.
         """
         if refuse:  # DeepSpeed skips an update whose gradient norm is not finite
             self._zero._get_norm_groups = lambda: [math.inf]
@@ -116,13 +127,14 @@ class Engine:
             self._zero.__dict__.pop("_get_norm_groups", None)
 
     def gradient_is_finite(self) -> Tensor:
-        """Return a scalar that is finite only if all entries of this rank's gradient shards are.
+        """Return a scalar that is finite only if all elements of this rank's gradient shards are.
 
-        Call it before ``step``. Its sum over the ranks is finite only if the whole gradient is. Not
-        collective.
+        Call it after the last ``backward`` of a step and before ``step``. The sum of the scalar
+        over the ranks is finite only if the whole gradient is. Not collective.
 
         Returns:
-            fp64 scalar on ``comm.device()``, which is nan or infinite if any gradient entry is.
+            fp64 scalar on ``comm.device()``: the sum of the norms of the shards. It is nan or
+            infinite if any element of the gradient is.
         """
         if self._zero.offload_optimizer:
             shards = [cast(Tensor, flat.grad) for flat in self.flats()]
@@ -133,22 +145,34 @@ class Engine:
     def flats(self) -> list[Tensor]:
         """Return this rank's flat buffers of fp32 master values, one for each DeepSpeed sub-group.
 
-        Each is a 1-D tensor that holds the slices of several trained tensors one after another.
-        ``TensorSlice`` gives the buffer of a slice and its place there.
+        DeepSpeed steps the trained tensors in groups (``sub_group_size``). Each buffer is a 1-D
+        tensor that holds this rank's slices of one group's tensors, one after another. A
+        ``TensorSlice`` has the index of its buffer (``flat``) and its position there (``offset``).
         """
         return list(self._zero.fp32_partitioned_groups_flat)
 
     def master(self, tensor_slice: TensorSlice) -> Tensor:
-        """Return a 1-D view of the fp32 master values of a slice, ``tensor_slice.length`` elements.
+        """Return a 1-D view of the fp32 master values of a slice, without padding. Not collective.
 
-        After writing to the view, call ``masters_changed``.
+        After writing to the view, call ``masters_changed`` on all ranks.
+
+        Args:
+            tensor_slice: one of ``slices``.
+
+        Returns:
+            fp32 tensor of ``tensor_slice.length`` elements.
         """
         return self.flats()[tensor_slice.flat].data.narrow(
             0, tensor_slice.offset, tensor_slice.length
         )
 
     def gradient(self, tensor_slice: TensorSlice) -> Tensor:
-        """Return the gradient of a slice, after the last backward of a step and before ``step``.
+        """Return the gradient of a slice. Not collective.
+
+        Call it after the last backward of a step and before ``step``.
+
+        Args:
+            tensor_slice: one of ``slices``.
 
         Returns:
             fp32 1-D tensor of ``tensor_slice.length`` elements on the device of the master: the
@@ -169,11 +193,14 @@ class Engine:
         return float(self._engine.get_global_grad_norm() or 0.0)
 
     def set_learning_rate(self, rate: Callable[[int], float]) -> None:
-        """Set the learning rate of the next step.
+        """Set the learning rate of the next step. Not collective; call it on all ranks.
+
+        Some methods begin to train an element of a tensor only later in the run. Its birth step is
+        the optimizer step after which it is trained, and its learning rate may depend on it.
 
         Args:
-            rate: function of an entry's birth step that returns the entry's learning rate. Birth
-                step 0 stands for entries that are live from the start.
+            rate: function from the birth step of an element to its learning rate. Birth step 0
+                stands for elements that are trained from the start.
         """
         for group in self._zero.optimizer.param_groups:
             group["lr"], group["rate"] = rate(0), rate
@@ -181,8 +208,9 @@ class Engine:
     def masters_changed(self) -> None:
         """Copy the fp32 masters to the low-precision parameters. Collective.
 
-        Call it after writing to the masters from outside the engine. Persistent parameters are
-        partitioned first. Otherwise training would go on with their old values.
+        Call it after writing to the masters from outside the engine (see ``master``). Parameters
+        that DeepSpeed keeps gathered (persistent ones) are partitioned first. Otherwise training
+        would go on with their old values.
         """
         if self._persistent:
             self._persistent[0].partition(self._persistent)

@@ -1,7 +1,7 @@
 """Prepare a local disk for offloaded shards: check its space, lock the folder, build async_io.
 
-async_io is the DeepSpeed extension that reads and writes the shards. The folder is the option
-nvme_path of the DeepSpeed configuration.
+async_io is the compiled DeepSpeed extension that reads and writes the shards. The folder is the
+option zero_optimization.offload_param.nvme_path of the DeepSpeed configuration.
 """
 
 import fcntl
@@ -34,8 +34,11 @@ _claims: dict[Path, IO[str]] = {}
 def prepare(engine_config: Mapping[str, Any]) -> None:
     """Lock nvme_path and build async_io if parameters are offloaded to NVMe. Collective.
 
+    Call it before the first sharded parameter is created. It does nothing if parameters stay in
+    memory.
+
     Args:
-        engine_config: the DeepSpeed configuration.
+        engine_config: the DeepSpeed configuration, as a dict of its JSON form.
 
     Raises:
         UserError: another job uses the folder, or async_io cannot be built here.
@@ -49,7 +52,11 @@ def prepare(engine_config: Mapping[str, Any]) -> None:
 
 
 def folder_of(engine_config: Mapping[str, Any]) -> Path | None:
-    """Return zero_optimization.offload_param.nvme_path, or None if parameters stay in memory."""
+    """Return zero_optimization.offload_param.nvme_path, or None if parameters stay in memory.
+
+    Args:
+        engine_config: the DeepSpeed configuration, as a dict of its JSON form.
+    """
     offload = engine_config["zero_optimization"].get("offload_param", {})
     return Path(offload["nvme_path"]) if offload.get("device") == "nvme" else None
 
@@ -58,7 +65,11 @@ def claim(folder: Path) -> None:
     """Lock this rank's files in ``folder`` for this job, and remove those of an earlier job.
 
     DeepSpeed names its files by rank only, and first removes the files that it finds. Without a
-    lock, a second job in the folder would delete the shards of the first.
+    lock, a second job in the folder would delete the shards of the first. The lock is held until
+    this process ends. Not collective.
+
+    Args:
+        folder: value of nvme_path.
 
     Raises:
         UserError: another job holds the lock.
@@ -81,7 +92,8 @@ def claim(folder: Path) -> None:
 def why_not() -> str | None:
     """Return the reason why async_io can be neither loaded nor built here, or None if it can.
 
-    The reason is one or more sentences without the final full stop. The check takes a second.
+    The reason is one or more sentences without the final full stop, to be used in an error message.
+    The check takes a second.
     """
     if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
         return None
@@ -92,7 +104,9 @@ def why_not() -> str | None:
 
 
 def load_async_io() -> None:
-    """Load async_io. It is built first, in minutes, if this machine has no build of it yet.
+    """Load async_io, and build it before if this machine has no build of it. Not collective.
+
+    Building takes minutes. Several ranks may call it at a time: one builds, and the others wait.
 
     Raises:
         UserError: headers or compiler are missing, or the build fails.
@@ -115,7 +129,10 @@ def load_async_io() -> None:
 
 
 def _without_symbols(builder: Any) -> Any:
-    """Make ``builder`` compile without debug symbols, which saves a third of the time.
+    """Make a builder compile without debug symbols, which saves a third of the time.
+
+    Args:
+        builder: DeepSpeed's builder of an extension, which is changed in place.
 
     Returns:
         The same builder.
@@ -128,7 +145,8 @@ def _without_symbols(builder: Any) -> Any:
 def wait_for_another_build(folder: Path) -> None:
     """Wait while another process builds a DeepSpeed extension; delete the lock of a killed build.
 
-    torch itself would wait for ever for such a lock.
+    A build counts as killed if nothing in its folder has changed for ``QUIET_S``. torch itself
+    would wait for ever for such a lock. Rank 0 prints what it waits for, or that it will compile.
 
     Args:
         folder: the build folder of the extension.
@@ -160,8 +178,8 @@ def wait_for_another_build(folder: Path) -> None:
 def check_space(engine_config: Mapping[str, Any], model: nn.Module, *, quantized: bool) -> None:
     """Raise UserError if nvme_path lacks room for the shards of this machine's ranks. Collective.
 
-    The estimated size is a lower bound: half a byte for each weight that may be quantised, and no
-    scales.
+    Call it before the base model is loaded. The estimated size is a lower bound: half a byte for
+    each weight that may be quantised, and no scales.
 
     Args:
         engine_config: the DeepSpeed configuration. If it does not offload parameters to NVMe,

@@ -1,6 +1,7 @@
 """Create ZeRO-3 parameters directly as shards, so that no rank ever holds a whole parameter.
 
-DeepSpeed's own ``zero.Init`` broadcasts each whole parameter and then cuts it into shards.
+DeepSpeed's own ``zero.Init`` broadcasts each whole parameter and then cuts it into shards. Here
+each rank computes or reads the values of its own shard.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,6 +43,12 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
             self._disk = Disk(self.param_swapper, whole_up_to=whole_up_to)
 
     def fill(self, parameter: ZeroParameter, values: Values) -> None:
+        """Convert a new parameter to a ZeRO-3 parameter, of which this rank holds its shard.
+
+        Args:
+            parameter: parameter of the whole shape, for which no memory needs to be allocated.
+            values: function of (start, stop) that returns these elements, flattened.
+        """
         self._convert_to_deepspeed_param(parameter)
         share = share_of(parameter.ds_numel)
         assert share * comm.world_size() == self._aligned_size(parameter)
@@ -52,6 +59,7 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         self._adopt(parameter, own, share)
 
     def refill(self, parameter: ZeroParameter, values: Values) -> None:
+        """Replace this rank's shard of a parameter, as ``ShardBuilder.refill`` describes."""
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # a persistent parameter
             parameter.partition([parameter])
         own = as_share(
@@ -64,11 +72,16 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         self._adopt(parameter, own, parameter.ds_tensor.ds_numel)
 
     def _adopt(self, parameter: ZeroParameter, own: ZeroParameter, share: int) -> None:
-        """Attach ``own``, a shard of ``share`` elements, to ``parameter``.
+        """Make a tensor this rank's shard of a parameter.
 
         This repeats what DeepSpeed's ``_partition_param`` does after it has cut a shard. The
-        secondary copy (hpZ) is not made here: DeepSpeed makes it in the first gather. A copy made
-        now would keep its values when the parameter is refilled.
+        secondary copy of the shard (hpZ) is not made here: DeepSpeed makes it in the first gather.
+        A copy made now would keep its values when the parameter is refilled.
+
+        Args:
+            parameter: the parameter, already converted by DeepSpeed.
+            own: the shard, 1-D with padding.
+            share: number of elements of the shard, padding included.
         """
         disk = self._disk if self._disk and self._disk.takes(parameter, share) else None
         if disk:
@@ -99,7 +112,7 @@ class ShardBuilder:
     ``zero.Init``. Creating a builder is collective.
 
     Args:
-        engine_config: the DeepSpeed configuration.
+        engine_config: the DeepSpeed configuration, as a dict of its JSON form.
         dtype: dtype of all parameters. It must be the one that ``engine_config`` sets.
 
     Attributes:
@@ -125,11 +138,11 @@ class ShardBuilder:
 
         Args:
             shape: shape of the whole parameter.
-            values: function that returns the values of a range. It is called once, with the range
-                of this rank's shard.
+            values: function of (start, stop) that returns these elements of the flattened
+                parameter, as a 1-D tensor. It is called once, with the range of this rank's shard.
             trainable: True if the parameter gets gradients.
             in_memory: True to keep the shard in memory even if others are offloaded to NVMe. Only
-                such a parameter may be refilled.
+                such a parameter may be refilled (see ``refill``).
 
         Returns:
             The partitioned parameter. Its ``data`` is empty until ZeRO-3 gathers it.
@@ -141,19 +154,25 @@ class ShardBuilder:
         return cast(nn.Parameter, parameter)
 
     def refill(self, parameter: nn.Parameter, values: Values) -> None:
-        """Replace the values of a frozen parameter. Collective under hpZ.
+        """Replace the values of a frozen parameter. Call it on all ranks.
+
+        It is collective if ZeRO++'s hpZ is on.
 
         Args:
             parameter: parameter created with ``in_memory=True``. Its shard, on the CPU or the GPU,
                 is replaced.
-            values: function that returns the new values of a range. It is called once, with the
-                range of this rank's shard.
+            values: function of (start, stop) that returns the new values of these elements of the
+                flattened parameter, as a 1-D tensor. It is called once, with the range of this
+                rank's shard.
         """
         self._init.refill(parameter, values)
 
 
 def gathers_too(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Make ZeRO-3 gather parameters of other modules whenever ``module`` runs, also in backward.
+
+    Without it ZeRO-3 gathers only the module's own parameters. Call it on all ranks, before the
+    first forward.
 
     Args:
         module: module whose forward reads the parameters.
@@ -164,9 +183,10 @@ def gathers_too(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
 
 
 def own_share(parameter: nn.Parameter) -> Tensor:
-    """Return a 1-D view of this rank's shard, without padding. Not collective.
+    """Return a 1-D view of this rank's shard of a parameter, without padding. Not collective.
 
-    The shard must be in memory, not on NVMe.
+    Args:
+        parameter: sharded parameter. Its shard must be in memory, not on NVMe.
     """
     start, stop = own_range(cast(ZeroParameter, parameter).ds_numel)
     return cast(Tensor, cast(ZeroParameter, parameter).ds_tensor.data[: stop - start])

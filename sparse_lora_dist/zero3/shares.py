@@ -21,7 +21,11 @@ tensor. Each rank calls it with the range of its own shard."""
 
 
 def share_of(numel: int) -> int:
-    """Return the number of elements, padding included, in each shard of a tensor of ``numel``."""
+    """Return the number of elements, padding included, in each shard of a tensor.
+
+    Args:
+        numel: number of elements of the whole tensor.
+    """
     return -(-numel // comm.world_size())
 
 
@@ -61,7 +65,11 @@ def as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorSlice:
-    """This rank's shard of one trained tensor, and its place in the engine's flat fp32 buffers."""
+    """This rank's shard of one trained tensor, and its position in the engine's flat fp32 buffers.
+
+    DeepSpeed keeps the fp32 master values of many trained tensors in one flat buffer
+    (``Engine.flats``).
+    """
 
     name: str
     """Name of the parameter in the model."""

@@ -1,7 +1,7 @@
 """Choose the ranks that write a base cache, and publish the cache once it is complete.
 
-A cache is written to a temporary folder, which is renamed ("published") at the end. In the folder
-DIR given as ``--base_cache``:
+A base cache holds the quantised base model on disk. It is written to a temporary folder, which is
+renamed ("published") at the end. The folder DIR that is given as ``--base_cache`` contains:
 
     .writing-HOST-PID-RANDOM/    temporary folder that a job writes to; never read, and left behind
                                  only by a killed job
@@ -33,9 +33,9 @@ LEFT_OVER_SECONDS = 24 * 3600.0
 
 
 def new_token() -> str:
-    """Return HOST-PID-RANDOM, which ends the name of this job's temporary folder. Collective.
+    """Return HOST-PID-RANDOM, the last part of the name of this job's temporary folder. Collective.
 
-    All ranks get the same text. HOST and PID are those of rank 0.
+    All ranks get the same text. HOST and PID are those of rank 0. RANDOM has 8 hex digits.
     """
     own = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
     return str(comm.broadcast_object(own))
@@ -43,10 +43,12 @@ def new_token() -> str:
 
 @dataclass
 class CacheFolder:
-    """Writes a base cache on the ranks that are to write it, and does nothing on the others.
+    """Writes a base cache on some ranks, and does nothing on the others.
 
-    One rank of each node may call ``begin``. Of those whose nodes share a disk, only the one that
-    creates the temporary folder writes.
+    Every rank creates a ``CacheFolder``. Then one rank of each node calls ``begin``. If several
+    nodes share a disk, only the first of their ranks to create the temporary folder becomes a
+    writer. Finally every rank calls ``do`` and ``publish``, which do nothing on ranks that are not
+    writers. None of these calls is collective.
     """
 
     final: Path
@@ -59,7 +61,8 @@ class CacheFolder:
     def begin(self, token: str, *, needed: int, header_bytes: int) -> None:
         """Create the temporary folder, unless a node that shares the disk has created it already.
 
-        If there is too little space or an error, the reason is stored in ``problem``.
+        On success this rank becomes a writer: ``out`` is set. If there is too little space, or if
+        an OSError occurs, the reason is stored in ``problem`` and nothing is raised.
 
         Args:
             token: last part of the folder's name, from ``new_token``.
@@ -88,7 +91,11 @@ class CacheFolder:
         """Call ``work`` with the writer on a rank that writes, and do nothing on the others.
 
         An OSError or UserError is not raised, since the other ranks wait for this one in the next
-        collective. Its text is stored in ``problem``, and the temporary folder is removed.
+        collective. Its text is stored in ``problem``, the temporary folder is removed, and this
+        rank is no longer a writer.
+
+        Args:
+            work: function that writes files through the ``SafetensorsWriter`` passed to it.
         """
         if self.out is None:
             return
@@ -104,8 +111,8 @@ class CacheFolder:
         """Rename the temporary folder to ``final``, unless another job has published this cache.
 
         Args:
-            can_stay: function that returns True if a folder is a complete cache. An existing
-                ``final`` that is not complete is replaced.
+            can_stay: function that takes the path of a folder, and returns True if it is a complete
+                cache of this base. An existing ``final`` that is not complete is replaced.
         """
 
         def rename(out: SafetensorsWriter) -> None:
@@ -131,8 +138,9 @@ def remove_left_overs(directory: Path, but: Path) -> None:
 
     Args:
         directory: value of ``--base_cache``.
-        but: temporary folder of this job, which is not removed. Its name has the PID of rank 0,
-            which may run on another host with the same name.
+        but: temporary folder of this job, which is not removed. Without this exception it might be,
+            because its name has the PID of rank 0, which may run on another host with the same
+            name.
     """
     for folder in set(directory.glob(f"{PREFIX}*")) - {but}:
         # ValueError: another kind of name. FileNotFoundError: another rank removed it meanwhile.

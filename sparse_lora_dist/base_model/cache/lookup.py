@@ -6,9 +6,10 @@ A cache is the folder DIR/MODEL-KEY, which any number of ranks can load. It hold
                                   quantised
     base_cache.json               description of what the cache was made from
 
-KEY is a hash of everything that determines the bytes of the cache. A cache is to save the time of
-reading all weights. So of the original files the hash covers only the headers, samples of every
-tensor, and config.json. ``writer.py`` writes the cache.
+MODEL is the last part of the model's name. KEY is the beginning of a hash of everything that
+determines the bytes of the cache. The cache saves the time of reading all original weights, so the
+hash does not read them all either: of the original files it covers config.json, the headers, and
+samples of every tensor. ``writer.py`` writes the cache.
 """
 
 import hashlib
@@ -40,23 +41,31 @@ ABOUT = "base_cache.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BaseCache:
-    """Cache of one base, with what is known of it on this node. It may not exist yet."""
+    """Result of ``find_cache``: where the cache of one base model is, and whether it can be used.
+
+    The cache may not exist yet. ``here`` and ``damaged`` describe this node's disk, and may differ
+    between nodes.
+    """
 
     folder: Path
-    """Path of the cache, whether it exists or not."""
+    """Path of the cache's folder DIR/MODEL-KEY, whether it exists or not."""
     made_of: dict[str, Any]
-    """Everything that determines the bytes of the cache: hashes of the original files, and the
-    settings of the quantisation. The keys are shown to the user."""
+    """Everything that determines the bytes of the cache: hashes of the original files ("config.json
+    or shapes", "weights"), the settings of the quantisation ("quantisation", "double_quant",
+    "unquantised modules") and the version of the format ("format"). If a similar cache differs, the
+    keys that differ are shown to the user."""
     dates: dict[str, int]
-    """Modification times of the original base files in ns, by file name."""
+    """Modification times of the original safetensors files, in ns, by file name."""
     here: bool
     """True if this node has the cache, and it is not damaged."""
     damaged: int | None
-    """Inode number of the cache's folder if it is damaged, otherwise None."""
+    """Inode number of the cache's folder if it is damaged, otherwise None. It tells the damaged
+    folder from one that another job puts in its place later."""
     files: CheckpointFiles | None
     """The opened files of the cache; None unless every node has the cache."""
     sources: Sources
-    """Where the files of the cache hold each parameter; empty if ``files`` is None."""
+    """Dict: name of a parameter -> where the files of the cache hold its values. Empty if ``files``
+    is None."""
 
     @property
     def not_quantized(self) -> list[str]:
@@ -64,9 +73,12 @@ class BaseCache:
         return list(self.made_of["unquantised modules"])
 
     def can_stay(self, place: Path) -> bool:
-        """Return True if the folder ``place`` is a complete cache of this base.
+        """Return True if a folder is a complete cache of this base, which must not be replaced.
 
-        The folder that ``find_cache`` found damaged is not.
+        Returns False for the folder that ``find_cache`` found damaged.
+
+        Args:
+            place: path of the folder, which may be missing.
         """
         try:
             _open_files(place, self.made_of)
@@ -94,14 +106,16 @@ def find_cache(
         directory: value of ``--base_cache``.
         name: hub id or path of the model.
         folder: local folder of the model.
-        files: the opened original base files.
+        files: the opened original safetensors files.
         module: the model on the meta device.
         keep: names of modules that are not quantised.
-        new: names of parameters that the base files need not hold.
-        double_quant: True if the scales are quantised too.
+        new: names of parameters that the files need not hold, such as those of a new classification
+            head.
+        double_quant: True if the scales of the 4-bit weights are quantised too.
 
     Returns:
-        The cache. Its ``files`` are None if it cannot be loaded and is to be written.
+        The cache. If its ``files`` are None, load the original files, and then write the cache with
+        ``writer.write_cache``.
 
     Raises:
         UserError: a node has no cache, and ``directory`` cannot be written to.
@@ -141,7 +155,9 @@ def find_cache(
 def open_cache(
     place: Path, made_of: dict[str, Any], module: PreTrainedModel, new: Collection[str]
 ) -> tuple[CheckpointFiles, Sources] | None:
-    """Open a base cache and find where its files hold each parameter. Not collective.
+    """Open a base cache and find where its files hold each parameter.
+
+    It communicates nothing, but all ranks must call it, as for ``weight_map.find_sources``.
 
     Args:
         place: folder of the cache.
@@ -150,7 +166,8 @@ def open_cache(
         new: names of parameters that the files need not hold.
 
     Returns:
-        Tuple of the opened files and their sources, or None if there is no such folder.
+        Tuple of the opened files and a dict from the name of each parameter to where the files hold
+        it. None if there is no such folder.
 
     Raises:
         UserError: the cache is damaged, or was made from something else.
@@ -162,7 +179,15 @@ def open_cache(
 
 
 def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
-    """Open the files of a cache. Raise UserError if it was not made from ``made_of``."""
+    """Open the safetensors files of a cache, without looking up the parameters.
+
+    Args:
+        place: folder of the cache.
+        made_of: what the cache must have been made from (``BaseCache.made_of``).
+
+    Raises:
+        UserError: the cache is damaged, or was made from something else.
+    """
     if read_about(place).get("made_of") != made_of:
         raise UserError(f"{place / ABOUT} is missing, is damaged, or describes another base.")
     return CheckpointFiles(place)
@@ -175,7 +200,8 @@ def read_about(place: Path) -> dict[str, Any]:
         place: folder of the cache.
 
     Returns:
-        Dict with the keys "made_of", "model" and "dates" (see ``BaseCache``).
+        Dict with the keys "made_of" and "dates" (see ``BaseCache``), and "model", the path of the
+        folder of the original files.
     """
     try:
         about: dict[str, Any] = json.loads((place / ABOUT).read_text())
@@ -190,7 +216,12 @@ def _linears(module: nn.Module, keep: Collection[str]) -> list[str]:
 
 
 def _made_of(folder: Path, files: CheckpointFiles) -> dict[str, Any]:
-    """Return the part of ``BaseCache.made_of`` that depends on the original base files."""
+    """Return the part of ``BaseCache.made_of`` that depends on the original files, not on options.
+
+    Args:
+        folder: local folder of the model.
+        files: the opened original safetensors files.
+    """
     return {
         "format": FORMAT,
         "config.json or shapes": identity(folder, files),
@@ -200,9 +231,9 @@ def _made_of(folder: Path, files: CheckpointFiles) -> dict[str, Any]:
 
 
 def _hub_hashes(files: CheckpointFiles) -> list[str]:
-    """Return the hashes of those base files that are links into the hub cache.
+    """Return the content hashes of those original files that are links into the Hugging Face cache.
 
-    There a file's name is the hash of its content, so nothing has to be read.
+    There the name of a link's target is the hash of its content, so nothing has to be read.
     """
     links = sorted({e.file for e in files.entries.values() if e.file.is_symlink()})
     return [link.resolve().name for link in links]
@@ -233,8 +264,8 @@ def _print_what_was_found(
     Args:
         place: path of the cache.
         made_of: what the cache is made from (``BaseCache.made_of``).
-        dates: modification times of the original base files.
-        damage: for each rank whose cache is damaged, the reason.
+        dates: modification times of the original safetensors files (``BaseCache.dates``).
+        damage: one reason for each rank whose cache is damaged; empty if none is.
         ready: True if every node has the cache, so that it is used.
     """
     if comm.rank() != 0:

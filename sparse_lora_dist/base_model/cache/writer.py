@@ -1,10 +1,12 @@
-"""Write a cache of the quantised base, one weight at a time, right after the base was loaded.
+"""Write a cache of the quantised base model, one weight at a time, right after it was loaded.
 
 All ranks gather each weight. One rank writes it to a disk that several nodes share, or else one
 rank of each node. If a cache cannot be written, a warning is printed and the run goes on without
 it.
 
-Letters in names: K tensors in the original files that make a weight, E matrices in each of them.
+A weight of the model may be made from several tensors of the original files, such as one for each
+expert, and each of these tensors may be a stack of matrices. In names, a trailing K stands for an
+axis of the tensors that make a weight, and a trailing E for an axis of the matrices in one of them.
 """
 
 import json
@@ -36,12 +38,13 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.zero3.parameters import gathered
 
 COMPUTE_DTYPE = torch.bfloat16
-"""dtype to which bitsandbytes dequantises if other programs load the cache. This project does not
-use it, but ``--precision``."""
+"""dtype to which bitsandbytes dequantises if other programs load the cache. This project ignores it
+and dequantises to the dtype of ``--precision``."""
 BLOCK_BYTES = 2**25
 """Number of bytes of an original file that are copied at a time."""
 SMALL_PARTS = 2**11
-"""Upper bound of the bytes of a quantised tensor's code tables and state."""
+"""Upper bound of the bytes that one quantised tensor needs for its code tables and for the
+description that bitsandbytes saves of it. The required disk space is computed with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,11 @@ class CachedWeight:
     source: Source
     """Where the original files hold the weight."""
     layout: nf4.Layout
+    """Layout of the weight's packed bytes and scales."""
     packed: nn.Parameter
+    """Sharded parameter that holds the packed bytes."""
     scales: nn.Parameter
+    """Sharded parameter that holds the bytes of the scales."""
 
 
 def write_cache(
@@ -62,16 +68,17 @@ def write_cache(
     files: CheckpointFiles,
     sources: Sources,
 ) -> None:
-    """Write the cache of the base that ``model`` holds. Collective.
+    """Write the cache of the base model that ``model`` holds, if a node lacks it. Collective.
 
-    A failure to write is printed as a warning and not raised.
+    Call it after the original files were loaded because ``find_cache`` found no usable cache. A
+    failure to write is printed as a warning and not raised, so that training goes on.
 
     Args:
         cache: the cache to write, from ``find_cache``.
         model: the loaded and sharded model.
         folder: local folder that the model was loaded from.
-        files: the opened original base files.
-        sources: where the original files hold each parameter.
+        files: the opened original safetensors files.
+        sources: dict from the name of each parameter to where the original files hold it.
     """
     held = list(_cached_weights(model, sources))
     quantized = {key for h in held for key in h.source.keys}
@@ -118,13 +125,24 @@ def _cached_weights(model: nn.Module, sources: Sources) -> Iterator[CachedWeight
 
 
 def _copy(plain: Mapping[str, Entry], files: CheckpointFiles, out: SafetensorsWriter) -> None:
-    """Copy the tensors ``plain``, which are not quantised, from the original files to the cache."""
+    """Copy the tensors that are not quantised from the original files to the cache.
+
+    Args:
+        plain: these tensors, by name.
+        files: the opened original safetensors files.
+        out: writer of the cache's files.
+    """
     for key, entry in plain.items():
         out.add(key, entry.dtype, entry.shape, files.raw(entry, BLOCK_BYTES))
 
 
 def _save(weight: CachedWeight, out: SafetensorsWriter) -> None:
-    """Write a gathered weight to the cache, under the names that it has in the original files."""
+    """Write a quantised weight to the cache, under the names that it has in the original files.
+
+    Args:
+        weight: the weight, whose parameters ZeRO-3 has gathered.
+        out: writer of the cache's files.
+    """
     packed, scales = (p.data.view(torch.uint8).cpu() for p in (weight.packed, weight.scales))
     for name, tensor in saved_tensors(packed, scales, weight.layout, weight.source):
         out.add_tensor(name, tensor)
@@ -139,7 +157,8 @@ def saved_tensors(
         packed: uint8, packed bytes of the whole weight. Padding at the end is allowed.
         scales: uint8, bytes of the weight's scales. Padding at the end is allowed.
         layout: layout of the weight.
-        source: names and shapes of the weight's tensors in the original files.
+        source: names and shapes of the weight's tensors in the original files. The cache uses the
+            same names.
     """
     count = len(source.keys)
     packed_K = packed[: layout.packed_bytes].view(count, -1, 1)
@@ -179,8 +198,9 @@ def _named(
     Args:
         key: name of the weight in the original files.
         packed: packed bytes of the weight.
-        state: bitsandbytes' description of the weight.
-        offset_E: offset of each matrix; empty without double quantisation.
+        state: bitsandbytes' description of the weight (shape, block size, scales and so on).
+        offset_E: for each matrix, the number that double quantisation subtracted from its scales;
+            empty without double quantisation.
     """
     yield key, packed
     for part, tensor in state.as_dict(packed=True).items():
@@ -193,9 +213,10 @@ def _named(
 
 
 def _padded(text: Tensor) -> Tensor:
-    """Return JSON text padded with spaces to a multiple of 8 bytes.
+    """Return JSON text padded with spaces to a multiple of 8 bytes, so the next tensor is aligned.
 
-    So the next tensor in the file is aligned.
+    Args:
+        text: uint8, 1-D, the bytes of the text.
     """
     spaces = text.new_full((-text.numel() % 8,), ord(" "))
     return torch.cat([text, spaces])
@@ -204,7 +225,14 @@ def _padded(text: Tensor) -> Tensor:
 def _describe(
     out: SafetensorsWriter, cache: BaseCache, model: PreTrainedModel, folder: Path
 ) -> None:
-    """Complete the safetensors files of the cache, and write config.json and base_cache.json."""
+    """Complete the safetensors files of the cache, and write config.json and base_cache.json.
+
+    Args:
+        out: writer of the cache's files, to which all tensors were added.
+        cache: the cache.
+        model: the loaded model.
+        folder: local folder that the model was loaded from.
+    """
     out.finish()
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = BitsAndBytesConfig(
