@@ -93,9 +93,9 @@ class Shards:
     def skip_step(self) -> None:
         """Count a step that the engine did not apply, and finish its decision. Collective.
 
-        Must be called instead of the engine's update when the step's gradient is not finite. The
-        numbers that the method probed in this step are discarded, and the entries that its decision
-        zeroes become zero.
+        Must be called after the engine refused a step because its loss or gradient is not finite.
+        The numbers that the method probed in this step are discarded, and the entries that its
+        decision zeroes become zero.
         """
         self.sites.reset_probes()
         for flat in self.engine.flats():
