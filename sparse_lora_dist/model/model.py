@@ -236,10 +236,10 @@ class Model:
     def _initial_values(
         self, config: Config, method: Method, given: Mapping[str, Values]
     ) -> dict[str, Values]:
-        """Return initial values of trained tensors that have any but the usual ones. Collective.
+        """Collect initial values of trained tensors from three places. Collective.
 
-        They are those of a new classifier head, those ``given``, and those of --init_adapter; where
-        two of these name the same tensor, the later one is used.
+        The places are a new classifier head, ``given``, and --init_adapter. Where two of them have
+        values for the same tensor, those of the later place are used.
 
         Args:
             config: configuration of the run.
