@@ -89,8 +89,9 @@ def read_documents(
         options: further arguments of ``load_documents``.
 
     Returns:
-        One document for each text, pair or chat, with its token ids and labels. Documents that are
-        too long or have no target token are left out.
+        Documents with token ids and labels: one for each pair or chat, and one or more for each
+        text, since long texts are split. Pairs and chats that are too long or have no target token
+        are left out.
     """
     return load_documents(
         source,

@@ -64,8 +64,8 @@ def read_labelled(
         options: further arguments of ``load_labelled``.
 
     Returns:
-        One document for each example, with its token ids and label. Examples that are too long or
-        have no label are left out.
+        One document for each example, with its token ids and label. Long examples are cut, and
+        those without text are left out.
     """
     pair = () if data.text_pair_field is None else (data.text_pair_field,)
     return load_labelled(
