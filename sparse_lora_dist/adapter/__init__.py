@@ -1,1 +1,1 @@
-"""Stage INJECT: add adapters to frozen linears, and read PEFT LoRA adapters to start from."""
+"""Add adapters to the frozen linears of a model, and read PEFT LoRA adapters as initial values."""

@@ -1,4 +1,6 @@
-"""Dropout masks for the inputs of adapters. A row's mask is the same on whichever rank it trains.
+"""Draw dropout masks for inputs of adapters. A row has the same mask on whichever rank it trains.
+
+A row is one training sequence of a batch. A site is a linear of the base that has an adapter.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, L tokens of a full-length row.
 """
@@ -14,16 +16,17 @@ from sparse_lora_dist.adapter.seeds import seed_of
 
 @dataclass
 class RowSeeds:
-    """Rows of the current micro-batch, and the dropout masks that are seeded by them.
+    """Rows of this rank's current micro-batch, and dropout masks that are seeded by their numbers.
 
-    All adapters of a model share one instance. A mask depends on (seed, step, row, site) alone, so
-    neither the number of ranks nor the micro-batch size changes it.
+    All adapters of a model share one instance. The mask of a row depends only on the seed of the
+    run, the step, the number of the row and the name of the site, so neither the number of ranks
+    nor the micro-batch size changes it.
     """
 
     seed: int
     """Seed of the run."""
     sequence_length: int
-    """L, the number of tokens of a full-length row."""
+    """Number of tokens of a full-length row (L in shapes)."""
     step: int = 0
     """Current optimizer step, counted from 1."""
     rows_M: tuple[int, ...] = field(default=())
@@ -31,28 +34,32 @@ class RowSeeds:
     lengths_M: tuple[int, ...] = field(default=())
     """Number of tokens at the front of each row; the rest of the row is padding."""
     num_positions: int | None = None
-    """T, the padded length of the micro-batch's rows. None: unknown; then any input whose first
-    axis has length M counts as [M, T, I]."""
+    """Padded length of the micro-batch's rows, in tokens (T in shapes). None: unknown; then any 3-D
+    input whose first axis has as many entries as there are rows counts as [M, T, I]."""
     micro_batch: int = 0
     """Number of micro-batches begun so far on this rank. 0 if ``begin`` is never called."""
 
     def begin(
         self, rows_M: tuple[int, ...], lengths_M: tuple[int, ...], *, num_positions: int
     ) -> None:
-        """Store the rows of the next micro-batch and count the micro-batch.
+        """Store the rows of the micro-batch that forward takes next, and count the micro-batch.
 
-        Must be called before the micro-batch's forward. Not a collective.
+        Must be called on each rank before the forward of each of its micro-batches. Not a
+        collective.
 
         Args:
             rows_M: number of each row, counted over the whole run in training order.
             lengths_M: number of tokens at the front of each row that are not padding.
-            num_positions: T, the padded length of the rows.
+            num_positions: padded length of the rows, in tokens.
         """
         self.rows_M, self.lengths_M, self.num_positions = rows_M, lengths_M, num_positions
         self.micro_batch += 1
 
     def row_metadata(self) -> RowMetadata:
-        """Return the rows, lengths and padded length of the current micro-batch, for backward."""
+        """Return a copy of the current micro-batch's row numbers, lengths and padded length.
+
+        Forward keeps it for backward, because the next micro-batch may have begun by then.
+        """
         return RowMetadata(
             rows_M=self.rows_M, lengths_M=self.lengths_M, num_positions=self.num_positions
         )
@@ -63,11 +70,12 @@ class RowSeeds:
         """Return a dropout mask: 1 / (1 - dropout) where an entry is kept, 0 where it is dropped.
 
         Args:
-            x: input of the site. [M, T, I], or [M * T, I], or [M, I] with one token for each row.
-                An input of any other shape (DeBERTa's table of relative positions) belongs to no
-                row and gets one mask, seeded by (seed, step, site).
+            x: input of the site: [M, T, I], [M * T, I], or [M, I] with one token for each row. An
+                input of any other shape (DeBERTa's table of relative positions) belongs to no row.
+                It gets one mask for all its entries, seeded by run, step and site.
             site: name of the site.
-            rows_M: rows of the micro-batch that ``x`` comes from.
+            rows_M: number of each row of the micro-batch that ``x`` comes from, counted over the
+                whole run in training order.
             step: optimizer step, counted from 1, that ``x`` comes from.
             dropout: probability with which an entry is dropped, in [0, 1).
 

@@ -1,4 +1,7 @@
-"""Replace each site of a loaded model with an ``AdapterLinear``."""
+"""Replace linears of a loaded model with an ``AdapterLinear``.
+
+A linear that gets an adapter is called a site.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,25 +31,27 @@ def inject(
     micro_batches: int,
     initial: Mapping[str, Values],
 ) -> list[AdapterLinear]:
-    """Replace the linear at each site with an ``AdapterLinear`` that contains it. Collective.
+    """Replace each linear that gets an adapter (site) with an ``AdapterLinear``. Collective.
+
+    The ``AdapterLinear`` contains the frozen linear and the adapter's sharded parameters.
 
     Args:
         model: loaded model, changed in place. Each site must be a ``FrozenLinear``.
-        sites: linears that get an adapter, in the model's order.
-        method: method that defines each site's tensors and its delta (what the adapter adds to the
-            linear's output).
+        sites: names and sizes of the linears that get an adapter, in the model's order.
+        method: sparse method of the run. It defines the tensors of each site and its delta, which
+            is what the adapter adds to the linear's output.
         builder: makes the sharded parameters.
         row_seeds: source of the dropout masks; one instance for all adapters.
         alpha: LoRA alpha.
-        dropout: probability with which an entry of an adapter's input is dropped.
+        dropout: probability with which an entry of an adapter's input is dropped, in [0, 1).
         micro_batches: number of micro-batches of an optimizer step on one rank.
-        initial: initial values of trained tensors, by name "site.tensor". A tensor that is missing
-            here gets random values seeded by (seed of the run, its name), which are therefore the
-            same on any number of ranks.
+        initial: name "site.tensor" of a trained tensor -> function that returns a range of its
+            initial values. A tensor that is missing here gets random values. They are seeded by
+            the seed of the run and the tensor's name, so they are the same on any number of ranks.
 
     Returns:
-        The adapters, in the order of ``sites``. Their kept tensors (such as masks, which no
-        gradient trains) are zero until the method writes them.
+        The adapters, in the order of ``sites``. Their kept tensors, such as masks, are written by
+        the method and trained by no gradient; they are zero until the method writes them.
     """
     adapters: list[AdapterLinear] = []
     for site in sites:

@@ -1,4 +1,7 @@
-"""Statistics of a site's inputs and output gradients in one step, for methods that rewrite sites.
+"""Collect statistics of an adapted linear's inputs and output gradients during one optimizer step.
+
+Some methods compute new adapter tensors from them. A site is a linear that has an adapter; a row is
+one training sequence.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features, N rows of a step.
 """
@@ -14,21 +17,21 @@ from sparse_lora_dist.zero3.shares import own_range
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowMetadata:
-    """Rows of a micro-batch: forward stores them, and backward reads them."""
+    """Numbers and lengths of a micro-batch's rows. Forward stores them, and backward reads them."""
 
     rows_M: tuple[int, ...]
     """Number of each row, counted over the whole run in training order."""
     lengths_M: tuple[int, ...]
     """Number of tokens at the front of each row; the rest of the row is padding."""
     num_positions: int | None
-    """T, the padded length of the rows. None: unknown."""
+    """Padded length of the rows, in tokens (T in shapes). None: unknown."""
 
 
 @dataclass(kw_only=True)
 class InputStatistics:
-    """Statistics of one site, summed over the micro-batches of a step.
+    """Statistics of one site on this rank, summed over the micro-batches of one optimizer step.
 
-    Padding tokens are left out.
+    ``squares``, ``gradient`` and ``rows`` select what is collected. Padding tokens are left out.
     """
 
     squares: bool = False
@@ -46,16 +49,20 @@ class InputStatistics:
     """This rank's shard of the gradient of the loss with respect to the linear's frozen weight
     [O, I], flattened, averaged over ranks, fp32; 0.0 before the first backward."""
     means: dict[int, Tensor] = field(default_factory=dict)
-    """Number of a row of this rank -> mean of the site's input over the row's tokens, fp32 [I]."""
+    """Number of a row that this rank trains -> mean of the site's input over the row's tokens, fp32
+    [I]."""
 
     def add(self, x: Tensor, grad_y: Tensor, row_metadata: RowMetadata) -> None:
-        """Add the input and output gradient of one backward. Collective if ``gradient`` is True.
+        """Add one backward's input and output gradient to the statistics.
+
+        Backward calls it for each forward of the site. Collective if ``gradient`` is True.
 
         Args:
-            x: input of the site, [M, T, I], [M * T, I] or [M, I], before dropout. Inputs of any
-                other shape belong to no row and count for the gradient only.
+            x: input of the site before dropout: [M, T, I], [M * T, I], or [M, I] with one token
+                for each row. Inputs of any other shape belong to no row and count for
+                ``gradient_share`` only.
             grad_y: gradient of the loss with respect to the site's output, [..., O].
-            row_metadata: rows that ``x`` comes from.
+            row_metadata: rows of the micro-batch that ``x`` comes from.
         """
         if self.gradient:
             self._add_gradient(x.flatten(0, -2), grad_y.flatten(0, -2))
@@ -83,7 +90,8 @@ class InputStatistics:
         """Return the mean input of every row of the step, gathered from all ranks. Collective.
 
         Returns:
-            fp32 [N, I] on this rank's device, rows in training order; None if no rank has a row.
+            fp32 [N, I] on this rank's device, rows in training order, the same on every rank; None
+            if no rank has collected a row.
         """
         everyone: dict[int, Tensor] = {}
         for theirs in comm.gather_objects({row: m.cpu() for row, m in self.means.items()}):
@@ -94,8 +102,15 @@ class InputStatistics:
 
 
 def _by_row(x: Tensor, row_metadata: RowMetadata) -> Tensor | None:
-    """Return a view of ``x`` as [M, T, I]; None if its shape does not fit the rows, like that of
-    DeBERTa's table of relative positions."""
+    """Return a view of a site's input as [M, T, I]: row, token, feature.
+
+    Returns None if the shape does not fit the rows, like that of DeBERTa's table of relative
+    positions.
+
+    Args:
+        x: input of the site.
+        row_metadata: rows of the micro-batch that ``x`` comes from.
+    """
     count = len(row_metadata.rows_M)
     if x.dim() == 3:
         whole = row_metadata.num_positions in (None, x.shape[1])

@@ -1,14 +1,15 @@
-"""Kept tensors: tensors that a method writes and no gradient trains, stored as a parameter's bytes.
+"""Read kept tensors, which a method writes and no gradient trains, from the bytes of a parameter.
 
-ZeRO-3 shards parameters in the dtype of the engine. So the bytes of a kept tensor of any dtype are
-stored in a parameter of that dtype, padded with zeros to a whole number of its elements. With a
-bf16 engine, a uint8 mask of 5 bytes takes 3 elements:
+Examples are masks and indices. ZeRO-3 shards parameters in one dtype, that of the DeepSpeed engine
+(bf16, fp16 or fp32). So the bytes of a kept tensor of any dtype are stored in a parameter of the
+engine's dtype, padded with zeros to a whole number of its elements. With a bf16 engine, a uint8
+mask of 5 bytes takes 3 elements:
 
     bytes of the mask    b0 b1 | b2 b3 | b4 0
     bf16 elements          e0  |   e1  |  e2
 
-The elements are only gathered and cut, never computed with: as numbers they mean nothing, and some
-are NaN.
+The parameter is only gathered and cut, never computed with: its elements mean nothing as numbers,
+and some are NaN.
 """
 
 import torch
@@ -21,12 +22,12 @@ def from_bytes(parameter: Tensor, spec: KeptSpec) -> Tensor:
     """Return the kept tensor whose bytes a gathered parameter holds.
 
     Args:
-        parameter: gathered parameter, 1-D, in the dtype of the engine.
+        parameter: gathered parameter, 1-D, in the dtype of the DeepSpeed engine.
         spec: shape and dtype of the kept tensor.
 
     Returns:
-        Tensor of ``spec.shape`` and ``spec.dtype``: a view if its entries are single bytes,
-        otherwise a copy.
+        Tensor of ``spec.shape`` and ``spec.dtype``. If its entries are single bytes, it is a view
+        of ``parameter``, otherwise a copy.
     """
     # A view as a wider dtype needs an aligned start, which the gathered buffer does not promise.
     raw = parameter.data.view(torch.uint8)[: spec.num_bytes]

@@ -20,18 +20,20 @@ from sparse_lora_dist.zero3.parameters import gathers_too
 
 
 class AdapterLinear(nn.Module):
-    """A frozen linear with its adapter: y_TO = base(x_TI) + delta(dropout(x_TI)).
+    """A frozen linear with its adapter: output = base(x) + delta(dropout(x)).
 
-    The method's ``Form`` defines the delta, which uses only the components that ``set_components``
-    names. Forward and backward are collective, since ZeRO-3 gathers the parameters for each.
+    The ``Form`` of the method defines the delta. In most methods it is a sum of rank-1 components
+    (row i of A with column i of B); only those that ``set_components`` names are computed. Forward
+    and backward are collective, since ZeRO-3 gathers the parameters for each.
 
     Args:
         base: frozen linear of the model.
         site: name, sizes and rank of the linear.
-        method: method that trains the site.
-        parameters: the site's trained and kept tensors by key, sharded.
+        method: sparse method of the run.
+        parameters: key of a tensor within the site, such as "lora_a" -> sharded parameter, for all
+            trained tensors and all kept tensors (which the method writes and no gradient trains).
         alpha: LoRA alpha.
-        dropout: probability with which an entry of the delta's input is dropped.
+        dropout: probability with which an entry of the delta's input is dropped, in [0, 1).
         row_seeds: source of the dropout masks, shared by all adapters of the model.
         micro_batches: number of micro-batches of an optimizer step on one rank.
     """
@@ -59,7 +61,8 @@ class AdapterLinear(nn.Module):
             self.register_parameter(name, parameter)
         self.probe = method.probe
         self.probed: Tensor | float = 0.0
-        """Sum of the method's probe over this step's backwards on this rank; 0.0 before them."""
+        """Sum of the method's probe over this step's backwards on this rank; 0.0 before them. The
+        probe is a number that the method computes of the site in each backward."""
         self._penalised_micro_batch = 0
         self.input_statistics: InputStatistics | None = None
         """Statistics that this step's backwards collect; None if the step needs none."""
@@ -73,9 +76,13 @@ class AdapterLinear(nn.Module):
         )
 
     def set_components(self, components: Components) -> None:
-        """Set the components that forward computes, and the scale that follows from them.
+        """Set the components that forward computes, and the delta's scale that follows from them.
 
-        All ranks must pass the same components. They take effect at the next forward.
+        All ranks must pass the same. Takes effect at the next forward.
+
+        Args:
+            components: indices of the rank-1 components that forward computes, and the number of
+                open ones, which count towards the site's rank.
         """
         self.components = components
         self.scale = self.form.scale(self.alpha, self.site.rank, components.open)
@@ -93,12 +100,13 @@ class AdapterLinear(nn.Module):
         return delta_MTO
 
     def dropped(self, x_MTI: Tensor, rows_M: tuple[int, ...], step: int) -> Tensor:
-        """Apply dropout to the site's input. In eval mode the input is returned as it is.
+        """Return the site's input after dropout. In eval mode it is returned as it is.
 
         Args:
             x_MTI: input of the site.
-            rows_M: number of each row of the micro-batch that ``x_MTI`` comes from.
-            step: optimizer step that ``x_MTI`` comes from.
+            rows_M: number of each row of the micro-batch that ``x_MTI`` comes from, counted over
+                the whole run in training order.
+            step: optimizer step, counted from 1, that ``x_MTI`` comes from.
         """
         if not self.training or self.dropout == 0.0:
             return x_MTI
@@ -106,15 +114,16 @@ class AdapterLinear(nn.Module):
         return x_MTI * mask
 
     def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return the tensors that ``Form.delta`` takes, by key.
+        """Return all tensors that ``Form.delta`` takes. ZeRO-3 must have gathered them.
 
         Args:
             tensors: the site's trained tensors, gathered, in the order of ``self.specs``.
 
         Returns:
-            Key -> tensor: the trained tensors, cut to the components that forward computes; the
-            kept tensors; the tensors drawn from a seed; and the frozen weight if the form reads it.
-            The weight and floating-point kept tensors are in the dtype of ``tensors``.
+            Key of a tensor within the site -> tensor. The dict has the trained tensors, cut to the
+            components that forward computes; the kept tensors, which no gradient trains; the
+            tensors drawn anew from a seed; and the frozen weight if the form reads it. The weight
+            and floating-point kept tensors are in the dtype of ``tensors``.
         """
         named = dict(zip(self.specs, tensors, strict=True))
         if len(self.components.computed) < self.num_components:
@@ -128,18 +137,23 @@ class AdapterLinear(nn.Module):
         return named
 
     def kept(self) -> dict[str, Tensor]:
-        """Return the site's kept tensors by key. ZeRO-3 must have gathered their parameters."""
+        """Return key -> kept tensor of the site, of the dtype and shape of its spec.
+
+        ZeRO-3 must have gathered their parameters.
+        """
         return {key: from_bytes(getattr(self, key), spec) for key, spec in self.form.kept.items()}
 
     def adds_penalty(self, micro_batch: int) -> bool:
-        """Return True in the first backward of each micro-batch: it adds the penalty's gradient.
+        """Return True if this backward of the site is the first of its micro-batch.
 
-        A model may call one linear several times in a forward: ALBERT runs the same layer again and
-        again, and DeBERTa's linears take relative positions too. The penalty must be added once.
+        The first one adds the gradient of the method's penalty. A model may call one linear several
+        times in a forward: ALBERT runs the same layer again and again, and DeBERTa's linears take
+        relative positions too. The penalty must be added once.
 
         Args:
-            micro_batch: ``RowSeeds.micro_batch``; it is stored for the next call. 0 means that
-                micro-batches are not counted, and every call returns True.
+            micro_batch: ``RowSeeds.micro_batch``, the number of the current micro-batch. It is
+                stored for the next call. 0 means that micro-batches are not counted; then every
+                call returns True.
         """
         is_first = micro_batch == 0 or micro_batch != self._penalised_micro_batch
         self._penalised_micro_batch = micro_batch
@@ -156,12 +170,12 @@ class AdapterLinear(nn.Module):
 
 
 class _Delta(torch.autograd.Function):
-    """Autograd function that computes the delta in forward, and once more in backward.
+    """Autograd function that computes a site's delta in forward, and once more in backward.
 
-    Computing it twice costs two thin matmuls. It avoids that gathered adapter tensors and dropout
-    masks stay in memory from forward to backward. Backward has the site's gathered tensors and the
-    gradient of its output, so it also computes the gradient of the method's penalty, the method's
-    probe, and the input statistics.
+    Computing the delta twice costs two thin matmuls. In return, gathered adapter tensors and
+    dropout masks need not stay in memory from forward to backward. Backward has the site's gathered
+    tensors and the gradient of its output, so it also computes the gradient of the method's
+    penalty, the method's probe (one number of the site), and the input statistics.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""File names in a PEFT adapter folder; the adapter's type and scales from adapter_config.json."""
+"""Read the type and scales of a PEFT adapter from its adapter_config.json, and name its files."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -11,24 +11,28 @@ from peft.utils.other import get_pattern_key
 PREFIX = "base_model.model."
 """Prefix that PEFT adds to the model's own parameter names."""
 CONFIG = "adapter_config.json"
+"""File name of an adapter's configuration."""
 WEIGHTS, APART = "adapter_model.safetensors", "modules_to_save.safetensors"
-"""File names of the tensors. APART is this project's own file, not PEFT's: it holds modules trained
-in full that were exported separately."""
+"""Names of the files with an adapter's tensors. PEFT knows only the first. The second is written by
+this project's export with --uniform_rank: it holds modules trained in full."""
 
 MARKED = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
+"""Fields of ``LoraConfig`` that PEFT itself marks as selecting a variant of LoRA."""
 VARIANTS = (*MARKED, "use_qalora", "target_parameters")
-"""Fields of adapter_config.json that select a variant of LoRA if they are set: DoRA, QA-LoRA ..."""
+"""Fields of adapter_config.json that select a variant of LoRA (DoRA, QA-LoRA ...) if they are
+set."""
 
 
 def other_kind(config: Mapping[str, Any]) -> str | None:
-    """Return the PEFT type or field that makes an adapter other than plain LoRA (update B A).
+    """Return what makes an adapter other than plain LoRA (whose update is scale * B A).
 
     Args:
         config: contents of adapter_config.json.
 
     Returns:
-        "the type X" for the PEFT type X; for LoRA, the name of the first field of ``VARIANTS`` that
-        is set. None for plain LoRA.
+        Words for an error message. If the adapter is not of PEFT's type LORA, "the type X" with
+        the name of its type. If it is a variant of LoRA, the name of the first field of
+        ``VARIANTS`` that is set. None for plain LoRA.
     """
     if config.get("peft_type") != "LORA":
         return f"the type {config.get('peft_type')}"
@@ -36,7 +40,7 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
 
 
 def scale_of(config: Mapping[str, Any], site: str, rank: int) -> float:
-    """Return the scale of one module's update, scale * B A, as PEFT computes it.
+    """Return the factor ``scale`` of one module's update, scale * B A, as PEFT computes it.
 
     The scale is alpha / rank, or alpha / sqrt(rank) for rsLoRA (Kalajdzievski 2023,
     arXiv:2312.03732). A key of ``alpha_pattern`` is a regular expression that must match the end of
@@ -44,8 +48,8 @@ def scale_of(config: Mapping[str, Any], site: str, rank: int) -> float:
 
     Args:
         config: contents of adapter_config.json.
-        site: name of the module.
-        rank: rank of the module.
+        site: name of the module in the base model.
+        rank: rank of the module's A and B.
     """
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
     alpha: float = alphas.get(get_pattern_key(list(alphas), site), config["lora_alpha"])

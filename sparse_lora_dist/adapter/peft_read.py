@@ -1,4 +1,4 @@
-"""Read a PEFT adapter as initial values of a run (``--init_adapter``)."""
+"""Read a PEFT LoRA adapter from disk, as initial values of a run (``--init_adapter``)."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -17,19 +17,22 @@ from sparse_lora_dist.zero3.shares import Values
 def read_peft(
     folder: str, shapes: Mapping[str, tuple[int, ...]], *, rank: int, alpha: float
 ) -> dict[str, Values]:
-    """Open a PEFT LoRA adapter as initial values of a run. Not a collective.
+    """Open a PEFT LoRA adapter, and check that it fits the run. Not a collective.
+
+    Tensors are read later, when the returned functions are called.
 
     Args:
         folder: adapter folder, or hub id, which is downloaded.
-        shapes: tensor name -> shape of every tensor that trains. Names are "site.lora_a" (shape
-            [rank, in_features]), "site.lora_b" ([out_features, rank]), and "name.weight" for
-            modules trained in full, which the adapter need not have.
+        shapes: tensor name -> shape, for every tensor that the run trains. For each adapted linear,
+            "site.lora_a" has shape [rank, in_features] and "site.lora_b" [out_features, rank],
+            where "site" is the linear's name in the base. A module trained in full has
+            "name.weight", which the adapter need not have.
         rank: rank of the run, which must be the adapter's.
         alpha: LoRA alpha of the run, which must be the adapter's.
 
     Returns:
-        Tensor name -> function that reads a range of the tensor from disk, for every tensor of the
-        adapter.
+        Tensor name, as in ``shapes`` -> function that reads a range of the tensor from disk, for
+        every tensor of the adapter.
 
     Raises:
         UserError: the adapter is absent or damaged, or its type, rank, alpha, modules or shapes are
@@ -62,7 +65,7 @@ def read_peft(
 def open_peft(
     folder: str, flag: str = "--init_adapter"
 ) -> tuple[dict[str, Any], dict[str, Values], dict[str, tuple[int, ...]]]:
-    """Open the files of a PEFT adapter. Not a collective.
+    """Open the files of a PEFT adapter without reading their tensors. Not a collective.
 
     Args:
         folder: adapter folder, or hub id, which is downloaded.
@@ -70,8 +73,9 @@ def open_peft(
 
     Returns:
         A tuple of three: the contents of adapter_config.json; tensor name -> function that reads a
-        range of the tensor from disk; tensor name -> shape. Names are "site.lora_a", "site.lora_b"
-        and, for modules trained in full, "name.weight".
+        range of the tensor from disk; tensor name -> shape. Names are "site.lora_a" and
+        "site.lora_b", where "site" is the linear's name in the base, and "name.weight" for modules
+        trained in full.
 
     Raises:
         UserError: the adapter is absent or damaged.
@@ -118,8 +122,15 @@ def _sites(names: Iterable[str]) -> set[str]:
 
 
 def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
-    """Return the contents of adapter_config.json and the opened safetensors files, downloading the
-    adapter first if ``folder`` is no local folder."""
+    """Open an adapter's files, and download them first if ``folder`` is no local folder.
+
+    Args:
+        folder: adapter folder or hub id.
+        flag: the command-line option that gave ``folder``, for error messages.
+
+    Returns:
+        A tuple of two: the contents of adapter_config.json; the opened safetensors files.
+    """
     if not Path(folder).is_dir():
         from huggingface_hub import snapshot_download
 

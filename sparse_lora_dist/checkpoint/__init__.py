@@ -1,9 +1,11 @@
-"""Stage SAVE: write and read sharded checkpoints of all training state.
+"""Write and read sharded checkpoints of all training state.
 
-They are published whole or not at all, and contain neither pickles nor base weights.
+A checkpoint gets its final folder name only when all its files are on disk; then it is published.
+It contains neither pickles nor weights of the base.
 
     checkpoints/step_00000100/
-        rank_00000.safetensors ...   one rank's slices; the metadata holds the range of each
+        rank_00000.safetensors ...   one rank's slice of every trained tensor; the file's metadata
+                                     holds the range of entries of each slice
         manifest.json                written last, with the hash of every file; a folder without
                                      one is not a checkpoint
     checkpoints/latest               text file with the name of the newest checkpoint, for people
@@ -11,20 +13,22 @@ They are published whole or not at all, and contain neither pickles nor base wei
 A rank's slice of a trained tensor "t" is stored under these keys:
 
     master/t                  fp32 master values
-    live/t                    mask of live entries, one bit per entry
-    stat0/t ...               importance statistics, fp32
+    live/t                    mask of live entries (those the optimizer steps), one bit per entry
+    stat0/t ...               importance statistics of the sparse method, fp32
     exp_avg/t, exp_avg_sq/t   moments, fp32, live entries only
-    born/t                    birth steps, int32, live entries only; one value if all are equal
+    born/t                    birth steps (number of steps done when an entry became live), int32,
+                              live entries only; a single value if all are equal
 
 A rank's file also has these keys:
 
     kept/t                    bytes of a kept tensor, which a method writes and no gradient trains
-    squares/s                 running mean of the squared inputs of site "s", float64
+    squares/s                 running mean of the squared inputs of "s", the name of a linear with
+                              an adapter, float64
     rng/cpu, rng/cuda         states of the random generators
 
-The components and statistics of each site are the same on every rank and are in the manifest. A
-reader takes the ranges it needs from the files that hold them, so a checkpoint can be read by any
-number of ranks.
+Which rank-1 components each adapter computes, and the statistics of whole adapters, are the same on
+every rank and are in the manifest. A reader takes the ranges it needs from the files that hold
+them, so a checkpoint can be read by any number of ranks.
 """
 
 from sparse_lora_dist.checkpoint.manifest import (

@@ -14,12 +14,13 @@ FORMAT = 5
 """Version of the checkpoint format."""
 MANIFEST = "manifest.json"
 PACKED = (*MOMENTS, "born")
-"""Kinds of values that a rank's file holds for live entries only."""
+"""Kinds of values that a rank's file holds for live entries only, i.e. entries that the optimizer
+steps: Adam's moments and birth steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """Position of a run in its schedule and data."""
+    """Position of a run in its learning-rate schedule and its training data."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -30,7 +31,11 @@ class Progress:
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:
-    """Return the text of manifest.json: the manifest with a sha256 hash of its contents added."""
+    """Return the text of manifest.json: the given entries, and a sha256 hash of them added.
+
+    Args:
+        manifest: all entries but the hash, as JSON values.
+    """
     return json.dumps({**manifest, "sha256": _hash(manifest)}, indent=1)
 
 
@@ -97,9 +102,11 @@ def _hash(manifest: Mapping[str, Any]) -> str:
 def check_description(checkpoint: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise ``UserError`` if this run's base, method or settings are not those of a checkpoint.
 
+    Called when a run resumes. Not a collective.
+
     Args:
         checkpoint: folder of the checkpoint to resume from, for the message.
-        saved: description in its manifest: name of a setting -> value.
+        saved: description of the run in the checkpoint's manifest: name of a setting -> value.
         now: description of this run, of the same form.
 
     Raises:
@@ -122,9 +129,11 @@ def check_tensors(
 ) -> None:
     """Raise ``UserError`` if this run trains other tensors than a checkpoint contains.
 
+    Called when a run resumes. Not a collective.
+
     Args:
         checkpoint: folder of the checkpoint to resume from, for the message.
-        saved: tensor name -> shape of every trained tensor in its manifest.
+        saved: tensor name -> shape of every trained tensor, from the checkpoint's manifest.
         now: tensor name -> shape of every tensor that this run trains.
 
     Raises:

@@ -18,9 +18,9 @@ another node may still see an old one on a shared disk."""
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """Return the newest intact checkpoint of a run. Collective.
+    """Return the newest checkpoint of a run whose files all match their hashes. Collective.
 
-    Prints a line for each damaged checkpoint that it skips.
+    Prints a line for each newer checkpoint that is damaged and therefore skipped.
 
     Args:
         folder: the "checkpoints" folder of a run.
@@ -73,16 +73,17 @@ def published_for_all(folder: Path) -> list[Path]:
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """Return a sentence on the first damaged file of a checkpoint. Collective.
+    """Check all files of a checkpoint, and return a message about the first damaged one.
 
-    Every file is compared with its hash. The files are spread over the ranks, so that each is read
-    once.
+    The size and sha256 hash of every file are compared with the manifest. Each file is hashed by
+    one of the ranks, so that it is read once. Collective.
 
     Args:
         checkpoint: a step_... folder.
 
     Returns:
-        The message, the same on every rank; None if the checkpoint is intact.
+        A sentence that names the file and its damage, the same on every rank; None if the
+        checkpoint is intact.
     """
     try:
         for file in read_manifest(checkpoint)["files"][comm.rank() :: comm.world_size()]:
@@ -101,7 +102,8 @@ def find_damage(checkpoint: Path) -> str | None:
 def clean(folder: Path) -> None:
     """Remove what a killed job left: half-written, half-deleted and replaced checkpoints.
 
-    A replaced checkpoint whose replacement is missing gets its name back. Not a collective.
+    Called on one rank before a job goes on with a run. A checkpoint that was moved aside to be
+    replaced gets its name back if its replacement is missing. Not a collective.
 
     Args:
         folder: the "checkpoints" folder of a run.

@@ -1,4 +1,7 @@
-"""Restore a run from a checkpoint. Each rank reads its own ranges, from the files of any rank."""
+"""Restore training state from a checkpoint, on any number of ranks.
+
+Each rank reads the entries of the tensors that it holds now, from the files of any rank.
+"""
 
 from collections.abc import Callable, Mapping, Set
 from dataclasses import replace
@@ -20,19 +23,21 @@ from sparse_lora_dist.zero3.shares import TensorSlice
 def restore(
     checkpoint: Path, shards: Shards, manifest: Mapping[str, Any], reset: Set[str]
 ) -> Progress:
-    """Restore training state from a checkpoint. Collective.
+    """Set the training state of a run to that of a checkpoint. Collective.
 
-    Random states are restored only on as many ranks as saved them.
+    The states of the random generators are restored only if the run has as many ranks as the one
+    that saved them.
 
     Args:
         checkpoint: a step_... folder, whose files ``find_damage`` has checked.
-        shards: this rank's shards. They, their engine, optimizer and sites are changed in place.
+        shards: this rank's shards of the trained tensors. They, their engine, optimizer and
+            adapters are changed in place.
         manifest: what ``read_manifest`` returned for the checkpoint.
-        reset: names of the parts that start anew instead: "optimizer" (moments), "schedule" (step
-            count and moments) and "data" (position in the data).
+        reset: names of the parts that start anew instead of being restored: "optimizer" (moments),
+            "schedule" (step count, token count and moments) and "data" (position in the data).
 
     Returns:
-        Progress of the run at the checkpoint, with the reset parts at zero.
+        Steps, rows and tokens done at the checkpoint, with those of the reset parts at zero.
 
     Raises:
         UserError: on all ranks, if any rank cannot read a file.

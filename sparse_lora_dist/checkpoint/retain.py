@@ -1,4 +1,4 @@
-"""Delete the checkpoints that ``keep_last`` and ``keep_best`` do not keep."""
+"""Delete checkpoints: those that --keep_last and --keep_best do not keep, and later ones."""
 
 import math
 import shutil
@@ -10,15 +10,17 @@ from sparse_lora_dist.errors import UserError
 
 
 def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
-    """Delete all checkpoints but the last few and the best. To be called on one rank only.
+    """Delete all checkpoints of a run but the last few and the best.
 
-    Checkpoints of later steps than ``newest``, from an earlier attempt, are neither counted nor
-    deleted: the run will replace them.
+    Must be called on one rank only, after a checkpoint was published. Checkpoints of later steps
+    than ``newest``, which an earlier job of the run saved, are neither counted nor deleted: the run
+    will replace them.
 
     Args:
         newest: folder of the checkpoint that was just published.
         keep_last: number of checkpoints to keep, ``newest`` included. None keeps all.
-        keep_best: True to keep the checkpoint of smallest held-out loss as well.
+        keep_best: True to keep the checkpoint of smallest held-out loss as well. Of equal losses,
+            that of the earliest step is kept.
     """
     if keep_last is None:
         return
@@ -32,13 +34,14 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
 
 
 def drop_later(newest: Path) -> None:
-    """Delete the checkpoints of later steps than ``newest``. To be called on one rank only.
+    """Delete the checkpoints of later steps than the one that was just published.
 
-    They are from an earlier attempt. If they stayed, a run that went back to an earlier step with
-    --resume FOLDER would later resume from them.
+    Called on one rank only, by a run that went back to an earlier step with --resume FOLDER. An
+    earlier job of the run saved the later checkpoints. If they stayed, --resume auto would resume
+    from them.
 
     Args:
-        newest: folder of the checkpoint that the run resumes from.
+        newest: folder of the checkpoint that was just published.
     """
     for path in published(newest.parent):
         if path.name > newest.name:

@@ -1,8 +1,11 @@
 """Save a checkpoint: every rank writes a file of its slices, then rank 0 publishes the folder.
 
-Training waits only until the slices are copied to host memory. Then a thread writes them to a
-temporary folder while training goes on. At the first step after which every rank's file is on disk,
-rank 0 writes the manifest and renames the folder to step_N. This publishes the checkpoint.
+A slice is the range of a trained tensor's entries that one rank holds. Saving has three parts:
+
+1. Each rank copies its slices to host memory. Training waits only for this.
+2. A thread of each rank writes them to a temporary folder while training goes on.
+3. At the end of the first step at which every rank's file is on disk, rank 0 writes the manifest
+   and renames the folder to step_N. This publishes the checkpoint.
 """
 
 import json
@@ -55,9 +58,12 @@ class _Writing:
 class Saver:
     """Saves the checkpoints of a run, one at a time. Every method is a collective.
 
+    ``begin`` starts a save, ``poll`` is called after each step, and ``finish`` waits for the end.
+
     Args:
         folder: the "checkpoints" folder of the run.
-        beside: True to write in the background while training goes on.
+        beside: True to write in the background while training goes on. False: ``begin`` returns
+            after the checkpoint was published.
     """
 
     def __init__(self, folder: Path, *, beside: bool) -> None:
@@ -66,21 +72,23 @@ class Saver:
         self._writing: _Writing | None = None
         self.took_s = 0.0
         """Seconds that the last save took to copy, write and publish, without the training steps in
-        between. The run stops that long before its time limit, to save once more."""
+        between; 0.0 before the first. A run with a time limit stops that long before it, to save
+        once more."""
 
     def begin(self, shards: Shards, progress: Progress, about: Mapping[str, Any]) -> Path | None:
         """Copy the present state and start to write it as ``folder/step_N``. Collective.
 
-        ``poll`` or ``finish`` must have published the save before it.
+        ``poll`` or ``finish`` must have published the checkpoint before it.
 
         Args:
-            shards: this rank's shards.
-            progress: progress of the run; its step names the checkpoint.
-            about: further entries of the manifest: description, config, total_steps ...
+            shards: this rank's shards of the trained tensors.
+            progress: steps, rows and tokens done; the number of steps names the checkpoint.
+            about: further entries of the manifest, JSON values by name: description, config,
+                total_steps ...
 
         Returns:
-            None, since the checkpoint is written in the background; its folder if ``beside`` is
-            False, after it was published.
+            If ``beside`` is True, None: the checkpoint is still being written. Otherwise its
+            folder: it is published.
 
         Raises:
             UserError: on all ranks, if any rank cannot write.
@@ -122,7 +130,7 @@ class Saver:
     def poll(self) -> Path | None:
         """Publish the checkpoint that is being written, if every rank's file is on disk.
 
-        Does not wait. Collective.
+        Called after each step. Does not wait for files. Collective.
 
         Returns:
             Folder of the checkpoint that this call published; None if it published none.
@@ -132,7 +140,7 @@ class Saver:
         return self.finish()
 
     def finish(self) -> Path | None:
-        """Wait for the checkpoint that is being written, and publish it. Collective.
+        """Wait until the checkpoint that is being written is on disk, and publish it. Collective.
 
         Returns:
             Folder of the checkpoint that this call published; None if none was being written.
@@ -164,11 +172,14 @@ class Saver:
 
 
 def _copied_to_host(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
-    """Copy this rank's slices to host memory, where training does not change them.
+    """Copy this rank's training state to host memory, where training does not change it.
+
+    Args:
+        shards: this rank's shards of the trained tensors.
 
     Returns:
-        A tuple of two: key in the file -> tensor to save, on the CPU; tensor name -> [first entry,
-        number of entries] of this rank's slice.
+        A tuple of two: key in the rank's file, such as "master/NAME" -> tensor to save, on the CPU;
+        tensor name -> [first entry, number of entries] of this rank's slice.
     """
     tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
     if comm.on_gpu():
@@ -193,15 +204,18 @@ def _copied_to_host(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[i
 
 
 def _own_parts_of_sites(shards: Shards, offsets: dict[str, list[int]]) -> dict[str, Tensor]:
-    """Return this rank's slices of the kept tensors and of the sites' means of squared inputs.
+    """Return this rank's slices of kept tensors and of the adapters' means of squared inputs.
+
+    A kept tensor is one that the method writes and no gradient trains, such as a mask. A site is a
+    linear that has an adapter.
 
     Args:
-        shards: this rank's shards.
+        shards: this rank's shards of the trained tensors.
         offsets: tensor name -> [first entry, number of entries] of this rank's slice. An item is
-            added for each kept tensor (its entries are bytes) and each site.
+            added for each kept tensor (its entries are bytes) and for each site's means.
 
     Returns:
-        "kept/NAME" -> uint8, 1-D; "squares/SITE" -> float64, 1-D.
+        Key in the rank's file -> slice: "kept/NAME" -> uint8, 1-D; "squares/SITE" -> float64, 1-D.
     """
     own = {}
     for name, (parameter, spec) in shards.sites.kept().items():
@@ -215,31 +229,38 @@ def _own_parts_of_sites(shards: Shards, offsets: dict[str, list[int]]) -> dict[s
 
 
 def _packed(spread_N: Tensor, live_N: Tensor) -> Tensor:
-    """Copy the live entries of a slice to the CPU, 1-D.
+    """Copy the values of a slice's live entries to the CPU.
 
     Args:
-        spread_N: values of all entries of the slice, live and dead.
-        live_N: mask of the live entries, bool.
+        spread_N: values of all entries of the slice, live and dead, 1-D.
+        live_N: mask of the live entries, bool, 1-D.
+
+    Returns:
+        One value for each live entry, 1-D, in the order of the slice.
     """
     # Picking all entries by a mask takes five times as long as copying them.
     return spread_N.to("cpu", copy=True) if live_N.all() else spread_N[live_N].cpu()
 
 
 def _one_if_all_equal(births_L: Tensor) -> Tensor:
-    """Return the first birth step alone, [1], if all are equal (the usual case), else the input."""
+    """Return a single birth step, shape [1], if all are equal (the usual case), else all of them.
+
+    Args:
+        births_L: birth step of each live entry of a slice.
+    """
     return births_L[:1].clone() if (births_L == births_L[:1]).all() else births_L
 
 
 def _write(
     path: Path, own: dict[str, Tensor], offsets: Mapping[str, list[int]]
 ) -> tuple[dict[str, Any], float]:
-    """Write a rank's file and wait until it is on disk. Runs in the thread.
+    """Write a rank's file and wait until it is on disk. Runs in the ``Saver``'s thread.
 
     Args:
         path: the file to write.
-        own: key -> tensor to save, on the CPU.
-        offsets: tensor name -> [first entry, number of entries] of this rank's slice, for the
-            file's metadata.
+        own: key in the file -> tensor to save, on the CPU.
+        offsets: tensor name -> [first entry, number of entries] of this rank's slice. It is stored
+            in the file's metadata.
 
     Returns:
         A tuple of two: the file's entry in the manifest (name, size in bytes, sha256 hash); the

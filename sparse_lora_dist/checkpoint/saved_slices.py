@@ -1,4 +1,4 @@
-"""Read ranges of a checkpoint's tensors from the rank files that hold them.
+"""Read ranges of a checkpoint's tensors from the files of the ranks that saved them.
 
 A checkpoint can be read by another number of ranks than wrote it. A tensor of 10 entries, written
 by 2 ranks and read by 3:
@@ -8,9 +8,10 @@ by 2 ranks and read by 3:
 
 Rank 1 reads [4, 8): entry 4 is entry 4 of file 0, and [5, 8) are entries [0, 3) of file 1.
 
-Moments and birth steps are stored for live entries only, so their place in a file follows from the
-live bits before them. If the live bits of file 1 are 1 0 1 1 1, its ``exp_avg`` has 4 values. Its
-entries [1, 3) have bits 0 1, and one live entry lies before them: they read as zero and value 1 of
+Moments and birth steps are stored only for live entries, which are those that the optimizer steps.
+So where an entry's value lies in the file follows from the live bits before the entry. If the live
+bits of file 1 are 1 0 1 1 1, its ``exp_avg`` has 4 values. Entries [1, 3) of the slice have the
+bits 0 1, and one live entry lies before them. So entry 1 is read as zero, and entry 2 as value 1 of
 the file, counted from 0.
 """
 
@@ -32,11 +33,13 @@ DTYPES = {
     "kept": torch.uint8,
     "squares": torch.float64,
 }
-"""Key -> dtype in which it is read. All other keys are fp32."""
+"""Kind of values -> dtype in which they are read. All other kinds are fp32."""
 
 
 class SavedSlices:
-    """The opened rank files of a checkpoint. Only the ranges that are asked for are read.
+    """The opened files of a checkpoint, one for each rank that saved it.
+
+    Only the ranges that are asked for are read.
 
     Args:
         checkpoint: a step_... folder.
@@ -49,7 +52,7 @@ class SavedSlices:
 
     @classmethod
     def of(cls, checkpoint: Path, manifest: Mapping[str, Any]) -> "SavedSlices":
-        """Open all rank files that a checkpoint's manifest lists.
+        """Open the files of all ranks that a checkpoint's manifest lists.
 
         Args:
             checkpoint: a step_... folder.
@@ -63,15 +66,17 @@ class SavedSlices:
         Not a collective.
 
         Args:
-            key: which values of the tensor to read: "master", "live", "stat0" ..., "exp_avg",
-                "exp_avg_sq", "born", "kept" (its entries are bytes) or "squares".
-            name: name of the tensor, or of the site for "squares".
+            key: which values of the tensor to read: "master" (fp32 values), "live" (mask of the
+                entries that the optimizer steps), "stat0" ... (importance statistics), "exp_avg",
+                "exp_avg_sq", "born" (birth steps), "kept" (bytes of a tensor that no gradient
+                trains) or "squares" (running mean of an adapter's squared inputs).
+            name: name of the tensor; for "squares", of the linear that has the adapter.
             first: index of the first entry.
             last: index after the last entry.
 
         Returns:
             1-D tensor of last - first entries, on the CPU, in the dtype of ``DTYPES``. Moments and
-            birth steps of dead entries are zero.
+            birth steps of dead entries, which the optimizer does not step, are zero.
         """
         out = torch.zeros(last - first, dtype=DTYPES.get(key, torch.float32))
         for file, offsets in zip(self.files, self.offsets, strict=True):
@@ -87,14 +92,15 @@ def _entries(file: Any, key: str, name: str, first: int, last: int) -> Tensor:
     """Read entries of one rank's slice.
 
     Args:
-        file: opened rank file.
+        file: opened file of the rank.
         key: which values to read, as in ``SavedSlices.entries``.
-        name: name of the tensor, or of the site for "squares".
+        name: name of the tensor; for "squares", of the linear that has the adapter.
         first: index of the first entry, counted from the start of the slice.
         last: index after the last entry.
 
     Returns:
-        1-D tensor of last - first entries. Moments and birth steps of dead entries are zero.
+        1-D tensor of last - first entries, on the CPU. Moments and birth steps of dead entries are
+        zero.
     """
     if key not in (*PACKED, "live"):
         return file.get_slice(f"{key}/{name}")[first:last]  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from sparse_lora_dist.errors import UserError
 
 
 def verify(run: Path) -> None:
-    """Check all files of a run's checkpoints by their hashes, and print a line per checkpoint.
+    """Compare all files of a run's checkpoints with their hashes; print a line per checkpoint.
 
     Nothing is written. Collective.
 

@@ -1,4 +1,4 @@
-"""``Model``: a sharded frozen base model with adapters and with modules that train in full."""
+"""``Model``: the frozen base, sharded by ZeRO-3, with adapters and with modules trained in full."""
 
 import re
 from collections import defaultdict
@@ -51,7 +51,11 @@ from sparse_lora_dist.zero3.shares import Values
 
 @dataclass(kw_only=True)
 class Model:
-    """The model of a run. ``open`` builds it on the meta device, and ``load`` reads its shards."""
+    """The model of a run: frozen base, adapters, and modules that train in full.
+
+    ``open`` builds it on the meta device, without weights. ``load`` reads this rank's shards of the
+    weights and adds the adapters.
+    """
 
     module: PreTrainedModel
     """The transformers model, on the meta device until ``load``."""
@@ -60,18 +64,19 @@ class Model:
     files: CheckpointFiles
     """The base's safetensors files."""
     sources: Sources
-    """Parameter name -> the tensors of ``files`` that its values come from."""
+    """Name of a parameter of ``module`` -> the tensors of ``files`` that its values come from."""
     name: str
     """Name of the base as the user gave it: a hub id, or the folder."""
     sites: list[Site]
     """Linears that get an adapter, in the model's order."""
     head: Head
-    """Head of a classifier; for a causal language model, a ``Head`` without modules."""
+    """Modules of a classifier that turn hidden states into class logits, and train in full. For a
+    causal language model, whose output head is frozen, a ``Head`` without modules."""
     full: dict[str, nn.Module]
-    """Name -> module that trains in full, the head's included. It may contain other modules."""
+    """Name -> module that trains in full, the head's included. A module may contain others."""
     cache: BaseCache | None = None
-    """Cache of the 4-bit base on disk; if it does not exist yet, ``load`` writes it. None: no
-    cache."""
+    """Cache of the 4-bit base on disk (--base_cache); if it does not exist yet, ``load`` writes it.
+    None: the run uses no cache."""
     adapters: list[AdapterLinear] = field(default_factory=list)
     """Adapters in the order of ``sites``. Empty until ``load``."""
     builder: ShardBuilder | None = None
@@ -81,10 +86,13 @@ class Model:
     def open(cls, config: Config) -> "Model":
         """Build the base model on the meta device and check the options against it. Collective.
 
-        No weights are read.
+        No weights are read. The base is downloaded if it is not on this node's disk.
 
         Args:
             config: configuration of the run.
+
+        Returns:
+            The model, without weights and adapters until ``load`` is called.
 
         Raises:
             UserError: on all ranks, if the base cannot be used or does not fit the options.
@@ -170,12 +178,15 @@ class Model:
     ) -> RowSeeds:
         """Read this rank's shards of the base and add the adapters. Collective.
 
+        Writes the cache of the 4-bit base if --base_cache is given and it does not exist yet.
+
         Args:
             config: configuration of the run.
-            method: method that trains the adapters.
-            engine_config: DeepSpeed configuration.
-            given: initial values of trained tensors by name: "site.tensor" for an adapter's, the
-                parameter's name for others. They replace the usual initial values.
+            method: sparse method of the run.
+            engine_config: DeepSpeed configuration, as a dict.
+            given: tensor name -> function that returns a range of the tensor's initial values,
+                which replace the usual ones. A tensor of an adapter is named "site.tensor", where
+                "site" is the linear's name in the base; others have the parameter's name.
 
         Returns:
             Source of the adapters' dropout masks. Its ``begin`` must be called before each
@@ -225,15 +236,18 @@ class Model:
     def _initial_values(
         self, config: Config, method: Method, given: Mapping[str, Values]
     ) -> dict[str, Values]:
-        """Return initial values of trained tensors, by tensor name. Collective.
+        """Collect initial values of trained tensors from three places. Collective.
 
-        They are those of a new head, those ``given``, and those of --init_adapter; where two have
-        the same name, the later of these three is used.
+        The places are a new classifier head, ``given``, and --init_adapter. Where two of them have
+        values for the same tensor, those of the later place are used.
 
         Args:
             config: configuration of the run.
-            method: method that trains the adapters.
+            method: sparse method of the run.
             given: initial values by tensor name, as in ``load``.
+
+        Returns:
+            Tensor name -> function that returns a range of the tensor's initial values.
         """
         adapter = config.adapter
         initial = first_values(self.module, self.head.new, config.train.seed) | dict(given)
@@ -249,11 +263,11 @@ class Model:
         """Return the shape of every tensor that the method trains in this model.
 
         Args:
-            method: method that trains the adapters.
+            method: sparse method of the run.
 
         Returns:
-            Tensor name -> shape. An adapter's tensor is named "site.tensor"; others have the name
-            of the base's parameter.
+            Tensor name -> shape. A tensor of an adapter is named "site.tensor", where "site" is the
+            linear's name in the base; others have the parameter's name.
         """
         shapes = {name: spec.shape for name, spec in trained_specs(method, self.sites).items()}
         for name, module in self.full.items():
@@ -270,10 +284,13 @@ class Model:
         The parameters of a group share learning-rate factor, weight decay and projection.
 
         Args:
-            weight_decay: weight decay of the run. Groups of tensors that do not decay have 0.
+            weight_decay: weight decay of the run. Tensors that the method exempts from it are in
+                groups with 0.
 
         Returns:
-            Dicts with the keys "params", "lr_factor", "weight_decay" and "project".
+            One dict per group. "params": list of parameters. "lr_factor": number that multiplies
+            the learning rate. "weight_decay": that of the group. "project": function that
+            ``SparseAdamW`` calls at the end of each update, or None.
         """
         usual = TensorSpec(shape=(), init=zeros)
         special = {
@@ -296,12 +313,12 @@ class Model:
 
     @property
     def classes(self) -> list[str]:
-        """Class names of a classifier, in the order of its outputs; empty for other models."""
+        """Class names of a classifier, in the order of its logits; empty for other models."""
         return classes_of(self.module.config) if self.head.modules else []
 
     @cached_property
     def identity(self) -> str:
-        """Hash that identifies the base's files; cached, since it reads every file's header."""
+        """Hash that identifies the base's files. Cached, because it reads every file's header."""
         return identity(self.folder, self.files)
 
 
@@ -310,8 +327,8 @@ def _check_quantization(
 ) -> None:
     """Raise ``UserError`` if the base files contradict config.json or --quantization.
 
-    Config.json may say that weights are quantised when they are not, and --quantization none cannot
-    be used with a quantised base.
+    Either config.json says that the weights are quantised and they are not, or --quantization none
+    is given for a quantised base.
 
     Args:
         options: options of the model.
@@ -335,7 +352,11 @@ def _check_quantization(
 def _print_what_was_loaded(model: Model, report: LoadReport) -> None:
     """Print what was loaded: the base, the bytes read, unquantised weights, head and adapters.
 
-    The bytes are the largest of any rank. Collective.
+    Each number of bytes is that of the rank with the most. Collective.
+
+    Args:
+        model: the model, after it was loaded.
+        report: what the loader read on this rank.
     """
     costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
     most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
@@ -358,10 +379,14 @@ def _print_what_was_loaded(model: Model, report: LoadReport) -> None:
 
 
 def _grouped(sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
-    """Yield (name, count, total bytes) for each group of names that differ only in their numbers.
+    """Group names that differ only in their numbers, such as those of a model's layers.
 
     Args:
-        sizes: name -> bytes. In the name of a group of several, numbers are replaced by "*".
+        sizes: name -> bytes.
+
+    Yields:
+        (name, number of names in the group, their bytes together) for each group. In the name of a
+        group of several, numbers are replaced by "*".
     """
     groups: dict[str, list[int]] = defaultdict(list)
     for name, size in sizes.items():

@@ -1,6 +1,7 @@
 """Find the modules that train: linears that get an adapter, and modules trained in full.
 
-``target_modules`` and ``modules_to_save`` mean the same as in PEFT.
+--target_modules and --modules_to_save mean the same as PEFT's ``target_modules`` and
+``modules_to_save``.
 """
 
 import re
@@ -18,7 +19,7 @@ from sparse_lora_dist.tasks.class_head import Head, modules_inside
 
 
 def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[str]) -> list[Site]:
-    """Return the linears that get an adapter, as sites.
+    """Return the linears that get an adapter (called sites). Not a collective.
 
     Args:
         model: base model; it may be on the meta device.
@@ -28,7 +29,7 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
         full: names of modules that train in full, which get no adapter.
 
     Returns:
-        The sites, in the model's order.
+        Name, sizes and rank of each of these linears, in the model's order.
 
     Raises:
         UserError: a name matches no linear, or the rank is larger than in_features or out_features
@@ -63,9 +64,9 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
 
 
 def _check_ranks(sites: Sequence[Site]) -> None:
-    """Raise ``UserError`` if a site's rank is larger than its in_features or out_features.
+    """Raise ``UserError`` if a linear's adapter rank is larger than in_features or out_features.
 
-    The product of A and B cannot have such a rank.
+    The product of the adapter's A and B cannot have such a rank.
     """
     small = [s for s in sites if s.rank > min(s.in_features, s.out_features)]
     if small:
@@ -78,20 +79,21 @@ def _check_ranks(sites: Sequence[Site]) -> None:
 
 
 def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict[str, nn.Module]:
-    """Return the modules that ``--modules_to_save`` names, without those of a classifier's head.
+    """Return the modules that --modules_to_save names, without those of a classifier's head.
 
-    The head trains in full in any case.
+    The head of a classifier trains in full whether it is named or not. Not a collective.
 
     Args:
         model: base model; it may be on the meta device.
-        wanted: names of modules, each a whole name or the part of one that follows a dot.
+        wanted: the option's names, each the whole name of a module or the part that follows a dot.
         head: head of a classifier; without modules for a causal language model.
 
     Returns:
         Name -> module to train in full.
 
     Raises:
-        UserError: a name matches no module, or a module that cannot be trained in full.
+        UserError: a name matches no module, or it matches a module that cannot be trained in full
+            because it contains modules, or is one of two tied embeddings.
     """
     unasked = modules_inside(head.modules)
     modules = {n: m for n, m in model.named_modules() if n not in unasked}
@@ -120,7 +122,12 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
 
 
 def is_called(name: str, ending: str) -> bool:
-    """Return True if ``ending`` is a module's whole name, or the part of it that follows a dot."""
+    """Return True if ``ending`` is a module's whole name, or the part of it that follows a dot.
+
+    Args:
+        name: whole name of a module, e.g. "model.layers.0.self_attn.q_proj".
+        ending: name to compare, e.g. "q_proj" or "self_attn.q_proj".
+    """
     return name == ending or name.endswith(f".{ending}")
 
 

@@ -1,6 +1,9 @@
-"""Learning rate as a function of step and birth step, with the schedules of transformers.
+"""Compute the learning rate of a step, with the schedules of transformers.
 
-``LearningRate`` has no state, so checkpoints do not contain it.
+An entry of a tensor is live while the optimizer steps it. Methods may make entries live during the
+run; an entry's birth step is the number of optimizer steps that were done when it became live. Its
+learning rate depends on the birth step as well. ``LearningRate`` has no state, so checkpoints do
+not contain it.
 """
 
 from collections.abc import Callable
@@ -15,8 +18,9 @@ from transformers import get_scheduler
 class LearningRate:
     """Learning-rate schedule of a run: a rate for each step and each birth step of entries.
 
-    An entry of a tensor may come to life during the run; its birth step is the number of optimizer
-    steps that were done by then.
+    The birth step of an entry of a tensor is the number of optimizer steps done when the optimizer
+    began to step it. A run consists of one or more stages, and each stage runs through the whole
+    schedule, from warm-up to decay.
     """
 
     name: str
@@ -26,27 +30,27 @@ class LearningRate:
     warmup_steps: int
     """Warm-up steps at the start of each stage."""
     stages: tuple[int, ...]
-    """Last step of each stage, ascending. Each stage runs through the whole schedule, and the last
-    one ends with the run."""
+    """Last step of each stage, ascending. The last stage ends with the run."""
     first_stage_only: bool = False
     """True: the learning rate is 0 in all stages but the first."""
     newborn_warmup: int = 0
-    """Number of warm-up steps of an entry that comes to life within a stage."""
+    """Number of warm-up steps of an entry that becomes live within a stage."""
     newborn_restarts: bool = False
-    """True: an entry that comes to life within a stage runs through a schedule of its own, from its
-    birth step to the end of the stage."""
+    """True: an entry that becomes live within a stage gets a whole schedule of its own, from its
+    birth step to the end of the stage. False: only a warm-up of its own."""
 
     def at(self, step: int, born: int = 0) -> float:
         """Return the learning rate of a step for entries of one birth step.
 
-        An entry born within a stage warms up on its own. Its rate is the stage's, times a linear
-        ramp over ``newborn_warmup`` steps; with ``newborn_restarts`` it is that of a schedule that
-        begins at its birth and ends with the stage (IncreLoRA, arXiv:2308.12043, "restart
+        Entries that were live when the stage began have the stage's rate. An entry that becomes
+        live within a stage warms up on its own: its rate is the stage's, times a linear ramp over
+        ``newborn_warmup`` steps. With ``newborn_restarts`` its rate is instead that of a schedule
+        that begins at its birth step and ends with the stage (IncreLoRA, arXiv:2308.12043, "restart
         warm-up").
 
         Args:
             step: optimizer step, counted from 1.
-            born: birth step: the number of optimizer steps done when the entries came to life.
+            born: birth step: the number of optimizer steps done when the entries became live.
         """
         start, end = stage_of(step, self.stages)
         if self.first_stage_only and start > 0:
@@ -62,14 +66,16 @@ class LearningRate:
 
 
 def stage_of(step: int, stages: tuple[int, ...]) -> tuple[int, int]:
-    """Return the first and last step of the stage that a step lies in.
+    """Return where the stage that a step lies in begins and ends.
+
+    A stage is a part of the run with a whole learning-rate schedule of its own.
 
     Args:
         step: optimizer step, counted from 1.
         stages: last step of each stage, ascending.
 
     Returns:
-        (last step before the stage, last step of the stage). The first is 0 for the first stage.
+        (last step before the stage, last step of the stage). The former is 0 for the first stage.
 
     Raises:
         ValueError: the step is beyond the last stage.

@@ -1,6 +1,7 @@
 """Store Adam's moments of one chunk of a shard, for live entries only, in fp32 or 8 bits.
 
-An entry is live if the optimizer steps it.
+An entry is live if the optimizer steps it, and dead otherwise. Its birth step is the number of
+optimizer steps that were done when it became live.
 
 Shapes: N entries of the chunk, L of them live, K distinct birth steps of these, B blocks of 8-bit
 values.
@@ -19,37 +20,43 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """Names of the first and second moment, as in torch.optim.AdamW."""
 
 BLOCK = 256
-"""Number of 8-bit values that share a scale."""
+"""Number of 8-bit values that share a scale, the largest absolute value among them."""
 
 
 class Fp32:
-    """A moment of the live entries, stored in fp32.
+    """One of Adam's moments of the live entries, stored in fp32.
 
     Args:
         values_L: the moment, fp32, one value per live entry.
-        signed: unused; ``EightBit`` has the same arguments.
+        signed: unused. It is here because ``EightBit``, which takes the same arguments, needs it.
     """
 
     def __init__(self, values_L: Tensor, *, signed: bool) -> None:
         self.tensors: tuple[Tensor, ...] = (values_L,)
 
     def read(self) -> Tensor:
-        """Return the stored moment itself, fp32 [L], not a copy."""
+        """Return the stored moment itself, not a copy: fp32, one value per live entry."""
         return self.tensors[0]
 
     def write(self, values_L: Tensor) -> None:
-        """Replace the stored moment by ``values_L``, fp32 [L]."""
+        """Replace the stored moment by ``values_L``: fp32, one value per live entry."""
         self.tensors = (values_L,)
 
 
 class EightBit:
-    """A moment in 8 bits, blockwise with a dynamic code (Dettmers et al. 2021, arXiv:2110.02861).
+    """One of Adam's moments of the live entries, stored in 8 bits.
 
-    Two things differ from bitsandbytes. First, -1.0 is a code, as 1.0 is: otherwise an entry that
-    is the negative maximum of its block would shrink by 0.7 % at every step. Second, a positive
-    entry of ``exp_avg_sq`` is never stored as zero: if it were, the next update of an entry that is
-    small in its block would be unbounded (the zero-point problem of Li et al. 2023,
-    arXiv:2309.01507). Writing what ``read`` returned gives the same bytes.
+    Each block of 256 values is stored as 8-bit codes, times the largest absolute value of the block
+    (blockwise dynamic quantisation, Dettmers et al. 2021, arXiv:2110.02861). Two things differ from
+    bitsandbytes:
+
+    - The value -1.0 has a code, as 1.0 has. Without it, an entry whose value is the negative of its
+      block's largest would shrink by 0.7 % at every step.
+    - A positive entry of ``exp_avg_sq`` is never stored as zero. If it were, the next update of an
+      entry that is small in its block would be unbounded (the zero-point problem of Li et al. 2023,
+      arXiv:2309.01507).
+
+    Calling ``write`` with what ``read`` returned stores the same bytes again.
 
     Args:
         values_L: the moment, fp32, one value per live entry.
@@ -61,7 +68,7 @@ class EightBit:
         self.write(values_L)
 
     def read(self) -> Tensor:
-        """Return the moment, decoded to fp32 [L]."""
+        """Return the moment decoded to fp32, one value per live entry."""
         codes_L, absmax_B = self.tensors
         if codes_L.numel() == 0:
             return absmax_B
@@ -72,7 +79,11 @@ class EightBit:
         return values_L
 
     def write(self, values_L: Tensor) -> None:
-        """Replace the stored moment by ``values_L``, fp32 [L], rounded to 8-bit codes."""
+        """Replace the stored moment by ``values_L``, rounded to 8-bit codes.
+
+        Args:
+            values_L: the moment, fp32, one value per live entry.
+        """
         if values_L.numel() == 0:  # bitsandbytes would launch a CUDA kernel with no blocks
             self.tensors = values_L.byte(), values_L
             return
@@ -98,7 +109,7 @@ def dynamic_code(signed: bool, device: torch.device) -> Tensor:
         device: device of the result.
 
     Returns:
-        fp32 [256].
+        fp32 [256]: value of code 0, of code 1, and so on.
     """
     code: Tensor = create_dynamic_map(signed=signed)
     if signed:
@@ -109,7 +120,8 @@ def dynamic_code(signed: bool, device: torch.device) -> Tensor:
 class Packed:
     """Optimizer state of a chunk: a live bit per entry; moments and birth steps of live entries.
 
-    Tensors of live entries have the order of the chunk. Example: a chunk of N = 8 entries, of which
+    A chunk is a range of consecutive entries of a rank's flat shard. Values are stored for live
+    entries only, in the order of the chunk. Example: a chunk of N = 8 entries, of which
     L = 3 are live, two since the start and one since step 20, so there are K = 2 birth steps:
 
         entry of the chunk      0    1    2    3    4    5    6    7
@@ -123,10 +135,11 @@ class Packed:
     the usual case.
 
     Args:
-        live_N: mask of live entries, bool. Values of all other entries are ignored below.
+        live_N: mask of live entries, bool. In the tensors below, which have one value for each
+            entry of the chunk, the values of all other entries are ignored.
         exp_avg_N: first moment, fp32.
         exp_avg_sq_N: second moment, fp32.
-        born_N: birth steps, int32: number of steps that were done when an entry came to life.
+        born_N: birth steps, int32: number of steps that were done when an entry became live.
         eight_bit: True to store moments in 8 bits, False for fp32.
     """
 
@@ -153,15 +166,22 @@ class Packed:
             self.birth_L = torch.searchsorted(births_K, born_L, out_int32=True).to(torch.int16)
 
     def live(self) -> Tensor:
-        """Return the mask of live entries over the whole chunk, bool [N]."""
+        """Return the mask of live entries, bool, one value for each entry of the chunk."""
         return unpack_bits(self.bits, self.size)
 
     def where(self) -> Tensor | None:
-        """Return the positions of live entries in the chunk, int64 [L]; None if all are live."""
+        """Return the index in the chunk of each live entry, int64; None if all are live."""
         return None if self.count == self.size else self.live().nonzero().flatten()
 
     def spread(self, values_L: Tensor) -> Tensor:
-        """Scatter values of live entries [L] to their places in the chunk [N]; others are zero."""
+        """Expand values of live entries to the whole chunk, with zero for dead entries.
+
+        Args:
+            values_L: one value per live entry.
+
+        Returns:
+            One value for each entry of the chunk, in the dtype of ``values_L``; always a copy.
+        """
         if self.count == self.size:  # takes a tenth of the time of the general case
             return values_L.clone()
         out_N = torch.zeros(self.size, dtype=values_L.dtype, device=values_L.device)
@@ -169,13 +189,13 @@ class Packed:
         return out_N
 
     def born(self) -> Tensor:
-        """Return the birth step of each entry of the chunk, int32 [N], zero for dead entries."""
+        """Return the birth step of each entry of the chunk, int32, zero for dead entries."""
         births_K = torch.tensor(self.births, dtype=torch.int32, device=self.bits.device)
         born_L = births_K.expand(self.count) if self.birth_L is None else self._by_birth(births_K)
         return self.spread(born_L)
 
     def per_entry(self, values_K: Sequence[float]) -> float | Tensor:
-        """Give each live entry the value of its birth step.
+        """Expand values given per birth step to one value per live entry.
 
         Args:
             values_K: one value for each birth step, in the order of ``births``.
@@ -188,7 +208,7 @@ class Packed:
         return self._by_birth(torch.tensor(values_K, dtype=torch.float32, device=self.bits.device))
 
     def nbytes(self) -> int:
-        """Return the bytes of memory that the state takes."""
+        """Return the size of the state in bytes."""
         tensors = [self.bits, *self.exp_avg.tensors, *self.exp_avg_sq.tensors]
         if self.birth_L is not None:
             tensors.append(self.birth_L)

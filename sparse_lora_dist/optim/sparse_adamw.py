@@ -11,11 +11,14 @@ A flat shard is worked on in chunks of ``CHUNK`` entries, each with a ``Packed``
 
     flat shard    | chunk 0: 262,144 entries | chunk 1: 262,144 | ... | last chunk: the rest |
 
-Stepping and re-packing need scratch memory per entry; working on one chunk at a time bounds it.
+Stepping needs scratch memory per entry, and so does re-packing, i.e. building the state anew when
+other entries become live. Working on one chunk at a time bounds it.
 
-Birth steps: if a decision after step 19 but before the engine's step 20 brings an entry to life,
-19 steps are done, so its birth step is 19. Step 20 is its first: age 20 - 19 = 1. An entry that
-dies loses its moments; brought to life again, it starts at zero with a new birth step.
+The birth step of an entry is the number of steps that were done when it became live. E.g. a
+decision made during step 20, before the engine's step, makes an entry live: 19 steps are done, so
+its birth step is 19. Step 20 is the first that it takes part in, at age 20 - 19 = 1. An entry that
+becomes dead loses its moments. If it becomes live again, its moments start at zero, with a new
+birth step.
 """
 
 from collections.abc import Iterable
@@ -40,16 +43,17 @@ class StateBytes:
     now: int
     """Bytes held at present."""
     peak: int
-    """Most bytes held so far, outside re-packing."""
+    """Most bytes held so far, without the extra memory that building a chunk's state anew takes."""
     repacking: int
-    """Most bytes held so far while a chunk was re-packed. Counted are all state, the chunk's new
-    state, and its mask, moments and birth steps of all entries."""
+    """Most bytes held so far while a chunk's state was built anew. The figure counts all state, the
+    chunk's new state, and the mask, moments and birth steps of all its entries."""
 
 
 class SparseAdamW(torch.optim.Optimizer):
-    """AdamW of live entries (Loshchilov & Hutter 2019, arXiv:1711.05101).
+    """AdamW that steps live entries only (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
-    The arithmetic is that of torch.optim.AdamW, followed by the method's projection:
+    The arithmetic is that of torch.optim.AdamW, followed by the projection of the sparse method.
+    For an entry w with gradient g, moments m and v, and learning rate lr:
 
         w <- (1 - lr * weight_decay) w
         m <- lerp(m, g, 1 - beta1)            v <- beta2 v + (1 - beta2) g^2
@@ -57,21 +61,24 @@ class SparseAdamW(torch.optim.Optimizer):
         w <- w - lr / (1 - beta1^age) * m / denominator
         w <- project(w, Update(step, lr, denominator))
 
-    ``age`` is the number of steps since the entry's birth step, not the step of the run: bias
-    correction makes up for moments that start at zero, and those of an entry start at its birth.
-    With the run's step, an entry that is born late would get almost no correction. With betas 0.9
-    and 0.999, at its first step m = 0.1 g and sqrt(v) = 0.032 |g|, so it would move by 3.2 lr
-    instead of lr.
+    ``age`` is the number of steps since the entry's birth step (the number of steps done when it
+    became live), not the step of the run. The reason: bias correction makes up for moments that
+    start at zero, and those of an entry start at its birth step. With the run's step, an entry that
+    becomes live late would get almost no correction. With betas 0.9 and 0.999, at its first step
+    m = 0.1 g and sqrt(v) = 0.032 |g|, so it would move by 3.2 lr instead of lr.
 
     Keys of a param group besides Adam's:
-        rate: birth step -> learning rate of this step; None uses ``lr`` for all entries.
+        rate: function (birth step of entries) -> their learning rate in the current step; None
+            uses ``lr`` for all entries.
         lr_factor: multiplies the learning rate.
-        project: ``Project`` function that ends each update; None for no projection.
+        project: function (updated values, ``Update``) -> projected values, called at the end of
+            each update; None for no projection.
 
     Keys of a flat shard's state:
         step: number of steps it has done.
         chunks: one ``Packed`` per chunk.
-        zero: mask of entries that become zero at the end of its next step, if there are any.
+        zero: mask of entries that become zero at the end of its next step. The key is absent if
+            there are none.
 
     A flat shard has no live entries until ``set_live`` or ``restore``. No method is collective: all
     of them work on this rank's flat shards alone.
@@ -101,7 +108,7 @@ class SparseAdamW(torch.optim.Optimizer):
         self._peak = self._repacking = 0
 
     def set_live(self, flat: Tensor, live: Tensor) -> None:
-        """Set which entries of a flat shard are stepped from now on.
+        """Set which entries of a flat shard are live, i.e. stepped from now on.
 
         Entries that were live before keep their moments and birth step. New ones start with zero
         moments, and their birth step is the number of steps done.
@@ -126,15 +133,15 @@ class SparseAdamW(torch.optim.Optimizer):
         born: Tensor,
         steps: int,
     ) -> None:
-        """Set the state of a flat shard to what ``live``, ``dense`` and ``born`` returned.
+        """Set the state of a flat shard to that of a checkpoint.
 
         Args:
             flat: flat shard, fp32, 1-D; the tensors below have its length.
             live: mask of live entries, bool.
             exp_avg: first moment, fp32, zero for dead entries.
             exp_avg_sq: second moment, fp32, zero for dead entries.
-            born: birth steps, int32.
-            steps: number of steps that were done.
+            born: birth steps, int32: number of steps done when an entry became live.
+            steps: number of steps that were done at the checkpoint.
         """
         state = self._state(flat)
         state["step"] = steps
@@ -143,7 +150,7 @@ class SparseAdamW(torch.optim.Optimizer):
             self._pack(state, i, *part)
 
     def reset_moments(self) -> None:
-        """Set all moments to zero, and all birth steps to the number of steps done.
+        """Set the moments of all flat shards to zero, and birth steps to the number of steps done.
 
         Which entries are live does not change.
         """
@@ -165,22 +172,25 @@ class SparseAdamW(torch.optim.Optimizer):
         state["zero"] = mask.to(flat.device) | state.get("zero", False)
 
     def live(self, flat: Tensor) -> Tensor:
-        """Return the mask of live entries of a flat shard, bool, 1-D, of its length."""
+        """Return the mask of live entries of a flat shard, bool, 1-D, one value for each entry."""
         return torch.cat([chunk.live() for chunk in self.state[flat]["chunks"]])
 
     def dense(self, flat: Tensor, key: str) -> Tensor:
-        """Return a moment of a flat shard, fp32, 1-D, of its length, zero for dead entries.
+        """Return one of Adam's moments of a flat shard.
 
         Args:
             flat: flat shard, fp32, 1-D.
-            key: "exp_avg" or "exp_avg_sq".
+            key: which moment: "exp_avg" or "exp_avg_sq".
+
+        Returns:
+            fp32, 1-D, one value for each entry of ``flat``, zero for dead entries.
         """
         chunks = self.state[flat]["chunks"]
         return torch.cat([chunk.spread(getattr(chunk, key).read()) for chunk in chunks])
 
     def born(self, flat: Tensor) -> Tensor:
-        """Return the birth steps of a flat shard, int32, 1-D, of its length, zero for dead
-        entries."""
+        """Return the birth step of each entry of a flat shard: number of steps done when it became
+        live. int32, 1-D, zero for dead entries."""
         return torch.cat([chunk.born() for chunk in self.state[flat]["chunks"]])
 
     def num_live(self) -> int:
@@ -193,7 +203,13 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # ZeRO-3 has no closures
-        """Update the flat shards that the engine has put into ``param_groups``, in place."""
+        """Update the flat shards that the engine has put into ``param_groups``, in place.
+
+        The engine calls it at the end of each optimizer step, on each rank.
+
+        Args:
+            closure: unused; an argument of any torch optimizer.
+        """
         for group in self.param_groups:
             for flat in group["params"]:
                 self._step_shard(flat, group)
@@ -202,8 +218,11 @@ class SparseAdamW(torch.optim.Optimizer):
     def skip_step(self, flat: Tensor) -> None:
         """Count a step that the engine did not apply to a flat shard.
 
-        The count keeps ages and birth steps equal to steps of the run. Entries that
-        ``zero_after_step`` has scheduled become zero.
+        So the number of steps done stays that of the run, and ages and birth steps stay right.
+        Entries that ``zero_after_step`` has scheduled become zero.
+
+        Args:
+            flat: flat shard, fp32, 1-D.
         """
         self._begin_step(flat)
         self._end_step(flat)
@@ -253,14 +272,14 @@ class SparseAdamW(torch.optim.Optimizer):
 def _step_chunk(
     w_N: Tensor, grad_N: Tensor, chunk: Packed, step: int, group: dict[str, Any]
 ) -> None:
-    """Step and project the live entries of one chunk, in place.
+    """Update the live entries of one chunk by AdamW and the method's projection, in place.
 
     Args:
-        w_N: fp32 master values of the chunk's entries, changed in place.
+        w_N: fp32 master values of all the chunk's entries, changed in place.
         grad_N: their gradient, fp32.
         chunk: optimizer state of the chunk, changed in place.
         step: number of the optimizer step, counted from 1.
-        group: param group of the flat shard.
+        group: param group of the flat shard, with the hyperparameters.
     """
     where_L = chunk.where()
     w, grad = (w_N, grad_N) if where_L is None else (w_N[where_L], grad_N[where_L])
@@ -276,18 +295,18 @@ def _step_chunk(
 def _adamw(w: Tensor, grad: Tensor, chunk: Packed, step: int, group: dict[str, Any]) -> Update:
     """Apply one step of AdamW to the live entries and the chunk's moments, in place.
 
-    The lists that end in _K have one value per birth step: entries of one birth step share age,
-    learning rate and bias correction.
+    Lists whose names end in _K have one value for each distinct birth step: entries that became
+    live at the same step share age, learning rate and bias correction.
 
     Args:
         w: fp32 master values of the chunk's live entries, 1-D, changed in place.
         grad: their gradient, fp32, 1-D.
         chunk: optimizer state of the chunk, changed in place.
         step: number of the optimizer step, counted from 1.
-        group: param group of the flat shard.
+        group: param group of the flat shard, with the hyperparameters.
 
     Returns:
-        Step, learning rates and denominators, for the projection that follows.
+        The step, and learning rate and denominator of the entries, for the projection that follows.
     """
     rate, (beta1, beta2) = group["rate"], group["betas"]
     ages_K = [step - born for born in chunk.births]

@@ -1,2 +1,4 @@
-"""Decisions of sparse methods: compute masks and ranks of sites from sharded scores and statistics,
-with the same bits on every rank."""
+"""Decide which entries of adapters train, and which rank each adapter has, during training.
+
+The masks and ranks are computed from sharded importance scores, with the same bits on every rank.
+"""

@@ -1,7 +1,12 @@
 """Make a method's decisions, and check that all ranks still train the same adapter.
 
-Three faults would otherwise go unnoticed: ranks decide differently, an entry that is not live
-changes, or the low-precision copy that forward uses has other zeros than the fp32 master.
+A decision changes, at one optimizer step, which entries of the trained tensors are live (stepped by
+the optimizer; all others are dead) and which rank each adapter has. Three faults would go unnoticed
+without the check:
+
+- Two ranks make different decisions.
+- A dead entry changes.
+- The low-precision copy of a tensor, which forward uses, has other zeros than the fp32 master.
 """
 
 import hashlib
@@ -19,7 +24,7 @@ from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.parameters import gathered
 
 Digests = Mapping[str, str]
-"""Tensor name -> hash."""
+"""Tensor name -> hash of its bytes or zeros, in hexadecimal."""
 
 MODULES = 16
 """Number of adapters that ``confirm`` gathers at a time. 16 take 19 MB in bf16 for the widest
@@ -29,8 +34,10 @@ linears of a 70B model at rank 16."""
 class Decisions:
     """Makes the method's decisions, and checks that they have the same outcome on all ranks.
 
+    Each optimizer step calls ``make`` before the engine's step, and ``confirm`` after it.
+
     Args:
-        shards: this rank's shards of the trained tensors.
+        shards: this rank's shards of the trained tensors, with their live entries.
     """
 
     def __init__(self, shards: Shards) -> None:
@@ -50,8 +57,8 @@ class Decisions:
             The decision; None if none is due.
 
         Raises:
-            UserError: on all ranks, if entries that the optimizer does not step have changed since
-                the last decision, or if scores are not finite.
+            UserError: on all ranks, if dead entries, which the optimizer does not step, have
+                changed since the last decision, or if scores are not finite.
         """
         if not self.shards.decides_at(step):
             return None
@@ -69,8 +76,8 @@ class Decisions:
     def confirm(self, step: int) -> None:
         """Raise ``UserError`` if ranks differ in this step's decision or its outcome. Collective.
 
-        Must be called after the engine's step. Gathers ``MODULES`` adapters at a time. Does nothing
-        if no decision was due.
+        Must be called after the engine's step, on all ranks. Gathers ``MODULES`` adapters at a
+        time. Does nothing if ``make`` had no decision to make at this step.
 
         Args:
             step: optimizer step, counted from 1, that ``make`` was called with.

@@ -1,9 +1,9 @@
-"""Compute whole tensors of all sites anew, at the steps that the method's ``Rewriting`` names.
+"""Compute the tensors of all adapters anew, at the steps that the method's ``Rewriting`` names.
 
-One site is gathered at a time. Rank 0 computes the new tensors and broadcasts them. Each rank
-stores its shard.
+A site is a linear that has an adapter. A rewriting gathers one site at a time. Rank 0 computes its
+new tensors as a whole and broadcasts them, and each rank stores its shard.
 
-Shapes: I in_features, O out_features, S sites.
+Shapes: I in_features, O out_features, S sites, K numbers measured of each site.
 """
 
 from collections import defaultdict
@@ -29,7 +29,10 @@ from sparse_lora_dist.zero3.shares import as_share, share_of
 
 
 class Rewriter:
-    """Rewrites the sites of a method that has a ``Rewriting``; does nothing for other methods.
+    """Rewrites the sites if the method has a ``Rewriting``; does nothing for other methods.
+
+    Call ``begin`` once before a new run's first step, and in each step ``collect_inputs`` before
+    the first forward and ``after`` at the end.
 
     Args:
         shards: this rank's shards of the trained tensors, which a rewriting changes.
@@ -50,9 +53,10 @@ class Rewriter:
             self._rewrite(self.rewriting, 0)
 
     def collect_inputs(self, step: int) -> None:
-        """Make the sites collect the input statistics that the method needs from this step.
+        """Make the adapters collect the input statistics that the method needs from this step.
 
-        Must be called on all ranks before the step's first forward.
+        Must be called on all ranks before the step's first forward. Each adapter that has to
+        collect gets a new ``InputStatistics``, which its backwards fill.
 
         Args:
             step: optimizer step, counted from 1.
@@ -70,16 +74,17 @@ class Rewriter:
                 )
 
     def after(self, step: int, *, applied: bool) -> Decision | None:
-        """Update the running statistics, and rewrite all sites if it is due. Collective.
+        """Update the running means of squared inputs; rewrite all sites if it is due. Collective.
 
-        Must be called after the engine's step.
+        Must be called after the engine's step. The step's input statistics are freed.
 
         Args:
             step: optimizer step, counted from 1.
             applied: True if the engine applied the step; False if its gradient was not finite.
 
         Returns:
-            The new components and the log values of the rewriting; None if none was due.
+            Decision with the sites' new components and the numbers to log, means over the sites;
+            None if no rewriting was due.
 
         Raises:
             UserError: on all ranks, if the method needed the gradients or inputs of a step that was
@@ -110,6 +115,8 @@ class Rewriter:
     def _update_mean_squares(self, decay: float) -> None:
         """Update every site's running mean of squared inputs. Collective: one all-reduce in all.
 
+        The new mean is decay * old mean + (1 - decay) * mean over this step's tokens.
+
         Args:
             decay: weight of the old mean, in [0, 1).
         """
@@ -128,6 +135,15 @@ class Rewriter:
             running[adapter.site.name] = weight * before_I + (1 - weight) * mean_I
 
     def _rewrite(self, now: Rewriting, step: int) -> Decision:
+        """Rewrite all sites, one after another. Collective.
+
+        Args:
+            now: the method's rewriting.
+            step: number of optimizer steps done; 0 before training.
+
+        Returns:
+            Decision with the sites' new components and the numbers to log, means over the sites.
+        """
         measures_SK = None
         if now.measure is not None:
             asked = partial(_measured, now.measure)
@@ -172,13 +188,14 @@ class Rewriter:
 
         Args:
             now: the method's rewriting.
-            ask: function of the gathered site, such as ``now.write``.
+            ask: function of the gathered site that returns tensors, such as ``now.write``.
             index: index of the site in ``adapters``.
-            step: optimizer step, counted from 1; 0 before training.
-            measures_SK: results of ``now.measure`` for all sites, float64; None if not measured.
+            step: number of optimizer steps done; 0 before training.
+            measures_SK: results of ``now.measure`` for all sites, K numbers for each of S sites,
+                float64; None if they were not measured.
 
         Returns:
-            The result of ``ask`` on rank 0, the same on every rank.
+            The result of ``ask`` on rank 0, the same on every rank, with tensors on its device.
         """
         adapter = self.adapters[index]
         site, statistics = adapter.site, adapter.input_statistics
@@ -206,7 +223,12 @@ class Rewriter:
             return _answer_of_rank_0(ask, whole)
 
     def _master(self, adapter: AdapterLinear, key: str) -> Tensor:
-        """Return a site's trained tensor ``key``, gathered from the fp32 masters. Collective."""
+        """Return a site's trained tensor, whole and fp32, gathered from the masters. Collective.
+
+        Args:
+            adapter: adapter of the site.
+            key: name of the tensor within the site.
+        """
         tensor_slice = self.shards.sites.tensor_slice(self.shards.sparse, adapter.site.name, key)
         return _gathered_from(
             self.shards.engine.master(tensor_slice), tensor_slice.share, tensor_slice.shape
@@ -217,10 +239,11 @@ class Rewriter:
 
         Args:
             adapter: adapter of the site.
-            done: new tensors by key, whole and the same on every rank.
+            done: the site's new tensors by their name within the site, whole and the same on every
+                rank.
 
         Returns:
-            True if a trained tensor was among them.
+            True if a trained tensor was among them, so that the engine must copy the masters.
         """
         for key, t in done.tensors.items():
             if key in adapter.specs:
@@ -242,6 +265,10 @@ def _answer_of_rank_0(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
 
     If each rank computed it, machines might round differently or give a singular vector the other
     sign, and shards of two different results do not fit together.
+
+    Args:
+        ask: function of a gathered site that returns tensors.
+        whole: the gathered site.
 
     Raises:
         UserError: on all ranks, if ``ask`` fails on rank 0.
@@ -268,8 +295,15 @@ def _answer_of_rank_0(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
 
 
 def _gradient(adapter: AdapterLinear, statistics: InputStatistics | None) -> Tensor | None:
-    """Return the gradient of the loss with respect to the frozen weight, fp32 [O, I], gathered from
-    all ranks. None if it was not collected. Collective."""
+    """Return the gradient of the loss with respect to a site's frozen weight. Collective.
+
+    Args:
+        adapter: adapter of the site.
+        statistics: input statistics of the site in this step.
+
+    Returns:
+        fp32 [O, I], gathered from all ranks; None if it was not collected.
+    """
     if statistics is None or not isinstance(statistics.gradient_share, Tensor):
         return None
     shape = adapter.site.out_features, adapter.site.in_features
@@ -281,8 +315,11 @@ def _gathered_from(own: Tensor, share: int, shape: tuple[int, ...]) -> Tensor:
 
     Args:
         own: this rank's shard, 1-D, without padding.
-        share: length of each rank's shard with padding.
+        share: length of each rank's shard, padding included; the same on every rank.
         shape: shape of the whole tensor.
+
+    Returns:
+        The whole tensor on every rank, in the dtype of ``own``.
     """
     padded = as_share(own, share, own.dtype, comm.device())
     return comm.all_gather_flat(padded, prod(shape)).view(shape)

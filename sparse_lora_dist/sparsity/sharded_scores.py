@@ -1,8 +1,9 @@
 """Compute sums and exact top-k of sharded scores, with the same bits on any number of ranks.
 
-A rank holds elements [start, start + length) of every flattened tensor; ranks hold them in order.
-As a matrix, a tensor has shape[0] rows and prod(shape[1:]) columns. A segment is a set of entries
-that are summed or ranked together: a row, a column, or the whole tensor.
+Sparse methods give each entry of a trained tensor an importance score, and keep the entries with
+the largest. A rank holds elements [start, start + length) of every flattened tensor; ranks hold
+them in order. As a matrix, a tensor has shape[0] rows and prod(shape[1:]) columns. A segment is a
+set of entries that are summed or ranked together: a row, a column, or the whole tensor.
 
 Two things make the result independent of the number of ranks. Sums are sums of integers: every
 value of a tensor is scaled by the same power of two and rounded, and integer addition is exact in
@@ -55,18 +56,20 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.method import By, Ties
 
 BINS = 256
-"""Values of a byte."""
+"""Number of values of a byte, and so of bins in a histogram."""
 SHIFTS = (24, 16, 8, 0)
-"""Radix select looks at the four bytes of a 32-bit key, the highest first."""
+"""Bit positions of the four bytes of a 32-bit key, in the order in which radix select reads."""
 
 SUM_BITS = 40
-"""Binary places of a value that enter a sum, counted from the tensor's largest value (an fp32 value
-has 24). An int64 sum then has room for 2^23 values; in larger segments fewer places enter."""
+"""Number of bits to which a value is rounded before it is summed, counted down from the highest bit
+of the tensor's largest value (an fp32 value has 24). An int64 sum then has room for 2^23 values; in
+segments with more values, fewer bits are kept."""
 
 GROUP_ENTRIES = 2**22
-"""Entries of a rank that ``top_k`` ranks at once; a tensor with more is a group of its own."""
+"""Most entries of one rank that ``top_k`` ranks at once. A tensor with more is ranked alone."""
 GROUP_SEGMENTS = 2**15
-"""Segments that ``top_k`` ranks at once; a tensor with more is a group of its own."""
+"""Most segments (rows, columns or whole tensors) that ``top_k`` ranks at once. A tensor with more
+is ranked alone."""
 
 
 class TensorSlice(Protocol):
@@ -82,24 +85,28 @@ class TensorSlice(Protocol):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardScores:
-    """Importance scores of sharded tensors: the ``Scores`` that a method's decision reads.
+    """Importance scores of sharded tensors, of which a method's decision takes top-k and sums.
 
-    In a collective call all ranks must name the same tensors; their order does not matter.
+    It implements the ``Scores`` protocol. A segment is a set of entries that are ranked or summed
+    together: a row, a column, or the whole tensor. In a collective call all ranks must name the
+    same tensors; their order does not matter.
     """
 
     slices: Mapping[str, TensorSlice]
     """Tensor name -> this rank's slice of it."""
     score: Callable[[str], Tensor]
-    """Computes this rank's part of a tensor's scores, fp32, 1-D, from its name. Called anew for
-    each use, so that no scores stay in memory."""
+    """Function (tensor name) -> scores of this rank's slice of the tensor, fp32, 1-D. It is called
+    anew for each use, so that no scores stay in memory."""
     live_mask: Callable[[str], Tensor]
-    """Returns this rank's part of the mask of a tensor's live entries, bool, 1-D, from its name."""
+    """Function (tensor name) -> mask of the live entries, which the optimizer steps, in this rank's
+    slice of the tensor, bool, 1-D."""
     site_stats: Tensor
-    """Statistics of probes, float64 [K statistics per site, S sites], the same on every rank."""
+    """Statistics of the adapters, float64 [number of statistics, number of adapters], the same on
+    every rank. The method updates them at each step from its probe of each adapter."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of the whole tensors, by name."""
+        """Tensor name -> shape of the whole tensor."""
         return {name: tensor_slice.shape for name, tensor_slice in self.slices.items()}
 
     def top_k(
@@ -107,15 +114,19 @@ class ShardScores:
     ) -> dict[str, Tensor]:
         """Choose the ``k`` entries of largest score in every segment. Collective.
 
+        A segment is a row, a column or the whole tensor, as ``by`` says. Segments are whole: their
+        entries on all ranks are ranked together.
+
         Args:
             k: tensor name -> number of entries to choose in each of its segments.
-            by: tensor name -> its segments: rows, columns, or the whole tensor.
+            by: tensor name -> what a segment of it is: "row" (each row), "column" (each column)
+                or "tensor" (all of it).
             ties: how to choose among entries that equal the k-th largest (0 equals -0). "index":
                 those of lowest index, so that exactly k are chosen over all ranks. "all": all of
                 them, so k or more.
 
         Returns:
-            Tensor name -> this rank's part of the mask of chosen entries, bool, 1-D.
+            Tensor name -> mask of the chosen entries in this rank's slice, bool, 1-D.
 
         Raises:
             ValueError: a segment has fewer entries than k, or k is not positive.
@@ -131,17 +142,19 @@ class ShardScores:
         return masks
 
     def sums(self, by: Mapping[str, By]) -> dict[str, Tensor]:
-        """Sum the scores of every segment. Collective.
+        """Sum the scores of every segment: a row, a column or the whole tensor. Collective.
 
-        Scores x_i are rounded to a common step first, so that their sum is exact in any order:
+        The scores x_i of a tensor are first rounded to multiples of one number, ``unit``, so that
+        their sum is exact in any order:
 
-            sum = step * sum_i round(x_i / step),  step = 2^(e - 40)
+            sum = unit * sum_i round(x_i / unit),  unit = 2^(e - 40)
 
-        Here 2^e is the power of two above the tensor's largest |x|. Each score adds an error of at
-        most half a step. Segments of 2^23 entries and more have a larger step (``SUM_BITS``).
+        Here 2^e is the power of two above the tensor's largest |x_i|. Each score adds an error of
+        at most half a unit. Segments of 2^23 entries and more have a larger unit (``SUM_BITS``).
 
         Args:
-            by: tensor name -> its segments: rows, columns, or the whole tensor.
+            by: tensor name -> what a segment of it is: "row" (each row), "column" (each column)
+                or "tensor" (all of it).
 
         Returns:
             Tensor name -> sum of each of its segments, float64 [segments], the same on every rank.
@@ -158,10 +171,13 @@ class ShardScores:
         return {name: total.double() * 2.0 ** -places[name] for name, total in totals.items()}
 
     def live(self, by: Mapping[str, By]) -> dict[str, Tensor]:
-        """Count the live entries of every segment. Collective.
+        """Count the live entries of every segment: a row, a column or the whole tensor.
+
+        An entry is live if the optimizer steps it. Collective.
 
         Args:
-            by: tensor name -> its segments: rows, columns, or the whole tensor.
+            by: tensor name -> what a segment of it is: "row" (each row), "column" (each column)
+                or "tensor" (all of it).
 
         Returns:
             Tensor name -> count of each of its segments, int64 [segments], the same on every rank.
@@ -170,23 +186,32 @@ class ShardScores:
         return self._add_up(names, by, (self.live_mask(name).long() for name in names))
 
     def spread(self, name: str, values: Tensor, by: By) -> Tensor:
-        """Give every entry the value of its segment. Not a collective.
+        """Expand values given per row, column or tensor to one value per entry.
+
+        E.g. with by="row", each entry gets the value of its row. Not a collective.
 
         Args:
             name: name of the tensor.
-            values: one value per segment, [segments].
-            by: segments of the tensor: rows, columns, or the whole tensor.
+            values: one value for each segment: for each row ("row"), for each column ("column"),
+                or a single one ("tensor"). 1-D.
+            by: what a segment is: "row", "column" or "tensor".
 
         Returns:
-            The values of this rank's entries, 1-D, in the dtype of ``values``.
+            One value for each entry of this rank's slice of the tensor, 1-D, in the dtype of
+            ``values``.
         """
         device = self.live_mask(name).device  # of the tensor's shard; ``values`` may be elsewhere
         return values.to(device)[segments_of(self.slices[name], by, device)]
 
     def _groups(self, names: Sequence[str], by: Mapping[str, By]) -> Iterator[list[str]]:
-        """Yield the names in groups of at most ``GROUP_ENTRIES`` and ``GROUP_SEGMENTS``.
+        """Yield tensor names in groups that ``top_k`` ranks with one set of collectives.
 
-        A larger tensor is a group of its own. The groups are the same on every rank.
+        A group has at most ``GROUP_ENTRIES`` entries of a rank and ``GROUP_SEGMENTS`` segments; a
+        larger tensor is a group of its own. The groups are the same on every rank.
+
+        Args:
+            names: tensor names, in the order in which they are grouped.
+            by: tensor name -> what a segment of it is: "row", "column" or "tensor".
         """
         group: list[str] = []
         entries = segments = 0
@@ -204,10 +229,19 @@ class ShardScores:
     def _top_k_of_group(
         self, group: Sequence[str], k: Mapping[str, int], by: Mapping[str, By], ties: Ties
     ) -> dict[str, Tensor]:
-        """Choose the largest scores of several tensors with one set of collectives.
+        """Choose the largest scores of several tensors with one set of collectives. Collective.
 
-        The tensors are treated as one long shard whose segments are numbered consecutively. Returns
-        tensor name -> this rank's part of the mask of chosen entries, bool, 1-D. Collective.
+        The slices of the tensors are treated as one long slice whose segments are numbered
+        consecutively.
+
+        Args:
+            group: tensor names.
+            k: as in ``top_k``.
+            by: as in ``top_k``.
+            ties: as in ``top_k``.
+
+        Returns:
+            Tensor name -> mask of the chosen entries in this rank's slice, bool, 1-D.
         """
         shards = [self.score(name) for name in group]
         _largest(group, shards)  # only to refuse NaN and infinity
@@ -222,14 +256,14 @@ class ShardScores:
         return dict(zip(group, mask.split([len(shard) for shard in shards]), strict=True))
 
     def _binary_places(self, name: str, by: By, largest: float) -> int:
-        """Return the number of binary places at which scores are rounded, so that a segment's sum
-        fits in an int64.
+        """Return the number p such that scores are rounded to multiples of 2^-p for a sum.
 
-        E.g. 39 for a segment of 1,000 entries whose ``largest`` is 1.0 = 0.5 * 2^1.
+        The sum of a segment's scores, in these units, fits in an int64. E.g. 39 for a segment of
+        1,000 entries whose ``largest`` is 1.0 = 0.5 * 2^1.
 
         Args:
             name: name of the tensor.
-            by: segments of the tensor: rows, columns, or the whole tensor.
+            by: what a segment is: "row", "column" or "tensor".
             largest: largest absolute value of the tensor over all ranks.
         """
         size = _segment_size(self.slices[name].shape, by)
@@ -238,11 +272,12 @@ class ShardScores:
     def _add_up(
         self, names: Sequence[str], by: Mapping[str, By], shards: Iterable[Tensor]
     ) -> dict[str, Tensor]:
-        """Sum integer values by segment over all ranks. Collective.
+        """Sum integers over each row, column or tensor, and over all ranks. Collective.
 
         Args:
             names: tensor names.
-            by: tensor name -> its segments: rows, columns, or the whole tensor.
+            by: tensor name -> what a segment of it is: "row" (each row), "column" (each column)
+                or "tensor" (all of it).
             shards: values of this rank's entries of each tensor, int64, 1-D, in the order of
                 ``names``.
 
@@ -261,13 +296,16 @@ class ShardScores:
 
 
 def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None = None) -> Tensor:
-    """Return the segment number of each element of a shard, int64, 1-D.
+    """Return the segment that each element of a slice lies in: its row, its column, or 0.
 
     Args:
-        tensor_slice: the range of a tensor's elements that the shard holds.
-        by: segments of the tensor. A row's number is its index, and so is a column's; the whole
-            tensor is segment 0.
+        tensor_slice: the range of a flattened tensor's elements, and the shape of the tensor.
+        by: what a segment is: "row", "column", or "tensor", which is all of it.
         device: device of the result.
+
+    Returns:
+        int64, 1-D, one number for each element: the index of its row ("row") or column ("column"),
+        or 0 ("tensor").
     """
     index = torch.arange(
         tensor_slice.start, tensor_slice.start + tensor_slice.length, device=device
@@ -279,7 +317,12 @@ def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None =
 
 
 def num_segments(shape: tuple[int, ...], by: By) -> int:
-    """Return the number of segments of a tensor: of its rows, its columns, or 1 for the tensor."""
+    """Return the number of segments of a tensor.
+
+    Args:
+        shape: shape of the tensor.
+        by: what a segment is: "row", "column", or "tensor", which is all of it and counts as 1.
+    """
     return {"row": shape[0], "column": math.prod(shape[1:]), "tensor": 1}[by]
 
 
@@ -290,9 +333,10 @@ def _segment_size(shape: tuple[int, ...], by: By) -> int:
 def falling_keys(values: Tensor) -> Tensor:
     """Map fp32 values to int64 keys in [0, 2^32), so that a larger value has a lower key.
 
-    The bits of a positive float grow with its value, and those of a negative one, which has the
-    highest bit set, with its magnitude:
+    Keys can be compared byte by byte. Read as an integer, the bits of a positive float grow with
+    its value, and those of a negative float, which has the highest bit set, with its magnitude:
 
+        value   bits        key               value   bits        key
         2.0   0x40000000 -> 0x3FFFFFFF        -1.0  0xBF800000 -> 0xBF800000
         1.0   0x3F800000 -> 0x407FFFFF        -2.0  0xC0000000 -> 0xC0000000
         0.0   0x00000000 -> 0x7FFFFFFF        -0.0  becomes 0.0 when 0.0 is added
@@ -304,15 +348,17 @@ def falling_keys(values: Tensor) -> Tensor:
 def first_k(keys: Tensor, segments: Tensor, k: Tensor, ties: Ties) -> Tensor:
     """Choose the entries with the lowest keys of each segment by radix select. Collective.
 
+    A segment is a set of entries that are ranked together, over all ranks.
+
     Args:
-        keys: keys of this shard's entries, from ``falling_keys``, int64, 1-D.
-        segments: segment number of each entry, int64, 1-D.
-        k: number of entries to choose in each segment over all ranks, int64 [segments].
+        keys: keys of this rank's entries, from ``falling_keys``, int64, 1-D.
+        segments: number of the segment that each entry is in, counted from 0, int64, 1-D.
+        k: number of entries to choose in each segment over all ranks, int64, one per segment.
         ties: how to choose among entries whose key equals the k-th lowest. "index": those of lowest
-            index, so that exactly k are chosen. "all": all of them.
+            index, so that exactly k are chosen. "all": all of them, so k or more.
 
     Returns:
-        Mask of the chosen entries of this shard, bool, 1-D.
+        Mask of the chosen ones among this rank's entries, bool, 1-D.
     """
     near, segments_near, left = keys, segments, k
     prefix = torch.zeros_like(k)  # bytes of each segment's k-th key that are known so far
@@ -335,12 +381,12 @@ def _histogram(segments: Tensor, byte: Tensor, count: int) -> Tensor:
     """Count the entries of all ranks by segment and byte. Collective.
 
     Args:
-        segments: segment number of each of this rank's entries, int64, 1-D.
+        segments: number of the segment that each of this rank's entries is in, int64, 1-D.
         byte: value of each entry's byte, 0 to 255, int64, 1-D.
         count: number of segments.
 
     Returns:
-        int32 [segments, 256], the same on every rank.
+        Counts, int32 [count, 256], the same on every rank.
     """
     own = torch.bincount(segments * BINS + byte, minlength=count * BINS).view(count, BINS)
     return comm.sum_over_ranks(own.int())
@@ -351,18 +397,20 @@ def _first_ties(tied: Tensor, segments: Tensor, left: Tensor) -> Tensor:
 
     Args:
         tied: mask of this rank's entries that tie, bool, 1-D.
-        segments: segment number of each of this rank's entries, int64, 1-D.
-        left: number of tied entries to choose in each segment over all ranks, int64 [segments].
+        segments: number of the segment that each of this rank's entries is in, int64, 1-D.
+        left: number of tied entries to choose in each segment over all ranks, int64, one per
+            segment.
 
     Returns:
         Mask of the chosen entries of this rank, bool, 1-D.
 
-    Ranks hold indices in rank order, so an entry's place among the ties of its segment is the
-    number of ties on lower ranks plus its place on this one. Example with two segments on rank 1:
+    Lower ranks hold lower indices. So the ties of a segment can be numbered over all ranks: an
+    entry's number is the count of ties on lower ranks plus its number on this one. An entry is
+    chosen if its number is below ``left``. Example on rank 1, with two segments:
 
-        segments of its ties   0  1  0  0      ties on lower ranks   2 in segment 0, none in 1
-        place on this rank     0  0  1  2      place over all ranks  2  0  3  4
-        left = [4, 1]                          chosen                yes, yes, yes, no
+        segments of its ties   0  1  0  0      ties on lower ranks    2 in segment 0, none in 1
+        number on this rank    0  0  1  2      number over all ranks  2  0  3  4
+        left = [4, 1]                          chosen                 yes, yes, yes, no
     """
     segments = segments[tied]
     own = torch.bincount(segments, minlength=len(left)).int()
@@ -383,6 +431,9 @@ def _largest(names: Sequence[str], shards: Iterable[Tensor]) -> dict[str, float]
     Args:
         names: tensor names.
         shards: values of this rank's entries of each tensor, in the order of ``names``.
+
+    Returns:
+        Tensor name -> largest absolute value, the same on every rank.
 
     Raises:
         FloatingPointError: on every rank, if any value on any rank is NaN or infinite.

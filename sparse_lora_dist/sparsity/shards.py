@@ -1,4 +1,4 @@
-"""This rank's shards of the trained tensors: live entries, importance statistics and moments."""
+"""Keep live entries, importance statistics and moments of this rank's shards of trained tensors."""
 
 from collections.abc import Mapping
 
@@ -18,18 +18,21 @@ from sparse_lora_dist.zero3.engine import Engine
 class Shards:
     """Live entries, importance statistics and moments of this rank's shards of trained tensors.
 
-    All are on the device of the fp32 master shards. Tensors of modules trained in full have no
-    statistics, and all their entries are live. Tensors of adapters are named "site.tensor", and
-    those of other modules by the parameter's name in the base. Where a method takes or returns
-    "tensor name -> shard", a shard is 1-D and has the length of the tensor's slice in
-    ``engine.slices``.
+    An entry is live if the optimizer steps it, and dead otherwise. The sparse method decides which
+    entries of the adapters are live, from statistics that it updates with each gradient. Tensors of
+    modules trained in full have no statistics, and all their entries are live.
+
+    Tensors of adapters are named "site.tensor", where "site" is the linear's name in the base;
+    other tensors have the parameter's name in the base. Where a member takes or returns "tensor
+    name -> shard", a shard is 1-D, has the length of the tensor's slice in ``engine.slices``, and
+    is on the device of the fp32 master shards.
 
     The constructor is collective: it makes the decision of step 0, if the method has one.
 
     Args:
         engine: engine that trains the model.
         optimizer: optimizer of ``engine``.
-        method: method that decides which entries live.
+        method: sparse method of the run.
         sparse: names of the tensors that the method decides on.
         sites: adapters of the model.
     """
@@ -58,7 +61,7 @@ class Shards:
         self.traffic_bytes = 0
         """Bytes that this rank received for statistics and decisions since the program started."""
         self.log_values: Mapping[str, float] = {}
-        """Log values of the last decision."""
+        """Numbers of the last decision that are logged with the metrics, by name."""
         live = {p.name: torch.ones(p.length, dtype=torch.bool) for p in engine.slices}
         if method.decides_at(0):
             first = method.decide(0, self._scores(live))
@@ -68,7 +71,7 @@ class Shards:
         self._set_live(live)
 
     def observe(self, step: int) -> None:
-        """Update the statistics from this step's gradients, which ZeRO-3 has already reduced.
+        """Update importance statistics from this step's gradients, which ZeRO-3 has reduced.
 
         Collective if the method has ``observe_sites``. Must be called between the step's last
         backward and the engine's step.
@@ -90,7 +93,9 @@ class Shards:
     def skip_step(self) -> None:
         """Count a step that the engine did not apply, and finish its decision. Collective.
 
-        The step's probes are discarded, and the entries that its decision zeroes become zero.
+        Must be called after the engine refused a step because its loss or gradient is not finite.
+        The numbers that the method probed in this step are discarded, and the entries that its
+        decision zeroes become zero.
         """
         self.sites.reset_probes()
         for flat in self.engine.flats():
@@ -98,21 +103,22 @@ class Shards:
         self.engine.masters_changed()
 
     def decides_at(self, step: int) -> bool:
-        """Return True if the method has a decision to make at this step."""
+        """Return True if the method has a decision to make at this step, counted from 1."""
         return not self.ended and self.method.decides_at(step)
 
     def decide(self, step: int) -> Decision:
         """Make the method's decision and apply it. Collective.
 
-        Live entries and components change at once. Entries that the decision zeroes, and those that
-        stop being live, become zero at the end of the engine's step.
+        Must be called before the engine's step. The live entries, and the rank-1 components that
+        each adapter computes, change at once. Entries that the decision zeroes, and those that stop
+        being live, become zero at the end of the engine's step.
 
         Args:
             step: optimizer step, counted from 1.
 
         Returns:
-            The decision: the same components and log values on every rank, and masks of this rank's
-            shards.
+            The decision. Its components and its numbers for the log are the same on every rank; its
+            masks are those of this rank's shards.
 
         Raises:
             UserError: on all ranks, if a score is NaN or infinite.
@@ -135,9 +141,9 @@ class Shards:
         return decision
 
     def ranks_now(self, step: int) -> int:
-        """Return the sum of all sites' ranks if the method decided now. Collective.
+        """Return the sum of all adapters' ranks that a decision would give now. Collective.
 
-        Changes nothing. A site's rank is its number of open components.
+        Changes nothing. An adapter's rank is its number of open components.
 
         Args:
             step: optimizer step, counted from 1, that the decision is made for.
@@ -147,7 +153,7 @@ class Shards:
         return sum(now.values())
 
     def free_statistics(self) -> None:
-        """Free the statistics and stop probing. Must be called after the last decision."""
+        """Free the memory of the statistics and stop probing, because no more decision follows."""
         self.ended = True
         self.stats = dict.fromkeys(self.sparse, ())
         self.sites.stop_probing()
@@ -182,15 +188,21 @@ class Shards:
         return self._cut([self.optimizer.live(flat) for flat in self.engine.flats()])
 
     def moments(self, key: str) -> dict[str, Tensor]:
-        """Return tensor name -> one moment of this rank's shard, fp32, zero for dead entries.
+        """Return one of Adam's moments of this rank's shards.
 
         Args:
-            key: "exp_avg" or "exp_avg_sq".
+            key: which moment: "exp_avg" or "exp_avg_sq".
+
+        Returns:
+            Tensor name -> shard, fp32, zero for dead entries.
         """
         return self._cut([self.optimizer.dense(flat, key) for flat in self.engine.flats()])
 
     def born(self) -> dict[str, Tensor]:
-        """Return tensor name -> birth steps of this rank's shard, int32, zero for dead entries."""
+        """Return tensor name -> birth steps of this rank's shard, int32, zero for dead entries.
+
+        An entry's birth step is the number of optimizer steps done when it became live.
+        """
         return self._cut([self.optimizer.born(flat) for flat in self.engine.flats()])
 
     def restore(
@@ -200,14 +212,15 @@ class Shards:
         born: Mapping[str, Tensor],
         steps: int,
     ) -> None:
-        """Set the live entries, moments and birth steps to what was saved.
+        """Set live entries, moments and birth steps to those of a checkpoint. Not a collective.
 
         Args:
             live: tensor name -> mask of live entries of this rank's shard, bool.
             moments: "exp_avg" or "exp_avg_sq" -> (tensor name -> moment of this rank's shard,
                 fp32).
-            born: tensor name -> birth steps of this rank's shard, int32.
-            steps: number of optimizer steps that were done when they were saved.
+            born: tensor name -> birth steps of this rank's shard, int32: number of optimizer steps
+                done when an entry became live.
+            steps: number of optimizer steps that were done at the checkpoint.
         """
         for index, flat in enumerate(self.engine.flats()):
             exp_avg, exp_avg_sq = (
@@ -241,15 +254,19 @@ class Shards:
     def _flat(
         self, index: int, values: Mapping[str, Tensor], dtype: torch.dtype = torch.bool
     ) -> Tensor:
-        """Return a flat shard with the given values at their tensors' places, and zero elsewhere.
+        """Lay out values of tensors as one of the engine's flat buffers, with zero elsewhere.
 
-        Zero in a mask means dead, so the padding between tensors is never live.
+        A flat buffer holds this rank's shards of many tensors one after another. Zero in a mask
+        means dead, so the padding between tensors is never live.
 
         Args:
-            index: index of the flat shard in ``engine.flats()``.
-            values: tensor name -> values of this rank's shard. Tensors of other flat shards are
+            index: index of the flat buffer in ``engine.flats()``.
+            values: tensor name -> values of this rank's shard. Tensors of other flat buffers are
                 ignored.
             dtype: dtype of the result.
+
+        Returns:
+            1-D tensor of the flat buffer's length, on its device.
         """
         flat = self.engine.flats()[index]
         out = torch.zeros(flat.shape, dtype=dtype, device=flat.device)

@@ -1,8 +1,15 @@
-"""``Sites``: the computed components, probe statistics and kept tensors of all adapters of a model.
+"""``Sites``: the adapters of a model, with the state that a sparse method keeps for each of them.
 
-Components and statistics are the same on every rank.
+The state is the same on every rank, except that kept tensors are sharded:
 
-Shapes: K statistics per site, S sites, I in_features.
+- Components: which rank-1 components (row i of A with column i of B) forward computes, and how many
+  of them are open, i.e. count towards the adapter's rank.
+- Statistics, which the method updates at each step from its probe of each adapter. A probe is one
+  number that the method computes in backward.
+- Running means of the squared inputs.
+- Kept tensors, such as masks, which the method writes and no gradient trains.
+
+Shapes: K statistics per site, S sites (linears that have an adapter), I in_features.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,12 +28,13 @@ from sparse_lora_dist.zero3.shares import TensorSlice
 
 
 class Sites:
-    """All adapters of a model, with the per-site state that decisions read and change.
+    """All adapters of a model, with the state that the method's decisions read and change.
 
     Args:
         adapters: the adapters, in the model's order.
-        method: method that the run trains with.
-        builder: fills kept tensors. May be None if no kept tensor is read or written.
+        method: sparse method of the run.
+        builder: writes this rank's shards of kept tensors. May be None if no kept tensor is read or
+            written.
     """
 
     def __init__(
@@ -51,9 +59,10 @@ class Sites:
         return {f"{name}.{key}" for name, a in self.adapters.items() for key in a.specs}
 
     def observe(self) -> None:
-        """Update ``stats`` from this step's probes. Collective.
+        """Update ``stats`` from the probes of this step's backwards. Collective.
 
-        One all-reduce of S float64 numbers; nothing for a method without ``observe_sites``.
+        Must be called once a step, after its last backward. Makes one all-reduce of one float64
+        number per adapter, or does nothing if the method has no ``observe_sites``.
         """
         if self.method.observe_sites is None:
             return
@@ -65,12 +74,12 @@ class Sites:
         self.reset_probes()
 
     def reset_probes(self) -> None:
-        """Set the probe sum of every adapter to 0.0, for the next step."""
+        """Set every adapter's sum of probes to 0.0 on this rank, for the next step."""
         for adapter in self._in_order():
             adapter.probed = 0.0
 
     def stop_probing(self) -> None:
-        """Stop computing probes in backward, for the rest of the run."""
+        """Make backward compute no more probes, for the rest of the run."""
         for adapter in self._in_order():
             adapter.probe = None
 
@@ -80,7 +89,7 @@ class Sites:
         A tensor that all sites share has one slice, under the first site's name.
 
         Args:
-            slices: this rank's slices by "site.tensor".
+            slices: name "site.tensor" -> this rank's slice of the trained tensor.
             site: name of the site.
             key: name of the tensor within the site.
         """
@@ -88,7 +97,7 @@ class Sites:
         return slices[f"{first}.{key}"]
 
     def kept(self) -> dict[str, tuple[nn.Parameter, KeptSpec]]:
-        """Return "site.tensor" -> (sharded parameter, spec) of every kept tensor."""
+        """Return name "site.tensor" -> (sharded parameter, its shape and dtype) of kept tensors."""
         return {
             f"{name}.{key}": (getattr(a, key), spec)
             for name, a in self.adapters.items()
@@ -110,7 +119,11 @@ class Sites:
         self.fill_kept(getattr(adapter, key), raw[first:last])
 
     def own_kept_bytes(self, spec: KeptSpec) -> tuple[int, int]:
-        """Return (first, last): this rank stores bytes [first, last) of the kept tensor."""
+        """Return (first, last) if this rank stores bytes [first, last) of a kept tensor.
+
+        Args:
+            spec: shape and dtype of the kept tensor.
+        """
         return own_bytes(spec.num_bytes, self._filler.dtype)
 
     def fill_kept(self, parameter: nn.Parameter, raw: Tensor) -> None:
@@ -118,7 +131,7 @@ class Sites:
 
         Args:
             parameter: sharded parameter of the kept tensor.
-            raw: the bytes in the range of ``own_kept_bytes``, uint8, 1-D.
+            raw: the tensor's bytes in the range that ``own_kept_bytes`` returns, uint8, 1-D.
         """
         own = as_parameter_dtype(raw, self._filler.dtype)
         self._filler.refill(parameter, lambda start, stop: own)
@@ -132,12 +145,13 @@ class Sites:
         return self.adapters.values()
 
     def set_components(self, components: Mapping[str, Components]) -> None:
-        """Set which components the named sites compute from the next forward on.
+        """Set which rank-1 components the named sites compute from the next forward on.
 
-        All ranks must pass the same.
+        All ranks must pass the same. Not a collective.
 
         Args:
-            components: site name -> its components. Sites that are not named do not change.
+            components: site name -> indices of the components that forward computes, and number of
+                open ones, which count towards the rank. Sites that are not named do not change.
         """
         for name, now in components.items():
             self.adapters[name].set_components(now)
@@ -151,9 +165,9 @@ class Sites:
 
         Returns:
             The same on every rank. "shapes": site name -> [in_features, out_features, rank], for
-            programs that read a checkpoint without a model. "pieces": site name -> [indices of the
-            computed components, number of open ones]. "stats": statistics, one list of numbers for
-            each statistic, with one number per site.
+            programs that read a checkpoint without a model. "pieces": site name -> [list of the
+            indices of the computed components, number of open ones]. "stats": statistics of the
+            probes, one list for each statistic, with one number per site.
         """
         components = {name: adapter.components for name, adapter in self.adapters.items()}
         linears = {name: adapter.site for name, adapter in self.adapters.items()}
@@ -164,7 +178,11 @@ class Sites:
         }
 
     def restore(self, saved: Mapping[str, Any]) -> None:
-        """Set components and statistics to what ``as_json`` returned."""
+        """Set components and statistics to those of a checkpoint. All ranks must pass the same.
+
+        Args:
+            saved: what ``as_json`` returned when the checkpoint was saved.
+        """
         self.set_components(
             {n: Components(computed=tuple(c), open=o) for n, (c, o) in saved["pieces"].items()}
         )

@@ -1,6 +1,6 @@
 """Tasks that a model can be trained for: causal_lm and seq_cls.
 
-To add a task, add a file with its ``Task`` here and an item to ``TASKS``.
+To add a task, add a file with its ``Task`` to this folder, and an item to ``TASKS``.
 """
 
 from sparse_lora_dist.tasks.causal_lm import CAUSAL_LM

@@ -1,6 +1,6 @@
-"""Task causal_lm: a model learns to predict the next token. Defines its loss and held-out score.
+"""Task causal_lm: train a model to predict the next token. Defines its loss and held-out score.
 
-Shapes: M rows of a micro-batch, T tokens of a row.
+Shapes: M rows of a micro-batch, T tokens of a row, which may hold several packed documents.
 """
 
 from typing import Any
@@ -22,12 +22,14 @@ from sparse_lora_dist.zero3.engine import Engine
 def batch_loss(engine: Engine, batch: Batch) -> Tensor:
     """Return the sum of -log p(token) over a micro-batch's target tokens. Collective.
 
+    Target tokens are those that have a loss.
+
     Args:
         engine: engine that runs the model.
         batch: micro-batch of packed rows, on the CPU.
 
     Returns:
-        fp32 scalar on the device.
+        Loss in nats, fp32 scalar on the device.
     """
     # Logits at position t predict token t + 1. Shift the labels, which are smaller than the logits.
     next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
@@ -51,17 +53,22 @@ def batch_tally(engine: Engine, batch: Batch) -> Tensor:
         batch: micro-batch of packed rows, on the CPU.
 
     Returns:
-        float64 [2] on the device: the sum of -log p(token) over the target tokens; their number.
+        float64 [2] on the device: the sum of -log p(token) over the target tokens, which are those
+        that have a loss, in nats; the number of these tokens.
     """
     loss = batch_loss(engine, batch)
     return torch.stack([loss.double(), loss.new_tensor(batch.num_targets, dtype=torch.float64)])
 
 
 def loss_per_target(totals: Tensor) -> dict[str, float]:
-    """Return {"held_out_loss": mean loss in nats per target token}.
+    """Compute the held-out loss from sums over all micro-batches.
 
     Args:
-        totals: sum of what ``batch_tally`` returned for all micro-batches, float64 [2].
+        totals: sum of what ``batch_tally`` returned for all micro-batches on all ranks, float64
+            [2].
+
+    Returns:
+        Dict with the key "held_out_loss": mean loss in nats per target token.
     """
     loss, targets = totals
     return {"held_out_loss": float(loss / targets.clamp(min=1.0))}
@@ -72,14 +79,19 @@ def read_documents(
 ) -> Documents:
     """Read and tokenise texts, prompt and response pairs, or chats.
 
-    The columns of the source decide which of these it contains.
+    The columns of the source decide which of these three kinds it contains.
 
     Args:
         source: file, folder or hub id of the data.
         tokenizer: tokenizer of the base.
-        architecture: unused; ``Task.read`` of other tasks needs the model's config.
+        architecture: config of the transformers model. Unused here; other tasks need it.
         data: data options: names of columns, chat template, tokens to train on.
         options: further arguments of ``load_documents``.
+
+    Returns:
+        Documents with token ids and labels: one for each pair or chat, and one or more for each
+        text, since long texts are split. Pairs and chats that are too long or have no target token
+        are left out.
     """
     return load_documents(
         source,

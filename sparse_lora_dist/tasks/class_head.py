@@ -1,7 +1,7 @@
 """Find the head of a classifier, and draw initial values for parameters that the base files lack.
 
-A head trains in full: it is small, and randomly initialised if the base was not trained as a
-classifier.
+The head turns the hidden states of the base into one logit per class. It trains in full, without an
+adapter: it is small, and it is randomly initialised if the base was not trained as a classifier.
 """
 
 import copy
@@ -25,9 +25,9 @@ class Head:
     """A classifier's head. For a causal language model, whose head is frozen, it has no modules."""
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    """Name -> module to train in full. It may contain other modules."""
+    """Name in the model -> module to train in full. A module may contain others."""
     new: tuple[str, ...] = ()
-    """Names of the head's parameters that the base files lack."""
+    """Names of the head's parameters that the base files lack. They start from random values."""
 
     def report(self) -> str:
         """Return a line for the screen: which modules train, and where their values come from."""
@@ -37,15 +37,16 @@ class Head:
 
 
 def classes_of(architecture: PretrainedConfig) -> list[str]:
-    """Return the class names of a model's config, in the order of the head's outputs."""
+    """Return the class names of a transformers config, in the order of the head's logits."""
     return [str(name) for _, name in sorted((architecture.id2label or {}).items())]
 
 
 def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> Head:
     """Return the head of a classifier. Not a collective.
 
-    The head is all modules beside ``model.base_model``, and poolers inside it that the files lack:
-    BERT's head reads a pooler, which the files of a masked language model do not contain.
+    The head consists of all modules of the model outside ``model.base_model``, and of poolers
+    inside ``model.base_model`` that the files lack. BERT's head, for example, takes the output of a
+    pooler, which the files of a masked language model do not contain.
 
     Args:
         model: transformers classifier; it may be on the meta device.
@@ -67,20 +68,26 @@ def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> 
 
 
 def beside_base(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return name -> module for a classifier's modules with parameters outside its base model."""
+    """Return name -> module for the modules of a classifier outside ``model.base_model``.
+
+    Modules without parameters, such as dropout, are left out.
+
+    Args:
+        model: transformers classifier; it may be on the meta device.
+    """
     base = model.base_model
     assert base is not model, f"{type(model).__name__} has no base model apart from its head"
     return {name: m for name, m in model.named_children() if m is not base and _holds(m)}
 
 
 def modules_inside(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the given modules and all modules inside them.
+    """Return the given modules and all modules inside them, at any depth.
 
     Args:
-        modules: full name -> module.
+        modules: whole name of a module in the model -> module.
 
     Returns:
-        Full name -> module.
+        Whole name of a module in the model -> module.
     """
     return {
         f"{name}.{inner}".rstrip("."): module
@@ -92,16 +99,18 @@ def modules_inside(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
 def first_values(model: PreTrainedModel, names: Collection[str], seed: int) -> dict[str, Values]:
     """Return random initial values of parameters, as transformers' ``_init_weights`` draws them.
 
-    Each module's values are drawn whole with a seed from (seed, module's name) and then cut, so
-    they are the same on any number of ranks.
+    Each rank draws the values of a whole module, with a seed made from the run's seed and the
+    module's name, and then cuts its range. So they are the same on any number of ranks. Not a
+    collective.
 
     Args:
         model: model that has the parameters; it may be on the meta device.
-        names: names of the parameters.
+        names: names of the parameters that need values.
         seed: seed of the run.
 
     Returns:
-        Parameter name -> function that returns a range of its flattened values, fp32, on the CPU.
+        Parameter name -> function (start, stop) that returns elements [start, stop) of its
+        flattened values, fp32, 1-D, on the CPU.
     """
     values: dict[str, Values] = {}
     for owner in dict.fromkeys(name.rpartition(".")[0] for name in names):

@@ -1,8 +1,8 @@
 """Record the operations that a model applies to the logits which its output head returns.
 
-Most architectures apply none, Gemma 2 caps logits softly, Granite and Cohere scale them. The
-operations are observed in a forward, so no list of architectures is needed. Operations that torch
-tags as pointwise can be applied to the logits of a few tokens at a time; others cannot.
+Most architectures apply none. Gemma 2 caps logits softly; Granite and Cohere scale them. The
+operations are observed in a forward, so no list of architectures is needed. Pointwise operations,
+which torch tags so, can be applied to the logits of a few tokens at a time; others cannot.
 
 Shapes: N tokens, V vocabulary.
 """
@@ -16,14 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Operation = Callable[[Tensor], Tensor]
-"""Pointwise function logits_NV -> logits_NV."""
+"""Pointwise function: logits [tokens, vocabulary] -> logits of the same shape."""
 
 
 class OperationRecorder(TorchDispatchMode):
-    """Dispatch mode that records the chain of pointwise operations applied to one tensor.
+    """Dispatch mode of torch that records the chain of pointwise operations applied to one tensor.
 
-    Call ``begin`` with the tensor, and ``end`` with the tensor that the operations should result
-    in. Then ``operations`` holds the chain, or ``refused`` says why there is none.
+    Use it as a context manager around the model's forward. Call ``begin`` with the logits of the
+    head, and ``end`` with the logits that the model returns. If ``refused`` is then None,
+    ``operations`` is the chain that leads from the one to the other.
     """
 
     def __init__(self) -> None:
@@ -31,16 +32,17 @@ class OperationRecorder(TorchDispatchMode):
         self.operations: list[Operation] = []
         """The operations recorded so far, in their order."""
         self.refused: str | None = None
-        """Name of the first operation that is not pointwise, or takes other tensors than the latest
-        result. None if there is none."""
+        """Name of the first operation that is not pointwise or that takes other tensors besides the
+        latest result. None if there is none."""
         self._results: list[Tensor] = []  # keeps all alive, so that no address is used twice
 
     def begin(self, logits: Tensor) -> None:
-        """Start recording the operations that are applied to ``logits``."""
+        """Start recording the operations that are applied to ``logits``, the head's output."""
         self._results.append(logits)
 
     def end(self, logits: Tensor) -> None:
-        """Set ``refused`` if ``logits`` is not the result of the recorded operations."""
+        """Set ``refused`` if ``logits``, the model's output, is not the result of the recorded
+        operations."""
         if not (self._results and is_same(logits, self._results[-1])):
             self.refused = self.refused or "an unrecorded operation"
 
@@ -84,10 +86,10 @@ def is_pointwise(func: Any) -> bool:
 
 
 def again(func: Any, args: Any, kwargs: Any) -> Operation:
-    """Return a function of one tensor that calls ``func`` with it and the recorded arguments.
+    """Return a function that repeats a recorded call of an operator on another tensor.
 
     Args:
-        func: operator.
+        func: ATen operator.
         args: positional arguments of the recorded call. Each tensor among them is replaced by the
             function's argument.
         kwargs: keyword arguments of the recorded call.

@@ -1,10 +1,11 @@
 """Compute the loss inside the output head, with the logits of a few tokens at a time.
 
-A token has as many logits as the vocabulary has entries: for 4,096 tokens of Llama 3 they take
-1.05 GB in bf16, and their gradient as much again. Here the head turns hidden states into the loss
-while ZeRO-3 has its weight gathered, chunk by chunk, and computes the gradient with respect to the
-hidden states at once. So backward needs neither logits nor, if the head is frozen, its weight.
-Tokens that are not targets never enter the head.
+A token has as many logits as the vocabulary has entries. For 4,096 tokens of Llama 3, logits take
+1.05 GB in bf16, and their gradient as much again. Here, while ZeRO-3 has the head's weight
+gathered for forward, the head turns hidden states into the loss, a chunk of tokens at a time. In
+the same call it computes the gradient of the loss with respect to the hidden states. So backward
+needs no logits and, if the head is frozen, not the head's weight either. Target tokens are those
+that have a loss; other tokens never enter the head.
 
 Shapes: M rows of a micro-batch, T tokens of a row, N target tokens of a micro-batch, I width of the
 hidden states, V vocabulary.
@@ -28,11 +29,12 @@ from sparse_lora_dist.tasks.logit_ops import Operation, OperationRecorder
 from sparse_lora_dist.zero3.engine import Engine, summed_cross_entropy
 
 CHUNK_BYTES = 2**26
-"""Bytes of the fp32 logits of one chunk. About three such tensors are alive at a time."""
+"""Bytes of the fp32 logits of one chunk of tokens. About three such tensors are in memory at a
+time."""
 
 
 class LossHead(nn.Module):
-    """Output head that returns logits or, inside ``expecting``, computes the loss instead.
+    """Output head that returns logits or, inside the context ``expecting``, computes the loss.
 
     It takes the place of the head's linear in the model and has its parameters under the same
     names. Its forward is collective, since ZeRO-3 gathers the weight.
@@ -48,23 +50,33 @@ class LossHead(nn.Module):
             self.register_parameter(name, parameter)
         self.vocabulary = linear.out_features
         self.after: list[Operation] | None = None
-        """Operations that the model applies to the head's logits; None until they are recorded."""
+        """Operations that the model applies to the logits after the head, such as soft-capping;
+        None until they are recorded in the first forward."""
         self.refused: str | None = None
         """Name of an operation that the model applies to the logits of all tokens at once, so that
         they cannot be computed in chunks. None if there is none."""
         self.targets: tuple[Tensor, Tensor] | None = None
-        """(positions of the targets in the flattened micro-batch, labels of the targets), both
-        int64 [N] on the device. None outside ``expecting``."""
+        """(positions of the target tokens in the flattened micro-batch, tokens that they should
+        predict), both int64 [N] on the device. None outside ``expecting``."""
         self.one_by_one = False
-        """True: compute the loss of each target instead of their sum."""
+        """True: compute the loss of each target token. False: compute the sum of their losses."""
         self._loss: Tensor | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """Return the head's parameters if they train, by name; empty if the head is frozen."""
+        """Return name -> parameter of the head's parameters that train; empty if it is frozen."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(self, x_MTI: Tensor) -> Tensor:
-        """Return logits [M, T, V]; inside ``expecting``, compute the loss and return [M, T, 0]."""
+        """Return the logits; inside ``expecting``, store the loss and return empty logits.
+
+        Collective.
+
+        Args:
+            x_MTI: hidden states.
+
+        Returns:
+            Logits [M, T, V], or [M, T, 0] inside ``expecting``.
+        """
         if self.targets is None:
             return cast(Tensor, self._linear[0](x_MTI))
         if self.one_by_one:
@@ -83,9 +95,12 @@ class LossHead(nn.Module):
     def logits(self, x_NI: Tensor, leaves: dict[str, Tensor]) -> Tensor:
         """Return the logits that the model would return for a few hidden states.
 
+        ZeRO-3 must have gathered the head's weight.
+
         Args:
-            x_NI: hidden states.
-            leaves: name -> tensor that is used in place of the head's parameter of that name.
+            x_NI: hidden states of some tokens.
+            leaves: name of a parameter of the head -> tensor to use in its place. Parameters that
+                are missing are used themselves.
 
         Returns:
             [N, V], after the operations that the model applies to logits.
@@ -96,14 +111,19 @@ class LossHead(nn.Module):
         return y_NV
 
     def at_targets(self, x_MTI: Tensor) -> Tensor:
-        """Select the hidden states [N, I] of the target tokens."""
+        """Return the hidden states of the target tokens, [N, I], out of those of all tokens."""
         assert self.targets is not None
         return x_MTI.flatten(0, -2).index_select(0, self.targets[0])
 
     def chunks(self, x_NI: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-        """Split hidden states [N, I] and their labels [N] into chunks of targets.
+        """Split the target tokens into chunks whose logits fit in ``CHUNK_BYTES`` as fp32.
 
-        A chunk has as many targets as have ``CHUNK_BYTES`` of fp32 logits together, at least 1.
+        Args:
+            x_NI: hidden states of the target tokens.
+
+        Returns:
+            Iterable of (hidden states, labels) of a chunk. A chunk has room for at least one
+            target.
         """
         assert self.targets is not None
         rows = max(1, CHUNK_BYTES // (4 * self.vocabulary))
@@ -111,13 +131,13 @@ class LossHead(nn.Module):
 
     @contextmanager
     def expecting(self, labels_MT: Tensor, *, one_by_one: bool = False) -> Iterator[None]:
-        """Context manager in which the model returns its loss, and empty logits.
+        """Context manager in which the model returns its loss as ``loss``, and empty logits.
 
         Args:
-            labels_MT: the token that each position's logits should predict, int64, on the host;
+            labels_MT: the token that each position's logits should predict, int64, on the CPU;
                 ``NOT_A_TARGET`` where there is none.
-            one_by_one: True to return the loss of each target [N] as ``loss``, False for their
-                sum.
+            one_by_one: True: ``loss`` has the loss of each target token, [N], without gradient.
+                False: it is their sum.
         """
         self.one_by_one = one_by_one
         labels_T = labels_MT.flatten()
@@ -131,9 +151,10 @@ class LossHead(nn.Module):
             self.one_by_one = False
 
     def put_loss(self, output: Any) -> None:
-        """Set ``output.loss``, if inside ``expecting``.
+        """Set ``output.loss`` to the loss that forward stored, if inside ``expecting``.
 
-        DeepSpeed's backward has to start from a tensor of the model's output.
+        A forward hook of the model calls it. DeepSpeed's backward has to start from a tensor of the
+        model's output, so the loss must be part of it.
 
         Args:
             output: the model's output, changed in place.
@@ -145,10 +166,11 @@ class LossHead(nn.Module):
 
 
 class _SummedLoss(torch.autograd.Function):
-    """Autograd function: the sum of -log p(label) over the targets.
+    """Autograd function that returns the sum of -log p(label) over the target tokens.
 
-    Forward computes the loss and its gradients chunk by chunk. Backward multiplies the gradients by
-    the gradient with respect to the loss.
+    Forward computes the loss and, chunk by chunk, its gradients with respect to the hidden states
+    and the head's trained parameters. Backward multiplies them by the gradient that it is given for
+    the loss.
     """
 
     @staticmethod
@@ -208,16 +230,16 @@ def install(model: PreTrainedModel) -> None:
 
 
 def summed_loss(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
-    """Return the sum of -log p(label) over the targets of a micro-batch. Collective.
+    """Return the sum of -log p(label) over the target tokens of a micro-batch. Collective.
 
     Args:
         engine: engine that runs the model.
-        labels_MT: the token that each position's logits should predict, int64, on the host;
+        labels_MT: the token that each position's logits should predict, int64, on the CPU;
             ``NOT_A_TARGET`` where there is none.
         inputs: the model's inputs, on the device.
 
     Returns:
-        fp32 scalar on the device.
+        Loss in nats, fp32 scalar on the device.
     """
     if head := _loss_head(engine, inputs):
         with head.expecting(labels_MT):
@@ -227,16 +249,16 @@ def summed_loss(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
 
 
 def target_losses(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
-    """Return -log p(label) of each target of a micro-batch, without gradient. Collective.
+    """Return -log p(label) of each target token of a micro-batch, without gradient. Collective.
 
     Args:
         engine: engine that runs the model.
-        labels_MT: the token that each position's logits should predict, int64, on the host;
+        labels_MT: the token that each position's logits should predict, int64, on the CPU;
             ``NOT_A_TARGET`` where there is none.
         inputs: the model's inputs, on the device.
 
     Returns:
-        fp32 [N] on the device, in the order of the targets.
+        Losses in nats, fp32, 1-D, on the device: one for each target token, row by row.
     """
     if head := _loss_head(engine, inputs):
         with head.expecting(labels_MT, one_by_one=True):
@@ -247,7 +269,7 @@ def target_losses(engine: Engine, labels_MT: Tensor, **inputs: Any) -> Tensor:
 
 
 def each_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    """Return -log p(label) of each token, fp32 [N].
+    """Return -log p(label) of each token, in nats, fp32 [N].
 
     Args:
         logits_NV: logits of the tokens.
@@ -259,7 +281,12 @@ def each_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
     """Return the model's ``LossHead``; None if the logits of all tokens are needed at once.
 
-    The first call runs a forward to record what the model does to logits. Collective.
+    The first call runs a forward, to record which operations the model applies to the logits after
+    the head. Collective.
+
+    Args:
+        engine: engine that runs the model.
+        inputs: the model's inputs by name, on the device.
     """
     head = cast(PreTrainedModel, engine.model).get_output_embeddings()
     if not isinstance(head, LossHead):
@@ -270,12 +297,15 @@ def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
 
 
 def _record_operations(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:
-    """Set ``head.after`` and ``head.refused`` from a forward of two tokens per row. Collective.
+    """Record the operations that the model applies to the logits after the head. Collective.
+
+    Runs a forward of the first two tokens of each row. Prints a note if the operations cannot be
+    applied to a few tokens at a time.
 
     Args:
         engine: engine that runs the model.
-        head: output head of the model.
-        inputs: the model's inputs, on the device.
+        head: output head of the model. Its ``after`` and ``refused`` are set.
+        inputs: the model's inputs by name, on the device.
     """
     few = {k: v[:, :2] if isinstance(v, Tensor) else v for k, v in inputs.items()}
     watch = OperationRecorder()

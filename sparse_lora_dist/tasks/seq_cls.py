@@ -1,6 +1,6 @@
-"""Task seq_cls: a model learns to predict one label per row. Defines classes, loss and scores.
+"""Task seq_cls: train a model to predict the class of an example. Defines classes, loss and scores.
 
-Shapes: M rows of a micro-batch, C classes.
+Shapes: M rows of a micro-batch, each with one example; C classes.
 """
 
 from math import isqrt, sqrt
@@ -29,11 +29,14 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
-    """Write the classes of ``--data`` into the model's config, which sets the width of its head.
+    """Write the classes of --data into the model's config, which sets the width of its head.
+
+    Must be called before the model is built. Not a collective.
 
     Args:
-        architecture: the model's config. Its id2label, label2id and use_cache are changed.
-        data: data options.
+        architecture: config of the transformers model. Its id2label, label2id and use_cache are
+            changed.
+        data: data options: the data set and its column of labels.
     """
     labels = read_classes(
         resolve_default("data", data.data),
@@ -55,9 +58,14 @@ def read_labelled(
     Args:
         source: file, folder or hub id of the data.
         tokenizer: tokenizer of the base.
-        architecture: the model's config, whose classes number the labels.
+        architecture: config of the transformers model. A label becomes its index among the
+            config's class names.
         data: data options: names of columns.
         options: further arguments of ``load_labelled``.
+
+    Returns:
+        One document for each example, with its token ids and label. Long examples are cut, and
+        those without text are left out.
     """
     pair = () if data.text_pair_field is None else (data.text_pair_field,)
     return load_labelled(
@@ -80,7 +88,7 @@ def class_loss(engine: Engine, batch: LabelledBatch) -> Tensor:
         batch: micro-batch of labelled examples, on the CPU.
 
     Returns:
-        fp32 scalar on the device.
+        Loss in nats, fp32 scalar on the device.
     """
     return _summed_loss(engine(**batch.inputs(comm.device())).logits, batch)
 
@@ -93,9 +101,9 @@ def class_tally(engine: Engine, batch: LabelledBatch) -> Tensor:
         batch: micro-batch of labelled examples, on the CPU.
 
     Returns:
-        float64 [1 + C * C] on the device, for C classes: the sum of -log p(class), then the
-        flattened confusion matrix. Its entry [i, j] is the number of examples of class i that were
-        predicted as class j.
+        float64 [1 + C * C] on the device, for C classes: the sum of -log p(class) in nats, then the
+        flattened confusion matrix. Entry [i, j] of the matrix is the number of examples of class i
+        that were predicted as class j.
     """
     logits_MC = engine(**batch.inputs(comm.device())).logits
     num_classes = logits_MC.shape[-1]
@@ -107,19 +115,20 @@ def class_tally(engine: Engine, batch: LabelledBatch) -> Tensor:
 
 
 def class_scores(totals: Tensor) -> dict[str, float]:
-    """Compute held-out loss (nats per example), accuracy and Matthews correlation.
+    """Compute held-out loss, accuracy and Matthews correlation from sums over all micro-batches.
 
-    Counts add up exactly, so accuracy and correlation depend neither on the number of ranks nor on
-    the micro-batch size. The Matthews correlation is that of labels and predictions, and 0 if all
-    predictions are one class; for more than two classes it is Gorodkin's R_K (2004,
-    doi:10.1016/j.compbiolchem.2004.09.006).
+    Counts of examples add up exactly, so accuracy and correlation depend neither on the number of
+    ranks nor on the micro-batch size. The Matthews correlation is that of labels and predictions.
+    It is 0 if all labels or all predictions are of one class. For more than two classes it is
+    Gorodkin's R_K (2004, doi:10.1016/j.compbiolchem.2004.09.006).
 
     Args:
-        totals: sum of what ``class_tally`` returned for all micro-batches, float64 [1 + C * C] for
-            C classes.
+        totals: sum of what ``class_tally`` returned for all micro-batches on all ranks, float64
+            [1 + C * C] for C classes.
 
     Returns:
-        Dict with the keys "held_out_loss", "held_out_accuracy" and "held_out_matthews".
+        Dict with the keys "held_out_loss" (nats per example), "held_out_accuracy" (in [0, 1]) and
+        "held_out_matthews" (in [-1, 1]).
     """
     loss, counts = float(totals[0]), totals[1:].cpu()
     confusion_CC = counts.view(isqrt(len(counts)), -1)

@@ -17,29 +17,35 @@ from sparse_lora_dist.zero3.engine import Engine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """A task that a model is trained for: functions for data, head, loss and held-out scores."""
+    """A task that a model is trained for: functions for data, head, loss and held-out scores.
+
+    Held-out scores are measured on data that the model does not train on.
+    """
 
     settle: Callable[[PretrainedConfig, DataConfig], None]
-    """(model's config, data options) -> None. Writes what depends on the data, such as a
-    classifier's classes, into the model's config. Not a collective."""
+    """Function (config of the transformers model, data options) -> None. Called before the model is
+    built. Writes what depends on the data, such as a classifier's classes, into the config. Not a
+    collective."""
     head: Callable[[PreTrainedModel, CheckpointFiles, Keys], Head]
-    """(model, base files, parameter name -> names of its tensors in the files) -> head. Its
-    modules train in full without ``--modules_to_save``."""
+    """Function (model, base files, parameter name -> names of its tensors in the files) -> head of
+    the model. The head's modules train in full even if ``--modules_to_save`` does not name them.
+    Not a collective."""
     read: Callable[..., Documents]
-    """(source, tokenizer, model's config, data options, ...) -> tokenised examples."""
+    """Function (file, folder or hub id of the data, tokenizer, config of the transformers model,
+    data options, further keyword arguments) -> tokenised examples."""
     collate: Collate
-    """Builds a micro-batch from rows."""
+    """Function that builds a micro-batch from rows, i.e. from training sequences."""
     loss: Callable[[Engine, Any], Tensor]
-    """(engine, micro-batch) -> sum of the losses over the micro-batch's targets, scalar.
-    Collective."""
+    """Function (engine, micro-batch) -> loss for training: the sum over the micro-batch's targets
+    (tokens or examples that have a loss), in nats, scalar. Collective."""
     tally: Callable[[Engine, Any], Tensor]
-    """(engine, micro-batch) -> sums over the micro-batch that ``scores`` needs, float64, 1-D, of
-    the same length for every micro-batch. Collective."""
+    """Function (engine, micro-batch of held-out data) -> sums over the micro-batch that ``scores``
+    needs, float64, 1-D, of the same length for every micro-batch. Collective."""
     scores: Callable[[Tensor], dict[str, float]]
-    """Sum of the results of ``tally`` for all micro-batches -> held-out scores. Keys are those of
-    metrics.jsonl, "held_out_loss" first."""
+    """Function (sum of the results of ``tally`` for all micro-batches on all ranks) -> held-out
+    scores. Keys are those of metrics.jsonl, "held_out_loss" first."""
     trains_head: bool
-    """True: the modules outside the base model are a head that trains in full."""
+    """True: the model's modules outside ``model.base_model`` are a head that trains in full."""
     target: str
     """Word for what the loss is averaged over, for messages: "token" or "example"."""
     peft_type: str
