@@ -54,10 +54,12 @@ class Heartbeat:
 
     @property
     def who(self) -> str:
+        """Rank, host and PID, as text for messages."""
         return f"rank {self.rank} ({self.process})"
 
     @property
     def where(self) -> str:
+        """Step, phase and collectives that the rank had reached, as text for messages."""
         return (
             f"step {self.step}, {self.phase}, collective {self.collectives:,} (the last one that "
             f"is not DeepSpeed's: {self.last_collective})"

@@ -38,6 +38,8 @@ LONGEST_S = 5.0
 
 @dataclass
 class _Place:
+    """How far this rank is: the last arguments of ``set_phase``, and its number of calls."""
+
     step: int = 0
     phase: str = "starting"
     marks: int = 0

@@ -2,7 +2,7 @@
 
 A decision is what the method (``--method``) changes at a step: which entries are trained, which are
 set to zero, and the rank of each adapter. A stage is a part of the run with a learning-rate
-schedule of its own; most methods have one stage, the whole run.
+schedule of its own. Most methods have no stages, and then ``stages.jsonl`` is not written.
 """
 
 from collections.abc import Mapping
