@@ -17,6 +17,9 @@ def settings(**options: object) -> Config:
     Args:
         options: options of launcher/train.py by name, e.g. ``max_steps=100``.
 
+    Returns:
+        The config, with the default value of each option that is not given.
+
     Raises:
         ConfigError: options are wrong or contradict each other; the message lists every problem.
     """
@@ -44,7 +47,8 @@ def export_run(source: str | Path, output: str | Path, **options: object) -> Non
 
 
 def _words(options: dict[str, object]) -> list[str]:
-    """Return the options as the arguments of a command line."""
+    """Return the options as the arguments of a command line: {"max_steps": 100} gives
+    ["--max_steps", "100"]."""
     return [word for name, value in options.items() for word in (f"--{name}", _text(value))]
 
 

@@ -43,7 +43,8 @@ def run(config: Config, purpose: Purpose = TRAINING) -> None:
 
     Args:
         config: options of the run, from ``settings``, the same on every rank.
-        purpose: what the run is for; by default, to train on ``--data``.
+        purpose: which data the run trains on, what it does after the last step, and whether it
+            replaces an earlier run. The default trains on ``--data``.
 
     Raises:
         UserError: an option, a file or the environment must be corrected, as the message says. All
@@ -65,7 +66,8 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
 
     Args:
         config: options of the run, from ``settings``, the same on every rank.
-        purpose: what the run is for; by default, to train on ``--data``.
+        purpose: which data the run trains on, what it does after the last step, and whether it
+            replaces an earlier run. The default trains on ``--data``.
 
     Yields:
         The run, ready to make its next step. If the context is left before the last step, a
@@ -107,15 +109,23 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
 
 
 class Training:
-    """A run that is set up and makes its optimizer steps one at a time, by ``step``."""
+    """A run of which all parts are set up, and which makes one optimizer step per call of ``step``.
+
+    The context manager ``training`` makes it, and calls ``begin`` before the first step.
+    """
 
     def __init__(self, config: Config, engine_config: dict[str, Any], purpose: Purpose) -> None:
         """Set up the run: read the data, load the base, inject adapters. Collective.
 
         Args:
-            config: options of the run.
-            engine_config: DeepSpeed's config, from ``engine_dict``.
-            purpose: what the run is for.
+            config: options of the run, from ``settings``.
+            engine_config: dict for ``deepspeed.initialize``, from ``engine_dict``.
+            purpose: which data the run trains on, what it does after the last step, and whether it
+                replaces an earlier run.
+
+        Raises:
+            UserError: an option, a file or the environment must be corrected, as the message says.
+            Stopped: the run was asked to stop while it was set up.
         """
         self.config = config
         zero3_nvme.prepare(engine_config)
@@ -151,7 +161,11 @@ class Training:
 
     def begin(self) -> None:
         """Restore the checkpoint of a resumed run, or log the held-out loss of a new run as step 0.
-        Collective."""
+        Called once, before the first call of ``step``. Collective.
+
+        Raises:
+            Stopped: the run was asked to stop while the held-out loss was measured.
+        """
         if self._resume is None:
             self.rewriter.begin()
         self.job.start(self._resume)
@@ -159,7 +173,8 @@ class Training:
 
     @property
     def steps(self) -> range:
-        """Numbers of the optimizer steps that are left. The first step of a run has number 1."""
+        """Numbers of the optimizer steps that this job has still to make, up to ``--stop_after`` or
+        the end of the run. The first step of a run has number 1."""
         return range(self.job.progress.step + 1, self.last_step + 1)
 
     def step(self, step: int) -> StepResult:
@@ -169,11 +184,13 @@ class Training:
             step: number of the step, the first of ``steps``.
 
         Returns:
-            Loss, tokens and decision of the step, the same on every rank.
+            Loss and number of tokens of the step, and what the method changed at it (its decision);
+            the same on every rank.
 
         Raises:
-            UserError: too many steps in a row were not finite, or a file cannot be written.
-            Stopped: the run was asked to stop.
+            UserError: too many steps in a row had a loss or gradient that is not finite, or a file
+                cannot be written.
+            Stopped: the run was asked to stop, by a signal or ``--time_limit``.
         """
         started = time.perf_counter()
         watchdog.set_phase("reading its batches", step=step)

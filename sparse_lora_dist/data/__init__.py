@@ -1,6 +1,8 @@
-"""Read files and data sets, tokenise and pack them, and cut batches from any position.
+"""Read files and data sets, tokenise and pack them, and make the micro-batches of any step.
 
-The modules, in the order in which data goes through them, and what each makes:
+The modules, in the order in which data goes through them, and in brackets what each makes. An
+example is one item of the data as the user gave it, a document is one tokenised example (or a part
+of a long text), and a row is one sequence of a batch:
 
     language modelling: read_files (examples) -> fields, chat, tokens (documents) -> packing (rows)
         -> batches (micro-batches)

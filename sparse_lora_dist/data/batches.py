@@ -1,11 +1,11 @@
-"""Make the micro-batches of one rank from rows of the stream.
+"""Make the micro-batches of one rank from the stream of rows that a run trains on (see ``Rows``).
 
 Suffixes of names are shapes: M is the number of rows of a micro-batch, T the number of tokens of
 its longest row after padding.
 
-``position_ids`` restart at each document, from which transformers sees that attention must stay
-inside a document. It does so only without an ``attention_mask`` and with ``use_cache=False``, and
-with flash attention only for M = 1.
+``position_ids`` restart at 0 at each document, from which transformers sees that attention must
+stay inside a document. It does so only without an ``attention_mask`` and with ``use_cache=False``,
+and with flash attention only for M = 1.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ from sparse_lora_dist.data.packing import Row, Rows
 from sparse_lora_dist.data.tokens import NOT_A_TARGET, Ints
 
 FILLER = -1
-"""Row number of a filler row: a row without a loss that completes the last global batch."""
+"""Row number that stands for a filler row: a row without a loss that completes the last global
+batch (the rows of one optimizer step over all ranks and micro-batches)."""
 PAD_TO = 8
 """Padded row lengths are multiples of this many tokens, for which GPU matmuls are faster."""
 
@@ -36,7 +37,7 @@ class Batch:
     position_ids_MT: Tensor
     """[M, T], positions, which restart at 0 at each document and where the padding begins."""
     rows_M: tuple[int, ...]
-    """Row numbers in the stream; -1 for filler rows."""
+    """Row numbers in the stream of rows that a run trains on (see ``Rows``); -1 for filler rows."""
     lengths_M: tuple[int, ...]
     """Number of tokens of each row, without the padding at its end; 0 for filler rows."""
 
@@ -57,7 +58,8 @@ class Batch:
 
 
 class MicroBatch(Protocol):
-    """Attributes of a micro-batch that a train step needs, whatever the task; see ``Batch``."""
+    """Attributes of a micro-batch that an optimizer step needs, whatever the task. ``Batch`` and
+    ``LabelledBatch`` have them, and describe them."""
 
     @property
     def input_ids_MT(self) -> Tensor: ...  # noqa: D102
@@ -73,13 +75,16 @@ class MicroBatch(Protocol):
 
 
 class Collate(Protocol):
-    """Function that makes a micro-batch of rows, for a task.
+    """Type of the functions that make a micro-batch of rows, one for each task: ``packed_batch``
+    and ``labelled_batch``.
 
     Args:
         rows: rows of the data set.
-        numbers: row numbers in the stream; ``FILLER`` stands for a filler row.
+        numbers: row numbers in the stream of rows (see ``Rows``), one for each row of the batch;
+            ``FILLER`` stands for a filler row, which has no loss.
         pad_id: token id used as padding.
-        shuffle: read each epoch in its own random order; False keeps the order of the list.
+        shuffle: True to read each epoch in its own random order; False to keep the order of
+            ``rows``.
     """
 
     def __call__(  # noqa: D102
@@ -100,7 +105,8 @@ def micro_batches(
     collate: Collate,
     shuffle: bool = True,
 ) -> list[Any]:
-    """Make one rank's micro-batches of a global batch. Not a collective.
+    """Make one rank's micro-batches of one global batch, which is the rows of one optimizer step
+    over all ranks and micro-batches. Not a collective.
 
     Row i of the global batch goes to micro-batch ``i // (world_size * micro_batch_size)`` of rank
     ``(i // micro_batch_size) % world_size``. Rows from ``end_row`` on become filler rows: one pad
@@ -112,15 +118,17 @@ def micro_batches(
 
     Args:
         rows: rows of the data set.
-        first_row: number of the row in the stream at which the global batch begins.
-        end_row: number of the row in the stream before which the run ends.
+        first_row: number, in the stream of rows (see ``Rows``), of the first row of the global
+            batch.
+        end_row: number of the row of the stream before which the run ends.
         rank: the rank whose micro-batches are made.
         world_size: number of ranks.
-        micro_batch_size: rows per rank in one forward.
-        accumulation: micro-batches per optimizer step.
+        micro_batch_size: number of rows per rank in one forward.
+        accumulation: number of micro-batches per optimizer step.
         pad_id: token id used as padding.
         collate: function that makes a micro-batch of rows.
-        shuffle: read each epoch in its own random order; False keeps the order of the list.
+        shuffle: True to read each epoch in its own random order; False to keep the order of
+            ``rows``.
 
     Returns:
         ``accumulation`` micro-batches of ``micro_batch_size`` rows each, filler rows included.
@@ -136,13 +144,20 @@ def micro_batches(
 
 
 def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) -> Batch:
-    """Make a micro-batch for language modelling: packed rows, padded to the longest.
+    """Make a micro-batch for language modelling: packed rows, padded to the longest of them.
+
+    A filler row is one pad token without a loss.
 
     Args:
         rows: rows of the data set.
-        numbers: row numbers in the stream; ``FILLER`` stands for a filler row.
+        numbers: row numbers in the stream of rows (see ``Rows``), one for each row of the batch;
+            ``FILLER`` stands for a filler row.
         pad_id: token id used as padding.
-        shuffle: read each epoch in its own random order; False keeps the order of the list.
+        shuffle: True to read each epoch in its own random order; False to keep the order of
+            ``rows``.
+
+    Returns:
+        The batch, with its tensors on CPU.
     """
     filler = Row(
         input_ids=np.array([pad_id]),
@@ -165,11 +180,12 @@ def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: 
 
 
 def padded_length(lengths: Sequence[int], most: int) -> int:
-    """Return the padded length of a micro-batch, a multiple of ``PAD_TO`` tokens.
+    """Return the number of tokens to which the rows of a micro-batch are padded: the smallest
+    multiple of ``PAD_TO`` that is not less than the longest row, but at most ``most``.
 
     Args:
         lengths: number of tokens of each row.
-        most: largest padded length, even if it is no such multiple.
+        most: largest padded length, which need not be a multiple of ``PAD_TO``.
     """
     return min(-(-max(lengths) // PAD_TO) * PAD_TO, most)
 
@@ -178,7 +194,7 @@ def padded(rows: Sequence[Ints], length: int, value: int) -> Tensor:
     """Pad each row with ``value`` at its end, and stack the rows.
 
     Args:
-        rows: int64 [number of tokens] each.
+        rows: arrays int64 [number of tokens of the row].
         length: number of tokens of each padded row.
         value: number to pad with.
 

@@ -1,4 +1,9 @@
-"""Tokenise text and chat messages, and mark the tokens that have a loss (the targets)."""
+"""Tokenise text and chat messages, and mark the tokens that have a loss (the targets).
+
+A turn is one message of a chat. A template is the jinja text with which transformers renders a chat
+as one string; without one, a chat must be one prompt and its response, which are joined as they
+are. bos and eos are the tokenizer's tokens for the beginning and end of a sequence.
+"""
 
 import re
 from dataclasses import dataclass
@@ -25,7 +30,7 @@ class Encoded:
     ids: list[int]
     """Token ids."""
     is_target: list[bool]
-    """For each token, True if it has a loss."""
+    """One entry for each token: True if it has a loss."""
 
 
 def find_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> str | None:
@@ -73,10 +78,14 @@ def encode_chat(
 
     Args:
         tokenizer: tokenizer of the model.
-        messages: dicts {role, content}; without a template exactly one prompt and its response.
+        messages: the chat, dicts with the keys "role" and "content"; without a template exactly one
+            prompt and its response.
         template: jinja text that renders the chat; None joins prompt and response as they are, with
             bos and eos as ``encode_text`` adds them.
-        train_on: ``response`` makes only assistant turns targets, ``all`` every token.
+        train_on: "response" makes only assistant turns targets, "all" every token.
+
+    Returns:
+        The token ids of the whole chat, with True for each token that is a target.
 
     Raises:
         ExampleError: the template refuses the chat, or the tokens of an assistant turn cannot be
@@ -97,12 +106,13 @@ def encode_chat(
 def encode_prompt(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, template: str | None
 ) -> list[int]:
-    """Return the token ids of a prompt: those that ``encode_chat`` puts before a response.
+    """Return the token ids of a prompt, ready for the model to generate the answer: the ids that
+    ``encode_chat`` puts before a response.
 
     Args:
         tokenizer: tokenizer of the model.
-        messages: the chat, dicts {role, content}, without the answer.
-        template: jinja text that renders the chat; None if the chat is one prompt as it is.
+        messages: the chat without the answer, dicts with the keys "role" and "content".
+        template: jinja text that renders the chat; None if the only message is used as it is.
 
     Raises:
         ExampleError: the template refuses the chat, there are several messages and no template, or
@@ -130,15 +140,18 @@ def encode_answer(
     before: list[int],
     template: str | None,
 ) -> Encoded:
-    """Tokenise a chat with an answer. The targets are the tokens that the answer adds, including
-    those that end its turn.
+    """Tokenise a chat with an answer, to compute the likelihood of the answer. The targets are the
+    tokens that the answer adds, including those that end its turn.
 
     Args:
         tokenizer: tokenizer of the model.
-        messages: the chat, dicts {role, content}, without the answer.
+        messages: the chat without the answer, dicts with the keys "role" and "content".
         answer: text of the answer.
         before: token ids of ``messages``, from ``encode_prompt``.
-        template: jinja text that renders the chat; None if the chat is one prompt as it is.
+        template: jinja text that renders the chat; None if the only message is used as it is.
+
+    Returns:
+        The token ids of ``messages`` and answer, with True for each token that the answer adds.
 
     Raises:
         ExampleError: the template refuses the chat, renders the prompt differently when an answer
@@ -158,12 +171,12 @@ def encode_answer(
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> set[int]:
-    """Return the ids of the tokens that end a response: eos, and the special tokens that the
-    template puts after a response.
+    """Return the ids of the tokens that end a response, at which generation stops: eos, and the
+    special tokens that the template puts after a response.
 
     Args:
         tokenizer: tokenizer of the model.
-        template: jinja text that renders chats; None if chats are one prompt as it is.
+        template: jinja text that renders chats; None if prompts are used as they are.
 
     Raises:
         ExampleError: the template refuses a chat of one question and its answer.
@@ -191,11 +204,12 @@ def _whole(ids: list[int]) -> Encoded:
 
 
 def _covers_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return True if the offsets of the tokenizer cover every character, including spaces.
+    """Return True if the tokenizer's offsets (from each token to its characters) cover every
+    character, including spaces.
 
-    With ``trim_offsets`` they do not: transformers then finds no token at a generation mark next to
-    a space, and either drops the turn or makes all tokens after it targets. ``_spans_by_prefixes``
-    needs no offsets.
+    With its setting ``trim_offsets`` they do not. transformers then finds no token at a
+    {% generation %} mark next to a space, and either drops the turn or makes all tokens after it
+    targets. For such a tokenizer ``_spans_by_prefixes`` is used, which needs no offsets.
     """
     encoded = tokenizer(" a ", add_special_tokens=False)
     return all(encoded.char_to_token(0, i) is not None for i in range(3))
@@ -211,10 +225,12 @@ def _joined(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Enco
 def _spans_by_prefixes(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str
 ) -> Encoded:
-    """Tokenise a chat, and find each assistant turn by rendering the chat twice.
+    """Tokenise a chat, and find the tokens of each assistant turn by rendering parts of the chat.
 
-    The chat before the turn, with the generation prompt, gives a prefix of the tokens of the chat
-    that ends with the turn. The tokens after that prefix are the tokens of the turn.
+    For each turn, the chat is rendered twice: up to the turn but without it, with the generation
+    prompt (``add_generation_prompt=True``) at its end; and up to the turn and with it. The tokens
+    of the first rendering must be the first tokens of the second. The tokens after them belong to
+    the turn, and are targets.
     """
     ids = _render(tokenizer, messages, template)["input_ids"]
     is_target = [False] * len(ids)
@@ -272,8 +288,8 @@ def _framed(tokenizer: PreTrainedTokenizerFast, ids: list[int], *, ends: bool = 
 
     Args:
         tokenizer: tokenizer of the model; bos is added only if the tokenizer adds it to texts.
-        ids: token ids.
-        ends: True if eos may be added.
+        ids: token ids of a text.
+        ends: True to add eos; False for a prompt that an answer follows.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     starts_with_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]

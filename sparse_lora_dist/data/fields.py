@@ -11,8 +11,8 @@ MESSAGES = "messages"
 
 
 class ExampleError(Exception):
-    """One example is wrong. The message is a sentence without the example's place; the caller that
-    knows its file and line raises a ``UserError`` with both (``Examples.fault``)."""
+    """Raised if an example is wrong. The message says what is wrong, but not in which file and
+    line. The caller that knows these raises a ``UserError`` with both, from ``Examples.fault``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,22 +22,32 @@ class Fields:
     kind: Literal["messages", "pair", "text"]
     """Kind of each example: a chat, a prompt with its response, or plain text."""
     columns: tuple[str, ...]
-    """Names of the columns: "messages"; those of prompt and response; or that of the text."""
+    """Names of the columns: ("messages",) for chats; (prompt column, response column) for pairs;
+    (text column,) for plain text."""
 
     def text(self, record: Mapping[str, Any]) -> str:
         """Return the text of an example, if ``kind`` is "text".
 
         Args:
-            record: the example, column -> value.
+            record: the example as a dict from column to value.
+
+        Raises:
+            ExampleError: the value is missing or not text.
         """
         return text_of(record[self.columns[0]], repr(self.columns[0]))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """Return the chat of an example, if ``kind`` is "messages" or "pair". A pair becomes a user
-        turn and an assistant turn.
+        """Return the chat of an example, if ``kind`` is "messages" or "pair". A prompt with its
+        response becomes a chat of a user message and an assistant message.
 
         Args:
-            record: the example, column -> value.
+            record: the example as a dict from column to value.
+
+        Returns:
+            The messages in order, dicts with the keys "role" and "content".
+
+        Raises:
+            ExampleError: a value is missing, not text, or not a list of messages.
         """
         if self.kind == "messages":
             return chat_of(record[MESSAGES])
@@ -56,14 +66,15 @@ def find_fields(
     response_field: str,
     place: str,
 ) -> Fields:
-    """Find the columns of the text: ``messages`` if it exists, else prompt and response, else text.
+    """Find the columns that hold the text of a data set: the column "messages" if it exists,
+    otherwise those of prompt and response, otherwise that of plain text.
 
     Args:
         columns: names of the columns of the data set.
         text_field: name of the column of plain text.
         prompt_field: name of the column of prompts.
         response_field: name of the column of responses.
-        place: flag and source, e.g. "--data x.jsonl", with which the message begins.
+        place: text with which the error message begins, e.g. "--data x.jsonl".
 
     Raises:
         UserError: none of these columns exists; the message lists the columns that do.
@@ -82,11 +93,11 @@ def find_fields(
 
 
 def text_of(value: Any, name: str) -> str:
-    """Return ``value`` if it is text.
+    """Return ``value`` if it is text, otherwise raise an error.
 
     Args:
-        value: value of an example, of any type.
-        name: name of the value for the message, e.g. its column in quotes.
+        value: value of one column of an example, of any type.
+        name: name of the value for the error message, e.g. its column in quotes.
 
     Raises:
         ExampleError: ``value`` is None or not text.
@@ -99,7 +110,8 @@ def text_of(value: Any, name: str) -> str:
 
 
 def chat_of(value: Any) -> list[Message]:
-    """Return ``value`` if it is a list of at least one {role, content}.
+    """Return ``value`` if it is a list of at least one message, otherwise raise an error. A message
+    is a dict in which "role" and "content" are text.
 
     Args:
         value: value of the column ``messages`` of an example, of any type.

@@ -46,11 +46,11 @@ holds one number, the class."""
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledDocument(Document):
-    """One tokenised example. ``labels`` is int64 [1], the number of its class."""
+    """One tokenised example for classification. Its ``labels`` are int64 [1], the class number."""
 
     segment_ids: Ints
-    """int64 [number of tokens], token_type_ids: 0 in the first text, 1 in the second. Empty if the
-    model has none."""
+    """int64 [number of tokens], the token_type_ids of transformers: 0 in the first text of a pair,
+    1 in the second. Empty if the model has none."""
 
 
 class LabelledDocuments(Documents):
@@ -59,12 +59,12 @@ class LabelledDocuments(Documents):
     def __init__(
         self, table: datasets.Dataset, *, sequence_length: int, classes: Sequence[str]
     ) -> None:
-        """Make documents of a cached table.
+        """Make documents of a cached table, without those that have no text.
 
         Args:
-            table: table with the columns ``LABELLED``.
-            sequence_length: most tokens of an example.
-            classes: labels in the order of their classes.
+            table: table with the columns ``LABELLED``, one row for each example.
+            sequence_length: most tokens of an example, to which longer ones have been cut.
+            classes: the label of each class, in the order of the class numbers.
         """
         super().__init__(table, sequence_length=sequence_length)
         self._table = table.with_format("numpy", columns=["input_ids", "labels", "segment_ids"])
@@ -109,23 +109,26 @@ def load_labelled(
     flag: str = "--data",
     split: str = "train",
 ) -> LabelledDocuments:
-    """Read, check and tokenise labelled examples. Not a collective.
+    """Read, check and tokenise labelled examples for classification. Not a collective.
 
     The tokenizer adds its own special tokens to each text or pair. The token ids are cached on
     disk.
 
     Args:
-        source: file, folder or hub id; see ``read_examples``.
+        source: file, folder or id of a Hugging Face hub data set; see ``read_examples``.
         tokenizer: tokenizer of the model.
         text_fields: names of the text columns: one, or two if the examples are pairs of texts.
-        label_field: column of the label.
-        column_names: names of the columns of a table without a header line.
-        classes: labels in the order of their classes.
+        label_field: name of the column of labels.
+        column_names: names of the columns of a table without a header line; () for other data.
+        classes: the label of each class, in the order of the class numbers.
         segments: True if the model uses token_type_ids to tell the texts of a pair apart.
         sequence_length: most tokens of an example; longer ones are cut.
-        max_samples: number of first examples to read; None reads all.
-        flag: the command-line flag that holds ``source``, for messages.
+        max_samples: number of examples to read, from the first on; None reads all.
+        flag: the command-line flag whose value is ``source``, for messages.
         split: split of a folder or hub data set, e.g. "train".
+
+    Returns:
+        The documents, one for each example that has text, in the order of the data.
 
     Raises:
         UserError: the source or an example is wrong, a label is not in ``classes``, or no example
@@ -195,11 +198,12 @@ class LabelledBatch:
     attention_mask_MT: Tensor
     """[M, T], 1 for the tokens of an example, 0 for padding."""
     segment_ids_MT: Tensor | None
-    """[M, T], token_type_ids; None if the model has none."""
+    """[M, T], token_type_ids of transformers: 0 in the first text of a pair, 1 in the second. None
+    if the model has none."""
     labels_M: Tensor
-    """[M], class of each row; -100 for filler rows."""
+    """[M], number of the class of each row; -100 for filler rows."""
     rows_M: tuple[int, ...]
-    """Row numbers in the stream; -1 for filler rows."""
+    """Row numbers in the stream of rows that a run trains on (see ``Rows``); -1 for filler rows."""
     lengths_M: tuple[int, ...]
     """Number of tokens of each row, without the padding at its end; 0 for filler rows."""
 
@@ -209,7 +213,8 @@ class LabelledBatch:
         return int((self.labels_M != NOT_A_TARGET).sum())
 
     def inputs(self, device: torch.device | str) -> dict[str, Tensor]:
-        """Return the keyword arguments of the model's forward: tensors [M, T] on ``device``."""
+        """Return the keyword arguments of the model's forward by name: tensors [M, T] on
+        ``device``."""
         inputs = {"input_ids": self.input_ids_MT, "attention_mask": self.attention_mask_MT}
         if self.segment_ids_MT is not None:
             inputs["token_type_ids"] = self.segment_ids_MT
@@ -221,13 +226,19 @@ def labelled_batch(
 ) -> LabelledBatch:
     """Make a micro-batch for classification: one example per row, padded to the longest row.
 
-    A filler row is one pad token with attention mask 1, since a softmax over no token is nan.
+    A filler row has no loss and completes the last global batch. It is one pad token with attention
+    mask 1, since a softmax over no token is nan.
 
     Args:
-        rows: rows of the data set.
-        numbers: row numbers in the stream; ``FILLER`` stands for a filler row.
+        rows: rows of the data set, each with one ``LabelledDocument``.
+        numbers: row numbers in the stream of rows that a run trains on (see ``Rows``), one for each
+            row of the batch; ``FILLER`` stands for a filler row.
         pad_id: token id used as padding.
-        shuffle: read each epoch in its own random order; False keeps the order of the data.
+        shuffle: True to read each epoch in its own random order; False to keep the order of the
+            data.
+
+    Returns:
+        The batch, with its tensors on CPU.
     """
     filler = LabelledDocument(
         input_ids=np.array([pad_id]),

@@ -11,13 +11,14 @@ from sparse_lora_dist.errors import UserError
 
 
 def read_classes(source: str, *, label_field: str, column_names: Columns, flag: str) -> list[str]:
-    """Find the distinct labels of a data set.
+    """Find the distinct labels of a data set, which are the classes of a classifier. Not a
+    collective.
 
     Args:
-        source: file, folder or hub id; see ``read_examples``.
+        source: file, folder or id of a Hugging Face hub data set; see ``read_examples``.
         label_field: name of the column of labels.
-        column_names: names of the columns of a table without a header line.
-        flag: command-line flag that holds ``source``, for messages.
+        column_names: names of the columns of a table without a header line; () for other data.
+        flag: the command-line flag whose value is ``source``, for messages.
 
     Returns:
         The labels as text. If the data set declares labels (``datasets.ClassLabel``), all of these
@@ -77,11 +78,12 @@ def label_of(value: Any, feature: Any) -> str:
 
 
 def class_names(labels: Sequence[str], declared: Sequence[str]) -> Sequence[str]:
-    """Return the names of the classes, in the order of their numbers.
+    """Return the names of the classes, in the order of the class numbers. They are those in the
+    model's config if these fit the data.
 
     Args:
-        labels: labels of the data.
-        declared: class names in the model's config, in order.
+        labels: distinct labels of the data, from ``read_classes``.
+        declared: class names in the model's config, in the order of the class numbers.
 
     Returns:
         ``declared`` if it contains all labels of the data, otherwise ``labels``.
@@ -94,8 +96,8 @@ def check_columns(columns: Collection[str], wanted: Sequence[str], place: str) -
 
     Args:
         columns: names of the columns of the data set.
-        wanted: names of the columns that must exist: of texts and labels.
-        place: flag and source, e.g. "--data x.jsonl", with which the message begins.
+        wanted: names of the columns that must exist, those of texts and labels.
+        place: text with which the error message begins, e.g. "--data x.jsonl".
 
     Raises:
         UserError: one of ``wanted`` does not exist; the message lists ``columns``.

@@ -1,4 +1,8 @@
-"""Find line numbers of examples in a file, and its first broken line, for error messages."""
+"""Find the line numbers of the examples in a file, and its first broken line, for error messages.
+
+A broken line is one that is not UTF-8 text, is not valid JSON in a JSON file, or has another number
+of cells than the first line in a table.
+"""
 
 import csv
 import json
@@ -13,9 +17,11 @@ CELLS: dict[str, dict[str, Any]] = {
     # Cells of a TSV hold no tabs, so nothing needs quotes, and one in a sentence is only a letter.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
-"""Options for reading a table, by suffix of the file; the csv module and pandas take the same."""
+"""Dict from the suffix of a table's file to keyword arguments for reading it, which are the same
+for Python's csv module and for pandas."""
 LARGEST_CELL = 2**31 - 1
-"""Most characters of a cell. The csv module's default, 131,072, is less than a long document."""
+"""Most characters of a cell of a table. A long document has more than the default of Python's csv
+module, 131,072."""
 
 
 def has_content(file: Path) -> bool:
@@ -25,8 +31,8 @@ def has_content(file: Path) -> bool:
 
 
 def example_lines(file: Path) -> list[int] | None:
-    """Return the line number, from 1, of each example of a JSON Lines file. Return None for other
-    kinds of files. A ``.json`` file may be either."""
+    """Return the line number, counted from 1, of each example in a JSON Lines file. Return None for
+    other kinds of files. Whether a ``.json`` file is JSON Lines is found from its first line."""
     if file.suffix not in JSON:
         return None
     with file.open("rb") as f:
@@ -38,8 +44,8 @@ def example_lines(file: Path) -> list[int] | None:
 
 
 def broken_line(file: Path) -> str | None:
-    """Return a message "file:line: problem" for the first broken line of a JSON file or a table.
-    Return None if no line is broken or the file is of another kind."""
+    """Return a message "file:line: problem" for the first broken line of a JSON, JSON Lines, CSV or
+    TSV file. Return None if no line is broken, or for other kinds of files."""
     if file.suffix in CELLS:
         return _broken_table(file)
     if file.suffix not in JSON:
@@ -55,7 +61,8 @@ def broken_line(file: Path) -> str | None:
 
 
 def first_cells(file: Path) -> list[str]:
-    """Return the cells of the first line of a table: its column names, if it has a header line."""
+    """Return the cells of the first line of a CSV or TSV file, which are the names of its columns
+    if it has a header line."""
     with _cells(file) as reader:
         return next(reader)
 

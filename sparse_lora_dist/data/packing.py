@@ -1,7 +1,9 @@
 """Pack documents into rows, and order the rows as the endless stream that a run trains on.
 
-The position in the stream is one integer, the number of rows consumed. The stream does not depend
-on the number of ranks.
+A document is one tokenised example. A row is one sequence of a batch, one or more documents end to
+end. The stream has rows 0, 1, 2, ... without end: each epoch has all rows of the data set once, in
+a new random order. So the position of a run in its data is one integer, the number of rows of the
+stream that it has trained on. The stream does not depend on the number of ranks.
 """
 
 from bisect import bisect_left, insort
@@ -25,10 +27,12 @@ class Row:
 
 
 class Rows:
-    """The rows of one data set: a list that depends on the data and the seed only.
+    """The rows of one data set, as a list that depends on the data and the seed only.
 
-    The stream, row numbers 0, 1, 2, ... without end, goes through the list once in each epoch, each
-    time in a new random order.
+    A run trains on the stream of rows, which goes through the list once in each epoch, each time in
+    a new random order. A row has an index in the list, from 0 to len(self) - 1, and a number in the
+    stream: 0, 1, 2, ... without end. The method ``index`` returns the index that belongs to a
+    number.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Rows:
             bounds: int64 [number of rows + 1], the place in ``order`` at which each row begins,
                 and the number of documents at the end.
             sequence_length: most tokens of a row.
-            seed: seed of the random order of each epoch.
+            seed: seed from which, with the number of the epoch, its random order is drawn.
         """
         self.documents = documents
         self.sequence_length = sequence_length
@@ -56,7 +60,7 @@ class Rows:
         return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> Row:
-        """Return row ``index`` of the list (not of the stream)."""
+        """Return the row with this index in the list (not this number in the stream)."""
         numbers = self.document_numbers(index)
         documents = [self.documents[n] for n in numbers]
         return Row(
@@ -66,7 +70,11 @@ class Rows:
         )
 
     def document_numbers(self, index: int) -> list[int]:
-        """Return the indices of the documents in row ``index`` of the list, in order."""
+        """Return the indices in ``documents`` of the documents in a row, in order.
+
+        Args:
+            index: index of the row in the list (not its number in the stream).
+        """
         assert 0 <= index < len(self), f"row {index} of {len(self)}"
         return [int(n) for n in self._order[self._bounds[index] : self._bounds[index + 1]]]
 
@@ -75,7 +83,11 @@ class Rows:
 
         Args:
             row_number: number of the row in the stream, from 0.
-            shuffle: each epoch has its own random order; False goes through the list in order.
+            shuffle: True if each epoch has its own random order; False if each epoch goes through
+                the list in order.
+
+        Returns:
+            Index in the list, from 0 to len(self) - 1.
         """
         epoch, place = divmod(row_number, len(self))
         if not shuffle:
@@ -89,14 +101,19 @@ class Rows:
 def pack(documents: Documents, *, sequence_length: int, packing: bool, seed: int) -> Rows:
     """Put documents into rows of at most ``sequence_length`` tokens.
 
-    The documents are taken in a random order, and each goes into the fullest row that still has
-    room for it (best fit).
+    With packing, the documents are taken in a random order, and each goes into the fullest row that
+    still has room for it (best fit).
 
     Args:
         documents: documents of at most ``sequence_length`` tokens.
         sequence_length: most tokens of a row.
-        packing: put several documents into a row; False puts one into each row, in order.
-        seed: seed of the order in which documents are packed, and of the stream.
+        packing: True to put as many documents into a row as fit; False to put one document into
+            each row, in order.
+        seed: seed of the order in which documents are packed, and of the order of rows in each
+            epoch.
+
+    Returns:
+        The rows. Every document is in exactly one of them.
     """
     lengths = documents.lengths
     assert lengths.max(initial=0) <= sequence_length, "documents were cut for a shorter length"
@@ -113,18 +130,20 @@ def pack(documents: Documents, *, sequence_length: int, packing: bool, seed: int
 
 
 def best_fit(lengths: Ints, capacity: int) -> Ints:
-    """Assign documents to rows by best fit, in the order given. It takes about a microsecond per
-    document.
+    """Assign documents to rows by best fit: each goes into the fullest row that still has room for
+    it, or into a new row. It takes about a microsecond per document.
 
         lengths 6, 5, 4, 3 with capacity 10: rows 0, 1, 0, 1
         (4 fits both and goes to row 0, which is fuller; 3 fits row 1 only)
 
     Args:
-        lengths: int64 [number of documents], number of tokens of each, at most ``capacity``.
+        lengths: int64 [number of documents], number of tokens of each, at most ``capacity``, in the
+            order in which the documents are assigned.
         capacity: most tokens of a row.
 
     Returns:
-        int64 [number of documents], the number of the row of each document.
+        int64 [number of documents], the index of the row of each document. Rows are counted from 0
+        in the order in which they are begun.
     """
     rows_with: dict[int, list[int]] = {}  # free tokens -> rows with exactly that many
     rooms: list[int] = []  # the keys of rows_with, sorted; at most `capacity` of them

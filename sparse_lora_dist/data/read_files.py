@@ -39,16 +39,17 @@ Columns = Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Examples:
-    """The examples of one source, unchanged, in the source's order."""
+    """The examples of one file, folder or hub data set, unchanged and in its order."""
 
     table: datasets.Dataset
     """One row for each example."""
     source: str
-    """File, folder or hub id, as the user gave it."""
+    """File, folder or id of a Hugging Face hub data set, as the user gave it."""
     files: tuple[Path, ...]
-    """Local files in reading order; empty if they are not on this machine."""
+    """Paths of the files that hold the examples, in reading order; empty if they are not on this
+    machine."""
     column_names: Columns = ()
-    """Names of the columns of a table without a header line."""
+    """Names of the columns of a table without a header line; empty for other data."""
 
     @property
     def is_plain_text(self) -> bool:
@@ -60,19 +61,20 @@ class Examples:
         again to find them.
 
         Args:
-            index: row of ``table``.
-            what: sentence that says what is wrong with the example.
+            index: number of the example: its row in ``table``, from 0.
+            what: sentence that says what is wrong with the example. If one of the files has a
+                broken line (see ``broken_line``), the error names that line instead.
         """
         # JSON readers accept some broken lines, and return missing or extra examples for them.
         problem = next(filter(None, map(broken_line, self.files)), None)
         return UserError(problem or f"{self.place(index)}: {what}")
 
     def place(self, index: int) -> str:
-        """Return a text that names an example: "file:line" for JSON Lines, otherwise "file, example
-        n" with n counted from 1.
+        """Return a text that says where an example is: "file:line" for JSON Lines, otherwise "file,
+        example n" with n counted from 1.
 
         Args:
-            index: row of ``table``.
+            index: number of the example: its row in ``table``, from 0.
         """
         for file in self.files:
             lines = example_lines(file)
@@ -95,11 +97,15 @@ def read_examples(
 
     Args:
         source: a file (.jsonl .json .parquet .txt .csv .tsv), a folder of files of one of these
-            kinds, a folder laid out like a hub data set, or a hub id.
+            kinds, a folder laid out like a Hugging Face hub data set, or the id of such a data set.
         split: split of a folder or hub data set, e.g. "train". A single file has no splits.
         max_samples: number of examples to return, from the first on; None returns all.
-        flag: the command-line flag that holds ``source``, for messages.
-        column_names: names of the columns of a CSV or TSV table without a header line.
+        flag: the command-line flag whose value is ``source``, for messages.
+        column_names: names of the columns of a CSV or TSV table without a header line; () for other
+            data.
+
+    Returns:
+        The examples, with what is needed to name the file and line of a wrong one.
 
     Raises:
         UserError: the source does not exist, is of an unknown kind, has broken content (with file
@@ -122,8 +128,8 @@ def read_examples(
 
 
 def be_quiet() -> None:
-    """Switch off the progress bars and log of ``datasets`` in this process. Called on all ranks but
-    rank 0, so that they are printed once."""
+    """Switch off the progress bars and the log of the package ``datasets`` in this process. Called
+    on all ranks but rank 0, so that they are printed once."""
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)
 
@@ -168,14 +174,17 @@ def _read_folder(folder: Path, split: str, place: str, column_names: Columns) ->
 def _build(
     name: str, split: str, suspects: tuple[Path, ...], place: str, options: dict[str, Any]
 ) -> Read:
-    """Read a table with a builder of ``datasets``.
+    """Read a table with ``datasets.load_dataset_builder``.
 
     Args:
-        name: name of the builder (BUILDERS), folder, or hub id.
-        split: split to read.
+        name: first argument of that function: a value of ``BUILDERS``, a folder, or a hub id.
+        split: split to read, e.g. "train".
         suspects: files that are searched for a broken line if reading fails.
-        place: flag and source, with which a message begins.
-        options: options of the builder.
+        place: text with which a message begins, e.g. "--data x.jsonl".
+        options: keyword arguments of that function.
+
+    Returns:
+        The table, and the paths of the local files that it was read from.
 
     Raises:
         UserError: reading failed; the message names the first broken line of ``suspects`` if there

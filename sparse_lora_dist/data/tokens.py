@@ -1,7 +1,8 @@
 """Tokenise examples into documents: token ids with labels, at most ``--sequence_length`` tokens
 each.
 
-Plain text is cut into parts. A pair or chat that is too long is left out and counted.
+Plain text that is too long is cut into several documents. A prompt with its response, or a chat,
+that is too long is left out and counted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,7 @@ FEATURES = datasets.Features(
 
 @dataclass(frozen=True, kw_only=True)
 class Document:
-    """One tokenised example, or a part of one."""
+    """One tokenised example, or a part of a plain text."""
 
     input_ids: Ints
     """int64 [number of tokens], token ids."""
@@ -49,14 +50,15 @@ class Document:
 
 
 class Documents:
-    """Sequence of the documents of a data set, in its order, each read from disk when indexed."""
+    """Sequence of the documents of a data set, in the order of the data. Each is read from disk
+    when it is indexed. Documents without a target (a token that has a loss) are left out."""
 
     def __init__(self, table: datasets.Dataset, *, sequence_length: int) -> None:
         """Make documents of a cached table, without those that are too long or have no target.
 
         Args:
-            table: table with the columns ``FEATURES``.
-            sequence_length: most tokens of a document.
+            table: table with the columns ``FEATURES``, one row for each document.
+            sequence_length: most tokens of a document; longer ones are left out.
         """
         sizes = table.select_columns(["length", "num_targets"]).with_format("numpy")[:]
         length, num_targets = sizes["length"], sizes["num_targets"]
@@ -116,7 +118,8 @@ def load_documents(
     flag: str = "--data",
     split: str = "train",
 ) -> Documents:
-    """Read, check and tokenise examples. Not a collective. The token ids are cached on disk.
+    """Read, check and tokenise examples for language modelling. Not a collective. The token ids are
+    cached on disk.
 
     Examples are chats if there is a ``messages`` column, pairs if there are prompt and response
     columns, and otherwise plain text. A ``.txt`` file is one long plain text, since plays and books
@@ -124,15 +127,22 @@ def load_documents(
     per token.
 
     Args:
-        source: file, folder or hub id; see ``read_examples``.
+        source: file, folder or id of a Hugging Face hub data set; see ``read_examples``.
         tokenizer: tokenizer of the model.
-        text_field, prompt_field, response_field: names of the column of plain text and of the two
-            columns of a pair.
+        text_field: name of the column of plain text.
+        prompt_field: name of the column of prompts.
+        response_field: name of the column of responses.
         chat_template: jinja text or the path of a file with it; None uses the tokenizer's own.
-        train_on: ``response`` takes the loss on assistant turns only, ``all`` on every token. The
-            loss of plain text is always on every token.
+        train_on: ``response`` takes the loss on responses and assistant turns only, ``all`` on
+            every token. The loss of plain text is always on every token.
         sequence_length: most tokens of a document, at least 2.
-        max_samples, column_names, flag, split: see ``read_examples``.
+        max_samples: number of examples to read, from the first on; None reads all.
+        column_names: names of the columns of a table without a header line; () for other data.
+        flag: the command-line flag whose value is ``source``, for messages.
+        split: split of a folder or hub data set, e.g. "train".
+
+    Returns:
+        The documents, in the order of the data.
 
     Raises:
         UserError: the source or an example is wrong (with file and line), or no example is left.
@@ -185,16 +195,18 @@ def tokenise(
     Args:
         examples: examples to tokenise.
         columns: names of the columns that ``rows_of`` reads.
-        rows_of: function from one example (column -> value) to rows with the columns ``features``.
-            It raises ``ExampleError`` if the example is wrong.
-        key: all values that the result depends on besides the examples; they name the cache file.
-        features: columns of the result.
+        rows_of: function that tokenises one example. Its argument is a dict from column to value,
+            its result a list of dicts with the keys ``features``, one for each document that the
+            example gives. It raises ``ExampleError`` if the example is wrong.
+        key: all values that the result depends on besides the examples. The cached result is used
+            again only if all of them are equal.
+        features: names and types of the columns of the result.
 
     Returns:
-        Table of the rows of all examples, in order.
+        Table of the results of all examples, one row for each document, in order.
 
     Raises:
-        UserError: ``rows_of`` refused an example; the message has its file and line.
+        UserError: an example is wrong; the message has its file and line.
     """
 
     def rows_of_batch(batch: Mapping[str, list[Any]], indices: list[int]) -> dict[str, list[Any]]:
@@ -226,8 +238,12 @@ def document_row(ids: list[int], is_target: list[bool], sequence_length: int) ->
 
     Args:
         ids: token ids of a document.
-        is_target: for each token, True if it has a loss.
-        sequence_length: most tokens of a document; a longer one gives a row without tokens.
+        is_target: for each token, True if it has a loss. The first token never has one.
+        sequence_length: most tokens of a document.
+
+    Returns:
+        Dict with the keys ``FEATURES``. For a longer document the lists of tokens and labels are
+        empty, but the numbers of tokens and targets are given.
     """
     is_target = [False, *is_target[1:]][: len(ids)]
     fits = len(ids) <= sequence_length
@@ -241,10 +257,11 @@ def document_row(ids: list[int], is_target: list[bool], sequence_length: int) ->
 
 
 def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
-    """Cut a text into parts of at most ``sequence_length`` tokens.
+    """Cut a text into parts of at most ``sequence_length`` tokens, and make one row of the cache of
+    tokens for each.
 
     Each part begins with the last token of the part before, as context without a loss. So every
-    token of the text is a target exactly once, except the first, which is none:
+    token of the text has a loss (is a target) exactly once, except the first, which has none:
 
         tokens 1 2 3 4 5 6, sequence_length 3: parts (1 2 3) (3 4 5) (5 6), targets 2 3, 4 5, 6
     """
@@ -254,6 +271,9 @@ def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
 
 
 def identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """Return two texts that describe the tokenizer: as its JSON, and its special tokens. Tokenizers
-    that give other tokens have other texts, so they are part of a cache's key."""
+    """Return two texts that identify a tokenizer: its JSON and its special tokens.
+
+    Tokenizers that give different tokens have different texts. So the texts are part of the ``key``
+    of ``tokenise``, and the cache of another tokenizer is not used.
+    """
     return tokenizer.backend_tokenizer.to_str(), str(sorted(tokenizer.special_tokens_map.items()))

@@ -1,5 +1,6 @@
-"""Write ``attempts.jsonl`` of a run folder: one record when a job begins and one when it ends.
-A job that was killed has no second record.
+"""Write ``attempts.jsonl`` of a run folder: one line (a JSON object) when a job begins and one when
+it ends. A job is one start of the program; a run that is resumed has several. A job that was killed
+has no second line.
 
     {"event": "begins", "step": 20, "reached": 27, ...}   resumed from step 20; 27 steps were logged
     {"event": "stopped", "step": 31, "why": "SIGTERM", ...}   or "finished"
@@ -16,21 +17,21 @@ NAME = "attempts.jsonl"
 
 
 class Attempts:
-    """Appends records to ``attempts.jsonl``.
+    """Appends lines to ``attempts.jsonl``: one when a job begins, and one when it ends.
 
     Only rank 0 writes; on other ranks the methods do nothing. Not a collective.
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int) -> None:
-        """Append the record that a job begins.
+        """Append the line that a job begins.
 
-        Make this object before ``Metrics``, which removes records of metrics.jsonl whose last step
-        is read here.
+        Make this object before ``Metrics``. The last step in metrics.jsonl is read here, and
+        ``Metrics`` removes the lines of steps that a resumed run makes again.
 
         Args:
             folder: the run folder.
-            step: optimizer step that the job starts from; 0 for a new run.
-            total_steps: optimizer steps of the whole run.
+            step: number of optimizer steps already made when the job starts; 0 for a new run.
+            total_steps: number of optimizer steps of the whole run.
         """
         metrics = folder / "metrics.jsonl"
         rows = read_records(metrics) if comm.rank() == 0 and metrics.exists() else []
@@ -48,11 +49,11 @@ class Attempts:
         )
 
     def end(self, event: str, step: int, why: str = "") -> None:
-        """Append the record that the job ends after ``step``.
+        """Append the line that the job ends after ``step``.
 
         Args:
-            event: "stopped" or "finished".
+            event: "stopped", or "finished" if the run has made all its steps.
             step: last optimizer step that was made.
-            why: what stopped the job, e.g. "SIGTERM".
+            why: what stopped the job, e.g. "SIGTERM"; "" if the run is finished.
         """
         self._lines.append({"event": event, "step": step, "time": time.time(), "why": why})

@@ -1,5 +1,5 @@
-"""Prepare a run folder before the first step: check that a run may write into it, and write the
-files that describe the run."""
+"""Prepare a run folder (``--output_dir``) before the first step: check that a run may write into
+it, and write the files that describe the run."""
 
 import json
 import os
@@ -36,11 +36,12 @@ def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
 
     Args:
         folder: the run folder; it need not exist.
-        begins: the run starts from step 0, so the folder must not hold another run.
-        replaces: the run may remove the run in the folder (``--overwrite``), if it is one.
+        begins: True if the run starts from step 0, so that the folder must not hold a run already.
+        replaces: True if an earlier run in the folder will be removed (``--overwrite``). Files of
+            a run without a run.yaml are refused.
 
     Raises:
-        UserError: the folder holds another run, is not a run folder, or is not writable.
+        UserError: the folder already holds a run, cannot be replaced, or is not writable.
     """
     made = [name for name in MADE if (folder / name).exists()]
     if replaces and made and RUN_YAML not in made:
@@ -62,14 +63,22 @@ def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Remove what an earlier run wrote into ``folder``, except the lock. For rank 0 only."""
+    """Remove the files and folders that an earlier run wrote into the run folder ``folder``, except
+    the lock. For rank 0 only."""
     for path in (folder / name for name in MADE):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_description(folder: Path, config: Config) -> None:
-    """Write run.yaml (the merged config, which ``--config`` reads) and environment.json. For rank 0
-    only."""
+    """Write run.yaml and environment.json into a run folder. For rank 0 only.
+
+    run.yaml holds the value of every option, and ``--config`` reads it. environment.json holds the
+    result of ``environment``.
+
+    Args:
+        folder: the run folder; it is made if it does not exist.
+        config: options of the run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     options = config.as_flat_dict() | {"reset": []}  # a resume from run.yaml must not reset again
     (folder / RUN_YAML).write_text(yaml.safe_dump(options, sort_keys=False))
@@ -77,8 +86,8 @@ def write_description(folder: Path, config: Config) -> None:
 
 
 def environment() -> dict[str, object]:
-    """Return the content of ``environment.json``: versions of packages, git commit, number of
-    ranks, device and command line, as JSON values by name."""
+    """Return the content of ``environment.json``: a dict of JSON values with versions of packages,
+    git commit, number of ranks, type of device and command line."""
     return {
         "sparse_lora_dist": __version__,
         "git_commit": git_commit(),
@@ -98,8 +107,8 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Return the git commit of this source tree, with "+changes" added if files differ from it.
-    Return None outside a git clone."""
+    """Return the hash of the git commit of this source tree, with "+changes" added if files differ
+    from the commit. Return None outside a git clone."""
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(

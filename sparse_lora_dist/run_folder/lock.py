@@ -1,9 +1,10 @@
-"""Lock a run folder: only the job that holds ``RUN/run.lock`` writes into it.
+"""Lock a run folder, so that only one job (one start of the program) writes into it at a time.
 
-The lock is a file that is created exclusively (mode "x"). Its holder renews it every 10 s by
-setting its modification time. Another job takes it over when the holder's process is gone, when it
-was not renewed for 30 s, or when Slurm has requeued the holder's job. flock is not used, because
-some shared file systems do not honour it.
+The lock is the file ``run.lock`` in the run folder, created exclusively (mode "x"). The job that
+created it, its holder, renews it every 10 s by setting its modification time. Another job may take
+the lock over when the holder's process is gone, when the lock was not renewed for 30 s, or when
+Slurm has requeued the holder's job. flock is not used, because some shared file systems do not
+honour it.
 """
 
 import json
@@ -27,24 +28,26 @@ NAME = "run.lock"
 HEARTBEAT_S = 10.0
 """Seconds between two renewals of the lock."""
 MISSED = 3
-"""Number of renewals in a row after whose absence the holder counts as dead."""
+"""Number of missed renewals in a row after which the holder counts as dead."""
 LOOK_S = 0.5
-"""Seconds between two readings of the modification time of another job's lock."""
+"""Seconds between two readings of the modification time of another job's lock, while waiting to see
+whether that job renews it."""
 SETTLED_S = 1.0
-"""Seconds after which two jobs that take over the same lock have both finished."""
+"""Seconds to wait after taking over a lock before checking that it was not lost again. If two jobs
+take over the same lock at once, both have finished by then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Holder:
-    """Content of the lock file: who holds the lock."""
+    """Content of the lock file: which job holds the lock."""
 
     process: Process
     """Process of the job's rank 0."""
     job: str | None
     """Slurm's job id, which a requeued job keeps; None without Slurm."""
     attempt: int
-    """Number of times that Slurm has requeued the job. Two runs in one allocation have the same
-    number."""
+    """Number of times that Slurm has requeued the job; 0 without Slurm. Two runs in one Slurm
+    allocation have the same job id and the same number, so neither takes the other's lock."""
     since: str
     """Time at which the lock was taken, ISO 8601."""
     token: str
@@ -62,13 +65,14 @@ _held: tuple[Path, Holder] | None = None
 def held(folder: Path) -> Iterator[None]:
     """Context manager: take the lock of a run folder, and release it on exit. Collective.
 
-    A folder that does not exist is made, and removed on exit if nothing was written into it.
+    Only rank 0 takes the lock; the other ranks wait until it has. A folder that does not exist is
+    made, and removed on exit if nothing was written into it.
 
     Args:
         folder: the run folder.
 
     Raises:
-        UserError: another job holds the lock.
+        UserError: another job holds the lock and is alive; on every rank.
     """
     made = not folder.exists()
     try:
@@ -86,10 +90,12 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def renew() -> None:
-    """Renew the lock, if this process holds one. Not a collective.
+    """Renew the lock, if this process took one. Called every few seconds by a thread of the
+    watchdog. Not a collective.
 
     Raises:
-        UserError: another job holds it now, so this one must write nothing more.
+        UserError: another job holds the lock now, so this job must write nothing more.
+        OSError: the file system failed.
     """
     if _held is None:
         return
@@ -134,8 +140,8 @@ def is_ours() -> bool:
 def is_held(folder: Path) -> bool:
     """Return True if a live job holds the lock of ``folder``. For programs that only read it.
 
-    The age of the lock is measured by this host's clock, since reading the file system's clock
-    takes a write. The result is wrong if the two clocks are many seconds apart.
+    The time since its last renewal is measured with this host's clock, since reading the file
+    server's clock would take a write. The result is wrong if the two clocks are many seconds apart.
     """
     try:
         holder, age = _read(folder / NAME), time.time() - (folder / NAME).stat().st_mtime
@@ -164,7 +170,7 @@ def _take(path: Path) -> None:
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """Create the lock file. Return False if there is one already."""
+    """Create the lock file ``path`` with the content ``holder``. Return False if it exists."""
     try:
         file = path.open("x")
     except FileExistsError:
@@ -199,14 +205,17 @@ def _remove_if_stale(path: Path, ours: Holder) -> None:
 
 
 def _shows_life(path: Path, age: float) -> bool:
-    """Wait until the lock is renewed (return True), or stale or gone (return False).
+    """Wait to see whether the job that holds a lock is alive.
 
-    A job that was killed a moment ago leaves a lock that is not stale yet. The next job waits here
-    until it is stale, instead of failing.
+    A job that was killed a moment ago leaves a lock whose last renewal is not yet 30 s old. The
+    next job waits here until it is, instead of failing.
 
     Args:
         path: the lock file of another job.
         age: seconds since it was renewed.
+
+    Returns:
+        True as soon as the lock is renewed; False if it is released, or was not renewed for 30 s.
     """
     left_s = MISSED * HEARTBEAT_S - age
     print_line(
@@ -243,8 +252,15 @@ def _read(path: Path) -> Holder | None:
 
 
 def _age(path: Path, token: str) -> float:
-    """Return the seconds since the lock ``path`` was renewed. They are measured by the clock of the
-    file system, since the clocks of hosts differ; ``token`` names the file made for it."""
+    """Return the seconds since a lock was renewed, by the clock of the file system.
+
+    The clocks of hosts differ, so a probe file is written beside the lock, and the two modification
+    times are compared.
+
+    Args:
+        path: the lock file.
+        token: random id of the caller, which becomes part of the name of the probe file.
+    """
     probe = path.with_name(f".{NAME}.probe.{token}")
     probe.touch()
     os.utime(probe)

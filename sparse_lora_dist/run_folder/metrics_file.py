@@ -1,4 +1,5 @@
-"""Write and read JSON Lines files (one JSON object per line). A resumed run appends to them."""
+"""Write and read JSON Lines files, which have one JSON object (a record) per line. A resumed run
+appends to the files of its run folder."""
 
 import json
 import math
@@ -11,21 +12,23 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.system.atomic_files import write_whole
 
 Record = Mapping[str, float | int | str]
-"""One record of ``metrics.jsonl``: numbers by name, among them ``step``, their optimizer step."""
+"""One line of ``metrics.jsonl`` as a dict: numbers by name, among them ``step``, the optimizer step
+after which they were measured."""
 
 
 class JsonLines:
-    """File of records, one JSON object per line, each with the key ``step``.
+    """File with one JSON object (a record) per line, each with the key ``step``, an optimizer step.
 
     Only rank 0 writes; on other ranks the methods do nothing. Not a collective.
     """
 
     def __init__(self, path: Path, *, last_step: int | None) -> None:
-        """Prepare the file: remove the records after the step that a resumed run starts from.
+        """Remove the records of the steps that a resumed run makes again.
 
         Args:
-            path: the file; it is created by the first record.
-            last_step: last step whose records are kept; None removes all records.
+            path: the file. It need not exist, and is created with the first record.
+            last_step: step that a resumed run starts from; records of later steps are removed. None
+                removes all records.
         """
         self.path, self._failed = path, False
         if comm.rank() == 0 and path.exists():
@@ -62,8 +65,14 @@ def _is_json(value: object) -> bool:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON Lines file as dicts, in order. Reading ends at the first line
-    that is not JSON: the last one, if a crash cut it short.
+    """Read a JSON Lines file. Reading ends at the first line that is not JSON, which is usually the
+    last line of the file, cut short by a crash.
+
+    Args:
+        path: the file, with one JSON object per line.
+
+    Returns:
+        One dict for each line, in the order of the file.
 
     Raises:
         OSError: the file cannot be read.

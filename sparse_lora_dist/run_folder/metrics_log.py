@@ -12,9 +12,9 @@ from sparse_lora_dist.run_folder.trackers import log_histograms, run_id, start_t
 
 
 def own_peak_memory_bytes() -> int:
-    """Return the peak memory of this rank in bytes. Not a collective.
+    """Return the largest memory that this rank has used so far, in bytes. Not a collective.
 
-    On a GPU it is the memory that torch has allocated there, on CPU the resident memory of the
+    On a GPU it is what torch had allocated on the device, on CPU the resident memory of the
     process.
     """
     if comm.on_gpu():
@@ -29,7 +29,7 @@ def peak_memory_bytes() -> int:
 
 
 class Metrics:
-    """Logs records to ``metrics.jsonl`` and to the trackers of a run.
+    """Logs numbers to ``metrics.jsonl`` and to the experiment trackers of a run.
 
     Only rank 0 writes; on other ranks the methods do nothing. Not a collective.
     """
@@ -43,16 +43,16 @@ class Metrics:
         last_step: int | None,
         run_ids: Mapping[str, str],
     ) -> None:
-        """Open the file and start the trackers.
+        """Open ``metrics.jsonl`` and start the trackers.
 
         Args:
             folder: the run folder.
-            trackers: names of trackers, each one of ``config.sections.TRACKERS``.
+            trackers: names of trackers, each one of ``config.sections.TRACKERS``, e.g. "wandb".
             config: options of the run by name, which the trackers show.
-            last_step: step that a resumed run starts from; records of later steps are removed. None
-                for a new run, which removes all records.
-            run_ids: property ``run_ids`` of the run that is resumed, so that the trackers continue
-                the same run; {} for a new run.
+            last_step: step that a resumed run starts from; lines of later steps are removed. None
+                for a new run, which removes all lines.
+            run_ids: the property ``run_ids`` as saved in the checkpoint that is resumed, with which
+                trackers continue the same run; {} for a new run.
 
         Raises:
             UserError: the package of a tracker is not installed.
@@ -67,13 +67,13 @@ class Metrics:
 
     @property
     def run_ids(self) -> dict[str, str]:
-        """Ids by which trackers know this run, by name of the tracker. They are saved in
-        checkpoints. {} on all ranks but rank 0."""
+        """Dict from the name of a tracker to its id for this run (see ``trackers.run_id``), which
+        checkpoints save. {} on all ranks but rank 0."""
         ids = {tracker.name: run_id(tracker) for tracker in self._trackers}
         return {name: own_id for name, own_id in ids.items() if own_id is not None}
 
     def log(self, record: Record) -> None:
-        """Append one record to ``metrics.jsonl``, and send its numbers to the trackers.
+        """Append one line to ``metrics.jsonl``, and send its numbers to the trackers.
 
         Args:
             record: numbers by name, among them ``step``, the optimizer step.
@@ -84,17 +84,20 @@ class Metrics:
             tracker.log(numbers, step=int(record["step"]))
 
     def log_sites(self, step: int, numbers: Mapping[str, Mapping[str, int]]) -> None:
-        """Log numbers of all sites after a decision as TensorBoard histograms. One scalar per site
-        would be thousands.
+        """Log numbers that each site (target module) has, as TensorBoard histograms over the sites.
+        One scalar per site would make thousands of curves. Called after a decision, when the method
+        has changed ranks or live entries.
 
         Args:
             step: optimizer step of the decision.
-            numbers: name of a number ("ranks", "live") -> name of a site -> value.
+            numbers: dict from the name of a number ("ranks" or "live") to a dict from the name of a
+                site to its value.
         """
         tags = {f"sites/{name}": [*sites.values()] for name, sites in numbers.items()}
         log_histograms(self._trackers, step, tags)
 
     def close(self) -> None:
-        """Flush and close the trackers. It may take long, if a tracker uploads."""
+        """Flush and close the trackers at the end of a job. It may take long, if a tracker
+        uploads."""
         for tracker in self._trackers:
             tracker.finish()

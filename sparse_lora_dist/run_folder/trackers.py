@@ -23,8 +23,8 @@ variable."""
 
 
 class _LocalLogger(MultiProcessAdapter):  # type: ignore[misc]
-    """Logger of accelerate's trackers without a ``PartialState``. The method that it overrides
-    raises if there is none, even for messages below the log level."""
+    """Logger for accelerate's trackers that works without a ``PartialState``. The ``log`` of its
+    base class raises an error without one, even for messages below the log level."""
 
     def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
         self.logger.log(level, msg, *args, **kwargs)
@@ -41,11 +41,12 @@ def start_trackers(
     """Start trackers, and return them in the order of ``names``. Call it on rank 0 only.
 
     Args:
-        names: names of trackers, keys of accelerate's ``LOGGER_TYPE_TO_CLASS``.
-        folder: the run folder; its name is the name of the run.
+        names: names of trackers, keys of accelerate's ``LOGGER_TYPE_TO_CLASS``, e.g. "wandb".
+        folder: the run folder; trackers show its name as the name of the run.
         config: options of the run by name, which the trackers show.
         last_step: step that a resumed run starts from; None for a new run.
-        run_ids: ids by which trackers know a resumed run, by name of the tracker.
+        run_ids: dict from the name of a tracker to its id for the run that is resumed (see
+            ``run_id``); {} for a new run.
 
     Raises:
         UserError: the package of a tracker is not installed.
@@ -70,8 +71,9 @@ def start_trackers(
 
 
 def run_id(tracker: GeneralTracker) -> str | None:
-    """Return the id with which a resumed run continues the same run in this tracker. Return None if
-    the tracker cannot continue a run, so that a resumed run appears there as a new one."""
+    """Return the id that W&B or MLflow gave to the run, with which a resumed run continues the same
+    run there. Return None for other trackers: TensorBoard and DVCLive continue from their files,
+    and the others show a resumed run as a new one."""
     if tracker.name == "wandb":
         return str(tracker.tracker.id)
     if tracker.name == "mlflow":
@@ -85,9 +87,9 @@ def log_histograms(
     """Add histograms to TensorBoard. The other trackers have no common call for histograms.
 
     Args:
-        trackers: started trackers; all but TensorBoard are left out.
-        step: optimizer step of the values.
-        values: tag of a histogram -> its values.
+        trackers: started trackers, of which only TensorBoard is used.
+        step: optimizer step after which the values were measured.
+        values: dict from the tag (title) of a histogram to the values that it counts.
     """
     for tracker in trackers:
         if tracker.name == "tensorboard":
@@ -105,7 +107,8 @@ def _build(
         folder: the run folder.
         config: options of the run by name.
         last_step: step that a resumed run starts from; None for a new run.
-        own_id: id by which the tracker knows a resumed run; None if it knows none.
+        own_id: the tracker's id for the run that is resumed (see ``run_id``); None for a new run,
+            or if the tracker has none.
     """
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":  # its events lie in logging_dir/name

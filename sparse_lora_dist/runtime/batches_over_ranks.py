@@ -21,16 +21,18 @@ def in_batches(
 ) -> list[Result]:
     """Apply ``work`` to batches of ``items``, spread over the ranks. Collective.
 
-    Batch i holds the ``batch_size`` items from i * batch_size on, and goes to rank
-    i % (number of ranks). Its items do not depend on the number of ranks, because the rounding of a
-    result depends on what else is in its batch. In the last round, ranks without a batch repeat the
-    last one and drop its results, because every forward is a collective.
+    Batch i holds the items from i * batch_size to (i + 1) * batch_size - 1, and goes to rank
+    i % (number of ranks). So the batches are the same for any number of ranks. This matters since
+    the rounding of a result depends on what else is in its batch. If the number of batches is not a
+    multiple of the number of ranks, the ranks that have one batch less run the last batch again and
+    drop its results, because every forward is a collective.
 
     Args:
-        items: items to work on, the same on every rank.
+        items: items to work on, e.g. prompts; the same on every rank.
         batch_size: number of items per batch.
-        work: collective function from the items of a batch to one result for each.
-        name: phase for the watchdog, and label of rank 0's progress bar.
+        work: function from the items of one batch to one result for each item. It may contain
+            collectives, since all ranks call it equally often.
+        name: name of this work, as the watchdog's phase and as label of rank 0's progress bar.
 
     Returns:
         One result for each item, in the order of ``items``, on every rank.

@@ -1,5 +1,5 @@
-"""Run the work of a program in launcher/: silence other libraries, print one message on failure,
-and exit with the status that says what happened."""
+"""Run a program of launcher/: read its options, silence other libraries, do its work, print one
+message on failure, and exit with the status that says what happened."""
 
 import logging
 import os
@@ -16,8 +16,8 @@ from sparse_lora_dist.errors import PeerError, Stopped, UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75
-"""Exit status of a run that was stopped early and saved (BSD's EX_TEMPFAIL); the same command with
---resume auto continues it."""
+"""Exit status of a run that was asked to stop early and has saved a checkpoint (EX_TEMPFAIL of
+BSD's sysexits.h). The same command with --resume auto continues the run."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -30,7 +30,8 @@ FOREIGN_LOGGERS = (
 
 
 class HasRun(Protocol):
-    """Options of any program: an object with an attribute ``run``, as ``Config`` has."""
+    """Options of any program of launcher/: an object whose attribute ``run`` is a ``RunConfig``, as
+    ``Config`` is."""
 
     @property
     def run(self) -> RunConfig: ...
@@ -42,10 +43,12 @@ Read = TypeVar("Read", bound=HasRun)
 def run_program(
     argv: Sequence[str], read: Callable[[Sequence[str]], Read], work: Callable[[Read], None]
 ) -> None:
-    """Read the options of a program, do its work, and end the process. Collective.
+    """Read the options of a program, do its work, and end the process. It never returns. Called on
+    every rank.
 
     Exit status: 0 when done; 2 on a ``UserError``, with its message; 1 on any other error, with a
-    traceback; 75 when stopped and saved; 130 on Ctrl-C.
+    traceback, or with one line if another rank caused it; 75 when stopped and a checkpoint was
+    saved; 130 on Ctrl-C.
 
     Args:
         argv: command line without the program's name.
@@ -94,8 +97,9 @@ def write_stderr(message: str, *, for_all: bool = False) -> None:
 
     Args:
         message: the text to print.
-        for_all: True if all ranks call this with the same message, so that only one rank of each
-            machine prints it.
+        for_all: True if all ranks call this with the same message. Only local rank 0 of each
+            machine then prints it; the other ranks wait one second, so that none exits before it is
+            printed.
     """
     if not for_all or this_launch().local_rank == 0:
         print(message, file=sys.stderr)
@@ -104,8 +108,9 @@ def write_stderr(message: str, *, for_all: bool = False) -> None:
 
 
 def exit_process(code: int) -> NoReturn:
-    """End the process at once with exit status ``code``. The interpreter's shutdown is skipped, as
-    it may wait for other ranks inside a collective."""
+    """End the process at once with exit status ``code``, after flushing stdout and stderr. Python's
+    own shutdown (atexit functions, destructors) is skipped, because it may wait for other ranks
+    inside a collective."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

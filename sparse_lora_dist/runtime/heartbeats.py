@@ -1,8 +1,9 @@
-"""Post and read heartbeats: records with which each rank tells the others that it is alive, and
-where it is.
+"""Post and read heartbeats: messages with which each rank tells the others that it is alive, and
+how far it is in its work.
 
-They are posted in two places: torch's rendezvous store, and the folder ``RUN/ranks/``. The store is
-gone when rank 0 is; the folder can still be read then.
+Each heartbeat is written twice, as JSON: to torch's rendezvous store, and to a file in the folder
+``ranks`` of the run folder. The store is gone when the process of rank 0 is; the files can still be
+read then.
 """
 
 import json
@@ -26,32 +27,39 @@ class Heartbeat:
 
     rank: int
     process: Process
+    """Host and PID of the rank's process."""
     number: int
-    """Number of heartbeats that the rank has sent. It grows no more when the process is stopped or
-    gone."""
+    """Number of heartbeats that the rank has sent, this one included. It stays the same when the
+    process is stopped or gone."""
     time: float
     """Seconds since 1970, by the clock of the rank's host."""
     step: int
+    """Number of the optimizer step that the rank is in."""
     phase: str
+    """What the rank does, as set by ``watchdog.set_phase``, e.g. "forward"."""
     marks: int
-    """Number of phases that the rank has begun. A rank with fewer than the others is behind."""
+    """Number of calls of ``watchdog.set_phase`` so far. A rank with fewer than the others is
+    behind."""
     collectives: int
-    """Number of collectives that the rank has entered."""
+    """Number of collectives that the rank has entered, those of DeepSpeed included."""
     last_collective: str
-    """Name of the last collective that this package called; those of DeepSpeed do not count."""
+    """Name of the last collective that this package called; those of DeepSpeed are not named."""
     ended: bool = False
-    """True if the rank is ending, with a message of its own."""
+    """True if the rank is about to end, with an error message of its own."""
 
     @property
     def progress(self) -> tuple[int, int]:
+        """(phases begun, collectives entered): the larger pair is further in the run."""
         return self.marks, self.collectives
 
     @property
     def who(self) -> str:
+        """Rank, host and PID, as text for messages."""
         return f"rank {self.rank} ({self.process})"
 
     @property
     def where(self) -> str:
+        """Step, phase and collectives that the rank had reached, as text for messages."""
         return (
             f"step {self.step}, {self.phase}, collective {self.collectives:,} (the last one that "
             f"is not DeepSpeed's: {self.last_collective})"
@@ -59,15 +67,16 @@ class Heartbeat:
 
 
 Heartbeats = dict[int, Heartbeat]
-"""Rank -> its newest heartbeat. Ranks of which no heartbeat could be read are missing."""
+"""Dict from a rank to its newest heartbeat. Ranks of which none could be read are missing."""
 
 
 class Board:
-    """Posts and reads heartbeats in both places, the store and the folder ``RUN/ranks/``.
+    """Posts and reads heartbeats, in torch's rendezvous store and in the folder ``ranks`` of the
+    run folder.
 
     Args:
         run: the run folder.
-        patience_s: most seconds to wait for the store or the disk.
+        patience_s: most seconds that one read waits for the store, and again for the disk.
     """
 
     def __init__(self, run: Path, *, patience_s: float) -> None:
@@ -75,14 +84,15 @@ class Board:
         self._store = comm.Store(patience_s)
 
     def post(self, heartbeat: Heartbeat) -> None:
-        """Write a heartbeat to both places; a place that cannot be written to is skipped."""
+        """Write a heartbeat of this rank to the store and to the folder. If one of them cannot be
+        written to, it is skipped without an error."""
         with suppress(Exception):  # before the file: a disk may hang, the store does not
             self._store.set(_key(heartbeat.rank), _written(heartbeat))
         self.post_file(heartbeat)
 
     def post_file(self, heartbeat: Heartbeat) -> None:
-        """Write a heartbeat to the folder only, because torch prints long messages if the store is
-        gone."""
+        """Write a heartbeat of this rank to the folder only. Used when the rank ends: the store may
+        be gone, and torch would print long messages."""
         path = self._file(heartbeat.rank)
         temporary = path.with_name(f".{path.name}.{threading.get_ident()}")
         with suppress(OSError):
@@ -90,13 +100,21 @@ class Board:
             temporary.replace(path)
 
     def read(self) -> Heartbeats:
-        """Return the newest heartbeat of every rank that either place returns in time."""
+        """Read the store and the folder, each for at most ``patience_s`` seconds.
+
+        Returns:
+            Dict from a rank to the newer of its two heartbeats.
+        """
         from_store = in_time(self._of_store, self.patience_s) or []
         found = [*from_store, *self.read_files().values()]
         return {beat.rank: beat for beat in sorted(found, key=lambda beat: beat.number)}
 
     def read_files(self) -> Heartbeats:
-        """Return the heartbeats that the folder returns in time."""
+        """Read the folder only, for at most ``patience_s`` seconds.
+
+        Returns:
+            Dict from a rank to its heartbeat; {} if the disk does not answer in time.
+        """
         return {beat.rank: beat for beat in in_time(self._of_files, self.patience_s) or []}
 
     def _of_store(self) -> list[Heartbeat]:
@@ -110,10 +128,17 @@ class Board:
 
 
 def in_time(work: Callable[[], T], seconds: float) -> T | None:
-    """Return the result of ``work``; None if it fails or takes more than ``seconds``.
+    """Call ``work`` in a thread, and wait for its result for a limited time.
 
-    ``work`` runs in a thread of its own. If the store or the disk hangs, the thread goes on waiting
-    after this function has returned.
+    If ``work`` hangs, e.g. in reading a disk, its thread goes on waiting after this function has
+    returned.
+
+    Args:
+        work: function to call.
+        seconds: most seconds to wait.
+
+    Returns:
+        The result of ``work``; None if it raises an exception or takes longer.
     """
     done: list[T] = []
 

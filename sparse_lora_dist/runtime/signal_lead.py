@@ -7,13 +7,13 @@ from sparse_lora_dist.distributed.console import print_line
 
 
 class SignalLead:
-    """Compares ``--signal_lead`` with the measured times of steps and saves.
+    """Compares ``--signal_lead`` with the measured times of optimizer steps and of checkpoints.
 
-    Call its methods on every rank; rank 0 prints. Not a collective.
+    A scheduler such as Slurm sends a signal some time before it kills a job. ``--signal_lead`` says
+    how long before. Call the methods on every rank; rank 0 prints the warning. Not a collective.
 
     Args:
-        lead: value of ``--signal_lead``, the duration between signal and kill, e.g. "90s"; None
-            warns of nothing.
+        lead: value of ``--signal_lead``, e.g. "90s"; None for no such signal, and so no warning.
     """
 
     def __init__(self, lead: str | None) -> None:
@@ -25,8 +25,12 @@ class SignalLead:
         self._slowest_s = max(self._slowest_s, seconds)
 
     def save_took(self, seconds: float) -> None:
-        """Record the seconds from the begin of a checkpoint to its publishing. Print a warning if
-        ``--signal_lead`` is too short, at most once."""
+        """Record how long a checkpoint took to save. Print a warning, at most once, if
+        ``--signal_lead`` is too short.
+
+        Args:
+            seconds: time from the begin of saving until the checkpoint was complete.
+        """
         needed_s = lead_needed_s(self._slowest_s, seconds)
         if self._lead_s is None or self._lead_s >= needed_s:
             return
@@ -40,13 +44,14 @@ class SignalLead:
 
 
 def lead_needed_s(slowest_step_s: float, save_s: float) -> float:
-    """Return the seconds needed between the signal and the kill: two steps and two saves.
+    """Return the seconds that a job needs between the signal and the kill: two steps and two saves.
 
-    Two saves, since one may be under way, and must be finished before the last one begins. Two
-    steps, since the signal may come just after a step has begun, and one is a reserve.
+    Two saves, since a checkpoint may be being written when the signal comes, and must be finished
+    before the last one begins. Two steps, since the signal may come just after a step has begun,
+    and the second one is a reserve.
 
     Args:
-        slowest_step_s: seconds of the slowest step so far.
-        save_s: seconds of the last save.
+        slowest_step_s: seconds of the slowest optimizer step so far.
+        save_s: seconds that the last checkpoint took to save.
     """
     return 2 * slowest_step_s + 2 * save_s

@@ -1,7 +1,8 @@
-"""Stop a run early, by a signal or the time limit, on all ranks at the same place.
+"""Stop a run early, by a signal or the time limit, on all ranks at the same point of their work.
 
-A signal only sets a flag. ``check`` is called at every boundary: before a micro-batch, between
-batches of an evaluation, after a step. There the ranks compare their flags and stop together.
+A signal only sets a flag on the rank that received it. ``check`` is called at every point where the
+run can stop (a boundary): before each micro-batch of a step, before each batch of an evaluation,
+and at two points while the run is set up. There the ranks compare their flags and stop together.
 """
 
 import os
@@ -20,21 +21,24 @@ from sparse_lora_dist.errors import Stopped
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SIGNALS_OF_ONE_REQUEST_S = 2.0
-"""Signals at most this many seconds apart are one request: on Ctrl-C a launcher sends SIGTERM as
-well."""
+"""A signal that comes at most this many seconds after the first belongs to the same request: on
+Ctrl-C a launcher sends SIGTERM as well."""
 UNMEASURED = 0.05
-"""Fraction of the time limit that a save is assumed to take until one has been measured."""
+"""Fraction of the time limit that saving a checkpoint is assumed to take at least. Longer
+measured times replace it."""
 CLOCK = 1
-"""Code of a stop by the time limit. The code of a stop by a signal is the signal's number. If ranks
-have different codes, the largest is reported; all numbers of ``SIGNALS`` are larger than 1."""
+"""Code that stands for a stop by the time limit. A stop by a signal has the signal's number as its
+code, and 0 means no stop. If ranks have different codes, the largest is reported; all numbers of
+``SIGNALS`` are larger than 1."""
 
 
 class _StopRequest:
-    """State of this rank: whether it was asked to stop, and the measured times that
-    ``--time_limit`` needs.
+    """State of this rank: whether it was asked to stop, and the measured times from which
+    ``check_time_limit`` computes when to stop.
 
     Args:
-        time_limit_s: seconds from the start of the process; None for no limit.
+        time_limit_s: most seconds that the process may run, from its start on (``--time_limit``);
+            None for no limit.
     """
 
     def __init__(self, time_limit_s: float | None) -> None:
@@ -69,8 +73,8 @@ class _StopRequest:
             os._exit(128 + number)
 
     def check_time_limit(self) -> None:
-        """Request a stop if the time left is too short to reach the next boundary and to save a
-        checkpoint there."""
+        """Request a stop if the time left is less than the longest time between two boundaries so
+        far, plus twice the time to save a checkpoint. Called at each boundary."""
         now = time.monotonic()
         self.slowest_s, self.last = max(self.slowest_s, now - self.last), now
         if self._limit_s is not None and self.code == 0:
@@ -84,7 +88,8 @@ _request: _StopRequest | None = None
 
 @contextmanager
 def listening(time_limit: str | None) -> Iterator[None]:
-    """Context manager: inside it SIGUSR1, SIGTERM and SIGINT request a stop. For the main thread.
+    """Context manager: inside it SIGUSR1, SIGTERM and SIGINT (Ctrl-C) request a stop instead of
+    ending the process. Entered on every rank, in the main thread; not a collective.
 
     Args:
         time_limit: value of ``--time_limit``, a duration from the start of the process, e.g. "2h";
@@ -119,21 +124,27 @@ def _listen(reading: int, request: _StopRequest) -> None:
 
 
 def begin() -> None:
-    """Start to measure the time between boundaries. Called after loading, which has none. Not a
+    """Start anew to measure the time between boundaries, at which a run can stop. Called before the
+    first step, because loading has few boundaries and would count as a long time between two. Not a
     collective."""
     if _request is not None:
         _request.slowest_s, _request.last = 0.0, time.monotonic()
 
 
 def save_took(seconds: float) -> None:
-    """Record the seconds from the begin of a save to its publishing. ``--time_limit`` reserves
-    twice the longest of them for the last save. Not a collective."""
+    """Record how long a checkpoint took to save. ``--time_limit`` reserves twice the longest of
+    these times for the last checkpoint. Not a collective.
+
+    Args:
+        seconds: time from the begin of saving until the checkpoint was complete.
+    """
     if _request is not None:
         _request.save_s = max(_request.save_s, seconds)
 
 
 def check() -> None:
-    """Raise Stopped on all ranks if one of them was asked to stop. Collective.
+    """Raise Stopped on all ranks if one of them was asked to stop. Called wherever the run can
+    stop. Collective. Outside ``listening`` it does nothing.
 
     Raises:
         Stopped: a signal came to one of the ranks, or the time limit is near; on every rank.

@@ -1,4 +1,8 @@
-"""Find the ranks that keep the others waiting, by comparing two readings of all heartbeats."""
+"""Find the ranks that keep the others waiting, from the heartbeats of all ranks.
+
+The watchdog calls these functions when its rank has made no progress for the timeout. It has read
+the heartbeats twice by then: after half the timeout, and now.
+"""
 
 import time
 from collections.abc import Sequence
@@ -11,28 +15,29 @@ from sparse_lora_dist.system.processes import is_gone
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """Result of comparing heartbeats: which ranks are stuck, and the text that says so."""
+    """Result of comparing heartbeats: which ranks are stuck, and a text that says so."""
 
     text: str
-    """Sentences that the other ranks print."""
+    """Sentences to print, for the user."""
     lost: Sequence[Heartbeat] = ()
-    """Last heartbeats of the ranks that send none any more: their processes are stopped or gone.
-    The other ranks kill them."""
+    """Last heartbeats of the ranks that send none any more, as their processes are stopped or gone.
+    The watchdog kills these processes."""
     behind: Sequence[Heartbeat] = ()
-    """Heartbeats of the ranks that are alive, but not at the place where the others wait."""
+    """Heartbeats of the ranks that are alive, but have begun fewer phases or collectives than the
+    others, which wait for them."""
 
 
 def find_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
     """Find the ranks that sent no heartbeat between two readings, or whose process is gone.
 
-    This rank and ranks that ended with a message of their own do not count.
+    This rank is left out, and so are ranks that have ended with an error message of their own.
 
     Args:
-        before: heartbeats of the first reading.
-        now: heartbeats of the second reading.
+        before: heartbeats of the first reading, by rank.
+        now: heartbeats of the second reading, by rank.
 
     Returns:
-        The verdict; None if there is no such rank.
+        Verdict with these ranks in ``lost``; None if there are none.
     """
     others = [beat for beat in now.values() if not beat.ended and beat.rank != comm.rank()]
     silent = {rank for rank, beat in before.items() if now.get(rank) == beat}
@@ -43,8 +48,18 @@ def find_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
 
 
 def find_store_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
-    """Return the verdict that rank 0, which holds the rendezvous store, is lost. Return None if it
-    does not hold the store, or if one of the two readings has a heartbeat of it."""
+    """Find out whether rank 0 is lost together with the rendezvous store that its process holds.
+
+    This needs a function of its own, since there is then no heartbeat of rank 0 to compare.
+
+    Args:
+        before: heartbeats of the first reading, by rank.
+        now: heartbeats of the second reading, by rank.
+
+    Returns:
+        Verdict whose text says that rank 0 does not answer. None if a reading has a heartbeat of
+        rank 0, if this is rank 0, or if the store is not in rank 0's process.
+    """
     if 0 in before or 0 in now or comm.rank() == 0 or not comm.store_is_in_rank_0():
         return None
     return Verdict(
@@ -53,8 +68,15 @@ def find_store_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
 
 
 def find_behind(now: Heartbeats) -> Verdict:
-    """Return the verdict on the ranks that are behind, for a job in which all ranks send
-    heartbeats."""
+    """Find the ranks that are furthest behind, in a job in which all ranks send heartbeats.
+
+    Args:
+        now: newest heartbeats, by rank.
+
+    Returns:
+        Verdict with these ranks in ``behind``. If no rank is behind the others, or ``now`` is
+        empty, only its text is set and says what to check.
+    """
     if not now:
         return Verdict(text="No rank answers. Check the network and the disk of the run folder.")
     least = min(beat.progress for beat in now.values())

@@ -1,8 +1,14 @@
 """Watchdog: end a job in which no rank makes progress, and report which rank is stuck.
 
-Each rank has two threads beside the main one. The first posts heartbeats and renews the lock of the
-run folder. The second wakes up ``TURNS`` times per timeout, and counts the turns in a row without
-progress. It uses neither the disk nor the rendezvous store while it counts, as these may hang.
+A rank makes progress when it enters a collective, or begins a phase: a part of its work with a
+name, e.g. "forward" (``set_phase``). The timeout is ``--collective_timeout``.
+
+Each rank has two threads beside the main one. The first posts heartbeats, which tell the other
+ranks that this one is alive and what it does, and renews the lock of the run folder. The second
+wakes up ``TURNS`` times per timeout, and counts the wake-ups (turns) in a row in which its own rank
+has made no progress. When half the timeout is over it reads the heartbeats of all ranks, and after
+the whole timeout it reads them again: comparing the two shows which ranks are stuck. It uses
+neither the disk nor the rendezvous store while it counts, as these may hang.
 """
 
 import faulthandler
@@ -25,13 +31,15 @@ from sparse_lora_dist.runtime.stuck_ranks import Verdict, find_behind, find_lost
 from sparse_lora_dist.system.processes import kill, this_process
 
 TURNS = 20
-"""Number of turns of the counting thread in one timeout."""
+"""Number of times that the counting thread wakes up in one timeout."""
 LONGEST_S = 5.0
 """Most seconds between two heartbeats, and most seconds to wait for the store or the disk."""
 
 
 @dataclass
 class _Place:
+    """How far this rank is: the last arguments of ``set_phase``, and its number of calls."""
+
     step: int = 0
     phase: str = "starting"
     marks: int = 0
@@ -42,14 +50,16 @@ _place = _Place()
 
 
 def set_phase(phase: str, *, step: int | None = None, may_be_long: bool = False) -> None:
-    """Set the phase of this rank, which counts as progress and which the watchdog reports. Not a
-    collective, but all ranks must set the same phases in the same order.
+    """Tell the watchdog what this rank does from here on: its phase. A new phase counts as
+    progress, and the message about a stuck rank names its phase.
+
+    Not a collective, but all ranks must set the same phases in the same order.
 
     Args:
-        phase: what the rank does from here on, e.g. "loading the base".
-        step: optimizer step from here on; None keeps the current one.
-        may_be_long: the phase may take longer than the timeout, as long as all ranks send
-            heartbeats.
+        phase: what the rank does, e.g. "loading the base".
+        step: number of the optimizer step from here on; None keeps the current one.
+        may_be_long: True if the phase may take longer than the timeout. The job then ends only if a
+            rank sends no heartbeats.
     """
     _place.phase, _place.may_be_long = phase, may_be_long
     _place.step = _place.step if step is None else step
@@ -58,14 +68,15 @@ def set_phase(phase: str, *, step: int | None = None, may_be_long: bool = False)
 
 @contextmanager
 def watched(run: Path, timeout_s: float) -> Iterator[None]:
-    """Context manager: run the watchdog's threads inside the context. Collective.
+    """Context manager: run the watchdog's threads until the context is left. Collective.
 
     Args:
         run: the run folder.
-        timeout_s: seconds without progress of any rank after which the job ends.
+        timeout_s: seconds after which the job ends if no rank makes progress.
 
     Raises:
-        PeerError: a collective failed because of another rank; the message names it.
+        PeerError: raised instead of the error with which a collective failed on this rank because
+            of another rank. The message names the other rank if heartbeats show it.
     """
     set_phase("starting", step=0, may_be_long=True)
     board = Board(run, patience_s=min(LONGEST_S, timeout_s / 4))
@@ -93,7 +104,13 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
 
 
 class _Watchdog:
-    """The two threads of the watchdog, and the heartbeats that they have read."""
+    """The two threads of the watchdog on this rank, and the heartbeats of all ranks that they read
+    after half the timeout without progress. The threads start when the object is made.
+
+    Args:
+        board: object that posts and reads heartbeats.
+        timeout_s: seconds after which the job ends if no rank makes progress.
+    """
 
     def __init__(self, board: Board, timeout_s: float) -> None:
         self.board, self.timeout_s = board, timeout_s
@@ -112,13 +129,13 @@ class _Watchdog:
             thread.join(LONGEST_S)
 
     def tell_end(self) -> None:
-        """Post a heartbeat that tells the other ranks that this one ends with a message of its
-        own."""
+        """Post a last heartbeat, marked as ended, when this rank is about to end with an error
+        message of its own. The other ranks then do not report this rank as lost."""
         self._ended = True
         in_time(lambda: self.board.post_file(self._heartbeat()), self.board.patience_s)
 
     def reason(self, error: Exception) -> str:
-        """Return the reason for which a collective failed on this rank, as text.
+        """Return as text why a collective failed on this rank: which other rank is gone or behind.
 
         Args:
             error: the exception that the collective raised.
@@ -169,7 +186,14 @@ class _Watchdog:
                 still = 0
 
     def _judge(self) -> None:
-        """End the job, unless all ranks send heartbeats in a phase that may be long."""
+        """Decide what to do after one timeout without progress on this rank. Runs in the counting
+        thread of each rank.
+
+        If a rank sends no heartbeats any more, its process is gone, or the rendezvous store does
+        not answer, end this process with a message that names it. If all ranks send heartbeats, end
+        this process and name the ranks that are behind, unless the present phase may be long:
+        then do nothing.
+        """
         now = self.board.read()
         verdict = find_lost(self._at_half, now) or find_store_lost(self._at_half, now)
         if verdict is None and not _place.may_be_long:
@@ -192,6 +216,7 @@ class _Watchdog:
 
 
 def _is_about_a_peer(error: BaseException) -> bool:
-    """Return True if ``error`` says that another rank is gone or did not join a collective."""
+    """Return True if ``error`` is torch's message that another rank is gone or did not join a
+    collective in time."""
     texts = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)

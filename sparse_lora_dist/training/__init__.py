@@ -1,1 +1,2 @@
-"""The optimizer step of a training run, and the work around it: data, resume, logging, saving."""
+"""Make the optimizer steps of a training run, and do the work around them: data, resume, logging,
+checkpoints."""

@@ -27,23 +27,30 @@ before it. Losses of different batches usually lie within 1 to 2 standard deviat
 
 
 class Health:
-    """Logs bad steps to ``bad_steps.jsonl``, and ends a run that has only such steps."""
+    """Logs bad steps to ``bad_steps.jsonl``, and ends a run that has too many in a row.
+
+    A step is bad if its loss or gradient is not finite (it then updates nothing), or if its loss is
+    far above the losses before it. Only steps of the first kind can end the run.
+    """
 
     def __init__(self, folder: Path, max_bad_steps: int, *, last_step: int | None) -> None:
-        """Open the file and remove the records that a resumed run makes again.
+        """Open the file, and remove the records (one JSON object per line) of the steps that a
+        resumed run makes again.
 
         Args:
             folder: the run folder.
             max_bad_steps: number of steps in a row without a finite loss and gradient that ends the
                 run.
-            last_step: last step whose records are kept; None removes all.
+            last_step: optimizer step that a resumed run starts from, whose records and those of
+                earlier steps are kept; None removes all.
         """
         self._lines = JsonLines(folder / "bad_steps.jsonl", last_step=last_step)
         self._most, self._in_a_row = max_bad_steps, 0
         self._losses: deque[float] = deque(maxlen=WINDOW)
 
     def after_step(self, step: int, result: StepResult, batches: Sequence[MicroBatch]) -> None:
-        """Print and log the step if it is bad, and raise if too many were. Collective.
+        """Print and log the step if it is bad, and raise UserError if it is one too many. Called
+        after each optimizer step. Collective.
 
         Args:
             step: number of the optimizer step, counted from 1.
@@ -51,7 +58,8 @@ class Health:
             batches: this rank's micro-batches of the step, whose row numbers are logged.
 
         Raises:
-            UserError: too many steps in a row had no finite loss and gradient.
+            UserError: ``max_bad_steps`` steps in a row had a loss or gradient that is not finite;
+                on every rank.
         """
         if result.applied:
             self._in_a_row = 0

@@ -22,30 +22,36 @@ from sparse_lora_dist.tasks import TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class DataFeed:
-    """Data of a run: the rows to train on, and how many optimizer steps they are."""
+    """Data of a run: the rows to train on, and how many optimizer steps they are.
+
+    A row is one sequence of a batch: several packed documents, or one example. A run trains on a
+    stream of rows with the numbers 0, 1, 2, ...: each epoch has all rows of the data set once, in a
+    new random order. A global batch is the rows of one optimizer step, over all ranks and
+    micro-batches.
+    """
 
     rows: Rows
-    """Rows of the training data, of one epoch."""
+    """Rows of the training data set, each once."""
     held_out: Rows | None
     """Rows for the held-out loss; None without ``--eval_data``."""
     pad_id: int
     """Token id used as padding."""
     collate: Collate
-    """Function that makes a micro-batch of rows."""
+    """Function that makes a micro-batch of rows: ``packed_batch`` or ``labelled_batch``."""
     micro_batch_size: int
     """Rows per rank in one forward."""
     accumulation: int
     """Micro-batches per optimizer step."""
     end_row: int
-    """Number of rows of the stream that the run trains on, over all epochs. Filler rows complete
-    the last global batch."""
+    """Number of rows of the stream that the run trains on, over all epochs. If too few are left for
+    the last global batch, filler rows without a loss complete it."""
     program: str = "launcher/train.py"
     """Program that started the run. The summary names it in the command that continues the run."""
 
     @property
     def identity(self) -> str:
-        """Text that differs for other training rows. A resumed run must have the same. "" if the
-        options of the run determine its rows, which a resume compares anyway."""
+        """Text that identifies the training rows, or "" (as here) if the options of the run
+        determine its rows. A resumed run must have the same text as its checkpoint."""
         return ""
 
     @property
@@ -55,7 +61,8 @@ class DataFeed:
 
     @property
     def total_steps(self) -> int:
-        """Number of optimizer steps of the run. All schedules end with the last one."""
+        """Number of optimizer steps of the run. The schedules of the learning rate and of the
+        method end with the last of them."""
         return math.ceil(self.end_row / self.global_batch)
 
     def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
@@ -63,7 +70,8 @@ class DataFeed:
 
         Args:
             first_row: number of the row in the stream at which the step's global batch begins.
-            steps_done: number of optimizer steps made before this step.
+            steps_done: number of optimizer steps made before this step. It tells where the run
+                ends in the stream, if ``--reset`` let the two start from different places.
         """
         # The offset is not 0 after --reset schedule or data.
         offset = first_row - steps_done * self.global_batch
@@ -73,7 +81,7 @@ class DataFeed:
         """Yield this rank's micro-batches of the held-out rows, in the order of the data.
 
         Args:
-            limit: largest number of global batches to take.
+            limit: largest number of global batches to take, from the first one on.
         """
         assert self.held_out is not None
         starts = range(0, len(self.held_out), self.global_batch)
@@ -98,11 +106,15 @@ class DataFeed:
 def open_feed(config: Config, model: Model) -> DataFeed:
     """Read, tokenise and pack the data sets ``--data`` and ``--eval_data``. Collective.
 
-    The first rank of each node does so first; the other ranks then read its cache.
+    The first rank of each node does it first, and the others wait. They then read the files that it
+    has cached on disk.
 
     Args:
         config: options of the run.
         model: model whose tokenizer is used. The padding token is set in its config.
+
+    Returns:
+        The data, ready to make micro-batches; the same on every rank.
 
     Raises:
         UserError: the data or the tokenizer cannot be used, or ``--warmup_steps`` is longer than
@@ -140,6 +152,10 @@ def open_feed(config: Config, model: Model) -> DataFeed:
 
 def open_tokenizer(config: Config, model: Model) -> Any:
     """Return the transformers tokenizer in the model's folder. Not a collective.
+
+    Args:
+        config: options of the run, of which only ``trust_remote_code`` is used.
+        model: model whose ``folder`` holds the tokenizer.
 
     Raises:
         UserError: the tokenizer is missing or damaged.

@@ -1,4 +1,4 @@
-"""The work around the optimizer steps of a run: resume, metrics, held-out loss, checkpoints,
+"""Do the work around the optimizer steps of a run: resume, metrics, held-out loss, checkpoints,
 export."""
 
 import shutil
@@ -38,7 +38,10 @@ from sparse_lora_dist.zero3.engine import Engine
 
 
 class Job:
-    """One job of a run, which is one start of the program. Every method is a collective.
+    """One job of a run, and its work around the optimizer steps.
+
+    A job is one start of the program; a run that is resumed has several. All ranks must call every
+    method, in the same order.
 
     Args:
         config: options of the run.
@@ -65,13 +68,13 @@ class Job:
 
     def start(self, resume: Resume | None) -> None:
         """Restore a checkpoint if there is one, and open the files of the run folder. Log the
-        held-out loss of a new run as step 0.
+        held-out loss of a new run as step 0. Called once, before the first step.
 
         Args:
             resume: checkpoint to continue from; None for a new run.
 
         Raises:
-            Stopped: the run was asked to stop during the held-out loss.
+            Stopped: the run was asked to stop while the held-out loss was measured.
         """
         pending, ids, step = None, {}, None
         if resume is not None:
@@ -108,8 +111,11 @@ class Job:
         stop_signals.begin()
 
     def set_learning_rate(self, step: int) -> None:
-        """Set the learning rates of optimizer step ``step``. If the step is the first of a later
-        stage and the method asks for it, also reset the optimizer's moments."""
+        """Set the learning rates of optimizer step ``step``. Called before the step.
+
+        Also reset the optimizer's moments if the method asks for it and the step begins a new
+        stage. A stage is a part of the run with a learning-rate schedule of its own.
+        """
         start, _ = stage_of(step, self.rate.stages)
         if 0 < start == step - 1 and self.shards.method.stage_resets_moments:
             self.shards.optimizer.reset_moments()
@@ -124,17 +130,19 @@ class Job:
         seconds: float,
         is_last: bool,
     ) -> None:
-        """Count a step that was made; log, evaluate and save if due at this step.
+        """Count a step that was made; log, evaluate and save if due at this step. Called after each
+        optimizer step.
 
         Args:
             step: number of the optimizer step, counted from 1.
             batches: this rank's micro-batches of the step.
             result: result of the step.
-            seconds: duration of the step.
+            seconds: duration of the step in seconds.
             is_last: True if this is the last step of the job, which always evaluates and saves.
 
         Raises:
-            UserError: too many steps in a row were not finite, or a file cannot be written.
+            UserError: too many steps in a row had a loss or gradient that is not finite, or a file
+                cannot be written.
             Stopped: the run was asked to stop.
         """
         self.progress = Progress(
@@ -160,11 +168,12 @@ class Job:
     def _conclude(
         self, row: Mapping[str, float | int] | None, *, evaluates: bool, saves: bool
     ) -> None:
-        """Evaluate, log and save at the present step. If the run is stopped during the evaluation,
-        the checkpoint notes these actions as pending, and the next job does them first.
+        """Evaluate, log and save after the present step, as the arguments say. If the run is
+        stopped during the evaluation, its checkpoint lists these actions as pending, and the next
+        job does them before its first step.
 
         Args:
-            row: numbers of training to log; None logs no record.
+            row: numbers of training to log, by name; None logs nothing.
             evaluates: True to measure the held-out loss.
             saves: True to save a checkpoint.
         """
@@ -206,10 +215,11 @@ class Job:
     def log(
         self, step: int, row: Mapping[str, float | int], *, held_out: Mapping[str, float]
     ) -> None:
-        """Write one record of metrics, and print the held-out scores in it.
+        """Append one line to ``metrics.jsonl``, send it to the trackers, and print the held-out
+        scores in it.
 
         Args:
-            step: optimizer step of the numbers.
+            step: optimizer step after which the numbers were measured; 0 is before training.
             row: numbers of training by name; {} if there are none.
             held_out: scores of the held-out data at the same step by name; {} if there are none.
         """
@@ -218,8 +228,12 @@ class Job:
             print_line("held-out", f"{in_words(held_out, self.task.target)} at step {step}")
 
     def held_out(self) -> dict[str, float]:
-        """Measure and return the held-out loss and the task's other scores, by name. Return {}
-        without held-out data."""
+        """Measure the held-out loss and the task's other scores.
+
+        Returns:
+            Scores by their keys in metrics.jsonl, e.g. "held_out_loss" in nats per target; the same
+            on every rank. {} without held-out data.
+        """
         if self.feed.held_out is None:
             return {}
         batches = self.feed.held_out_batches(self.config.run.eval_batches)
@@ -227,7 +241,7 @@ class Job:
 
     def save(self, held_out_loss: float | None) -> None:
         """Save a checkpoint of the present step. With ``--async_save`` saving only starts here, and
-        the checkpoint is published at the end of a later step.
+        a later step publishes the checkpoint, that is gives the complete folder its final name.
 
         Args:
             held_out_loss: held-out loss at this step, by which ``--keep_best`` chooses; None if it
@@ -249,8 +263,12 @@ class Job:
         self._publish(self._saver.begin(self.shards, self.progress, about))
 
     def _publish(self, path: Path | None) -> None:
-        """Record how long the checkpoint published at ``path`` took, and remove old checkpoints. Do
-        nothing if ``path`` is None."""
+        """Do what follows when a checkpoint is complete: record how long it took to save, and
+        remove the checkpoints that ``--keep_last`` and ``--keep_best`` do not keep.
+
+        Args:
+            path: folder of the complete checkpoint; None if there is none, and nothing is done.
+        """
         if path is None:
             return
         stop_signals.save_took(self._saver.took_s)
@@ -263,18 +281,18 @@ class Job:
                 checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
 
     def publish_what_is_saved(self) -> None:
-        """Publish the checkpoint that is being written, if there is one, before the run ends with
-        an error."""
+        """Finish the checkpoint that is being written, if there is one. Called when the run ends
+        with a ``UserError`` on all ranks. No further error is raised."""
         with suppress(Exception):  # a rank may be gone; the error that ends the run is printed
             self._bar.close()
             self._publish(self._saver.finish())
 
     def stop(self, why: Stopped) -> None:
-        """Save and publish a checkpoint of the last complete step, and print the command that
-        continues the run.
+        """Save a checkpoint of the last complete step, and print the command that continues the
+        run. Called when the run was asked to stop.
 
         Args:
-            why: reason of the stop.
+            why: the exception with the reason of the stop.
         """
         self._bar.close()
         if self.progress.step > self._saved_step:
@@ -289,7 +307,8 @@ class Job:
         print_line("go on", next_command(self.config, self.feed, self.progress))
 
     def finish(self) -> None:
-        """Publish the last checkpoint, export the adapter, and print the summary."""
+        """Finish the last checkpoint, export the adapter, and print the summary. Called after the
+        last step of the job, unless it was stopped or failed."""
         watchdog.set_phase("exporting", may_be_long=True)  # a tracker may upload for long
         self._bar.close()
         if self.progress.step > self._saved_step:  # the caller of training() left before the end
@@ -319,8 +338,9 @@ class Job:
         """Export the adapter to the folder ``adapter`` of the run folder.
 
         Returns:
-            Size of its weights in bytes, on rank 0. It is 0 if nothing was written, because all
-            entries are dead (a warning is printed) or the method has no adapter to write.
+            Size of its weights in bytes, on rank 0. It is 0 if nothing was written, either because
+            all entries are pruned (a warning is printed) or because the method has no adapter to
+            write.
         """
         try:
             return peft_adapter.save_peft(
@@ -358,6 +378,10 @@ def _learning_rate(config: Config, method: Method, total_steps: int) -> Learning
 
 
 def is_due(step: int, every: int) -> bool:
-    """Return True if an action of every ``every`` steps is due at ``step``. It never is if
-    ``every`` is 0."""
+    """Return True if an action is due at optimizer step ``step``.
+
+    Args:
+        step: number of the optimizer step.
+        every: number of steps from one action to the next; with 0 it is never due.
+    """
     return every > 0 and step % every == 0

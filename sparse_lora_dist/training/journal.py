@@ -1,4 +1,9 @@
-"""Record a run's decisions and stages, and measure the memory and traffic that sparsity costs."""
+"""Record a run's decisions and stages, and measure the memory and traffic that sparsity costs.
+
+A decision is what the method (``--method``) changes at a step: which entries are trained, which are
+set to zero, and the rank of each adapter. A stage is a part of the run with a learning-rate
+schedule of its own. Most methods have no stages, and then ``stages.jsonl`` is not written.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,15 +19,17 @@ from sparse_lora_dist.sparsity.shards import Shards
 
 
 class Journal:
-    """Appends records to ``decisions.jsonl`` and ``stages.jsonl`` of a run folder."""
+    """Appends records (one JSON object per line) to ``decisions.jsonl`` and ``stages.jsonl`` of a
+    run folder."""
 
     def __init__(self, folder: Path, *, last_step: int | None, last_stage: int | None) -> None:
-        """Open both files and remove the records that a resumed run makes again.
+        """Open both files, and remove the records that a resumed run makes again.
 
         Args:
             folder: the run folder.
-            last_step: last step whose decisions are kept; None removes all.
-            last_stage: last step whose stage is kept; None removes all.
+            last_step: decisions of later optimizer steps than this one are removed; None removes
+                all.
+            last_stage: stages that ended after this optimizer step are removed; None removes all.
         """
         self._decisions = JsonLines(folder / "decisions.jsonl", last_step=last_step)
         self._stages = JsonLines(folder / "stages.jsonl", last_step=last_stage)
@@ -34,12 +41,13 @@ class Journal:
 
         Args:
             step: optimizer step of the decision.
-            decision: what the method decided.
-            shards: the trained tensors after the decision.
+            decision: what the method changed; its log values are recorded.
+            shards: this rank's shards of the trained tensors, after the decision.
 
         Returns:
-            A dict with the keys "ranks" and "live". Each value is a dict from the name of a site to
-            its number of open components, or of live entries.
+            A dict with the keys "ranks" and "live". Each value is a dict from the name of a site
+            (target module): for "ranks" to the rank of its adapter, for "live" to its number of
+            live entries, which are those that the optimizer updates.
         """
         sites = {"ranks": shards.sites.ranks(), "live": live_per_site(shards)}
         self._decisions.append({"step": step, **decision.log_values, **sites})
@@ -52,7 +60,7 @@ class Journal:
 
         Args:
             step: last optimizer step of the stage.
-            rate: learning rate of each step; its mean over the stage is recorded.
+            rate: learning-rate schedule; its mean over the steps of the stage is recorded.
             metrics: path of ``metrics.jsonl``; the mean of the losses logged in the stage is
                 recorded.
             results: further numbers to record, measured at the end of the stage, by name.
@@ -75,8 +83,8 @@ class Journal:
 
 
 def live_per_site(shards: Shards) -> dict[str, int]:
-    """Return the number of live entries of each site over all ranks, by the site's name.
-    Collective: one all-reduce."""
+    """Return the number of live entries (those that the optimizer updates) of each site (target
+    module), summed over all ranks, by the name of the site. Collective: one all-reduce."""
     counts = dict.fromkeys(shards.sites.adapters, 0)
     for name, mask in shards.live().items():
         if name in shards.sparse:
@@ -86,14 +94,14 @@ def live_per_site(shards: Shards) -> dict[str, int]:
 
 
 def memory_and_traffic(shards: Shards) -> dict[str, int]:
-    """Measure memory and traffic in bytes, each as the largest value of any rank. Collective: one
-    all-reduce.
+    """Measure the memory and traffic that sparsity costs, in bytes. Collective: one all-reduce.
 
     Returns:
-        Bytes by name. ``state_bytes``, ``state_bytes_peak`` and ``state_bytes_repacking``: the
-        optimizer state now, at its peak, and while it is repacked. ``statistics_bytes``: the
-        statistics of the method. ``decision_bytes_received``: what was received for decisions so
-        far.
+        Bytes by name, each the largest value of any rank. ``state_bytes``, ``state_bytes_peak`` and
+        ``state_bytes_repacking``: the optimizer state now, at its peak, and while it is repacked
+        after a decision. ``statistics_bytes``: running statistics from which the method decides.
+        ``decision_bytes_received``: what one rank has received from the others for statistics and
+        decisions since the program started.
     """
     state = shards.optimizer.state_bytes()
     own: dict[str, Any] = {

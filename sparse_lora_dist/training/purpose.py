@@ -1,4 +1,5 @@
-"""Define what a run is for by the three points in which editing differs from training."""
+"""Define the three things in which a run of launcher/edit.py differs from one of launcher/train.py:
+its data, its action after the last step, and whether it replaces an earlier run."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,24 +11,27 @@ from sparse_lora_dist.training.job import Job
 
 
 def ask_nothing(job: Job) -> None:
-    """Do nothing after the last step. Training measures its held-out loss during the run."""
+    """Do nothing. This is the action of launcher/train.py after the last step, since it measures
+    the held-out loss during the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Purpose:
-    """Purpose of a run: its data, its last action, and whether it replaces an earlier run.
+    """Purpose of a run: its data, its action after the last step, and whether it replaces an
+    earlier run.
 
-    By default, the run trains on ``--data``. The functions are collectives.
+    With the default values, the run trains on ``--data``. All ranks call the functions.
     """
 
     open_feed: Callable[[Config, Model], DataFeed] | None = None
-    """Function that opens the data of the run; None opens ``--data`` and ``--eval_data``."""
+    """Function of (config, model) that reads the data of the run; None reads ``--data`` and
+    ``--eval_data``."""
     conclude: Callable[[Job], None] = ask_nothing
     """Function that is called after the last step of the run, before the adapter is exported. If
-    the run is stopped while it works, the resumed run calls it again."""
+    the run is stopped during that call, the resumed run calls it again."""
     replaces: bool = False
-    """True if the run removes an earlier run from its folder first."""
+    """True if the run first removes the files of an earlier run from its folder."""
 
 
 TRAINING = Purpose()
-"""The purpose of launcher/train.py."""
+"""Purpose of the runs of launcher/train.py."""

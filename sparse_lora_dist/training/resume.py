@@ -39,12 +39,15 @@ class Resume:
     path: Path
     """Folder of the checkpoint."""
     manifest: Mapping[str, Any]
-    """Manifest of the checkpoint, from ``checkpoint.read_manifest``."""
+    """Content of the checkpoint's manifest file, from ``checkpoint.read_manifest``: progress of the
+    run, its options, its description (see ``describe``), shapes of the tensors ..."""
     reset: frozenset[str] = frozenset()
-    """States that are not restored but start anew: any of "optimizer", "schedule", "data"."""
+    """States that are not restored but start anew (``--reset``): any of "optimizer", "schedule",
+    "data"."""
 
     def is_of(self, run: Path) -> bool:
-        """Return True if the checkpoint lies in the run folder ``run``."""
+        """Return True if the checkpoint lies in the run folder ``run``; False if it belongs to
+        another run folder."""
         return self.path.resolve().parent == (run / "checkpoints").resolve()
 
     @property
@@ -54,16 +57,18 @@ class Resume:
 
 
 def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) -> Resume | None:
-    """Return the checkpoint that ``--resume`` names, if this run can continue from it. Collective.
+    """Return the checkpoint that ``--resume`` names, after checking that this run can continue from
+    it. Collective.
 
     Args:
         config: options of the run.
         model: model whose trained tensors must have the shapes of the checkpoint's.
         feed: data of the run.
-        method: method of the run.
+        method: method of the run (``--method``).
 
     Returns:
-        The checkpoint; None for a run that starts from step 0.
+        The checkpoint; None for a run that starts from step 0, because ``--resume`` is "never", or
+        is "auto" and no checkpoint was saved yet.
 
     Raises:
         UserError: the checkpoint is damaged, belongs to another run, or is past the end of this
@@ -96,7 +101,8 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
 
 
 def is_requeued() -> bool:
-    """Return True if Slurm has requeued this job, so that its command line is run again."""
+    """Return True if Slurm has requeued this job, which means that it runs the same command line a
+    second time or more."""
     return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
@@ -105,10 +111,15 @@ def _own(config: Config) -> Path:
 
 
 def _saved_since_requeue(config: Config) -> Path | None:
-    """Return the newest checkpoint that earlier attempts of a requeued job have saved, or None.
+    """Return the newest checkpoint that this Slurm job saved before it was requeued.
 
-    A requeued job has the same command line at each attempt. Without this, ``--resume FOLDER``
-    would start from FOLDER at each attempt.
+    Slurm runs the same command line each time it starts the job. Without this function,
+    ``--resume FOLDER`` would begin from FOLDER each time.
+
+    Returns:
+        Folder of the checkpoint. None if the job was not requeued, if the newest checkpoint was
+        saved with another ``--resume`` or ``--reset`` (so not by this job), or with
+        ``--resume auto``, which finds that checkpoint anyway.
     """
     run = config.run
     if run.resume == "auto" or not is_requeued():
@@ -120,11 +131,14 @@ def _saved_since_requeue(config: Config) -> Path | None:
 
 
 def _requested(wanted: str, folder: Path) -> Path | None:
-    """Return the intact checkpoint that ``--resume`` names; None if there is none yet.
+    """Return the intact checkpoint that ``--resume`` names; None if "auto" finds none. Collective.
 
     Args:
         wanted: value of ``--resume``: "auto" for the newest in ``folder``, or a path.
         folder: folder of this run's checkpoints; unfinished ones are removed from it.
+
+    Raises:
+        UserError: the checkpoint at that path is damaged or missing; on every rank.
     """
     with fail_together(f"cleaning {folder}"):
         if comm.rank() == 0:
@@ -140,16 +154,17 @@ def _requested(wanted: str, folder: Path) -> Path | None:
 def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> dict[str, Any]:
     """Describe a run by the values that a resume must not change. Collective.
 
-    Each checkpoint stores them, and a resumed run compares its own with them.
+    Each checkpoint stores them. When a run is resumed, they are computed again and compared with
+    the stored ones.
 
     Args:
         config: options of the run.
-        model: model of the run, whose base is identified.
-        feed: data of the run, of which the numbers of rows are taken.
-        method: method of the run.
+        model: model of the run; the identity of its base is one of the values.
+        feed: data of the run; its numbers of rows per epoch and per optimizer step are two of them.
+        method: method of the run (``--method``).
 
     Returns:
-        JSON values by name.
+        Dict of JSON values, e.g. "seed", "method", "alpha".
     """
     return {
         "base": model.identity,
@@ -195,11 +210,15 @@ def _check_global_batch(path: Path, saved: int, feed: DataFeed) -> None:
 
 
 def _options_of_tensors(config: Config, model: Model, method: Method) -> dict[str, Any]:
-    """Return the method's options, if the saved tensors depend on them.
+    """Return the method's options, if the tensors in a checkpoint depend on them.
 
-    The saved tensors of a method that draws tensors from the seed, keeps tensors that are not
-    trained, or takes no decisions would mean something else with other options. Options of any
-    other method concern its decisions only and may change, so {} is returned.
+    They do if the method makes tensors anew from the seed instead of saving them, saves tensors
+    that no gradient trains (e.g. a mask), or makes no decisions during training. The same tensors
+    would mean something else with other options. The options of any other method concern only its
+    decisions, so they may change when a run is resumed.
+
+    Returns:
+        Dict from the name of an option to its JSON value; {} if the options may change.
     """
     form = method.form(model.sites[0])
     is_drawn = form.drawn is not draw_nothing
@@ -250,8 +269,8 @@ def _instead_of_reset(method: Method) -> str:
 
 
 def _changed(found: Resume, config: Config, names: Iterable[str]) -> list[str]:
-    """Return the text "name old -> new" for each option of ``names`` that has changed since the
-    checkpoint was saved."""
+    """Return a text "name old -> new" for each option that has changed since the checkpoint was
+    saved. Only the options of ``names`` are compared."""
     was, now = found.manifest["config"], config.as_flat_dict()
     return [f"{n} {was.get(n)} -> {now[n]}" for n in names if was.get(n) != now[n]]
 

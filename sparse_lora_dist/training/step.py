@@ -1,4 +1,4 @@
-"""Make one optimizer step, and sum the held-out loss.
+"""Make one optimizer step, and sum losses and scores over the held-out data.
 
 Suffixes of names are shapes: M is the number of rows of a micro-batch, T the number of tokens of
 its longest row after padding.
@@ -32,7 +32,8 @@ class StepResult:
     tokens: int
     """Number of tokens that went through the model on all ranks, without padding."""
     decision: Decision | None
-    """Decision of the method; None if none was due at this step."""
+    """What the method (``--method``) changed at this step: which entries are trained from here on,
+    which were set to zero, and the rank of each adapter. None if no decision was due."""
 
 
 def train_step(
@@ -47,25 +48,30 @@ def train_step(
 ) -> StepResult:
     """Make one optimizer step. Collective.
 
-    Each micro-batch goes through forward and backward. Then the method decides, and the optimizer
-    updates the trained tensors. If the loss or a gradient is not finite, nothing is updated.
+    Each micro-batch goes through forward and backward. Then the method makes its decision if one is
+    due (it chooses which entries are trained, which are set to zero, and the rank of each adapter),
+    and the optimizer updates the trained tensors. If the loss or a gradient is not finite, nothing
+    is updated.
 
-    The loss is the mean over all targets of the step, on all ranks and in all micro-batches.
+    The loss is the mean over all targets of the step, on all ranks and in all micro-batches. A
+    target is what has a loss: a token, or an example of a classifier.
     DeepSpeed averages gradients over ranks and micro-batches, so the summed loss of a micro-batch,
     ``loss_of(engine, batch)``, is multiplied by (ranks x micro-batches) / targets.
 
     Args:
         engine: the DeepSpeed engine.
         shards: this rank's shards of the trained tensors.
-        decisions: makes the decision of the method, and checks it after the update.
+        decisions: object that makes the decision of the method, and checks after the update that
+            all ranks have the same.
         batches: this rank's micro-batches of the step; as many on every rank.
-        row_seeds: gives dropout its seeds; its step and the rows of each micro-batch are set here.
+        row_seeds: object from which dropout takes its seeds. This function sets its step, and the
+            rows of each micro-batch.
         step: number of the optimizer step, counted from 1.
         loss_of: function of (engine, micro-batch) that returns the summed loss in nats, a scalar
             with a gradient.
 
     Returns:
-        Loss, tokens and decision of the step, the same on every rank.
+        Loss, number of tokens and decision of the step, the same on every rank.
 
     Raises:
         Stopped: the run was asked to stop, before one of the micro-batches.
@@ -115,7 +121,8 @@ def held_out_totals(
             micro-batch. Which sums (of losses, hits, targets ...) depends on the task.
 
     Returns:
-        The vector of totals, the same on every rank.
+        The vector of totals, with the same entries as a result of ``tally``; the same on every
+        rank.
 
     Raises:
         Stopped: the run was asked to stop, before one of the batches.

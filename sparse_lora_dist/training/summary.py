@@ -28,13 +28,14 @@ def print_summary(
     is_lora: bool,
     goes_on: bool,
 ) -> None:
-    """Print the summary of a run. For rank 0 only.
+    """Print the summary of a run, when a job has made its last step and has exported the adapter.
+    For rank 0 only.
 
     Args:
         config: options of the run.
-        feed: data of the run.
-        progress: steps and tokens made.
-        rows: records of metrics.jsonl.
+        feed: data of the run, which has its number of steps.
+        progress: how many optimizer steps and tokens the run has trained.
+        rows: lines of metrics.jsonl as dicts, from ``read_records``.
         target: what the loss is a mean over: "token" or "example".
         adapter_bytes: size of the exported adapter in bytes; 0 if none was exported.
         is_lora: True if the trained adapter can be exported as a LoRA adapter.
@@ -84,7 +85,8 @@ def in_words(scores: Mapping[str, float], target: str) -> str:
     """Return the scores of the held-out data as text: the loss, and the task's other scores.
 
     Args:
-        scores: scores by their keys in metrics.jsonl.
+        scores: scores by their keys in metrics.jsonl, e.g. "held_out_loss" (always needed) and
+            "held_out_accuracy".
         target: what the loss is a mean over: "token" or "example".
     """
     others = [f"{name} {scores[key]:.4f}" for key, name in SCORES if key in scores]
@@ -92,12 +94,16 @@ def in_words(scores: Mapping[str, float], target: str) -> str:
 
 
 def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
-    """Return as text the first and the last held-out loss and other scores. Without held-out data,
-    return the first and the last training loss.
+    """Return as text how the held-out loss and other scores changed from their first to their last
+    record. Without held-out data, return how the training loss changed.
 
     Args:
-        rows: records of metrics.jsonl.
+        rows: lines of metrics.jsonl as dicts, from ``read_records``.
         target: what the loss is a mean over: "token" or "example".
+
+    Returns:
+        Text such as "held-out loss 2.1000 -> 1.8900 nats per token (-10.0%)". If fewer than two
+        losses were logged, a text that says so.
     """
     for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
         losses = [row[key] for row in rows if row.get(key) is not None]
@@ -114,11 +120,11 @@ def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return as text the number of live entries at the first and the last logged step, and the size
-    of the optimizer state.
+    """Return as text the number of live entries (those that the optimizer updates) at the first and
+    the last logged step, and the size of one rank's optimizer state at the end and at its peak.
 
     Args:
-        rows: records of metrics.jsonl.
+        rows: lines of metrics.jsonl as dicts, from ``read_records``.
     """
     steps = [row for row in rows if "live_entries" in row]
     if not steps:
@@ -132,14 +138,21 @@ def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def command(name: str) -> str:
-    """Return what to type to start a program of this Python environment: its path if it is below
-    the working directory, otherwise ``name``."""
+    """Return what to type to start the program ``name`` of this Python environment: its relative
+    path if the environment is below the working directory, otherwise ``name`` alone."""
     path = os.path.relpath(Path(sys.executable).with_name(name))
     return name if path.startswith("..") else path
 
 
 def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
-    """Return the command that continues the run after its last step."""
+    """Return the command line that continues the run after the last step that it has made.
+
+    Args:
+        config: options of the run.
+        feed: data of the run, which has its number of steps and the program that started it.
+        progress: how many optimizer steps the run has made. If it has made all of them, the command
+            doubles ``--max_steps``.
+    """
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
     if this_launch().launcher in ("torchrun", "mpirun", "srun"):
         words = ["the same launcher with"]
