@@ -321,7 +321,7 @@ def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterabl
 
 
 def loss_bytes(shapes: Shapes) -> int:
-    """Return the bytes that computing the loss takes on one rank; 0 for a model without output head.
+    """Return the bytes that computing the loss takes on one rank; 0 if there is no output head.
 
     These are the logits with their gradients, and the gradient of the hidden states. If the loss is
     computed in chunks and the head trains, the head's gradient exists three times: as the fp32 sum
