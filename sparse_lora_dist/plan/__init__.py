@@ -1,2 +1,2 @@
-"""Planner of launcher/plan.py: computes memory per rank, traffic and time of a run from the model's
-config.json, without reading weights."""
+"""Planner of launcher/plan.py: computes the memory, the network traffic and the time that each rank
+of a training run needs. It reads the model's config.json and no weights."""

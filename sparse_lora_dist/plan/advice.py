@@ -1,7 +1,7 @@
 """Peak memory of a planned run, and advice for a run that needs more memory than there is.
 
-The advice is the smallest number of ranks on which the run fits, and a list of changed settings
-with the memory that each would need.
+The advice has two parts: the smallest number of ranks on which the run fits, and a list of changes
+of settings with the peak memory that the run would need with each.
 """
 
 import bisect
@@ -20,7 +20,7 @@ MAX_RANKS = 4096
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Need:
-    """Peak memory that a run needs while loading, training and saving."""
+    """Peak memory that a run needs, over loading, training and saving."""
 
     gpu: int
     """Peak bytes on the GPU of the rank that needs most; 0 for ranks on CPUs."""
@@ -28,7 +28,7 @@ class Need:
     """Peak bytes of host memory on one machine, summed over its ranks."""
 
     def fits(self, limits: "Limits") -> bool:
-        """Return True if the run needs no more memory than ``limits``."""
+        """Return True if the run needs no more GPU and no more host memory than ``limits`` has."""
         return self.gpu <= limits.gpu and (limits.host is None or self.host <= limits.host)
 
 
@@ -57,8 +57,11 @@ def need_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Need:
 
     Args:
         shapes: the model, its adapters and the options of the run.
-        engine: the memory settings of the engine file.
-        ranks: the ranks and machines of the job.
+        engine: the memory settings of the engine file, which is the DeepSpeed JSON file.
+        ranks: number of ranks and of machines, and whether the ranks have GPUs.
+
+    Returns:
+        Bytes on the GPU of the rank that needs most, and bytes of host memory on one machine.
     """
     memory = rank_memory(shapes, engine, ranks)
     return Need(gpu=memory.peak("gpu"), host=memory.peak("host") * ranks.per_node)
@@ -76,12 +79,13 @@ def smallest_world(
 
     Args:
         shapes: the model, its adapters and the options of the run.
-        engine: the memory settings of the engine file.
-        ranks: the present ranks, which set the number of ranks per machine.
-        limits: the available memory.
+        engine: the memory settings of the engine file, which is the DeepSpeed JSON file.
+        ranks: the ranks that the user asked for; they set the largest number per machine.
+        limits: memory of one GPU and of one machine.
 
     Returns:
-        The number of ranks, or None if the run fits on none of the tried numbers.
+        The number of ranks on all machines together, or None if the run fits on none of the tried
+        numbers.
     """
 
     def fits(count: int) -> bool:
@@ -103,18 +107,19 @@ def smallest_world(
 
 
 def changes(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> list[Change]:
-    """Plan the run again under each change of settings that may save memory.
+    """Return changes of settings that may save memory, with the memory of the run under each.
 
     Each change is planned alone. For ranks on GPUs, one more change combines CPU offload with all
-    command-line options of the list.
+    the changed options of the run, such as ``--moment_bits 8``.
 
     Args:
         shapes: the model, its adapters and the options of the run.
-        engine: the memory settings of the engine file.
-        ranks: the ranks and machines of the job.
+        engine: the memory settings of the engine file, which is the DeepSpeed JSON file.
+        ranks: number of ranks and of machines, and whether the ranks have GPUs.
 
     Returns:
-        The changes with the memory they need, sorted by GPU memory, least first.
+        The changes, sorted by the GPU memory that the run needs with each, least first. Changes
+        with which the run still does not fit are included.
     """
     found = [
         Change(what=what, need=need_of(other, own, spread))
@@ -164,7 +169,11 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
 
 
 def _savings(config: Config) -> Iterator[tuple[str, str, str, Any]]:
-    """Yield options that save memory, as (text, section of the config, field, new value)."""
+    """Yield changes of single options that save memory.
+
+    Each is a tuple (text for the user, attribute of ``Config`` that holds the option's section,
+    name of the option, new value). Options that already save the memory are left out.
+    """
     if not config.model.gradient_checkpointing:
         yield "--gradient_checkpointing true", "model", "gradient_checkpointing", True
     if (rows := config.train.micro_batch_size) > 1:

@@ -1,5 +1,5 @@
-"""Memory check at the start of training: rank 0 prints the planned memory and warns if there is
-less."""
+"""Memory check at the start of training: rank 0 prints the memory that the planner expects the run
+to need, and a warning if the machine has less."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,13 +19,14 @@ from sparse_lora_dist.tasks.class_head import modules_inside
 def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str, Any]) -> None:
     """Print on rank 0 the memory that the run will need, and a warning if there is less.
 
-    Call it before weights are read, so that a run that dies while loading has printed the line. It
-    never stops a run, because the plan may be wrong. It is not a collective.
+    Training calls it before weights are read, so that a run that dies while loading has printed the
+    line. It never stops a run, because the plan may be wrong. It returns at once on other ranks and
+    is not a collective.
 
     Args:
         config: all options of the run.
-        model: the model with its adapters.
-        engine_config: content of the engine file.
+        model: the model on the meta device, and its sites (the linears that get adapters).
+        engine_config: content of the engine file, which is the DeepSpeed JSON file.
     """
     if comm.rank() != 0:
         return
@@ -59,16 +60,26 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
 
 
 def memory_here() -> Limits:
-    """Return the total memory of this rank's GPU (0 on a CPU) and this machine's free memory."""
+    """Return the memory that there is here, in bytes.
+
+    Returns:
+        gpu: all memory of this rank's GPU, in use or not; 0 if the rank is on a CPU. host: memory
+        of this machine that is available now.
+    """
     gpu = torch.cuda.mem_get_info()[1] if comm.on_gpu() else 0
     return Limits(gpu=gpu, host=psutil.virtual_memory().available)
 
 
 def need_text(need: Need, limits: Limits, ranks: Ranks) -> str:
-    """Return the needed and the available memory as text.
+    """Return the needed and the available memory as text, in GB of 10^9 bytes.
 
     On GPUs: "about 20.1 of 24.0 GB per GPU, 9.5 of 64.0 GB of host memory". On CPUs: "about 9.5 of
     64.0 GB of this machine's memory".
+
+    Args:
+        need: the memory that the run needs.
+        limits: the memory that is available; its ``host`` must not be None.
+        ranks: the ranks of the job; ``on_gpu`` selects between the two texts.
     """
     assert limits.host is not None
     host = f"{need.host / 1e9:.1f} of {limits.host / 1e9:.1f} GB"

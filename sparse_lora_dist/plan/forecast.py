@@ -1,9 +1,10 @@
-"""Forecast of the fraction of adapter entries that are live at the start, at most and at the end.
+"""Forecast of the fraction of adapter entries that are live at the start of a run, at its peak and
+at its end. A live entry is one that the optimizer steps and keeps moments for; others are dead.
 
 The forecast builds the method for 8 linears of 200 x 200 and lets it make its decisions on random
-scores. The small size is enough, because a method keeps the same fraction of rows, columns and
-components in small linears as in large ones. Entries whose death depends on the data (SoRA's gates)
-are counted as live.
+scores. A decision says which entries are live from that step on. The small size is enough, because
+a method keeps the same fraction of rows, columns and components in small linears as in large ones.
+Entries whose death depends on the data (SoRA's gates) are counted as live.
 """
 
 from collections import defaultdict
@@ -26,45 +27,49 @@ from sparse_lora_dist.methods.protocol.method import (
 )
 
 SITES, FEATURES, STEPS = 8, 200, 200
-"""Size of the simulated run: number of linears, their in_features and out_features, and steps."""
+"""Size of the simulated run: number of linears, in_features and out_features of each, and number of
+optimizer steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Live:
-    """Fraction of a rank's entries that are live, for the rank with most live entries."""
+    """Fraction of the adapter entries on one rank that are live, for the rank with most live
+    entries."""
 
     first: float
     """Live fraction before the first optimizer step."""
     peak: float
-    """Highest live fraction of the run."""
+    """Highest live fraction over the run."""
     last: float
     """Live fraction after the last decision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Live entries of the simulated run, after each decision."""
+    """Live entries of the simulated run at its start and after each decision."""
 
     profiles: tuple[list[tuple[Tensor, int]], ...]
-    """One list per decision. A list has one pair (counts, number) for all tensors of the same name
-    and size. number: how many such tensors there are, 1 for a tensor that all linears share.
-    counts, 1-D float32: for each entry, in how many of these tensors it is live."""
+    """One list for the start and one per later decision. A list has one pair (counts, number) for
+    all tensors of the same name and size, such as "lora_a" of all linears. number: how many such
+    tensors there are, 1 for a tensor that all linears share. counts, 1-D float32, one value per
+    entry of such a tensor: in how many of these tensors the entry at this position is live."""
     birth_bytes: int
-    """Bytes that the optimizer keeps per live entry for its birth step: 2, or 0 if all live entries
-    share one birth step."""
+    """Bytes that the optimizer keeps per live entry for its birth step, the optimizer step after
+    which the entry came to life: 2, or 0 if all live entries share one birth step."""
 
     def on(self, world_size: int) -> Live:
         """Return the live fractions if the entries are sharded over ``world_size`` ranks.
 
         Each tensor is cut into contiguous shards, so the rank with most live entries can have far
-        more than the average. Example: if a quarter of the components is open, all of them may lie
-        on the first of four ranks.
+        more than the average. Example: if a quarter of the rank-1 components of each linear is
+        live, all of them may lie on the first of four ranks.
         """
         fractions = [self._worst(profile, world_size) for profile in self.profiles]
         return Live(first=fractions[0], peak=max(fractions), last=fractions[-1])
 
     def _worst(self, profile: list[tuple[Tensor, int]], world_size: int) -> float:
-        """Return the live fraction of the rank with most live entries."""
+        """Return the live fraction, from 0 to 1, of the rank with most live entries; ``profile`` is
+        one element of ``profiles``."""
         live = torch.zeros(world_size)
         size = 0
         for counts, number in profile:
@@ -82,9 +87,13 @@ def forecast(factory: MethodFactory, options: object, context: RunContext) -> Fo
     and do not fit into 200.
 
     Args:
-        factory: builds the method.
-        options: the method's options, an instance of its own dataclass.
-        context: the sites, steps and warm-up of the run.
+        factory: builds the method from options and context, an entry of ``METHODS``.
+        options: the method's options, an instance of its own dataclass of options.
+        context: facts of the run that methods are built from: the linears that carry adapters, the
+            number of steps and of warm-up steps.
+
+    Returns:
+        The live entries at the start and after each decision, and the bytes of birth steps.
     """
     rank = max(site.rank for site in context.sites)
     side = max(FEATURES, rank)
@@ -113,9 +122,15 @@ def _shortest(
 ) -> tuple[Method, int]:
     """Build the method for the simulated run.
 
+    Args:
+        factory: builds the method.
+        options: the method's options.
+        context: the facts of the planned run.
+        sites: the linears of the simulated run.
+
     Returns:
-        The method and the steps of its run: 200, or those of ``context`` if the method's options
-        do not fit into 200.
+        The method, and the number of steps that it was built for: at most 200, or that of
+        ``context`` if the method's options do not fit into 200.
     """
     for steps in (min(STEPS, context.total_steps), context.total_steps):
         try:
@@ -129,8 +144,15 @@ def _shortest(
 def _take(
     decision: Decision, live: dict[str, Tensor], births: dict[str, Tensor], step: int
 ) -> None:
-    """Apply a decision: change the masks in ``live``, and set the birth step of new live entries in
-    ``births``."""
+    """Apply a decision to the masks in ``live`` and to the birth steps in ``births``.
+
+    Args:
+        decision: the new masks by tensor name; a tensor without a new mask keeps its own.
+        live: bool mask of the live entries of each tensor, by its name; changed in place.
+        births: int32 birth step of each entry, by tensor name; set to ``step``, in place, for
+            entries that were dead before this decision and are live after it.
+        step: optimizer step of the decision.
+    """
     for name, mask in decision.live.items():
         new = mask.view_as(live[name])
         births[name][new & ~live[name]] = step
@@ -138,7 +160,8 @@ def _take(
 
 
 def _profile(live: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
-    """Return one list of ``Forecast.profiles`` for the masks ``live``, by tensor name."""
+    """Return one list of ``Forecast.profiles``; ``live`` has the bool mask of each tensor, by its
+    name."""
     masks = defaultdict(list)
     for name, mask in live.items():
         masks[name.rpartition(".")[2], mask.numel()].append(mask.flatten().float())
@@ -186,11 +209,12 @@ class _RandomScores:
 
 
 def _lines(t: Tensor, by: By) -> Tensor:
-    """Return the tensor as a matrix, each of whose rows is one segment of it.
+    """Return the tensor as a matrix whose rows are its rows, its columns, or the whole tensor.
 
     Args:
         t: a tensor; axes after the first are flattened.
-        by: what a segment is: a row, a column, or the whole tensor.
+        by: "row" or "column": a row of the result for each row or column of ``t``. "tensor": the
+            result has a single row with all entries.
     """
     if by == "tensor":
         return t.reshape(1, -1)

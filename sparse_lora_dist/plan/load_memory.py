@@ -1,4 +1,5 @@
-"""Memory of one rank while the base is loaded: its shards and temporary buffers."""
+"""Memory of one rank while the base (the frozen pretrained model) is loaded: the shards that it
+keeps, and temporary buffers."""
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.plan.playback.parameters import shard_bytes
@@ -13,21 +14,28 @@ with their mean subtracted, and in 8 bits.
 
 
 def base_shard_bytes(shapes: Shapes, world_size: int) -> int:
-    """Return the bytes of one rank's shards of the frozen parameters, padding included."""
+    """Return the bytes of one rank's shards of the frozen parameters, padding included.
+
+    ``world_size`` is the number of ranks that each parameter is sharded over.
+    """
     frozen = [p for p in shapes.parameters if p.kind != "trained"]
     return shard_bytes(frozen, world_size, shapes.itemsize)
 
 
 def load_peak_bytes(shapes: Shapes, world_size: int) -> int:
-    """Return the peak bytes of one rank while the base is loaded and the adapters are made."""
+    """Return the peak bytes of one rank while the base is loaded and the adapters are made.
+
+    ``world_size`` is the number of ranks that each parameter is sharded over.
+    """
     shares = shard_bytes(shapes.parameters, world_size, shapes.itemsize)
     return shares + load_work(shapes, world_size)
 
 
 def load_work(shapes: Shapes, world_size: int) -> int:
-    """Return by how many bytes the peak of loading exceeds the sum of all shards of a rank.
+    """Return by how many bytes one rank's peak while loading exceeds the sum of all its shards.
 
-    Parameters are loaded one after another. While one is loaded, a rank holds:
+    ``world_size`` is the number of ranks that each parameter is sharded over. Parameters are loaded
+    one after another. While one is loaded, a rank holds:
 
     - the shards loaded so far, and this parameter's shard;
     - its part of this parameter's bytes in the file;

@@ -1,8 +1,8 @@
-"""Memory table of one rank, with a column for each phase: loading, forward and backward, the
-optimizer step, and saving.
+"""Memory table of one rank: a line for each use of memory, and a column for each phase of a run.
+The phases are loading, forward and backward, the optimizer step, and saving a checkpoint.
 
-Lines for shards are exact. Lines for activations and gathered weights come from a simulation of the
-step on the meta device (plan/playback). Assumed sizes are constants in this file.
+Lines for shards are exact. Lines for activations and gathered weights come from a simulation of a
+training step on the meta device (plan/playback). Assumed sizes are constants in this file.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,17 @@ from sparse_lora_dist.plan.playback.parameters import Kind, PlannedParameter, sh
 from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
 Phase = Literal["load", "pass", "step", "save"]
+"""Part of a run with a column in the table: "load" the base, "pass" (forward and backward), "step"
+of the optimizer, "save" a checkpoint."""
 Place = Literal["gpu", "host"]
+"""Memory that bytes are in: that of the rank's GPU, or host memory."""
 PHASES: dict[Phase, str] = {
     "load": "loading",
     "pass": "forward and backward",
     "step": "optimizer step",
     "save": "saving",
 }
+"""Phase -> heading of its column, in the table's order."""
 TRAINED: tuple[Phase, ...] = ("pass", "step", "save")
 """Phases after the base is loaded."""
 
@@ -63,20 +67,31 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class RankMemory:
-    """All lines of the memory table of one rank."""
+    """Memory table of one rank."""
 
     lines: tuple[Line, ...]
+    """All lines of the table, of GPU and host memory, in the order in which they are printed."""
 
     def total(self, place: Place, phase: Phase) -> int:
-        """Return the bytes of all lines in ``place`` during ``phase``."""
+        """Return the bytes that all lines together take in one phase.
+
+        Args:
+            place: "gpu" or "host": the memory whose lines are added up.
+            phase: the phase of the run, a key of ``PHASES``.
+        """
         return sum(line.bytes.get(phase, 0) for line in self.lines if line.place == place)
 
     def peak(self, place: Place) -> int:
-        """Return the highest total of ``place`` over all phases, in bytes."""
+        """Return the bytes in use in the phase that needs most of the memory ``place``, which is
+        "gpu" or "host"."""
         return max(self.total(place, phase) for phase in PHASES)
 
     def training_peak(self, place: Place) -> int:
-        """Return the highest total of ``place`` over forward, backward and the optimizer step."""
+        """Return the bytes of the memory ``place``, "gpu" or "host", that training steps need.
+
+        It is the larger of the total in forward and backward, and the total in the optimizer step.
+        Loading and saving are left out.
+        """
         return max(self.total(place, "pass"), self.total(place, "step"))
 
 
@@ -85,11 +100,12 @@ def rank_memory(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> RankMemo
 
     Args:
         shapes: the model, its adapters and the options of the run.
-        engine: the memory settings of the engine file.
-        ranks: the ranks and machines of the job.
+        engine: the memory settings of the engine file, which is the DeepSpeed JSON file.
+        ranks: number of ranks and of machines, and whether the ranks have GPUs.
 
     Returns:
-        The table, without lines that are 0 in every phase.
+        The table, without lines that are 0 in every phase. If the ranks have no GPUs, all lines are
+        in host memory.
     """
     lines = [
         *_base(shapes, engine, ranks),
@@ -120,6 +136,7 @@ FROZEN: dict[Kind, tuple[str, str]] = {
     "rest": ("norms_and_biases", "base: norms, biases"),
     "kept": ("kept", "adapter: kept tensors, never trained"),
 }
+"""Kind of a parameter that is not trained -> (key of its line, label of its line)."""
 
 
 def _base(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
@@ -163,8 +180,10 @@ def pinned_block(size: int) -> int:
 def _offloaded(
     parameters: Sequence[PlannedParameter], shapes: Shapes, engine: PlannedEngine, ranks: Ranks
 ) -> int:
-    """Return the bytes of a rank's shards of ``parameters`` in host memory, where each shard is an
-    allocation of its own."""
+    """Return the bytes that one rank's shards of ``parameters`` take in host memory.
+
+    Each shard is an allocation of its own, which is rounded up if the memory is pinned.
+    """
     sizes = [_share([p], shapes, ranks) for p in parameters]
     return sum(map(pinned_block, sizes) if engine.pinned and ranks.on_gpu else sizes)
 
@@ -174,21 +193,31 @@ def _share(parameters: Sequence[PlannedParameter], shapes: Shapes, ranks: Ranks)
 
 
 def trained_entries(shapes: Shapes, ranks: Ranks) -> int:
-    """Return the number of trained entries on one rank, of adapters and of modules trained in full,
-    padding included."""
+    """Return the number of trained entries in one rank's shards, live or dead, padding included.
+
+    They are those of adapters and of modules trained in full (``--modules_to_save``).
+    """
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.kind == "trained")
 
 
 def sparse_entries(shapes: Shapes, ranks: Ranks) -> int:
-    """Return the number of adapter entries on one rank, padding included."""
+    """Return the number of trained adapter entries in one rank's shards, live or dead, padding
+    included. Modules trained in full are not counted."""
     return sum(p.share(ranks.world_size) for p in shapes.parameters if p.sparse)
 
 
 def live_entries(shapes: Shapes, ranks: Ranks) -> float:
     """Return the number of entries that have optimizer moments, on the rank with most of them.
 
-    These are the live entries of adapters, at their peak over the run, and all entries of modules
-    trained in full.
+    They are all entries of modules trained in full, and the live entries of adapters. Methods may
+    make entries of adapters live or dead during a run; the largest number over the run is taken.
+
+    Args:
+        shapes: the model, its adapters and the options of the run.
+        ranks: the ranks that the entries are sharded over.
+
+    Returns:
+        The number, a float because the live fraction is a forecast.
     """
     sparse = sparse_entries(shapes, ranks)
     peak = shapes.forecast.on(ranks.world_size).peak
@@ -198,12 +227,12 @@ def live_entries(shapes: Shapes, ranks: Ranks) -> float:
 def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> float:
     """Return the bytes of the optimizer's moments on one rank.
 
-    A live entry has two moments and a birth step. Every entry, live or dead, has one bit that says
-    which it is.
+    A live entry has Adam's two moments and a birth step, the optimizer step after which it came to
+    life. Every entry, live or dead, has one bit that says which it is.
 
     Args:
         live: number of live entries on the rank.
-        entries: number of live and dead entries on the rank.
+        entries: number of live and dead entries on the rank together.
         bits: bits per moment, 32 or 8. Moments of 8 bits have an fp32 scale per block besides.
         birth_bytes: bytes of a birth step; 0 if all live entries share one birth step.
     """
@@ -212,7 +241,12 @@ def moment_bytes(live: float, entries: int, bits: int, birth_bytes: int) -> floa
 
 
 def writes_beside_training(shapes: Shapes) -> bool:
-    """Return True if checkpoints are written in the background while training goes on."""
+    """Return True if checkpoints are written in the background while training goes on.
+
+    This is so with ``--async_save`` if a checkpoint is due before the last step: every
+    ``--save_every`` steps, or at the end of a stage (a part of the run with a learning-rate
+    schedule of its own).
+    """
     run, stages = shapes.config.run, shapes.method.stages
     return run.async_save and (
         0 < run.save_every < shapes.run_context.total_steps or len(stages) > 1
@@ -220,11 +254,11 @@ def writes_beside_training(shapes: Shapes) -> bool:
 
 
 def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
-    """Return the bytes of one rank's part of a checkpoint.
+    """Return the bytes that one rank writes into a checkpoint.
 
     Every trained entry is saved as its fp32 master value and one bit (live or dead). An adapter
     entry has the method's fp32 statistics besides. A live entry has two fp32 moments and, unless
-    all share one, a birth step.
+    all live entries share one, a birth step of 4 bytes.
     """
     entries, birth = trained_entries(shapes, ranks), 4 if shapes.forecast.birth_bytes else 0
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
@@ -287,7 +321,7 @@ def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterabl
 
 
 def loss_bytes(shapes: Shapes) -> int:
-    """Return the bytes that computing the loss takes on one rank; 0 without an output head.
+    """Return the bytes that computing the loss takes on one rank; 0 if there is no output head.
 
     These are the logits with their gradients, and the gradient of the hidden states. If the loss is
     computed in chunks and the head trains, the head's gradient exists three times: as the fp32 sum
@@ -308,7 +342,8 @@ def loss_bytes(shapes: Shapes) -> int:
 
 
 def trained_head(shapes: Shapes) -> int:
-    """Return the number of entries of the output head if it trains in full, else 0."""
+    """Return the number of entries of the whole output head if it is trained in full
+    (``--modules_to_save``), else 0."""
     head = output_head(shapes.model)
     return sum(p.numel for p in shapes.parameters if p.kind == "trained" and p.module == head)
 

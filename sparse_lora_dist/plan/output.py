@@ -1,4 +1,4 @@
-"""Formats a plan as text or as JSON."""
+"""Computes the results of a plan when they are first read, and formats them as text or as JSON."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,7 +22,7 @@ from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 from sparse_lora_dist.plan.speed import Speed, speed_of
 
 PLACES: dict[Place, str] = {"gpu": "GB on a GPU", "host": "GB in host memory, per rank"}
-"""Headings of the two memory tables, by the memory that they are about."""
+"""Memory that a table is about -> its heading. There is one table for each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,44 +32,50 @@ class Outcome:
     shapes: Shapes
     """The model, its adapters and the options of the run."""
     engine: PlannedEngine
-    """Memory settings of the engine file."""
+    """Memory settings of the engine file, which is the DeepSpeed JSON file."""
     ranks: Ranks
+    """Number of ranks and of machines, and whether the ranks have GPUs."""
     plan: PlanConfig
     """Options of the planner."""
 
     @property
     def limits(self) -> Limits:
+        """Memory of one GPU and of one machine, from the planner's options."""
         return Limits(gpu=self.plan.gpu_bytes, host=self.plan.host_bytes)
 
     @cached_property
     def memory(self) -> RankMemory:
+        """Memory table of the rank that needs most."""
         return rank_memory(self.shapes, self.engine, self.ranks)
 
     @cached_property
     def need(self) -> Need:
+        """Peak memory of the run on one GPU and on one machine."""
         return need_of(self.shapes, self.engine, self.ranks)
 
     @property
     def fits(self) -> bool | None:
-        """True if the run fits into ``limits``; None if there is no limit, which is so for ranks on
-        CPUs without ``--host_memory``."""
+        """True if the run fits into ``limits``, False if not. None if there is no limit, which is
+        so for ranks on CPUs without ``--host_memory``."""
         if not self.ranks.on_gpu and self.limits.host is None:
             return None
         return self.need.fits(self.limits)
 
     @cached_property
     def smallest(self) -> int | None:
-        """Smallest number of ranks on which the run fits; None if there is none."""
+        """Smallest number of ranks on which the run fits into ``limits``; None if it fits on no
+        number that is tried (see ``smallest_world``)."""
         return smallest_world(self.shapes, self.engine, self.ranks, self.limits)
 
     @cached_property
     def changes(self) -> Sequence[Change]:
+        """Changes of settings that may save memory, by the GPU memory needed, least first."""
         return changes(self.shapes, self.engine, self.ranks)
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the user on the model, and on keys of the engine file that the plan
-        ignores."""
+        """Sentences for the user: those on the model that is planned in place of another one, and
+        one for each key of the engine file that changes the memory and that the plan ignores."""
         ignored = [
             f"the plan does not take {key} of the engine file into account"
             for key in self.engine.not_played
@@ -78,6 +84,7 @@ class Outcome:
 
     @cached_property
     def speed(self) -> Speed:
+        """Traffic and time of an optimizer step, of loading and of saving."""
         return speed_of(self.shapes, self.engine, self.ranks, self.plan)
 
 
@@ -89,8 +96,9 @@ def gb(size: float) -> str:
 def as_text(outcome: Outcome) -> str:
     """Return a plan as text for the terminal.
 
-    Its blocks are the run, a memory table per place, the verdict, changes that save memory if the
-    run does not fit, times and traffic, and the assumptions.
+    Its blocks are: the model, the adapters and the ranks; a table of GPU memory and one of host
+    memory; whether the run fits; if it does not, changes that save memory; traffic and time; and
+    what the plan assumes.
     """
     blocks = [
         _head(outcome),

@@ -12,6 +12,10 @@ from sparse_lora_dist.plan.shapes import shapes_of
 def plan(request: PlanRequest) -> None:
     """Plan a run, print the plan as text or JSON, and plot it if ``--plot`` is given.
 
+    Args:
+        request: the run to plan, the planner's options, and the content of the engine file, which
+            is the DeepSpeed JSON file.
+
     Raises:
         UserError: if the model's config.json cannot be used, the method's schedule does not fit
             into the steps of the run, or the plot cannot be written.

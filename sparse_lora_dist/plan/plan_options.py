@@ -19,10 +19,11 @@ COMMON = """
 """.split()
 """Options of a training run that change the memory most, which ``--help`` shows."""
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(B|MB|GB|TB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
-"""A number, and maybe a unit."""
+"""Memory size: a number, and maybe a unit."""
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12}
-"""{unit: bytes}; a number without a unit is in GB."""
+"""Decimal unit in lower case -> bytes; a number without a unit is in GB."""
 BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
+"""Binary unit in lower case -> bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +82,15 @@ class PlanRequest:
     """What launcher/plan.py was asked for: the run to plan, and the planner's own options."""
 
     config: Config
+    """All options of the run to plan."""
     plan: PlanConfig
+    """The planner's own options."""
     engine: dict[str, Any]
     """Content of the --ds_config file."""
 
     @property
     def run(self) -> RunConfig:
-        """Options that ``run_program`` reads (--debug)."""
+        """Options of the section ``run``; ``run_program`` reads --debug from it."""
         return self.config.run
 
 
@@ -105,7 +108,7 @@ def bytes_in(text: str) -> int | None:
     """Return the bytes in a memory size, or None if ``text`` is not a size.
 
     Args:
-        text: A size such as "24GB", "22.5 GiB", or "24", which means GB.
+        text: a size such as "24GB", "22.5 GiB", or "24", which means GB.
     """
     match = SIZE.fullmatch(text)
     if match is None:
@@ -116,13 +119,17 @@ def bytes_in(text: str) -> int | None:
 
 
 def load_request(argv: Sequence[str]) -> PlanRequest:
-    """Return what the planner's command line and its YAML file ask for.
+    """Read the planner's command line, its YAML file (--config) and the engine file (--ds_config).
 
     Args:
-        argv: The words after the program's name.
+        argv: the words of the command line after the program's name.
+
+    Returns:
+        The options of the run, those of the planner, and the content of the engine file.
 
     Raises:
-        ConfigError: Some options are wrong; it lists all problems.
+        ConfigError: if options are wrong, or the engine file does not fit them; it lists all
+            problems.
     """
     config, plan = read_options(argv, PROGRAM)
     engine, place = load(config.run.ds_config)

@@ -1,4 +1,4 @@
-"""Bar plot of the memory of one GPU, or of one CPU rank, against the number of ranks."""
+"""Bar plot of the memory that one rank needs (on its GPU or on a CPU) by the number of ranks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +12,13 @@ WORLDS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def draw(outcome: Outcome, path: Path) -> None:
-    """Write a plot of the memory in forward and backward, with one bar per number of ranks.
+    """Write a plot of the memory of one rank in forward and backward, a bar per number of ranks.
+
+    Each bar is a stack of the lines of the memory table. For ranks on GPUs, a dashed line marks the
+    memory of a GPU.
 
     Args:
-        outcome: the planned run.
+        outcome: the planned run with its results.
         path: the PNG file to write.
 
     Raises:

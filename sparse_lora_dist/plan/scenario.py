@@ -1,5 +1,5 @@
-"""Inputs of a plan: the engine file's memory settings, the ranks, and the model on the meta
-device."""
+"""Inputs of a plan: the memory settings of the engine file (the DeepSpeed JSON file), the number of
+ranks and machines, and the model on the meta device with the options of the run."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,8 +37,8 @@ NOT_PLAYED = {
     "stage3_module_granularity_threshold": 0,
     "stage3_model_persistence_threshold": sys.maxsize,
 }
-"""Keys of an engine file that the plan ignores although they change what is gathered, with
-DeepSpeed's defaults."""
+"""Key of an engine file that the plan ignores although it changes what is gathered -> DeepSpeed's
+default."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +48,16 @@ class PlannedEngine:
     bounds: Bounds
     """Limits on gathered parameters."""
     reduce_bucket: int = 500_000_000
-    """Elements of the bucket that gradients are reduced in."""
+    """reduce_bucket_size: number of elements of the bucket that gradients are reduced in."""
     hpz: int = 1
-    """zero_hpz_partition_size: number of ranks that share a second copy of the parameters. 1: there
-    is no second copy."""
+    """zero_hpz_partition_size: number of ranks that share a second copy of the parameters (ZeRO++
+    hpZ). 1: there is no second copy."""
     parameters: Literal["none", "cpu", "nvme"] = "none"
     """Device that parameters are offloaded to."""
     optimizer: Literal["none", "cpu"] = "none"
     """Device that the optimizer state is offloaded to."""
     nvme_buffers: int = 0
-    """Elements of the pinned buffers through which parameters are read from disk."""
+    """Number of elements of the pinned buffers through which parameters are read from disk."""
     nvme_from: int = 2**20
     """Size in bytes of the smallest shard that is offloaded to disk; DeepSpeed keeps smaller shards
     in host memory."""
@@ -70,7 +70,7 @@ class PlannedEngine:
 
     @classmethod
     def of(cls, content: Mapping[str, Any]) -> "PlannedEngine":
-        """Read the settings from ``content``, an engine file that is valid."""
+        """Return the settings of an engine file; ``content`` is its checked JSON content."""
 
         def number(key: str, default: int) -> int:
             value = value_at(content, f"zero_optimization.{key}")
@@ -119,7 +119,8 @@ class Ranks:
 
 @dataclass(frozen=True, kw_only=True)
 class Shapes:
-    """A model on the meta device, its adapters, and the options of the run.
+    """A model on the meta device, its adapters, and the options of the run: all that a plan needs
+    except the engine file and the ranks.
 
     The properties are computed from the shapes of the model's parameters and the options. Most are
     computed once, when they are first read.
@@ -136,7 +137,8 @@ class Shapes:
     whole_logits: bool = False
     """True if the logits of all tokens are computed at once, False if in chunks of tokens."""
     notes: list[str] = field(default_factory=list)
-    """Sentences on the model for the user. ``step`` may append one."""
+    """Sentences for the user that say where the plan takes a Llama in place of the model. ``step``
+    may append one."""
     _gathered: dict[Bounds, Gathered] = field(default_factory=dict, repr=False, compare=False)
 
     def with_config(self, config: Config, **others: Any) -> "Shapes":
@@ -144,20 +146,23 @@ class Shapes:
 
         Args:
             config: all options of the other run.
-            others: other fields that change, by name.
+            others: new values of other fields of ``Shapes``, by name, such as ``whole_logits``.
         """
         return replace(self, config=config, _gathered={}, **others)
 
     @property
     def itemsize(self) -> int:
+        """Bytes per element of ``dtype``."""
         return self.dtype.itemsize
 
     @property
     def dtype(self) -> torch.dtype:
+        """Dtype that DeepSpeed holds the parameters in, from ``--precision``."""
         return PRECISIONS[self.config.model.precision]
 
     @cached_property
     def run_context(self) -> RunContext:
+        """Facts of the run that methods are built from: steps, warm-up, learning rate, sites."""
         return self.config.run_context(self.config.train.max_steps or STEPS, self.sites)
 
     @cached_property
@@ -200,7 +205,8 @@ class Shapes:
 
     @cached_property
     def forecast(self) -> Forecast:
-        """Fraction of the adapter entries that are live during the run."""
+        """Forecast of the fraction of the adapter entries that are live during the run: stepped by
+        the optimizer, with moments."""
         factory = METHODS[self.config.adapter.method]
         return forecast(factory, self.config.method_options, self.run_context)
 
@@ -242,7 +248,11 @@ class Shapes:
         )
 
     def gathered(self, bounds: Bounds) -> Gathered:
-        """Return how many elements one micro-batch gathers under ``bounds``. Results are cached."""
+        """Return how many elements one micro-batch gathers on one rank; the results are cached.
+
+        Args:
+            bounds: limits of an engine file on gathered parameters.
+        """
         if bounds not in self._gathered:
             self._gathered[bounds] = gathered(
                 self.parameters,

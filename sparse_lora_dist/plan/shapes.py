@@ -27,11 +27,15 @@ CONFIG_PATTERNS = ["config.json", "*.py"]
 def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
     """Build the model that ``config`` names on the meta device, and find its target modules.
 
-    No weight is downloaded or read.
+    config.json and Python files of the model are downloaded if ``--model`` is a name on the hub. No
+    weight is downloaded or read.
 
     Args:
         config: all options of the run.
         whole_logits: True if the logits of all tokens are computed at once, False if in chunks.
+
+    Returns:
+        The model, the linears that get adapters, and the names of modules trained in full.
 
     Raises:
         UserError: if config.json is missing, invalid, or lacks sizes that are needed.
@@ -73,8 +77,8 @@ def read_architecture(
         trust_remote_code: True if code from the folder may define the architecture.
 
     Returns:
-        The config, and a list with one sentence for the user if it is that of a Llama in place of
-        the model's own.
+        The model's config and an empty list. If a Llama is planned in its place: the Llama's
+        config, and a list with one sentence that tells the user so.
 
     Raises:
         UserError: if config.json is missing, invalid, or lacks sizes that are needed.

@@ -1,4 +1,5 @@
-"""Traffic and time of an optimizer step and of loading, computed from rates that the user gives."""
+"""Traffic and time of an optimizer step and of loading the base, computed from the rates of GPU,
+network and disk that the user gives."""
 
 from dataclasses import dataclass
 from math import gcd
@@ -15,7 +16,8 @@ from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speed:
-    """Traffic and time of a run: per optimizer step, and for loading and saving."""
+    """Traffic and time of a run: per optimizer step, and for loading and saving. All micro-batches
+    of a step are counted together."""
 
     gathered_bytes: int
     """Bytes of the frozen base that a rank receives in all-gathers, per step."""
@@ -28,7 +30,7 @@ class Speed:
     read_bytes: int
     """Bytes of its shard of the base that a rank reads from NVMe, per step."""
     flop: float
-    """Floating-point operations of a rank, per step."""
+    """Number of floating-point operations of a rank, per step."""
     compute_s: float
     """Seconds that these operations take, per step."""
     network_s: float
@@ -36,9 +38,9 @@ class Speed:
     read_s: float
     """Seconds of reading shards from NVMe, per step."""
     tokens: int
-    """Tokens of all ranks, per step."""
+    """Number of tokens of all ranks together, per step."""
     file_bytes: int
-    """Bytes of the base files."""
+    """Bytes that are read from the base files (the model's safetensors files)."""
     load_s: float
     """Seconds to read the base files, if every machine reads an equal part of them."""
     checkpoint_bytes: int
@@ -46,7 +48,8 @@ class Speed:
 
     @property
     def step_s(self) -> tuple[float, float]:
-        """Seconds of a step: (if all traffic overlaps with compute, if none does)."""
+        """Seconds of a step, as the pair (if network and disk traffic fully overlap with compute,
+        if nothing overlaps)."""
         parts = self.compute_s, self.network_s, self.read_s
         return max(parts), sum(parts)
 
@@ -56,9 +59,12 @@ def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConf
 
     Args:
         shapes: the model, its adapters and the options of the run.
-        engine: the memory settings of the engine file.
-        ranks: the ranks and machines of the job.
+        engine: the memory settings of the engine file, which is the DeepSpeed JSON file.
+        ranks: number of ranks and of machines, and whether the ranks have GPUs.
         plan: the planner's options, which give the rates of GPU, network and disk.
+
+    Returns:
+        Bytes and seconds, most of them per optimizer step on one rank.
     """
     train, count = shapes.config.train, ranks.world_size
     micro = train.gradient_accumulation_steps
@@ -96,9 +102,9 @@ def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConf
 
 
 def step_flop(shapes: Shapes) -> float:
-    """Return the floating-point operations of one micro-batch on one rank.
+    """Return the number of floating-point operations of one micro-batch on one rank.
 
-    Operations per token and entry:
+    Operations per token and entry of a weight:
 
     - a frozen weight: 2 in forward and 2 in backward, as it has no gradient of its own; 2 more in
       layers that gradient checkpointing runs again;
@@ -127,12 +133,15 @@ def step_flop(shapes: Shapes) -> float:
 
 
 def active_fraction(parameter: PlannedParameter, config: PreTrainedConfig) -> float:
-    """Return the fraction of a weight that a token uses: that of active experts if the weight is
-    one of experts, else 1.
+    """Return the fraction of a weight that one token uses.
 
     Args:
         parameter: the weight.
         config: the model's config, which has the number of experts and of experts per token.
+
+    Returns:
+        The number of experts per token over the number of experts if the weight holds the experts
+        of a layer, else 1.
     """
     if not parameter.module.endswith("experts"):
         return 1.0
@@ -144,7 +153,10 @@ def active_fraction(parameter: PlannedParameter, config: PreTrainedConfig) -> fl
 
 
 def attention_width(config: PreTrainedConfig) -> int:
-    """Return the width of a token's queries, summed over heads."""
+    """Return the number of entries of a token's queries, all heads together.
+
+    If the config lacks heads or head_dim, it is hidden_size, or 0 if the config lacks that too.
+    """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     each = getattr(text, "head_dim", None)

@@ -11,15 +11,16 @@ from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Line, Picture, lines, panels, plain_numbers
 
 Runs = Sequence[RunData]
+"""Runs of one report, at least one. Each has a line of its own in a figure."""
 Points = tuple[Sequence[float], Sequence[float]]
-"""(steps, values) of the points of a curve, each in order of the steps."""
+"""Points of a curve: (their optimizer steps, ascending; their values)."""
 MAX_POINTS = 600
 """Largest number of points of a curve. More points would merge on the screen into a solid band, and
 make the page large."""
 
 
 def loss(runs: Runs) -> Picture:
-    """Plot the training loss, its running mean and the held-out loss."""
+    """Plot the training loss, its running mean and the held-out loss of each run over steps."""
     figure, (axes,) = panels(height=3.2)
     for run, line in _with_lines(runs):
         steps, values = thinned(run.series("loss"))
@@ -43,7 +44,8 @@ def loss(runs: Runs) -> Picture:
 def thinned(points: Points) -> Points:
     """Return at most ``MAX_POINTS`` points, each the mean of equally many consecutive points.
 
-    Example: 1,200 points become 600; each has the mean step and the mean value of two neighbours.
+    The last point may be the mean of fewer. Example: 1,200 points become 600; each has the mean
+    step and the mean value of two neighbours.
     """
     steps, values = points
     every = -(-len(steps) // MAX_POINTS)
@@ -60,10 +62,11 @@ def _every(runs: Runs) -> int:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Return for each value the mean over a window that is centred on it.
+    """Return for each value the mean over a window that is centred on it, as a list of the same
+    length.
 
-    The window has a twentieth of all values. Near both ends it shrinks to stay centred, so that a
-    straight line stays unchanged.
+    The window has about a twentieth of all values. Near both ends of the list it shrinks to stay
+    centred, so that a straight line stays unchanged.
     """
     last, half = len(values) - 1, len(values) // 40
     reaches = [min(half, i, last - i) for i in range(len(values))]
@@ -71,8 +74,11 @@ def running_mean(values: Sequence[float]) -> list[float]:
 
 
 def live(runs: Runs) -> Picture:
-    """Plot the number of live entries, and in a panel below each number that the method logs, such
-    as its budget."""
+    """Plot the number of live entries over steps, with a panel below for each number that the
+    method logs with its decisions, such as its budget.
+
+    Live entries are those that the optimizer steps and keeps moments for.
+    """
     keys = list(dict.fromkeys(key for run in runs for key in run.log_keys()))
     figure, rows = panels(1 + len(keys), height=2.4 + 1.4 * len(keys), sharex=True)
     for axes, key in zip(rows, ["live_entries", *keys], strict=True):
@@ -94,7 +100,7 @@ def live(runs: Runs) -> Picture:
 
 
 def without_plateaus(points: Points) -> Points:
-    """Return the points without those whose value equals both neighbours'.
+    """Return the points without those whose value equals the values before and after it.
 
     The first and the last point stay, so a line through the points looks the same.
     """
@@ -107,8 +113,11 @@ def without_plateaus(points: Points) -> Points:
 def stages(runs: Runs) -> Picture:
     """Plot the held-out loss against the total rank of all sites, with a point per stage.
 
+    A stage is a part of a run with a learning-rate schedule of its own, at whose end the method
+    SoRA records the rank and the loss. A site is a linear that carries an adapter.
+
     Args:
-        runs: runs that have at least one stage.
+        runs: runs that have at least one record of a stage.
     """
     figure, (axes,) = panels()
     for run, line in _with_lines(runs):
@@ -130,7 +139,7 @@ def stages(runs: Runs) -> Picture:
 
 
 def throughput(runs: Runs) -> Picture:
-    """Plot tokens per second, of all ranks together and per rank."""
+    """Plot tokens per second over steps, of all ranks together and per rank."""
     figure, (axes,) = panels()
     for run, line in _with_lines(runs):
         steps, values = thinned(run.series("tokens_per_s"))
@@ -152,15 +161,19 @@ def throughput(runs: Runs) -> Picture:
 def _world_size(run: RunData, step: float) -> int:
     """Return the number of ranks of the last job that made this step.
 
-    If it is not recorded, return that of the newest job, or 1.
+    A step may have been made by several jobs, because a job repeats the steps since the checkpoint
+    that it resumes from. If the number is not recorded, return that of the newest job, or 1.
     """
     sizes = [a.world_size for a in run.attempts if a.first < step <= a.last and a.world_size]
     return sizes[-1] if sizes else run.world_size or 1
 
 
 def memory(runs: Runs) -> Picture:
-    """Plot the peak memory of a rank: the highest of all ranks at each logged step, and that of
-    every rank at each checkpoint."""
+    """Plot the peak memory of a rank since its job began, in GB of 10^9 bytes.
+
+    A line shows the highest peak of all ranks at each logged step. Crosses show the peak of every
+    rank at each checkpoint.
+    """
     figure, (axes,) = panels()
     for run, line in _with_lines(runs):
         steps, values = without_plateaus(run.series("peak_memory_bytes"))

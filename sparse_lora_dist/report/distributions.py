@@ -1,4 +1,8 @@
-"""Histograms of gates and of importances, read from the tensors of a checkpoint."""
+"""Histograms of gates and of importances, read from the tensors of a checkpoint.
+
+A gate or lambda is the trained factor of one rank-1 component of an adapter. The importance of an
+adapter entry is the first of the running statistics that the method keeps of it.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,24 +19,27 @@ from sparse_lora_dist.report.saved_steps import SavedStep
 from sparse_lora_dist.report.style import Picture, lines, panels, plain_numbers
 
 EDGES = np.arange(-24.0, 4.01, 0.2)
-"""Edges of the bins for importances, as base-10 logarithms. Values beyond the edges are counted in
-the outermost bins."""
+"""Edges of the bins for importances, from 1e-24 to 1e4, as base-10 logarithms. Values beyond the
+edges are counted in the outermost bins."""
 
 
 @dataclass
 class Histogram:
-    """Histogram of importances on a logarithmic scale."""
+    """Histogram of importances on a logarithmic scale; it begins empty."""
 
     counts: NDArray[np.int64] = field(default_factory=lambda: np.zeros(len(EDGES) - 1, np.int64))
-    """Number of entries in each bin of ``EDGES``, entries with importance 0 left out."""
+    """1-D int64: number of entries in each bin of ``EDGES``, those with importance 0 left out."""
     zeros: int = 0
     """Number of entries with importance 0."""
 
     def add(self, values: NDArray[np.float32]) -> None:
-        """Count the entries of one tensor.
+        """Add the entries of one tensor to the counts.
 
         Tensors are added one at a time, because those of a large model do not fit into memory
         together.
+
+        Args:
+            values: importances of the tensor's entries, 1-D float32, none negative.
         """
         above = values[values > 0]
         powers = np.log10(above.astype(np.float64))
@@ -41,11 +48,14 @@ class Histogram:
 
 
 def gates(run: RunData) -> Picture | None:
-    """Plot histograms of the gates or lambdas of all components.
+    """Plot histograms of the gates or lambdas of all rank-1 components of all adapters.
+
+    Args:
+        run: the run; its readable checkpoints are used.
 
     Returns:
-        A figure with the first, the middle and the last checkpoint, or None if no checkpoint has
-        gates or lambdas.
+        A figure with a line each for the first, the middle and the last checkpoint that has gates
+        or lambdas; None if none has.
     """
     having = [saved for saved in run.checkpoints if any(_vectors(saved.manifest))]
     if not having:
@@ -82,9 +92,12 @@ def gate_values(saved: SavedStep) -> NDArray[np.float32]:
 
 
 def importance(run: RunData) -> Picture | None:
-    """Plot histograms of the importance of all adapter entries, a line for each kind of tensor.
+    """Plot histograms of the importance of all adapter entries.
 
-    The importance of an entry is the first running statistic that the method keeps of it.
+    A kind of tensor, such as A of all adapters, has one line.
+
+    Args:
+        run: the run; its readable checkpoints are used.
 
     Returns:
         A figure for the last checkpoint that stores statistics, or None if there is none.
@@ -117,8 +130,14 @@ def importance(run: RunData) -> Picture | None:
 
 
 def importances(saved: SavedStep) -> Mapping[str, Histogram]:
-    """Return the histogram of a checkpoint's importances for each kind of tensor, such as "lora_a"
-    or "lora_b"."""
+    """Return the histograms of a checkpoint's importances, one for each kind of tensor.
+
+    Args:
+        saved: a checkpoint that stores statistics.
+
+    Returns:
+        Kind of tensor, such as "lora_a" or "lora_b" -> histogram of these tensors of all adapters.
+    """
     slices, found = _open(saved), dict[str, Histogram]()
     for name in _adapter_tensors(saved.manifest):
         values = _whole(slices, saved, "stat0", name)
@@ -127,13 +146,15 @@ def importances(saved: SavedStep) -> Mapping[str, Histogram]:
 
 
 def _adapter_tensors(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of all trained tensors of adapters; none if the manifest is empty."""
+    """Yield the names of all trained tensors of adapters that a checkpoint's manifest lists; none
+    if the manifest is empty."""
     sites = manifest.get("sites", {"pieces": ()})["pieces"]
     yield from (n for n in manifest.get("tensors", ()) if n.rpartition(".")[0] in sites)
 
 
 def _vectors(manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Yield the names of tensors that hold one number per component: gates or lambdas."""
+    """Yield the names of the adapters' tensors that hold one number per rank-1 component: gates or
+    lambdas."""
     shapes = manifest.get("tensors", {})
     # Vectors of other forms, such as the values on a support (SHiRA), are no gates of components.
     between = (name for name in _adapter_tensors(manifest) if ".lora_" in name)
@@ -141,7 +162,10 @@ def _vectors(manifest: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _has_statistics(manifest: Mapping[str, Any]) -> bool:
-    """Return True if a checkpoint stores statistics, which methods free after the last decision."""
+    """Return True if the checkpoint of this manifest stores running statistics of the entries.
+
+    It does not if the method keeps none, or has freed them after its last decision.
+    """
     return bool(manifest) and not manifest["ended"] and manifest["description"]["statistics"][0] > 0
 
 
@@ -150,6 +174,17 @@ def _open(saved: SavedStep) -> SavedSlices:
 
 
 def _whole(slices: SavedSlices, saved: SavedStep, key: str, name: str) -> NDArray[np.float32]:
-    """Read all that a checkpoint stores of the tensor ``name`` under ``key``, as a 1-D array."""
+    """Read a whole tensor of a checkpoint, put together from the files of all ranks.
+
+    Args:
+        slices: the open files of the checkpoint.
+        saved: the checkpoint.
+        key: what is stored of the tensor's entries: "master" for the fp32 values, "stat0" for the
+            first running statistic.
+        name: name of the tensor, "site.tensor".
+
+    Returns:
+        One number per entry, 1-D float32.
+    """
     size = prod(saved.manifest["tensors"][name])
     return slices.entries(key, name, 0, size).numpy()

@@ -1,4 +1,6 @@
-"""Lists the jobs of a run from attempts.jsonl, and from metrics.jsonl for what is missing there."""
+"""Lists the jobs of a run. A job is one start of the training program; a run that was stopped or
+killed and resumed has several. They are read from attempts.jsonl; the last step of a job whose end
+is not recorded there comes from metrics.jsonl."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,15 +8,16 @@ from dataclasses import dataclass
 from sparse_lora_dist.report.jsonl import Record
 
 GOING = "still going"
-"""State of a run on which a job works now."""
+"""Value of ``Attempt.ended`` for a job that works on the run now."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One job of a run: the steps it made, when, and how it ended."""
+    """One job of a run: one start of the training program, its steps, its time and its end."""
 
     first: int
-    """Optimizer step that the job started from."""
+    """Optimizer step that the job started from: 0, or that of the checkpoint it resumed. Without
+    attempts.jsonl, it is the first logged step."""
     last: int
     """Last optimizer step that the job is known to have reached. A killed job may have reached a
     later one, because not every step is logged."""
@@ -30,16 +33,17 @@ class Attempt:
 
 
 def jobs_of(records: Sequence[Record], metrics: Sequence[Record], *, going: bool) -> list[Attempt]:
-    """Return the jobs of a run in order, at least one.
+    """Return the jobs of a run in the order in which they began, at least one.
 
     A job has a begin record and an end record. A killed job has no end record. Its last step is
     then taken from the begin record of the next job, or from the last logged step if there is no
     next job.
 
     Args:
-        records: records of attempts.jsonl; empty if the run has no such file.
-        metrics: records of metrics.jsonl, at least one.
-        going: True if a job holds the lock of the run folder now.
+        records: JSON objects of attempts.jsonl, one per line of the file; empty if the run has no
+            such file.
+        metrics: JSON objects of metrics.jsonl, one per line, at least one.
+        going: True if a job holds the lock of the run folder now, that is, works on the run.
     """
     first, last = metrics[0]["step"], metrics[-1]["step"]
     if not records or records[0]["event"] != "begins":  # older versions wrote no attempts.jsonl
@@ -54,7 +58,15 @@ def jobs_of(records: Sequence[Record], metrics: Sequence[Record], *, going: bool
 
 
 def _job(record: Record, following: Record | None, *, last_logged: int, going: bool) -> Attempt:
-    """Return the job that began with ``record``; ``following`` is the next record, if any."""
+    """Return the job that began with ``record``.
+
+    Args:
+        record: begin record of the job in attempts.jsonl.
+        following: the next record of the file: the end of this job, or the begin of the next job if
+            this one was killed. None if there is no further record.
+        last_logged: last optimizer step in metrics.jsonl.
+        going: True if a job works on the run now.
+    """
     end = None
     if following is None:
         last, ended = last_logged, GOING if going else "cut short"

@@ -1,4 +1,5 @@
-"""Reads JSON-lines files and checks the records, so that no NaN or infinity is drawn."""
+"""Reads the JSON-lines files of a run folder and checks their records, so that no NaN or infinity
+is drawn. A record is the JSON object of one line."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -8,10 +9,11 @@ from typing import Any
 from sparse_lora_dist.errors import UserError
 
 Record = dict[str, Any]
+"""JSON object of one line of a file: name of a field -> value."""
 LARGEST = 1e300
-"""Bound on the magnitude of numbers, because matplotlib fails near the largest float."""
+"""Upper bound on the magnitude of numbers, because matplotlib fails near the largest float."""
 YEAR_5000 = 9.5e10
-"""Bound on times in seconds since 1970, because ``datetime`` ends at the year 9999."""
+"""Upper bound on times in seconds since 1970, because ``datetime`` ends at the year 9999."""
 
 
 def read_lines(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:
@@ -21,7 +23,8 @@ def read_lines(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:
 
     Args:
         path: the file.
-        is_record: returns True if an object has the fields and types of a record of this file.
+        is_record: function that takes the JSON object of a line and returns True if it has the
+            fields and types that this file must have, such as ``is_metrics``.
 
     Returns:
         The records, one per line.
@@ -55,31 +58,39 @@ def _record(path: Path, number: int, line: str, is_record: Callable[[Record], bo
 
 
 def no_constant(word: str) -> float:
-    """Raise ValueError for NaN and Infinity, which ``json.loads`` accepts although they are not
-    JSON. This is for its argument ``parse_constant``."""
+    """Raise ValueError; pass this function as ``parse_constant`` to ``json.loads``.
+
+    ``json.loads`` then calls it for NaN, Infinity and -Infinity, which it would otherwise accept
+    although they are not JSON. ``word`` is the one found.
+    """
     raise ValueError(f"{word} is not a number in JSON")
 
 
 def is_count(value: object) -> bool:
-    """Return True for an integer of at least 0 that is not a bool."""
+    """Return True for an integer from 0 to below ``LARGEST`` that is not a bool."""
     return type(value) is int and 0 <= value < LARGEST
 
 
 def is_number(value: object) -> bool:
-    """Return True for a number that can be drawn, which 1e999 cannot though it is valid JSON."""
+    """Return True for a number that can be drawn: its magnitude is below ``LARGEST``.
+
+    1e999 is valid JSON, but becomes infinity in Python and cannot be drawn.
+    """
     return isinstance(value, (int, float)) and -LARGEST < value < LARGEST
 
 
 def is_metrics(record: Record) -> bool:
-    """Return True for a record of metrics.jsonl: a step, and only numbers or null besides."""
+    """Return True for a record of metrics.jsonl: it has the field "step", an integer, and all other
+    fields are numbers or null."""
     return is_count(record.get("step")) and all(v is None or is_number(v) for v in record.values())
 
 
 def is_decision(record: Record) -> bool:
-    """Return True for a record of decisions.jsonl.
+    """Return True for a record of decisions.jsonl, which says what the method changed at a step.
 
-    It has a step, and for the same sites a number of open components ("ranks") and of live entries
-    ("live").
+    It has the fields "step"; "ranks": site -> its number of rank-1 components that count towards
+    its rank; and "live": site -> its number of entries that the optimizer steps. A site is a linear
+    that carries an adapter. Both objects have the same sites, at least one.
     """
     ranks, live = record.get("ranks"), record.get("live")
     if not (isinstance(ranks, dict) and isinstance(live, dict)):
@@ -92,8 +103,8 @@ def check_sites(path: Path, decisions: Sequence[Record]) -> None:
     """Raise UserError if a decision lists other sites than the first decision does.
 
     Args:
-        path: the file of the decisions, for the message.
-        decisions: all records of the file.
+        path: decisions.jsonl of the run, for the message.
+        decisions: all records of the file; each has passed ``is_decision``.
     """
     for number, record in enumerate(decisions, start=1):
         if record["ranks"].keys() != decisions[0]["ranks"].keys():
@@ -104,17 +115,28 @@ def check_sites(path: Path, decisions: Sequence[Record]) -> None:
 
 
 def is_stage(record: Record) -> bool:
-    """Return True for a record of stages.jsonl: the total rank and held-out loss of a stage."""
+    """Return True for a record of stages.jsonl.
+
+    A stage is a part of a run with a learning-rate schedule of its own. Its record has the fields
+    of a record of metrics.jsonl, and the fields "live_ranks" (sum of the ranks of all adapters) and
+    "held_out_loss", both at its end.
+    """
     return is_metrics(record) and {"live_ranks", "held_out_loss"} <= record.keys()
 
 
 def is_bad_step(record: Record) -> bool:
-    """Return True for a record of bad_steps.jsonl: a step, and what was wrong with it ("kind")."""
+    """Return True for a record of bad_steps.jsonl: it has the field "step" and the field "kind",
+    a text that says what was wrong with the step, such as "spike"."""
     return is_count(record.get("step")) and isinstance(record.get("kind"), str)
 
 
 def is_attempt(record: Record) -> bool:
-    """Return True for a record of attempts.jsonl: the begin or the end of a job, with its time."""
+    """Return True for a record of attempts.jsonl: the begin or the end of a job.
+
+    It has the field "event" ("begins", or a text that says how the job ended), its "time" in
+    seconds since 1970, and the "step" at which the job began or ended. A begin also has "reached"
+    (last step that earlier jobs logged), "world_size" and "total_steps".
+    """
     begins, time = record.get("event") == "begins", record.get("time", -1)
     counts = ("step", "reached", "world_size", "total_steps") if begins else ("step",)
     timed = is_number(time) and 0 <= time < YEAR_5000 and isinstance(record.get("event"), str)

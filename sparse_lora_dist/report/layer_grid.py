@@ -1,4 +1,5 @@
-"""Arranges sites in a grid by their names, with a row per layer and a column per kind of module."""
+"""Arranges the linears that carry adapters (sites) in a grid by their names, with a row per layer
+and a column per kind of module, such as "q_proj"."""
 
 import re
 from collections import Counter
@@ -9,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUMBERED = re.compile(r"(?P<before>.*?)\.(?P<layer>\d+)\.(?P<module>.+)")
+"""Name of a site with a layer number; the first number in the name is taken."""
 Grid = NDArray[np.float64]
+"""One value per cell of a grid: float64 [number of layers, number of modules]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +20,7 @@ class Layout:
     """Grid of sites: its rows, its columns, and the position of every site."""
 
     layers: list[int]
-    """Layer number of each row."""
+    """Layer number of each row, ascending."""
     modules: list[str]
     """Name of each column: the shortest ending of the module's name that no other column has, such
     as "q_proj", or "encoder.query" beside "decoder.query"."""
@@ -25,10 +28,13 @@ class Layout:
     """Name of a site -> (row, column)."""
 
     def grid(self, values: Mapping[str, float]) -> Grid:
-        """Return the values as an array [layers, modules], float64, with NaN where no site is.
+        """Arrange values of sites in an array.
 
         Args:
-            values: name of a site -> its value.
+            values: name of a site -> its value. Sites may be left out.
+
+        Returns:
+            float64 [number of layers, number of modules], NaN where no site or no value is.
         """
         grid = np.full((len(self.layers), len(self.modules)), np.nan)
         for site, value in values.items():
@@ -58,8 +64,8 @@ def _split(site: str) -> tuple[int, str]:
 
 
 def _short(kinds: list[str]) -> list[str]:
-    """Return the shortest unique ending of each name: "a.query", "b.query" and "b.out" give
-    "a.query", "b.query" and "out"."""
+    """Return for each name its shortest ending that no other name has: "a.query", "b.query" and
+    "b.out" give "a.query", "b.query" and "out"."""
     endings = [_endings(kind) for kind in kinds]
     seen = Counter(ending for own in endings for ending in own)
     return [next((e for e in own if seen[e] == 1), own[-1]) for own in endings]

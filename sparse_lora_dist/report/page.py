@@ -1,5 +1,5 @@
-"""Writes the HTML page. The page embeds its figures, loads nothing from the network and runs no
-script."""
+"""Makes the HTML page of a report. The page embeds its figures, loads nothing from the network and
+runs no script."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Picture, as_svg
 
 GENERATOR = "sparse_lora_dist report"
-"""Text that marks every page and PNG file of this program, which replaces only files that have
-it."""
+"""Text that marks every page and PNG file that this program writes. The program replaces a file
+only if it has this mark."""
 DARK = ("#6cb6ff", "#f69d50", "#57ab5a", "#c297ff", "#fc8dc7", "#c6a93f")
 """Colours that replace those of ``SERIES``, in the same order, on a dark page."""
 
@@ -27,12 +27,18 @@ class Section:
 
     title: str
     pictures: Sequence[Picture]
+    """Figures, in the order in which the page shows them."""
     absent: Sequence[str] = ()
     """Sentences that say why a figure is missing, one for each missing figure."""
 
 
 def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
-    """Return the HTML of the page for ``runs`` with the given sections."""
+    """Return the HTML of the page.
+
+    Args:
+        runs: the runs of the report, for the tables of results and options.
+        sections: the figures, in the order in which the page shows them.
+    """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
@@ -52,7 +58,7 @@ def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
 
 
 def overview(run: RunData) -> dict[str, str]:
-    """Return the lines of the table at the top of the page: label -> text."""
+    """Return the results of a run for the table at the top of the page: label of a line -> text."""
     total = "" if run.total_steps is None else f" of {run.total_steps:,}"
     peaks = run.series("peak_memory_bytes")[1]
     return {
@@ -74,7 +80,12 @@ def overview(run: RunData) -> dict[str, str]:
 
 def loss_of(run: RunData, key: str) -> str:
     """Return the first and last value of a metric as text, and from which step on it is NaN or
-    infinite: "5.0000 → 4.0000, NaN or infinite from step 4 on"."""
+    infinite: "5.0000 → 4.0000, NaN or infinite from step 4 on".
+
+    Args:
+        run: the run.
+        key: name of the metric in metrics.jsonl, such as "loss".
+    """
     since, values = run.non_finite_since(key), run.series(key)[1]
     if since is None:
         return change(values)
@@ -83,22 +94,25 @@ def loss_of(run: RunData, key: str) -> str:
 
 
 def change(values: Sequence[float], digits: int = 4) -> str:
-    """Return the first and the last value as text: "4.9012 → 3.0010"; "–" if there is none."""
+    """Return the first and the last value as text: "4.9012 → 3.0010".
+
+    Equal values are written once; no value gives "–". ``digits`` is the number of decimals.
+    """
     if not values:
         return "–"
     return " → ".join(f"{v:,.{digits}f}" for v in dict.fromkeys((values[0], values[-1])))
 
 
 def median_of(values: Sequence[float]) -> str:
-    """Return the median as text; "–" if there is no value.
+    """Return the median as text, rounded to an integer; "–" if there is no value.
 
-    It is not the mean, because one step that waited for a disk would distort that.
+    It is not the mean, because one step that waited for a disk would distort the mean.
     """
     return f"{median(values):,.0f}" if values else "–"
 
 
 def options(runs: Sequence[RunData]) -> list[tuple[str, list[Any], bool]]:
-    """Return all options of the runs.
+    """Return all options of the runs side by side, for the table of options on the page.
 
     Returns:
         For each option: its name, its value in each run ("–" if the run lacks it), and True if the

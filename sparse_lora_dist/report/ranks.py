@@ -1,5 +1,6 @@
-"""Heat maps of the ranks of sites, or of their shares of live entries, over layer x module and over
-layer x step."""
+"""Heat maps of the ranks of sites (linears that carry adapters). If no rank changes, the maps show
+the share of a site's entries that the optimizer steps. One map has the axes layer and kind of
+module, the others layer and step."""
 
 from collections.abc import Mapping
 from math import prod
@@ -23,14 +24,26 @@ FEW_RANKS = 32
 
 
 class Shares:
-    """The values of sites that the maps show.
+    """The values of sites that the maps show, with their layout and colours.
 
-    The value of a site is its rank if the method changes ranks. Otherwise it is the share of the
-    site's entries that the optimizer steps, from 0 to 1.
+    The value of a site is its rank if the method changes ranks, or if no checkpoint gives the sizes
+    of the sites. Otherwise it is the share of the site's entries that the optimizer steps, from 0
+    to 1.
+
+    Args:
+        run: a run in which the method has made at least one decision (a change of ranks or of the
+            entries that are stepped).
+
+    Attributes:
+        sizes: number of trained entries of each site, by its name.
+        capacity: largest rank that a site can have, or has had.
+        of_ranks: True if the values are ranks, False if they are shares.
+        name: "rank" or "share", used in names of PNG files.
+        title: what the values are, for the title of a figure.
+        layout: position of each site in the grid of layers and modules.
     """
 
     def __init__(self, run: RunData) -> None:
-        """Choose between ranks and shares for ``run``, which has at least one decision."""
         self.run, sites = run, run.decisions[0]["ranks"]
         ranks = {rank for row in run.decisions for rank in row["ranks"].values()}
         rank = run.options.get("rank")
@@ -59,13 +72,23 @@ class Shares:
         return not self.of_ranks and all(v == 1 for row in rows for v in self.of(row).values())
 
     def of(self, decision: Mapping[str, Any]) -> Mapping[str, float]:
-        """Return the values after ``decision``, a record of decisions.jsonl: site -> value."""
+        """Return the values after a decision: name of a site -> value.
+
+        Args:
+            decision: JSON object of one line of decisions.jsonl.
+        """
         if self.of_ranks:
             return dict(decision["ranks"])
         return {site: live / self.sizes[site] for site, live in decision["live"].items()}
 
     def colours(self, axes: Any, mesh: Any, figure: Any) -> None:
-        """Draw the colour bar of ``mesh`` beside ``axes``."""
+        """Draw the colour bar of a map.
+
+        Args:
+            axes: matplotlib axes, or an array of axes, that the bar is drawn beside.
+            mesh: the map, as ``pcolormesh`` returns it.
+            figure: the figure that has the axes.
+        """
         label = "rank" if self.of_ranks else "share stepped"
         bar = figure.colorbar(mesh, ax=axes, label=label, fraction=0.04, pad=0.02)
         bar.outline.set_visible(False)
@@ -75,7 +98,7 @@ class Shares:
 
     @property
     def style(self) -> dict[str, Any]:
-        """Keyword arguments of ``pcolormesh`` for a grid of values."""
+        """Keyword arguments of ``pcolormesh`` for a grid of values: colours and their range."""
         steps = self.capacity + 1 if self.of_ranks and self.capacity <= FEW_RANKS else 256
         return {
             "cmap": colormaps["viridis"].resampled(steps),
@@ -86,8 +109,11 @@ class Shares:
 
 
 def _entries(run: RunData) -> dict[str, int]:
-    """Return the number of trained entries of each site, by its name, from the newest readable
-    checkpoint; an empty dict if there is none."""
+    """Return the number of trained entries of each site: name of a site -> number.
+
+    They are read from the newest checkpoint with a readable manifest; without one, the dict is
+    empty.
+    """
     manifest = next((s.manifest for s in reversed(run.checkpoints) if s.manifest), None)
     if manifest is None:
         return {}
@@ -99,10 +125,10 @@ def _entries(run: RunData) -> dict[str, int]:
 
 
 def final_map(run: RunData) -> Picture:
-    """Draw a map of layer x module with the values after the last decision.
+    """Draw a map with a row per layer and a column per kind of module, after the last decision.
 
     Args:
-        run: a run with at least one decision.
+        run: a run in which the method has made at least one decision.
     """
     shares, decision = Shares(run), run.decisions[-1]
     grid = shares.layout.grid(shares.of(decision))
@@ -126,7 +152,7 @@ def final_map(run: RunData) -> Picture:
 
 
 def _write_numbers(axes: Any, grid: Any, shares: Shares) -> None:
-    """Write the value of each cell of ``grid`` into it."""
+    """Write the value of each cell of ``grid`` into the cell, in black or white by its colour."""
     bright = shares.style["vmax"] * 0.6
     for (row, column), value in np.ndenumerate(grid):
         if not np.isnan(value):
@@ -145,10 +171,10 @@ def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
 
 
 def growth(run: RunData) -> Picture:
-    """Draw maps of layer x step, one panel for each kind of module.
+    """Draw maps with a row per layer over optimizer steps, a panel for each kind of module.
 
     Args:
-        run: a run with at least one decision.
+        run: a run in which the method has made at least one decision.
     """
     shares = Shares(run)
     grids = np.stack([shares.layout.grid(shares.of(row)) for row in run.decisions])

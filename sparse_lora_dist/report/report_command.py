@@ -17,7 +17,10 @@ from sparse_lora_dist.system.atomic_files import write_whole
 
 
 def report(request: ReportRequest) -> None:
-    """Write the page, and PNG files with ``--png``, and print their paths.
+    """Write the page, and PNG files with ``--png``, and print the state of each run and the paths.
+
+    Args:
+        request: the run folders to report on, and the files to write.
 
     Raises:
         UserError: if a folder is not a run folder, a file of it is damaged, or the page cannot be
@@ -42,7 +45,11 @@ def report(request: ReportRequest) -> None:
 
 
 def check_output(path: Path) -> None:
-    """Raise UserError if the page cannot be written, or would replace a file that is no report."""
+    """Raise UserError if the page cannot be written to ``path``.
+
+    This is so if its folder does not exist, if it is a folder, or if it is a file that this program
+    did not write, which is never replaced.
+    """
     if not path.parent.is_dir():
         raise UserError(
             f"--output {path} cannot be written, because the folder {path.parent} does not exist. "
@@ -58,10 +65,16 @@ def check_output(path: Path) -> None:
 
 
 def names_of(runs: Sequence[Path]) -> dict[Path, str]:
-    """Return a unique name for every run: run folder -> name.
+    """Return a unique name for every run.
 
     A name is the last part of the folder's path. If two runs have the same last part, all names
     have more parts, as many as make them unique.
+
+    Args:
+        runs: the run folders.
+
+    Returns:
+        Run folder -> name, in the order of ``runs``.
 
     Raises:
         UserError: if a folder is given twice.
@@ -81,7 +94,8 @@ def names_of(runs: Sequence[Path]) -> dict[Path, str]:
 
 
 def shared_section(runs: Sequence[RunData]) -> Section:
-    """Return the section with the figures that have a line for every run."""
+    """Return the section with the figures that have a line for every run: loss, live entries,
+    throughput and memory, and ranks of stages for runs that have stages."""
     drawn = [draw(runs) for draw in (curves.loss, curves.live, curves.throughput, curves.memory)]
     if staged := [run for run in runs if run.stages]:
         drawn.insert(2, curves.stages(staged))
@@ -89,7 +103,10 @@ def shared_section(runs: Sequence[RunData]) -> Section:
 
 
 def run_section(run: RunData) -> Section:
-    """Return the section with the figures of one run that cannot share axes with other runs'."""
+    """Return the section with the figures of a single run: its jobs, maps of ranks, and histograms.
+
+    For a figure that cannot be drawn, the section has a sentence that says why.
+    """
     pictures, absent = [timeline(run)], []
     if not run.decisions:
         absent.append(

@@ -19,14 +19,19 @@ class ReportRequest:
     png: bool
     """True: each figure is written to a PNG file too."""
     run: RunConfig = field(default_factory=RunConfig)
-    """Options that ``run_program`` reads (--debug)."""
+    """Options of the section ``run`` at their defaults; ``run_program`` reads ``debug`` from
+    them."""
 
 
 def load_request(argv: Sequence[str]) -> ReportRequest:
-    """Return what the report's command line asks for; exit with status 2 if an option is wrong.
+    """Read the report's command line; exit with status 2 and a message if an option is wrong.
 
     Args:
-        argv: The words after the program's name.
+        argv: the words of the command line after the program's name.
+
+    Returns:
+        The run folders and the files to write; the page's default is report.html in the first run
+        folder.
     """
     found = build_parser().parse_args(argv)
     output = found.output or found.runs[0] / "report.html"

@@ -29,32 +29,35 @@ from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
 
 STAGE = ("live_ranks", "held_out_loss", "lambda")
-"""Fields of a record of stages.jsonl that its point in the figure is drawn from."""
+"""Fields of a record of stages.jsonl that its point in the figure is drawn from. The record is the
+JSON object of one line, and describes one stage: a part of a run with a learning-rate schedule of
+its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
-    """The contents of a run folder, checked."""
+    """The contents of a run folder, checked. A record is the JSON object of one line of a file."""
 
     name: str
     """Name of the run in the report, unique among the runs of one page."""
     folder: Path
+    """The run folder, that is the run's ``--output_dir``."""
     options: Mapping[str, Any]
-    """Content of run.yaml."""
+    """Options of the run: content of run.yaml."""
     environment: Mapping[str, Any]
-    """Content of environment.json."""
+    """Device, number of ranks and others of the newest job: content of environment.json."""
     metrics: Sequence[Record]
     """Records of metrics.jsonl, at least one."""
     decisions: Sequence[Record]
-    """Records of decisions.jsonl, all of the same sites."""
+    """Records of decisions.jsonl, all with the same sites (linears that carry adapters)."""
     stages: Sequence[Record]
     """Records of stages.jsonl that have all fields of ``STAGE``."""
     bad_steps: Sequence[Record]
-    """Records of bad_steps.jsonl."""
+    """Records of bad_steps.jsonl: steps that were left out, and spikes of the loss."""
     attempts: Sequence[Attempt]
-    """Jobs of the run in order, at least one."""
+    """Jobs of the run (starts of the training program) in order, at least one."""
     checkpoints: Sequence[SavedStep]
-    """Published checkpoints, ordered by step."""
+    """Checkpoints that are written in full and not removed, ordered by step."""
     total_steps: int | None
     """Planned length of the run in optimizer steps; None if it is not recorded."""
 
@@ -75,25 +78,36 @@ class RunData:
         return int(size) if is_count(size) and size else None
 
     def non_finite_since(self, key: str) -> int | None:
-        """Return the step from which on the metric ``key`` is null up to the end of the run.
+        """Return the step from which on a metric is null up to the end of the run.
 
         A metric that was NaN or infinite is logged as null.
 
+        Args:
+            key: name of the metric in metrics.jsonl, such as "loss".
+
         Returns:
-            The step, or None if the last value of the metric is a number.
+            The step, or None if the last value of the metric is a number, or if it was never
+            logged.
         """
         rows = [row for row in self.metrics if key in row]
         ends = list(takewhile(lambda row: row[key] is None, reversed(rows)))
         return int(ends[-1]["step"]) if ends else None
 
     def series(self, key: str) -> tuple[list[int], list[float]]:
-        """Return the steps and the values of the metric ``key``, without values that are null."""
+        """Return the logged values of a metric, without those that are null (NaN or infinite).
+
+        Args:
+            key: name of the metric in metrics.jsonl, such as "loss".
+
+        Returns:
+            The optimizer steps, and the values at these steps.
+        """
         rows = [row for row in self.metrics if row.get(key) is not None]
         return [row["step"] for row in rows], [row[key] for row in rows]
 
     def log_keys(self) -> list[str]:
         """Return the names of the numbers that the method logs with its decisions, such as "budget"
-        or "lambda"."""
+        or "lambda", sorted."""
         return sorted({key for row in self.decisions for key in row} - {"step", "ranks", "live"})
 
 
@@ -135,7 +149,10 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
 
 
 def _metrics(path: Path, *, going: bool) -> list[Record]:
-    """Read metrics.jsonl; raise UserError if it has no record."""
+    """Return the records of metrics.jsonl at ``path``; raise UserError if it has none.
+
+    ``going`` is True if a job works on the run now.
+    """
     # A job that still loads the model holds the lock and has not written this file.
     rows = read_lines(path, is_metrics) if path.exists() or not going else []
     if not rows:
@@ -148,7 +165,10 @@ def _optional(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
-    """Read a file that holds one mapping, as ``parse`` returns it; raise UserError otherwise."""
+    """Return the content of the file ``path`` if it is a mapping; raise UserError otherwise.
+
+    ``parse`` is the function that turns the file's text into its content.
+    """
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:

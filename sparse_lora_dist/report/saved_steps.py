@@ -1,4 +1,4 @@
-"""Lists the checkpoints of a run with their manifests."""
+"""Lists the checkpoints of a run with the content of their manifest.json files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,15 @@ from sparse_lora_dist.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class SavedStep:
-    """A published checkpoint: its folder, its manifest, and an error if that is damaged."""
+    """A checkpoint that was written in full: its folder, and its manifest or why that cannot be
+    read."""
 
     path: Path
-    """Folder of the checkpoint."""
+    """Folder of the checkpoint, step_N for optimizer step N."""
     manifest: Mapping[str, Any]
-    """Content of its manifest.json; empty if that is damaged."""
+    """Content of its manifest.json; empty if that file is damaged."""
     damage: str | None = None
-    """Error message about the manifest; None if it is readable."""
+    """Error message about the manifest; None if the manifest is readable."""
 
     @property
     def step(self) -> int:
@@ -27,19 +28,21 @@ class SavedStep:
 
     @property
     def peaks(self) -> list[int]:
-        """Peak memory of each rank up to this step, in bytes; empty if it is not recorded."""
+        """Peak memory of each rank from the start of its job to this step, in bytes; empty if it is
+        not recorded."""
         files = self.manifest.get("files", [])
         return [f["peak_memory_bytes"] for f in files if "peak_memory_bytes" in f]
 
 
 def saved_steps(folder: Path) -> list[SavedStep]:
-    """Return the published checkpoints in ``folder``, ordered by step."""
+    """Return the checkpoints that are written in full in ``folder``, the folder "checkpoints" of a
+    run, ordered by step."""
     found = map(_read, published(folder))
     return [saved for saved in found if saved is not None]
 
 
 def _read(path: Path) -> SavedStep | None:
-    """Read one checkpoint's manifest; return None if the checkpoint has been removed."""
+    """Return the checkpoint in the folder ``path``, or None if it has been removed meanwhile."""
     try:
         return SavedStep(path=path, manifest=read_manifest(path))
     except (UserError, OSError) as error:

@@ -1,4 +1,5 @@
-"""Style of the figures, and their conversion to SVG in the page's light or dark colours."""
+"""Style of the figures, and their conversion to SVG. In a page, an SVG takes the page's colours,
+which are light or dark; PNG files are light."""
 
 import io
 import re
@@ -14,6 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 WIDTH, HEIGHT = 4.6, 2.7
 """Size of a figure in inches, small enough that its text stays readable on a phone."""
 TEXT, FAINT = "#1f2328", "#d0d7dd"
+"""Colours of text and axes, and of grid lines."""
 SERIES = ("#0b66c2", "#c4540a", "#157f3b", "#8250df", "#bf3989", "#6e5a00")
 """Colours of the runs on white, as in PNG files. In a page, ``as_svg`` replaces the colours of
 text, grid and runs by those of the page: ``currentColor``, ``var(--faint)``, ``var(--series-0)``.
@@ -50,6 +52,7 @@ class Picture:
     """Name of the figure's PNG file, without ".png"."""
     title: str
     caption: str
+    """Sentences below the figure in the page. PNG files have no caption."""
     figure: Figure
 
 
@@ -76,12 +79,16 @@ class Line:
     """Colour, dash and marker of one run, in all figures."""
 
     colour: str
+    """Colour as "#rrggbb"."""
     dash: Any = "-"
+    """Line style of matplotlib: "-", or (offset, lengths of dashes and gaps)."""
     mark: str = "o"
+    """Marker of matplotlib."""
 
 
 def lines(count: int) -> list[Line]:
-    """Return ``count`` line styles. Colours repeat after six, with another dash and marker."""
+    """Return ``count`` line styles. Colours repeat after six, with another dash and marker; all
+    repeats after 18."""
     return [
         Line(colour=colour, dash=dash, mark=mark)
         for (dash, mark), colour in islice(cycle(product(DASHES, SERIES)), count)
@@ -89,7 +96,7 @@ def lines(count: int) -> list[Line]:
 
 
 def plain_numbers(axes: Any) -> None:
-    """Format the numbers of the y axis of ``axes`` as 12,000.
+    """Make the y axis of ``axes`` show its numbers in the format 12,000.
 
     matplotlib's own format for large numbers is math text, which shows as its source here, because
     "text.parse_math" is off.
@@ -124,7 +131,7 @@ def as_svg(picture: Picture, place: str) -> str:
 
 
 def _page_colours() -> dict[str, str]:
-    """Return the colour in a page for each colour of a figure."""
+    """Return the colours of a page: colour of a figure on white -> its CSS value in a page."""
     series = {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)}
     return {TEXT: "currentColor", FAINT: "var(--faint)"} | series
 
@@ -135,7 +142,8 @@ def save_png(picture: Picture, path: Path, *, maker: str) -> None:
     Args:
         picture: the figure.
         path: the file to write.
-        maker: text for the field "Software" of the file's metadata.
+        maker: text for the field "Software" of the file's metadata, which marks the file as one of
+            this program.
     """
     picture.figure.suptitle(picture.title, size=10.5, weight="bold")
     picture.figure.savefig(path, dpi=160, metadata={"Software": maker})

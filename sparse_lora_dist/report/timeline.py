@@ -1,4 +1,5 @@
-"""Figure of a run's jobs: their steps and how they ended, with checkpoints and bad steps."""
+"""Figure of a run's jobs (starts of the training program): the steps of each and how it ended, with
+checkpoints and bad steps."""
 
 from datetime import datetime
 from itertools import pairwise, starmap
@@ -10,6 +11,7 @@ from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Picture, panels
 
 BAR: dict[str, Any] = {"height": 0.3, "color": SERIES[0]}
+"""Keyword arguments of ``barh`` for the bar of a job."""
 MAX_BARS = 12
 """Largest number of jobs that have a bar. Only the last jobs are drawn, because a run that is often
 preempted has hundreds."""
@@ -21,7 +23,11 @@ KINDS = {
 
 
 def timeline(run: RunData) -> Picture:
-    """Draw one bar for each job, the first on top, with checkpoints and bad steps below them."""
+    """Draw one bar for each job over optimizer steps, the first on top.
+
+    The part of a bar whose steps the next job had to repeat is orange. Markers for checkpoints and
+    for bad steps stand below the bars.
+    """
     jobs, end = run.attempts[-MAX_BARS:], max(run.total_steps or 1, run.last_step)
     first = len(run.attempts) - len(jobs) + 1
     figure, (axes,) = panels(height=1.3 + 0.5 * len(jobs))
@@ -54,12 +60,16 @@ def timeline(run: RunData) -> Picture:
 
 
 def repeated_steps(job: Attempt, following: Attempt) -> int:
-    """Return the number of steps of ``job`` that the next job, ``following``, had to repeat."""
+    """Return the number of steps of ``job`` that the next job, ``following``, had to repeat,
+    because they were made after the checkpoint that it resumed from."""
     return max(0, job.last - following.first)
 
 
 def _marks(axes: Any, run: RunData, row: int) -> None:
-    """Draw a marker for each checkpoint and each bad step, at the height ``row``."""
+    """Draw a marker for each checkpoint and each bad step of ``run``.
+
+    ``row`` is the position of all markers on the y axis.
+    """
     bad = {kind: [r["step"] for r in run.bad_steps if r["kind"] == kind] for kind in KINDS}
     saved = [s.step for s in run.checkpoints if not s.damage]
     for (label, mark, colour), steps in zip(
@@ -71,7 +81,10 @@ def _marks(axes: Any, run: RunData, row: int) -> None:
 
 
 def job_label(job: Attempt) -> str:
-    """Return the label of a job: "14 Oct 13:05, 2 ranks, 3 min: stopped by SIGTERM"."""
+    """Return the label of a job: "14 Oct 13:05, 2 ranks, 3 min: stopped by SIGTERM".
+
+    The time is local. What is not recorded is left out.
+    """
     parts = []
     if job.began is not None:
         parts.append(datetime.fromtimestamp(job.began).strftime("%-d %b %H:%M"))

@@ -1,1 +1,2 @@
-"""Prints a table of the trained modules of an adapter or a checkpoint, with one line per module."""
+"""Program of launcher/show.py: prints a table of the trained modules of a PEFT adapter or of a
+checkpoint, with one line per module."""

@@ -1,4 +1,5 @@
-"""Reads the trained modules of a checkpoint, with their ranks and densities, for the table."""
+"""Reads the trained modules of a checkpoint for the table: their ranks, numbers of entries that are
+not zero, bytes and norms."""
 
 from collections.abc import Iterator, Mapping
 from math import prod
@@ -19,9 +20,13 @@ def head(saved: Trained) -> str:
 
 
 def modules(saved: Trained) -> Iterator[Module]:
-    """Yield the trained modules: the sites in the model's order, then those trained in full.
+    """Yield the trained modules of a checkpoint.
 
-    A module's tensors are read when it is yielded.
+    The linears that carry adapters (sites) come first, in the model's order, then the modules
+    trained in full. A module's tensors are read when it is yielded.
+
+    Args:
+        saved: the open checkpoint, with the method and the options of its run.
     """
     sizes = _bytes(saved.slices)
     for site in saved.sites:
@@ -32,11 +37,11 @@ def modules(saved: Trained) -> Iterator[Module]:
 
 
 def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
-    """Return the module of a site.
+    """Return the table's data on a linear that carries an adapter.
 
     Args:
-        saved: the checkpoint.
-        site: the site. Tensors that all sites share are counted at the first site only.
+        saved: the open checkpoint.
+        site: the linear. Tensors that all sites share are counted at the first site only.
         sizes: bytes saved for each tensor, by its name.
     """
     form = saved.method.form(site)
@@ -58,7 +63,8 @@ def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
 def _num_live(saved: Trained, name: str) -> int:
     """Return the number of entries of the tensor ``name`` that are live and not zero.
 
-    Both are tested, because a method may set live entries to zero.
+    An entry is live if the optimizer steps it. Both are tested, because a method may set live
+    entries to zero.
     """
     size = prod(saved.manifest["tensors"][name])
     live, master = (saved.slices.entries(key, name, 0, size) for key in ("live", "master"))
@@ -66,9 +72,10 @@ def _num_live(saved: Trained, name: str) -> int:
 
 
 def _bytes(slices: SavedSlices) -> dict[str, int]:
-    """Return the bytes saved for each tensor, by its name.
+    """Return the bytes that a checkpoint holds for each tensor: name of a tensor -> bytes.
 
-    They are its fp32 master, live bits, statistics and moments, on all ranks together.
+    They are those of its fp32 master values, of the bits that mark live entries, and of its running
+    statistics and optimizer moments, on all ranks together.
     """
     sizes: dict[str, int] = {}
     for file in slices.files:
@@ -81,4 +88,4 @@ def _bytes(slices: SavedSlices) -> dict[str, int]:
 
 
 WIDTHS = {"F32": 4, "I32": 4, "U8": 1, "F64": 8}
-"""Bytes of an entry, by the name of its dtype in safetensors."""
+"""Name of a dtype in safetensors -> bytes of an entry."""

@@ -25,7 +25,7 @@ from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.show.table import Module
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.weight)?")
-"""Name of a tensor that is the factor A or B of a module."""
+"""Name, without PEFT's prefix, of a tensor that is the factor A or B of a module."""
 
 
 def head(folder: Path, config: Mapping[str, Any]) -> str:
@@ -42,11 +42,17 @@ def head(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read and check adapter_config.json in ``folder``.
+    """Read and check the adapter_config.json of an adapter.
+
+    Args:
+        folder: the folder of the adapter.
+
+    Returns:
+        Content of the file.
 
     Raises:
-        UserError: if it is damaged, or the adapter is another kind than LoRA, which changes a
-            weight by scale * B A.
+        UserError: if it is damaged, or if the adapter is not plain LoRA. Plain LoRA adds scale *
+            B A to a weight and changes nothing else.
     """
     path = folder / CONFIG
     try:
@@ -71,13 +77,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _faults(config: Mapping[str, Any]) -> list[str]:
-    """Return the problems of the values that the scale of a module is computed from.
+    """Check the values that the scale of a module is computed from: lora_alpha and alpha_pattern.
 
     Args:
         config: content of adapter_config.json.
 
     Returns:
-        One clause per problem; an empty list if all values are right.
+        One message per problem, to be joined by "; "; an empty list if all values are right.
     """
     own = config.get("alpha_pattern") or {}
     if not isinstance(own, dict):
@@ -92,9 +98,10 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
 
 
 def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
-    """Yield the modules: those with A and B, then those trained in full.
+    """Yield the modules of a PEFT adapter: those with factors A and B, then those trained in full.
 
-    A module's tensors are read when it is yielded.
+    The modules of each kind are in the order of their names, with layer 10 after layer 9. A
+    module's tensors are read when it is yielded.
 
     Args:
         folder: the folder of the adapter.
@@ -129,9 +136,13 @@ def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
 
 
 def _files(folder: Path) -> dict[str, Any]:
-    """Open the adapter's files, and return the open file of each tensor by the tensor's name.
+    """Open the adapter's files, and return the open file of each tensor: name of a tensor -> file.
 
-    An export may hold the modules trained in full in a second file, ``APART``.
+    There are one or two files: ``WEIGHTS`` and, in some exports of this project, ``APART``, which
+    holds the modules trained in full.
+
+    Raises:
+        UserError: if ``WEIGHTS`` is missing.
     """
     weights, apart = folder / WEIGHTS, folder / APART
     if not weights.exists():
@@ -144,13 +155,14 @@ def _files(folder: Path) -> dict[str, Any]:
 
 
 def _sorted(keys: list[str]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Sort the names of tensors into pairs of A and B, and others.
+    """Split the names of tensors into pairs of factors A and B, and others.
 
     Args:
-        keys: names of all tensors of the adapter.
+        keys: names of all tensors of the adapter, as in its files.
 
     Returns:
-        The pairs, as {module: {"A": key, "B": key}}, and the keys of all other tensors.
+        The pairs, as {module: {"A": name of its tensor A, "B": name of its tensor B}}, and a list
+        of the names of all other tensors. A or B is left out of a pair if the adapter lacks it.
     """
     pairs: dict[str, dict[str, str]] = {}
     full = []
@@ -171,7 +183,14 @@ def _in_order(key: str) -> list[tuple[int, str]]:
 def _of_pair(
     files: Mapping[str, Any], name: str, pair: Mapping[str, str], config: Mapping[str, Any]
 ) -> Module:
-    """Return the module ``name``, with A and B read from ``files``; ``pair`` gives their keys."""
+    """Return the table's data on a module with factors A and B, which are read.
+
+    Args:
+        files: open file of each tensor, by the tensor's name.
+        name: name of the module.
+        pair: names of its two tensors, {"A": ..., "B": ...}.
+        config: content of adapter_config.json.
+    """
     stored = [files[pair[factor]].get_tensor(pair[factor]) for factor in "AB"]
     # flatten, because the factors of convolutions have more than two axes.
     a_RI, b_OR = (t.flatten(1).double() for t in stored)

@@ -21,6 +21,9 @@ DAMAGE = (OSError, SafetensorError, LookupError, ArithmeticError, ValueError, Ru
 def show(request: ShowRequest) -> None:
     """Print the table of an adapter or a checkpoint.
 
+    Args:
+        request: the options of the program, which name the folder.
+
     Raises:
         UserError: if the folder is neither an adapter nor a checkpoint, or is damaged.
     """
@@ -28,7 +31,7 @@ def show(request: ShowRequest) -> None:
 
 
 def as_text(path: Path) -> str:
-    """Return the table as text, below a line that says what the folder holds.
+    """Return the table of an adapter or a checkpoint as text, below a line that says which it is.
 
     Args:
         path: the folder of a PEFT adapter or of a checkpoint.

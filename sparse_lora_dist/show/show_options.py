@@ -15,14 +15,15 @@ class ShowRequest:
     path: Path
     """Folder of a PEFT adapter or of a checkpoint."""
     run: RunConfig = field(default_factory=RunConfig)
-    """Options that ``run_program`` reads (--debug)."""
+    """Options of the section ``run`` at their defaults; ``run_program`` reads ``debug`` from
+    them."""
 
 
 def load_request(argv: Sequence[str]) -> ShowRequest:
-    """Return what the command line asks for; exit with status 2 if an option is wrong.
+    """Read the program's command line; exit with status 2 and a message if it is wrong.
 
     Args:
-        argv: The words after the program's name.
+        argv: the words of the command line after the program's name.
     """
     return ShowRequest(path=build_parser().parse_args(argv).path)
 

@@ -7,6 +7,8 @@ from math import sqrt
 from sparse_lora_dist.distributed.console import counted, megabytes
 
 TITLES = ("module", "rank", "of", "density", "bytes", "norm of the update")
+"""Headings of the columns. "of" is the largest rank possible; density is the fraction of the
+trained entries that are not zero; the update is what the adapter adds to the weight."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,12 +16,13 @@ class Module:
     """A trained module: a linear with an adapter, or a module trained in full."""
 
     name: str
+    """Name of the module in the model."""
     rank: int | None = None
     """Number of rank-1 components in use; None for a module trained in full."""
     capacity: int | None = None
     """Largest number of components that the tensors can hold; None for a module trained in full."""
     entries: int
-    """Number of trained entries."""
+    """Number of trained entries, zeros included."""
     alive: int
     """Number of entries that are not zero. In a checkpoint, dead entries are not counted either."""
     bytes: int
@@ -30,9 +33,10 @@ class Module:
 
 
 def table(modules: Sequence[Module]) -> str:
-    """Return the table as text: a heading, one line per module, and a line with totals.
+    """Return the table as text: a line of headings, one line per module, and a line with totals.
 
-    The total of the norms is the Frobenius norm of all weight changes together.
+    The total of the norms is the Frobenius norm of all weight changes together, that is the root of
+    the sum of their squares.
     """
     rows = [TITLES, *map(_cells, modules), _together(modules)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(TITLES))]
@@ -40,7 +44,7 @@ def table(modules: Sequence[Module]) -> str:
 
 
 def _cells(module: Module) -> tuple[str, ...]:
-    """Return the cells of a module's line, one for each of ``TITLES``."""
+    """Return the cells of a module's line as text, one for each of ``TITLES``."""
     return (
         module.name,
         "full" if module.rank is None else str(module.rank),
@@ -52,7 +56,7 @@ def _cells(module: Module) -> tuple[str, ...]:
 
 
 def _together(modules: Sequence[Module]) -> tuple[str, ...]:
-    """Return the cells of the line with totals, one for each of ``TITLES``."""
+    """Return the cells of the line with totals over ``modules``, one for each of ``TITLES``."""
     return (
         counted(len(modules), "module"),
         str(sum(m.rank or 0 for m in modules)),

@@ -1,2 +1,2 @@
-"""Simulation of a training step with ZeRO-3 on the meta device: when which parameters are gathered,
-and what the step allocates."""
+"""Simulation of a training step with ZeRO-3, without weights: which parameters are gathered when,
+and which activations and temporaries the step allocates (measured on the meta device)."""

@@ -1,7 +1,8 @@
-"""Simulation of ZeRO-3's gathers in one micro-batch on one rank.
+"""Simulation of ZeRO-3's all-gathers of parameters in forward and backward of one micro-batch on
+one rank.
 
-It computes how many elements are gathered at once, and how many are gathered in all. It fetches,
-prefetches and releases parameters by DeepSpeed's rules
+It computes the largest number of elements that are gathered at once, and the number that is
+gathered in all. It fetches, prefetches and releases parameters by DeepSpeed's rules
 (runtime/zero/partitioned_param_coordinator.py). All sizes are numbers of elements.
 """
 
@@ -14,7 +15,10 @@ from sparse_lora_dist.plan.playback.parameters import PlannedParameter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bounds:
-    """Limits on gathered parameters, in elements; the defaults are DeepSpeed's."""
+    """Settings of an engine file (DeepSpeed JSON file) that limit which parameters are gathered.
+
+    Sizes are numbers of elements; the defaults are DeepSpeed's.
+    """
 
     prefetch: int = 50_000_000
     """stage3_prefetch_bucket_size: a prefetch ends once it has this many elements."""
@@ -32,10 +36,11 @@ class Bounds:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Gathered:
-    """Numbers of elements that one micro-batch gathers on one rank."""
+    """Numbers of elements that forward and backward of one micro-batch gather on one rank."""
 
     peak: int
-    """Most elements that exist at once: gathered parameters, and buffers of all-gathers."""
+    """Largest number of elements that exist at once: gathered parameters, and buffers of
+    all-gathers."""
     received: int
     """Elements of frozen parameters, counted at every all-gather, the rank's own shard included."""
     received_trained: int
@@ -48,16 +53,17 @@ class _Group:
     """Parameters of one all-gather; its buffer is freed when all of them have been used."""
 
     size: int
-    """Elements of the parameters together."""
+    """Number of elements of the parameters together, and of the buffer."""
     waiting: set[str]
-    """Names of parameters that have not been used yet. The name "" stands for the buffer, if it
-    exists beside copies of the parameters."""
+    """Names of parameters that no module has waited for yet. The name "" stands for the buffer, if
+    it exists beside copies of the parameters."""
     split: bool = False
     """True if the parameters are outside the buffer: copied out of it, or gathered without one."""
 
 
 Visit = tuple[str, bool]
-"""(name of a module, True before the module runs or False after it ran)."""
+"""Call of a ZeRO-3 hook: (name of a module, True for the hook before the module runs, which
+gathers, or False for the hook after it ran, which releases)."""
 
 
 @dataclass
@@ -65,18 +71,20 @@ class _Coordinator:
     """DeepSpeed's PartitionedParameterCoordinator, with sizes in place of tensors."""
 
     sizes: Mapping[str, int]
-    """Elements of each parameter, by its name."""
+    """Number of elements of each parameter, by its name."""
     of_module: Mapping[str, Sequence[str]]
     """Names of the parameters that a module uses, by the module's name."""
     order: Sequence[str]
-    """Modules in the order in which they run, forward and backward."""
+    """Names of modules in the order in which they run, forward and then backward. A module that
+    runs several times is listed several times."""
     bounds: Bounds
+    """Limits of the engine file on gathered parameters."""
     step: int = 0
     """Index in ``order`` of the module that runs next."""
     available: set[str] = field(default_factory=set)
     """Names of gathered parameters."""
     in_flight: dict[str, _Group] = field(default_factory=dict)
-    """Parameters that are being gathered and have not been used yet: name -> its all-gather."""
+    """All-gathers that no module has waited for yet: name of a parameter -> its all-gather."""
     counted: int = 0
     """Elements that DeepSpeed counts against ``bounds.live``; it does not count buffers."""
     whole: int = 0
@@ -91,7 +99,8 @@ class _Coordinator:
         self.fetched_for: dict[str, int] = {}
 
     def fetch(self, module: str) -> None:
-        """Gather the parameters of ``module`` before it runs, and prefetch for later modules."""
+        """Gather the parameters of ``module``, which runs next, and prefetch those of modules that
+        run later."""
         wanted = self.of_module[module]
         self._gather([p for p in wanted if p not in self.available and p not in self.in_flight])
         for name in wanted:
@@ -143,7 +152,11 @@ class _Coordinator:
             self._add(-group.size)
 
     def release(self, module: str) -> None:
-        """Release the parameters of ``module`` that are not used again within ``bounds.reuse``."""
+        """Release the parameters of ``module``, which has just run.
+
+        A parameter stays gathered if a module uses it again before the modules in between have used
+        ``bounds.reuse`` elements.
+        """
         going = {p for p in self.of_module[module] if self.fetched_for.get(p, -1) <= self.step}
         passed = 0
         for later in self.order[self.step :]:
@@ -172,18 +185,22 @@ def gathered(
     ties: Sequence[tuple[str, str]] = (),
     checkpointing: bool,
 ) -> Gathered:
-    """Simulate the gathers of one micro-batch.
+    """Simulate the all-gathers in forward and backward of one micro-batch.
 
-    Persistent parameters are not counted, because they are gathered once before the first step.
+    Parameters of at most ``bounds.persistent`` elements are not counted, because they are gathered
+    once before the first step and stay whole.
 
     Args:
-        parameters: all parameters of the model, in its order.
-        layers: name of the list of the model's layers, such as "model.layers".
+        parameters: all ZeRO-3 parameters of the model, in its order.
+        layers: name of the list of the model's layers, such as "model.layers"; "" if it has none.
         bounds: the limits of the engine file.
-        once: names of modules that are not gathered for backward.
-        ties: pairs of a module and the name of a parameter that it shares with another module,
+        once: names of modules that are gathered for forward only, not for backward.
+        ties: pairs (name of a module, name of a parameter that it shares with an earlier module),
             such as an output head tied to the embeddings.
         checkpointing: True if each layer runs forward again in backward.
+
+    Returns:
+        The largest number of elements that exist at once, and the numbers that are gathered in all.
     """
     moving = [p for p in parameters if p.numel > bounds.persistent]
     sizes = {p.name: p.numel for p in moving}
@@ -214,10 +231,15 @@ def gathered(
 def _visits(
     modules: Sequence[str], once: Collection[str], layers: str, checkpointing: bool
 ) -> list[Visit]:
-    """Return the visits of a micro-batch: of forward, then of backward.
+    """Return the calls of ZeRO-3's hooks in a micro-batch: those of forward, then of backward.
 
-    With ``checkpointing``, each layer has the visits of its forward again before its backward. The
-    arguments are those of ``gathered``; ``modules`` are the names of all modules, in order.
+    With ``checkpointing``, each layer has the calls of its forward again before its backward.
+
+    Args:
+        modules: names of all modules that have parameters, in the model's order.
+        once: names of modules that are left out of backward.
+        layers: name of the list of the model's layers; "" if it has none.
+        checkpointing: True if each layer runs forward again in backward.
     """
     parts: dict[str, list[str]] = {}
     for module in modules:
@@ -235,8 +257,11 @@ def _visits(
 
 
 def _adapted_first(modules: Sequence[str]) -> list[str]:
-    """Return the modules with each adapter after its base linear, so that in reversed order the
-    adapter begins first."""
+    """Return the names ``modules`` with each adapter ("q_proj.") moved behind its base linear
+    ("q_proj").
+
+    In reversed order, which is that of backward, the adapter then begins first.
+    """
     swapped = list(modules)
     for i, module in enumerate(modules[:-1]):
         if module.endswith(".") and module == f"{modules[i + 1]}.":
@@ -245,8 +270,11 @@ def _adapted_first(modules: Sequence[str]) -> list[str]:
 
 
 def _pass(modules: Sequence[str]) -> list[Visit]:
-    """Return the visits of one forward or backward. An adapter ("q_proj.") ends after its base
-    linear ("q_proj")."""
+    """Return the calls of ZeRO-3's hooks if ``modules`` run once, in this order.
+
+    If an adapter ("q_proj.") stands right before its base linear ("q_proj"), the linear runs inside
+    the adapter: the adapter's parameters are released after those of the linear.
+    """
     visits: list[Visit] = []
     for i, module in enumerate(modules):
         visits.append((module, True))

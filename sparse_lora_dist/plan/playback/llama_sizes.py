@@ -1,4 +1,5 @@
-"""Makes the config of a Llama of the same sizes, for an architecture that cannot be planned."""
+"""Makes the config of a Llama of the same sizes, for a model whose own architecture cannot be
+planned: transformers does not know it, or it cannot run on the meta device."""
 
 from typing import Any
 
@@ -14,7 +15,9 @@ NEEDED = (
     "num_attention_heads",
     "vocab_size",
 )
+"""Fields that config.json must have, as integers above 0."""
 OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+"""Fields that are read if config.json has them; otherwise LlamaConfig's defaults are used."""
 
 
 def as_llama(config: Any, problem: str) -> LlamaConfig:

@@ -2,7 +2,7 @@
 
 The model is transformers', its linears and adapters are those of training, and every tensor storage
 is counted while it exists. Copies of the model with two and with four layers are run, and the
-memory of all layers is extrapolated from them. Operations that the meta device cannot run
+memory of all layers is extrapolated linearly from them. Operations that the meta device cannot run
 (attention kernels, dequantisation, random numbers) are replaced by ones that take the same memory.
 
 Shapes: M rows of a micro-batch, T tokens of a row, L tokens of a full row, I in_features,
@@ -42,7 +42,7 @@ class StepMemory:
     """Memory of activations and temporaries of one micro-batch on one rank, without weights."""
 
     kept: float
-    """Bytes that exist between forward and backward."""
+    """Bytes that exist between forward and backward: activations saved for backward, the output."""
     forward: float
     """Peak bytes of forward, ``kept`` included."""
     backward: float
@@ -50,13 +50,16 @@ class StepMemory:
 
 
 class _StorageMeter(TorchDispatchMode):
-    """Counts the bytes of every tensor storage from the operation that makes it until it is freed.
+    """Mode that counts the bytes of every tensor storage from its creation until it is freed.
 
-    ``alive`` is the number of bytes that exist now, ``peak`` the highest number so far.
+    ``alive`` is the number of bytes that exist now, ``peak`` the highest number so far; both begin
+    at 0.
+
+    Args:
+        known: tensors that are never counted, such as weights.
     """
 
     def __init__(self, known: Collection[Tensor]) -> None:
-        """Begin with 0 bytes; ``known`` are tensors that are never counted, such as weights."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.alive = self.peak = 0
         self._tracked: dict[int, Any] = {}
@@ -71,7 +74,10 @@ class _StorageMeter(TorchDispatchMode):
         return out
 
     def track(self, tensor: Tensor, *, counts: bool) -> None:
-        """Register a tensor's storage, once; its bytes count until it is freed if ``counts``."""
+        """Register the storage of ``tensor``; a storage that is registered already is left alone.
+
+        ``counts`` is True if its bytes count until it is freed, False if they never count.
+        """
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes() if counts else 0
         if key in self._tracked:
@@ -87,11 +93,12 @@ class _StorageMeter(TorchDispatchMode):
 
 @contextmanager
 def _attention_of_kernels() -> Iterator[None]:
-    """Context manager: attention keeps as much memory for backward as kernels on a CPU or GPU do.
+    """Context manager that replaces torch's attention by one with the memory of a fused kernel.
 
-    Such kernels keep query, key, value, output and one number per query. On the meta device, torch
-    would instead compute and keep all T x T scores. This is not a TorchFunctionMode, because that
-    would not be active when checkpointing runs a layer again.
+    Fused kernels on a CPU or GPU keep for backward the query, key, value, output and one number per
+    query. On the meta device, torch would instead compute and keep the scores of every token for
+    every token of a row. This is not a TorchFunctionMode, because that would not be active when
+    gradient checkpointing runs a layer again.
     """
     formula = F.scaled_dot_product_attention
     setattr(F, "scaled_dot_product_attention", _attention)  # noqa: B010
@@ -120,7 +127,8 @@ def _attention(
 
 
 class _MetaLinear(FrozenLinear):
-    """A quantised linear whose ``weight_OI`` allocates as much as dequantisation does."""
+    """A frozen linear whose ``weight_OI`` allocates as much memory as dequantising a 4-bit weight
+    does: the result and, until it is returned, two fp32 values per block of the weight."""
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         blocks = self.in_features * self.out_features // BLOCK
@@ -131,7 +139,8 @@ class _MetaLinear(FrozenLinear):
 
 
 class _MetaSeeds(RowSeeds):
-    """Makes dropout masks without random numbers, because the meta device has no generator."""
+    """Makes dropout masks without drawing random numbers, which the meta device cannot do. They
+    take the same memory as real masks."""
 
     def keep_mask(
         self, x_MTI: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float
@@ -154,18 +163,22 @@ def step_memory(
     dropout: float,
     packed: bool,
 ) -> StepMemory:
-    """Measure forward and backward of a model without its output head and the loss.
+    """Measure the memory of forward and backward of a model, without its output head and the loss.
 
     Args:
         model: a model on the meta device; it is copied, not changed.
         sites: linears that carry adapters.
-        method: the method, which gives the form of each adapter.
-        rows: rows of the micro-batch.
-        tokens: tokens of a row.
+        method: the method, which gives the tensors of each adapter and how they act.
+        rows: number of rows, that is sequences, of the micro-batch.
+        tokens: number of tokens of each row.
         trained: names of modules trained in full.
-        checkpointing: True if activations are checkpointed, layer by layer.
-        dropout: dropout of the adapters' inputs.
-        packed: True if rows hold several documents; the attention mask is then counted.
+        checkpointing: True if gradient checkpointing runs each layer again in backward.
+        dropout: probability with which dropout zeroes an entry of the adapters' inputs.
+        packed: True if a row may hold several documents; the attention mask that keeps them apart
+            is then counted.
+
+    Returns:
+        Bytes between forward and backward, and peak bytes of each.
 
     Raises:
         Exception: whatever the model raises if it cannot run on the meta device.
@@ -186,9 +199,10 @@ def step_memory(
 
 
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of the model's layers.
+    """Return the name and the list of the model's layers, such as ("model.layers", ModuleList).
 
-    These are the ModuleList with most parameters. A model without any gives ("", empty list).
+    These are the ModuleList with most parameters. A model that has no ModuleList gives ("", empty
+    ModuleList).
     """
     lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
@@ -197,7 +211,8 @@ def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def _extrapolated(found: list[StepMemory], counts: list[int], num_layers: int) -> StepMemory:
-    """Extrapolate linearly to ``num_layers``; ``found[i]`` was measured with ``counts[i]``."""
+    """Extrapolate the memory linearly to ``num_layers`` layers; ``found[i]`` was measured on a
+    model of ``counts[i]`` layers."""
     few, more = found[0], found[-1]
     if counts[0] == counts[-1]:
         return few
@@ -235,8 +250,11 @@ def _inject(
     tokens: int,
     trained: Collection[str],
 ) -> None:
-    """Change the model as training does: linears become frozen ones, with adapters at ``sites``,
-    and all other parameters are frozen except those of modules in ``trained``."""
+    """Change ``model`` in place as training does.
+
+    Linears become frozen linears, with adapters at ``sites``. All other parameters are frozen,
+    except those of modules in ``trained``. The arguments are those of ``step_memory``.
+    """
     model.requires_grad_(False)
     seeds = _MetaSeeds(seed=0, sequence_length=tokens)
     chosen = {site.name: site for site in sites}

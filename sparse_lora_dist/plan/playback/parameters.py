@@ -1,7 +1,8 @@
 """Lists all ZeRO-3 parameters of a run with their sizes, from a model on the meta device.
 
-Sizes are numbers of elements of the engine's dtype. Packed 4-bit weights are stored in such
-elements too: two bytes in one element of a 16-bit dtype, four bytes in one of fp32.
+Sizes are numbers of elements of the dtype that DeepSpeed holds all parameters in (bf16, fp16 or
+fp32, from ``--precision``). Packed 4-bit weights are stored in such elements too: two bytes in one
+element of a 16-bit dtype, four bytes in one of fp32.
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -24,11 +25,11 @@ Kind = Literal["packed", "scales", "plain", "embeddings", "rest", "kept", "train
 """Kind of a parameter.
 
 - packed: 4-bit weights.
-- scales: block scales of 4-bit weights.
+- scales: scales of 4-bit weights, one for each block of consecutive weights.
 - plain: weights of linears that are not quantised, such as the output head.
 - embeddings: weights of embeddings.
 - rest: norms, biases and others.
-- kept: adapter tensors that never train.
+- kept: adapter tensors that the method writes and no gradient trains, such as masks and indices.
 - trained: adapter tensors that train, and parameters of modules trained in full.
 """
 
@@ -39,7 +40,8 @@ FILE_ITEMSIZE = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SavedQuantization:
-    """Quantisation of base files that bitsandbytes has quantised."""
+    """Quantisation of base files (the model's safetensors files) that bitsandbytes has quantised to
+    4 bits."""
 
     double_quant: bool
     """True if block scales are quantised to 8 bits."""
@@ -48,7 +50,7 @@ class SavedQuantization:
 
     @classmethod
     def of(cls, config: PreTrainedConfig) -> "SavedQuantization | None":
-        """Read the quantisation from a model's config; None if the base files hold floats."""
+        """Return the quantisation that a model's config names, None if base files hold floats."""
         found = getattr(config, "quantization_config", None)
         if found is None:
             return None
@@ -63,16 +65,19 @@ class PlannedParameter:
     """One ZeRO-3 parameter with its sizes."""
 
     name: str
+    """Name of the module and of the tensor in it, such as "model.norm.weight"."""
     module: str
     """Name of the module that gathers the parameter. For a tensor of an adapter, it is the name of
-    the adapter's linear with a dot at the end."""
+    the adapter's linear with a dot at the end, such as "model.layers.0.self_attn.q_proj."."""
     kind: Kind
+    """What the parameter holds."""
     numel: int
-    """Elements of the whole parameter, in the engine's dtype."""
+    """Number of elements of the whole parameter, all ranks together without padding."""
     in_file: int = 0
-    """Number of weights in the base files that the parameter is made from."""
+    """Number of weights in the base files that the parameter is read from; 0 for adapters, and for
+    block scales, whose weights are counted at the packed weight."""
     file_bytes: int = 0
-    """Bytes of these weights in the base files."""
+    """Bytes in the base files that the parameter is read from; 0 if it is not read from them."""
 
     @property
     def sparse(self) -> bool:
@@ -81,7 +86,8 @@ class PlannedParameter:
         return self.kind == "trained" and self.module.endswith(".")
 
     def share(self, world_size: int) -> int:
-        """Return the elements of one rank's shard: the same on all ranks, rounded up."""
+        """Return the number of elements of one rank's shard if ``world_size`` ranks share the
+        parameter. It is rounded up, so that it is the same on all ranks."""
         return -(-self.numel // world_size)
 
 
@@ -96,18 +102,18 @@ def planned_parameters(
     dtype: torch.dtype,
     saved: SavedQuantization | None = None,
 ) -> list[PlannedParameter]:
-    """List the parameters of a run, in the model's order.
+    """Return the ZeRO-3 parameters of a run, in the model's order.
 
     They are those that ``ShardLoader`` makes for the base and ``inject`` makes for the adapters.
 
     Args:
-        model: a model on the meta device.
+        model: a model on the meta device, without adapters.
         sites: linears that carry adapters.
-        method: the method, which gives the form of each adapter.
+        method: the method, which gives the tensors of each adapter.
         trained: names of modules trained in full.
         quantize: True if linears are held in 4 bits.
         double_quant: True if block scales are quantised to 8 bits. Ignored if ``saved`` is given.
-        dtype: the engine's dtype.
+        dtype: dtype that DeepSpeed holds the parameters in.
         saved: the quantisation of the base files; None if they hold floats.
     """
     skipped = saved.skipped if saved else ()
@@ -153,7 +159,7 @@ def planned_parameters(
 
 
 def ties(model: PreTrainedModel) -> list[tuple[str, str]]:
-    """List the tied parameters of a model.
+    """Find the parameters that several modules of a model share.
 
     Returns:
         Pairs of the name of a module and the name of a parameter of an earlier module that it
@@ -174,9 +180,9 @@ def _is_under(name: str, outer: str) -> bool:
 
 
 def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
-    """Return True if a parameter is of a kind that is quantised.
+    """Return True if a parameter belongs to those that ``--quantization nf4`` quantises.
 
-    These are weights of linears other than the output head, and 3-D weights of experts.
+    They are weights of linears other than the output head, and 3-D weights of experts.
 
     Args:
         module: the module that has the parameter.
@@ -192,7 +198,16 @@ def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
 def _packed(
     module: str, leaf: str, weight: Tensor, double_quant: bool, dtype: torch.dtype, saved: bool
 ) -> Iterator[PlannedParameter]:
-    """Yield the two parameters that a quantised weight becomes: packed values and block scales."""
+    """Yield the two parameters that a quantised weight becomes: packed 4-bit values, block scales.
+
+    Args:
+        module: name of the module that has the weight.
+        leaf: name of the weight in the module.
+        weight: the weight, 2-D, or 3-D for all experts of a layer.
+        double_quant: True if block scales are quantised to 8 bits.
+        dtype: dtype that DeepSpeed holds the parameters in.
+        saved: True if the base files hold the quantised weight, False if they hold floats.
+    """
     experts = weight.shape[0] if weight.dim() == 3 else 1
     rows, columns = weight.shape[-2:]
     layout = nf4.Layout(shape=(rows, columns), double_quant=double_quant)
@@ -210,7 +225,14 @@ def _packed(
 
 
 def _whole(module: str, leaf: str, parameter: Tensor, kind: Kind) -> PlannedParameter:
-    """Return the parameter that a tensor becomes if it is not quantised."""
+    """Return the parameter that a tensor becomes if it is not quantised.
+
+    Args:
+        module: name of the module that has the tensor.
+        leaf: name of the tensor in the module.
+        parameter: the tensor.
+        kind: what the tensor holds.
+    """
     count = parameter.numel()
     return PlannedParameter(
         name=f"{module}.{leaf}",
@@ -236,6 +258,6 @@ def shard_bytes(parameters: Sequence[PlannedParameter], world_size: int, itemsiz
     Args:
         parameters: the parameters to count.
         world_size: number of ranks that each parameter is sharded over.
-        itemsize: bytes per element of the engine's dtype.
+        itemsize: bytes per element of the dtype that DeepSpeed holds the parameters in.
     """
     return sum(p.share(world_size) for p in parameters) * itemsize
