@@ -1,6 +1,6 @@
 """Predicts the tokens of given answers with a sharded model, and generates texts greedily.
 
-Shapes: M rows of a batch, T tokens of its longest row.
+Shapes: M number of rows of a batch, T number of tokens of its longest row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,6 +44,9 @@ def encode(tokenizer: Any, question: Question) -> EncodedQuestion:
     Args:
         tokenizer: The model's tokenizer. If it adds bos to every text, bos is kept; eos is removed.
         question: Prompt and answer.
+
+    Returns:
+        The token ids, with at least one token before the answer and one in it.
     """
     prompt = ids_without_eos(tokenizer, question.prompt)
     ids = ids_without_eos(tokenizer, f"{question.prompt} {question.answer}")
@@ -73,10 +76,13 @@ class GreedyDecoder:
     pad_id: int
     """Token id that rows are padded with."""
     batch_size: int
-    """Rows of one batch."""
+    """Number of questions or prompts in one batch, which one rank computes."""
 
     def predicted_answers(self, questions: Sequence[EncodedQuestion]) -> list[list[int]]:
         """Predict each token of each answer, given the answer's tokens before it. Collective.
+
+        Args:
+            questions: Tokenised questions with the answers to predict.
 
         Returns:
             One list per question: the likeliest token id at each position of its answer (teacher
@@ -119,9 +125,14 @@ class GreedyDecoder:
             return in_batches(encoded, self.batch_size, of_batch, name="texts")
 
     def _argmax(self, rows: Sequence[list[int]]) -> Tensor:
-        """Return the likeliest next token after each token of each row: int64 [M, T], on the CPU.
+        """Return the likeliest next token after each token of each row. Collective.
 
-        Entries after the end of a row are to be ignored. Collective.
+        Args:
+            rows: Token ids of each row, of any lengths.
+
+        Returns:
+            Token ids, int64 [M, T] on the CPU, where M is the number of rows and T the length of
+            the longest one. Entries after the end of a row have no meaning.
         """
         # No attention mask is needed: padding comes last, and attention is causal.
         ids_MT = pad_sequence(
@@ -134,7 +145,11 @@ class GreedyDecoder:
 
 @contextmanager
 def without_adapters(adapters: Sequence[AdapterLinear]) -> Iterator[None]:
-    """Context manager: the model computes as its base, since these adapters add nothing."""
+    """Switch adapters off while the body runs, so that the model computes as its base.
+
+    Args:
+        adapters: All adapters of the model, on every rank.
+    """
     for adapter in adapters:
         adapter.base_only = True
     try:

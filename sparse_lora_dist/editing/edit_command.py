@@ -33,7 +33,14 @@ SUCCESS_HINT_BELOW = 90.0
 
 
 def purpose_of(request: EditRequest) -> Purpose:
-    """Return the purpose of an edit run: train on the edits, then measure the model."""
+    """Return what distinguishes an edit run from a training run.
+
+    An edit run trains on the edits in place of ``--data``, measures the model after the last step,
+    and with ``--overwrite`` replaces an earlier run in its folder.
+
+    Args:
+        request: The checked options, and the edits to make.
+    """
     return Purpose(
         open_feed=partial(_open_feed, request),
         conclude=partial(_conclude, request),
@@ -62,7 +69,14 @@ def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
 
 
 def _conclude(request: EditRequest, job: Job) -> None:
-    """Measure the model before and after the edits, write edits.json, print scores. Collective."""
+    """Measure the model before and after the edits, write edits.json, print scores. Collective.
+
+    Called after the last optimizer step, before the adapter is exported.
+
+    Args:
+        request: The options and the edits.
+        job: The job that trained on the edits; its model is measured.
+    """
     tokenizer = open_tokenizer(job.config, job.model)
     scored = scored_questions(request.edits)
     questions = [encode(tokenizer, one.question) for one in scored]
@@ -99,6 +113,12 @@ def _model_answers(
     """Return what the model predicts for the questions and generates after the prompts. Collective.
 
     The generated texts are shortened if the model has fewer positions than they need.
+
+    Args:
+        request: The options and the edits, whose prompts are continued.
+        job: The job whose model is used.
+        decoder: Predicts and generates with this model.
+        questions: The tokenised questions of all edits.
     """
     prompts = [edit.fact.prompt for edit in request.edits]
     longest = max(len(ids) for ids in decoder.tokenizer(prompts).input_ids)
@@ -123,7 +143,7 @@ def _results(
     Args:
         request: Options of the edit run.
         job: The job that trained on the edits.
-        scores: "before" or "after" -> scores of each edit.
+        scores: "before" or "after" -> scores of each edit, in the order of ``request.edits``.
         texts: "before" or "after" -> generated text of each edit; empty if none were generated.
     """
     edits = [
@@ -143,7 +163,11 @@ def _results(
 
 
 def low_success_hint(config: Config) -> str:
-    """Return the hint that is printed if too few edits succeeded: which options to change."""
+    """Return the hint which options to change, to be printed if too few edits succeeded.
+
+    Args:
+        config: Options of the edit run.
+    """
     hint = "not every edit succeeded. Raise "
     hint += f"--max_steps above {config.train.max_steps} or --learning_rate above "
     hint += f"{config.train.learning_rate:g}"

@@ -26,10 +26,10 @@ from sparse_lora_dist.training.feed import DataFeed, check_positions, settle_pad
 
 @dataclass(frozen=True, kw_only=True)
 class EditFeed(DataFeed):
-    """Training data of an edit run: each step's rows are all edits, in order.
+    """Training data of an edit run: every optimizer step trains on all edits, in order.
 
-    If the edits do not fill the micro-batches of all ranks, rows without tokens are added. The
-    result of training therefore does not depend on the number of ranks.
+    A row is one edit. If the edits do not fill the micro-batches of all ranks, rows without tokens
+    are added. The result of training therefore does not depend on the number of ranks.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -37,7 +37,7 @@ class EditFeed(DataFeed):
 
     @property
     def global_batch(self) -> int:
-        """Number of rows of a step, i.e. of edits."""
+        """Number of rows per optimizer step over all ranks, i.e. the number of edits."""
         return len(self.rows)
 
     @property
@@ -47,9 +47,13 @@ class EditFeed(DataFeed):
         return sha256(texts.encode()).hexdigest()
 
     def batches(self, first_row: int, steps_done: int) -> list[MicroBatch]:
-        """Return this rank's micro-batches of a step.
+        """Return this rank's micro-batches of an optimizer step.
 
         Every step has the same ones, so the arguments are ignored.
+
+        Args:
+            first_row: Number of the step's first row in the stream of rows.
+            steps_done: Number of optimizer steps made before this step.
         """
         return self._cut(self.rows, 0, len(self.rows), shuffle=False)
 
@@ -57,10 +61,12 @@ class EditFeed(DataFeed):
 def build_feed(
     edits: tuple[Edit, ...], config: Config, model: Model, tokenizer: Any, program: str
 ) -> EditFeed:
-    """Tokenise the edits and set up their feed. Not collective.
+    """Tokenise the edits and set up the training data. Not collective.
+
+    Also checks that the questions that are asked after training fit the model's positions.
 
     Args:
-        edits: The edits of each step.
+        edits: The edits, all of which each optimizer step trains on.
         config: Options of the run; ``max_steps`` is set.
         model: The opened model; it gives the padding token and the number of positions.
         tokenizer: The model's tokenizer.
@@ -91,6 +97,11 @@ def build_rows(edits: tuple[Edit, ...], tokenizer: Any, config: Config) -> Rows:
     """Encode each edit as a row "prompt target_new", with a loss on the tokens of target_new only.
 
     As in EasyEdit, no eos is added: an edit changes the answer, not where the text ends.
+
+    Args:
+        edits: The edits, one row each.
+        tokenizer: The model's tokenizer.
+        config: Options of the run, for --sequence_length and --seed.
 
     Raises:
         UserError: An edit has more tokens than --sequence_length.

@@ -1,8 +1,17 @@
 """Reads a file of edits in KnowEdit's format, and reports all problems of the file at once.
 
-The file is a JSON list of objects, or one object per line. Fields have the names of KnowEdit's
-data sets. An answer is a text, a list of aliases, or a list of such lists; the first alias is used,
-as in EasyEdit.
+The file is a JSON list of objects, or one JSON object per line. An object describes one edit:
+
+    subject           what the fact is about
+    prompt            text before the answer
+    target_new        the new answer
+    rephrase_prompt   optional: another wording of the prompt
+    portability       optional: {kind: [{"prompt": ..., "ground_truth": ...}, ...]}, questions
+                      (called probes) whose answer follows from the new fact
+    locality          optional: the same form, for questions that the edit should not affect
+
+``FIELD_NAMES`` has further names of these fields, which KnowEdit's data sets use. A text may be
+given as a list of aliases, or a list of such lists; the first alias is used, as in EasyEdit.
 """
 
 import json
@@ -21,8 +30,11 @@ FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "target_new": ("target_new", "labels"),
     "rephrase_prompt": ("rephrase_prompt", "rephrase"),
 }
-"""Field -> the names that it may have in the file. The first is used by the ZsRE data set, and in
-messages; the second by WikiBio or counterfact."""
+"""Field -> the names that it may have in the file.
+
+The first name is used by the ZsRE data set, and in messages. The second is used by WikiBio or
+counterfact.
+"""
 KNOWN_FIELDS = {
     "portability",
     "locality",
@@ -41,8 +53,8 @@ def read_edits(path: Path) -> Edits:
         path: File with a JSON list of objects, or with one JSON object per line.
 
     Raises:
-        UserError: The file cannot be read, is not JSON, has no edits, or has wrong records. The
-            message names the line and the field of each problem.
+        UserError: The file cannot be read, is not JSON, has no edits, or has edits with wrong
+            fields. The message names the line and the field of each such problem.
     """
     parser, edits = _EditParser(), []
     for number, (line, record) in enumerate(_records(path), start=1):
@@ -64,7 +76,13 @@ def read_edits(path: Path) -> Edits:
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield (line number, value) of each element of a JSON list, or of each JSON line."""
+    """Yield (line number, value) of each element of a JSON list, or of each JSON line.
+
+    Line numbers count from 1. The values are not checked.
+
+    Raises:
+        UserError: The file cannot be read or is not JSON.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
@@ -113,10 +131,16 @@ def _problem_report(path: Path, problems: Sequence[str]) -> str:
 
 
 class _EditParser:
-    """Parses one record at a time, and collects the problems of all records in ``problems``.
+    """Parses one edit at a time, and collects the problems of all edits.
 
-    ``location`` names the current record in messages. ``without_answer`` counts the probes without
-    an answer, and ``unread`` collects the names of unknown fields.
+    A record is the JSON object of an edit. A probe is a question of its fields ``portability`` and
+    ``locality``.
+
+    Attributes:
+        location: File, line and number of the current edit, for messages. The caller sets it.
+        problems: Messages about all edits parsed so far.
+        without_answer: Number of probes left out because their answer is blank or null.
+        unread: Names of fields that are not used.
     """
 
     def __init__(self) -> None:
@@ -126,10 +150,13 @@ class _EditParser:
         self.unread: set[str] = set()
 
     def edit(self, record: Any) -> Edit | None:
-        """Return the edit of a record.
+        """Return the edit that a JSON object describes.
+
+        Args:
+            record: Value of one element of the file's JSON list, or of one line.
 
         Returns:
-            None if the record has a problem; a message is then appended to ``problems``.
+            The edit; None if it has a problem. Messages are then appended to ``problems``.
         """
         before = len(self.problems)
         if not isinstance(record, dict):
@@ -154,6 +181,10 @@ class _EditParser:
         """Return the text of field ``name``, or "" if it is wrong or missing.
 
         A message is appended to ``problems`` unless the field is optional and missing.
+
+        Args:
+            record: The JSON object of the edit.
+            name: A key of ``FIELD_NAMES``.
         """
         value = next((record[n] for n in FIELD_NAMES[name] if n in record), None)
         if _first_alias(value) is None and name in REQUIRED:
@@ -210,10 +241,13 @@ class _EditParser:
 
 
 def _first_alias(value: Any) -> Any:
-    """Return the first alias of a list of aliases, or of a list of such lists.
+    """Return the first alias of an answer, i.e. the first of several accepted wordings.
+
+    Args:
+        value: An alias, a list of aliases, or a list of such lists.
 
     Returns:
-        None for an empty list; ``value`` itself if it is no list.
+        The first alias; None for an empty list; ``value`` itself if it is no list.
     """
     while isinstance(value, list):
         value = value[0] if value else None

@@ -7,10 +7,16 @@
     locality       share of the tokens of an unrelated answer at which the model predicts the same
                    token as before the edit, right or wrong
     fluency        mean of (2/3) H2 and (4/3) H3 of a generated text that continues the prompt,
-                   with Hn the entropy of the text's n-grams in bits; tables show 100 times it
+                   with Hn the entropy of the text's n-grams (runs of n words) in bits
 
-As in KnowEdit's script, scores are averaged over the probes of a kind, then over the kinds of an
-edit, then over edits. An edit without probes is left out of that column. Differences to EasyEdit:
+The four shares are in [0, 1] per edit. Tables show 100 times the mean of each metric, fluency
+included.
+
+The questions of portability and locality are called probes; the data set sorts an edit's probes
+into kinds. As in KnowEdit's script, scores are averaged over the probes of a kind, then over the
+kinds of an edit, then over edits. An edit without probes of a metric is left out of that mean.
+
+Differences to EasyEdit:
 
 - A regular expression splits a text into words. EasyEdit uses nltk, which splits e.g. "don't"
   in another way.
@@ -26,7 +32,10 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 
 Scores = Mapping[str, float | None]
-"""Column of ``COLUMNS`` -> score of one edit; None or missing if there was nothing to measure."""
+"""Name of a metric, one of ``COLUMNS`` -> score of one edit.
+
+A score is None or missing if there was nothing to measure.
+"""
 
 COLUMNS = ("edit success", "rephrase", "portability", "locality", "fluency")
 """Names of the metrics, as in edits.json and in the printed table."""
@@ -36,7 +45,15 @@ WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 
 
 def agreement(predicted: Sequence[int], targets: Sequence[int]) -> float:
-    """Return the share of positions at which two sequences of equal length have the same token."""
+    """Return the share of positions at which two sequences of equal length have the same token.
+
+    Args:
+        predicted: Token ids that the model predicts.
+        targets: Token ids to compare with; at least one.
+
+    Returns:
+        The share, in [0, 1].
+    """
     return mean(float(a == b) for a, b in zip(predicted, targets, strict=True))
 
 
@@ -55,19 +72,20 @@ def mean_of_kinds(by_kind: Mapping[str, Sequence[float]]) -> float | None:
 def fluency(text: str) -> float:
     """Return the mean of (2/3) H2 and (4/3) H3 of a text, with Hn the entropy of its n-grams.
 
-    Entropies are in bits. A text of fewer than two words has fluency 0.
+    An n-gram is a run of n consecutive words. Entropies are in bits. A text of fewer than two words
+    has fluency 0.
     """
     words = WORD.findall(text)
     return mean(weight * entropy(list(ngrams(words, n))) for n, weight in WEIGHTS.items())
 
 
 def ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
-    """Return all runs of ``n`` consecutive words."""
+    """Return all runs of ``n`` consecutive words, as tuples, in the order of the text."""
     return list(zip(*(words[i:] for i in range(n)), strict=False))
 
 
 def entropy(items: Sequence[object]) -> float:
-    """Return the entropy of the items' empirical distribution, in bits."""
+    """Return the entropy in bits of how often each distinct item occurs; 0 without items."""
     counts = Counter(items).values()
     return -sum(c / len(items) * math.log2(c / len(items)) for c in counts)
 
@@ -75,8 +93,12 @@ def entropy(items: Sequence[object]) -> float:
 def table_row(scores: Sequence[Scores]) -> dict[str, float | None]:
     """Average the scores of all edits.
 
+    Args:
+        scores: The scores of each edit.
+
     Returns:
-        Column -> mean score over the edits that have one, times 100; None if no edit has one.
+        Name of each metric in ``COLUMNS`` -> 100 times the mean score over the edits that have one;
+        None if no edit has one.
     """
     row: dict[str, float | None] = {}
     for column in COLUMNS:

@@ -63,19 +63,20 @@ class EditConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EditRequest:
-    """What launcher/edit.py was asked for: the training run, its own options, and the edits to
-    make."""
+    """What launcher/edit.py was asked for: all options, and the edits to make."""
 
     config: Config
+    """Options of the training run."""
     options: EditConfig
+    """Options that only editing has."""
     file: Edits
     """Content of the whole file of edits."""
     edits: tuple[Edit, ...]
-    """Edits to make, those that --number selects."""
+    """Edits to make: those of the file that --number selects."""
 
     @property
     def run(self) -> RunConfig:
-        """Options that ``run_program`` reads (--debug)."""
+        """Run options that ``run_program``, the main function of all programs, reads: --debug."""
         return self.config.run
 
 
@@ -92,11 +93,15 @@ RELEASED: dict[str, object] = {
     "lr_schedule": "constant",
     "max_steps": 25,
 }
-"""Defaults of options, taken from RoseLoRA's released code for editing (hparams/ROSELORA), which
-prunes from pass 3 to 20 of 25.
+"""Defaults of options, taken from RoseLoRA's released code for editing (hparams/ROSELORA).
 
-Two things differ. There, a pass over several edits takes one step per edit and ends early once the
-loss is below 0.1. Here, gradients are clipped at --max_grad_norm; its settings do not say.
+The released code makes 25 passes over the edits and prunes from pass 3 to pass 20. Here, a pass is
+one optimizer step on all edits. Differences to the released code:
+
+- The released code takes one step per edit in a pass over several edits, and ends early once the
+  loss is below 0.1. This project takes one step on all edits, and makes all passes.
+- This project clips gradients at --max_grad_norm. The settings of the released code do not say
+  whether it clips them.
 """
 
 PROGRAM = Program(
@@ -121,17 +126,23 @@ NOT_FOR_EDITS = {
     "init_adapter": "edits are measured against the base and undone by removing their adapter. "
     "Merge the other adapter into the base first (launcher/export.py --format merged)",
 }
-"""{option of a training run that cannot be used for edits: reason}."""
+"""{option of a training run that cannot be used for edits: reason}.
+
+The reasons are clauses of error messages.
+"""
 
 
 def load_request(argv: Sequence[str]) -> EditRequest:
-    """Return what the editor's command line and its YAML file ask for, with the edits read.
+    """Parse the command line of launcher/edit.py and its YAML file, and read the file of edits.
 
     Args:
-        argv: The words after the program's name.
+        argv: The command line's arguments, without the program's name.
+
+    Returns:
+        The checked options, and the edits to make.
 
     Raises:
-        ConfigError: Some options are wrong; it lists all problems.
+        ConfigError: Some options are wrong. Its message lists all problems.
         UserError: The file of edits has a problem.
     """
     config, options = read_options(argv, PROGRAM)

@@ -10,7 +10,7 @@ from sparse_lora_dist.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt and the answer that is scored token by token."""
+    """A prompt and its answer, whose tokens the model's predictions are compared with."""
 
     prompt: str
     """Text before the answer."""
@@ -19,7 +19,11 @@ class Question:
 
 
 Probes = Mapping[str, tuple[Question, ...]]
-"""Kind of probe -> its questions. Kinds are e.g. Reasoning and Relation_Specificity."""
+"""Kind of probe -> its questions.
+
+A probe is a question that measures side effects of an edit. The file of edits names the kinds, e.g.
+Reasoning and Relation_Specificity.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +54,11 @@ class Edits:
     """Names of fields in the file that are not used."""
 
     def report(self) -> str:
-        """Return one line with the numbers of edits and of probes, and what is not used."""
+        """Return one line with the numbers of edits and of probes of each kind.
+
+        It also gives the number of probes left out and the names of unused fields, if there are
+        any.
+        """
         probes: Counter[str] = Counter()
         for edit in self.edits:
             for name in ("portability", "locality"):
@@ -73,6 +81,9 @@ def numbered(edits: Sequence[Edit], number: str | None, place: str) -> tuple[Edi
         edits: All edits of the file.
         number: An index counted from 0 ("7"), a slice ("0:10" or "5:"), or None for all edits.
         place: Name of the file, for the message.
+
+    Returns:
+        The selected edits, in the order of the file.
 
     Raises:
         UserError: The selection is empty, or names edits that the file does not have.

@@ -1,4 +1,7 @@
-"""Lists the questions of all edits, and scores each edit from the model's predictions."""
+"""Lists the questions of all edits, and scores each edit from the model's predictions.
+
+``edit_metrics.py`` defines the metrics. A probe is a question of portability or locality.
+"""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,12 +13,12 @@ from sparse_lora_dist.editing.edits import Edit, Probes, Question
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredQuestion:
-    """A question and the score that it counts towards."""
+    """A question, and the metric of the edit that its score counts towards."""
 
     edit: int
-    """Index of the edit in the sequence of edits."""
+    """Index of the edit in the sequence passed to ``scored_questions``."""
     column: str
-    """Column of ``edit_metrics.COLUMNS``."""
+    """Name of the metric, one of ``edit_metrics.COLUMNS``."""
     kind: str
     """Kind of probe; "" for edit success and rephrase."""
     question: Question
@@ -24,7 +27,7 @@ class ScoredQuestion:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAnswers:
-    """Predictions and generated texts of one model."""
+    """Predictions and generated texts of one model, before or after the edit."""
 
     predicted: Sequence[Sequence[int]]
     """Per question: the likeliest token id at each position of its answer."""
@@ -33,7 +36,14 @@ class ModelAnswers:
 
 
 def scored_questions(edits: Sequence[Edit]) -> list[ScoredQuestion]:
-    """Return the questions of all edits, each with the score it counts towards, edit by edit."""
+    """Return the questions of all edits, each with the metric that its score counts towards.
+
+    Args:
+        edits: The edits.
+
+    Returns:
+        The questions of the first edit, then those of the second, and so on.
+    """
     found = []
     for number, edit in enumerate(edits):
         by_column: dict[str, Probes] = {
@@ -62,11 +72,12 @@ def score_edits(
     Args:
         questions: The questions of all edits, from ``scored_questions``.
         targets: Per question: token ids of the right answer.
-        answers: Predictions of the model to score.
+        answers: Predictions and texts of the model to score.
         before: Predictions of the model before the edit. Locality compares ``answers`` with them.
 
     Returns:
-        Column -> score, for each edit in order; columns that were not measured are missing.
+        For each edit in order: name of a metric -> score; metrics that were not measured are
+        missing.
     """
     found: dict[tuple[int, str], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for i, one in enumerate(questions):

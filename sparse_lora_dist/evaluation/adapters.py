@@ -1,4 +1,7 @@
-"""Opens the PEFT LoRA adapters to evaluate. Each site may have its own rank and scale."""
+"""Opens the PEFT LoRA adapters to evaluate.
+
+Each site, i.e. linear with an adapter, may have its own rank and scale.
+"""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,19 +27,22 @@ printed as a note and is no error, since it may be intended."""
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """A PEFT LoRA adapter. All mappings are empty for the base without an adapter."""
+    """A PEFT LoRA adapter, opened but not loaded. All mappings are empty for the base alone."""
 
     name: str
     """The adapter as the user named it, or "base"."""
     values: Mapping[str, Values] = field(default_factory=dict)
-    """Tensor name -> reader of its values. Names are e.g. "SITE.lora_a", "SITE.lora_b", and
-    "MODULE.weight" of a module trained in full."""
+    """Tensor name -> function (start, stop) that reads entries of the flattened tensor from disk.
+
+    Names are "SITE.lora_a" and "SITE.lora_b" with the name of a site, and e.g. "MODULE.weight" with
+    the name of a module trained in full.
+    """
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Tensor name -> shape, for the tensors in ``values``."""
     scales: Mapping[str, float] = field(default_factory=dict)
-    """Site name -> scale of its delta, alpha / r or alpha / sqrt(r)."""
+    """Site name -> factor of B A: alpha / r, or alpha / sqrt(r) for rsLoRA, with r its rank."""
     base: str | None = None
-    """Base model that its adapter_config.json names."""
+    """Base model that the adapter's adapter_config.json names; None if it names none."""
 
     @property
     def full(self) -> tuple[str, ...]:
@@ -116,12 +122,15 @@ def _why_not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | 
 def differences_from_training(adapter: Adapter, config: Config) -> list[str]:
     """Compare the settings of the evaluation with those that the adapter was trained with.
 
+    Not collective. The base model and the options in ``TRAINING_OPTIONS`` are compared.
+
     Args:
         adapter: The adapter. Its training options are known only if it is in a run folder.
         config: Options of the evaluation.
 
     Returns:
-        One sentence per difference; empty if no difference is known.
+        One clause to print per difference, and one about the remedy; empty if no difference is
+        known.
     """
     notes = []
     here = resolve_default("model", config.model.model)

@@ -35,6 +35,9 @@ from sparse_lora_dist.zero3.engine import Engine
 def evaluate(request: EvalRequest) -> None:
     """Evaluate all models of a request, print the results and write the result files. Collective.
 
+    Args:
+        request: The checked options of the command line.
+
     Raises:
         UserError: The options, data or adapters are wrong. Raised on every rank, before any
             weight is read.
@@ -66,7 +69,9 @@ def evaluate(request: EvalRequest) -> None:
 
 
 def _check_writable(flag: str, path: Path) -> None:
-    """Raise UserError if a result file cannot be written, before hours of work. Rank 0 only.
+    """Raise UserError if a result file cannot be written. On ranks other than 0, do nothing.
+
+    To be called before the models are evaluated, which may take hours.
 
     Args:
         flag: Name of the option that names the file, without dashes.
@@ -85,7 +90,13 @@ def _check_writable(flag: str, path: Path) -> None:
 
 @contextmanager
 def _watchdog(config: Config) -> Iterator[None]:
-    """Context manager: a watchdog ends all ranks if one dies or hangs, and names it. Collective."""
+    """Run the body under a watchdog that ends all ranks if one dies or hangs. Collective.
+
+    The watchdog's message names that rank.
+
+    Args:
+        config: Options; ``collective_timeout`` is how long a rank may hang.
+    """
     with TemporaryDirectory() as own:
         # All ranks use rank 0's folder. Other nodes cannot see it; they find heartbeats in the
         # process group's store.
@@ -102,7 +113,7 @@ def _write_results(
 
     Args:
         eval_set: The evaluation data and settings.
-        measured: (adapter name, its measures by result name) of each model.
+        measured: (adapter name, {result name: result}) of each model.
     """
     content, files = results(measured), eval_set.own.files
     with fail_together("writing results"):
@@ -118,7 +129,16 @@ def _write_results(
 
 
 def _evaluate_model(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[Measure]:
-    """Load the base with one adapter, and return the results of all metrics. Collective."""
+    """Load the base with one adapter, and evaluate it with all metrics. Collective.
+
+    Args:
+        eval_set: The evaluation data and settings.
+        model: The opened model, without weights.
+        adapter: The adapter to load into it.
+
+    Returns:
+        All results; a metric may have several.
+    """
     print_line("evaluates", adapter.name)
     for note in differences_from_training(adapter, eval_set.config) if comm.rank() == 0 else ():
         print_line("note", note)
@@ -143,6 +163,10 @@ def _evaluate_model(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[M
 
 
 def eos_ids(model: Any) -> set[int]:
-    """Return the end-of-sequence token ids of a model's generation config."""
+    """Return the end-of-sequence token ids of a model's generation config; maybe none.
+
+    Args:
+        model: A transformers model.
+    """
     ids = model.generation_config.eos_token_id
     return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

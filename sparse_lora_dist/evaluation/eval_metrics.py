@@ -1,4 +1,7 @@
-"""Defines the metrics of ``--metrics``: each turns losses or texts into one number per example."""
+"""Defines the metrics of ``--metrics``.
+
+Each turns the model's losses or its generated texts into one number per example.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +15,12 @@ from sparse_lora_dist.evaluation.questions import Encoder, GeneratedQuestion, Mu
 from sparse_lora_dist.evaluation.scoring import Scorer
 
 MakeItems = Callable[[Encoder, Table, int | None], Any]
-"""Type of ``Metric.items``."""
+"""Type of ``Metric.items``: (encoder, table, limit) -> tokenised examples."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One result of a model, kept per example. Its value is sum(sums) / sum(weights)."""
+    """One result of a model, kept per example. The value shown is sum(sums) / sum(weights)."""
 
     name: str
     """Name of the result, e.g. "loss" or "choice_per_token"."""
@@ -37,16 +40,31 @@ class Metric:
     """A metric: how it prepares the examples, and how it measures a model on them."""
 
     items: MakeItems
-    """(encoder, table, limit) -> the tokenised examples. Needs no model. ``limit`` is the largest
-    number of examples to use, or None for all. Not collective."""
+    """Function (encoder, table, limit) that returns the tokenised examples of a table.
+
+    ``limit`` is the largest number of examples to use, or None for all. Needs no model. Not
+    collective.
+    """
     measure: Callable[[str, Scorer, Any], list[Measure]]
-    """(metric's name, scorer, tokenised examples) -> results of the scorer's model. Collective."""
+    """Function (metric's name, scorer, tokenised examples) that returns one or more results.
+
+    The scorer holds the model that is measured. Collective.
+    """
     generates: bool = False
     """True if the model generates text, false if given text is scored."""
 
 
 def mean_loss(name: str, scorer: Scorer, documents: Documents) -> list[Measure]:
-    """Compute the mean loss, in nats per token, over the targets of all documents. Collective."""
+    """Compute the mean loss, in nats per token, over the targets of all documents. Collective.
+
+    Args:
+        name: Name of the metric, which the result gets.
+        scorer: The model to measure.
+        documents: Tokenised examples; their targets are the tokens with a loss.
+
+    Returns:
+        A list of one result.
+    """
     sums, counts = zip(*scorer.losses(documents, name), strict=True)
     return [Measure(name=name, sums=sums, weights=counts, is_accuracy=False)]
 
@@ -55,6 +73,11 @@ def likelihood_accuracy(
     name: str, scorer: Scorer, choices: Sequence[MultipleChoice]
 ) -> list[Measure]:
     """Compute the share of questions whose right choice has the lowest loss. Collective.
+
+    Args:
+        name: Name of the metric, from which the names of the results are made.
+        scorer: The model to measure.
+        choices: The questions, each tokenised once with every choice as its answer.
 
     Returns:
         Two results. ``name`` compares the losses summed over the tokens of each choice
@@ -72,7 +95,16 @@ def likelihood_accuracy(
 def generated_accuracy(
     name: str, scorer: Scorer, items: Sequence[GeneratedQuestion]
 ) -> list[Measure]:
-    """Compute the share of prompts after which the model generates a right answer. Collective."""
+    """Compute the share of prompts after which the model generates a right answer. Collective.
+
+    Args:
+        name: Name of the metric, which the result gets.
+        scorer: The model to measure.
+        items: The prompts, each with a function that checks the generated text.
+
+    Returns:
+        A list of one result, with the generated texts.
+    """
     texts = scorer.generate([item.prompt for item in items], name)
     is_right = [item.is_right(text) for item, text in zip(items, texts, strict=True)]
     return [_accuracy(name, is_right, texts)]

@@ -92,16 +92,18 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalRequest:
-    """What launcher/eval.py was asked for: the options of the run, its own, and the data to use."""
+    """What launcher/eval.py was asked for: all options, and the data to evaluate on."""
 
     config: Config
+    """Options that evaluation shares with training."""
     own: EvalConfig
+    """Options that only evaluation has."""
     source: str
     """Path or hub id of the evaluation data."""
 
     @property
     def run(self) -> RunConfig:
-        """Options that ``run_program`` reads (--debug)."""
+        """Run options that ``run_program``, the main function of all programs, reads: --debug."""
         return self.config.run
 
 
@@ -109,7 +111,7 @@ def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
     """Return a message if results cannot be written to a file.
 
     Args:
-        flag: Name of the option that names the file.
+        flag: Name of the option that names the file, without dashes.
         path: The file.
         overwrite: True if an existing file may be replaced.
 
@@ -124,10 +126,13 @@ def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
 
 
 def bad_options(flat: Mapping[str, Any]) -> list[str]:
-    """Return a message for each option of a run that evaluation cannot work with.
+    """Return a message for each training option whose value evaluation cannot work with.
 
     Args:
-        flat: {option: value} of all options.
+        flat: {option: value} of all options, without dashes.
+
+    Returns:
+        The messages; empty if all options are right.
     """
     problems = missing_files(flat)
     if flat["task"] != "causal_lm":
@@ -154,13 +159,16 @@ PROGRAM = Program(
 
 
 def load_request(argv: Sequence[str]) -> EvalRequest:
-    """Return what the evaluation's command line and its YAML file ask for.
+    """Parse the command line of launcher/eval.py and the YAML file that its --config names.
 
     Args:
-        argv: The words after the program's name.
+        argv: The command line's arguments, without the program's name.
+
+    Returns:
+        The checked options, and the data to evaluate on.
 
     Raises:
-        ConfigError: Some options are wrong; it lists all problems.
+        ConfigError: Some options are wrong. Its message lists all problems.
     """
     config, own = read_options(argv, PROGRAM)
     source = eval_source(config.data)

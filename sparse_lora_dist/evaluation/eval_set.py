@@ -34,7 +34,7 @@ class EvalSet:
     config: Config
     """Options that evaluation shares with training."""
     own: EvalConfig
-    """Options of evaluation alone."""
+    """Options that only evaluation has."""
     engine_config: dict[str, Any]
     """The DeepSpeed configuration."""
     tokenizer: Any
@@ -45,9 +45,13 @@ class EvalSet:
     """Metric name -> its tokenised examples, as ``Metric.items`` returns them."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that the results depend on, by name, for the file of --output.
+        """Return the settings that the results depend on, for the file of --output.
 
         Settings that do not change the results, e.g. the number of ranks, are left out.
+
+        Returns:
+            Option name -> value, and "left_out": {"loss": {"too_long": number of examples longer
+            than --sequence_length, "no_target": number of examples without a token to score}}.
         """
         flat = self.config.as_flat_dict() | {"eval_data": self.config.data.eval_data or "default"}
         left_out = {
@@ -65,13 +69,16 @@ class EvalSet:
 def open_eval_set(
     request: EvalRequest, config: Config, model: Model, engine_config: dict[str, Any]
 ) -> EvalSet:
-    """Read and tokenise the examples of every metric. Collective.
+    """Read and tokenise the examples of every metric, and print their numbers. Collective.
 
     Args:
-        request: Options of the evaluation.
-        config: Options that evaluation shares with training.
+        request: The command line's options.
+        config: Options that evaluation shares with training, used in place of ``request.config``.
         model: An opened model, for its tokenizer's folder and its number of positions.
         engine_config: The DeepSpeed configuration.
+
+    Returns:
+        The tokenised examples, the same on every rank.
 
     Raises:
         UserError: An example is wrong or too long. Raised on every rank.

@@ -31,7 +31,9 @@ class ExampleTooLong(ExampleError):
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The evaluation data, with methods that read the fields of its records.
+    """The evaluation data, with methods that read the fields of one example.
+
+    An example is passed to the methods as ``record``, a mapping from column names to values.
 
     Prompts are read from the column named by ``--prompt_field``. If the option has its default and
     there is no such column, they are read from column ``question``. Answers are read from
@@ -40,7 +42,7 @@ class Table:
     """
 
     examples: Examples
-    """The records, with their files and lines."""
+    """The examples, with their files and lines for messages."""
     data: DataConfig
     """Data options of the evaluation."""
 
@@ -51,7 +53,7 @@ class Table:
         Args:
             source: File, folder or hub id of the examples.
             data: Data options of the evaluation.
-            limit: Largest number of examples to read; None for all.
+            limit: Largest number of examples to read, from the first on; None for all.
         """
         examples = read_examples(
             source,
@@ -66,7 +68,11 @@ class Table:
         """Return ``make(self, record)`` for every example.
 
         Args:
-            make: Turns one record into an item; raises ExampleError if the record is wrong.
+            make: Function (table, example) that encodes one example. It raises ExampleError if the
+                example is wrong.
+
+        Returns:
+            The results of ``make``, in the order of the examples.
 
         Raises:
             UserError: ``make`` raised ExampleError for some examples. The message gives the file,
@@ -84,7 +90,11 @@ class Table:
         return items
 
     def _error(self, faults: Sequence[tuple[int, ExampleError]]) -> UserError:
-        """Return the error for faulty examples, given as (index of the example, its error)."""
+        """Return one error about all faulty examples.
+
+        Args:
+            faults: (index of the example in the data, its error) of each.
+        """
         lines = [str(self.examples.fault(index, str(error))) for index, error in faults[:MAX_SHOWN]]
         if len(faults) > MAX_SHOWN:
             lines.append(f"and {len(faults) - MAX_SHOWN:,} more examples like these")
@@ -94,7 +104,16 @@ class Table:
         return UserError("\n".join(lines))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """Return the messages of a record's chat, up to the answer."""
+        """Return the messages of an example's chat, up to the answer.
+
+        An example without column ``messages`` is a chat of one user message, the prompt.
+
+        Args:
+            record: The example, as a mapping from column names to values.
+
+        Raises:
+            ExampleError: The chat is wrong or has no message before the answer.
+        """
         if MESSAGES not in record:
             column = self.column("prompt")
             return [{"role": "user", "content": text_of(record[column], repr(column))}]
@@ -107,7 +126,16 @@ class Table:
         return chat
 
     def reference(self, record: Mapping[str, Any]) -> str:
-        """Return the right answer of a record as text."""
+        """Return the right answer of an example as text.
+
+        In column ``messages`` that is the last message, which must be the assistant's.
+
+        Args:
+            record: The example, as a mapping from column names to values.
+
+        Raises:
+            ExampleError: The example has no answer, or it is not text.
+        """
         if MESSAGES not in record:
             column = self.column("response")
             return text_of(record[column], repr(column))
@@ -119,10 +147,20 @@ class Table:
         return str(last["content"])
 
     def choices(self, record: Mapping[str, Any]) -> tuple[list[str], int]:
-        """Return the choices of a record, and the index of the right one.
+        """Return the choices of a multiple-choice example, and the index of the right one.
 
         Column ``choices`` is a list of texts, or a dict of the lists ``text`` and ``label``, as in
-        ARC. The answer is an index from 0, a label or letter, or the text of a choice.
+        ARC. The answer is an index from 0, a label or letter, or the text of a choice. It is always
+        read from ``--response_field`` or ``answer``.
+
+        Args:
+            record: The example, as a mapping from column names to values.
+
+        Returns:
+            (texts of the choices, index of the right one).
+
+        Raises:
+            ExampleError: The choices are wrong, or the answer matches none of them.
         """
         given: Any = record.get("choices")
         labels: Sequence[object] = ()
@@ -141,10 +179,11 @@ class Table:
         """Return the name of the column that holds the prompts or the answers.
 
         Args:
-            kind: "prompt" or "response".
+            kind: "prompt" for --prompt_field, or "response" for --response_field.
 
         Raises:
-            UserError: The data have no such column.
+            UserError: The data have neither the option's column nor, if the option has its default,
+                the second one ("question" or "answer").
         """
         flag, second = f"{kind}_field", {"prompt": "question", "response": "answer"}[kind]
         named, columns = getattr(self.data, flag), self.examples.table.column_names
@@ -163,14 +202,16 @@ class Table:
 def index_of_answer(
     answer: object, texts: Sequence[str], labels: Sequence[object], name: str
 ) -> int:
-    """Return the index of the right choice; the first if several match.
+    """Return the index of the choice that an example gives as the right one.
+
+    If several choices match, it is the first of them.
 
     A string is compared with the choices' texts, then with their labels, then with indices from 0.
     An integer is compared with labels and indices only. For example, the answer "1" to the choices
     ["2", "1"] is the second choice.
 
     Args:
-        answer: Right answer as the record gives it.
+        answer: The right answer as it stands in the data.
         texts: Texts of the choices.
         labels: Labels of the choices, e.g. "A"; may be longer than ``texts``.
         name: Name of the answer's column, for messages.

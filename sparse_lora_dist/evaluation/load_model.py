@@ -1,4 +1,4 @@
-"""Loads the sharded base with one adapter, whose sites may have different ranks."""
+"""Loads the sharded base with one adapter, whose linears may have different ranks."""
 
 from dataclasses import replace
 from typing import Any
@@ -15,7 +15,16 @@ PLAIN = Method(name="lora")
 
 
 def open_model(config: Config, adapter: Adapter) -> Model:
-    """Open the base with the adapter's linears as its sites, without any weights. Collective.
+    """Open the base with room for an adapter, but without any weights. Collective.
+
+    To be called before ``load``.
+
+    Args:
+        config: Options of the evaluation; their adapter options are not used.
+        adapter: The adapter. It decides which linears get an adapter, with which ranks.
+
+    Returns:
+        The model, whose ``sites`` are the adapter's linears in the model's order.
 
     Raises:
         UserError: The adapter does not fit the base. Raised on every rank.
@@ -55,7 +64,14 @@ def _does_not_fit(adapter: Adapter, problem: str) -> UserError:
 
 
 def load(config: Config, model: Model, adapter: Adapter, engine_config: dict[str, Any]) -> None:
-    """Load this rank's shards of the base and the adapter into ``model``, frozen. Collective."""
+    """Load this rank's shards of the base and of the adapter, and freeze both. Collective.
+
+    Args:
+        config: Options of the evaluation.
+        model: The model that ``open_model`` returned for the adapter. It is changed in place.
+        adapter: The adapter.
+        engine_config: The DeepSpeed configuration.
+    """
     model.load(config, PLAIN, engine_config, adapter.values)
     for linear in model.adapters:
         linear.scale = adapter.scales[linear.site.name]

@@ -1,8 +1,8 @@
 """Tokenises evaluation examples.
 
 An example becomes a text whose loss is computed, or a prompt with a function that checks the text
-that the model generates after it. Functions that encode one example take the encoder, the table
-that reads the fields of a record, and the record.
+that the model generates after it. ``choice``, ``choice_generated``, ``exact`` and ``gsm8k`` encode
+one example of the metric of that name, and raise ExampleError if it is wrong or too long.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,7 +51,7 @@ class GeneratedQuestion:
 class Encoder:
     """Turns chats into token ids with the same template and limits as training.
 
-    Its methods raise ExampleTooLong if a chat exceeds --sequence_length.
+    Its methods raise ExampleTooLong if a chat has more tokens than --sequence_length.
     """
 
     tokenizer: PreTrainedTokenizerFast
@@ -63,6 +63,9 @@ class Encoder:
 
     def prompt(self, messages: list[Message]) -> list[int]:
         """Encode a chat up to the answer.
+
+        Args:
+            messages: The chat's messages, each with "role" and "content", without the answer.
 
         Returns:
             Token ids of the chat and of what the template puts before an assistant's message.
@@ -77,8 +80,8 @@ class Encoder:
             answers: Texts of the answers.
 
         Returns:
-            One document per answer. Its targets are the tokens of the answer, including its end of
-            turn.
+            One document, i.e. token ids and labels, per answer. The labels score the tokens of the
+            answer and the tokens that end the assistant's turn, and no others.
         """
         before, found = self.prompt(messages), []
         for answer in answers:
@@ -102,7 +105,11 @@ def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
     Args:
         encoder: Tokenizer, template and data options.
         table: The examples.
-        limit: Largest number of examples to use; None for all.
+        limit: Largest number of examples to use, from the first on; None for all.
+
+    Returns:
+        The tokenised examples. Those that are too long or have no token to score are left out and
+        counted.
     """
     data, columns = encoder.data, set(table.examples.table.column_names)
     as_trained = {data.prompt_field, data.response_field} <= columns
@@ -127,7 +134,16 @@ def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
 
 
 def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> MultipleChoice:
-    """Encode an example of metric ``choice``, which compares the losses of the choices."""
+    """Encode an example of metric ``choice``, which compares the losses of the choices.
+
+    Args:
+        encoder: Turns chats into token ids.
+        table: The evaluation data, whose methods read the fields of an example.
+        record: The example, as a mapping from column names to values.
+
+    Returns:
+        The chat, tokenised once with each choice as its answer.
+    """
     texts, right = table.choices(record)
     messages = table.messages(record)
     return MultipleChoice(documents=encoder.with_answers(messages, texts), right=right)
@@ -140,6 +156,11 @@ def choice_generated(
 
     The last message becomes e.g. "The sky is?\\nA. blue\\nB. green". A generated text is right if
     ``chosen_index`` finds the right choice in it.
+
+    Args:
+        encoder: Turns chats into token ids.
+        table: The evaluation data, whose methods read the fields of an example.
+        record: The example, as a mapping from column names to values.
 
     Raises:
         ExampleError: The example is wrong, or has more choices than there are letters.
@@ -161,7 +182,12 @@ def choice_generated(
 def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> GeneratedQuestion:
     """Encode an example of metric ``exact`` as a prompt.
 
-    A generated text is right if it equals the answer, ignoring case and white space.
+    A generated text is right if it equals the answer, ignoring case and white space between words.
+
+    Args:
+        encoder: Turns chats into token ids.
+        table: The evaluation data, whose methods read the fields of an example.
+        record: The example, as a mapping from column names to values.
     """
     prompt = encoder.prompt(table.messages(record))
     return GeneratedQuestion(
@@ -173,6 +199,14 @@ def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
     """Encode an example of metric ``gsm8k`` as a prompt.
 
     A generated text is right if its final number equals the answer's (see ``final_number``).
+
+    Args:
+        encoder: Turns chats into token ids.
+        table: The evaluation data, whose methods read the fields of an example.
+        record: The example, as a mapping from column names to values.
+
+    Raises:
+        ExampleError: The answer has no number, or the example is wrong or too long.
     """
     answer = table.reference(record)
     if final_number(answer) is None:

@@ -1,4 +1,4 @@
-"""Turns measures into results with 95% confidence intervals, as JSON and as a table."""
+"""Turns results per example into numbers with 95% confidence intervals, as JSON and as a table."""
 
 import json
 import math
@@ -9,21 +9,28 @@ from sparse_lora_dist.evaluation.eval_metrics import Measure
 from sparse_lora_dist.evaluation.intervals import Interval, paired, ratio, wilson
 
 MeasuresByName = Mapping[str, Measure]
-"""Result name -> measure of one model."""
+"""Name of a result, e.g. "loss" -> the result of one model, kept per example."""
 Number = dict[str, Any]
-"""A result for JSON, with the keys value, low, high (ends of the interval, or None), examples (a
-count), and for a loss tokens (a count)."""
+"""A number for JSON, as a dict with these keys:
+
+    value       the number: an accuracy in [0, 1], a loss in nats per token, or a perplexity
+    low, high   ends of its 95% confidence interval, or None
+    examples    number of examples
+    tokens      number of scored tokens; only of a loss, not of a difference
+"""
 
 
 def results(measured: Sequence[tuple[str, MeasuresByName]]) -> dict[str, Any]:
     """Return the results of every model and their differences from the first model.
 
     Args:
-        measured: (adapter name, its measures) of each model, all over the same examples.
+        measured: (adapter name, {result name: result}) of each model, all over the same examples.
 
     Returns:
-        The content of the --output file except for its settings: "results" is a list of models, and
-        "differences" a list of the models after the first.
+        The content of the --output file except for its settings. "results" is a list with
+        {"adapter": name, "measures": {result name: number}} of every model. "differences" is a list
+        of the same for the models after the first, with "from", the first adapter's name, and
+        numbers that are the model's minus the first model's.
     """
     first, base = measured[0]
     return {
@@ -36,7 +43,7 @@ def results(measured: Sequence[tuple[str, MeasuresByName]]) -> dict[str, Any]:
 
 
 def _numbers(measures: MeasuresByName) -> dict[str, Number]:
-    """Return result name -> result of one model; a loss adds the result "perplexity"."""
+    """Return result name -> number for one model; a loss adds the result "perplexity"."""
     numbers = {}
     for name, m in measures.items():
         interval = wilson(math.fsum(m.sums), len(m.sums)) if m.is_accuracy else None
@@ -48,9 +55,16 @@ def _numbers(measures: MeasuresByName) -> dict[str, Number]:
 
 
 def _differences(measures: MeasuresByName, base: MeasuresByName) -> dict[str, Number]:
-    """Return result name -> difference between a model and the first model, ``base``.
+    """Return the difference of each result between a model and the first model.
 
     Differences are paired: examples that are hard for both models do not widen the interval.
+
+    Args:
+        measures: Results of the model.
+        base: Results of the first model, which are subtracted.
+
+    Returns:
+        Result name -> difference, with its 95% interval.
     """
     differences = {}
     for name, m in measures.items():
@@ -64,8 +78,14 @@ def _differences(measures: MeasuresByName, base: MeasuresByName) -> dict[str, Nu
 def example_lines(measured: Sequence[tuple[str, MeasuresByName]]) -> str:
     """Return the content of the --answers file: one JSON line for each model, result and example.
 
-    A line has the index of the example, counted from 0, and its value. For a loss it also has the
-    number of tokens, and for metrics that generate the generated text (key "said").
+    Args:
+        measured: (adapter name, {result name: result}) of each model.
+
+    Returns:
+        JSON lines with the keys "adapter", "measure" (name of the result), "example" (index of the
+        example, counted from 0) and "value": its loss in nats, summed over its tokens, or 1.0 for a
+        right and 0.0 for a wrong answer. A loss adds the key "tokens", the number of tokens, and
+        a metric that generates adds the key "said", the generated text.
     """
     rows = [
         {"adapter": adapter, "measure": name, "example": i, "value": value}
@@ -85,15 +105,15 @@ def _number(sums: Sequence[float], weights: Sequence[float], interval: Interval)
 
 
 def _exponential(number: Number) -> Number:
-    """Return a result with the exponentials of its value and of both ends of its interval."""
+    """Return the perplexity of a loss: the exponentials of its value and of its interval's ends."""
     return {k: v if k == "examples" or v is None else math.exp(v) for k, v in number.items()}
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """Return a text table with one line for each result and difference.
+    """Return a text table to print, with one line for each result and each difference.
 
     Args:
-        content: What ``results`` returned.
+        content: The return value of ``results``.
     """
     rows = [("adapter", "measure", "value", "95% interval", "examples")]
     for one in content["results"]:

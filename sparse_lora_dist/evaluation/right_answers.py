@@ -7,21 +7,27 @@ from decimal import Decimal
 NUMBER = re.compile(r"(?<![^\W_])-?\$?(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.\d+|\d+)")
 """Matches 18, -3, $1,234.50 and .5; in "16-3" it matches 16 and 3."""
 LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s*\n|\s+is\b)")
-"""Matches a letter that starts a text as "A." or "(B)" or "c:", or stands alone."""
+"""Matches a letter that starts a text, as in "A.", "(B)", "c:" or "A is", or is all of its line."""
 ANSWER_LETTER = re.compile(r"\b(?i:answer|option|choice)\b(?:\s+is\b)?\s*:?\s*\(?([A-Z])(?![\w'])")
 """Matches "The answer is B" and "Option C"."""
 MARKUP = re.compile(r"[*_`\"]")
 """Characters of Markdown emphasis, and quotes."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+"""Labels of the choices of a question, in their order."""
 
 
 def normalized(text: str) -> str:
-    """Return the text case-folded, with single spaces between words."""
+    """Return a text in lower case (case-folded), with single spaces between words."""
     return " ".join(text.split()).casefold()
 
 
 def is_exact(text: str, answer: str) -> bool:
-    """Return True if two texts are equal, ignoring case and white space between words."""
+    """Return True if two texts are equal, ignoring case and white space between words.
+
+    Args:
+        text: The generated text.
+        answer: The right answer.
+    """
     return normalized(text) == normalized(answer)
 
 
@@ -43,7 +49,11 @@ def final_number(text: str) -> Decimal | None:
 def is_same_number(text: str, answer: str) -> bool:
     """Return True if the final numbers of two texts have the same value: 18.00 equals 18.
 
-    A text without a number equals no other.
+    A text without a number equals no other. ``final_number`` defines the final number.
+
+    Args:
+        text: The generated text.
+        answer: The right answer.
     """
     number = final_number(text)
     return number is not None and number == final_number(answer)
@@ -59,6 +69,10 @@ def chosen_index(text: str, choices: Sequence[str]) -> int | None:
     3. The text contains a choice; the first one, or the longest if several start there.
 
     Case, white space, Markdown emphasis and quotes are ignored.
+
+    Args:
+        text: The generated text.
+        choices: Texts of the choices. Their letters are A, B, C, ... in this order.
     """
     text = MARKUP.sub("", text).strip()
     plain, wanted = normalized(text), [normalized(MARKUP.sub("", choice)) for choice in choices]

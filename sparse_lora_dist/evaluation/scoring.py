@@ -1,6 +1,7 @@
 """Computes losses of given texts, and generates texts, with one sharded model.
 
-Shapes: M rows of a batch, T tokens of its longest row (padded).
+Shapes: M number of rows of a batch, T number of tokens of its longest row, to which the others are
+padded, N number of targets of a batch (tokens with a loss).
 """
 
 import math
@@ -22,15 +23,18 @@ from sparse_lora_dist.tasks.loss_head import target_losses
 from sparse_lora_dist.zero3.engine import Engine
 
 Loss = tuple[float, int]
-"""(loss, number of targets) of one example. The loss is -log p of its targets in nats, summed in
-float64."""
+"""(loss, number of targets) of one text.
+
+The targets are the tokens that are scored. The loss is -log p of the targets in nats, summed in
+float64.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
     """A loaded model that scores and generates text. Every method is collective.
 
-    All ranks pass the same examples. These are cut into batches in their order, each batch is
+    All ranks pass the same texts. These are cut into batches in their order, each batch is
     computed by one rank, and every rank gets all results. The results do not depend on the number
     of ranks.
     """
@@ -44,7 +48,7 @@ class Scorer:
     stop_ids: frozenset[int]
     """Token ids that end a generated text."""
     batch_size: int
-    """Rows of one batch."""
+    """Number of texts in one batch, which one rank computes."""
     max_new_tokens: int
     """Maximum number of generated tokens per prompt."""
 
@@ -52,11 +56,13 @@ class Scorer:
         """Compute the loss of each document's targets. Collective.
 
         Args:
-            documents: Token ids and labels; each document is a row by itself, never packed.
+            documents: Tokenised texts, with labels that mark the targets. Each is a row of its
+                batch by itself, never packed with others.
             name: Name of the metric, for the progress bar and messages.
 
         Returns:
-            (summed loss, number of targets) of each document, in order, on every rank.
+            (loss in nats, summed over the targets; number of targets) of each document, in order,
+            on every rank.
 
         Raises:
             UserError: A loss is not finite. Raised on every rank.

@@ -1,4 +1,7 @@
-"""Writes the adapter of a finished run whose update is not a LoRA, as its method's PEFT type."""
+"""Writes the adapter of a finished run whose update is not a LoRA, as another PEFT type.
+
+Some methods have an adapter type of their own in PEFT, e.g. SHiRA.
+"""
 
 import shutil
 from functools import partial
@@ -15,8 +18,9 @@ from sparse_lora_dist.system.atomic_files import replace_whole
 def save_own_type(run: Path, adapter: Path) -> int:
     """Write the adapter of a run's newest checkpoint as its method's own PEFT type. Collective.
 
-    Only rank 0 writes. If PEFT has no type for the method, rank 0 deletes ``adapter``, which an
-    earlier job may have left.
+    To be called at the end of training if the update is not a LoRA. Only rank 0 reads and writes.
+    If PEFT has no adapter type for the method, or the run has no checkpoint, nothing is written,
+    and rank 0 deletes ``adapter``, which an earlier job of the run may have written.
 
     Args:
         run: Run folder. Its newest complete checkpoint is read.

@@ -25,21 +25,24 @@ model = AutoModelFor{kind}.from_pretrained("{base}", dtype="auto"{options}){note
 applied = apply_sparse_delta(model, Path("{folder}"))
 applied.undo()  # restores every weight bit for bit""",
 }
-"""Value of ``--format`` -> code that loads the export. ``_code_fields`` fills the placeholders."""
+"""Value of ``--format`` -> template of the Python code that loads the export.
+
+``write_card`` fills the placeholder {folder}; ``_code_fields`` returns the values of the others.
+"""
 
 
 def write_card(
     trained: Trained, folder: Path, final: Path, kind: str, summary: Mapping[str, str]
 ) -> None:
-    """Write the model card of an export.
+    """Write README.md with the origin of an export, a table about it, and code that loads it.
 
     Args:
         trained: The exported run, or sum of runs.
         folder: Folder to write the card into, before it is moved to ``final``.
         final: Folder from which the card's code loads the export.
         kind: Value of ``--format``: peft, merged or sparse_delta.
-        summary: Label -> text of the table rows about this export. They follow the rows about the
-            run.
+        summary: Label -> text of each table row about this export, e.g. "sparsity". They follow
+            the rows about the run, e.g. "base model".
     """
     config = trained.config
     about = {
@@ -81,7 +84,7 @@ def write_card(
 
 
 def _code_fields(trained: Trained) -> dict[str, str]:
-    """Return placeholder -> value for the templates in ``LOADING_CODE``, except for "folder"."""
+    """Return placeholder -> value for the templates in ``LOADING_CODE``, except for {folder}."""
     model = trained.config.model
     code = ", trust_remote_code=True" if model.trust_remote_code else ""
     labels = f", num_labels={len(trained.classes)}" if trained.classes else ""
@@ -103,10 +106,11 @@ def _added_runs(trained: Trained) -> dict[str, str]:
 
 
 def _losses(trained: Trained) -> dict[str, str]:
-    """Return a table row with the held-out loss before training and at the exported step.
+    """Return a table row with the first held-out loss of the run and that at the exported step.
 
     Returns:
-        Label -> text; empty if the run measured no held-out loss, and for a sum of runs.
+        {"held-out loss": "first -> last nats per token"}; empty if the run measured no held-out
+        loss, and for a sum of runs.
     """
     if isinstance(trained, Union):  # the loss of a sum was never measured
         return {}

@@ -24,7 +24,10 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync_all
 
 Summary = dict[str, str]
-"""Label -> text: facts about an export, which are printed and listed in the model card."""
+"""Label -> text about an export, e.g. "sparsity" -> "99.9%".
+
+The texts are printed, and listed in the model card.
+"""
 
 
 def export(request: ExportRequest) -> None:
@@ -32,6 +35,9 @@ def export(request: ExportRequest) -> None:
 
     Runs in one process and needs no GPU. An existing output folder is replaced only once the new
     one is complete.
+
+    Args:
+        request: The run or checkpoint to export, and the options of the command line.
 
     Raises:
         UserError: The checkpoint, the base model or the output folder does not allow this export,
@@ -73,7 +79,8 @@ def _attach_base(trained: Trained, asked: ExportConfig) -> Trained:
         asked: Options of the export.
 
     Returns:
-        The run with ``read_base`` set; unchanged if its update does not depend on the base.
+        A copy of the run with ``read_base`` set; the run itself if its update does not depend on
+        the base's weights.
 
     Raises:
         UserError: --base or --trust_remote_code is given but has no effect, or the base model
@@ -100,6 +107,11 @@ def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
 
     A missing or empty folder is allowed. A folder with files is allowed with --overwrite if it
     holds an earlier export and is not the base model.
+
+    Args:
+        final: The output folder.
+        trained: The run to export.
+        asked: Options of the export.
     """
     if not final.exists() or (final.is_dir() and not any(final.iterdir())):
         return
@@ -206,5 +218,8 @@ WRITERS: dict[str, Callable[[Trained, Path, ExportConfig], Summary]] = {
     "merged": _merged,
     "sparse_delta": _sparse_delta,
 }
-"""Value of ``--format`` -> function (run, folder, options) that writes the export into the folder
-and returns its summary."""
+"""Value of ``--format`` -> function that writes an export of this format.
+
+Each is called as function(run, folder, options), writes into the existing folder, and returns the
+labels and texts that are printed and listed in the model card.
+"""

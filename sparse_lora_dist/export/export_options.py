@@ -11,7 +11,7 @@ from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.errors import ConfigError
 
 OF_MERGED = ("dtype", "rounding", "onto")
-"""Options that belong to --format merged."""
+"""Names of the options that only --format merged accepts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +85,18 @@ class ExportRequest:
 
     @property
     def run(self) -> RunConfig:
-        """Options that ``run_program`` reads (--debug)."""
+        """Run options that ``run_program``, the main function of all programs, reads: --debug."""
         return RunConfig(debug=self.export.debug)
 
 
 def load_request(argv: Sequence[str]) -> ExportRequest:
-    """Return what the exporter's command line asks for; ``--help`` prints the help page and exits.
+    """Parse the command line of launcher/export.py; ``--help`` prints the help page and exits.
 
     Args:
-        argv: The words after the program's name.
+        argv: The command line's arguments, without the program's name.
+
+    Returns:
+        The run or checkpoint to export, and the checked options.
 
     Raises:
         ConfigError: An option or a value is wrong.
@@ -122,9 +125,10 @@ def build_parser() -> ArgumentParser:
 
 
 def _switched_on(argv: Sequence[str]) -> Iterator[str]:
-    """Yield the words of the command line, with --switch as --switch=true if no value follows.
+    """Yield the command line's arguments, with "--debug" as "--debug=true" if no value follows.
 
-    The other programs accept a switch without a value too.
+    This holds for all boolean options. jsonargparse requires a value, but the other programs of
+    this project accept these options without one.
     """
     switches = {f"--{f.name}" for f in fields(ExportConfig) if isinstance(f.default, bool)}
     for word, after in zip(argv, [*argv, ""][1:], strict=True):

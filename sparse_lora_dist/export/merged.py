@@ -1,8 +1,6 @@
-"""Merges an adapter into its base model: adds the update of every site to the site's weight.
+"""Merges an adapter into its base model: adds delta W of each adapted linear to its weight.
 
 One tensor is in memory at a time. Sums are computed in fp32 and rounded once, to the output dtype.
-
-Shapes: O out_features, I in_features.
 """
 
 import shutil
@@ -25,7 +23,7 @@ from sparse_lora_dist.export.weight_change import WeightChange
 from sparse_lora_dist.tasks import TASKS
 
 BLOCK_ENTRIES = 2**23
-"""About how many entries of a weight are summed and rounded at a time."""
+"""Approximate number of entries of a weight that are summed and rounded at a time."""
 NOT_COPIED = (
     ".safetensors",
     ".bin",
@@ -39,7 +37,11 @@ NOT_COPIED = (
     ".ckpt",
     ".npz",
 )
-"""Suffixes of weight files. All other files of the base, e.g. its tokenizer, are copied."""
+"""Suffixes of weight files, which are not copied from the base.
+
+Indices of weight files (*.index.json) and README.md are not copied either. All other files are,
+e.g. the tokenizer's.
+"""
 
 
 @dataclass(kw_only=True)
@@ -51,32 +53,41 @@ class Merge:
     stochastic: bool
     """True: stochastic rounding to bf16. False: rounding to nearest."""
     onto: Literal["dequantised", "original"]
-    """Weights that the update is added to. "dequantised": the weights that the run computed with,
-    after 4-bit quantisation if it quantised them. "original": the weights in the base's files."""
+    """Weights that the update is added to.
+
+    "dequantised": the weights that the run computed with; for a base in 4 bits, these are the
+    dequantised values. "original": the weights in the base's files.
+    """
     touched: int = 0
-    """Number of weights with a nonzero update."""
+    """Number of single weights (entries of a matrix) with a nonzero update."""
     unchanged: int = 0
-    """Number of weights with a nonzero update whose rounded value is the old value."""
+    """How many of the ``touched`` weights are, after rounding, equal to the old weight."""
     _squared_error: float = 0.0
-    """Sum of (original - dequantised)^2 over all weights that the run had in 4 bits."""
+    """Sum of (original - dequantised)^2 over all weights that the run held in 4 bits."""
     _squared_norm: float = 0.0
-    """Sum of original^2 over all weights that the run had in 4 bits."""
+    """Sum of original^2 over all weights that the run held in 4 bits."""
 
     @property
     def quantization_error(self) -> float:
-        """Relative error ||original - dequantised|| / ||original|| of the run's 4-bit weights."""
+        """Relative error ||original - dequantised|| / ||original|| of the run's 4-bit weights.
+
+        Valid after ``write``, if ``quantized`` is true.
+        """
         return sqrt(self._squared_error / self._squared_norm)
 
     @property
     def quantized(self) -> bool:
-        """True if ``write`` met weights that the run had in 4 bits."""
+        """True if ``write`` found weights that the run held in 4 bits."""
         return self._squared_norm > 0
 
     def write(self, trained: Trained, base: Base, folder: Path) -> None:
         """Write the merged model with its config and tokenizer, and update the statistics.
 
+        Not collective. To be called once per ``Merge``.
+
         Args:
-            trained: The run whose updates and fully trained modules are merged.
+            trained: The run whose updates are merged. Modules that it trained in full replace those
+                of the base.
             base: The base model that they are merged into.
             folder: Empty folder to write into.
         """
@@ -116,10 +127,11 @@ class Merge:
         Args:
             base: The base model.
             key: Name of the tensor in the base's files.
-            change: Update to add; None to add nothing.
+            change: Update to add; None: the tensor is only cast to the output dtype.
 
         Yields:
-            Consecutive rows of the tensor, [rows, entries of a row], in the output dtype.
+            Consecutive rows of the tensor, [number of rows, entries per row], in the output dtype.
+            A row holds the entries with one index in the first dimension.
         """
         entry = base.files.entries[key]
         w = base.read(key)
@@ -140,13 +152,15 @@ class Merge:
     def _quantized_weight(self, w: Tensor, base: Base, key: str) -> Tensor:
         """Return the weight to add the update to; add its quantisation error to the statistics.
 
+        To be called for weights that the run held in 4 bits.
+
         Args:
             w: Original weight, flattened.
             base: The base model.
             key: Name of the weight in the base's files.
 
         Returns:
-            The weight that ``onto`` asks for, flattened.
+            ``w``, or ``w`` quantised and dequantised as in the run, flattened: see ``onto``.
         """
         dequantised = base.dequantised(w, key)
         blocks = zip(w.split(BLOCK_ENTRIES), dequantised.split(BLOCK_ENTRIES), strict=True)
@@ -186,8 +200,11 @@ def _stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:
         lower bits 0x0000: no random number carries, so a bf16 value keeps its value
 
     Args:
-        x: fp32 tensor. It is changed, and returned.
+        x: fp32 tensor. It is changed in place.
         generator: Source of the random numbers.
+
+    Returns:
+        ``x``, fp32, with every entry exact in bf16.
     """
     bits = x.view(torch.int32)
     bits += torch.randint(2**16, bits.shape, dtype=torch.int32, generator=generator)

@@ -1,7 +1,4 @@
-"""Opens the base model that an adapter was trained over, and reads its weights from the files.
-
-Shapes: O out_features, I in_features.
-"""
+"""Opens the base model that an adapter was trained over, and reads its weights from the files."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,14 +27,22 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True)
 class Base:
-    """The base model of a run: its files, and its module without weights."""
+    """The base model of a run: its files, and its module without weights. No method is collective.
+
+    A "site" is a linear with an adapter (PEFT: target module).
+    """
 
     folder: Path
+    """Folder with config.json and the safetensors files."""
     files: CheckpointFiles
+    """Reader of the safetensors files."""
     module: PreTrainedModel
     """The model without weights, on the meta device."""
     keys_of: Keys
-    """Parameter name -> names of the tensors in the files that it is made of."""
+    """Parameter name -> names of its tensors in the files.
+
+    There are several for a parameter that the files hold in parts, e.g. stacked expert weights.
+    """
     trained: Trained
     """The run that was trained over this base."""
 
@@ -56,9 +61,13 @@ class Base:
             trained: The run.
             location: Folder or hub id of the base; None for the one that the run names.
             trust_remote_code: True: run Python code that comes with the base.
-            read_only: True: the weights are only read, to compute the update. They may be in 4
-                bits. False: merged weights are written, so the base must not be in 4 bits. If the
-                run's base was, any model with the same shapes is accepted.
+            read_only: True: the weights are only read, to compute the update. The files may hold
+                4-bit weights. False: merged weights are to be written, so the files must not hold
+                4-bit weights. If the run was trained over files with 4-bit weights, any model with
+                the same shapes is accepted.
+
+        Returns:
+            The opened base. No weights are read yet.
 
         Raises:
             UserError: The base is missing, is another model, is in 4 bits although merged weights
@@ -105,9 +114,12 @@ class Base:
     def weight(self, site: Site) -> Tensor:
         """Return the base weight of a site as the run computed with it.
 
+        Args:
+            site: One of the run's sites.
+
         Returns:
-            w_OI, [out_features, in_features], in the run's precision; dequantised if the run had
-            it in 4 bits.
+            The weight, [out_features, in_features], in the run's precision. If the run held it in 4
+            bits, these are the dequantised values.
         """
         (key,) = keys = self.keys_of[f"{site.name}.weight"]
         shape = site.out_features, site.in_features
@@ -132,7 +144,7 @@ class Base:
 
         Args:
             w: Original weight, flattened.
-            key: Name of the weight in the base's files, one of ``quantized``.
+            key: Name of the weight in the base's files, a key of ``quantized``.
 
         Returns:
             The dequantised weight, flattened, in the run's precision.
@@ -144,9 +156,10 @@ class Base:
 
     @cached_property
     def quantized(self) -> Mapping[str, nf4.Layout]:
-        """Name in the files -> 4-bit layout of each linear's weight that the run quantised.
+        """Tensor name in the files -> 4-bit layout, for the linear weights that the run quantised.
 
-        Stacked expert weights are left out.
+        The output head and modules trained in full are not quantised. Stacked expert weights (3-D),
+        which the run may have quantised, are left out: a merge does not quantise them.
         """
         model = self.trained.config.model
         if model.quantization == "none":
@@ -170,7 +183,14 @@ class Base:
 def _check_identity(
     trained: Trained, folder: Path, files: CheckpointFiles, *, read_only: bool
 ) -> None:
-    """Raise UserError if the model in ``folder`` is not one that ``Base.open`` accepts."""
+    """Raise UserError if the model in ``folder`` is not one that ``Base.open`` accepts.
+
+    Args:
+        trained: The run that was trained over the base.
+        folder: Folder of the model.
+        files: Reader of the model's safetensors files.
+        read_only: As in ``Base.open``.
+    """
     if is_quantized(files) and not read_only:
         raise UserError(
             f"{folder} is quantised to 4 bits, and merged weights cannot be stored in that form. "
@@ -189,7 +209,12 @@ def _check_identity(
 
 
 def read_labelled_config(trained: Trained, folder: Path) -> PretrainedConfig:
-    """Return the base's config.json, with the run's class names if the run is a classifier."""
+    """Return the config of the base, with the run's class names if the run is a classifier.
+
+    Args:
+        trained: The run.
+        folder: Folder of the base, with its config.json.
+    """
     trusts = trained.config.model.trust_remote_code
     config = read_config(folder, trust_remote_code=trusts)
     if trained.classes:

@@ -1,9 +1,11 @@
 """Writes a trained adapter in PEFT's LoRA format.
 
-Only components with a nonzero update are written, so sites may have different ranks.
+A "site" is a linear with an adapter (PEFT: target module). A "component" is a rank-1 component: one
+row of A with the same column of B. Only components with a nonzero update are written, so sites may
+have different ranks.
 
-Shapes: R components of a site, Q those that forward computes, L those with a nonzero update, I
-in_features, O out_features.
+Shapes: R number of components of a site, Q of those that forward computes, L of those with a
+nonzero update, I in_features, O out_features.
 """
 
 import json
@@ -50,8 +52,10 @@ class NoPair(UserError):
 
 
 Pair = tuple[Tensor, Tensor]
-"""(a_LI, b_OL), the factors A and B of a plain LoRA: delta W = alpha / rank * B A, with the run's
---rank."""
+"""(a_LI, b_OL), the factors A [L, I] and B [O, L] of a plain LoRA.
+
+delta W = alpha / rank * B A, where rank is the run's --rank, not L.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +73,9 @@ class PeftAdapter:
     task_type: str
     """PEFT's task type, e.g. CAUSAL_LM."""
     classes: Sequence[str] = ()
-    """Class names of a classifier, written to id2label.json; PEFT's config has no field for them.
+    """Class names of a classifier; empty for a language model.
+
+    They are written to id2label.json, because PEFT's config has no field for them.
     """
 
 
@@ -78,9 +84,12 @@ class PlainLora(PeftAdapter):
     """Content of a PEFT LoRA folder."""
 
     pairs: Mapping[str, Pair]
-    """Site name -> (a_LI, b_OL); sites without a nonzero update are left out."""
+    """Site name -> (A, B); sites without a nonzero update are left out."""
     rank: int
-    """--rank of the run. Every pair is scaled by alpha / rank, whatever its own rank L is."""
+    """--rank of the run.
+
+    Every pair is scaled by alpha / rank, also if its own rank (the number of rows of A) is another.
+    """
     alpha: float
     """LoRA alpha of the run."""
     dropout: float
@@ -99,8 +108,9 @@ def save_peft(
 ) -> int:
     """Gather a sharded adapter and write it as a PEFT LoRA. Collective.
 
-    ``peft.PeftModel.from_pretrained(base, folder)`` then computes the same logits as the trained
-    model. One module is gathered at a time, and rank 0 writes.
+    To be called at the end of training. ``peft.PeftModel.from_pretrained(base, folder)`` then
+    computes the same logits as the trained model. One module is gathered at a time, and rank 0
+    writes.
 
     Args:
         folder: Folder to write. An existing one is replaced as a whole.
@@ -156,14 +166,19 @@ def save_peft(
 
 
 def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> int:
-    """Write a LoRA as adapter_config.json and adapter_model.safetensors. Not collective.
+    """Write a LoRA that is whole and in memory in PEFT's format. Not collective.
+
+    The files are adapter_config.json, adapter_model.safetensors and, for a classifier,
+    id2label.json.
 
     Args:
         folder: Folder to write into; created if it is missing.
-        trained: The adapter, whole and in memory.
-        uniform: True: write for servers that accept only one rank and no ``modules_to_save``. Every
-            pair is padded with zeros to the largest rank, the scale is multiplied into B, and
-            modules trained in full are written to modules_to_save.safetensors.
+        trained: The adapter.
+        uniform: True: write for servers (vLLM) that accept only one rank and no
+            ``modules_to_save``. Every pair is padded with zeros to the largest rank, the scale is
+            multiplied into B, and modules trained in full are written to
+            modules_to_save.safetensors. False: each site keeps its own rank, and modules trained in
+            full are PEFT's ``modules_to_save``.
 
     Returns:
         Size of adapter_model.safetensors in bytes.
@@ -194,9 +209,11 @@ def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> in
 
 
 def write_labels(folder: Path, classes: Sequence[str]) -> None:
-    """Write class names to id2label.json in ``folder``, or nothing if there are none.
+    """Write {index: class name} to id2label.json, because PEFT's config has no field for them.
 
-    PEFT's config has no field for them.
+    Args:
+        folder: Existing folder to write into.
+        classes: Class names of a classifier; nothing is written if there are none.
     """
     if classes:
         names = json.dumps(dict(enumerate(classes)), indent=1)
@@ -236,12 +253,15 @@ def _padded(pair: Pair, rank: int, scale: float) -> Pair:
 def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
     """Return the plain LoRA of a site's adapter, of the components with a nonzero update only.
 
+    Not collective.
+
     Args:
         adapter: The adapter of one site.
         tensors: The site's trained tensors, gathered, in the order of ``adapter.specs``.
 
     Returns:
-        (a_LI, b_OL), to be scaled by alpha / --rank; None if no component has a nonzero update.
+        (A [L, I], B [O, L]), to be scaled by alpha / --rank, where L is the number of components
+        with a nonzero update; None if L is 0.
 
     Raises:
         NoPair: The method's update is not a low-rank product.
@@ -254,13 +274,15 @@ def live_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair | None:
 def plain_pair(adapter: AdapterLinear, tensors: Sequence[Tensor]) -> Pair:
     """Return the plain LoRA of a site's adapter, of all its components.
 
+    Not collective.
+
     Args:
         adapter: The adapter of one site.
         tensors: The site's trained tensors, gathered, in the order of ``adapter.specs``.
 
     Returns:
-        (a_RI, b_OR), to be scaled by alpha / --rank. Components that forward does not compute are
-        zero.
+        (A [R, I], B [O, R]), to be scaled by alpha / --rank, where R is the number of components.
+        Components that forward does not compute are zero.
 
     Raises:
         NoPair: The method's update is not a low-rank product.

@@ -22,7 +22,10 @@ class OwnType(PeftAdapter):
     """Content of a PEFT adapter folder of another type than LoRA."""
 
     forms: Mapping[str, PeftForm]
-    """Site name -> tensors and settings as PEFT stores them. All sites have the same PEFT type."""
+    """Name of a linear with an adapter -> its tensors and settings as PEFT stores them.
+
+    All linears have the same PEFT type and settings.
+    """
 
     @property
     def kind(self) -> str:
@@ -34,7 +37,7 @@ def write_own_type(folder: Path, trained: OwnType) -> int:
     """Write an adapter of another PEFT type as adapter_config.json and adapter_model.safetensors.
 
     ``peft.PeftModel.from_pretrained(base, folder)`` then computes the same logits as the trained
-    model.
+    model. Not collective.
 
     Args:
         folder: Folder to write into; created if it is missing.

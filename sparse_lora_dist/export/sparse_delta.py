@@ -1,9 +1,9 @@
 """Writes the nonzero updates of a run as indices and values, and adds them to a model's weights.
 
-``apply_sparse_delta`` keeps a copy of the weights that it overwrites, so that ``undo`` restores
-them bit for bit.
+``apply_sparse_delta`` keeps a copy of the weights that it overwrites, so that ``Applied.undo``
+restores them bit for bit.
 
-Shapes: N weights of one matrix that have a nonzero update.
+Shapes: N number of entries of one weight matrix that have a nonzero update.
 """
 
 import json
@@ -21,34 +21,38 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import WeightChange
 
 STEM, ABOUT = "sparse_delta", "sparse_delta.json"
-"""Start of the names of the safetensors files, and name of the file with the matrices' shapes."""
+"""STEM: start of the names of the safetensors files. ABOUT: name of the file with the shapes."""
 ROWS = 512
 """Number of rows of an update that are in memory at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sparsity:
-    """Sparsity of a run's update, over the weights of all sites."""
+    """How many weights a run's update changes, over all linears with an adapter.
+
+    A weight here is one entry of a weight matrix.
+    """
 
     weights: int
-    """Number of weights of all sites."""
+    """Number of weights of all linears with an adapter."""
     changed: int
     """Number of weights with a nonzero update."""
     max_changed: int
-    """Upper bound on ``changed``, see ``WeightChange.max_changed``."""
+    """Upper bound on ``changed`` from the zeros of the factors: see ``LowRank.max_changed``."""
 
     @property
     def sparsity(self) -> float:
-        """Share of weights with a zero update."""
+        """Share of weights with a zero update, in [0, 1]."""
         return 1.0 - self.changed / self.weights
 
     @property
     def bound(self) -> float:
-        """Lower bound on ``sparsity``.
+        """Lower bound on ``sparsity``, in [0, 1].
 
-        For low-rank updates it is Proposition 1 of RoseLoRA (arXiv:2406.10777): the mean over
-        matrices, weighted by size, of max(0, 1 - sum_l (1 - s(A_l)) (1 - s(B_l))). Here s(A_l) is
-        the share of zeros in row l of A, and s(B_l) in column l of B.
+        For a low-rank update B A it is Proposition 1 of RoseLoRA (arXiv:2406.10777): the mean over
+        matrices, weighted by size, of max(0, 1 - sum_l (1 - s(A_l)) (1 - s(B_l))). The sum runs
+        over the rank-1 components l. s(A_l) is the share of zeros in row l of A, and s(B_l) the
+        share of zeros in column l of B.
         """
         return 1.0 - self.max_changed / self.weights
 
@@ -56,20 +60,22 @@ class Sparsity:
 def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
     """Write the nonzero updates of a run, one matrix in memory at a time.
 
-    The safetensors files hold two tensors for each site SITE:
+    The safetensors files hold two tensors for each linear whose weight has nonzero updates. N is
+    their number, SITE is the linear's name:
 
         SITE.indices   [N], ascending indices into the flattened weight; int32 if they fit, else
                        int64
         SITE.values    [N], the updates in fp32, with the adapter's scale included
 
-    sparse_delta.json holds the base's name and the shapes of the weights.
+    sparse_delta.json holds the base's name ("base") and linear's name -> [out_features,
+    in_features] ("shapes"). Not collective.
 
     Args:
         trained: The run. Modules trained in full are left out.
         folder: Existing folder to write into.
 
     Returns:
-        Sparsity over all sites, including sites without a nonzero update.
+        Sparsity over all linears with an adapter, including those without a nonzero update.
     """
     changed, max_changed, shapes = 0, 0, {}
     out = SafetensorsWriter(folder, stem=STEM)
@@ -94,8 +100,12 @@ def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
 def nonzeros(change: WeightChange) -> tuple[Tensor, Tensor]:
     """Return the nonzero entries of the update of one weight.
 
+    Args:
+        change: The update of the weight. Its rows are computed ``ROWS`` at a time.
+
     Returns:
-        (indices_N, values_N): ascending int64 indices into the flattened weight, and fp32 values.
+        (indices [N], values [N]), where N is the number of nonzero entries: ascending int64 indices
+        into the flattened weight, and fp32 updates.
     """
     indices, values, (num_rows, num_columns) = [], [], change.shape
     for start in range(0, num_rows, ROWS):
@@ -108,12 +118,15 @@ def nonzeros(change: WeightChange) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """A sparse delta that was added to a model, with the old weights."""
+    """Handle to undo a sparse delta that was added to a model."""
 
     model: nn.Module
     """The model that was changed."""
     overwritten: Mapping[str, tuple[Tensor, Tensor]]
-    """Site name -> (indices_N into the flattened weight, old weights [N] in the model's dtype)."""
+    """Name of a linear -> (indices into its flattened weight [N], old weights [N]).
+
+    N is the number of overwritten entries. The old weights are in the model's dtype.
+    """
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -134,7 +147,7 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
         folder: Folder written by launcher/export.py --format sparse_delta.
 
     Returns:
-        The overwritten weights; ``undo()`` restores them bit for bit.
+        A handle with a copy of the overwritten weights; its ``undo()`` restores them bit for bit.
 
     Raises:
         UserError: The folder holds no sparse delta, or a linear of the delta is missing in the

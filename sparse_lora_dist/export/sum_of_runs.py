@@ -1,9 +1,13 @@
 """Adds the adapters of several runs over one base (``--plus``).
 
-LoRA pairs are concatenated along the rank: s1 B1 A1 + s2 B2 A2 = s1 [B1, s2/s1 B2] [A1; A2], with
-s1 and s2 the runs' alpha / --rank. Dense updates are added.
+The factors A and B of LoRA updates are concatenated along the rank:
 
-Shapes: O out_features, I in_features, L components with a nonzero update.
+    s1 B1 A1 + s2 B2 A2 = s1 [B1, s2/s1 B2] [A1; A2]
+
+where A1, B1 and A2, B2 are the factors of two runs, and s1 and s2 are the runs' alpha / --rank.
+Updates that are not low-rank are added as dense matrices.
+
+Shapes: O out_features, I in_features, L number of rank-1 components with a nonzero update.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,9 +29,13 @@ from sparse_lora_dist.methods.protocol.form import Site
 
 @dataclass(frozen=True, kw_only=True)
 class SummedChange:
-    """The sum of several updates of one weight, as a ``WeightChange``."""
+    """The sum of several runs' updates of one weight.
+
+    It implements the protocol ``WeightChange``, which documents the methods.
+    """
 
     changes: Sequence[WeightChange]
+    """The updates to add, at least one, all with the same shape."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -49,9 +57,10 @@ class SummedChange:
 
 @dataclass(frozen=True, kw_only=True)
 class Union(Trained):
-    """A sum of runs that is used like one run. Each run keeps its own alpha / rank.
+    """The sum of the updates of several runs over one base, which can be exported like one run.
 
-    Its config, checkpoint path and modules trained in full are those of the first run.
+    Each run keeps its own scale alpha / rank. The config, the checkpoint path and the modules
+    trained in full are those of the first run.
     """
 
     first: Trained
@@ -65,7 +74,8 @@ class Union(Trained):
 
         Args:
             first: The run that the others are added to.
-            sources: Run folders or checkpoint folders of the others.
+            sources: Run folders or checkpoint folders of the others. Of a run folder, the newest
+                intact checkpoint is used.
 
         Raises:
             UserError: A checkpoint is missing or damaged, or the runs cannot be added.
@@ -78,7 +88,10 @@ class Union(Trained):
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """Sites of all runs: those of the first run, then sites that only other runs have."""
+        """Linears with an adapter in any of the runs, each once.
+
+        Those of the first run come first, then those that only other runs have.
+        """
         found: dict[str, Site] = {}
         for run in (self.first, *self.others):
             found = {site.name: site for site in run.sites} | found
@@ -105,21 +118,25 @@ class Union(Trained):
         return False
 
     def own_type(self) -> OwnType | None:
-        """Return None: only PEFT's LoRA type can represent a sum."""
+        """Return None, because a sum of runs cannot be written as another PEFT type than LoRA."""
         return None
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
-        """Return the plain LoRA of a site: the pairs of all runs, concatenated along the rank.
+        """Return the summed LoRA of a linear: the factors of all runs, concatenated along the rank.
 
         B of each other run is multiplied by the ratio of its scale to the first run's scale.
 
         Args:
-            site: One of ``sites``.
-            dtype: Dtype that the fp32 masters are rounded to first.
+            site: The linear, one of ``sites``.
+            dtype: Dtype that the fp32 master weights of A and B are rounded to first.
 
         Returns:
-            (a_LI, b_OL) in fp32, since B times a ratio would be rounded a second time in ``dtype``;
-            None if no run has a nonzero update of the site.
+            (A [L, I], B [O, L]), where L is the number of components with a nonzero update over all
+            runs. They are in fp32, since B times a ratio would be rounded a second time in
+            ``dtype``. None if no run changes the linear's weight.
+
+        Raises:
+            NoPair: The update of a run is not a low-rank product.
         """
         found = []
         for run, own in self._runs_with(site):
@@ -130,18 +147,30 @@ class Union(Trained):
         return torch.cat([a_LI for a_LI, _ in found]), torch.cat([b_OL for _, b_OL in found], dim=1)
 
     def change(self, site: Site) -> WeightChange | None:
-        """Return the summed update of a site's weight; None if no run changes it."""
+        """Return the summed update of a linear's weight; None if no run changes it.
+
+        Args:
+            site: The linear, one of ``sites``.
+        """
         found = [change for run, own in self._runs_with(site) if (change := run.change(own))]
         return SummedChange(changes=found) if found else None
 
     def _runs_with(self, site: Site) -> Iterator[tuple[Trained, Site]]:
-        """Yield (run, its own ``Site``) for each run that adapts this linear; ranks may differ."""
+        """Yield (run, the run's own ``Site``) for each run with an adapter on the linear ``site``.
+
+        The ``Site`` objects of the runs may differ in their rank.
+        """
         for run in (self.first, *self.others):
             yield from ((run, own) for own in run.sites if own.name == site.name)
 
 
 def _check_can_add(run: Trained, first: Trained) -> None:
-    """Raise UserError if the adapter of ``run`` cannot be added to that of ``first``."""
+    """Raise UserError if the adapter of a run cannot be part of a sum.
+
+    Args:
+        run: The run to check: ``first``, or one of the runs named by ``--plus``.
+        first: The run that the others are added to.
+    """
     if run.manifest["description"]["base"] != first.manifest["description"]["base"]:
         raise UserError(
             f"--plus cannot add {run.path}, which was trained over {run.base}, to {first.path}, "

@@ -1,6 +1,9 @@
-"""Reads a checkpoint of a run one site at a time, in one process, without model or DeepSpeed.
+"""Reads the adapter of a checkpoint, in one process and without the base model or DeepSpeed.
 
-Shapes: O out_features, I in_features, L components with a nonzero update.
+A "site" is a linear with an adapter (PEFT: target module). The tensors of one site are read at a
+time.
+
+Shapes: L number of rank-1 components with a nonzero update, I in_features, O out_features.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +36,7 @@ from sparse_lora_dist.tasks import TASKS
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """A checkpoint of a run: what was trained, and with which settings.
+    """A checkpoint of a run: the trained tensors, and the settings of the run.
 
     None of its methods is collective. Tensors are read from the files at each call.
     """
@@ -47,8 +50,11 @@ class Trained:
     slices: SavedSlices
     """Reader of the saved tensors."""
     read_base: Callable[[Site], Tensor] | None = None
-    """(site) -> w_OI, the site's base weight as the run computed with it. None: the base was not
-    opened."""
+    """Function that returns the base weight of a site as the run computed with it.
+
+    The weight is [out_features, in_features], dequantised if the run held it in 4 bits. None: the
+    base was not opened.
+    """
 
     @classmethod
     def open(cls, source: Path) -> "Trained":
@@ -56,6 +62,9 @@ class Trained:
 
         Args:
             source: A run folder, or the folder of one checkpoint.
+
+        Returns:
+            The opened checkpoint. No tensors are read yet.
 
         Raises:
             UserError: There is no checkpoint, or it is damaged.
@@ -104,18 +113,22 @@ class Trained:
 
     @property
     def scale(self) -> float:
-        """Scale of a LoRA pair (A, B), alpha / --rank: delta W = scale * B A."""
+        """Scale of the factors (A, B) that ``pair`` returns: delta W = scale * B A.
+
+        It is alpha / --rank, whatever scale the method uses in training.
+        """
         return self.config.adapter.alpha / self.config.adapter.rank
 
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
-        """Return the plain LoRA of a site.
+        """Return the update of a site's weight as the factors of a plain LoRA.
 
         Args:
             site: One of ``sites``.
-            dtype: Dtype that the fp32 masters are rounded to first.
+            dtype: Dtype that the fp32 master weights are rounded to first.
 
         Returns:
-            (a_LI, b_OL) of the components with a nonzero update; None if there are none.
+            (A [L, I], B [O, L]) with delta W = ``self.scale`` * B A, of the L components with a
+            nonzero update; None if L is 0.
 
         Raises:
             NoPair: The method's update is not a low-rank product.
@@ -125,10 +138,13 @@ class Trained:
             return live_pair(adapter, tensors)
 
     def change(self, site: Site) -> WeightChange | None:
-        """Return the update of a site's weight, computed in fp32 from the site's fp32 masters.
+        """Return the update of a site's weight, computed in fp32 from the fp32 master weights.
+
+        Args:
+            site: One of ``sites``.
 
         Returns:
-            The update; None if it is zero.
+            The update, low-rank if the method's update is a LoRA, else dense; None if it is zero.
 
         Raises:
             UserError: The update depends on the base's weights, and ``read_base`` is None.
@@ -163,7 +179,7 @@ class Trained:
         return any(self.method.form(site).masks_base for site in self.sites)
 
     def _base_linear(self, site: Site) -> nn.Module:
-        """Return the frozen linear of a site, or a placeholder if the update never reads it."""
+        """Return the frozen linear of a site; ``nn.Identity()`` if its update never reads it."""
         if not self.method.form(site).reads_base:
             return nn.Identity()  # never called
         if self.read_base is None:
@@ -179,7 +195,7 @@ class Trained:
 
         Args:
             site: One of ``sites``.
-            dtype: Dtype that the fp32 masters are rounded to.
+            dtype: Dtype that the fp32 master weights are rounded to.
 
         Returns:
             (adapter, its trained tensors in the order of ``adapter.specs``).
@@ -222,10 +238,12 @@ class Trained:
         return OwnType(forms=forms, **self._peft_fields())
 
     def pairs(self, dtype: torch.dtype = torch.float32) -> Iterator[tuple[Site, Pair]]:
-        """Yield (site, plain LoRA pair) for every site with a nonzero update.
+        """Yield (site, the factors (A, B) that ``pair`` returns) for each site with an update.
+
+        Sites whose update is zero are left out.
 
         Args:
-            dtype: Dtype that the fp32 masters are rounded to first.
+            dtype: Dtype that the fp32 master weights are rounded to first.
 
         Raises:
             NoPair: The method's update is not a low-rank product.
@@ -236,11 +254,16 @@ class Trained:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the run: dtype of weights and adapters in forward."""
+        """Precision of the run: dtype of the base's weights and of the adapters in forward."""
         return PRECISIONS[self.config.model.precision]
 
     def tensor(self, name: str) -> Tensor:
-        """Return the fp32 master of trained tensor ``name``, e.g. "SITE.lora_a", in its shape."""
+        """Return the fp32 master weight of a trained tensor.
+
+        Args:
+            name: Name of the tensor: "SITE.lora_a" with the name of a site, or the name of a
+                parameter that was trained in full.
+        """
         shape = self.manifest["tensors"][name]
         return self.slices.entries("master", name, 0, prod(shape)).view(shape)
 
@@ -266,7 +289,7 @@ class Trained:
         )
 
     def _peft_fields(self) -> dict[str, Any]:
-        """Return field -> value of ``PeftAdapter``, for its subclasses."""
+        """Return field name -> value for the fields of ``PeftAdapter``."""
         return {
             "full": {name: self.tensor(name).to(self.dtype) for name in self.full},
             "full_modules": self.manifest["full_modules"],
@@ -278,7 +301,11 @@ class Trained:
 
 
 def _checkpoint_in(source: Path) -> Path:
-    """Return the newest intact checkpoint of a run folder, or ``source`` if it is a checkpoint.
+    """Return the folder of the checkpoint to export.
+
+    Args:
+        source: Run folder, whose newest intact checkpoint is returned, or folder of a checkpoint,
+            which is returned itself.
 
     Raises:
         UserError: There is no complete checkpoint, or all are damaged.

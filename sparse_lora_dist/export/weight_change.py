@@ -1,6 +1,6 @@
-"""Computes the update of one weight, delta W, a few rows at a time.
+"""Computes delta W, the update that an adapter adds to one weight, a few rows at a time.
 
-Shapes: O out_features, I in_features, L components with a nonzero update.
+Shapes: O out_features, I in_features, L number of rank-1 components with a nonzero update.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.methods.protocol.form import Tensors
 
 COLUMNS = 1024
-"""Number of columns of a dense update that are computed at a time."""
+"""Number of columns of a dense delta W that ``dense_change`` computes at a time."""
 
 
 class WeightChange(Protocol):
@@ -22,30 +22,38 @@ class WeightChange(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I), the shape of the weight."""
+        """(out_features, in_features), the shape of the weight."""
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Return rows ``start`` to ``stop`` of the update: [stop - start, I], fp32.
+        """Return some rows of the update.
 
-        As with slices, ``stop`` may lie beyond O.
+        Args:
+            start: Index of the first row.
+            stop: Index after the last row. As with slices, it may exceed the number of rows.
+
+        Returns:
+            The rows, [number of rows, in_features], fp32.
         """
 
     @property
     def max_changed(self) -> int:
-        """Upper bound on the number of nonzero entries."""
+        """Upper bound on the number of nonzero entries of the update."""
 
     @property
     def norm(self) -> float:
-        """Frobenius norm."""
+        """Frobenius norm of the update."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """A low-rank update: delta W = scale * B A, with A in ``a_LI`` and B in ``b_OL``."""
+    """A low-rank update, delta W = scale * B A, as a ``WeightChange``."""
 
     a_LI: Tensor
+    """A, [number of components, in_features]."""
     b_OL: Tensor
+    """B, [out_features, number of components]."""
     scale: float
+    """Factor of B A, e.g. alpha / rank."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -66,7 +74,7 @@ class LowRank:
 
     @property
     def norm(self) -> float:
-        """Frobenius norm, by ||B A||^2 = sum((B^T B) * (A A^T)), without the O x I product."""
+        """Frobenius norm, without computing B A: ||B A||^2 is the sum of (B^T B) * (A A^T)."""
         a_LI, b_OL = self.a_LI.double(), self.b_OL.double()
         square = float(((b_OL.t() @ b_OL) * (a_LI @ a_LI.t())).sum())
         return abs(self.scale) * sqrt(max(square, 0.0))  # unlike max(0.0, square), it keeps NaN
@@ -74,9 +82,10 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseChange:
-    """An update that is not low-rank, as a dense matrix."""
+    """An update that is not low-rank, as a dense matrix and a ``WeightChange``."""
 
     change_OI: Tensor
+    """delta W, [out_features, in_features], fp32, with the adapter's scale included."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -95,17 +104,17 @@ class DenseChange:
 
 
 def dense_change(adapter: AdapterLinear, tensors: Tensors) -> DenseChange:
-    """Compute the update of a site whose form is not a LoRA, as a dense matrix.
+    """Compute the update of one linear as a dense matrix, for methods whose update is not a LoRA.
 
     What the adapter adds to its linear's output is linear in the input, so the outputs for the rows
     of the identity matrix are the columns of delta W.
 
     Args:
-        adapter: The adapter of one site.
+        adapter: The adapter of the linear.
         tensors: The tensors that forward computes with, by name (``adapter.computed``).
 
     Returns:
-        delta W as [O, I], fp32, with the adapter's scale included.
+        delta W, [out_features, in_features], fp32, with the adapter's scale included.
     """
     site = adapter.site
     change_OI = torch.empty(site.out_features, site.in_features)
