@@ -9,6 +9,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import Adapter
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.model.targets import NO_FIT
 
 PLAIN = Method(name="lora")
 """The method of every adapter that is evaluated: plain LoRA."""
@@ -33,9 +34,9 @@ def open_model(config: Config, adapter: Adapter) -> Model:
     try:
         model = Model.open(replace(config, adapter=wanted))
     except UserError as error:
-        if not str(error).startswith("--modules_to_save"):
+        if not str(error).startswith(NO_FIT):
             raise
-        raise _does_not_fit(adapter, str(error).partition(": ")[2]) from error
+        raise _does_not_fit(adapter, str(error).removeprefix(NO_FIT)) from error
     linears = {site.name: site for site in model.sites}
     absent = [site for site in adapter.scales if site not in linears]
     if absent:

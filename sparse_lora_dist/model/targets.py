@@ -17,6 +17,9 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.tasks.class_head import Head, modules_inside
 
+NO_FIT = "--modules_to_save does not fit this model. "
+"""Start of the message about wrong --modules_to_save."""
+
 
 def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[str]) -> list[Site]:
     """Return the linears that get an adapter (called sites). Not a collective.
@@ -115,8 +118,7 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
     if problems:
         holders = [n for n, m in modules.items() if next(m.parameters(False), None) is not None]
         raise UserError(
-            f"--modules_to_save does not fit this model. {' '.join(problems)} Name only modules "
-            f"of the model: {_endings(holders)}."
+            f"{NO_FIT}{' '.join(problems)} Name only modules of the model: {_endings(holders)}."
         )
     return found
 

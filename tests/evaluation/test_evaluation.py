@@ -293,7 +293,7 @@ def test_a_loss_that_is_no_number_ends_it(
     file = broken / "adapter_model.safetensors"
     save_file({k: t * math.nan for k, t in load_file(file).items()}, file, {"format": "pt"})
     one, two = ranks(2, f"{WORK}:complaint", flags=flags(tiny, adapter=broken))
-    assert one == two and one.startswith("loss: the loss of 6 of 6 texts is not finite")
+    assert one == two and one.startswith("Metric loss: the loss of 6 of 6 texts is not finite")
 
 
 def test_a_model_that_was_compared_is_freed_before_the_next_is_loaded(
@@ -325,7 +325,8 @@ def test_what_is_cut_short_leaves_nothing_half_written(
     output.write_text("earlier")
     asked = {"metrics": "loss,exact", "output": output, "overwrite": "true", "limit": 4}
     (end,) = ranks(1, f"{WORK}:{how}", flags=flags(tiny, **asked))
-    assert end.startswith("KeyboardInterrupt" if how == "interrupted" else "UserError: writing")
+    unwritten = "UserError: An error occurred while writing"
+    assert end.startswith("KeyboardInterrupt" if how == "interrupted" else unwritten)
     assert output.read_text() == "earlier"
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
@@ -576,5 +577,5 @@ def test_an_adapter_that_does_not_fit_is_refused(
     )
     assert "has only one of lora_A and lora_B" in message(half)
     head = {"base_model.model.other_head.weight": torch.zeros(2, 2)}
-    assert "no module is called other_head" in message(other("head", lambda w: w | head))
+    assert "No module is called other_head" in message(other("head", lambda w: w | head))
     assert not output.exists()
