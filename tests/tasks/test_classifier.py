@@ -362,7 +362,7 @@ def test_models_that_the_task_does_not_suit_are_refused(
 def test_options_of_another_task_are_refused_at_once(bert: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="a row holds one example with its label"):
         load_config(bert.flags(tmp_path, task="seq_cls", packing=True))
-    with pytest.raises(ConfigError, match="text_pair_field belongs to task seq_cls"):
+    with pytest.raises(ConfigError, match="text_pair_field belongs to --task seq_cls"):
         load_config(bert.flags(tmp_path, text_pair_field="second"))
     assert not load_config(bert.flags(tmp_path, task="seq_cls")).packs
     assert load_config(bert.flags(tmp_path)).packs
