@@ -46,10 +46,10 @@ def above(part: object, bound: float, *names: str) -> list[str]:
 
 
 def bad_regex(name: str, pattern: str) -> list[str]:
-    """Return a message if the value of an option is not a regular expression.
+    """Return a message if the value of an option or a key is not a regular expression.
 
     Args:
-        name: Name of the option.
+        name: Name of the option, with its dashes, or of the key.
         pattern: Its value.
 
     Returns:
@@ -59,7 +59,7 @@ def bad_regex(name: str, pattern: str) -> list[str]:
         re.compile(pattern)
     except re.error as error:
         return [
-            f"--{name} must be names or a regular expression, got {pattern!r}, which does not "
+            f"{name} must be names or a regular expression, got {pattern!r}, which does not "
             f"compile: {error}"
         ]
     return []

@@ -116,7 +116,7 @@ class AdapterConfig:
         if not self.target_modules:
             problems.append("--target_modules is empty. Name modules, or write all-linear")
         if isinstance(self.target_modules, str):
-            problems += bad_regex("target_modules", self.target_modules)
+            problems += bad_regex("--target_modules", self.target_modules)
         raise_if(problems)
 
 
