@@ -13,7 +13,8 @@ from typing import get_type_hints
 # Works from a plain clone too: a script's own folder is on sys.path, the repository is not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.config.help_pages import ACTIONS, shown
+from sparse_lora_dist.config.arguments import ACTIONS
+from sparse_lora_dist.config.help_pages import shown
 from sparse_lora_dist.config.schema import TRAIN, Option, Program, describe, help_texts
 from sparse_lora_dist.config.schema import known_options as options_of
 from sparse_lora_dist.editing.edit_options import PROGRAM as EDIT

@@ -22,8 +22,14 @@ from sparse_lora_dist.config.schema import (
 )
 from sparse_lora_dist.config.spelling import did_you_mean
 
-ACTIONS = ("config", "print_config", "help", "help_all")
-"""Flags that are not options of a run, because they name a file or print something."""
+ACTIONS = {
+    "config": "YAML file of options; flags override its values.",
+    "print_config": "Print the values of all options as YAML and exit.",
+    "help": "Print the common options and exit; with a METHOD, its options.",
+    "help_all": "Print all options and exit.",
+}
+"""{flag that is not an option of a run, because it names a file or prints something: its help
+text}."""
 LAUNCHER_FLAGS = ("local_rank", "local-rank")  # deepspeed and torchrun add them; unused here
 
 Flags = list[tuple[str, list[str]]]

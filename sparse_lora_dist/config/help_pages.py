@@ -6,18 +6,11 @@ from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from sparse_lora_dist import methods
-from sparse_lora_dist.config.arguments import Flags
+from sparse_lora_dist.config.arguments import ACTIONS, Flags
 from sparse_lora_dist.config.checks import raise_if
 from sparse_lora_dist.config.schema import Option, Program, choices, help_texts, known_options
 from sparse_lora_dist.config.spelling import did_you_mean
 
-ACTIONS = {
-    "config": "YAML file of options; flags override its values.",
-    "print_config": "Print the values of all options as YAML and exit.",
-    "help": "Print the common options and exit; with a METHOD, its options.",
-    "help_all": "Print all options and exit.",
-}
-"""{flag that is not an option of a run: its help text}."""
 COLUMN = 24  # where help texts begin
 
 

@@ -6,7 +6,8 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 
-from sparse_lora_dist.config.help_pages import ACTIONS, common_page, help_page
+from sparse_lora_dist.config.arguments import ACTIONS
+from sparse_lora_dist.config.help_pages import common_page, help_page
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.config.schema import TRAIN, Program, help_texts, known_options
 from sparse_lora_dist.editing.edit_options import PROGRAM as EDIT

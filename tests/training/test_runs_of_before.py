@@ -20,7 +20,7 @@ from tests.fixtures.run_of_71bf4ff.make import OPTIONS
 from tests.fixtures.tiny_run import TinyRun
 
 MADE = Path(__file__).parents[1] / "fixtures" / "run_of_71bf4ff"
-MEASURED = ("tokens_per_s", "peak_memory_bytes", "bytes_received")
+MEASURED = ("tokens_per_s", "peak_memory_bytes")
 """What a row of metrics measures of one program, besides what it computes."""
 
 

@@ -1,6 +1,6 @@
 """Draw docstrings and error messages at random, for a reader who has not seen the project.
 
-    python benchmarks/draw_texts.py SEED [COUNT]
+    python -m tests.project.draw_texts SEED [COUNT]
 
 Prints COUNT (30) docstrings of modules, classes and functions with their signatures, then COUNT
 messages of errors and refusals, each with file and line. Fields in braces stand for values.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "sparse_lora_dist"
+PACKAGE = Path(__file__).parents[2] / "sparse_lora_dist"
 ERRORS = {"UserError", "ConfigError", "ValueError", "ExampleError", "PeerError", "Stopped"}
 
 

@@ -1,6 +1,6 @@
 """Does this tree compute what another commit computed, to the bit?
 
-    python benchmarks/same_as_commit.py 71bf4ff [METHOD ...]
+    python -m tests.project.same_as_commit 71bf4ff [METHOD ...]
 
 Runs 12 steps of every method with the options of ``tests/laws.py`` on 2 ranks, in a clone of the
 commit and here, on one model and one data set. Compares adapters, checkpoints (but for random
@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 MEASURED = ("tokens_per_s", "peak_memory_bytes")
 LOGS = ("metrics.jsonl", "decisions.jsonl", "stages.jsonl")
 
