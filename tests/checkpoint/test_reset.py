@@ -165,13 +165,18 @@ def test_the_same_base_at_another_path_goes_on_and_is_told(
     assert read_records(run / "metrics.jsonl")[-1]["step"] == 6
 
 
-def test_a_resumed_run_is_the_same_run_to_its_tracker(
+def test_a_resumed_run_is_the_same_run_to_wandb_and_rank_0_alone_writes_it(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
-    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    # The only test that starts W&B on ranks: W&B reads its environment once a process.
+    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_PROJECT": "our-project"}
     flags = tiny.flags(tmp_path, max_steps=2, trackers="wandb", resume="auto")
     ranks(2, TRAIN, flags=[*flags, "--stop_after", "1"], environment=offline)
     ranks(2, TRAIN, flags=flags, environment=offline)
-    folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    ids = {folder.name.rsplit("-", 1)[1] for folder in folders}
-    assert len(ids) == 1, folders
+    logs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert len(logs) == 2 and len({log.name for log in logs}) == 1, logs
+    for log in logs:
+        content = log.read_bytes()
+        for name in ("held_out_loss", "grad_norm", "live_entries", "our-project"):
+            assert name.encode() in content
+    assert not (tmp_path / "tensorboard").exists()

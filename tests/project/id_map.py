@@ -57,6 +57,15 @@ RENAMED = {
     ),
 }
 """Names of functions, beside those in which a piece became a component."""
+_WANDB = (
+    "tests/checkpoint/test_reset.py::"
+    "test_a_resumed_run_is_the_same_run_to_wandb_and_rank_0_alone_writes_it"
+)
+REPLACED = {
+    "tests/test_reset.py::test_a_resumed_run_is_the_same_run_to_its_tracker": _WANDB,
+    "tests/test_runs.py::test_wandb_offline_writes_on_rank_0_only": _WANDB,
+}
+"""Tests of then that gave way to one that checks the same."""
 A_TEST_A_FILE = {
     "test_files_and_functions_stay_readable",
     "test_methods_import_torch_and_each_other_only",
@@ -79,6 +88,8 @@ def function_of(test_id: str) -> str:
 
 def moved(test_id: str) -> str:
     """The id under which a test of then would stand today, its parameters as they were."""
+    if test_id in REPLACED:
+        return REPLACED[test_id]
     file, _, test = test_id.partition("::")
     stem = Path(file).stem.removeprefix("test_")
     for folder, stems in FOLDERS.items():

@@ -163,5 +163,5 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["90", "-1s", "2 days", ""])
 def test_no_durations(text: str) -> None:
-    with pytest.raises(ValueError, match="not a duration like"):
+    with pytest.raises(ValueError, match="a duration is written like"):
         seconds_in(text)

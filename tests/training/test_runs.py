@@ -200,18 +200,6 @@ def test_tensorboard_holds_the_same_numbers(whole: Path) -> None:
         assert written == pytest.approx(logged, rel=1e-6)  # TensorBoard stores fp32
 
 
-def test_wandb_offline_writes_on_rank_0_only(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
-    offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "WANDB_PROJECT": "our-project"}
-    flags = tiny.flags(tmp_path, max_steps=2, trackers="wandb")
-    ranks(2, TRAIN, flags=flags, environment=offline)
-    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    (log,) = folder.glob("*.wandb")
-    content = log.read_bytes()
-    for name in ("held_out_loss", "grad_norm", "live_entries", "our-project"):
-        assert name.encode() in content
-    assert not (tmp_path / "tensorboard").exists()
-
-
 def test_the_run_folder_describes_the_run(whole: Path, tiny: TinyRun) -> None:
     again = load_config(["--config", str(whole / "run.yaml")])
     assert again == load_config(long_run(tiny, whole) + ["--trackers", "tensorboard"])
