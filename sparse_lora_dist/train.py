@@ -242,8 +242,8 @@ def _check_form(config: Config, model: Model, method: Method) -> None:
     if form.masks_base and is_quantized(model.files):
         raise UserError(
             f"--method {method.name} prunes the base's own weights, but {config.model.model} is "
-            "stored in 4 bits. Give the model it was quantised from as --model; --quantization nf4 "
-            "quantises it while it is loaded.",
+            "stored in 4 bits. Give as --model the model that it was quantised from; to train over "
+            "4 bits all the same, keep --quantization nf4, which quantises it while loading.",
             shared=True,
         )
     if form.masks_base and config.adapter.dropout > 0.0:

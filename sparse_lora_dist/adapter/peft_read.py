@@ -49,7 +49,8 @@ def read_peft(
         )
     if config.get("r") != rank:
         problems.append(
-            f"Its rank is {config.get('r')}, but --rank is {rank}. Use the adapter's rank."
+            f"Its rank is {config.get('r')}, but --rank is {rank}. Give "
+            "the adapter's rank as --rank."
         )
     if config.get("lora_alpha") != alpha:
         problems.append(

@@ -37,8 +37,8 @@ class SafetensorsWriter:
 
     Args:
         folder: an existing folder to write to.
-        header_bytes: upper bound of the bytes of all headers together. A smaller bound reserves
-            less space in each file (at most ``HEADER_BYTES``).
+        header_bytes: upper bound of the bytes of all headers together. Each file reserves this
+            much for its header, but no more than ``HEADER_BYTES``.
         stem: first part of the file names, as in ``STEM-00001-of-00003.safetensors``.
     """
 

@@ -223,8 +223,8 @@ def source_of(
     quantized = [state for state in states if state is not None]
     if quantized and len(quantized) < len(keys):
         raise UserError(
-            f"The files hold some tensors of {name} quantised and others not, which is not "
-            "supported. Give a --model with the original weights."
+            f"The files hold some tensors of the module {name} quantised and others not, which "
+            "is not supported. Give a --model with the unquantised weights."
         )
     shapes = [tuple(s["shape"]) for s in quantized] or [files.entries[k].shape for k in keys]
     # In a stack of experts each tensor is a matrix, or some rows of one.

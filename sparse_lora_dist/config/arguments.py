@@ -131,9 +131,8 @@ def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) 
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        problems.append(
-            f"{path} must hold 'name: value' lines, but holds a {root.tag.split(':')[-1]}"
-        )
+        held = "a list" if isinstance(root, yaml.SequenceNode) else "one value"
+        problems.append(f"{path} must hold 'name: value' lines, but holds {held}")
         return []
     places: dict[str, str] = {}
     for key, _ in root.value:

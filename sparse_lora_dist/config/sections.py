@@ -245,7 +245,8 @@ class RunConfig:
         if self.reset and self.resume in ("auto", "never"):
             problems.append(
                 f"--reset needs --resume with the folder of a checkpoint, got {self.resume}. With "
-                "auto, every restart of an interrupted run would discard the state again"
+                "auto, every restart of an interrupted run would discard the state again. Give "
+                "--resume RUN/checkpoints/step_N"
             )
         problems += [
             f"--trackers must be any of {', '.join(TRACKERS)} ([] for none), got {name!r}"

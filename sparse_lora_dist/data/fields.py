@@ -26,7 +26,7 @@ class Fields:
     (text column,) for plain text."""
 
     def text(self, record: Mapping[str, Any]) -> str:
-        """Return the text of an example, if ``kind`` is "text".
+        """Return the text of an example. Only for a data set whose ``kind`` is "text".
 
         Args:
             record: the example as a dict from column to value.
@@ -37,8 +37,8 @@ class Fields:
         return text_of(record[self.columns[0]], repr(self.columns[0]))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
-        """Return the chat of an example, if ``kind`` is "messages" or "pair". A prompt with its
-        response becomes a chat of a user message and an assistant message.
+        """Return the chat of an example. Only for a data set whose ``kind`` is "messages" or
+        "pair". A prompt with its response becomes a chat of a user and an assistant message.
 
         Args:
             record: the example as a dict from column to value.

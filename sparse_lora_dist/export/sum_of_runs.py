@@ -124,7 +124,8 @@ class Union(Trained):
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
         """Return the summed LoRA of a linear: the factors of all runs, concatenated along the rank.
 
-        B of each other run is multiplied by the ratio of its scale to the first run's scale.
+        The caller multiplies the pair by the first run's scale, so B of every run after the first
+        is multiplied by the ratio of its own scale to that one.
 
         Args:
             site: The linear, one of ``sites``.
@@ -132,8 +133,8 @@ class Union(Trained):
 
         Returns:
             (A [L, I], B [O, L]), where L is the number of components with a nonzero update over all
-            runs. They are in fp32, since B times a ratio would be rounded a second time in
-            ``dtype``. None if no run changes the linear's weight.
+            runs. They are fp32, because rounding B times a ratio to ``dtype`` would be a second
+            rounding. None if no run changes the linear's weight.
 
         Raises:
             NoPair: The update of a run is not a low-rank product.

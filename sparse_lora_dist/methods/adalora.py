@@ -10,15 +10,17 @@ The method decides every `adalora_every` steps from `adalora_begin` on: the b_t 
 highest score keep their lambda, and the lambda of all others becomes zero (equation 6). The score
 of an entry is the smoothed |w * dL/dw| times its smoothed deviation; that of a component is the sum
 over its entries (`shared/triplets.py`). A and B of all components go on training, so a component
-may return. The last choice comes when `adalora_final` of the run is left, and is final: the other
-components lose A, B and lambda and are no longer computed. A linear may end without any component.
+may return. The last choice comes when the fraction `adalora_final` of the run is left, and is
+final: the other components lose A, B and lambda and are no longer computed. A linear may end
+without any component.
 
 This implementation differs from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and
 PEFT:
 
-- Importance is w * dL/dw at the same w. There it is w after the step times the gradient before it.
+- Importance is w * dL/dw at the same w. In those two it is the w after a step times the gradient
+  from before that step.
 - Exactly b_t components stay, those of lowest index among equal scores. This also holds where b_t
-  is the number of all components, a case in which both of them fail.
+  is the number of all components, a case in which the released code and PEFT fail.
 - The penalty is the paper's squared norm. `--adalora_preset released` takes the unsquared norm of
   the released code.
 - Lambda has a learning rate of its own (`triplets.triplet_tensors`).
@@ -141,8 +143,8 @@ def adalora(options: AdaLoraOptions, context: RunContext) -> Method:
     problems = []
     if last > first:
         problems.append(
-            f"--adalora_target_rank {options.adalora_target_rank} makes {last} components, but all "
-            f"linears together have {first}. Raise --rank, or lower --adalora_target_rank"
+            f"--adalora_target_rank {options.adalora_target_rank} asks for {last} components, but "
+            f"all linears together have {first}. Raise --rank, or lower --adalora_target_rank"
         )
     if begin >= end:
         problems.append(

@@ -196,10 +196,17 @@ def with_merged(side: int, act: Act) -> Form:
 
 
 def merge(whole: Whole) -> Rewritten:
-    """Return the site's tensors after a restart, at the end of a stage.
+    """Return new tensors of a site at the end of a stage, where M is merged and starts anew.
 
-    M is added to the frozen matrix of its grouping, M becomes zero, and the other grouping is used
-    from then on.
+    Features are grouped in one of two ways (``grouped``), and the site has a frozen matrix for
+    each. M is added to that of the present grouping and becomes zero; the next stage uses the other
+    grouping.
+
+    Args:
+        whole: The site's tensors, unsharded.
+
+    Returns:
+        The new values of the tensors that change, by short name.
     """
     m_HH, turn_1 = whole.tensors["mora_m"], whole.tensors["mora_turn"]
     into = "mora_strided" if turn_1.any() else "mora_contiguous"

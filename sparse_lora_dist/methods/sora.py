@@ -144,8 +144,8 @@ class SoraOptions:
         first = as_preset(self, self.sora_preset, PRESETS).sora_lambdas[0]
         if self.sora_threshold == "scaled" and first > 0.0:
             problems.append(
-                "--sora_threshold scaled needs 0 as the first of --sora_lambdas, because every "
-                f"gate would close at step 1, got {first}. Take 0,{first}"
+                f"--sora_threshold scaled needs 0 as the first of --sora_lambdas, got {first}: "
+                f"otherwise every gate closes at step 1. Give --sora_lambdas 0,{first}"
             )
         if problems:
             raise ValueError("; ".join(problems))

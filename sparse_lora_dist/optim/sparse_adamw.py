@@ -218,7 +218,7 @@ class SparseAdamW(torch.optim.Optimizer):
     def skip_step(self, flat: Tensor) -> None:
         """Count a step that the engine did not apply to a flat shard.
 
-        So the number of steps done stays that of the run, and ages and birth steps stay right.
+        This keeps the step count equal to the run's, from which birth steps are counted.
         Entries that ``zero_after_step`` has scheduled become zero.
 
         Args:

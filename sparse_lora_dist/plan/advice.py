@@ -28,7 +28,7 @@ class Need:
     """Peak bytes of host memory on one machine, summed over its ranks."""
 
     def fits(self, limits: "Limits") -> bool:
-        """Return True if the run needs no more GPU and no more host memory than ``limits`` has."""
+        """Return True if the run needs neither more GPU nor more host memory than ``limits``."""
         return self.gpu <= limits.gpu and (limits.host is None or self.host <= limits.host)
 
 

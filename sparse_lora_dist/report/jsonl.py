@@ -63,7 +63,7 @@ def no_constant(word: str) -> float:
     ``json.loads`` then calls it for NaN, Infinity and -Infinity, which it would otherwise accept
     although they are not JSON. ``word`` is the one found.
     """
-    raise ValueError(f"{word} is not a number in JSON")
+    raise ValueError(f"{word} is not allowed in JSON")
 
 
 def is_count(value: object) -> bool:

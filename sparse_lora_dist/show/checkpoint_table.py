@@ -37,11 +37,12 @@ def modules(saved: Trained) -> Iterator[Module]:
 
 
 def _adapted(saved: Trained, site: Site, sizes: Mapping[str, int]) -> Module:
-    """Return the table's data on a linear that carries an adapter.
+    """Return the table's row for a linear that carries an adapter. Tensors that all sites share are
+    counted at the first site only.
 
     Args:
         saved: the open checkpoint.
-        site: the linear. Tensors that all sites share are counted at the first site only.
+        site: the linear.
         sizes: bytes saved for each tensor, by its name.
     """
     form = saved.method.form(site)

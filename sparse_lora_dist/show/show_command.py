@@ -1,4 +1,4 @@
-"""Program of launcher/show.py: prints the table of an adapter or a checkpoint."""
+"""Program of launcher/show.py: prints a table of an adapter's or a checkpoint's modules."""
 
 from pathlib import Path
 
@@ -19,7 +19,8 @@ DAMAGE = (OSError, SafetensorError, LookupError, ArithmeticError, ValueError, Ru
 
 
 def show(request: ShowRequest) -> None:
-    """Print the table of an adapter or a checkpoint.
+    """Print a table of an adapter or a checkpoint: a line for each trained module, with its rank,
+    density, bytes and the norm of its update, and a line with totals.
 
     Args:
         request: the options of the program, which name the folder.
@@ -31,7 +32,7 @@ def show(request: ShowRequest) -> None:
 
 
 def as_text(path: Path) -> str:
-    """Return the table of an adapter or a checkpoint as text, below a line that says which it is.
+    """Return the table that ``show`` prints, below a line that says what the folder holds.
 
     Args:
         path: the folder of a PEFT adapter or of a checkpoint.

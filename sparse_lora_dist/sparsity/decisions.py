@@ -76,15 +76,16 @@ class Decisions:
     def confirm(self, step: int) -> None:
         """Raise ``UserError`` if ranks differ in this step's decision or its outcome. Collective.
 
-        Must be called after the engine's step, on all ranks. Gathers ``MODULES`` adapters at a
-        time. Does nothing if ``make`` had no decision to make at this step.
+        Must be called after the engine's step, on all ranks. To bound memory, it gathers
+        ``MODULES`` adapters at a time. Does nothing if ``make`` had no decision to make at this
+        step.
 
         Args:
             step: optimizer step, counted from 1, that ``make`` was called with.
 
         Raises:
             UserError: on all ranks, if two ranks have made different decisions or see different
-                zeros in a gathered tensor, or if these are not the zeros of the fp32 masters.
+                zeros in a gathered tensor, or if its zeros differ from those of its fp32 master.
         """
         if self._made is None:
             return

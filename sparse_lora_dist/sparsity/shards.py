@@ -110,8 +110,8 @@ class Shards:
         """Make the method's decision and apply it. Collective.
 
         Must be called before the engine's step. The live entries, and the rank-1 components that
-        each adapter computes, change at once. Entries that the decision zeroes, and those that stop
-        being live, become zero at the end of the engine's step.
+        each adapter computes, change immediately. Entries that the decision zeroes, and those that
+        stop being live, become zero at the end of the engine's step.
 
         Args:
             step: optimizer step, counted from 1.
@@ -241,7 +241,7 @@ class Shards:
         return int(comm.sum_over_ranks(count))
 
     def statistics_bytes(self) -> int:
-        """Return the size of the statistics on this rank, in bytes."""
+        """Return the size of the importance statistics on this rank, in bytes."""
         return sum(stat.nbytes for stats in self.stats.values() for stat in stats)
 
     def _set_live(self, live: Mapping[str, Tensor]) -> None:

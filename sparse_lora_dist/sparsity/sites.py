@@ -6,7 +6,7 @@ The state is the same on every rank, except that kept tensors are sharded:
   of them are open, i.e. count towards the adapter's rank.
 - Statistics, which the method updates at each step from its probe of each adapter. A probe is one
   number that the method computes in backward.
-- Running means of the squared inputs.
+- Running means of the squared inputs, one for each input feature.
 - Kept tensors, such as masks, which the method writes and no gradient trains.
 
 Shapes: K statistics per site, S sites (linears that have an adapter), I in_features.

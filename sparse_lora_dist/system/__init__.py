@@ -1,1 +1,2 @@
-"""Use the operating system: identify processes, return heap memory, write files atomically."""
+"""Uses the operating system: identifies processes, gives free heap memory back, writes files
+atomically."""

@@ -39,7 +39,7 @@ def print_summary(
         target: what the loss is a mean over: "token" or "example".
         adapter_bytes: size of the exported adapter in bytes; 0 if none was exported.
         is_lora: True if the trained adapter can be exported as a LoRA adapter.
-        goes_on: True if the run may be continued with more steps even after its last step.
+        goes_on: True if a run that has done all its steps may be continued with more.
     """
     folder = Path(config.run.output_dir)
     device = comm.device().type

@@ -257,7 +257,7 @@ def test_stray_words_are_refused():
         ("rank:\n", "line 1: rank must be a whole number, got None"),
         ("adapter: {rank: 4}\n", "line 1: adapter is not an option"),
         ("3: 4\n", "line 1: 3 is not an option"),
-        ("- rank\n", "must hold 'name: value' lines, but holds a seq"),
+        ("- rank\n", "must hold 'name: value' lines, but holds a list"),
         ("rank: [\n", "cannot be read"),
         ("trackers: [1]\n", "trackers must be a list of names"),
         ("model: {a: 1}\n", "model must be text"),

@@ -431,7 +431,7 @@ def test_bad_options_are_told_together() -> None:
 
 
 def test_a_budget_above_the_ranks_is_refused() -> None:
-    with pytest.raises(ValueError, match="makes 14 components, but all linears .* have 12"):
+    with pytest.raises(ValueError, match="asks for 14 components, but all linears .* have 12"):
         adalora(AdaLoraOptions(adalora_target_rank=7), context())
 
 

@@ -46,8 +46,7 @@ Called by `SparseAdamW` on each rank inside ``step``. Runs: shard, so it must be
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """Linear of the base that carries an adapter (PEFT: target module): its name, sides and
-    rank."""
+    """Linear of the base that carries an adapter (PEFT: target module)."""
 
     name: str
     """Full module name, e.g. "model.layers.3.self_attn.q_proj"."""
@@ -135,8 +134,8 @@ def low_rank_pair(site: Site, project: Project | None = None) -> dict[str, Tenso
 
     Args:
         site: The linear that is adapted.
-        project: Function that changes the entries of both tensors after each optimizer update.
-            None: nothing follows the update.
+        project: Function that changes the entries of both tensors after each optimizer step.
+            None: the entries stay as the optimizer wrote them.
 
     Returns:
         {short name: spec}: ``lora_a`` is [site.rank, in_features] with random initial values;

@@ -49,8 +49,8 @@ class Scores(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shape of each whole tensor, by tensor name; sites follow each other in the model's
-        order."""
+        """Unsharded shape of each trained tensor. Keys are full names, such as
+        "model.layers.0.self_attn.q_proj.lora_a", site after site in the model's order."""
 
     @property
     def site_stats(self) -> Tensor:

@@ -270,7 +270,9 @@ def _adapted_first(modules: Sequence[str]) -> list[str]:
 
 
 def _pass(modules: Sequence[str]) -> list[Visit]:
-    """Return the calls of ZeRO-3's hooks if ``modules`` run once, in this order.
+    """Return the hook calls that ZeRO-3 makes if ``modules`` run once, in this order.
+
+    An adapter is named like its linear, with a dot at the end.
 
     If an adapter ("q_proj.") stands right before its base linear ("q_proj"), the linear runs inside
     the adapter: the adapter's parameters are released after those of the linear.
