@@ -49,7 +49,8 @@ def run(config: Config, purpose: Purpose = TRAINING) -> None:
     Raises:
         UserError: an option, a file or the environment must be corrected, as the message says. All
             ranks raise the same error if its attribute ``shared`` is True.
-        Stopped: the run was asked to stop, and a checkpoint was saved; on every rank.
+        Stopped: on every rank, if the run was asked to stop. A checkpoint of the last complete step
+            was saved, unless no step was made.
     """
     with training(config, purpose) as now:
         for step in now.steps:
@@ -76,7 +77,8 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
     Raises:
         UserError: an option, a file or the environment must be corrected, as the message says. All
             ranks raise the same error if its attribute ``shared`` is True.
-        Stopped: the run was asked to stop, and a checkpoint was saved; on every rank.
+        Stopped: on every rank, if the run was asked to stop. A checkpoint of the last complete step
+            was saved, unless no step was made.
     """
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     launch = comm.start(timeout_s)
@@ -142,7 +144,8 @@ class Training:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
         with fail_together("opening the run folder"):
-            if comm.rank() == 0:  # before the memory plan, which names run.yaml, and the load
+            # Before the memory plan is printed, because it names run.yaml, and before the load.
+            if comm.rank() == 0:
                 if purpose.replaces:  # only now: the new run has passed its checks
                     clear(Path(config.run.output_dir))
                 write_description(Path(config.run.output_dir), config)
@@ -242,8 +245,8 @@ def _check_form(config: Config, model: Model, method: Method) -> None:
     if form.masks_base and is_quantized(model.files):
         raise UserError(
             f"--method {method.name} prunes the base's own weights, but {config.model.model} is "
-            "stored in 4 bits. Give as --model the model that it was quantised from; to train over "
-            "4 bits all the same, keep --quantization nf4, which quantises it while loading.",
+            "stored in 4 bits. Set --model to the unquantised model. --quantization nf4 still "
+            "quantises it to 4 bits while loading.",
             shared=True,
         )
     if form.masks_base and config.adapter.dropout > 0.0:

@@ -1,4 +1,4 @@
-"""Draw dropout masks for inputs of adapters. A row has the same mask on whichever rank it trains.
+"""Draw dropout masks for inputs of adapters; the mask of a row is the same on any number of ranks.
 
 A row is one training sequence of a batch. A site is a linear of the base that has an adapter.
 
@@ -16,7 +16,7 @@ from sparse_lora_dist.adapter.seeds import seed_of
 
 @dataclass
 class RowSeeds:
-    """Rows of this rank's current micro-batch, and dropout masks that are seeded by their numbers.
+    """Rows of this rank's current micro-batch, whose numbers seed the rows' dropout masks.
 
     All adapters of a model share one instance. The mask of a row depends only on the seed of the
     run, the step, the number of the row and the name of the site, so neither the number of ranks
@@ -30,9 +30,9 @@ class RowSeeds:
     step: int = 0
     """Current optimizer step, counted from 1."""
     rows_M: tuple[int, ...] = field(default=())
-    """Number of each row of the micro-batch, counted over the whole run in training order."""
+    """Number of each row in the stream of rows that the run trains on; -1 for filler rows."""
     lengths_M: tuple[int, ...] = field(default=())
-    """Number of tokens at the front of each row; the rest of the row is padding."""
+    """Number of tokens at the front of each row; the rest is padding. 0 for filler rows."""
     num_positions: int | None = None
     """Padded length of the micro-batch's rows, in tokens (T in shapes). None: unknown; then any 3-D
     input whose first axis has as many entries as there are rows counts as [M, T, I]."""
@@ -48,8 +48,10 @@ class RowSeeds:
         collective.
 
         Args:
-            rows_M: number of each row, counted over the whole run in training order.
-            lengths_M: number of tokens at the front of each row that are not padding.
+            rows_M: number of each row in the stream of rows that the run trains on; -1 for filler
+                rows.
+            lengths_M: number of tokens at the front of each row that are not padding; 0 for filler
+                rows.
             num_positions: padded length of the rows, in tokens.
         """
         self.rows_M, self.lengths_M, self.num_positions = rows_M, lengths_M, num_positions
@@ -71,11 +73,10 @@ class RowSeeds:
 
         Args:
             x: input of the site: [M, T, I], [M * T, I], or [M, I] with one token for each row. An
-                input of any other shape (DeBERTa's table of relative positions) belongs to no row.
-                It gets one mask for all its entries, seeded by run, step and site.
+                input of any other shape (DeBERTa's table of relative positions) belongs to no row:
+                its mask is seeded by run, step and site only.
             site: name of the site.
-            rows_M: number of each row of the micro-batch that ``x`` comes from, counted over the
-                whole run in training order.
+            rows_M: ``RowSeeds.rows_M`` of the micro-batch that ``x`` comes from.
             step: optimizer step, counted from 1, that ``x`` comes from.
             dropout: probability with which an entry is dropped, in [0, 1).
 

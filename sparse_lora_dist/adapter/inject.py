@@ -38,16 +38,17 @@ def inject(
     Args:
         model: loaded model, changed in place. Each site must be a ``FrozenLinear``.
         sites: names and sizes of the linears that get an adapter, in the model's order.
-        method: sparse method of the run. It defines the tensors of each site and its delta, which
-            is what the adapter adds to the linear's output.
+        method: sparse method of the run. It defines each site's tensors and delta (what the
+            adapter adds to the linear's output).
         builder: makes the sharded parameters.
         row_seeds: source of the dropout masks; one instance for all adapters.
         alpha: LoRA alpha.
         dropout: probability with which an entry of an adapter's input is dropped, in [0, 1).
         micro_batches: number of micro-batches of an optimizer step on one rank.
         initial: name "site.tensor" of a trained tensor -> function that returns a range of its
-            initial values. A tensor that is missing here gets random values. They are seeded by
-            the seed of the run and the tensor's name, so they are the same on any number of ranks.
+            initial values. A tensor that is missing here gets the values of its
+            ``TensorSpec.init``. Random values are seeded by the seed of the run and the tensor's
+            name, so they are the same on any number of ranks.
 
     Returns:
         The adapters, in the order of ``sites``. Their kept tensors, such as masks, are written by

@@ -1,7 +1,7 @@
 """Collect statistics of an adapted linear's inputs and output gradients during one optimizer step.
 
-Some methods compute new adapter tensors from them. A site is a linear that has an adapter; a row is
-one training sequence.
+Some methods compute new adapter tensors from these statistics. A site is a linear that has an
+adapter; a row is one training sequence.
 
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features, N rows of a step.
 """
@@ -20,9 +20,9 @@ class RowMetadata:
     """Numbers and lengths of a micro-batch's rows. Forward stores them, and backward reads them."""
 
     rows_M: tuple[int, ...]
-    """Number of each row, counted over the whole run in training order."""
+    """Number of each row in the stream of rows that the run trains on; -1 for filler rows."""
     lengths_M: tuple[int, ...]
-    """Number of tokens at the front of each row; the rest of the row is padding."""
+    """Number of tokens at the front of each row; the rest is padding. 0 for filler rows."""
     num_positions: int | None
     """Padded length of the rows, in tokens (T in shapes). None: unknown."""
 
@@ -49,8 +49,8 @@ class InputStatistics:
     """This rank's shard of the gradient of the loss with respect to the linear's frozen weight
     [O, I], flattened, averaged over ranks, fp32; 0.0 before the first backward."""
     means: dict[int, Tensor] = field(default_factory=dict)
-    """Number of a row that this rank trains -> mean of the site's input over the row's tokens, fp32
-    [I]."""
+    """Row number -> mean of the site's input over the row's tokens, fp32 [I], for each row of the
+    step that this rank trains. Filler rows are left out."""
 
     def add(self, x: Tensor, grad_y: Tensor, row_metadata: RowMetadata) -> None:
         """Add one backward's input and output gradient to the statistics.

@@ -100,12 +100,11 @@ class AdapterLinear(nn.Module):
         return delta_MTO
 
     def dropped(self, x_MTI: Tensor, rows_M: tuple[int, ...], step: int) -> Tensor:
-        """Return the site's input after dropout. In eval mode it is returned as it is.
+        """Return the site's input after dropout; in eval mode, the input unchanged.
 
         Args:
             x_MTI: input of the site.
-            rows_M: number of each row of the micro-batch that ``x_MTI`` comes from, counted over
-                the whole run in training order.
+            rows_M: ``RowSeeds.rows_M`` of the micro-batch that ``x_MTI`` comes from.
             step: optimizer step, counted from 1, that ``x_MTI`` comes from.
         """
         if not self.training or self.dropout == 0.0:

@@ -25,8 +25,8 @@ def read_peft(
         folder: adapter folder, or hub id, which is downloaded.
         shapes: tensor name -> shape, for every tensor that the run trains. For each adapted linear,
             "site.lora_a" has shape [rank, in_features] and "site.lora_b" [out_features, rank],
-            where "site" is the linear's name in the base. A module trained in full has
-            "name.weight", which the adapter need not have.
+            where "site" is the linear's name in the base. A parameter of a module trained in full
+            has its own name, such as "score.weight"; it may be missing in the adapter.
         rank: rank of the run, which must be the adapter's.
         alpha: LoRA alpha of the run, which must be the adapter's.
 
@@ -45,7 +45,7 @@ def read_peft(
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         problems.append(
             "Its modules have different ranks or alphas (rank_pattern, alpha_pattern), but a run "
-            "starts with one of each. Give an adapter without these fields."
+            "starts with one rank and one alpha for all. Give an adapter without these fields."
         )
     if config.get("r") != rank:
         problems.append(
@@ -70,13 +70,13 @@ def open_peft(
 
     Args:
         folder: adapter folder, or hub id, which is downloaded.
-        flag: what error messages call the folder: the command-line option that gave it.
+        flag: the command-line option that gave ``folder``, for error messages.
 
     Returns:
         A tuple of three: the contents of adapter_config.json; tensor name -> function that reads a
         range of the tensor from disk; tensor name -> shape. Names are "site.lora_a" and
-        "site.lora_b", where "site" is the linear's name in the base, and "name.weight" for modules
-        trained in full.
+        "site.lora_b", where "site" is the linear's name in the base. A parameter of a module
+        trained in full has its own name, such as "score.weight".
 
     Raises:
         UserError: the adapter is absent or damaged.
@@ -105,8 +105,8 @@ def _mismatches(
 ) -> list[str]:
     if other := sorted(_sites(theirs) ^ _sites(shapes)):
         return [
-            f"Its modules and those of --target_modules differ by {len(other)} (the first is "
-            f"{other[0]}). Set --target_modules to the adapter's modules."
+            f"It and --target_modules differ in {len(other)} modules, which only one of them has "
+            f"(the first is {other[0]}). Set --target_modules to the adapter's modules."
         ]
     if extra := sorted(theirs.keys() - shapes.keys()):
         return [f"It trained {extra[0]} in full. Name that module in --modules_to_save."]

@@ -76,7 +76,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
 
     Args:
         folder: the model folder.
-        trust_remote_code: True to run Python code from the model folder, if it has its own classes.
+        trust_remote_code: True to run the Python code of a model folder that has its own classes.
 
     Raises:
         UserError: config.json is missing or invalid, the weights are quantised in a way that
@@ -139,7 +139,7 @@ def meta_model(
         dtype: dtype of the parameters.
         attn_implementation: attention implementation of transformers, such as "sdpa"; None for the
             default of transformers.
-        trust_remote_code: True to run Python code from the model folder, if it has its own classes.
+        trust_remote_code: True to run the Python code of a model folder that has its own classes.
 
     Returns:
         The transformers model for the task.
@@ -202,9 +202,8 @@ def _switch_off_noise(config: PretrainedConfig) -> None:
 def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Replace the buffers of a meta model, such as rotary frequencies, by real ones on ``device``.
 
-    Call it before any parameter is loaded. transformers computes non-persistent buffers in
-    ``_init_weights``. That call changes nothing else, as long as all parameters are on the meta
-    device.
+    Call this function before any parameter is loaded. It computes the values with transformers'
+    ``_init_weights``, which would also initialise parameters that are not on the meta device.
 
     Args:
         model: the model on the meta device, which is changed in place.

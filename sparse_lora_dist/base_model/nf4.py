@@ -1,18 +1,18 @@
-"""Quantise and dequantise ranges of a 4-bit weight: which bytes and scales encode which weights.
+"""Quantise and dequantise ranges of a 4-bit tensor: which bytes and scales encode which weights.
 
 bitsandbytes does the arithmetic. This file computes positions, so that a rank can quantise any
 range of whole blocks and get the bytes that ``bitsandbytes.functional.quantize_4bit`` gives for
-the whole weight (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
+the whole matrix (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, section 3).
 
 A weight matrix is flattened and cut into blocks of 64 weights (another size only if the files of
 the base model are quantised with it). Each block has one scale, called absmax: its largest absolute
-value. Two weights are packed into a byte, the first into the high half. The expert matrices of a
-layer, E in number, are quantised separately and stored one after another. Here "tensor" means all
-of these matrices together, or the only one. All scales of a tensor are stored in one sequence of
-bytes, where "blocks" and "nested" are numbers for all matrices:
+value. Two weights are packed into a byte, the first into the high half. Here a weight is a number,
+and a tensor is one weight matrix or the stack of a layer's expert matrices. The matrices of a stack
+are quantised separately and stored one after another. All scales of a tensor are stored in one
+sequence of bytes. For E matrices, with B blocks and S nested absmax values in all, it is:
 
-    plain          absmax fp32 [E blocks]
-    double quant   nested absmax fp32 [E nested] | offset fp32 [E] | absmax codes u8 [E blocks]
+    no double quant   absmax fp32 [B]
+    double quant      nested absmax fp32 [S] | offset fp32 [E] | absmax codes u8 [B]
 
 Double quantisation quantises the scales too. It subtracts from the scales of a matrix their mean,
 the offset, and quantises them to 8-bit codes in blocks of 256 scales. Each of these blocks has one
@@ -44,9 +44,9 @@ import torch
 from torch import Tensor
 
 BLOCK = 64
-"""Weights that share one scale."""
+"""Number of weights that share one scale."""
 NESTED_BLOCK = 256
-"""Scales that share one nested absmax, in double quantisation."""
+"""Number of scales that share one nested absmax, in double quantisation."""
 
 CHUNK = 2**17
 """Number of weights quantised in one call on a CPU, where bitsandbytes needs scratch memory of ten
@@ -55,10 +55,10 @@ times their bytes. It is a multiple of every block size."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Byte layout of one quantised weight: one matrix, or a stack of expert matrices.
+    """Byte layout of one quantised tensor: one matrix, or a stack of expert matrices.
 
-    A weight's position is its index in the flattened matrix. In a stack, the flattened matrices
-    follow one another.
+    The position of a weight is its index in the flattened tensor. In a stack, the flattened
+    matrices follow one another.
     """
 
     shape: tuple[int, int]
@@ -68,9 +68,9 @@ class Layout:
     count: int = 1
     """Number of matrices (E): 1, or the number of matrices in a stack of experts."""
     block: int = BLOCK
-    """Weights that share one scale."""
+    """Number of weights that share one scale."""
     nested_block: int = NESTED_BLOCK
-    """Scales that share one nested absmax, in double quantisation."""
+    """Number of scales that share one nested absmax, in double quantisation."""
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit number format, by bitsandbytes' name."""
 
@@ -142,8 +142,8 @@ class Layout:
     def blocks_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
         """Return (start, stop) of the blocks whose first weight lies in packed bytes [start, stop).
 
-        These are the blocks whose scales the rank that holds the bytes provides. Over the shards of
-        all ranks, every block is counted once. In the example of the module docstring, bytes
+        The rank that holds the bytes provides the scales of these blocks. Over the shards of all
+        ranks, each block is counted once. In the example of the module docstring, bytes
         [38, 75) give blocks (2, 3).
 
         Args:
@@ -173,12 +173,12 @@ class Layout:
 
 
 def quantize(w_N: Tensor, layout: Layout, start: int = 0) -> tuple[Tensor, Tensor]:
-    """Quantise a range of a weight that consists of whole blocks.
+    """Quantise a range of the weights of a tensor.
 
     Args:
         w_N: 1-D tensor of float weights. The range must start and end at block boundaries.
-        layout: layout of the whole weight.
-        start: position of the first weight of ``w_N`` in the whole weight.
+        layout: layout of the whole tensor.
+        start: position in the whole tensor of the first weight of ``w_N``.
 
     Returns:
         Tuple of the packed bytes (uint8, 1-D) and the absmax of each block (fp32, 1-D).
@@ -300,7 +300,7 @@ def dynamic_map(device: torch.device) -> Tensor:
 def dequantize(
     packed: Tensor, scales: Tensor, layout: Layout, dtype: torch.dtype, matrix: int = 0
 ) -> Tensor:
-    """Dequantise one matrix of a weight.
+    """Dequantise one matrix of a tensor.
 
     Args:
         packed: uint8, packed bytes of the whole tensor. Padding at the end is allowed.

@@ -1,4 +1,4 @@
-"""Quantise one rank's shard of a weight, and create sharded parameters for its bytes and scales.
+"""Quantise one rank's shard of a tensor, and create sharded parameters for its bytes and scales.
 
 ZeRO-3 cuts the packed bytes into equal shards, also inside a block. A rank reads and quantises the
 blocks that cover its shard, and provides the scales of the blocks whose first weight it holds
@@ -21,7 +21,7 @@ from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.shares import own_range, share_of
 
 QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]
-"""(packed bytes, scales) of one weight, both sharded."""
+"""(packed bytes, scales) of one tensor of weights, both sharded."""
 
 
 def own_bytes(num_bytes: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -41,7 +41,7 @@ def own_weights(layout: nf4.Layout, dtype: torch.dtype) -> tuple[int, int]:
     The range consists of whole blocks, at most two more than the shard itself has.
 
     Args:
-        layout: layout of the whole weight.
+        layout: layout of the whole tensor.
         dtype: dtype of the sharded parameter.
     """
     return layout.weights_of_bytes(*own_bytes(layout.packed_bytes, dtype))
@@ -50,12 +50,12 @@ def own_weights(layout: nf4.Layout, dtype: torch.dtype) -> tuple[int, int]:
 def quantized_parameters(
     w_N: Tensor, layout: nf4.Layout, builder: ShardBuilder
 ) -> QuantLinearParameters:
-    """Quantise a weight and create its two sharded parameters. Collective.
+    """Quantise a tensor of weights and create its two sharded parameters. Collective.
 
     Args:
         w_N: 1-D tensor of float weights on the builder's device, those in the range that
             ``own_weights`` returns.
-        layout: layout of the whole weight.
+        layout: layout of the whole tensor.
         builder: object that creates the sharded parameters.
 
     Returns:
@@ -74,11 +74,11 @@ def quantized_parameters(
 
 
 def quantized_part(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Quantise this rank's range of a weight. Not collective.
+    """Quantise this rank's range of a tensor of weights. Not collective.
 
     Args:
         w_N: 1-D tensor of float weights, those in the range that ``own_weights`` returns.
-        layout: layout of the whole weight.
+        layout: layout of the whole tensor.
         dtype: dtype of the sharded parameter.
 
     Returns:
@@ -138,7 +138,7 @@ def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tenso
 
     Args:
         own: fp32, 1-D, absmax of the blocks whose first weight lies in this rank's shard.
-        layout: layout of the whole weight.
+        layout: layout of the whole tensor.
         dtype: dtype of the sharded parameter of packed bytes.
     """
     share = share_of(num_elements_for(layout.packed_bytes, dtype)) * dtype.itemsize

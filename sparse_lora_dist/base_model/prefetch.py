@@ -12,7 +12,7 @@ from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Sour
 
 
 class Range(NamedTuple):
-    """Elements [start, stop) of a parameter, flattened, as the files hold it (``source``)."""
+    """Elements [start, stop) of a flattened parameter, which the files hold at ``source``."""
 
     source: Source
     start: int

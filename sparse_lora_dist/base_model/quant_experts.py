@@ -19,7 +19,7 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenMatmul
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix of a stack of expert weights in 4 bits, in the form ``FrozenMatmul`` needs."""
+    """One matrix of a stack of expert weights in 4 bits. Implements ``frozen_linear.Weighted``."""
 
     packed: nn.Parameter
     """Packed bytes of the whole stack, held in a parameter of the engine's dtype."""

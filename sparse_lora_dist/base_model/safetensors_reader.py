@@ -24,7 +24,7 @@ from sparse_lora_dist.errors import UserError
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 """torch dtype by its name in a safetensors header."""
 FLOATS = ("BF16", "F16", "F32")
-"""Names, in a safetensors header, of the dtypes in which weights that are not quantised may be."""
+"""Dtypes allowed for weights that are not quantised, by their names in a safetensors header."""
 CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -56,12 +56,12 @@ class Entry:
 class Source:
     """Where the files hold the elements of one parameter of the model.
 
-    The elements are those of one or more parts, flattened and joined in this order. Several parts
-    are, for example, the matrices of a layer's experts, which many files hold as separate tensors.
+    The elements are those of one or more parts, flattened and joined in this order. There are
+    several parts, for example, if the files hold a tensor for each expert of a layer.
     """
 
     keys: tuple[str, ...]
-    """Names in the files of the tensors that make the parameter."""
+    """Names of the tensors in the files from which the parameter is made."""
     parts: tuple[Entry | bytes, ...]
     """Each part is a tensor in a file, or ``bytes`` with values that no tensor in a file holds,
     such as numbers that bitsandbytes saves as JSON text."""

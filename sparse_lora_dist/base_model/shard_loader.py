@@ -254,9 +254,9 @@ class ShardLoader:
         source = self.sources[name]
         if isinstance(source, Packed):
             raise UserError(
-                f"{self.files.folder} holds {name} in 4 bits, but only frozen linear layers may be "
-                "in 4 bits. Leave it out of --modules_to_save, or give a --model with the original "
-                "weights.",
+                f"{self.files.folder} holds {name} in 4 bits, but only frozen linear layers and "
+                "experts may be in 4 bits. Leave its module out of --modules_to_save, or give a "
+                "--model with the original weights.",
                 shared=True,
             )
         own = Range(source, *own_range(meta.numel()))

@@ -42,10 +42,10 @@ from sparse_lora_dist.errors import UserError
 
 STATE = ".quant_state.bitsandbytes__"
 """bitsandbytes saves its description of weight NAME (shape, block size and so on, as JSON text) in
-a tensor whose name is NAME, this text, and "nf4" or "fp4"."""
+a tensor whose name is NAME followed by this text and "nf4" or "fp4"."""
 STATE_TENSORS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
-"""What bitsandbytes appends to a weight's name for its other tensors. The last two exist only with
-double quantisation."""
+"""bitsandbytes appends these to a weight's name to name the tensors of its scales and code tables.
+The last two exist only with double quantisation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,7 +198,7 @@ def _stacked(
         )
     columns = [by_pattern[pattern] for pattern in converter.source_patterns]
     if len({len(column) for column in columns}) > 1:
-        raise UserError(f"The files lack some experts of {name}. Download the model again.")
+        raise UserError(f"The files of --model lack some experts of {name}. Download them again.")
     return [key for keys in zip(*columns, strict=True) for key in keys]
 
 
@@ -223,8 +223,8 @@ def source_of(
     quantized = [state for state in states if state is not None]
     if quantized and len(quantized) < len(keys):
         raise UserError(
-            f"The files hold some tensors of the module {name} quantised and others not, which "
-            "is not supported. Give a --model with the unquantised weights."
+            f"{files.folder} holds some tensors of {name} quantised and others not, which is not "
+            "supported. Give a --model with the original weights."
         )
     shapes = [tuple(s["shape"]) for s in quantized] or [files.entries[k].shape for k in keys]
     # In a stack of experts each tensor is a matrix, or some rows of one.
@@ -313,7 +313,9 @@ def _packed(
     missing = [k + e for k in keys for e in _state_endings(layout) if k + e not in files.entries]
     if differ or missing or not _has_standard_codes(keys[0], layout, files):
         what = (
-            f"{missing[0]} is missing" if missing else "its codes or block sizes are not standard"
+            f"{missing[0]} is missing"
+            if missing
+            else "its code tables are not the standard ones, or its experts differ in format"
         )
         raise UserError(
             f"{name} in {files.entries[keys[0]].file} is quantised in a way that is not supported "

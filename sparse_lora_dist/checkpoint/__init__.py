@@ -14,7 +14,7 @@ A rank's slice of a trained tensor "t" is stored under these keys:
 
     master/t                  fp32 master values
     live/t                    mask of live entries (those the optimizer steps), one bit per entry
-    stat0/t ...               importance statistics of the sparse method, fp32
+    stat0/t ...               importance statistics of the sparse method, fp32, one per entry
     exp_avg/t, exp_avg_sq/t   moments, fp32, live entries only
     born/t                    birth steps (number of steps done when an entry became live), int32,
                               live entries only; a single value if all are equal
@@ -26,9 +26,9 @@ A rank's file also has these keys:
                               an adapter, float64
     rng/cpu, rng/cuda         states of the random generators
 
-Which rank-1 components each adapter computes, and the statistics of whole adapters, are the same on
-every rank and are in the manifest. A reader takes the ranges it needs from the files that hold
-them, so a checkpoint can be read by any number of ranks.
+The manifest holds what is the same on every rank: the rank-1 components that each adapter computes,
+and the statistics that the method keeps for each adapter as a whole. A rank reads the ranges that
+it needs from the files that hold them, so a checkpoint can be read by any number of ranks.
 """
 
 from sparse_lora_dist.checkpoint.manifest import (

@@ -31,7 +31,7 @@ class Progress:
 
 
 def sealed(manifest: Mapping[str, Any]) -> str:
-    """Return the text of manifest.json: the given entries, and a sha256 hash of them added.
+    """Return the text of manifest.json: the given entries and a sha256 hash of them.
 
     Args:
         manifest: all entries but the hash, as JSON values.

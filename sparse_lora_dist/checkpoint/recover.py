@@ -26,7 +26,7 @@ def newest_whole(folder: Path) -> Path | None:
         folder: the "checkpoints" folder of a run.
 
     Returns:
-        A step_... folder; None if no checkpoint was ever published.
+        A step_... folder; None if the folder has no published checkpoint.
 
     Raises:
         UserError: on all ranks, if all checkpoints are damaged. The run is not started anew,

@@ -30,8 +30,8 @@ def restore(
 
     Args:
         checkpoint: a step_... folder, whose files ``find_damage`` has checked.
-        shards: this rank's shards of the trained tensors. They, their engine, optimizer and
-            adapters are changed in place.
+        shards: this rank's shards of the trained tensors. Changed in place, with the engine, the
+            optimizer and the adapters that they belong to.
         manifest: what ``read_manifest`` returned for the checkpoint.
         reset: names of the parts that start anew instead of being restored: "optimizer" (moments),
             "schedule" (step count, token count and moments) and "data" (position in the data).

@@ -1,4 +1,8 @@
-"""Delete checkpoints: those that --keep_last and --keep_best do not keep, and later ones."""
+"""Delete checkpoints that a run no longer keeps.
+
+``retain`` applies --keep_last and --keep_best. ``drop_later`` deletes the checkpoints of later
+steps after a run went back to an earlier step with --resume FOLDER.
+"""
 
 import math
 import shutil

@@ -72,13 +72,13 @@ class Saver:
         self._writing: _Writing | None = None
         self.took_s = 0.0
         """Seconds that the last save took to copy, write and publish, without the training steps in
-        between; 0.0 before the first. A run with a time limit stops that long before it, to save
-        once more."""
+        between; 0.0 before the first save. ``--time_limit`` reserves twice the longest such time
+        for the last checkpoint."""
 
     def begin(self, shards: Shards, progress: Progress, about: Mapping[str, Any]) -> Path | None:
         """Copy the present state and start to write it as ``folder/step_N``. Collective.
 
-        ``poll`` or ``finish`` must have published the checkpoint before it.
+        An earlier checkpoint must be published before this call, which ``poll`` or ``finish`` does.
 
         Args:
             shards: this rank's shards of the trained tensors.

@@ -31,7 +31,7 @@ def verify(run: Path) -> None:
     damages = {path: checkpoint.find_damage(path) for path in found}
     for path, damage in damages.items():
         print_line(
-            "whole" if damage is None else "damaged", str(path) if damage is None else damage
+            "intact" if damage is None else "damaged", str(path) if damage is None else damage
         )
     num_damaged = sum(damage is not None for damage in damages.values())
     if num_damaged:

@@ -74,8 +74,9 @@ def seconds_in(text: str) -> float:
     """Return the seconds in a duration.
 
     Args:
-        text: Such as "90s", "30m" or "1.5h", or as Slurm writes it: "5:30" (minutes:seconds),
-            "2:00:00" (hours:minutes:seconds) or "1-12:00:00" (days-hours:minutes:seconds).
+        text: A duration such as "90s", "30m" or "1.5h", or in Slurm's format: "5:30"
+            (minutes:seconds), "2:00:00" (hours:minutes:seconds) or "1-12:00:00"
+            (days-hours:minutes:seconds).
 
     Raises:
         ValueError: ``text`` is not a duration.

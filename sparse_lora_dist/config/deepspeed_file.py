@@ -310,8 +310,8 @@ def load(source: str | EngineDict) -> tuple[EngineDict, str]:
         source: Path of the JSON file, or its content, which is returned as it is.
 
     Returns:
-        (content, path of the file); for a given content the second is "the DeepSpeed
-            configuration".
+        (content, name). The name is the path of the file, or "the DeepSpeed configuration" if
+            ``source`` is not a path.
 
     Raises:
         ConfigError: The file cannot be read.

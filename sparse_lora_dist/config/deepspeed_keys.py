@@ -63,9 +63,9 @@ KEYS: dict[str, Any] = {
 """{key of the file: what its value may be}. The latter is a type, a tuple of allowed words, or a
 dict with the keys of a nested ``{...}`` block."""
 
-PACKED = "it works on numbers, and the base model is packed 4-bit bytes"
+PACKED = "it treats weights as floats, and those of a 4-bit base are packed bytes"
 """Reason, for messages, why keys that compute with the weights are refused."""
-STATISTICS = "importance statistics are read from these gradients"
+STATISTICS = "importance statistics are computed from the gradients in full precision"
 """Reason, for messages, why keys that reduce the precision of gradients are refused."""
 
 FIXED: dict[str, tuple[object, str]] = {
@@ -97,7 +97,8 @@ AT_LEAST_ONE = {
 many, and would fail or hang."""
 
 WHY_NOT = {
-    "zero_optimization.offload_optimizer.device": "packed moments do not fit its NVMe swapper",
+    "zero_optimization.offload_optimizer.device": "DeepSpeed's NVMe swapper needs moments of every "
+    "entry, and here only the entries that are trained have them",
 }
 """{dotted key: reason why some values that DeepSpeed takes do not work here}, for messages."""
 

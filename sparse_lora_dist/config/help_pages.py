@@ -98,8 +98,8 @@ def _title(option: Option) -> str:
 
 
 def _with_default(text: str, option: Option) -> str:
-    """Return a help text followed by what it lacks: allowed words that it does not name, and the
-    default."""
+    """Return a help text with the default at its end. The allowed words are listed too if the text
+    does not name all of them."""
     words = choices(option.hint)
     if not all(word in text for word in words):
         text += f" One of {', '.join(words)}."

@@ -198,9 +198,9 @@ def describe(hint: Any) -> str:
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """Return the words that the type ``hint`` allows if it is a Literal, possibly with None.
+    """Return the words that the type ``hint`` allows if it is a Literal or ``Literal | None``.
 
-    For other types the result is empty.
+    The result does not include None. For other types it is empty.
     """
     literals = [t for t in (hint, *get_args(hint)) if get_origin(t) is Literal]
     return tuple(str(word) for literal in literals for word in get_args(literal))

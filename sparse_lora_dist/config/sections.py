@@ -188,7 +188,8 @@ class RunConfig:
     """Run: DeepSpeed, output folder, checkpoints and logs"""
 
     ds_config: str = "ds_configs/zero3.json"
-    """DeepSpeed JSON file: ZeRO stage, offload and bucket sizes, but no batch size and the like."""
+    """DeepSpeed JSON file with ZeRO stage, offload and bucket sizes. Options of the run set batch
+    size, gradient clipping and precision."""
     output_dir: str = "runs/default"
     """Run folder for checkpoints, metrics and the final adapter. Created if missing."""
     resume: str = "never"
@@ -227,8 +228,8 @@ class RunConfig:
     """Time between a scheduler's warning signal and its kill, e.g. 300s; at least 1s. A warning is
     printed if that is too short to save. null: no such check."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Trackers that get the metrics besides metrics.jsonl: tensorboard, wandb, both, or [] for
-    none."""
+    """Trackers that get the metrics besides metrics.jsonl, by accelerate's names, such as
+    tensorboard or wandb. []: none."""
     debug: bool = False
     """Show tracebacks and the output of other libraries."""
 

@@ -85,6 +85,9 @@ class Collate(Protocol):
         pad_id: token id used as padding.
         shuffle: True to read each epoch in its own random order; False to keep the order of
             ``rows``.
+
+    Returns:
+        The micro-batch, which is a ``MicroBatch``, with its tensors on CPU.
     """
 
     def __call__(  # noqa: D102
@@ -120,7 +123,8 @@ def micro_batches(
         rows: rows of the data set.
         first_row: number, in the stream of rows (see ``Rows``), of the first row of the global
             batch.
-        end_row: number of the row of the stream before which the run ends.
+        end_row: number of the first row of the stream that is no longer used. The rows used are
+            ``first_row`` to ``end_row`` - 1.
         rank: the rank whose micro-batches are made.
         world_size: number of ranks.
         micro_batch_size: number of rows per rank in one forward.

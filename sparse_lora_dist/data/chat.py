@@ -227,10 +227,10 @@ def _spans_by_prefixes(
 ) -> Encoded:
     """Tokenise a chat, and find the tokens of each assistant turn by rendering parts of the chat.
 
-    For each turn, the chat is rendered twice: up to the turn but without it, with the generation
-    prompt (``add_generation_prompt=True``) at its end; and up to the turn and with it. The tokens
-    of the first rendering must be the first tokens of the second. The tokens after them belong to
-    the turn, and are targets.
+    For each assistant turn, two parts of the chat are rendered: the messages before the turn,
+    followed by the generation prompt (``add_generation_prompt=True``); and the messages up to the
+    end of the turn. The second rendering must begin with the tokens of the first. All its further
+    tokens belong to the turn, and are targets.
     """
     ids = _render(tokenizer, messages, template)["input_ids"]
     is_target = [False] * len(ids)

@@ -40,8 +40,9 @@ LABELLED = datasets.Features(
         "whole_length": datasets.Value("int64"),
     }
 )
-"""Columns of the cache of tokens. The cache has one row for each example; its column ``labels``
-holds one number, the class."""
+"""Columns of the cache of tokens, which has one row for each example. ``labels`` holds one number,
+the class. ``num_targets`` is 1, or 0 if the example has no text. ``length`` and ``whole_length``
+are its numbers of tokens after and before it is cut to ``--sequence_length``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ class LabelledDocuments(Documents):
         left out."""
         labels = self._table["labels"][:][self._kept].flatten()
         counts = Counter(self.classes[label] for label in labels.tolist())
-        each = ", ".join(f"{counts[name]:,} of {name}" for name in self.classes[:5])
+        each = ", ".join(f"label {name}: {counts[name]:,}" for name in self.classes[:5])
         more = ", ..." if len(self.classes) > 5 else ""
         parts = [f"{len(self):,} examples ({each}{more}), {self.num_tokens:,} tokens"]
         if self.num_cut:

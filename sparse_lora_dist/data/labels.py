@@ -78,8 +78,8 @@ def label_of(value: Any, feature: Any) -> str:
 
 
 def class_names(labels: Sequence[str], declared: Sequence[str]) -> Sequence[str]:
-    """Return the names of the classes, in the order of the class numbers. They are those in the
-    model's config if these fit the data.
+    """Return the names of the classes, in the order of the class numbers: the class names in the
+    model's config if they include every label of the data, otherwise the labels of the data.
 
     Args:
         labels: distinct labels of the data, from ``read_classes``.

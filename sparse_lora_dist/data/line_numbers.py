@@ -84,7 +84,10 @@ def _broken_table(file: Path) -> str | None:
                     found = f"This line has {len(cells)} cells, but the first has {len(columns)}."
                     return f"{file}:{reader.line_num}: {found}{remedy}"
         except (csv.Error, UnicodeDecodeError) as error:
-            return f"{file}:{reader.line_num + 1}: {error}"
+            return (
+                f"{file}:{reader.line_num + 1}: This line or one after it cannot be read: {error}. "
+                "Correct the file, or save it as UTF-8 text."
+            )
     return None
 
 

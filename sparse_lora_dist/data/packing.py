@@ -46,7 +46,8 @@ class Rows:
             bounds: int64 [number of rows + 1], the place in ``order`` at which each row begins,
                 and the number of documents at the end.
             sequence_length: most tokens of a row.
-            seed: seed from which, with the number of the epoch, its random order is drawn.
+            seed: seed of the random orders of rows. The order of an epoch is drawn from this seed
+                and the number of the epoch.
         """
         self.documents = documents
         self.sequence_length = sequence_length

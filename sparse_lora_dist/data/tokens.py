@@ -51,7 +51,8 @@ class Document:
 
 class Documents:
     """Sequence of the documents of a data set, in the order of the data. Each is read from disk
-    when it is indexed. Documents without a target (a token that has a loss) are left out."""
+    when it is indexed. Documents that are too long or have no target (a token that has a loss) are
+    left out."""
 
     def __init__(self, table: datasets.Dataset, *, sequence_length: int) -> None:
         """Make documents of a cached table, without those that are too long or have no target.
@@ -123,8 +124,8 @@ def load_documents(
 
     Examples are chats if there is a ``messages`` column, pairs if there are prompt and response
     columns, and otherwise plain text. A ``.txt`` file is one long plain text, since plays and books
-    have no marks between documents. It is tokenised at once, which takes about 100 bytes of memory
-    per token.
+    have no marks between documents. The whole file is tokenised in one call, which takes about 100
+    bytes of memory per token.
 
     Args:
         source: file, folder or id of a Hugging Face hub data set; see ``read_examples``.

@@ -1,4 +1,6 @@
-"""Every torch.distributed call of the package: start, collectives, and functions of the watchdog.
+"""Every torch.distributed call of the package: joining the process group, collectives, and what
+``runtime/watchdog.py`` needs. The watchdog is a thread of each rank that ends a run without
+progress, and names the rank that is stuck.
 
 A function whose docstring says "Collective." must be called by all ranks, in the same order. On a
 single rank collectives communicate nothing, so callers need no branch on the number of ranks.
@@ -23,7 +25,8 @@ from sparse_lora_dist.errors import UserError
 
 traffic_bytes: Counter[str] = Counter()
 """Bytes of tensors that this rank received through this module, by kind of collective: all_gather,
-all_reduce, broadcast. DeepSpeed's own collectives and pickled objects are not counted."""
+all_reduce, broadcast. An all_reduce counts twice the bytes of its tensor, which is what a ring
+all-reduce moves. DeepSpeed's own collectives and pickled objects are not counted."""
 
 _patient: Any = None
 """Process group of all ranks (gloo, on CPUs) with a timeout of one day. It is for long waits, such
@@ -35,13 +38,12 @@ last_collective = "none"
 are not seen here; ``num_collectives`` counts them."""
 
 SPARE = timedelta(seconds=60)
-"""By how much the process groups' timeout exceeds that of ``runtime/watchdog.py``, a thread of each
-rank that ends a run without progress. So the watchdog acts first, and names the rank that is stuck.
-NCCL's timeout ends the process without naming it, and is the fallback for ranks whose watchdog
-thread does not run."""
+"""Time by which the process groups' timeout exceeds the watchdog's, so that the watchdog acts
+first. NCCL's timeout ends the process without naming the rank that is stuck. It is the fallback
+for ranks whose watchdog thread does not run."""
 
 _timeout = timedelta(minutes=10) + SPARE
-"""Timeout of every group except ``_patient``."""
+"""Timeout of every process group except ``_patient``. ``start`` sets it."""
 
 
 def start(timeout_s: float = 600.0) -> Launch:
@@ -49,18 +51,19 @@ def start(timeout_s: float = 600.0) -> Launch:
 
     Call it once at the start of a program, before any other function of this module that is
     collective. It also chooses this rank's GPU and its number of CPU threads, and sets the
-    environment variables that DeepSpeed reads. Further calls do nothing but return the result.
+    environment variables that DeepSpeed reads. Further calls only return the launch.
 
     Args:
         timeout_s: seconds after which the watchdog ends a run that makes no progress
             (``--collective_timeout``). The process groups time out a little later (``SPARE``).
 
     Returns:
-        Launcher, rank, world size and rendezvous address of this process.
+        Launcher, rank, world size and rendezvous address of this process. Under mpirun only the
+        first call returns an address.
 
     Raises:
-        UserError: the environment contradicts itself, the ranks cannot connect, or only some of
-            them have a GPU.
+        UserError: the environment variables contradict each other, the ranks cannot connect, or
+            only some of them have a GPU.
     """
     global _patient, _timeout
     launch = this_launch()
@@ -99,7 +102,8 @@ def start(timeout_s: float = 600.0) -> Launch:
 def _check_devices() -> None:
     """Raise UserError if only some ranks have a GPU. Collective.
 
-    Without this check the ranks without a GPU would wait on the CPU for ever.
+    Otherwise ranks with a GPU would communicate over NCCL and the others over gloo, and each would
+    wait for the other in the first collective.
     """
     found = gather_objects((on_gpu(), socket.gethostname()))
     without = [f"{rank} on {host}" for rank, (gpu, host) in enumerate(found) if not gpu]
@@ -225,8 +229,7 @@ def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
 def sum_over_ranks(t: Tensor) -> Tensor:
     """Return the elementwise sum of the ranks' tensors as a new tensor. Collective.
 
-    A ring all-reduce moves twice the tensor's bytes. The order of a floating-point sum depends on
-    the number of ranks; sums of integers are exact.
+    The order of a floating-point sum depends on the number of ranks; sums of integers are exact.
 
     Args:
         t: this rank's tensor, of the same shape and dtype on every rank.
@@ -341,10 +344,10 @@ def num_collectives() -> int:
 
 
 def bound_all_groups() -> None:
-    """Set the default group's timeout for all process groups but ``_patient``. Not collective.
+    """Give all process groups except ``_patient`` the timeout of the default group. Not collective.
 
-    Call it after DeepSpeed has created its groups. It creates them with torch's default timeouts:
-    10 minutes for NCCL and 30 for gloo.
+    Call it after DeepSpeed has created its groups. DeepSpeed creates them with torch's default
+    timeouts: 10 minutes for NCCL and 30 for gloo.
     """
     for group in dist.distributed_c10d._world.pg_map:
         if group is not _patient:

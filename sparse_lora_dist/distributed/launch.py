@@ -19,7 +19,7 @@ from sparse_lora_dist.errors import UserError
 
 ADVICE = (
     "Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together, or unset all of them "
-    "and start with a launcher (see Launching in README.md)."
+    "and start with a launcher (see docs/launchers.md)."
 )
 
 
@@ -77,7 +77,7 @@ class Names(NamedTuple):
     launcher: str
     """Name of the launcher, as in ``Launch.launcher``."""
     marker: str
-    """Name of the variable by which the launcher is recognised, since it always sets it."""
+    """Name of a variable that the launcher always sets, and by which it is recognised."""
     rank: str
     world_size: str
     local_rank: str
@@ -118,7 +118,8 @@ LAUNCHERS = (
     SRUN,
     Names("mpirun", "PMI_SIZE", *HYDRA),
 )
-"""Variables of the launchers that count only if they started several tasks, in this order."""
+"""Variables of the launchers that count only if they started several tasks. If several launchers
+did, the first in this tuple counts."""
 
 
 @cache
@@ -245,8 +246,8 @@ def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
     """Return ``launch`` with the rendezvous address and port filled in.
 
     MASTER_ADDR and MASTER_PORT take precedence over the launcher's values, since a cluster's node
-    names may not belong to its fast network. Under mpirun both stay None unless they are set there:
-    ``launch_mpi.py`` finds them later.
+    names may not belong to its fast network. Under mpirun each of the two stays None if its
+    variable is not set, and ``launch_mpi.py`` finds it later.
 
     Args:
         launch: launcher, rank and world size of this process.

@@ -196,14 +196,14 @@ class _EditParser:
             return {}
         if not isinstance(value, dict):
             self._add_problem(
-                f"{name} must be an object {{kind: [probes]}}, got {type(value).__name__}"
+                f"{name} must be an object {{kind: [questions]}}, got {type(value).__name__}"
             )
             return {}
         found = {}
         for kind, probes in value.items():
             if not isinstance(probes, list | None):
                 self._add_problem(
-                    f"{name}.{kind} must be a list of probes, got {type(probes).__name__}"
+                    f"{name}.{kind} must be a list of questions, got {type(probes).__name__}"
                 )
                 continue
             each = [self._probe(p, f"{name}.{kind}[{i}]") for i, p in enumerate(probes or [])]
@@ -217,7 +217,7 @@ class _EditParser:
             return None
         for key in ("prompt", "ground_truth"):
             if key not in value:
-                self._add_problem(f"{name}.{key} is missing, but every probe must have it")
+                self._add_problem(f"{name}.{key} is missing, but every question must have it")
             elif key == "prompt" and _first_alias(value[key]) is None:
                 self._add_problem(f"{name}.prompt is null, but must be text")
         prompt = self._text(value.get("prompt"), f"{name}.prompt")

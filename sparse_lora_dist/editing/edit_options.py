@@ -34,9 +34,9 @@ class EditConfig:
     edits: str | None = None
     """File of edits in KnowEdit's format: a JSON list, or one JSON object per line."""
     number: str | None = None
-    """Edits to make together, numbered from 0: one (7), or a range without its end (0:10). null:
-    all. Every optimizer step trains on each of them once, which sets
-    gradient_accumulation_steps."""
+    """Edits to make together, numbered from 0: one (7), or a range START:END without edit END
+    (0:10). null: all. Every optimizer step trains on all of them; a given
+    gradient_accumulation_steps is ignored."""
     fluency_tokens: int = 100
     """Length in tokens of the texts that fluency is measured on, at least 0. 0: fluency is not
     measured, which saves most of the time."""

@@ -10,7 +10,7 @@ from sparse_lora_dist.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A prompt and its answer, whose tokens the model's predictions are compared with."""
+    """A prompt and its answer. The model predicts each token of the answer from those before it."""
 
     prompt: str
     """Text before the answer."""
@@ -68,7 +68,7 @@ class Edits:
         parts = [counted(len(self.edits), "edit"), f"{rephrased:,} rephrased"]
         parts += [f"{name} {count:,}" for name, count in sorted(probes.items())]
         if self.without_answer:
-            parts.append(f"{counted(self.without_answer, 'probe')} left out (no answer)")
+            parts.append(f"{counted(self.without_answer, 'question')} left out (no answer)")
         if self.unread:
             parts.append(f"fields that are not used: {', '.join(self.unread)}")
         return "; ".join(parts)
@@ -94,8 +94,8 @@ def numbered(edits: Sequence[Edit], number: str | None, place: str) -> tuple[Edi
     if not first < last <= len(edits):
         raise UserError(
             f"--number {number} does not select edits of {place}, which has "
-            f"{counted(len(edits), 'edit')}, numbered from 0 to {len(edits) - 1}. Give one "
-            "of these numbers, or a range START:END with at least one of them.",
+            f"{counted(len(edits), 'edit')}, numbered from 0 to {len(edits) - 1}. Give one of "
+            f"these numbers, or a range START:END with START < END <= {len(edits)}.",
             shared=True,
         )
     return tuple(edits[first:last])

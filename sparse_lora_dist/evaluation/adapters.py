@@ -129,13 +129,13 @@ def differences_from_training(adapter: Adapter, config: Config) -> list[str]:
         config: Options of the evaluation.
 
     Returns:
-        One clause to print per difference, and one about the remedy; empty if no difference is
-        known.
+        Clauses to print, one for each difference. If an option differs, a last clause says how to
+        evaluate with the options of the training run. Empty if no difference is known.
     """
     notes = []
     here = resolve_default("model", config.model.model)
     if adapter.base and Path(adapter.base).name != Path(here).name:
-        notes.append(f"the adapter was trained over {adapter.base}, but --model is {here}")
+        notes.append(f"the base model of the adapter is {adapter.base}, but --model is {here}")
     folder = Path(adapter.name).expanduser()
     run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)
     if run is not None:

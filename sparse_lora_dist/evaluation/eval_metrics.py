@@ -1,6 +1,7 @@
 """Defines the metrics of ``--metrics``.
 
-Each turns the model's losses or its generated texts into one number per example.
+Each turns the model's losses or its generated texts into one or more results, each with one number
+per example.
 """
 
 from collections.abc import Callable, Mapping, Sequence

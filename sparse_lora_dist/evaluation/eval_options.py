@@ -17,7 +17,7 @@ COMMON = """
     model precision quantization gradient_checkpointing eval_data text_field prompt_field
     response_field chat_template train_on packing sequence_length ds_config debug
 """.split()
-"""Options of a training run that matter for an evaluation, which ``--help`` shows."""
+"""Options of a training run that ``--help`` of launcher/eval.py shows."""
 METRICS = ("loss", "choice", "choice_generated", "exact", "gsm8k")
 """Names that --metrics takes."""
 BASE = "base"
@@ -35,11 +35,13 @@ class EvalConfig:
     """Adapters to evaluate and compare with the first of them, in place of --adapter. The name base
     means the base model alone."""
     metrics: tuple[str, ...] = ("loss",)
-    """Measures to compute: any of loss, choice (most likely answer), choice_generated, exact and
-    gsm8k."""
+    """Metrics to compute: loss (nats per token), choice (share of questions whose right choice is
+    the most likely), choice_generated (share whose generated text names the right choice), exact
+    (share whose generated text equals the answer), gsm8k (share whose generated text has the right
+    final number)."""
     batch_size: int = 8
-    """Examples per batch, at least 1. One rank evaluates a batch; batches follow the order of the
-    data."""
+    """Number of texts or prompts per batch, at least 1; for the metric choice, each choice of a
+    question is one text. Each batch is computed by one rank."""
     max_new_tokens: int = 256
     """Largest number of tokens per generated answer, at least 1."""
     limit: int | None = None
@@ -47,8 +49,8 @@ class EvalConfig:
     output: str | None = None
     """JSON file for the results. null: results are only printed."""
     answers: str | None = None
-    """JSON-lines file for the model's answers, one example per line with its number. null: answers
-    are not kept."""
+    """JSON Lines file for the results of each example: its loss, or whether the model is right, and
+    the generated text. null: this file is not written."""
     overwrite: bool = False
     """Replace existing files at --output and --answers."""
 
@@ -137,11 +139,13 @@ def bad_options(flat: Mapping[str, Any]) -> list[str]:
     problems = missing_files(flat)
     if flat["task"] != "causal_lm":
         problems.append(
-            f"--task must be causal_lm here, got {flat['task']}. To evaluate a classifier, use "
-            "launcher/train.py, which reports its loss and accuracy on --eval_data"
+            f"--task must be causal_lm for launcher/eval.py, got {flat['task']}. To evaluate a "
+            "classifier, use launcher/train.py, which reports its loss and accuracy on --eval_data"
         )
     if flat["eval_data"] is None and flat["data"] != "default":
-        problems.append("--eval_data is missing. Name the examples to evaluate on")
+        problems.append(
+            "--eval_data is missing. Give a file, folder or hub id of examples to evaluate on"
+        )
     elif flat["eval_data"] is not None:
         problems += missing_source("eval_data", flat["eval_data"])
     return problems

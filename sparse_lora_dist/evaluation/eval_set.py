@@ -73,7 +73,9 @@ def open_eval_set(
 
     Args:
         request: The command line's options.
-        config: Options that evaluation shares with training, used in place of ``request.config``.
+        config: Options that evaluation shares with training, as ``evaluate`` has changed them: no
+            gradient checkpointing, adapter options at their defaults. ``request.config`` is not
+            used.
         model: An opened model, for its tokenizer's folder and its number of positions.
         engine_config: The DeepSpeed configuration.
 

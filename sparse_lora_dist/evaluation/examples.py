@@ -48,7 +48,10 @@ class Table:
 
     @classmethod
     def read(cls, source: str, data: DataConfig, limit: int | None) -> "Table":
-        """Read the examples. Not collective; the first process of a node fills the cache.
+        """Read the examples. Not collective.
+
+        To be called on one rank of each node before the others (see ``first_on_its_node``), so
+        that it fills the cache on disk, from which the others read.
 
         Args:
             source: File, folder or hub id of the examples.
@@ -150,8 +153,8 @@ class Table:
         """Return the choices of a multiple-choice example, and the index of the right one.
 
         Column ``choices`` is a list of texts, or a dict of the lists ``text`` and ``label``, as in
-        ARC. The answer is an index from 0, a label or letter, or the text of a choice. It is always
-        read from ``--response_field`` or ``answer``.
+        ARC. The answer is an index from 0, a label or letter, or the text of a choice. The answer
+        is read from ``--response_field`` or ``answer``, even if there is a column ``messages``.
 
         Args:
             record: The example, as a mapping from column names to values.

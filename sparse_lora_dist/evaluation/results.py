@@ -27,10 +27,14 @@ def results(measured: Sequence[tuple[str, MeasuresByName]]) -> dict[str, Any]:
         measured: (adapter name, {result name: result}) of each model, all over the same examples.
 
     Returns:
-        The content of the --output file except for its settings. "results" is a list with
-        {"adapter": name, "measures": {result name: number}} of every model. "differences" is a list
-        of the same for the models after the first, with "from", the first adapter's name, and
-        numbers that are the model's minus the first model's.
+        The content of the --output file without its settings, as a dict with two keys:
+
+        "results": list of {"adapter": name, "measures": {result name: number}}, one per model.
+        "differences": list of {"adapter": name, "from": name of the first adapter, "measures":
+        {result name: number}}, one for each model after the first. Each number is the model's
+        minus the first model's.
+
+        ``Number`` describes a number.
     """
     first, base = measured[0]
     return {

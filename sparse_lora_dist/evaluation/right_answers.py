@@ -7,7 +7,7 @@ from decimal import Decimal
 NUMBER = re.compile(r"(?<![^\W_])-?\$?(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.\d+|\d+)")
 """Matches 18, -3, $1,234.50 and .5; in "16-3" it matches 16 and 3."""
 LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s*\n|\s+is\b)")
-"""Matches a letter that starts a text, as in "A.", "(B)", "c:" or "A is", or is all of its line."""
+"""Matches a letter at the start of a text: "A.", "(B)", "c:", "A is", or a line of one letter."""
 ANSWER_LETTER = re.compile(r"\b(?i:answer|option|choice)\b(?:\s+is\b)?\s*:?\s*\(?([A-Z])(?![\w'])")
 """Matches "The answer is B" and "Option C"."""
 MARKUP = re.compile(r"[*_`\"]")

@@ -11,8 +11,10 @@ peft_adapter.py   writes a plain LoRA in PEFT's format, without components that 
 peft_own_type.py  writes an adapter as another PEFT type than LoRA, for methods whose update is
                   not a LoRA
 merged.py         writes a whole model with the updates added to its weights
-sparse_delta.py   writes the changed weights as indices and values; applies and undoes them
+sparse_delta.py   writes the nonzero updates as indices and values; adds them to a model's weights,
+                  and restores the weights
 card.py           writes the README.md of an export
 export_command.py runs launcher/export.py
-after_training.py writes the adapter of a finished run whose update is not a LoRA
+after_training.py writes the adapter of a finished run as another PEFT type, if its update is not a
+                  LoRA
 """

@@ -31,7 +31,8 @@ def save_own_type(run: Path, adapter: Path) -> int:
         other ranks.
 
     Raises:
-        UserError: The folder cannot be written. Raised on every rank.
+        UserError: The checkpoint cannot be read or the folder cannot be written. Raised on every
+            rank.
     """
     with fail_together(f"writing {adapter}"):
         # Only rank 0 lists checkpoints: another node may see an older listing.

@@ -27,7 +27,8 @@ applied.undo()  # restores every weight bit for bit""",
 }
 """Value of ``--format`` -> template of the Python code that loads the export.
 
-``write_card`` fills the placeholder {folder}; ``_code_fields`` returns the values of the others.
+``write_card`` fills the placeholder {folder}; ``_code_fields`` returns the values of all other
+placeholders.
 """
 
 
@@ -106,11 +107,11 @@ def _added_runs(trained: Trained) -> dict[str, str]:
 
 
 def _losses(trained: Trained) -> dict[str, str]:
-    """Return a table row with the first held-out loss of the run and that at the exported step.
+    """Return a table row with the run's first held-out loss and its last up to the exported step.
 
     Returns:
-        {"held-out loss": "first -> last nats per token"}; empty if the run measured no held-out
-        loss, and for a sum of runs.
+        {"held-out loss": "FIRST -> LAST nats per token"}, or "per example" for a classifier; empty
+        if the run measured no held-out loss, and for a sum of runs.
     """
     if isinstance(trained, Union):  # the loss of a sum was never measured
         return {}

@@ -202,7 +202,7 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
 def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     found = write_sparse_delta(trained, folder)
     summary = {
-        "onto": "the model that it is applied to; it was trained over "
+        "onto": "the weights of the model that you apply it to; the run was trained over "
         + ("4-bit" if trained.config.model.quantization == "nf4" else "the base's own")
         + " weights",
         "changed": f"{found.changed:,} of {found.weights:,} weights",

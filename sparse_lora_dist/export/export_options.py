@@ -21,21 +21,23 @@ class ExportConfig:
     output: str
     """Folder to write. Must be missing or empty, unless --overwrite is given."""
     format: Literal["peft", "merged", "sparse_delta"] = "peft"
-    """Format to write: peft (an adapter: LoRA without dead components, or PEFT's own type of the
-    method if its update is not a LoRA), merged (a whole model) or sparse_delta (changes)."""
+    """Format to write: peft (an adapter: a LoRA without components that add nothing, or the
+    method's own PEFT type if its update is not a LoRA), merged (a whole model) or sparse_delta (the
+    nonzero updates as indices and values)."""
     plus: str | None = None
     """Folders of other runs or checkpoints over the same base, separated by commas. Their updates
     are added to this run's. null: this run only."""
     uniform_rank: bool = False
-    """Format peft: write one rank for all modules and fold the scale into B, for servers that need
-    this (vLLM)."""
+    """Format peft: pad all modules to one rank and multiply the scale into B, for servers that need
+    this (vLLM). Modules trained in full go to modules_to_save.safetensors."""
     own_type: bool = False
-    """Format peft: write PEFT's own type of the method instead of an equal LoRA (neat: PEANUT)."""
+    """Format peft: write the method's own PEFT adapter type (neat: PEANUT) instead of a LoRA with
+    the same update."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Format merged: dtype of the written weights, which are rounded once."""
     rounding: Literal["nearest", "stochastic"] = "nearest"
-    """Format merged in bf16: nearest loses deltas far below their weight; stochastic keeps their
-    mean."""
+    """Format merged with --dtype bf16: rounding of the changed weights. nearest drops updates much
+    smaller than their weight; stochastic keeps them on average."""
     onto: Literal["dequantised", "original"] = "dequantised"
     """Format merged: weights that the update is added to, the dequantised ones that the adapter was
     trained with, or the original ones before quantisation."""
@@ -70,7 +72,7 @@ class ExportConfig:
         if self.rounding == "stochastic" and self.dtype == "fp32":
             problems.append(
                 "--rounding stochastic is for --dtype bf16, got fp32, which is precise enough to "
-                "keep small deltas without it. Leave --rounding out"
+                "keep small updates without it. Leave --rounding out"
             )
         raise_if(problems)
 

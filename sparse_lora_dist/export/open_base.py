@@ -61,10 +61,11 @@ class Base:
             trained: The run.
             location: Folder or hub id of the base; None for the one that the run names.
             trust_remote_code: True: run Python code that comes with the base.
-            read_only: True: the weights are only read, to compute the update. The files may hold
+            read_only: True: the weights are only read, to compute the update; the files may hold
                 4-bit weights. False: merged weights are to be written, so the files must not hold
-                4-bit weights. If the run was trained over files with 4-bit weights, any model with
-                the same shapes is accepted.
+                4-bit weights. If it is False and the run was trained over files with 4-bit weights,
+                any model of the same shapes is accepted, because the run does not know which model
+                those files were quantised from.
 
         Returns:
             The opened base. No weights are read yet.

@@ -1,8 +1,8 @@
 """Writes a trained adapter in PEFT's LoRA format.
 
-A "site" is a linear with an adapter (PEFT: target module). A "component" is a rank-1 component: one
-row of A with the same column of B. Only components with a nonzero update are written, so sites may
-have different ranks.
+A "site" is a linear with an adapter (PEFT: target module). A "component" is a rank-1 component: row
+i of A with column i of B. Only components with a nonzero update are written, so sites may have
+different ranks.
 
 Shapes: R number of components of a site, Q of those that forward computes, L of those with a
 nonzero update, I in_features, O out_features.
@@ -88,7 +88,7 @@ class PlainLora(PeftAdapter):
     rank: int
     """--rank of the run.
 
-    Every pair is scaled by alpha / rank, also if its own rank (the number of rows of A) is another.
+    Every pair is scaled by alpha / rank, even if its own rank (the number of rows of A) differs.
     """
     alpha: float
     """LoRA alpha of the run."""

@@ -60,15 +60,15 @@ class Sparsity:
 def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
     """Write the nonzero updates of a run, one matrix in memory at a time.
 
-    The safetensors files hold two tensors for each linear whose weight has nonzero updates. N is
-    their number, SITE is the linear's name:
+    The safetensors files hold two tensors for each linear whose weight has a nonzero update. N is
+    the number of entries with a nonzero update, SITE is the linear's name:
 
         SITE.indices   [N], ascending indices into the flattened weight; int32 if they fit, else
                        int64
         SITE.values    [N], the updates in fp32, with the adapter's scale included
 
-    sparse_delta.json holds the base's name ("base") and linear's name -> [out_features,
-    in_features] ("shapes"). Not collective.
+    sparse_delta.json has two keys. "base": name of the base. "shapes": linear's name ->
+    [out_features, in_features]. Not collective.
 
     Args:
         trained: The run. Modules trained in full are left out.

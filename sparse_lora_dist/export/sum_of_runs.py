@@ -124,8 +124,8 @@ class Union(Trained):
     def pair(self, site: Site, dtype: torch.dtype = torch.float32) -> Pair | None:
         """Return the summed LoRA of a linear: the factors of all runs, concatenated along the rank.
 
-        The caller multiplies the pair by the first run's scale, so B of every run after the first
-        is multiplied by the ratio of its own scale to that one.
+        The caller multiplies the pair by the first run's scale, so B of every further run is
+        multiplied here by (scale of that run) / (scale of the first run).
 
         Args:
             site: The linear, one of ``sites``.

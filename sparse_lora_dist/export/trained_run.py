@@ -179,7 +179,7 @@ class Trained:
         return any(self.method.form(site).masks_base for site in self.sites)
 
     def _base_linear(self, site: Site) -> nn.Module:
-        """Return the frozen linear of a site; ``nn.Identity()`` if its update never reads it."""
+        """Return a site's frozen linear; ``nn.Identity()`` if the update does not depend on it."""
         if not self.method.form(site).reads_base:
             return nn.Identity()  # never called
         if self.read_base is None:
@@ -301,7 +301,7 @@ class Trained:
 
 
 def _checkpoint_in(source: Path) -> Path:
-    """Return the folder of the checkpoint to export.
+    """Return the folder of the checkpoint to read.
 
     Args:
         source: Run folder, whose newest intact checkpoint is returned, or folder of a checkpoint,
@@ -329,6 +329,5 @@ def _checkpoint_in(source: Path) -> Path:
             return path
         damages.append(damage)
     raise UserError(
-        f"{damages[0]} The checkpoint is damaged, or another version saved it. Name another "
-        "checkpoint, or export with the sparse_lora_dist version that saved it."
+        f"No adapter can be read from {source}. {damages[0]} Or name another checkpoint."
     )

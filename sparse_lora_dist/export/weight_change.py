@@ -46,7 +46,7 @@ class WeightChange(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank:
-    """A low-rank update, delta W = scale * B A, as a ``WeightChange``."""
+    """A ``WeightChange`` that is stored as factors: delta W = scale * B A."""
 
     a_LI: Tensor
     """A, [number of components, in_features]."""
@@ -82,7 +82,7 @@ class LowRank:
 
 @dataclass(frozen=True, kw_only=True)
 class DenseChange:
-    """An update that is not low-rank, as a dense matrix and a ``WeightChange``."""
+    """A ``WeightChange`` that is stored as a dense matrix, for updates that are not low-rank."""
 
     change_OI: Tensor
     """delta W, [out_features, in_features], fp32, with the adapter's scale included."""
@@ -114,7 +114,7 @@ def dense_change(adapter: AdapterLinear, tensors: Tensors) -> DenseChange:
         tensors: The tensors that forward computes with, by name (``adapter.computed``).
 
     Returns:
-        delta W, [out_features, in_features], fp32, with the adapter's scale included.
+        The update; its ``change_OI`` is delta W, [out_features, in_features], fp32, on the CPU.
     """
     site = adapter.site
     change_OI = torch.empty(site.out_features, site.in_features)

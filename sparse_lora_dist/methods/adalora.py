@@ -17,8 +17,8 @@ without any component.
 This implementation differs from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and
 PEFT:
 
-- Importance is w * dL/dw at the same w. In those two it is the w after a step times the gradient
-  from before that step.
+- Importance is w * dL/dw at the same w. The released code and PEFT multiply the w after a step by
+  the gradient from before that step.
 - Exactly b_t components stay, those of lowest index among equal scores. This also holds where b_t
   is the number of all components, a case in which the released code and PEFT fail.
 - The penalty is the paper's squared norm. `--adalora_preset released` takes the unsquared norm of
@@ -27,8 +27,8 @@ PEFT:
 
 On the same parameters and gradients, decisions equal those of PEFT's `RankAllocator`
 (`tests/methods/test_adalora.py`). Under ZeRO-3, PEFT's own AdaLoRA either raises an error or never
-masks the fp32 master weights. Here masked lambdas are zero there too (`python
-benchmarks/peft_adalora.py`).
+masks the fp32 master weights. In this project masked lambdas are zero in the master weights too
+(`python benchmarks/peft_adalora.py`).
 
 - **Optimizer state:** 8 bytes x trained entries; falls once, at the final choice.
 - **Statistics:** 8 bytes x trained entries until the final choice.
@@ -91,9 +91,10 @@ class AdaLoraOptions:
     adalora_every: int | None = None
     """Steps between two pruning decisions, at least 1. null: 1% of the run."""
     adalora_beta1: float = 0.85
-    """Decay rate of the smoothed sensitivity, in [0, 1)."""
+    """Decay rate of the smoothed sensitivity |w * dL/dw| of each entry, in [0, 1)."""
     adalora_beta2: float = 0.85
-    """Decay rate of the smoothed uncertainty of the sensitivity, in [0, 1)."""
+    """Decay rate of the smoothed uncertainty, the deviation of the sensitivity from its smoothed
+    value, in [0, 1)."""
     adalora_orthogonality: float = 0.1
     """Weight of the penalty that keeps A and B near orthonormal, at least 0; 0 turns it off."""
 

@@ -9,7 +9,7 @@ to `cola_links` x R, while only R components train at a time.
 The method decides at the end of each link but the last: the trained pair (A, B) is moved into a
 frozen pair beside the base, the stack, of C (Q x I) and D (O x Q) in fp32, where D C is the sum of
 the products of all earlier pairs. If `cola_stack_rank` limits Q, the sum is replaced by the nearest
-product of rank Q; its relative distance is logged as `fold_error`.
+product of rank Q; the relative error is logged as `fold_error`.
 
 This implementation differs from the paper:
 
@@ -57,13 +57,14 @@ ROOM = 8
 
 @dataclass(frozen=True, kw_only=True)
 class ColaOptions:
-    """Chain of LoRA: pairs are folded away, and new ones train"""
+    """Chain of LoRA: pairs train in turn, and each is then frozen"""
 
     cola_links: int = 3
     """Number of equal parts of the run that each train a new pair, at least 1; 1 is plain LoRA."""
     cola_stack_rank: int | None = None
-    """Rank of the frozen stack that holds the pairs of earlier links, at least 1 and at most the
-    smallest side of a linear. null: the sum of their ranks, but at most 8 x --rank."""
+    """Rank of the frozen stack (the sum of all pairs that were trained before), at least 1 and at
+    most the smallest side of a linear. null: the sum of the ranks of these pairs, but at most 8 x
+    --rank."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -14,8 +14,9 @@ take because it has R components goes to the linear of next highest score.
 - Advance learning: the next component of a linear, the reserve, trains before it is opened. Its row
   of A and column of B are trained while its lambda is held at 1e-5. When the budget is reached,
   reserves are set to zero.
-- Own schedule: the learning rate of a component that is opened warms up from zero at that step,
-  then decays to the end of the run.
+- Own schedule: the learning rate of an entry that begins to train during the run warms up from
+  zero at that step, then decays to the end of the run. A and B of a component begin to train when
+  it becomes the reserve or is opened, lambda when it is opened.
 
 This implementation differs from the paper:
 
@@ -30,8 +31,9 @@ With one component per linear at first, a short run needs a higher `--learning_r
 Preset `released` follows github.com/FeiyuZhang98/IncreLoRA (51a2d73):
 
 - The scale is alpha / open components, so the update jumps when components open.
-- `increlora_modules` counts linears even where fewer components are left in the budget, and all
-  linears that tie with the last one grow. So the budget may be exceeded, and then reserves stay.
+- A linear that grows opens `increlora_pieces` components even if fewer are left in the budget, and
+  all linears that tie with the last one grow. So the budget may be exceeded; the reserves then go
+  on training.
 - The first growth is at step 2 x `increlora_every`.
 - The delta score is divided by sqrt(O I), which favours large linears.
 - The penalty is that of `triplets.released_penalty`.
@@ -39,12 +41,12 @@ Preset `released` follows github.com/FeiyuZhang98/IncreLoRA (51a2d73):
 
 Unlike in that code, a linear can have at most R components.
 
-- **Optimizer state:** 8 bytes x live entries (those that train); grows from the start rank, so its
-  peak is smaller too.
+- **Optimizer state:** 8 bytes x live entries (those that train); grows from the start rank to the
+  target rank, and at the default target stays below LoRA's of the same `--rank`.
 - **Statistics:** 8 bytes x trained entries until growth ends; none with `--increlora_score delta`.
 - **Exports as:** PEFT LoRA of each linear's own rank (lambda in A), merged model or sparse delta.
-- **Choose it when:** few linears matter; with `--increlora_score delta` the peak is lower in
-  optimizer state and in statistics.
+- **Choose it when:** few linears matter, or memory at the peak counts: with `--increlora_score
+  delta` there are no statistics, and the optimizer state stays below LoRA's of the same `--rank`.
 - **Paper:** Zhang et al. 2023, arXiv:2308.12043.
 
 Shapes: T tokens, I in_features, O out_features, R rank, S sites (adapted linears).
@@ -100,11 +102,11 @@ class IncreLoraOptions:
     increlora_start_rank: int = 1
     """Number of open components per linear at the start, at least 1."""
     increlora_target_rank: float | None = None
-    """Average number of open components per linear at the end, at least 1. null: as
-    increlora_budget says, otherwise half of --rank."""
+    """Average number of open components per linear at the end, at least 1. null: increlora_budget /
+    number of linears if increlora_budget is given, otherwise half of --rank."""
     increlora_budget: int | None = None
-    """Total number of open components of the model at the end, at least 1; excludes
-    increlora_target_rank. null: increlora_target_rank x number of linears."""
+    """Total number of open components of the model at the end, at least 1; cannot be combined
+    with increlora_target_rank. null: increlora_target_rank x number of linears."""
     increlora_modules: int | None = None
     """Number of linears that grow per update, at least 1. null: the smallest number that reaches
     the target by increlora_end."""
@@ -119,15 +121,15 @@ class IncreLoraOptions:
     preset paper; with released the first growth is at step 2 x increlora_every."""
     increlora_end: float = 0.6
     """Fraction of the run by which growth ends, above increlora_begin and at most 1. Growth ends
-    later if a given increlora_modules is too small for it."""
+    later if increlora_modules is set too low to reach the target by then."""
     increlora_warmup: int | None = None
-    """Warm-up steps of a component that comes to life during the run, at least 0. null:
+    """Warm-up steps of the entries that begin to train during the run, at least 0. null:
     increlora_every."""
     increlora_lambda_lr_factor: float | None = None
     """Learning-rate multiplier for lambda, above 0. null: 1 for preset released, otherwise
     sqrt(out_features / 3), with which a component moves as far per step as one of LoRA's."""
     increlora_beta1: float = 0.85
-    """Decay rate of the smoothed importance, in [0, 1)."""
+    """Decay rate of the smoothed importance that linears are scored by, in [0, 1)."""
     increlora_beta2: float = 0.85
     """Decay rate of the smoothed deviation of the importance from its smoothed value, in [0, 1)."""
     increlora_orthogonality: float = 0.1
@@ -287,8 +289,9 @@ def opened(growth: Growth, scores: Scores, open_S: Sequence[int]) -> Decision:
 
     All entries of open components are live, i.e. the optimizer steps them. The next component is
     the reserve: its row of A and column of B are live, but its lambda is not. There is no reserve
-    at a site without a free component, nor once the budget is reached exactly. Reserves then stop
-    being live, which sets them to zero, and every lambda that was never live is set to zero too.
+    at a site without a free component, nor once the budget is reached exactly: the decision that
+    reaches it makes the reserves dead, which sets them to zero, and also sets every lambda that was
+    never live to zero.
 
     Example: with rank 4 and 2 open components, the live masks are 1 1 1 0 for A and B, and 1 1 0 0
     for lambda.

@@ -1,4 +1,4 @@
-"""LoRA-Mini: make LoRA's factors products, of which only the small inner ones train.
+"""LoRA-Mini: make each factor of LoRA a product of a large frozen and a small trained matrix.
 
     y = W x + (alpha / R) B_aux B_tr A_tr A_aux x
 
@@ -11,8 +11,8 @@ Nothing is decided. The frozen factors are computed anew from the seed at every 
 This implementation may differ from the paper, whose code was not released and whose initial values
 and sizes are not certain:
 
-- The initial values here keep the size of what passes through: U(-1/sqrt(I), 1/sqrt(I)) for A_aux
-  as for LoRA's A, and U(-sqrt(3/N), sqrt(3/N)) for B_aux and for A_tr.
+- A_aux starts from U(-1/sqrt(I), 1/sqrt(I)), as LoRA's A does. B_aux and A_tr start from
+  U(-sqrt(3/N), sqrt(3/N)), so that a product with them keeps the variance of its input.
 - Both inner sizes are one number, `lora_mini_size`.
 
 In short:
@@ -43,7 +43,8 @@ class LoraMiniOptions:
     """LoRA-Mini: small factors between large frozen ones"""
 
     lora_mini_size: int = 64
-    """Inner size of the frozen factors (outputs of A_aux, inputs of B_aux), at least 1."""
+    """Number of features between a frozen and a trained factor, at least 1; a linear trains 2 x
+    --rank x lora_mini_size parameters."""
 
     def __post_init__(self) -> None:
         if self.lora_mini_size < 1:
@@ -79,7 +80,7 @@ def lora_mini(options: LoraMiniOptions, context: RunContext) -> Method:
 def of_one_size(t: Tensor, generator: torch.Generator) -> None:
     """Fill ``t`` in place from U(-sqrt(3/n), sqrt(3/n)), where n is the length of its last axis.
 
-    The variance is 1/n, so that a product with ``t`` keeps the size of its input.
+    The variance is 1/n, so that a product with ``t`` keeps the variance of its input.
 
     Args:
         t: Tensor to fill.

@@ -9,13 +9,14 @@ Nothing is decided. All linears must have one shape (choose them with `--target_
 is the first whole number in a linear's name (0 if there is none), and the matrix is the rest of the
 name, so that no two linears share an update.
 
-This implementation may differ from the paper, whose code could not be had and whose initial values
-are not known:
+This implementation may differ from the paper, whose code was not available and whose initial
+values are not known:
 
-- In starts from N(0, 1 / I), E, H and L from N(0, 1), and M at zero. So M begins as LoRA's B does,
-  between factors of LoRA's size.
-- The outputs of every linear are divided into heads, also those of output projections, whose inputs
-  are what comes in heads. So all matrices are treated alike and need not be square.
+- In starts from N(0, 1 / I), E, H and L from N(0, 1), and M at zero. So all updates start at zero,
+  as LoRA's do.
+- The outputs of every linear are divided into heads. This includes output projections, where it is
+  the inputs that belong to attention heads. So all matrices are treated alike and need not be
+  square.
 - The gradient of a factor is summed over all linears in the engine's precision. In bf16 a sum over
   128 linears is off by about 1%.
 
@@ -193,8 +194,8 @@ def check_shapes(sites: Sequence[Site]) -> None:
     others = [site.name for group in groups.values() if group is not most for site in group]
     names = dict.fromkeys(own_ending(site.name, others) for site in most)
     raise ValueError(
-        f"all linears must have one shape, got {', '.join(got)}. The largest group of one shape is "
-        f"--target_modules {','.join(names)}"
+        f"all linears must have one shape, got {', '.join(got)}. To adapt the largest group of one "
+        f"shape, give --target_modules {','.join(names)}"
     )
 
 

@@ -2,11 +2,12 @@
 
     y = (keep . (W + (alpha / R) B_r A_r)) x
 
-W is the base weight of a linear, keep a mask of 0 and 1 of its shape, and "." the product of
-entries. A_r and B_r are the first r of the adapter's R rank-1 components, where R is `--rank`. So
-the adapter adds -W to an entry of the weight where keep is 0, and (alpha / R) B_r A_r elsewhere.
+W is the base weight of a linear, `keep` is a mask of 0 and 1 in the shape of W, and "." is the
+product of entries. A_r and B_r are the first r of the adapter's R rank-1 components, where R is
+`--rank`. So the adapter adds -W to an entry of the weight where `keep` is 0, and
+(alpha / R) B_r A_r elsewhere.
 
-The method decides keep and r of every linear in `losa_rounds` rounds t = 1 ... T. It reads the
+The method decides `keep` and r of every linear in `losa_rounds` rounds t = 1 ... T. It reads the
 running mean square of each input feature ("squares" below), and for each row (sequence) of the step
 the mean of the linear's input over tokens. With s = `losa_sparsity` and spread = `losa_spread`:
 
@@ -169,7 +170,7 @@ def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
 def masked(site: Site) -> Form:
     """Return the form of a site whose delta is y_TO = x (keep . (W + scale B A) - W)^T.
 
-    Here W is the base weight and keep the mask, which the kept tensor ``losa_pruned`` stores
+    Here W is the base weight and ``keep`` is the mask, which the kept tensor ``losa_pruned`` stores
     inverted. The delta is computed as -W where an entry is pruned and scale B A elsewhere, so that
     W + scale B A is never rounded to the dtype of x.
     """
@@ -376,6 +377,6 @@ def ranks(errors_S: Tensor, least_S: Tensor, most_S: Tensor, total: int) -> Tens
 LOSA = MethodFactory(
     options=LosaOptions,
     build=losa,
-    summary="prunes the base in rounds, and lets ranks follow the error",
+    summary="prunes the base in rounds, and sets ranks by the pruning error",
     example="--losa_rounds 2",
 )

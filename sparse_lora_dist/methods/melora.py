@@ -25,7 +25,8 @@ In short:
 - **Choose it when:** you want an update of high rank for the cost of a low one.
 - **Paper:** Ren et al. 2024, arXiv:2402.17263.
 
-Shapes: T tokens, I in_features, O out_features, n blocks, R sum of their ranks.
+Shapes: T tokens, I in_features, O out_features, n blocks, R `--rank`, R_k rank of mini-adapter
+k.
 """
 
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunC
 
 @dataclass(frozen=True, kw_only=True)
 class MeLoraOptions:
-    """MELoRA: mini adapters on slices of a linear"""
+    """MELoRA: mini-adapters on slices of a linear"""
 
     melora_blocks: int = 2
     """Number of mini-adapters per linear, at least 1; must divide in_features and out_features of
@@ -91,7 +92,7 @@ def melora(options: MeLoraOptions, context: RunContext) -> Method:
         b_shape = (site.out_features // blocks, sum(ranks))
 
         def each(tensors: Tensors) -> Iterator[tuple[Tensor, Tensor, float]]:
-            """Yield A and B of each block, and --rank / (its rank), a factor of its scale."""
+            """Yield A, B and --rank / R_k of each mini-adapter; the last multiplies its scale."""
             parts = tensors["lora_a"].split(ranks), tensors["lora_b"].split(ranks, dim=1)
             for a, b, rank in zip(*parts, ranks, strict=True):
                 yield a, b, site.rank / rank

@@ -170,11 +170,11 @@ def square(side: int, act: Act) -> Form:
 
 
 def with_merged(side: int, act: Act) -> Form:
-    """Return the form of a site with restarts: the trained M and two frozen matrices of earlier
-    M's.
+    """Return the form of a site with restarts: the trained M, and two frozen matrices that hold the
+    sums of earlier M's.
 
-    The frozen matrices are kept tensors, one for each grouping of features. The kept tensor
-    ``mora_turn`` tells the grouping that M uses now.
+    The frozen matrices are kept tensors, one for the M's of each grouping of features. The kept
+    tensor ``mora_turn`` has the grouping that M uses now: 0 contiguous, 1 strided.
 
     Args:
         side: Number of rows and columns of M.

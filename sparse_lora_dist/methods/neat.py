@@ -56,10 +56,10 @@ class NeatOptions:
 
     neat_form: Literal["official", "peft"] = "official"
     """Side of the weight that the network reads: official (the input side) or peft (the output
-    side, as PEFT's PEANuT, which can go on training it)."""
+    side, as in PEFT's PEANuT; PEFT can train the exported adapter further)."""
     neat_depth: int = 0
-    """Number of additional R x R layers, at least 0; form peft has so many encoders and as many
-    decoders."""
+    """Number of additional layers of size --rank x --rank, at least 0; form peft adds this many
+    encoders and this many decoders."""
 
     def __post_init__(self) -> None:
         if self.neat_depth < 0:
@@ -147,7 +147,8 @@ def network(
         a_shape: Shape of the trained tensor ``neat_a``.
         b_shape: Shape of the trained tensor ``neat_b``.
         pair: Function (tensors) -> (a_RI, b_OR), the LoRA pair.
-        to_peft: Function (tensors, scale) -> the site as a PEFT type. None: PEFT has none.
+        to_peft: Function (tensors, scale) -> the site's tensors and config for PEFT's own type of
+            this adapter. None: PEFT has no such type.
     """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:

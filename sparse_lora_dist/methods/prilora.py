@@ -147,7 +147,8 @@ def ranks_of_layers(sites: Sequence[Site], first: int | None) -> dict[str, int]:
         raise ValueError(
             f"--prilora_first is {first}. With --rank {mean} as the mean, the top layer would have "
             f"rank {2 * mean - wanted}, but ranks must be from 1 to the shortest side of a layer's "
-            f"linears, and a single layer has --rank. The nearest rank that works is {nearest}"
+            "linears, and equal to --rank if the model has one layer. The nearest --prilora_first "
+            f"that works is {nearest}"
         )
     return dict(zip(sides, ramp(nearest, mean, len(sides)), strict=True))
 

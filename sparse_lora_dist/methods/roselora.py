@@ -95,7 +95,7 @@ class RoseLoraOptions:
     """Steps between two pruning decisions, at least 1; masks stay unchanged in between. null: 1% of
     the run, or 1 with roselora_dense_moments."""
     roselora_beta: float = 0.8
-    """Decay rate of the smoothed sensitivity, in [0, 1)."""
+    """Decay rate of the smoothed sensitivity |w * dL/dw| of each entry, in [0, 1)."""
     roselora_seed_average: bool | None = None
     """Start the smoothed sensitivity at its first value instead of at zero. null: false for preset
     paper, true for released."""
@@ -130,7 +130,7 @@ class RoseLoraOptions:
             problems.append(
                 f"--roselora_every must be 1 with dense moments, got {self.roselora_every}: AdamW "
                 "keeps moments for pruned entries too, so they would leave zero until the next "
-                "decision. Set --roselora_every 1, or --roselora_preset paper"
+                "decision. Set --roselora_every 1, or --roselora_dense_moments false"
             )
         if problems:
             raise ValueError("; ".join(problems))

@@ -1,6 +1,6 @@
 """SaRA: train the smallest entries of each weight, and select the smallest anew once in the run.
 
-    y = (W + D) x           D is zero but at the N entries of smallest |W|, which train from zero
+    y = (W + D) x           D is zero except at the N entries of smallest |W|, which train from zero
 
 N is R (I + O), as many as LoRA of rank R has, or `sara_density` of the weight's entries. There is
 no scale: `--alpha` has no meaning here.
@@ -14,11 +14,12 @@ those by index would lie in a few rows.
 
 `sara_nuclear` is the weight of a smoothed nuclear norm of S = U Sigma V^T, the trained part of D.
 With delta the K-th singular value of S, the gradient is U min(Sigma / delta, 1) V^T at the N
-trained entries. It needs only the K leading singular pairs, which `POWER_STEPS` of subspace
-iteration from fixed vectors compute. If singular values are close, the iteration gives a nearby
-subspace, but never an uphill step. Shrinking the leading pairs alone would flatten the spectrum.
-For scattered entries the term acts almost like weight decay. It costs five products of S with K
-vectors per linear and step, and was not measured on language models, so it is 0 by default.
+trained entries. It needs only the K leading singular pairs, which are computed by `POWER_STEPS`
+subspace iterations from fixed vectors. If singular values are close, the iterations give a nearby
+subspace, but a step against the resulting gradient still does not raise the norm. The smaller
+singular values shrink too, because shrinking the leading ones alone would flatten the spectrum. For
+scattered entries the term acts almost like weight decay. It costs five products of S with K vectors
+per linear and step, and was not measured on language models, so it is 0 by default.
 
 This implementation differs from the released code (github.com/sjtuplayer/SaRA, ea21192):
 
@@ -29,7 +30,8 @@ This implementation differs from the released code (github.com/sjtuplayer/SaRA, 
 - Sign: the packed optimizer of the released code writes |values| into the model at the start and at
   the second selection, which flips negative weights until the next update.
 - Low rank: the nuclear norm of the released code is that of W + D at the selected entries, by an
-  SVD of one matrix drawn at random a step, and its gradient lands on a tensor that nothing steps.
+  SVD of one matrix drawn at random a step, and its gradient lands on a tensor that no optimizer
+  steps.
 - Second selection: the packed optimizer of the released code skips the update of that step, and its
   dense one keeps the moments. Here moments are reset and no update is lost.
 - Learning rate and decay: the released code takes 1e-3 exp(-350 t) unless given, and decays W + D.

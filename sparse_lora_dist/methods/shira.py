@@ -148,8 +148,8 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
 def check_count(site: Site, options: ShiraOptions) -> None:
     """Raise ValueError if the options do not fit the site's weight.
 
-    They do not if more entries would train than the weight has. With support rows or columns they
-    also do not if fewer would train than the diagonal has.
+    They do not fit if more entries would train than the weight has. With support rows or columns,
+    they do not fit either if fewer entries would train than the diagonal has.
 
     Args:
         site: The linear that is adapted.

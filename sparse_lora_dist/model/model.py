@@ -73,7 +73,8 @@ class Model:
     """Modules of a classifier that turn hidden states into class logits, and train in full. For a
     causal language model, whose output head is frozen, a ``Head`` without modules."""
     full: dict[str, nn.Module]
-    """Name -> module that trains in full, the head's included. A module may contain others."""
+    """Name -> module that trains in full, including those of ``head``. Such a module may contain
+    submodules."""
     cache: BaseCache | None = None
     """Cache of the 4-bit base on disk (--base_cache); if it does not exist yet, ``load`` writes it.
     None: the run uses no cache."""
@@ -204,7 +205,8 @@ class Model:
             files,
             sources,
             builder,
-            # In a base that came quantised, weights in floats stay so: its maker chose them.
+            # Linears in floats are not quantised if the base files are in 4 bits already: whoever
+            # made the files left them in floats on purpose.
             quantize=config.model.quantization == "nf4" and not is_quantized(files),
             double_quant=config.model.double_quant,
             initial=initial,

@@ -75,9 +75,9 @@ def _check_ranks(sites: Sequence[Site]) -> None:
     if small:
         first = small[0]
         raise UserError(
-            f"--rank {first.rank} is larger than a side of {len(small)} target modules. The first "
-            f"is {first.name} ({first.out_features} x {first.in_features}). Lower --rank, or leave "
-            "these modules out of --target_modules."
+            f"--rank {first.rank} is larger than in_features or out_features of {len(small)} "
+            f"target modules. The first is {first.name}, whose weight is {first.out_features} x "
+            f"{first.in_features}. Lower --rank, or leave these modules out of --target_modules."
         )
 
 
@@ -107,7 +107,7 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
     ]
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
-        problems.append(f"{branches[0]} contains modules. Name those of them that hold parameters.")
+        problems.append(f"{branches[0]} contains modules. Name those in it that hold parameters.")
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = model.config.tie_word_embeddings and ends[1] is not None
     if is_tied and any(m in ends for m in found.values()):

@@ -66,7 +66,7 @@ class LearningRate:
 
 
 def stage_of(step: int, stages: tuple[int, ...]) -> tuple[int, int]:
-    """Return where the stage that a step lies in begins and ends.
+    """Return the bounds of the stage that contains a step.
 
     A stage is a part of the run with a whole learning-rate schedule of its own.
 

@@ -1,10 +1,11 @@
 """Store Adam's moments of one chunk of a shard, for live entries only, in fp32 or 8 bits.
 
-An entry is live if the optimizer steps it, and dead otherwise. Its birth step is the number of
-optimizer steps that were done when it became live.
+A chunk is a range of consecutive entries of a shard. An entry is live if the optimizer steps it,
+and dead otherwise. Its birth step is the number of optimizer steps that were done when it became
+live.
 
-Shapes: N entries of the chunk, L of them live, K distinct birth steps of these, B blocks of 8-bit
-values.
+Shapes: N entries of the chunk, L live entries among them, K distinct birth steps of the live
+entries, B blocks of 8-bit values.
 """
 
 from collections.abc import Sequence
@@ -46,12 +47,12 @@ class Fp32:
 class EightBit:
     """One of Adam's moments of the live entries, stored in 8 bits.
 
-    Each block of 256 values is stored as 8-bit codes, times the largest absolute value of the block
-    (blockwise dynamic quantisation, Dettmers et al. 2021, arXiv:2110.02861). Two things differ from
-    bitsandbytes:
+    Each block of 256 values is stored as 8-bit codes and one scale, the largest absolute value of
+    the block. A code stands for a fraction of the scale (blockwise dynamic quantisation, Dettmers
+    et al. 2021, arXiv:2110.02861). Two things differ from bitsandbytes:
 
-    - The value -1.0 has a code, as 1.0 has. Without it, an entry whose value is the negative of its
-      block's largest would shrink by 0.7 % at every step.
+    - The fraction -1.0 has a code, as 1.0 has. Without this code, an entry whose value is minus the
+      scale would shrink by 0.7 % at every step.
     - A positive entry of ``exp_avg_sq`` is never stored as zero. If it were, the next update of an
       entry that is small in its block would be unbounded (the zero-point problem of Li et al. 2023,
       arXiv:2309.01507).
@@ -135,8 +136,8 @@ class Packed:
     the usual case.
 
     Args:
-        live_N: mask of live entries, bool. In the tensors below, which have one value for each
-            entry of the chunk, the values of all other entries are ignored.
+        live_N: mask of live entries, bool. The three tensors below also have one value for each
+            entry of the chunk; their values of dead entries are ignored.
         exp_avg_N: first moment, fp32.
         exp_avg_sq_N: second moment, fp32.
         born_N: birth steps, int32: number of steps that were done when an entry became live.

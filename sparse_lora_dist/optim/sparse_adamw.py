@@ -4,8 +4,9 @@ An entry of a tensor is live if the optimizer steps it, and dead otherwise.
 
 DeepSpeed passes ``step`` one flat shard at a time. A flat shard holds this rank's parts of many
 tensors one after another, cut anywhere, so all work here is elementwise: the live entries are
-picked, stepped, projected and written back. Dead entries keep their values. All of it happens
-inside ``step``, so the low-precision copy that DeepSpeed makes right after ``step`` is up to date.
+picked, stepped, projected (e.g. soft-thresholded, if the method does so) and written back. Dead
+entries keep their values unless ``zero_after_step`` sets them to zero. All of it happens inside
+``step``, so the low-precision copy that DeepSpeed makes right after ``step`` is up to date.
 
 A flat shard is worked on in chunks of ``CHUNK`` entries, each with a ``Packed`` state of its own:
 
@@ -52,8 +53,9 @@ class StateBytes:
 class SparseAdamW(torch.optim.Optimizer):
     """AdamW that steps live entries only (Loshchilov & Hutter 2019, arXiv:1711.05101).
 
-    The arithmetic is that of torch.optim.AdamW, followed by the projection of the sparse method.
-    For an entry w with gradient g, moments m and v, and learning rate lr:
+    The arithmetic is that of torch.optim.AdamW, followed by the method's projection of the updated
+    values, such as soft thresholding or clamping, if it has one. For an entry w with gradient g,
+    moments m and v, and learning rate lr:
 
         w <- (1 - lr * weight_decay) w
         m <- lerp(m, g, 1 - beta1)            v <- beta2 v + (1 - beta2) g^2
@@ -216,10 +218,10 @@ class SparseAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def skip_step(self, flat: Tensor) -> None:
-        """Count a step that the engine did not apply to a flat shard.
+        """Count a step that the engine refused, because the loss or a gradient is not finite.
 
-        This keeps the step count equal to the run's, from which birth steps are counted.
-        Entries that ``zero_after_step`` has scheduled become zero.
+        The shard's step count, which birth steps are read from, stays equal to that of the run.
+        Entries that ``zero_after_step`` has scheduled become zero; nothing else changes.
 
         Args:
             flat: flat shard, fp32, 1-D.

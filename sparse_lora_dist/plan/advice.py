@@ -109,8 +109,8 @@ def smallest_world(
 def changes(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> list[Change]:
     """Return changes of settings that may save memory, with the memory of the run under each.
 
-    Each change is planned alone. For ranks on GPUs, one more change combines CPU offload with all
-    the changed options of the run, such as ``--moment_bits 8``.
+    Each change is planned alone. For ranks on GPUs, one more change makes several at once: CPU
+    offload and all the changes of single options, such as ``--moment_bits 8``.
 
     Args:
         shapes: the model, its adapters and the options of the run.
@@ -141,18 +141,18 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
         yield what, shapes.with_config(_with(config, part, **{name: value})), engine, ranks
     if shapes.whole_logits:
         yield (
-            "the loss in chunks, without --whole_logits",
+            "without --whole_logits, if training computes the loss in chunks",
             shapes.with_config(config, whole_logits=False),
             engine,
             ranks,
         )
-    # The values of that file, whatever the present engine file has.
+    # The settings of zero3_offload.json, whatever the engine file of the planned run has.
     away = replace(engine, parameters="cpu", optimizer="cpu", hpz=1, nvme_buffers=0, pinned=True)
     if ranks.on_gpu and away != engine:
         yield "--ds_config ds_configs/zero3_offload.json", shapes, away, ranks
     if engine.hpz > 1:
         yield (
-            "zero3.json instead of hpZ: no second copy of the base in each node",
+            "zero_hpz_partition_size: 1 in the engine file (no second copy of the shards)",
             shapes,
             replace(engine, hpz=1),
             ranks,
@@ -164,7 +164,7 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
     if not engine.settles_ranks:
         yield f"{double.world_size} ranks", shapes, engine, double
     if words and ranks.on_gpu:
-        what = "offload and " + ", ".join(words)
+        what = "--ds_config ds_configs/zero3_offload.json and " + ", ".join(words)
         yield what, shapes.with_config(saving), away, ranks
 
 

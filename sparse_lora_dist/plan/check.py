@@ -19,9 +19,9 @@ from sparse_lora_dist.tasks.class_head import modules_inside
 def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str, Any]) -> None:
     """Print on rank 0 the memory that the run will need, and a warning if there is less.
 
-    Training calls it before weights are read, so that a run that dies while loading has printed the
-    line. It never stops a run, because the plan may be wrong. It returns at once on other ranks and
-    is not a collective.
+    Training calls it before weights are read, so that even a run that dies while loading has
+    printed the line. It never stops a run, because the plan may be wrong. Ranks other than rank 0
+    return at once: it is not a collective.
 
     Args:
         config: all options of the run.
@@ -42,9 +42,7 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
     try:
         need = need_of(shapes, PlannedEngine.of(engine_config), ranks)
     except Exception as error:  # a model that cannot run on the meta device may raise anything
-        print_line(
-            "memory", f"not planned, because this model cannot run on the meta device ({error})"
-        )
+        print_line("memory", f"not planned ({error}). The run goes on without this check.")
         return
     limits = memory_here()
     program = f"python launcher/plan.py --config {config.run.output_dir}/run.yaml"

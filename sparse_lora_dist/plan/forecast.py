@@ -1,10 +1,10 @@
 """Forecast of the fraction of adapter entries that are live at the start of a run, at its peak and
 at its end. A live entry is one that the optimizer steps and keeps moments for; others are dead.
 
-The forecast builds the method for 8 linears of 200 x 200 and lets it make its decisions on random
-scores. A decision says which entries are live from that step on. The small size is enough, because
-a method keeps the same fraction of rows, columns and components in small linears as in large ones.
-Entries whose death depends on the data (SoRA's gates) are counted as live.
+The forecast builds the method for 8 linears of 200 x 200 and lets it make its decisions from
+random importance scores. A decision says which entries are live from that step on. The small size
+is enough, because a method keeps the same fraction of rows, columns and components in small linears
+as in large ones. Entries whose death depends on the data (SoRA's gates) are counted as live.
 """
 
 from collections import defaultdict
@@ -169,8 +169,10 @@ def _profile(live: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
 
 
 class _RandomScores:
-    """Implements ``Scores`` for tensors that are not sharded. The scores are random for live
-    entries, and 0 for dead ones."""
+    """Random importance scores, from which a method makes its decisions (protocol ``Scores``).
+
+    The tensors are not sharded. Live entries have a random score in [0, 1), dead ones have 0.
+    """
 
     def __init__(self, live: Mapping[str, Tensor], method: Method, num_sites: int) -> None:
         generator = torch.Generator().manual_seed(0)

@@ -43,8 +43,9 @@ GPU_SLACK = 0.05
 backward allocate. This is an assumption."""
 
 CPU_PROCESS = 100_000_000
-"""Bytes that a CPU rank allocates after its imports, tensors not counted: data, modules imported
-late, gloo's buffers, small blocks. Measured: 0.09 to 0.13 GB (benchmarks/plan_check.py)."""
+"""Bytes that a rank on a CPU allocates besides tensors, after Python and its packages are imported:
+data, modules imported later, gloo's buffers, small allocations. Measured: 0.09 to 0.13 GB
+(benchmarks/plan_check.py)."""
 
 HOST_PROCESS = 3_000_000_000
 """Bytes of host memory of a rank with a GPU: Python, PyTorch with CUDA, data. This is an

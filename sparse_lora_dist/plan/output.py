@@ -74,8 +74,8 @@ class Outcome:
 
     @property
     def notes(self) -> list[str]:
-        """Sentences for the user: those on the model that is planned in place of another one, and
-        one for each key of the engine file that changes the memory and that the plan ignores."""
+        """Sentences for the user: where a Llama is planned in place of the model, and which keys of
+        the engine file change the memory but are ignored by the plan."""
         ignored = [
             f"the plan does not take {key} of the engine file into account"
             for key in self.engine.not_played
@@ -201,7 +201,7 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
     held = "2 bytes per weight" if outcome.shapes.saved is None else "4 bits and scales"
     yield (
         f"assumed   {plan.tflops:g} TFLOP/s per GPU, {plan.network_gb_per_s:g} GB/s to a rank, "
-        f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, {held} in the file"
+        f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, {held} in the base files"
     )
     if outcome.ranks.on_gpu:
         yield (
@@ -210,7 +210,7 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
             f"{memory.GPU_SLACK:.0%} fragmentation of PyTorch's allocator"
         )
     else:
-        yield "          not counted: on CPUs, fragmentation of glibc's heap takes up to 50% more;"
+        yield "          not counted: fragmentation of glibc's heap, up to 50% of the total;"
         yield "          MALLOC_MMAP_THRESHOLD_=262144 prevents that, at a cost in time"
     if outcome.shapes.config.train.max_steps is None:
         yield "          schedules of a run of 1,000 steps, because --max_steps is not given"

@@ -19,7 +19,7 @@ COMMON = """
 """.split()
 """Options of a training run that change the memory most, which ``--help`` shows."""
 SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(B|MB|GB|TB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
-"""Memory size: a number, and maybe a unit."""
+"""Memory size: a number with or without a unit."""
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 """Decimal unit in lower case -> bytes; a number without a unit is in GB."""
 BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -46,7 +46,8 @@ class PlanConfig:
     network_gb_per_s: float = 20.0
     """Rate in GB/s at which one rank receives weights in an all-gather, above 0."""
     whole_logits: bool = False
-    """Plan memory for the logits of all tokens at once, which a few architectures need."""
+    """Plan memory for the logits of all tokens at once, not in chunks. Set it if training prints a
+    note that it computes them at once, as for a few architectures."""
     json: bool = False
     """Print JSON instead of text."""
     plot: str | None = None

@@ -137,8 +137,8 @@ class Shapes:
     whole_logits: bool = False
     """True if the logits of all tokens are computed at once, False if in chunks of tokens."""
     notes: list[str] = field(default_factory=list)
-    """Sentences for the user that say where the plan takes a Llama in place of the model. ``step``
-    may append one."""
+    """Sentences for the user that say where the plan takes a Llama in place of the model. Reading
+    the property ``step`` may append one."""
     _gathered: dict[Bounds, Gathered] = field(default_factory=dict, repr=False, compare=False)
 
     def with_config(self, config: Config, **others: Any) -> "Shapes":

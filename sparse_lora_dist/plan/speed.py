@@ -32,7 +32,7 @@ class Speed:
     flop: float
     """Number of floating-point operations of a rank, per step."""
     compute_s: float
-    """Seconds that these operations take, per step."""
+    """Seconds of computing on a rank, per step."""
     network_s: float
     """Seconds of network traffic, per step."""
     read_s: float
@@ -155,7 +155,8 @@ def active_fraction(parameter: PlannedParameter, config: PreTrainedConfig) -> fl
 def attention_width(config: PreTrainedConfig) -> int:
     """Return the number of entries of a token's queries, all heads together.
 
-    If the config lacks heads or head_dim, it is hidden_size, or 0 if the config lacks that too.
+    If the config has no num_attention_heads or no head_dim, return hidden_size, or 0 if the config
+    has no hidden_size either.
     """
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)

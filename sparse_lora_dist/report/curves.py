@@ -92,7 +92,7 @@ def live(runs: Runs) -> Picture:
     _legend(figure, runs)
     return Picture(
         name="live",
-        title="Live parameters and budget",
+        title="Live entries and budget",
         caption="Entries that the optimizer steps and keeps moments for, summed over all ranks."
         + (f" Logged by the method: {', '.join(keys)}." if keys else ""),
         figure=figure,

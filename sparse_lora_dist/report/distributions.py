@@ -119,12 +119,12 @@ def importance(run: RunData) -> Picture | None:
     zeros = sum(h.zeros for h in found.values())
     without = f" {zeros:,} entries with importance 0 are not drawn." if zeros else ""
     outer = any(h.counts[0] or h.counts[-1] for h in found.values())
-    beyond = " Values below 1e-24 or above 1e4 are counted at that end." if outer else ""
+    beyond = " Values below 1e-24 or above 1e4 are counted in the outermost bins." if outer else ""
     return Picture(
         name="importance",
         title="Importance",
-        caption=f"Running importance of every adapter entry at step {saved.step}, the last "
-        f"checkpoint that stores it.{without}{beyond}",
+        caption=f"Importance of every adapter entry at step {saved.step}, from the method's "
+        f"statistics in the last checkpoint that stores them.{without}{beyond}",
         figure=figure,
     )
 

@@ -1,6 +1,6 @@
 """Lists the jobs of a run. A job is one start of the training program; a run that was stopped or
-killed and resumed has several. They are read from attempts.jsonl; the last step of a job whose end
-is not recorded there comes from metrics.jsonl."""
+killed and resumed has several. They are read from attempts.jsonl. If it lacks the end of a job, the
+last step of that job comes from the begin of the next job, or from metrics.jsonl."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -88,8 +88,8 @@ def is_metrics(record: Record) -> bool:
 def is_decision(record: Record) -> bool:
     """Return True for a record of decisions.jsonl, which says what the method changed at a step.
 
-    It has the fields "step"; "ranks": site -> its number of rank-1 components that count towards
-    its rank; and "live": site -> its number of entries that the optimizer steps. A site is a linear
+    It has the fields "step" (an integer), "ranks" (JSON object: site -> rank of its adapter) and
+    "live" (JSON object: site -> number of its entries that the optimizer steps). A site is a linear
     that carries an adapter. Both objects have the same sites, at least one.
     """
     ranks, live = record.get("ranks"), record.get("live")

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 NUMBERED = re.compile(r"(?P<before>.*?)\.(?P<layer>\d+)\.(?P<module>.+)")
-"""Name of a site with a layer number; the first number in the name is taken."""
+"""Pattern of a site's name that has a layer number: the first number between dots, as in
+"model.layers.3.mlp.up_proj"."""
 Grid = NDArray[np.float64]
 """One value per cell of a grid: float64 [number of layers, number of modules]."""
 

@@ -36,7 +36,8 @@ class Shares:
 
     Attributes:
         sizes: number of trained entries of each site, by its name.
-        capacity: largest rank that a site can have, or has had.
+        capacity: the run's option ``rank``, or the largest rank of a site after any decision if
+            that is larger.
         of_ranks: True if the values are ranks, False if they are shares.
         name: "rank" or "share", used in names of PNG files.
         title: what the values are, for the title of a figure.
@@ -60,14 +61,14 @@ class Shares:
         if self.of_ranks:
             return ""
         return (
-            " Shown is the share of a site's entries that are stepped. Some of them may be zero; "
-            "launcher/show.py counts these."
+            " The value of a site is the share of its entries that are stepped by the optimizer. "
+            "Some of these may be zero; launcher/show.py counts the zeros of a checkpoint."
         )
 
     @property
     def all_one(self) -> bool:
         """True if every entry is stepped at all times, so that a map would show nothing. This is so
-        for methods that zero entries after every step."""
+        for methods that set entries to zero after a step, but go on stepping all entries."""
         rows = self.run.decisions
         return not self.of_ranks and all(v == 1 for row in rows for v in self.of(row).values())
 
@@ -125,7 +126,9 @@ def _entries(run: RunData) -> dict[str, int]:
 
 
 def final_map(run: RunData) -> Picture:
-    """Draw a map with a row per layer and a column per kind of module, after the last decision.
+    """Draw the map of all sites after the last decision: their ranks or their shares (``Shares``).
+
+    It has a row per layer and a column per kind of module.
 
     Args:
         run: a run in which the method has made at least one decision.
@@ -171,7 +174,9 @@ def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
 
 
 def growth(run: RunData) -> Picture:
-    """Draw maps with a row per layer over optimizer steps, a panel for each kind of module.
+    """Draw maps of all sites over optimizer steps: their ranks or their shares (``Shares``).
+
+    Each kind of module has a panel, with a row per layer.
 
     Args:
         run: a run in which the method has made at least one decision.

@@ -114,7 +114,7 @@ def run_section(run: RunData) -> Section:
         )
     elif ranks.Shares(run).all_one:
         absent.append(
-            "No map of ranks: they never change, and all entries are stepped to the end. Run "
+            "No map of ranks: ranks never change, and all entries are stepped to the end. Run "
             "launcher/show.py on a checkpoint to see how many entries are zero."
         )
     else:

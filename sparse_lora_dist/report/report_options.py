@@ -19,8 +19,8 @@ class ReportRequest:
     png: bool
     """True: each figure is written to a PNG file too."""
     run: RunConfig = field(default_factory=RunConfig)
-    """Options of the section ``run`` at their defaults; ``run_program`` reads ``debug`` from
-    them."""
+    """Options at their defaults. The program reads only ``debug`` (tracebacks in error messages),
+    as ``run_program`` does for every program."""
 
 
 def load_request(argv: Sequence[str]) -> ReportRequest:

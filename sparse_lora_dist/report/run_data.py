@@ -29,9 +29,9 @@ from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
 
 STAGE = ("live_ranks", "held_out_loss", "lambda")
-"""Fields of a record of stages.jsonl that its point in the figure is drawn from. The record is the
-JSON object of one line, and describes one stage: a part of a run with a learning-rate schedule of
-its own."""
+"""Fields of a record of stages.jsonl that the figure of stages needs to draw a point. The record is
+the JSON object of one line, and describes one stage: a part of a run with a learning-rate schedule
+of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

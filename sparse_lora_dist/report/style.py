@@ -108,8 +108,8 @@ def plain_numbers(axes: Any) -> None:
 def as_svg(picture: Picture, place: str) -> str:
     """Return a figure as an <svg> element to embed in a page.
 
-    The element uses the colours of the page. It has no metadata, which names addresses of other
-    sites.
+    The element uses the colours of the page. matplotlib's metadata is removed, because it has
+    addresses of web sites.
 
     Args:
         picture: the figure.

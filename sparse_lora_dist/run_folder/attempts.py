@@ -23,7 +23,7 @@ class Attempts:
     """
 
     def __init__(self, folder: Path, *, step: int, total_steps: int) -> None:
-        """Append the line that a job begins.
+        """Append the line that records the begin of a job.
 
         Make this object before ``Metrics``. The last step in metrics.jsonl is read here, and
         ``Metrics`` removes the lines of steps that a resumed run makes again.
@@ -49,7 +49,7 @@ class Attempts:
         )
 
     def end(self, event: str, step: int, why: str = "") -> None:
-        """Append the line that the job ends after ``step``.
+        """Append the line that records the end of the job.
 
         Args:
             event: "stopped", or "finished" if the run has made all its steps.

@@ -80,7 +80,7 @@ def write_description(folder: Path, config: Config) -> None:
         config: options of the run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    options = config.as_flat_dict() | {"reset": []}  # a resume from run.yaml must not reset again
+    options = config.as_flat_dict() | {"reset": []}  # --reset applies to one start only
     (folder / RUN_YAML).write_text(yaml.safe_dump(options, sort_keys=False))
     (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
 

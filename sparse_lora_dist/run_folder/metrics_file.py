@@ -12,8 +12,8 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.system.atomic_files import write_whole
 
 Record = Mapping[str, float | int | str]
-"""One line of ``metrics.jsonl`` as a dict: numbers by name, among them ``step``, the optimizer step
-after which they were measured."""
+"""One line of ``metrics.jsonl`` as a dict: numbers or texts by name, among them ``step``, the
+optimizer step after which they were measured."""
 
 
 class JsonLines:
@@ -56,7 +56,8 @@ class JsonLines:
             self._failed = True
             print_line(
                 "warning",
-                f"{self.path.name} is not written any more from step {record['step']} on: {error}",
+                f"{self.path} cannot be written: {error}. The run goes on without the records from "
+                f"step {record['step']} on.",
             )
 
 

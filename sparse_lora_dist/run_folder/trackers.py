@@ -55,7 +55,7 @@ def start_trackers(
     trackers = []
     for name in names:
         tracker = _build(name, folder, config, last_step, run_ids.get(name))
-        tracker.main_process_only = False  # True asks a PartialState for the rank
+        tracker.main_process_only = False  # True would create a PartialState
         try:
             tracker.start()
         except ImportError as error:
@@ -63,7 +63,7 @@ def start_trackers(
                 f"--trackers {name} needs a package that is not installed ({error}). "
                 f"Install it with: pip install {name}"
             ) from error
-        # W&B has its config since start(); TensorBoard would show it as a run of its own.
+        # W&B gets the options in start(). TensorBoard would show them as a second run.
         if name not in ("tensorboard", "wandb") and name not in run_ids:
             tracker.store_init_configuration({k: _plain(v) for k, v in config.items()})
         trackers.append(tracker)
@@ -116,7 +116,7 @@ def _build(
         return tracker_class(name, logging_dir=str(folder), purge_step=first_step)
     if name == "wandb":
         return tracker_class(
-            None,  # the project: W&B then takes WANDB_PROJECT
+            None,  # project: with None, W&B takes WANDB_PROJECT
             dir=str(folder),
             config=dict(config),
             name=folder.name,
@@ -130,7 +130,7 @@ def _build(
         return tracker_class(dir=str(folder / name), resume=last_step is not None)
     if name == "trackio":
         return tracker_class(PROJECT, name=folder.name)
-    if name in ("comet_ml", "swanlab"):  # their project comes from the environment, as W&B's
+    if name in ("comet_ml", "swanlab"):  # None: take the project from the environment
         return tracker_class(None)
     if tracker_class.requires_logging_directory:
         return tracker_class(folder.name, logging_dir=str(folder))

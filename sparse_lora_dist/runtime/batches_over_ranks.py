@@ -24,8 +24,8 @@ def in_batches(
     Batch i holds the items from i * batch_size to (i + 1) * batch_size - 1, and goes to rank
     i % (number of ranks). So the batches are the same for any number of ranks. This matters since
     the rounding of a result depends on what else is in its batch. If the number of batches is not a
-    multiple of the number of ranks, the ranks that have one batch less run the last batch again and
-    drop its results, because every forward is a collective.
+    multiple of the number of ranks, the ranks that have one batch less also run the last of all
+    batches and drop its results, because every forward is a collective.
 
     Args:
         items: items to work on, e.g. prompts; the same on every rank.

@@ -16,8 +16,9 @@ from sparse_lora_dist.errors import PeerError, Stopped, UserError
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75
-"""Exit status of a run that was asked to stop early and has saved a checkpoint (EX_TEMPFAIL of
-BSD's sysexits.h). The same command with --resume auto continues the run."""
+"""Exit status of a run that was asked to stop early (EX_TEMPFAIL of BSD's sysexits.h). Unless it
+stopped before its first step, it has saved a checkpoint. The same command with --resume auto
+continues the run."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -47,8 +48,8 @@ def run_program(
     every rank.
 
     Exit status: 0 when done; 2 on a ``UserError``, with its message; 1 on any other error, with a
-    traceback, or with one line if another rank caused it; 75 when stopped and a checkpoint was
-    saved; 130 on Ctrl-C.
+    traceback, or with one line if another rank caused it; 75 if a run was asked to stop early; 130
+    on Ctrl-C, unless ``stop_signals`` takes it as a request to stop.
 
     Args:
         argv: command line without the program's name.
@@ -73,7 +74,7 @@ def run_program(
         exit_process(USER_ERROR)
     except Stopped:
         exit_process(STOPPED)
-    except SystemExit:  # --help and --print_config end so
+    except SystemExit:  # raised by --help and --print_config
         raise
     except KeyboardInterrupt:
         exit_process(INTERRUPTED)

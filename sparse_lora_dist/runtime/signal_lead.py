@@ -38,7 +38,8 @@ class SignalLead:
             "warning",
             f"--signal_lead {self._lead_s:.0f}s is too short: a step takes up to "
             f"{self._slowest_s:.1f} s and a save {seconds:.1f} s, so the signal should come "
-            f"{ceil(needed_s)} s before the end. Use #SBATCH --signal=USR1@{ceil(needed_s)}",
+            f"{ceil(needed_s)} s before the end. Use #SBATCH --signal=USR1@{ceil(needed_s)} and "
+            f"--signal_lead {ceil(needed_s)}s.",
         )
         self._lead_s = None
 

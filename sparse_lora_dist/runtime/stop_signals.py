@@ -64,7 +64,9 @@ class _StopRequest:
             self._signalled_at, self.code = now, number
             name = signal.Signals(number).name
             print_line(
-                "stops", f"{name}: saves at the next boundary; Ctrl-C after that ends it at once"
+                "stops",
+                f"on {name}: the run saves a checkpoint and ends. Ctrl-C from now on ends it at "
+                "once, without saving.",
             )
         elif (
             signal.SIGINT in (self.code, number)

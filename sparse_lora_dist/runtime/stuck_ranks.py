@@ -50,7 +50,8 @@ def find_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
 def find_store_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
     """Find out whether rank 0 is lost together with the rendezvous store that its process holds.
 
-    This needs a function of its own, since there is then no heartbeat of rank 0 to compare.
+    ``find_lost`` does not find rank 0 if neither the store nor the run folder gave a heartbeat of
+    it. This function is for that case.
 
     Args:
         before: heartbeats of the first reading, by rank.

@@ -38,7 +38,8 @@ LONGEST_S = 5.0
 
 @dataclass
 class _Place:
-    """How far this rank is: the last arguments of ``set_phase``, and its number of calls."""
+    """How far this rank is: the arguments of the last ``set_phase``, and how often it was called
+    (``marks``)."""
 
     step: int = 0
     phase: str = "starting"
@@ -99,7 +100,7 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
         raise
     finally:
         watch.stop()
-        if run_lock.is_ours() and not crashed:  # after a crash they show where each rank was
+        if run_lock.is_ours() and not crashed:  # after a crash its files show where each rank was
             shutil.rmtree(board.folder, ignore_errors=True)
 
 

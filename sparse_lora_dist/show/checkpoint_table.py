@@ -75,8 +75,8 @@ def _num_live(saved: Trained, name: str) -> int:
 def _bytes(slices: SavedSlices) -> dict[str, int]:
     """Return the bytes that a checkpoint holds for each tensor: name of a tensor -> bytes.
 
-    They are those of its fp32 master values, of the bits that mark live entries, and of its running
-    statistics and optimizer moments, on all ranks together.
+    This counts the fp32 master values of a tensor, the bits that mark its live entries, its running
+    statistics and its optimizer moments, summed over all ranks.
     """
     sizes: dict[str, int] = {}
     for file in slices.files:

@@ -90,7 +90,7 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
         return [f"alpha_pattern must map names to numbers, got {own!r}"]
     alphas = {"lora_alpha": config.get("lora_alpha"), **own}
     no_numbers = [
-        f"alpha of {name} must be a number, got {alpha!r}"
+        f"alpha {name!r} must be a number, got {alpha!r}"
         for name, alpha in alphas.items()
         if type(alpha) not in (int, float)
     ]
@@ -147,8 +147,8 @@ def _files(folder: Path) -> dict[str, Any]:
     weights, apart = folder / WEIGHTS, folder / APART
     if not weights.exists():
         raise UserError(
-            f"{folder} has no {WEIGHTS}, the only format that can be read. Save the adapter as "
-            "safetensors."
+            f"{folder} has no {WEIGHTS}, the only weight file that can be read. Save the "
+            "adapter in the safetensors format."
         )
     there = [safe_open(str(path), framework="pt") for path in (weights, apart) if path.exists()]
     return {key: file for file in there for key in file.keys()}  # noqa: SIM118  safe_open is no dict
@@ -183,7 +183,7 @@ def _in_order(key: str) -> list[tuple[int, str]]:
 def _of_pair(
     files: Mapping[str, Any], name: str, pair: Mapping[str, str], config: Mapping[str, Any]
 ) -> Module:
-    """Return the table's data on a module with factors A and B, which are read.
+    """Read the factors A and B of a module, and return the module's row of the table.
 
     Args:
         files: open file of each tensor, by the tensor's name.

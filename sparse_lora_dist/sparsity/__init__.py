@@ -1,4 +1,4 @@
-"""Decide which entries of adapters train, and which rank each adapter has, during training.
+"""Decide during training which entries of adapters train, and how many rank-1 components each has.
 
-The masks and ranks are computed from sharded importance scores, with the same bits on every rank.
+The decisions are computed from sharded importance scores, with the same bits in every process.
 """

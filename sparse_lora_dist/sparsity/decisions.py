@@ -24,7 +24,8 @@ from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.parameters import gathered
 
 Digests = Mapping[str, str]
-"""Tensor name -> hash of its bytes or zeros, in hexadecimal."""
+"""Tensor name -> hash of the mask of its zeros, and "the decision" -> hash of the decision; both
+hashes in hexadecimal."""
 
 MODULES = 16
 """Number of adapters that ``confirm`` gathers at a time. 16 take 19 MB in bf16 for the widest

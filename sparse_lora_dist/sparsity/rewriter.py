@@ -279,8 +279,8 @@ def _answer_of_rank_0(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewrit
             own = ask(whole)
         except Exception as error:  # any kind: the other ranks wait for an answer
             failure = (
-                f"Rewriting {whole.site.name} at step {whole.step} failed on rank 0 with "
-                f"{type(error).__name__}: {error}"
+                f"At step {whole.step}, rank 0 could not compute new tensors of the adapter of "
+                f"{whole.site.name}. {type(error).__name__}: {error}"
             )
     kinds = {key: (tuple(t.shape), t.dtype) for key, t in own.tensors.items()}
     said = comm.broadcast_object((failure, kinds, own.computed, dict(own.log_values)))

@@ -16,9 +16,10 @@ Radix select, for the k = 3 largest of a segment that lies on two ranks:
     index                         0    1    2                 3    4    5
 
 A score's 32 bits are mapped to a key that is lower the larger the score is (``falling_keys``), and
-keys are compared by their four bytes, the highest first. In each pass every rank counts the keys
-that still match the prefix by their next byte, and an all-reduce adds up the 256 counts. The k-th
-lowest key lies in the bin at which the cumulated count reaches k:
+keys are compared by their four bytes, the highest first. Each pass finds one more byte of the k-th
+lowest key; the bytes found so far are the prefix. In a pass every rank takes its keys that begin
+with the prefix and counts them by their next byte, and an all-reduce adds up the 256 counts. The
+next byte of the k-th lowest key is the bin at which the cumulated count reaches k:
 
     bytes of the keys     7.0: 3F 1F FF FF    5.0: 3F 5F FF FF    1.0: 40 7F FF FF    0.5: 40 FF ..
     pass 1, 3 to find     3F: 4 keys, 40: 2 keys     -> prefix 3F, no key is lower, 3 left
@@ -35,10 +36,15 @@ A call uses one set of collectives for all the tensors it names:
     sums    2: largest values, sums
     live    1
 
-Bytes that a rank receives, counting an all-reduce twice: 8 per tensor for the largest values; 16
-per segment for ``sums`` and ``live``; in ``top_k`` 8 KiB per segment, and for ties 4 per segment
-and other rank. Gathering the scores would cost 4 bytes per entry, which is as much at 2,000 entries
-per segment and more above, and every rank would have to hold them.
+Bytes that a rank receives, where an all-reduce counts as two times its size:
+
+    largest values   8 per tensor
+    sums and live    16 per segment
+    top_k            8 KiB per segment for the histograms; for the ties 4 x (number of ranks - 1)
+                     per segment
+
+Gathering the scores instead would cost 4 bytes per entry, more than ``top_k`` for segments of more
+than 2,000 entries, and every rank would have to hold all scores.
 
 ``top_k`` needs up to 100 bytes of memory per entry and 6 KiB per segment; groups keep that below
 about 400 MiB.
@@ -58,7 +64,8 @@ from sparse_lora_dist.methods.protocol.method import By, Ties
 BINS = 256
 """Number of values of a byte, and so of bins in a histogram."""
 SHIFTS = (24, 16, 8, 0)
-"""Bit positions of the four bytes of a 32-bit key, in the order in which radix select reads."""
+"""Position of the lowest bit of each byte of a 32-bit key, in the order in which radix select
+reads the bytes."""
 
 SUM_BITS = 40
 """Number of bits to which a value is rounded before it is summed, counted down from the highest bit
@@ -66,14 +73,18 @@ of the tensor's largest value (an fp32 value has 24). An int64 sum then has room
 segments with more values, fewer bits are kept."""
 
 GROUP_ENTRIES = 2**22
-"""Most entries of one rank that ``top_k`` ranks at once. A tensor with more is ranked alone."""
+"""Maximum number of entries on one rank that ``top_k`` handles with one set of collectives. A
+tensor with more is handled alone."""
 GROUP_SEGMENTS = 2**15
-"""Most segments (rows, columns or whole tensors) that ``top_k`` ranks at once. A tensor with more
-is ranked alone."""
+"""Maximum number of segments (rows, columns or whole tensors) that ``top_k`` handles with one set
+of collectives. A tensor with more is handled alone."""
 
 
 class TensorSlice(Protocol):
-    """This rank's part of a tensor: elements [start, start + length) of the flattened tensor."""
+    """This rank's part of a tensor: elements [start, start + length) of the flattened tensor.
+
+    ``shape`` is the shape of the whole tensor.
+    """
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -378,11 +389,11 @@ def first_k(keys: Tensor, segments: Tensor, k: Tensor, ties: Ties) -> Tensor:
 
 
 def _histogram(segments: Tensor, byte: Tensor, count: int) -> Tensor:
-    """Count the entries of all ranks by segment and byte. Collective.
+    """Count entries of all ranks by segment and by one byte of their keys. Collective.
 
     Args:
-        segments: number of the segment that each of this rank's entries is in, int64, 1-D.
-        byte: value of each entry's byte, 0 to 255, int64, 1-D.
+        segments: number of the segment of each entry to count on this rank, int64, 1-D.
+        byte: the byte of the key of each of these entries, 0 to 255, int64, 1-D.
         count: number of segments.
 
     Returns:

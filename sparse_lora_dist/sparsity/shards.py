@@ -128,8 +128,8 @@ class Shards:
             decision = self.method.decide(step, self._scores(self.live()))
         except FloatingPointError as error:
             raise UserError(
-                f"At step {step}, {error}, because a gradient overflowed. Lower --learning_rate, "
-                "or resume from an earlier checkpoint.",
+                f"At step {step}, a gradient overflowed: {error}. Lower --learning_rate, or resume "
+                "from an earlier checkpoint.",
                 shared=True,
             ) from error
         self.traffic_bytes += comm.traffic_bytes.total() - before
@@ -161,7 +161,7 @@ class Shards:
     def _change(self, decision: Decision) -> None:
         before = self.live()
         changed = {n: m for n, m in decision.live.items() if not torch.equal(m, before[n])}
-        # Entries that no longer live are zeroed too.
+        # Entries that stop being live are zeroed too.
         zero = dict(decision.zero)
         for name, mask in changed.items():
             left = before[name] & ~mask

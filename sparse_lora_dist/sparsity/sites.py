@@ -59,7 +59,7 @@ class Sites:
         return {f"{name}.{key}" for name, a in self.adapters.items() for key in a.specs}
 
     def observe(self) -> None:
-        """Update ``stats`` from the probes of this step's backwards. Collective.
+        """Update the method's statistics of all sites from the probes of this step. Collective.
 
         Must be called once a step, after its last backward. Makes one all-reduce of one float64
         number per adapter, or does nothing if the method has no ``observe_sites``.
@@ -127,7 +127,7 @@ class Sites:
         return own_bytes(spec.num_bytes, self._filler.dtype)
 
     def fill_kept(self, parameter: nn.Parameter, raw: Tensor) -> None:
-        """Store this rank's bytes of a kept tensor. Collective with ZeRO++'s hpZ.
+        """Store this rank's bytes of a kept tensor. It is collective if ZeRO++'s hpZ is on.
 
         Args:
             parameter: sharded parameter of the kept tensor.

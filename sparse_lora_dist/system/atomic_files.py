@@ -1,8 +1,9 @@
 """Write files and folders atomically: they appear complete or not at all.
 
 Content is written under a temporary name beside the final one, then renamed. Folders are synced to
-disk before they are renamed. A crash of the process at any time leaves the old content or the new
-content under the final name, or else a folder under a temporary name.
+disk before they are renamed. If the process crashes, the final name has either the old or the new
+content. A folder can also be missing: after a crash between the two renames of ``put_in_place``,
+the old folder is called ``.replaced_NAME`` and the new one still has its temporary name.
 """
 
 import os
@@ -85,8 +86,8 @@ def sync_all(folder: Path) -> None:
 def sync(path: Path) -> None:
     """Call fsync on a file or folder.
 
-    Without it, a crash after a rename could leave a file that has its final name but not its
-    content.
+    Without it, a file that was renamed shortly before the machine crashed could have its final name
+    but not its content.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -51,8 +51,8 @@ def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> 
     Args:
         model: transformers classifier; it may be on the meta device.
         files: safetensors files of the base.
-        keys_of: parameter name -> names of its tensors in the files. Parameters that the files lack
-            are missing.
+        keys_of: parameter name -> names of its tensors in the files. It has no item for parameters
+            that the files lack.
 
     Raises:
         UserError: the files contain a head for other classes than the data has.
@@ -140,8 +140,8 @@ def _check_classes(model: PreTrainedModel, files: CheckpointFiles, held: Mapping
     Args:
         model: classifier whose config has the classes of the data.
         files: safetensors files of the base.
-        held: parameter name -> its name in the files, for each parameter of the head that they
-            contain.
+        held: name of a parameter of the head -> its name in the files. It has no item for
+            parameters that the files lack.
     """
     wanted = classes_of(model.config)
     remedy = (

@@ -23,8 +23,9 @@ class OperationRecorder(TorchDispatchMode):
     """Dispatch mode of torch that records the chain of pointwise operations applied to one tensor.
 
     Use it as a context manager around the model's forward. Call ``begin`` with the logits of the
-    head, and ``end`` with the logits that the model returns. If ``refused`` is then None,
-    ``operations`` is the chain that leads from the one to the other.
+    head, and ``end`` with the logits that the model returns. Then ``operations`` is the chain that
+    turns the head's logits into the model's. If the chain cannot be recorded, ``refused`` names the
+    operation that prevents it; otherwise ``refused`` is None.
     """
 
     def __init__(self) -> None:

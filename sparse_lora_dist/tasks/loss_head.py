@@ -99,8 +99,8 @@ class LossHead(nn.Module):
 
         Args:
             x_NI: hidden states of some tokens.
-            leaves: name of a parameter of the head -> tensor to use in its place. Parameters that
-                are missing are used themselves.
+            leaves: name of a parameter of the head -> tensor to use in its place. A parameter that
+                has no item here is not replaced.
 
         Returns:
             [N, V], after the operations that the model applies to logits.
@@ -122,8 +122,8 @@ class LossHead(nn.Module):
             x_NI: hidden states of the target tokens.
 
         Returns:
-            Iterable of (hidden states, labels) of a chunk. A chunk has room for at least one
-            target.
+            Iterable of (hidden states, labels), one pair for each chunk. A chunk has one token if
+            not even the logits of one fit.
         """
         assert self.targets is not None
         rows = max(1, CHUNK_BYTES // (4 * self.vocabulary))
@@ -320,6 +320,9 @@ def _record_operations(engine: Engine, head: LossHead, inputs: dict[str, Any]) -
         size = megabytes(inputs["input_ids"].numel() * head.vocabulary * logits.element_size())
         print_line(
             "note",
-            f"this architecture applies {head.refused} to its logits, so all are computed at once:",
+            f"this architecture applies {head.refused} to its logits, so all of them",
         )
-        print_line("", f"{size} a micro-batch, and as much again for their gradient")
+        print_line(
+            "",
+            f"are computed at once: {size} a micro-batch, and as much again for their gradient",
+        )

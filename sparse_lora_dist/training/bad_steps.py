@@ -1,7 +1,7 @@
 """Find bad steps, print them, and log them to ``bad_steps.jsonl``.
 
 A step is bad if its loss or gradient is not finite, or if its loss is far above the losses before
-it (a spike). Too many steps in a row that are not finite end the run.
+it (a spike). A run ends if too many steps in a row have a loss or gradient that is not finite.
 """
 
 import math
@@ -18,7 +18,7 @@ from sparse_lora_dist.run_folder.metrics_file import JsonLines
 from sparse_lora_dist.training.step import StepResult
 
 WINDOW = 50
-"""Number of losses before a step that its loss is compared with."""
+"""Number of previous losses that the loss of a step is compared with."""
 ENOUGH = 20
 """Fewest losses to compare with. A step with fewer losses before it is not checked for a spike."""
 DEVIATIONS = 6.0
@@ -83,7 +83,7 @@ class Health:
         if len(self._losses) >= ENOUGH:
             mean, deviation = statistics.mean(self._losses), statistics.stdev(self._losses)
             if loss > mean + DEVIATIONS * deviation:
-                last = f"mean of the last {len(self._losses)} is {mean:.4f} +- {deviation:.4f}"
+                last = f"mean of the last {len(self._losses)} losses: {mean:.4f} +- {deviation:.4f}"
                 print_line("spike", f"loss {loss:.4f} at step {step}; {last}")
                 self._write(step, "spike", loss, batches)
         self._losses.append(loss)

@@ -50,8 +50,9 @@ class DataFeed:
 
     @property
     def identity(self) -> str:
-        """Text that identifies the training rows, or "" (as here) if the options of the run
-        determine its rows. A resumed run must have the same text as its checkpoint."""
+        """Text that identifies the training rows of a run whose options do not determine them, as
+        in the subclass ``EditFeed``; "" for all other runs. A resumed run must have the same text
+        as its checkpoint."""
         return ""
 
     @property
@@ -70,8 +71,9 @@ class DataFeed:
 
         Args:
             first_row: number of the row in the stream at which the step's global batch begins.
-            steps_done: number of optimizer steps made before this step. It tells where the run
-                ends in the stream, if ``--reset`` let the two start from different places.
+            steps_done: number of optimizer steps made before this step. After ``--reset schedule``
+                or ``--reset data``, ``first_row - steps_done * global_batch`` is not 0, and the run
+                ends that many rows later in the stream than ``end_row``, or earlier if negative.
         """
         # The offset is not 0 after --reset schedule or data.
         offset = first_row - steps_done * self.global_batch

@@ -264,7 +264,8 @@ class Job:
 
     def _publish(self, path: Path | None) -> None:
         """Do what follows when a checkpoint is complete: record how long it took to save, and
-        remove the checkpoints that ``--keep_last`` and ``--keep_best`` do not keep.
+        remove the checkpoints that ``--keep_last`` and ``--keep_best`` do not keep. With ``--resume
+        FOLDER``, also remove those of later steps, so that ``--resume auto`` does not take them.
 
         Args:
             path: folder of the complete checkpoint; None if there is none, and nothing is done.

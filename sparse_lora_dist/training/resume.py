@@ -71,8 +71,8 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
         is "auto" and no checkpoint was saved yet.
 
     Raises:
-        UserError: the checkpoint is damaged, belongs to another run, or is past the end of this
-            run; on every rank.
+        UserError: the checkpoint is missing or damaged, does not fit the options, model or data of
+            this run, or is past the end of this run; on every rank.
     """
     wanted = config.run.resume
     if wanted == "never":
@@ -191,9 +191,10 @@ def _check_global_batch(path: Path, saved: int, feed: DataFeed) -> None:
         return
     ranks = comm.world_size()
     found = (
-        f"{path} trains {saved} rows a step, but --micro_batch_size {feed.micro_batch_size} x "
-        f"--gradient_accumulation_steps {feed.accumulation} x {counted(ranks, 'rank')} is "
-        f"{feed.global_batch}. The number must stay the same, or data and schedules would change."
+        f"{path} was saved with {saved} rows a step, but --micro_batch_size "
+        f"{feed.micro_batch_size} x --gradient_accumulation_steps {feed.accumulation} x "
+        f"{counted(ranks, 'rank')} is {feed.global_batch}. The number of rows a step must stay the "
+        "same, or data and schedules would change."
     )
     if saved % ranks:
         whole = [n for n in range(1, saved + 1) if saved % n == 0]

@@ -155,7 +155,7 @@ def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
     """
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
     if this_launch().launcher in ("torchrun", "mpirun", "srun"):
-        words = ["the same launcher with"]
+        words = ["the same launcher and program with"]
     words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]
     if config.train.stop_after is not None:
         words.append("--stop_after null")

@@ -40,9 +40,9 @@ class Engine:
         )
         comm.bound_all_groups()
         self._zero = self._engine.optimizer
-        # DeepSpeed would gather persistent parameters with one collective each after every step.
-        # With an empty list the module that first uses one gathers it, in one collective with its
-        # other tensors, and it stays gathered.
+        # By default DeepSpeed gathers the persistent parameters after every step, with one
+        # collective each. If this list is empty, the first module that uses such a parameter
+        # gathers it in one collective with the module's other tensors, and it stays gathered.
         self._persistent, self._zero.persistent_parameters = self._zero.persistent_parameters, []
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.slices = [self._slice_of(name, p) for name, p in self.trained.items()]
@@ -195,8 +195,9 @@ class Engine:
     def set_learning_rate(self, rate: Callable[[int], float]) -> None:
         """Set the learning rate of the next step. Not collective; call it on all ranks.
 
-        Some methods begin to train an element of a tensor only later in the run. Its birth step is
-        the optimizer step after which it is trained, and its learning rate may depend on it.
+        Some methods begin to train an element of a tensor only later in the run. The birth step of
+        an element is the optimizer step after which it is trained. Elements with different birth
+        steps may have different learning rates.
 
         Args:
             rate: function from the birth step of an element to its learning rate. Birth step 0

@@ -104,7 +104,7 @@ def why_not() -> str | None:
 
 
 def load_async_io() -> None:
-    """Load async_io, and build it before if this machine has no build of it. Not collective.
+    """Load async_io; build it first if this machine has no build of it yet. Not collective.
 
     Building takes minutes. Several ranks may call it at a time: one builds, and the others wait.
 
@@ -116,7 +116,7 @@ def load_async_io() -> None:
     for op in ("pin_memory", "async_io"):
         wait_for_another_build(Path(_get_build_directory(op, verbose=False)))
     try:
-        # async_io loads pin_memory, which DeepSpeed finds by its name once it is loaded.
+        # async_io would load pin_memory itself, with symbols. DeepSpeed reuses the one loaded here.
         for builder in (PinMemoryBuilder(), AsyncIOBuilder()):
             _without_symbols(builder).load(verbose=False)
     except (RuntimeError, ImportError, CalledProcessError) as error:

@@ -115,7 +115,7 @@ def test_what_a_killed_job_left_is_cleaned_and_nothing_that_was_published_is_los
 def test_verify_reads_all_and_changes_nothing(ranks: Ranks, run: Path, tmp_path: Path) -> None:
     told, other = ranks(2, VERIFY, run=run)
     assert [line.split() for line in told.splitlines()] == [
-        ["whole", str(step(run, number))] for number in (2, 4, 6)
+        ["intact", str(step(run, number))] for number in (2, 4, 6)
     ]
     assert other == ""
     flip_a_bit(step(run, 4) / "rank_00001.safetensors")

@@ -152,7 +152,7 @@ def test_a_global_batch_that_is_not_kept_is_told_how_it_can_be(
 ) -> None:
     flags = tiny.flags(four, **(OPTIONS | options), resume="auto")
     for told in ranks(size, REFUSAL, flags=flags):
-        assert "trains 4 rows a step" in told and said in told
+        assert "saved with 4 rows a step" in told and said in told
 
 
 def test_the_same_base_at_another_path_goes_on_and_is_told(

@@ -297,6 +297,6 @@ def test_a_mistake_is_status_2_and_debug_shows_where(tiny: TinyRun, tmp_path: Pa
     command = ["python", "launcher/train.py", *ENGINE, *flags]
     quiet, loud = start(command), start([*command, "--debug"])
     assert quiet.status == loud.status == 2
-    said_once(quiet, "--rank 33 is larger than a side")
+    said_once(quiet, "--rank 33 is larger than in_features or out_features")
     assert "Traceback" not in quiet.err
     assert "Traceback" in loud.err and "check_ranks" in loud.err

@@ -281,7 +281,7 @@ def test_all_forms_are_read(tmp_path: Path) -> None:
     assert file.report() == (
         "5 edits; 4 rephrased; locality Forgetfulness 1; locality Relation_Specificity 3; "
         "portability Logical_Generalization 1; portability Reasoning 3; "
-        "portability Subject_Aliasing 1; 1 probe left out (no answer); "
+        "portability Subject_Aliasing 1; 1 question left out (no answer); "
         "fields that are not used: cond, ground_truth"
     )
     assert file.edits[1].locality["Forgetfulness"] == (

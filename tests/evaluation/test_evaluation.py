@@ -470,7 +470,7 @@ def test_the_command_line_knows_the_metrics_there_are() -> None:
         ({"eval_data": "./nowhere.jsonl"}, "--eval_data ./nowhere.jsonl does not exist"),
         ({"adapter": "a", "compare": "b,base"}, "--adapter and --compare are both given"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"task": "seq_cls"}, "task must be causal_lm here"),
+        ({"task": "seq_cls"}, "task must be causal_lm for launcher/eval.py"),
         ({"output": "."}, "output must be a file, got the folder"),
     ],
     ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",

@@ -172,7 +172,7 @@ def damaged(adapter: Path, folder: Path, **config: object) -> Path:
     [
         ({"rank": 8}, "Its rank is 4, but --rank is 8"),
         ({"alpha": 8.0}, "Its alpha is 32.0, but --alpha is 8.0"),
-        ({"target_modules": "q_proj"}, "those of --target_modules differ by 12"),
+        ({"target_modules": "q_proj"}, "and --target_modules differ in 12"),
         ({"modules_to_save": "[]"}, "lm_head"),
     ],
     ids=["rank", "alpha", "targets", "modules"],

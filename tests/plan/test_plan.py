@@ -179,7 +179,7 @@ def test_a_checkpoint_in_4_bits_is_planned_as_it_was_saved(
     known = {k: t for k, t in tensors.items() if "quant_" not in k}
     found = outcome(model=str(saved_in_4_bits), rank=4)
     assert found.speed.file_bytes == sum(t.nbytes for t in known.values())
-    assert "4 bits and scales in the file" in as_text(found)
+    assert "4 bits and scales in the base files" in as_text(found)
 
 
 # 70B

@@ -164,8 +164,8 @@ def test_pairs_are_framed_by_the_tokenizer_cut_and_counted(tmp_path: Path) -> No
     assert documents[0].segment_ids.tolist() == [0] * 4 + [1] * 4
     assert decode(documents[1].input_ids) == "<s>" + "a" * 17 + "</s>cccc</s>", "the longer is cut"
     assert documents.report() == (
-        "2 examples (1 of 0, 1 of 1), 32 tokens; 1 cut to --sequence_length 24 (raise it to 37 to "
-        "keep all); 1 left out, without text"
+        "2 examples (label 0: 1, label 1: 1), 32 tokens; 1 cut to --sequence_length 24 (raise it "
+        "to 37 to keep all); 1 left out, without text"
     )
     assert len(load(path, segments=False)[0].segment_ids) == 0
 

@@ -343,7 +343,7 @@ def test_a_sparse_model_is_made_of_weights_that_are_there_and_without_dropout(
     for path in tiny.model.glob("*token*"):
         shutil.copyfile(path, quantized / path.name)
     for options, said in (
-        ({"model": quantized}, "is stored in 4 bits. Give the model it was quantised from"),
+        ({"model": quantized}, "is stored in 4 bits. Set --model to the unquantised model"),
         ({"dropout": 0.1}, "--dropout 0.1 would bring back at random the base weights"),
     ):
         flags = tiny.flags(tmp_path / "run", method=method, max_steps=20, **options)

@@ -90,9 +90,9 @@ class CacheFolder:
     def do(self, work: Callable[[SafetensorsWriter], None]) -> None:
         """Call ``work`` with the writer on a rank that writes, and do nothing on the others.
 
-        An OSError or UserError is not raised, since the other ranks wait for this one in the next
-        collective. Its text is stored in ``problem``, the temporary folder is removed, and this
-        rank is no longer a writer.
+        If ``work`` raises an OSError or UserError, its text is stored in ``problem``, the temporary
+        folder is removed, and this rank is no longer a writer. The error is not passed on, since
+        the other ranks wait for this one in the next collective.
 
         Args:
             work: function that writes files through the ``SafetensorsWriter`` passed to it.
@@ -138,9 +138,8 @@ def remove_left_overs(directory: Path, but: Path) -> None:
 
     Args:
         directory: value of ``--base_cache``.
-        but: temporary folder of this job, which is not removed. Without this exception it might be,
-            because its name has the PID of rank 0, which may run on another host with the same
-            name.
+        but: temporary folder of this job, which is not removed. Its name has the PID of rank 0. On
+            a host that has the same name as rank 0's, this PID might look ended.
     """
     for folder in set(directory.glob(f"{PREFIX}*")) - {but}:
         # ValueError: another kind of name. FileNotFoundError: another rank removed it meanwhile.

@@ -52,8 +52,8 @@ class BaseCache:
     made_of: dict[str, Any]
     """Everything that determines the bytes of the cache: hashes of the original files ("config.json
     or shapes", "weights"), the settings of the quantisation ("quantisation", "double_quant",
-    "unquantised modules") and the version of the format ("format"). If a similar cache differs, the
-    keys that differ are shown to the user."""
+    "unquantised modules") and the version of the format ("format"). For each other cache of a model
+    of the same name, the user is shown which of these keys differ."""
     dates: dict[str, int]
     """Modification times of the original safetensors files, in ns, by file name."""
     here: bool
@@ -100,7 +100,8 @@ def find_cache(
 ) -> BaseCache:
     """Find the cache of a base, and open it if every node has it. Collective.
 
-    Rank 0 prints whether the cache is used, and why similar caches are not.
+    Rank 0 prints whether the cache is used. If not, it also prints for each other cache of a model
+    of the same name why that one is not used.
 
     Args:
         directory: value of ``--base_cache``.
@@ -259,7 +260,7 @@ def _check_writable(directory: Path) -> None:
 def _print_what_was_found(
     place: Path, made_of: dict[str, Any], dates: dict[str, int], damage: list[str], *, ready: bool
 ) -> None:
-    """Print on rank 0 whether the cache is used, and why similar caches are not.
+    """Print on rank 0 whether the cache is used, or else why no cache of this model can be used.
 
     Args:
         place: path of the cache.
@@ -289,4 +290,4 @@ def _print_what_was_found(
         if theirs and other != place and other.name.rpartition("-")[0] == name:
             differ = [k for k in made_of if theirs.get(k) != made_of[k]]
             print_line("cache", f"{other} is not used: it differs in {', '.join(differ)}")
-    print_line("cache", f"this base has no cache yet. It will be written to {place}")
+    print_line("cache", f"no cache can be used for this base. One will be written to {place}")

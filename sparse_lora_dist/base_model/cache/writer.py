@@ -5,8 +5,8 @@ rank of each node. If a cache cannot be written, a warning is printed and the ru
 it.
 
 A weight of the model may be made from several tensors of the original files, such as one for each
-expert, and each of these tensors may be a stack of matrices. In names, a trailing K stands for an
-axis of the tensors that make a weight, and a trailing E for an axis of the matrices in one of them.
+expert, and each of these tensors may be a stack of matrices. Letters at the end of names: K tensors
+that make a weight, E matrices in one of these tensors.
 """
 
 import json
@@ -70,7 +70,7 @@ def write_cache(
 ) -> None:
     """Write the cache of the base model that ``model`` holds, if a node lacks it. Collective.
 
-    Call it after the original files were loaded because ``find_cache`` found no usable cache. A
+    If ``find_cache`` found no usable cache, load the original files and then call this function. A
     failure to write is printed as a warning and not raised, so that training goes on.
 
     Args:

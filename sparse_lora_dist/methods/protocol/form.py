@@ -1,5 +1,5 @@
-"""Form of a site's delta: its tensors, how they act on the input, and the plain LoRA pair they
-equal.
+"""Form of a site's delta: its tensors, how they act on the input, and the plain LoRA pair that
+gives the same delta.
 
 A *site* is an ``nn.Linear`` of the base that carries an adapter (PEFT: target module). A *delta* is
 what an adapter adds to the output of its linear. Each field below that is a function says where it
@@ -176,7 +176,7 @@ def alpha_over_capacity(alpha: float, capacity: int, open_components: int) -> fl
 
     Args:
         alpha: Value of --alpha.
-        capacity: Value of --rank, the largest number of components that a site can have.
+        capacity: Value of --rank, also for a form that sets ``own_rank``.
         open_components: Number of components that are open now. It is ignored, so that the delta
             does not jump when a component opens or closes.
     """
@@ -215,10 +215,11 @@ class PeftForm:
 class Form:
     """How a site computes its delta, what the adapter adds to the output of the linear.
 
-    The functions ``delta``, ``to_lora`` and ``to_peft`` get a dict of tensors by short name. It has
-    the trained tensors with only those components that forward computes, the kept and drawn tensors
-    whole, and ``WEIGHT`` if ``reads_base``. Floating-point tensors have the dtype of x in ``delta``
-    and are fp32 in exports.
+    The functions ``delta``, ``to_lora`` and ``to_peft`` get a dict of tensors by short name.
+    Trained tensors in it are cut to the components that forward computes (see
+    ``Components.computed``). Kept and drawn tensors are whole. The key ``WEIGHT`` is there if
+    ``reads_base`` is True. Floating-point tensors have the dtype of x in ``delta`` and are fp32 in
+    exports.
     """
 
     tensors: Mapping[str, TensorSpec]
@@ -239,7 +240,7 @@ class Form:
     to_lora: Callable[[Tensors], tuple[Tensor, Tensor]] | None = pair_itself
     """Function (tensors) -> (a_RI, b_OR), the plain LoRA pair that gives the same delta at the same
     scale. Called by exports. Runs: local. None: there is no such pair, and exports compute the
-    matrix by applying ``delta`` to the identity."""
+    update of the weight, [O, I], by applying ``delta`` to the identity matrix."""
     to_peft: Callable[[Tensors, float], PeftForm] | None = None
     """Function (tensors, scale) -> the site stored as a PEFT adapter type other than LoRA. Called
     by exports. Runs: local. None: PEFT has no such type."""
@@ -261,7 +262,10 @@ class Form:
 
     @property
     def masks_base(self) -> bool:
-        """True if the delta may cancel base weights to zero: it reads them and has no LoRA pair."""
+        """True if the delta may prune base weights, by subtracting their values from them.
+
+        Every form that reads the base weight and has no LoRA pair counts as such.
+        """
         return self.reads_base and self.to_lora is None
 
 

@@ -225,8 +225,9 @@ class Method:
     by adapter injection, the planner and exports. Runs: global."""
     penalty: Callable[[Tensors], dict[str, Tensor]] | None = None
     """Function (tensors) -> gradients of a penalty by tensor name, each shaped like its tensor. The
-    penalty is added to the loss of an optimizer step. Called by the adapter in backward, once per
-    micro-batch. Runs: local. None: there is no penalty."""
+    penalty counts once per optimizer step: the adapter calls the function in the backward of every
+    micro-batch and divides the result by the number of micro-batches. Runs: local. None: there is
+    no penalty."""
 
     n_stats: int = 0
     """Number of running statistics per trained entry, fp32 each. They are sharded like the
@@ -249,8 +250,8 @@ class Method:
     CPU, for S sites. Called by `Shards` at each optimizer step, after the probes were reduced.
     Runs: global. None: there are no statistics of sites."""
     observes_until: int | None = None
-    """Step from which on the next decision is the last one. The memory of the statistics is freed
-    after it. None: there is no last decision."""
+    """Step that ends the decisions: the first decision at this step or later is the last one, and
+    the memory of the statistics is freed after it. None: decisions go on to the end of the run."""
 
     decides_at: Callable[[int], bool] = lambda step: False
     """Function (step) -> True if a decision is due at this step. A decision at step 0, before
@@ -258,8 +259,8 @@ class Method:
     each step. Runs: global."""
     decide: Callable[[int, Scores], Decision] = decide_nothing
     """Function (step, scores) -> decision. Called by `Shards` between backward and the optimizer
-    step. Runs: global. It may read what other ranks hold through ``scores`` only. These give equal
-    results on all ranks, so all ranks decide alike without a broadcast."""
+    step. Runs: global. The methods of ``scores`` are its only way to use what other ranks hold.
+    Their results agree on all ranks, so all ranks decide alike without a broadcast."""
 
     rewriting: Rewriting | None = None
     """Rewriting of whole tensors at some steps. None: only optimizer steps and decisions change a
@@ -267,15 +268,16 @@ class Method:
     for the values of one."""
 
     redraws: bool = True
-    """True: a resumed run may have another number of steps, which recomputes the schedule, as long
-    as the last decision has not been made. False: a resumed run must have the same number of steps
-    until the schedule has ended."""
+    """True: a resumed run may have another number of steps, and the schedule is computed anew for
+    it. False: a resumed run must keep the number of steps and the method's options until the last
+    decision has been made (see ``observes_until``)."""
     newborn_warmup: int | None = None
     """Number of steps in which the learning rate of an entry that becomes live during the run rises
     from 0. None: --warmup_steps."""
     newborn_restarts: bool = False
-    """True: an entry that becomes live during the run has a whole learning-rate schedule of its own
-    in the steps that are left. False: its learning rate is that of the run."""
+    """True: an entry that becomes live during the run has a whole learning-rate schedule of its
+    own, with warm-up and decay, in the steps that are left. False: its learning rate is that of the
+    run, multiplied by a ramp from 0 to 1 over the first ``newborn_warmup`` steps."""
     stages: tuple[int, ...] = ()
     """Last step of each stage, ascending. A stage is a part of the run with its own learning-rate
     schedule, its own checkpoint and its own JSON line in ``stages.jsonl``. Empty: the run has no

@@ -97,7 +97,8 @@ class Growth:
         total = min(self.budget + above, sum(site.rank for site in self.sites))
         return (
             f"with --increlora_preset released, growth ends at {total} components in all, above "
-            f"the budget of {self.budget}, and the reserve components stay",
+            f"the budget of {self.budget}. The reserve of each linear, the component that would "
+            "open next, is then not set to zero",
         )
 
     def misfits(self, total_steps: int) -> list[str]:

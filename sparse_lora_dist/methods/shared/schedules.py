@@ -1,4 +1,5 @@
-"""Schedules: what fraction or number is kept at a step, and how a run is split into stages.
+"""Schedules: what fraction of the entries or how many components are kept at a step, and how a run
+is split into stages.
 
 A *stage* is a part of a run with its own learning-rate schedule.
 """

@@ -53,7 +53,7 @@ def gaussian(std: float) -> Init:
 
 
 RELEASED_STD = 0.02
-"""Standard deviation of A and B at the start in the authors' code of both methods."""
+"""Standard deviation of A and B at the start, in the authors' code of AdaLoRA and IncreLoRA."""
 
 
 def triplet_tensors(
@@ -62,15 +62,16 @@ def triplet_tensors(
     """Return the specs of the three trained tensors of dW = B diag(lambda) A.
 
     Initial values: by default rows of A and columns of B have length 1 on average, the length that
-    the orthogonality penalty pulls them to. With the authors' standard deviation of 0.02 they have
-    it only if in_features is 2,500. In smaller linears the gradient of the penalty is then far
-    larger than that of the loss for hundreds of steps, both in the norm that is clipped and in
-    Adam's moments.
+    the orthogonality penalty pulls them to. With the authors' standard deviation of 0.02 a row of A
+    has length 1 only if in_features is 2,500, since 0.02 sqrt(2500) = 1, and a column of B only if
+    out_features is. In smaller linears the gradient of the penalty is then far larger than that of
+    the loss for hundreds of steps, both in the norm that is clipped and in Adam's moments.
 
-    Learning rate of lambda: by default sqrt(out_features / 3) times that of the run. Adam then
-    moves a component as far per step as it moves one of LoRA's, where out_features entries of B
-    move and the row of A has length 1 / sqrt(3). With the papers' factor of 1, lambda hardly leaves
-    zero in short runs.
+    Learning rate of lambda: by default sqrt(out_features / 3) times that of the run. Adam moves
+    each trained entry by about the learning rate per step. In plain LoRA a component moves by
+    sqrt(out_features / 3) learning rates: out_features entries of its column of B move, and its row
+    of A has length 1 / sqrt(3) at the start. Here both have length 1, so lambda itself must move
+    that far. With the papers' factor of 1, lambda hardly leaves zero in short runs.
 
     Args:
         site: The linear that is adapted.
@@ -208,11 +209,11 @@ def delta_sensitivity(
     I in_features. They are computed in parts of at most an eighth of their rows, so that neither is
     ever in memory as a whole.
 
-    G is the gradient of one micro-batch on one rank; the adapter sums the results over
-    micro-batches and averages them over ranks. Since they are absolute values, the result is at
-    least that of the gradient of the whole batch, and it depends on how the batch is split. All
-    ranks get the same number, so they decide alike. The authors' code uses only the last
-    micro-batch of its own process.
+    G is the gradient of one micro-batch on one rank; the adapter sums the importances over
+    micro-batches and averages them over ranks. An importance is a sum of absolute values, so this
+    total is at least the importance from the gradient of the whole batch, and it depends on how the
+    batch is split. All ranks get the same total, so they decide alike. In the authors' code each
+    process uses only its own last micro-batch.
 
     Args:
         x_TI: Input of the linear.

@@ -50,15 +50,20 @@ class Gathered:
 
 @dataclass
 class _Group:
-    """Parameters of one all-gather; its buffer is freed when all of them have been used."""
+    """One all-gather of one or several parameters.
+
+    Several parameters are gathered in one buffer, unless ``bounds.one_by_one``. When a module first
+    waits for one of them, all are copied out. The buffer is freed once each has been waited for.
+    """
 
     size: int
-    """Number of elements of the parameters together, and of the buffer."""
+    """Number of elements of all its parameters together."""
     waiting: set[str]
-    """Names of parameters that no module has waited for yet. The name "" stands for the buffer, if
-    it exists beside copies of the parameters."""
+    """Names of its parameters that no module has waited for yet. It also holds the name "" while
+    the buffer exists beside the copies."""
     split: bool = False
-    """True if the parameters are outside the buffer: copied out of it, or gathered without one."""
+    """True if the parameters have memory of their own: copied out of the buffer, or gathered
+    without one."""
 
 
 Visit = tuple[str, bool]

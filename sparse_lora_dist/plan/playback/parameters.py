@@ -74,8 +74,8 @@ class PlannedParameter:
     numel: int
     """Number of elements of the whole parameter, all ranks together without padding."""
     in_file: int = 0
-    """Number of weights in the base files that the parameter is read from; 0 for adapters, and for
-    block scales, whose weights are counted at the packed weight."""
+    """Number of weights in the base files that the parameter is read from. 0 for adapters, and for
+    block scales, so that a quantised weight is counted once."""
     file_bytes: int = 0
     """Bytes in the base files that the parameter is read from; 0 if it is not read from them."""
 
