@@ -42,7 +42,7 @@ from sparse_lora_dist.methods.protocol.method import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
 from sparse_lora_dist.zero3.parameters import ShardBuilder
-from sparse_lora_dist.zero3.shares import own_range
+from sparse_lora_dist.zero3.slices import own_range
 
 LLAMA_3_70B = {
     "hidden_size": 8192,

@@ -16,7 +16,7 @@ from sparse_lora_dist.base_model.nf4_shard import num_elements_for
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec
 from sparse_lora_dist.methods.protocol.method import Method
 from sparse_lora_dist.zero3.parameters import ShardBuilder
-from sparse_lora_dist.zero3.shares import Values
+from sparse_lora_dist.zero3.slices import Values
 
 
 def inject(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.zero3.shares import own_range
+from sparse_lora_dist.zero3.slices import own_range
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparse_lora_dist.adapter.peft_config import APART, CONFIG, PREFIX, WEIGHTS, other_kind
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.zero3.shares import Values
+from sparse_lora_dist.zero3.slices import Values
 
 
 def read_peft(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.zero3.parameters import ShardBuilder
-from sparse_lora_dist.zero3.shares import own_range, share_of
+from sparse_lora_dist.zero3.slices import own_range, shard_of
 
 QuantLinearParameters = tuple[nn.Parameter, nn.Parameter]
 """(packed bytes, scales) of one tensor of weights, both sharded."""
@@ -141,7 +141,7 @@ def _gather_absmax(own: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> Tenso
         layout: layout of the whole tensor.
         dtype: dtype of the sharded parameter of packed bytes.
     """
-    share = share_of(num_elements_for(layout.packed_bytes, dtype)) * dtype.itemsize
+    share = shard_of(num_elements_for(layout.packed_bytes, dtype)) * dtype.itemsize
     cuts = [min(share * r, layout.packed_bytes) for r in range(comm.world_size() + 1)]
     owned = [layout.blocks_of_bytes(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
     most = max(stop - start for start, stop in owned)

@@ -32,7 +32,7 @@ from sparse_lora_dist.base_model.weight_map import Packed, Sources
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.zero3.parameters import ShardBuilder
-from sparse_lora_dist.zero3.shares import Values, own_range
+from sparse_lora_dist.zero3.slices import Values, own_range
 
 
 @dataclass

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim.moments import MOMENTS
 
@@ -78,10 +79,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         )
     for file in manifest["files"]:
         there = checkpoint / file["name"]
-        size = there.stat().st_size if there.exists() else 0
-        if size != file["bytes"]:
+        held = f"has {there.stat().st_size} bytes" if there.exists() else "is missing"
+        if held != f"has {file['bytes']} bytes":
             raise UserError(
-                f"{there} has {size} bytes, but {MANIFEST} lists {file['bytes']}. Restore the "
+                f"{there} {held}, but {MANIFEST} lists it with {file['bytes']} bytes. Restore the "
                 "file to use this checkpoint."
             )
     return manifest
@@ -143,8 +144,8 @@ def check_tensors(
     differ = sorted(n for n in {*saved, *ours} if saved.get(n) != ours.get(n))
     if differ:
         raise UserError(
-            f"{len(differ)} trained tensors differ between this run and {checkpoint}. The first is "
-            f"{differ[0]}: its saved shape is {saved.get(differ[0])}, and now it is "
+            f"{counted(len(differ), 'trained tensor')} of this run and {checkpoint} do not agree. "
+            f"The first is {differ[0]}: its saved shape is {saved.get(differ[0])}, and now it is "
             f"{ours.get(differ[0])} (None: not trained). Resume with the saved --rank, "
             "--target_modules and --modules_to_save."
         )

@@ -17,7 +17,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.optim.moments import MOMENTS
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.zero3.shares import TensorSlice
+from sparse_lora_dist.zero3.slices import TensorSlice
 
 
 def restore(

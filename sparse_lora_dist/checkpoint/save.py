@@ -41,7 +41,7 @@ from sparse_lora_dist.runtime import watchdog
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync, write_whole
 from sparse_lora_dist.zero3.parameters import own_share
-from sparse_lora_dist.zero3.shares import own_range
+from sparse_lora_dist.zero3.slices import own_range
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from sparse_lora_dist.config.paths import resolve_default
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.run_folder.description import RUN_YAML
-from sparse_lora_dist.zero3.shares import Values
+from sparse_lora_dist.zero3.slices import Values
 
 TRAINING_OPTIONS = ("quantization", "double_quant", "precision", "chat_template", "train_on")
 """Options that change an adapter's results if their values differ from training. A difference is

@@ -357,7 +357,7 @@ def delta_scores(scores: Scores) -> list[float]:
     mean_S, spread_S = scores.site_stats
     score_S = mean_S * spread_S
     if not torch.isfinite(score_S).all():
-        raise FloatingPointError("importance scores contain NaN or infinity. Lower --learning_rate")
+        raise FloatingPointError("importance scores contain NaN or infinity")
     return [float(score) for score in score_S]
 
 

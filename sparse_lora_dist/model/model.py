@@ -46,7 +46,7 @@ from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, modules_inside
 from sparse_lora_dist.tasks.loss_head import install
 from sparse_lora_dist.zero3.parameters import ShardBuilder
-from sparse_lora_dist.zero3.shares import Values
+from sparse_lora_dist.zero3.slices import Values
 
 
 @dataclass(kw_only=True)

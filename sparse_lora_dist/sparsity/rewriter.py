@@ -25,7 +25,7 @@ from sparse_lora_dist.methods.protocol.method import Components, Decision
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.parameters import gathered
-from sparse_lora_dist.zero3.shares import as_share, share_of
+from sparse_lora_dist.zero3.slices import as_shard, shard_of
 
 
 class Rewriter:
@@ -307,7 +307,7 @@ def _gradient(adapter: AdapterLinear, statistics: InputStatistics | None) -> Ten
     if statistics is None or not isinstance(statistics.gradient_share, Tensor):
         return None
     shape = adapter.site.out_features, adapter.site.in_features
-    return _gathered_from(statistics.gradient_share, share_of(prod(shape)), shape)
+    return _gathered_from(statistics.gradient_share, shard_of(prod(shape)), shape)
 
 
 def _gathered_from(own: Tensor, share: int, shape: tuple[int, ...]) -> Tensor:
@@ -321,5 +321,5 @@ def _gathered_from(own: Tensor, share: int, shape: tuple[int, ...]) -> Tensor:
     Returns:
         The whole tensor on every rank, in the dtype of ``own``.
     """
-    padded = as_share(own, share, own.dtype, comm.device())
+    padded = as_shard(own, share, own.dtype, comm.device())
     return comm.all_gather_flat(padded, prod(shape)).view(shape)

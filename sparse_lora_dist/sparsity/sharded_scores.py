@@ -80,7 +80,7 @@ GROUP_SEGMENTS = 2**15
 of collectives. A tensor with more is handled alone."""
 
 
-class TensorSlice(Protocol):
+class SliceOfTensor(Protocol):
     """This rank's part of a tensor: elements [start, start + length) of the flattened tensor.
 
     ``shape`` is the shape of the whole tensor.
@@ -103,7 +103,7 @@ class ShardScores:
     same tensors; their order does not matter.
     """
 
-    slices: Mapping[str, TensorSlice]
+    slices: Mapping[str, SliceOfTensor]
     """Tensor name -> this rank's slice of it."""
     score: Callable[[str], Tensor]
     """Function (tensor name) -> scores of this rank's slice of the tensor, fp32, 1-D. It is called
@@ -306,7 +306,7 @@ class ShardScores:
         return dict(zip(names, totals, strict=True))
 
 
-def segments_of(tensor_slice: TensorSlice, by: By, device: torch.device | None = None) -> Tensor:
+def segments_of(tensor_slice: SliceOfTensor, by: By, device: torch.device | None = None) -> Tensor:
     """Return the segment that each element of a slice lies in: its row, its column, or 0.
 
     Args:

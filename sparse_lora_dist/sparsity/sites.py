@@ -24,7 +24,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.methods.protocol.form import KeptSpec
 from sparse_lora_dist.methods.protocol.method import Components, Method
 from sparse_lora_dist.zero3.parameters import ShardBuilder
-from sparse_lora_dist.zero3.shares import TensorSlice
+from sparse_lora_dist.zero3.slices import TensorSlice
 
 
 class Sites:

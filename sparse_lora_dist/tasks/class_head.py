@@ -17,7 +17,7 @@ from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.weight_map import Keys
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.zero3.shares import Values
+from sparse_lora_dist.zero3.slices import Values
 
 
 @dataclass(frozen=True, kw_only=True)

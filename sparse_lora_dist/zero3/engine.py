@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.zero3.parameters import ZeroParameter
-from sparse_lora_dist.zero3.shares import TensorSlice
+from sparse_lora_dist.zero3.slices import TensorSlice
 
 
 class Engine:

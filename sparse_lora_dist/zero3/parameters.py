@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.system.heap import return_gaps
 from sparse_lora_dist.zero3.disk import Disk
-from sparse_lora_dist.zero3.shares import Values, as_share, own_range, share_of
+from sparse_lora_dist.zero3.slices import Values, as_shard, own_range, shard_of
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts. That
 # takes about a minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3
@@ -50,11 +50,11 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
             values: function of (start, stop) that returns these elements, flattened.
         """
         self._convert_to_deepspeed_param(parameter)
-        share = share_of(parameter.ds_numel)
+        share = shard_of(parameter.ds_numel)
         assert share * comm.world_size() == self._aligned_size(parameter)
         assert self._partition_rank(parameter) == comm.rank()
         start, stop = own_range(parameter.ds_numel)
-        own = as_share(values(start, stop), share, parameter.dtype, self.local_device)
+        own = as_shard(values(start, stop), share, parameter.dtype, self.local_device)
         return_gaps()
         self._adopt(parameter, own, share)
 
@@ -62,7 +62,7 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         """Replace this rank's shard of a parameter, as ``ShardBuilder.refill`` describes."""
         if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # a persistent parameter
             parameter.partition([parameter])
-        own = as_share(
+        own = as_shard(
             values(*own_range(parameter.ds_numel)),
             parameter.ds_tensor.ds_numel,
             parameter.dtype,

@@ -51,7 +51,7 @@ def change_a_number(file: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "gone": ("rank_00001.safetensors", Path.unlink, "has 0 bytes"),
+    "gone": ("rank_00001.safetensors", Path.unlink, "is missing"),
     "cut": ("rank_00000.safetensors", lambda f: f.write_bytes(f.read_bytes()[:-9]), "has "),
     "a bit": ("rank_00001.safetensors", flip_a_bit, "was altered after it was saved"),
     "manifest cut": ("manifest.json", lambda f: f.write_text(f.read_text()[:-9]), "is damaged"),

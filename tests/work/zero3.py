@@ -13,7 +13,7 @@ from sparse_lora_dist.config.sections import ModelConfig, TrainConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.zero3.engine import Engine
 from sparse_lora_dist.zero3.parameters import ShardBuilder, gathered
-from sparse_lora_dist.zero3.shares import TensorSlice
+from sparse_lora_dist.zero3.slices import TensorSlice
 from tests.fixtures.toy_engine import (
     DECAY,
     LR,

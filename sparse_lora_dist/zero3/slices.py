@@ -20,7 +20,7 @@ Values = Callable[[int, int], Tensor]
 tensor. Each rank calls it with the range of its own shard."""
 
 
-def share_of(numel: int) -> int:
+def shard_of(numel: int) -> int:
     """Return the number of elements, padding included, in each shard of a tensor.
 
     Args:
@@ -37,17 +37,17 @@ def own_range(numel: int) -> tuple[int, int]:
     Args:
         numel: number of elements of the whole tensor.
     """
-    share = share_of(numel)
+    share = shard_of(numel)
     start = min(share * comm.rank(), numel)
     return start, min(start + share, numel)
 
 
-def as_share(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def as_shard(own: Tensor, share: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Pad this rank's elements with zeros to a full shard.
 
     Args:
         own: 1-D tensor of this rank's elements, those of ``own_range``.
-        share: number of elements of a shard, from ``share_of``.
+        share: number of elements of a shard, from ``shard_of``.
         dtype: dtype of the result.
         device: device of the result.
 
