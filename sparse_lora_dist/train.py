@@ -258,6 +258,7 @@ def _check_form(config: Config, model: Model, method: Method) -> None:
     if config.adapter.init_adapter is not None and set(form.tensors) != plain:
         raise UserError(
             f"--init_adapter gives the tensors A and B of LoRA, but --method {method.name} trains "
-            f"other tensors: {', '.join(form.tensors)}. Use a --method that trains A and B, such as lora or roselora.",
+            f"other tensors: {', '.join(form.tensors)}. "
+            "Use a --method that trains A and B, such as lora or roselora.",
             shared=True,
         )

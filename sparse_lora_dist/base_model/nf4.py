@@ -124,8 +124,8 @@ class Layout:
     def weights_of_bytes(self, start: int, stop: int) -> tuple[int, int]:
         """Return positions (start, stop) of the weights to quantise for a range of packed bytes.
 
-        The range of weights consists of whole blocks. In the example of the module docstring, bytes
-        [38, 75) give weights (64, 150).
+        The range is widened to whole blocks; the last block of a matrix may be short. In the
+        example of the module docstring, bytes [38, 75) give weights (64, 150).
 
         Args:
             start: first packed byte.

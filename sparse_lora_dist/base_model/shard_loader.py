@@ -271,7 +271,7 @@ class ShardLoader:
     def _quantized(
         self, name: str, layout: nf4.Layout, put: Callable[[QuantLinearParameters], None]
     ) -> _Job:
-        """Return the job that loads a weight in 4 bits, or quantises it if the files hold floats.
+        """Return a function that loads a weight in 4 bits, or quantises it from floats.
 
         Args:
             name: name of the weight in the model.

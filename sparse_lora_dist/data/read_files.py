@@ -166,8 +166,8 @@ def _read_folder(folder: Path, split: str, place: str, column_names: Columns) ->
     if (folder / "README.md").is_file():
         return _build(str(folder), split, tuple(files), place, {})
     raise UserError(
-        f"{place} is a folder with files of several kinds: {', '.join(kinds)}. Keep one kind, or "
-        "give a single file."
+        f"{place} is a folder with files of several kinds: {', '.join(kinds)}. Leave files of "
+        "one kind in it, or give a single file."
     )
 
 

@@ -21,7 +21,7 @@ from sparse_lora_dist.editing.answer_tokens import (
 from sparse_lora_dist.editing.edit_feed import EditFeed, build_feed
 from sparse_lora_dist.editing.edit_metrics import COLUMNS, Scores, table_row
 from sparse_lora_dist.editing.edit_options import RESULTS, EditRequest
-from sparse_lora_dist.editing.probe_scores import ModelAnswers, score_edits, scored_questions
+from sparse_lora_dist.editing.question_scores import ModelAnswers, score_edits, scored_questions
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import open_tokenizer

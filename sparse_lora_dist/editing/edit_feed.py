@@ -18,7 +18,7 @@ from sparse_lora_dist.data import (
 )
 from sparse_lora_dist.editing.answer_tokens import encode
 from sparse_lora_dist.editing.edits import Edit
-from sparse_lora_dist.editing.probe_scores import scored_questions
+from sparse_lora_dist.editing.question_scores import scored_questions
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.training.feed import DataFeed, check_positions, settle_padding

@@ -7,7 +7,7 @@ The file is a JSON list of objects, or one JSON object per line. An object descr
     target_new        the new answer
     rephrase_prompt   optional: another wording of the prompt
     portability       optional: {kind: [{"prompt": ..., "ground_truth": ...}, ...]}, questions
-                      (called probes) whose answer follows from the new fact
+                      whose answer follows from the new fact
     locality          optional: the same form, for questions that the edit should not affect
 
 ``FIELD_NAMES`` has further names of these fields, which KnowEdit's data sets use. A text may be
@@ -133,13 +133,12 @@ def _problem_report(path: Path, problems: Sequence[str]) -> str:
 class _EditParser:
     """Parses one edit at a time, and collects the problems of all edits.
 
-    A record is the JSON object of an edit. A probe is a question of its fields ``portability`` and
-    ``locality``.
+    A record is the JSON object of an edit.
 
     Attributes:
         location: File, line and number of the current edit, for messages. The caller sets it.
         problems: Messages about all edits parsed so far.
-        without_answer: Number of probes left out because their answer is blank or null.
+        without_answer: Number of questions left out because their answer is blank or null.
         unread: Names of fields that are not used.
     """
 
@@ -164,8 +163,8 @@ class _EditParser:
             return None
         self.unread |= record.keys() - KNOWN_FIELDS
         given = {name: self._text_of(record, name) for name in FIELD_NAMES}
-        probes = {
-            name: self._probes(record.get(name), name) for name in ("portability", "locality")
+        by_kind = {
+            name: self._by_kind(record.get(name), name) for name in ("portability", "locality")
         }
         if len(self.problems) > before:
             return None
@@ -174,7 +173,7 @@ class _EditParser:
             subject=given["subject"],
             fact=Question(prompt=given["prompt"], answer=target),
             rephrased=Question(prompt=rephrased, answer=target) if rephrased else None,
-            **probes,
+            **by_kind,
         )
 
     def _text_of(self, record: Mapping[str, Any], name: str) -> str:
@@ -191,7 +190,7 @@ class _EditParser:
             self._add_problem(f"{name} is missing or null, but must be text")
         return self._text(value, name, may_be_blank=name not in REQUIRED) or ""
 
-    def _probes(self, value: Any, name: str) -> dict[str, tuple[Question, ...]]:
+    def _by_kind(self, value: Any, name: str) -> dict[str, tuple[Question, ...]]:
         if value is None:
             return {}
         if not isinstance(value, dict):
@@ -200,18 +199,18 @@ class _EditParser:
             )
             return {}
         found = {}
-        for kind, probes in value.items():
-            if not isinstance(probes, list | None):
+        for kind, questions in value.items():
+            if not isinstance(questions, list | None):
                 self._add_problem(
-                    f"{name}.{kind} must be a list of questions, got {type(probes).__name__}"
+                    f"{name}.{kind} must be a list of questions, got {type(questions).__name__}"
                 )
                 continue
-            each = [self._probe(p, f"{name}.{kind}[{i}]") for i, p in enumerate(probes or [])]
+            each = [self._question(p, f"{name}.{kind}[{i}]") for i, p in enumerate(questions or [])]
             if questions := tuple(question for question in each if question):
                 found[kind] = questions
         return found
 
-    def _probe(self, value: Any, name: str) -> Question | None:
+    def _question(self, value: Any, name: str) -> Question | None:
         if not isinstance(value, dict):
             self._add_problem(f"{name} must be an object, got {type(value).__name__}")
             return None

@@ -12,9 +12,9 @@
 The four shares are in [0, 1] per edit. Tables show 100 times the mean of each metric, fluency
 included.
 
-The questions of portability and locality are called probes; the data set sorts an edit's probes
-into kinds. As in KnowEdit's script, scores are averaged over the probes of a kind, then over the
-kinds of an edit, then over edits. An edit without probes of a metric is left out of that mean.
+The data set sorts an edit's questions of portability and of locality into kinds. As in KnowEdit's
+script, scores are averaged over the questions of a kind, then over the kinds of an edit, then over
+edits. An edit without questions for a metric is left out of that metric's mean.
 
 Differences to EasyEdit:
 
@@ -58,10 +58,10 @@ def agreement(predicted: Sequence[int], targets: Sequence[int]) -> float:
 
 
 def mean_of_kinds(by_kind: Mapping[str, Sequence[float]]) -> float | None:
-    """Average the scores within each kind of probe, then over the kinds.
+    """Average the scores within each kind of question, then over the kinds.
 
     Args:
-        by_kind: Kind of probe -> scores of its questions.
+        by_kind: Kind of question -> scores of its questions.
 
     Returns:
         The average; None if there are no kinds.

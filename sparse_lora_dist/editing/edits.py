@@ -18,11 +18,9 @@ class Question:
     """Text of the answer, without the space before it."""
 
 
-Probes = Mapping[str, tuple[Question, ...]]
-"""Kind of probe -> its questions.
-
-A probe is a question that measures side effects of an edit. The file of edits names the kinds, e.g.
-Reasoning and Relation_Specificity.
+QuestionsByKind = Mapping[str, tuple[Question, ...]]
+"""Kind of question -> its questions, which measure side effects of an edit. The file of edits names
+the kinds, e.g. Reasoning and Relation_Specificity.
 """
 
 
@@ -36,9 +34,9 @@ class Edit:
     """The prompt and its new answer, which are trained on."""
     rephrased: Question | None = None
     """Another wording of the prompt, with the same answer."""
-    portability: Probes = field(default_factory=dict)
+    portability: QuestionsByKind = field(default_factory=dict)
     """Questions whose answer follows from the new fact."""
-    locality: Probes = field(default_factory=dict)
+    locality: QuestionsByKind = field(default_factory=dict)
     """Questions that the edit should not affect."""
 
 
@@ -49,24 +47,25 @@ class Edits:
     edits: tuple[Edit, ...]
     """The edits, in the order of the file."""
     without_answer: int = 0
-    """Number of probes left out because their answer is blank or null."""
+    """Number of questions left out because their answer is blank or null."""
     unread: tuple[str, ...] = ()
     """Names of fields in the file that are not used."""
 
     def report(self) -> str:
-        """Return one line with the numbers of edits and of probes of each kind.
+        """Return one line with the number of edits and, for each kind of portability or locality,
+        the number of its questions.
 
-        It also gives the number of probes left out and the names of unused fields, if there are
+        It also gives the number of questions left out and the names of unused fields, if there are
         any.
         """
-        probes: Counter[str] = Counter()
+        asked: Counter[str] = Counter()
         for edit in self.edits:
             for name in ("portability", "locality"):
                 for kind, questions in getattr(edit, name).items():
-                    probes[f"{name} {kind}"] += len(questions)
+                    asked[f"{name} {kind}"] += len(questions)
         rephrased = sum(edit.rephrased is not None for edit in self.edits)
         parts = [counted(len(self.edits), "edit"), f"{rephrased:,} rephrased"]
-        parts += [f"{name} {count:,}" for name, count in sorted(probes.items())]
+        parts += [f"{name} {count:,}" for name, count in sorted(asked.items())]
         if self.without_answer:
             parts.append(f"{counted(self.without_answer, 'question')} left out (no answer)")
         if self.unread:

@@ -87,7 +87,7 @@ class EvalConfig:
 
     @property
     def names(self) -> tuple[str | None, ...]:
-        """Adapters to evaluate, as the user named them; None means the base model alone."""
+        """Adapters to evaluate, as the user named them; an entry None is the base model alone."""
         named = self.compare or (self.adapter,)
         return tuple(None if name == BASE else name for name in named)
 

@@ -182,7 +182,7 @@ def choice_generated(
 def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> GeneratedQuestion:
     """Encode an example of metric ``exact`` as a prompt.
 
-    A generated text is right if it equals the answer, ignoring case and white space between words.
+    A generated text is right if it equals the answer, ignoring case and amounts of white space.
 
     Args:
         encoder: Turns chats into token ids.

@@ -22,7 +22,7 @@ def normalized(text: str) -> str:
 
 
 def is_exact(text: str, answer: str) -> bool:
-    """Return True if two texts are equal, ignoring case and white space between words.
+    """Return True if two texts are equal, ignoring case and amounts of white space.
 
     Args:
         text: The generated text.

@@ -199,11 +199,15 @@ def side_by_side(tensors: Tensors) -> tuple[Tensor, Tensor]:
 
 
 def fold(whole: Whole) -> Rewritten:
-    """Return the site's tensors after the trained pair was moved into the frozen stack.
+    """Append the trained pair (A, B) of a site to its frozen stack, and return all new tensors.
 
-    Called at the end of each link but the last. The new trained pair is random in A and zero in B.
-    If the stack would exceed its rank, the nearest product of that rank replaces it; the relative
-    error is logged as ``fold_error``.
+    The stack (C, D) holds the pairs of all earlier links, joined along the rank. Called at the end
+    of each link but the last. The new A is random and the new B zero. If the stack would exceed its
+    rank, its product D C is replaced by the nearest matrix of that rank; the relative error is
+    logged as ``fold_error``.
+
+    Args:
+        whole: The site's tensors, unsharded.
     """
     a_RI, b_OR = whole.tensors["lora_a"], whole.tensors["lora_b"]
     c_QI, d_OQ = whole.tensors["cola_a"], whole.tensors["cola_b"]

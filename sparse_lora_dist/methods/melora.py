@@ -128,9 +128,9 @@ def check_sides(sites: tuple[Site, ...], blocks: int) -> None:
     whole = [n for n in range(1, common + 1) if common % n == 0]
     nearest = min(whole, key=lambda n: (abs(n - blocks), n))
     raise ValueError(
-        f"--melora_blocks {blocks} does not divide both sides of {odd.name}, which is "
-        f"{odd.out_features} x {odd.in_features}. The nearest number that divides every linear is "
-        f"{nearest}"
+        f"--melora_blocks {blocks} does not divide both dimensions of {odd.name}, which is "
+        f"{odd.out_features} x {odd.in_features}. The nearest number that divides those "
+        f"of every linear is {nearest}. Give it"
     )
 
 

@@ -129,7 +129,7 @@ class RoseLoraOptions:
         if dense and (self.roselora_every or 1) > 1:
             problems.append(
                 f"--roselora_every must be 1 with dense moments, got {self.roselora_every}: AdamW "
-                "keeps moments for pruned entries too, so they would leave zero until the next "
+                "keeps moments for pruned entries too, so they would become nonzero until the next "
                 "decision. Set --roselora_every 1, or --roselora_dense_moments false"
             )
         if problems:

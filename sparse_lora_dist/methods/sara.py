@@ -145,8 +145,8 @@ def check_count(site: Site, options: SaraOptions) -> None:
         most = (weight - 1) // (site.out_features + site.in_features)
         raise ValueError(
             f"{site.name} is {site.out_features} x {site.in_features}. --rank {site.rank} makes "
-            f"{count:,} entries train, but the weight has {weight:,} and not all may train. Take "
-            f"--rank {most} or less, or set --sara_density"
+            f"{count:,} entries train, but at most {weight - 1:,} may. Take --rank {most} or less, "
+            "or set --sara_density"
         )
 
 

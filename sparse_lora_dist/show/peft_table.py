@@ -59,7 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(
-            f"{path} is not valid JSON: {error}. Export or save the adapter again."
+            f"{path} is not valid JSON: {error}. Export, save or download the adapter again."
         ) from error
     if not isinstance(config, dict):
         raise UserError(
@@ -122,7 +122,7 @@ def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:
         if set(pair) != {"A", "B"}:
             raise UserError(
                 f"{folder} is damaged: {name} has lora_{min(pair)} only, but needs lora_A and "
-                "lora_B. Export or save the adapter again."
+                "lora_B. Export, save or download the adapter again."
             )
         yield _of_pair(files, name, pair, config)
     for key in full:

@@ -119,7 +119,8 @@ class Sites:
         self.fill_kept(getattr(adapter, key), raw[first:last])
 
     def own_kept_bytes(self, spec: KeptSpec) -> tuple[int, int]:
-        """Return (first, last) if this rank stores bytes [first, last) of a kept tensor.
+        """Return (start, stop), the range of a kept tensor's bytes that this rank holds, which may
+        be empty.
 
         Args:
             spec: shape and dtype of the kept tensor.

@@ -309,7 +309,7 @@ class Job:
 
     def finish(self) -> None:
         """Finish the last checkpoint, export the adapter, and print the summary. Called after the
-        last step of the job, unless it was stopped or failed."""
+        last step of the job; not called if the job was stopped or failed."""
         watchdog.set_phase("exporting", may_be_long=True)  # a tracker may upload for long
         self._bar.close()
         if self.progress.step > self._saved_step:  # the caller of training() left before the end

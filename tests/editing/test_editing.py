@@ -19,7 +19,7 @@ from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edit_metrics import COLUMNS, fluency, table_row
 from sparse_lora_dist.editing.edit_options import load_request
 from sparse_lora_dist.editing.edits import Edit, Question, numbered
-from sparse_lora_dist.editing.probe_scores import ModelAnswers, score_edits, scored_questions
+from sparse_lora_dist.editing.question_scores import ModelAnswers, score_edits, scored_questions
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.export_command import export
 from sparse_lora_dist.export.export_options import load_request as export_request

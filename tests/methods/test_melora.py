@@ -45,7 +45,7 @@ def test_sides_that_do_not_divide_are_refused_with_the_nearest_that_does() -> No
     wide, other = replace(SITE, out_features=48), replace(SITE, name="up", out_features=60)
     with pytest.raises(ValueError, match="melora_blocks 8 does not .* up, which is 60 x 24"):
         melora(MeLoraOptions(melora_blocks=8), context(wide, other))
-    with pytest.raises(ValueError, match="nearest number that divides every linear is 4"):
+    with pytest.raises(ValueError, match="nearest number that divides those of every linear is 4"):
         melora(MeLoraOptions(melora_blocks=5), context(SITE, wide))
 
 

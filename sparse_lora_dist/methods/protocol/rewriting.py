@@ -69,7 +69,7 @@ class Rewritten:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewriting:
-    """When and how a method rewrites whole tensors of its sites. Called by `Rewriter`."""
+    """When and how a method rewrites whole tensors of its sites. `Rewriter` calls its functions."""
 
     at: Callable[[int], bool]
     """Function (step) -> True if sites are rewritten after this step; step 0 is before training.

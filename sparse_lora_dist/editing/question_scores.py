@@ -1,6 +1,6 @@
 """Lists the questions of all edits, and scores each edit from the model's predictions.
 
-``edit_metrics.py`` defines the metrics. A probe is a question of portability or locality.
+``edit_metrics.py`` defines the metrics.
 """
 
 from collections import defaultdict
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sparse_lora_dist.editing.edit_metrics import Scores, agreement, fluency, mean_of_kinds
-from sparse_lora_dist.editing.edits import Edit, Probes, Question
+from sparse_lora_dist.editing.edits import Edit, Question, QuestionsByKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class ScoredQuestion:
     column: str
     """Name of the metric, one of ``edit_metrics.COLUMNS``."""
     kind: str
-    """Kind of probe; "" for edit success and rephrase."""
+    """Kind of question; "" for edit success and rephrase."""
     question: Question
     """Prompt and right answer."""
 
@@ -46,7 +46,7 @@ def scored_questions(edits: Sequence[Edit]) -> list[ScoredQuestion]:
     """
     found = []
     for number, edit in enumerate(edits):
-        by_column: dict[str, Probes] = {
+        by_column: dict[str, QuestionsByKind] = {
             "edit success": {"": (edit.fact,)},
             "rephrase": {"": (edit.rephrased,) if edit.rephrased else ()},
             "portability": edit.portability,
