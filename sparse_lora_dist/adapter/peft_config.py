@@ -1,4 +1,5 @@
-"""Read the type and scales of a PEFT adapter from its adapter_config.json, and name its files."""
+"""Read the type and the scaling factors (alpha / r) of a PEFT adapter from its adapter_config.json,
+and give the names of an adapter's files."""
 
 from collections.abc import Mapping
 from dataclasses import fields

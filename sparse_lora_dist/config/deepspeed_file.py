@@ -142,16 +142,16 @@ def check_block(
 
 
 def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
-    """Return a message if a value has the wrong type, or if only another value works here.
+    """Check that a value of the DeepSpeed file has the right type and is one that works here.
 
     Args:
         name: Dotted path of the key, e.g. "zero_optimization.stage".
         value: Its value in the file.
-        kind: What the value may be, an entry of ``KEYS``.
+        kind: What the value may be, as ``KEYS`` has it for this key: a type, or allowed values.
         place: Name of the file, with which messages begin.
 
     Returns:
-        A list with the message, or an empty list.
+        A list with one message, or an empty list if the value is right.
     """
     if name in OWNED and value == "auto":
         return []

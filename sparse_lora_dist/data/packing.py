@@ -61,7 +61,7 @@ class Rows:
         return len(self._bounds) - 1
 
     def __getitem__(self, index: int) -> Row:
-        """Return the row with this index in the list (not this number in the stream)."""
+        """Return the row with this index in the data set, whose order is not that of the stream."""
         numbers = self.document_numbers(index)
         documents = [self.documents[n] for n in numbers]
         return Row(

@@ -221,7 +221,7 @@ def _check_below(name: str, number: int, limit_name: str, limit: int) -> None:
     if number >= limit:
         raise UserError(
             f"{name}={number} contradicts {limit_name}={limit}, since ranks are counted from 0 and "
-            f"must be less than their number. {ADVICE}"
+            f"must be below the number of ranks. {ADVICE}"
         )
 
 

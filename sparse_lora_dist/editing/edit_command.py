@@ -69,7 +69,7 @@ def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
 
 
 def _conclude(request: EditRequest, job: Job) -> None:
-    """Measure the model before and after the edits, write edits.json, print scores. Collective.
+    """Measure the model without and with the edits, write edits.json, print scores. Collective.
 
     Called after the last optimizer step, before the adapter is exported.
 

@@ -61,7 +61,8 @@ class ExportConfig:
             problems.append(f"--plus must be folders separated by commas, got {self.plus!r}")
         if self.own_type and (self.format != "peft" or self.uniform_rank):
             problems.append(
-                "--own_type needs --format peft without --uniform_rank. Leave --own_type out"
+                "--own_type needs --format peft without --uniform_rank. Leave --own_type out, or "
+                "give those"
             )
         if self.format != "merged":
             problems += [

@@ -5,15 +5,15 @@
 N is R (I + O), as many as LoRA of rank R has, or `sara_density` of the weight's entries. There is
 no scale: `--alpha` has no meaning here.
 
-The method decides before the first step, and again after `sara_reselect` of the run: from then on
-the N entries of smallest |W + D| train. Entries that are selected again keep their value in D. The
-value of an entry that is no longer selected stays in D, frozen, so D does not jump and has up to 2
-N entries. Adam's moments are reset. Of equal |W + D|, those first in the order of `spread_order`
-are selected, not those of lowest index: a tenth of an NF4 base is exactly 0, and the first N of
-those by index would lie in a few rows.
+The method decides before the first step, and again after the fraction `sara_reselect` of the run:
+from then on the N entries of smallest |W + D| train. Entries that are selected again keep their
+value in D. The value of an entry that is no longer selected stays in D, frozen, so D does not jump
+and has up to 2 N entries. Adam's moments are reset. Of equal |W + D|, those first in the order of
+`spread_order` are selected, not those of lowest index: a tenth of an NF4 base is exactly 0, and the
+first N of those by index would lie in a few rows.
 
 `sara_nuclear` is the weight of a smoothed nuclear norm of S = U Sigma V^T, the trained part of D.
-With delta the K-th singular value of S, the gradient is U min(Sigma / delta, 1) V^T at the N
+With s the K-th singular value of S, the gradient is U min(Sigma / s, 1) V^T at the N
 trained entries. It needs only the K leading singular pairs, which are computed by `POWER_STEPS`
 subspace iterations from fixed vectors. If singular values are close, the iterations give a nearby
 subspace, but a step against the resulting gradient still does not raise the norm. The smaller
@@ -31,7 +31,7 @@ This implementation differs from the released code (github.com/sjtuplayer/SaRA, 
   the second selection, which flips negative weights until the next update.
 - Low rank: the nuclear norm of the released code is that of W + D at the selected entries, by an
   SVD of one matrix drawn at random a step, and its gradient lands on a tensor that no optimizer
-  steps.
+  steps, so it has no effect.
 - Second selection: the packed optimizer of the released code skips the update of that step, and its
   dense one keeps the moments. Here moments are reset and no update is lost.
 - Learning rate and decay: the released code takes 1e-3 exp(-350 t) unless given, and decays W + D.
@@ -113,9 +113,10 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
     switch = round((options.sara_reselect or 0.0) * context.total_steps)
     if options.sara_reselect and not 0 < switch < context.total_steps:
         raise ValueError(
-            f"--sara_reselect is {options.sara_reselect}, which is after {switch} of the run's "
-            f"{context.total_steps} steps, but at least one step must come before it and one "
-            "after. Take 0.5 in a run of at least 2 steps, or 0 to select once only"
+            f"--sara_reselect is {options.sara_reselect}, a fraction of the run's "
+            f"{context.total_steps} steps, which is step {switch}, but at least one step must come "
+            "before it and one after. Take 0.5 in a run of at least 2 steps, or 0 to select "
+            "once only"
         )
 
     def penalty(tensors: Tensors) -> dict[str, Tensor]:

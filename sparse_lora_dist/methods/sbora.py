@@ -37,7 +37,7 @@ from sparse_lora_dist.methods.shared.hashed_random import distinct
 
 @dataclass(frozen=True, kw_only=True)
 class SBoraOptions:
-    """SBoRA: columns or rows of the weight train"""
+    """SBoRA: trains some columns or rows of each weight"""
 
     sbora_side: Literal["fa", "fb"] = "fa"
     """Factor that is fixed: fa (A; --rank columns of each weight change) or fb (B; --rank rows

@@ -145,7 +145,7 @@ class SoraOptions:
         if self.sora_threshold == "scaled" and first > 0.0:
             problems.append(
                 f"--sora_threshold scaled needs 0 as the first of --sora_lambdas, got {first}: "
-                f"otherwise every gate closes at step 1. Give --sora_lambdas 0,{first}"
+                "otherwise every gate closes at step 1. Put 0 in front of them"
             )
         if problems:
             raise ValueError("; ".join(problems))

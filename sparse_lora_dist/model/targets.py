@@ -107,7 +107,9 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
     ]
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
-        problems.append(f"{branches[0]} contains modules. Name those in it that hold parameters.")
+        problems.append(
+            f"{branches[0]} is a container of modules. Name those in it that hold parameters."
+        )
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = model.config.tie_word_embeddings and ends[1] is not None
     if is_tied and any(m in ends for m in found.values()):

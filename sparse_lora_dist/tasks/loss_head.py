@@ -67,7 +67,8 @@ class LossHead(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def forward(self, x_MTI: Tensor) -> Tensor:
-        """Return the logits; inside ``expecting``, store the loss and return empty logits.
+        """Return the logits. Inside the context ``expecting(targets)``, keep the loss on these
+        targets and return empty logits.
 
         Collective.
 
@@ -75,7 +76,7 @@ class LossHead(nn.Module):
             x_MTI: hidden states.
 
         Returns:
-            Logits [M, T, V], or [M, T, 0] inside ``expecting``.
+            Logits [M rows, T tokens, V vocabulary], or [M, T, 0] inside ``expecting``.
         """
         if self.targets is None:
             return cast(Tensor, self._linear[0](x_MTI))

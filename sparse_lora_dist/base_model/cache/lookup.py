@@ -190,7 +190,10 @@ def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
         UserError: the cache is damaged, or was made from something else.
     """
     if read_about(place).get("made_of") != made_of:
-        raise UserError(f"{place / ABOUT} is missing, is damaged, or describes another base.")
+        raise UserError(
+            f"{place} is no cache of this base: {ABOUT} in it is missing, damaged, or describes "
+            "another base. Delete the folder, or give another --base_cache."
+        )
     return CheckpointFiles(place)
 
 
