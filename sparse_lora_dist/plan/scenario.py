@@ -205,8 +205,8 @@ class Shapes:
 
     @cached_property
     def forecast(self) -> Forecast:
-        """Which entries of the adapter are live (stepped by the optimizer, with moments) at the start
-        of the run and after each decision, from a simulation of the method's decisions."""
+        """Which adapter entries are live (stepped by the optimizer, with moments) at the start and
+        after each decision, from a simulation of the method's decisions."""
         factory = METHODS[self.config.adapter.method]
         return forecast(factory, self.config.method_options, self.run_context)
 
