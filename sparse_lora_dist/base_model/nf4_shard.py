@@ -95,15 +95,18 @@ def quantized_part(w_N: Tensor, layout: nf4.Layout, dtype: torch.dtype) -> tuple
 
 
 def bytes_parameter(own: Tensor, num_bytes: int, builder: ShardBuilder) -> nn.Parameter:
-    """Create a sharded parameter that holds raw bytes. All ranks must call it, in the same order.
+    """Create a sharded parameter that holds raw bytes, viewed as elements of the builder's dtype.
+
+    All ranks must call it, in the same order.
 
     Args:
         own: uint8, 1-D, bytes of this rank's shard, those in the range that ``own_bytes`` returns.
         num_bytes: number of bytes that the whole parameter holds.
-        builder: object that creates the parameter, in its own dtype.
+        builder: creates the parameter; its dtype, such as bf16, is the parameter's.
 
     Returns:
-        Frozen sharded 1-D parameter, whose last element may be padded with zero bytes.
+        Frozen sharded 1-D parameter. If ``num_bytes`` is no multiple of the element size, its last
+        element is filled up with zero bytes.
     """
     elements = as_parameter_dtype(own, builder.dtype)
     return builder.parameter(

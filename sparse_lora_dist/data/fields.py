@@ -121,12 +121,12 @@ def chat_of(value: Any) -> list[Message]:
     """
     if not isinstance(value, list) or not value:
         raise ExampleError(
-            f"{MESSAGES!r} must be a list of at least one {{role, content}}, got {str(value)[:40]}"
+            f"{MESSAGES!r} must be a list of objects with role and content, got {str(value)[:40]}"
         )
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
             raise ExampleError(
-                f"Message {number} must be {{role, content}}, got {str(message)[:40]}"
+                f"Message {number} must be an object with role and content, got {str(message)[:40]}"
             )
         for key in ("role", "content"):
             text_of(message.get(key), f"{key!r} of message {number}")

@@ -67,9 +67,9 @@ def sbora(options: SBoraOptions, context: RunContext) -> Method:
 
 
 def from_columns(site: Site) -> Form:
-    """Return the form of side fa at ``site``, with the delta y_TO = scale * x[:, chosen] B^T.
+    """Return the form of ``site`` for `--sbora_side fa`: y_TO = scale * x_TI[:, chosen] B^T.
 
-    Only B is trained; ``chosen`` are the indices of site.rank input features.
+    ``chosen`` are the indices of site.rank input features, drawn from the seed. Only B trains.
     """
 
     def drawn(seed: int, device: torch.device) -> dict[str, Tensor]:

@@ -108,14 +108,14 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
         problems.append(
-            f"{branches[0]} is a container of modules. Name those in it that hold parameters."
+            f"{branches[0]} only contains other modules. Name those in it that hold parameters."
         )
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = model.config.tie_word_embeddings and ends[1] is not None
     if is_tied and any(m in ends for m in found.values()):
         problems.append(
             "The input and output embeddings of this model are tied, so they must stay frozen. "
-            "Remove them from the list of modules."
+            "Remove them from --modules_to_save."
         )
     if problems:
         holders = [n for n, m in modules.items() if next(m.parameters(False), None) is not None]

@@ -47,12 +47,12 @@ def _record(path: Path, number: int, line: str, is_record: Callable[[Record], bo
     except ValueError as error:
         raise UserError(
             f"{path}, line {number} is not valid JSON: {error}. The line begins with "
-            f"{line[:60]!r}. Repair or delete it."
+            f"{line[:60]!r}. Repair or delete that line."
         ) from error
     if not (isinstance(record, dict) and is_record(record)):
         raise UserError(
             f"{path}, line {number} does not have the fields and types of a record of this file. "
-            f"The line begins with {line[:60]!r}. Repair or delete it."
+            f"The line begins with {line[:60]!r}. Repair or delete that line."
         )
     return record
 

@@ -122,9 +122,9 @@ def check() -> None:
     if now is None or now.token != ours.token:
         taker = f"now held by another job ({now})" if now else "gone"
         raise UserError(
-            f"The lock {path} of this job is {taker}. Another job may take it over when it was not "
-            f"renewed for {MISSED * HEARTBEAT_S:.0f} s, or when Slurm requeues the job. This job "
-            "ends and writes nothing more. Start one job at a time in a run folder."
+            f"This job has lost its lock: {path} is {taker}. Another job may take over a lock that "
+            f"was not renewed for {MISSED * HEARTBEAT_S:.0f} s, or when Slurm requeues the job. "
+            "This job ends and writes nothing more. Start one job at a time in a run folder."
         )
 
 

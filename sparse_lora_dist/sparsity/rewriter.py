@@ -235,7 +235,8 @@ class Rewriter:
         )
 
     def _put(self, adapter: AdapterLinear, done: Rewritten) -> bool:
-        """Store this rank's shards of a site's new tensors. Collective.
+        """Write this rank's shards of a site's new tensors: of a trained tensor into its fp32
+        master, of a kept tensor into the parameter itself. Collective.
 
         Args:
             adapter: adapter of the site.
@@ -243,7 +244,8 @@ class Rewriter:
                 rank.
 
         Returns:
-            True if a trained tensor was among them, so that the engine must copy the masters.
+            True if a trained tensor was among them. The caller must then let the engine copy the
+            fp32 masters into the parameters.
         """
         for key, t in done.tensors.items():
             if key in adapter.specs:
