@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.editing.edit_options import EditRequest, load_request
 from sparse_lora_dist.runtime.entry_point import run_program
+from sparse_lora_dist.system.imports import large_imports
 
 
 def main(request: EditRequest) -> None:
@@ -20,8 +21,9 @@ def main(request: EditRequest) -> None:
         print(request.file.report())
         return
     # Imported here, so that --help and option errors need not wait for transformers and DeepSpeed.
-    from sparse_lora_dist.editing.edit_command import purpose_of
-    from sparse_lora_dist.train import run
+    with large_imports():
+        from sparse_lora_dist.editing.edit_command import purpose_of
+        from sparse_lora_dist.train import run
 
     run(request.config, purpose_of(request))
 

@@ -12,12 +12,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.evaluation.eval_options import EvalRequest, load_request
 from sparse_lora_dist.runtime.entry_point import run_program
+from sparse_lora_dist.system.imports import large_imports
 
 
 def main(request: EvalRequest) -> None:
     """Evaluate what the request asks for."""
     # Imported here, so that --help and option errors need not wait for transformers and DeepSpeed.
-    from sparse_lora_dist.evaluation.eval_command import evaluate
+    with large_imports():
+        from sparse_lora_dist.evaluation.eval_command import evaluate
 
     evaluate(request)
 

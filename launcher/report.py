@@ -11,11 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.report.report_options import ReportRequest, load_request
 from sparse_lora_dist.runtime.entry_point import run_program
+from sparse_lora_dist.system.imports import large_imports
 
 
 def main(request: ReportRequest) -> None:
     # Imported here so that --help and wrong options need not wait for torch and matplotlib.
-    from sparse_lora_dist.report.report_command import report
+    with large_imports():
+        from sparse_lora_dist.report.report_command import report
 
     report(request)
 

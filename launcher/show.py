@@ -11,11 +11,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.runtime.entry_point import run_program
 from sparse_lora_dist.show.show_options import ShowRequest, load_request
+from sparse_lora_dist.system.imports import large_imports
 
 
 def main(request: ShowRequest) -> None:
     # Imported here so that --help and wrong options need not wait for torch.
-    from sparse_lora_dist.show.show_command import show
+    with large_imports():
+        from sparse_lora_dist.show.show_command import show
 
     show(request)
 

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.runtime.entry_point import run_program
+from sparse_lora_dist.system.imports import large_imports
 
 
 def main(config: Config) -> None:
@@ -22,7 +23,8 @@ def main(config: Config) -> None:
 
         verify(Path(config.run.verify))
         return
-    from sparse_lora_dist.train import run
+    with large_imports():
+        from sparse_lora_dist.train import run
 
     run(config)
 

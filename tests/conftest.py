@@ -31,7 +31,7 @@ Ranks = Callable[..., list[Any]]
 
 PROCESSES = {"ranks", "processes", "async_io"}
 MODELS = {"tiny", "model_on_disk"}
-LONGEST = ("slurm", "training/test_laws", "zero3/test_nvme", "training/test_method_runs")
+LONGEST = ("slurm", "training/test_laws", "distributed/test_launchers", "training/test_method_runs")
 """Files that take longest. They come first, so that at the end no worker waits for the other."""
 
 
@@ -109,7 +109,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> "TinyRun":
 
 
 @pytest.fixture(scope="session")
-def async_io() -> None:
+def async_io(full: None) -> None:
     """DeepSpeed's op for NVMe, built: minutes, once a machine. Skips, and says so, where it cannot
     be built."""
     from sparse_lora_dist.zero3 import nvme as zero3_nvme

@@ -23,7 +23,7 @@ TIMEOUT_S = 240
 AFTER_FAILURE_S = 10
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once in the fork server; every worker starts as a fork of it.
-CONTEXT.set_forkserver_preload(["sparse_lora_dist.train", "peft"])
+CONTEXT.set_forkserver_preload(["tests.work.preloaded"])
 
 
 class RankError(AssertionError):

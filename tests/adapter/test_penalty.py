@@ -4,12 +4,12 @@ autograd of the penalty gives on whole tensors in one process."""
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import grid
 
 RANK, WEIGHT = 4, 0.5
 LAYOUTS = {
@@ -35,11 +35,11 @@ def released(a_RI: Tensor, num_matrices: int) -> Tensor:
     return (a_RI @ a_RI.t() - torch.eye(len(a_RI))).norm() / num_matrices
 
 
-@pytest.mark.parametrize(("preset", "penalty"), [("paper", squared), ("released", released)])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@grid("layout preset", list(LAYOUTS), ["paper", "released"])
 def test_the_penalty_adds_its_autograd_gradient_once_a_step(
-    ranks: Ranks, tiny: TinyRun, tmp_path: Path, layout: str, preset: str, penalty: Any
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, layout: str, preset: str
 ) -> None:
+    penalty = {"paper": squared, "released": released}[preset]
     world, options = LAYOUTS[layout]
     gradients = []
     for weight in (WEIGHT, 0.0):

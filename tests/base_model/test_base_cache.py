@@ -23,6 +23,7 @@ from sparse_lora_dist.errors import ConfigError
 from tests.conftest import Ranks
 from tests.fixtures.tiny_models import save_family, save_llama
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import grid, in_full
 from tests.training.test_runs import exact, rows_of
 from tests.work.cache import fuse_experts
 
@@ -59,8 +60,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("kind", MODELS)
+@grid("kind double_quant", list(MODELS), [True, False])
 def test_written_on_2_ranks_and_loaded_on_1_to_4(
     ranks: Ranks, tmp_path: Path, kind: str, double_quant: bool
 ) -> None:
@@ -152,9 +152,9 @@ def another_config(folder: Path) -> None:
     ("change", "options", "said"),
     [
         (another_revision, {}, "it differs in weights"),
-        (another_config, {}, "it differs in config.json or shapes"),
+        in_full(another_config, {}, "it differs in config.json or shapes"),
         (None, {"double_quant": False}, "it differs in double_quant"),
-        (None, {"modules_to_save": ("up_proj",)}, "it differs in unquantised modules"),
+        in_full(None, {"modules_to_save": ("up_proj",)}, "it differs in unquantised modules"),
     ],
     ids=["revision", "config", "double_quant", "full"],
 )
@@ -238,9 +238,7 @@ DAMAGES = [
     cut_short,
     without_index,
     without_description,
-    with_a_list_for_description,
-    with_a_broken_state,
-    with_a_state_without_shape,
+    *map(in_full, (with_a_list_for_description, with_a_broken_state, with_a_state_without_shape)),
     with_another_code,
 ]
 

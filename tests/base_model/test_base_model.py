@@ -11,6 +11,7 @@ from sparse_lora_dist.base_model.nf4 import BLOCK
 from sparse_lora_dist.base_model.safetensors_reader import read_header
 from tests.conftest import Ranks
 from tests.fixtures.tiny_models import FAMILIES, save_family, save_llama, save_qwen
+from tests.tiers import in_full
 
 SHAPES = [(7, 9), (33, 71), (1, 1), (64, 64), (100, 130), (5, 257), (300, 200)]
 
@@ -32,7 +33,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [in_full(1), 2, 3, in_full(4)])
 def test_shares_together_are_what_bitsandbytes_makes_of_the_whole(ranks: Ranks, size: int) -> None:
     everyone = ranks(
         size,

@@ -79,6 +79,7 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
+@pytest.mark.usefixtures("full")
 def test_a_full_disk_and_one_that_is_read_only_lose_nothing(
     tiny: TinyRun, undisturbed: Path, small_disk: Path
 ) -> None:

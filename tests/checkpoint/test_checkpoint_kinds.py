@@ -14,6 +14,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_models import save_family
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import grid
 from tests.work.kinds import quantize_folder
 
 TRAIN = "tests.work.run:train"
@@ -55,8 +56,7 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-@pytest.mark.parametrize("kind", KINDS)
+@grid("kind size", list(KINDS), [2, 1, 3, 4])
 def test_what_came_quantised_is_taken_as_it_is(
     ranks: Ranks, quantized: dict[str, Path], kind: str, size: int
 ) -> None:

@@ -13,6 +13,7 @@ from sparse_lora_dist.checkpoint.manifest import FORMAT, sealed
 from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import in_full
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -61,7 +62,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", [in_full(d) if "manifest" in d else d for d in DAMAGES])
 def test_a_damaged_checkpoint_is_skipped_and_named(
     ranks: Ranks, tiny: TinyRun, whole: Path, run: Path, damage: str
 ) -> None:

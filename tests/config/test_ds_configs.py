@@ -13,6 +13,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
+from tests.tiers import in_full
 from tests.work.offload import Watched
 
 SHIPPED = Path(__file__).parents[2] / "ds_configs"
@@ -35,7 +36,7 @@ def numbers(folder: Path) -> list[float]:
     return [row[key] for row in rows for key in ("loss", "held_out_loss") if key in row]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [in_full("fp32"), "bf16"])
 def test_offload_to_host_memory_changes_no_loss_and_no_byte(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, precision: str
 ) -> None:
@@ -62,7 +63,9 @@ def test_clipping_under_offload_differs_by_rounding(
         assert [r[key] for r in offloaded] == pytest.approx([r[key] for r in usual], rel=1e-6)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if LAWS[m].decides])
+@pytest.mark.parametrize(
+    "method", [m if m == "adalora" else in_full(m) for m in METHODS if LAWS[m].decides]
+)
 def test_methods_decide_alike_in_host_memory(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, method: str
 ) -> None:
@@ -108,7 +111,11 @@ NODES = {
 }
 
 
-@pytest.mark.parametrize(("size", "zero", "options"), NODES.values(), ids=NODES)
+@pytest.mark.parametrize(
+    ("size", "zero", "options"),
+    [in_full(*row) if "nodes," in name else row for name, row in NODES.items()],
+    ids=NODES,
+)
 def test_a_copy_per_node_changes_no_loss_and_no_byte(
     ranks: Ranks,
     tiny: TinyRun,

@@ -21,6 +21,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.two_nodes import ADDRESSES, PATH, two_nodes, why_not
+from tests.tiers import in_full
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -106,7 +107,7 @@ def check_run(ended: Ended, folder: Path, reference: Path, world: int) -> None:
     assert not re.search("warning|deprecat|Failed to|Traceback", ended.err), ended.err
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, in_full(4)])
 def test_deepspeed(tiny: TinyRun, tmp_path: Path, reference: Path, world: int) -> None:
     ended = start([*deepspeed(world), *ENGINE, *one_step(tiny, tmp_path, world)])
     check_run(ended, tmp_path, reference, world)
@@ -126,6 +127,7 @@ def test_plain_python_from_another_folder(tiny: TinyRun, tmp_path: Path, referen
     check_run(ended, tmp_path / "run", reference, 1)
 
 
+@pytest.mark.usefixtures("full")
 def test_a_hub_id_is_found_in_the_cache_of_a_machine_without_network(
     tiny: TinyRun, tmp_path: Path, reference: Path
 ) -> None:
@@ -153,6 +155,7 @@ def hostfile(folder: Path, hosts: Iterable[str]) -> str:
     return str(file)
 
 
+@pytest.mark.usefixtures("full")
 def test_deepspeed_started_on_each_node_by_hand(
     tiny: TinyRun, tmp_path: Path, reference: Path
 ) -> None:
@@ -168,6 +171,7 @@ def test_deepspeed_started_on_each_node_by_hand(
     check_result(tmp_path / "run", reference)
 
 
+@pytest.mark.usefixtures("full")
 def test_deepspeed_over_ssh_on_two_nodes(tiny: TinyRun, tmp_path: Path, reference: Path) -> None:
     if reason := why_not():
         pytest.skip(reason)
@@ -208,6 +212,7 @@ def test_mpirun_trains_and_resumes(ranks: Ranks, tiny: TinyRun, tmp_path: Path) 
     same_end(run, whole, 2)
 
 
+@pytest.mark.usefixtures("full")
 def test_an_mpi_that_is_not_that_of_mpirun_is_named(tiny: TinyRun, tmp_path: Path) -> None:
     """What MPICH's mpirun says to a rank whose mpi4py found Open MPI."""
     said = {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2"}
@@ -223,6 +228,7 @@ def test_an_environment_that_contradicts_itself_is_refused() -> None:
     said_once(ended, "WORLD_SIZE=2 is set, but RANK is not")
 
 
+@pytest.mark.usefixtures("full")
 def test_torchrun_starts_all_ranks_again_when_one_is_killed(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

@@ -36,6 +36,7 @@ from tests.fixtures.reference import whole_model
 from tests.fixtures.tiny_classifier import save_base, write_labelled
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
+from tests.tiers import grid
 
 TOKENS_MT = torch.arange(2 * 24).view(2, 24) * 5 % 250
 LOGITS = "tests.work.run:trained_logits"
@@ -95,8 +96,7 @@ def stops(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory)
     return run
 
 
-@pytest.mark.parametrize("when", ["amid its schedule", "at its end"])
-@pytest.mark.parametrize("name", METHODS)
+@grid("name when", list(METHODS), ["amid its schedule", "at its end"])
 def test_what_is_exported_computes_the_trained_logits(
     stops: Any, tiny: TinyRun, tmp_path: Path, name: str, when: str
 ) -> None:

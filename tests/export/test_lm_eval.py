@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.conftest import Ranks
 from tests.evaluation.test_evaluation import QUESTIONS, flags, numbers, write
 from tests.fixtures.tiny_run import TinyRun
@@ -32,6 +34,7 @@ def task(data: Path) -> Any:
     )
 
 
+@pytest.mark.usefixtures("full")
 def test_the_harness_chooses_as_we_do(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM

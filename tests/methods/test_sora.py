@@ -28,6 +28,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.whole_scores import WholeScores
+from tests.tiers import in_full
 from tests.work.growth import whole_masters
 
 SITES = (
@@ -375,7 +376,7 @@ def test_components_with_nothing_to_learn_close_and_those_with_stay() -> None:
 # --- real runs ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("reopen", [True, False])
+@pytest.mark.parametrize("reopen", [True, in_full(False)])
 def test_a_gate_at_zero_opens_again_in_a_real_run_unless_told_not_to(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, reopen: bool
 ) -> None:

@@ -42,6 +42,7 @@ from sparse_lora_dist.plan.speed import step_flop
 from tests.conftest import Ranks as RealRanks
 from tests.fixtures.tiny_models import save_llama
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import grid
 
 ROOT = Path(__file__).parents[2]
 LLAMA_70B = str(ROOT / "assets" / "plans" / "llama-3-70b")
@@ -83,9 +84,8 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
 # Against real shards
 
 
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize(
-    "options",
+@grid(
+    "options size",
     [
         {},
         {"precision": "bf16", "double_quant": "false"},
@@ -96,7 +96,10 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
         {"method": "pst", "max_steps": 6, "precision": "bf16"},
         {"method": "shira", "shira_support": "magnitude"},
     ],
-    ids=lambda options: options.get("method", "lora") + str(len(options)),
+    [3, 1],
+    ids=lambda value: (
+        str(value) if isinstance(value, int) else f"{value.get('method', 'lora')}{len(value)}"
+    ),
 )
 def test_lines_of_shares_are_those_of_a_run(
     ranks: RealRanks, tiny: TinyRun, tmp_path: Path, size: int, options: dict[str, Any]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Ranks
+from tests.tiers import in_full
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RANKS = 3
@@ -47,7 +48,7 @@ def test_the_files_are_holes_but_for_one_tensor_of_each_shape(folder: Path) -> N
     assert len(filled) == 6, "embedding, norm, query, key, gate, down"
 
 
-@pytest.mark.parametrize("rank", [0, RANKS - 1])
+@pytest.mark.parametrize("rank", [in_full(0), RANKS - 1])
 def test_a_rehearsed_rank_holds_what_a_real_one_does(ranks: Ranks, folder: Path, rank: int) -> None:
     real = ranks(RANKS, "tests.work.rehearsal:loaded", folder=str(folder))[rank]
     alone = rehearsed(folder, rank)

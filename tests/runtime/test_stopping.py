@@ -14,6 +14,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.same_end import check_same
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import in_full
 
 pytestmark = pytest.mark.usefixtures("processes")
 
@@ -44,9 +45,9 @@ def undisturbed(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFa
         ("micro-batch", 5, "SIGUSR1", 1, 2),  # the first of step 3 is done, the second not
         ("evaluation", 3, "SIGTERM", 0, 2),  # of step 2, whose evaluation is owed
         ("saving", 1, "SIGINT", 1, 3),
-        ("publishing", 2, "SIGUSR1", 0, 2),
-        ("after a step", 8, "SIGTERM", 1, 8),  # the last
-        ("micro-batch", 1, "SIGTERM", 1, None),
+        in_full("publishing", 2, "SIGUSR1", 0, 2),
+        in_full("after a step", 8, "SIGTERM", 1, 8),  # the last
+        in_full("micro-batch", 1, "SIGTERM", 1, None),
     ],
 )
 def test_stopped_and_resumed_is_uninterrupted(
@@ -122,9 +123,9 @@ with listening(None):
     ("first", "second", "pause", "ends"),
     [
         (signal.SIGINT, signal.SIGTERM, 2.5, True),
-        (signal.SIGUSR1, signal.SIGINT, 2.5, True),
+        in_full(signal.SIGUSR1, signal.SIGINT, 2.5, True),
         (signal.SIGINT, signal.SIGTERM, 0.0, False),  # the same wish, through a launcher
-        (signal.SIGUSR1, signal.SIGTERM, 2.5, False),  # a scheduler's second word
+        in_full(signal.SIGUSR1, signal.SIGTERM, 2.5, False),  # a scheduler's second word
     ],
 )
 def test_a_second_signal_ends_at_once_if_it_is_a_persons(

@@ -212,6 +212,7 @@ def test_requeues_come_to_an_end(cluster: Cluster, tiny: TinyRun, tmp_path: Path
     assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "143:0")
 
 
+@pytest.mark.usefixtures("full")
 def test_a_failure_of_the_program_is_not_tried_again(
     cluster: Cluster, tiny: TinyRun, tmp_path: Path
 ) -> None:

@@ -2,19 +2,17 @@
 
 from pathlib import Path
 
-import pytest
-
 from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import grid
 from tests.training.test_laws import flags
 
 FIRST = "model.layers.0.self_attn.q_proj.lora_a"
 
 
-@pytest.mark.parametrize("threshold", [0, 8192], ids=["sharded", "persistent"])
-@pytest.mark.parametrize(
-    ("what", "said"),
+@grid(
+    "case threshold",
     [
         ("master", f"At step 6, entries of {FIRST} that are not trained have changed on rank 1"),
         # All ranks gather the same wrong part; only its owner can tell.
@@ -22,10 +20,13 @@ FIRST = "model.layers.0.self_attn.q_proj.lora_a"
         ("gathered", f"At step 6, {FIRST} differs between rank 0 and rank 1"),
         ("decision", "At step 6, the decision differs between rank 0 and rank 1"),
     ],
+    [0, 8192],
+    ids=lambda value: value[0] if isinstance(value, tuple) else {0: "sharded"}.get(value, "whole"),
 )
 def test_a_rank_that_goes_astray_is_named(
-    ranks: Ranks, tiny: TinyRun, tmp_path: Path, what: str, said: str, threshold: int
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, case: tuple[str, str], threshold: int
 ) -> None:
+    what, said = case
     engine = Path("ds_configs/zero3.json").read_text().replace("8192", str(threshold))
     (tmp_path / "engine.json").write_text(engine)
     options = {"ds_config": tmp_path / "engine.json", "save_every": 5, "max_steps": 30}

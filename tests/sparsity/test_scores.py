@@ -20,6 +20,7 @@ from sparse_lora_dist.sparsity.sharded_scores import (
 )
 from tests.conftest import Ranks
 from tests.fixtures.whole_scores import WholeScores
+from tests.tiers import in_full
 from tests.work.scores import Part, Question, Questions, answers, answers_in_groups, shard_scores
 
 # Few distinct numbers make ties; the odd ones are zeros of both signs, the smallest, the largest.
@@ -97,7 +98,7 @@ def test_one_process_finds_what_sorting_and_adding_do(questions: Questions) -> N
         assert torch.allclose(sums[name], wanted_sums[name], rtol=0, atol=error)
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [in_full(2), 3, in_full(4)])
 def test_any_cut_in_any_groups_gives_the_bits_of_one_process(ranks: Ranks, world: int) -> None:
     in_groups = st.tuples(
         cases(world), st.sampled_from([1, 9, GROUP_ENTRIES]), st.sampled_from([1, GROUP_SEGMENTS])

@@ -21,6 +21,7 @@ from tests.fixtures.reference import loss_of_batches, whole_model
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.toy_method import ToyOptions
 from tests.fixtures.toy_shared import TOY_SHARED, form
+from tests.tiers import grid
 from tests.training.test_laws import saved
 
 RANK, ALPHA = 4, 6.0
@@ -83,20 +84,23 @@ def in_one_process(tiny: TinyRun, batches: list[Any]) -> tuple[float, dict[str, 
     return loss.item(), grads
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize(("world", "rows", "times"), [(1, 12, 1), (1, 3, 4), (2, 3, 2), (3, 2, 2)])
-@pytest.mark.parametrize("sharded", [False, True])
+@grid(
+    "sharded layout checkpointing",
+    [False, True],
+    [(1, 12, 1), (1, 3, 4), (2, 3, 2), (3, 2, 2)],
+    [False, True],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else None,
+)
 def test_a_gradient_is_the_sum_over_all_linears_taken_once_a_backward(
     ranks: Ranks,
     tiny: TinyRun,
     engine: Path,
     tmp_path: Path,
-    world: int,
-    rows: int,
-    times: int,
+    layout: tuple[int, int, int],
     checkpointing: bool,
     sharded: bool,
 ) -> None:
+    world, rows, times = layout
     options: dict[str, object] = {"ds_config": engine} if sharded else {}
     words = flags(
         tiny,

@@ -19,6 +19,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_classifier import MAKERS, framing_tokenizer, save_base, write_labelled
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import grid, in_full
 
 TRAIN = "tests.work.run:train"
 EXACT = ("step", "loss", "grad_norm", "held_out_loss", "held_out_accuracy", "held_out_matthews")
@@ -58,7 +59,7 @@ def whole(ranks: Ranks, bert: TinyRun, tmp_path_factory: pytest.TempPathFactory)
     [
         (1, {"micro_batch_size": 4}),
         (2, {"micro_batch_size": 1, "gradient_accumulation_steps": 2}),
-        (2, {"gradient_checkpointing": True}),
+        in_full(2, {"gradient_checkpointing": True}),
     ],
     ids=["one-rank", "accumulation", "checkpointing"],
 )
@@ -162,8 +163,7 @@ def loss_of(model: nn.Module, texts: list[str], labels: list[int]) -> Tensor:
     return F.cross_entropy(model(**inputs).logits, torch.tensor(labels))
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "none"])
-@pytest.mark.parametrize("family", ["bert-with-pooler", "deberta"])
+@grid("family quantization", ["bert-with-pooler", "deberta"], ["nf4", "none"])
 def test_first_loss_and_gradients_are_those_of_peft_in_one_process(
     ranks: Ranks, tmp_path: Path, family: str, quantization: str
 ) -> None:

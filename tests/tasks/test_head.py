@@ -9,6 +9,7 @@ from torch import Tensor
 from sparse_lora_dist.tasks.logit_ops import OperationRecorder
 from tests.conftest import Ranks
 from tests.fixtures.tiny_models import save_family, save_llama
+from tests.tiers import grid, in_full
 from tests.work.head import CHUNK_ROWS, ROWS, TOKENS
 
 # Kind, what it adds to the tiny sizes, and how many operations follow its head.
@@ -43,8 +44,7 @@ def assert_alike(everyone: list[Any], tolerance: float) -> None:
     assert any(g.norm() > 0 for g in everyone[0].whole.gradients.values())
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("size", [1, 2])
+@grid("size kind", [2, 1], list(MODELS))
 def test_loss_and_gradients_are_those_of_whole_logits(
     ranks: Ranks, folders: dict[str, str], kind: str, size: int
 ) -> None:
@@ -55,15 +55,14 @@ def test_loss_and_gradients_are_those_of_whole_logits(
     assert ("lm_head.bias" in everyone[0].names) == (kind == "phi")
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+@pytest.mark.parametrize("kind", [in_full("llama"), "gemma2"])
 def test_in_bf16_and_with_checkpointing(ranks: Ranks, folders: dict[str, str], kind: str) -> None:
     for options in ({"precision": "bf16"}, {"checkpointing": True}):
         everyone = ranks(2, "tests.work.head:compare", folder=folders[kind], **options)
         assert_alike(everyone, 2e-2 if "precision" in options else 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["llama", "phi", "granite"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@grid("precision kind", ["fp32", "bf16"], ["llama", "phi", "granite"])
 def test_a_head_trained_in_full_has_its_gradient(
     ranks: Ranks, folders: dict[str, str], kind: str, precision: str
 ) -> None:

@@ -4,10 +4,10 @@ import pytest
 
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import grid
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@grid("checkpointing attention", ["false", "true"], ["sdpa", "eager"])
 def test_changing_one_document_changes_no_logits_of_another(
     ranks: Ranks,
     tiny: TinyRun,

@@ -3,7 +3,7 @@
 the decisions and numbers of a run do not depend on ranks, accumulation, checkpointing, or where
 ZeRO-3 cuts
 a run that stops before, at and after decisions is, bit for bit, the run in one go
-a run that goes on on 1, 3, 4 and again 2 ranks comes to the same decisions and losses
+a run that goes from 2 ranks to 1, 3 and again 1 comes to the same decisions and losses
 a loss eight times as large gives the same masks
 with sparsity off a method is plain LoRA, or the fixed-rank form of its own delta
 """
@@ -26,6 +26,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
+from tests.tiers import in_full
 
 STEPS, SAVED, TWELVE_ROWS = 12, (4, 8, 12), 12
 KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1", "kept", "squares")
@@ -151,13 +152,14 @@ LAYOUTS = {
 
 
 def laid_out() -> Iterator[Any]:
-    """Every method in every layout; ``make test`` takes one layout a method, each in its turn. Four
-    ranks, which are slow on few cores, for what ranks decide together."""
-    for number, name in enumerate(METHODS):
-        own = [layout for layout in LAYOUTS if "four" not in layout or LAWS[name].decides]
-        for layout in own:
-            in_turn = layout == own[number % len(own)]
-            yield pytest.param(name, layout, marks=() if in_turn else (pytest.mark.full,))
+    """Every method in every layout; four ranks for what ranks decide together. ``make test`` takes
+    one rank: the parts of a method's course have every pair of method, ranks and feature."""
+    for name in METHODS:
+        for layout, (world, _) in LAYOUTS.items():
+            if world == 1:
+                yield pytest.param(name, layout)
+            elif world == 3 or LAWS[name].decides:
+                yield in_full(name, layout)
 
 
 def all_sharded(folder: Path) -> Path:
@@ -218,7 +220,7 @@ def test_stopping_before_at_and_after_decisions_changes_no_bit(
     assert told[0] == told[1]
 
 
-RANKS = (2, 1, 3, 4)
+RANKS = (2, 1, 3, 1)
 """In the order in which a run goes over them."""
 FEATURES = ("nothing more", "accumulation", "checkpointing", "all sharded")
 
@@ -232,7 +234,7 @@ def course(name: str) -> list[tuple[int, str]]:
 
 def laid_out_as(world: int, feature: str, folder: Path) -> dict[str, object]:
     """Options of a part of a run: twelve rows a step."""
-    parts = {"accumulation": 3 if world == 4 else 2}.get(feature, 1)
+    parts = 2 if feature == "accumulation" else 1
     layout: dict[str, object] = {"micro_batch_size": TWELVE_ROWS // world // parts}
     layout |= {"gradient_accumulation_steps": parts}
     layout |= {"gradient_checkpointing": feature == "checkpointing"}
@@ -242,14 +244,15 @@ def laid_out_as(world: int, feature: str, folder: Path) -> dict[str, object]:
 def test_every_pair_of_method_ranks_and_feature_stands_in_a_course() -> None:
     rows = [(name, *part) for name in METHODS for part in course(name)]
     pairs = {(i, j, row[i], row[j]) for row in rows for i, j in ((0, 1), (0, 2), (1, 2))}
-    assert len(pairs) == len(METHODS) * (len(RANKS) + len(FEATURES)) + len(RANKS) * len(FEATURES)
+    numbers = len(set(RANKS))
+    assert len(pairs) == len(METHODS) * (numbers + len(FEATURES)) + numbers * len(FEATURES)
 
 
 @every_method
 def test_a_run_goes_on_on_other_numbers_of_ranks(
     ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str
 ) -> None:
-    """2 ranks to the step before a decision, 1 through it, 3 to the step after, 4 to the end; each
+    """2 ranks to the step before a decision, 1 through it, 3 to the step after, 1 to the end; each
     part with another feature."""
     one = reference(name)
     steps = [row["step"] for row in decisions(one)] or [7]

@@ -18,6 +18,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
+from tests.tiers import in_full
 from tests.training.test_laws import saved
 
 TRAIN, REFUSAL = "tests.work.run:train", "tests.work.run:refusal_unread"
@@ -62,7 +63,7 @@ def test_each_stage_has_its_schedule_its_checkpoint_and_its_row(
     assert stages[0]["live_ranks"] > stages[2]["live_ranks"]
 
 
-@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("reset", [in_full(False), True])
 def test_a_stage_keeps_or_resets_the_moments_and_resumes_bit_for_bit(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, reset: bool
 ) -> None:
@@ -94,7 +95,7 @@ def test_released_stages_run_at_rate_zero(ranks: Ranks, tiny: TinyRun, tmp_path:
         assert torch.equal(w, after[name]) == (not name.endswith("lora_gate")), name
 
 
-@pytest.mark.parametrize("name", ["roselora", "adalora"])
+@pytest.mark.parametrize("name", [in_full("roselora"), "adalora"])
 def test_moments_of_8_bits_resume_bit_for_bit_and_cost_a_quarter(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
 ) -> None:
@@ -112,7 +113,7 @@ def test_moments_of_8_bits_resume_bit_for_bit_and_cost_a_quarter(
     assert eight[-1]["loss"] == pytest.approx(full[-1]["loss"], abs=0.3)
 
 
-@pytest.mark.parametrize("name", ["roselora", "sora", "increlora", "adalora"])
+@pytest.mark.parametrize("name", ["roselora", in_full("sora"), in_full("increlora"), "adalora"])
 def test_what_died_is_still_zero_ten_steps_later_under_bf16(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
 ) -> None:
@@ -158,7 +159,7 @@ def test_a_rank_that_grows_never_holds_the_state_of_its_capacity(
     "options",
     [
         {"method": "increlora", "increlora_score": "delta", "increlora_every": 2},
-        {"method": "increlora", "increlora_preset": "released", "increlora_every": 2},
+        in_full({"method": "increlora", "increlora_preset": "released", "increlora_every": 2}),
         {"method": "roselora", "roselora_preset": "released", "roselora_keep": 0.2},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
@@ -216,8 +217,8 @@ def test_decisions_are_the_same_with_masters_on_the_host_and_with_a_node_copy(
     ("name", "changed"),
     [
         ("roselora", {"roselora_keep": 0.9}),
-        ("increlora", {"increlora_modules": 3}),
-        ("adalora", {"adalora_final": 0.7}),
+        in_full("increlora", {"increlora_modules": 3}),
+        in_full("adalora", {"adalora_final": 0.7}),
     ],
 )
 def test_a_schedule_in_its_middle_cannot_be_drawn_anew(

@@ -20,6 +20,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import documents_of, loss_of_documents, whole_model
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import in_full
 
 TRAIN = "tests.work.run:train"
 STEP_KEYS = {
@@ -65,7 +66,7 @@ def long_run(tiny: TinyRun, folder: Path, **options: object) -> list[str]:
     return tiny.flags(folder, **{"max_steps": 20, "dropout": 0.1, "eval_every": 5} | options)
 
 
-@pytest.mark.parametrize(("world", "micro_batch", "accumulation"), [(1, 4, 1), (2, 1, 2)])
+@pytest.mark.parametrize(("world", "micro_batch", "accumulation"), [in_full(1, 4, 1), (2, 1, 2)])
 def test_the_loss_curve_does_not_depend_on_the_layout(
     ranks: Ranks,
     tiny: TinyRun,
@@ -103,7 +104,7 @@ def test_dropout_is_at_work_while_training_only(
     assert abs(without[2] - with_dropout[2]) > 1e-4
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [in_full("fp32"), "bf16"])
 def test_stop_and_resume_is_bit_for_bit_the_run_in_one_go(
     ranks: Ranks, tiny: TinyRun, whole: Path, tmp_path: Path, precision: str
 ) -> None:
@@ -256,7 +257,7 @@ def test_a_fraction_of_an_epoch_and_more_than_one(
 
 
 @pytest.mark.parametrize(
-    ("quantization", "double_quant"), [("nf4", True), ("nf4", False), ("none", True)]
+    ("quantization", "double_quant"), [("nf4", True), in_full("nf4", False), ("none", True)]
 )
 def test_held_out_loss_of_the_base_is_that_of_the_same_weights_in_transformers(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, quantization: str, double_quant: bool
@@ -337,7 +338,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("world", [1, in_full(4)])
 def test_another_number_of_ranks_goes_on_with_the_same_global_batch(
     ranks: Ranks, tiny: TinyRun, whole: Path, tmp_path: Path, world: int
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.conftest import Ranks
 from tests.fixtures.toy_tasks import Learned
+from tests.tiers import in_full
 
 SEED = 0
 
@@ -33,7 +34,7 @@ def test_sora_closes_gates_it_does_not_need(ranks: Ranks) -> None:
     assert found.left < 0.05  # at most 0.005
 
 
-@pytest.mark.parametrize("score", ["triplet", "delta"])
+@pytest.mark.parametrize("score", ["triplet", in_full("delta")])
 def test_increlora_grows_where_the_delta_is(ranks: Ranks, score: str) -> None:
     found = learned(ranks, "grown_in_one_of_four", score=score)
     assert sum(found.ranks) == 12

@@ -4,9 +4,10 @@ one, these say which."""
 import pytest
 
 from tests.conftest import Ranks
+from tests.tiers import in_full
 
 # On four ranks some slices are all padding; a mean over three is never exact.
-SIZES = pytest.mark.parametrize("size", [1, 3, 4])
+SIZES = pytest.mark.parametrize("size", [in_full(1), 3, in_full(4)])
 
 
 @SIZES
