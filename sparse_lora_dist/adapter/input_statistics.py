@@ -31,7 +31,9 @@ class RowMetadata:
 class InputStatistics:
     """Statistics of one site on this rank, summed over the micro-batches of one optimizer step.
 
-    ``squares``, ``gradient`` and ``rows`` select what is collected. Padding tokens are left out.
+    Three kinds can be collected, each if its switch is True: ``squares`` of the inputs, the
+    ``gradient`` of the frozen weight, and the mean input of each of the batch's ``rows``. Padding
+    tokens are left out.
     """
 
     squares: bool = False

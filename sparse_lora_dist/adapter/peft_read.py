@@ -45,7 +45,7 @@ def read_peft(
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         problems.append(
             "Its modules have different ranks or alphas (rank_pattern, alpha_pattern), but a run "
-            "starts with one rank and one alpha for all. Give an adapter without these fields."
+            "starts with one rank and one alpha for all. Give an adapter that has that."
         )
     if config.get("r") != rank:
         problems.append(

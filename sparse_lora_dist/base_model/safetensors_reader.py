@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
@@ -112,7 +113,7 @@ class CheckpointFiles:
         missing = [n for n in json.loads(index.read_text())["weight_map"] if n not in self.entries]
         if missing:
             raise UserError(
-                f"{index} names {len(missing)} tensors that no file holds. The first of them is "
+                f"{index} names {counted(len(missing), 'tensor')} that no file holds. The first is "
                 f"{missing[0]!r}. Download the model again."
             )
 

@@ -144,8 +144,8 @@ def check_tensors(
     differ = sorted(n for n in {*saved, *ours} if saved.get(n) != ours.get(n))
     if differ:
         raise UserError(
-            f"{counted(len(differ), 'trained tensor')} of this run and {checkpoint} do not agree. "
-            f"The first is {differ[0]}: its saved shape is {saved.get(differ[0])}, and now it is "
-            f"{ours.get(differ[0])} (None: not trained). Resume with the saved --rank, "
-            "--target_modules and --modules_to_save."
+            f"The shapes of {counted(len(differ), 'trained tensor')} differ between this run and "
+            f"{checkpoint}. The first is {differ[0]}: its saved shape is {saved.get(differ[0])}, "
+            f"and now it is {ours.get(differ[0])} (None: not trained). Resume with the saved "
+            "--rank, --target_modules and --modules_to_save."
         )

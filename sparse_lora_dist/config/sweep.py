@@ -147,8 +147,8 @@ def check(path: str, runs: dict[str, list[str]]) -> None:
 def _number(text: str, count: int) -> int:
     if not text.isdecimal() or int(text) >= count:
         raise UserError(
-            f"NUMBER must be from 0 to {count - 1}, the runs of the sweep, got {text}. "
-            f"Submit it with sbatch --array=0-{count - 1}."
+            f"NUMBER selects a run of the sweep and must be from 0 to {count - 1}, got {text}. "
+            f"Submit the sweep with sbatch --array=0-{count - 1}."
         )
     return int(text)
 

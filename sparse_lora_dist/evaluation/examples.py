@@ -172,7 +172,7 @@ class Table:
         if not isinstance(given, list) or len(given) < 2:
             raise ExampleError(
                 f"'choices' must be a list of at least two texts, got {str(given)[:40]}. "
-                "Correct it."
+                "Correct this example."
             )
         texts = [text_of(choice, "a choice") for choice in given]
         column = self.column("response")

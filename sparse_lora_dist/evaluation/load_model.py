@@ -1,4 +1,4 @@
-"""Loads the sharded base with one adapter, whose linears may have different ranks."""
+"""Loads the sharded base with one adapter. The LoRA rank may differ from site to site."""
 
 from dataclasses import replace
 from typing import Any

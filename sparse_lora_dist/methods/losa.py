@@ -168,11 +168,11 @@ def rounds_of(options: LosaOptions, context: RunContext) -> dict[int, Round]:
 
 
 def masked(site: Site) -> Form:
-    """Return the form of a site whose delta is y_TO = x (keep . (W + scale B A) - W)^T.
+    """Return the form of a site whose delta is y_TO = x_TI (keep * (W + scale B A) - W)^T.
 
-    Here W is the base weight and ``keep`` is the mask, which the kept tensor ``losa_pruned`` stores
-    inverted. The delta is computed as -W where an entry is pruned and scale B A elsewhere, so that
-    W + scale B A is never rounded to the dtype of x.
+    * is elementwise, W the base weight, scale is alpha / rank, and ``keep`` is the mask, which the
+    kept tensor ``losa_pruned`` stores inverted. The delta is computed as -W where an entry is
+    pruned and scale B A elsewhere, so that W + scale B A is never rounded to the dtype of x.
     """
 
     def delta(x_TI: Tensor, tensors: Tensors, scale: float) -> Tensor:

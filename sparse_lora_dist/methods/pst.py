@@ -180,10 +180,10 @@ def score(w_OI: Tensor, tensors: Tensors, options: PstOptions) -> Tensor:
 
 
 def masked(site: Site, options: PstOptions) -> Form:
-    """Return the form of a site with the delta y_TO = x (M . W' - W)^T.
+    """Return the form of a site with the delta y_TO = x_TI (M * W' - W)^T, * elementwise.
 
-    M is the mask of kept entries, which the kept tensor ``pst_pruned`` stores inverted, and W' = W
-    + beta U V the changed weight.
+    M is 1 where an entry is not pruned; the kept tensor ``pst_pruned`` holds 1 - M. W' is the
+    changed weight W + beta U V, with the trained factors U and V and the option beta.
 
     Args:
         site: The linear that is adapted.

@@ -73,7 +73,7 @@ trained entries, once and by S^T once."""
 
 @dataclass(frozen=True, kw_only=True)
 class SaraOptions:
-    """SaRA: the smallest entries of the weights train"""
+    """SaRA: trains the smallest entries of the weights"""
 
     sara_density: float | None = None
     """Fraction of each weight's entries that train, in (0, 1). null: as many entries as LoRA of

@@ -160,8 +160,15 @@ def _take(
 
 
 def _profile(live: Mapping[str, Tensor]) -> list[tuple[Tensor, int]]:
-    """Return one list of ``Forecast.profiles``; ``live`` has the bool mask of each tensor, by its
-    name."""
+    """Return how often each entry is live in tensors of the same kind, as in ``Forecast.profiles``.
+
+    Args:
+        live: name of a tensor -> bool mask of its live entries.
+
+    Returns:
+        For each kind of tensor (same name within a site, same size): in how many of them the entry
+        at each position is live, fp32, 1-D; and how many such tensors there are.
+    """
     masks = defaultdict(list)
     for name, mask in live.items():
         masks[name.rpartition(".")[2], mask.numel()].append(mask.flatten().float())

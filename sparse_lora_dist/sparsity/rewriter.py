@@ -235,8 +235,10 @@ class Rewriter:
         )
 
     def _put(self, adapter: AdapterLinear, done: Rewritten) -> bool:
-        """Write this rank's shards of a site's new tensors: of a trained tensor into its fp32
-        master, of a kept tensor into the parameter itself. Collective.
+        """Write this rank's shards of a site's new tensors. Collective.
+
+        The shard of a trained tensor goes into its fp32 master, that of a kept tensor into the
+        parameter itself.
 
         Args:
             adapter: adapter of the site.

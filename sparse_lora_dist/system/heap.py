@@ -3,7 +3,8 @@
 Each shard stays allocated, and the buffers that it is made from are freed. In glibc's heap shards
 therefore alternate with gaps of free memory. glibc does not return the gaps, and torch's aligned
 requests seldom fit into a gap of the same size, so the heap keeps growing. With a 70B model on 64
-ranks the gaps take as much memory as the shards (``benchmarks/rehearsal_70b.py``).
+ranks the gaps take as much memory as the shards (``benchmarks/rehearsal_70b.py``). So glibc's
+``malloc_trim`` is called after each shard.
 """
 
 import ctypes

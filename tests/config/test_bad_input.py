@@ -251,6 +251,9 @@ def test_a_resume_of_another_run_is_refused_before_a_weight_is_read(
 ) -> None:
     flags = tiny.flags(tmp_path, max_steps=2, resume="auto")
     ranks(1, "tests.work.run:train", flags=flags)
-    for option, word in (("--rank", "do not agree"), ("--seed", "seed was 0, now 8")):
+    for option, word in (
+        ("--rank", "differ between this run and"),
+        ("--seed", "seed was 0, now 8"),
+    ):
         (said,) = ranks(1, "tests.work.run:refusal_unread", flags=[*flags, option, "8"])
         assert word in said
