@@ -100,9 +100,12 @@ def _put(ending: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Change:
 SPOILT: dict[str, tuple[Change, list[str]]] = {
     "no scales": (_drop(".absmax"), ["up_proj", ".absmax is missing"]),
     "no scales of scales": (_drop(".nested_absmax"), ["up_proj", ".nested_absmax is missing"]),
-    "another code": (_put(".quant_map", lambda t: t + 0.1), ["up_proj", "codes", "NF4 and FP4"]),
-    "a code of another length": (_put(".quant_map", lambda t: t[:15]), ["up_proj", "codes"]),
-    "a code in another dtype": (_put(".quant_map", lambda t: t.half()), ["up_proj", "codes"]),
+    "another code": (
+        _put(".quant_map", lambda t: t + 0.1),
+        ["up_proj", "code tables", "NF4 and FP4"],
+    ),
+    "a code of another length": (_put(".quant_map", lambda t: t[:15]), ["up_proj", "code tables"]),
+    "a code in another dtype": (_put(".quant_map", lambda t: t.half()), ["up_proj", "code tables"]),
     "too few bytes": (_put("", lambda t: t[:-3]), ["up_proj", "packed bytes", "Download"]),
     "a state that is no JSON": (
         _put(".quant_state.bitsandbytes__nf4", lambda t: t[1:]),

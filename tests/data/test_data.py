@@ -188,7 +188,10 @@ BROKEN = {
         '{"messages": [{"role": "user", "content": [{"text": "hi"}]}]}\n',
         r"a\.jsonl:1: 'content' of message 1 must be text, got list",
     ),
-    "no messages": ('{"messages": []}\n', r"a\.jsonl:1: 'messages' must be a list of at least one"),
+    "no messages": (
+        '{"messages": []}\n',
+        r"a\.jsonl:1: 'messages' must be a list of objects with role",
+    ),
 }
 
 

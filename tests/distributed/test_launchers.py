@@ -280,6 +280,7 @@ def said_once(ended: Ended, message: str) -> None:
     assert everything.count(message) == 1, everything
 
 
+@pytest.mark.usefixtures("full")
 def test_two_ranks_end_together_with_one_message(tiny: TinyRun, tmp_path: Path) -> None:
     flags = one_step(tiny, tmp_path / "run", 2, model=truncated(tiny, tmp_path))
     ended = start([*deepspeed(2), *ENGINE, *flags])

@@ -14,6 +14,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import whole_model
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import in_full
 
 TRAIN, REFUSAL = "tests.work.run:train", "tests.work.run:refusal"
 ALL_LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -69,12 +70,13 @@ def test_peft_computes_the_logits_of_the_trained_engine(
 @pytest.mark.parametrize(
     "options",
     [
-        {"method": "roselora"},
-        {"method": "sora"},
+        # In make test the exported folders of test_export_program.py have every method.
+        in_full({"method": "roselora"}),
+        in_full({"method": "sora"}),
         {"method": "sora", "sora_reopen": False, "sora_lambdas": (0.5, 2.0)},
-        {"method": "increlora"},
+        in_full({"method": "increlora"}),
         {"method": "increlora", "increlora_preset": "released", "increlora_every": 2},
-        {"method": "adalora", "adalora_target_rank": 1.0},
+        in_full({"method": "adalora", "adalora_target_rank": 1.0}),
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )

@@ -452,7 +452,7 @@ def test_a_run_of_another_version(run: Path, tmp_path: Path) -> None:
     ):
         exported(tmp_path / "run", tmp_path / "out")
     path.write_text(sealed(manifest | {"format": 4}))
-    with pytest.raises(UserError, match="export with the sparse_lora_dist version that saved it"):
+    with pytest.raises(UserError, match="Use the version that saved the checkpoint"):
         exported(tmp_path / "run", tmp_path / "out")
 
 

@@ -252,8 +252,16 @@ def test_parameters_are_those_of_lora_or_a_share_of_the_weight(
         ("reselect", 1.0, r"sara_reselect must be in \[0, 1\), got 1.0"),
         ("nuclear", -1.0, "sara_nuclear must be at least 0, got -1.0"),
         ("nuclear", float("nan"), "sara_nuclear must be at least 0, got nan"),
-        ("reselect", 0.01, "after 0 of the run's 10 steps.* Take 0.5 .* or 0 to select once"),
-        ("reselect", 0.99, "after 10 of the run's 10 steps.* Take 0.5 .* or 0 to select once"),
+        (
+            "reselect",
+            0.01,
+            "the run's 10 steps, which is step 0,.* Take 0.5 .* or 0 to select once",
+        ),
+        (
+            "reselect",
+            0.99,
+            "the run's 10 steps, which is step 10,.* Take 0.5 .* or 0 to select once",
+        ),
     ],
 )
 def test_wrong_numbers_are_refused(name: str, value: float, says: str) -> None:

@@ -467,7 +467,7 @@ def test_a_file_that_is_no_report_is_not_replaced_and_a_report_is(run: Path) -> 
         ),
         (
             lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n'),
-            r"metrics\.jsonl, line 1 is not valid JSON: NaN is not a number",
+            r"metrics\.jsonl, line 1 is not valid JSON: NaN is not allowed in JSON",
         ),
         (
             lambda run: (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1e999}\n'),

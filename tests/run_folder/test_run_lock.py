@@ -48,6 +48,7 @@ def test_two_jobs_in_one_folder(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> 
     assert not {"run.lock", "ranks"} & {path.name for path in run.iterdir()}
 
 
+@pytest.mark.usefixtures("full")
 def test_a_later_attempt_of_a_slurm_job_takes_over_and_the_former_ends(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

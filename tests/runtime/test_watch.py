@@ -133,6 +133,7 @@ def test_who_stops_where_others_may_wait_for_long_is_named_too(
     assert "rank 0 (host " in said and "last seen at step 0, starting" in said
 
 
+@pytest.mark.usefixtures("full")
 def test_long_work_and_a_job_that_is_suspended_go_on(tiny: TinyRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = tiny.flags(run, max_steps=ENDLESS, stop_after=60, collective_timeout="5s")

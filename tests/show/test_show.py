@@ -238,8 +238,8 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, spoil: Any, said: str) ->
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"lora_alpha": None}, "alpha of lora_alpha must be a number, got None"),
-        ({"alpha_pattern": {"q_proj": "8"}}, "alpha of q_proj must be a number, got '8'"),
+        ({"lora_alpha": None}, "alpha 'lora_alpha' must be a number, got None"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "alpha 'q_proj' must be a number, got '8'"),
         ({"alpha_pattern": {"q_(proj": 8}}, "alpha_pattern must be names or a regular"),
         ({"alpha_pattern": [8]}, "alpha_pattern must map names to numbers"),
         ({"use_dora": True}, "has use_dora"),

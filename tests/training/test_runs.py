@@ -66,7 +66,9 @@ def long_run(tiny: TinyRun, folder: Path, **options: object) -> list[str]:
     return tiny.flags(folder, **{"max_steps": 20, "dropout": 0.1, "eval_every": 5} | options)
 
 
-@pytest.mark.parametrize(("world", "micro_batch", "accumulation"), [in_full(1, 4, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    ("world", "micro_batch", "accumulation"), [in_full(1, 4, 1), in_full(2, 1, 2)]
+)
 def test_the_loss_curve_does_not_depend_on_the_layout(
     ranks: Ranks,
     tiny: TinyRun,
@@ -338,7 +340,7 @@ def test_tensorboard_shows_each_step_once_after_a_resume(
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("world", [1, in_full(4)])
+@pytest.mark.parametrize("world", [in_full(1), in_full(4)])
 def test_another_number_of_ranks_goes_on_with_the_same_global_batch(
     ranks: Ranks, tiny: TinyRun, whole: Path, tmp_path: Path, world: int
 ) -> None:
