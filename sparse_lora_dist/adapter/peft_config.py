@@ -3,11 +3,12 @@ and give the names of an adapter's files."""
 
 from collections.abc import Mapping
 from dataclasses import fields
-from math import sqrt
+from math import isfinite, sqrt
 from typing import Any
 
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
+
+from sparse_lora_dist.system.patterns import bad_regex, first_that_ends
 
 PREFIX = "base_model.model."
 """Prefix that PEFT adds to the model's own parameter names."""
@@ -40,6 +41,30 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
     return next((name for name in VARIANTS if config.get(name)), None)
 
 
+def faults_of(config: Mapping[str, Any]) -> list[str]:
+    """Check the values of an adapter's configuration that are read: those of ``scale_of``, and the
+    name of the base.
+
+    Args:
+        config: contents of adapter_config.json.
+
+    Returns:
+        One message per problem, to be joined by "; "; an empty list if all values are right.
+    """
+    own, base = config.get("alpha_pattern") or {}, config.get("base_model_name_or_path")
+    if not isinstance(own, dict):
+        return [f"alpha_pattern must map names to numbers, got {own!r}"]
+    alphas = {"lora_alpha": config.get("lora_alpha"), **own}
+    problems = [
+        f"alpha {name!r} must be a number, got {alpha!r}"
+        for name, alpha in alphas.items()
+        if type(alpha) not in (int, float) or not isfinite(alpha)
+    ]
+    if base is not None and not isinstance(base, str):
+        problems.append(f"base_model_name_or_path must be text, got {base!r}")
+    return problems + [fault for key in own for fault in bad_regex("alpha_pattern", key)]
+
+
 def scale_of(config: Mapping[str, Any], site: str, rank: int) -> float:
     """Return the factor ``scale`` of one module's update, scale * B A, as PEFT computes it.
 
@@ -48,10 +73,14 @@ def scale_of(config: Mapping[str, Any], site: str, rank: int) -> float:
     the module's name; its value replaces ``lora_alpha``.
 
     Args:
-        config: contents of adapter_config.json.
+        config: contents of adapter_config.json, checked by ``faults_of``.
         site: name of the module in the base model.
-        rank: rank of the module's A and B.
+        rank: rank of the module's A and B, above 0.
+
+    Raises:
+        UserError: a key of ``alpha_pattern`` takes too long to match.
     """
     alphas: dict[str, float] = config.get("alpha_pattern") or {}
-    alpha: float = alphas.get(get_pattern_key(list(alphas), site), config["lora_alpha"])
+    key = first_that_ends("alpha_pattern", list(alphas), site)
+    alpha: float = alphas.get(key or site, config["lora_alpha"])
     return float(alpha / sqrt(rank) if config.get("use_rslora") else alpha / rank)

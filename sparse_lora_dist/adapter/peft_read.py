@@ -1,6 +1,5 @@
 """Read a PEFT LoRA adapter from disk, as initial values of a run (``--init_adapter``)."""
 
-import json
 from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from sparse_lora_dist.adapter.peft_config import APART, CONFIG, PREFIX, WEIGHTS, other_kind
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.small_files import parse_json
 from sparse_lora_dist.zero3.slices import Values
 
 
@@ -110,6 +110,9 @@ def _mismatches(
         ]
     if extra := sorted(theirs.keys() - shapes.keys()):
         return [f"It trained {extra[0]} in full. Name that module in --modules_to_save."]
+    halves = (f"{site}.{half}" for site in _sites(shapes) for half in ("lora_a", "lora_b"))
+    if absent := sorted(name for name in halves if name in shapes and name not in theirs):
+        return [f"It has no {absent[0]}, so that module's update would be lost. Export it again."]
     return [
         f"Its {name} has shape {list(shape)}, but this model needs {list(shapes[name])}. Give an "
         "adapter that was trained on this model."
@@ -152,7 +155,10 @@ def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
     try:
         # An export with --uniform_rank keeps modules trained in full in a file of their own.
         there = [path for path in (weights, apart) if path.exists()]
-        return json.loads(config.read_text()), [safe_open(str(p), framework="pt") for p in there]
+        content = parse_json(config.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"{CONFIG} must be a JSON object, got a {type(content).__name__}")
+        return content, [safe_open(str(p), framework="pt") for p in there]
     except (ValueError, SafetensorError) as error:
         raise UserError(
             f"{flag} {folder} is damaged: {error}. Copy or export the adapter again."

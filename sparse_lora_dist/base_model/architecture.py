@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, in_words
+from sparse_lora_dist.system.small_files import parse_json
 
 AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,
@@ -33,6 +34,12 @@ EXPERT_MODELS = ("mixtral", "qwen3_moe")
 """Values of model_type in config.json of the supported mixture-of-experts models."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json for the number of experts. Architectures use different ones."""
+COUNTED = re.compile(r"(num|n)_\w*(layer|expert)s?|(en|de)coder_layers|n_layer")
+"""Keys of config.json for how many modules of a kind there are."""
+MOST_MODULES = 10_000
+"""Largest such number. Modules are built one by one, so 10^12 of them would never end."""
+KERNELS = ("_attn_implementation", "attn_implementation")
+"""Keys of config.json for the attention kernel."""
 HUB_DUPLICATES = ["consolidated*", "original/*"]
 """Name patterns of files that hold the same weights again in the publisher's own layout. They are
 not downloaded."""
@@ -86,22 +93,58 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         raise UserError(
             f"--model {folder} has no config.json. Give a folder that was saved by save_pretrained."
         )
+    _check_content(folder)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code
         )
-    except (ValueError, OSError, KeyError, StrictDataclassError) as error:
+    except (ValueError, OSError) as error:
         raise UserError(
             f"transformers cannot read the config.json of --model {folder}. Check the file, or "
             f"download the model again. transformers reports: {error}"
         ) from error
-    except (TypeError, AttributeError, ArithmeticError) as error:  # 0 heads, a string as a size
+    except Exception as error:  # 0 heads, a string as a size, a rope type of a newer version ...
         raise UserError(
             f"The config.json of --model {folder} does not describe a valid model. Check the sizes "
-            f"in it, or download the model again. transformers reports: {error}"
+            "and names in it, or download the model again. transformers reports: "
+            f"{in_words(error)}"
         ) from error
     _refuse_unsupported_weights(folder, config)
     return config
+
+
+def _check_content(folder: Path) -> None:
+    """Check what transformers would loop over, or download, without asking.
+
+    Raises:
+        UserError: config.json is no JSON object, has a number of layers or experts that no model
+            has, or names a kernel of the hub.
+    """
+    file = folder / "config.json"
+    try:
+        content = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise UserError(
+            f"--model: {file} is not valid JSON: {error}. Repair the file or download it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(
+            f"--model: {file} must be a JSON object, got a {type(content).__name__}. Repair the "
+            "file or download it again."
+        )
+    for part in (content, *(value for value in content.values() if isinstance(value, dict))):
+        for key, value in part.items():
+            if COUNTED.fullmatch(key) and type(value) in (int, float) and value > MOST_MODULES:
+                raise UserError(
+                    f"--model: {file} has {key} {value:.3g}, but at most {MOST_MODULES} are built. "
+                    "Repair the file or download it again."
+                )
+            if key in KERNELS and "/" in str(value):
+                raise UserError(
+                    f"--model: {file} names the attention kernel {value!r}, which transformers "
+                    "would download and run. Remove it from the file. If you trust it, name it by "
+                    "--attn_implementation."
+                )
 
 
 def _refuse_unsupported_weights(folder: Path, config: PretrainedConfig) -> None:
@@ -160,10 +203,10 @@ def meta_model(
             "transformers cannot build the model of --model. Check --attn_implementation and the "
             f"packages that the model needs. transformers reports: {error}"
         ) from error
-    except (RuntimeError, ArithmeticError) as error:
+    except Exception as error:  # sizes beyond what torch counts, an unknown activation ...
         raise UserError(
-            "The config.json of --model does not describe a valid model. Check the sizes in it, or "
-            f"download the model again. transformers reports: {error}"
+            "The config.json of --model does not describe a valid model. Check the sizes and names "
+            f"in it, or download the model again. transformers reports: {in_words(error)}"
         ) from error
     return model
 

@@ -9,7 +9,6 @@ as memory of the process until the kernel reclaims them. ``safe_open`` of safete
 whole rows, but a ZeRO-3 shard may begin inside a row.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.small_files import parse_json
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 """torch dtype by its name in a safetensors header."""
@@ -110,7 +110,7 @@ class CheckpointFiles:
         index = self.folder / "model.safetensors.index.json"
         if not index.exists():
             return
-        missing = [n for n in json.loads(index.read_text())["weight_map"] if n not in self.entries]
+        missing = [n for n in parse_json(index.read_bytes())["weight_map"] if n not in self.entries]
         if missing:
             raise UserError(
                 f"{index} names {counted(len(missing), 'tensor')} that no file holds. The first is "
@@ -239,7 +239,7 @@ def _files_of(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            files = set(json.loads(index.read_text())["weight_map"].values())
+            files = set(parse_json(index.read_bytes())["weight_map"].values())
             names = sorted(str(file) for file in files)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
@@ -283,7 +283,7 @@ def read_header(file: Path) -> dict[str, Entry]:
                 "it again."
             )
         try:
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             return _entries(file, header, data_start=8 + length, size=size)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(

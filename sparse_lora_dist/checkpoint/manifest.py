@@ -10,6 +10,7 @@ from typing import Any
 from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim.moments import MOMENTS
+from sparse_lora_dist.system.small_files import parse_json
 
 FORMAT = 5
 """Version of the checkpoint format."""
@@ -61,7 +62,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             f"{checkpoint} is not a checkpoint: it has no {MANIFEST}. Give a step_... folder."
         )
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text())
+        manifest: dict[str, Any] = parse_json(path.read_bytes())
         version, digest = manifest["format"], manifest.pop("sha256", None)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(

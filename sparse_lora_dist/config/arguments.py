@@ -7,20 +7,23 @@ mistake that it finds, and goes on, so that one error names them all.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
+from reprlib import Repr
 
-import yaml
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentParser
 
+from sparse_lora_dist.config.paths import PATHS, bad_path, expanded
 from sparse_lora_dist.config.schema import (
     Option,
     describe,
     is_switch,
-    items_in,
     may_be_null,
+    numbers_of,
     takes_list,
+    value_of,
 )
 from sparse_lora_dist.config.spelling import did_you_mean
+from sparse_lora_dist.config.yaml_file import read_entries
+from sparse_lora_dist.errors import UserError
 
 ACTIONS = {
     "config": "YAML file of options; flags override its values.",
@@ -31,6 +34,13 @@ ACTIONS = {
 """{flag that is not an option of a run, because it names a file or prints something: its help
 text}."""
 LAUNCHER_FLAGS = ("local_rank", "local-rank")  # deepspeed and torchrun add them; unused here
+
+LARGEST = 2**63
+"""Whole numbers must be smaller, positive or negative."""
+SHORT = Repr()
+"""How values are shown in messages."""
+SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 120
+SHORT.maxlist = SHORT.maxtuple = SHORT.maxdict = 10
 
 Flags = list[tuple[str, list[str]]]
 """Command line as [(flag without dashes, list of the words that follow it)], in the order given."""
@@ -120,36 +130,33 @@ def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) 
     if len(files) > 1 or len(files[0]) != 1:
         problems.append("--config takes one YAML file. Give it once, with one file")
         return []
-    (path,) = files[0]
+    given = Given(name="config", value=files[0][0], place="--config")
+    if found := bad_words(given, given.value):
+        problems += found
+        return []
+    path = expanded(files[0][0])
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        problems.append(f"--config {path} cannot be read as YAML: {' '.join(str(error).split())}")
-        return []
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        held = "a list" if isinstance(root, yaml.SequenceNode) else "one value"
-        problems.append(f"{path} must hold 'name: value' lines, but holds {held}")
+        entries = read_entries(path, place=f"--config {path}")
+    except UserError as error:
+        problems.append(str(error))
         return []
     places: dict[str, str] = {}
-    for key, _ in root.value:
-        place = f"{path} line {key.start_mark.line + 1}"
-        if key.value in places:  # the YAML parser would silently take the last one
+    for entry in entries:
+        place = f"{path} line {entry.line}"
+        if entry.name in places:  # which of the two is meant cannot be known
             problems.append(
-                f"{place}: {key.value} is set twice, first at {places[key.value]}. Remove one line"
+                f"{place}: {entry.name} is set twice, first at {places[entry.name]}. Remove one "
+                "line"
             )
-        elif key.value not in options:
+        elif entry.name not in options:
             problems.append(
-                f"{place}: {key.value} is not an option{did_you_mean(key.value, options)}"
+                f"{place}: {entry.name} is not an option{did_you_mean(entry.name, options)}"
             )
-        places[key.value] = place
+        places[entry.name] = place
     return [
-        Given(name=name, value=content[name], place=f"{place}: {name}")
-        for name, place in places.items()
-        if name in options
+        Given(name=e.name, value=e.value, place=f"{path} line {e.line}: {e.name}")
+        for e in entries
+        if e.name in options
     ]
 
 
@@ -174,21 +181,69 @@ def typed_values(
     """
     values = {}
     for one in given:
-        hint = options[one.name].hint
-        value = one.value
-        if isinstance(value, str) and takes_list(hint):
-            value = items_in(value, hint)
         try:
-            if value is None and not may_be_null(hint):  # jsonargparse accepts it
-                raise TypeError
-            parsed = parser.parse_object({one.name: value}, defaults=False)[one.name]
-            if not is_finite(parsed):  # NaN passes range checks
-                raise TypeError
-            values[one.name] = parsed
-        except (ArgumentError, TypeError):
-            # Not the parser's own message: it names Python classes.
-            problems.append(f"{one.place} must be {describe(hint)}, got {one.value!r}")
+            parsed = _parsed(one, options[one.name].hint, parser)
+        except Exception:  # the parser and YAML raise a dozen types, none with words for a user
+            problems.append(
+                f"{one.place} must be {describe(options[one.name].hint)}, got {short(one.value)}"
+            )
+            continue
+        if found := bad_words(one, parsed):
+            problems += found
+        else:
+            values[one.name] = _expanded(parsed) if one.name in PATHS else parsed
     return values
+
+
+def _parsed(one: Given, hint: object, parser: ArgumentParser) -> object:
+    """Return the value of an option by its type; raise any exception if it has another type."""
+    value = one.value
+    if isinstance(value, str):
+        value = value_of(value, hint)
+    if isinstance(value, list):
+        value = numbers_of(value, hint)
+    if value is None and not may_be_null(hint):  # jsonargparse accepts it
+        raise TypeError
+    parsed: object = value
+    if not isinstance(value, str):  # of a text jsonargparse would try what it means in YAML 1.1
+        parsed = parser.parse_object({one.name: value}, defaults=False)[one.name]
+    if not is_finite(parsed):  # NaN passes range checks
+        raise TypeError
+    return parsed
+
+
+def bad_words(one: Given, parsed: object) -> list[str]:
+    """Return a message for each word of an option's value that is empty or cannot be a path, and
+    for a number that no option takes.
+
+    Args:
+        one: The option as it was given.
+        parsed: Its value: a number, text, or a list or tuple of these.
+    """
+    words = parsed if isinstance(parsed, list | tuple) else [parsed]
+    problems = []
+    if any(isinstance(word, str) and not word.strip() for word in (one.value, *words)):
+        problems.append(
+            f"{one.place} is empty. Give a value, or leave the option out. (A shell variable that "
+            "is not set gives an empty word.)"
+        )
+    for word in words:
+        if isinstance(word, int) and abs(word) >= LARGEST:
+            problems.append(f"{one.place} must be below 2^63, got {short(word)}")
+        if isinstance(word, str) and one.name in PATHS:
+            problems += bad_path(one.place, word)
+    return problems
+
+
+def _expanded(value: object) -> object:
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expanded, value))
+    return expanded(value) if isinstance(value, str) else value
+
+
+def short(value: object) -> str:
+    """Return the ``repr`` of a value for a message; the middle of a long one is left out."""
+    return SHORT.repr(value)
 
 
 def is_finite(value: object) -> bool:

@@ -29,6 +29,22 @@ def at_least(part: object, bound: float, *names: str) -> list[str]:
     ]
 
 
+def at_most(part: object, bound: float, *names: str) -> list[str]:
+    """Return a message for each number that is above a bound.
+
+    Args:
+        part: Object with the options as attributes. An option that is None passes.
+        bound: Largest value allowed.
+        names: Names of the options to check.
+    """
+    numbers = {name: getattr(part, name) for name in names}
+    return [
+        f"--{name} must be at most {bound}, got {value}"
+        for name, value in numbers.items()
+        if value is not None and value > bound
+    ]
+
+
 def above(part: object, bound: float, *names: str) -> list[str]:
     """Return a message for each number that is not above a bound or not finite.
 
@@ -45,28 +61,10 @@ def above(part: object, bound: float, *names: str) -> list[str]:
     ]
 
 
-def bad_regex(name: str, pattern: str) -> list[str]:
-    """Return a message if the value of an option or a key is not a regular expression.
-
-    Args:
-        name: Name of the option, with its dashes, or of the key.
-        pattern: Its value.
-
-    Returns:
-        A list with the message, or an empty list.
-    """
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return [
-            f"{name} must be names or a regular expression, got {pattern!r}, which does not "
-            f"compile: {error}"
-        ]
-    return []
-
-
 DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*([smh])")
 CLOCK = re.compile(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)")
+LONGEST_S = 366 * 86400.0
+"""Longest duration in seconds. torch cannot count much longer ones."""
 SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -84,9 +82,9 @@ def seconds_in(text: str) -> float:
     if found := DURATION.fullmatch(text.strip()):
         return float(found[1]) * SECONDS[found[2]]
     if found := CLOCK.fullmatch(text.strip()):
-        days, hours, minutes, seconds = (int(n or 0) for n in found.groups())
-        return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-    raise ValueError(f"a duration is written like 90s, 30m, 2h or 1-12:00:00, got {text!r}")
+        days, hours, minutes, seconds = (float(n or 0) for n in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    raise ValueError(f"a duration is written like 90s, 30m, 2h or 1-12:00:00, got {text[:40]!r}")
 
 
 def bad_durations(part: object, *names: str, least_s: float = 1.0) -> list[str]:
@@ -101,8 +99,11 @@ def bad_durations(part: object, *names: str, least_s: float = 1.0) -> list[str]:
     for name in names:
         text = getattr(part, name)
         try:
-            if text is not None and seconds_in(text) < least_s:
+            seconds = least_s if text is None else seconds_in(text)
+            if seconds < least_s:
                 problems.append(f"--{name} must be at least {least_s:g}s, got {text}")
+            if seconds > LONGEST_S:
+                problems.append(f"--{name} must be at most 366 days (8784h), got {text[:40]}")
         except ValueError as error:
             problems.append(f"--{name} must be a duration: {error}")
     return problems

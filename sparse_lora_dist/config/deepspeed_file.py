@@ -13,8 +13,8 @@ unknown keys at the top level and in ``aio``, takes ``"stage": "auto"`` as stage
 import copy
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.config.checks import raise_if
@@ -27,11 +27,18 @@ from sparse_lora_dist.config.deepspeed_keys import (
     OWNED,
     WHY_NOT,
 )
+from sparse_lora_dist.config.paths import bad_path
 from sparse_lora_dist.config.spelling import did_you_mean
+from sparse_lora_dist.system.small_files import parse_json, text_of
 
 EngineDict = dict[str, Any]
 """Content of a DeepSpeed file, or the dict that ``deepspeed.initialize`` gets."""
 
+NVME_PATH = "zero_optimization.offload_param.nvme_path"
+LARGEST = 2**63
+"""Numbers must be smaller."""
+MOST_WRONG = 30
+"""Largest number of wrong keys of a block that are named."""
 NEVER = 2**31 - 1  # no run has so many steps
 DEFAULTS = {
     "zero_allow_untested_optimizer": True,
@@ -66,25 +73,26 @@ def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
     """
 
     def without_doubles(pairs: list[tuple[str, Any]]) -> EngineDict:
-        names = [name for name, _ in pairs]
-        doubles = {name for name in names if names.count(name) > 1}
+        doubles = [name for name, count in Counter(n for n, _ in pairs).items() if count > 1]
         problems.extend(
             f"{path}: {name} is set twice in one block. Remove one" for name in sorted(doubles)
         )
         return dict(pairs)
 
     try:
-        content = json.loads(Path(path).read_text("utf-8"), object_pairs_hook=without_doubles)
+        content = parse_json(text_of(path), without_doubles)
     except FileNotFoundError:
         problems.append(f"--ds_config {path} does not exist. Name a DeepSpeed JSON file")
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"--ds_config {path} cannot be read: {error}")
     except json.JSONDecodeError as error:
         problems.append(f"{path} line {error.lineno} is not valid JSON: {error.msg}")
+    except ValueError as error:
+        problems.append(f"{path} is not valid JSON: {error}")
     else:
         if isinstance(content, dict):
             return content
-        problems.append(f"{path} must hold one {{...}} object, but holds {content!r}")
+        problems.append(f"{path} must hold one {{...}} object, but holds {in_json(content)}")
     return None
 
 
@@ -128,8 +136,10 @@ def check_block(
             whole file.
         place: Name of the file, with which messages begin.
     """
-    problems = []
+    problems: list[str] = []
     for key, value in block.items():
+        if len(problems) == MOST_WRONG:  # no file for DeepSpeed, and each needs a suggestion
+            return [*problems, f"{place} has further wrong keys"]
         name = prefix + key
         if key not in keys:
             why = KNOWN_ELSEWHERE.get(name) or "is not a supported key" + did_you_mean(key, keys)
@@ -155,17 +165,25 @@ def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
     """
     if name in OWNED and value == "auto":
         return []
-    said = f"{place}: {name} is {json.dumps(value)}"
+    said = f"{place}: {name} is {in_json(value)}"
     if name in FIXED:
         wanted, why = FIXED[name]
         right = value == wanted and type(value) is type(wanted)
         return [] if right else [f"{said}, but it must be {json.dumps(wanted)}, because {why}"]
+    if name == NVME_PATH and isinstance(value, str) and bad_path(name, value):
+        return bad_path(f"{place}: {name}", value)
     if name in AT_LEAST_ONE and value == 0:
         return [f"{said}, but it must be at least 1"]
     if fits(value, kind):
         return []
     why = WHY_NOT.get(name, "") if value != "auto" else "auto is only for numbers of the run"
     return [f"{said}, but it must be {kind_in_words(kind)}" + (f", because {why}" if why else "")]
+
+
+def in_json(value: object) -> str:
+    """Return a value as JSON for a message; a long one is cut."""
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -181,7 +199,7 @@ def fits(value: Any, kind: Any) -> bool:
         return value in kind
     if kind in (int, float):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and 0 <= value < float("inf") and (kind is float or value == int(value))
+        return number and 0 <= value < LARGEST and (kind is float or value == int(value))
     return isinstance(value, kind if isinstance(kind, type) else dict)
 
 
@@ -242,8 +260,7 @@ def conflicts(source: str | EngineDict, config: Config, *, trains: bool = True) 
     param = value_at(engine, "zero_optimization.offload_param") or {}
     if trains and param.get("device") == "nvme" and not os.access(param["nvme_path"], os.W_OK):
         problems.append(
-            f"{place}: zero_optimization.offload_param.nvme_path must be a folder you can "
-            f"write to, got {param['nvme_path']!r}"
+            f"{place}: {NVME_PATH} must be a folder you can write to, got {param['nvme_path']!r}"
         )
     return problems
 

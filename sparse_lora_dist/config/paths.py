@@ -4,7 +4,9 @@
 Hugging Face hub is not asked.
 """
 
+import os
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,61 @@ HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv")
 """Ends of names that are taken for files, not for hub ids."""
 
+PATHS = frozenset(
+    """
+    model base_cache data eval_data chat_template init_adapter ds_config output_dir resume verify
+    edits adapter compare output answers plot config
+    """.split()
+)
+"""Options of all programs whose values are paths, or may be. In all of them ~ is the home."""
+LONGEST_NAME, LONGEST_PATH = 255, 4000
+"""Largest number of bytes of one name in a path, and of a whole path. A file system refuses longer
+names; a path is bounded at 4096, of which the names of a run's own files need some."""
+
+
+def bad_path(place: str, text: str) -> list[str]:
+    """Return a message if a text cannot be the path of a file or folder.
+
+    Args:
+        place: The option, with which the message begins.
+        text: Its value, not empty.
+
+    Returns:
+        A list with the message, or an empty list. Whether the path exists is not checked.
+    """
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        return [f"{place} must be a path in UTF-8 without NUL characters, got {text!r}"]
+    if text.startswith("~") and expanded(text) == text:
+        user = text.split("/")[0]
+        return [f"{place} {text} cannot be found: there is no user {user[1:]}. Write the path out"]
+    if len(text.encode()) > LONGEST_PATH or any(
+        len(name.encode()) > LONGEST_NAME for name in text.split("/")
+    ):
+        return [
+            f"{place} is too long: a path has at most {LONGEST_PATH} bytes, and a name in it at "
+            f"most {LONGEST_NAME}, got {text[:40]}... of {len(text.encode())} bytes"
+        ]
+    return []
+
+
+def expanded(text: str) -> str:
+    """Return a path with ~ at its beginning replaced by the home of the user, or of the user whose
+    name follows. If there is no such user, ``text`` is returned unchanged."""
+    return os.path.expanduser(text)
+
+
+def path_argument(text: str) -> Path:
+    """Return the path of a word on the command line, for ``type`` of an argparse argument.
+
+    Raises:
+        ArgumentTypeError: The word is empty or cannot be a path.
+    """
+    if not text.strip():
+        raise ArgumentTypeError("it is empty. (A shell variable that is not set gives that.)")
+    if problems := bad_path("the path", text):
+        raise ArgumentTypeError(problems[0])
+    return Path(expanded(text))
+
 
 def resolve_default(option: str, value: str) -> str:
     """Return the path or hub id that the value of --model, --data or --eval_data stands for.
@@ -35,7 +92,7 @@ def resolve_default(option: str, value: str) -> str:
     Returns:
         The path in the repository for "default"; otherwise ``value`` with ~ expanded.
     """
-    return str(ASSETS / EMBEDDED[option]) if value == "default" else str(Path(value).expanduser())
+    return str(ASSETS / EMBEDDED[option]) if value == "default" else str(Path(expanded(value)))
 
 
 def eval_source(data: DataConfig) -> str | None:
@@ -82,7 +139,7 @@ def missing_files(flat: Mapping[str, Any]) -> list[str]:
             model.
     """
     problems = []
-    if flat["chat_template"] is not None and not Path(flat["chat_template"]).expanduser().is_file():
+    if flat["chat_template"] is not None and not Path(expanded(flat["chat_template"])).is_file():
         problems.append(
             f"--chat_template {flat['chat_template']} does not exist. Name a file with a Jinja "
             "template"
@@ -106,7 +163,7 @@ def missing_source(option: str, value: str) -> list[str]:
         A list with the message if ``value`` is a path that does not exist, or an empty list.
     """
     embedded = value == "default" and option in EMBEDDED
-    path = Path(resolve_default(option, value) if embedded else value).expanduser()
+    path = Path(resolve_default(option, value) if embedded else expanded(value))
     if path.exists() or not (embedded or looks_local(value)):
         return []
     if embedded:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, set_loader, set_parsing_settings
 
 from sparse_lora_dist import methods
 from sparse_lora_dist.config.config import SECTIONS
+from sparse_lora_dist.config.yaml_file import yaml_value
 
 USAGE = "deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--option value ...]"
 COMMON = """
@@ -30,6 +32,8 @@ WORDS = {
     type(None): "null",
 }
 """{Python type of an option: the type in words}, for messages."""
+NULL = ("null", "Null", "NULL")
+"""Words for null. YAML's ~ is a path here: the home."""
 LISTS = {int: "a list of whole numbers", float: "a list of finite numbers"}
 """{type of the items of a list: the list in words}, for messages."""
 
@@ -116,14 +120,24 @@ def build_parser(program: Program = TRAIN) -> ArgumentParser:
     return _parser(program, tuple(methods.METHODS.items()))
 
 
+def new_parser(**arguments: Any) -> ArgumentParser:
+    """Return a jsonargparse parser without arguments, which reads values as ``yaml_file`` does.
+
+    Args:
+        arguments: arguments of ``ArgumentParser``.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    set_loader("sparse_lora_dist", yaml_value, exceptions=(yaml.YAMLError,))
+    return ArgumentParser(parser_mode="sparse_lora_dist", exit_on_error=False, **arguments)
+
+
 # Cached because building it takes a fifth of the time that a short run in a test needs to start.
 # The methods are an argument, so that a method registered later gets a new parser.
 @cache
 def _parser(
     program: Program, known: tuple[tuple[str, methods.MethodFactory], ...]
 ) -> ArgumentParser:
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=program.name, exit_on_error=False, add_help=False)
+    parser = new_parser(prog=program.name, add_help=False)
     for _, owner in _owners(program):
         parser.add_class_arguments(owner, None, as_group=False)
     parser.set_defaults(dict(program.defaults))
@@ -152,37 +166,73 @@ def takes_list(hint: Any) -> bool:
     return any(get_origin(t) is tuple for t in (hint, *get_args(hint)))
 
 
-def items_in(text: str, hint: Any) -> Any:
-    """Split the text that was given on the command line for an option that takes a list.
+def value_of(text: str, hint: Any) -> Any:
+    """Return the value that a text stands for, as an option of the type ``hint`` reads it.
 
-    ``a,b`` gives ["a", "b"] and ``a`` gives ["a"]. The text is returned unchanged if it is
-    ``all-linear``, if it starts with ``[`` (the parser reads it as YAML), or if the option also
-    takes a regular expression and the text is not plain names.
+    jsonargparse would read it as YAML 1.1, in which 1:30 is 90 and an alias can explode.
 
     Args:
-        text: Value as written on the command line.
+        text: Word of the command line, or text in a YAML file.
         hint: Type of the option.
 
     Returns:
-        A list of strings, a list of floats if the option takes floats, or ``text``.
+        A number, a boolean, None, a list, or ``text``. Whether it has the type is not checked.
+
+    Raises:
+        TypeError: The option takes no text, and ``text`` stands for nothing else.
+        yaml.YAMLError: The option takes no text, and ``text`` cannot be read.
     """
-    if text.startswith("[") or text == "all-linear":
+    kinds = (hint, *get_args(hint))
+    words = {str(w): w for kind in kinds if get_origin(kind) is Literal for w in get_args(kind)}
+    if takes_list(hint):
+        return _list_of(text, takes_text=get_origin(hint) is not tuple)
+    if text in words:
+        return words[text]
+    if text in NULL and may_be_null(hint):
+        return None
+    if str in kinds:
         return text
-    if get_origin(hint) is not tuple and PLAIN_NAMES.fullmatch(text) is None:
-        return text
-    items = [item.strip() for item in text.split(",") if item.strip()]
-    return [_number(item) for item in items] if float in get_args(hint) else items
+    value = yaml_value(text)
+    if isinstance(value, str):
+        raise TypeError
+    return value
 
 
-def _number(text: str) -> float | str:
-    """Return ``text`` as a float if Python can read it as one, otherwise unchanged.
+def _list_of(text: str, *, takes_text: bool) -> Any:
+    """Return the list that a text stands for.
 
-    The YAML parser is not used for this, because YAML 1.1 would take 3e-4 for text.
+    ``a,b`` gives ["a", "b"], ``a`` gives ["a"], and ``[a, b]`` is read as YAML. The text is
+    returned unchanged if it is ``all-linear``, or if the option also takes a regular expression and
+    the text is not plain names.
+
+    Args:
+        text: Value as written on the command line.
+        takes_text: True if the option also takes a regular expression.
     """
-    try:
-        return float(text)
-    except ValueError:
+    if text.startswith("["):
+        try:
+            value = yaml_value(text)
+        except yaml.YAMLError:
+            if not takes_text:  # a regular expression such as [qv]_proj is no YAML
+                raise
+            return text
+        return value
+    if text == "all-linear" or (takes_text and PLAIN_NAMES.fullmatch(text) is None):
         return text
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+def numbers_of(items: list[Any], hint: Any) -> list[Any]:
+    """Return the items of an option's list, with texts replaced by the numbers that they stand for
+    if the option takes a list of numbers.
+
+    Raises:
+        TypeError: A text stands for no number.
+    """
+    kinds = [get_args(t) for t in (hint, *get_args(hint)) if get_origin(t) is tuple]
+    if not kinds or str in kinds[0]:
+        return items
+    return [value_of(item, float) if isinstance(item, str) else item for item in items]
 
 
 def describe(hint: Any) -> str:

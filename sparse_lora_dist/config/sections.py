@@ -8,12 +8,15 @@ with all problems.
 from dataclasses import dataclass
 from typing import Literal
 
-from sparse_lora_dist.config.checks import above, at_least, bad_durations, bad_regex, raise_if
+from sparse_lora_dist.config.checks import above, at_least, at_most, bad_durations, raise_if
+from sparse_lora_dist.system.patterns import bad_regex
 
 TRACKERS = tuple("aim clearml comet_ml dvclive mlflow swanlab tensorboard trackio wandb".split())
 """Names of accelerate's trackers, each also the name of its package for pip and import."""
 RESETS = ("optimizer", "schedule", "data")
 """Words that --reset takes: the state that a resumed run may discard."""
+MOST_ROWS = 2**16
+"""Largest --micro_batch_size and --gradient_accumulation_steps. More would only fill memory."""
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
 
@@ -80,13 +83,14 @@ class DataConfig:
     """Pack several documents into one row; attention stays within each document. null: true for
     causal_lm, false for seq_cls."""
     sequence_length: int = 512
-    """Row length in tokens, at least 8. Longer plain texts are cut; longer chats and prompts with
-    responses are left out."""
+    """Row length in tokens, from 8 to 16777216. Longer plain texts are cut; longer chats and
+    prompts with responses are left out."""
     max_samples: int | None = None
     """Number of training examples to use, from the first on, at least 1. null: all."""
 
     def __post_init__(self) -> None:
-        raise_if(at_least(self, 8, "sequence_length") + at_least(self, 1, "max_samples"))
+        problems = at_least(self, 8, "sequence_length") + at_least(self, 1, "max_samples")
+        raise_if(problems + at_most(self, 2**24, "sequence_length"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,9 +136,9 @@ class TrainConfig:
     """End the job after this optimizer step, at least 1, and leave all schedules unchanged, so
     that the run can be resumed. null: train to the end."""
     micro_batch_size: int = 4
-    """Rows per rank in one forward pass, at least 1."""
+    """Rows per rank in one forward pass, from 1 to 65536."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step, at least 1."""
+    """Micro-batches per optimizer step, from 1 to 65536."""
     learning_rate: float = 2e-4
     """Peak learning rate of AdamW, above 0."""
     lr_schedule: Literal["constant", "constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = (
@@ -163,6 +167,7 @@ class TrainConfig:
         counts = ("max_steps", "stop_after", "micro_batch_size", "gradient_accumulation_steps")
         positive = ("num_epochs", "learning_rate", "adam_eps")
         problems = at_least(self, 1, *counts) + above(self, 0, *positive)
+        problems += at_most(self, MOST_ROWS, "micro_batch_size", "gradient_accumulation_steps")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 problems.append(f"--{name} must be in [0, 1), got {getattr(self, name)}")

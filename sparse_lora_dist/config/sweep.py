@@ -4,20 +4,26 @@ Called by launcher/grid.py. Every combination of the values in lists is one run.
 """
 
 import re
+import shlex
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import prod
 from pathlib import Path
-
-import yaml
 
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.config.sections import RunConfig
+from sparse_lora_dist.config.yaml_file import TextLoader, read_entries
 from sparse_lora_dist.errors import ConfigError, UserError
 
 USAGE = """usage: launcher/grid.py FILE [NUMBER]
   FILE    options of launcher/train.py in YAML; every combination of values in lists is one run
   NUMBER  print the options of this run, one word per line; without it, all runs are listed"""
+
+
+MOST_RUNS = 10_000
+"""Largest number of runs of a sweep. Slurm's default bound of an array is 1001 tasks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,12 @@ def load_grid(argv: Sequence[str]) -> Grid:
         raise UserError(USAGE)
     path = argv[0]
     runs = runs_of(read(Path(path)))
-    check(path, runs)
-    number = None if len(argv) == 1 else _number(argv[1], len(runs))
+    if len(argv) == 1:
+        check(path, runs)
+        return Grid(path=path, runs=runs, number=None)
+    number = _number(argv[1], len(runs))
+    name = list(runs)[number]
+    check(path, {name: runs[name]})  # the others were checked before the array was submitted
     return Grid(path=path, runs=runs, number=number)
 
 
@@ -67,13 +77,35 @@ def read(path: Path) -> dict[str, str | list[str]]:
     Raises:
         UserError: The file cannot be read, or does not have the form ``name: value``.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict) or any(isinstance(v, dict) for v in content.values()):
-        raise UserError(f"{path} must hold 'name: value' or 'name: [value, value]' lines.")
-    return content
+    entries = read_entries(str(path), place=str(path), loader=TextLoader)
+    if not entries:
+        raise UserError(f"{path} must hold 'name: value' lines, but is empty.")
+    counts = Counter(entry.name for entry in entries)
+    if doubles := [name for name, count in counts.items() if count > 1]:
+        raise UserError(f"{path} sets {doubles[0]} twice. Remove one of the lines.")
+    for entry in entries:
+        if problem := _bad_value(entry.value):
+            raise UserError(
+                f"{path} line {entry.line} must hold 'name: value' or 'name: [value, value]', but "
+                f"{entry.name} has {problem}."
+            )
+    return {entry.name: entry.value for entry in entries}
+
+
+def _bad_value(value: object, depth: int = 0) -> str | None:
+    """Return what is wrong with a value, as the end of a message; None if it is right.
+
+    A value is text, a list of texts, or a list of these for an option that takes a list.
+    """
+    if isinstance(value, list):
+        if depth == 2:
+            return "a list in a list in a list"
+        return next((p for part in value if (p := _bad_value(part, depth + 1))), None)
+    if not isinstance(value, str):
+        return "a map"
+    if "\n" in value or "\r" in value:  # slurm/train_array.sbatch reads one word a line
+        return "a value with a line break"
+    return "a value that begins with --" if value.startswith("--") else None
 
 
 def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
@@ -89,11 +121,22 @@ def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
         {name of the run's folder: its options as words of a command line}.
 
     Raises:
-        UserError: Two runs would have the same folder.
+        UserError: Two runs would have the same folder, output_dir is no folder, or there are more
+            than ``MOST_RUNS`` runs.
     """
     lists = {name: value for name, value in grid.items() if isinstance(value, list)}
     fixed = {name: value for name, value in grid.items() if isinstance(value, str)}
     parent = fixed.pop("output_dir", "runs/grid")
+    if "output_dir" in lists or not parent.strip():
+        raise UserError(
+            "output_dir of a sweep must be one folder, in which each run gets a folder of its own. "
+            f"It is {grid['output_dir']!r}. Name one folder."
+        )
+    if (count := prod(map(len, lists.values()))) > MOST_RUNS:
+        raise UserError(
+            f"The sweep has {count} runs, but at most {MOST_RUNS} are made from one file. Shorten "
+            "its lists, or split them over several files."
+        )
     runs: dict[str, list[str]] = {}
     for values in product(*lists.values()):
         chosen = dict(zip(lists, map(_text, values), strict=True))
@@ -113,7 +156,7 @@ def _text(value: str | list[str]) -> str:
 
     A value that is itself a list, for an option that takes several names, is joined by commas.
     """
-    return ",".join(value) if isinstance(value, list) else value
+    return (",".join(value) or "[]") if isinstance(value, list) else value
 
 
 def _folder(chosen: dict[str, str]) -> str:
@@ -145,10 +188,10 @@ def check(path: str, runs: dict[str, list[str]]) -> None:
 
 
 def _number(text: str, count: int) -> int:
-    if not text.isdecimal() or int(text) >= count:
+    if not text.isdecimal() or len(text) > 9 or int(text) >= count:
         raise UserError(
-            f"NUMBER selects a run of the sweep and must be from 0 to {count - 1}, got {text}. "
-            f"Submit the sweep with sbatch --array=0-{count - 1}."
+            f"NUMBER selects a run of the sweep and must be from 0 to {count - 1}, "
+            f"got {text[:40]}. Submit the sweep with sbatch --array=0-{count - 1}."
         )
     return int(text)
 
@@ -162,4 +205,4 @@ def show(grid: Grid) -> None:
     for number, name in enumerate(grid.runs):
         print(f"{number:>4}  {name}")
     last = len(grid.runs) - 1
-    print(f"all of them: sbatch --array=0-{last} slurm/train_array.sbatch {grid.path}")
+    print(f"all of them: sbatch --array=0-{last} slurm/train_array.sbatch {shlex.quote(grid.path)}")

@@ -71,6 +71,7 @@ def start(timeout_s: float = 600.0) -> Launch:
         return launch
     if launch.launcher == "mpirun":
         launch = with_meeting_place(launch)
+    launch.check_address()
     if "OMP_NUM_THREADS" not in os.environ:
         # Each rank would otherwise start a thread for every core of the machine. mpirun and srun
         # may have bound this rank to a few cores.

@@ -9,18 +9,30 @@ If the variables of several launchers are set, the first in this list counts:
 """
 
 import os
+import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
-from sparse_lora_dist.distributed.launch_slurm import first_host, port_of_step, tasks_on_node
+from sparse_lora_dist.distributed.launch_slurm import (
+    first_host,
+    port_of_step,
+    restart_count,
+    tasks_on_node,
+)
 from sparse_lora_dist.errors import UserError
 
 ADVICE = (
     "Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT together, or unset all of them "
     "and start with a launcher (see docs/launchers.md)."
 )
+
+LAST_PORT, MOST_DIGITS = 65535, 18
+"""Largest port, and largest number of digits of any variable."""
+RESOLVE_S = 10.0
+"""Longest time in seconds that a host name may take to become known, e.g. while a node boots."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +77,25 @@ class Launch:
         counted = "1 node" if nodes == 1 else f"{nodes} nodes"
         place = f"{self.address}:{self.port}"
         return f"{self.launcher}: {self.world_size} ranks on {counted}, meeting at {place}"
+
+    def check_address(self) -> None:
+        """Raise UserError if the host name of rank 0's machine is not known here.
+
+        torch would ask for it again and again, for minutes. Not a collective.
+        """
+        deadline = time.monotonic() + RESOLVE_S
+        while self.world_size > 1 and self.address is not None:
+            try:
+                socket.getaddrinfo(self.address, self.port)
+                return
+            except (OSError, UnicodeError) as error:
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"MASTER_ADDR={self.address} is not known on {socket.gethostname()} "
+                        f"({error}). Set MASTER_ADDR to a name or IP address of rank 0's machine "
+                        "that all machines can reach."
+                    ) from error
+                time.sleep(1)
 
 
 class Names(NamedTuple):
@@ -141,8 +172,9 @@ def find_launch(environ: Mapping[str, str]) -> Launch:
         environ: the environment variables of the process.
 
     Raises:
-        UserError: the variables contradict each other, or one is missing.
+        UserError: the variables contradict each other, one is missing, or has a wrong value.
     """
+    restart_count(environ)  # read later, by the run lock and by --resume
     for names in AGENTS:
         if names.marker in environ:
             return _read(LauncherVariables(names, environ))
@@ -188,9 +220,37 @@ class LauncherVariables:
         Raises:
             UserError: the variable is not set, or is not a whole number from 0.
         """
-        if not self.text(name).isdecimal():
-            raise UserError(f"{name}={self.text(name)!r} must be a whole number from 0. {ADVICE}")
-        return int(self.text(name))
+        text = self.text(name)
+        if not text.isdecimal() or len(text) > MOST_DIGITS:
+            raise UserError(f"{name}={text[:40]!r} must be a whole number from 0. {ADVICE}")
+        return int(text)
+
+    def port(self) -> int | None:
+        """Return MASTER_PORT, or None if it is not set.
+
+        Raises:
+            UserError: it is no port.
+        """
+        if "MASTER_PORT" not in self.environ:
+            return None
+        port = self.number("MASTER_PORT")
+        if not 0 < port <= LAST_PORT:
+            raise UserError(f"MASTER_PORT={port} must be a port from 1 to {LAST_PORT}. {ADVICE}")
+        return port
+
+    def address(self) -> str | None:
+        """Return MASTER_ADDR, or None if it is not set.
+
+        Raises:
+            UserError: it is empty, or has letters that no host name has.
+        """
+        address = self.environ.get("MASTER_ADDR")
+        if address is not None and (not address or not address.isprintable() or " " in address):
+            raise UserError(
+                f"MASTER_ADDR={address[:80]!r} must be the name or IP address of rank 0's machine. "
+                f"{ADVICE}"
+            )
+        return address
 
 
 def _read(variables: LauncherVariables) -> Launch:
@@ -253,8 +313,7 @@ def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
         launch: launcher, rank and world size of this process.
         variables: the variables of the launcher.
     """
-    address = variables.environ.get("MASTER_ADDR")
-    port = variables.number("MASTER_PORT") if "MASTER_PORT" in variables.environ else None
+    address, port = variables.address(), variables.port()
     if variables.names is SRUN:
         # On one machine no name has to resolve.
         one_machine = launch.local_size == launch.world_size
@@ -262,7 +321,7 @@ def _with_meeting_place(launch: Launch, variables: LauncherVariables) -> Launch:
         job, step = variables.number("SLURM_JOB_ID"), variables.number("SLURM_STEP_ID")
         address, port = address or host, port or port_of_step(job, step)
     elif launch.launcher != "mpirun":
-        address, port = variables.text("MASTER_ADDR"), variables.number("MASTER_PORT")
+        variables.text("MASTER_ADDR"), variables.text("MASTER_PORT")  # both are needed
     return replace(launch, address=address, port=port)
 
 

@@ -1,6 +1,9 @@
 """Parse Slurm's formats (host lists, task counts), and choose a port, since Slurm sets none."""
 
 import re
+from collections.abc import Mapping
+
+from sparse_lora_dist.errors import UserError
 
 FIRST_PORT, NUM_PORTS = 10_000, 20_000
 """First of the ports to choose from, and their number: 10000 to 29999. They are below 32768, where
@@ -49,3 +52,21 @@ def port_of_step(job: int, step: int) -> int:
         step: SLURM_STEP_ID.
     """
     return FIRST_PORT + (job * 101 + step) % NUM_PORTS
+
+
+def restart_count(environ: Mapping[str, str]) -> int:
+    """Return how often Slurm has requeued this job; 0 outside of Slurm.
+
+    Args:
+        environ: the environment variables of the process.
+
+    Raises:
+        UserError: SLURM_RESTART_COUNT is not a whole number.
+    """
+    text = environ.get("SLURM_RESTART_COUNT", "0")
+    if not text.isdecimal() or len(text) > 9:
+        raise UserError(
+            f"SLURM_RESTART_COUNT={text[:40]!r} must be a whole number from 0, as Slurm sets it. "
+            "Unset it."
+        )
+    return int(text)

@@ -38,6 +38,7 @@ def fail_together(phase: str) -> Iterator[None]:
     # No space, no permission, a missing or damaged file: a traceback would add nothing.
     except (OSError, SafetensorError) as error:
         failure = UserError(f"An error occurred while {phase}: {error}")
+        failure.__cause__ = error  # for the traceback of --debug
     except Exception as error:
         failure = error
     failures = comm.gather_objects(str(failure) if failure else None, after=phase)

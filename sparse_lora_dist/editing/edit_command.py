@@ -22,6 +22,7 @@ from sparse_lora_dist.editing.edit_feed import EditFeed, build_feed
 from sparse_lora_dist.editing.edit_metrics import COLUMNS, Scores, table_row
 from sparse_lora_dist.editing.edit_options import RESULTS, EditRequest
 from sparse_lora_dist.editing.question_scores import ModelAnswers, score_edits, scored_questions
+from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import open_tokenizer
@@ -53,7 +54,8 @@ def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:
     command = ["launcher/edit.py", "--edits", str(options.edits)]
     command += [] if options.number is None else ["--number", options.number]
     command += ["--fluency_tokens", str(options.fluency_tokens)]
-    with fail_together("reading the edits"), first_on_its_node():
+    source = as_user_error(f"--edits {options.edits}", "Check the file.")
+    with fail_together("reading the edits"), first_on_its_node(), source:
         feed = build_feed(
             request.edits,
             config,

@@ -10,11 +10,13 @@ from typing import Any
 from sparse_lora_dist.config.checks import at_least, raise_if
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import read_options
+from sparse_lora_dist.config.paths import expanded
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.editing.edits import Edit, Edits, numbered
+from sparse_lora_dist.errors import as_user_error
 
 COMMON = """
     model precision gradient_checkpointing sequence_length method rank alpha dropout target_modules
@@ -49,7 +51,7 @@ class EditConfig:
         problems = at_least(self, 0, "fluency_tokens")
         if self.edits is None:
             problems.append("--edits is missing. Name a file of edits")
-        elif not Path(self.edits).expanduser().is_file():
+        elif not Path(expanded(self.edits)).is_file():
             problems.append(f"--edits {self.edits} does not exist. Name a file of edits")
         if self.number is not None and NUMBER.fullmatch(self.number) is None:
             problems.append(f"--number must be like 7, 0:10 or 5:, got {self.number!r}")
@@ -58,7 +60,7 @@ class EditConfig:
     @property
     def path(self) -> Path:
         """Path of the file of edits."""
-        return Path(self.edits or "").expanduser()
+        return Path(expanded(self.edits or ""))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +149,8 @@ def load_request(argv: Sequence[str]) -> EditRequest:
     """
     config, options = read_options(argv, PROGRAM)
     raise_if(_not_for_edits(config, options))
-    file = read_edits(options.path)
+    with as_user_error(f"--edits {options.edits}", "Give a JSON list, or one object per line."):
+        file = read_edits(options.path)
     edits = numbered(file.edits, options.number, str(options.edits))
     return EditRequest(
         config=_with_all_in_a_step(config, options, len(edits)),

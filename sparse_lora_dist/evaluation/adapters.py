@@ -3,20 +3,20 @@
 Each site, i.e. linear with an adapter, may have its own rank and scale.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-import yaml
-
-from sparse_lora_dist.adapter.peft_config import CONFIG, other_kind, scale_of
+from sparse_lora_dist.adapter.peft_config import CONFIG, faults_of, other_kind, scale_of
 from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.config.config import Config
-from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.config.paths import expanded, resolve_default
+from sparse_lora_dist.config.yaml_file import read_entries
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.zero3.slices import Values
 
@@ -68,7 +68,8 @@ def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
     with fail_together("opening adapters"), first_on_its_node():
         for name in names:
             try:
-                adapters.append(_open(name))
+                with as_user_error(f"--adapter {name}", "Export or copy the adapter again."):
+                    adapters.append(_open(name))
             except UserError as error:
                 problems.append(str(error))
         if problems:
@@ -80,7 +81,7 @@ def _open(name: str | None) -> Adapter:
     """Open one adapter; raise UserError if it is missing or is not a plain LoRA."""
     if name is None:
         return Adapter(name="base")
-    folder = Path(name).expanduser()
+    folder = Path(expanded(name))
     if (folder / "adapter" / CONFIG).exists():
         folder = folder / "adapter"
     elif not (folder / CONFIG).exists() and any(
@@ -88,7 +89,7 @@ def _open(name: str | None) -> Adapter:
     ):
         raise UserError(
             f"The adapter {name} is a run or checkpoint folder without an exported adapter. Run "
-            f"launcher/export.py {name} --output FOLDER, and evaluate FOLDER."
+            f"launcher/export.py {quote(name)} --output FOLDER, and evaluate FOLDER."
         )
     config, values, shapes = open_peft(str(folder), "adapter")
     if why := _why_not_plain(config, shapes):
@@ -96,18 +97,26 @@ def _open(name: str | None) -> Adapter:
             f"The adapter {name} is not a plain LoRA adapter: {why}. Merge it into its base with "
             "launcher/export.py --format merged, and evaluate the result with --model."
         )
+    if faults := faults_of(config):
+        raise UserError(
+            f"The adapter {name} has wrong values in {CONFIG}: {'; '.join(faults)}. Correct them "
+            "in this file."
+        )
     ranks = {n.removesuffix(".lora_a"): s[0] for n, s in shapes.items() if n.endswith("lora_a")}
-    scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}
+    try:
+        scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}
+    except UserError as error:
+        raise UserError(f"The adapter {name} cannot be used: {error}") from error
     base = config.get("base_model_name_or_path")
     return Adapter(name=name, values=values, shapes=shapes, scales=scales, base=base)
 
 
-def _why_not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | None:
+def _why_not_plain(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Return why an adapter is not a plain LoRA, as a clause for a message; None if it is one.
 
     Args:
         config: Content of adapter_config.json.
-        shapes: Names of the adapter's tensors.
+        shapes: Names and shapes of the adapter's tensors.
     """
     if other := other_kind(config):
         return f"its adapter_config.json has {other}"
@@ -116,6 +125,9 @@ def _why_not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | 
     halves = ({n[:-7] for n in shapes if n.endswith(half)} for half in (".lora_a", ".lora_b"))
     if alone := set.symmetric_difference(*halves):
         return f"{min(alone)} has only one of lora_A and lora_B"
+    for name, shape in shapes.items():
+        if name.endswith(("lora_a", "lora_b")) and (len(shape) != 2 or 0 in shape):
+            return f"{name} has shape {list(shape)}, but must have two sizes above 0"
     return None
 
 
@@ -136,15 +148,22 @@ def differences_from_training(adapter: Adapter, config: Config) -> list[str]:
     here = resolve_default("model", config.model.model)
     if adapter.base and Path(adapter.base).name != Path(here).name:
         notes.append(f"the base model of the adapter is {adapter.base}, but --model is {here}")
-    folder = Path(adapter.name).expanduser()
+    folder = Path(expanded(adapter.name))
     run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)
     if run is not None:
-        now, then = config.as_flat_dict(), yaml.safe_load(run.read_text())
+        try:
+            then = {entry.name: entry.value for entry in read_entries(str(run), place=str(run))}
+        except UserError as error:
+            return [*notes, f"{error}, so its options are not compared with those given"]
+        now = config.as_flat_dict()
         differ = [n for n in TRAINING_OPTIONS if n in then and then[n] != now[n]]
         notes += [
             f"the adapter was trained with --{n} {then[n]}, but is evaluated with {now[n]}"
             for n in differ
         ]
         if differ:
-            notes.append(f"use --config {run} to evaluate it with the options it was trained with")
+            notes.append(
+                f"use --config {quote(str(run))} to evaluate it with the options it was trained "
+                "with"
+            )
     return notes

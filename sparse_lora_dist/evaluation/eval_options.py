@@ -5,10 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.config.checks import at_least, raise_if
+from sparse_lora_dist.config.checks import at_least, at_most, raise_if
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import read_options
-from sparse_lora_dist.config.paths import eval_source, looks_local, missing_files, missing_source
+from sparse_lora_dist.config.paths import (
+    eval_source,
+    expanded,
+    looks_local,
+    missing_files,
+    missing_source,
+)
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.config.spelling import did_you_mean
@@ -40,10 +46,10 @@ class EvalConfig:
     (share whose generated text equals the answer), gsm8k (share whose generated text has the right
     final number)."""
     batch_size: int = 8
-    """Number of texts or prompts per batch, at least 1; for the metric choice, each choice of a
-    question is one text. Each batch is computed by one rank."""
+    """Number of texts or prompts per batch, from 1 to 65536; for the metric choice, each choice of
+    a question is one text. Each batch is computed by one rank."""
     max_new_tokens: int = 256
-    """Largest number of tokens per generated answer, at least 1."""
+    """Largest number of tokens per generated answer, from 1 to 1048576."""
     limit: int | None = None
     """Number of examples to use, from the first on, at least 1. null: all."""
     output: str | None = None
@@ -56,6 +62,7 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "batch_size", "max_new_tokens", "limit")
+        problems += at_most(self, 2**16, "batch_size") + at_most(self, 2**20, "max_new_tokens")
         problems += [
             f"--metrics must be any of {', '.join(METRICS)}, got {name!r}"
             f"{did_you_mean(name, METRICS)}"
@@ -70,11 +77,16 @@ class EvalConfig:
                 "in --compare"
             )
         for name in self.names:
-            if name is not None and looks_local(name) and not Path(name).expanduser().exists():
+            if name is not None and looks_local(name) and not Path(expanded(name)).exists():
                 flag = "compare" if self.compare else "adapter"
                 problems.append(
                     f"--{flag} {name} does not exist, and is not a hub id. Check the path"
                 )
+        if len({path.resolve() for path in self.files.values()}) < len(self.files):
+            problems.append(
+                f"--output and --answers both name {self.output}, so one would replace the other. "
+                "Give two names"
+            )
         for flag, path in self.files.items():
             problems += bad_output(flag, path, overwrite=self.overwrite)
         raise_if(problems)
@@ -83,7 +95,7 @@ class EvalConfig:
     def files(self) -> dict[str, Path]:
         """{option: path of the file to write}, for --output and --answers if they are set."""
         given = {"output": self.output, "answers": self.answers}
-        return {flag: Path(p).expanduser() for flag, p in given.items() if p is not None}
+        return {flag: Path(expanded(p)) for flag, p in given.items() if p is not None}
 
     @property
     def names(self) -> tuple[str | None, ...]:

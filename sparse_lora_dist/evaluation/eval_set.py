@@ -11,7 +11,7 @@ from sparse_lora_dist.data.fields import ExampleError
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.evaluation.eval_metrics import METRICS
 from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
 from sparse_lora_dist.evaluation.examples import Table
@@ -87,7 +87,8 @@ def open_eval_set(
     """
     if comm.rank() > 0:
         be_quiet()
-    with fail_together("reading the data"), first_on_its_node():
+    source = as_user_error(f"--eval_data {request.source}", "Check the data, or convert them.")
+    with fail_together("reading the data"), first_on_its_node(), source:
         tokenizer = open_tokenizer(config, model)
         template = find_template(tokenizer, config.data.chat_template)
         encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data)

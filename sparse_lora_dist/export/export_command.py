@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from sparse_lora_dist.adapter.peft_config import APART
 from sparse_lora_dist.base_model.architecture import PRECISIONS
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.export.card import CARD, SIGNATURE, write_card
 from sparse_lora_dist.export.export_options import ExportConfig, ExportRequest
 from sparse_lora_dist.export.merged import Merge
@@ -43,8 +43,9 @@ def export(request: ExportRequest) -> None:
         UserError: The checkpoint, the base model or the output folder does not allow this export,
             or writing fails.
     """
-    asked, final = request.export, Path(request.export.output).expanduser().resolve()
-    trained = _attach_base(Trained.open(Path(request.source)), asked)
+    asked, final = request.export, Path(request.export.output).resolve()
+    with as_user_error(request.source, "Give another run or checkpoint."):
+        trained = _attach_base(Trained.open(Path(request.source)), asked)
     if asked.plus is not None:
         trained = Union.of(trained, [source.strip() for source in asked.plus.split(",")])
     _check_place(final, trained, asked)

@@ -1,12 +1,15 @@
 """Options of launcher/export.py."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_type_hints
 
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser
 
 from sparse_lora_dist.config.checks import raise_if
+from sparse_lora_dist.config.paths import bad_path, expanded
+from sparse_lora_dist.config.schema import describe, new_parser
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.errors import ConfigError
 
@@ -107,19 +110,50 @@ def load_request(argv: Sequence[str]) -> ExportRequest:
     parser = build_parser()
     try:
         parsed = parser.parse_args(list(_switched_on(argv)))
-        export = ExportConfig(**{f.name: parsed[f.name] for f in fields(ExportConfig)})
     except ArgumentError as error:
-        raise ConfigError([" ".join(str(error).split())]) from error
-    return ExportRequest(source=parsed.source, export=export)
+        raise ConfigError([_in_our_words(error)]) from error
+    given = {f.name: parsed[f.name] for f in fields(ExportConfig)} | {"source": parsed.source}
+    problems: list[str] = []
+    for name in ("source", "output", "plus", "base"):
+        place = "the run folder" if name == "source" else f"--{name}"
+        given[name] = _path(place, given[name], problems)
+    raise_if(problems)
+    return ExportRequest(source=given.pop("source"), export=ExportConfig(**given))
+
+
+def _in_our_words(error: ArgumentError) -> str:
+    """Return the message of jsonargparse's parser; about a wrong value, without Python's types."""
+    text = " ".join(str(error).split())
+    hints = get_type_hints(ExportConfig)
+    found = re.search(r"Parser key \"(\w+)\".*Got value: (.*)", text)
+    if found is None or found[1] not in hints:
+        return text
+    return f"--{found[1]} must be {describe(hints[found[1]])}, got {found[2][:200]}"
+
+
+def _path(place: str, text: str | None, problems: list[str]) -> str | None:
+    """Return a path, or several that commas separate, with ~ expanded.
+
+    Args:
+        place: Option or argument that has the path, for messages.
+        text: The path; None if the option is not given.
+        problems: List of messages. One is appended for each part that cannot be a path.
+    """
+    if text is None:
+        return None
+    if not text.strip():
+        problems.append(f"{place} is empty. (A shell variable that is not set gives that.)")
+    parts = text.split(",") if place == "--plus" else [text]
+    for part in parts:
+        problems += bad_path(place, part.strip())
+    return ",".join(expanded(part.strip()) for part in parts)
 
 
 def build_parser() -> ArgumentParser:
     """Return the parser of launcher/export.py's command line."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(
+    parser = new_parser(
         prog="launcher/export.py",
         description="Export the adapter of a run to files that other tools read.",
-        exit_on_error=False,
         allow_abbrev=False,
     )
     parser.add_argument("source", help="Run folder, or one of its checkpoints/step_... folders.")

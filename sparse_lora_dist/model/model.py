@@ -37,7 +37,7 @@ from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import trained_specs
@@ -47,6 +47,9 @@ from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, mo
 from sparse_lora_dist.tasks.loss_head import install
 from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.slices import Values
+
+DOWNLOAD = "Check the files of the model, or download it again."
+"""What to do if a model cannot be opened, for messages."""
 
 
 @dataclass(kw_only=True)
@@ -103,16 +106,19 @@ class Model:
             print_line(
                 "warning", f"--trust_remote_code runs Python code that comes with {options.model}"
             )
+        source = f"--model {options.model}"
         with fail_together("opening the base model"):
             with first_on_its_node():
                 folder = resolve_folder(resolve_default("model", options.model), options.revision)
-            architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
-            files = CheckpointFiles(folder)
+            with as_user_error(source, DOWNLOAD):
+                architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
+                files = CheckpointFiles(folder)
         check_same_on_all_nodes(options.model, folder, files)
         task = TASKS[options.task]
-        with fail_together("reading the labels"), first_on_its_node():
+        labels = as_user_error(f"--data {config.data.data}", "Check its labels, or convert them.")
+        with fail_together("reading the labels"), first_on_its_node(), labels:
             task.settle(architecture, config.data)
-        with fail_together("opening the base model"):
+        with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
             module = meta_model(
                 architecture,
                 task=options.task,

@@ -4,7 +4,6 @@
 ``modules_to_save``.
 """
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
@@ -15,6 +14,7 @@ from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.system.patterns import matching
 from sparse_lora_dist.tasks.class_head import Head, modules_inside
 
 NO_FIT = "--modules_to_save does not fit this model. "
@@ -43,7 +43,7 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
     if wanted == "all-linear":
         chosen = [n for n in linears if n != head]
     elif isinstance(wanted, str):
-        chosen = [n for n in linears if re.fullmatch(wanted, n)]
+        chosen = matching("--target_modules", wanted, linears)
     else:
         chosen = [n for n in linears if any(is_called(n, w) for w in wanted)]
     names = () if isinstance(wanted, str) else wanted

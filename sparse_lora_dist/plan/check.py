@@ -2,6 +2,7 @@
 to need, and a warning if the machine has less."""
 
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 import psutil
@@ -45,7 +46,7 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
         print_line("memory", f"not planned ({error}). The run goes on without this check.")
         return
     limits = memory_here()
-    program = f"python launcher/plan.py --config {config.run.output_dir}/run.yaml"
+    program = f"python launcher/plan.py --config {quote(f'{config.run.output_dir}/run.yaml')}"
     spread = f"--world_size {ranks.world_size} --nodes {nodes}"
     spread += f" --gpu_memory {limits.gpu}B --host_memory {limits.host}B"
     print_line("memory", f"{need_text(need, limits, ranks)} (plan: {program} {spread})")

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.plan.output import Outcome, as_json, as_text
 from sparse_lora_dist.plan.plan_options import PlanRequest
 from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks
@@ -21,8 +22,11 @@ def plan(request: PlanRequest) -> None:
             into the steps of the run, or the plot cannot be written.
     """
     options = request.plan
+    model = request.config.model.model
+    with as_user_error(f"--model {model}", "Check its config.json, or download it again."):
+        shapes = shapes_of(request.config, whole_logits=options.whole_logits)
     outcome = Outcome(
-        shapes=shapes_of(request.config, whole_logits=options.whole_logits),
+        shapes=shapes,
         engine=PlannedEngine.of(request.engine),
         ranks=Ranks(
             world_size=options.world_size, nodes=options.nodes, on_gpu=options.gpu_bytes > 0

@@ -4,12 +4,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.config.checks import above, at_least, raise_if
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import load, world_problems
 from sparse_lora_dist.config.load import read_options
+from sparse_lora_dist.config.paths import expanded
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 
@@ -52,6 +54,8 @@ class PlanConfig:
     """Print JSON instead of text."""
     plot: str | None = None
     """PNG file for a plot of GPU memory against the number of ranks. null: no plot."""
+    overwrite: bool = False
+    """Replace an existing file at --plot."""
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "world_size", "nodes")
@@ -65,6 +69,8 @@ class PlanConfig:
             text = getattr(self, name)
             if text is not None and bytes_in(text) is None:
                 problems.append(f"--{name} must be a size like 24GB or 80GiB, got {text!r}")
+        if self.plot is not None and Path(expanded(self.plot)).exists() and not self.overwrite:
+            problems.append(f"--plot {self.plot} exists already. Give --overwrite or another name")
         raise_if(problems)
 
     @property

@@ -1,6 +1,5 @@
 """Builds a model on the meta device from its config.json."""
 
-import json
 from pathlib import Path
 
 from transformers import CONFIG_MAPPING, PretrainedConfig
@@ -17,6 +16,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.targets import find_full, find_sites
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.plan.scenario import Shapes
+from sparse_lora_dist.system.small_files import parse_json
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, beside_base, modules_inside
 
@@ -85,7 +85,7 @@ def read_architecture(
     """
     file = folder / "config.json"
     try:
-        content = json.loads(file.read_text()) if file.exists() else {}
+        content = parse_json(file.read_bytes()) if file.exists() else {}
     except ValueError as error:
         raise UserError(
             f"--model: {file} is not valid JSON: {error}. Repair the file or download it again."

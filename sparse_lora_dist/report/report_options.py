@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparse_lora_dist.config.paths import path_argument
 from sparse_lora_dist.config.sections import RunConfig
 
 
@@ -45,9 +46,12 @@ def build_parser() -> ArgumentParser:
         description="Report what a run did on one HTML page, or compare several runs.",
         allow_abbrev=False,
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="Run folder.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=path_argument, help="Run folder.")
     parser.add_argument(
-        "--output", metavar="FILE", type=Path, help="HTML file to write. Default: RUN/report.html."
+        "--output",
+        metavar="FILE",
+        type=path_argument,
+        help="HTML file to write. Default: RUN/report.html.",
     )
     parser.add_argument(
         "--png", action="store_true", help="Write each figure to a PNG file next to the page too."

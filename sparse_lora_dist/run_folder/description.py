@@ -108,15 +108,25 @@ def _version(package: str) -> str | None:
 
 def git_commit() -> str | None:
     """Return the hash of the git commit of this source tree, with "+changes" added if files differ
-    from the commit. Return None outside a git clone."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    from the commit.
+
+    Return None if the package does not lie at the root of a git clone: installed into a project's
+    environment, it would get the commit of that project.
+    """
+    root = Path(__file__).parents[2]
+    git = ["git", "-C", str(root)]
     try:
-        commit = subprocess.run(
-            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        top, commit = subprocess.run(
+            [*git, "rev-parse", "--show-toplevel", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        if Path(top).resolve() != root.resolve():
+            return None
         changed = subprocess.run(
             [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
         ).stdout
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed.strip() else "")

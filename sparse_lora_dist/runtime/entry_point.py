@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
-from sparse_lora_dist.errors import PeerError, Stopped, UserError
+from sparse_lora_dist.errors import PeerError, Stopped, UserError, in_words
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75
@@ -56,7 +56,7 @@ def run_program(
         read: function that turns ``argv`` into the options, or raises ``UserError``.
         work: function that does the work of the program, given the options.
     """
-    debug = False
+    debug = _asks_for_debug(argv)  # until the options are read
     try:
         this_launch()  # first, so that later calls cannot fail while an error is reported
         config = read(argv)
@@ -83,6 +83,15 @@ def run_program(
             traceback.print_exc()
         write_stderr(f"\nrank {this_launch().rank} ends: {error}")
         exit_process(FAILURE)
+    except MemoryError as error:
+        if debug:
+            traceback.print_exc()
+        write_stderr(
+            f"error: this process gets no more memory ({in_words(error)}). Raise the limit "
+            "(ulimit -v, or the memory of the job), or use smaller options: launcher/plan.py says "
+            "what a run needs."
+        )
+        exit_process(USER_ERROR)
     except BaseException as error:
         if "closed by peer" in str(error) and not debug:
             write_stderr(
@@ -91,6 +100,17 @@ def run_program(
         else:
             traceback.print_exc()
         exit_process(FAILURE)
+
+
+def _asks_for_debug(argv: Sequence[str]) -> bool:
+    """Return True if the command line has --debug, so that an error in the options themselves comes
+    with its traceback too."""
+    words = [*argv, ""]
+    off = ("false", "no")
+    return "--debug=true" in words or any(
+        word == "--debug" and after.lower() not in off
+        for word, after in zip(words, words[1:], strict=False)
+    )
 
 
 def write_stderr(message: str, *, for_all: bool = False) -> None:

@@ -3,7 +3,6 @@
 Shapes: I in_features, O out_features, R rank.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,13 +15,14 @@ from sparse_lora_dist.adapter.peft_config import (
     CONFIG,
     PREFIX,
     WEIGHTS,
+    faults_of,
     other_kind,
     scale_of,
 )
-from sparse_lora_dist.config.checks import bad_regex
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.weight_change import LowRank
 from sparse_lora_dist.show.table import Module
+from sparse_lora_dist.system.small_files import parse_json
 
 FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.weight)?")
 """Name, without PEFT's prefix, of a tensor that is the factor A or B of a module."""
@@ -56,7 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes())
     except ValueError as error:
         raise UserError(
             f"{path} is not valid JSON: {error}. Export, save or download the adapter again."
@@ -71,30 +71,9 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{path} has {other}, so the adapter is not plain LoRA. Only plain LoRA can be shown. "
             "Give another adapter, or a checkpoint."
         )
-    if faults := _faults(config):
+    if faults := faults_of(config):
         raise UserError(f"{path} has wrong values: {'; '.join(faults)}. Correct them in this file.")
     return config
-
-
-def _faults(config: Mapping[str, Any]) -> list[str]:
-    """Check the values that the scale of a module is computed from: lora_alpha and alpha_pattern.
-
-    Args:
-        config: content of adapter_config.json.
-
-    Returns:
-        One message per problem, to be joined by "; "; an empty list if all values are right.
-    """
-    own = config.get("alpha_pattern") or {}
-    if not isinstance(own, dict):
-        return [f"alpha_pattern must map names to numbers, got {own!r}"]
-    alphas = {"lora_alpha": config.get("lora_alpha"), **own}
-    no_numbers = [
-        f"alpha {name!r} must be a number, got {alpha!r}"
-        for name, alpha in alphas.items()
-        if type(alpha) not in (int, float)
-    ]
-    return no_numbers + [fault for key in own for fault in bad_regex("alpha_pattern", key)]
 
 
 def modules(folder: Path, config: Mapping[str, Any]) -> Iterator[Module]:

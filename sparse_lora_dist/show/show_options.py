@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from sparse_lora_dist.config.paths import path_argument
 from sparse_lora_dist.config.sections import RunConfig
 
 
@@ -37,7 +38,7 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "path",
         metavar="ADAPTER_OR_CHECKPOINT",
-        type=Path,
+        type=path_argument,
         help="Folder of a PEFT adapter or of a checkpoint.",
     )
     return parser

@@ -1,2 +1,2 @@
 """Uses the operating system: identifies processes, gives free heap memory back, writes files
-atomically."""
+atomically, reads small files and matches patterns within bounds."""

@@ -15,7 +15,7 @@ from sparse_lora_dist.data import Collate, MicroBatch, Rows, be_quiet, micro_bat
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.tasks import TASKS
 
@@ -129,7 +129,8 @@ def open_feed(config: Config, model: Model) -> DataFeed:
         tokenizer = open_tokenizer(config, model)
 
         def read(source: str, flag: str, split: str) -> Rows:
-            return _read(config, model, tokenizer, source, flag, split)
+            with as_user_error(f"{flag} {source}", "Check the data, or convert them."):
+                return _read(config, model, tokenizer, source, flag, split)
 
         rows = read(resolve_default("data", config.data.data), "--data", "train")
         source = eval_source(config.data)

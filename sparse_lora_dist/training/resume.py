@@ -11,8 +11,9 @@ from sparse_lora_dist import checkpoint
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
+from sparse_lora_dist.distributed.launch_slurm import restart_count
 from sparse_lora_dist.distributed.phases import fail_together
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import draw_nothing
 from sparse_lora_dist.methods.protocol.method import decide_nothing
@@ -81,7 +82,7 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
     if path is None:
         return None
     reset = frozenset() if path.parent == _own(config) else frozenset(config.run.reset)
-    with fail_together(f"opening {path}"):
+    with fail_together(f"opening {path}"), as_user_error(str(path), "Resume from another step."):
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest, reset=reset)
         saved, now = manifest["description"], describe(config, model, feed, method)
@@ -103,7 +104,7 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
 def is_requeued() -> bool:
     """Return True if Slurm has requeued this job, which means that it runs the same command line a
     second time or more."""
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    return restart_count(os.environ) > 0
 
 
 def _own(config: Config) -> Path:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from sparse_lora_dist.checkpoint import Progress
@@ -44,7 +45,7 @@ def print_summary(
     folder = Path(config.run.output_dir)
     device = comm.device().type
     where = f"on {counted(comm.world_size(), 'rank')} ({device})"
-    curves = f"{command('tensorboard')} --logdir {folder}/tensorboard"
+    curves = f"{command('tensorboard')} --logdir {quote(f'{folder}/tensorboard')}"
     print_line("")
     print_line(
         "trained",
@@ -57,8 +58,8 @@ def print_summary(
             "adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel"
         )
     if not is_lora:
-        export = f"{command('python')} launcher/export.py {folder} --format merged"
-        print_line("model", f"{export} --output {folder}/merged")
+        export = f"{command('python')} launcher/export.py {quote(str(folder))} --format merged"
+        print_line("model", f"{export} --output {quote(f'{folder}/merged')}")
     print_line(
         "curves", curves if "tensorboard" in config.run.trackers else f"{folder}/metrics.jsonl"
     )
@@ -71,7 +72,8 @@ def print_summary(
     elif adapter_bytes:
         print_line(
             "go on",
-            f"the schedule is complete; start a new run with --init_adapter {folder}/adapter",
+            "the schedule is complete; start a new run with "
+            f"--init_adapter {quote(f'{folder}/adapter')}",
         )
     else:
         print_line(
@@ -141,7 +143,7 @@ def command(name: str) -> str:
     """Return what to type to start the program ``name`` of this Python environment: its relative
     path if the environment is below the working directory, otherwise ``name`` alone."""
     path = os.path.relpath(Path(sys.executable).with_name(name))
-    return name if path.startswith("..") else path
+    return name if path.startswith("..") else quote(path)
 
 
 def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
@@ -156,7 +158,7 @@ def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
     if this_launch().launcher in ("torchrun", "mpirun", "srun"):
         words = ["the same launcher and program with"]
-    words += [f"--config {config.run.output_dir}/run.yaml --resume auto"]
+    words += [f"--config {quote(f'{config.run.output_dir}/run.yaml')} --resume auto"]
     if config.train.stop_after is not None:
         words.append("--stop_after null")
     if progress.step >= feed.total_steps:

@@ -32,6 +32,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.small_files import parse_json
 
 FORMAT = 1
 """Version of the cache's format. A cache of another version is not used."""
@@ -208,7 +209,7 @@ def read_about(place: Path) -> dict[str, Any]:
         folder of the original files.
     """
     try:
-        about: dict[str, Any] = json.loads((place / ABOUT).read_text())
+        about: dict[str, Any] = parse_json((place / ABOUT).read_bytes())
     except (OSError, ValueError):
         return {}
     valid = isinstance(about, dict) and isinstance(about.get("made_of"), dict)
