@@ -387,9 +387,12 @@ def test_what_is_in_the_way_stays(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "precious").read_text() == "mine"
     assert (run / "run.yaml").exists()
     earlier = exported(run, tmp_path / "earlier")
-    (earlier / "left").touch()
-    exported(run, earlier, "--overwrite", "--uniform_rank")
-    assert (earlier / WEIGHTS).exists() and not (earlier / "left").exists()
+    (earlier / "mine").touch()
+    with pytest.raises(UserError, match="holds mine, which no export has written"):
+        exported(run, earlier, "--overwrite", "--uniform_rank")
+    (earlier / "mine").unlink()
+    exported(run, earlier, "--overwrite", "--format", "merged")
+    assert (earlier / "config.json").exists() and not (earlier / WEIGHTS).exists()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -452,7 +455,7 @@ def test_a_run_of_another_version(run: Path, tmp_path: Path) -> None:
     ):
         exported(tmp_path / "run", tmp_path / "out")
     path.write_text(sealed(manifest | {"format": 4}))
-    with pytest.raises(UserError, match="export with the sparse_lora_dist version that saved it"):
+    with pytest.raises(UserError, match="Use the version that saved the checkpoint"):
         exported(tmp_path / "run", tmp_path / "out")
 
 
