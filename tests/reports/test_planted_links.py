@@ -5,8 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.report.page import Section
+from sparse_lora_dist.report.report_command import save_all
+from sparse_lora_dist.report.style import Picture
 from sparse_lora_dist.run_folder import lock
 from sparse_lora_dist.system.atomic_files import beside, create, write_whole
 from sparse_lora_dist.training.own_folder import TRAIN, begin, check_folder
@@ -136,3 +140,20 @@ def test_a_folder_that_is_a_file_or_leads_nowhere_is_refused(tmp_path: Path) -> 
     for path in (tmp_path / "file", tmp_path / "link", tmp_path / "file" / "run"):
         with pytest.raises(UserError, match="--output_dir"):
             check(path, begins=True)
+
+
+def test_figures_replace_figures_of_this_program_and_no_others(tmp_path: Path) -> None:
+    drawn = [
+        Picture(name=name, title=name, caption="", figure=Figure(figsize=(2, 2)))
+        for name in ("loss", "ranks")
+    ]
+    sections = [Section(title="Over the run", pictures=drawn), Section(title="a", pictures=[])]
+    save_all(tmp_path / "figures", [], sections)
+    save_all(tmp_path / "figures", [], sections)  # its own
+    before = (tmp_path / "figures" / "ranks.png").read_bytes()
+    (tmp_path / "figures" / "ranks.png").write_bytes(b"mine")
+    (tmp_path / "figures" / "mine.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"ranks\.png is not a figure of this program"):
+        save_all(tmp_path / "figures", [], sections)
+    assert (tmp_path / "figures" / "ranks.png").read_bytes() == b"mine" != before
+    assert (tmp_path / "figures" / "mine.png").read_bytes() == b"mine"
