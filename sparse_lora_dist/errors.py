@@ -29,6 +29,12 @@ class UserError(Exception):
         self.shared = shared
 
 
+class StorageError(UserError):
+    """Raised if storage failed in a way that may pass, such as a full disk or a file server that is
+    away. The program ends with the status of a run that was asked to stop, so that a batch system
+    starts it again."""
+
+
 class ConfigError(UserError):
     """Raised if the configuration of a run is invalid, always by all ranks (``shared`` is True).
 
@@ -49,6 +55,10 @@ class ConfigError(UserError):
 
 class Stopped(Exception):
     """Raised on all ranks together to save a checkpoint and exit. The message gives the reason."""
+
+
+class Finished(Exception):
+    """Raised on all ranks if a run is started again that has made all its steps already."""
 
 
 class PeerError(Exception):

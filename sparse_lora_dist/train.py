@@ -3,7 +3,7 @@ save checkpoints and export the adapter."""
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,24 @@ from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
-from sparse_lora_dist.errors import Stopped, UserError
+from sparse_lora_dist.errors import Finished, Stopped, UserError
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.plan.check import say_whether_it_fits
 from sparse_lora_dist.run_folder import lock as run_lock
-from sparse_lora_dist.run_folder.description import check_folder, clear, write_description
+from sparse_lora_dist.run_folder.description import write_description
 from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.rewriter import Rewriter
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.tasks import TASKS
+from sparse_lora_dist.training import own_folder
 from sparse_lora_dist.training.feed import open_feed
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import TRAINING, Purpose
-from sparse_lora_dist.training.resume import find_resume, is_requeued
+from sparse_lora_dist.training.resume import find_resume, is_requeued, source_of
 from sparse_lora_dist.training.step import StepResult, train_step
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
 from sparse_lora_dist.zero3.engine import Engine
@@ -52,7 +53,8 @@ def run(config: Config, purpose: Purpose = TRAINING) -> None:
         Stopped: on every rank, if the run was asked to stop. A checkpoint of the last complete step
             was saved, unless no step was made.
     """
-    with training(config, purpose) as now:
+    # A finished run that is started again, e.g. by the same sbatch command, is no failure.
+    with suppress(Finished), training(config, purpose) as now:
         for step in now.steps:
             now.step(step)
 
@@ -79,6 +81,8 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
             ranks raise the same error if its attribute ``shared`` is True.
         Stopped: on every rank, if the run was asked to stop. A checkpoint of the last complete step
             was saved, unless no step was made.
+        Finished: on every rank, if the run has made all its steps already. Its files stay as they
+            are.
     """
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     launch = comm.start(timeout_s)
@@ -86,8 +90,7 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         print_line("launch", launch.in_words(comm.num_nodes()))
     with fail_together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
-        begins = config.run.resume == "never" or (bool(config.run.reset) and not is_requeued())
-        check_folder(folder, begins=begins, replaces=purpose.replaces)
+        check_own_folder(config, purpose)
     # The lock comes before anything is written or removed: the files may be another job's.
     with (
         stop_signals.listening(config.run.time_limit),
@@ -146,9 +149,12 @@ class Training:
         with fail_together("opening the run folder"):
             # Before the memory plan is printed, because it names run.yaml, and before the load.
             if comm.rank() == 0:
+                check_own_folder(config, purpose)  # again: the lock was free or stale until now
+                folder = Path(config.run.output_dir)
                 if purpose.replaces:  # only now: the new run has passed its checks
-                    clear(Path(config.run.output_dir))
-                write_description(Path(config.run.output_dir), config)
+                    own_folder.clear(folder)
+                own_folder.begin(folder, program=purpose.program, source=source_of(config))
+                write_description(folder, config)
         say_whether_it_fits(config, model, engine_config)
         watchdog.set_phase("loading the base", may_be_long=True)
         self.row_seeds = model.load(config, method, engine_config)
@@ -216,6 +222,24 @@ class Training:
         is_last = step == self.last_step
         self.job.after_step(step, batches, result, seconds=seconds, is_last=is_last)
         return result
+
+
+def check_own_folder(config: Config, purpose: Purpose) -> None:
+    """Raise UserError if the run may not write into ``--output_dir``. Not a collective.
+
+    Args:
+        config: options of the run.
+        purpose: the program of the run, and whether it replaces an earlier run.
+    """
+    source = source_of(config)
+    resets = bool(config.run.reset) and not is_requeued()
+    own_folder.check_folder(
+        Path(config.run.output_dir),
+        begins=config.run.resume == "never" or source is not None or resets,
+        program=purpose.program,
+        source=source,
+        replaces=purpose.replaces,
+    )
 
 
 def _optimizer(config: Config, model: Model) -> SparseAdamW:

@@ -36,16 +36,17 @@ from sparse_lora_dist.checkpoint.manifest import (
     check_description,
     check_tensors,
     read_manifest,
+    step_of,
 )
+from sparse_lora_dist.checkpoint.own_files import clean, set_aside
 from sparse_lora_dist.checkpoint.recover import (
-    clean,
     find_damage,
     newest_whole,
     published,
     published_for_all,
 )
 from sparse_lora_dist.checkpoint.restore import restore
-from sparse_lora_dist.checkpoint.retain import drop_later, retain
+from sparse_lora_dist.checkpoint.retain import retain
 from sparse_lora_dist.checkpoint.save import Saver
 from sparse_lora_dist.checkpoint.saved_slices import SavedSlices
 
@@ -56,7 +57,6 @@ __all__ = [
     "check_description",
     "check_tensors",
     "clean",
-    "drop_later",
     "find_damage",
     "newest_whole",
     "published",
@@ -64,4 +64,6 @@ __all__ = [
     "read_manifest",
     "restore",
     "retain",
+    "set_aside",
+    "step_of",
 ]

@@ -64,7 +64,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = parse_json(path.read_bytes())
         version, digest = manifest["format"], manifest.pop("sha256", None)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged: {error!r}. Restore the file to use this checkpoint."
         ) from error
@@ -87,6 +87,13 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
                 "file to use this checkpoint."
             )
     return manifest
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """Return the optimizer step that the name of a checkpoint's folder has, as in step_00000100;
+    None for a folder of another name, such as a copy."""
+    digits = checkpoint.name.removeprefix("step_")
+    return int(digits) if digits != checkpoint.name and digits.isdecimal() else None
 
 
 def hash_of_file(path: Path) -> str:

@@ -1,26 +1,19 @@
-"""Find the intact checkpoints of a run, and clean up after a job that was killed while saving."""
+"""Find the intact checkpoints of a run."""
 
-import os
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from sparse_lora_dist.checkpoint.manifest import MANIFEST, hash_of_file, read_manifest
+from sparse_lora_dist.checkpoint.manifest import MANIFEST, hash_of_file, read_manifest, step_of
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.system.atomic_files import REPLACED, TEMPORARY
-
-REMOVED = ".removed_"
-"""Prefix of the name of a checkpoint that is being deleted."""
-LATEST = "latest"
-"""Text file with the name of the newest checkpoint. It is for people: no code reads it, because
-another node may still see an old one on a shared disk."""
 
 
 def newest_whole(folder: Path) -> Path | None:
     """Return the newest checkpoint of a run whose files all match their hashes. Collective.
 
-    Prints a line for each newer checkpoint that is damaged and therefore skipped.
+    Prints a line for each newer checkpoint that is damaged or was renamed, and therefore skipped.
 
     Args:
         folder: the "checkpoints" folder of a run.
@@ -40,8 +33,8 @@ def newest_whole(folder: Path) -> Path | None:
         print_line("skipped", damage)
     if found:
         raise UserError(
-            f"None of the checkpoints in {folder} is intact; the lines above name the damage. "
-            "Restore these files, or start a new run in another --output_dir.",
+            f"None of the checkpoints in {folder} is intact and of this version's format. The "
+            "lines above say what to do about each, or start a new run in another --output_dir.",
             shared=True,
         )
     return None
@@ -86,7 +79,9 @@ def find_damage(checkpoint: Path) -> str | None:
         checkpoint is intact.
     """
     try:
-        for file in read_manifest(checkpoint)["files"][comm.rank() :: comm.world_size()]:
+        manifest = read_manifest(checkpoint)
+        _check_name(checkpoint, manifest)
+        for file in manifest["files"][comm.rank() :: comm.world_size()]:
             path = checkpoint / file["name"]
             if hash_of_file(path) != file["sha256"]:
                 raise UserError(
@@ -99,20 +94,11 @@ def find_damage(checkpoint: Path) -> str | None:
     return next((said for said in comm.gather_objects(damage) if said is not None), None)
 
 
-def clean(folder: Path) -> None:
-    """Remove what a killed job left: half-written, half-deleted and replaced checkpoints.
-
-    Called on one rank before a job goes on with a run. A checkpoint that was moved aside to be
-    replaced gets its name back if its replacement is missing. Not a collective.
-
-    Args:
-        folder: the "checkpoints" folder of a run.
-    """
-    for left in folder.glob(f"{REPLACED}*"):
-        final = folder / left.name.removeprefix(REPLACED)
-        if final.exists():
-            shutil.rmtree(left)
-        else:
-            os.rename(left, final)
-    for left in (*folder.glob(f"{TEMPORARY}*"), *folder.glob(f"{REMOVED}*")):
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+def _check_name(checkpoint: Path, manifest: Mapping[str, Any]) -> None:
+    """Raise UserError if a folder step_N was renamed, so that another step would count as N."""
+    named, saved = step_of(checkpoint), manifest.get("progress", {}).get("step")
+    if named is not None and saved is not None and named != saved:
+        raise UserError(
+            f"{checkpoint} was renamed: it was saved at step {saved}. Rename it to "
+            f"step_{saved:08d}, or to a name that does not begin with step_."
+        )

@@ -1,24 +1,21 @@
-"""Delete checkpoints that a run no longer keeps.
-
-``retain`` applies --keep_last and --keep_best. ``drop_later`` deletes the checkpoints of later
-steps after a run went back to an earlier step with --resume FOLDER.
-"""
+"""Delete checkpoints that a run no longer keeps (--keep_last and --keep_best)."""
 
 import math
-import shutil
 from pathlib import Path
 
 from sparse_lora_dist.checkpoint.manifest import read_manifest
-from sparse_lora_dist.checkpoint.recover import REMOVED, published
+from sparse_lora_dist.checkpoint.own_files import own_files, remove, remove_left
+from sparse_lora_dist.checkpoint.recover import published
 from sparse_lora_dist.errors import UserError
 
 
 def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
     """Delete all checkpoints of a run but the last few and the best.
 
-    Must be called on one rank only, after a checkpoint was published. Checkpoints of later steps
+    Must be called on one rank only, after a checkpoint was published. No error is raised: what
+    cannot be deleted is a warning, and is tried again at the next call. Checkpoints of later steps
     than ``newest``, which an earlier job of the run saved, are neither counted nor deleted: the run
-    will replace them.
+    will replace them. Neither are damaged checkpoints and renamed folders.
 
     Args:
         newest: folder of the checkpoint that was just published.
@@ -26,38 +23,16 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
         keep_best: True to keep the checkpoint of smallest held-out loss as well. Of equal losses,
             that of the earliest step is kept.
     """
+    remove_left(newest.parent)
     if keep_last is None:
         return
-    found = [path for path in published(newest.parent) if path.name <= newest.name]
+    found = [p for p in published(newest.parent) if p.name <= newest.name and own_files(p)]
     kept = set(found[-keep_last:])
     if keep_best:
         kept.add(min(found, key=lambda path: (_held_out_loss(path), path.name)))
     for path in found:
         if path not in kept:
-            _remove(path)
-
-
-def drop_later(newest: Path) -> None:
-    """Delete the checkpoints of later steps than the one that was just published.
-
-    Called on one rank only, by a run that went back to an earlier step with --resume FOLDER. An
-    earlier job of the run saved the later checkpoints. If they stayed, --resume auto would resume
-    from them.
-
-    Args:
-        newest: folder of the checkpoint that was just published.
-    """
-    for path in published(newest.parent):
-        if path.name > newest.name:
-            _remove(path)
-
-
-def _remove(path: Path) -> None:
-    # Rename first: if the job is killed here, nothing is left that looks complete.
-    removed = path.with_name(f"{REMOVED}{path.name}")
-    if removed.exists():  # an earlier deletion of this step was cut short
-        shutil.rmtree(removed)
-    shutil.rmtree(path.rename(removed))
+            remove(path)
 
 
 def _held_out_loss(checkpoint: Path) -> float:

@@ -9,10 +9,10 @@ A slice is the range of a trained tensor's entries that one rank holds. Saving h
 """
 
 import json
-import shutil
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from sparse_lora_dist.checkpoint.manifest import (
     hash_of_file,
     sealed,
 )
-from sparse_lora_dist.checkpoint.recover import LATEST
+from sparse_lora_dist.checkpoint.own_files import LATEST, may_be_own, own_files, set_aside
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.shared.bit_masks import pack_bits
@@ -39,7 +40,9 @@ from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.metrics_log import own_peak_memory_bytes
 from sparse_lora_dist.runtime import watchdog
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync, write_whole
+from sparse_lora_dist.system.atomic_files import beside, sync, write_whole
+from sparse_lora_dist.system.own_files import claim, remove_own
+from sparse_lora_dist.system.whole_folders import put_in_place
 from sparse_lora_dist.zero3.parameters import own_share
 from sparse_lora_dist.zero3.slices import own_range
 
@@ -98,11 +101,11 @@ class Saver:
         watchdog.set_phase("saving")
         began = time.perf_counter()
         name = f"step_{progress.step:08d}"
-        temporary = self.folder / f"{TEMPORARY}{name}"
-        with fail_together(f"preparing {temporary}"):
+        temporary: Path = comm.broadcast_object(beside(self.folder / name))
+        with fail_together(f"preparing {temporary}", may_pass=True):
             if comm.rank() == 0:
                 run_lock.check()
-                shutil.rmtree(temporary, ignore_errors=True)
+                claim(self.folder.parent, self.folder.name)
                 temporary.mkdir(parents=True)
         manifest = {
             "format": FORMAT,
@@ -154,17 +157,17 @@ class Saver:
         watchdog.set_phase("publishing a checkpoint", may_be_long=True)  # a slow disk is not a hang
         began = time.perf_counter()
         try:
-            with fail_together(f"writing {now.temporary}"):
+            with fail_together(f"writing {now.temporary}", may_pass=True):
                 own, seconds = now.file.result()
             own["peak_memory_bytes"] = own_peak_memory_bytes()
             files, written_s = zip(*comm.gather_objects((own, seconds)), strict=True)
-            with fail_together(f"publishing {now.final}"):
+            with fail_together(f"publishing {now.final}", may_pass=True):
                 if comm.rank() == 0:
                     manifest = {**now.manifest, "files": files, "time": time.time()}
                     _publish(now.temporary, now.final, manifest)
         except UserError:  # most often a full disk: remove the unfinished files
             if run_lock.is_ours():  # on rank 0; another job may have taken the folder over
-                shutil.rmtree(now.temporary, ignore_errors=True)
+                remove_own(now.temporary, may_be_own)
             raise
         # Not the time since ``begin``: steps may lie between, which are no part of saving.
         self.took_s = now.copied_s + max(written_s) + time.perf_counter() - began
@@ -278,6 +281,26 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     sync(temporary / MANIFEST)
     sync(temporary)
     run_lock.check()  # if this job was suspended, another may have taken its folder over
-    put_in_place(temporary, final)  # replaces this step if an earlier attempt saved it
-    # For people and scripts; a resume looks at the folders.
-    write_whole(final.parent / LATEST, f"{final.name}\n")
+    own = _make_room(temporary, final)
+    # It replaces this step if an earlier attempt saved it.
+    put_in_place(temporary, final, own.__contains__)
+    with suppress(OSError):  # for people and scripts; a resume looks at the folders
+        write_whole(final.parent / LATEST, f"{final.name}\n")
+
+
+def _make_room(temporary: Path, final: Path) -> frozenset[str]:
+    """Move aside what is at the path of a new checkpoint, unless the new one can replace it: a
+    damaged or renamed checkpoint, or somebody else's file.
+
+    Returns:
+        The names of the files at ``final`` that the new checkpoint replaces.
+    """
+    if final.is_symlink() or not final.exists():
+        return frozenset()
+    own = own_files(final)
+    new = {path.name for path in temporary.iterdir()}
+    if final.is_dir() and not new & {path.name for path in final.iterdir()} - own:
+        return own
+    kept = set_aside([final], ())
+    print_line("kept", f"{final}, which is no intact checkpoint of this step, in {kept}")
+    return frozenset()

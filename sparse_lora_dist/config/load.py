@@ -19,7 +19,7 @@ from sparse_lora_dist.config.checks import raise_if
 from sparse_lora_dist.config.config import SECTIONS, Config
 from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts
 from sparse_lora_dist.config.help_pages import help_page
-from sparse_lora_dist.config.paths import missing_locations, missing_source
+from sparse_lora_dist.config.paths import missing_locations, missing_source, moved_run
 from sparse_lora_dist.config.schema import TRAIN, Option, Program, build_parser, known_options
 from sparse_lora_dist.config.sections import TRACKERS
 from sparse_lora_dist.config.spelling import did_you_mean
@@ -63,6 +63,10 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
         print_and_exit(page)
     given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
     values = typed_values(given, options, parser, problems)
+    if (folder := moved_run(flags, values)) is not None:
+        if "print_config" not in names and this_launch().rank == 0:
+            print(f"note      the run of {values['output_dir']} was moved, and goes on in {folder}")
+        values["output_dir"] = folder
     config = build(values, options, problems, trains=program.trains)
     flat = {name: option.default for name, option in options.items()} | values
     own = None if program.own is None else make(program.own, flat, problems)

@@ -7,11 +7,12 @@ Hugging Face hub is not asked.
 import os
 import re
 from argparse import ArgumentTypeError
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.config.sections import DataConfig
+from sparse_lora_dist.system.own_files import MARKER
 
 ASSETS = Path(__file__).parents[2] / "assets"
 """Folder with the model and the data that come with the repository."""
@@ -106,6 +107,33 @@ def eval_source(data: DataConfig) -> str | None:
     if data.eval_data is not None:
         return resolve_default("eval_data", data.eval_data)
     return resolve_default("eval_data", "default") if data.data == "default" else None
+
+
+def moved_run(flags: Sequence[tuple[str, list[str]]], values: Mapping[str, Any]) -> str | None:
+    """Return the folder of a run that is resumed by its own run.yaml and lies in another place now.
+
+    A run.yaml names the folder in which the run began. If the run folder was moved or copied, the
+    run goes on where its run.yaml lies.
+
+    Args:
+        flags: Flags of the command line.
+        values: {option: parsed value} that the user gave.
+
+    Returns:
+        The folder of the run.yaml that ``--config`` names; None if it is not in a run folder, if it
+        names this folder, if ``--output_dir`` was typed, or if no run is resumed with
+        ``--resume auto``.
+    """
+    files = [words[0] for name, words in flags if name == "config" and len(words) == 1]
+    typed = any(name == "output_dir" for name, _ in flags)
+    if not files or typed or values.get("resume") != "auto" or "output_dir" not in values:
+        return None
+    path = Path(files[0])
+    is_run = path.name == "run.yaml" and any(
+        (path.parent / name).exists() for name in (MARKER, "checkpoints")
+    )
+    is_there = Path(str(values["output_dir"])).resolve() == path.parent.resolve()
+    return str(path.parent) if is_run and not is_there else None
 
 
 def missing_locations(flat: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,8 @@
 node work before the others.
 """
 
+import errno
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -11,11 +13,14 @@ from typing import cast
 from safetensors import SafetensorError
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import StorageError, UserError
+
+PASSING = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT, errno.EREMOTEIO)
+"""Errors of storage that may be gone when a job is started again."""
 
 
 @contextmanager
-def fail_together(phase: str) -> Iterator[None]:
+def fail_together(phase: str, *, may_pass: bool = False) -> Iterator[None]:
     """Context manager that raises on all ranks if the body fails on any rank. Collective.
 
     All ranks must enter it. At the end of the body they tell each other whether it failed. Without
@@ -24,6 +29,9 @@ def fail_together(phase: str) -> Iterator[None]:
 
     Args:
         phase: what the body does, used in messages after "while", such as "reading the data".
+        may_pass: True if the body writes results. Errors of storage that may pass, such as a full
+            disk, are then raised as StorageError, with which the program's exit status asks to be
+            started again.
 
     Raises:
         UserError: the body failed on some rank. If it raised a UserError on this rank, that error
@@ -37,19 +45,31 @@ def fail_together(phase: str) -> Iterator[None]:
         yield
     # No space, no permission, a missing or damaged file: a traceback would add nothing.
     except (OSError, SafetensorError) as error:
-        failure = UserError(f"An error occurred while {phase}: {error}")
+        kind = StorageError if may_pass and _passes(error) else UserError
+        failure = kind(f"An error occurred while {phase}: {error}")
         failure.__cause__ = error  # for the traceback of --debug
     except Exception as error:
         failure = error
-    failures = comm.gather_objects(str(failure) if failure else None, after=phase)
+    passes = isinstance(failure, StorageError)
+    failures = comm.gather_objects((str(failure), passes) if failure else None, after=phase)
     if isinstance(failure, UserError):
         failure.shared = True
     if failure:
         raise failure
-    first = next((r for r, text in enumerate(failures) if text is not None), None)
+    first = next((r for r, found in enumerate(failures) if found is not None), None)
     if first is not None:
-        message = cast(str, failures[first])
-        raise UserError(f"rank {first} failed while {phase}: {message}", shared=True)
+        message, passes = cast(tuple[str, bool], failures[first])
+        kind = StorageError if passes else UserError
+        raise kind(f"rank {first} failed while {phase}: {message}", shared=True)
+
+
+def _passes(error: OSError | SafetensorError) -> bool:
+    """Return True if an error of storage may be gone later. safetensors gives its number as text:
+    "I/O error: No space left on device (os error 28)"."""
+    if isinstance(error, OSError):
+        return error.errno in PASSING
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return number is not None and int(number[1]) in PASSING
 
 
 @contextmanager

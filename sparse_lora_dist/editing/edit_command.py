@@ -25,8 +25,10 @@ from sparse_lora_dist.editing.question_scores import ModelAnswers, score_edits, 
 from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.system.atomic_files import write_whole
+from sparse_lora_dist.system.own_files import claim
 from sparse_lora_dist.training.feed import open_tokenizer
 from sparse_lora_dist.training.job import Job
+from sparse_lora_dist.training.own_folder import EDIT
 from sparse_lora_dist.training.purpose import Purpose
 
 SUCCESS_HINT_BELOW = 90.0
@@ -45,6 +47,7 @@ def purpose_of(request: EditRequest) -> Purpose:
     return Purpose(
         open_feed=partial(_open_feed, request),
         conclude=partial(_conclude, request),
+        program=EDIT,
         replaces=request.options.overwrite,
     )
 
@@ -96,11 +99,12 @@ def _conclude(request: EditRequest, job: Job) -> None:
         "before": score_edits(scored, targets, before, before),
         "after": score_edits(scored, targets, after, before),
     }
-    with fail_together(f"writing {RESULTS}"):
+    with fail_together(f"writing {RESULTS}", may_pass=True):
         if comm.rank() == 0:
             texts = {"before": before.texts, "after": after.texts}
             results = _results(request, job, scores, texts)
             text = json.dumps(results, indent=1, ensure_ascii=False)
+            claim(job.folder, RESULTS)
             write_whole(job.folder / RESULTS, text + "\n")
     for name in COLUMNS:
         was, now = (_percent(table_row(rows)[name]) for rows in scores.values())

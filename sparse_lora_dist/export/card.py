@@ -117,7 +117,7 @@ def _losses(trained: Trained) -> dict[str, str]:
         return {}
     path = trained.path.parents[1] / "metrics.jsonl"
     rows = [r for r in read_records(path) if r["step"] <= trained.step] if path.exists() else []
-    losses = [row["held_out_loss"] for row in rows if row.get("held_out_loss") is not None]
+    losses = [v for row in rows if isinstance(v := row.get("held_out_loss"), int | float)]
     if not losses:
         return {}
     target = TASKS[trained.config.model.task].target

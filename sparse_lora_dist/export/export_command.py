@@ -1,6 +1,7 @@
 """Runs launcher/export.py: exports a checkpoint to a folder that appears only once complete."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,8 +22,31 @@ from sparse_lora_dist.export.peft_own_type import write_own_type
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync_all
+from sparse_lora_dist.system.own_files import (
+    Marker,
+    contents_of,
+    foreign_in,
+    in_short,
+    read_marker,
+    write_marker,
+)
+from sparse_lora_dist.system.whole_folders import (
+    EXPORT,
+    clean_up,
+    finish,
+    new_folder,
+    own_names,
+)
 
+OF_THE_SYSTEM = ("lost+found", ".snapshot")
+"""Folders that file systems make at mount points."""
+OF_BEFORE = re.compile(
+    r"README\.md|(adapter_|generation_)?config\.json|adapter_model\.safetensors"
+    r"|modules_to_save\.safetensors|id2label\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|model\.safetensors\.index\.json|sparse_delta(-\d{5}-of-\d{5})?\.(json|safetensors)|(tokenizer|special_tokens|"
+    r"added_tokens|vocab|preprocessor_config|processor_config).*|merges\.txt|chat_template\.jinja"
+)
+"""Names of files in an export of a version that wrote no markers."""
 Summary = dict[str, str]
 """Label -> text about an export, e.g. "sparsity" -> "99.9%".
 
@@ -43,29 +67,34 @@ def export(request: ExportRequest) -> None:
         UserError: The checkpoint, the base model or the output folder does not allow this export,
             or writing fails.
     """
+    # Through a link: the folder that it leads to is written, and the link stays.
     asked, final = request.export, Path(request.export.output).resolve()
+    for done in clean_up(final):
+        print_line("cleaned", done)
     with as_user_error(request.source, "Give another run or checkpoint."):
         trained = _attach_base(Trained.open(Path(request.source)), asked)
     if asked.plus is not None:
         trained = Union.of(trained, [source.strip() for source in asked.plus.split(",")])
     _check_place(final, trained, asked)
+    _check_writable(final)
     print_line("from", f"{trained.path}, step {trained.step:,}")
     for other in trained.others if isinstance(trained, Union) else ():
         print_line("plus", f"{other.path}, step {other.step:,}")
-    temporary = final.with_name(f"{TEMPORARY}{final.name}-{os.getpid()}")
+    temporary: Path | None = None
     try:
-        temporary.mkdir(parents=True)
+        temporary = new_folder(final)
         summary = WRITERS[asked.format](trained, temporary, asked)
         write_card(trained, temporary, final, asked.format, summary)
-        sync_all(temporary)
-        put_in_place(temporary, final)
+        _mark_export_of_before(final)
+        finish(temporary, final)
     except (OSError, SafetensorError) as error:  # a full disk may raise either
         raise UserError(
             f"The export could not be written to {final}: {error}. Check the free space and the "
             "permissions of the folder, then export again."
         ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     for name, text in summary.items():
         print_line(name, text)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
@@ -107,22 +136,22 @@ def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
     """Raise UserError if the output folder must not be replaced.
 
     A missing or empty folder is allowed. A folder with files is allowed with --overwrite if it
-    holds an earlier export and is not the base model.
+    holds an earlier export and no other files, and is not the base model.
 
     Args:
         final: The output folder.
         trained: The run to export.
         asked: Options of the export.
     """
-    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
+    there = final.is_dir() and foreign_in(final, OF_THE_SYSTEM.__contains__)
+    if not final.exists() or there == []:
         return
     if not asked.overwrite:
         raise UserError(
             f"--output {final} is not empty. Choose another folder, or add --overwrite to replace "
             "an earlier export."
         )
-    card = final / CARD
-    is_export = card.is_file() and SIGNATURE in card.read_text(errors="replace")
+    is_export = final.is_dir() and _has_card(final)
     bases = {Path(name).resolve() for name in (trained.base, asked.base) if name}
     if not is_export or final in bases:
         what = "the base model" if final in bases else "not an earlier export"
@@ -130,6 +159,45 @@ def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
             f"--output {final} is {what}, but --overwrite replaces only earlier exports. Choose "
             "another folder."
         )
+    is_own = own_names(final) if read_marker(final) else _is_of_before
+    others = [n for n in foreign_in(final, is_own) if n not in OF_THE_SYSTEM]
+    if others:
+        raise UserError(
+            f"--output {final} holds {in_short(others)}, which no export has written, or which was "
+            "changed since. --overwrite would remove it. Move it away, or choose another folder."
+        )
+
+
+def _check_writable(final: Path) -> None:
+    """Raise UserError if an export cannot be put at ``final``, which hours of work would find."""
+    if os.path.lexists(final) and not final.is_dir():
+        raise UserError(f"--output {final} is no folder. Choose another folder.")
+    existing = next(p for p in (final, *final.parents) if p.exists())
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(
+            f"--output {final} cannot be used, since {existing} is not writable. Choose another "
+            "folder."
+        )
+
+
+def _has_card(final: Path) -> bool:
+    """Return True if a folder is an export: its model card says so."""
+    card = final / CARD
+    return card.is_file() and SIGNATURE in card.read_text(errors="replace")
+
+
+def _is_of_before(name: str) -> bool:
+    """Return True if an export of a version without markers may have written a file of this name.
+
+    Such an export may also hold copies of the base model's files, which have other names.
+    """
+    return OF_BEFORE.fullmatch(name) is not None
+
+
+def _mark_export_of_before(final: Path) -> None:
+    if final.is_dir() and read_marker(final) is None and _has_card(final):
+        names = {n: c for n, c in contents_of(final).items() if _is_of_before(n)}
+        write_marker(final, Marker(kind=EXPORT, names=names))
 
 
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:

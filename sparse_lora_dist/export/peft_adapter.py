@@ -24,7 +24,7 @@ from sparse_lora_dist.adapter.peft_config import APART, PREFIX, WEIGHTS
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.system.atomic_files import replace_whole
+from sparse_lora_dist.system.whole_folders import replace_whole
 from sparse_lora_dist.zero3.parameters import gathered
 
 
@@ -146,7 +146,7 @@ def save_peft(
                 full |= {f"{name}.{k}": _copy(p) for k, p in module.named_parameters()}
     if not any(comm.gather_objects(bool(pairs))):
         raise NothingLives
-    with fail_together(f"writing {folder}"):
+    with fail_together(f"writing {folder}", may_pass=True):
         if comm.rank() == 0:
             first = adapters[0]
             trained = PlainLora(

@@ -1,12 +1,16 @@
 """Bar plot of the memory that one rank needs (on its GPU or on a CPU) by the number of ranks."""
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.plan.memory import Place, rank_memory
 from sparse_lora_dist.plan.output import Outcome
+from sparse_lora_dist.system.atomic_files import write_whole
 
+MADE_BY = "sparse_lora_dist plan"
+"""Text that marks the files that this program writes. It replaces no others."""
 WORLDS = (1, 2, 4, 8, 16, 32, 64)
 """Numbers of ranks that have a bar, besides the planned one."""
 
@@ -57,7 +61,17 @@ def draw(outcome: Outcome, path: Path) -> None:
     axes.set_ylabel(f"GB of {'a GPU' if outcome.ranks.on_gpu else 'a rank'}, forward and backward")
     figure.legend(loc="outside right upper", fontsize="small")
     try:
-        figure.savefig(path, dpi=120)
+        if path.exists() and MADE_BY.encode() not in path.read_bytes():
+            raise UserError(
+                f"--plot {path} is not a plot of this program, so it is not replaced. Name another "
+                "file."
+            )
+        drawn = BytesIO()
+        form = path.suffix.removeprefix(".") or "png"
+        name = {"png": "Software", "pdf": "Creator", "svg": "Creator"}.get(form)
+        metadata = {} if name is None else {name: MADE_BY}
+        figure.savefig(drawn, format=form, dpi=120, metadata=metadata)
+        write_whole(path, drawn.getvalue())
     except (OSError, ValueError) as error:
         raise UserError(
             f"--plot {path} cannot be written: {error}. Name a PNG file in a folder that exists "

@@ -1,5 +1,6 @@
 """Program of launcher/report.py: reads run folders and writes the page."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -137,10 +138,14 @@ def save_all(folder: Path, runs: Sequence[RunData], sections: Sequence[Section])
     """Write one PNG file for each figure, and remove the PNG files of an earlier report.
 
     Args:
-        folder: where the files are written; it is created if it does not exist.
+        folder: where the files are written; it is created if it does not exist. PNG files of
+            somebody else in it stay.
         runs: the runs of the report. If there are several, the names of a run's own files begin
             with its number and name, as in 2_name_timeline.png.
         sections: the section that all runs share, then one section for each run.
+
+    Raises:
+        UserError: a file of somebody else has the name of a figure.
     """
     folder.mkdir(exist_ok=True)
     for path in folder.glob("*.png"):
@@ -149,6 +154,15 @@ def save_all(folder: Path, runs: Sequence[RunData], sections: Sequence[Section])
     # Numbered, because the runs x/a_b and x_a/b would otherwise both become x_a_b.
     named = [f"{i}_{s.name.replace('/', '_')}_" for i, s in enumerate(runs, start=1)]
     prefixes = ["", *(named if len(runs) > 1 else [""])]
-    for prefix, section in zip(prefixes, sections, strict=True):
-        for picture in section.pictures:
-            save_png(picture, folder / f"{prefix}{picture.name}.png", maker=GENERATOR)
+    paths = {
+        folder / f"{prefix}{picture.name}.png": picture
+        for prefix, section in zip(prefixes, sections, strict=True)
+        for picture in section.pictures
+    }
+    if taken := [path for path in paths if os.path.lexists(path)]:
+        raise UserError(
+            f"{taken[0]} is not a figure of this program, so it is not replaced. Choose another "
+            "--output."
+        )
+    for path, picture in paths.items():
+        save_png(picture, path, maker=GENERATOR)

@@ -12,6 +12,8 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
+from sparse_lora_dist.system.atomic_files import write_whole
+
 WIDTH, HEIGHT = 4.6, 2.7
 """Size of a figure in inches, small enough that its text stays readable on a phone."""
 TEXT, FAINT = "#1f2328", "#d0d7dd"
@@ -146,4 +148,6 @@ def save_png(picture: Picture, path: Path, *, maker: str) -> None:
             this program.
     """
     picture.figure.suptitle(picture.title, size=10.5, weight="bold")
-    picture.figure.savefig(path, dpi=160, metadata={"Software": maker})
+    drawn = io.BytesIO()
+    picture.figure.savefig(drawn, format="png", dpi=160, metadata={"Software": maker})
+    write_whole(path, drawn.getvalue())

@@ -1,10 +1,7 @@
-"""Prepare a run folder (``--output_dir``) before the first step: check that a run may write into
-it, and write the files that describe the run."""
+"""Write the files of a run folder (``--output_dir``) that describe the run."""
 
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -14,59 +11,15 @@ import yaml
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.atomic_files import write_whole
+from sparse_lora_dist.system.own_files import claim
 from sparse_lora_dist.version import __version__
 
 RUN_YAML = "run.yaml"
 """File with the merged config of a run; a folder that has it is a run folder."""
-MADE = """
-    run.yaml environment.json metrics.jsonl decisions.jsonl stages.jsonl bad_steps.jsonl
-    attempts.jsonl edits.json tensorboard checkpoints adapter
-""".split()
-"""Files and folders that a run writes into its folder, besides the lock."""
+ENVIRONMENT = "environment.json"
 PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "peft", "safetensors")
 """Packages whose versions ``environment.json`` records."""
-
-
-def check_folder(folder: Path, *, begins: bool, replaces: bool = False) -> None:
-    """Raise UserError if a run may not write into ``folder``. Not a collective.
-
-    A folder that has only run.yaml and environment.json, of a run that ended before its first step,
-    may be used again.
-
-    Args:
-        folder: the run folder; it need not exist.
-        begins: True if the run starts from step 0, so that the folder must not hold a run already.
-        replaces: True if an earlier run in the folder will be removed (``--overwrite``). Files of
-            a run without a run.yaml are refused.
-
-    Raises:
-        UserError: the folder already holds a run, cannot be replaced, or is not writable.
-    """
-    made = [name for name in MADE if (folder / name).exists()]
-    if replaces and made and RUN_YAML not in made:
-        raise UserError(
-            f"--overwrite cannot replace {folder}: it holds {made[0]} but no run.yaml, so it is "
-            "not a run folder and is not removed. Choose another --output_dir."
-        )
-    if begins and not replaces and {"metrics.jsonl", "checkpoints"} & set(made):
-        raise UserError(
-            f"--output_dir {folder} already holds a run. Continue it with --resume auto, or start "
-            "a new run: choose another --output_dir, or remove that folder."
-        )
-    probe = folder if folder.exists() else next(p for p in folder.absolute().parents if p.exists())
-    if not os.access(probe, os.W_OK):
-        raise UserError(
-            f"--output_dir {folder} cannot be used, since {probe} is not writable. Choose another "
-            "--output_dir."
-        )
-
-
-def clear(folder: Path) -> None:
-    """Remove the files and folders that an earlier run wrote into the run folder ``folder``, except
-    the lock. For rank 0 only."""
-    for path in (folder / name for name in MADE):
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_description(folder: Path, config: Config) -> None:
@@ -81,8 +34,9 @@ def write_description(folder: Path, config: Config) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = config.as_flat_dict() | {"reset": []}  # --reset applies to one start only
-    (folder / RUN_YAML).write_text(yaml.safe_dump(options, sort_keys=False))
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    claim(folder, RUN_YAML, ENVIRONMENT)
+    write_whole(folder / RUN_YAML, yaml.safe_dump(options, sort_keys=False))
+    write_whole(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
 
 
 def environment() -> dict[str, object]:

@@ -1,7 +1,7 @@
 """Lock a run folder, so that only one job (one start of the program) writes into it at a time.
 
-The lock is the file ``run.lock`` in the run folder, created exclusively (mode "x"). The job that
-created it, its holder, renews it every 10 s by setting its modification time. Another job may take
+The lock is the file ``run.lock`` in the run folder, created exclusively. The job that created it,
+its holder, renews it every 10 s by setting its modification time. Another job may take
 the lock over when the holder's process is gone, when the lock was not renewed for 30 s, or when
 Slurm has requeued the holder's job. flock is not used, because some shared file systems do not
 honour it.
@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 
@@ -22,9 +22,12 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.atomic_files import beside, create, sync
 from sparse_lora_dist.system.processes import Process, is_gone, this_process
 
 NAME = "run.lock"
+START = b'{"process":'
+"""First bytes of a lock file."""
 HEARTBEAT_S = 10.0
 """Seconds between two renewals of the lock."""
 MISSED = 3
@@ -152,10 +155,11 @@ def is_held(folder: Path) -> bool:
 
 def _take(path: Path) -> None:
     global _held
+    _check_form(path)
     ours = Holder(
         process=this_process(),
         job=os.environ.get("SLURM_JOB_ID"),
-        attempt=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
+        attempt=times_requeued(),
         since=datetime.now().astimezone().isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
     )
@@ -169,16 +173,77 @@ def _take(path: Path) -> None:
         check()
 
 
-def _create(path: Path, holder: Holder) -> bool:
-    """Create the lock file ``path`` with the content ``holder``. Return False if it exists."""
+def times_requeued() -> int:
+    """Return how often Slurm has requeued this job; 0 without Slurm.
+
+    Raises:
+        UserError: SLURM_RESTART_COUNT is not a whole number.
+    """
+    count = os.environ.get("SLURM_RESTART_COUNT", "0")
+    if not (count.isascii() and count.isdecimal()):
+        raise UserError(
+            f"SLURM_RESTART_COUNT must be a whole number, got {count!r}. Slurm sets it; unset it "
+            "if this is no Slurm job."
+        )
+    return int(count)
+
+
+def _check_form(path: Path) -> None:
+    """Raise UserError if there is something under the name of the lock that no job has made."""
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink():
+        what = "a symbolic link"
+    elif not path.is_file():
+        what = "no file"
+    elif _has_other_content(path):
+        what = "a file that this program has not written"
+    else:
+        return
+    raise UserError(
+        f"{path} is {what}, but the program needs this name for its lock. Move it away, or choose "
+        "another --output_dir."
+    )
+
+
+def _has_other_content(path: Path) -> bool:
+    """Return True if a file is neither a lock nor the first part of one. Versions that did not link
+    a complete file wrote part of a lock if they were killed."""
     try:
-        file = path.open("x")
+        with path.open("rb") as file:
+            start = file.read(len(START))
+    except OSError:  # released meanwhile
+        return False
+    return not START.startswith(start)
+
+
+def is_lock(path: Path) -> bool:
+    """Return True if a file is the lock of a job, whether the job is alive or not."""
+    return not path.is_symlink() and path.is_file() and _read(path) is not None
+
+
+def _create(path: Path, holder: Holder) -> bool:
+    """Create the lock file ``path`` with the content ``holder``. Return False if it exists.
+
+    It is linked from a complete file, so that no job ever sees half of it. Where a file system has
+    no links, it is created in place.
+    """
+    content = json.dumps(asdict(holder)).encode()
+    temporary = beside(path)
+    create(temporary, content)
+    try:
+        sync(temporary)
+        os.link(temporary, path, follow_symlinks=False)
     except FileExistsError:
         return False
-    with file:
-        json.dump(asdict(holder), file)
-        file.flush()
-        os.fsync(file.fileno())
+    except OSError:
+        try:
+            create(path, content)
+        except FileExistsError:
+            return False
+        sync(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return True
 
 
@@ -244,11 +309,21 @@ def _may_take_over(holder: Holder | None, age: float, ours: Holder) -> bool:
 def _read(path: Path) -> Holder | None:
     """Return the holder that a lock file names; None if there is no file or it is still empty."""
     try:
-        fields: Mapping[str, object] = json.loads(path.read_text())
-        process = Process(**fields["process"])  # type: ignore[arg-type]
-        return Holder(**{**fields, "process": process})  # type: ignore[arg-type]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        found: Mapping[str, object] = json.loads(path.read_text())
+        process = Process(**found["process"])  # type: ignore[arg-type]
+        holder = Holder(**{**found, "process": process})  # type: ignore[arg-type]
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    return holder if _has_types(holder) and _has_types(process) else None
+
+
+def _has_types(record: Holder | Process) -> bool:
+    """Return True if the values that were read have the types of the fields."""
+    texts, numbers = ("host", "pids", "since", "token"), ("pid", "started", "attempt")
+    return all(
+        isinstance(value, str) if name in texts else type(value) is int if name in numbers else True
+        for name, value in ((f.name, getattr(record, f.name)) for f in fields(record))
+    )
 
 
 def _age(path: Path, token: str) -> float:

@@ -9,6 +9,7 @@ import torch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.run_folder.metrics_file import JsonLines, Record
 from sparse_lora_dist.run_folder.trackers import log_histograms, run_id, start_trackers
+from sparse_lora_dist.system.own_files import claim
 
 
 def own_peak_memory_bytes() -> int:
@@ -59,6 +60,8 @@ class Metrics:
         """
         self._lines = JsonLines(folder / "metrics.jsonl", last_step=last_step)
         self.path = self._lines.path
+        if comm.rank() == 0 and "tensorboard" in trackers:
+            claim(folder, "tensorboard")
         self._trackers = (
             start_trackers(trackers, folder, config, last_step=last_step, run_ids=run_ids)
             if comm.rank() == 0

@@ -12,13 +12,13 @@ from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
-from sparse_lora_dist.errors import PeerError, Stopped, UserError, in_words
+from sparse_lora_dist.errors import PeerError, Stopped, StorageError, UserError, in_words
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75
 """Exit status of a run that was asked to stop early (EX_TEMPFAIL of BSD's sysexits.h). Unless it
 stopped before its first step, it has saved a checkpoint. The same command with --resume auto
-continues the run."""
+continues the run. A run whose disk is full or away ends with it too: slurm/run.sh requeues it."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -48,8 +48,9 @@ def run_program(
     every rank.
 
     Exit status: 0 when done; 2 on a ``UserError``, with its message; 1 on any other error, with a
-    traceback, or with one line if another rank caused it; 75 if a run was asked to stop early; 130
-    on Ctrl-C, unless ``stop_signals`` takes it as a request to stop.
+    traceback, or with one line if another rank caused it; 75 if a run was asked to stop early, or
+    results could not be written because storage failed for a while (``StorageError``); 130 on
+    Ctrl-C, unless ``stop_signals`` takes it as a request to stop.
 
     Args:
         argv: command line without the program's name.
@@ -71,7 +72,7 @@ def run_program(
         if debug:
             traceback.print_exc()
         write_stderr(f"error: {error}", for_all=error.shared)
-        exit_process(USER_ERROR)
+        exit_process(STOPPED if isinstance(error, StorageError) else USER_ERROR)
     except Stopped:
         exit_process(STOPPED)
     except SystemExit:  # raised by --help and --print_config

@@ -7,6 +7,7 @@ read then.
 """
 
 import json
+import re
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,9 +16,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.system.atomic_files import write_whole
+from sparse_lora_dist.system.own_files import remove_own
 from sparse_lora_dist.system.processes import Process
 
 FOLDER = "ranks"
+FILE = re.compile(r"rank_\d{5,}\.json")
+"""Name of a heartbeat's file."""
+LEFT = re.compile(r"\.tmp_rank_\d{5,}\.json\.[0-9a-f]{16}|\.rank_\d{5,}\.json\.\d+")
+"""Name of a file that a killed rank was writing, in this version and before."""
 T = TypeVar("T")
 
 
@@ -93,11 +100,8 @@ class Board:
     def post_file(self, heartbeat: Heartbeat) -> None:
         """Write a heartbeat of this rank to the folder only. Used when the rank ends: the store may
         be gone, and torch would print long messages."""
-        path = self._file(heartbeat.rank)
-        temporary = path.with_name(f".{path.name}.{threading.get_ident()}")
         with suppress(OSError):
-            temporary.write_text(_written(heartbeat) + "\n")
-            temporary.replace(path)
+            write_whole(self._file(heartbeat.rank), _written(heartbeat) + "\n")
 
     def read(self) -> Heartbeats:
         """Read the store and the folder, each for at most ``patience_s`` seconds.
@@ -125,6 +129,25 @@ class Board:
 
     def _file(self, rank: int) -> Path:
         return self.folder / f"rank_{rank:05d}.json"
+
+
+def is_own(path: Path) -> bool:
+    """Return True if a file of the folder ``ranks`` is a heartbeat, or was to become one."""
+    if LEFT.fullmatch(path.name):
+        return True
+    if FILE.fullmatch(path.name) is None or path.is_symlink():
+        return False
+    try:
+        _read(path.read_text())
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return True
+
+
+def remove_files(folder: Path) -> None:
+    """Remove the heartbeats of a job from the folder ``ranks``, and the folder if it is then empty.
+    Other files stay, and no error is raised."""
+    remove_own(folder, lambda name: is_own(folder / name))
 
 
 def in_time(work: Callable[[], T], seconds: float) -> T | None:

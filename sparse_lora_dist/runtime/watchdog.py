@@ -12,7 +12,6 @@ neither the disk nor the rendezvous store while it counts, as these may hang.
 """
 
 import faulthandler
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,10 +22,16 @@ from pathlib import Path
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import fail_together
-from sparse_lora_dist.errors import PeerError, Stopped, UserError
+from sparse_lora_dist.errors import Finished, PeerError, Stopped, UserError
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.runtime.entry_point import FAILURE, USER_ERROR, exit_process, write_stderr
-from sparse_lora_dist.runtime.heartbeats import Board, Heartbeat, Heartbeats, in_time
+from sparse_lora_dist.runtime.heartbeats import (
+    Board,
+    Heartbeat,
+    Heartbeats,
+    in_time,
+    remove_files,
+)
 from sparse_lora_dist.runtime.stuck_ranks import Verdict, find_behind, find_lost, find_store_lost
 from sparse_lora_dist.system.processes import kill, this_process
 
@@ -83,14 +88,14 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
     board = Board(run, patience_s=min(LONGEST_S, timeout_s / 4))
     with fail_together(f"opening {board.folder}"):
         if comm.rank() == 0:
-            shutil.rmtree(board.folder, ignore_errors=True)  # left by an earlier job
-            board.folder.mkdir()
+            remove_files(board.folder)  # left by an earlier job
+            board.folder.mkdir(exist_ok=True)
     watch = _Watchdog(board, timeout_s)
     crashed = False
     try:
         comm.barrier()  # the store can be read for all ranks only once all have posted
         yield
-    except (Stopped, UserError):
+    except (Finished, Stopped, UserError):
         raise
     except Exception as error:
         crashed = True
@@ -101,7 +106,7 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
     finally:
         watch.stop()
         if run_lock.is_ours() and not crashed:  # after a crash its files show where each rank was
-            shutil.rmtree(board.folder, ignore_errors=True)
+            remove_files(board.folder)
 
 
 class _Watchdog:

@@ -1,80 +1,66 @@
-"""Write files and folders atomically: they appear complete or not at all.
+"""Write files atomically: they appear complete or not at all.
 
-Content is written under a temporary name beside the final one, then renamed. Folders are synced to
-disk before they are renamed. If the process crashes, the final name has either the old or the new
-content. A folder can also be missing: after a crash between the two renames of ``put_in_place``,
-the old folder is called ``.replaced_NAME`` and the new one still has its temporary name.
+Content is written under a random temporary name beside the final one, then renamed. The temporary
+file is created exclusively (O_EXCL), so a link that somebody has put there is never followed. If
+the process crashes, the final name has either the old or the new content. ``whole_folders.py`` does
+the same for folders.
 """
 
 import os
-import shutil
-from collections.abc import Callable
+import secrets
 from pathlib import Path
 
-TEMPORARY, REPLACED = ".tmp_", ".replaced_"
-"""Name prefix of a file or folder that is being written, and name prefix of an old folder that is
-kept until the new one has its name."""
+TEMPORARY = ".tmp_"
+"""Name prefix of a file or folder that is being written."""
+LONGEST_NAME = 200
+"""Most bytes of a name that a temporary name repeats; file systems allow 255 for the whole."""
 
 
-def put_in_place(temporary: Path, final: Path) -> None:
-    """Rename a complete folder to its final path, and replace a folder that is there.
-
-    An existing ``final`` is renamed aside first and removed only after the new one has its name.
+def beside(path: Path, prefix: str = TEMPORARY) -> Path:
+    """Return a random path in the same folder: PREFIX, the name of ``path``, a dot, 16 hex digits.
 
     Args:
-        temporary: path of the complete folder, already synced to disk (``sync_all``). It must be on
-            the same file system as ``final``.
-        final: the path to rename it to.
+        path: the file or folder that the new name stands for.
+        prefix: first part of the new name.
+    """
+    name = os.fsdecode(os.fsencode(path.name)[:LONGEST_NAME])
+    return path.with_name(f"{prefix}{name}.{secrets.token_hex(8)}")
+
+
+def create(path: Path, content: bytes) -> None:
+    """Create a file that does not exist yet, with the permissions of the umask.
 
     Raises:
-        OSError: the rename failed. An existing ``final`` is still there under its name.
+        FileExistsError: there is a file, folder or link of this name.
+        OSError: writing failed; the file is removed again.
     """
-    replaced = final.with_name(f"{REPLACED}{final.name}")
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+    descriptor = os.open(path, flags, 0o666)
     try:
-        os.rename(temporary, final)
-    except OSError:
-        if replaced.exists():
-            os.rename(replaced, final)
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+    except BaseException:
+        path.unlink(missing_ok=True)
         raise
-    sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
 
 
-def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
-    """Create or replace a folder in one step.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write the file ``path``. If that fails, the file keeps its old content.
 
-    If ``write`` raises an exception, the old folder stays as it is.
+    A symbolic link of this name is replaced; what it leads to stays as it is. The content is not
+    synced to disk.
 
     Args:
-        folder: the final path.
-        write: function that creates a folder at the path passed to it, which is a temporary one
-            beside ``folder``, and returns the folder's size in bytes.
-
-    Returns:
-        Size in bytes, as returned by ``write``.
+        path: the file.
+        content: what it will hold; text is written as UTF-8.
     """
-    temporary = folder.with_name(f"{TEMPORARY}{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    size = write(temporary)
-    sync_all(temporary)
-    put_in_place(temporary, folder)
-    return size
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write ``text`` to the file ``path`` as UTF-8. If that fails, the file keeps its old content.
-
-    The text is not synced to disk.
-    """
-    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    temporary = beside(path)
+    create(temporary, content if isinstance(content, bytes) else content.encode("utf-8"))
     try:
-        temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
-    finally:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        raise
 
 
 def sync_all(folder: Path) -> None:

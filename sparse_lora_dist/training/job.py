@@ -1,7 +1,6 @@
 """Do the work around the optimizer steps of a run: resume, metrics, held-out loss, checkpoints,
 export."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,10 +26,12 @@ from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes
 from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.runtime.signal_lead import SignalLead
 from sparse_lora_dist.sparsity.shards import Shards
+from sparse_lora_dist.system.own_files import claim, in_short
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.bad_steps import Health
 from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.journal import Journal, memory_and_traffic
+from sparse_lora_dist.training.own_folder import records, remove_adapter
 from sparse_lora_dist.training.resume import Resume, describe
 from sparse_lora_dist.training.step import StepResult, held_out_totals
 from sparse_lora_dist.training.summary import in_words, next_command, print_summary
@@ -86,6 +87,8 @@ class Job:
                 pending, ids = resume.manifest["owed"], resume.manifest["trackers"]
         run = self.config.run
         with fail_together("opening the run folder"):
+            if comm.rank() == 0 and resume is not None and run.resume != "auto":
+                self._set_aside_later()
             # The record of a pending step may have been written before the job stopped. It is
             # written again below, so the old one is removed.
             last_logged = step if pending is None else self.progress.step - 1
@@ -109,6 +112,20 @@ class Job:
         if pending is not None:
             self._conclude(**pending)
         stop_signals.begin()
+
+    def _set_aside_later(self) -> None:
+        """Move the checkpoints of later steps than the present one out of the way, so that
+        ``--resume auto`` does not take them: the run goes back behind them (``--resume FOLDER``).
+        For rank 0 only."""
+        published = checkpoint.published(self.folder / "checkpoints")
+        later = [path for path in published if (checkpoint.step_of(path) or 0) > self.progress.step]
+        if later:
+            kept = checkpoint.set_aside(later, records(self.folder))
+            print_line(
+                "kept",
+                f"{in_short(path.name for path in later)}, later than step {self.progress.step}, "
+                f"with copies of the records of the run, in {kept}",
+            )
 
     def set_learning_rate(self, step: int) -> None:
         """Set the learning rates of optimizer step ``step``. Called before the step.
@@ -264,8 +281,7 @@ class Job:
 
     def _publish(self, path: Path | None) -> None:
         """Do what follows when a checkpoint is complete: record how long it took to save, and
-        remove the checkpoints that ``--keep_last`` and ``--keep_best`` do not keep. With ``--resume
-        FOLDER``, also remove those of later steps, so that ``--resume auto`` does not take them.
+        remove the checkpoints that ``--keep_last`` and ``--keep_best`` do not keep.
 
         Args:
             path: folder of the complete checkpoint; None if there is none, and nothing is done.
@@ -277,8 +293,6 @@ class Job:
         run = self.config.run
         with fail_together("removing checkpoints"):
             if comm.rank() == 0:
-                if run.resume not in ("auto", "never"):
-                    checkpoint.drop_later(path)
                 checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
 
     def publish_what_is_saved(self) -> None:
@@ -343,6 +357,8 @@ class Job:
             all entries are pruned (a warning is printed) or because the method has no adapter to
             write.
         """
+        if comm.rank() == 0:
+            claim(self.folder, "adapter")
         try:
             return peft_adapter.save_peft(
                 self.folder / "adapter",
@@ -354,11 +370,11 @@ class Job:
                 classes=self.model.classes,
             )
         except peft_adapter.NoPair:
-            return save_own_type(self.folder, self.folder / "adapter")
+            return save_own_type(self.folder, self.folder / "adapter", remove_adapter)
         except peft_adapter.NothingLives as error:
             print_line("warning", f"no adapter is written: {error}")
             if comm.rank() == 0:  # an adapter of an earlier job would be taken for this one's
-                shutil.rmtree(self.folder / "adapter", ignore_errors=True)
+                remove_adapter(self.folder)
             return 0
 
 

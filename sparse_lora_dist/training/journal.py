@@ -68,7 +68,9 @@ class Journal:
         start, _ = stage_of(step, rate.stages)
         rows = read_records(metrics) if comm.rank() == 0 else []
         losses = [
-            r["loss"] for r in rows if start < r["step"] <= step and r.get("loss") is not None
+            r["loss"]
+            for r in rows
+            if start < r["step"] <= step and isinstance(r.get("loss"), int | float)
         ]
         rates = [rate.at(s) for s in range(start + 1, step + 1)]
         self._stages.append(

@@ -8,6 +8,7 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.job import Job
+from sparse_lora_dist.training.own_folder import TRAIN
 
 
 def ask_nothing(job: Job) -> None:
@@ -29,6 +30,9 @@ class Purpose:
     conclude: Callable[[Job], None] = ask_nothing
     """Function that is called after the last step of the run, before the adapter is exported. If
     the run is stopped during that call, the resumed run calls it again."""
+    program: str = TRAIN
+    """The program that makes the run: TRAIN or EDIT of ``training/own_folder.py``. Neither goes on
+    with, nor replaces, a run of the other."""
     replaces: bool = False
     """True if the run first removes the files of an earlier run from its folder."""
 

@@ -1,7 +1,6 @@
 """Find the checkpoint that a run continues from, and check that it fits before weights are read."""
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,11 +12,14 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.launch_slurm import restart_count
 from sparse_lora_dist.distributed.phases import fail_together
-from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.errors import Finished, UserError, as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import draw_nothing
 from sparse_lora_dist.methods.protocol.method import decide_nothing
 from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
+from sparse_lora_dist.run_folder.metrics_file import read_records
+from sparse_lora_dist.system.own_files import claimed
 from sparse_lora_dist.training.feed import DataFeed
 
 # Options that do not change what is trained: a resume does not report that they changed.
@@ -72,6 +74,7 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
         is "auto" and no checkpoint was saved yet.
 
     Raises:
+        Finished: the run has made all its steps; on every rank. A line says so.
         UserError: the checkpoint is missing or damaged, does not fit the options, model or data of
             this run, or is past the end of this run; on every rank.
     """
@@ -80,6 +83,8 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
         return None
     path = _saved_since_requeue(config) or _requested(wanted, _own(config))
     if path is None:
+        folder = config.run.output_dir
+        print_line("resumes", f"nothing: {folder} holds no checkpoint, so the run begins at step 0")
         return None
     reset = frozenset() if path.parent == _own(config) else frozenset(config.run.reset)
     with fail_together(f"opening {path}"), as_user_error(str(path), "Resume from another step."):
@@ -97,8 +102,48 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
         checkpoint.check_description(path, saved, now)
         checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
         _check_steps(found, config, feed, method)
+        finished = comm.rank() == 0 and _is_finished(found, config, feed)
+    if comm.broadcast_object(finished):
+        _print_finished(found, config)
+        raise Finished
     _print_resume(found, config, feed)
     return found
+
+
+def source_of(config: Config) -> Path | None:
+    """Return the resolved path of the checkpoint of another run that ``--resume`` names; None if
+    this run begins at step 0 or goes on with its own checkpoints."""
+    wanted = config.run.resume
+    if wanted in ("auto", "never"):
+        return None
+    path = Path(wanted).resolve()
+    return None if path.parent == _own(config).resolve() else path
+
+
+def _is_finished(found: Resume, config: Config, feed: DataFeed) -> bool:
+    """Return True if the run has made all its steps, its last job has recorded that, and nobody has
+    removed its adapter, which is then written again."""
+    folder = Path(config.run.output_dir)
+    jobs = read_records(folder / ATTEMPTS) if (folder / ATTEMPTS).exists() else []
+    return (
+        config.run.resume == "auto"
+        and found.step == feed.total_steps == found.manifest["total_steps"]
+        and bool(jobs)
+        and (jobs[-1].get("event"), jobs[-1]["step"]) == ("finished", feed.total_steps)
+        and ("adapter" not in claimed(folder) or (folder / "adapter").exists())
+    )
+
+
+def _print_finished(found: Resume, config: Config) -> None:
+    folder, step = config.run.output_dir, found.step
+    print_line(
+        "finished",
+        f"{folder} has made all its {step} steps already. Nothing is trained, and its files stay "
+        "as they are. To train on, raise --max_steps, or begin another run in another --output_dir",
+    )
+    names = [name for name in config.as_flat_dict() if name not in FREE.split()]
+    if changed := _changed(found, config, names):
+        print_line("warning", f"these options have no effect: {', '.join(changed)}")
 
 
 def is_requeued() -> bool:

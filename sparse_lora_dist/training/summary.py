@@ -108,7 +108,7 @@ def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
         losses were logged, a text that says so.
     """
     for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
-        losses = [row[key] for row in rows if row.get(key) is not None]
+        losses = _numbers(rows, key)
         if len(losses) > 1:
             change = 100 * (losses[-1] / losses[0] - 1)
             loss = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per {target} ({change:+.1f}%)"
@@ -116,8 +116,13 @@ def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
     return "the run is too short to show a change: raise --max_steps"
 
 
+def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """Return the values of one key that are numbers: metrics.jsonl may hold foreign records."""
+    return [v for row in rows if isinstance(v := row.get(key), int | float)]
+
+
 def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    seen = {name: [row[key] for row in rows if row.get(key) is not None] for key, name in SCORES}
+    seen = {name: _numbers(rows, key) for key, name in SCORES}
     return [f"{name} {v[0]:.4f} -> {v[-1]:.4f}" for name, v in seen.items() if len(v) > 1]
 
 
@@ -128,7 +133,8 @@ def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: lines of metrics.jsonl as dicts, from ``read_records``.
     """
-    steps = [row for row in rows if "live_entries" in row]
+    keys = ("live_entries", "state_bytes", "state_bytes_peak")
+    steps = [row for row in rows if all(_numbers([row], key) for key in keys)]
     if not steps:
         return "no step was logged"
     first, last = steps[0], steps[-1]

@@ -5,7 +5,6 @@ Called by name on the workers of ``tests/ranks.py``.
 
 import os
 import random
-import shutil
 import signal
 import threading
 from collections import Counter
@@ -38,7 +37,7 @@ MOMENTS: dict[str, tuple[Any, str]] = {
     "sealing a manifest": (save, "sealed"),
     "renaming": (os, "rename"),
     "replacing a file": (os, "replace"),
-    "removing a folder": (shutil, "rmtree"),
+    "removing a folder": (os, "rmdir"),
     "retention": (checkpoint, "retain"),
     "a row of metrics": (JsonLines, "append"),
     "restoring": (SavedSlices, "entries"),

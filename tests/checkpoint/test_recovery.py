@@ -103,7 +103,7 @@ def test_what_a_killed_job_left_is_cleaned_and_nothing_that_was_published_is_los
     # Somebody's own copy is no checkpoint of this run's, and stays.
     shutil.copytree(step(run, 4), folder / "step_00000008_backup")
     told, _ = ranks(2, TRAIN, flags=tiny.flags(run, max_steps=6, resume="auto"))
-    assert f"{step(run, 6)}, step 6" in told
+    assert "has made all its 6 steps already" in told
     assert sorted(p.name for p in folder.iterdir()) == [
         "latest",
         "step_00000002",
@@ -163,10 +163,7 @@ def test_what_stays(
 
 def test_a_removal_that_was_cut_short_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     saved_with(tmp_path, {1: None, 2: None, 3: None})
-    with (
-        patch("shutil.rmtree", side_effect=OSError("killed")),
-        pytest.raises(OSError, match="killed"),
-    ):
+    with patch("os.unlink", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         checkpoint.retain(step(tmp_path, 3), keep_last=1, keep_best=False)
     folder = tmp_path / "checkpoints"
     assert checkpoint.published(folder) == [step(tmp_path, 2), step(tmp_path, 3)]

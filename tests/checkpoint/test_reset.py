@@ -88,7 +88,7 @@ def test_a_schedule_that_begins_anew_on_a_finished_run_has_data_to_its_end(
     assert all(row["loss"] > 0 for row in rows)
     # What it says to type next is a command that works.
     words = ["--config", str(tmp_path / "again" / "run.yaml"), "--resume", "auto"]
-    assert "step 6" in ranks(2, TRAIN, flags=words)[0]
+    assert "has made all its 6 steps already" in ranks(2, TRAIN, flags=words)[0]
 
 
 def test_a_requeued_job_goes_on_from_what_it_saved_since_it_began_elsewhere(
@@ -103,7 +103,7 @@ def test_a_requeued_job_goes_on_from_what_it_saved_since_it_began_elsewhere(
     assert "anew" not in told
 
 
-def test_a_run_that_goes_back_by_name_leaves_no_later_step_behind(
+def test_a_run_that_goes_back_by_name_keeps_the_later_steps_under_another_name(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
     flags = tiny.flags(tmp_path, max_steps=6, save_every=2)
@@ -111,9 +111,17 @@ def test_a_run_that_goes_back_by_name_leaves_no_later_step_behind(
     # Killed while it removed something: cleaned, whatever is resumed.
     shutil.copytree(step(tmp_path, 2), tmp_path / "checkpoints" / ".replaced_step_00000004")
     back = [*flags, "--resume", str(step(tmp_path, 2)), "--stop_after", "4"]
-    ranks(2, TRAIN, flags=back)
+    four = (step(tmp_path, 4) / "rank_00000.safetensors").read_bytes()
+    metrics = (tmp_path / "metrics.jsonl").read_bytes()
+    told, _ = ranks(2, TRAIN, flags=back)
     found = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert found == ["latest", "step_00000002", "step_00000004"]
+    assert found == ["latest", "set_aside_1", "step_00000002", "step_00000004"]
+    kept = tmp_path / "checkpoints" / "set_aside_1"
+    assert "step_00000004, step_00000006, later than step 2, with copies" in told
+    assert str(kept) in told
+    assert (kept / "step_00000004" / "rank_00000.safetensors").read_bytes() == four
+    assert (kept / "step_00000006" / "manifest.json").exists()
+    assert (kept / "metrics.jsonl").read_bytes() == metrics
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,9 @@ def test_an_example_that_is_too_long_is_counted_and_said(
     data = tmp_path / "data.jsonl"
     long = json.dumps({"prompt": "a", "response": "long " * 30})
     data.write_text(tiny.data.read_text() + long + "\n")
-    said, _ = ranks(2, "tests.work.run:train", flags=tiny.flags(tmp_path, data=data, max_steps=1))
+    said, _ = ranks(
+        2, "tests.work.run:train", flags=tiny.flags(tmp_path / "run", data=data, max_steps=1)
+    )
     assert "40 documents" in said
     assert "1 too long" in said or "1 longer" in said or "1 left out" in said, said
 

@@ -387,9 +387,12 @@ def test_what_is_in_the_way_stays(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "precious").read_text() == "mine"
     assert (run / "run.yaml").exists()
     earlier = exported(run, tmp_path / "earlier")
-    (earlier / "left").touch()
-    exported(run, earlier, "--overwrite", "--uniform_rank")
-    assert (earlier / WEIGHTS).exists() and not (earlier / "left").exists()
+    (earlier / "mine").touch()
+    with pytest.raises(UserError, match="holds mine, which no export has written"):
+        exported(run, earlier, "--overwrite", "--uniform_rank")
+    (earlier / "mine").unlink()
+    exported(run, earlier, "--overwrite", "--format", "merged")
+    assert (earlier / "config.json").exists() and not (earlier / WEIGHTS).exists()
     assert not list(tmp_path.glob(".*"))
 
 

@@ -309,6 +309,7 @@ def test_no_held_out_set_no_trackers_and_rare_logging(
     assert [row["step"] for row in rows if "loss" in row] == [2, 4, 5]
     assert not any("held_out_loss" in row for row in rows)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".sparse_lora_dist.json",
         "adapter",
         "attempts.jsonl",
         "checkpoints",

@@ -1,0 +1,280 @@
+"""Write folders atomically, and clean up after processes that were killed while doing so.
+
+A folder is written under a random name beside its final one (``.tmp_NAME.HEX``), synced to disk and
+renamed. An old folder is renamed aside first (``.replaced_NAME.HEX``), and its files are removed
+after the new folder has its name. Two kinds of folders cannot be renamed and are filled file by
+file instead: mount points, and folders that hold files of somebody else, which stay.
+"""
+
+import errno
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from sparse_lora_dist.system.atomic_files import TEMPORARY, beside, sync, sync_all
+from sparse_lora_dist.system.own_files import (
+    HALF_MARKER,
+    MARKER,
+    Marker,
+    contents_of,
+    foreign_in,
+    in_short,
+    is_listed,
+    read_marker,
+    remove_own,
+    write_marker,
+)
+from sparse_lora_dist.system.processes import Process, is_gone, this_process
+
+REPLACED = ".replaced_"
+"""Name prefix of an old folder that is kept until the new one has its name."""
+EXPORT, UNFINISHED = "export", "unfinished"
+"""Kinds of markers: of a folder of results that is complete, and of one that is being written."""
+ABANDONED_S = 24 * 3600.0
+"""Seconds after which an unfinished folder in which nothing was changed counts as abandoned, if the
+process that wrote it cannot be seen from this host."""
+
+IsOwn = Callable[[str], bool]
+
+
+def is_mount_point(folder: Path) -> bool:
+    """Return True if a file system is mounted at ``folder``, which then cannot be renamed.
+
+    Unlike ``os.path.ismount`` this also finds bind mounts, on Linux.
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return os.path.ismount(folder)
+    escaped = re.compile(r"\\([0-7]{3})")
+    mounts = {escaped.sub(lambda m: chr(int(m[1], 8)), line.split(" ")[4]) for line in lines}
+    return str(folder.resolve()) in mounts
+
+
+def is_filled_in_place(final: Path) -> bool:
+    """Return True if a folder cannot be replaced by renaming: it is a mount point, or the folder
+    around it is not writable."""
+    return final.is_dir() and (is_mount_point(final) or not os.access(final.parent, os.W_OK))
+
+
+def new_folder(final: Path) -> Path:
+    """Create a temporary folder in which the content of ``final`` is written, and return its path.
+
+    It is beside ``final``, or in it if ``final`` cannot be renamed. Its marker names this process,
+    so that a later process can tell that it was abandoned.
+    """
+    place = final / final.name if is_filled_in_place(final) else final
+    place.parent.mkdir(parents=True, exist_ok=True)
+    temporary = beside(place)
+    temporary.mkdir()
+    write_marker(temporary, Marker(kind=UNFINISHED, about={"process": asdict(this_process())}))
+    return temporary
+
+
+def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
+    """Create or replace a folder in one step.
+
+    If ``write`` raises an exception, the old folder stays as it is. If ``folder`` is a symbolic
+    link, the link stays and the folder that it leads to is replaced.
+
+    Args:
+        folder: the final path.
+        write: function that writes files, but no folders, into the folder at the path passed to
+            it, and returns their size in bytes.
+
+    Returns:
+        Size in bytes, as returned by ``write``.
+
+    Raises:
+        OSError: writing failed, or ``folder`` holds files of somebody else whose names are needed.
+    """
+    final = folder.resolve()
+    clean_up(final)
+    temporary = new_folder(final)
+    try:
+        size = write(temporary)
+        finish(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return size
+
+
+def finish(temporary: Path, final: Path) -> None:
+    """Give a folder from ``new_folder``, whose files are complete, its final path.
+
+    Its marker then lists its files. Files of an earlier folder are removed if the marker there
+    lists them.
+
+    Args:
+        temporary: the folder that ``new_folder`` returned.
+        final: the path that was given to ``new_folder``.
+    """
+    names, unfinished = contents_of(temporary), read_marker(temporary)
+    assert unfinished is not None, "new_folder has written it"
+    write_marker(temporary, replace(unfinished, names=names))
+    sync_all(temporary)
+    put_in_place(temporary, final, own_names(final))
+    write_marker(final, Marker(kind=EXPORT, names=names))
+
+
+def own_names(folder: Path) -> IsOwn:
+    """Return a function that takes the name of an entry of ``folder``, and returns True if the
+    marker there says that the program has written that file."""
+    return is_listed(folder, read_marker(folder) or Marker(kind=EXPORT))
+
+
+def put_in_place(temporary: Path, final: Path, is_own: IsOwn) -> None:
+    """Rename a complete folder to its final path, and remove the files of one that is there.
+
+    Args:
+        temporary: path of the complete folder, already synced to disk (``sync_all``).
+        final: the path to rename it to. If it is a link, the link is replaced.
+        is_own: function that takes the name of an entry of the old folder, and returns True if the
+            program has written that file. All other entries stay.
+
+    Raises:
+        OSError: the rename failed. An existing ``final`` is still there under its name.
+    """
+    if final.is_symlink():
+        final.unlink()
+    if not final.exists():
+        os.rename(temporary, final)
+        sync(final.parent)
+    elif is_filled_in_place(final) or foreign_in(final, _or(is_own, temporary.name)):
+        _fill(temporary, final, is_own)
+    else:
+        _swap(temporary, final, is_own)
+
+
+def _or(is_own: IsOwn, other: str) -> IsOwn:
+    return lambda name: name == other or is_own(name)
+
+
+def _swap(temporary: Path, final: Path, is_own: IsOwn) -> None:
+    replaced = beside(final, REPLACED)
+    own = {path.name for path in final.iterdir() if is_own(path.name)}
+    try:
+        os.rename(final, replaced)
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.EXDEV):  # these two: something is mounted there
+            raise
+        _fill(temporary, final, is_own)
+        return
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        os.rename(replaced, final)
+        raise
+    sync(final.parent)
+    remove_own(replaced, own.__contains__)
+
+
+def _fill(temporary: Path, final: Path, is_own: IsOwn) -> None:
+    """Move the files of ``temporary`` into the folder ``final``, and remove the program's other
+    files there. A crash in the middle leaves a marker that lists old and new files."""
+    new = sorted(path.name for path in temporary.iterdir() if path.name != MARKER)
+    there = [path.name for path in final.iterdir() if path.name != temporary.name]
+    own = {name for name in there if is_own(name)}
+    if clash := sorted(set(new) & set(there) - own):
+        raise FileExistsError(
+            errno.EEXIST,
+            f"it holds {in_short(clash)}, which this program did not write",
+            str(final),
+        )
+    marked = read_marker(temporary)
+    if marked is not None:
+        write_marker(final, Marker(kind=EXPORT, names=dict.fromkeys([*own, *new])))
+    for name in new:
+        _move(temporary / name, final / name)
+    for name in own - {*new, MARKER}:
+        (final / name).unlink()
+    if marked is not None:
+        _move(temporary / MARKER, final / MARKER)
+    sync(final)
+
+
+def _move(file: Path, target: Path) -> None:
+    try:
+        os.replace(file, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        copy = beside(target)
+        shutil.copyfile(file, copy)
+        sync(copy)
+        os.replace(copy, target)
+
+
+def clean_up(final: Path) -> list[str]:
+    """Remove what killed processes left while they wrote ``final``, and give an old folder its name
+    back if it has lost it between the two renames of a replacement.
+
+    Only folders with the program's marker are touched, and none that a live process writes.
+
+    Args:
+        final: final path of the folder.
+
+    Returns:
+        A sentence for each thing that was done, or could not be done.
+    """
+    name = re.escape(os.fsdecode(os.fsencode(final.name)[:200]))
+    said = []
+    for half in final.iterdir() if final.is_dir() else ():
+        if HALF_MARKER.fullmatch(half.name):
+            half.unlink(missing_ok=True)
+    for folder in (final.parent, final):
+        for path in _matching(folder, rf"{re.escape(REPLACED)}{name}\.[0-9a-f]{{16}}"):
+            said += _clean_replaced(path, final)
+        for path in _matching(folder, rf"{re.escape(TEMPORARY)}{name}\.[0-9a-f]{{16}}"):
+            said += _clean_unfinished(path)
+    said += [
+        f"{path} was left by an export of an earlier version that was killed. It is not removed, "
+        "since it does not say whether its process has ended. Remove it by hand"
+        for path in _matching(final.parent, rf"{re.escape(TEMPORARY)}{name}-\d+")
+    ]
+    return said
+
+
+def _matching(folder: Path, pattern: str) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    found = (path for path in folder.iterdir() if re.fullmatch(pattern, path.name))
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
+
+
+def _clean_replaced(path: Path, final: Path) -> list[str]:
+    marker = read_marker(path)
+    if marker is None:
+        return []
+    if not final.exists():
+        os.rename(path, final)
+        return [f"{final} has its name back: a process was killed while it replaced this folder"]
+    left = remove_own(path, is_listed(path, marker))
+    return [] if left is None else [left]
+
+
+def _clean_unfinished(path: Path) -> list[str]:
+    marker = read_marker(path)
+    if marker is None:
+        # Killed before it wrote the marker.
+        remove_own(path, lambda name: HALF_MARKER.fullmatch(name) is not None)
+        return []
+    if marker.kind != UNFINISHED or not _is_abandoned(path, marker):
+        return []
+    shutil.rmtree(path, ignore_errors=True)
+    left = " could not be removed: it" if path.exists() else " was removed: it"
+    return [f"{path}{left} was left by a process that was killed while it wrote this folder"]
+
+
+def _is_abandoned(path: Path, marker: Marker) -> bool:
+    try:
+        if is_gone(Process(**marker.about["process"])):
+            return True
+    except (KeyError, TypeError):
+        pass
+    newest = max(p.lstat().st_mtime for p in (path, *path.iterdir()))
+    return time.time() - newest > ABANDONED_S

@@ -1,0 +1,50 @@
+"""A damaged, blank or foreign line in metrics.jsonl, made by an editor, a disk or a crash."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sparse_lora_dist.run_folder.metrics_file import JsonLines, read_records
+
+ROWS = [{"step": number, "loss": 0.5 * number} for number in range(6)]
+LINES = [json.dumps(row).encode() for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    "line", [b"", b"# mine", b"[]", b"5", b"{}", b'{"step": "x"}', b"\xff\xfe", b"[" * 100_000]
+)
+def test_later_records_are_not_lost_and_the_line_stays_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([LINES[0], line, *LINES[1:]]) + b"\n")
+    assert read_records(path) == ROWS
+    lines = JsonLines(path, last_step=4)  # a resume from step 4 makes step 5 again
+    assert path.read_bytes() == b"\n".join([LINES[0], line, *LINES[1:5]]) + b"\n"
+    said = capsys.readouterr().out
+    assert f"warning   {path}: line 2 is no record of this run. It stays" in said
+    lines.append({"step": 5})
+    assert read_records(path) == [*ROWS[:5], {"step": 5}]
+
+
+def test_a_file_of_records_alone_is_not_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join(LINES) + b"\n")
+    before = path.stat()
+    JsonLines(path, last_step=5)
+    after = path.stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("half", [b'{"step": 6, "lo', b'{"step": 6}'])
+def test_half_a_record_of_a_killed_job_goes_and_a_whole_one_gets_its_line_break(
+    tmp_path: Path, half: bytes
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([*LINES, half]))
+    lines = JsonLines(path, last_step=6)
+    lines.append({"step": 7})
+    steps = [row["step"] for row in read_records(path)]
+    assert steps == [0, 1, 2, 3, 4, 5, *([6] if half.endswith(b"}") else []), 7]
+    assert path.read_bytes().count(b"\n") == len(steps)
