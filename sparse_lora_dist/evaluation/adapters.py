@@ -3,6 +3,7 @@
 Each site, i.e. linear with an adapter, may have its own rank and scale.
 """
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,23 @@ import yaml
 
 from sparse_lora_dist.adapter.peft_config import CONFIG, other_kind, scale_of
 from sparse_lora_dist.adapter.peft_read import open_peft
-from sparse_lora_dist.checkpoint.manifest import MANIFEST
+from sparse_lora_dist.base_model.weight_map import is_quantized
+from sparse_lora_dist.checkpoint.manifest import MANIFEST, read_manifest
+from sparse_lora_dist.checkpoint.recover import published
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.description import RUN_YAML
+from sparse_lora_dist.run_folder.identity import (
+    BASE,
+    NOT_STORED,
+    TRAINED_OVER,
+    Identity,
+    in_words,
+)
 from sparse_lora_dist.zero3.slices import Values
 
 TRAINING_OPTIONS = ("quantization", "double_quant", "precision", "chat_template", "train_on")
@@ -74,6 +86,69 @@ def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
         if problems:
             raise UserError("\n".join(problems))
     return adapters
+
+
+def check_base(adapter: Adapter, model: Model) -> None:
+    """Raise UserError if an adapter of this project was trained over other weights. Not collective.
+
+    What the weights were is known from the checkpoints of the adapter's run folder, or from the
+    file that an export has beside the adapter. It is not compared if only one of the two bases is
+    stored in 4 bits.
+
+    Args:
+        adapter: The adapter.
+        model: The opened model to evaluate it over.
+
+    Raises:
+        UserError: The content of the base's weight files or config.json differs.
+    """
+    found = _trained_over(Path(adapter.name).expanduser()) if adapter.shapes else None
+    if found is None or model.fingerprint is None:
+        return
+    then, in_4_bits = found
+    now = Identity(weights=model.fingerprint.weights, config=model.fingerprint.config)
+    if then.weights is None:
+        print_line("note", f"the adapter {adapter.name} {NOT_STORED}")
+    elif in_4_bits != is_quantized(model.files):
+        print_line(
+            "note",
+            f"the adapter {adapter.name} was trained over a base that is stored in another form (4 "
+            "bits or not), so the weights cannot be compared",
+        )
+    elif differ := then.differences(now, only=BASE):
+        raise UserError(
+            f"The adapter {adapter.name} was trained over another base than --model {model.name}. "
+            f"What differs: {in_words(differ)}. Give its own base with --model. To evaluate it "
+            "over this one on purpose, copy the adapter's two files (adapter_*) to a folder by "
+            "themselves and give that folder."
+        )
+
+
+def _trained_over(folder: Path) -> tuple[Identity, bool] | None:
+    """Return what is known about the base of an adapter, and whether it was stored in 4 bits.
+
+    Args:
+        folder: Run folder, or folder of an adapter: of a run or of an export.
+
+    Returns:
+        Identity without weights if a run is there that did not store it; None if nothing is known.
+    """
+    if (beside := folder / TRAINED_OVER).is_file():
+        try:
+            about = json.loads(beside.read_text())
+            return Identity.from_json(about), about["in_4_bits"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{beside} is damaged: {error!r}. Export the adapter again, or remove the file."
+            ) from error
+    run = folder.parent if folder.name == "adapter" else folder
+    if not (run / RUN_YAML).is_file():
+        return None
+    saved = published(run / "checkpoints")
+    if not saved:
+        return Identity(), False
+    manifest = read_manifest(saved[-1])
+    return Identity.of_checkpoint(manifest), manifest["base_in_4_bits"]
 
 
 def _open(name: str | None) -> Adapter:

@@ -21,6 +21,7 @@ from sparse_lora_dist.export.peft_own_type import write_own_type
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.run_folder.identity import TRAINED_OVER, Identity
 from sparse_lora_dist.system.atomic_files import TEMPORARY, put_in_place, sync_all
 
 Summary = dict[str, str]
@@ -55,6 +56,7 @@ def export(request: ExportRequest) -> None:
     try:
         temporary.mkdir(parents=True)
         summary = WRITERS[asked.format](trained, temporary, asked)
+        _write_base(trained, temporary, asked.format)
         write_card(trained, temporary, final, asked.format, summary)
         sync_all(temporary)
         put_in_place(temporary, final)
@@ -129,6 +131,15 @@ def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
             f"--output {final} is {what}, but --overwrite replaces only earlier exports. Choose "
             "another folder."
         )
+
+
+def _write_base(trained: Trained, folder: Path, form: str) -> None:
+    """Write beside an adapter what it was trained over, if the run stored it. A merged model has no
+    base any more."""
+    known = Identity.of_checkpoint(trained.manifest)
+    if form != "merged" and known.weights is not None:
+        text = known.of_base(in_4_bits=trained.manifest["base_in_4_bits"])
+        (folder / TRAINED_OVER).write_text(text)
 
 
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:

@@ -3,12 +3,13 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.phases import fail_together
@@ -17,6 +18,14 @@ from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import draw_nothing
 from sparse_lora_dist.methods.protocol.method import decide_nothing
 from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.run_folder.identity import (
+    BASE,
+    NOT_STORED,
+    SHAPES_ROWS,
+    WORDS,
+    Identity,
+    in_words,
+)
 from sparse_lora_dist.training.feed import DataFeed
 
 # Options that do not change what is trained: a resume does not report that they changed.
@@ -30,6 +39,8 @@ FREE = """
 DATA_KEYS = ("seed", "packing", "sequence_length", "rows_per_epoch")
 """Keys of a run's description (``describe``) that concern its data. With ``--reset data`` their
 values may differ from those of the checkpoint."""
+DATA_OPTIONS = tuple(f.name for f in fields(DataConfig))
+"""Options that decide what the rows of the data are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,13 +96,17 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest, reset=reset)
         saved, now = manifest["description"], describe(config, model, feed, method)
-        for name in DATA_KEYS if "data" in found.reset else ():
-            saved.pop(name), now.pop(name)
         if saved.get("rows", "") != feed.identity:
             raise UserError(
                 f"The checkpoint {path} was trained on other edits. Give the same --edits and "
                 "--number, or start a new run in another --output_dir."
             )
+        _check_identity(found, config, Identity.of_checkpoint(manifest), identity_of(model, feed))
+        if "weights" in saved.pop("identity", {}):
+            saved.pop("base"), now.pop("base")  # compared by content
+        now.pop("identity")
+        for name in DATA_KEYS if "data" in found.reset else ():
+            saved.pop(name), now.pop(name)
         _check_global_batch(path, saved["global_batch"], feed)
         checkpoint.check_description(path, saved, now)
         checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
@@ -151,6 +166,61 @@ def _requested(wanted: str, folder: Path) -> Path | None:
     return Path(wanted)
 
 
+def identity_of(model: Model, feed: DataFeed) -> Identity:
+    """Return hashes of the contents of a run's base and data. Not collective."""
+    base = model.fingerprint
+    assert base is not None
+    return replace(feed.content, weights=base.weights, config=base.config)
+
+
+def _check_identity(found: Resume, config: Config, saved: Identity, now: Identity) -> None:
+    """Raise UserError if the base or the data of this run are not those of a checkpoint.
+
+    What cannot be compared, because the checkpoint does not hold it, is said in one line.
+
+    Args:
+        found: the checkpoint. With ``--reset data`` only the base is compared.
+        config: options of this run.
+        saved: identity of the checkpoint's run.
+        now: identity of this run.
+    """
+    if saved == Identity():
+        print_line("note", f"{found.path} {NOT_STORED}, and so for the data and the tokenizer")
+        return
+    compared = BASE if "data" in found.reset else tuple(WORDS)
+    differ = saved.differences(now, only=compared)
+    if saved.has_all_rows_of(now):
+        harmless = [name for name in differ if name in SHAPES_ROWS]
+        differ = [name for name in differ if name not in SHAPES_ROWS]
+        if harmless:
+            print_line("note", f"changed, but all rows are the same: {in_words(harmless)}")
+    if differ:
+        raise UserError(_refusal(found, config, differ))
+
+
+def _refusal(found: Resume, config: Config, differ: list[str]) -> str:
+    """Return the message for a run whose base or data are not those of its checkpoint.
+
+    Args:
+        found: the checkpoint.
+        config: options of this run.
+        differ: names of the fields of ``Identity`` that differ.
+    """
+    over = "over another base" if {*differ} & {*BASE} else "on other data"
+    changed = [] if {*differ} <= {*BASE} else _changed(found, config, DATA_OPTIONS)
+    said = f"{found.path} was trained {over} than this run would be. What differs: "
+    said += f"{in_words(differ)}. "
+    if changed:
+        said += f"Changed options: {', '.join(changed)}. "
+    said += "Put back what it was, or start a new run in another --output_dir."
+    if not {*differ} & {*BASE}:
+        said += (
+            f" To go on with other data on purpose, give --resume {found.path} --reset data and "
+            "another --output_dir."
+        )
+    return said
+
+
 def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> dict[str, Any]:
     """Describe a run by the values that a resume must not change. Collective.
 
@@ -168,6 +238,7 @@ def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> di
     """
     return {
         "base": model.identity,
+        "identity": identity_of(model, feed).as_json(),
         "quantization": config.model.quantization,
         "double_quant": config.model.double_quant,
         "method": config.adapter.method,
