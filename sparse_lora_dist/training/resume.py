@@ -95,20 +95,7 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
     with fail_together(f"opening {path}"):
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest, reset=reset)
-        saved, now = manifest["description"], describe(config, model, feed, method)
-        if saved.get("rows", "") != feed.identity:
-            raise UserError(
-                f"The checkpoint {path} was trained on other edits. Give the same --edits and "
-                "--number, or start a new run in another --output_dir."
-            )
-        _check_identity(found, config, Identity.of_checkpoint(manifest), identity_of(model, feed))
-        if "weights" in saved.pop("identity", {}):
-            saved.pop("base"), now.pop("base")  # compared by content
-        now.pop("identity")
-        for name in DATA_KEYS if "data" in found.reset else ():
-            saved.pop(name), now.pop(name)
-        _check_global_batch(path, saved["global_batch"], feed)
-        checkpoint.check_description(path, saved, now)
+        _check_description(found, config, describe(config, model, feed, method), feed)
         checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
         _check_steps(found, config, feed, method)
     _print_resume(found, config, feed)
@@ -164,6 +151,36 @@ def _requested(wanted: str, folder: Path) -> Path | None:
     if damage is not None:
         raise UserError(f"{damage} Resume from another step.", shared=True)
     return Path(wanted)
+
+
+def _check_description(found: Resume, config: Config, now: dict[str, Any], feed: DataFeed) -> None:
+    """Raise UserError if this run is another one than that of the checkpoint.
+
+    Options that differ come first in the message; contents are compared if the options are the
+    same, and the number of rows is one of them.
+
+    Args:
+        found: the checkpoint.
+        config: options of this run.
+        now: description of this run, from ``describe``.
+        feed: data of this run.
+    """
+    saved = dict(found.manifest["description"])
+    if saved.get("rows", "") != feed.identity:
+        raise UserError(
+            f"The checkpoint {found.path} was trained on other edits. Give the same --edits and "
+            "--number, or start a new run in another --output_dir."
+        )
+    was, is_ = (Identity.from_json(about.pop("identity", {})) for about in (saved, now))
+    if was.weights is not None:
+        saved.pop("base"), now.pop("base")  # compared by content
+    for name in DATA_KEYS if "data" in found.reset else ():
+        saved.pop(name), now.pop(name)
+    options = {*saved, *now} - {"rows_per_epoch"}
+    if all(saved.get(name) == now.get(name) for name in options):
+        _check_identity(found, config, was, is_)
+    _check_global_batch(found.path, saved["global_batch"], feed)
+    checkpoint.check_description(found.path, saved, now)
 
 
 def identity_of(model: Model, feed: DataFeed) -> Identity:

@@ -78,6 +78,10 @@ def other_data(own: TinyRun) -> None:
     rewritten(own.data)
 
 
+def fewer_examples(own: TinyRun) -> None:
+    own.data.write_text("".join(own.data.read_text().splitlines(keepends=True)[:-5]))
+
+
 def other_held_out_data(own: TinyRun) -> None:
     rewritten(own.held_out)
 
@@ -105,6 +109,7 @@ def another_template(own: TinyRun) -> None:
     [
         (other_weights, "over another base than this run would be", False),
         (other_data, "differs: the tokenised rows of --data, the files of --data.", True),
+        (fewer_examples, "differs: the tokenised rows of --data, the files of --data.", True),
         (other_held_out_data, "differs: the tokenised rows of --eval_data.", True),
         (
             another_tokenizer,
