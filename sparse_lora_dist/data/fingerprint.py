@@ -31,9 +31,8 @@ def hash_of_documents(documents: Documents) -> str:
     digest = hashlib.sha256(documents.lengths.tobytes())
     count = len(documents)
     places = _spread(count, MOST_DOCUMENTS)
-    for place in places:
-        document = documents[place]
-        digest.update(document.input_ids.tobytes() + document.labels.tobytes())
+    for ids, labels in documents.tokens_and_labels(places):
+        digest.update(ids.tobytes() + labels.tobytes())
     hashed = "all" if len(places) == count else f"{len(places)} of"
     return f"{hashed} {count} documents, sha256 {digest.hexdigest()}"
 

@@ -169,7 +169,8 @@ def _open(name: str | None) -> Adapter:
     if why := _why_not_plain(config, shapes):
         raise UserError(
             f"The adapter {name} is not a plain LoRA adapter: {why}. Merge it into its base with "
-            "launcher/export.py --format merged, and evaluate the result with --model."
+            "launcher/export.py --format merged, or with PEFT's merge_and_unload, and evaluate the "
+            "result with --model."
         )
     ranks = {n.removesuffix(".lora_a"): s[0] for n, s in shapes.items() if n.endswith("lora_a")}
     scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}

@@ -21,6 +21,8 @@ from sparse_lora_dist.checkpoint.manifest import sealed
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.run_folder.identity import Identity
+from sparse_lora_dist.training import feed
 from tests.conftest import Ranks
 from tests.export.test_export_program import exported
 from tests.fixtures.tiny_run import TinyRun
@@ -295,3 +297,16 @@ def test_the_fingerprint_of_a_base_is_of_its_content(tiny: TinyRun, tmp_path: Pa
     assert of(other)[0] == usual[0] and of(other)[1] != usual[1]
     (other / "config.json").write_text(json.dumps(about | {"rms_norm_eps": 0.5}))
     assert of(other)[0] != usual[0]
+
+
+def test_nodes_that_read_other_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each node has a disk of its own, and one of them an older copy."""
+    first = Identity(data="all 2 documents, sha256 a", tokenizer="t")
+    old = replace(first, data="all 2 documents, sha256 b")
+    for found, said in (([first, None, first], None), ([first, None, old], "rank 2 and rank 0 d")):
+        monkeypatch.setattr(feed.comm, "gather_objects", lambda own, found=found: found)
+        if said is None:
+            assert feed._same_on_all_nodes(first) == first
+        else:
+            with pytest.raises(UserError, match=f"{said}iffer in the tokenised rows of --data"):
+                feed._same_on_all_nodes(first)
