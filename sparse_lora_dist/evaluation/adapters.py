@@ -26,10 +26,13 @@ from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.run_folder.identity import (
     BASE,
     NOT_STORED,
+    READS_TEXT,
     TRAINED_OVER,
+    WORDS,
     Identity,
     in_words,
 )
+from sparse_lora_dist.training.feed import identity_of_tokenizer
 from sparse_lora_dist.zero3.slices import Values
 
 TRAINING_OPTIONS = ("quantization", "double_quant", "precision", "chat_template", "train_on")
@@ -195,14 +198,16 @@ def _why_not_plain(config: Mapping[str, Any], shapes: Collection[str]) -> str | 
     return None
 
 
-def differences_from_training(adapter: Adapter, config: Config) -> list[str]:
+def differences_from_training(adapter: Adapter, config: Config, tokenizer: Any) -> list[str]:
     """Compare the settings of the evaluation with those that the adapter was trained with.
 
-    Not collective. The base model and the options in ``TRAINING_OPTIONS`` are compared.
+    Not collective. The name of the base model, the tokenizer, the chat template and the options in
+    ``TRAINING_OPTIONS`` are compared.
 
     Args:
         adapter: The adapter. Its training options are known only if it is in a run folder.
         config: Options of the evaluation.
+        tokenizer: The tokenizer of the evaluation.
 
     Returns:
         Clauses to print, one for each difference. If an option differs, a last clause says how to
@@ -213,6 +218,9 @@ def differences_from_training(adapter: Adapter, config: Config) -> list[str]:
     if adapter.base and Path(adapter.base).name != Path(here).name:
         notes.append(f"the base model of the adapter is {adapter.base}, but --model is {here}")
     folder = Path(adapter.name).expanduser()
+    if found := _trained_over(folder) if adapter.shapes else None:
+        other = found[0].differences(identity_of_tokenizer(config, tokenizer), only=READS_TEXT)
+        notes += [f"{WORDS[n]} is not the one that the adapter was trained with" for n in other]
     run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)
     if run is not None:
         now, then = config.as_flat_dict(), yaml.safe_load(run.read_text())

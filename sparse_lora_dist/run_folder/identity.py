@@ -22,6 +22,8 @@ WORDS = {
 """Field of ``Identity`` -> what it is a hash of, for messages."""
 BASE = ("weights", "config")
 """Fields that concern the base model. The others concern the data."""
+READS_TEXT = ("tokenizer", "chat_template")
+"""Fields of what makes tokens of text. An evaluation compares them."""
 SHAPES_ROWS = ("tokenizer", "chat_template", "data_files")
 """Fields of what rows are made from. If all rows were compared and are the same, a difference in
 these changes nothing that is trained."""
@@ -29,7 +31,8 @@ ALL = "all "
 """Beginning of ``data`` and ``eval_data`` if every row was hashed, and not a sample of them."""
 
 TRAINED_OVER = "trained_over.json"
-"""File beside an exported adapter, with the hashes of the base that it was trained over."""
+"""File beside an exported adapter, with hashes of the base that it was trained over, and of its
+tokenizer and chat template."""
 NOT_STORED = (
     "was saved by a version that did not store what the base weights were: whether they are the "
     "same cannot be compared"
@@ -80,7 +83,8 @@ class Identity:
         Args:
             in_4_bits: True if the base's files hold 4-bit weights.
         """
-        base = {name: value for name, value in self.as_json().items() if name in BASE}
+        own = (*BASE, *READS_TEXT)
+        base = {name: value for name, value in self.as_json().items() if name in own}
         return json.dumps(base | {"in_4_bits": in_4_bits}, indent=1) + "\n"
 
     def differences(self, now: "Identity", only: Collection[str] = tuple(WORDS)) -> list[str]:

@@ -164,14 +164,26 @@ def _hashes() -> bool:
 
 
 def _content(config: Config, tokenizer: Any, rows: Rows, held_out: Rows | None) -> Identity:
+    return replace(
+        identity_of_tokenizer(config, tokenizer),
+        data=hash_of_documents(rows.documents),
+        data_files=hash_of_files(resolve_default("data", config.data.data)),
+        eval_data=None if held_out is None else hash_of_documents(held_out.documents),
+    )
+
+
+def identity_of_tokenizer(config: Config, tokenizer: Any) -> Identity:
+    """Return the hashes of a tokenizer and of the template that renders chats. Not a collective.
+
+    Args:
+        config: options, of which ``chat_template`` and ``task`` are used.
+        tokenizer: tokenizer of the model.
+    """
     chats = config.model.task == "causal_lm"
     template = find_template(tokenizer, config.data.chat_template) if chats else None
     return Identity(
         tokenizer=hash_of_tokenizer(tokenizer),
         chat_template=None if template is None else sha256(template.encode()).hexdigest(),
-        data=hash_of_documents(rows.documents),
-        data_files=hash_of_files(resolve_default("data", config.data.data)),
-        eval_data=None if held_out is None else hash_of_documents(held_out.documents),
     )
 
 

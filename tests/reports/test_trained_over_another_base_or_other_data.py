@@ -196,7 +196,22 @@ def test_an_adapter_is_evaluated_over_the_base_it_was_trained_over(
         assert f"The adapter {adapter} was trained over another base than --model" in said
         assert "What differs: the weights of the base." in said
     words[words.index(str(export))] = str(tmp_path / "alone")
-    ranks(1, "tests.work.eval:evaluate", flags=words)
+    (said,) = ranks(1, "tests.work.eval:evaluate", flags=words)
+    assert "trained with" not in said
+
+
+@pytest.mark.parametrize("exports", [False, True])
+def test_an_evaluation_with_another_tokenizer_says_so(
+    ranks: Ranks, mine: TinyRun, tmp_path: Path, exports: bool
+) -> None:
+    adapter = tmp_path / "run"
+    if exports:
+        adapter = exported(tmp_path / "run", tmp_path / "export")
+    another_tokenizer(mine)
+    asked = {"model": mine.model, "adapter": adapter, "eval_data": mine.held_out, "metrics": "loss"}
+    words = [w for k, v in asked.items() for w in (f"--{k}", str(v))]
+    (said,) = ranks(1, "tests.work.eval:evaluate", flags=words)
+    assert "note      the tokenizer is not the one that the adapter was trained with\n" in said
 
 
 def test_what_was_saved_before_this_was_stored_goes_on_and_says_so(
