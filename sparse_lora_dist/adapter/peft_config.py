@@ -24,6 +24,11 @@ VARIANTS = (*MARKED, "use_qalora", "target_parameters")
 """Fields of adapter_config.json that select a variant of LoRA (DoRA, QA-LoRA ...) if they are
 set."""
 
+PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of ``init_lora_weights`` with which PEFT leaves the base's weights as they are. With any
+other, such as pissa, olora, corda, loftq or lora_ga, PEFT subtracts the first B A from the base, or
+replaces its weights, and such an adapter is trained over these weights."""
+
 
 def other_kind(config: Mapping[str, Any]) -> str | None:
     """Return what makes an adapter other than plain LoRA (whose update is scale * B A).
@@ -34,11 +39,20 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
     Returns:
         Words for an error message. If the adapter is not of PEFT's type LORA, "the type X" with
         the name of its type. If it is a variant of LoRA, the name of the first field of
-        ``VARIANTS`` that is set. None for plain LoRA.
+        ``VARIANTS`` that is set. If its initial values change the base's weights, what
+        ``init_lora_weights`` is. None for plain LoRA.
     """
     if config.get("peft_type") != "LORA":
         return f"the type {config.get('peft_type')}"
-    return next((name for name in VARIANTS if config.get(name)), None)
+    if variant := next((name for name in VARIANTS if config.get(name)), None):
+        return variant
+    start = config.get("init_lora_weights")
+    if (start.lower() if isinstance(start, str) else start) in PLAIN_STARTS:
+        return None
+    return (
+        f"init_lora_weights {start!r}, with which PEFT changes the base's weights "
+        "(PEFT's save_pretrained with path_initial_model_for_weight_conversion makes it plain)"
+    )
 
 
 def faults_of(config: Mapping[str, Any]) -> list[str]:

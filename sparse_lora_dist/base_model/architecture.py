@@ -271,11 +271,26 @@ def output_head(model: PreTrainedModel) -> str | None:
     return next((name for name, module in model.named_modules() if module is head), None)
 
 
+NO_CONTENT = ("_name_or_path", "transformers_version")
+"""Keys of config.json that say nothing about the model."""
+
+
+def hash_of_config(folder: Path) -> str:
+    """Return a SHA-256 hash, in hex, of what config.json says about the model in ``folder``."""
+    raw = (folder / "config.json").read_bytes()
+    try:
+        said = {k: v for k, v in json.loads(raw).items() if k not in NO_CONTENT}
+        raw = json.dumps(said, sort_keys=True).encode()
+    except (ValueError, AttributeError, RecursionError):
+        pass  # no JSON object; whoever opens the model refuses it
+    return hashlib.sha256(raw).hexdigest()
+
+
 def identity(folder: Path, files: CheckpointFiles) -> str:
     """Return a SHA-256 hash, in hex, of config.json and the headers of the safetensors files.
 
     Of each safetensors file the hash covers the name, the size in bytes and the header, but not the
-    weights. ``same_on_all_nodes.hash_of_samples`` hashes samples of the weights.
+    weights. ``same_on_all_nodes.fingerprint`` hashes samples of the weights.
 
     Args:
         folder: the model folder.

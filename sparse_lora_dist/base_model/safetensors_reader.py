@@ -9,6 +9,7 @@ as memory of the process until the kernel reclaims them. ``safe_open`` of safete
 whole rows, but a ZeRO-3 shard may begin inside a row.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import FileIO
@@ -29,6 +30,8 @@ FLOATS = ("BF16", "F16", "F32")
 CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+"""Names of the one file that holds all weights, and of the list of several files that hold them."""
 BLOCK_BYTES = 2**26
 """Number of bytes read at a time for a GPU, through pinned memory. PyTorch never frees pinned
 memory, so this bounds its size."""
@@ -88,13 +91,14 @@ class CheckpointFiles:
 
     Args:
         folder: folder with model.safetensors, or with model.safetensors.index.json and the files
-            that it names.
+            that it names. Where it has both, model.safetensors is read, as transformers does.
 
     Raises:
         UserError: files are missing, cut short, or not in safetensors format.
 
     Attributes:
         entries: the tensors in the files, by name.
+        passed_over: names of files in the folder that hold other weights and are not read.
         bytes_read: number of bytes of tensors read so far.
     """
 
@@ -102,14 +106,16 @@ class CheckpointFiles:
         self.folder = folder
         self.bytes_read = 0
         self.entries: dict[str, Entry] = {}
-        for file in _files_of(folder):
+        chosen = _chosen_file(folder)
+        self.passed_over = _passed_over(folder, chosen)
+        for file in _files_of(chosen):
             self.entries |= read_header(file)
-        self._check_index()
+        if chosen.name.endswith(".json"):
+            self._check_index(chosen)
+        elif INDEX not in self.passed_over and (folder / INDEX).exists():
+            self._check_index(folder / INDEX)
 
-    def _check_index(self) -> None:
-        index = self.folder / "model.safetensors.index.json"
-        if not index.exists():
-            return
+    def _check_index(self, index: Path) -> None:
         missing = [n for n in parse_json(index.read_bytes())["weight_map"] if n not in self.entries]
         if missing:
             raise UserError(
@@ -227,39 +233,102 @@ class CheckpointFiles:
         self.bytes_read += len(buffer)
 
 
-def _files_of(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder.
+def _chosen_file(folder: Path) -> Path:
+    """Return the file that transformers would open first: an index, or the only file of weights.
 
-    These are the files that model.safetensors.index.json names, or model.safetensors if there is no
-    index.
+    It is the file that ``transformers_weights`` in config.json names, or else model.safetensors, or
+    else model.safetensors.index.json. Another choice would train over other weights than those that
+    transformers and PEFT open.
 
     Raises:
-        UserError: files are missing, or the index is not valid.
+        UserError: the folder has no such file.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = set(parse_json(index.read_bytes())["weight_map"].values())
-            names = sorted(str(file) for file in files)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+    named = _named_in_config(folder)
+    if named is not None:
+        chosen = folder / named
+        inside = folder.absolute() in Path(os.path.abspath(chosen)).parents
+        if not inside or not named.endswith((".safetensors", ".safetensors.index.json")):
             raise UserError(
-                f"{index} is not a valid safetensors index ({error}). Download it again."
-            ) from error
-        absent = [name for name in names if not (folder / name).exists()]
-        if absent:
-            raise UserError(
-                f"{index} names {len(absent)} files that are missing. The first of them is "
-                f"{absent[0]}. Download the model again."
+                f"transformers_weights in {folder}/config.json must name a .safetensors file or a "
+                f".safetensors.index.json file in that folder, got {named!r}. Correct it."
             )
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+        if not chosen.is_file():
+            raise UserError(
+                f"{folder}/config.json names {named} as the file of its weights "
+                "(transformers_weights), but there is no such file. Download the model again."
+            )
+        return chosen
+    found = next((folder / name for name in (SINGLE, INDEX) if (folder / name).exists()), None)
+    if found is not None:
+        return found
     there = sorted(p.name for p in folder.iterdir())[:10] if folder.is_dir() else "no such folder"
     raise UserError(
         f"{folder} holds no model.safetensors and no model.safetensors.index.json "
         f"(found: {there}). Only safetensors files can be loaded. Convert pickled .bin files or "
         "GGUF with transformers: AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)."
     )
+
+
+def _named_in_config(folder: Path) -> str | None:
+    """Return ``transformers_weights`` of config.json; None if it is not there or not text."""
+    try:
+        named = parse_json((folder / "config.json").read_bytes())["transformers_weights"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return named if isinstance(named, str) else None
+
+
+def _passed_over(folder: Path, chosen: Path) -> tuple[str, ...]:
+    """Return the names of model.safetensors and its index if they lead to other files than
+    ``chosen``, the file that is read."""
+    others = [folder / n for n in (SINGLE, INDEX) if (folder / n).exists()]
+    read = _leads_to(chosen)
+    return tuple(p.name for p in others if p != chosen and not _leads_to(p) <= read)
+
+
+def passed_over_in_words(files: CheckpointFiles) -> str:
+    """Return a sentence that names the files that are read, and those that are passed over."""
+    read = sorted({entry.file.name for entry in files.entries.values()})
+    more = f" and {len(read) - 1} more" if len(read) > 1 else ""
+    return (
+        f"{files.folder} also has {' and '.join(files.passed_over)}, which may hold other weights. "
+        f"Weights are read from {read[0]}{more}, as transformers does. Remove what is not meant"
+    )
+
+
+def _leads_to(file: Path) -> set[Path]:
+    try:
+        return set(_files_of(file))
+    except UserError:  # an index that cannot be read
+        return {file}
+
+
+def _files_of(chosen: Path) -> list[Path]:
+    """Return the safetensors files of a model folder.
+
+    Args:
+        chosen: the only file of weights, which is returned itself, or an index of several files.
+
+    Raises:
+        UserError: files are missing, or the index is not valid.
+    """
+    if not chosen.name.endswith(".json"):
+        return [chosen]
+    folder = chosen.parent
+    try:
+        files = set(parse_json(chosen.read_bytes())["weight_map"].values())
+        names = sorted(str(file) for file in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{chosen} is not a valid safetensors index ({error}). Download it again."
+        ) from error
+    absent = [name for name in names if not (folder / name).exists()]
+    if absent:
+        raise UserError(
+            f"{chosen} names {len(absent)} files that are missing. The first of them is "
+            f"{absent[0]}. Download the model again."
+        )
+    return [folder / name for name in names]
 
 
 def read_header(file: Path) -> dict[str, Entry]:

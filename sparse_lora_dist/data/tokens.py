@@ -5,7 +5,7 @@ Plain text that is too long is cut into several documents. A prompt with its res
 that is too long is left out and counted.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,18 @@ class Documents:
             input_ids=record["input_ids"].astype(np.int64),
             labels=record["labels"].astype(np.int64),
         )
+
+    def tokens_and_labels(self, indices: Sequence[int]) -> Iterator[tuple[Ints, Ints]]:
+        """Yield the token ids and labels of several documents, which is faster than one by one.
+
+        Args:
+            indices: indices of the documents.
+        """
+        for start in range(0, len(indices), 512):
+            places = self._kept[list(indices[start : start + 512])].tolist()
+            records = self._table[places]
+            for ids, labels in zip(records["input_ids"], records["labels"], strict=True):
+                yield ids.astype(np.int64), labels.astype(np.int64)
 
     def report(self) -> str:
         """Return one line of text: the number of documents, tokens and targets, and how many

@@ -16,11 +16,13 @@ from sparse_lora_dist.data import (
     pack,
     packed_batch,
 )
+from sparse_lora_dist.data.fingerprint import hash_of_documents, hash_of_tokenizer
 from sparse_lora_dist.editing.answer_tokens import encode
 from sparse_lora_dist.editing.edits import Edit
 from sparse_lora_dist.editing.question_scores import scored_questions
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.run_folder.identity import Identity
 from sparse_lora_dist.training.feed import DataFeed, check_positions, settle_padding
 
 
@@ -90,6 +92,9 @@ def build_feed(
         end_row=config.train.max_steps * len(rows),
         program=program,
         edits=edits,
+        content=Identity(
+            tokenizer=hash_of_tokenizer(tokenizer), data=hash_of_documents(rows.documents)
+        ),
     )
 
 

@@ -140,7 +140,8 @@ def _evaluate_model(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[M
         All results; a metric may have several.
     """
     print_line("evaluates", adapter.name)
-    for note in differences_from_training(adapter, eval_set.config) if comm.rank() == 0 else ():
+    own, tokenizer = eval_set.config, eval_set.tokenizer
+    for note in differences_from_training(adapter, own, tokenizer) if comm.rank() == 0 else ():
         print_line("note", note)
     watchdog.set_phase("loading the base", may_be_long=True)
     load(eval_set.config, model, adapter, eval_set.engine_config)

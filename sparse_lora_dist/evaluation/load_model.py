@@ -5,8 +5,9 @@ from typing import Any
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.sections import AdapterConfig
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation.adapters import Adapter
+from sparse_lora_dist.evaluation.adapters import Adapter, check_base
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.targets import NO_FIT
@@ -37,6 +38,8 @@ def open_model(config: Config, adapter: Adapter) -> Model:
         if not str(error).startswith(NO_FIT):
             raise
         raise _does_not_fit(adapter, str(error).removeprefix(NO_FIT)) from error
+    with fail_together("comparing the base with the adapter's"):
+        check_base(adapter, model)
     linears = {site.name: site for site in model.sites}
     absent = [site for site in adapter.scales if site not in linears]
     if absent:

@@ -22,6 +22,7 @@ from sparse_lora_dist.export.peft_own_type import write_own_type
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.run_folder.identity import TRAINED_OVER, Identity
 from sparse_lora_dist.system.own_files import (
     Marker,
     contents_of,
@@ -84,6 +85,7 @@ def export(request: ExportRequest) -> None:
     try:
         temporary = new_folder(final)
         summary = WRITERS[asked.format](trained, temporary, asked)
+        _write_base(trained, temporary, asked.format)
         write_card(trained, temporary, final, asked.format, summary)
         _mark_export_of_before(final)
         finish(temporary, final)
@@ -198,6 +200,15 @@ def _mark_export_of_before(final: Path) -> None:
     if final.is_dir() and read_marker(final) is None and _has_card(final):
         names = {n: c for n, c in contents_of(final).items() if _is_of_before(n)}
         write_marker(final, Marker(kind=EXPORT, names=names))
+
+
+def _write_base(trained: Trained, folder: Path, form: str) -> None:
+    """Write beside an adapter what it was trained over, if the run stored it. A merged model has no
+    base any more."""
+    known = Identity.of_checkpoint(trained.manifest)
+    if form != "merged" and known.weights is not None:
+        text = known.of_base(in_4_bits=trained.manifest["base_in_4_bits"])
+        (folder / TRAINED_OVER).write_text(text)
 
 
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:

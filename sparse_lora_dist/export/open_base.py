@@ -10,19 +10,26 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import (
-    identity,
     meta_model,
     output_head,
     read_config,
     resolve_folder,
 )
-from sparse_lora_dist.base_model.safetensors_reader import DTYPES, CheckpointFiles, Source
+from sparse_lora_dist.base_model.safetensors_reader import (
+    DTYPES,
+    CheckpointFiles,
+    Source,
+    passed_over_in_words,
+)
+from sparse_lora_dist.base_model.same_on_all_nodes import fingerprint
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.base_model.weight_map import Keys, Packed, find_keys, is_quantized, source_of
 from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.run_folder.identity import BASE, NOT_STORED, Identity, in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +87,8 @@ class Base:
         except UserError as error:
             raise UserError(f"{error} Give the base model's folder with --base FOLDER.") from error
         files = CheckpointFiles(folder)
+        if files.passed_over:
+            print_line("note", passed_over_in_words(files))
         _check_identity(trained, folder, files, read_only=read_only)
         if trained.config.model.trust_remote_code and not trust_remote_code:
             raise UserError(
@@ -200,13 +209,25 @@ def _check_identity(
     # A run over a base in 4 bits does not know which model that was quantised from, so any model
     # with the same shapes is accepted as the target of a merge.
     may_differ = trained.manifest["base_in_4_bits"] and not read_only
-    same = identity(folder, files) == trained.manifest["description"]["base"]
-    if not same and not may_differ:
+    if may_differ:
+        return
+    if differ := _differences(trained, folder, files):
         raise UserError(
-            f"{folder} is not the base model that {trained.path} was trained over: its config.json "
-            "or the headers of its weight files differ. Give an unchanged copy of "
-            f"{trained.base} with --base FOLDER."
+            f"{folder} is not the base model that {trained.path} was trained over. What differs: "
+            f"{differ}. Give an unchanged copy of {trained.base} with --base FOLDER."
         )
+
+
+def _differences(trained: Trained, folder: Path, files: CheckpointFiles) -> str:
+    """Return what of a model differs from the base of a run, in words; "" if nothing does."""
+    here, then = fingerprint(folder, files), Identity.of_checkpoint(trained.manifest)
+    if then.weights is not None:
+        now = Identity(weights=here.weights, config=here.config)
+        return in_words(then.differences(now, only=BASE))
+    if here.headers != trained.manifest["description"]["base"]:
+        return "its config.json or the headers of its weight files"
+    print_line("note", f"{trained.path} {NOT_STORED}")
+    return ""
 
 
 def read_labelled_config(trained: Trained, folder: Path) -> PretrainedConfig:

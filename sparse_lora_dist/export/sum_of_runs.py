@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import Pair
 from sparse_lora_dist.export.peft_own_type import OwnType
@@ -25,6 +26,7 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import WeightChange
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.run_folder.identity import BASE, NOT_STORED, Identity, in_words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,11 +174,11 @@ def _check_can_add(run: Trained, first: Trained) -> None:
         run: The run to check: ``first``, or one of the runs named by ``--plus``.
         first: The run that the others are added to.
     """
-    if run.manifest["description"]["base"] != first.manifest["description"]["base"]:
+    if differ := _differences_of_bases(run, first):
         raise UserError(
             f"--plus cannot add {run.path}, which was trained over {run.base}, to {first.path}, "
-            f"which was trained over another model, {first.base}. Only adapters over the same base "
-            "can be added. Leave this run out."
+            f"which was trained over another model, {first.base}. What differs: {differ}. Only "
+            "adapters over the same base can be added. Leave this run out."
         )
     if run.full and run is not first:
         raise UserError(
@@ -203,3 +205,15 @@ def _check_can_add(run: Trained, first: Trained) -> None:
             f"--plus cannot add runs of --method {run.method.name}, because their update depends "
             "on the base's weights. Export each run by itself."
         )
+
+
+def _differences_of_bases(run: Trained, first: Trained) -> str:
+    """Return what differs between the bases of two runs, in words; "" if nothing does."""
+    own, others = (Identity.of_checkpoint(r.manifest) for r in (run, first))
+    if None not in (own.weights, others.weights):
+        return in_words(own.differences(others, only=BASE))
+    if run.manifest["description"]["base"] != first.manifest["description"]["base"]:
+        return "config.json or the headers of the weight files"
+    if run is not first:
+        print_line("note", f"{(run if own.weights is None else first).path} {NOT_STORED}")
+    return ""

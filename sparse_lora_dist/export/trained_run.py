@@ -24,6 +24,7 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import saved_config
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
 from sparse_lora_dist.export.peft_own_type import OwnType
@@ -322,10 +323,12 @@ def _checkpoint_in(source: Path) -> Path:
             f"{source} has no complete checkpoint yet. Train until the first --save_every step, or "
             "until the run ends."
         )
-    damages = []
+    damages: list[str] = []
     for path in found:
         damage = checkpoint.find_damage(path)
         if damage is None:
+            for skipped in damages:
+                print_line("skipped", skipped)
             return path
         damages.append(damage)
     raise UserError(

@@ -4,7 +4,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,6 @@ from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
     fill_buffers,
-    identity,
     meta_model,
     output_head,
     read_config,
@@ -27,8 +25,8 @@ from sparse_lora_dist.base_model.architecture import (
 )
 from sparse_lora_dist.base_model.cache.lookup import BaseCache, find_cache
 from sparse_lora_dist.base_model.cache.writer import write_cache
-from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
-from sparse_lora_dist.base_model.same_on_all_nodes import check_same_on_all_nodes
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, passed_over_in_words
+from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint, check_same_on_all_nodes
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources, is_quantized
 from sparse_lora_dist.config.config import Config
@@ -78,6 +76,8 @@ class Model:
     full: dict[str, nn.Module]
     """Name -> module that trains in full, including those of ``head``. Such a module may contain
     submodules."""
+    fingerprint: Fingerprint | None = None
+    """Hashes of the base's contents, taken by ``open``: the files may be gone or changed later."""
     cache: BaseCache | None = None
     """Cache of the 4-bit base on disk (--base_cache); if it does not exist yet, ``load`` writes it.
     None: the run uses no cache."""
@@ -113,7 +113,9 @@ class Model:
             with as_user_error(source, DOWNLOAD):
                 architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
                 files = CheckpointFiles(folder)
-        check_same_on_all_nodes(options.model, folder, files)
+        fingerprint = check_same_on_all_nodes(options.model, folder, files)
+        if files.passed_over:
+            print_line("note", passed_over_in_words(files))
         task = TASKS[options.task]
         labels = as_user_error(f"--data {config.data.data}", "Check its labels, or convert them.")
         with fail_together("reading the labels"), first_on_its_node(), labels:
@@ -147,6 +149,7 @@ class Model:
             sites=sites,
             head=head,
             full=full,
+            fingerprint=fingerprint,
         )
         model._find_cache(options)
         return model
@@ -324,10 +327,11 @@ class Model:
         """Class names of a classifier, in the order of its logits; empty for other models."""
         return classes_of(self.module.config) if self.head.modules else []
 
-    @cached_property
+    @property
     def identity(self) -> str:
-        """Hash that identifies the base's files. Cached, because it reads every file's header."""
-        return identity(self.folder, self.files)
+        """Hash of config.json and of the names, sizes and headers of the base's files."""
+        assert self.fingerprint is not None
+        return self.fingerprint.headers
 
 
 def _check_quantization(

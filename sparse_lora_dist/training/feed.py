@@ -3,7 +3,8 @@ step."""
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from typing import Any
 
 from torch import nn
@@ -12,11 +13,14 @@ from transformers import AutoTokenizer
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import eval_source, resolve_default
 from sparse_lora_dist.data import Collate, MicroBatch, Rows, be_quiet, micro_batches, pack
+from sparse_lora_dist.data.chat import find_template
+from sparse_lora_dist.data.fingerprint import hash_of_documents, hash_of_files, hash_of_tokenizer
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.run_folder.identity import Identity, in_words
 from sparse_lora_dist.tasks import TASKS
 
 
@@ -45,6 +49,8 @@ class DataFeed:
     end_row: int
     """Number of rows of the stream that the run trains on, over all epochs. If too few are left for
     the last global batch, filler rows without a loss complete it."""
+    content: Identity = field(default_factory=Identity)
+    """Hashes of the data: those fields of ``Identity`` that do not concern the base."""
     program: str = "launcher/train.py"
     """Program that started the run. The summary names it in the command that continues the run."""
 
@@ -135,6 +141,7 @@ def open_feed(config: Config, model: Model) -> DataFeed:
         rows = read(resolve_default("data", config.data.data), "--data", "train")
         source = eval_source(config.data)
         held_out = None if source is None else read(source, "--eval_data", "test")
+        content = _content(config, tokenizer, rows, held_out) if _hashes() else None
         feed = DataFeed(
             rows=rows,
             held_out=held_out,
@@ -150,7 +157,58 @@ def open_feed(config: Config, model: Model) -> DataFeed:
                 f"this run. Set it to {feed.total_steps} or less, or make the run longer with "
                 "--max_steps."
             )
-    return feed
+    return replace(feed, content=_same_on_all_nodes(content))
+
+
+def _hashes() -> bool:
+    return comm.rank() == 0 or comm.is_first_on_its_node()
+
+
+def _content(config: Config, tokenizer: Any, rows: Rows, held_out: Rows | None) -> Identity:
+    return replace(
+        identity_of_tokenizer(config, tokenizer),
+        data=hash_of_documents(rows.documents),
+        data_files=hash_of_files(resolve_default("data", config.data.data)),
+        eval_data=None if held_out is None else hash_of_documents(held_out.documents),
+    )
+
+
+def identity_of_tokenizer(config: Config, tokenizer: Any) -> Identity:
+    """Return the hashes of a tokenizer and of the template that renders chats. Not a collective.
+
+    Args:
+        config: options, of which ``chat_template`` and ``task`` are used.
+        tokenizer: tokenizer of the model.
+    """
+    chats = config.model.task == "causal_lm"
+    template = find_template(tokenizer, config.data.chat_template) if chats else None
+    return Identity(
+        tokenizer=hash_of_tokenizer(tokenizer),
+        chat_template=None if template is None else sha256(template.encode()).hexdigest(),
+    )
+
+
+def _same_on_all_nodes(content: Identity | None) -> Identity:
+    """Return rank 0's hashes of the data, after comparing them with those of every node.
+    Collective.
+
+    Args:
+        content: hashes of what this rank read; None on ranks that did not compute them.
+
+    Raises:
+        UserError: a node read other data than rank 0, or has another tokenizer.
+    """
+    everyone: list[Identity | None] = comm.gather_objects(content)
+    first = everyone[0]
+    assert first is not None
+    for rank, other in enumerate(everyone):
+        if other is not None and (differ := first.differences(other)):
+            raise UserError(
+                f"Not all nodes have the same data: rank {rank} and rank 0 differ in "
+                f"{in_words(differ)}. Copy the same files to every machine, or use a shared disk.",
+                shared=True,
+            )
+    return first
 
 
 def open_tokenizer(config: Config, model: Model) -> Any:

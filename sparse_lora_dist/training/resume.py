@@ -1,13 +1,15 @@
 """Find the checkpoint that a run continues from, and check that it fits before weights are read."""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.launch_slurm import restart_count
@@ -18,6 +20,14 @@ from sparse_lora_dist.methods.protocol.form import draw_nothing
 from sparse_lora_dist.methods.protocol.method import decide_nothing
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
+from sparse_lora_dist.run_folder.identity import (
+    BASE,
+    NOT_STORED,
+    SHAPES_ROWS,
+    WORDS,
+    Identity,
+    in_words,
+)
 from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.system.own_files import claimed
 from sparse_lora_dist.training.feed import DataFeed
@@ -33,6 +43,8 @@ FREE = """
 DATA_KEYS = ("seed", "packing", "sequence_length", "rows_per_epoch")
 """Keys of a run's description (``describe``) that concern its data. With ``--reset data`` their
 values may differ from those of the checkpoint."""
+DATA_OPTIONS = tuple(f.name for f in fields(DataConfig))
+"""Options that decide what the rows of the data are."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,16 +102,7 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
     with fail_together(f"opening {path}"), as_user_error(str(path), "Resume from another step."):
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest, reset=reset)
-        saved, now = manifest["description"], describe(config, model, feed, method)
-        for name in DATA_KEYS if "data" in found.reset else ():
-            saved.pop(name), now.pop(name)
-        if saved.get("rows", "") != feed.identity:
-            raise UserError(
-                f"The checkpoint {path} was trained on other edits. Give the same --edits and "
-                "--number, or start a new run in another --output_dir."
-            )
-        _check_global_batch(path, saved["global_batch"], feed)
-        checkpoint.check_description(path, saved, now)
+        _check_description(found, config, describe(config, model, feed, method), feed)
         checkpoint.check_tensors(path, manifest["tensors"], model.trained_shapes(method))
         _check_steps(found, config, feed, method)
         finished = comm.rank() == 0 and _is_finished(found, config, feed)
@@ -197,6 +200,91 @@ def _requested(wanted: str, folder: Path) -> Path | None:
     return Path(wanted)
 
 
+def _check_description(found: Resume, config: Config, now: dict[str, Any], feed: DataFeed) -> None:
+    """Raise UserError if this run is another one than that of the checkpoint.
+
+    Options that differ come first in the message; contents are compared if the options are the
+    same, and the number of rows is one of them.
+
+    Args:
+        found: the checkpoint.
+        config: options of this run.
+        now: description of this run, from ``describe``.
+        feed: data of this run.
+    """
+    saved = dict(found.manifest["description"])
+    if saved.get("rows", "") != feed.identity:
+        raise UserError(
+            f"The checkpoint {found.path} was trained on other edits. Give the same --edits and "
+            "--number, or start a new run in another --output_dir."
+        )
+    was, is_ = (Identity.from_json(about.pop("identity", {})) for about in (saved, now))
+    if was.weights is not None:
+        saved.pop("base"), now.pop("base")  # compared by content
+    for name in DATA_KEYS if "data" in found.reset else ():
+        saved.pop(name), now.pop(name)
+    options = {*saved, *now} - {"rows_per_epoch"}
+    if all(saved.get(name) == now.get(name) for name in options):
+        _check_identity(found, config, was, is_)
+    _check_global_batch(found.path, saved["global_batch"], feed)
+    checkpoint.check_description(found.path, saved, now)
+
+
+def identity_of(model: Model, feed: DataFeed) -> Identity:
+    """Return hashes of the contents of a run's base and data. Not collective."""
+    base = model.fingerprint
+    assert base is not None
+    return replace(feed.content, weights=base.weights, config=base.config)
+
+
+def _check_identity(found: Resume, config: Config, saved: Identity, now: Identity) -> None:
+    """Raise UserError if the base or the data of this run are not those of a checkpoint.
+
+    What cannot be compared, because the checkpoint does not hold it, is said in one line.
+
+    Args:
+        found: the checkpoint. With ``--reset data`` only the base is compared.
+        config: options of this run.
+        saved: identity of the checkpoint's run.
+        now: identity of this run.
+    """
+    if saved == Identity():
+        print_line("note", f"{found.path} {NOT_STORED}, and so for the data and the tokenizer")
+        return
+    compared = BASE if "data" in found.reset else tuple(WORDS)
+    differ = saved.differences(now, only=compared)
+    if saved.has_all_rows_of(now):
+        harmless = [name for name in differ if name in SHAPES_ROWS]
+        differ = [name for name in differ if name not in SHAPES_ROWS]
+        if harmless:
+            print_line("note", f"changed, but all rows are the same: {in_words(harmless)}")
+    if differ:
+        raise UserError(_refusal(found, config, differ))
+
+
+def _refusal(found: Resume, config: Config, differ: list[str]) -> str:
+    """Return the message for a run whose base or data are not those of its checkpoint.
+
+    Args:
+        found: the checkpoint.
+        config: options of this run.
+        differ: names of the fields of ``Identity`` that differ.
+    """
+    over = "over another base" if {*differ} & {*BASE} else "on other data"
+    changed = [] if {*differ} <= {*BASE} else _changed(found, config, DATA_OPTIONS)
+    said = f"{found.path} was trained {over} than this run would be. What differs: "
+    said += f"{in_words(differ)}. "
+    if changed:
+        said += f"Changed options: {', '.join(changed)}. "
+    said += "Put back what it was, or start a new run in another --output_dir."
+    if not {*differ} & {*BASE}:
+        said += (
+            f" To go on with other data on purpose, give --resume {found.path} --reset data and "
+            "another --output_dir."
+        )
+    return said
+
+
 def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> dict[str, Any]:
     """Describe a run by the values that a resume must not change. Collective.
 
@@ -214,6 +302,7 @@ def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> di
     """
     return {
         "base": model.identity,
+        "identity": identity_of(model, feed).as_json(),
         "quantization": config.model.quantization,
         "double_quant": config.model.double_quant,
         "method": config.adapter.method,

@@ -100,6 +100,7 @@ def _configured(**keys: Any) -> Callable[[Path], None]:
 def _indexed(index: Any) -> Callable[[Path], None]:
     def written(folder: Path) -> None:
         text = index if isinstance(index, str) else json.dumps(index)
+        (folder / "model.safetensors").rename(folder / "weights.safetensors")  # else it is read
         (folder / "model.safetensors.index.json").write_text(text)
 
     return written
@@ -150,7 +151,7 @@ BAD = {
         ["model.safetensors.index.json", "model-00001.safetensors"],
     ),
     "index names a tensor that no file holds": (
-        _indexed({"weight_map": {"ghost": "model.safetensors"}}),
+        _indexed({"weight_map": {"ghost": "weights.safetensors"}}),
         ["model.safetensors.index.json", "ghost"],
     ),
 }

@@ -15,6 +15,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sparse_lora_dist.base_model.cache import content
+from sparse_lora_dist.base_model.cache.content import who_else_can_write
 from sparse_lora_dist.base_model.cache.folder import PREFIX, remove_left_overs
 from sparse_lora_dist.base_model.cache.lookup import ABOUT
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
@@ -234,8 +236,26 @@ def with_another_code(cache: Path) -> None:
     file.write_bytes(raw)
 
 
+def with_flipped_weights(cache: Path) -> None:
+    """The packed bytes of one weight: no header, size or scale differs."""
+    file = min(cache.glob("*.safetensors"))
+    raw = bytearray(file.read_bytes())
+    header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
+    start, stop = header["model.layers.1.mlp.up_proj.weight"]["data_offsets"]
+    base = 8 + int.from_bytes(raw[:8], "little")
+    raw[base + start : base + stop] = bytes(b ^ 0x5A for b in raw[base + start : base + stop])
+    file.write_bytes(raw)
+
+
+def with_a_file_of_somebody_else(cache: Path) -> None:
+    """transformers and this project would read it in place of the index."""
+    save_file({}, cache / "model.safetensors")
+
+
 DAMAGES = [
     cut_short,
+    with_flipped_weights,
+    in_full(with_a_file_of_somebody_else),
     without_index,
     without_description,
     *map(in_full, (with_a_list_for_description, with_a_broken_state, with_a_state_without_shape)),
@@ -257,6 +277,57 @@ def test_a_damaged_cache_is_not_used_but_replaced(
     for rank in ranks(2, LOAD, **arguments):
         assert rank["cached"]
         assert_same_base(rank, first)
+
+
+def test_a_cache_of_before_has_no_hashes_and_is_used(
+    ranks: Ranks, tmp_path: Path, llama: Path
+) -> None:
+    arguments = {"folder": str(llama), "cache": str(tmp_path)}
+    ranks(1, LOAD, **arguments)
+    made = only_cache(tmp_path)
+    about = json.loads((made / ABOUT).read_text())
+    del about["sha256"]
+    (made / ABOUT).write_text(json.dumps(about))
+    made.chmod(0o777)
+    (found,) = ranks(1, LOAD, **arguments)
+    assert found["cached"]
+    assert "stored no hashes of its bytes" in found["said"]
+    assert f"warning   {made} has mode 777: everyone can change the weights" in found["said"]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away")
+def test_whose_a_cache_is_is_looked_at(tmp_path: Path) -> None:
+    file = tmp_path / "model-00001-of-00001.safetensors"
+    file.touch()
+    file.chmod(0o644)
+    tmp_path.chmod(0o755)
+    assert who_else_can_write(tmp_path) is None
+    os.chown(file, 12345, 0)
+    assert who_else_can_write(tmp_path) == f"{file} belongs to user 12345, who"
+
+
+@pytest.mark.parametrize("shares", [1, 3])
+def test_every_byte_of_a_cache_is_hashed_in_one_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: int
+) -> None:
+    monkeypatch.setattr(content, "BLOCK_BYTES", 10)
+    for name, size in (("a", 25), ("b", 10), ("c", 0)):
+        (tmp_path / name).write_bytes(bytes(size))
+    hashes = content.hashes_of(tmp_path)
+    assert [len(hashes[name]) for name in "abc"] == [3, 1, 0]
+
+    def damages() -> list[str]:
+        found = (content.find_damage(tmp_path, hashes, i, shares) for i in range(shares))
+        return [text for text in found if text]
+
+    assert damages() == []
+    for place in range(25):
+        raw = bytearray(25)
+        raw[place] = 1
+        (tmp_path / "a").write_bytes(raw)
+        assert len(damages()) == 1 and "a was altered" in damages()[0]
+    (tmp_path / "a").write_bytes(bytes(20))
+    assert all("another size" in text for text in damages()) and damages()
 
 
 def test_a_job_killed_while_it_writes_leaves_nothing_that_is_used(

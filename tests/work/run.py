@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,18 @@ def train(flags: list[str], environment: dict[str, str] | None = None) -> str:
     ):
         program.run(load_config(flags))
     return out.getvalue()
+
+
+def train_and_lose_the_base(flags: list[str], base: Path) -> str:
+    """The main job, whose model folder is removed once all is loaded."""
+    usual = Job.start
+
+    def start(self: Job, *arguments: Any) -> None:
+        shutil.rmtree(base)
+        usual(self, *arguments)
+
+    with patch.object(Job, "start", start):
+        return train(flags)
 
 
 def train_as_if(flags: list[str], held_out: dict[int, float]) -> str:

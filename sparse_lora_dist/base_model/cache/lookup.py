@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers import PreTrainedModel
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.architecture import identity
+from sparse_lora_dist.base_model.cache.content import find_damage, who_else_can_write
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.same_on_all_nodes import hash_of_samples
 from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources
@@ -136,7 +138,12 @@ def find_cache(
         try:
             opened = open_cache(place, made_of, module, new)
         except (UserError, OSError) as error:
-            damage, damaged = str(error), place.stat().st_ino
+            damage = str(error)
+    altered = _altered(place, opened=opened is not None)
+    with fail_together("opening --base_cache"):
+        damage = damage or altered
+        if damage is not None:
+            opened, damaged = None, place.stat().st_ino
         if opened is None:
             _check_writable(directory)
     everyone = comm.gather_objects((opened is not None, damage))
@@ -180,6 +187,36 @@ def open_cache(
     return files, find_sources(module, files, find_keys(module, files), new=new)
 
 
+def _altered(place: Path, *, opened: bool) -> str | None:
+    """Compare the bytes of a cache with the hashes in its base_cache.json. Collective.
+
+    The ranks that read the same copy, on one node or on a disk that nodes share, check different
+    blocks of it, so that each byte is read once.
+
+    Args:
+        place: folder of the cache.
+        opened: True if this rank could open the cache; otherwise it checks nothing.
+
+    Returns:
+        Sentence that names a damaged file of this rank's copy; None if it is intact, or was written
+        by a version that stored no hashes.
+    """
+    copy, problem = None, None
+    with suppress(OSError):
+        about = (place / ABOUT).stat()
+        copy = (about.st_ino, about.st_mtime_ns) if opened else None
+    copies = comm.gather_objects(copy)
+    same = [rank for rank, other in enumerate(copies) if other == copy]
+    if opened:
+        hashes = read_about(place).get("sha256", {})
+        try:
+            problem = find_damage(place, hashes, same.index(comm.rank()), len(same))
+        except OSError as error:
+            problem = str(error)
+    problems = comm.gather_objects(problem)
+    return next((problems[rank] for rank in same if problems[rank]), None)
+
+
 def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
     """Open the safetensors files of a cache, without looking up the parameters.
 
@@ -190,12 +227,21 @@ def _open_files(place: Path, made_of: dict[str, Any]) -> CheckpointFiles:
     Raises:
         UserError: the cache is damaged, or was made from something else.
     """
-    if read_about(place).get("made_of") != made_of:
+    about = read_about(place)
+    if about.get("made_of") != made_of:
         raise UserError(
             f"{place} is no cache of this base: {ABOUT} in it is missing, damaged, or describes "
             "another base. Delete the folder, or give another --base_cache."
         )
-    return CheckpointFiles(place)
+    files = CheckpointFiles(place)
+    hashed = about.get("sha256")
+    strange = {entry.file.name for entry in files.entries.values()} - set(hashed or ())
+    if hashed is not None and strange:
+        raise UserError(
+            f"{place / min(strange)} was not there when the cache was written. Delete the file, or "
+            "give another --base_cache."
+        )
+    return files
 
 
 def read_about(place: Path) -> dict[str, Any]:
@@ -205,14 +251,17 @@ def read_about(place: Path) -> dict[str, Any]:
         place: folder of the cache.
 
     Returns:
-        Dict with the keys "made_of" and "dates" (see ``BaseCache``), and "model", the path of the
-        folder of the original files.
+        Dict with the keys "made_of" and "dates" (see ``BaseCache``), "model", the path of the
+        folder of the original files, and "sha256", what ``content.hashes_of`` returned; caches of
+        earlier versions lack the last.
     """
     try:
         about: dict[str, Any] = parse_json((place / ABOUT).read_bytes())
     except (OSError, ValueError):
         return {}
     valid = isinstance(about, dict) and isinstance(about.get("made_of"), dict)
+    hashes = about.get("sha256", {}) if valid else None
+    valid = isinstance(hashes, dict) and all(isinstance(h, list) for h in hashes.values())
     return about if valid else {}
 
 
@@ -277,6 +326,7 @@ def _print_what_was_found(
         return
     if ready:
         print_line("cache", f"the base is read from {place}")
+        _print_doubts(place)
         if read_about(place).get("dates") != dates:
             print_line(
                 "",
@@ -295,3 +345,19 @@ def _print_what_was_found(
             differ = [k for k in made_of if theirs.get(k) != made_of[k]]
             print_line("cache", f"{other} is not used: it differs in {', '.join(differ)}")
     print_line("cache", f"no cache can be used for this base. One will be written to {place}")
+
+
+def _print_doubts(place: Path) -> None:
+    """Print why the weights of a cache that is used might not be those that were written to it."""
+    if "sha256" not in read_about(place):
+        print_line(
+            "note",
+            "the cache was written by a version that stored no hashes of its bytes, so they cannot "
+            "be checked. Remove it to have it written anew",
+        )
+    if who := who_else_can_write(place):
+        print_line(
+            "warning",
+            f"{who} can change the weights of this cache and their hashes. If you do not trust "
+            "that, give a --base_cache of your own",
+        )

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from sparse_lora_dist.base_model import nf4
+from sparse_lora_dist.base_model.cache.content import hashes_of
 from sparse_lora_dist.base_model.cache.folder import CacheFolder, new_token
 from sparse_lora_dist.base_model.cache.lookup import ABOUT, BaseCache
 from sparse_lora_dist.base_model.frozen_linear import QuantLinear
@@ -245,4 +246,5 @@ def _describe(
     ).to_dict()
     write_synced(out.folder / "config.json", config)
     about = {"made_of": cache.made_of, "model": str(folder), "dates": cache.dates}
+    about["sha256"] = hashes_of(out.folder)
     write_synced(out.folder / ABOUT, about)
