@@ -148,7 +148,7 @@ class Training:
             if comm.rank() == 0:
                 if purpose.replaces:  # only now: the new run has passed its checks
                     clear(Path(config.run.output_dir))
-                write_description(Path(config.run.output_dir), config)
+                write_description(Path(config.run.output_dir), config, feed.readings)
         say_whether_it_fits(config, model, engine_config)
         watchdog.set_phase("loading the base", may_be_long=True)
         self.row_seeds = model.load(config, method, engine_config)

@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -69,20 +70,24 @@ def clear(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def write_description(folder: Path, config: Config) -> None:
+def write_description(
+    folder: Path, config: Config, data: Mapping[str, object] | None = None
+) -> None:
     """Write run.yaml and environment.json into a run folder. For rank 0 only.
 
     run.yaml holds the value of every option, and ``--config`` reads it. environment.json holds the
-    result of ``environment``.
+    result of ``environment`` and, as "data", what was read of the data.
 
     Args:
         folder: the run folder; it is made if it does not exist.
         config: options of the run.
+        data: option -> what was read of its data set, as JSON values: files, columns, template.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = config.as_flat_dict() | {"reset": []}  # --reset applies to one start only
     (folder / RUN_YAML).write_text(yaml.safe_dump(options, sort_keys=False))
-    (folder / "environment.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    found = environment() | {"data": dict(data or {})}
+    (folder / "environment.json").write_text(json.dumps(found, indent=2) + "\n")
 
 
 def environment() -> dict[str, object]:

@@ -2,8 +2,8 @@
 step."""
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import eval_source, resolve_default
-from sparse_lora_dist.data import Collate, MicroBatch, Rows, be_quiet, micro_batches, pack
+from sparse_lora_dist.data import Collate, MicroBatch, Reading, Rows, be_quiet, micro_batches, pack
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
@@ -45,6 +45,9 @@ class DataFeed:
     end_row: int
     """Number of rows of the stream that the run trains on, over all epochs. If too few are left for
     the last global batch, filler rows without a loss complete it."""
+    readings: Mapping[str, Any] = field(default_factory=dict)
+    """What was read of each data set, by its option: "data" and "eval_data". Dicts of JSON values
+    (see ``Reading``). ``environment.json`` holds them."""
     program: str = "launcher/train.py"
     """Program that started the run. The summary names it in the command that continues the run."""
 
@@ -142,6 +145,11 @@ def open_feed(config: Config, model: Model) -> DataFeed:
             micro_batch_size=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps,
             end_row=_end_row(config, len(rows)),
+            readings={
+                name: found.documents.reading.record()
+                for name, found in (("data", rows), ("eval_data", held_out))
+                if found is not None and found.documents.reading is not None
+            },
         )
         if train.warmup_steps > feed.total_steps:
             raise UserError(
@@ -225,7 +233,20 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         flag.lstrip("-"),
         f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
     )
+    print_reading(documents.reading)
     return rows
+
+
+def print_reading(reading: Reading | None) -> None:
+    """Print what of a data set was read and what was not, below the line of its numbers.
+
+    Args:
+        reading: what was read; None prints nothing.
+    """
+    if reading is not None:
+        print_line("", reading.report())
+        for note in reading.notes:
+            print_line("note", f"{reading.source}: {note}")
 
 
 def check_positions(model: nn.Module, longest: int, flag: str) -> None:

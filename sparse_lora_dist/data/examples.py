@@ -1,0 +1,221 @@
+"""Hold the examples of a data set in a table on disk, and find file and line of each."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow.parquet as parquet
+from datasets.fingerprint import Hasher
+
+from sparse_lora_dist.data.local_files import TEXT, Columns, examples_in
+from sparse_lora_dist.errors import UserError
+
+MESSAGES = "messages"
+"""Name of the column of chats. Each is a list of messages, which are dicts."""
+LOCAL = datasets.Features(
+    {
+        "example": datasets.Value("large_string"),
+        "names": datasets.Value("string"),
+        "file": datasets.Value("int32"),
+        "line": datasets.Value("int64"),
+    }
+)
+"""Columns of the table of JSON, CSV, TSV and text files. ``example`` is the whole example as JSON
+text, so columns need no types. ``names`` is a JSON list of two lists: names of its columns, and of
+the keys of its messages. ``file`` is the index of its file, ``line`` its line from 1 on or 0."""
+EMPTY = "It is empty. Give data with at least one example."
+VERSION = 1
+"""Version of ``LOCAL``. Increase it when the same file gives other rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """The names that occur in the examples of a data set."""
+
+    columns: tuple[str, ...]
+    """Names of the columns."""
+    message_keys: tuple[str, ...] = ()
+    """Keys of the messages in the column ``messages``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The examples of one file, folder or hub data set, unchanged and in its order."""
+
+    table: datasets.Dataset
+    """One row for each example: with the columns ``LOCAL``, or with the columns of the data."""
+    is_local: bool
+    """True if ``table`` has the columns ``LOCAL``."""
+    names: Names
+    """Names of columns, and of keys of messages."""
+    source: str
+    """File, folder or id of a Hugging Face hub data set, as the user gave it."""
+    files: tuple[Path, ...]
+    """Paths of the files that hold the examples, in reading order; empty if they are not on this
+    machine."""
+    unread_files: tuple[str, ...] = ()
+    """Paths of the other files of a folder, relative to it. They are not read."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield each example as a dict from column to value."""
+        for row in self.table:
+            yield self.decoded(row)
+
+    @property
+    def is_plain_text(self) -> bool:
+        """True if each example is the whole text of a ``.txt`` file, in a column ``text``."""
+        return bool(self.files) and self.files[0].suffix == TEXT
+
+    def feature(self, column: str) -> Any:
+        """Return the declared type of a column, such as ``datasets.ClassLabel``; None if the data
+        declare none."""
+        return None if self.is_local else self.table.features[column]
+
+    def only(self, columns: Iterable[str]) -> datasets.Dataset:
+        """Return the part of ``table`` that is needed to read some columns.
+
+        Args:
+            columns: names of columns of the data.
+        """
+        return self.table.select_columns(["example"] if self.is_local else list(columns))
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield the value of a column in each example; None where an example does not have it."""
+        for batch in self.only([column]).iter(1000):
+            if self.is_local:
+                yield from (json.loads(text).get(column) for text in batch["example"])
+            else:
+                yield from batch[column]
+
+    def decoded(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return an example as a dict from column to value.
+
+        Args:
+            row: a row of ``table``, or of what ``only`` returns.
+        """
+        if self.is_local:
+            example: dict[str, Any] = json.loads(row["example"])
+            return example
+        # An Arrow table gives each dict of a column all keys of the column, with null for those
+        # that it does not have.
+        return {column: _without_nulls(value) for column, value in row.items()}
+
+    def fault(self, index: int, what: str) -> UserError:
+        """Return the error to raise for a wrong example, with its file and line.
+
+        Args:
+            index: number of the example: its row in ``table``, from 0.
+            what: sentence that says what is wrong with the example.
+        """
+        return UserError(f"{self.place(index)}: {what}")
+
+    def place(self, index: int) -> str:
+        """Return a text that says where an example is: "file:line" for JSON Lines, otherwise "file,
+        example n" with n counted from 1.
+
+        Args:
+            index: number of the example: its row in ``table``, from 0.
+        """
+        if self.is_local:
+            row = self.table[index]
+            file = self.files[row["file"]]
+            if row["line"]:
+                return f"{file}:{row['line']}"
+            before = self.table["file"][:index]
+            return f"{file}, example {sum(f == row['file'] for f in before) + 1}"
+        for file in self.files:
+            count = parquet.read_metadata(file).num_rows if file.suffix == ".parquet" else 0
+            if index < count:
+                return f"{file}, example {index + 1}"
+            index -= count
+        return f"{self.source}, example {index + 1}"
+
+
+def local_table(files: tuple[Path, ...], column_names: Columns) -> datasets.Dataset:
+    """Return the table of the examples of JSON, CSV, TSV or text files. It has the columns
+    ``LOCAL`` and is kept on disk, so memory does not grow with the data.
+
+    Args:
+        files: files with content, in reading order.
+        column_names: names of the columns of tables without a header line; () for other data.
+
+    Raises:
+        UserError: a file has a broken line.
+    """
+    return datasets.Dataset.from_generator(
+        _rows,
+        features=LOCAL,
+        gen_kwargs={"files": files, "column_names": tuple(column_names)},
+        fingerprint=Hasher.hash((VERSION, tuple(column_names), fingerprint(files))),
+        # Rows in memory before they are written. A text file may be large.
+        writer_batch_size=1 if files[0].suffix == TEXT else 500,
+    )
+
+
+def local_names(table: datasets.Dataset) -> Names:
+    """Return the names that occur in a table with the columns ``LOCAL``."""
+    found: tuple[dict[str, None], dict[str, None]] = ({}, {})
+    for text in table.unique("names"):
+        for names, more in zip(found, json.loads(text), strict=True):
+            names.update(dict.fromkeys(more))
+    return Names(columns=tuple(found[0]), message_keys=tuple(found[1]))
+
+
+def declared_names(table: datasets.Dataset) -> Names:
+    """Return the names in the schema of a table that has the columns of the data."""
+    messages = table.features.get(MESSAGES)
+    one = getattr(messages, "feature", None) or (messages[0] if isinstance(messages, list) else {})
+    keys = tuple(one) if isinstance(one, dict) else ()
+    return Names(columns=tuple(table.column_names), message_keys=keys)
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Return a text that identifies the content of files: their kinds, sizes, dates, and a hash of
+    samples of each. The dates alone do not: tar and rsync set them."""
+    return str(Hasher.hash([_file_identity(file) for file in files]))
+
+
+SAMPLE = 1 << 16
+"""Bytes of each sample."""
+MOST_SAMPLES = 64
+
+
+def _file_identity(file: Path) -> tuple[str, int, int, str]:
+    stat = file.stat()
+    stride = max(SAMPLE, stat.st_size // MOST_SAMPLES)
+    starts = [*range(0, stat.st_size, stride), max(0, stat.st_size - SAMPLE)]
+    with file.open("rb") as f:
+        samples = [(f.seek(start), f.read(SAMPLE)) for start in starts]
+    return file.suffix, stat.st_size, stat.st_mtime_ns, str(Hasher.hash(samples))
+
+
+def _rows(files: tuple[Path, ...], column_names: Columns) -> Iterator[dict[str, Any]]:
+    is_empty = True
+    for index, file in enumerate(files):
+        for line, example in examples_in(file, column_names):
+            is_empty = False
+            names = json.dumps([list(example), _message_keys(example)])
+            text = json.dumps(example)
+            yield {"example": text, "names": names, "file": index, "line": line}
+    if is_empty:  # a list without elements, a table with a header line only
+        raise ValueError(EMPTY)
+
+
+def _message_keys(example: Mapping[str, Any]) -> list[str]:
+    messages = example.get(MESSAGES)
+    messages = messages if isinstance(messages, list) else []
+    return list(dict.fromkeys(key for one in messages if isinstance(one, dict) for key in one))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [_without_nulls(one) for one in value]
+    return value
