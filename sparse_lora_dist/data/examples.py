@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets.fingerprint import Hasher
 
@@ -27,6 +28,8 @@ LOCAL = datasets.Features(
 text, so columns need no types. ``names`` is a JSON list of two lists: names of its columns, and of
 the keys of its messages. ``file`` is the index of its file, ``line`` its line from 1 on or 0."""
 EMPTY = "It is empty. Give data with at least one example."
+MOST_ROWS, MOST_CHARACTERS = 1000, 1 << 24
+"""Most rows of a part of the table, and characters of its examples, that are in memory."""
 VERSION = 1
 """Version of ``LOCAL``. Increase it when the same file gives other rows."""
 
@@ -148,13 +151,58 @@ def local_table(files: tuple[Path, ...], column_names: Columns) -> datasets.Data
     Raises:
         UserError: a file has a broken line.
     """
-    return datasets.Dataset.from_generator(
-        _rows,
-        features=LOCAL,
-        gen_kwargs={"files": files, "column_names": tuple(column_names)},
-        fingerprint=Hasher.hash((VERSION, tuple(column_names), fingerprint(files))),
-        # Rows in memory before they are written. A text file may be large.
-        writer_batch_size=1 if files[0].suffix == TEXT else 500,
+    identity = Hasher.hash((VERSION, tuple(column_names), fingerprint(files)))
+    builder = _LocalBuilder(
+        dataset_name="sparse_lora_dist",
+        config_id=f"default-{identity}",
+        files=files,
+        column_names=tuple(column_names),
+        # A table of one row is kept in memory until there are so many. A text file may be large.
+        writer_batch_size=1 if files[0].suffix == TEXT else MOST_ROWS,
+    )
+    builder.download_and_prepare()
+    table = builder.as_dataset(split="train")
+    table._fingerprint = identity
+    return table
+
+
+@dataclass
+class _LocalConfig(datasets.BuilderConfig):  # type: ignore[misc]
+    files: tuple[Path, ...] = ()
+    column_names: tuple[str, ...] = ()
+
+
+class _LocalBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
+    """Writes the table ``LOCAL`` of some files, as ``datasets`` asks it to."""
+
+    BUILDER_CONFIG_CLASS = _LocalConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=LOCAL)
+
+    def _split_generators(self, dl_manager: Any) -> list[Any]:
+        return [datasets.SplitGenerator(name="train", gen_kwargs={})]
+
+    def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
+        rows: list[tuple[str, str, int, int]] = []
+        size = number = 0
+        for row in _rows(self.config.files, self.config.column_names):
+            rows.append(row)
+            size += len(row[0])
+            if len(rows) == MOST_ROWS or (size >= MOST_CHARACTERS and len(rows) > 1):
+                yield number, _arrow(rows)
+                rows, size, number = [], 0, number + 1
+        if not rows and number == 0:  # a list without elements, a table with a header line only
+            raise ValueError(EMPTY)
+        if rows:
+            yield number, _arrow(rows)
+
+
+def _arrow(rows: list[tuple[str, str, int, int]]) -> pa.Table:
+    columns = map(list, zip(*rows, strict=True))
+    return pa.Table.from_arrays(
+        [pa.array(c, f.type) for c, f in zip(columns, LOCAL.arrow_schema, strict=True)],
+        schema=LOCAL.arrow_schema,
     )
 
 
@@ -195,22 +243,22 @@ def _file_identity(file: Path) -> tuple[str, int, int, str]:
     return file.suffix, stat.st_size, stat.st_mtime_ns, str(Hasher.hash(samples))
 
 
-def _rows(files: tuple[Path, ...], column_names: Columns) -> Iterator[dict[str, Any]]:
-    is_empty = True
+def _rows(files: tuple[Path, ...], column_names: Columns) -> Iterator[tuple[str, str, int, int]]:
+    """Yield the values of the columns ``LOCAL`` for each example."""
+    # Most examples have the same names.
+    texts: dict[tuple[tuple[str, ...], ...], str] = {}
     for index, file in enumerate(files):
-        for line, example in examples_in(file, column_names):
-            is_empty = False
-            names = json.dumps([list(example), _message_keys(example)])
-            text = json.dumps(example)
-            yield {"example": text, "names": names, "file": index, "line": line}
-    if is_empty:  # a list without elements, a table with a header line only
-        raise ValueError(EMPTY)
+        for line, example, text in examples_in(file, column_names):
+            names = (tuple(example), _message_keys(example))
+            if names not in texts:
+                texts[names] = json.dumps(names)
+            yield text, texts[names], index, line
 
 
-def _message_keys(example: Mapping[str, Any]) -> list[str]:
+def _message_keys(example: Mapping[str, Any]) -> tuple[str, ...]:
     messages = example.get(MESSAGES)
     messages = messages if isinstance(messages, list) else []
-    return list(dict.fromkeys(key for one in messages if isinstance(one, dict) for key in one))
+    return tuple(dict.fromkeys(key for one in messages if isinstance(one, dict) for key in one))
 
 
 def _without_nulls(value: Any) -> Any:

@@ -15,9 +15,9 @@ from sparse_lora_dist.errors import UserError
 
 Columns = Sequence[str]
 """Names of the columns of a table without a header line; empty for a table with one."""
-Numbered = Iterator[tuple[int, dict[str, Any]]]
-"""Examples of a file as dicts from column to value, each with its line number, counted from 1. The
-line number is 0 where one line does not say where an example is."""
+Numbered = Iterator[tuple[int, dict[str, Any], str]]
+"""Examples of a file: the line number, counted from 1, a dict from column to value, and this dict
+as JSON text. The line number is 0 where one line does not say where an example is."""
 
 JSON = (".jsonl", ".json")
 CELLS: dict[str, dict[str, Any]] = {
@@ -55,9 +55,13 @@ def examples_in(file: Path, column_names: Columns = ()) -> Numbered:
     return _json(file) if file.suffix in JSON else _whole_text(file)
 
 
+def _unnumbered(example: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
+    return 0, example, json.dumps(example)
+
+
 def _whole_text(file: Path) -> Numbered:
     try:
-        yield 0, {"text": file.read_text(encoding="utf-8")}
+        yield _unnumbered({"text": file.read_text(encoding="utf-8")})
     except UnicodeDecodeError as error:
         line = file.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(_not_utf8(file, line, error)) from error
@@ -72,12 +76,12 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
             first = next(reader)
             names = _column_names(file, first, column_names)
             if column_names:
-                yield 0, dict(zip(names, first, strict=True))
+                yield _unnumbered(dict(zip(names, first, strict=True)))
             for cells in reader:
                 if len(cells) not in (0, len(names)):
                     raise UserError(_other_width(file, reader.line_num, len(cells), len(names)))
                 if cells:
-                    yield 0, dict(zip(names, cells, strict=True))
+                    yield _unnumbered(dict(zip(names, cells, strict=True)))
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(
                 f"{file}:{reader.line_num + 1}: This line or one after it cannot be read: {error}. "
@@ -131,7 +135,7 @@ def _json_lines(file: Path) -> Numbered:
                 if not isinstance(value, dict):
                     nulls = _is_null(line) + sum(map(_is_null, f))
                     raise UserError(f"{file}:{number}: {_no_object(value, nulls)}")
-                yield number, value
+                yield number, value, line.decode("utf-8-sig").strip()
 
 
 def _is_null(line: bytes) -> bool:
@@ -141,12 +145,12 @@ def _is_null(line: bytes) -> bool:
 def _json_value(file: Path) -> Numbered:
     value = _parsed(file, 1, file.read_bytes())
     if isinstance(value, dict):
-        yield from ((0, one) for one in _transposed(value))
+        yield from map(_unnumbered, _transposed(value))
     for number, one in enumerate(value if isinstance(value, list) else [], start=1):
         one = {"text": one} if isinstance(one, str) else one  # a list of texts
         if not isinstance(one, dict):
             raise UserError(f"{file}, example {number}: {_no_object(one, 1)}")
-        yield 0, one
+        yield _unnumbered(one)
     if not isinstance(value, list | dict):
         raise UserError(f"{file}:1: {_no_object(value, 1)}")
 
