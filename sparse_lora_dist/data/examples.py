@@ -11,7 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets.fingerprint import Hasher
 
-from sparse_lora_dist.data.local_files import TEXT, Columns, examples_in
+from sparse_lora_dist.data.local_files import (
+    CELLS,
+    TEXT,
+    Columns,
+    examples_in,
+    without_nulls,
+)
 from sparse_lora_dist.errors import UserError
 
 MESSAGES = "messages"
@@ -75,6 +81,11 @@ class Examples:
         """True if each example is the whole text of a ``.txt`` file, in a column ``text``."""
         return bool(self.files) and self.files[0].suffix == TEXT
 
+    @property
+    def is_table(self) -> bool:
+        """True if the examples are the lines of CSV or TSV tables."""
+        return bool(self.files) and self.files[0].suffix in CELLS
+
     def feature(self, column: str) -> Any:
         """Return the declared type of a column, such as ``datasets.ClassLabel``; None if the data
         declare none."""
@@ -105,9 +116,7 @@ class Examples:
         if self.is_local:
             example: dict[str, Any] = json.loads(row["example"])
             return example
-        # An Arrow table gives each dict of a column all keys of the column, with null for those
-        # that it does not have.
-        return {column: _without_nulls(value) for column, value in row.items()}
+        return {column: without_nulls(value) for column, value in row.items()}
 
     def fault(self, index: int, what: str) -> UserError:
         """Return the error to raise for a wrong example, with its file and line.
@@ -259,11 +268,3 @@ def _message_keys(example: Mapping[str, Any]) -> tuple[str, ...]:
     messages = example.get(MESSAGES)
     messages = messages if isinstance(messages, list) else []
     return tuple(dict.fromkeys(key for one in messages if isinstance(one, dict) for key in one))
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    if isinstance(value, list):
-        return [_without_nulls(one) for one in value]
-    return value

@@ -1,4 +1,4 @@
-"""Read the examples of JSON, CSV, TSV and text files one by one, with the line of each.
+"""Read the examples of JSON, CSV, TSV, text and Parquet files one by one, with the line of each.
 
 Each example is read by itself, so a column that is not used never decides whether a file can be
 read: its values may be numbers in one example and text or missing in the next. Text stays text; a
@@ -10,6 +10,8 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as parquet
 
 from sparse_lora_dist.errors import UserError
 
@@ -26,7 +28,7 @@ CELLS: dict[str, dict[str, Any]] = {
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
 """Dict from the suffix of a table's file to keyword arguments of Python's csv module."""
-TEXT = ".txt"
+TEXT, PARQUET = ".txt", ".parquet"
 LARGEST_CELL = 2**31 - 1
 """Most characters of a cell of a table. A long document has more than the default of Python's csv
 module, 131,072."""
@@ -39,7 +41,7 @@ def has_content(file: Path) -> bool:
 
 
 def examples_in(file: Path, column_names: Columns = ()) -> Numbered:
-    """Yield the examples of a file of a kind in ``JSON``, ``CELLS`` or ``TEXT``.
+    """Yield the examples of a file of a kind in ``JSON`` or ``CELLS``, or ``TEXT`` or ``PARQUET``.
 
     Args:
         file: a file with content (see ``has_content``).
@@ -52,7 +54,34 @@ def examples_in(file: Path, column_names: Columns = ()) -> Numbered:
     """
     if file.suffix in CELLS:
         return _cells(file, column_names)
+    if file.suffix == PARQUET:
+        return _parquet(file)
     return _json(file) if file.suffix in JSON else _whole_text(file)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of an Arrow table without the keys of its dicts whose values are null.
+
+    An Arrow table gives each dict of a column all keys of the column, with null for those that the
+    dict does not have.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [without_nulls(one) for one in value]
+    return value
+
+
+def _parquet(file: Path) -> Numbered:
+    for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
+        for row in batch.to_pylist():
+            example = {column: without_nulls(value) for column, value in row.items()}
+            yield 0, example, json.dumps(example, default=_no_text)
+
+
+def _no_text(value: Any) -> dict[str, str]:
+    # A dict, so that a date or an image is never taken for text.
+    return {type(value).__name__: str(value)[:40]}
 
 
 def _unnumbered(example: dict[str, Any]) -> tuple[int, dict[str, Any], str]:

@@ -26,10 +26,9 @@ from sparse_lora_dist.data.examples import (
     local_table,
 )
 from sparse_lora_dist.data.folders import Folder, list_folder, of_split
-from sparse_lora_dist.data.local_files import CELLS, JSON, TEXT, Columns, has_content
+from sparse_lora_dist.data.local_files import CELLS, JSON, PARQUET, TEXT, Columns, has_content
 from sparse_lora_dist.errors import UserError
 
-PARQUET = ".parquet"
 SUFFIXES = (*JSON, PARQUET, TEXT, *CELLS)
 KINDS = " ".join(SUFFIXES)
 CARD = "README.md"
@@ -151,7 +150,7 @@ def _check_file(path: Path, place: str) -> None:
 def _read_files(folder: Folder, place: str, column_names: Columns) -> FromFiles:
     """Read all files of ``folder``, which are of one kind."""
     others = folder.relative(folder.others)
-    if folder.kinds == [PARQUET]:
+    if folder.kinds == [PARQUET] and _is_one_table(folder.files, place):
         return *_read_parquet(folder.files, place), False, others
     with readable(place), _silent_log():
         table = local_table(folder.files, column_names)
@@ -205,17 +204,19 @@ def _read_hub_folder(folder: Folder, split: str, place: str) -> FromFiles:
     return table, files, False, folder.relative(tuple(sorted(others)))
 
 
+def _is_one_table(files: tuple[Path, ...], place: str) -> bool:
+    """Return True if the schemas of Parquet files are the same."""
+    with readable(place):
+        first, *others = (parquet.read_schema(file) for file in files)
+        return all(first.equals(other) for other in others)
+
+
 def _read_parquet(files: tuple[Path, ...], place: str) -> tuple[datasets.Dataset, tuple[Path, ...]]:
     def builder() -> Any:
-        schemas = [parquet.read_schema(file) for file in files]
-        # Only columns that are the same in all files can be one table.
-        common = [f.name for f in schemas[0] if all(f in list(schema) for schema in schemas)]
-        options = {} if all(len(common) == len(schema) for schema in schemas) else common
         return datasets.load_dataset_builder(
             "parquet",
             data_files=[glob.escape(str(file)) for file in files],  # a name may have [brackets]
             cache_dir=_cache(files),
-            **({"columns": options} if options else {}),
         )
 
     return _build(builder, "train", place)[0], files

@@ -1,8 +1,8 @@
 """Record what of a data set is read and what is not, for the screen and the run folder."""
 
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,16 @@ class Reading:
             parts.append(f"an answer ends with: {shown(self.answer_ends)}")
         return "; ".join(parts)
 
+    def with_unused(self, is_unused: Mapping[str, bool]) -> "Reading":
+        """Return this with a note for each option that was given and is not used.
+
+        Args:
+            is_unused: option -> True if it was given and is not used for these data.
+        """
+        unused = [option for option in is_unused if is_unused[option]]
+        notes = tuple(f"{option} is not used for these data." for option in unused)
+        return replace(self, notes=self.notes + notes)
+
     def record(self) -> dict[str, Any]:
         """Return all of it as a dict of JSON values."""
         return asdict(self)
@@ -58,7 +68,9 @@ class Reading:
 def shown(names: Sequence[str]) -> str:
     """Return names as text, at most ``MOST_SHOWN`` of them; "none" if there are none."""
     more = f" and {len(names) - MOST_SHOWN:,} more" if len(names) > MOST_SHOWN else ""
-    return (", ".join(names[:MOST_SHOWN]) or "none") + more
+    # A name may have line breaks, or codes that a terminal obeys.
+    safe = (name if name.isprintable() else repr(name) for name in names[:MOST_SHOWN])
+    return (", ".join(safe) or "none") + more
 
 
 def describe(examples: Examples, columns: Collection[str], **more: Any) -> Reading:

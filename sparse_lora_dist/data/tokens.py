@@ -24,6 +24,7 @@ from sparse_lora_dist.data.chat import (
 )
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import (
+    DEFAULTS,
     TOOLS,
     ExampleError,
     Fields,
@@ -49,6 +50,8 @@ NOT_A_TARGET = -100
 CACHE_VERSION = 2
 """Version of the cache of tokens. Increase it when a change of this code gives other tokens for the
 same text, so that old caches are not used."""
+TXT = Fields(kind="text", columns=("text",))
+"""The column of plain text files."""
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -192,23 +195,18 @@ def load_documents(
     examples = read_examples(
         source, split=split, max_samples=max_samples, flag=flag, column_names=column_names
     )
-    place, columns = f"{flag} {source}", examples.names.columns
-    fields = find_fields(
-        columns,
-        text_field="text" if examples.is_plain_text else text_field,
-        prompt_field=prompt_field,
-        response_field=response_field,
-        place=place,
+    place = f"{flag} {source}"
+    options = {
+        "text_field": text_field,
+        "prompt_field": prompt_field,
+        "response_field": response_field,
+    }
+    fields = (
+        TXT
+        if examples.is_plain_text
+        else find_fields(examples.names.columns, **options, place=place)
     )
-    template = find_template(tokenizer, chat_template, has_tools=TOOLS in columns)
-    fields = replace(fields, has_tools=fields.has_tools and renders_tools(columns, template))
-    if fields.kind != "text":
-        refuse_unsupported(columns, place)
-    if fields.kind == "messages" and template is None:
-        raise UserError(
-            f"{place} has a column 'messages', but the tokenizer has no chat "
-            "template. Give one with --chat_template."
-        )
+    fields, template = _with_template(examples, fields, tokenizer, chat_template, place)
 
     def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if fields.kind == "text":
@@ -226,13 +224,44 @@ def load_documents(
     table = tokenise(examples, fields.all_columns, rows_of, key)
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
-        raise UserError(
-            f"{place} has no document to train on: {documents.report()}. "
-            + (_wrong_roles(examples) if fields.kind == "messages" else "")
-            + "Raise --sequence_length, or give other data."
-        )
-    documents.reading = _reading(documents, examples, fields, tokenizer, template, chat_template)
+        raise UserError(_no_document(documents, examples, fields, place))
+    reading = _reading(documents, examples, fields, tokenizer, template, chat_template)
+    is_txt = examples.is_plain_text
+    unused = {f"--{name}": is_txt and options[name] != DEFAULTS[name] for name in options}
+    unused["--chat_template"] = chat_template is not None and fields.kind == "text"
+    unused["--column_names"] = bool(column_names) and not examples.is_table
+    documents.reading = reading.with_unused(unused)
     return documents
+
+
+def _with_template(
+    examples: Examples,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str | None,
+    place: str,
+) -> tuple[Fields, str | None]:
+    """Return the columns that are read, with ``tools`` only if it is rendered, and the template of
+    chats and pairs."""
+    columns = examples.names.columns
+    if fields.kind == "text":
+        return fields, None
+    refuse_unsupported(columns, place)
+    template = find_template(tokenizer, chat_template, has_tools=TOOLS in columns)
+    if fields.kind == "messages" and template is None:
+        raise UserError(
+            f"{place} has a column 'messages', but the tokenizer has no chat "
+            "template. Give one with --chat_template."
+        )
+    return replace(fields, has_tools=renders_tools(columns, template)), template
+
+
+def _no_document(documents: Documents, examples: Examples, fields: Fields, place: str) -> str:
+    roles = _wrong_roles(examples) if fields.kind == "messages" else ""
+    return (
+        f"{place} has no document to train on: {documents.report()}. {roles}Raise "
+        "--sequence_length, or give other data."
+    )
 
 
 def _wrong_roles(examples: Examples, most: int = 1000) -> str:

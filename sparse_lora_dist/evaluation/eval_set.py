@@ -110,10 +110,10 @@ def open_eval_set(
         counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
         print_line(name, counts)
         if isinstance(found, Documents):
-            print_reading(found.reading)
+            print_reading(found.reading, notes=False)
     if any(not isinstance(found, Documents) for found in items.values()):
         own = config.data.chat_template
-        print_reading(table.reading(template, own, tokenizer.chat_template))
+        print_reading(table.reading(template, own, tokenizer.chat_template), notes=False)
     return EvalSet(
         config=config,
         own=request.own,

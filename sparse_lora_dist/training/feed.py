@@ -233,20 +233,21 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         flag.lstrip("-"),
         f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
     )
-    print_reading(documents.reading)
+    print_reading(documents.reading, notes=flag == "--data")
     return rows
 
 
-def print_reading(reading: Reading | None) -> None:
+def print_reading(reading: Reading | None, *, notes: bool) -> None:
     """Print what of a data set was read and what was not, below the line of its numbers.
 
     Args:
         reading: what was read; None prints nothing.
+        notes: True to print the notes about data to train on too.
     """
     if reading is not None:
         print_line("", reading.report())
-        for note in reading.notes:
-            print_line("note", f"{reading.source}: {note}")
+        for note in reading.notes if notes else ():
+            print_line("note", f"--data: {note}")
 
 
 def check_positions(model: nn.Module, longest: int, flag: str) -> None:

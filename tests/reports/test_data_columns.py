@@ -1,6 +1,7 @@
 """Users had columns that are not used, columns that decide, dates, labels, and null lines."""
 
 import json
+from datetime import datetime
 
 import datasets
 import pytest
@@ -98,6 +99,34 @@ def test_columns_are_all_named_as_read_where_none_is_left_out(tmp_path):
     report = load(jsonl(tmp_path / "a.jsonl", pairs("b"))).reading.report()
     assert "columns not read: none" in report
     assert "an answer ends with: </s>" in report
+
+
+def test_options_that_are_not_used_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("to be")
+    options = {"text_field": "body", "prompt_field": "q", "chat_template": PLAIN}
+    options["column_names"] = ("a",)
+    assert [note.split()[0] for note in load(tmp_path / "a.txt", **options).reading.notes] == [
+        "--text_field",
+        "--prompt_field",
+        "--chat_template",
+        "--column_names",
+    ]
+
+
+def test_a_date_of_parquet_is_no_text(tmp_path):
+    (tmp_path / "d").mkdir()
+    for day, more in ((1, {}), (2, {"id": 1})):
+        row = {"prompt": "when", "response": datetime(2024, 1, day), **more}
+        datasets.Dataset.from_list([row]).to_parquet(tmp_path / "d" / f"{day}.parquet")
+    for source, kind in ((tmp_path / "d" / "1.parquet", "date"), (tmp_path / "d", "dict")):
+        message = rf"1\.parquet, example 1: 'response' must be text, got {kind}"
+        with pytest.raises(UserError, match=message):
+            load(source)
+
+
+def test_odd_names_do_not_reach_the_terminal(tmp_path):
+    report = load(jsonl(tmp_path / "a.jsonl", [pairs("b")[0] | {"\x1b[2J": 1}])).reading.report()
+    assert r"'\x1b[2J'" in report and "\x1b" not in report
 
 
 NULLS = {

@@ -151,6 +151,7 @@ def test_files_of_a_folder_need_not_have_the_same_columns(tmp_path):
         rows = [one | more for one in pairs(name)]
         datasets.Dataset.from_list(rows).to_parquet(source / f"{name}.parquet")
     assert texts(load(source)) == ["?a</s>", "?b</s>", "?c</s>"]
+    assert load(source).reading.unread_columns == ("id",)
     source = tmp_path / "c"
     source.mkdir()
     (source / "a.csv").write_text("prompt,response\n?,one\n")
