@@ -198,14 +198,13 @@ def _transposed(value: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _no_object(value: Any, nulls: int) -> str:
-    found = type(value).__name__ if value is not None else "null"
-    message = f"A JSON object {{...}} is needed, but this is {found}."
-    if value is None and nulls > 1:
-        message = f"A JSON object {{...}} is needed, but this is null, as are {nulls} lines."
-    if value is None:
-        message += " jq prints null for a key that does not exist. Remove null, or name another key"
-        message += " there."
-    return message
+    if value is not None:
+        return f"A JSON object {{...}} is needed, but this is {type(value).__name__}."
+    found = f"{nulls} lines are null. This is the first." if nulls > 1 else "this is null."
+    return (
+        f"A JSON object {{...}} is needed, but {found} jq prints null for a key that does not "
+        "exist. Remove null, or name another key there."
+    )
 
 
 def _parsed(file: Path, line: int, content: bytes) -> Any:

@@ -61,26 +61,9 @@ def read_examples(
         UserError: the source does not exist, is of an unknown kind, has broken content (with file
             and line), or has no example.
     """
-    path = Path(source).expanduser()
-    place = f"{flag} {source}"
-    if path.is_file():
-        _check_file(path, place)
-        folder = Folder(path=path.parent, files=(path,), others=())
-        table, files, is_local, others = _read_files(folder, place, column_names)
-    elif path.is_dir():
-        table, files, is_local, others = _read_folder(path, split, place, column_names)
-    elif path.exists():
-        raise UserError(
-            f"{place} is a pipe or a device, but data are read several times. Give a file or a "
-            "folder: write what comes through the pipe into a file first."
-        )
-    elif path.suffix in SUFFIXES or source.startswith((".", "~", "/")) or source.count("/") > 1:
-        raise UserError(f"{place} does not exist. Give the path of a file or folder, or a hub id.")
-    else:
-        place += " is no file or folder on this machine, and as a hub data set it"
-        table, files = _build(lambda: datasets.load_dataset_builder(source), split, place)
-        is_local, others = False, ()
-    names = local_names(table) if is_local else declared_names(table)
+    with readable(f"{flag} {source}"):
+        table, files, is_local, others = _read(source, split, f"{flag} {source}", column_names)
+        names = local_names(table) if is_local else declared_names(table)
     if max_samples is not None:
         table = table.select(range(min(max_samples, len(table))))
     return Examples(
@@ -135,32 +118,48 @@ FromFiles = tuple[datasets.Dataset, tuple[Path, ...], bool, tuple[str, ...]]
 the paths of the other files of the folder."""
 
 
+def _read(source: str, split: str, place: str, column_names: Columns) -> FromFiles:
+    path = Path(source).expanduser()
+    if path.is_file():
+        _check_file(path, place)
+        folder = Folder(path=path.parent, files=(path,), others=())
+        return _read_files(folder, place, column_names)
+    if path.is_dir():
+        return _read_folder(path, split, place, column_names)
+    if path.exists():
+        raise UserError(
+            f"{place} is a pipe or a device, but data are read several times. Give a file or a "
+            "folder: write what comes through the pipe into a file first."
+        )
+    if path.suffix in SUFFIXES or source.startswith((".", "~", "/")) or source.count("/") > 1:
+        raise UserError(f"{place} does not exist. Give the path of a file or folder, or a hub id.")
+    place += " is no file or folder on this machine, and as a hub data set it"
+    return *_build(lambda: datasets.load_dataset_builder(source), split, place), False, ()
+
+
 def _check_file(path: Path, place: str) -> None:
     if path.suffix not in SUFFIXES:
         raise UserError(
             f"{place} is a file of an unknown kind: {path.suffix or 'it has no suffix'}. Give a "
             f"file of one of these kinds: {KINDS}."
         )
-    with readable(place):
-        has_examples = has_content(path)
-    if not has_examples:
+    if not has_content(path):
         raise UserError(f"{place} is an empty file. Give a file with at least one example.")
 
 
 def _read_files(folder: Folder, place: str, column_names: Columns) -> FromFiles:
     """Read all files of ``folder``, which are of one kind."""
     others = folder.relative(folder.others)
-    if folder.kinds == [PARQUET] and _is_one_table(folder.files, place):
+    if folder.kinds == [PARQUET] and _is_one_table(folder.files):
         return *_read_parquet(folder.files, place), False, others
-    with readable(place), _silent_log():
+    with _silent_log():
         table = local_table(folder.files, column_names)
     return table, folder.files, True, others
 
 
 def _read_folder(path: Path, split: str, place: str, column_names: Columns) -> FromFiles:
-    with readable(place):
-        folder = list_folder(path, SUFFIXES)
-        card = _front_matter(path / CARD)
+    folder = list_folder(path, SUFFIXES)
+    card = _front_matter(path / CARD)
     if not folder.files:
         raise UserError(
             f"{place} is a folder without data files. Give a folder with files of one of these "
@@ -204,11 +203,10 @@ def _read_hub_folder(folder: Folder, split: str, place: str) -> FromFiles:
     return table, files, False, folder.relative(tuple(sorted(others)))
 
 
-def _is_one_table(files: tuple[Path, ...], place: str) -> bool:
+def _is_one_table(files: tuple[Path, ...]) -> bool:
     """Return True if the schemas of Parquet files are the same."""
-    with readable(place):
-        first, *others = (parquet.read_schema(file) for file in files)
-        return all(first.equals(other) for other in others)
+    first, *others = (parquet.read_schema(file) for file in files)
+    return all(first.equals(other) for other in others)
 
 
 def _read_parquet(files: tuple[Path, ...], place: str) -> tuple[datasets.Dataset, tuple[Path, ...]]:

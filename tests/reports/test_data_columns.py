@@ -130,9 +130,12 @@ def test_odd_names_do_not_reach_the_terminal(tmp_path):
 
 
 NULLS = {
-    "only null": ("null\n" * 3, r"a\.jsonl:1: .* null, as are 3 lines"),
+    "only null": ("null\n" * 3, r"a\.jsonl:1: .* 3 lines are null. This is the first"),
     "one null": ('{"text": "a"}\n\nnull\n', r"a\.jsonl:3: .* but this is null\. jq prints null"),
-    "nulls last": ('{"text": "a"}\nnull\nnull\n', r"a\.jsonl:2: .* null, as are 2 lines"),
+    "nulls last": (
+        '{"text": "a"}\nnull\nnull\n',
+        r"a\.jsonl:2: .* 2 lines are null. This is the first",
+    ),
     "deep": ('{"text": ' + "[" * 100_000, r"a\.jsonl:1: This line cannot be read: RecursionError"),
     "digits": ('{"text": ' + "1" * 5000 + "}", r"a\.jsonl:1: This line cannot be read: ValueError"),
     "half a letter": ('{"text": "\\ud800"}', r"a\.jsonl:1: This example cannot be tokenised: "),
