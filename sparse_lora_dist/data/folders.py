@@ -18,6 +18,10 @@ SPLITS = {
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 
 
+ABOUT = ("README.md", "LICENSE", "LICENSE.md")
+"""Names of files that are about the data, and that nobody expects to be read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Folder:
     """The files of a folder."""
@@ -27,7 +31,8 @@ class Folder:
     files: tuple[Path, ...]
     """Files to read, sorted by path."""
     others: tuple[Path, ...]
-    """All other files that are not hidden: of other kinds, without content, or of other splits."""
+    """All other files that are not hidden: of other kinds, without content, or of other splits.
+    Those in ``ABOUT`` are left out."""
 
     @property
     def kinds(self) -> list[str]:
@@ -59,7 +64,9 @@ def list_folder(path: Path, suffixes: tuple[str, ...]) -> Folder:
                 "Replace it by a file, or remove it."
             )
     files = tuple(f for f in found if f.suffix in suffixes and has_content(f))
-    return Folder(path=path, files=files, others=tuple(f for f in found if f not in set(files)))
+    is_read = set(files)
+    others = (f for f in found if f not in is_read and f.name not in ABOUT)
+    return Folder(path=path, files=files, others=tuple(others))
 
 
 def of_split(folder: Folder, split: str, place: str) -> Folder:
@@ -87,7 +94,7 @@ def of_split(folder: Folder, split: str, place: str) -> Folder:
             "files, or give a single file or another folder."
         )
     chosen = tuple(file for file, name in splits.items() if name == split)
-    rest = tuple(file for file in folder.files if file not in set(chosen))
+    rest = tuple(file for file, name in splits.items() if name != split)
     return Folder(path=folder.path, files=chosen, others=tuple(sorted((*folder.others, *rest))))
 
 

@@ -68,8 +68,20 @@ def test_a_readme_beside_the_data_does_not_hide_a_file(tmp_path):
     for text in ("# Mine\n", "---\ntags: [a\n---\n", "---\nlicense: mit\n---\n"):
         (source / "README.md").write_text(text)
         assert read(source)[0] == 8
-    (source / "a.py").write_text("x = 1")
-    assert load(source).reading.unread_files == ("README.md", "a.py")
+    (source / "a.py").write_text("x = 1")  # a loading script is not run
+    assert load(source).reading.unread_files == ("a.py",)
+
+
+def test_a_readme_that_names_the_data_decides_and_the_rest_is_named(tmp_path):
+    source = folder(tmp_path / "a", one=3, two=5)
+    configs = (
+        "configs:\n- config_name: default\n  data_files:\n  - {split: train, path: one.jsonl}\n"
+    )
+    (source / "README.md").write_text(f"---\n{configs}---\n")
+    assert read(source) == (3, ("one.jsonl",))
+    assert load(source).reading.unread_files == ("two.jsonl",)
+    with pytest.raises(UserError, match="cannot be read. .*Unknown split"):
+        load(source, split="test")
 
 
 def test_a_readme_that_leads_out_of_the_folder_is_refused(tmp_path):
