@@ -260,6 +260,8 @@ def _rows(files: tuple[Path, ...], column_names: Columns) -> Iterator[tuple[str,
         for line, example, text in examples_in(file, column_names):
             names = (tuple(example), _message_keys(example))
             if names not in texts:
+                if len(texts) == MOST_ROWS:
+                    texts.clear()
                 texts[names] = json.dumps(names)
             yield text, texts[names], index, line
 

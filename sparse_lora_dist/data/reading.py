@@ -12,6 +12,9 @@ from sparse_lora_dist.data.fields import MESSAGES, TOOLS, Fields
 
 MOST_SHOWN = 6
 """Most names of a list on the screen. Further ones are only counted."""
+MOST_RECORDED = 1000
+"""Most columns that are not read of which a record holds the names: an example may have columns
+that no other has."""
 READ_KEYS = ("role", "content")
 """Keys of a message that every template renders."""
 
@@ -83,6 +86,9 @@ def describe(examples: Examples, columns: Collection[str], **more: Any) -> Readi
     """
     unread = tuple(name for name in examples.names.columns if name not in columns)
     unread += more.pop("unread_columns", ())
+    if len(unread) > MOST_RECORDED:
+        rest = f"and {len(unread) - MOST_RECORDED:,} more"
+        unread = (*unread[:MOST_RECORDED], rest)
     return Reading(
         source=examples.source,
         files=_relative(examples),

@@ -124,6 +124,13 @@ def test_a_date_of_parquet_is_no_text(tmp_path):
             load(source)
 
 
+def test_examples_that_each_have_a_column_of_their_own_are_read(tmp_path):
+    rows = [one | {f"id{i}": i} for i, one in enumerate(pairs("b") * MANY)]
+    reading = load(jsonl(tmp_path / "a.jsonl", rows)).reading
+    assert len(reading.unread_columns) == 1001
+    assert reading.report().count("id") == 6
+
+
 def test_odd_names_do_not_reach_the_terminal(tmp_path):
     report = load(jsonl(tmp_path / "a.jsonl", [pairs("b")[0] | {"\x1b[2J": 1}])).reading.report()
     assert r"'\x1b[2J'" in report and "\x1b" not in report
