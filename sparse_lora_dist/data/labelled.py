@@ -170,7 +170,8 @@ def load_labelled(
             "at least one example has text."
         )
     notes = (UNKNOWN,) if "-1" in classes else ()
-    documents.reading = describe(examples, columns, notes=notes)
+    unused = {"--column_names": bool(column_names) and not examples.is_table}
+    documents.reading = describe(examples, columns, notes=notes).with_unused(unused)
     return documents
 
 

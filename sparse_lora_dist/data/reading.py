@@ -37,6 +37,8 @@ class Reading:
     """Where the chat template comes from; None if no chat is rendered."""
     answer_ends: tuple[str, ...] | None = None
     """Tokens that end an answer and are learned; None if the data have no answers."""
+    unused_options: tuple[str, ...] = ()
+    """Options that were given, and that are not for data of this kind."""
     notes: tuple[str, ...] = ()
     """Sentences about what may not be as the user meant it."""
 
@@ -51,17 +53,18 @@ class Reading:
             parts.append(f"chat template: {self.template}")
         if self.answer_ends is not None:
             parts.append(f"an answer ends with: {shown(self.answer_ends)}")
+        if self.unused_options:
+            parts.append(f"options not used: {shown(self.unused_options)}")
         return "; ".join(parts)
 
     def with_unused(self, is_unused: Mapping[str, bool]) -> "Reading":
-        """Return this with a note for each option that was given and is not used.
+        """Return this with the options that were given and are not used.
 
         Args:
             is_unused: option -> True if it was given and is not used for these data.
         """
-        unused = [option for option in is_unused if is_unused[option]]
-        notes = tuple(f"{option} is not used for these data." for option in unused)
-        return replace(self, notes=self.notes + notes)
+        unused = tuple(option for option in is_unused if is_unused[option])
+        return replace(self, unused_options=unused)
 
     def record(self) -> dict[str, Any]:
         """Return all of it as a dict of JSON values."""
