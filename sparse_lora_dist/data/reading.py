@@ -64,7 +64,7 @@ class Reading:
             is_unused: option -> True if it was given and is not used for these data.
         """
         unused = tuple(option for option in is_unused if is_unused[option])
-        return replace(self, unused_options=unused)
+        return replace(self, unused_options=self.unused_options + unused)
 
     def record(self) -> dict[str, Any]:
         """Return all of it as a dict of JSON values."""

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import eval_source, resolve_default
+from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import Collate, MicroBatch, Reading, Rows, be_quiet, micro_batches, pack
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
@@ -211,7 +212,8 @@ def _end_row(config: Config, rows_per_epoch: int) -> int:
 
 def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, split: str) -> Rows:
     data = config.data
-    documents = TASKS[config.model.task].read(
+    task = TASKS[config.model.task]
+    documents = task.read(
         source,
         tokenizer,
         model.module.config,
@@ -222,6 +224,8 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         flag=flag,
         split=split,
     )
+    if documents.reading is not None:
+        documents.reading = documents.reading.with_unused(given(data, task.other_options))
     rows = pack(
         documents,
         sequence_length=data.sequence_length,
@@ -235,6 +239,18 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
     )
     print_reading(documents.reading, notes=flag == "--data")
     return rows
+
+
+def given(data: DataConfig, names: tuple[str, ...]) -> dict[str, bool]:
+    """Return for each of some options whether the user gave it: True if its value is not the
+    default.
+
+    Args:
+        data: data options of the run.
+        names: names of some of them.
+    """
+    default = DataConfig()
+    return {f"--{name}": getattr(data, name) != getattr(default, name) for name in names}
 
 
 def print_reading(reading: Reading | None, *, notes: bool) -> None:

@@ -6,8 +6,11 @@ from datetime import datetime
 import datasets
 import pytest
 
+from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import load_labelled, read_classes
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.tasks import TASKS
+from sparse_lora_dist.training.feed import given
 from tests.fixtures.data_files import assistant, jsonl, learned, load, pairs, texts, user
 from tests.fixtures.tiny_tokenizer import MARKED, PLAIN, byte_tokenizer
 
@@ -108,6 +111,16 @@ def test_options_that_are_not_used_are_named(tmp_path):
     report = load(tmp_path / "a.txt", **options).reading.report()
     named = "--text_field, --prompt_field, --chat_template, --column_names"
     assert report.endswith(f"; options not used: {named}")
+
+
+def test_options_of_another_task_are_named(tmp_path):
+    data = DataConfig(label_field="class", prompt_field="q", chat_template="t.jinja")
+    named = {task: given(data, TASKS[task].other_options) for task in TASKS}
+    assert named["causal_lm"] == {"--label_field": True}
+    assert [option for option, is_given in named["seq_cls"].items() if is_given] == [
+        "--prompt_field",
+        "--chat_template",
+    ]
 
 
 def test_a_date_of_parquet_is_no_text(tmp_path):
