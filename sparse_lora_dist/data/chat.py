@@ -320,8 +320,8 @@ def _render(
     except Exception as error:
         text = str(error) if isinstance(error, jinja2.TemplateError) else in_words(error)
         raise ExampleError(
-            f"The chat template refuses this chat: {text}. Correct the chat, or give another "
-            "--chat_template."
+            f"The chat template refuses this chat: {text.rstrip('.')}. Correct the chat, or give "
+            "another --chat_template."
         ) from error
     assert isinstance(out, BatchEncoding)
     return dict(out)

@@ -102,7 +102,7 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
     with file.open(newline="", encoding="utf-8-sig") as f:
         reader = csv.reader(f, **CELLS[file.suffix])
         try:
-            first = next(reader)
+            first = next(cells for cells in reader if cells)
             names = _column_names(file, first, column_names)
             if column_names:
                 yield _unnumbered(dict(zip(names, first, strict=True)))
@@ -210,7 +210,7 @@ def _no_object(value: Any, nulls: int) -> str:
 def _parsed(file: Path, line: int, content: bytes) -> Any:
     """Return the JSON value in ``content``, which begins at ``line`` of ``file``."""
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         line += content[: error.start].count(b"\n")
         raise UserError(_not_utf8(file, line, error)) from error
@@ -224,6 +224,15 @@ def _parsed(file: Path, line: int, content: bytes) -> Any:
             f"{file}:{line}: This line cannot be read: {type(error).__name__}: {error}. Correct it "
             "or remove it."
         ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # the JSON reader would silently take the last
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} several times")
+    return found
 
 
 def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> str:

@@ -119,6 +119,8 @@ the paths of the other files of the folder."""
 
 
 def _read(source: str, split: str, place: str, column_names: Columns) -> FromFiles:
+    if not source.strip():  # as a path it would be the current folder
+        raise UserError(f"{place} is empty. Give the path of a file or folder, or a hub id.")
     path = Path(source).expanduser()
     if path.is_file():
         _check_file(path, place)

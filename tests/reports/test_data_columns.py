@@ -155,6 +155,10 @@ NULLS = {
     ),
     "deep": ('{"text": ' + "[" * 100_000, r"a\.jsonl:1: This line cannot be read: RecursionError"),
     "digits": ('{"text": ' + "1" * 5000 + "}", r"a\.jsonl:1: This line cannot be read: ValueError"),
+    "a key twice": (
+        '{"text": "a"}\n{"text": "b", "text": "c"}\n',
+        r"a\.jsonl:2: This line cannot be read: .* the key 'text' several times",
+    ),
     "half a letter": ('{"text": "\\ud800"}', r"a\.jsonl:1: This example cannot be tokenised: "),
 }
 

@@ -128,6 +128,20 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
         load(source)
 
 
+PLACES = {
+    "": "is empty. Give the path",
+    "~nosuchuser/x.jsonl": "cannot be read. RuntimeError: Could not determine home",
+    "/" + "x" * 300 + ".jsonl": "cannot be read. OSError: .*name too long",
+    "/dev/null": "is a pipe or a device",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_places_that_are_none_are_one_sentence(place):
+    with pytest.raises(UserError, match=PLACES[place]):
+        load(place)
+
+
 def with_the_date_of(new: Path, old: Path) -> None:
     """Replace a file by another one, and keep its date, as tar and rsync do."""
     date = old.stat()
