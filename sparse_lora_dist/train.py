@@ -154,7 +154,7 @@ class Training:
                 if purpose.replaces:  # only now: the new run has passed its checks
                     own_folder.clear(folder)
                 own_folder.begin(folder, program=purpose.program, source=source_of(config))
-                write_description(folder, config)
+                write_description(folder, config, feed.readings)
         say_whether_it_fits(config, model, engine_config)
         watchdog.set_phase("loading the base", may_be_long=True)
         self.row_seeds = model.load(config, method, engine_config)

@@ -72,7 +72,7 @@ class DataConfig:
     """Names of the columns of a CSV or TSV file that has no header line. Empty: the first line
     names them."""
     prompt_field: str = "prompt"
-    """Column with the prompt. A column named messages is read as whole chats instead."""
+    """Column with the prompt. Unless given, a column named messages is read as chats instead."""
     response_field: str = "response"
     """Column with the response."""
     chat_template: str | None = None

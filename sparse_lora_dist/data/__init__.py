@@ -8,6 +8,9 @@ of a long text), and a row is one sequence of a batch:
         -> batches (micro-batches)
     classification: read_files (examples) -> labels (classes), labelled (documents)
         -> packing (rows) -> labelled (micro-batches)
+
+``read_files`` finds the files with ``folders``, reads them with ``local_files`` and keeps them in
+``examples``. ``reading`` records what was read and what was not.
 """
 
 from sparse_lora_dist.data.batches import (
@@ -21,6 +24,7 @@ from sparse_lora_dist.data.labelled import LabelledBatch, labelled_batch, load_l
 from sparse_lora_dist.data.labels import class_names, read_classes
 from sparse_lora_dist.data.packing import Rows, pack
 from sparse_lora_dist.data.read_files import be_quiet
+from sparse_lora_dist.data.reading import Reading
 from sparse_lora_dist.data.tokens import (
     FEATURES,
     NOT_A_TARGET,
@@ -39,6 +43,7 @@ __all__ = [
     "Documents",
     "LabelledBatch",
     "MicroBatch",
+    "Reading",
     "Rows",
     "be_quiet",
     "class_names",

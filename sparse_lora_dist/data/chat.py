@@ -14,7 +14,8 @@ from typing import Any, Literal
 import jinja2
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.fields import ExampleError, Message
+from sparse_lora_dist.data.fields import ExampleError, Message, Tools
+from sparse_lora_dist.data.read_files import in_words
 from sparse_lora_dist.errors import UserError
 
 TrainOn = Literal["response", "all"]
@@ -33,29 +34,58 @@ class Encoded:
     """One entry for each token: True if it has a loss."""
 
 
-def find_template(tokenizer: PreTrainedTokenizerFast, chat_template: str | None) -> str | None:
+def find_template(
+    tokenizer: PreTrainedTokenizerFast, chat_template: str | None, *, has_tools: bool = False
+) -> str | None:
     """Return the jinja text that renders chats.
 
     Args:
         tokenizer: its own template is used if ``chat_template`` is None.
         chat_template: value of ``--chat_template``: jinja text, or the path of a file with it.
+        has_tools: True if the data have a column ``tools``. Of a tokenizer with several templates
+            the one called "tool_use" is then used, if there is one.
 
     Returns:
         The jinja text; None if neither ``chat_template`` nor the tokenizer has one.
 
     Raises:
-        UserError: ``chat_template`` is neither jinja text nor a file that exists.
+        UserError: ``chat_template`` is neither jinja text nor a file that can be read, or the
+            tokenizer has several templates, none of which is for all chats.
     """
     if chat_template is None:
-        return tokenizer.get_chat_template() if tokenizer.chat_template else None
-    if "{{" in chat_template or "{%" in chat_template:
+        return _own_template(tokenizer, has_tools)
+    if is_template(chat_template):
         return chat_template
-    if not Path(chat_template).expanduser().is_file():
+    path = Path(chat_template).expanduser()
+    if not path.is_file():
         raise UserError(
             f"--chat_template {chat_template} is neither a file that exists nor jinja text, which "
             "has {{ or {% in it. Give the path of a file, or the text of a template."
         )
-    return Path(chat_template).expanduser().read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--chat_template {chat_template} cannot be read: {error}. Give a UTF-8 text file."
+        ) from error
+
+
+def is_template(text: str) -> bool:
+    """Return True if ``text`` is the text of a jinja template, and no path."""
+    return "{{" in text or "{%" in text
+
+
+def _own_template(tokenizer: PreTrainedTokenizerFast, has_tools: bool) -> str | None:
+    own: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(own, dict):
+        return own or None
+    name = "tool_use" if has_tools and "tool_use" in own else "default"
+    if name not in own:
+        raise UserError(
+            f"The tokenizer has several chat templates, called {', '.join(sorted(own))}, and none "
+            "called default. Write the one to use into a file, and give it with --chat_template."
+        )
+    return own[name]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -72,6 +102,7 @@ def encode_chat(
     *,
     template: str | None,
     train_on: TrainOn,
+    tools: Tools = None,
 ) -> Encoded:
     """Tokenise a chat. The targets are the assistant turns, including the tokens with which the
     template ends them, or all tokens.
@@ -83,6 +114,7 @@ def encode_chat(
         template: jinja text that renders the chat; None joins prompt and response as they are, with
             bos and eos as ``encode_text`` adds them.
         train_on: "response" makes only assistant turns targets, "all" every token.
+        tools: functions that the model may call, which the template renders.
 
     Returns:
         The token ids of the whole chat, with True for each token that is a target.
@@ -94,17 +126,21 @@ def encode_chat(
     if template is None:
         encoded = _joined(tokenizer, messages)
     elif train_on == "all":
-        encoded = _whole(_render(tokenizer, messages, template)["input_ids"])
+        encoded = _whole(_render(tokenizer, messages, template, tools)["input_ids"])
     elif GENERATION_MARK.search(template) and _covers_spaces(tokenizer):
-        out = _render(tokenizer, messages, template, return_assistant_tokens_mask=True)
+        out = _render(tokenizer, messages, template, tools, return_assistant_tokens_mask=True)
         encoded = Encoded(ids=out["input_ids"], is_target=[m == 1 for m in out["assistant_masks"]])
     else:
-        encoded = _spans_by_prefixes(tokenizer, messages, template)
+        encoded = _spans_by_prefixes(tokenizer, messages, template, tools)
     return _whole(encoded.ids) if train_on == "all" else encoded
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], *, template: str | None
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[Message],
+    *,
+    template: str | None,
+    tools: Tools = None,
 ) -> list[int]:
     """Return the token ids of a prompt, ready for the model to generate the answer: the ids that
     ``encode_chat`` puts before a response.
@@ -113,6 +149,7 @@ def encode_prompt(
         tokenizer: tokenizer of the model.
         messages: the chat without the answer, dicts with the keys "role" and "content".
         template: jinja text that renders the chat; None if the only message is used as it is.
+        tools: functions that the model may call, which the template renders.
 
     Raises:
         ExampleError: the template refuses the chat, there are several messages and no template, or
@@ -126,7 +163,7 @@ def encode_prompt(
             )
         ids = _framed(tokenizer, _ids(tokenizer, messages[0]["content"]), ends=False)
     else:
-        ids = _render(tokenizer, messages, template, add_generation_prompt=True)["input_ids"]
+        ids = _render(tokenizer, messages, template, tools, add_generation_prompt=True)["input_ids"]
     if not ids:
         raise ExampleError("The prompt of this example is empty. Give it a text.")
     return ids
@@ -139,6 +176,7 @@ def encode_answer(
     *,
     before: list[int],
     template: str | None,
+    tools: Tools = None,
 ) -> Encoded:
     """Tokenise a chat with an answer, to compute the likelihood of the answer. The targets are the
     tokens that the answer adds, including those that end its turn.
@@ -149,6 +187,7 @@ def encode_answer(
         answer: text of the answer.
         before: token ids of ``messages``, from ``encode_prompt``.
         template: jinja text that renders the chat; None if the only message is used as it is.
+        tools: functions that the model may call, which the template renders.
 
     Returns:
         The token ids of ``messages`` and answer, with True for each token that the answer adds.
@@ -158,7 +197,7 @@ def encode_answer(
             follows, or the answer adds no token.
     """
     chat = [*messages, {"role": "assistant", "content": answer}]
-    ids = encode_chat(tokenizer, chat, template=template, train_on="all").ids
+    ids = encode_chat(tokenizer, chat, template=template, train_on="all", tools=tools).ids
     if ids[: len(before)] != before:
         raise ExampleError(
             "The chat template renders the prompt differently when an answer follows it, so the "
@@ -223,7 +262,7 @@ def _joined(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Enco
 
 
 def _spans_by_prefixes(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str, tools: Tools
 ) -> Encoded:
     """Tokenise a chat, and find the tokens of each assistant turn by rendering parts of the chat.
 
@@ -232,16 +271,21 @@ def _spans_by_prefixes(
     end of the turn. The second rendering must begin with the tokens of the first. All its further
     tokens belong to the turn, and are targets.
     """
-    ids = _render(tokenizer, messages, template)["input_ids"]
+
+    def rendered(part: list[Message], **options: Any) -> list[int]:
+        ids: list[int] = _render(tokenizer, part, template, tools, **options)["input_ids"]
+        return ids
+
+    ids = rendered(messages)
     is_target = [False] * len(ids)
     for k, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
         if k == 0:
             raise ExampleError(_no_span(1, "no message comes before it"))
-        before = _render(tokenizer, messages[:k], template, add_generation_prompt=True)["input_ids"]
+        before = rendered(messages[:k], add_generation_prompt=True)
         is_last = k + 1 == len(messages)
-        upto = ids if is_last else _render(tokenizer, messages[: k + 1], template)["input_ids"]
+        upto = ids if is_last else rendered(messages[: k + 1])
         if upto[: len(before)] != before or ids[: len(upto)] != upto:
             raise ExampleError(
                 _no_span(
@@ -261,17 +305,23 @@ def _no_span(number: int, why: str) -> str:
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str, **options: Any
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[Message],
+    template: str,
+    tools: Tools = None,
+    **options: Any,
 ) -> dict[str, Any]:
     # apply_chat_template adds no special tokens: bos and eos come from the template only.
     try:
         out = tokenizer.apply_chat_template(
-            messages, chat_template=template, return_dict=True, **options
+            messages, tools=tools, chat_template=template, return_dict=True, **options
         )
-    except jinja2.TemplateError as error:
+    # A template is a program: it can raise anything.
+    except Exception as error:
+        text = str(error) if isinstance(error, jinja2.TemplateError) else in_words(error)
         raise ExampleError(
-            f"The chat template refuses this chat: {error}. Correct the chat, or give another "
-            "--chat_template."
+            f"The chat template refuses this chat: {text.rstrip('.')}. Correct the chat, or give "
+            "another --chat_template."
         ) from error
     assert isinstance(out, BatchEncoding)
     return dict(out)

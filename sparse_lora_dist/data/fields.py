@@ -1,13 +1,23 @@
 """Find the columns that hold the text, and turn an example into text or chat messages."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sparse_lora_dist.data.examples import MESSAGES as MESSAGES
 from sparse_lora_dist.errors import UserError
 
 Message = dict[str, Any]
-MESSAGES = "messages"
+Tools = list[Any] | None
+"""The functions that a model may call in a chat, as JSON schemas; None if there are none."""
+TOOLS = "tools"
+"""Name of the column of ``Tools``, which chat templates render."""
+NOT_SUPPORTED = "chat_template_kwargs"
+"""Name of a column that changes how a template renders a chat, which is not supported."""
+DEFAULTS = {"text_field": "text", "prompt_field": "prompt", "response_field": "response"}
+"""Default values of the options that name columns. An option with another value was given by the
+user, and decides."""
 
 
 class ExampleError(Exception):
@@ -24,6 +34,13 @@ class Fields:
     columns: tuple[str, ...]
     """Names of the columns: ("messages",) for chats; (prompt column, response column) for pairs;
     (text column,) for plain text."""
+    has_tools: bool = False
+    """True if the examples are rendered with the column ``tools``."""
+
+    @property
+    def all_columns(self) -> tuple[str, ...]:
+        """Names of all columns that are read."""
+        return (*self.columns, *((TOOLS,) if self.has_tools else ()))
 
     def text(self, record: Mapping[str, Any]) -> str:
         """Return the text of an example. Only for a data set whose ``kind`` is "text".
@@ -34,7 +51,7 @@ class Fields:
         Raises:
             ExampleError: the value is missing or not text.
         """
-        return text_of(record[self.columns[0]], repr(self.columns[0]))
+        return text_of(record.get(self.columns[0]), repr(self.columns[0]))
 
     def messages(self, record: Mapping[str, Any]) -> list[Message]:
         """Return the chat of an example. Only for a data set whose ``kind`` is "messages" or
@@ -50,8 +67,8 @@ class Fields:
             ExampleError: a value is missing, not text, or not a list of messages.
         """
         if self.kind == "messages":
-            return chat_of(record[MESSAGES])
-        prompt, response = (text_of(record[c], repr(c)) for c in self.columns)
+            return chat_of(record.get(MESSAGES))
+        prompt, response = (text_of(record.get(c), repr(c)) for c in self.columns)
         return [
             {"role": "user", "content": prompt},
             {"role": "assistant", "content": response},
@@ -59,15 +76,16 @@ class Fields:
 
 
 def find_fields(
-    columns: list[str],
+    columns: Sequence[str],
     *,
     text_field: str,
     prompt_field: str,
     response_field: str,
     place: str,
 ) -> Fields:
-    """Find the columns that hold the text of a data set: the column "messages" if it exists,
-    otherwise those of prompt and response, otherwise that of plain text.
+    """Find the columns that hold the text of a data set. An option that is not the default decides.
+    Otherwise it is the column "messages" if it exists, otherwise those of prompt and response,
+    otherwise that of plain text.
 
     Args:
         columns: names of the columns of the data set.
@@ -77,19 +95,101 @@ def find_fields(
         place: text with which the error message begins, e.g. "--data x.jsonl".
 
     Raises:
-        UserError: none of these columns exists; the message lists the columns that do.
+        UserError: none of these columns exists, or not those of an option that was given; the
+            message lists the columns that do. Or the options contradict each other.
     """
+    names = {"text_field": text_field, "prompt_field": prompt_field}
+    names["response_field"] = response_field
+    given = [option for option in names if names[option] != DEFAULTS[option]]
+    has_pair, has_tools = {prompt_field, response_field} <= set(columns), TOOLS in columns
+    pair = Fields(kind="pair", columns=(prompt_field, response_field), has_tools=has_tools)
+    text = Fields(kind="text", columns=(text_field,))
+    if given:
+        return _given_fields(columns, names, given, pair, text, place)
     if MESSAGES in columns:
-        return Fields(kind="messages", columns=(MESSAGES,))
-    if prompt_field in columns and response_field in columns:
-        return Fields(kind="pair", columns=(prompt_field, response_field))
-    if text_field in columns:
-        return Fields(kind="text", columns=(text_field,))
+        return Fields(kind="messages", columns=(MESSAGES,), has_tools=has_tools)
+    if has_pair or text_field in columns:
+        return pair if has_pair else text
     raise UserError(
         f"{place} has neither the column {MESSAGES!r}, nor {prompt_field!r} with "
         f"{response_field!r}, nor {text_field!r}. Its columns are: {', '.join(columns)}. Name the "
         "columns of its text with --prompt_field and --response_field, or --text_field."
     )
+
+
+def _given_fields(
+    columns: Sequence[str],
+    names: Mapping[str, str],
+    given: Sequence[str],
+    pair: Fields,
+    text: Fields,
+    place: str,
+) -> Fields:
+    """Return the columns that options which the user gave name.
+
+    Args:
+        columns: names of the columns of the data set.
+        names: option -> column, of all options.
+        given: options that the user gave, at least one.
+        pair: fields of prompt and response.
+        text: fields of plain text.
+        place: text with which an error message begins.
+    """
+    if given[0] == "text_field" and len(given) > 1:
+        raise UserError(
+            f"--text_field {names['text_field']} is for plain text, but --{given[1]} "
+            f"{names[given[1]]} for prompts with responses. Give one of them."
+        )
+    chosen = text if given[0] == "text_field" else pair
+    absent = [name for name in chosen.columns if name not in columns]
+    if absent:
+        options = " ".join(f"--{option} {names[option]}" for option in given)
+        raise UserError(
+            f"{place} has no column {' and no '.join(map(repr, absent))}, which {options} needs. "
+            f"Its columns are: {', '.join(columns)}. Name columns that it has with --prompt_field "
+            "and --response_field, or --text_field."
+        )
+    return chosen
+
+
+def refuse_unsupported(columns: Sequence[str], place: str) -> None:
+    """Raise UserError if a data set has a column that changes what a chat template renders, and
+    that is not supported.
+
+    Args:
+        columns: names of the columns of the data set.
+        place: text with which the error message begins, e.g. "--data x.jsonl".
+    """
+    if NOT_SUPPORTED in columns:
+        raise UserError(
+            f"{place} has a column {NOT_SUPPORTED!r}, which is not supported: each chat is "
+            "rendered with the template's own defaults. Write the options into a --chat_template, "
+            "and remove this column."
+        )
+
+
+def tools_of(record: Mapping[str, Any]) -> Tools:
+    """Return the functions that a model may call in a chat; None if the example has none.
+
+    Args:
+        record: the example as a dict from column to value.
+
+    Raises:
+        ExampleError: the column ``tools`` is neither a list nor the JSON text of one.
+    """
+    value = record.get(TOOLS)
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise ExampleError(f"{TOOLS!r} is text, but not valid JSON: {error}.") from error
+    if not value:
+        return None
+    if not isinstance(value, list):
+        raise ExampleError(
+            f"{TOOLS!r} must be a list of functions, got {type(value).__name__}: {str(value)[:40]}"
+        )
+    return value
 
 
 def text_of(value: Any, name: str) -> str:
@@ -121,12 +221,18 @@ def chat_of(value: Any) -> list[Message]:
     """
     if not isinstance(value, list) or not value:
         raise ExampleError(
-            f"{MESSAGES!r} must be a list of objects with role and content, got {str(value)[:40]}"
+            f"{MESSAGES!r} must be a list of at least one object with role and content, got "
+            f"{str(value)[:40]}"
         )
     for number, message in enumerate(value, start=1):
         if not isinstance(message, dict):
             raise ExampleError(
                 f"Message {number} must be an object with role and content, got {str(message)[:40]}"
+            )
+        if message.get("content") is None and message.get("tool_calls"):
+            raise ExampleError(
+                f"'content' of message {number} is missing or null beside tool_calls. It must be "
+                'text. Give it "".'
             )
         for key in ("role", "content"):
             text_of(message.get(key), f"{key!r} of message {number}")

@@ -19,8 +19,10 @@ from transformers import PreTrainedTokenizerFast
 from sparse_lora_dist.data.batches import FILLER, padded, padded_length
 from sparse_lora_dist.data.fields import ExampleError, text_of
 from sparse_lora_dist.data.labels import check_columns, label_of
+from sparse_lora_dist.data.local_files import Columns
 from sparse_lora_dist.data.packing import Rows
-from sparse_lora_dist.data.read_files import Columns, read_examples
+from sparse_lora_dist.data.read_files import read_examples
+from sparse_lora_dist.data.reading import describe
 from sparse_lora_dist.data.tokens import (
     CACHE_VERSION,
     FEATURES,
@@ -43,6 +45,12 @@ LABELLED = datasets.Features(
 """Columns of the cache of tokens, which has one row for each example. ``labels`` holds one number,
 the class. ``num_targets`` is 1, or 0 if the example has no text. ``length`` and ``whole_length``
 are its numbers of tokens after and before it is cut to ``--sequence_length``."""
+
+
+UNKNOWN = (
+    "the label -1 is a class of its own here. Some data sets mark examples without a label so; "
+    "remove these if this is one."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,18 +147,18 @@ def load_labelled(
         source, split=split, max_samples=max_samples, flag=flag, column_names=column_names
     )
     columns = (*text_fields, label_field)
-    check_columns(examples.table.column_names, columns, f"{flag} {source}")
-    feature = examples.table.features[label_field]
+    check_columns(examples.names.columns, columns, f"{flag} {source}")
+    feature = examples.feature(label_field)
     places = {name: place for place, name in enumerate(classes)}
 
     def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-        label = label_of(record[label_field], feature)
+        label = label_of(record.get(label_field), feature)
         if label not in places:
             raise ExampleError(
                 f"The label {label!r} is not one of the classes of --data: {', '.join(classes)}. "
                 "Correct it, or remove the example."
             )
-        texts = [text_of(record[c], repr(c)) for c in text_fields]
+        texts = [text_of(record.get(c), repr(c)) for c in text_fields]
         return [_row(tokenizer, texts, places[label], segments, sequence_length)]
 
     key = (CACHE_VERSION, "labelled", columns, tuple(classes), segments, sequence_length)
@@ -161,6 +169,9 @@ def load_labelled(
             f"{flag} {source} has no example with text: {documents.report()}. Give data in which "
             "at least one example has text."
         )
+    notes = (UNKNOWN,) if "-1" in classes else ()
+    unused = {"--column_names": bool(column_names) and not examples.is_table}
+    documents.reading = describe(examples, columns, notes=notes).with_unused(unused)
     return documents
 
 

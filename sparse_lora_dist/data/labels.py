@@ -1,12 +1,14 @@
 """Find the labels of a data set, which are its classes, and the label of an example."""
 
+import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import datasets
 
 from sparse_lora_dist.data.fields import ExampleError
-from sparse_lora_dist.data.read_files import Columns, read_examples
+from sparse_lora_dist.data.local_files import Columns
+from sparse_lora_dist.data.read_files import read_examples
 from sparse_lora_dist.errors import UserError
 
 
@@ -32,24 +34,47 @@ def read_classes(source: str, *, label_field: str, column_names: Columns, flag: 
     examples = read_examples(
         source, split="train", max_samples=None, flag=flag, column_names=column_names
     )
-    place, table = f"{flag} {source}", examples.table
-    check_columns(table.column_names, [label_field], place)
-    feature = table.features[label_field]
-    found = set()
-    for value in table.unique(label_field):
+    place = f"{flag} {source}"
+    check_columns(examples.names.columns, [label_field], place)
+    feature = examples.feature(label_field)
+    found: set[str] = set()
+    first: Any = None
+    for index, value in enumerate(examples.values(label_field)):
         try:
             found.add(label_of(value, feature))
         except ExampleError as error:
-            raise examples.fault(table[label_field][:].index(value), str(error)) from error
+            raise examples.fault(index, str(error)) from error
+        first = value if first is None else first
+        if type(first) is not type(value):
+            raise examples.fault(index, _mixed(first, value))
     if isinstance(feature, datasets.ClassLabel):
         return list(feature.names)
     if len(found) < 2:
         raise UserError(
-            f"Every example of {place} has the label {found.pop()!r}, but a classifier needs at "
-            "least two classes. Give data with two different labels or more, or name another "
+            f"Every example of {place} has the label {found.pop()!r}, but a classifier needs "
+            "at least two classes. Give data with two different labels or more, or name another "
             "column with --label_field."
         )
-    return sorted(found, key=_by_size)
+    return _checked(sorted(found, key=_by_size), place)
+
+
+def _mixed(first: object, value: object) -> str:
+    return (
+        f"Its label {value!r} is {type(value).__name__}, but an earlier label {first!r} is "
+        f"{type(first).__name__}. Write all labels as whole numbers, or all as text."
+    )
+
+
+def _checked(labels: list[str], place: str) -> list[str]:
+    """Return ``labels``, unless one of them marks examples without a label."""
+    is_unknown = {"-1", "0", "1", "2"} <= set(labels) and "-2" not in labels
+    if is_unknown:
+        raise UserError(
+            f"{place} has the labels {', '.join(labels[:6])}. In such data sets -1 marks examples "
+            "whose label is unknown, which is no class. Remove these examples, or give the classes "
+            "names."
+        )
+    return labels
 
 
 def label_of(value: Any, feature: Any) -> str:
@@ -113,6 +138,5 @@ def check_columns(columns: Collection[str], wanted: Sequence[str], place: str) -
 
 
 def _by_size(label: str) -> tuple[bool, int, str]:
-    number = label.lstrip("-")
-    is_number = number.isascii() and number.isdigit()
+    is_number = re.fullmatch(r"-?[0-9]{1,20}", label) is not None
     return not is_number, int(label) if is_number else 0, label

@@ -1,88 +1,38 @@
-"""Read a file, folder or hub data set into a table of examples; find file and line of an example.
+"""Read a file, folder or hub data set into a table of examples.
 
-Hugging Face ``datasets`` reads all kinds of files. It keeps the table in an Arrow file on disk, so
-memory does not grow with the data.
+Hugging Face ``datasets`` keeps the table in an Arrow file on disk, so memory does not grow with the
+data. JSON, CSV, TSV and text files are read by ``local_files``, Parquet and the hub by
+``datasets``.
 """
 
 import glob
 import logging
-from collections.abc import Iterator, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet as parquet
 
-from sparse_lora_dist.data.line_numbers import (
-    CELLS,
-    broken_line,
-    example_lines,
-    first_cells,
-    has_content,
+from sparse_lora_dist.data.examples import (
+    EMPTY,
+    Examples,
+    declared_names,
+    fingerprint,
+    local_names,
+    local_table,
 )
+from sparse_lora_dist.data.folders import Folder, list_folder, of_split
+from sparse_lora_dist.data.local_files import CELLS, JSON, PARQUET, TEXT, Columns, has_content
 from sparse_lora_dist.errors import UserError
 
-BUILDERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".txt": "text",
-    ".csv": "csv",
-    ".tsv": "csv",
-}
-KINDS = " ".join(BUILDERS)
-
-Columns = Sequence[str]
-"""Names of the columns of a table without a header line; empty for a table with one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Examples:
-    """The examples of one file, folder or hub data set, unchanged and in its order."""
-
-    table: datasets.Dataset
-    """One row for each example."""
-    source: str
-    """File, folder or id of a Hugging Face hub data set, as the user gave it."""
-    files: tuple[Path, ...]
-    """Paths of the files that hold the examples, in reading order; empty if they are not on this
-    machine."""
-    column_names: Columns = ()
-    """Names of the columns of a table without a header line; empty for other data."""
-
-    @property
-    def is_plain_text(self) -> bool:
-        """True if each example is the whole text of a ``.txt`` file, in a column ``text``."""
-        return bool(self.files) and self.files[0].suffix == ".txt"
-
-    def fault(self, index: int, what: str) -> UserError:
-        """Return the error to raise for a wrong example, with its file and line. The files are read
-        again to find them.
-
-        Args:
-            index: number of the example: its row in ``table``, from 0.
-            what: sentence that says what is wrong with the example. If one of the files has a
-                broken line (see ``broken_line``), the error names that line instead.
-        """
-        # JSON readers accept some broken lines, and return missing or extra examples for them.
-        problem = next(filter(None, map(broken_line, self.files)), None)
-        return UserError(problem or f"{self.place(index)}: {what}")
-
-    def place(self, index: int) -> str:
-        """Return a text that says where an example is: "file:line" for JSON Lines, otherwise "file,
-        example n" with n counted from 1.
-
-        Args:
-            index: number of the example: its row in ``table``, from 0.
-        """
-        for file in self.files:
-            lines = example_lines(file)
-            count = _count(file, self.column_names) if lines is None else len(lines)
-            if index < count:
-                return f"{file}:{lines[index]}" if lines else f"{file}, example {index + 1}"
-            index -= count
-        return f"{self.source}, example {index + 1}"
+SUFFIXES = (*JSON, PARQUET, TEXT, *CELLS)
+KINDS = " ".join(SUFFIXES)
+CARD = "README.md"
+"""File of a folder laid out like a hub data set."""
 
 
 def read_examples(
@@ -111,20 +61,19 @@ def read_examples(
         UserError: the source does not exist, is of an unknown kind, has broken content (with file
             and line), or has no example.
     """
-    path = Path(source).expanduser()
-    place = f"{flag} {source}"
-    if path.is_file():
-        table, files = _read_file(path, place, column_names)
-    elif path.is_dir():
-        table, files = _read_folder(path, split, place, column_names)
-    elif path.suffix in BUILDERS or source.startswith((".", "~", "/")) or source.count("/") > 1:
-        raise UserError(f"{place} does not exist. Give the path of a file or folder, or a hub id.")
-    else:
-        place += " is no file or folder on this machine, and as a hub data set it"
-        table, files = _build(source, split, (), place, {})
+    with readable(f"{flag} {source}"):
+        table, files, is_local, others = _read(source, split, f"{flag} {source}", column_names)
+        names = local_names(table) if is_local else declared_names(table)
     if max_samples is not None:
         table = table.select(range(min(max_samples, len(table))))
-    return Examples(table=table, source=source, files=files, column_names=column_names)
+    return Examples(
+        table=table,
+        is_local=is_local,
+        names=names,
+        source=source,
+        files=files,
+        unread_files=others,
+    )
 
 
 def be_quiet() -> None:
@@ -134,112 +83,177 @@ def be_quiet() -> None:
     datasets.logging.set_verbosity(logging.CRITICAL)
 
 
-Read = tuple[datasets.Dataset, tuple[Path, ...]]
-"""A table, and the paths of the local files it was read from."""
+@contextmanager
+def readable(place: str) -> Iterator[None]:
+    """Context manager: turn whatever a library raises while data are read into a UserError of one
+    sentence.
+
+    Args:
+        place: text with which the message begins, e.g. "--data x.jsonl".
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        causes = [error]
+        while (cause := causes[-1].__cause__) is not None:
+            causes.append(cause)  # type: ignore[arg-type]
+        for one in causes:
+            if isinstance(one, UserError):
+                raise one from None
+        raise UserError(f"{place} cannot be read. {in_words(causes[-1])}") from error
 
 
-def _read_file(path: Path, place: str, column_names: Columns) -> Read:
-    if path.suffix not in BUILDERS:
+def in_words(error: BaseException) -> str:
+    """Return the type and text of an exception of a library. The type of an OSError or ValueError
+    is left out, since their texts say enough."""
+    text = " ".join(str(error).split()) or "It gives no reason."
+    is_plain = type(error) in (ValueError, FileNotFoundError, PermissionError)
+    return text if is_plain else f"{type(error).__name__}: {text}"
+
+
+FromFiles = tuple[datasets.Dataset, tuple[Path, ...], bool, tuple[str, ...]]
+"""A table, the paths of the local files it was read from, True if it has the columns ``LOCAL``, and
+the paths of the other files of the folder."""
+
+
+def _read(source: str, split: str, place: str, column_names: Columns) -> FromFiles:
+    if not source.strip():  # as a path it would be the current folder
+        raise UserError(f"{place} is empty. Give the path of a file or folder, or a hub id.")
+    path = Path(source).expanduser()
+    if path.is_file():
+        _check_file(path, place)
+        folder = Folder(path=path.parent, files=(path,), others=())
+        return _read_files(folder, place, column_names)
+    if path.is_dir():
+        return _read_folder(path, split, place, column_names)
+    if path.exists():
+        raise UserError(
+            f"{place} is a pipe or a device, but data are read several times. Give a file or a "
+            "folder: write what comes through the pipe into a file first."
+        )
+    if path.suffix in SUFFIXES or source.startswith((".", "~", "/")) or source.count("/") > 1:
+        raise UserError(f"{place} does not exist. Give the path of a file or folder, or a hub id.")
+    place += " is no file or folder on this machine, and as a hub data set it"
+    return *_build(lambda: datasets.load_dataset_builder(source), split, place), False, ()
+
+
+def _check_file(path: Path, place: str) -> None:
+    if path.suffix not in SUFFIXES:
         raise UserError(
             f"{place} is a file of an unknown kind: {path.suffix or 'it has no suffix'}. Give a "
             f"file of one of these kinds: {KINDS}."
         )
-    # Checked here, as each reader fails in its own words at a file without columns.
     if not has_content(path):
         raise UserError(f"{place} is an empty file. Give a file with at least one example.")
-    options = _file_options(path, column_names)
-    return _build(BUILDERS[path.suffix], "train", (path,), place, options)
 
 
-def _read_folder(folder: Path, split: str, place: str, column_names: Columns) -> Read:
-    files = sorted(p for p in folder.rglob("*") if p.suffix in BUILDERS and has_content(p))
-    kinds = sorted({p.suffix for p in files})
-    if not files:
+def _read_files(folder: Folder, place: str, column_names: Columns) -> FromFiles:
+    """Read all files of ``folder``, which are of one kind."""
+    others = folder.relative(folder.others)
+    if folder.kinds == [PARQUET] and _is_one_table(folder.files):
+        return *_read_parquet(folder.files, place), False, others
+    with _silent_log():
+        table = local_table(folder.files, column_names)
+    return table, folder.files, True, others
+
+
+def _read_folder(path: Path, split: str, place: str, column_names: Columns) -> FromFiles:
+    folder = list_folder(path, SUFFIXES)
+    card = _front_matter(path / CARD)
+    if not folder.files:
         raise UserError(
             f"{place} is a folder without data files. Give a folder with files of one of these "
             f"kinds: {KINDS}."
         )
-    if len(kinds) == 1:
-        options = _reader_options(files, column_names)
-        return _build(str(folder), split, tuple(files), place, options)
-    # A README makes it a folder like a hub data set: its metadata says which files are the data.
-    if (folder / "README.md").is_file():
-        return _build(str(folder), split, tuple(files), place, {})
-    raise UserError(
-        f"{place} is a folder with files of several kinds: {', '.join(kinds)}. Leave files of "
-        "one kind in it, or give a single file."
-    )
+    # The metadata of a hub data set may say which files are the data.
+    if card is not None and (len(folder.kinds) > 1 or "configs:" in card):
+        return _read_hub_folder(folder, split, place)
+    if len(folder.kinds) > 1:
+        raise UserError(
+            f"{place} is a folder with files of several kinds: {', '.join(folder.kinds)}. Leave "
+            "files of one kind in it, or give a single file."
+        )
+    return _read_files(of_split(folder, split, place), place, column_names)
+
+
+def _front_matter(card: Path) -> str | None:
+    """Return the YAML at the top of a README.md; None if there is no such file."""
+    if not card.is_file():
+        return None
+    found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    return found[1] if found else ""
+
+
+def _read_hub_folder(folder: Folder, split: str, place: str) -> FromFiles:
+    def builder() -> Any:
+        made = datasets.load_dataset_builder(str(folder.path), cache_dir=_cache(folder.files))
+        named = [name for names in (made.config.data_files or {}).values() for name in names]
+        for name in filter(os.path.isabs, named):
+            if os.path.relpath(name, folder.path).split(os.sep)[0] == os.pardir:
+                raise UserError(
+                    f"{place}: its {CARD} names {name}, which is not in this folder. Remove it "
+                    f"from {CARD}, or give that file."
+                )
+        return made
+
+    table, files = _build(builder, split, place)
+    read = {os.path.abspath(file) for file in files}
+    all_files = (*folder.files, *folder.others)
+    others = tuple(file for file in all_files if os.path.abspath(file) not in read)
+    return table, files, False, folder.relative(tuple(sorted(others)))
+
+
+def _is_one_table(files: tuple[Path, ...]) -> bool:
+    """Return True if the schemas of Parquet files are the same."""
+    first, *others = (parquet.read_schema(file) for file in files)
+    return all(first.equals(other) for other in others)
+
+
+def _read_parquet(files: tuple[Path, ...], place: str) -> tuple[datasets.Dataset, tuple[Path, ...]]:
+    def builder() -> Any:
+        return datasets.load_dataset_builder(
+            "parquet",
+            data_files=[glob.escape(str(file)) for file in files],  # a name may have [brackets]
+            cache_dir=_cache(files),
+        )
+
+    return _build(builder, "train", place)[0], files
+
+
+def _cache(files: tuple[Path, ...]) -> str:
+    """Return the folder in which ``datasets`` caches the tables of some files. Its own key knows
+    the dates of files only, but not their content."""
+    return str(Path(datasets.config.HF_DATASETS_CACHE) / "sparse_lora_dist" / fingerprint(files))
 
 
 def _build(
-    name: str, split: str, suspects: tuple[Path, ...], place: str, options: dict[str, Any]
-) -> Read:
-    """Read a table with ``datasets.load_dataset_builder``.
+    builder_of: Callable[[], Any], split: str, place: str
+) -> tuple[datasets.Dataset, tuple[Path, ...]]:
+    """Read a table with a builder of ``datasets``.
 
     Args:
-        name: first argument of that function: a value of ``BUILDERS``, a folder, or a hub id.
+        builder_of: function that returns the builder.
         split: split to read, e.g. "train".
-        suspects: files that are searched for a broken line if reading fails.
-        place: text with which a message begins, e.g. "--data x.jsonl".
-        options: keyword arguments of that function.
+        place: text with which a message begins, e.g. "--data x.parquet".
 
     Returns:
         The table, and the paths of the local files that it was read from.
 
     Raises:
-        UserError: reading failed; the message names the first broken line of ``suspects`` if there
-            is one.
+        UserError: reading failed.
     """
-    try:
+    with readable(place):
         with _silent_log():
-            builder = datasets.load_dataset_builder(name, **options)
+            builder = builder_of()
             builder.download_and_prepare()
         part = builder.info.splits.get(split)
         if part is not None and part.num_examples == 0:
-            raise ValueError("It is empty. Give data with at least one example.")
+            raise ValueError(EMPTY)
         table = builder.as_dataset(split=split)
-    except (datasets.exceptions.DatasetsError, OSError, ValueError) as error:
-        problem = next(filter(None, map(broken_line, suspects)), None)
-        raise UserError(problem or f"{place} cannot be read. {_root(error)}") from error
     names = (builder.config.data_files or {}).get(split, [])
     return table, tuple(Path(name) for name in names if Path(name).is_file())
-
-
-def _count(file: Path, column_names: Columns) -> int:
-    """Return the number of examples in a file that is not JSON Lines."""
-    options = _file_options(file, column_names)
-    return len(_build(BUILDERS[file.suffix], "train", (), str(file), options)[0])
-
-
-def _file_options(file: Path, column_names: Columns) -> dict[str, Any]:
-    # escape: names with [brackets] would be taken for glob patterns.
-    return {"data_files": [glob.escape(str(file))], **_reader_options([file], column_names)}
-
-
-def _reader_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
-    if files[0].suffix == ".txt":
-        return {"sample_by": "document"}
-    if files[0].suffix in CELLS:
-        return _table_options(files, column_names)
-    return {}
-
-
-def _table_options(files: list[Path], column_names: Columns) -> dict[str, Any]:
-    # Checked before reading: pandas takes extra cells for an index and shifts the columns.
-    problem = next(filter(None, map(broken_line, files)), None)
-    if problem is not None:
-        raise UserError(problem)
-    # Everything stays text: an answer "42" is not a number, and "NA" is not a missing value.
-    text = datasets.Value("string")
-    first = first_cells(files[0])
-    if column_names and len(column_names) != len(first):
-        raise UserError(
-            f"The first line of {files[0]} has {len(first)} cells, but --column_names has "
-            f"{len(column_names)} names. Give one name for each cell."
-        )
-    features = datasets.Features(dict.fromkeys(column_names or first, text))
-    names = {"names": list(column_names)} if column_names else {}
-    return {"features": features, "keep_default_na": False, **names, **CELLS[files[0].suffix]}
 
 
 @contextmanager
@@ -251,9 +265,3 @@ def _silent_log() -> Iterator[None]:
         yield
     finally:
         datasets.logging.set_verbosity(before)
-
-
-def _root(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).strip() or type(error).__name__

@@ -5,8 +5,8 @@ Plain text that is too long is cut into several documents. A prompt with its res
 that is too long is left out and counted.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import datasets
@@ -15,17 +15,43 @@ import numpy.typing as npt
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.chat import TrainOn, encode_chat, encode_text, find_template
-from sparse_lora_dist.data.fields import ExampleError, find_fields
-from sparse_lora_dist.data.read_files import Columns, Examples, read_examples
+from sparse_lora_dist.data.chat import (
+    TrainOn,
+    encode_chat,
+    encode_text,
+    end_of_turn,
+    find_template,
+)
+from sparse_lora_dist.data.examples import Examples
+from sparse_lora_dist.data.fields import (
+    DEFAULTS,
+    TOOLS,
+    ExampleError,
+    Fields,
+    find_fields,
+    refuse_unsupported,
+    tools_of,
+)
+from sparse_lora_dist.data.local_files import Columns
+from sparse_lora_dist.data.read_files import in_words, read_examples, readable
+from sparse_lora_dist.data.reading import (
+    Reading,
+    describe,
+    renders_tools,
+    shown,
+    template_source,
+    unread_keys,
+)
 from sparse_lora_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
 """Label of a token or row without a loss; torch's cross entropy ignores it."""
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Version of the cache of tokens. Increase it when a change of this code gives other tokens for the
 same text, so that old caches are not used."""
+TXT = Fields(kind="text", columns=("text",))
+"""The column of plain text files."""
 FEATURES = datasets.Features(
     {
         "input_ids": datasets.List(datasets.Value("int32")),
@@ -77,6 +103,8 @@ class Documents:
         """Number of examples left out because none of their tokens is a target."""
         self.longest = int(length.max(initial=0))
         """Number of tokens of the longest example, even if it is left out."""
+        self.reading: Reading | None = None
+        """What of the data set was read; None if the documents come from no data set."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -99,6 +127,21 @@ class Documents:
             records = self._table[places]
             for ids, labels in zip(records["input_ids"], records["labels"], strict=True):
                 yield ids.astype(np.int64), labels.astype(np.int64)
+
+    def targets_among(self, ids: Collection[int]) -> list[int]:
+        """Return which of some token ids are targets, from the first documents in which any is;
+        [] if none ever is.
+
+        Args:
+            ids: token ids, such as those that end an answer.
+        """
+        wanted = np.array(sorted(ids), dtype=np.int32)
+        for rows in self._table.select_columns(["labels"]).with_format("arrow").iter(1000):
+            labels = rows["labels"].combine_chunks().flatten().to_numpy()
+            found = np.intersect1d(labels, wanted)
+            if len(found):
+                return [int(i) for i in found]
+        return []
 
     def report(self) -> str:
         """Return one line of text: the number of documents, tokens and targets, and how many
@@ -164,36 +207,119 @@ def load_documents(
     examples = read_examples(
         source, split=split, max_samples=max_samples, flag=flag, column_names=column_names
     )
-    fields = find_fields(
-        examples.table.column_names,
-        text_field="text" if examples.is_plain_text else text_field,
-        prompt_field=prompt_field,
-        response_field=response_field,
-        place=f"{flag} {source}",
+    place = f"{flag} {source}"
+    options = {
+        "text_field": text_field,
+        "prompt_field": prompt_field,
+        "response_field": response_field,
+    }
+    fields = (
+        TXT
+        if examples.is_plain_text
+        else find_fields(examples.names.columns, **options, place=place)
     )
-    template = find_template(tokenizer, chat_template)
-    if fields.kind == "messages" and template is None:
-        raise UserError(
-            f"{flag} {source} has a column 'messages', but the tokenizer has no chat "
-            "template. Give one with --chat_template."
-        )
+    fields, template = _with_template(examples, fields, tokenizer, chat_template, place)
 
     def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if fields.kind == "text":
             return _text_rows(encode_text(tokenizer, fields.text(record)), sequence_length)
-        chat = fields.messages(record)
-        encoded = encode_chat(tokenizer, chat, template=template, train_on=train_on)
+        encoded = encode_chat(
+            tokenizer,
+            fields.messages(record),
+            template=template,
+            train_on=train_on,
+            tools=tools_of(record) if fields.has_tools else None,
+        )
         return [document_row(encoded.ids, encoded.is_target, sequence_length)]
 
     key = (CACHE_VERSION, fields, template, train_on, sequence_length, *identity(tokenizer))
-    table = tokenise(examples, fields.columns, rows_of, key)
+    table = tokenise(examples, fields.all_columns, rows_of, key)
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
-        raise UserError(
-            f"{flag} {source} has no document to train on: {documents.report()}. Raise "
-            "--sequence_length, or give other data."
-        )
+        raise UserError(_no_document(documents, examples, fields, place))
+    reading = _reading(documents, examples, fields, tokenizer, template, chat_template)
+    is_txt = examples.is_plain_text
+    unused = {f"--{name}": is_txt and options[name] != DEFAULTS[name] for name in options}
+    unused["--chat_template"] = chat_template is not None and fields.kind == "text"
+    unused["--column_names"] = bool(column_names) and not examples.is_table
+    documents.reading = reading.with_unused(unused)
     return documents
+
+
+def _with_template(
+    examples: Examples,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerFast,
+    chat_template: str | None,
+    place: str,
+) -> tuple[Fields, str | None]:
+    """Return the columns that are read, with ``tools`` only if it is rendered, and the template of
+    chats and pairs."""
+    columns = examples.names.columns
+    if fields.kind == "text":
+        return fields, None
+    refuse_unsupported(columns, place)
+    template = find_template(tokenizer, chat_template, has_tools=TOOLS in columns)
+    if fields.kind == "messages" and template is None:
+        raise UserError(
+            f"{place} has a column 'messages', but the tokenizer has no chat "
+            "template. Give one with --chat_template."
+        )
+    return replace(fields, has_tools=renders_tools(columns, template)), template
+
+
+def _no_document(documents: Documents, examples: Examples, fields: Fields, place: str) -> str:
+    roles = _wrong_roles(examples) if fields.kind == "messages" else ""
+    return (
+        f"{place} has no document to train on: {documents.report()}. {roles}Raise "
+        "--sequence_length, or give other data."
+    )
+
+
+def _wrong_roles(examples: Examples, most: int = 1000) -> str:
+    """Return a sentence with the roles of the first examples; "" if one of them is the
+    assistant."""
+    first = (record["messages"] for _, record in zip(range(most), examples, strict=False))
+    roles = dict.fromkeys(message["role"] for messages in first for message in messages)
+    if "assistant" in roles:
+        return ""
+    return (
+        f"Its messages have the roles {shown(list(roles))}, but the loss is on messages with the "
+        "role 'assistant' only. Rename the role of the answers to 'assistant', and that of the "
+        "questions to 'user'. "
+    )
+
+
+def _reading(
+    documents: Documents,
+    examples: Examples,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+    chat_template: str | None,
+) -> Reading:
+    """Return what was read of data for language modelling."""
+    if fields.kind == "text":
+        return describe(examples, fields.all_columns)
+    try:
+        ends = end_of_turn(tokenizer, template=template)
+    except ExampleError:  # the template refuses a chat of one question and its answer
+        ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    learned = tokenizer.convert_ids_to_tokens(documents.targets_among(ends))
+    possible = tokenizer.convert_ids_to_tokens(sorted(ends))
+    note = (
+        f"no token that ends an answer is learned ({shown(possible)}), so the model does not learn "
+        "to stop. Use a --chat_template that ends each answer with such a token, within its "
+        "{% generation %} marks if it has them."
+    )
+    return describe(
+        examples,
+        fields.all_columns,
+        unread_columns=unread_keys(examples, fields, template),
+        template=template_source(chat_template, template, tokenizer.chat_template),
+        answer_ends=tuple(learned),
+        notes=() if learned else (note,),
+    )
 
 
 def tokenise(
@@ -226,24 +352,32 @@ def tokenise(
         rows: list[dict[str, Any]] = []
         for i, index in enumerate(indices):
             try:
-                rows += rows_of({column: batch[column][i] for column in columns})
-            # Text that is not UTF-8 is found only here, where Arrow decodes it.
-            except (ExampleError, UnicodeDecodeError) as error:
+                record = examples.decoded({name: values[i] for name, values in batch.items()})
+                rows += rows_of(record)
+            except ExampleError as error:
                 raise examples.fault(index, str(error)) from error
+            # Text that no tokenizer takes, such as half of a surrogate pair.
+            except Exception as error:
+                raise examples.fault(
+                    index,
+                    f"This example cannot be tokenised: {in_words(error)}. Correct it, or remove "
+                    "it.",
+                ) from error
         return {column: [row[column] for row in rows] for column in features}
 
-    table = examples.table.select_columns(list(columns))
-    return table.map(
-        rows_of_batch,
-        with_indices=True,
-        batched=True,
-        batch_size=100,
-        remove_columns=list(columns),
-        features=features,
-        # Otherwise datasets would pickle the tokenizer, whose inner state changes with use.
-        new_fingerprint=Hasher.hash((table._fingerprint, *key)),
-        desc="tokenise",
-    )
+    table = examples.only(columns)
+    with readable(examples.source):
+        return table.map(
+            rows_of_batch,
+            with_indices=True,
+            batched=True,
+            batch_size=100,
+            remove_columns=table.column_names,
+            features=features,
+            # Otherwise datasets would pickle the tokenizer, whose inner state changes with use.
+            new_fingerprint=Hasher.hash((table._fingerprint, *key)),
+            desc="tokenise",
+        )
 
 
 def document_row(ids: list[int], is_target: list[bool], sequence_length: int) -> dict[str, Any]:

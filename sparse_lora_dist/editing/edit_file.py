@@ -93,6 +93,8 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         ) from error
     except json.JSONDecodeError as error:
         raise _not_json(path, error) from error
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, 1, error) from error
     at, end = _skip_separators(text, 0), len(text)
     if text[at : at + 1] == "[":
         at, end = _skip_separators(text, at + 1), text.rindex("]")
@@ -103,6 +105,8 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             value, end_of_value = json.JSONDecoder().raw_decode(text, at)
         except json.JSONDecodeError as error:
             raise _not_json(path, error) from error
+        except (ValueError, RecursionError) as error:
+            raise _unreadable(path, line, error) from error
         yield line, value
         at = _skip_separators(text, end_of_value)
 
@@ -116,6 +120,12 @@ def _not_json(path: Path, error: json.JSONDecodeError) -> UserError:
     problem = f"{path}:{error.lineno} is not valid JSON: {error.msg} (column {error.colno})"
     allowed = "Edits must be a JSON list of objects, or one object per line. Correct this line."
     return UserError(f"{problem}. {allowed}", shared=True)
+
+
+def _unreadable(path: Path, line: int, error: Exception) -> UserError:
+    # JSON that is nested too deep, or a number of thousands of digits.
+    problem = f"{path}:{line} or a line after it cannot be read: {type(error).__name__}: {error}"
+    return UserError(f"{problem}. Correct it, or remove this edit.", shared=True)
 
 
 def _problem_report(path: Path, problems: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
 from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.questions import Encoder
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.training.feed import check_positions, open_tokenizer
+from sparse_lora_dist.training.feed import check_positions, open_tokenizer, print_reading
 
 RESULT_OPTIONS = (
     *("model", "revision", "quantization", "double_quant", "precision", "attn_implementation"),
@@ -90,9 +90,9 @@ def open_eval_set(
     source = as_user_error(f"--eval_data {request.source}", "Check the data, or convert them.")
     with fail_together("reading the data"), first_on_its_node(), source:
         tokenizer = open_tokenizer(config, model)
-        template = find_template(tokenizer, config.data.chat_template)
-        encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data)
         table = Table.read(request.source, config.data, request.own.limit)
+        template = find_template(tokenizer, config.data.chat_template, has_tools=table.has_tools)
+        encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data)
         items = {
             name: METRICS[name].items(encoder, table, request.own.limit)
             for name in request.own.metrics
@@ -110,6 +110,11 @@ def open_eval_set(
     for name, found in items.items():
         counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
         print_line(name, counts)
+        if isinstance(found, Documents):
+            print_reading(found.reading, notes=False)
+    if any(not isinstance(found, Documents) for found in items.values()):
+        own = config.data.chat_template
+        print_reading(table.reading(template, own, tokenizer.chat_template), notes=False)
     return EvalSet(
         config=config,
         own=request.own,

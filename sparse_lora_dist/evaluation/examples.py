@@ -5,8 +5,28 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sparse_lora_dist.config.sections import DataConfig
-from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message, chat_of, text_of
-from sparse_lora_dist.data.read_files import Examples, read_examples
+from sparse_lora_dist.data.examples import Examples
+from sparse_lora_dist.data.fields import (
+    DEFAULTS,
+    MESSAGES,
+    TOOLS,
+    ExampleError,
+    Fields,
+    Message,
+    Tools,
+    chat_of,
+    refuse_unsupported,
+    text_of,
+    tools_of,
+)
+from sparse_lora_dist.data.read_files import in_words, read_examples
+from sparse_lora_dist.data.reading import (
+    Reading,
+    describe,
+    renders_tools,
+    template_source,
+    unread_keys,
+)
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.right_answers import LETTERS
 
@@ -38,7 +58,7 @@ class Table:
     Prompts are read from the column named by ``--prompt_field``. If the option has its default and
     there is no such column, they are read from column ``question``. Answers are read from
     ``--response_field`` or ``answer`` by the same rule. A column ``messages`` takes precedence
-    over both: it holds chats that end with the right answer.
+    over both unless one of these options was given: it holds chats that end with the right answer.
     """
 
     examples: Examples
@@ -65,7 +85,43 @@ class Table:
             flag="--eval_data",
             column_names=data.column_names,
         )
+        refuse_unsupported(examples.names.columns, f"--eval_data {source}")
         return cls(examples=examples, data=data)
+
+    @property
+    def has_chats(self) -> bool:
+        """True if the examples are read from the column ``messages``."""
+        options = ("prompt_field", "response_field")
+        given = any(getattr(self.data, name) != DEFAULTS[name] for name in options)
+        return MESSAGES in self.examples.names.columns and not given
+
+    @property
+    def has_tools(self) -> bool:
+        """True if the examples have a column ``tools``."""
+        return TOOLS in self.examples.names.columns
+
+    def reading(self, template: str | None, chat_template: str | None, own: object) -> Reading:
+        """Return what of the data the metrics with questions read.
+
+        Args:
+            template: Text of the chat template; None for plain text.
+            chat_template: Value of --chat_template.
+            own: Chat template of the tokenizer.
+        """
+        found = self.examples.names.columns
+        columns = [MESSAGES] if self.has_chats else [self.column("prompt")]
+        has_answer = "choices" in found or not self.has_chats
+        names = (self.data.response_field, "answer") if has_answer else ()
+        columns += [name for name in names if name in found][:1]
+        columns += ["choices"] if "choices" in found else []
+        columns += [TOOLS] if renders_tools(found, template) else []
+        fields = Fields(kind="messages" if self.has_chats else "pair", columns=tuple(columns))
+        return describe(
+            self.examples,
+            columns,
+            unread_columns=unread_keys(self.examples, fields, template),
+            template=template_source(chat_template, template, own),
+        )
 
     def map(self, make: Callable[["Table", Mapping[str, Any]], Item]) -> list[Item]:
         """Return ``make(self, record)`` for every example.
@@ -83,11 +139,16 @@ class Table:
         """
         items: list[Item] = []
         faults: list[tuple[int, ExampleError]] = []
-        for index, record in enumerate(self.examples.table):
+        for index, record in enumerate(self.examples):
             try:
                 items.append(make(self, record))
             except ExampleError as error:
                 faults.append((index, error))
+            except UserError:
+                raise
+            except Exception as error:  # text that no tokenizer takes
+                what = f"This example cannot be tokenised: {in_words(error)}. Correct it."
+                raise self.examples.fault(index, what) from error
         if faults:
             raise self._error(faults)
         return items
@@ -117,16 +178,27 @@ class Table:
         Raises:
             ExampleError: The chat is wrong or has no message before the answer.
         """
-        if MESSAGES not in record:
+        if not self.has_chats:
             column = self.column("prompt")
-            return [{"role": "user", "content": text_of(record[column], repr(column))}]
-        chat = chat_of(record[MESSAGES])
+            return [{"role": "user", "content": text_of(record.get(column), repr(column))}]
+        chat = chat_of(record.get(MESSAGES))
         chat = chat[:-1] if chat[-1]["role"] == "assistant" else chat
         if not chat:
             raise ExampleError(
                 f"{MESSAGES!r} has no message before the answer. Add the question to it."
             )
         return chat
+
+    def tools(self, record: Mapping[str, Any]) -> Tools:
+        """Return the functions that the model may call in an example; None if there are none.
+
+        Args:
+            record: The example, as a mapping from column names to values.
+
+        Raises:
+            ExampleError: The column ``tools`` is not a list.
+        """
+        return tools_of(record)
 
     def reference(self, record: Mapping[str, Any]) -> str:
         """Return the right answer of an example as text.
@@ -139,10 +211,10 @@ class Table:
         Raises:
             ExampleError: The example has no answer, or it is not text.
         """
-        if MESSAGES not in record:
+        if not self.has_chats:
             column = self.column("response")
-            return text_of(record[column], repr(column))
-        last = chat_of(record[MESSAGES])[-1]
+            return text_of(record.get(column), repr(column))
+        last = chat_of(record.get(MESSAGES))[-1]
         if last["role"] != "assistant":
             raise ExampleError(
                 f"{MESSAGES!r} must end with an assistant message, the right answer. Add it."
@@ -176,7 +248,7 @@ class Table:
             )
         texts = [text_of(choice, "a choice") for choice in given]
         column = self.column("response")
-        return texts, index_of_answer(record[column], texts, labels or LETTERS, repr(column))
+        return texts, index_of_answer(record.get(column), texts, labels or LETTERS, repr(column))
 
     def column(self, kind: str) -> str:
         """Return the name of the column that holds the prompts or the answers.
@@ -189,7 +261,7 @@ class Table:
                 the second one ("question" or "answer").
         """
         flag, second = f"{kind}_field", {"prompt": "question", "response": "answer"}[kind]
-        named, columns = getattr(self.data, flag), self.examples.table.column_names
+        named, columns = getattr(self.data, flag), self.examples.names.columns
         if named in columns:
             return str(named)
         is_default = named == getattr(DataConfig(), flag)

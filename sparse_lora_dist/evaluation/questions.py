@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents, load_documents
 from sparse_lora_dist.data.chat import encode_answer, encode_prompt
-from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Message
+from sparse_lora_dist.data.fields import ExampleError, Message, Tools
 from sparse_lora_dist.evaluation.examples import ExampleTooLong, Table
 from sparse_lora_dist.evaluation.right_answers import (
     LETTERS,
@@ -61,32 +61,42 @@ class Encoder:
     data: DataConfig
     """Data options of the evaluation."""
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    def prompt(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """Encode a chat up to the answer.
 
         Args:
             messages: The chat's messages, each with "role" and "content", without the answer.
+            tools: Functions that the model may call.
 
         Returns:
             Token ids of the chat and of what the template puts before an assistant's message.
         """
-        return self._check_length(encode_prompt(self.tokenizer, messages, template=self.template))
+        ids = encode_prompt(self.tokenizer, messages, template=self.template, tools=tools)
+        return self._check_length(ids)
 
-    def with_answers(self, messages: list[Message], answers: Sequence[str]) -> list[Document]:
+    def with_answers(
+        self, messages: list[Message], answers: Sequence[str], tools: Tools = None
+    ) -> list[Document]:
         """Encode a chat once with each of several answers.
 
         Args:
             messages: The chat up to the answer.
             answers: Texts of the answers.
+            tools: Functions that the model may call.
 
         Returns:
             One document, i.e. token ids and labels, per answer. The labels score the tokens of the
             answer and the tokens that end the assistant's turn, and no others.
         """
-        before, found = self.prompt(messages), []
+        before, found = self.prompt(messages, tools), []
         for answer in answers:
             encoded = encode_answer(
-                self.tokenizer, messages, answer, before=before, template=self.template
+                self.tokenizer,
+                messages,
+                answer,
+                before=before,
+                template=self.template,
+                tools=tools,
             )
             ids = np.array(self._check_length(encoded.ids))
             labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
@@ -111,9 +121,9 @@ def documents(encoder: Encoder, table: Table, limit: int | None) -> Documents:
         The tokenised examples. Those that are too long or have no token to score are left out and
         counted.
     """
-    data, columns = encoder.data, set(table.examples.table.column_names)
-    as_trained = {data.prompt_field, data.response_field} <= columns
-    if not (as_trained or columns & {MESSAGES, data.text_field} or table.examples.is_plain_text):
+    data, columns = encoder.data, set(table.examples.names.columns)
+    as_trained = table.has_chats or {data.prompt_field, data.response_field} <= columns
+    if not (as_trained or data.text_field in columns or table.examples.is_plain_text):
         # Training has no default columns "question" and "answer"; name them for it.
         prompt, response = table.column("prompt"), table.column("response")
         data = replace(data, prompt_field=prompt, response_field=response)
@@ -145,8 +155,8 @@ def choice(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Multipl
         The chat, tokenised once with each choice as its answer.
     """
     texts, right = table.choices(record)
-    messages = table.messages(record)
-    return MultipleChoice(documents=encoder.with_answers(messages, texts), right=right)
+    documents = encoder.with_answers(table.messages(record), texts, table.tools(record))
+    return MultipleChoice(documents=documents, right=right)
 
 
 def choice_generated(
@@ -173,7 +183,8 @@ def choice_generated(
             f"{len(LETTERS)}. Evaluate it with --metrics choice."
         )
     listed = [last["content"], *(f"{a}. {text}" for a, text in zip(LETTERS, texts, strict=False))]
-    prompt = encoder.prompt([*before, last | {"content": "\n".join(listed)}])
+    messages = [*before, last | {"content": "\n".join(listed)}]
+    prompt = encoder.prompt(messages, table.tools(record))
     return GeneratedQuestion(
         prompt=prompt, is_right=lambda text: chosen_index(text, texts) == right
     )
@@ -189,7 +200,7 @@ def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
         table: The evaluation data, whose methods read the fields of an example.
         record: The example, as a mapping from column names to values.
     """
-    prompt = encoder.prompt(table.messages(record))
+    prompt = encoder.prompt(table.messages(record), table.tools(record))
     return GeneratedQuestion(
         prompt=prompt, is_right=partial(is_exact, answer=table.reference(record))
     )
@@ -214,5 +225,5 @@ def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
             f"The example's answer has no number: {answer[-40:]!r}. Give a number, or choose other "
             "--metrics than gsm8k."
         )
-    prompt = encoder.prompt(table.messages(record))
+    prompt = encoder.prompt(table.messages(record), table.tools(record))
     return GeneratedQuestion(prompt=prompt, is_right=partial(is_same_number, answer=answer))

@@ -4,6 +4,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,21 +23,25 @@ PACKAGES = ("torch", "deepspeed", "transformers", "bitsandbytes", "datasets", "p
 """Packages whose versions ``environment.json`` records."""
 
 
-def write_description(folder: Path, config: Config) -> None:
+def write_description(
+    folder: Path, config: Config, data: Mapping[str, object] | None = None
+) -> None:
     """Write run.yaml and environment.json into a run folder. For rank 0 only.
 
     run.yaml holds the value of every option, and ``--config`` reads it. environment.json holds the
-    result of ``environment``.
+    result of ``environment`` and, as "data", what was read of the data.
 
     Args:
         folder: the run folder; it is made if it does not exist.
         config: options of the run.
+        data: option -> what was read of its data set, as JSON values: files, columns, template.
     """
     folder.mkdir(parents=True, exist_ok=True)
     options = config.as_flat_dict() | {"reset": []}  # --reset applies to one start only
     claim(folder, RUN_YAML, ENVIRONMENT)
     write_whole(folder / RUN_YAML, yaml.safe_dump(options, sort_keys=False))
-    write_whole(folder / ENVIRONMENT, json.dumps(environment(), indent=2) + "\n")
+    found = environment() | {"data": dict(data or {})}
+    write_whole(folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
 
 
 def environment() -> dict[str, object]:

@@ -109,6 +109,7 @@ CAUSAL_LM = Task(
     settle=lambda architecture, data: None,
     head=lambda model, files, keys_of: Head(),
     read=read_documents,
+    other_options=("label_field",),
     collate=packed_batch,
     loss=batch_loss,
     tally=batch_tally,

@@ -151,6 +151,7 @@ SEQ_CLS = Task(
     settle=settle_classes,
     head=find_head,
     read=read_labelled,
+    other_options=("prompt_field", "response_field", "chat_template", "train_on"),
     collate=labelled_batch,
     loss=class_loss,
     tally=class_tally,

@@ -33,6 +33,8 @@ class Task:
     read: Callable[..., Documents]
     """Function (file, folder or hub id of the data, tokenizer, config of the transformers model,
     data options, further keyword arguments) -> tokenised examples."""
+    other_options: tuple[str, ...] = ()
+    """Names of data options that ``read`` ignores. Those that the user gave are named."""
     collate: Collate
     """Function that builds a micro-batch from rows, i.e. from training sequences."""
     loss: Callable[[Engine, Any], Tensor]

@@ -2,7 +2,7 @@
 step."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import eval_source, resolve_default
-from sparse_lora_dist.data import Collate, MicroBatch, Rows, be_quiet, micro_batches, pack
+from sparse_lora_dist.config.sections import DataConfig
+from sparse_lora_dist.data import Collate, MicroBatch, Reading, Rows, be_quiet, micro_batches, pack
 from sparse_lora_dist.data.chat import find_template
 from sparse_lora_dist.data.fingerprint import hash_of_documents, hash_of_files, hash_of_tokenizer
 from sparse_lora_dist.distributed import comm
@@ -51,6 +52,9 @@ class DataFeed:
     the last global batch, filler rows without a loss complete it."""
     content: Identity = field(default_factory=Identity)
     """Hashes of the data: those fields of ``Identity`` that do not concern the base."""
+    readings: Mapping[str, Any] = field(default_factory=dict)
+    """What was read of each data set, by its option: "data" and "eval_data". Dicts of JSON values
+    (see ``Reading``). ``environment.json`` holds them."""
     program: str = "launcher/train.py"
     """Program that started the run. The summary names it in the command that continues the run."""
 
@@ -150,6 +154,11 @@ def open_feed(config: Config, model: Model) -> DataFeed:
             micro_batch_size=train.micro_batch_size,
             accumulation=train.gradient_accumulation_steps,
             end_row=_end_row(config, len(rows)),
+            readings={
+                name: found.documents.reading.record()
+                for name, found in (("data", rows), ("eval_data", held_out))
+                if found is not None and found.documents.reading is not None
+            },
         )
         if train.warmup_steps > feed.total_steps:
             raise UserError(
@@ -262,7 +271,8 @@ def _end_row(config: Config, rows_per_epoch: int) -> int:
 
 def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, split: str) -> Rows:
     data = config.data
-    documents = TASKS[config.model.task].read(
+    task = TASKS[config.model.task]
+    documents = task.read(
         source,
         tokenizer,
         model.module.config,
@@ -273,6 +283,8 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         flag=flag,
         split=split,
     )
+    if documents.reading is not None:
+        documents.reading = documents.reading.with_unused(given(data, task.other_options))
     rows = pack(
         documents,
         sequence_length=data.sequence_length,
@@ -284,7 +296,33 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         flag.lstrip("-"),
         f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
     )
+    print_reading(documents.reading, notes=flag == "--data")
     return rows
+
+
+def given(data: DataConfig, names: tuple[str, ...]) -> dict[str, bool]:
+    """Return for each of some options whether the user gave it: True if its value is not the
+    default.
+
+    Args:
+        data: data options of the run.
+        names: names of some of them.
+    """
+    default = DataConfig()
+    return {f"--{name}": getattr(data, name) != getattr(default, name) for name in names}
+
+
+def print_reading(reading: Reading | None, *, notes: bool) -> None:
+    """Print what of a data set was read and what was not, below the line of its numbers.
+
+    Args:
+        reading: what was read; None prints nothing.
+        notes: True to print the notes about data to train on too.
+    """
+    if reading is not None:
+        print_line("", reading.report())
+        for note in reading.notes if notes else ():
+            print_line("note", f"--data: {note}")
 
 
 def check_positions(model: nn.Module, longest: int, flag: str) -> None:

@@ -131,7 +131,7 @@ def test_a_data_set_that_names_its_classes_is_believed(tmp_path: Path) -> None:
     ("labels", "message"),
     [
         ([0, 0], "Every example of .* has the label '0', but a classifier needs at least two"),
-        ([0, 1.5], r"a\.jsonl:1: The label must be a whole number or text, got float: 0\.0"),
+        ([0, 1.5], r"a\.jsonl:2: The label must be a whole number or text, got float: 1\.5"),
         ([True, False], r"a\.jsonl:1: The label must be .* got bool: True"),
         ([1, None], r"a\.jsonl:2: The label must be .* got NoneType"),
         (["a", ""], r"a\.jsonl:2: The label of this example is empty"),

@@ -214,6 +214,8 @@ def test_the_run_folder_describes_the_run(whole: Path, tiny: TinyRun) -> None:
     assert environment["packages"]["torch"] == version("torch")
     assert environment["packages"]["deepspeed"] == version("deepspeed")
     assert {"git_commit", "python", "command", "sparse_lora_dist"} <= set(environment)
+    assert environment["data"]["data"]["files"] == [str(tiny.data)]
+    assert environment["data"]["eval_data"]["unread_columns"] == []
 
 
 def test_the_summary_names_what_came_out_and_what_to_type_next(

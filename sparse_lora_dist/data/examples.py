@@ -1,0 +1,272 @@
+"""Hold the examples of a data set in a table on disk, and find file and line of each."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as parquet
+from datasets.fingerprint import Hasher
+
+from sparse_lora_dist.data.local_files import (
+    CELLS,
+    TEXT,
+    Columns,
+    examples_in,
+    without_nulls,
+)
+from sparse_lora_dist.errors import UserError
+
+MESSAGES = "messages"
+"""Name of the column of chats. Each is a list of messages, which are dicts."""
+LOCAL = datasets.Features(
+    {
+        "example": datasets.Value("large_string"),
+        "names": datasets.Value("string"),
+        "file": datasets.Value("int32"),
+        "line": datasets.Value("int64"),
+    }
+)
+"""Columns of the table of JSON, CSV, TSV and text files. ``example`` is the whole example as JSON
+text, so columns need no types. ``names`` is a JSON list of two lists: names of its columns, and of
+the keys of its messages. ``file`` is the index of its file, ``line`` its line from 1 on or 0."""
+EMPTY = "It is empty. Give data with at least one example."
+MOST_ROWS, MOST_CHARACTERS = 1000, 1 << 24
+"""Most rows of a part of the table, and characters of its examples, that are in memory."""
+VERSION = 1
+"""Version of ``LOCAL``. Increase it when the same file gives other rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Names:
+    """The names that occur in the examples of a data set."""
+
+    columns: tuple[str, ...]
+    """Names of the columns."""
+    message_keys: tuple[str, ...] = ()
+    """Keys of the messages in the column ``messages``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """The examples of one file, folder or hub data set, unchanged and in its order."""
+
+    table: datasets.Dataset
+    """One row for each example: with the columns ``LOCAL``, or with the columns of the data."""
+    is_local: bool
+    """True if ``table`` has the columns ``LOCAL``."""
+    names: Names
+    """Names of columns, and of keys of messages."""
+    source: str
+    """File, folder or id of a Hugging Face hub data set, as the user gave it."""
+    files: tuple[Path, ...]
+    """Paths of the files that hold the examples, in reading order; empty if they are not on this
+    machine."""
+    unread_files: tuple[str, ...] = ()
+    """Paths of the other files of a folder, relative to it. They are not read."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield each example as a dict from column to value."""
+        for row in self.table:
+            yield self.decoded(row)
+
+    @property
+    def is_plain_text(self) -> bool:
+        """True if each example is the whole text of a ``.txt`` file, in a column ``text``."""
+        return bool(self.files) and self.files[0].suffix == TEXT
+
+    @property
+    def is_table(self) -> bool:
+        """True if the examples are the lines of CSV or TSV tables."""
+        return bool(self.files) and self.files[0].suffix in CELLS
+
+    def feature(self, column: str) -> Any:
+        """Return the declared type of a column, such as ``datasets.ClassLabel``; None if the data
+        declare none."""
+        return None if self.is_local else self.table.features[column]
+
+    def only(self, columns: Iterable[str]) -> datasets.Dataset:
+        """Return the part of ``table`` that is needed to read some columns.
+
+        Args:
+            columns: names of columns of the data.
+        """
+        return self.table.select_columns(["example"] if self.is_local else list(columns))
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield the value of a column in each example; None where an example does not have it."""
+        for batch in self.only([column]).iter(1000):
+            if self.is_local:
+                yield from (json.loads(text).get(column) for text in batch["example"])
+            else:
+                yield from batch[column]
+
+    def decoded(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Return an example as a dict from column to value.
+
+        Args:
+            row: a row of ``table``, or of what ``only`` returns.
+        """
+        if self.is_local:
+            example: dict[str, Any] = json.loads(row["example"])
+            return example
+        return {column: without_nulls(value) for column, value in row.items()}
+
+    def fault(self, index: int, what: str) -> UserError:
+        """Return the error to raise for a wrong example, with its file and line.
+
+        Args:
+            index: number of the example: its row in ``table``, from 0.
+            what: sentence that says what is wrong with the example.
+        """
+        return UserError(f"{self.place(index)}: {what}")
+
+    def place(self, index: int) -> str:
+        """Return a text that says where an example is: "file:line" for JSON Lines, otherwise "file,
+        example n" with n counted from 1.
+
+        Args:
+            index: number of the example: its row in ``table``, from 0.
+        """
+        if self.is_local:
+            row = self.table[index]
+            file = self.files[row["file"]]
+            if row["line"]:
+                return f"{file}:{row['line']}"
+            before = self.table["file"][:index]
+            return f"{file}, example {sum(f == row['file'] for f in before) + 1}"
+        for file in self.files:
+            count = parquet.read_metadata(file).num_rows if file.suffix == ".parquet" else 0
+            if index < count:
+                return f"{file}, example {index + 1}"
+            index -= count
+        return f"{self.source}, example {index + 1}"
+
+
+def local_table(files: tuple[Path, ...], column_names: Columns) -> datasets.Dataset:
+    """Return the table of the examples of JSON, CSV, TSV or text files. It has the columns
+    ``LOCAL`` and is kept on disk, so memory does not grow with the data.
+
+    Args:
+        files: files with content, in reading order.
+        column_names: names of the columns of tables without a header line; () for other data.
+
+    Raises:
+        UserError: a file has a broken line.
+    """
+    identity = Hasher.hash((VERSION, tuple(column_names), fingerprint(files)))
+    builder = _LocalBuilder(
+        dataset_name="sparse_lora_dist",
+        config_id=f"default-{identity}",
+        files=files,
+        column_names=tuple(column_names),
+        # A table of one row is kept in memory until there are so many. A text file may be large.
+        writer_batch_size=1 if files[0].suffix == TEXT else MOST_ROWS,
+    )
+    builder.download_and_prepare()
+    table = builder.as_dataset(split="train")
+    table._fingerprint = identity
+    return table
+
+
+@dataclass
+class _LocalConfig(datasets.BuilderConfig):  # type: ignore[misc]
+    files: tuple[Path, ...] = ()
+    column_names: tuple[str, ...] = ()
+
+
+class _LocalBuilder(datasets.ArrowBasedBuilder):  # type: ignore[misc]
+    """Writes the table ``LOCAL`` of some files, as ``datasets`` asks it to."""
+
+    BUILDER_CONFIG_CLASS = _LocalConfig
+
+    def _info(self) -> datasets.DatasetInfo:
+        return datasets.DatasetInfo(features=LOCAL)
+
+    def _split_generators(self, dl_manager: Any) -> list[Any]:
+        return [datasets.SplitGenerator(name="train", gen_kwargs={})]
+
+    def _generate_tables(self) -> Iterator[tuple[int, pa.Table]]:
+        rows: list[tuple[str, str, int, int]] = []
+        size = number = 0
+        for row in _rows(self.config.files, self.config.column_names):
+            rows.append(row)
+            size += len(row[0])
+            if len(rows) == MOST_ROWS or (size >= MOST_CHARACTERS and len(rows) > 1):
+                yield number, _arrow(rows)
+                rows, size, number = [], 0, number + 1
+        if not rows and number == 0:  # a list without elements, a table with a header line only
+            raise ValueError(EMPTY)
+        if rows:
+            yield number, _arrow(rows)
+
+
+def _arrow(rows: list[tuple[str, str, int, int]]) -> pa.Table:
+    columns = map(list, zip(*rows, strict=True))
+    return pa.Table.from_arrays(
+        [pa.array(c, f.type) for c, f in zip(columns, LOCAL.arrow_schema, strict=True)],
+        schema=LOCAL.arrow_schema,
+    )
+
+
+def local_names(table: datasets.Dataset) -> Names:
+    """Return the names that occur in a table with the columns ``LOCAL``."""
+    found: tuple[dict[str, None], dict[str, None]] = ({}, {})
+    for text in table.unique("names"):
+        for names, more in zip(found, json.loads(text), strict=True):
+            names.update(dict.fromkeys(more))
+    return Names(columns=tuple(found[0]), message_keys=tuple(found[1]))
+
+
+def declared_names(table: datasets.Dataset) -> Names:
+    """Return the names in the schema of a table that has the columns of the data."""
+    messages = table.features.get(MESSAGES)
+    one = getattr(messages, "feature", None) or (messages[0] if isinstance(messages, list) else {})
+    keys = tuple(one) if isinstance(one, dict) else ()
+    return Names(columns=tuple(table.column_names), message_keys=keys)
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Return a text that identifies the content of files: their kinds, sizes, dates, and a hash of
+    samples of each. The dates alone do not: tar and rsync set them."""
+    return str(Hasher.hash([_file_identity(file) for file in files]))
+
+
+SAMPLE = 1 << 16
+"""Bytes of each sample."""
+MOST_SAMPLES = 64
+
+
+def _file_identity(file: Path) -> tuple[str, int, int, str]:
+    stat = file.stat()
+    stride = max(SAMPLE, stat.st_size // MOST_SAMPLES)
+    starts = [*range(0, stat.st_size, stride), max(0, stat.st_size - SAMPLE)]
+    with file.open("rb") as f:
+        samples = [(f.seek(start), f.read(SAMPLE)) for start in starts]
+    return file.suffix, stat.st_size, stat.st_mtime_ns, str(Hasher.hash(samples))
+
+
+def _rows(files: tuple[Path, ...], column_names: Columns) -> Iterator[tuple[str, str, int, int]]:
+    """Yield the values of the columns ``LOCAL`` for each example."""
+    # Most examples have the same names.
+    texts: dict[tuple[tuple[str, ...], ...], str] = {}
+    for index, file in enumerate(files):
+        for line, example, text in examples_in(file, column_names):
+            names = (tuple(example), _message_keys(example))
+            if names not in texts:
+                if len(texts) == MOST_ROWS:
+                    texts.clear()
+                texts[names] = json.dumps(names)
+            yield text, texts[names], index, line
+
+
+def _message_keys(example: Mapping[str, Any]) -> tuple[str, ...]:
+    messages = example.get(MESSAGES)
+    messages = messages if isinstance(messages, list) else []
+    return tuple(dict.fromkeys(key for one in messages if isinstance(one, dict) for key in one))

@@ -1,0 +1,241 @@
+"""Read the examples of JSON, CSV, TSV, text and Parquet files one by one, with the line of each.
+
+Each example is read by itself, so a column that is not used never decides whether a file can be
+read: its values may be numbers in one example and text or missing in the next. Text stays text; a
+date in quotes is text too.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as parquet
+
+from sparse_lora_dist.errors import UserError
+
+Columns = Sequence[str]
+"""Names of the columns of a table without a header line; empty for a table with one."""
+Numbered = Iterator[tuple[int, dict[str, Any], str]]
+"""Examples of a file: the line number, counted from 1, a dict from column to value, and this dict
+as JSON text. The line number is 0 where one line does not say where an example is."""
+
+JSON = (".jsonl", ".json")
+CELLS: dict[str, dict[str, Any]] = {
+    ".csv": {},
+    # Cells of a TSV hold no tabs, so nothing needs quotes, and one in a sentence is only a letter.
+    ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+"""Dict from the suffix of a table's file to keyword arguments of Python's csv module."""
+TEXT, PARQUET = ".txt", ".parquet"
+LARGEST_CELL = 2**31 - 1
+"""Most characters of a cell of a table. A long document has more than the default of Python's csv
+module, 131,072."""
+
+
+def has_content(file: Path) -> bool:
+    """Return True if the file has anything but white space."""
+    with file.open("rb") as f:
+        return any(line.strip() for line in f)
+
+
+def examples_in(file: Path, column_names: Columns = ()) -> Numbered:
+    """Yield the examples of a file of a kind in ``JSON`` or ``CELLS``, or ``TEXT`` or ``PARQUET``.
+
+    Args:
+        file: a file with content (see ``has_content``).
+        column_names: names of the columns of a CSV or TSV table without a header line; () for other
+            data.
+
+    Raises:
+        UserError: a line is broken: it is not UTF-8 text, not valid JSON, no JSON object, or has
+            another number of cells than the first line of a table. The message names file and line.
+    """
+    if file.suffix in CELLS:
+        return _cells(file, column_names)
+    if file.suffix == PARQUET:
+        return _parquet(file)
+    return _json(file) if file.suffix in JSON else _whole_text(file)
+
+
+def without_nulls(value: Any) -> Any:
+    """Return a value of an Arrow table without the keys of its dicts whose values are null.
+
+    An Arrow table gives each dict of a column all keys of the column, with null for those that the
+    dict does not have.
+    """
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    if isinstance(value, list):
+        return [without_nulls(one) for one in value]
+    return value
+
+
+def _parquet(file: Path) -> Numbered:
+    for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
+        for row in batch.to_pylist():
+            example = {column: without_nulls(value) for column, value in row.items()}
+            yield 0, example, json.dumps(example, default=_no_text)
+
+
+def _no_text(value: Any) -> dict[str, str]:
+    # A dict, so that a date or an image is never taken for text.
+    return {type(value).__name__: str(value)[:40]}
+
+
+def _unnumbered(example: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
+    return 0, example, json.dumps(example)
+
+
+def _whole_text(file: Path) -> Numbered:
+    try:
+        yield _unnumbered({"text": file.read_text(encoding="utf-8")})
+    except UnicodeDecodeError as error:
+        line = file.read_bytes()[: error.start].count(b"\n") + 1
+        raise UserError(_not_utf8(file, line, error)) from error
+
+
+def _cells(file: Path, column_names: Columns) -> Numbered:
+    # Everything stays text: an answer "42" is not a number, and "NA" is not a missing value.
+    csv.field_size_limit(LARGEST_CELL)
+    with file.open(newline="", encoding="utf-8-sig") as f:
+        reader = csv.reader(f, **CELLS[file.suffix])
+        try:
+            first = next(cells for cells in reader if cells)
+            names = _column_names(file, first, column_names)
+            if column_names:
+                yield _unnumbered(dict(zip(names, first, strict=True)))
+            for cells in reader:
+                if len(cells) not in (0, len(names)):
+                    raise UserError(_other_width(file, reader.line_num, len(cells), len(names)))
+                if cells:
+                    yield _unnumbered(dict(zip(names, cells, strict=True)))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{file}:{reader.line_num + 1}: This line or one after it cannot be read: {error}. "
+                "Correct the file, or save it as UTF-8 text."
+            ) from error
+
+
+def _column_names(file: Path, first: list[str], given: Columns) -> list[str]:
+    if given and len(given) != len(first):
+        raise UserError(
+            f"The first line of {file} has {len(first)} cells, but --column_names has "
+            f"{len(given)} names. Give one name for each cell."
+        )
+    names = list(given or first)
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(
+            f"{file} has several columns with the name {twice[0]!r}. Give each column a name of "
+            "its own, in the first line or with --column_names."
+        )
+    return names
+
+
+def _other_width(file: Path, line: int, found: int, first: int) -> str:
+    remedy = " Put cells that contain commas in quotes." if file.suffix == ".csv" else ""
+    return f"{file}:{line}: This line has {found} cells, but the first has {first}.{remedy}"
+
+
+def _json(file: Path) -> Numbered:
+    """Yield the objects of a file of JSON Lines, or of one with a single JSON value."""
+    with file.open("rb") as f:
+        first = next(line for line in f if line.strip()).removeprefix(b"\xef\xbb\xbf").strip()
+    is_lines = not first.startswith(b"[")
+    if is_lines and file.suffix == ".json":  # its first line may be only a part of an object
+        is_lines = first == b"null" or _is_object(first)
+    return _json_lines(file) if is_lines else _json_value(file)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json_lines(file: Path) -> Numbered:
+    with file.open("rb") as f:
+        for number, line in enumerate(f, start=1):
+            if line.strip():
+                value = _parsed(file, number, line)
+                if not isinstance(value, dict):
+                    nulls = _is_null(line) + sum(map(_is_null, f))
+                    raise UserError(f"{file}:{number}: {_no_object(value, nulls)}")
+                yield number, value, line.decode("utf-8-sig").strip()
+
+
+def _is_null(line: bytes) -> bool:
+    return line.strip() == b"null"
+
+
+def _json_value(file: Path) -> Numbered:
+    value = _parsed(file, 1, file.read_bytes())
+    if isinstance(value, dict):
+        yield from map(_unnumbered, _transposed(value))
+    for number, one in enumerate(value if isinstance(value, list) else [], start=1):
+        one = {"text": one} if isinstance(one, str) else one  # a list of texts
+        if not isinstance(one, dict):
+            raise UserError(f"{file}, example {number}: {_no_object(one, 1)}")
+        yield _unnumbered(one)
+    if not isinstance(value, list | dict):
+        raise UserError(f"{file}:1: {_no_object(value, 1)}")
+
+
+def _transposed(value: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the examples of a JSON object: one, unless each of its values is a column, a list with
+    one element for each example."""
+    columns = list(value.values())
+    are_columns = columns and all(isinstance(c, list) for c in columns)
+    # {"messages": [{...}, ...]} is one chat.
+    if not are_columns or any(isinstance(one, dict) for c in columns for one in c):
+        return [value]
+    if len({len(c) for c in columns}) > 1:
+        return [value]
+    return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def _no_object(value: Any, nulls: int) -> str:
+    if value is not None:
+        return f"A JSON object {{...}} is needed, but this is {type(value).__name__}."
+    found = f"{nulls} lines are null. This is the first." if nulls > 1 else "this is null."
+    return (
+        f"A JSON object {{...}} is needed, but {found} jq prints null for a key that does not "
+        "exist. Remove null, or name another key there."
+    )
+
+
+def _parsed(file: Path, line: int, content: bytes) -> Any:
+    """Return the JSON value in ``content``, which begins at ``line`` of ``file``."""
+    try:
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        line += content[: error.start].count(b"\n")
+        raise UserError(_not_utf8(file, line, error)) from error
+    except json.JSONDecodeError as error:
+        where = f"{file}:{line + error.lineno - 1}"
+        raise UserError(
+            f"{where}: This line is not valid JSON: {error.msg} (column {error.colno})."
+        ) from error
+    except (ValueError, RecursionError) as error:  # too deep, or a number of thousands of digits
+        raise UserError(
+            f"{file}:{line}: This line cannot be read: {type(error).__name__}: {error}. Correct it "
+            "or remove it."
+        ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # the JSON reader would silently take the last
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} several times")
+    return found
+
+
+def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> str:
+    return (
+        f"{file}:{line}: This line is not UTF-8 text ({error.reason}). Save the file as UTF-8 text."
+    )

@@ -1,0 +1,152 @@
+"""Record what of a data set is read and what is not, for the screen and the run folder."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sparse_lora_dist.data.chat import is_template
+from sparse_lora_dist.data.examples import Examples
+from sparse_lora_dist.data.fields import MESSAGES, TOOLS, Fields
+
+MOST_SHOWN = 6
+"""Most names of a list on the screen. Further ones are only counted."""
+MOST_RECORDED = 1000
+"""Most columns that are not read of which a record holds the names: an example may have columns
+that no other has."""
+READ_KEYS = ("role", "content")
+"""Keys of a message that every template renders."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What of a data set is read, and how."""
+
+    source: str
+    """File, folder or id of a hub data set, as the user gave it."""
+    files: tuple[str, ...]
+    """Files that are read, relative to the folder; empty if they are not on this machine."""
+    unread_files: tuple[str, ...]
+    """Other files of the folder."""
+    columns: tuple[str, ...]
+    """Columns that are read."""
+    unread_columns: tuple[str, ...]
+    """Other columns, and as "messages.KEY" the keys of messages that the template does not name."""
+    template: str | None = None
+    """Where the chat template comes from; None if no chat is rendered."""
+    answer_ends: tuple[str, ...] | None = None
+    """Tokens that end an answer and are learned; None if the data have no answers."""
+    unused_options: tuple[str, ...] = ()
+    """Options that were given, and that are not for data of this kind."""
+    notes: tuple[str, ...] = ()
+    """Sentences about what may not be as the user meant it."""
+
+    def report(self) -> str:
+        """Return one line of text for the screen."""
+        parts = [f"read {shown(self.files or (self.source,))}"]
+        if self.unread_files:
+            parts.append(f"files not read: {shown(self.unread_files)}")
+        parts.append(f"columns: {shown(self.columns)}")
+        parts.append(f"columns not read: {shown(self.unread_columns)}")
+        if self.template is not None:
+            parts.append(f"chat template: {self.template}")
+        if self.answer_ends is not None:
+            parts.append(f"an answer ends with: {shown(self.answer_ends)}")
+        if self.unused_options:
+            parts.append(f"options not used: {shown(self.unused_options)}")
+        return "; ".join(parts)
+
+    def with_unused(self, is_unused: Mapping[str, bool]) -> "Reading":
+        """Return this with the options that were given and are not used.
+
+        Args:
+            is_unused: option -> True if it was given and is not used for these data.
+        """
+        unused = tuple(option for option in is_unused if is_unused[option])
+        return replace(self, unused_options=self.unused_options + unused)
+
+    def record(self) -> dict[str, Any]:
+        """Return all of it as a dict of JSON values."""
+        return asdict(self)
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return names as text, at most ``MOST_SHOWN`` of them; "none" if there are none."""
+    more = f" and {len(names) - MOST_SHOWN:,} more" if len(names) > MOST_SHOWN else ""
+    # A name may have line breaks, or codes that a terminal obeys.
+    safe = (name if name.isprintable() else repr(name) for name in names[:MOST_SHOWN])
+    return (", ".join(safe) or "none") + more
+
+
+def describe(examples: Examples, columns: Collection[str], **more: Any) -> Reading:
+    """Return what of a data set is read.
+
+    Args:
+        examples: the examples.
+        columns: names of the columns that are read.
+        more: further fields of ``Reading``. ``unread_columns`` are added to the other columns.
+    """
+    unread = tuple(name for name in examples.names.columns if name not in columns)
+    unread += more.pop("unread_columns", ())
+    if len(unread) > MOST_RECORDED:
+        rest = f"and {len(unread) - MOST_RECORDED:,} more"
+        unread = (*unread[:MOST_RECORDED], rest)
+    return Reading(
+        source=examples.source,
+        files=_relative(examples),
+        unread_files=examples.unread_files,
+        columns=tuple(columns),
+        unread_columns=unread,
+        **more,
+    )
+
+
+def unread_keys(examples: Examples, fields: Fields, template: str | None) -> tuple[str, ...]:
+    """Return the keys of messages, as "messages.KEY", that a chat template does not name.
+
+    Args:
+        examples: the examples.
+        fields: columns that are read.
+        template: jinja text that renders chats.
+    """
+    if fields.kind != "messages" or template is None:
+        return ()
+    keys = (key for key in examples.names.message_keys if key not in READ_KEYS)
+    return tuple(f"{MESSAGES}.{key}" for key in keys if not names(template, key))
+
+
+def renders_tools(columns: Collection[str], template: str | None) -> bool:
+    """Return True if a data set has a column ``tools`` and the chat template names it."""
+    return TOOLS in columns and template is not None and names(template, TOOLS)
+
+
+def names(template: str, word: str) -> bool:
+    """Return True if a word, such as a key of messages, occurs in the text of a template."""
+    return re.search(rf"\b{re.escape(word)}\b", template) is not None
+
+
+def template_source(chat_template: str | None, template: str | None, own: object) -> str:
+    """Return a text that says where a chat template comes from.
+
+    Args:
+        chat_template: value of ``--chat_template``.
+        template: the jinja text; None if there is none.
+        own: chat template of the tokenizer; a dict from name to text if it has several.
+    """
+    if template is None:
+        return "none, a response follows its prompt as it is"
+    if chat_template is not None:
+        return "--chat_template" if is_template(chat_template) else chat_template
+    if isinstance(own, dict):
+        name = next(name for name, text in own.items() if text == template)
+        return f"the tokenizer's own, called {name}"
+    return "the tokenizer's own"
+
+
+def _relative(examples: Examples) -> tuple[str, ...]:
+    folder = Path(examples.source).expanduser()
+    if not folder.is_dir():
+        return tuple(map(str, examples.files))
+    inside = (file for file in examples.files)
+    return tuple(str(f.relative_to(folder)) if f.is_relative_to(folder) else str(f) for f in inside)
