@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.read_files import BUILDERS
+from sparse_lora_dist.data.read_files import SUFFIXES
 from sparse_lora_dist.data.tokens import Documents, identity
 
 MOST_DOCUMENTS = 4096
@@ -49,7 +49,7 @@ def hash_of_files(source: str) -> str | None:
     """
     path = Path(source).expanduser()
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in BUILDERS and p.is_file())
+        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
     elif path.is_file():
         files = [path]
     else:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.launch_slurm import restart_count
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.atomic_files import beside, create, sync
@@ -159,7 +160,7 @@ def _take(path: Path) -> None:
     ours = Holder(
         process=this_process(),
         job=os.environ.get("SLURM_JOB_ID"),
-        attempt=times_requeued(),
+        attempt=restart_count(os.environ),
         since=datetime.now().astimezone().isoformat(timespec="seconds"),
         token=uuid.uuid4().hex,
     )
@@ -171,21 +172,6 @@ def _take(path: Path) -> None:
     if contested:
         time.sleep(SETTLED_S)
         check()
-
-
-def times_requeued() -> int:
-    """Return how often Slurm has requeued this job; 0 without Slurm.
-
-    Raises:
-        UserError: SLURM_RESTART_COUNT is not a whole number.
-    """
-    count = os.environ.get("SLURM_RESTART_COUNT", "0")
-    if not (count.isascii() and count.isdecimal()):
-        raise UserError(
-            f"SLURM_RESTART_COUNT must be a whole number, got {count!r}. Slurm sets it; unset it "
-            "if this is no Slurm job."
-        )
-    return int(count)
 
 
 def _check_form(path: Path) -> None:

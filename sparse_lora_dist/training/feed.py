@@ -1,6 +1,7 @@
 """Open the data of a run, find its length in optimizer steps, and make the micro-batches of any
 step."""
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -189,11 +190,14 @@ def identity_of_tokenizer(config: Config, tokenizer: Any) -> Identity:
         config: options, of which ``chat_template`` and ``task`` are used.
         tokenizer: tokenizer of the model.
     """
-    chats = config.model.task == "causal_lm"
-    template = find_template(tokenizer, config.data.chat_template) if chats else None
+    template: object = tokenizer.chat_template  # text, or a dict of named templates
+    if config.data.chat_template is not None:
+        template = find_template(tokenizer, config.data.chat_template)
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    has_template = config.model.task == "causal_lm" and template is not None
     return Identity(
         tokenizer=hash_of_tokenizer(tokenizer),
-        chat_template=None if template is None else sha256(template.encode()).hexdigest(),
+        chat_template=sha256(text.encode()).hexdigest() if has_template else None,
     )
 
 

@@ -190,7 +190,7 @@ BROKEN = {
     ),
     "no messages": (
         '{"messages": []}\n',
-        r"a\.jsonl:1: 'messages' must be a list of objects with role",
+        r"a\.jsonl:1: 'messages' must be a list of at least one object with role",
     ),
 }
 

@@ -14,6 +14,7 @@ from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import differences_from_training, open_adapters
+from tests.fixtures.tiny_tokenizer import byte_tokenizer
 
 SITE = "model.layers.0.self_attn.q_proj"
 CONFIG: dict[str, Any] = {
@@ -135,5 +136,5 @@ def test_a_damaged_run_yaml_beside_an_adapter_is_a_note(adapter: Adapter, text: 
     folder = adapter()
     (folder.parent / "run.yaml").write_text(text)
     (opened,) = open_adapters([str(folder)])
-    *_, note = differences_from_training(opened, Config())
+    *_, note = differences_from_training(opened, Config(), byte_tokenizer())
     assert "run.yaml" in note and "its options are not compared" in note
