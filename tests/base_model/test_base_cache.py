@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from sparse_lora_dist.errors import ConfigError
 from tests.conftest import Ranks
 from tests.fixtures.tiny_models import save_family, save_llama
 from tests.fixtures.tiny_run import TinyRun
-from tests.tiers import grid, in_full
+from tests.tiers import in_full
 from tests.training.test_runs import exact, rows_of
 from tests.work.cache import fuse_experts
 
@@ -60,9 +61,14 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "mixtral": lambda to: save_family(to, "mixtral"),
     "fused mixtral": lambda to: fuse_experts(save_family(to.parent / "whole", "mixtral"), to),
 }
+EVERYDAY = {("tied", True), ("qwen2", False), ("gpt_neox", True), ("mixtral", True)}
+"""Kinds and kinds of scales that ``make test`` tries."""
 
 
-@grid("kind double_quant", list(MODELS), [True, False])
+@pytest.mark.parametrize(
+    ("kind", "double_quant"),
+    [row if row in EVERYDAY else in_full(*row) for row in product(MODELS, (True, False))],
+)
 def test_written_on_2_ranks_and_loaded_on_1_to_4(
     ranks: Ranks, tmp_path: Path, kind: str, double_quant: bool
 ) -> None:

@@ -122,6 +122,7 @@ def test_wherever_shares_lie(
     same(ends(straight), ends(tmp_path / "run"))
 
 
+@pytest.mark.usefixtures("full")
 def test_what_is_kept_is_not_rounded_where_shares_are_of_16_bits(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
