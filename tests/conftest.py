@@ -10,6 +10,7 @@ A marker is never set by hand: the first three follow from the fixtures that a t
 unit test that starts a process or writes a model fails.
 """
 
+import gc
 import os
 import subprocess
 import sys
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # One thread a test process: pytest runs as many of them as there are cores, on small tensors.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Collecting imports torch and transformers, faster without it (``system/imports.py``).
+gc.disable()
 
 Ranks = Callable[..., list[Any]]
 
@@ -45,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("smoke")
         if "full" in asked:
             item.add_marker("full")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")
