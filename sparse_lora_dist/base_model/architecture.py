@@ -113,12 +113,14 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     return config
 
 
-def _check_content(folder: Path) -> None:
-    """Check what transformers would loop over, or download, without asking.
+def read_content(folder: Path) -> dict[str, Any]:
+    """Return the content of a model's config.json, as it is in the file.
+
+    Args:
+        folder: folder of the model.
 
     Raises:
-        UserError: config.json is no JSON object, has a number of layers or experts that no model
-            has, or names a kernel of the hub.
+        UserError: the file is not JSON, or not a JSON object.
     """
     file = folder / "config.json"
     try:
@@ -132,6 +134,17 @@ def _check_content(folder: Path) -> None:
             f"--model: {file} must be a JSON object, got a {type(content).__name__}. Repair the "
             "file or download it again."
         )
+    return content
+
+
+def _check_content(folder: Path) -> None:
+    """Check what transformers would loop over, or download, without asking.
+
+    Raises:
+        UserError: config.json is no JSON object, has a number of layers or experts that no model
+            has, or names a kernel of the hub.
+    """
+    file, content = folder / "config.json", read_content(folder)
     for part in (content, *(value for value in content.values() if isinstance(value, dict))):
         for key, value in part.items():
             if COUNTED.fullmatch(key) and type(value) in (int, float) and value > MOST_MODULES:

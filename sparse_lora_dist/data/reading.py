@@ -21,7 +21,7 @@ READ_KEYS = ("role", "content")
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What of a data set is read, and how."""
+    """Record of what is read of a data set, and how."""
 
     source: str
     """File, folder or id of a hub data set, as the user gave it."""

@@ -8,15 +8,14 @@ from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
     meta_model,
     read_config,
+    read_content,
     resolve_folder,
 )
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
-from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.targets import find_full, find_sites
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.plan.scenario import Shapes
-from sparse_lora_dist.system.small_files import parse_json
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, beside_base, modules_inside
 
@@ -84,17 +83,7 @@ def read_architecture(
         UserError: if config.json is missing, invalid, or lacks sizes that are needed.
     """
     file = folder / "config.json"
-    try:
-        content = parse_json(file.read_bytes()) if file.exists() else {}
-    except ValueError as error:
-        raise UserError(
-            f"--model: {file} is not valid JSON: {error}. Repair the file or download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise UserError(
-            f"--model: {file} must be a JSON object, got {content!r}. Repair the file or download "
-            "it again."
-        )
+    content = read_content(folder) if file.exists() else {}
     kind = content.get("model_type")
     own_code = trust_remote_code and "auto_map" in content
     if not file.exists() or (isinstance(kind, str) and kind in CONFIG_MAPPING) or own_code:

@@ -63,8 +63,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(config, dict):
         raise UserError(
-            f"{path} must be a JSON object, got {type(config).__name__}. Export or save the "
-            "adapter again."
+            f"{path} must be a JSON object, got {type(config).__name__}. Export, save or "
+            "download the adapter again."
         )
     if other := other_kind(config):
         raise UserError(

@@ -16,6 +16,7 @@ from sparse_lora_dist.export import export_options
 from sparse_lora_dist.plan import plan_options
 from sparse_lora_dist.report import report_options
 from sparse_lora_dist.show import show_options
+from tests.config.test_config import problems_of
 
 BOMB = "\n".join(
     ["a: &a [x, x, x, x, x, x, x, x, x]"]
@@ -37,12 +38,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(work)
     return home
-
-
-def problems_of(*argv: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        load_config(list(argv))
-    return caught.value.problems
 
 
 @pytest.mark.parametrize(
