@@ -81,17 +81,26 @@ class Entry:
 
 
 def yaml_value(text: str) -> Any:
-    """Return the value of a YAML text, e.g. of one word of the command line.
+    """Return the value of one word of the command line, read as YAML.
 
     A map is returned as ``text``: no option takes a map, and a path may have a colon.
+
+    Raises:
+        yaml.YAMLError: as ``parse_yaml``.
+    """
+    value = parse_yaml(text)
+    return text if isinstance(value, dict) else value
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text.
 
     Raises:
         yaml.YAMLError: it is not YAML, or has a value that cannot be read. No other exception is
             raised.
     """
     try:
-        value = yaml.load(text, Loader=PlainLoader)
-        return text if isinstance(value, dict) else value
+        return yaml.load(text, Loader=PlainLoader)
     except yaml.YAMLError:
         raise
     except Exception as error:  # !!int abc, !!timestamp x, 300 nested lists ...

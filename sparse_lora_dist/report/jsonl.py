@@ -1,12 +1,12 @@
 """Reads the JSON-lines files of a run folder and checks their records, so that no NaN or infinity
 is drawn. A record is the JSON object of one line."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.small_files import parse_json
 
 Record = dict[str, Any]
 """JSON object of one line of a file: name of a field -> value."""
@@ -43,7 +43,7 @@ def read_lines(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:
 
 def _record(path: Path, number: int, line: str, is_record: Callable[[Record], bool]) -> Record:
     try:
-        record = json.loads(line, parse_constant=no_constant)
+        record = parse_json(line, constant=no_constant)
     except ValueError as error:
         raise UserError(
             f"{path}, line {number} is not valid JSON: {error}. The line begins with "
@@ -58,9 +58,9 @@ def _record(path: Path, number: int, line: str, is_record: Callable[[Record], bo
 
 
 def no_constant(word: str) -> float:
-    """Raise ValueError; pass this function as ``parse_constant`` to ``json.loads``.
+    """Raise ValueError; pass this function as ``constant`` to ``parse_json``.
 
-    ``json.loads`` then calls it for NaN, Infinity and -Infinity, which it would otherwise accept
+    ``parse_json`` then calls it for NaN, Infinity and -Infinity, which it would otherwise accept
     although they are not JSON. ``word`` is the one found.
     """
     raise ValueError(f"{word} is not allowed in JSON")

@@ -1,6 +1,5 @@
 """Reads a run folder for the report. It writes nothing, so the run may still be going."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -9,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from sparse_lora_dist.config.yaml_file import parse_yaml
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report.jobs import Attempt, jobs_of
 from sparse_lora_dist.report.jsonl import (
@@ -27,6 +27,7 @@ from sparse_lora_dist.report.saved_steps import SavedStep, saved_steps
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
+from sparse_lora_dist.system.small_files import parse_json
 
 STAGE = ("live_ranks", "held_out_loss", "lambda")
 """Fields of a record of stages.jsonl that the figure of stages needs to draw a point. The record is
@@ -136,7 +137,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     return RunData(
         name=name or folder.resolve().name,
         folder=folder,
-        options=_mapping(folder / RUN_YAML, yaml.safe_load),
+        options=_mapping(folder / RUN_YAML, parse_yaml),
         environment=_mapping(folder / "environment.json", _json),
         metrics=metrics,
         decisions=decisions,
@@ -185,4 +186,4 @@ def _mapping(path: Path, parse: Callable[[str], Any]) -> Mapping[str, Any]:
 
 
 def _json(text: str) -> Any:
-    return json.loads(text, parse_constant=no_constant)
+    return parse_json(text, constant=no_constant)

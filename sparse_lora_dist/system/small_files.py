@@ -60,19 +60,23 @@ def _of_pipe(path: str) -> bytes:
 
 
 def parse_json(
-    text: str | bytes, hook: Callable[[list[tuple[str, Any]]], Any] | None = None
+    text: str | bytes,
+    hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    *,
+    constant: Callable[[str], Any] | None = None,
 ) -> Any:
     """Return the value of a JSON text.
 
     Args:
         text: the JSON text.
         hook: ``object_pairs_hook`` of ``json.loads``.
+        constant: ``parse_constant`` of ``json.loads``: takes "NaN", "Infinity" or "-Infinity".
 
     Raises:
         ValueError: it is not JSON (json.JSONDecodeError), is nested too deep, or has a number of
             thousands of digits. No other exception is raised.
     """
     try:
-        return json.loads(text, object_pairs_hook=hook)
+        return json.loads(text, object_pairs_hook=hook, parse_constant=constant)
     except RecursionError:
         raise ValueError("it is nested too deep") from None

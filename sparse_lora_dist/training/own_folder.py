@@ -20,6 +20,7 @@ from sparse_lora_dist import checkpoint
 from sparse_lora_dist.adapter.peft_config import APART, WEIGHTS
 from sparse_lora_dist.checkpoint import own_files as checkpoint_files
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
+from sparse_lora_dist.config.yaml_file import parse_yaml
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.run_folder import lock
@@ -35,6 +36,7 @@ from sparse_lora_dist.system.own_files import (
     remove_own,
     write_marker,
 )
+from sparse_lora_dist.system.small_files import text_of
 from sparse_lora_dist.system.whole_folders import EXPORT, is_filled_in_place, own_names
 
 RUN = "run"
@@ -209,10 +211,10 @@ def _marker_of_before(folder: Path) -> Marker | None:
 def is_run_yaml(path: Path) -> bool:
     """Return True if a file is the run.yaml of a run: a YAML map with the options of all runs."""
     try:
-        if path.is_symlink() or not path.is_file() or path.stat().st_size > 2**20:
+        if path.is_symlink() or not path.is_file():
             return False
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        content = parse_yaml(text_of(path))
+    except (OSError, ValueError, yaml.YAMLError):
         return False
     return isinstance(content, dict) and content.keys() >= OPTIONS_OF_ALL_RUNS
 

@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from sparse_lora_dist.config.yaml_file import parse_yaml
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.report.jsonl import read_lines
+from sparse_lora_dist.report.run_data import _mapping
 from sparse_lora_dist.run_folder.metrics_file import JsonLines, read_records
 
 ROWS = [{"step": number, "loss": 0.5 * number} for number in range(6)]
@@ -48,3 +52,19 @@ def test_half_a_record_of_a_killed_job_goes_and_a_whole_one_gets_its_line_break(
     steps = [row["step"] for row in read_records(path)]
     assert steps == [0, 1, 2, 3, 4, 5, *([6] if half.endswith(b"}") else []), 7]
     assert path.read_bytes().count(b"\n") == len(steps)
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5_000, "NaN", "nul"])
+def test_the_report_names_the_line_that_it_cannot_read(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line 2 is not valid JSON"):
+        read_lines(path, lambda record: True)
+
+
+def test_the_report_refuses_a_run_yaml_that_would_explode(tmp_path: Path) -> None:
+    rows = [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12)]
+    path = tmp_path / "run.yaml"
+    path.write_text("a0: &a0 x\n" + "\n".join(rows))
+    with pytest.raises(UserError, match=r"run.yaml cannot be read: the alias \*a1 stands for"):
+        _mapping(path, parse_yaml)
