@@ -130,7 +130,7 @@ def limited(
     def run() -> Submitted:
         job = submit(cluster, tiny, folder / "run", script)
         job.hold(beyond=0)
-        job.wait_for("SIGUSR1: saves", attempt=1)
+        job.wait_for("SIGUSR1: the run saves", attempt=1)
         job.let_go()
         job.end()
         return job
@@ -169,7 +169,7 @@ def test_interrupted_in_every_way_it_ends_the_same(
 
     job.hold(beyond=0)
     cluster.command("scancel", "--signal=USR1", job.number)
-    job.wait_for("SIGUSR1: saves", attempt=2)
+    job.wait_for("SIGUSR1: the run saves", attempt=2)
     job.let_go()
     job.wait_for("stopped and saved; requeues", attempt=2)
 
