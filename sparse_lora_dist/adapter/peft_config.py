@@ -23,6 +23,14 @@ MARKED = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant"
 VARIANTS = (*MARKED, "use_qalora", "target_parameters")
 """Fields of adapter_config.json that select a variant of LoRA (DoRA, QA-LoRA ...) if they are
 set."""
+PLAIN = """
+    task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode r
+    target_modules exclude_modules lora_alpha lora_dropout fan_in_fan_out use_rslora
+    modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
+    loftq_config eva_config corda_config lora_ga_config megatron_core runtime_config
+""".split()
+"""Fields of ``LoraConfig`` with which an adapter stays plain LoRA, or which are looked at apart. Any
+other, such as bias or layer_replication, changes what PEFT computes if it is not the default."""
 
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` with which PEFT leaves the base's weights as they are. With any
@@ -39,13 +47,17 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
     Returns:
         Words for an error message. If the adapter is not of PEFT's type LORA, "the type X" with
         the name of its type. If it is a variant of LoRA, the name of the first field of
-        ``VARIANTS`` that is set. If its initial values change the base's weights, what
+        ``VARIANTS`` that is set. If another field changes what PEFT computes, its name and value. If its initial values change the base's weights, what
         ``init_lora_weights`` is. None for plain LoRA.
     """
     if config.get("peft_type") != "LORA":
         return f"the type {config.get('peft_type')}"
     if variant := next((name for name in VARIANTS if config.get(name)), None):
         return variant
+    for field in fields(LoraConfig):
+        value = config.get(field.name)
+        if field.name not in PLAIN and value and value != field.default:
+            return f"{field.name} {value!r}"
     start = config.get("init_lora_weights")
     if (start.lower() if isinstance(start, str) else start) in PLAIN_STARTS:
         return None

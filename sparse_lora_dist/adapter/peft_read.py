@@ -83,6 +83,13 @@ def open_peft(
     """
     config, files = _open_files(folder, flag)
     saved = {_our_name(key): file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118  safe_open is no dict
+    kept = next((name for name in saved if ".base_layer." in name), None)
+    if kept is not None and other_kind(config) is None:
+        raise UserError(
+            f"{flag} {folder} holds {kept}, a weight of the base that PEFT saves beside an adapter "
+            "of an output head or embedding. If it is the base's own, save the adapter without it: "
+            "save_pretrained(..., save_embedding_layers=False)."
+        )
     shapes = {name: tuple(tensor.get_shape()) for name, tensor in saved.items()}
     values = {name: _range_of(tensor, shapes[name]) for name, tensor in saved.items()}
     return config, values, shapes
