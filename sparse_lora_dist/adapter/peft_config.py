@@ -29,8 +29,9 @@ PLAIN = """
     modules_to_save init_lora_weights layers_to_transform layers_pattern rank_pattern alpha_pattern
     loftq_config eva_config corda_config lora_ga_config megatron_core runtime_config
 """.split()
-"""Fields of ``LoraConfig`` with which an adapter stays plain LoRA, or which are looked at apart. Any
-other, such as bias or layer_replication, changes what PEFT computes if it is not the default."""
+"""Fields of ``LoraConfig`` with which an adapter stays plain LoRA, or which are looked at apart.
+Any other, such as bias or layer_replication, changes what PEFT computes if it is not the
+default."""
 
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` with which PEFT leaves the base's weights as they are. With any
@@ -47,7 +48,8 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
     Returns:
         Words for an error message. If the adapter is not of PEFT's type LORA, "the type X" with
         the name of its type. If it is a variant of LoRA, the name of the first field of
-        ``VARIANTS`` that is set. If another field changes what PEFT computes, its name and value. If its initial values change the base's weights, what
+        ``VARIANTS`` that is set. If another field changes what PEFT computes, its name and
+        value. If its initial values change the base's weights, what
         ``init_lora_weights`` is. None for plain LoRA.
     """
     if config.get("peft_type") != "LORA":

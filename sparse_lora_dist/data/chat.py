@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import jinja2
 from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparse_lora_dist.data.fields import ExampleError, Message, Tools
 from sparse_lora_dist.data.read_files import in_words
@@ -68,6 +69,11 @@ def find_template(
         raise UserError(
             f"--chat_template {chat_template} cannot be read: {error}. Give a UTF-8 text file."
         ) from error
+
+
+def has_marks(template: str | None) -> bool:
+    """Return True if a template has {% generation %} marks around what the model writes."""
+    return template is not None and GENERATION_MARK.search(template) is not None
 
 
 def is_template(text: str) -> bool:
@@ -127,9 +133,8 @@ def encode_chat(
         encoded = _joined(tokenizer, messages)
     elif train_on == "all":
         encoded = _whole(_render(tokenizer, messages, template, tools)["input_ids"])
-    elif GENERATION_MARK.search(template) and _covers_spaces(tokenizer):
-        out = _render(tokenizer, messages, template, tools, return_assistant_tokens_mask=True)
-        encoded = Encoded(ids=out["input_ids"], is_target=[m == 1 for m in out["assistant_masks"]])
+    elif has_marks(template) and _covers_spaces(tokenizer):
+        encoded = _spans_by_marks(tokenizer, messages, template, tools)
     else:
         encoded = _spans_by_prefixes(tokenizer, messages, template, tools)
     return _whole(encoded.ids) if train_on == "all" else encoded
@@ -246,19 +251,67 @@ def _covers_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Return True if the tokenizer's offsets (from each token to its characters) cover every
     character, including spaces.
 
-    With its setting ``trim_offsets`` they do not. transformers then finds no token at a
-    {% generation %} mark next to a space, and either drops the turn or makes all tokens after it
-    targets. For such a tokenizer ``_spans_by_prefixes`` is used, which needs no offsets.
+    With its setting ``trim_offsets`` they do not, and no token is found at a {% generation %} mark
+    next to a space. For such a tokenizer ``_spans_by_prefixes`` is used, which needs no offsets.
     """
     encoded = tokenizer(" a ", add_special_tokens=False)
     return all(encoded.char_to_token(0, i) is not None for i in range(3))
 
 
 def _joined(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Encoded:
-    prompt, response = (_ids(tokenizer, m["content"]) for m in messages)
-    ids = _framed(tokenizer, prompt + response)
-    num_before = len(_framed(tokenizer, prompt, ends=False))
+    prompt, response = (m["content"] for m in messages)
+    before = _ids(tokenizer, prompt)
+    ids = _framed(tokenizer, before + _continuation(tokenizer, prompt, response))
+    num_before = len(_framed(tokenizer, before, ends=False))
     return Encoded(ids=ids, is_target=[i >= num_before for i in range(len(ids))])
+
+
+def _continuation(tokenizer: PreTrainedTokenizerFast, before: str, text: str) -> list[int]:
+    """Return the tokens of ``text`` as it follows ``before``.
+
+    A tokenizer such as Llama 2's puts a space before each text, so the tokens of ``text`` alone
+    would begin with a space that is not there.
+    """
+
+    def after(other: str) -> list[int]:
+        start, whole = _ids(tokenizer, other), _ids(tokenizer, other + text)
+        return whole[len(start) :] if whole[: len(start)] == start else []
+
+    alone = _ids(tokenizer, text)
+    if not _puts_a_space_before(tokenizer):
+        return alone
+    # A token may reach from ``before`` into ``text``; no token reaches over a line break.
+    return after(before) or after("\n") or alone
+
+
+def _puts_a_space_before(tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return True if the tokens of a text begin with a space that the text does not have."""
+    apart, together = _ids(tokenizer, "a") + _ids(tokenizer, "b"), _ids(tokenizer, "ab")
+    return bool(tokenizer.decode(apart) != tokenizer.decode(together))
+
+
+def _spans_by_marks(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str, tools: Tools
+) -> Encoded:
+    """Tokenise a chat whose template has {% generation %} marks. A token is a target if it has a
+    character between them.
+
+    transformers makes such a mask too, but takes a mark at a character that no token begins or
+    ends with (of an emoji, or one that is normalised), and one at the first token, for another.
+    """
+    out = _render(
+        tokenizer, messages, template, tools, tokenizer_kwargs={"return_offsets_mapping": True}
+    )
+    words: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": template}
+    rendered: Any = render_jinja_template(
+        [messages], tools=tools, return_assistant_tokens_mask=True, **words
+    )
+    (spans,) = rendered[1]  # characters between the marks, of each chat
+    is_target = [
+        any(first < stop and last > start for start, stop in spans)
+        for first, last in out["offset_mapping"]
+    ]
+    return Encoded(ids=out["input_ids"], is_target=is_target)
 
 
 def _spans_by_prefixes(

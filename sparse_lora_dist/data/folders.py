@@ -99,14 +99,14 @@ def of_split(folder: Folder, split: str, place: str) -> Folder:
 
 
 def split_of(path: Path) -> str | None:
-    """Return the split that the name of a file, or of a folder that it is in, has as a word. Return
-    None if there is none.
+    """Return the split that the name of a file, or of a folder that it is in, has as a word, in
+    letters of any case. Return None if there is none.
 
     Args:
         path: path relative to the folder of the data. The last part that names a split counts.
     """
     for part in reversed(path.parts):
-        for word in re.split(r"[-._ 0-9]+", part):
+        for word in re.split(r"[-._ 0-9]+", part.lower()):
             if word in SPLIT_OF:
                 return SPLIT_OF[word]
     return None

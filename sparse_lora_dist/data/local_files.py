@@ -7,6 +7,7 @@ date in quotes is text too.
 
 import csv
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ CELLS: dict[str, dict[str, Any]] = {
     # Cells of a TSV hold no tabs, so nothing needs quotes, and one in a sentence is only a letter.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
+"""A cell that is quoted as in CSV and has quotes inside, which are doubled. pandas writes it so in
+TSV files too."""
 """Dict from the suffix of a table's file to keyword arguments of Python's csv module."""
 TEXT, PARQUET = ".txt", ".parquet"
 LARGEST_CELL = 2**31 - 1
@@ -109,6 +113,9 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
             for cells in reader:
                 if len(cells) not in (0, len(names)):
                     raise UserError(_other_width(file, reader.line_num, len(cells), len(names)))
+                quoted = [c for c in cells if QUOTED.fullmatch(c)] if file.suffix == ".tsv" else []
+                if quoted:
+                    raise UserError(_quoted(file, reader.line_num, quoted[0]))
                 if cells:
                     yield _unnumbered(dict(zip(names, cells, strict=True)))
         except (csv.Error, UnicodeDecodeError) as error:
@@ -116,6 +123,13 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
                 f"{file}:{reader.line_num + 1}: This line or one after it cannot be read: {error}. "
                 "Correct the file, or save it as UTF-8 text."
             ) from error
+
+
+def _quoted(file: Path, line: int, cell: str) -> str:
+    return (
+        f"{file}:{line}: The cell {cell[:40]!r} is quoted as in a CSV file, but quotes in a TSV "
+        "file are read as letters. Save the table as CSV or JSON Lines."
+    )
 
 
 def _column_names(file: Path, first: list[str], given: Columns) -> list[str]:

@@ -21,6 +21,7 @@ from sparse_lora_dist.data.chat import (
     encode_text,
     end_of_turn,
     find_template,
+    has_marks,
 )
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import (
@@ -47,7 +48,11 @@ from sparse_lora_dist.errors import UserError
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
 """Label of a token or row without a loss; torch's cross entropy ignores it."""
-CACHE_VERSION = 2
+USUAL_ROLES = """
+    system developer user assistant tool tool_response function ipython observation
+""".split()
+"""Roles of messages that everybody knows whether the model writes them."""
+CACHE_VERSION = 3
 """Version of the cache of tokens. Increase it when a change of this code gives other tokens for the
 same text, so that old caches are not used."""
 TXT = Fields(kind="text", columns=("text",))
@@ -237,7 +242,7 @@ def load_documents(
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
         raise UserError(_no_document(documents, examples, fields, place))
-    reading = _reading(documents, examples, fields, tokenizer, template, chat_template)
+    reading = _reading(documents, examples, fields, tokenizer, template, chat_template, train_on)
     is_txt = examples.is_plain_text
     unused = {f"--{name}": is_txt and options[name] != DEFAULTS[name] for name in options}
     unused["--chat_template"] = chat_template is not None and fields.kind == "text"
@@ -276,15 +281,20 @@ def _no_document(documents: Documents, examples: Examples, fields: Fields, place
     )
 
 
-def _wrong_roles(examples: Examples, most: int = 1000) -> str:
+def _roles(examples: Examples, most: int = 1000) -> list[str]:
+    """Return the roles of the messages of the first examples."""
+    first = (record["messages"] for _, record in zip(range(most), examples, strict=False))
+    return list(dict.fromkeys(message["role"] for messages in first for message in messages))
+
+
+def _wrong_roles(examples: Examples) -> str:
     """Return a sentence with the roles of the first examples; "" if one of them is the
     assistant."""
-    first = (record["messages"] for _, record in zip(range(most), examples, strict=False))
-    roles = dict.fromkeys(message["role"] for messages in first for message in messages)
+    roles = _roles(examples)
     if "assistant" in roles:
         return ""
     return (
-        f"Its messages have the roles {shown(list(roles))}, but the loss is on messages with the "
+        f"Its messages have the roles {shown(roles)}, but the loss is on messages with the "
         "role 'assistant' only. Rename the role of the answers to 'assistant', and that of the "
         "questions to 'user'. "
     )
@@ -297,6 +307,7 @@ def _reading(
     tokenizer: PreTrainedTokenizerFast,
     template: str | None,
     chat_template: str | None,
+    train_on: TrainOn,
 ) -> Reading:
     """Return what was read of data for language modelling."""
     if fields.kind == "text":
@@ -307,18 +318,27 @@ def _reading(
         ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     learned = tokenizer.convert_ids_to_tokens(documents.targets_among(ends))
     possible = tokenizer.convert_ids_to_tokens(sorted(ends))
-    note = (
+    no_end = (
         f"no token that ends an answer is learned ({shown(possible)}), so the model does not learn "
         "to stop. Use a --chat_template that ends each answer with such a token, within its "
         "{% generation %} marks if it has them."
     )
+    finds_turns = train_on == "response" and not has_marks(template)
+    roles = _roles(examples) if fields.kind == "messages" and finds_turns else []
+    unusual = [role for role in roles if role not in USUAL_ROLES]
+    not_learned = (
+        f"messages of the role {shown(unusual)} are rendered but not learned, since only those of "
+        "the role assistant are. If the model writes them, rename the role, or give a "
+        "--chat_template with {% generation %} marks."
+    )
+    notes = {no_end: not learned, not_learned: bool(unusual)}
     return describe(
         examples,
         fields.all_columns,
         unread_columns=unread_keys(examples, fields, template),
         template=template_source(chat_template, template, tokenizer.chat_template),
         answer_ends=tuple(learned),
-        notes=() if learned else (note,),
+        notes=tuple(note for note, holds in notes.items() if holds),
     )
 
 

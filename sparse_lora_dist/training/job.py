@@ -103,6 +103,7 @@ class Job:
             self.health = Health(self.folder, run.max_bad_steps, last_step=step)
         self._bar = progress_bar(self.feed.total_steps, self.progress.step)
         if resume is None and self.feed.held_out is not None:
+            self._say_held_out_part()
             self.log(0, {}, held_out=self.held_out())
         if resume is not None and not resume.is_of(self.folder):
             # A checkpoint in this folder, so that --resume auto works before the first own save.
@@ -255,6 +256,17 @@ class Job:
             return {}
         batches = self.feed.held_out_batches(self.config.run.eval_batches)
         return self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
+
+    def _say_held_out_part(self) -> None:
+        """Print a note if only a part of the held-out rows is evaluated."""
+        rows = 0 if self.feed.held_out is None else len(self.feed.held_out)
+        evaluated = self.config.run.eval_batches * self.feed.global_batch
+        if evaluated < rows:
+            print_line(
+                "note",
+                f"held-out scores are those of the first {evaluated:,} of {rows:,} rows "
+                f"(--eval_batches {self.config.run.eval_batches} of {self.feed.global_batch} rows)",
+            )
 
     def save(self, held_out_loss: float | None) -> None:
         """Save a checkpoint of the present step. With ``--async_save`` saving only starts here, and

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from sparse_lora_dist.data.read_files import read_examples
 from sparse_lora_dist.errors import UserError
 from tests.fixtures.data_files import jsonl, load, pairs, texts
 
@@ -196,3 +197,25 @@ def test_json_files_of_every_shape(tmp_path):
         assert texts(load(tmp_path / f"{name}.json")) == ["a</s>", "b</s>"]
     (tmp_path / "one.json").write_text(json.dumps({"text": "a", "id": 1}, indent=1))
     assert texts(load(tmp_path / "one.json")) == ["a</s>"]
+
+
+def test_a_split_is_found_whatever_the_case_of_its_letters(tmp_path):
+    """OpenRLHF/OpenRLHF PR #367"""
+    for name, text in (("Train.jsonl", "a"), ("TEST.jsonl", "b")):
+        jsonl(tmp_path / "data" / name, [{"text": text}])
+    for split, file in (("train", "Train.jsonl"), ("test", "TEST.jsonl")):
+        source = str(tmp_path / "data")
+        examples = read_examples(source, split=split, max_samples=None, flag="--data")
+        assert [path.name for path in examples.files] == [file]
+
+
+def test_a_tsv_with_quoted_cells_is_refused_and_one_with_quotes_in_sentences_is_not(tmp_path):
+    """kakaobrain/kor-nlu-datasets PR #8: pandas.DataFrame.to_csv(sep="\\t")"""
+    path = tmp_path / "a.tsv"
+    path.write_text('text\n"Oh," she said, "no"\n"A word"\n')
+    read = {"split": "train", "max_samples": None, "flag": "--data"}
+    texts = list(read_examples(str(path), **read).values("text"))
+    assert texts == ['"Oh," she said, "no"', '"A word"']
+    path.write_text('text\nplain\n"A ""quoted"" word"\n')
+    with pytest.raises(UserError, match=r"a.tsv:3: The cell .* is quoted as in a CSV file"):
+        read_examples(str(path), **read)
