@@ -25,6 +25,7 @@ from sparse_lora_dist.config.sections import TRACKERS
 from sparse_lora_dist.config.spelling import did_you_mean
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.errors import ConfigError
+from sparse_lora_dist.system.program_names import as_started_here
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -60,7 +61,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     flags = split_argv(argv, problems)
     names = [name for name, _ in flags]
     if (page := help_page(flags, program)) is not None:
-        print_and_exit(page)
+        print_and_exit(as_started_here(page))
     given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
     values = typed_values(given, options, parser, problems)
     if (folder := moved_run(flags, values)) is not None:

@@ -34,6 +34,16 @@ LAYERS = "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_l
 """Keys of config.json for the number of layers; architectures use different ones."""
 ONLY_IN_FILES = {"apertus", "phi4_multimodal"}
 """Models with persistent buffers that no ``_init_weights`` writes. Their files hold these."""
+SIZES: dict[str, dict[str, Any]] = {
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"]},
+    "llama4": {"text_config": {"num_hidden_layers": 2, "num_local_experts": 2}},
+    "longcat_flash": {"num_layers": 1, "n_routed_experts": 8, "zero_expert_num": 4},
+    "ministral": {"head_dim": 128},
+    "nemotron": {"head_dim": 128, "num_key_value_heads": 8},
+}
+"""What configs need that cannot be built, or not here, by their defaults."""
 FALCON = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -97,24 +107,26 @@ def wanted(task: str, config: PretrainedConfig) -> dict[str, torch.Tensor]:
     """The buffers of the model that transformers builds on the CPU."""
     with parameters_on_meta():
         model = AUTO[task].from_config(config, dtype=torch.float32)
+    if any(buffer.is_meta for buffer in model.buffers()):  # torch.zeros_like(self.weight)
+        model = AUTO[task].from_config(config, dtype=torch.float32)
     return dict(model.named_buffers())
 
 
 def small(task: str, model_type: str) -> PretrainedConfig:
-    """The default config of a kind of model, with few layers and experts where it takes that."""
+    """A config with few layers and experts, where the kind of model takes that; otherwise the
+    default."""
     kind = CONFIG_MAPPING[model_type]
-    usual = kind()
+    given = SIZES.get(model_type, {})
+    usual = kind(**given)
     layers = [key for key in LAYERS if isinstance(getattr(usual, key, None), int)]
     experts = [key for key in EXPERT_COUNTS if isinstance(getattr(usual, key, None), int)]
-    for few in (
-        {**dict.fromkeys(layers, 2), **dict.fromkeys(experts, 16)},
-        dict.fromkeys(layers, 4),
-    ):
+    two, four = dict.fromkeys(layers, 2), dict.fromkeys(layers, 4)
+    for few in (two | dict.fromkeys(experts, 16), four):
         try:
-            on_meta(task, kind(**few))
+            on_meta(task, kind(**few | given))
         except Exception:  # a list of the layers' kinds has another length ...
             continue
-        return kind(**few)
+        return kind(**few | given)
     return usual
 
 
@@ -142,9 +154,13 @@ def test_buffers_have_the_values_of_transformers(task: str, model_type: str) -> 
     assert differences(task, model_type) == []
 
 
-@pytest.mark.usefixtures("full")
-@pytest.mark.parametrize(("task", "model_type"), KINDS, ids="-".join)
+@pytest.mark.usefixtures("full", "processes")  # a model may compile something
+@pytest.mark.parametrize(("task", "model_type"), KINDS)
 def test_buffers_of_every_model_have_the_values_of_transformers(task: str, model_type: str) -> None:
+    try:
+        on_meta(task, small(task, model_type))
+    except Exception:
+        pytest.skip("refused, or cannot be built by transformers with default sizes")
     assert differences(task, model_type) == []
 
 
