@@ -24,7 +24,7 @@ from sparse_lora_dist.system.shipped import ASSETS, CONFIG, ENGINE, SHIPPED
 REPOSITORY = Path(sparse_lora_dist.__file__).parents[1]
 SOURCES = ("sparse_lora_dist", "assets", *FOLDERS)
 """Folders that a wheel is made of."""
-SMALL = "--max_steps 2 --sequence_length 64 --micro_batch_size 1 --rank 2 --eval_batches 1".split()
+SMALL = "--max_steps 2 --sequence_length 256 --micro_batch_size 1 --rank 2 --eval_batches 1".split()
 
 
 @pytest.fixture
