@@ -6,6 +6,7 @@ module may fill the buffers of its children. A buffer that nothing writes would 
 held before. Here it is refused.
 """
 
+import math
 from collections.abc import Collection
 
 import torch
@@ -40,8 +41,8 @@ def fill_buffers(model: PreTrainedModel, *, stored: Collection[str] = ()) -> Non
         UserError: a buffer has no value, neither in the files nor by the model's own code.
     """
     meta = {name: tensor for name, tensor in _buffers(model).items() if tensor.is_meta}
-    first = _filled(model, meta, memory=1)
-    second = _filled(model, meta, memory=0)
+    first = _filled(model, meta, memory=1.0)
+    second = _filled(model, meta, memory=math.nan)
     saved = model.state_dict().keys() & set(stored)
     empty = [n for n in meta if n not in saved and not _same(first[n], second[n])]
     if empty:
@@ -60,20 +61,26 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
     _put(model, {name: moved[id(tensor)] for name, tensor in buffers.items()})
 
 
-def _filled(model: PreTrainedModel, meta: Buffers, *, memory: int) -> Buffers:
+def _filled(model: PreTrainedModel, meta: Buffers, *, memory: float) -> Buffers:
     """Return the buffers that transformers computes in memory that holds ``memory`` everywhere.
 
     Args:
         model: the model, which gets these buffers.
         meta: its buffers on the meta device.
-        memory: 0 or 1, which every dtype has.
+        memory: 1 or NaN; where a dtype has no NaN, 0 instead.
     """
-    tensors = {id(t): torch.empty_like(t, device="cpu").fill_(memory) for t in meta.values()}
+    tensors = {id(t): _held(t, memory) for t in meta.values()}
     _put(model, {name: tensors[id(tensor)] for name, tensor in meta.items()})
     model.initialize_weights()
     for module in model.modules():
         vars(module).pop(FLAG, None)
     return _buffers(model)
+
+
+def _held(meta: Tensor, memory: float) -> Tensor:
+    has_nan = meta.is_floating_point() or meta.is_complex()
+    value = 0.0 if math.isnan(memory) and not has_nan else memory
+    return torch.empty_like(meta, device="cpu").fill_(value)
 
 
 def _buffers(model: nn.Module) -> Buffers:

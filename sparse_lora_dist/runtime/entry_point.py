@@ -124,8 +124,9 @@ def write_stderr(message: str, *, for_all: bool = False) -> None:
             machine then prints it; the other ranks wait one second, so that none exits before it is
             printed.
     """
+    message = as_started_here(message)
     if not for_all or this_launch().local_rank == 0:
-        print(as_started_here(message), file=sys.stderr)
+        print(message, file=sys.stderr)
     else:
         time.sleep(1)  # launchers kill all ranks when one exits, also the one that prints
 
