@@ -10,19 +10,7 @@ from pathlib import Path
 # without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.evaluation.eval_options import EvalRequest, load_request
-from sparse_lora_dist.runtime.entry_point import run_program
-from sparse_lora_dist.system.imports import large_imports
-
-
-def main(request: EvalRequest) -> None:
-    """Evaluate what the request asks for."""
-    # Imported here, so that --help and option errors need not wait for transformers and DeepSpeed.
-    with large_imports():
-        from sparse_lora_dist.evaluation.eval_command import evaluate
-
-    evaluate(request)
-
+from sparse_lora_dist.programs import evaluate
 
 if __name__ == "__main__":
-    run_program(sys.argv[1:], load_request, main)
+    evaluate()

@@ -6,11 +6,11 @@ python launcher/grid.py slurm/grid.yaml [NUMBER]
 import sys
 from pathlib import Path
 
-# Needed without an installed package: Python puts launcher/ on sys.path, not the repository.
+# A script's own folder is on sys.path, the repository is not; add it, so that a clone works
+# without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.config.sweep import load_grid, show
-from sparse_lora_dist.runtime.entry_point import run_program
+from sparse_lora_dist.programs import grid
 
 if __name__ == "__main__":
-    run_program(sys.argv[1:], load_grid, show)
+    grid()

@@ -6,21 +6,11 @@ python launcher/plan.py --model assets/plans/llama-3-70b --world_size 8 --gpu_me
 import sys
 from pathlib import Path
 
-# Needed without an installed package: Python puts launcher/ on sys.path, not the repository.
+# A script's own folder is on sys.path, the repository is not; add it, so that a clone works
+# without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.plan.plan_options import PlanRequest, load_request
-from sparse_lora_dist.runtime.entry_point import run_program
-from sparse_lora_dist.system.imports import large_imports
-
-
-def main(request: PlanRequest) -> None:
-    # Imported here so that --help and wrong options need not wait for transformers and DeepSpeed.
-    with large_imports():
-        from sparse_lora_dist.plan.plan_command import plan
-
-    plan(request)
-
+from sparse_lora_dist.programs import plan
 
 if __name__ == "__main__":
-    run_program(sys.argv[1:], load_request, main)
+    plan()

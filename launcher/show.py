@@ -6,21 +6,11 @@ python launcher/show.py runs/default/adapter
 import sys
 from pathlib import Path
 
-# Needed without an installed package: Python puts launcher/ on sys.path, not the repository.
+# A script's own folder is on sys.path, the repository is not; add it, so that a clone works
+# without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from sparse_lora_dist.runtime.entry_point import run_program
-from sparse_lora_dist.show.show_options import ShowRequest, load_request
-from sparse_lora_dist.system.imports import large_imports
-
-
-def main(request: ShowRequest) -> None:
-    # Imported here so that --help and wrong options need not wait for torch.
-    with large_imports():
-        from sparse_lora_dist.show.show_command import show
-
-    show(request)
-
+from sparse_lora_dist.programs import show
 
 if __name__ == "__main__":
-    run_program(sys.argv[1:], load_request, main)
+    show()

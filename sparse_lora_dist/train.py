@@ -1,6 +1,11 @@
 """Make a training run from beginning to end: read the data, load the base, inject adapters, train,
 save checkpoints and export the adapter."""
 
+if __name__ == "__main__":  # python -m: --help and option errors need not wait for the imports
+    from sparse_lora_dist.programs import train
+
+    train()
+
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +32,7 @@ from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.rewriter import Rewriter
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.sparsity.sites import Sites
+from sparse_lora_dist.system.shipped import ENGINE
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training import own_folder
 from sparse_lora_dist.training.feed import open_feed
@@ -91,6 +97,8 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
     with fail_together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_own_folder(config, purpose)
+    for note in ENGINE.notes(config.run.ds_config):
+        print_line("note", note)
     # The lock comes before anything is written or removed: the files may be another job's.
     with (
         stop_signals.listening(config.run.time_limit),

@@ -255,26 +255,6 @@ def _switch_off_noise(config: PretrainedConfig) -> None:
                 setattr(part, name, 0.0)
 
 
-def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Replace the buffers of a meta model, such as rotary frequencies, by real ones on ``device``.
-
-    Call this function before any parameter is loaded. It computes the values with transformers'
-    ``_init_weights``, which would also initialise parameters that are not on the meta device.
-
-    Args:
-        model: the model on the meta device, which is changed in place.
-        device: device of the new buffers.
-    """
-    for module in model.modules():
-        empty = {
-            name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta
-        }
-        for name, buffer in empty.items():
-            module._buffers[name] = torch.empty_like(buffer, device=device)
-        if empty:
-            model._init_weights(module)
-
-
 def output_head(model: PreTrainedModel) -> str | None:
     """Return the name of the linear layer that computes the logits, or None if there is none.
 

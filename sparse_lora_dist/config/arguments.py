@@ -4,6 +4,7 @@
 mistake that it finds, and goes on, so that one error names them all.
 """
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
@@ -24,9 +25,10 @@ from sparse_lora_dist.config.schema import (
 from sparse_lora_dist.config.spelling import did_you_mean
 from sparse_lora_dist.config.yaml_file import read_entries
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.shipped import CONFIG
 
 ACTIONS = {
-    "config": "YAML file of options; flags override its values.",
+    "config": "YAML file, or its name in configs/; flags override it.",
     "print_config": "Print the values of all options as YAML and exit.",
     "help": "Print the common options and exit; with a METHOD, its options.",
     "help_all": "Print all options and exit.",
@@ -134,11 +136,12 @@ def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) 
     if found := bad_words(given, given.value):
         problems += found
         return []
-    path = expanded(files[0][0])
+    path = CONFIG.find(expanded(files[0][0]))
     try:
         entries = read_entries(path, place=f"--config {path}")
     except UserError as error:
-        problems.append(str(error))
+        missing = "" if os.path.exists(path) else f". {CONFIG.allowed()}"
+        problems.append(f"{error}{missing}")
         return []
     places: dict[str, str] = {}
     for entry in entries:

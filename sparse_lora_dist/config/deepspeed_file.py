@@ -29,6 +29,7 @@ from sparse_lora_dist.config.deepspeed_keys import (
 )
 from sparse_lora_dist.config.paths import bad_path
 from sparse_lora_dist.config.spelling import did_you_mean
+from sparse_lora_dist.system.shipped import ENGINE
 from sparse_lora_dist.system.small_files import parse_json, text_of
 
 EngineDict = dict[str, Any]
@@ -64,7 +65,7 @@ def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
     """Read a DeepSpeed file.
 
     Args:
-        path: Path of the JSON file.
+        path: Path of the JSON file, or its name in ds_configs/.
         problems: List of messages. One is appended if the file cannot be read, and one for each key
             that is set twice.
 
@@ -80,9 +81,9 @@ def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
         return dict(pairs)
 
     try:
-        content = parse_json(text_of(path), without_doubles)
+        content = parse_json(text_of(ENGINE.find(path)), without_doubles)
     except FileNotFoundError:
-        problems.append(f"--ds_config {path} does not exist. Name a DeepSpeed JSON file")
+        problems.append(f"--ds_config {path} does not exist. {ENGINE.allowed()}")
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"--ds_config {path} cannot be read: {error}")
     except json.JSONDecodeError as error:
@@ -324,7 +325,8 @@ def load(source: str | EngineDict) -> tuple[EngineDict, str]:
     """Return the content of a DeepSpeed file, and its name for messages.
 
     Args:
-        source: Path of the JSON file, or its content, which is returned as it is.
+        source: Path of the JSON file, or its name in ds_configs/, or its content, which is
+            returned as it is.
 
     Returns:
         (content, name). The name is the path of the file, or "the DeepSpeed configuration" if

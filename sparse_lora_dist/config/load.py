@@ -6,6 +6,8 @@ value by the type of its field. It is called for one option at a time, because a
 first error.
 """
 
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
@@ -25,6 +27,7 @@ from sparse_lora_dist.config.sections import TRACKERS
 from sparse_lora_dist.config.spelling import did_you_mean
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.errors import ConfigError
+from sparse_lora_dist.system.program_names import as_started_here
 
 
 def load_config(argv: Sequence[str]) -> Config:
@@ -60,7 +63,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     flags = split_argv(argv, problems)
     names = [name for name, _ in flags]
     if (page := help_page(flags, program)) is not None:
-        print_and_exit(page)
+        print_and_exit(as_started_here(page))
     given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
     values = typed_values(given, options, parser, problems)
     if (folder := moved_run(flags, values)) is not None:
@@ -81,7 +84,10 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
 def print_and_exit(text: str) -> NoReturn:
     """Print ``text`` on rank 0, and exit with status 0 on all ranks."""
     if this_launch().rank == 0:
-        print(text.rstrip())
+        try:
+            print(text.rstrip(), flush=True)
+        except BrokenPipeError:  # --help | head: Python would fail again when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(0)
 
 

@@ -1,6 +1,6 @@
 """Resolve "default", paths and hub ids in options, and find paths that do not exist.
 
-"default" stands for the model and data that come with the repository. No file is opened, and the
+"default" stands for the model and data that come with the package. No file is opened, and the
 Hugging Face hub is not asked.
 """
 
@@ -13,9 +13,8 @@ from typing import Any
 
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.system.own_files import MARKER
+from sparse_lora_dist.system.shipped import ASSETS
 
-ASSETS = Path(__file__).parents[2] / "assets"
-"""Folder with the model and the data that come with the repository."""
 EMBEDDED = {
     "model": "base",
     "data": "gsm8k/train.jsonl",
@@ -91,7 +90,7 @@ def resolve_default(option: str, value: str) -> str:
         value: "default", a path or a hub id.
 
     Returns:
-        The path in the repository for "default"; otherwise ``value`` with ~ expanded.
+        The path in the package for "default"; otherwise ``value`` with ~ expanded.
     """
     return str(ASSETS / EMBEDDED[option]) if value == "default" else str(Path(expanded(value)))
 
@@ -196,8 +195,8 @@ def missing_source(option: str, value: str) -> list[str]:
         return []
     if embedded:
         return [
-            f"--{option} is not set, and its default {path} is missing, because it comes with a "
-            f"git clone only. Set --{option}"
+            f"--{option} is not set, and its default {path} is missing, which comes with the "
+            f"package. Install it again, or set --{option}"
         ]
     return [f"--{option} {value} does not exist, and is not a hub id. Check the path"]
 

@@ -14,7 +14,7 @@ from sparse_lora_dist import methods
 from sparse_lora_dist.config.config import SECTIONS
 from sparse_lora_dist.config.yaml_file import yaml_value
 
-USAGE = "deepspeed launcher/train.py --ds_config ds_configs/zero3.json [--option value ...]"
+USAGE = "deepspeed launcher/train.py --ds_config zero3 [--option value ...]"
 COMMON = """
     model task precision gradient_checkpointing data eval_data prompt_field response_field
     sequence_length method rank alpha dropout target_modules max_steps num_epochs micro_batch_size

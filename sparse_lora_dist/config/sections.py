@@ -192,9 +192,9 @@ class TrainConfig:
 class RunConfig:
     """Run: DeepSpeed, output folder, checkpoints and logs"""
 
-    ds_config: str = "ds_configs/zero3.json"
-    """DeepSpeed JSON file with ZeRO stage, offload and bucket sizes. Options of the run set batch
-    size, gradient clipping and precision."""
+    ds_config: str = "zero3"
+    """DeepSpeed JSON file, or its name in ds_configs/ (zero3, zero3_offload ...). Options of the
+    run set batch size, gradient clipping and precision."""
     output_dir: str = "runs/default"
     """Run folder for checkpoints, metrics and the final adapter. Created if missing."""
     resume: str = "never"

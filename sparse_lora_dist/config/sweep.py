@@ -12,10 +12,12 @@ from itertools import product
 from math import prod
 from pathlib import Path
 
-from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.config.load import load_config, print_and_exit
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.config.yaml_file import TextLoader, read_entries
 from sparse_lora_dist.errors import ConfigError, UserError
+from sparse_lora_dist.system.program_names import as_started_here
+from sparse_lora_dist.system.shipped import CONFIG
 
 USAGE = """usage: launcher/grid.py FILE [NUMBER]
   FILE    options of launcher/train.py in YAML; every combination of values in lists is one run
@@ -50,9 +52,11 @@ def load_grid(argv: Sequence[str]) -> Grid:
     Raises:
         UserError: The file is not a sweep, the options of a run are wrong, or NUMBER is too large.
     """
+    if tuple(argv) in (("--help",), ("-h",)):
+        print_and_exit(as_started_here(USAGE))
     if len(argv) not in (1, 2) or argv[0].startswith("-"):
         raise UserError(USAGE)
-    path = argv[0]
+    path = CONFIG.find(argv[0])
     runs = runs_of(read(Path(path)))
     if len(argv) == 1:
         check(path, runs)

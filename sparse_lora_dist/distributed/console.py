@@ -6,6 +6,7 @@ from typing import Any
 from tqdm import tqdm
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.system.program_names import as_started_here
 
 
 def print_line(label: str, text: str = "") -> None:
@@ -17,7 +18,7 @@ def print_line(label: str, text: str = "") -> None:
         text: rest of the line.
     """
     if comm.rank() == 0:
-        tqdm.write(f"{label:<10}{text}".rstrip(), file=sys.stdout)
+        tqdm.write(f"{label:<10}{as_started_here(text)}".rstrip(), file=sys.stdout)
         sys.stdout.flush()
 
 

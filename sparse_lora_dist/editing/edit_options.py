@@ -108,7 +108,7 @@ one optimizer step on all edits. Differences to the released code:
 
 PROGRAM = Program(
     name="launcher/edit.py",
-    usage="deepspeed launcher/edit.py --ds_config ds_configs/zero3.json --model M --edits FILE "
+    usage="deepspeed launcher/edit.py --ds_config zero3 --model M --edits FILE "
     "[--number 0:10] [--option value ...]",
     description="Edit facts, and measure what else the edits changed. Defaults are those of "
     "RoseLoRA's released code.",

@@ -12,6 +12,7 @@ from sparse_lora_dist.config.paths import bad_path, expanded
 from sparse_lora_dist.config.schema import describe, new_parser
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.errors import ConfigError
+from sparse_lora_dist.system.program_names import as_started_here
 
 OF_MERGED = ("dtype", "rounding", "onto")
 """Names of the options that only --format merged accepts."""
@@ -152,7 +153,7 @@ def _path(place: str, text: str | None, problems: list[str]) -> str | None:
 def build_parser() -> ArgumentParser:
     """Return the parser of launcher/export.py's command line."""
     parser = new_parser(
-        prog="launcher/export.py",
+        prog=as_started_here("launcher/export.py"),
         description="Export the adapter of a run to files that other tools read.",
         allow_abbrev=False,
     )

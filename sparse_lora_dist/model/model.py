@@ -17,12 +17,12 @@ from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
-    fill_buffers,
     meta_model,
     output_head,
     read_config,
     resolve_folder,
 )
+from sparse_lora_dist.base_model.buffers import fill_buffers, move_buffers
 from sparse_lora_dist.base_model.cache.lookup import BaseCache, find_cache
 from sparse_lora_dist.base_model.cache.writer import write_cache
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, passed_over_in_words
@@ -138,6 +138,7 @@ class Model:
             full = {**head.modules, **find_full(module, config.adapter.modules_to_save, head)}
             sites = find_sites(module, config.adapter, modules_inside(full))
             sources = find_sources(module, files, keys_of, new=head.new)
+            fill_buffers(module, stored=sources)
             _check_quantization(options, architecture, files)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
@@ -206,7 +207,7 @@ class Model:
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
         initial = self._initial_values(config, method, given or {})
         self.builder = builder = ShardBuilder(engine_config, PRECISIONS[config.model.precision])
-        fill_buffers(self.module, builder.device)
+        move_buffers(self.module, builder.device)
         files, sources, cache = self.files, self.sources, self.cache
         if cache is not None and cache.files is not None:
             files, sources = cache.files, cache.sources

@@ -149,7 +149,7 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
     # The settings of zero3_offload.json, whatever the engine file of the planned run has.
     away = replace(engine, parameters="cpu", optimizer="cpu", hpz=1, nvme_buffers=0, pinned=True)
     if ranks.on_gpu and away != engine:
-        yield "--ds_config ds_configs/zero3_offload.json", shapes, away, ranks
+        yield "--ds_config zero3_offload", shapes, away, ranks
     if engine.hpz > 1:
         yield (
             "zero_hpz_partition_size: 1 in the engine file (no second copy of the shards)",
@@ -164,7 +164,7 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
     if not engine.settles_ranks:
         yield f"{double.world_size} ranks", shapes, engine, double
     if words and ranks.on_gpu:
-        what = "--ds_config ds_configs/zero3_offload.json and " + ", ".join(words)
+        what = "--ds_config zero3_offload and " + ", ".join(words)
         yield what, shapes.with_config(saving), away, ranks
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparse_lora_dist.config.paths import path_argument
 from sparse_lora_dist.config.sections import RunConfig
+from sparse_lora_dist.system.program_names import as_started_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def load_request(argv: Sequence[str]) -> ReportRequest:
 def build_parser() -> ArgumentParser:
     """Return the parser of launcher/report.py's command line."""
     parser = ArgumentParser(
-        prog="launcher/report.py",
+        prog=as_started_here("launcher/report.py"),
         description="Report what a run did on one HTML page, or compare several runs.",
         allow_abbrev=False,
     )

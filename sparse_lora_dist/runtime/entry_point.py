@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol, TypeVar
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.errors import PeerError, Stopped, StorageError, UserError, in_words
+from sparse_lora_dist.system.program_names import as_started_here
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75
@@ -123,6 +124,7 @@ def write_stderr(message: str, *, for_all: bool = False) -> None:
             machine then prints it; the other ranks wait one second, so that none exits before it is
             printed.
     """
+    message = as_started_here(message)
     if not for_all or this_launch().local_rank == 0:
         print(message, file=sys.stderr)
     else:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sparse_lora_dist.config.paths import path_argument
 from sparse_lora_dist.config.sections import RunConfig
+from sparse_lora_dist.system.program_names import as_started_here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ def load_request(argv: Sequence[str]) -> ShowRequest:
 def build_parser() -> ArgumentParser:
     """Return the parser of launcher/show.py's command line."""
     parser = ArgumentParser(
-        prog="launcher/show.py",
+        prog=as_started_here("launcher/show.py"),
         description="Show what an adapter or a checkpoint holds, as a table.",
     )
     parser.add_argument(

@@ -1,7 +1,5 @@
 """Print the last lines of a run: what was trained, the result, and the command to type next."""
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
@@ -12,6 +10,7 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.launch import this_launch
+from sparse_lora_dist.system.program_names import command
 from sparse_lora_dist.training.feed import DataFeed
 
 SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
@@ -143,13 +142,6 @@ def sparsity(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{first['live_entries']:,} -> {last['live_entries']:,} entries; optimizer state of a rank "
         f"{megabytes(last['state_bytes'])}, at its peak {megabytes(peak)}"
     )
-
-
-def command(name: str) -> str:
-    """Return what to type to start the program ``name`` of this Python environment: its relative
-    path if the environment is below the working directory, otherwise ``name`` alone."""
-    path = os.path.relpath(Path(sys.executable).with_name(name))
-    return name if path.startswith("..") else quote(path)
 
 
 def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:

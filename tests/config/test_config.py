@@ -277,7 +277,7 @@ def test_embedded_assets_can_be_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(locations, "ASSETS", tmp_path / "none")
     problems = problems_of()
     assert [p.split()[0] for p in problems] == ["--model", "--data"]
-    assert all("comes with a git clone only" in p for p in problems)
+    assert all("comes with the package. Install it again" in p for p in problems)
 
 
 @pytest.mark.parametrize("name", TRACKERS)

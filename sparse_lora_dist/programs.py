@@ -1,0 +1,143 @@
+"""The programs that a person starts, each with the options of its command line.
+
+``launcher/train.py``, ``sparse-lora-train`` and ``python -m sparse_lora_dist.train`` all call
+``train`` here, and so for the others. Modules that take long to import are imported inside the
+functions, so that ``--help`` and option errors need not wait for transformers and DeepSpeed.
+"""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sparse_lora_dist.runtime.entry_point import run_program
+from sparse_lora_dist.system.imports import large_imports
+
+if TYPE_CHECKING:
+    from sparse_lora_dist.config.config import Config
+    from sparse_lora_dist.editing.edit_options import EditRequest
+    from sparse_lora_dist.evaluation.eval_options import EvalRequest
+    from sparse_lora_dist.export.export_options import ExportRequest
+    from sparse_lora_dist.plan.plan_options import PlanRequest
+    from sparse_lora_dist.report.report_options import ReportRequest
+    from sparse_lora_dist.show.show_options import ShowRequest
+
+
+def train() -> None:
+    """Fine-tune a sharded 4-bit language model, or check the checkpoints of ``--verify``."""
+    from sparse_lora_dist.config.load import load_config
+
+    run_program(sys.argv[1:], load_config, _train)
+
+
+def evaluate() -> None:
+    """Evaluate a sharded model with or without adapters."""
+    from sparse_lora_dist.evaluation.eval_options import load_request
+
+    run_program(sys.argv[1:], load_request, _evaluate)
+
+
+def edit() -> None:
+    """Change facts that a language model knows."""
+    from sparse_lora_dist.editing.edit_options import load_request
+
+    run_program(sys.argv[1:], load_request, _edit)
+
+
+def export() -> None:
+    """Export the adapter of a run as files that other tools open."""
+    from sparse_lora_dist.export.export_options import load_request
+
+    run_program(sys.argv[1:], load_request, _export)
+
+
+def grid() -> None:
+    """Print the runs of a sweep, or the options of one."""
+    from sparse_lora_dist.config.sweep import load_grid, show
+
+    run_program(sys.argv[1:], load_grid, show)
+
+
+def plan() -> None:
+    """Plan the memory, traffic and time of a run."""
+    from sparse_lora_dist.plan.plan_options import load_request
+
+    run_program(sys.argv[1:], load_request, _plan)
+
+
+def report() -> None:
+    """Write a report of a run as one HTML page, or compare several runs."""
+    from sparse_lora_dist.report.report_options import load_request
+
+    run_program(sys.argv[1:], load_request, _report)
+
+
+def show() -> None:
+    """Print the modules of an adapter or a checkpoint."""
+    from sparse_lora_dist.show.show_options import load_request
+
+    run_program(sys.argv[1:], load_request, _show)
+
+
+def examples() -> None:
+    """Copy the files to start from into a folder."""
+    from sparse_lora_dist.examples import copy, load_request
+
+    run_program(sys.argv[1:], load_request, copy)
+
+
+def _train(config: "Config") -> None:
+    if config.run.verify is not None:
+        from sparse_lora_dist.checkpoint.verify import verify
+
+        verify(Path(config.run.verify))
+        return
+    with large_imports():
+        from sparse_lora_dist.train import run
+
+    run(config)
+
+
+def _evaluate(request: "EvalRequest") -> None:
+    with large_imports():
+        from sparse_lora_dist.evaluation.eval_command import evaluate
+
+    evaluate(request)
+
+
+def _edit(request: "EditRequest") -> None:
+    if request.options.only_read:
+        print(request.file.report())
+        return
+    with large_imports():
+        from sparse_lora_dist.editing.edit_command import purpose_of
+        from sparse_lora_dist.train import run
+
+    run(request.config, purpose_of(request))
+
+
+def _export(request: "ExportRequest") -> None:
+    with large_imports():
+        from sparse_lora_dist.export.export_command import export
+
+    export(request)
+
+
+def _plan(request: "PlanRequest") -> None:
+    with large_imports():
+        from sparse_lora_dist.plan.plan_command import plan
+
+    plan(request)
+
+
+def _report(request: "ReportRequest") -> None:
+    with large_imports():
+        from sparse_lora_dist.report.report_command import report
+
+    report(request)
+
+
+def _show(request: "ShowRequest") -> None:
+    with large_imports():
+        from sparse_lora_dist.show.show_command import show
+
+    show(request)

@@ -1,0 +1,42 @@
+"""Name the programs as the user starts them: by file in a clone, by command where it is installed.
+
+Messages name ``launcher/export.py``. In a folder without ``launcher/``, that is the command
+``sparse-lora-export``, or for DeepSpeed's launcher the module ``sparse_lora_dist.export``.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+from shlex import quote
+
+PROGRAMS = ("train", "eval", "edit", "export", "grid", "plan", "report", "show")
+"""Names of the programs: of their files in launcher/, commands and modules."""
+_FILE = rf"launcher/({'|'.join(PROGRAMS)})\.py\b"
+_LAUNCHED = re.compile(rf"(?<!\S)((?:\S*/)?deepspeed(?: --\w+(?: \d+)?)*) {_FILE}")
+"""A command of DeepSpeed's launcher, up to the program's file."""
+_ALONE = re.compile(rf"(?<![\w./-])(?:((?:[\w.-]+/)*)python )?{_FILE}")
+"""A program's file, with the Python before it if there is one."""
+
+
+def command(name: str) -> str:
+    """Return what to type to start the program ``name`` of this Python environment: its relative
+    path if the environment is below the working directory, otherwise ``name`` alone."""
+    path = os.path.relpath(Path(sys.executable).with_name(name))
+    return name if path.startswith("..") else quote(path)
+
+
+def as_started_here(text: str) -> str:
+    """Return a message in which the programs have the names by which they can be started here.
+
+    ``python launcher/export.py RUN`` stays so if the working directory has the folder launcher/,
+    and otherwise becomes ``sparse-lora-export RUN``, if that is installed.
+
+    Args:
+        text: a message for the user, which names files of launcher/.
+    """
+    installed = Path(sys.executable).with_name("sparse-lora-train").exists()
+    if Path("launcher").is_dir() or not installed:
+        return text
+    text = _LAUNCHED.sub(r"\1 --module sparse_lora_dist.\2", text)
+    return _ALONE.sub(r"\1sparse-lora-\2", text)
