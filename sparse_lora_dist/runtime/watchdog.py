@@ -24,7 +24,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Finished, PeerError, Stopped, UserError
 from sparse_lora_dist.run_folder import lock as run_lock
-from sparse_lora_dist.runtime.entry_point import FAILURE, USER_ERROR, exit_process, write_stderr
+from sparse_lora_dist.runtime.entry_point import FAILURE, HELD, exit_process, write_stderr
 from sparse_lora_dist.runtime.heartbeats import (
     Board,
     Heartbeat,
@@ -160,7 +160,7 @@ class _Watchdog:
                 run_lock.renew()
             except UserError as error:
                 write_stderr(f"\nerror: {error}")
-                exit_process(USER_ERROR)
+                exit_process(HELD)
             except OSError:  # a shared disk may fail for a moment
                 continue
 
