@@ -10,6 +10,7 @@ from pathlib import Path
 # without installation.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.editing.edit_options import EditRequest, load_request
 from sparse_lora_dist.runtime.entry_point import run_program
 from sparse_lora_dist.system.imports import large_imports
@@ -20,6 +21,7 @@ def main(request: EditRequest) -> None:
     if request.options.only_read:
         print(request.file.report())
         return
+    this_launch().check_address()  # before torch asks for it, for minutes
     # Imported here, so that --help and option errors need not wait for transformers and DeepSpeed.
     with large_imports():
         from sparse_lora_dist.editing.edit_command import purpose_of

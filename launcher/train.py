@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.runtime.entry_point import run_program
 from sparse_lora_dist.system.imports import large_imports
 
@@ -23,6 +24,7 @@ def main(config: Config) -> None:
 
         verify(Path(config.run.verify))
         return
+    this_launch().check_address()  # before torch asks for it, for minutes
     with large_imports():
         from sparse_lora_dist.train import run
 

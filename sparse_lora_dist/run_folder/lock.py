@@ -141,6 +141,21 @@ def is_ours() -> bool:
     return bool(_held and now and now.token == _held[1].token)
 
 
+def own_token() -> str:
+    """Return the random text in the lock that this process took; "" if it took none."""
+    return _held[1].token if _held else ""
+
+
+def token_in(folder: Path) -> str | None:
+    """Return the random text in the lock of ``folder``; None if there is no lock.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    holder = _read(folder / NAME)
+    return holder and holder.token
+
+
 def is_held(folder: Path) -> bool:
     """Return True if a live job holds the lock of ``folder``. For programs that only read it.
 

@@ -13,6 +13,7 @@ from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
+from sparse_lora_dist.distributed.shared_message import print_once, tell_printed
 from sparse_lora_dist.errors import (
     HeldError,
     PeerError,
@@ -21,7 +22,6 @@ from sparse_lora_dist.errors import (
     UserError,
     in_words,
 )
-from sparse_lora_dist.runtime.shared_message import print_once, tell_printed
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 HELD = 73
