@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sparse_lora_dist.distributed.launch import Launch
+from sparse_lora_dist.distributed.launch_mpi import _remedy
 from sparse_lora_dist.distributed.meeting_place import listening_socket
 from sparse_lora_dist.errors import UserError
 from tests.distributed.test_launchers import REPOSITORY, free_port
@@ -87,17 +88,17 @@ def test_a_name_that_no_server_knows_is_refused_at_once(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("library", "command"),
+    "command",
     [
-        ("torch", ["launcher/train.py"]),
-        in_full("deepspeed", ["launcher/eval.py", "--eval_data", "assets/gsm8k/heldout.jsonl"]),
+        ["launcher/train.py"],
+        in_full(["launcher/eval.py", "--eval_data", "assets/gsm8k/heldout.jsonl"]),
     ],
 )
 def test_it_is_refused_before_large_libraries_are_imported(
-    library: str, command: list[str], processes: None, tmp_path: Path
+    command: list[str], processes: None, tmp_path: Path
 ) -> None:
-    (tmp_path / library).mkdir()
-    (tmp_path / library / "__init__.py").write_text("raise AssertionError('it was imported')")
+    (tmp_path / "deepspeed").mkdir()
+    (tmp_path / "deepspeed" / "__init__.py").write_text("raise AssertionError('it was imported')")
     place = {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29500", "PYTHONPATH": tmp_path}
     rank = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     ended = subprocess.run(
@@ -109,3 +110,18 @@ def test_it_is_refused_before_large_libraries_are_imported(
     )
     assert ended.stderr.startswith("error: MASTER_ADDR=no-such-host.invalid is not known on ")
     assert ended.returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("environ", "words"),
+    [
+        ({"PMI_SIZE": "2"}, ("MPICH or Intel MPI", "MPI4PY_MPIABI=mpich", "libmpi.so.12")),
+        ({"PMI_SIZE": "2"}, ("MPICC=mpicc.mpich pip install --force-reinstall --no-binary",)),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, ("Open MPI", "MPI4PY_MPIABI=openmpi", "libmpi.so.40")),
+    ],
+)
+def test_an_mpi_that_is_not_that_of_mpirun_is_mended_by_mpiruns_own_compiler(
+    environ: dict[str, str], words: tuple[str, ...]
+) -> None:
+    """`pip install --no-binary mpi4py` alone takes the mpicc in PATH, which built the wrong one."""
+    assert all(word in _remedy(environ) for word in words)
