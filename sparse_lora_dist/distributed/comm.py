@@ -148,7 +148,7 @@ def _store(launch: Launch) -> Any:
     if not store_is_in_rank_0():
         return _store_of_this_start(launch, _timeout)
     listener = listening_socket(launch) if launch.rank == 0 else None
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         host_name=str(launch.address),
         port=int(launch.port or 0),
         world_size=launch.world_size,

@@ -153,7 +153,7 @@ def token_in(folder: Path) -> str | None:
         OSError: the folder cannot be read.
     """
     holder = _read(folder / NAME)
-    return holder and holder.token
+    return None if holder is None else holder.token
 
 
 def is_held(folder: Path) -> bool:

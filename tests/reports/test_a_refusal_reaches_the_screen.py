@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.phases import fail_together
+from sparse_lora_dist.errors import HeldError, StorageError, UserError
 from tests.distributed.test_launchers import REPOSITORY, TORCHRUN, start
 from tests.tiers import in_full
 
@@ -126,3 +129,35 @@ def test_under_torchrun_the_rank_that_is_slow_loses_nothing() -> None:
     ended = start(command, OMP_NUM_THREADS="1", **HERE)
     assert ended.status != 0
     assert ended.err.count("error: the configuration has 1 problem") == 1, ended.err
+
+
+@pytest.mark.parametrize(
+    ("failures", "kind", "said"),
+    [
+        ([("it is held", "HeldError"), None], HeldError, "it is held"),
+        ([None, ("full", "StorageError")], StorageError, "rank 1 failed while saving: full"),
+        ([("no", "UserError"), ("no", "UserError")], UserError, "no"),
+        ([None, ("KeyError", "UserError")], UserError, "rank 1 failed while saving: KeyError"),
+    ],
+)
+def test_ranks_that_did_not_fail_end_with_the_kind_and_the_words_of_the_rank_that_did(
+    failures: list[tuple[str, str] | None],
+    kind: type[UserError],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(comm, "gather_objects", lambda value, after="": failures)
+    with pytest.raises(kind) as caught:
+        with fail_together("saving"):
+            pass
+    assert type(caught.value) is kind and caught.value.shared
+    assert f"{caught.value.found_by}{caught.value}" == said
+
+
+def test_the_rank_that_failed_alone_says_which_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comm, "gather_objects", lambda value, after="": [None, value])
+    monkeypatch.setattr(comm, "rank", lambda: 1)
+    with pytest.raises(UserError, match="^no$") as caught:
+        with fail_together("reading"):
+            raise UserError("no")
+    assert caught.value.found_by == "rank 1 failed while reading: "
