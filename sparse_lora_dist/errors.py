@@ -18,11 +18,14 @@ class UserError(Exception):
 
     Args:
         message: the text to print.
-        shared: True if all ranks raise the same error, so that only rank 0 prints it.
+        shared: True if all ranks raise the same error, so that one rank of each machine prints it.
     """
 
     shared = False
-    """True if all ranks raise the same error, so that only rank 0 prints it."""
+    """True if all ranks raise the same error, so that one rank of each machine prints it."""
+    found_by = ""
+    """Beginning of the printed message if some ranks failed and rank 0 did not: which rank failed,
+    in what. Otherwise empty."""
 
     def __init__(self, message: str, *, shared: bool = False) -> None:
         super().__init__(message)
@@ -33,6 +36,11 @@ class StorageError(UserError):
     """Raised if storage failed in a way that may pass, such as a full disk or a file server that is
     away. The program ends with the status of a run that was asked to stop, so that a batch system
     starts it again."""
+
+
+class HeldError(UserError):
+    """Raised if another job that is alive writes the run folder. The program ends with a status of
+    its own: nothing that the user gave is wrong, and the run may be started when that job ends."""
 
 
 class ConfigError(UserError):

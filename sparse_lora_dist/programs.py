@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.runtime.entry_point import run_program
 from sparse_lora_dist.system.imports import large_imports
 
@@ -91,6 +92,7 @@ def _train(config: "Config") -> None:
 
         verify(Path(config.run.verify))
         return
+    this_launch().check_address()  # before torch asks for it, for minutes
     with large_imports():
         from sparse_lora_dist.train import run
 
@@ -98,6 +100,7 @@ def _train(config: "Config") -> None:
 
 
 def _evaluate(request: "EvalRequest") -> None:
+    this_launch().check_address()
     with large_imports():
         from sparse_lora_dist.evaluation.eval_command import evaluate
 
@@ -108,6 +111,7 @@ def _edit(request: "EditRequest") -> None:
     if request.options.only_read:
         print(request.file.report())
         return
+    this_launch().check_address()
     with large_imports():
         from sparse_lora_dist.editing.edit_command import purpose_of
         from sparse_lora_dist.train import run

@@ -18,7 +18,7 @@ from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.console import print_launch, print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Finished, Stopped, UserError
 from sparse_lora_dist.methods import METHODS, Method
@@ -27,6 +27,7 @@ from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.plan.check import say_whether_it_fits
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.description import write_description
+from sparse_lora_dist.run_folder.shared_by_ranks import shared_by_all_ranks
 from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.rewriter import Rewriter
@@ -91,9 +92,7 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
             are.
     """
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
-    launch = comm.start(timeout_s)
-    if launch.world_size > 1:
-        print_line("launch", launch.in_words(comm.num_nodes()))
+    print_launch(comm.start(timeout_s))
     with fail_together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_own_folder(config, purpose)
@@ -103,6 +102,7 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
     with (
         stop_signals.listening(config.run.time_limit),
         run_lock.held(folder),
+        shared_by_all_ranks(folder),
         watchdog.watched(folder, timeout_s),
     ):
         now = Training(config, engine_config, purpose)

@@ -8,8 +8,11 @@ single rank collectives communicate nothing, so callers need no branch on the nu
 
 import os
 import socket
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 from uuid import uuid4
@@ -21,7 +24,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from sparse_lora_dist.distributed.launch import Launch, this_launch
 from sparse_lora_dist.distributed.launch_mpi import with_meeting_place
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.distributed.meeting_place import listening_socket, own_address_in_words
+from sparse_lora_dist.distributed.shared_message import print_once
+from sparse_lora_dist.errors import UserError, in_words
 
 traffic_bytes: Counter[str] = Counter()
 """Bytes of tensors that this rank received through this module, by kind of collective: all_gather,
@@ -41,6 +46,10 @@ SPARE = timedelta(seconds=60)
 """Time by which the process groups' timeout exceeds the watchdog's, so that the watchdog acts
 first. NCCL's timeout ends the process without naming the rank that is stuck. It is the fallback
 for ranks whose watchdog thread does not run."""
+
+FAILED, LOOK_S = "a rank cannot connect", 0.5
+"""Key in the store under which a rank says that it cannot connect, and seconds between two looks
+of the other ranks."""
 
 _timeout = timedelta(minutes=10) + SPARE
 """Timeout of every process group except ``_patient``. ``start`` sets it."""
@@ -65,7 +74,7 @@ def start(timeout_s: float = 600.0) -> Launch:
         UserError: the environment variables contradict each other, the ranks cannot connect, or
             only some of them have a GPU.
     """
-    global _patient, _timeout
+    global _timeout
     launch = this_launch()
     if dist.is_initialized():
         return launch
@@ -83,19 +92,9 @@ def start(timeout_s: float = 600.0) -> Launch:
         device %= torch.cuda.device_count()
         torch.cuda.set_device(device)
     os.environ.update(launch.variables(device))  # DeepSpeed reads them
-    try:
-        # The watchdog checks at intervals, so it may report up to a tenth later than timeout_s.
-        _timeout = timedelta(seconds=1.1 * timeout_s) + SPARE
-        _join(launch)
-        _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    except dist.DistError as error:
-        raise UserError(
-            f"The ranks cannot connect at {launch.address}:{launch.port}: {error}. If another job "
-            "on that machine uses the port, choose another with --master_port (deepspeed, "
-            "torchrun) or MASTER_PORT (srun, mpirun). If the other machines do not reach rank 0's "
-            "machine by that address, set MASTER_ADDR. If a machine resolves its own name to "
-            "127.0.0.1, set GLOO_SOCKET_IFNAME to its network interface."
-        ) from error
+    # The watchdog checks at intervals, so it may report up to a tenth later than timeout_s.
+    _timeout = timedelta(seconds=1.1 * timeout_s) + SPARE
+    _join(launch)
     _check_devices()
     return launch
 
@@ -117,19 +116,93 @@ def _check_devices() -> None:
 
 
 def _join(launch: Launch) -> None:
-    """Create the default process group, with gloo for CPU tensors and NCCL for GPU tensors."""
-    store = None
+    """Create the default process group, with gloo for CPU tensors and NCCL for GPU tensors, and the
+    group for long waits. Collective."""
+    global _patient
+    try:
+        store = _store(launch)
+    except (dist.DistError, OSError) as error:
+        raise UserError(
+            f"The ranks cannot connect at {launch.address}:{launch.port}: {error}. If another job "
+            "on that machine uses the port, choose another with --master_port (deepspeed, "
+            "torchrun) or MASTER_PORT (srun, mpirun). If the other machines do not reach rank 0's "
+            "machine by that address, set MASTER_ADDR.",
+            shared=True,
+        ) from error
+    with _ending_together(store, launch):
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_gpu() else "gloo",
+            timeout=_timeout,
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+        )
+        _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def _store(launch: Launch) -> Any:
+    """Return the key-value store through which the ranks find each other. Collective."""
     if launch.world_size == 1:
         # A group of one rank needs no port, so two runs on a machine cannot collide.
-        store = dist.HashStore()  # type: ignore[attr-defined]
-    elif launch.launcher == "torchrun":
-        store = _store_of_this_start(launch, _timeout)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu() else "gloo",
-        timeout=_timeout,
-        store=store,
-        rank=launch.rank,
+        return dist.HashStore()  # type: ignore[attr-defined]
+    if not store_is_in_rank_0():
+        return _store_of_this_start(launch, _timeout)
+    listener = listening_socket(launch) if launch.rank == 0 else None
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        host_name=str(launch.address),
+        port=int(launch.port or 0),
         world_size=launch.world_size,
+        is_master=launch.rank == 0,
+        timeout=_timeout,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+
+
+@contextmanager
+def _ending_together(store: Any, launch: Launch) -> Iterator[None]:
+    """Context manager in which the ranks connect to each other. If one of them cannot, it raises a
+    UserError, and the other ranks end with its message instead of waiting for it. Collective."""
+    if launch.world_size == 1:
+        yield
+        return
+    ended = threading.Event()
+    watch = threading.Thread(
+        target=_end_if_another_fails, args=(store.clone(), launch, ended), daemon=True
+    )
+    watch.start()
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises nothing more exact
+        message = _cannot_connect(launch, error)
+        with suppress(RuntimeError):
+            store.set(FAILED, message)
+        if launch.rank == 0:
+            time.sleep(4 * LOOK_S)  # the store, which the other ranks read, ends with this process
+        raise UserError(message, shared=True) from error
+    finally:
+        ended.set()
+        watch.join()
+
+
+def _end_if_another_fails(store: Any, launch: Launch, ended: threading.Event) -> None:
+    """End this process if another rank cannot connect. In a thread: the main one waits in gloo."""
+    while not ended.wait(LOOK_S):
+        try:
+            message = store.get(FAILED).decode() if store.check([FAILED]) else None
+        except RuntimeError:
+            message = "rank 0 ended while the ranks were connecting. See its message."
+        if message is not None and not ended.wait(LOOK_S):  # this rank may have failed as well
+            print_once(f"error: {message}", launch)
+            os._exit(2)
+
+
+def _cannot_connect(launch: Launch, error: RuntimeError) -> str:
+    return (
+        f"rank {launch.rank} on {socket.gethostname()} cannot connect to the other ranks: "
+        f"{in_words(error)}. {own_address_in_words()}Ranks reach each other at the address that "
+        "each machine has for its own name. If that is 127.0.0.1 or in a network that the others "
+        "do not reach, set GLOO_SOCKET_IFNAME, and with GPUs NCCL_SOCKET_IFNAME too, to the name "
+        "of the network interface to use (ip address lists them)."
     )
 
 

@@ -1,11 +1,14 @@
 """Terminal output: labelled lines and a progress bar, printed by rank 0 only."""
 
+import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.launch import Launch
+from sparse_lora_dist.distributed.launch_slurm import tasks_without_srun
 from sparse_lora_dist.system.program_names import as_started_here
 
 
@@ -20,6 +23,18 @@ def print_line(label: str, text: str = "") -> None:
     if comm.rank() == 0:
         tqdm.write(f"{label:<10}{as_started_here(text)}".rstrip(), file=sys.stdout)
         sys.stdout.flush()
+
+
+def print_launch(launch: Launch) -> None:
+    """Print how the ranks were started, or warn if Slurm expected more of them. Collective.
+
+    Args:
+        launch: what ``comm.start`` returned.
+    """
+    if launch.world_size > 1:
+        print_line("launch", launch.in_words(comm.num_nodes()))
+    elif launch.launcher == "python" and (text := tasks_without_srun(os.environ, sys.argv[0])):
+        print_line("warning", text)
 
 
 def progress_bar(total: int, done: int) -> Any:

@@ -31,8 +31,8 @@ ADVICE = (
 
 LAST_PORT, MOST_DIGITS = 65535, 18
 """Largest port, and largest number of digits of any variable."""
-RESOLVE_S = 10.0
-"""Longest time in seconds that a host name may take to become known, e.g. while a node boots."""
+RESOLVE_S = 3.0
+"""Longest time in seconds to ask again for a host name while no name server answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +79,10 @@ class Launch:
         return f"{self.launcher}: {self.world_size} ranks on {counted}, meeting at {place}"
 
     def check_address(self) -> None:
-        """Raise UserError if the host name of rank 0's machine is not known here.
+        """Raise UserError if the host name of rank 0's machine is not known here. Not a collective.
 
-        torch would ask for it again and again, for minutes. Not a collective.
+        To be called before anything is loaded. torch would ask for the name again and again, for
+        minutes.
         """
         deadline = time.monotonic() + RESOLVE_S
         while self.world_size > 1 and self.address is not None:
@@ -89,13 +90,15 @@ class Launch:
                 socket.getaddrinfo(self.address, self.port)
                 return
             except (OSError, UnicodeError) as error:
-                if time.monotonic() > deadline:
+                no_server = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
+                if not no_server or time.monotonic() > deadline:
                     raise UserError(
                         f"MASTER_ADDR={self.address} is not known on {socket.gethostname()} "
                         f"({error}). Set MASTER_ADDR to a name or IP address of rank 0's machine "
-                        "that all machines can reach."
+                        "that all machines can reach.",
+                        shared=True,
                     ) from error
-                time.sleep(1)
+                time.sleep(0.5)
 
 
 class Names(NamedTuple):

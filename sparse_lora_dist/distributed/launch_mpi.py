@@ -3,7 +3,9 @@
 mpirun sets rank and world size in the environment, but no address.
 """
 
+import os
 import socket
+from collections.abc import Mapping
 from dataclasses import replace
 
 from sparse_lora_dist.distributed.launch import Launch
@@ -29,19 +31,37 @@ def with_meeting_place(launch: Launch) -> Launch:
         raise UserError(
             f"mpirun started {launch.world_size} ranks, which need mpi4py to find each other, but "
             f"mpi4py cannot be imported: {error}. Install mpi4py (pip install mpi4py) in the "
-            "environment that has mpirun's MPI, or start with torchrun or deepspeed."
+            "environment that has mpirun's MPI, or start with torchrun or deepspeed.",
+            shared=True,
         ) from error
     world = MPI.COMM_WORLD
     if (world.Get_rank(), world.Get_size()) != (launch.rank, launch.world_size):
         raise UserError(
             f"mpirun says rank {launch.rank} of {launch.world_size}, and mpi4py says rank "
-            f"{world.Get_rank()} of {world.Get_size()}. So mpi4py uses another MPI than mpirun "
-            f"({MPI.Get_library_version().split(',')[0].strip()}). Build mpi4py for mpirun's MPI "
-            "(pip install --no-binary mpi4py mpi4py), or start with the mpirun of mpi4py's MPI."
+            f"{world.Get_rank()} of {world.Get_size()}. So mpi4py uses another MPI than mpirun: "
+            f"{MPI.Get_library_version().split(',')[0].strip()}. {_remedy(os.environ)}",
+            shared=True,
         )
     address, port = world.bcast(_here(launch))
     MPI.Finalize()
     return replace(launch, address=address, port=port)
+
+
+def _remedy(environ: Mapping[str, str]) -> str:
+    """Return what to do if mpi4py uses another MPI than mpirun.
+
+    Args:
+        environ: the environment variables of this process, by which mpirun's MPI is recognised.
+    """
+    name, abi, library, compiler = "MPICH or Intel MPI", "mpich", "libmpi.so.12", "mpicc.mpich"
+    if "OMPI_COMM_WORLD_SIZE" in environ:
+        name, abi, library, compiler = "Open MPI", "openmpi", "libmpi.so.40", "mpicc.openmpi"
+    return (
+        f"mpirun is that of {name}. Set MPI4PY_MPIABI={abi}, and add the folder of its {library} "
+        "to LD_LIBRARY_PATH. Or build mpi4py with that MPI's own compiler, which the mpicc in PATH "
+        f"need not be: MPICC={compiler} pip install --force-reinstall --no-binary mpi4py mpi4py. "
+        "Or start with the mpirun of mpi4py's MPI, torchrun or deepspeed."
+    )
 
 
 def _here(launch: Launch) -> tuple[str, int]:

@@ -70,3 +70,26 @@ def restart_count(environ: Mapping[str, str]) -> int:
             "Unset it."
         )
     return int(text)
+
+
+def tasks_without_srun(environ: Mapping[str, str], program: str) -> str | None:
+    """Return a warning if Slurm gave this job several tasks, but one rank was started without srun.
+
+    Then one rank trains, with the rows of one rank in each step, while the other tasks' processors
+    idle. Returns None if the job has one task, or there is no Slurm.
+
+    Args:
+        environ: the environment variables of a process that no launcher started.
+        program: path of the program, as it was typed.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    for name, thing in (("SLURM_NTASKS", "tasks"), ("SLURM_JOB_NUM_NODES", "nodes")):
+        text = environ.get(name, "")
+        if text.isdecimal() and len(text) < 10 and int(text) > 1:
+            return (
+                f"this job has {int(text)} {thing} ({name}={text}), but the program was started "
+                f"without srun, so 1 rank trains. Start it with: srun python {program} ... "
+                "For one rank, submit with --nodes=1 --ntasks=1."
+            )
+    return None

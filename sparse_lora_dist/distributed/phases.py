@@ -13,10 +13,13 @@ from typing import cast
 from safetensors import SafetensorError
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.errors import StorageError, UserError
+from sparse_lora_dist.errors import HeldError, StorageError, UserError
 
 PASSING = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT, errno.EREMOTEIO)
 """Errors of storage that may be gone when a job is started again."""
+KINDS: tuple[type[UserError], ...] = (StorageError, HeldError)
+"""Kinds of UserError that all ranks raise if one does, since they have exit statuses of their
+own."""
 
 
 @contextmanager
@@ -37,7 +40,7 @@ def fail_together(phase: str, *, may_pass: bool = False) -> Iterator[None]:
         UserError: the body failed on some rank. If it raised a UserError on this rank, that error
             is raised. If it raised an OSError or SafetensorError on this rank, a UserError with its
             text is raised. If it did not fail on this rank, a UserError with the message of the
-            first rank that failed is raised.
+            first rank that failed is raised, of the same kind (``KINDS``).
         Exception: the body raised any other exception on this rank, which is raised unchanged.
     """
     failure: Exception | None = None
@@ -50,17 +53,25 @@ def fail_together(phase: str, *, may_pass: bool = False) -> Iterator[None]:
         failure.__cause__ = error  # for the traceback of --debug
     except Exception as error:
         failure = error
-    passes = isinstance(failure, StorageError)
-    failures = comm.gather_objects((str(failure), passes) if failure else None, after=phase)
+    own_kind = next((kind for kind in KINDS if isinstance(failure, kind)), UserError)
+    own = (str(failure), own_kind.__name__) if failure else None
+    failures = comm.gather_objects(own, after=phase)
     if isinstance(failure, UserError):
         failure.shared = True
+        failure.found_by = _found_by(comm.rank(), phase, failures)
     if failure:
         raise failure
     first = next((r for r, found in enumerate(failures) if found is not None), None)
     if first is not None:
-        message, passes = cast(tuple[str, bool], failures[first])
-        kind = StorageError if passes else UserError
-        raise kind(f"rank {first} failed while {phase}: {message}", shared=True)
+        message, name = cast(tuple[str, str], failures[first])
+        kind = next((kind for kind in KINDS if kind.__name__ == name), UserError)
+        raise kind(f"{_found_by(first, phase, failures)}{message}", shared=True)
+
+
+def _found_by(rank: int, phase: str, failures: list[tuple[str, str] | None]) -> str:
+    """Return the beginning of the message about a rank that failed. It is empty if rank 0 failed,
+    which does most work for all ranks."""
+    return f"rank {rank} failed while {phase}: " if failures[0] is None else ""
 
 
 def _passes(error: OSError | SafetensorError) -> bool:

@@ -14,7 +14,7 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.console import print_launch, print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import Adapter, differences_from_training, open_adapters
@@ -48,9 +48,7 @@ def evaluate(request: EvalRequest) -> None:
     # hold here: --adapter names what is evaluated.
     model_config = replace(request.config.model, gradient_checkpointing=False)
     config = replace(request.config, model=model_config, adapter=AdapterConfig())
-    launch = comm.start(seconds_in(config.run.collective_timeout))
-    if launch.world_size > 1:
-        print_line("launch", launch.in_words(comm.num_nodes()))
+    print_launch(comm.start(seconds_in(config.run.collective_timeout)))
     with fail_together("reading --ds_config"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
     with fail_together("checking --output and --answers"):

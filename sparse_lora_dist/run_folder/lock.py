@@ -22,7 +22,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.launch_slurm import restart_count
 from sparse_lora_dist.distributed.phases import fail_together
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import HeldError, UserError
 from sparse_lora_dist.system.atomic_files import beside, create, sync
 from sparse_lora_dist.system.processes import Process, is_gone, this_process
 
@@ -76,7 +76,7 @@ def held(folder: Path) -> Iterator[None]:
         folder: the run folder.
 
     Raises:
-        UserError: another job holds the lock and is alive; on every rank.
+        HeldError: another job holds the lock and is alive; on every rank.
     """
     made = not folder.exists()
     try:
@@ -98,7 +98,7 @@ def renew() -> None:
     watchdog. Not a collective.
 
     Raises:
-        UserError: another job holds the lock now, so this job must write nothing more.
+        HeldError: another job holds the lock now, so this job must write nothing more.
         OSError: the file system failed.
     """
     if _held is None:
@@ -108,13 +108,13 @@ def renew() -> None:
 
 
 def check() -> None:
-    """Raise UserError if this process has lost the lock that it took. Not a collective.
+    """Raise HeldError if this process has lost the lock that it took. Not a collective.
 
     Call it before publishing or removing files of the run folder. It does nothing in a process that
     took no lock.
 
     Raises:
-        UserError: another job has taken the lock over, or the lock file is gone.
+        HeldError: another job has taken the lock over, or the lock file is gone.
     """
     if _held is None:
         return
@@ -125,7 +125,7 @@ def check() -> None:
         now = _read(path)
     if now is None or now.token != ours.token:
         taker = f"now held by another job ({now})" if now else "gone"
-        raise UserError(
+        raise HeldError(
             f"This job has lost its lock: {path} is {taker}. Another job may take over a lock that "
             f"was not renewed for {MISSED * HEARTBEAT_S:.0f} s, or when Slurm requeues the job. "
             "This job ends and writes nothing more. Start one job at a time in a run folder."
@@ -139,6 +139,21 @@ def is_ours() -> bool:
     except OSError:
         return False
     return bool(_held and now and now.token == _held[1].token)
+
+
+def own_token() -> str:
+    """Return the random text in the lock that this process took; "" if it took none."""
+    return _held[1].token if _held else ""
+
+
+def token_in(folder: Path) -> str | None:
+    """Return the random text in the lock of ``folder``; None if there is no lock.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    holder = _read(folder / NAME)
+    return None if holder is None else holder.token
 
 
 def is_held(folder: Path) -> bool:
@@ -239,7 +254,7 @@ def _remove_if_stale(path: Path, ours: Holder) -> None:
     except FileNotFoundError:
         return
     if not _may_take_over(holder, age, ours) and _shows_life(path, age):
-        raise UserError(
+        raise HeldError(
             f"{path.parent} is being written by another job: "
             f"{holder or 'one that is just starting'}. That job is alive. "
             "Wait for it, end it, or choose another --output_dir."

@@ -3,23 +3,36 @@ message on failure, and exit with the status that says what happened."""
 
 import logging
 import os
+import signal
 import sys
-import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
-from sparse_lora_dist.errors import PeerError, Stopped, StorageError, UserError, in_words
+from sparse_lora_dist.distributed.shared_message import print_once, tell_printed
+from sparse_lora_dist.errors import (
+    HeldError,
+    PeerError,
+    Stopped,
+    StorageError,
+    UserError,
+    in_words,
+)
 from sparse_lora_dist.system.program_names import as_started_here
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+HELD = 73
+"""Exit status of a job whose run folder another job writes (EX_CANTCREAT of BSD's sysexits.h)."""
 STOPPED = 75
 """Exit status of a run that was asked to stop early (EX_TEMPFAIL of BSD's sysexits.h). Unless it
 stopped before its first step, it has saved a checkpoint. The same command with --resume auto
 continues the run. A run whose disk is full or away ends with it too: slurm/run.sh requeues it."""
+STATUS = {HeldError: HELD, StorageError: STOPPED}
+"""Exit statuses of the kinds of ``UserError`` that do not end with USER_ERROR."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -48,10 +61,11 @@ def run_program(
     """Read the options of a program, do its work, and end the process. It never returns. Called on
     every rank.
 
-    Exit status: 0 when done; 2 on a ``UserError``, with its message; 1 on any other error, with a
-    traceback, or with one line if another rank caused it; 75 if a run was asked to stop early, or
-    results could not be written because storage failed for a while (``StorageError``); 130 on
-    Ctrl-C, unless ``stop_signals`` takes it as a request to stop.
+    Exit status: 0 when done; 2 on a ``UserError``, with its message; 73 if another job writes the
+    run folder (``HeldError``); 1 on any other error, with a traceback, or with one line if another
+    rank caused it; 75 if a run was asked to stop early, or results could not be written because
+    storage failed for a while (``StorageError``); 130 on Ctrl-C, unless ``stop_signals`` takes it
+    as a request to stop.
 
     Args:
         argv: command line without the program's name.
@@ -69,39 +83,47 @@ def run_program(
         # Not by returning: gloo's threads may abort the interpreter's shutdown, after the run has
         # finished.
         exit_process(0)
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        write_stderr(f"error: {error}", for_all=error.shared)
-        exit_process(STOPPED if isinstance(error, StorageError) else USER_ERROR)
-    except Stopped:
-        exit_process(STOPPED)
     except SystemExit:  # raised by --help and --print_config
         raise
-    except KeyboardInterrupt:
-        exit_process(INTERRUPTED)
-    except PeerError as error:
-        if debug:
-            traceback.print_exc()
+    except BaseException as error:
+        _finish_message_first()
+        exit_process(_report(error, debug=debug))
+
+
+def _finish_message_first() -> None:
+    """Ignore SIGTERM from here on. Launchers send it to all ranks when one has ended, and this rank
+    has a message to print first, and then ends by itself."""
+    with suppress(ValueError):  # not in the main thread, as in a user's own program
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _report(error: BaseException, *, debug: bool) -> int:
+    """Print the message of an error that ends the program, and return its exit status."""
+    if isinstance(error, Stopped):
+        return STOPPED
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    if debug and isinstance(error, UserError | PeerError | MemoryError):
+        traceback.print_exc()
+    if isinstance(error, UserError):
+        write_stderr(f"error: {error.found_by}{error}", for_all=error.shared)
+        return STATUS.get(type(error), USER_ERROR)
+    if isinstance(error, PeerError):
         write_stderr(f"\nrank {this_launch().rank} ends: {error}")
-        exit_process(FAILURE)
-    except MemoryError as error:
-        if debug:
-            traceback.print_exc()
+        return FAILURE
+    if isinstance(error, MemoryError):
         write_stderr(
             f"error: this process gets no more memory ({in_words(error)}). Raise the limit "
             "(ulimit -v, or the memory of the job), or use smaller options: launcher/plan.py says "
             "what a run needs."
         )
-        exit_process(USER_ERROR)
-    except BaseException as error:
-        if "closed by peer" in str(error) and not debug:
-            write_stderr(
-                f"rank {this_launch().rank} ends because another rank ended. See its message."
-            )
-        else:
-            traceback.print_exc()
-        exit_process(FAILURE)
+        return USER_ERROR
+    if "closed by peer" in str(error) and not debug:
+        write_stderr(f"rank {this_launch().rank} ends because another rank ended. See its message.")
+    else:
+        traceback.print_exc()
+        tell_printed(this_launch())
+    return FAILURE
 
 
 def _asks_for_debug(argv: Sequence[str]) -> bool:
@@ -120,15 +142,14 @@ def write_stderr(message: str, *, for_all: bool = False) -> None:
 
     Args:
         message: the text to print.
-        for_all: True if all ranks call this with the same message. Only local rank 0 of each
-            machine then prints it; the other ranks wait one second, so that none exits before it is
-            printed.
+        for_all: True if all ranks call this with the same message. One rank of each machine then
+            prints it, and the others wait until it has, for a few seconds at most.
     """
     message = as_started_here(message)
-    if not for_all or this_launch().local_rank == 0:
-        print(message, file=sys.stderr)
+    if for_all:
+        print_once(message, this_launch())
     else:
-        time.sleep(1)  # launchers kill all ranks when one exits, also the one that prints
+        print(message, file=sys.stderr, flush=True)
 
 
 def exit_process(code: int) -> NoReturn:

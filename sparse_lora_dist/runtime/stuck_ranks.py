@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.runtime.heartbeats import Heartbeat, Heartbeats
-from sparse_lora_dist.system.processes import is_gone
+from sparse_lora_dist.system.processes import is_gone, is_seen_from_here
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,6 +45,33 @@ def find_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
     if lost:
         return Verdict(text=" ".join(map(_in_words, lost)), lost=lost)
     return None
+
+
+def find_closed(
+    before: Heartbeats, now: Heartbeats, *, closed: bool, is_over: bool
+) -> Verdict | None:
+    """Find the ranks that are gone or stopped, after a collective has failed because of them.
+
+    Args:
+        before: heartbeats that were read when it failed, by rank.
+        now: newest heartbeats, by rank.
+        closed: True if it failed because a connection was closed, so some rank is gone.
+        is_over: True if every rank that is alive has sent a heartbeat between the two readings.
+
+    Returns:
+        Verdict with these ranks in ``lost``. It has none if all other ranks have ended with
+        messages of their own, or are alive. None if it is not clear yet: a rank on another host,
+        whose process cannot be seen from here, may still send a heartbeat.
+    """
+    others = [beat for beat in now.values() if not beat.ended and beat.rank != comm.rank()]
+    lost = [beat for beat in others if is_gone(beat.process)]
+    if not lost and is_over:
+        lost = [beat for beat in others if before.get(beat.rank) == beat]
+    if not (lost or is_over or not others):
+        return None
+    far = {beat.rank for beat in lost if closed and not is_seen_from_here(beat.process)}
+    texts = (_gone(beat) if beat.rank in far else _in_words(beat) for beat in lost)
+    return Verdict(text=" ".join(texts), lost=lost)
 
 
 def find_store_lost(before: Heartbeats, now: Heartbeats) -> Verdict | None:
@@ -95,12 +122,16 @@ def find_behind(now: Heartbeats) -> Verdict:
 
 def _in_words(beat: Heartbeat) -> str:
     if is_gone(beat.process):
-        return (
-            f"{beat.who} is gone, last seen at {beat.where}. If it printed no message, it was "
-            "killed, perhaps because memory ran out."
-        )
+        return _gone(beat)
     age = max(0.0, time.time() - beat.time)
     return (
         f"{beat.who} has not answered for {age:.0f} s, last seen at {beat.where}. It is stopped or "
         "gone, or its disk hangs. Check its host."
+    )
+
+
+def _gone(beat: Heartbeat) -> str:
+    return (
+        f"{beat.who} is gone, last seen at {beat.where}. It left no message, so it was killed "
+        "(signal 9), by a person or by the kernel when memory ran out, or it crashed."
     )

@@ -19,12 +19,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
+from uuid import uuid4
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Finished, PeerError, Stopped, UserError
 from sparse_lora_dist.run_folder import lock as run_lock
-from sparse_lora_dist.runtime.entry_point import FAILURE, USER_ERROR, exit_process, write_stderr
+from sparse_lora_dist.runtime.entry_point import FAILURE, HELD, exit_process, write_stderr
 from sparse_lora_dist.runtime.heartbeats import (
     Board,
     Heartbeat,
@@ -32,8 +33,15 @@ from sparse_lora_dist.runtime.heartbeats import (
     in_time,
     remove_files,
 )
-from sparse_lora_dist.runtime.stuck_ranks import Verdict, find_behind, find_lost, find_store_lost
-from sparse_lora_dist.system.processes import kill, this_process
+from sparse_lora_dist.runtime.stuck_ranks import (
+    Verdict,
+    find_behind,
+    find_closed,
+    find_lost,
+    find_store_lost,
+)
+from sparse_lora_dist.system.oom_kills import oom_kills
+from sparse_lora_dist.system.processes import kill, mark_this_process, this_process
 
 TURNS = 20
 """Number of times that the counting thread wakes up in one timeout."""
@@ -90,12 +98,18 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
         if comm.rank() == 0:
             remove_files(board.folder)  # left by an earlier job
             board.folder.mkdir(exist_ok=True)
-    watch = _Watchdog(board, timeout_s)
+    token = comm.broadcast_object(uuid4().hex)  # not through the store, which others may read
+    mark_this_process(token)
+    watch = _Watchdog(board, timeout_s, token)
     crashed = False
     try:
         comm.barrier()  # the store can be read for all ranks only once all have posted
         yield
-    except (Finished, Stopped, UserError):
+    except (Finished, Stopped):
+        raise
+    except UserError as error:
+        if not error.shared:
+            watch.tell_end()
         raise
     except Exception as error:
         crashed = True
@@ -116,10 +130,13 @@ class _Watchdog:
     Args:
         board: object that posts and reads heartbeats.
         timeout_s: seconds after which the job ends if no rank makes progress.
+        token: random text that only the ranks of this run know, and mark their processes with.
     """
 
-    def __init__(self, board: Board, timeout_s: float) -> None:
-        self.board, self.timeout_s = board, timeout_s
+    def __init__(self, board: Board, timeout_s: float, token: str) -> None:
+        self.board, self.timeout_s, self._token = board, timeout_s, token
+        self._interval_s = min(LONGEST_S, timeout_s / TURNS)
+        self._oom_kills = oom_kills()
         self._numbers, self._ended = count(1), False
         self._at_half: Heartbeats = {}
         self._stopped = threading.Event()
@@ -146,21 +163,45 @@ class _Watchdog:
         Args:
             error: the exception that the collective raised.
         """
-        time.sleep(0.1)  # the sockets of a killed process close a moment before it is gone
-        verdict = find_lost(self._at_half, self.board.read_files())
-        if verdict is None and "imed out" in str(error):
+        timed_out = "imed out" in str(error)
+        verdict = self._find_closed(closed=not timed_out)
+        if not verdict.lost and timed_out:
             verdict = find_behind(self.board.read())
-        return verdict.text if verdict else "another rank ended. See its message."
+        return self._with_memory(verdict.text) or "another rank ended. See its message."
+
+    def _find_closed(self, *, closed: bool) -> Verdict:
+        """Wait until it is clear which ranks are gone, and return them. A rank on another host that
+        was killed is found by the heartbeats that it does not send."""
+        before, began = self.board.read_files(), time.monotonic()
+        while True:
+            time.sleep(0.1)  # the sockets of a killed process close a moment before it is gone
+            is_over = time.monotonic() - began > 2.5 * self._interval_s
+            now = self.board.read_files()
+            verdict = find_closed(before, now, closed=closed, is_over=is_over)
+            if verdict is not None:
+                return verdict
+
+    def _with_memory(self, text: str) -> str:
+        """Return a text about lost ranks. Add that the kernel has ended processes of this job on
+        this machine since the watchdog started, if it has."""
+        if not text or oom_kills() <= self._oom_kills:
+            return text
+        return (
+            f"{text} The kernel has ended a process of this job on {this_process().host} because "
+            "memory ran out (oom_kill): give the job more memory, or ask launcher/plan.py what "
+            "needs less."
+        )
 
     def _keep_telling(self) -> None:
-        while not self._stopped.wait(min(LONGEST_S, self.timeout_s / TURNS)):
+        while not self._stopped.wait(self._interval_s):
             with suppress(Exception):  # no failed heartbeat may end the thread
                 self.board.post(self._heartbeat())
             try:
                 run_lock.renew()
             except UserError as error:
+                self.tell_end()
                 write_stderr(f"\nerror: {error}")
-                exit_process(USER_ERROR)
+                exit_process(HELD)
             except OSError:  # a shared disk may fail for a moment
                 continue
 
@@ -210,14 +251,14 @@ class _Watchdog:
     def _end(self, verdict: Verdict) -> None:
         write_stderr(
             f"\nrank {comm.rank()} ends: no rank made progress for {self.timeout_s:g} s "
-            f"(--collective_timeout). {verdict.text}"
+            f"(--collective_timeout). {self._with_memory(verdict.text)}"
         )
         if any(beat.rank == comm.rank() for beat in verdict.behind):
             faulthandler.dump_traceback()  # shows where this rank is stuck
         self.tell_end()
         for beat in verdict.lost:  # with SIGKILL: a stopped process takes no other signal
             with suppress(OSError):
-                kill(beat.process)
+                kill(beat.process, self._token)
         exit_process(FAILURE)
 
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+MARK = "sparse_lora_dist."
+_marks: list[int] = []
+"""File descriptor of the mark of this process, which stays open."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Process:
@@ -45,22 +49,48 @@ def is_gone(process: Process) -> bool:
     Returns False also for a process that cannot be seen from here: on another host, in another
     container, or from before a reboot.
     """
-    if not _is_seen_from_here(process):
+    if not is_seen_from_here(process):
         return False
     start = _start_time(process.pid)
     return start != process.started if start is not None else not exists(process.pid)
 
 
-def kill(process: Process) -> None:
+def mark_this_process(token: str) -> None:
+    """Give this process a mark that processes of the same user can see: an open file without a name
+    in any folder. It replaces an earlier mark, and ends with the process.
+
+    Args:
+        token: random text that only the processes of one run know.
+    """
+    if hasattr(os, "memfd_create"):  # Linux
+        _marks.append(os.memfd_create(f"{MARK}{token}"))
+        for earlier in _marks[:-1]:
+            os.close(earlier)
+        del _marks[:-1]
+
+
+def kill(process: Process, token: str) -> None:
     """Send SIGKILL to a process, which ends it even if it is suspended.
 
-    Does nothing if the process has ended or cannot be seen from here (see ``is_gone``).
+    Does nothing if the process has ended, cannot be seen from here (see ``is_gone``), belongs to
+    another user, or does not bear the mark ``token`` (``mark_this_process``). What names a process
+    may have been written by somebody else.
     """
-    if _is_seen_from_here(process) and not is_gone(process):
+    if is_seen_from_here(process) and not is_gone(process) and _bears(process.pid, token):
         os.kill(process.pid, signal.SIGKILL)
 
 
-def _is_seen_from_here(process: Process) -> bool:
+def _bears(pid: int, token: str) -> bool:
+    try:
+        is_own = os.stat(f"/proc/{pid}").st_uid == os.getuid()
+        files = [os.readlink(file.path) for file in os.scandir(f"/proc/{pid}/fd")]
+    except OSError:
+        return False
+    return is_own and f"/memfd:{MARK}{token} (deleted)" in files
+
+
+def is_seen_from_here(process: Process) -> bool:
+    """Return True if the process is, or was, on this host and in this container."""
     here = this_process()
     return process.started > 0 and (process.host, process.pids) == (here.host, here.pids)
 

@@ -290,6 +290,7 @@ def test_two_ranks_end_together_with_one_message(tiny: TinyRun, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("full")  # its kind: tests/reports/test_a_refusal_reaches_the_screen.py
 def test_torchrun_ends_with_one_message(tiny: TinyRun, tmp_path: Path) -> None:
     data = tmp_path / "broken.jsonl"
     data.write_text(tiny.data.read_text() + '{"prompt": "a", "resp\n')

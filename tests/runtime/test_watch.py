@@ -159,7 +159,8 @@ def test_no_group_of_deepspeed_gives_up_before_the_watch(
 
 
 def test_a_process_is_told_from_later_ones_of_its_number() -> None:
-    child = subprocess.Popen(["sleep", "1000"])
+    mark = os.memfd_create(f"{processes.MARK}token")
+    child = subprocess.Popen(["sleep", "1000"], pass_fds=[mark])
     here = processes.this_process()
     started = processes._start_time(child.pid)
     assert started is not None
@@ -170,11 +171,11 @@ def test_a_process_is_told_from_later_ones_of_its_number() -> None:
         replace(ours, started=started - 1),
     ]
     for other in others:
-        processes.kill(other)
+        processes.kill(other, "token")
     assert not processes.is_gone(ours) and child.poll() is None
     assert [processes.is_gone(other) for other in others] == [False, False, True]
     os.kill(child.pid, signal.SIGSTOP)
-    processes.kill(ours)
+    processes.kill(ours, "token")
     while not processes.is_gone(ours):  # dead, though nobody has asked for its exit code
         time.sleep(0.01)
     assert child.wait() == -signal.SIGKILL

@@ -171,7 +171,7 @@ def test_interrupted_in_every_way_it_ends_the_same(
     cluster.command("scancel", "--signal=USR1", job.number)
     job.wait_for("SIGUSR1: the run saves", attempt=2)
     job.let_go()
-    job.wait_for("stopped and saved; requeues", attempt=2)
+    job.wait_for("stopped for now, as the lines above say; requeues", attempt=2)
 
     # Held, it cannot save in the seconds that Slurm leaves it.
     job.hold(beyond=job.last_step)
@@ -222,6 +222,68 @@ def test_a_failure_of_the_program_is_not_tried_again(
     job.end()
     assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "1:0"), job.log
     assert "DS_ACCELERATOR must be one of" in job.log and "requeue" not in job.log
+
+
+@pytest.mark.usefixtures("full")
+def test_a_rank_that_is_killed_is_named_and_its_job_is_not_requeued(
+    cluster: Cluster, tiny: TinyRun, tmp_path: Path
+) -> None:
+    job = submit(cluster, tiny, tmp_path / "run")
+    job.hold(beyond=0)
+    killed = cluster.rank(job.number, 1)
+    assert killed is not None
+    killed.kill()
+    job.end()
+    assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "137:0"), job.log
+    assert f"process {killed.pid}) is gone, last seen at step " in job.log
+    assert "slurm     status 137: a rank was killed (signal 9)" in job.log
+
+
+@pytest.mark.usefixtures("full")
+def test_a_folder_that_another_job_writes_has_a_status_of_its_own(
+    cluster: Cluster, tiny: TinyRun, tmp_path: Path
+) -> None:
+    first = submit(cluster, tiny, tmp_path / "run")
+    first.hold(beyond=0)
+    second = submit(cluster, tiny, tmp_path / "run")
+    second.end()
+    assert (second.state, cluster.job(second.number)["ExitCode"]) == ("FAILED", "73:0"), second.log
+    assert f"Slurm job {first.number}, since" in second.log
+    assert "slurm     status 73: another job writes the run folder" in second.log
+    first.let_go()
+    first.check_finished()
+
+
+@pytest.mark.usefixtures("full")
+def test_a_script_that_forgets_srun_is_told_so(
+    cluster: Cluster, tiny: TinyRun, tmp_path: Path
+) -> None:
+    script = tmp_path / "own.sbatch"
+    script.write_text(f'#!/bin/bash\npython {REPOSITORY}/launcher/train.py "$@"\n')
+    flags = tiny.flags(tmp_path / "run", max_steps=1)
+    output = f"--output={cluster.folder}/own.log"
+    number = cluster.command("sbatch", "--parsable", output, *TWO_RANKS, str(script), *flags)
+    cluster.wait(lambda: cluster.job(number.strip())["JobState"] in ("COMPLETED", "FAILED"))
+    log = (cluster.folder / "own.log").read_text()
+    assert "warning   this job has 2 tasks (SLURM_NTASKS=2), but the program was started " in log
+    assert "srun python" in log and " on 1 rank" in log
+
+
+@pytest.mark.usefixtures("full")
+def test_an_evaluation_runs_over_two_nodes(
+    cluster: Cluster, undisturbed: Submitted, tiny: TinyRun, tmp_path: Path
+) -> None:
+    undisturbed.check_finished()
+    words = ["--model", str(tiny.model), "--adapter", str(undisturbed.folder)]
+    words += ["--eval_data", str(tiny.held_out), "--metrics", "loss", "--precision", "fp32"]
+    words += ["--sequence_length", "64", "--output", str(tmp_path / "result.json")]
+    output = f"--output={cluster.folder}/eval.log"
+    command = ["sbatch", "--parsable", output, *TWO_RANKS, "slurm/eval.sbatch", *words]
+    number = cluster.command(*command).strip()
+    cluster.wait(lambda: cluster.job(number)["JobState"] in ("COMPLETED", "FAILED"))
+    log = (cluster.folder / "eval.log").read_text()
+    assert cluster.job(number)["JobState"] == "COMPLETED", log
+    assert "srun: 2 ranks on 2 nodes" in log and (tmp_path / "result.json").exists()
 
 
 @pytest.mark.usefixtures("full")
