@@ -145,8 +145,12 @@ def quiet_others() -> None:
     warnings.filterwarnings("default", module="sparse_lora_dist")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    if this_launch().local_rank != 0:  # one progress bar a machine is enough for downloads
+    # One progress bar a machine is enough for downloads, and in a file there is none.
+    in_file = not sys.stderr.isatty()
+    if in_file or this_launch().local_rank != 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if in_file:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in FOREIGN_LOGGERS:
         logger = logging.getLogger(name)

@@ -105,6 +105,8 @@ def check_run(ended: Ended, folder: Path, reference: Path, world: int) -> None:
     for line in ended.lines:
         assert not re.search("warn|deprecat|error|failed", line, re.IGNORECASE), line
     assert not re.search("warning|deprecat|Failed to|Traceback", ended.err), ended.err
+    assert "\r" not in ended.out + ended.err  # nobody's bar: the output is no terminal
+    assert any(re.match(r"step      1 of 1, loss \d.*, 0:00:00 left$", x) for x in ended.lines)
 
 
 @pytest.mark.parametrize("world", [2, in_full(4)])

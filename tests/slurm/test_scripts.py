@@ -42,7 +42,7 @@ class Job:
         path = self.repository / "slurm" / script
         said = " ".join([str(path) if command is None else command, *words])
         show = f"echo '   UserId=me(1)'; echo '   Command={said}'" if command != "" else "exit 1"
-        programs = {"scontrol": show, "srun": '"${@:3}"', "python": PYTHON, "timeout": 'exit 0'}
+        programs = {"scontrol": show, "srun": '"${@:3}"', "python": PYTHON, "timeout": "exit 0"}
         for name, text in programs.items():
             program = self.folder / "bin" / name
             program.parent.mkdir(exist_ok=True)
