@@ -1,4 +1,5 @@
-"""Parse Slurm's formats (host lists, task counts), and choose a port, since Slurm sets none."""
+"""Parse Slurm's formats (host lists, task counts, memory), and choose a port, since Slurm sets
+none."""
 
 import re
 from collections.abc import Mapping
@@ -70,3 +71,42 @@ def restart_count(environ: Mapping[str, str]) -> int:
             "Unset it."
         )
     return int(text)
+
+
+def in_a_job(environ: Mapping[str, str]) -> bool:
+    """Return True if this process belongs to a job of Slurm."""
+    return "SLURM_JOB_ID" in environ
+
+
+def number(environ: Mapping[str, str], name: str) -> int | None:
+    """Return the value of a variable of Slurm as a whole number above 0; None for any other value.
+
+    Args:
+        environ: the environment variables of the process.
+        name: name of the variable.
+    """
+    text = environ.get(name, "")
+    found = int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else 0
+    return found or None
+
+
+def memory_of_node(environ: Mapping[str, str]) -> tuple[int, str] | None:
+    """Return the memory that Slurm gives this job on this node, and the variable that says so.
+
+    Args:
+        environ: the environment variables of the process.
+
+    Returns:
+        (bytes, name of the variable); None outside of a job, and for a job that may use all memory
+        of its nodes.
+    """
+    counts = {
+        "SLURM_MEM_PER_NODE": 1,
+        "SLURM_MEM_PER_CPU": number(environ, "SLURM_CPUS_ON_NODE"),
+        "SLURM_MEM_PER_GPU": number(environ, "SLURM_GPUS_ON_NODE"),
+    }
+    for name, count in counts.items():
+        megabytes = number(environ, name)
+        if in_a_job(environ) and megabytes is not None and count is not None:
+            return megabytes * count * 2**20, name
+    return None

@@ -12,7 +12,8 @@ from typing import NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
-from sparse_lora_dist.errors import PeerError, Stopped, StorageError, UserError, in_words
+from sparse_lora_dist.errors import PeerError, Stopped, StorageError, UserError
+from sparse_lora_dist.system.machine_errors import in_plain_words
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 STOPPED = 75
@@ -84,16 +85,13 @@ def run_program(
             traceback.print_exc()
         write_stderr(f"\nrank {this_launch().rank} ends: {error}")
         exit_process(FAILURE)
-    except MemoryError as error:
-        if debug:
-            traceback.print_exc()
-        write_stderr(
-            f"error: this process gets no more memory ({in_words(error)}). Raise the limit "
-            "(ulimit -v, or the memory of the job), or use smaller options: launcher/plan.py says "
-            "what a run needs."
-        )
-        exit_process(USER_ERROR)
     except BaseException as error:
+        said = in_plain_words(error)
+        if said is not None:
+            if debug:
+                traceback.print_exc()
+            write_stderr(f"error: {said}")
+            exit_process(USER_ERROR)
         if "closed by peer" in str(error) and not debug:
             write_stderr(
                 f"rank {this_launch().rank} ends because another rank ended. See its message."
