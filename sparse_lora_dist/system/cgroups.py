@@ -75,9 +75,9 @@ def _groups(controller: str, proc: Path) -> Iterator[Path]:
     for tree in _trees(proc):
         if tree.controllers is not None and controller not in tree.controllers:
             continue
-        path = paths.get("" if tree.controllers is None else controller)
-        if path is not None:
-            yield from _up_from(path, tree)
+        own = paths.get("" if tree.controllers is None else controller)
+        if own is not None:
+            yield from _up_from(own, tree)
 
 
 def _up_from(path: str, tree: _Tree) -> Iterator[Path]:
