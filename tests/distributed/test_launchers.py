@@ -98,9 +98,22 @@ def check_result(folder: Path, reference: Path) -> None:
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
 
 
+def check_plan(ended: Ended, folder: Path, world: int) -> None:
+    """The plan of the line "memory" against the peak of all ranks' resident memory, which metrics
+    have of the worst rank: no run is said to fit that does not."""
+    (planned,) = re.findall(r"^memory    about (\d+\.\d\d) of ", ended.out, re.MULTILINE)
+    peak = world * max(row.get("peak_memory_bytes", 0) for row in metrics(folder)) / 1e9
+    assert 0.95 < float(planned) / peak < 1.3, (planned, peak)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return read_records(folder / "metrics.jsonl")
+
+
 def check_run(ended: Ended, folder: Path, reference: Path, world: int) -> None:
     assert ended.status == 0, ended.out + ended.err
     check_result(folder, reference)
+    check_plan(ended, folder, world)
     assert ended.lines[-6].startswith("trained") and f" {world} rank" in ended.lines[-6]
     for line in ended.lines:
         assert not re.search("warn|deprecat|error|failed", line, re.IGNORECASE), line
