@@ -75,7 +75,7 @@ def load(folder: str, seen: Path) -> None:
         }
         (seen / f"{comm.rank()}.json").write_text(json.dumps(costs))
 
-    quiet = patch.object(shard_loader, "tqdm", lambda modules, **rest: modules)
+    quiet = patch.object(shard_loader, "with_progress", lambda jobs, name: jobs)
     with patch.object(ShardLoader, "load", counted), quiet:
         model = Model.open(config)
         model.load(config, Method(name="lora"), engine_config)

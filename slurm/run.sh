@@ -1,6 +1,6 @@
 # Shared code of train.sbatch and train_array.sbatch: starts the ranks, and requeues the job or ends
-# it by their exit status. Its arguments are options of launcher/train.py. Nothing in here depends on
-# the cluster.
+# it by their exit status. Its arguments are options of launcher/train.py, and the script has set
+# root to the repository's folder. Nothing in here depends on the cluster.
 
 say() { echo "slurm     $*"; }
 
@@ -67,7 +67,7 @@ status=0
 # After the first rank exits, the others have a minute to exit. --kill-on-bad-exit=1 would kill them
 # at once, and a run that saved well could end with the status of a kill.
 srun --kill-on-bad-exit=0 --wait=60 \
-    python launcher/train.py --resume auto ${lead:+--signal_lead "${lead}s"} "$@" || status=$?
+    python "$root/launcher/train.py" --resume auto ${lead:+--signal_lead "${lead}s"} "$@" || status=$?
 case $status in
     0) say "finished" ;;
     # Also if a disk was full or away, so it is not known here whether a checkpoint was saved.

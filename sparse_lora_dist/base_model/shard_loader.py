@@ -14,7 +14,6 @@ from math import prod
 from typing import Any
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, QuantLinear
@@ -30,6 +29,7 @@ from sparse_lora_dist.base_model.quant_experts import QuantExperts
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Source
 from sparse_lora_dist.base_model.weight_map import Packed, Sources
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import with_progress
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.slices import Values, own_range
@@ -123,7 +123,7 @@ class ShardLoader:
         ]
         ranges = [r for job in jobs for r in job.ranges]
         reads = read_ahead(self.files, ranges, self.builder.device)
-        for job in tqdm(jobs, desc="loading", leave=False, disable=comm.rank() != 0):
+        for job in with_progress(jobs, "loading"):
             job.finish([next(reads) for _ in job.ranges])
         self._read_buffers(model)
         self.report.bytes_received = comm.traffic_bytes.total() - received

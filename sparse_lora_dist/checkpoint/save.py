@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_lora_dist.base_model.nf4_shard import own_bytes
@@ -42,6 +41,7 @@ from sparse_lora_dist.runtime import watchdog
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.system.atomic_files import beside, sync, write_whole
 from sparse_lora_dist.system.own_files import claim, remove_own
+from sparse_lora_dist.system.tensor_files import save_file
 from sparse_lora_dist.system.whole_folders import put_in_place
 from sparse_lora_dist.zero3.parameters import own_share
 from sparse_lora_dist.zero3.slices import own_range

@@ -24,7 +24,7 @@ from sparse_lora_dist.config.schema import (
 )
 from sparse_lora_dist.config.spelling import did_you_mean
 from sparse_lora_dist.config.yaml_file import read_entries
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import MOST_PROBLEMS, UserError
 from sparse_lora_dist.system.shipped import CONFIG
 
 ACTIONS = {
@@ -103,9 +103,8 @@ def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str])
         if name in ACTIONS:
             continue
         if name not in options:
-            problems.append(
-                f"--{name} is not an option{did_you_mean(name, [*options, *ACTIONS], '--')}"
-            )
+            hint = _suggestion(name, [*options, *ACTIONS], problems, "--")
+            problems.append(f"--{name} is not an option{hint}")
         elif takes_list(options[name].hint):
             given.append(Given(name=name, value=",".join(words), place=f"--{name}"))
         elif not words and is_switch(options[name].hint):
@@ -152,15 +151,20 @@ def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) 
                 "line"
             )
         elif entry.name not in options:
-            problems.append(
-                f"{place}: {entry.name} is not an option{did_you_mean(entry.name, options)}"
-            )
+            hint = _suggestion(entry.name, options, problems)
+            problems.append(f"{place}: {entry.name} is not an option{hint}")
         places[entry.name] = place
     return [
         Given(name=e.name, value=e.value, place=f"{path} line {e.line}: {e.name}")
         for e in entries
         if e.name in options
     ]
+
+
+def _suggestion(word: str, known: Iterable[str], problems: list[str], prefix: str = "") -> str:
+    """Return ``did_you_mean``, or "" if so many problems come before this one that it is not
+    shown. Comparing a word with all options takes a millisecond."""
+    return did_you_mean(word, known, prefix) if len(problems) < MOST_PROBLEMS else ""
 
 
 def typed_values(

@@ -6,12 +6,13 @@ Called by launcher/grid.py. Every combination of the values in lists is one run.
 import re
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
 from pathlib import Path
 
+from sparse_lora_dist.config.arguments import split_argv
 from sparse_lora_dist.config.load import load_config, print_and_exit
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.config.yaml_file import TextLoader, read_entries
@@ -19,11 +20,13 @@ from sparse_lora_dist.errors import ConfigError, UserError
 from sparse_lora_dist.system.program_names import as_started_here
 from sparse_lora_dist.system.shipped import CONFIG
 
-USAGE = """usage: launcher/grid.py FILE [NUMBER]
-  FILE    options of launcher/train.py in YAML; every combination of values in lists is one run
-  NUMBER  print the options of this run, one word per line; without it, all runs are listed"""
+USAGE = """usage: launcher/grid.py FILE [NUMBER] [--option ...]
+  FILE      options of launcher/train.py in YAML; every combination of values in lists is one run
+  NUMBER    print the options of this run, one word per line; without it, all runs are listed
+  --option  options of launcher/train.py for all runs; they replace those of FILE"""
 
-
+PRINTING = ("help", "help_all", "print_config", "verify")
+"""Flags of launcher/train.py with which it does not train."""
 MOST_RUNS = 10_000
 """Largest number of runs of a sweep. Slurm's default bound of an array is 1001 tasks."""
 
@@ -37,6 +40,8 @@ class Grid:
     runs: dict[str, list[str]]
     """{name of the run's folder: its options as words of a command line}, in the order of run
     numbers."""
+    more: Sequence[str] = ()
+    """Words of the command line after the file and NUMBER, which every run gets."""
     number: int | None
     """Number of the run to print, from 0. None: all runs are listed."""
     run: RunConfig = field(default_factory=RunConfig)
@@ -54,17 +59,21 @@ def load_grid(argv: Sequence[str]) -> Grid:
     """
     if tuple(argv) in (("--help",), ("-h",)):
         print_and_exit(as_started_here(USAGE))
-    if len(argv) not in (1, 2) or argv[0].startswith("-"):
+    begin = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+    (path, *numbers), more = argv[:begin] or [""], argv[begin:]
+    if not path or path.startswith("-") or len(numbers) > 1:
         raise UserError(USAGE)
-    path = CONFIG.find(argv[0])
-    runs = runs_of(read(Path(path)))
-    if len(argv) == 1:
+    path = CONFIG.find(path)
+    options = read(Path(path))
+    _check_more(options, more)
+    runs = {name: [*words, *more] for name, words in runs_of(options).items()}
+    if not numbers:
         check(path, runs)
-        return Grid(path=path, runs=runs, number=None)
-    number = _number(argv[1], len(runs))
+        return Grid(path=path, runs=runs, more=more, number=None)
+    number = _number(numbers[0], len(runs))
     name = list(runs)[number]
     check(path, {name: runs[name]})  # the others were checked before the array was submitted
-    return Grid(path=path, runs=runs, number=number)
+    return Grid(path=path, runs=runs, more=more, number=number)
 
 
 def read(path: Path) -> dict[str, str | list[str]]:
@@ -96,6 +105,34 @@ def read(path: Path) -> dict[str, str | list[str]]:
     return {entry.name: entry.value for entry in entries}
 
 
+def _check_more(options: Mapping[str, object], more: Sequence[str]) -> None:
+    """Raise UserError if options after the sweep's file would undo what makes its runs differ.
+
+    Args:
+        options: Content of the sweep's file.
+        more: The words after the file and NUMBER, which every run gets.
+    """
+    problem = next((p for word in more if (p := _bad_word(word))), None)
+    names = [name for name, _ in split_argv(more, [])]
+    if problem is not None:
+        raise UserError(f"The options after the sweep's file hold {problem}.")
+    if "output_dir" in names:
+        raise UserError(
+            "--output_dir after the sweep's file would put all runs into one folder. Set "
+            "output_dir in the file: each run gets a folder of its own in it."
+        )
+    if varied := [name for name in names if isinstance(options.get(name), list)]:
+        raise UserError(
+            f"--{varied[0]} is varied by the sweep, but given for all runs too. Change its values "
+            "in the file."
+        )
+    if printing := [name for name in [*options, *names] if name in PRINTING]:
+        raise UserError(
+            f"--{printing[0]} cannot be given in or after a sweep's file: it trains nothing. Leave "
+            "it out."
+        )
+
+
 def _bad_value(value: object, depth: int = 0) -> str | None:
     """Return what is wrong with a value, as the end of a message; None if it is right.
 
@@ -107,9 +144,12 @@ def _bad_value(value: object, depth: int = 0) -> str | None:
         return next((p for part in value if (p := _bad_value(part, depth + 1))), None)
     if not isinstance(value, str):
         return "a map"
-    if "\n" in value or "\r" in value:  # slurm/train_array.sbatch reads one word a line
-        return "a value with a line break"
-    return "a value that begins with --" if value.startswith("--") else None
+    return "a value that begins with --" if value.startswith("--") else _bad_word(value)
+
+
+def _bad_word(word: str) -> str | None:
+    # slurm/train_array.sbatch reads one word a line
+    return "a value with a line break" if "\n" in word or "\r" in word else None
 
 
 def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
@@ -192,7 +232,7 @@ def check(path: str, runs: dict[str, list[str]]) -> None:
 
 
 def _number(text: str, count: int) -> int:
-    if not text.isdecimal() or len(text) > 9 or int(text) >= count:
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) >= count:
         raise UserError(
             f"NUMBER selects a run of the sweep and must be from 0 to {count - 1}, "
             f"got {text[:40]}. Submit the sweep with sbatch --array=0-{count - 1}."
@@ -209,4 +249,5 @@ def show(grid: Grid) -> None:
     for number, name in enumerate(grid.runs):
         print(f"{number:>4}  {name}")
     last = len(grid.runs) - 1
-    print(f"all of them: sbatch --array=0-{last} slurm/train_array.sbatch {shlex.quote(grid.path)}")
+    words = shlex.join([grid.path, *grid.more])
+    print(f"all of them: sbatch --array=0-{last} slurm/train_array.sbatch {words}")

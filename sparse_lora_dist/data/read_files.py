@@ -28,6 +28,7 @@ from sparse_lora_dist.data.examples import (
 from sparse_lora_dist.data.folders import Folder, list_folder, of_split
 from sparse_lora_dist.data.local_files import CELLS, JSON, PARQUET, TEXT, Columns, has_content
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.machine_errors import in_plain_words
 
 SUFFIXES = (*JSON, PARQUET, TEXT, *CELLS)
 KINDS = " ".join(SUFFIXES)
@@ -102,6 +103,8 @@ def readable(place: str) -> Iterator[None]:
         for one in causes:
             if isinstance(one, UserError):
                 raise one from None
+        if (said := in_plain_words(error)) is not None:
+            raise UserError(said) from error
         raise UserError(f"{place} cannot be read. {in_words(causes[-1])}") from error
 
 

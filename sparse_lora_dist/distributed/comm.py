@@ -26,7 +26,9 @@ from sparse_lora_dist.distributed.launch import Launch, this_launch
 from sparse_lora_dist.distributed.launch_mpi import with_meeting_place
 from sparse_lora_dist.distributed.meeting_place import listening_socket, own_address_in_words
 from sparse_lora_dist.distributed.shared_message import print_once
+from sparse_lora_dist.distributed.threads import own_cpus, threads_of_rank
 from sparse_lora_dist.errors import UserError, in_words
+from sparse_lora_dist.system.cgroups import cpu_limit
 
 traffic_bytes: Counter[str] = Counter()
 """Bytes of tensors that this rank received through this module, by kind of collective: all_gather,
@@ -81,11 +83,6 @@ def start(timeout_s: float = 600.0) -> Launch:
     if launch.launcher == "mpirun":
         launch = with_meeting_place(launch)
     launch.check_address()
-    if "OMP_NUM_THREADS" not in os.environ:
-        # Each rank would otherwise start a thread for every core of the machine. mpirun and srun
-        # may have bound this rank to a few cores.
-        share = (os.cpu_count() or 1) // launch.local_size
-        torch.set_num_threads(max(1, min(share, len(os.sched_getaffinity(0)))))
     device = launch.local_rank
     if on_gpu():
         # With srun --gpus-per-task=1 each rank sees one GPU, number 0.
@@ -96,7 +93,18 @@ def start(timeout_s: float = 600.0) -> Launch:
     _timeout = timedelta(seconds=1.1 * timeout_s) + SPARE
     _join(launch)
     _check_devices()
+    _set_threads(launch)
     return launch
+
+
+def _set_threads(launch: Launch) -> None:
+    """Give this rank its share of the CPU threads, unless OMP_NUM_THREADS is set. Collective."""
+    host, own = socket.gethostname(), sorted(os.sched_getaffinity(0))
+    masks = [mask for name, mask in gather_objects((host, own)) if name == host]
+    share = own_cpus(own, masks)
+    threads = threads_of_rank(launch, share, environ=os.environ, quota=cpu_limit())
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 def _check_devices() -> None:

@@ -1,4 +1,5 @@
-"""Parse Slurm's formats (host lists, task counts), and choose a port, since Slurm sets none."""
+"""Parse Slurm's formats (host lists, task counts, memory), and choose a port, since Slurm sets
+none."""
 
 import re
 from collections.abc import Mapping
@@ -82,14 +83,51 @@ def tasks_without_srun(environ: Mapping[str, str], program: str) -> str | None:
         environ: the environment variables of a process that no launcher started.
         program: path of the program, as it was typed.
     """
-    if "SLURM_JOB_ID" not in environ:
-        return None
     for name, thing in (("SLURM_NTASKS", "tasks"), ("SLURM_JOB_NUM_NODES", "nodes")):
-        text = environ.get(name, "")
-        if text.isdecimal() and len(text) < 10 and int(text) > 1:
+        count = number(environ, name)
+        if in_a_job(environ) and count is not None and count > 1:
             return (
-                f"this job has {int(text)} {thing} ({name}={text}), but the program was started "
+                f"this job has {count} {thing} ({name}={count}), but the program was started "
                 f"without srun, so 1 rank trains. Start it with: srun python {program} ... "
                 "For one rank, submit with --nodes=1 --ntasks=1."
             )
+    return None
+
+
+def in_a_job(environ: Mapping[str, str]) -> bool:
+    """Return True if this process belongs to a job of Slurm."""
+    return "SLURM_JOB_ID" in environ
+
+
+def number(environ: Mapping[str, str], name: str) -> int | None:
+    """Return the value of a variable of Slurm as a whole number above 0; None for any other value.
+
+    Args:
+        environ: the environment variables of the process.
+        name: name of the variable.
+    """
+    text = environ.get(name, "")
+    found = int(text) if text.isascii() and text.isdecimal() and len(text) < 19 else 0
+    return found or None
+
+
+def memory_of_node(environ: Mapping[str, str]) -> tuple[int, str] | None:
+    """Return the memory that Slurm gives this job on this node, and the variable that says so.
+
+    Args:
+        environ: the environment variables of the process.
+
+    Returns:
+        (bytes, name of the variable); None outside of a job, and for a job that may use all memory
+        of its nodes.
+    """
+    counts = {
+        "SLURM_MEM_PER_NODE": 1,
+        "SLURM_MEM_PER_CPU": number(environ, "SLURM_CPUS_ON_NODE"),
+        "SLURM_MEM_PER_GPU": number(environ, "SLURM_GPUS_ON_NODE"),
+    }
+    for name, count in counts.items():
+        megabytes = number(environ, name)
+        if in_a_job(environ) and megabytes is not None and count is not None:
+            return megabytes * count * 2**20, name
     return None

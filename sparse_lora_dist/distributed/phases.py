@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import HeldError, StorageError, UserError
+from sparse_lora_dist.system.machine_errors import in_plain_words
 
 PASSING = (errno.EIO, errno.ESTALE, errno.ENOSPC, errno.EDQUOT, errno.ETIMEDOUT, errno.EREMOTEIO)
 """Errors of storage that may be gone when a job is started again."""
@@ -49,7 +50,8 @@ def fail_together(phase: str, *, may_pass: bool = False) -> Iterator[None]:
     # No space, no permission, a missing or damaged file: a traceback would add nothing.
     except (OSError, SafetensorError) as error:
         kind = StorageError if may_pass and _passes(error) else UserError
-        failure = kind(f"An error occurred while {phase}: {error}")
+        words = in_plain_words(error) or f"An error occurred while {phase}: {error}"
+        failure = kind(words)
         failure.__cause__ = error  # for the traceback of --debug
     except Exception as error:
         failure = error

@@ -12,11 +12,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.safetensors_reader import FLOATS
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
+from sparse_lora_dist.distributed.console import with_progress
 from sparse_lora_dist.export.open_base import Base, read_labelled_config
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import WeightChange
@@ -99,7 +99,7 @@ class Merge:
             used = {key for keys in base.keys_of.values() for key in keys}
             labels = TASKS[trained.config.model.task].trains_head
             sites = {f"{site.name}.weight": site for site in trained.sites}
-            for key, entry in tqdm(entries, desc="merging", leave=False):
+            for key, entry in with_progress(entries, "merging"):
                 if labels and key not in used:  # the head of the base, which the run replaced
                     continue
                 name = names.get(key, key)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparse_lora_dist.adapter.linear import AdapterLinear
@@ -24,6 +23,7 @@ from sparse_lora_dist.adapter.peft_config import APART, PREFIX, WEIGHTS
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.tensor_files import save_file
 from sparse_lora_dist.system.whole_folders import replace_whole
 from sparse_lora_dist.zero3.parameters import gathered
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
-from safetensors.torch import save_file
 
 from sparse_lora_dist.adapter.peft_config import PREFIX, WEIGHTS
 from sparse_lora_dist.export.peft_adapter import PeftAdapter, write_labels
 from sparse_lora_dist.methods.protocol.form import PeftForm
+from sparse_lora_dist.system.tensor_files import save_file
 
 
 @dataclass(frozen=True, kw_only=True)

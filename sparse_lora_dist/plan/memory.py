@@ -34,6 +34,10 @@ LOGITS_CHUNK = 2**26
 """Most bytes of the fp32 logits of one chunk, if the loss is computed in chunks of tokens. Three
 tensors of this size exist at a time."""
 
+HEAP_SLACK = 0.5
+"""Memory that glibc keeps of freed blocks, as a fraction of what forward and backward allocate.
+Measured: 0.37 of the total for ranks on CPUs (benchmarks/plan_check.py)."""
+
 GPU_CONTEXT = 1_200_000_000
 """Bytes on a GPU for CUDA's context, workspaces of libraries and NCCL's buffers. This is an
 assumption, as the size depends on the GPU."""
@@ -41,6 +45,11 @@ assumption, as the size depends on the GPU."""
 GPU_SLACK = 0.05
 """Memory that PyTorch's allocator loses to fragmentation, as a fraction of what forward and
 backward allocate. This is an assumption."""
+
+CPU_IMPORTS = 610_000_000
+"""Resident bytes of a rank on a CPU before it loads the base: Python, PyTorch, DeepSpeed,
+transformers and their libraries. Measured: 0.60 to 0.62 GB, of which 0.44 GB are this rank's alone
+and the rest pages of files (benchmarks/host_memory.py)."""
 
 CPU_PROCESS = 100_000_000
 """Bytes that a rank on a CPU allocates besides tensors, after Python and its packages are imported:
@@ -308,8 +317,9 @@ def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterabl
     work = peak - step.kept
     label = "temporaries of a layer, or logits, with gradients"
     yield _line("work", label, where, work, "pass")
-    slack = GPU_SLACK * (whole + step.kept + work) * ranks.on_gpu
-    yield _line("slack", "fragmentation of PyTorch's allocator (assumed)", where, slack, "pass")
+    share, owner = (GPU_SLACK, "PyTorch") if ranks.on_gpu else (HEAP_SLACK, "glibc")
+    label, slack = f"fragmentation of {owner}'s allocator (assumed)", whole + step.kept + work
+    yield _line("slack", label, where, share * slack, "pass")
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     bucket = engine.reduce_bucket
     filled = 4 * min(bucket, trained)
@@ -351,6 +361,7 @@ def trained_head(shapes: Shapes) -> int:
 
 def _framework(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
     if not ranks.on_gpu:
+        yield _always("imports", "Python and its packages (measured)", "host", CPU_IMPORTS)
         yield _always("process", "data, late imports, gloo (measured)", "host", CPU_PROCESS)
         return
     yield _always("context", "CUDA, NCCL, libraries (assumed)", "gpu", GPU_CONTEXT)

@@ -16,6 +16,7 @@ from sparse_lora_dist.plan.advice import (
     need_of,
     smallest_world,
 )
+from sparse_lora_dist.plan.host_memory import mem_option
 from sparse_lora_dist.plan.memory import PHASES, Place, RankMemory, rank_memory
 from sparse_lora_dist.plan.plan_options import PlanConfig
 from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
@@ -163,6 +164,7 @@ def _verdict(outcome: Outcome) -> Iterator[str]:
             yield f"least     it does not fit on up to {MAX_RANKS} {things}"
         else:
             yield f"least     {least} {things}"
+    yield f"slurm     sbatch {mem_option(need.host)} asks for this host memory, and a tenth more"
 
 
 def _changes(outcome: Outcome) -> Iterator[str]:
@@ -210,7 +212,10 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
             f"{memory.GPU_SLACK:.0%} fragmentation of PyTorch's allocator"
         )
     else:
-        yield "          not counted: fragmentation of glibc's heap, up to 50% of the total;"
+        yield (
+            f"          {gb(memory.CPU_IMPORTS)} GB per process for Python and its packages, "
+            f"{memory.HEAP_SLACK:.0%} fragmentation of glibc's heap;"
+        )
         yield "          MALLOC_MMAP_THRESHOLD_=262144 prevents that, at a cost in time"
     if outcome.shapes.config.train.max_steps is None:
         yield "          schedules of a run of 1,000 steps, because --max_steps is not given"

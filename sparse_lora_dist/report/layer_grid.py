@@ -52,9 +52,8 @@ def layout_of(sites: Iterable[str]) -> Layout:
     split = {site: _split(site) for site in sites}
     kinds = list(dict.fromkeys(kind for _, kind in split.values()))
     layers = sorted({layer for layer, _ in split.values()})
-    places = {
-        site: (layers.index(layer), kinds.index(kind)) for site, (layer, kind) in split.items()
-    }
+    rows, columns = ({name: i for i, name in enumerate(names)} for names in (layers, kinds))
+    places = {site: (rows[layer], columns[kind]) for site, (layer, kind) in split.items()}
     return Layout(layers=layers, modules=_short(kinds), places=places)
 
 

@@ -18,7 +18,12 @@ from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import WIDTH, Picture, panels
 
 READABLE = 16
-"""Largest number of layers of a map whose cells have room for a number."""
+"""Largest number of layers, and of kinds of module, of a map whose cells have room for a number."""
+MOST_LABELS = 40
+"""Largest number of kinds of module that the map of layers and modules labels."""
+MOST_PANELS = 24
+"""Largest number of kinds of module that have a panel over time. A model has about ten; a module
+whose name holds no layer number is a kind of its own."""
 FEW_RANKS = 32
 """Largest rank up to which every rank has a colour of its own."""
 
@@ -139,9 +144,11 @@ def final_map(run: RunData) -> Picture:
     height = min(9.0, 1.5 + 0.26 * num_layers)
     figure, (axes,) = panels(height=height)
     mesh = axes.pcolormesh(grid, edgecolors="none", **shares.style)
-    if num_layers <= READABLE:
+    if num_layers <= READABLE and num_modules <= READABLE:
         _write_numbers(axes, grid, shares)
-    axes.set_xticks(np.arange(num_modules) + 0.5, shares.layout.modules, rotation=35, ha="right")
+    labelled = range(0, num_modules, -(-num_modules // MOST_LABELS))
+    names = [shares.layout.modules[i] for i in labelled]
+    axes.set_xticks([i + 0.5 for i in labelled], names, rotation=35, ha="right")
     _label_layers(axes, shares.layout, most=20)
     axes.set_ylabel("layer")
     axes.grid(False)
@@ -176,7 +183,8 @@ def _label_layers(axes: Any, layout: Layout, *, most: int) -> None:
 def growth(run: RunData) -> Picture:
     """Draw maps of all sites over optimizer steps: their ranks or their shares (``Shares``).
 
-    Each kind of module has a panel, with a row per layer.
+    Each kind of module has a panel, with a row per layer. Of more kinds than ``MOST_PANELS``, the
+    first are drawn, and the caption says so.
 
     Args:
         run: a run in which the method has made at least one decision.
@@ -185,7 +193,8 @@ def growth(run: RunData) -> Picture:
     grids = np.stack([shares.layout.grid(shares.of(row)) for row in run.decisions])
     steps = [row["step"] for row in run.decisions]
     edges = [*steps, max(run.last_step, steps[-1] + 1)]  # a decision holds until the next one
-    modules, num_layers = shares.layout.modules, len(shares.layout.layers)
+    all_modules, num_layers = shares.layout.modules, len(shares.layout.layers)
+    modules = all_modules[:MOST_PANELS]
     rows = -(-len(modules) // 2)
     height = rows * min(2.4, 0.7 + 0.14 * num_layers) + 0.5
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
@@ -202,10 +211,15 @@ def growth(run: RunData) -> Picture:
     figure.supxlabel("step", size=9)
     figure.supylabel("layer", size=9)
     shares.colours(grid_of_axes, mesh, figure)
+    which = "One panel for each kind of module"
+    if len(all_modules) > len(modules):
+        which = (
+            f"One panel for each of the first {MOST_PANELS} of {len(all_modules)} kinds of module"
+        )
     return Picture(
         name=f"{shares.name}_over_time",
         title=f"{shares.title} over time",
-        caption=f"One panel for each kind of module; {counted(len(steps), 'decision')}, the first "
+        caption=f"{which}; {counted(len(steps), 'decision')}, the first "
         f"after step {steps[0]}.{shares.note}",
         figure=figure,
     )

@@ -3,9 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import with_progress
 from sparse_lora_dist.runtime import watchdog
 
 Item = TypeVar("Item")
@@ -32,7 +31,7 @@ def in_batches(
         batch_size: number of items per batch.
         work: function from the items of one batch to one result for each item. It may contain
             collectives, since all ranks call it equally often.
-        name: name of this work, as the watchdog's phase and as label of rank 0's progress bar.
+        name: name of this work, as the watchdog's phase and as label of rank 0's progress.
 
     Returns:
         One result for each item, in the order of ``items``, on every rank.
@@ -41,7 +40,7 @@ def in_batches(
     starts = range(0, len(items), batch_size)
     rank, world_size = comm.rank(), comm.world_size()
     own = []
-    for first in tqdm(starts[::world_size], desc=name, leave=False, disable=rank != 0):
+    for first in with_progress(starts[::world_size], name):
         start = min(first + rank * batch_size, starts[-1])
         own.append(list(work(items[start : start + batch_size])))
     of_rank = comm.gather_objects(own)

@@ -20,8 +20,8 @@ from sparse_lora_dist.errors import (
     Stopped,
     StorageError,
     UserError,
-    in_words,
 )
+from sparse_lora_dist.system.machine_errors import in_plain_words
 from sparse_lora_dist.system.program_names import as_started_here
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -103,7 +103,7 @@ def _report(error: BaseException, *, debug: bool) -> int:
         return STOPPED
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
-    if debug and isinstance(error, UserError | PeerError | MemoryError):
+    if debug and isinstance(error, UserError | PeerError):
         traceback.print_exc()
     if isinstance(error, UserError):
         write_stderr(f"error: {error.found_by}{error}", for_all=error.shared)
@@ -111,12 +111,10 @@ def _report(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, PeerError):
         write_stderr(f"\nrank {this_launch().rank} ends: {error}")
         return FAILURE
-    if isinstance(error, MemoryError):
-        write_stderr(
-            f"error: this process gets no more memory ({in_words(error)}). Raise the limit "
-            "(ulimit -v, or the memory of the job), or use smaller options: launcher/plan.py says "
-            "what a run needs."
-        )
+    if (said := in_plain_words(error)) is not None:
+        if debug:
+            traceback.print_exc()
+        write_stderr(f"error: {said}")
         return USER_ERROR
     if "closed by peer" in str(error) and not debug:
         write_stderr(f"rank {this_launch().rank} ends because another rank ended. See its message.")
@@ -168,8 +166,12 @@ def quiet_others() -> None:
     warnings.filterwarnings("default", module="sparse_lora_dist")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    if this_launch().local_rank != 0:  # one progress bar a machine is enough for downloads
+    # One progress bar a machine is enough for downloads, and in a file there is none.
+    in_file = not sys.stderr.isatty()
+    if in_file or this_launch().local_rank != 0:
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if in_file:
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for name in FOREIGN_LOGGERS:
         logger = logging.getLogger(name)

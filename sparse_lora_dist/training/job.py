@@ -12,7 +12,7 @@ from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import megabytes, print_line, progress_bar
+from sparse_lora_dist.distributed.console import StepProgress, megabytes, print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Stopped
 from sparse_lora_dist.export import peft_adapter
@@ -101,7 +101,7 @@ class Job:
             )
             self.journal = Journal(self.folder, last_step=step, last_stage=last_logged)
             self.health = Health(self.folder, run.max_bad_steps, last_step=step)
-        self._bar = progress_bar(self.feed.total_steps, self.progress.step)
+        self._shown = StepProgress(self.feed.total_steps, self.progress.step)
         if resume is None and self.feed.held_out is not None:
             self._say_held_out_part()
             self.log(0, {}, held_out=self.held_out())
@@ -180,8 +180,8 @@ class Job:
         ends = is_last or step in self.shards.method.stages
         evaluates = ends or is_due(step, run.eval_every)
         row = self._row(result) if evaluates or is_due(step, run.log_every) else None
+        self._shown.advance(None if row is None else _in_short(row))
         self._conclude(row, evaluates=evaluates, saves=ends or is_due(step, run.save_every))
-        self._bar.update()
 
     def _conclude(
         self, row: Mapping[str, float | int] | None, *, evaluates: bool, saves: bool
@@ -210,7 +210,6 @@ class Job:
             self.save(held_out.get("held_out_loss"))
 
     def _row(self, result: StepResult) -> dict[str, float | int]:
-        costs = memory_and_traffic(self.shards)
         row = {
             "loss": result.loss,
             "learning_rate": self.rate.at(self.progress.step),
@@ -220,14 +219,9 @@ class Job:
             "peak_memory_bytes": peak_memory_bytes(),
             "live_entries": self.shards.num_live(),
             **self.shards.log_values,
-            **costs,
+            **memory_and_traffic(self.shards),
         }
         self._seconds, self._tokens = 0.0, 0
-        self._bar.set_postfix_str(
-            f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s, "
-            f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB, {row['live_entries']:,} live "
-            f"(state {megabytes(costs['state_bytes'])})"
-        )
         return row
 
     def log(
@@ -311,7 +305,7 @@ class Job:
         """Finish the checkpoint that is being written, if there is one. Called when the run ends
         with a ``UserError`` on all ranks. No further error is raised."""
         with suppress(Exception):  # a rank may be gone; the error that ends the run is printed
-            self._bar.close()
+            self._shown.close()
             self._publish(self._saver.finish())
 
     def stop(self, why: Stopped) -> None:
@@ -321,7 +315,7 @@ class Job:
         Args:
             why: the exception with the reason of the stop.
         """
-        self._bar.close()
+        self._shown.close()
         if self.progress.step > self._saved_step:
             self.save(held_out_loss=None)
         self._publish(self._saver.finish())
@@ -337,7 +331,7 @@ class Job:
         """Finish the last checkpoint, export the adapter, and print the summary. Called after the
         last step of the job; not called if the job was stopped or failed."""
         watchdog.set_phase("exporting", may_be_long=True)  # a tracker may upload for long
-        self._bar.close()
+        self._shown.close()
         if self.progress.step > self._saved_step:  # the caller of training() left before the end
             self.save(held_out_loss=None)
         self._publish(self._saver.finish())
@@ -403,6 +397,15 @@ def _learning_rate(config: Config, method: Method, total_steps: int) -> Learning
         first_stage_only=method.stage_rate == "first",
         newborn_warmup=newborn,
         newborn_restarts=method.newborn_restarts,
+    )
+
+
+def _in_short(row: Mapping[str, Any]) -> str:
+    """Return the main numbers of a row of metrics as text for the progress of a run."""
+    return (
+        f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s, "
+        f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB, {row['live_entries']:,} live "
+        f"(state {megabytes(row['state_bytes'])})"
     )
 
 

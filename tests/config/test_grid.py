@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_lora_dist.config.sweep import load_grid
+from sparse_lora_dist.config.sweep import load_grid, show
 from sparse_lora_dist.errors import UserError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -58,6 +58,13 @@ def test_values_that_are_paths_stay_out_of_the_folders_path(tmp_path: Path) -> N
         ("method: {lora: 1}", "must hold 'name: value'"),
         ("- 8", "must hold 'name: value'"),
         ("rank: [8", "cannot be read"),
+        ("print_config: true", "--print_config cannot be given in or after a sweep's file"),
+        ("rank: [8, 16]\nrank: [4]", "sets rank twice"),
+        ("rank: [[[8]]]", "a list in a list in a list"),
+        ("rank: [{a: 8}]", "a map"),
+        ('data: "/x\\n--debug"', "a value with a line break"),
+        ("output_dir: [a, a]", "must be one folder"),
+        ("\n".join(f"o{i}: [1,2,3,4,5,6,7,8,9,10]" for i in range(8)), "has 100000000 runs"),
     ],
 )
 def test_what_cannot_run_is_said_before_it_is_queued(tmp_path: Path, text: str, said: str) -> None:
@@ -66,10 +73,49 @@ def test_what_cannot_run_is_said_before_it_is_queued(tmp_path: Path, text: str, 
     assert said in str(caught.value)
 
 
-@pytest.mark.parametrize("number", ["2", "-1", "x"])
+@pytest.mark.parametrize("number", ["2", "-1", "x", "\u0662"])
 def test_a_number_without_a_run_names_the_array(tmp_path: Path, number: str) -> None:
     with pytest.raises(UserError, match="sbatch --array=0-1"):
         load_grid([grid(tmp_path, "rank: [8, 16]"), number])
+
+
+def test_options_after_the_file_apply_to_all_runs_and_come_last(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = grid(tmp_path, "rank: [8, 16]\noutput_dir: out")
+    show(load_grid([path, "--max_steps", "5"]))
+    assert capsys.readouterr().out.endswith(f"train_array.sbatch {path} --max_steps 5\n")
+    for number in ([], ["1"]):
+        runs = load_grid([path, *number, "--max_steps", "5", "--debug"]).runs
+        last = "--rank 16 --output_dir out/rank=16 --max_steps 5 --debug"
+        assert runs["rank=16"] == last.split()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("--output_dir runs/x", "--output_dir after the sweep's file would put all runs into one"),
+        ("--output_dir=runs/x", "--output_dir after the sweep's file would put all runs into one"),
+        ("--rank 4", "--rank is varied by the sweep"),
+        ("--rnak 4", "--rnak is not an option; did you mean --rank?"),
+        ("--max_steps 0", "run rank=8: "),
+        ("--help", "--help cannot be given in or after a sweep's file"),
+        ("--data", "--data"),
+    ],
+)
+def test_options_after_the_file_that_no_sweep_can_take_are_refused_before_it_is_queued(
+    tmp_path: Path, more: str, said: str
+) -> None:
+    for number in ([], ["0"]):
+        with pytest.raises(UserError) as caught:
+            load_grid([grid(tmp_path, "rank: [8, 16]"), *number, *more.split()])
+        assert said in str(caught.value)
+
+
+def test_a_line_break_after_the_file_is_refused_as_one_in_it(tmp_path: Path) -> None:
+    path = grid(tmp_path, "rank: [8, 16]")
+    with pytest.raises(UserError, match="line break"):
+        load_grid([path, "0", "--data", "x\n--debug"])
 
 
 @pytest.mark.usefixtures("processes")

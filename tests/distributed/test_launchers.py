@@ -98,13 +98,28 @@ def check_result(folder: Path, reference: Path) -> None:
     assert (folder / "adapter" / "adapter_model.safetensors").exists()
 
 
+def check_plan(ended: Ended, folder: Path, world: int) -> None:
+    """The plan of the line "memory" against the peak of all ranks' resident memory, which metrics
+    have of the worst rank: no run is said to fit that does not."""
+    (planned,) = re.findall(r"^memory    about (\d+\.\d\d) of ", ended.out, re.MULTILINE)
+    peak = world * max(row.get("peak_memory_bytes", 0) for row in metrics(folder)) / 1e9
+    assert 0.95 < float(planned) / peak < 1.3, (planned, peak)
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return read_records(folder / "metrics.jsonl")
+
+
 def check_run(ended: Ended, folder: Path, reference: Path, world: int) -> None:
     assert ended.status == 0, ended.out + ended.err
     check_result(folder, reference)
+    check_plan(ended, folder, world)
     assert ended.lines[-6].startswith("trained") and f" {world} rank" in ended.lines[-6]
     for line in ended.lines:
         assert not re.search("warn|deprecat|error|failed", line, re.IGNORECASE), line
     assert not re.search("warning|deprecat|Failed to|Traceback", ended.err), ended.err
+    assert "\r" not in ended.out + ended.err  # nobody's bar: the output is no terminal
+    assert any(re.match(r"step      1 of 1, loss \d.*, 0:00:00 left$", x) for x in ended.lines)
 
 
 @pytest.mark.parametrize("world", [2, in_full(4)])

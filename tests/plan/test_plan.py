@@ -821,7 +821,7 @@ def test_a_run_says_once_whether_it_fits(ranks: RealRanks, tiny: TinyRun, tmp_pa
     flags = tiny.flags(tmp_path / "run", max_steps=1)
     roomy = ranks(2, "tests.work.plan:run_with_room", flags=flags, room=10**10)
     assert [text.count("memory    about") for text in roomy] == [1, 0]
-    assert "does not fit" not in roomy[0] and "of 10.0 GB" in roomy[0]
+    assert "does not fit" not in roomy[0] and "of 10.00 GB" in roomy[0]
     flags = tiny.flags(tmp_path / "again", max_steps=1)
     tight = ranks(2, "tests.work.plan:run_with_room", flags=flags, room=1000)
     assert tight[0].count("does not fit") == 1 and "result" in tight[0]

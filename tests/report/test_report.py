@@ -170,6 +170,20 @@ def test_growth_has_a_panel_a_module_and_each_decision_holds_until_the_next(run:
     assert mesh.get_coordinates()[0, :, 0].tolist() == [2, 6, 8]
 
 
+def test_of_800_kinds_of_module_the_first_have_a_panel_and_the_caption_says_so(run: Path) -> None:
+    values = {f"tower_{i}.proj": 1 + i % 4 for i in range(800)}
+    lines(run / "decisions.jsonl", {"step": 2, "ranks": values, "live": values})
+    picture = growth(read_run(run))
+    titles = [
+        axes.get_title(loc="left") for axes in picture.figure.axes if axes.get_title(loc="left")
+    ]
+    assert titles == [f"tower_{i}.proj" for i in range(24)]
+    assert "One panel for each of the first 24 of 800 kinds of module" in picture.caption
+    (axes, _) = final_map(read_run(run)).figure.axes
+    assert len(axes.get_xticks()) == 40 and len(axes.texts) == 0
+    assert axes.collections[0].get_array().size == 800
+
+
 def test_names_of_modules_are_as_short_as_tells_them_apart() -> None:
     sites = ["enc.0.att.query", "enc.10.att.query", "enc.0.out.dense", "enc.0.att.dense", "head"]
     layout = layout_of(sites)

@@ -76,7 +76,9 @@ def run_with_room(flags: list[str], room: int) -> str:
     from sparse_lora_dist.plan.advice import Limits
     from tests.work.run import train
 
-    with patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=room)):
+    with patch(
+        "sparse_lora_dist.plan.check.memory_here", lambda: (Limits(gpu=0, host=room), "this job")
+    ):
         return train(flags)
 
 
@@ -89,7 +91,10 @@ def run_that_dies_loading(flags: list[str], room: int) -> str:
 
     out = io.StringIO()
     with (
-        patch("sparse_lora_dist.plan.check.memory_here", lambda: Limits(gpu=0, host=room)),
+        patch(
+            "sparse_lora_dist.plan.check.memory_here",
+            lambda: (Limits(gpu=0, host=room), "this job"),
+        ),
         patch("sparse_lora_dist.model.model.Model.load", side_effect=MemoryError),
         redirect_stdout(out),
     ):

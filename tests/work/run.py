@@ -41,6 +41,15 @@ def train(flags: list[str], environment: dict[str, str] | None = None) -> str:
     return out.getvalue()
 
 
+def train_under_umask(mask: int, flags: list[str]) -> str:
+    """The main job, whose new files are closed to those whom ``mask`` leaves out."""
+    before = os.umask(mask)
+    try:
+        return train(flags)
+    finally:
+        os.umask(before)
+
+
 def train_and_lose_the_base(flags: list[str], base: Path) -> str:
     """The main job, whose model folder is removed once all is loaded."""
     usual = Job.start

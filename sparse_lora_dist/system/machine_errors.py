@@ -1,0 +1,116 @@
+"""Words for errors that the machine causes, in whatever library they come up: a cache that cannot
+be written, and memory that a limit refuses."""
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EDQUOT)
+"""Errors of a folder that cannot be made or written."""
+NO_MEMORY = re.compile(
+    r"cannot allocate memory|can't allocate memory|can't start new thread|std::bad_alloc"
+    r"|failed to map segment|unable to allocate|not enough memory",
+    re.IGNORECASE,
+)
+"""Texts of libraries that get no more memory from the system."""
+NO_TEMPORARY = "No usable temporary directory"
+"""Text of Python's tempfile if no folder for temporary files can be written."""
+QUOTED_PATH = re.compile(r"['\"](/[^'\"]+)['\"]")
+
+
+def in_plain_words(error: BaseException) -> str | None:
+    """Return what to do about an error that the machine causes; None for any other error.
+
+    Args:
+        error: the exception, with those that it comes from.
+    """
+    for one in _chain(error):
+        if (said := _of_cache(one, os.environ)) is not None:
+            return said
+        if _is_of_memory(one):
+            return (
+                f"this process gets no more memory ({_short(one)}). Raise the limit (ulimit -v, or "
+                "sbatch --mem), or use smaller options: launcher/plan.py says what a run needs."
+            )
+    return None
+
+
+def caches(environ: Mapping[str, str]) -> dict[str, Path]:
+    """Return the folders in which libraries keep what they download or compile.
+
+    Args:
+        environ: the environment variables of the process.
+
+    Returns:
+        {variable that sets the folder: the folder}. Several folders may have one variable's.
+    """
+    home = Path(environ.get("HOME") or os.path.expanduser("~"))
+    cache = Path(environ.get("XDG_CACHE_HOME") or home / ".cache")
+    hugging_face = Path(environ.get("HF_HOME") or cache / "huggingface")
+    usual = {
+        "HF_DATASETS_CACHE": hugging_face / "datasets",
+        "HF_HUB_CACHE": hugging_face / "hub",
+        "HF_HOME": hugging_face,
+        "TRITON_CACHE_DIR": Path(environ.get("TRITON_HOME") or home) / ".triton",
+        "TORCH_EXTENSIONS_DIR": cache / "torch_extensions",
+        "MPLCONFIGDIR": Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "matplotlib",
+    }
+    return {name: Path(environ.get(name) or folder) for name, folder in usual.items()}
+
+
+def _of_cache(error: BaseException, environ: Mapping[str, str]) -> str | None:
+    if NO_TEMPORARY in str(error):
+        return (
+            "No folder for temporary files can be written. Set TMPDIR to a folder that this job "
+            "can write to."
+        )
+    if not isinstance(error, OSError) or error.errno not in UNWRITABLE:
+        return None
+    for path in _paths(error):
+        for name, folder in caches(environ).items():
+            inside = path.is_relative_to(folder) and error.errno != errno.ENOENT
+            # Of a folder that cannot be made, the error names the first missing parent.
+            if inside or (folder.is_relative_to(path) and not _writes(path)):
+                variable = "HF_HOME" if name.startswith("HF_") else name
+                only = f" ({name} for this cache alone)" if variable != name else ""
+                return (
+                    f"The cache {folder} cannot be used: {os.strerror(error.errno)}: {path}. "
+                    f"Set {variable}{only} to a folder that this job can write to, such as one on "
+                    "a scratch disk."
+                )
+    return None
+
+
+def _writes(path: Path) -> bool:
+    return path.is_dir() and os.access(path, os.W_OK | os.X_OK)
+
+
+def _paths(error: OSError) -> Iterator[Path]:
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
+    for name in [*names, *QUOTED_PATH.findall(str(error))]:
+        if os.path.isabs(name):
+            yield Path(name)
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    kinds = (RuntimeError, ImportError, OSError)  # torch, gloo and the loader of libraries
+    return isinstance(error, kinds) and NO_MEMORY.search(str(error)) is not None
+
+
+def _short(error: BaseException) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an exception and those that it comes from, the first of them last."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__
