@@ -153,6 +153,7 @@ def _evaluate_model(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[M
         stop_ids=frozenset(eval_set.stop_ids | eos_ids(model.module)),
         batch_size=eval_set.own.batch_size,
         max_new_tokens=eval_set.own.max_new_tokens,
+        frame=eval_set.frame,
     )
     measures = [
         measure

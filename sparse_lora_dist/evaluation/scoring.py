@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents
+from sparse_lora_dist.data.answer_frame import AnswerFrame
 from sparse_lora_dist.data.batches import padded
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
@@ -51,6 +52,8 @@ class Scorer:
     """Number of texts in one batch, which one rank computes."""
     max_new_tokens: int
     """Maximum number of generated tokens per prompt."""
+    frame: AnswerFrame = AnswerFrame()
+    """What the chat template puts around an answer."""
 
     def losses(self, documents: Sequence[Document] | Documents, name: str) -> list[Loss]:
         """Compute the loss of each document's targets. Collective.
