@@ -3,8 +3,8 @@
 Each site, i.e. linear with an adapter, may have its own rank and scale.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -58,6 +58,19 @@ class Adapter:
     """Site name -> factor of B A: alpha / r, or alpha / sqrt(r) for rsLoRA, with r its rank."""
     base: str | None = None
     """Base model that the adapter's adapter_config.json names; None if it names none."""
+
+    def renamed(self, our_name: Callable[[str], str]) -> "Adapter":
+        """Return the adapter with other names of its tensors and sites.
+
+        Args:
+            our_name: function that returns the name in the model, given the adapter's.
+        """
+        return replace(
+            self,
+            values={our_name(name): read for name, read in self.values.items()},
+            shapes={our_name(name): shape for name, shape in self.shapes.items()},
+            scales={our_name(name): scale for name, scale in self.scales.items()},
+        )
 
     @property
     def full(self) -> tuple[str, ...]:

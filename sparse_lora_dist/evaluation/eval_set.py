@@ -6,13 +6,13 @@ from typing import Any
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.data import Documents, be_quiet
-from sparse_lora_dist.data.answer_frame import AnswerFrame, find_frame
 from sparse_lora_dist.data.chat import end_of_turn, find_template
 from sparse_lora_dist.data.fields import ExampleError
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.evaluation.answer_frame import AnswerFrame, find_frame
 from sparse_lora_dist.evaluation.eval_metrics import METRICS
 from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
 from sparse_lora_dist.evaluation.examples import Table

@@ -16,7 +16,7 @@ PLAIN = Method(name="lora")
 """The method of every adapter that is evaluated: plain LoRA."""
 
 
-def open_model(config: Config, adapter: Adapter) -> Model:
+def open_model(config: Config, adapter: Adapter) -> tuple[Model, Adapter]:
     """Open the base with room for an adapter, but without any weights. Collective.
 
     To be called before ``load``.
@@ -26,7 +26,8 @@ def open_model(config: Config, adapter: Adapter) -> Model:
         adapter: The adapter. It decides which linears get an adapter, with which ranks.
 
     Returns:
-        The model, whose ``sites`` are the adapter's linears in the model's order.
+        (the model, whose ``sites`` are the adapter's linears in the model's order; the adapter,
+        with the model's names).
 
     Raises:
         UserError: The adapter does not fit the base. Raised on every rank.
@@ -40,6 +41,7 @@ def open_model(config: Config, adapter: Adapter) -> Model:
         raise _does_not_fit(adapter, str(error).removeprefix(NO_FIT)) from error
     with fail_together("comparing the base with the adapter's"):
         check_base(adapter, model)
+    adapter = adapter.renamed(model.our_name)
     linears = {site.name: site for site in model.sites}
     absent = [site for site in adapter.scales if site not in linears]
     if absent:
@@ -56,7 +58,7 @@ def open_model(config: Config, adapter: Adapter) -> Model:
             raise _does_not_fit(
                 adapter, f"its {name} has shape {list(shape)}, but the model {here}"
             )
-    return model
+    return model, adapter
 
 
 def _does_not_fit(adapter: Adapter, problem: str) -> UserError:

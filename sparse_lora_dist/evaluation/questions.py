@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents, load_documents
-from sparse_lora_dist.data.answer_frame import AnswerFrame
 from sparse_lora_dist.data.chat import encode_answer, encode_prompt
 from sparse_lora_dist.data.fields import ExampleError, Message, Tools
+from sparse_lora_dist.evaluation.answer_frame import AnswerFrame
 from sparse_lora_dist.evaluation.examples import ExampleTooLong, Table
 from sparse_lora_dist.evaluation.right_answers import (
     LETTERS,

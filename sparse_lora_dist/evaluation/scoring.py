@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from transformers import GenerationConfig
 
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents
-from sparse_lora_dist.data.answer_frame import AnswerFrame
 from sparse_lora_dist.data.batches import padded
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.evaluation.answer_frame import AnswerFrame
 from sparse_lora_dist.runtime.batches_over_ranks import in_batches
 from sparse_lora_dist.tasks.loss_head import target_losses
 from sparse_lora_dist.zero3.engine import Engine

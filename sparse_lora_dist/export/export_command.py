@@ -22,9 +22,11 @@ from sparse_lora_dist.export.peft_own_type import write_own_type
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.model.prompting import GENERATION, TEMPLATE
 from sparse_lora_dist.run_folder.identity import TRAINED_OVER, Identity
 from sparse_lora_dist.system.own_files import (
     Marker,
+    ascii_name,
     contents_of,
     foreign_in,
     in_short,
@@ -48,6 +50,11 @@ OF_BEFORE = re.compile(
     r"added_tokens|vocab|preprocessor_config|processor_config).*|merges\.txt|chat_template\.jinja"
 )
 """Names of files in an export of a version that wrote no markers."""
+NO_PROMPTING = (
+    "was saved by a version that did not store the chat template and the tokens that end an "
+    "answer, so the export has none but the base's own"
+)
+"""End of the line that is printed for such a checkpoint; its folder comes first."""
 Summary = dict[str, str]
 """Label -> text about an export, e.g. "sparsity" -> "99.9%".
 
@@ -79,12 +86,14 @@ def export(request: ExportRequest) -> None:
     _check_place(final, trained, asked)
     _check_writable(final)
     print_line("from", f"{trained.path}, step {trained.step:,}")
+    if "prompting" not in trained.manifest and trained.config.model.task == "causal_lm":
+        print_line("note", f"{trained.path} {NO_PROMPTING}")
     for other in trained.others if isinstance(trained, Union) else ():
         print_line("plus", f"{other.path}, step {other.step:,}")
     temporary: Path | None = None
     try:
         temporary = new_folder(final)
-        summary = WRITERS[asked.format](trained, temporary, asked)
+        summary = WRITERS[asked.format](trained, temporary, asked) | _prompting(trained)
         _write_base(trained, temporary, asked.format)
         write_card(trained, temporary, final, asked.format, summary)
         _mark_export_of_before(final)
@@ -211,6 +220,16 @@ def _write_base(trained: Trained, folder: Path, form: str) -> None:
         (folder / TRAINED_OVER).write_text(text)
 
 
+def _prompting(trained: Trained) -> Summary:
+    """Return what the export says about how its model is prompted."""
+    if (found := trained.prompting) is None:
+        return {}
+    template = "the tokenizer's own" if found.is_own else f"that of --chat_template, in {TEMPLATE}"
+    of_chats = {} if found.chat_template is None else {"template": template}
+    ends = ", ".join(map(ascii_name, found.ends))
+    return of_chats | {"ends": f"answers end with {ends}, at which {GENERATION} stops"}
+
+
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     if asked.own_type or not trained.is_lora:
         if own := trained.own_type():
@@ -265,6 +284,11 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
             f"; the 4-bit weights differ from the original ones by {merge.quantization_error:.1%} "
             "of their norm"
         )
+    for name, others in base.tied.items():
+        summary["untied"] = (
+            f"{name} was trained and {others[0]}, which the base ties to it, was not. The model "
+            "has both, and tie_word_embeddings is false"
+        )
     if base.has_experts and base.quantized:
         summary["experts"] = "as in the base's files; the run had quantised them to 4 bits"
     share = merge.unchanged / max(merge.touched, 1)
@@ -281,6 +305,8 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
 
 def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     found = write_sparse_delta(trained, folder)
+    if trained.prompting is not None:
+        trained.prompting.write(folder)
     summary = {
         "onto": "the weights of the model that you apply it to; the run was trained over "
         + ("4-bit" if trained.config.model.quantization == "nf4" else "the base's own")

@@ -11,8 +11,8 @@ from typing import Any, cast
 import pytest
 
 from sparse_lora_dist.config.sections import DataConfig
-from sparse_lora_dist.data.answer_frame import AnswerFrame, find_frame
 from sparse_lora_dist.data.chat import encode_chat, encode_prompt
+from sparse_lora_dist.evaluation.answer_frame import AnswerFrame, find_frame
 from sparse_lora_dist.evaluation.eval_metrics import METRICS, generated_accuracy
 from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.questions import Encoder, choice
