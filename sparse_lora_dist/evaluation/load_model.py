@@ -7,10 +7,11 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation.adapters import Adapter, check_base
+from sparse_lora_dist.evaluation.adapters import Adapter
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.targets import NO_FIT
+from sparse_lora_dist.training.trained_over import check_base
 
 PLAIN = Method(name="lora")
 """The method of every adapter that is evaluated: plain LoRA."""
@@ -40,7 +41,8 @@ def open_model(config: Config, adapter: Adapter) -> tuple[Model, Adapter]:
             raise
         raise _does_not_fit(adapter, str(error).removeprefix(NO_FIT)) from error
     with fail_together("comparing the base with the adapter's"):
-        check_base(adapter, model)
+        if adapter.shapes:
+            check_base(adapter.name, model)
     adapter = adapter.renamed(model.our_name)
     linears = {site.name: site for site in model.sites}
     absent = [site for site in adapter.scales if site not in linears]

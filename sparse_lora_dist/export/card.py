@@ -50,10 +50,12 @@ def write_card(
         "library_name": "peft" if kind == "peft" else "transformers",
         "tags": ["sparse-lora-dist", "lora" if trained.is_lora else config.adapter.method],
     }
+    style = None if trained.base.isprintable() else '"'  # on one line, in which --- is no mark
     lines = [
         "---",
-        # None: the list on one line.
-        yaml.safe_dump(front, sort_keys=False, default_flow_style=None, width=2**31).rstrip(),
+        yaml.safe_dump(
+            front, sort_keys=False, default_flow_style=None, default_style=style, width=2**31
+        ).rstrip(),
         "---",
         "",
         f"# {cell(Path(trained.base).name)}, fine-tuned with {config.adapter.method}",
@@ -102,6 +104,12 @@ Code = tuple[dict[str, str], list[str]]
 
 
 def _peft_code(trained: Trained, folder: str) -> Code:
+    if trained.saved_class is not None:  # PEFT's automatic classes would take another one
+        name, options = trained.saved_class.name, _revision(trained) + _trust(trained)
+        return {name: "transformers", "PeftModel": "peft"}, [
+            f'base = {name}.from_pretrained({trained.base!r}, dtype="auto"{options})',
+            f"model = PeftModel.from_pretrained(base, {folder})",
+        ]
     auto_class = f"AutoPeftModelFor{_kind(trained)}"
     options = _labels(trained) + _revision(trained) + _trust(trained)
     return {auto_class: "peft"}, [f"model = {auto_class}.from_pretrained({folder}{options})"]

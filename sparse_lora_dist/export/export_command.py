@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from sparse_lora_dist.adapter.peft_config import APART
 from sparse_lora_dist.base_model.architecture import PRECISIONS
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
-from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.distributed.phases import passes_later
+from sparse_lora_dist.errors import StorageError, UserError, as_user_error
 from sparse_lora_dist.export.card import CARD, SIGNATURE, write_card
 from sparse_lora_dist.export.export_options import ExportConfig, ExportRequest
 from sparse_lora_dist.export.merged import Merge
@@ -73,10 +74,24 @@ def export(request: ExportRequest) -> None:
 
     Raises:
         UserError: The checkpoint, the base model or the output folder does not allow this export,
-            or writing fails.
+            or reading or writing fails.
+        StorageError: Reading or writing fails in a way that may pass, e.g. because the disk is
+            full.
     """
     # Through a link: the folder that it leads to is written, and the link stays.
-    asked, final = request.export, Path(request.export.output).resolve()
+    final = Path(request.export.output).resolve()
+    try:
+        _export(request, final)
+    except (OSError, SafetensorError) as error:  # a full disk may raise either
+        kind = StorageError if passes_later(error) else UserError
+        raise kind(
+            f"The export could not be written to {final}: {error}. Check the free space and the "
+            "permissions of the folder, then export again."
+        ) from error
+
+
+def _export(request: ExportRequest, final: Path) -> None:
+    asked = request.export
     for done in clean_up(final):
         print_line("cleaned", done)
     with as_user_error(request.source, "Give another run or checkpoint."):
@@ -98,11 +113,6 @@ def export(request: ExportRequest) -> None:
         write_card(trained, temporary, final, asked.format, summary)
         _mark_export_of_before(final)
         finish(temporary, final)
-    except (OSError, SafetensorError) as error:  # a full disk may raise either
-        raise UserError(
-            f"The export could not be written to {final}: {error}. Check the free space and the "
-            "permissions of the folder, then export again."
-        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

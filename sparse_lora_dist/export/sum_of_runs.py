@@ -27,6 +27,7 @@ from sparse_lora_dist.export.weight_change import WeightChange
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.model.prompting import Prompting, with_ends
+from sparse_lora_dist.model.saved_class import SavedClass
 from sparse_lora_dist.run_folder.identity import BASE, NOT_STORED, Identity, in_words
 
 
@@ -121,6 +122,14 @@ class Union(Trained):
         others = (run.prompting.ends for run in self.others if run.prompting is not None)
         ends = {**own.ends, **{token: i for more in others for token, i in more.items()}}
         return replace(own, ends=ends, generation=with_ends(own.generation, ends.values()))
+
+    @cached_property
+    def saved_class(self) -> SavedClass | None:
+        """That of the first run, with the names of all linears that have an adapter."""
+        found = [run.saved_class for run in (*self.others, self.first)]
+        known = [one for one in found if one is not None]
+        names = {ours: theirs for one in known for ours, theirs in one.modules.items()}
+        return replace(known[-1], modules=names) if known else None
 
     @property
     def is_lora(self) -> bool:
