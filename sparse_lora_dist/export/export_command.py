@@ -236,6 +236,8 @@ def _prompting(trained: Trained) -> Summary:
         return {}
     template = "the tokenizer's own" if found.is_own else f"that of --chat_template, in {TEMPLATE}"
     of_chats = {} if found.chat_template is None else {"template": template}
+    if not found.ends:
+        return of_chats | {"ends": "no token ends an answer"}
     ends = ", ".join(map(ascii_name, found.ends))
     return of_chats | {"ends": f"answers end with {ends}, at which {GENERATION} stops"}
 

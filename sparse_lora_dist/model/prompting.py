@@ -48,10 +48,10 @@ class Prompting:
             is_own: True without ``--chat_template``.
 
         Returns:
-            None if no token of the documents ends an answer or a text: in a classifier, or a run
+            None if the documents are neither chats nor end with a token: in a classifier, or a run
             that edits facts.
         """
-        if not documents.ends:
+        if documents.template is None and not documents.ends:
             return None
         settings = generation_settings(model.folder, model.module)
         return cls(

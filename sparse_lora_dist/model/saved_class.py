@@ -91,7 +91,8 @@ def find_saved_class(
     """
     (name, *others) = [*(config.architectures or []), None]
     other = getattr(transformers, name, None) if isinstance(name, str) else None
-    if len(others) > 1 or other is None or name == type(module).__name__:
+    is_model = isinstance(other, type) and issubclass(other, PreTrainedModel)
+    if other is None or not is_model or len(others) > 1 or name == type(module).__name__:
         return None
     try:
         with torch.device("meta"):
