@@ -41,6 +41,7 @@ from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import TRAINING, Purpose
 from sparse_lora_dist.training.resume import find_resume, is_requeued, source_of
 from sparse_lora_dist.training.step import StepResult, train_step
+from sparse_lora_dist.training.trained_over import check_init_adapter
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
 from sparse_lora_dist.zero3.engine import Engine
 
@@ -143,6 +144,9 @@ class Training:
         self.config = config
         zero3_nvme.prepare(engine_config)
         model = Model.open(config)
+        if config.adapter.init_adapter is not None:
+            with fail_together("comparing the base with that of --init_adapter"):
+                check_init_adapter(config.adapter.init_adapter, model)
         zero3_nvme.check_space(
             engine_config, model.module, quantized=config.model.quantization == "nf4"
         )

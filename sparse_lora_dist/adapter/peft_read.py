@@ -1,6 +1,6 @@
 """Read a PEFT LoRA adapter from disk, as initial values of a run (``--init_adapter``)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,12 @@ from sparse_lora_dist.zero3.slices import Values
 
 
 def read_peft(
-    folder: str, shapes: Mapping[str, tuple[int, ...]], *, rank: int, alpha: float
+    folder: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    rank: int,
+    alpha: float,
+    our_name: Callable[[str], str] = str,
 ) -> dict[str, Values]:
     """Open a PEFT LoRA adapter, and check that it fits the run. Not a collective.
 
@@ -29,6 +34,8 @@ def read_peft(
             has its own name, such as "score.weight"; it may be missing in the adapter.
         rank: rank of the run, which must be the adapter's.
         alpha: LoRA alpha of the run, which must be the adapter's.
+        our_name: function that returns the name of a tensor in ``shapes``, given the adapter's
+            name of it, which may be that of another class (``Model.our_name``).
 
     Returns:
         Tensor name, as in ``shapes`` -> function that reads a range of the tensor from disk, for
@@ -39,6 +46,8 @@ def read_peft(
             not those of the run.
     """
     config, values, theirs = open_peft(folder)
+    values = {our_name(name): read for name, read in values.items()}
+    theirs = {our_name(name): shape for name, shape in theirs.items()}
     problems = []
     if kind := other_kind(config) or (config.get("use_rslora") and "use_rslora"):
         problems.append(f"It has {kind}, so it is not a plain LoRA adapter. Give a plain one.")

@@ -34,7 +34,7 @@ EXPERT_MODELS = ("mixtral", "qwen3_moe")
 """Values of model_type in config.json of the supported mixture-of-experts models."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json for the number of experts. Architectures use different ones."""
-COUNTED = re.compile(r"(num|n)_\w*(layer|expert)s?|(en|de)coder_layers|n_layer")
+COUNTED = re.compile(r"(num|n)_\w*(layer|expert)s?|(en|de)coder_layers|n_layer|depth")
 """Keys of config.json for how many modules of a kind there are."""
 MOST_MODULES = 10_000
 """Largest such number. Modules are built one by one, so 10^12 of them would never end."""

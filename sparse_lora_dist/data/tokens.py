@@ -6,6 +6,7 @@ that is too long is left out and counted.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,6 +111,10 @@ class Documents:
         """Number of tokens of the longest example, even if it is left out."""
         self.reading: Reading | None = None
         """What of the data set was read; None if the documents come from no data set."""
+        self.template: str | None = None
+        """Jinja text that rendered the chats; None if no chat was rendered."""
+        self.ends: Mapping[str, int] = {}
+        """Token that ends an answer, or a text -> its id."""
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -242,6 +247,7 @@ def load_documents(
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
         raise UserError(_no_document(documents, examples, fields, place))
+    documents.template, documents.ends = template, _ends(tokenizer, fields, template)
     reading = _reading(documents, examples, fields, tokenizer, template, chat_template, train_on)
     is_txt = examples.is_plain_text
     unused = {f"--{name}": is_txt and options[name] != DEFAULTS[name] for name in options}
@@ -300,6 +306,20 @@ def _wrong_roles(examples: Examples) -> str:
     )
 
 
+def _ends(
+    tokenizer: PreTrainedTokenizerFast, fields: Fields, template: str | None
+) -> dict[str, int]:
+    """Return the tokens that end an answer, or a text, with their ids."""
+    eos = tokenizer.eos_token_id
+    ends = set() if eos is None else {int(eos)}
+    if fields.kind != "text":
+        # A template may refuse a chat of one question and its answer.
+        with suppress(ExampleError):
+            ends = end_of_turn(tokenizer, template=template)
+    ids = sorted(ends)
+    return dict(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
+
+
 def _reading(
     documents: Documents,
     examples: Examples,
@@ -312,14 +332,10 @@ def _reading(
     """Return what was read of data for language modelling."""
     if fields.kind == "text":
         return describe(examples, fields.all_columns)
-    try:
-        ends = end_of_turn(tokenizer, template=template)
-    except ExampleError:  # the template refuses a chat of one question and its answer
-        ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    learned = tokenizer.convert_ids_to_tokens(documents.targets_among(ends))
-    possible = tokenizer.convert_ids_to_tokens(sorted(ends))
+    learned = tokenizer.convert_ids_to_tokens(documents.targets_among(documents.ends.values()))
+    possible = shown(list(documents.ends))
     no_end = (
-        f"no token that ends an answer is learned ({shown(possible)}), so the model does not learn "
+        f"no token that ends an answer is learned ({possible}), so the model does not learn "
         "to stop. Use a --chat_template that ends each answer with such a token, within its "
         "{% generation %} marks if it has them."
     )

@@ -49,7 +49,7 @@ def fail_together(phase: str, *, may_pass: bool = False) -> Iterator[None]:
         yield
     # No space, no permission, a missing or damaged file: a traceback would add nothing.
     except (OSError, SafetensorError) as error:
-        kind = StorageError if may_pass and _passes(error) else UserError
+        kind = StorageError if may_pass and passes_later(error) else UserError
         words = in_plain_words(error) or f"An error occurred while {phase}: {error}"
         failure = kind(words)
         failure.__cause__ = error  # for the traceback of --debug
@@ -76,7 +76,7 @@ def _found_by(rank: int, phase: str, failures: list[tuple[str, str] | None]) -> 
     return f"rank {rank} failed while {phase}: " if failures[0] is None else ""
 
 
-def _passes(error: OSError | SafetensorError) -> bool:
+def passes_later(error: OSError | SafetensorError) -> bool:
     """Return True if an error of storage may be gone later. safetensors gives its number as text:
     "I/O error: No space left on device (os error 28)"."""
     if isinstance(error, OSError):

@@ -2,6 +2,7 @@
 
 examples.py       reads the evaluation data: prompt, choices and right answer of each example
 questions.py      tokenises examples: texts to score, or prompts to generate from
+answer_frame.py   finds what a chat template puts around an answer
 right_answers.py  checks whether a generated text is the right answer
 eval_set.py       reads and tokenises the examples of all metrics once
 adapters.py       opens the PEFT LoRA adapters to evaluate

@@ -3,36 +3,24 @@
 Each site, i.e. linear with an adapter, may have its own rank and scale.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
 
 from sparse_lora_dist.adapter.peft_config import CONFIG, faults_of, other_kind, scale_of
 from sparse_lora_dist.adapter.peft_read import open_peft
-from sparse_lora_dist.base_model.weight_map import is_quantized
-from sparse_lora_dist.checkpoint.manifest import MANIFEST, read_manifest
-from sparse_lora_dist.checkpoint.recover import published
+from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import expanded, resolve_default
 from sparse_lora_dist.config.yaml_file import read_entries
-from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError, as_user_error
-from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.description import RUN_YAML
-from sparse_lora_dist.run_folder.identity import (
-    BASE,
-    NOT_STORED,
-    READS_TEXT,
-    TRAINED_OVER,
-    WORDS,
-    Identity,
-    in_words,
-)
-from sparse_lora_dist.system.small_files import parse_json
+from sparse_lora_dist.run_folder.identity import READS_TEXT, WORDS
 from sparse_lora_dist.training.feed import identity_of_tokenizer
+from sparse_lora_dist.training.trained_over import other_name, trained_over
 from sparse_lora_dist.zero3.slices import Values
 
 TRAINING_OPTIONS = ("quantization", "double_quant", "precision", "chat_template", "train_on")
@@ -58,6 +46,19 @@ class Adapter:
     """Site name -> factor of B A: alpha / r, or alpha / sqrt(r) for rsLoRA, with r its rank."""
     base: str | None = None
     """Base model that the adapter's adapter_config.json names; None if it names none."""
+
+    def renamed(self, our_name: Callable[[str], str]) -> "Adapter":
+        """Return the adapter with other names of its tensors and sites.
+
+        Args:
+            our_name: function that returns the name in the model, given the adapter's.
+        """
+        return replace(
+            self,
+            values={our_name(name): read for name, read in self.values.items()},
+            shapes={our_name(name): shape for name, shape in self.shapes.items()},
+            scales={our_name(name): scale for name, scale in self.scales.items()},
+        )
 
     @property
     def full(self) -> tuple[str, ...]:
@@ -92,69 +93,6 @@ def open_adapters(names: Sequence[str | None]) -> list[Adapter]:
     return adapters
 
 
-def check_base(adapter: Adapter, model: Model) -> None:
-    """Raise UserError if an adapter of this project was trained over other weights. Not collective.
-
-    What the weights were is known from the checkpoints of the adapter's run folder, or from the
-    file that an export has beside the adapter. It is not compared if only one of the two bases is
-    stored in 4 bits.
-
-    Args:
-        adapter: The adapter.
-        model: The opened model to evaluate it over.
-
-    Raises:
-        UserError: The content of the base's weight files or config.json differs.
-    """
-    found = _trained_over(Path(adapter.name).expanduser()) if adapter.shapes else None
-    if found is None or model.fingerprint is None:
-        return
-    then, in_4_bits = found
-    now = Identity(weights=model.fingerprint.weights, config=model.fingerprint.config)
-    if then.weights is None:
-        print_line("note", f"the adapter {adapter.name} {NOT_STORED}")
-    elif in_4_bits != is_quantized(model.files):
-        print_line(
-            "note",
-            f"the adapter {adapter.name} was trained over a base that is stored in another form (4 "
-            "bits or not), so the weights cannot be compared",
-        )
-    elif differ := then.differences(now, only=BASE):
-        raise UserError(
-            f"The adapter {adapter.name} was trained over another base than --model {model.name}. "
-            f"What differs: {in_words(differ)}. Give its own base with --model. To evaluate it "
-            "over this one on purpose, copy the adapter's two files (adapter_*) to a folder by "
-            "themselves and give that folder."
-        )
-
-
-def _trained_over(folder: Path) -> tuple[Identity, bool] | None:
-    """Return what is known about the base of an adapter, and whether it was stored in 4 bits.
-
-    Args:
-        folder: Run folder, or folder of an adapter: of a run or of an export.
-
-    Returns:
-        Identity without weights if a run is there that did not store it; None if nothing is known.
-    """
-    if (beside := folder / TRAINED_OVER).is_file():
-        try:
-            about = parse_json(beside.read_bytes())
-            return Identity.from_json(about), about["in_4_bits"]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{beside} is damaged: {error!r}. Export the adapter again, or remove the file."
-            ) from error
-    run = folder.parent if folder.name == "adapter" else folder
-    if not (run / RUN_YAML).is_file():
-        return None
-    saved = published(run / "checkpoints")
-    if not saved:
-        return Identity(), False
-    manifest = read_manifest(saved[-1])
-    return Identity.of_checkpoint(manifest), manifest["base_in_4_bits"]
-
-
 def _open(name: str | None) -> Adapter:
     """Open one adapter; raise UserError if it is missing or is not a plain LoRA."""
     if name is None:
@@ -170,6 +108,11 @@ def _open(name: str | None) -> Adapter:
             f"launcher/export.py {quote(name)} --output FOLDER, and evaluate FOLDER."
         )
     config, values, shapes = open_peft(str(folder), "adapter")
+    if not shapes:
+        raise UserError(
+            f"The adapter {name} has no tensors, so it is the base itself. Export it again. To "
+            "evaluate the base, leave --adapter out, or name it as base in --compare."
+        )
     if why := _why_not_plain(config, shapes):
         raise UserError(
             f"The adapter {name} is not a plain LoRA adapter: {why}. Merge it into its base with "
@@ -227,10 +170,10 @@ def differences_from_training(adapter: Adapter, config: Config, tokenizer: Any) 
     """
     notes = []
     here = resolve_default("model", config.model.model)
-    if adapter.base and Path(adapter.base).name != Path(here).name:
-        notes.append(f"the base model of the adapter is {adapter.base}, but --model is {here}")
+    if note := other_name(adapter.base, adapter.name, here) if adapter.shapes else None:
+        notes.append(note)
     folder = Path(expanded(adapter.name))
-    if found := _trained_over(folder) if adapter.shapes else None:
+    if found := trained_over(folder) if adapter.shapes else None:
         other = found[0].differences(identity_of_tokenizer(config, tokenizer), only=READS_TEXT)
         notes += [f"{WORDS[n]} is not the one that the adapter was trained with" for n in other]
     run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.config.config import Config
@@ -25,6 +24,7 @@ from sparse_lora_dist.evaluation.load_model import load, open_model
 from sparse_lora_dist.evaluation.results import as_text, example_lines, results
 from sparse_lora_dist.evaluation.scoring import Scorer
 from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.model.prompting import end_ids, generation_settings
 from sparse_lora_dist.runtime import watchdog
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import settle_padding
@@ -56,11 +56,10 @@ def evaluate(request: EvalRequest) -> None:
             _check_writable(flag, path)
     with _watchdog(config):
         zero3_nvme.prepare(engine_config)
-        adapters = open_adapters(own.names)
-        models = [open_model(config, adapter) for adapter in adapters]
-        eval_set = open_eval_set(request, config, models[0], engine_config)
+        opened = [open_model(config, adapter) for adapter in open_adapters(own.names)]
+        eval_set = open_eval_set(request, config, opened[0][0], engine_config)
         measured = []
-        for model, adapter in zip(models, adapters, strict=True):
+        for model, adapter in opened:
             measures = _evaluate_model(eval_set, model, adapter)
             measured.append((adapter.name, {m.name: m for m in measures}))
         _write_results(eval_set, measured)
@@ -114,7 +113,7 @@ def _write_results(
         measured: (adapter name, {result name: result}) of each model.
     """
     content, files = results(measured), eval_set.own.files
-    with fail_together("writing results"):
+    with fail_together("writing results", may_pass=True):
         if comm.rank() == 0:
             print(as_text(content), flush=True)
             if "answers" in files:
@@ -148,9 +147,13 @@ def _evaluate_model(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[M
         engine=engine,
         tokenizer=eval_set.tokenizer,
         pad_id=settle_padding(model, eval_set.tokenizer),
-        stop_ids=frozenset(eval_set.stop_ids | eos_ids(model.module)),
+        # Where transformers stops too: an export has these tokens in its generation_config.json.
+        stop_ids=frozenset(
+            [*eval_set.stop_ids, *end_ids(generation_settings(model.folder, model.module))]
+        ),
         batch_size=eval_set.own.batch_size,
         max_new_tokens=eval_set.own.max_new_tokens,
+        frame=eval_set.frame,
     )
     measures = [
         measure
@@ -159,13 +162,3 @@ def _evaluate_model(eval_set: EvalSet, model: Model, adapter: Adapter) -> list[M
     ]
     engine.close()
     return measures
-
-
-def eos_ids(model: Any) -> set[int]:
-    """Return the end-of-sequence token ids of a model's generation config; maybe none.
-
-    Args:
-        model: A transformers model.
-    """
-    ids = model.generation_config.eos_token_id
-    return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)

@@ -5,7 +5,7 @@ per example.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,7 +33,10 @@ class Measure:
     is_accuracy: bool = True
     """True if each example is right or wrong, false for a loss."""
     texts: Sequence[str] = ()
-    """Per example: the text that the model generated; empty for metrics that do not generate."""
+    """Per example: the model's answer; empty for metrics that do not generate."""
+    generated: Sequence[str] = ()
+    """Per example: the whole text that the model generated. It also has what the chat template puts
+    around an answer, and thoughts before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,18 +109,19 @@ def generated_accuracy(
     Returns:
         A list of one result, with the generated texts.
     """
-    texts = scorer.generate([item.prompt for item in items], name)
+    generated = scorer.generate([item.prompt for item in items], name)
+    texts = [scorer.frame.answer_in(text) for text in generated]
     is_right = [item.is_right(text) for item, text in zip(items, texts, strict=True)]
-    return [_accuracy(name, is_right, texts)]
+    return [replace(_accuracy(name, is_right), texts=texts, generated=generated)]
 
 
 def _argmin(values: Sequence[float]) -> int:
     return min(range(len(values)), key=values.__getitem__)
 
 
-def _accuracy(name: str, is_right: Sequence[bool], texts: Sequence[str] = ()) -> Measure:
+def _accuracy(name: str, is_right: Sequence[bool]) -> Measure:
     sums, weights = [float(right) for right in is_right], [1.0] * len(is_right)
-    return Measure(name=name, sums=sums, weights=weights, texts=texts)
+    return Measure(name=name, sums=sums, weights=weights)
 
 
 def _of_each(item: Callable[[Encoder, Table, Mapping[str, Any]], Any]) -> MakeItems:

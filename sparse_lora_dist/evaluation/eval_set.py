@@ -12,6 +12,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.evaluation.answer_frame import AnswerFrame, find_frame
 from sparse_lora_dist.evaluation.eval_metrics import METRICS
 from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
 from sparse_lora_dist.evaluation.examples import Table
@@ -41,6 +42,8 @@ class EvalSet:
     """The tokenizer of the base."""
     stop_ids: set[int]
     """Token ids at which the chat template ends a turn; empty if nothing is generated."""
+    frame: AnswerFrame
+    """What the chat template puts around an answer."""
     items: Mapping[str, Any]
     """Metric name -> its tokenised examples, as ``Metric.items`` returns them."""
 
@@ -92,7 +95,8 @@ def open_eval_set(
         tokenizer = open_tokenizer(config, model)
         table = Table.read(request.source, config.data, request.own.limit)
         template = find_template(tokenizer, config.data.chat_template, has_tools=table.has_tools)
-        encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data)
+        frame = _frame(tokenizer, template)
+        encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data, frame=frame)
         items = {
             name: METRICS[name].items(encoder, table, request.own.limit)
             for name in request.own.metrics
@@ -121,5 +125,13 @@ def open_eval_set(
         engine_config=engine_config,
         tokenizer=tokenizer,
         stop_ids=stop_ids,
+        frame=frame,
         items=items,
     )
+
+
+def _frame(tokenizer: Any, template: str | None) -> AnswerFrame:
+    try:
+        return find_frame(tokenizer, template)
+    except ExampleError:  # the template refuses a chat of one question and its answer
+        return AnswerFrame()

@@ -7,16 +7,17 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation.adapters import Adapter, check_base
+from sparse_lora_dist.evaluation.adapters import Adapter
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.targets import NO_FIT
+from sparse_lora_dist.training.trained_over import check_base
 
 PLAIN = Method(name="lora")
 """The method of every adapter that is evaluated: plain LoRA."""
 
 
-def open_model(config: Config, adapter: Adapter) -> Model:
+def open_model(config: Config, adapter: Adapter) -> tuple[Model, Adapter]:
     """Open the base with room for an adapter, but without any weights. Collective.
 
     To be called before ``load``.
@@ -26,7 +27,8 @@ def open_model(config: Config, adapter: Adapter) -> Model:
         adapter: The adapter. It decides which linears get an adapter, with which ranks.
 
     Returns:
-        The model, whose ``sites`` are the adapter's linears in the model's order.
+        (the model, whose ``sites`` are the adapter's linears in the model's order; the adapter,
+        with the model's names).
 
     Raises:
         UserError: The adapter does not fit the base. Raised on every rank.
@@ -39,7 +41,9 @@ def open_model(config: Config, adapter: Adapter) -> Model:
             raise
         raise _does_not_fit(adapter, str(error).removeprefix(NO_FIT)) from error
     with fail_together("comparing the base with the adapter's"):
-        check_base(adapter, model)
+        if adapter.shapes:
+            check_base(adapter.name, model)
+    adapter = adapter.renamed(model.our_name)
     linears = {site.name: site for site in model.sites}
     absent = [site for site in adapter.scales if site not in linears]
     if absent:
@@ -56,7 +60,7 @@ def open_model(config: Config, adapter: Adapter) -> Model:
             raise _does_not_fit(
                 adapter, f"its {name} has shape {list(shape)}, but the model {here}"
             )
-    return model
+    return model, adapter
 
 
 def _does_not_fit(adapter: Adapter, problem: str) -> UserError:

@@ -17,6 +17,7 @@ from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents, load_documents
 from sparse_lora_dist.data.chat import encode_answer, encode_prompt
 from sparse_lora_dist.data.fields import ExampleError, Message, Tools
+from sparse_lora_dist.evaluation.answer_frame import AnswerFrame
 from sparse_lora_dist.evaluation.examples import ExampleTooLong, Table
 from sparse_lora_dist.evaluation.right_answers import (
     LETTERS,
@@ -44,7 +45,7 @@ class GeneratedQuestion:
     prompt: list[int]
     """Token ids of the chat up to the answer."""
     is_right: Callable[[str], bool]
-    """(generated text) -> True if it is a right answer."""
+    """(the answer in the generated text) -> True if it is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,8 @@ class Encoder:
     """Text of the Jinja chat template; None for plain text."""
     data: DataConfig
     """Data options of the evaluation."""
+    frame: AnswerFrame = AnswerFrame()
+    """What the template puts around an answer."""
 
     def prompt(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """Encode a chat up to the answer.
@@ -86,9 +89,11 @@ class Encoder:
 
         Returns:
             One document, i.e. token ids and labels, per answer. The labels score the tokens of the
-            answer and the tokens that end the assistant's turn, and no others.
+            answer and the tokens that end the assistant's turn, and no others: none that the
+            template puts before every answer.
         """
         before, found = self.prompt(messages, tools), []
+        framed = [*before, *self.frame.before_ids]
         for answer in answers:
             encoded = encode_answer(
                 self.tokenizer,
@@ -100,6 +105,8 @@ class Encoder:
             )
             ids = np.array(self._check_length(encoded.ids))
             labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
+            if encoded.ids[: len(framed)] == framed:
+                labels[: len(framed)] = NOT_A_TARGET
             found.append(Document(input_ids=ids, labels=labels))
         return found
 
@@ -201,9 +208,8 @@ def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
         record: The example, as a mapping from column names to values.
     """
     prompt = encoder.prompt(table.messages(record), table.tools(record))
-    return GeneratedQuestion(
-        prompt=prompt, is_right=partial(is_exact, answer=table.reference(record))
-    )
+    answer = encoder.frame.answer_in(table.reference(record))
+    return GeneratedQuestion(prompt=prompt, is_right=partial(is_exact, answer=answer))
 
 
 def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> GeneratedQuestion:
@@ -219,7 +225,7 @@ def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
     Raises:
         ExampleError: The answer has no number, or the example is wrong or too long.
     """
-    answer = table.reference(record)
+    answer = encoder.frame.answer_in(table.reference(record))
     if final_number(answer) is None:
         raise ExampleError(
             f"The example's answer has no number: {answer[-40:]!r}. Give a number, or choose other "

@@ -89,12 +89,14 @@ def example_lines(measured: Sequence[tuple[str, MeasuresByName]]) -> str:
         JSON lines with the keys "adapter", "measure" (name of the result), "example" (index of the
         example, counted from 0) and "value": its loss in nats, summed over its tokens, or 1.0 for a
         right and 0.0 for a wrong answer. A loss adds the key "tokens", the number of tokens, and
-        a metric that generates adds the key "said", the generated text.
+        a metric that generates adds the key "said", the model's answer, and the key "generated",
+        the whole generated text, if that is more.
     """
     rows = [
         {"adapter": adapter, "measure": name, "example": i, "value": value}
         | ({"tokens": int(m.weights[i])} if not m.is_accuracy else {})
         | ({"said": m.texts[i]} if m.texts else {})
+        | ({"generated": m.generated[i]} if m.texts and m.generated[i] != m.texts[i] else {})
         for adapter, measures in measured
         for name, m in measures.items()
         for i, value in enumerate(m.sums)

@@ -18,6 +18,7 @@ from sparse_lora_dist.data import NOT_A_TARGET, Document, Documents
 from sparse_lora_dist.data.batches import padded
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.evaluation.answer_frame import AnswerFrame
 from sparse_lora_dist.runtime.batches_over_ranks import in_batches
 from sparse_lora_dist.tasks.loss_head import target_losses
 from sparse_lora_dist.zero3.engine import Engine
@@ -51,6 +52,8 @@ class Scorer:
     """Number of texts in one batch, which one rank computes."""
     max_new_tokens: int
     """Maximum number of generated tokens per prompt."""
+    frame: AnswerFrame = AnswerFrame()
+    """What the chat template puts around an answer."""
 
     def losses(self, documents: Sequence[Document] | Documents, name: str) -> list[Loss]:
         """Compute the loss of each document's targets. Collective.

@@ -11,6 +11,7 @@ peft_adapter.py   writes a plain LoRA in PEFT's format, without components that 
 peft_own_type.py  writes an adapter as another PEFT type than LoRA, for methods whose update is
                   not a LoRA
 merged.py         writes a whole model with the updates added to its weights
+merged_files.py   writes its other files: config, tokenizer, chat template, generation settings
 sparse_delta.py   writes the nonzero updates as indices and values; adds them to a model's weights,
                   and restores the weights
 card.py           writes the README.md of an export

@@ -12,7 +12,8 @@ from safetensors import SafetensorError
 from sparse_lora_dist.adapter.peft_config import APART
 from sparse_lora_dist.base_model.architecture import PRECISIONS
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
-from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.distributed.phases import passes_later
+from sparse_lora_dist.errors import StorageError, UserError, as_user_error
 from sparse_lora_dist.export.card import CARD, SIGNATURE, write_card
 from sparse_lora_dist.export.export_options import ExportConfig, ExportRequest
 from sparse_lora_dist.export.merged import Merge
@@ -22,9 +23,11 @@ from sparse_lora_dist.export.peft_own_type import write_own_type
 from sparse_lora_dist.export.sparse_delta import write_sparse_delta
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.model.prompting import GENERATION, TEMPLATE
 from sparse_lora_dist.run_folder.identity import TRAINED_OVER, Identity
 from sparse_lora_dist.system.own_files import (
     Marker,
+    ascii_name,
     contents_of,
     foreign_in,
     in_short,
@@ -48,6 +51,11 @@ OF_BEFORE = re.compile(
     r"added_tokens|vocab|preprocessor_config|processor_config).*|merges\.txt|chat_template\.jinja"
 )
 """Names of files in an export of a version that wrote no markers."""
+NO_PROMPTING = (
+    "was saved by a version that did not store the chat template and the tokens that end an "
+    "answer, so the export has none but the base's own"
+)
+"""End of the line that is printed for such a checkpoint; its folder comes first."""
 Summary = dict[str, str]
 """Label -> text about an export, e.g. "sparsity" -> "99.9%".
 
@@ -66,10 +74,24 @@ def export(request: ExportRequest) -> None:
 
     Raises:
         UserError: The checkpoint, the base model or the output folder does not allow this export,
-            or writing fails.
+            or reading or writing fails.
+        StorageError: Reading or writing fails in a way that may pass, e.g. because the disk is
+            full.
     """
     # Through a link: the folder that it leads to is written, and the link stays.
-    asked, final = request.export, Path(request.export.output).resolve()
+    final = Path(request.export.output).resolve()
+    try:
+        _export(request, final)
+    except (OSError, SafetensorError) as error:  # a full disk may raise either
+        kind = StorageError if passes_later(error) else UserError
+        raise kind(
+            f"The export could not be written to {final}: {error}. Check the free space and the "
+            "permissions of the folder, then export again."
+        ) from error
+
+
+def _export(request: ExportRequest, final: Path) -> None:
+    asked = request.export
     for done in clean_up(final):
         print_line("cleaned", done)
     with as_user_error(request.source, "Give another run or checkpoint."):
@@ -79,21 +101,18 @@ def export(request: ExportRequest) -> None:
     _check_place(final, trained, asked)
     _check_writable(final)
     print_line("from", f"{trained.path}, step {trained.step:,}")
+    if "prompting" not in trained.manifest and trained.config.model.task == "causal_lm":
+        print_line("note", f"{trained.path} {NO_PROMPTING}")
     for other in trained.others if isinstance(trained, Union) else ():
         print_line("plus", f"{other.path}, step {other.step:,}")
     temporary: Path | None = None
     try:
         temporary = new_folder(final)
-        summary = WRITERS[asked.format](trained, temporary, asked)
+        summary = WRITERS[asked.format](trained, temporary, asked) | _prompting(trained)
         _write_base(trained, temporary, asked.format)
         write_card(trained, temporary, final, asked.format, summary)
         _mark_export_of_before(final)
         finish(temporary, final)
-    except (OSError, SafetensorError) as error:  # a full disk may raise either
-        raise UserError(
-            f"The export could not be written to {final}: {error}. Check the free space and the "
-            "permissions of the folder, then export again."
-        ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -211,6 +230,18 @@ def _write_base(trained: Trained, folder: Path, form: str) -> None:
         (folder / TRAINED_OVER).write_text(text)
 
 
+def _prompting(trained: Trained) -> Summary:
+    """Return what the export says about how its model is prompted."""
+    if (found := trained.prompting) is None:
+        return {}
+    template = "the tokenizer's own" if found.is_own else f"that of --chat_template, in {TEMPLATE}"
+    of_chats = {} if found.chat_template is None else {"template": template}
+    if not found.ends:
+        return of_chats | {"ends": "no token ends an answer"}
+    ends = ", ".join(map(ascii_name, found.ends))
+    return of_chats | {"ends": f"answers end with {ends}, at which {GENERATION} stops"}
+
+
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     if asked.own_type or not trained.is_lora:
         if own := trained.own_type():
@@ -265,6 +296,11 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
             f"; the 4-bit weights differ from the original ones by {merge.quantization_error:.1%} "
             "of their norm"
         )
+    for name, others in base.tied.items():
+        summary["untied"] = (
+            f"{name} was trained and {others[0]}, which the base ties to it, was not. The model "
+            "has both, and tie_word_embeddings is false"
+        )
     if base.has_experts and base.quantized:
         summary["experts"] = "as in the base's files; the run had quantised them to 4 bits"
     share = merge.unchanged / max(merge.touched, 1)
@@ -281,6 +317,8 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
 
 def _sparse_delta(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     found = write_sparse_delta(trained, folder)
+    if trained.prompting is not None:
+        trained.prompting.write(folder)
     summary = {
         "onto": "the weights of the model that you apply it to; the run was trained over "
         + ("4-bit" if trained.config.model.quantization == "nf4" else "the base's own")

@@ -3,7 +3,6 @@
 One tensor is in memory at a time. Sums are computed in fp32 and rounded once, to the output dtype.
 """
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import sqrt
@@ -17,31 +16,15 @@ from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.safetensors_reader import FLOATS
 from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
 from sparse_lora_dist.distributed.console import with_progress
-from sparse_lora_dist.export.open_base import Base, read_labelled_config
+from sparse_lora_dist.export.merged_files import copy_other_files
+from sparse_lora_dist.export.open_base import Base
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import WeightChange
+from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.tasks import TASKS
 
 BLOCK_ENTRIES = 2**23
 """Approximate number of entries of a weight that are summed and rounded at a time."""
-NOT_COPIED = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".onnx",
-    ".msgpack",
-    ".h5",
-    ".ot",
-    ".ckpt",
-    ".npz",
-)
-"""Suffixes of weight files, which are not copied from the base.
-
-Indices of weight files (*.index.json) and README.md are not copied either. All other files are,
-e.g. the tokenizer's.
-"""
 
 
 @dataclass(kw_only=True)
@@ -91,7 +74,7 @@ class Merge:
             base: The base model that they are merged into.
             folder: Empty folder to write into.
         """
-        self._copy_other_files(trained, base, folder)
+        copy_other_files(trained, base, folder, self.dtype)
         out = SafetensorsWriter(folder)
         try:
             entries = sorted(base.files.entries.items(), key=lambda e: (e[1].file, e[1].start))
@@ -117,9 +100,20 @@ class Merge:
             for name in trained.full:
                 if name not in base.keys_of:
                     out.add_tensor(name, trained.tensor(name).to(self.dtype))
+            for site in trained.sites:
+                if f"{site.name}.weight" not in base.keys_of:
+                    self._add_untied(out, base, site)
             out.finish()
         finally:
             out.close()
+
+    def _add_untied(self, out: SafetensorsWriter, base: Base, site: Site) -> None:
+        """Write the weight of a site whose base weight the files hold under another name, since it
+        is tied to another parameter. That one is written as it is."""
+        name, (key,) = f"{site.name}.weight", base.keys_of_site(site)
+        saved_as = name if base.saved_class is None else base.saved_class.named(name)
+        blocks = self._merged_blocks(base, key, base.trained.change(site))
+        out.add(saved_as, NAMES[self.dtype], base.files.entries[key].shape, blocks)
 
     def _merged_blocks(self, base: Base, key: str, change: WeightChange | None) -> Iterator[Tensor]:
         """Yield a floating-point tensor of the base with its update added, a few rows at a time.
@@ -177,16 +171,6 @@ class Merge:
         self.touched += int(touched.sum())
         self.unchanged += int((touched & (rounded == before.to(self.dtype))).sum())
         return rounded
-
-    def _copy_other_files(self, trained: Trained, base: Base, folder: Path) -> None:
-        for path in base.folder.iterdir():
-            is_weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
-            if path.is_file() and not is_weights and path.name != "README.md":
-                shutil.copyfile(path, folder / path.name)
-        config = read_labelled_config(trained, base.folder)
-        config.architectures = [type(base.module).__name__]
-        config.dtype = self.dtype
-        config.save_pretrained(folder)
 
 
 def _stochastic_bf16(x: Tensor, generator: torch.Generator) -> Tensor:

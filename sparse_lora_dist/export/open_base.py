@@ -1,5 +1,6 @@
 """Opens the base model that an adapter was trained over, and reads its weights from the files."""
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +30,7 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.model.saved_class import SavedClass, find_saved_class
 from sparse_lora_dist.run_folder.identity import BASE, NOT_STORED, Identity, in_words
 
 
@@ -52,6 +54,8 @@ class Base:
     """
     trained: Trained
     """The run that was trained over this base."""
+    saved_class: SavedClass | None
+    """Class that config.json names, if ``module`` is of another one."""
 
     @classmethod
     def open(
@@ -104,14 +108,22 @@ class Base:
             trust_remote_code=trust_remote_code,
         )
         keys_of = find_keys(module, files)
-        found = cls(folder=folder, files=files, module=module, keys_of=keys_of, trained=trained)
+        is_lm = trained.config.model.task == "causal_lm"
+        found = cls(
+            folder=folder,
+            files=files,
+            module=module,
+            keys_of=keys_of,
+            trained=trained,
+            saved_class=find_saved_class(module, config, files, keys_of) if is_lm else None,
+        )
         if not is_quantized(files):
             found._check_shapes()
         return found
 
     def _check_shapes(self) -> None:
         for site in self.trained.sites:
-            keys = self.keys_of.get(f"{site.name}.weight", [])
+            keys = self.keys_of_site(site)
             shapes = [self.files.entries[key].shape for key in keys]
             if shapes != [(site.out_features, site.in_features)]:
                 found = f"has shape {', '.join(map(str, shapes))}" if shapes else "is missing"
@@ -120,6 +132,27 @@ class Base:
                     f"for shape {(site.out_features, site.in_features)}. Give the base model that "
                     "it was trained over with --base FOLDER."
                 )
+
+    def keys_of_site(self, site: Site) -> list[str]:
+        """Return the names in the files of the tensors of a site's weight; [] if there are none.
+
+        Args:
+            site: One of the run's sites.
+        """
+        name = f"{site.name}.weight"
+        tied = self.tied.get(name, ())
+        return next((self.keys_of[n] for n in (name, *tied) if n in self.keys_of), [])
+
+    @cached_property
+    def tied(self) -> Mapping[str, list[str]]:
+        """Name of a weight that an adapter changes -> names of the parameters that it is tied to,
+        which the adapter does not change: the input embeddings, for the output head."""
+        same = defaultdict(list)
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            same[id(parameter)].append(name)
+        changed = [f"{site.name}.weight" for site in self.trained.sites]
+        groups = {name: names for names in same.values() for name in names if len(names) > 1}
+        return {name: [n for n in groups[name] if n != name] for name in changed if name in groups}
 
     def weight(self, site: Site) -> Tensor:
         """Return the base weight of a site as the run computed with it.
@@ -131,7 +164,7 @@ class Base:
             The weight, [out_features, in_features], in the run's precision. If the run held it in 4
             bits, these are the dequantised values.
         """
-        (key,) = keys = self.keys_of[f"{site.name}.weight"]
+        (key,) = keys = self.keys_of_site(site)
         shape = site.out_features, site.in_features
         source = source_of(f"{site.name}.weight", shape, keys, self.files)
         if isinstance(source, Packed):

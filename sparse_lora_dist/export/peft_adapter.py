@@ -23,6 +23,9 @@ from sparse_lora_dist.adapter.peft_config import APART, PREFIX, WEIGHTS
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.model.prompting import Prompting
+from sparse_lora_dist.model.saved_class import SavedClass
 from sparse_lora_dist.system.tensor_files import save_file
 from sparse_lora_dist.system.whole_folders import replace_whole
 from sparse_lora_dist.zero3.parameters import gathered
@@ -77,6 +80,27 @@ class PeftAdapter:
 
     They are written to id2label.json, because PEFT's config has no field for them.
     """
+    prompting: Prompting | None = None
+    """How the model is prompted and where its answers end; None if that is not known."""
+    saved_class: SavedClass | None = None
+    """Class that the base's config.json names, if the run's model is of another one."""
+
+    def named(self, name: str) -> str:
+        """Return the name of a module or parameter in the class that config.json names."""
+        return name if self.saved_class is None else self.saved_class.named(name)
+
+    def write_beside(self, folder: Path) -> None:
+        """Write into the adapter's folder what PEFT's config has no fields for: class names, chat
+        template and the tokens that end an answer.
+
+        The tokenizer is not among them: with a tokenizer beside the adapter, some versions of PEFT
+        change the size of the base's embeddings.
+        """
+        if self.classes:
+            names = json.dumps(dict(enumerate(self.classes)), indent=1)
+            (folder / "id2label.json").write_text(names + "\n")
+        if self.prompting is not None:
+            self.prompting.write(folder)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +124,7 @@ def save_peft(
     folder: Path,
     adapters: Sequence[AdapterLinear],
     saved_modules: Mapping[str, nn.Module],
-    base: str,
-    *,
-    revision: str | None,
-    task_type: str,
-    classes: Sequence[str],
+    about: PeftAdapter,
 ) -> int:
     """Gather a sharded adapter and write it as a PEFT LoRA. Collective.
 
@@ -116,16 +136,14 @@ def save_peft(
         folder: Folder to write. An existing one is replaced as a whole.
         adapters: All adapters of the model.
         saved_modules: Module name -> module, for the modules trained in full.
-        base: Hub id or folder of the base model, for adapter_config.json.
-        revision: Revision of the base model on the hub.
-        task_type: PEFT's task type, e.g. CAUSAL_LM.
-        classes: Class names of a classifier; empty for a language model.
+        about: What does not depend on the adapter type, without the weights of ``saved_modules``.
 
     Returns:
         Size of adapter_model.safetensors in bytes on rank 0; 0 on other ranks.
 
     Raises:
-        NothingLives: No component has a nonzero update. Raised on every rank.
+        NothingLives: No component has a nonzero update, and no module was trained in full. Raised
+            on every rank.
         NoPair: The method's update is not a low-rank product. Raised on every rank.
     """
     pairs: dict[str, Pair] = {}
@@ -144,32 +162,35 @@ def save_peft(
         with gathered(module.parameters()):
             if comm.rank() == 0:
                 full |= {f"{name}.{k}": _copy(p) for k, p in module.named_parameters()}
-    if not any(comm.gather_objects(bool(pairs))):
+    if not saved_modules and not any(comm.gather_objects(bool(pairs))):
         raise NothingLives
     with fail_together(f"writing {folder}", may_pass=True):
         if comm.rank() == 0:
             first = adapters[0]
+            own = {"full": full, "full_modules": list(saved_modules)}
             trained = PlainLora(
-                pairs=pairs,
-                full=full,
-                full_modules=list(saved_modules),
+                **vars(about) | own,
+                pairs=pairs or {first.site.name: no_update(first.site)},
                 rank=first.site.rank,
                 alpha=first.alpha,
                 dropout=first.dropout,
-                base=base,
-                revision=revision,
-                task_type=task_type,
-                classes=classes,
             )
             return replace_whole(folder, partial(write_peft, trained=trained))
     return 0
 
 
+def no_update(site: Site) -> Pair:
+    """Return factors of one component whose update is zero.
+
+    PEFT opens no LoRA without target modules, also where modules trained in full are all there is.
+    """
+    return torch.zeros(1, site.in_features), torch.zeros(site.out_features, 1)
+
+
 def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> int:
     """Write a LoRA that is whole and in memory in PEFT's format. Not collective.
 
-    The files are adapter_config.json, adapter_model.safetensors and, for a classifier,
-    id2label.json.
+    The files are adapter_config.json, adapter_model.safetensors and those of ``write_beside``.
 
     Args:
         folder: Folder to write into; created if it is missing.
@@ -189,9 +210,10 @@ def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> in
     if not trained.pairs:
         raise NothingLives
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = {name: len(a_LI) for name, (a_LI, _) in trained.pairs.items()}
+    pairs = {trained.named(name): pair for name, pair in trained.pairs.items()}
+    ranks = {name: len(a_LI) for name, (a_LI, _) in pairs.items()}
     scale = trained.alpha / trained.rank
-    pairs, full = trained.pairs, dict(trained.full)
+    full = {trained.named(name): t for name, t in trained.full.items()}
     if uniform:
         pairs = {name: _padded(pair, max(ranks.values()), scale) for name, pair in pairs.items()}
     tensors = {}
@@ -204,20 +226,8 @@ def write_peft(folder: Path, trained: PlainLora, *, uniform: bool = False) -> in
         tensors |= {f"{PREFIX}{name}": t for name, t in full.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     _peft_config(trained, ranks, uniform).save_pretrained(str(folder))
-    write_labels(folder, trained.classes)
+    trained.write_beside(folder)
     return (folder / WEIGHTS).stat().st_size
-
-
-def write_labels(folder: Path, classes: Sequence[str]) -> None:
-    """Write {index: class name} to id2label.json, because PEFT's config has no field for them.
-
-    Args:
-        folder: Existing folder to write into.
-        classes: Class names of a classifier; nothing is written if there are none.
-    """
-    if classes:
-        names = json.dumps(dict(enumerate(classes)), indent=1)
-        (folder / "id2label.json").write_text(names + "\n")
 
 
 def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) -> LoraConfig:
@@ -239,7 +249,7 @@ def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) ->
         rank_pattern=others,
         # PEFT scales by alpha / r, r the rank of the module. Ours scales by alpha / --rank.
         alpha_pattern={name: alpha * r / rank for name, r in others.items()},
-        modules_to_save=None if uniform else list(trained.full_modules) or None,
+        modules_to_save=None if uniform else list(map(trained.named, trained.full_modules)) or None,
     )
 
 

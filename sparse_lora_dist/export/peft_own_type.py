@@ -12,7 +12,7 @@ from typing import Any
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
 from sparse_lora_dist.adapter.peft_config import PREFIX, WEIGHTS
-from sparse_lora_dist.export.peft_adapter import PeftAdapter, write_labels
+from sparse_lora_dist.export.peft_adapter import PeftAdapter
 from sparse_lora_dist.methods.protocol.form import PeftForm
 from sparse_lora_dist.system.tensor_files import save_file
 
@@ -47,8 +47,9 @@ def write_own_type(folder: Path, trained: OwnType) -> int:
         Size of adapter_model.safetensors in bytes.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {f"{PREFIX}{name}": t for name, t in trained.full.items()}
-    for site, form in trained.forms.items():
+    tensors = {f"{PREFIX}{trained.named(name)}": t for name, t in trained.full.items()}
+    forms = {trained.named(site): form for site, form in trained.forms.items()}
+    for site, form in forms.items():
         tensors |= {f"{PREFIX}{site}.{name}": t.contiguous() for name, t in form.tensors.items()}
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     first = next(iter(trained.forms.values()))
@@ -59,10 +60,10 @@ def write_own_type(folder: Path, trained: OwnType) -> int:
         revision=trained.revision,
         inference_mode=True,
         # Full names: PEFT matches suffixes, which may fit a linear without an adapter.
-        target_modules=list(trained.forms),
-        modules_to_save=list(trained.full_modules) or None,
+        target_modules=list(forms),
+        modules_to_save=list(map(trained.named, trained.full_modules)) or None,
         **first.config,
     )
     config.save_pretrained(str(folder))
-    write_labels(folder, trained.classes)
+    trained.write_beside(folder)
     return (folder / WEIGHTS).stat().st_size

@@ -127,20 +127,25 @@ class Applied:
 
     N is the number of overwritten entries. The old weights are in the model's dtype.
     """
+    untied: Mapping[str, nn.Parameter]
+    """Name of a linear whose weight was tied to another parameter -> that parameter."""
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Restore every overwritten weight, bit for bit."""
+        """Restore every overwritten weight, bit for bit, and every tie."""
         for name, (indices_N, before_N) in self.overwritten.items():
             _weight(self.model, name).view(-1)[indices_N] = before_N
+        for name, shared in self.untied.items():
+            _set_weight(self.model, name, shared, is_tied=True)
 
 
 @torch.no_grad()
 def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
     """Add a sparse delta to a model's weights in place.
 
-    Each sum is computed in fp32 and rounded once to the model's dtype. Not collective: the weights
-    must be whole, not sharded.
+    Each sum is computed in fp32 and rounded once to the model's dtype. A weight that is tied to
+    another parameter is untied: the delta is of the linear alone. Not collective: the weights must
+    be whole, not sharded.
 
     Args:
         model: The base that the delta was trained over, with floating-point weights.
@@ -169,8 +174,11 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
             )
     files = [safe_open(str(p), framework="pt") for p in folder.glob(f"{STEM}-*.safetensors")]
     file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  not a dict
-    overwritten = {}
+    overwritten, untied = {}, {}
     for name in shapes:
+        if (shared := _shared_weight(model, name)) is not None:
+            untied[name] = shared
+            _set_weight(model, name, nn.Parameter(shared.clone(), shared.requires_grad))
         flat = _weight(model, name).view(-1)
         indices_N, values_N = (
             file_of[key].get_tensor(key).to(flat.device)
@@ -180,7 +188,24 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
         before_N = flat[indices_N]
         overwritten[name] = indices_N, before_N
         flat[indices_N] = (before_N.float() + values_N).to(flat.dtype)
-    return Applied(model=model, overwritten=overwritten)
+    return Applied(model=model, overwritten=overwritten, untied=untied)
+
+
+def _shared_weight(model: nn.Module, name: str) -> nn.Parameter | None:
+    """Return the weight of linear ``name`` if another module of the model has it too, e.g. as input
+    embeddings, which the delta must not change; else None."""
+    weight = model.get_parameter(f"{name}.weight")
+    named = model.named_parameters(remove_duplicate=False)
+    return weight if sum(parameter is weight for _, parameter in named) > 1 else None
+
+
+def _set_weight(
+    model: nn.Module, name: str, weight: nn.Parameter, *, is_tied: bool = False
+) -> None:
+    model.get_submodule(name).weight = weight
+    config = getattr(model, "config", None)
+    if config is not None:  # transformers ties weights again when it loads or resizes a model
+        config.tie_word_embeddings = is_tied
 
 
 def _weight(model: nn.Module, name: str) -> Tensor:

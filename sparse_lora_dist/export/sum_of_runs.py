@@ -11,7 +11,7 @@ Shapes: O out_features, I in_features, L number of rank-1 components with a nonz
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +26,8 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import WeightChange
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.model.prompting import Prompting, with_ends
+from sparse_lora_dist.model.saved_class import SavedClass
 from sparse_lora_dist.run_folder.identity import BASE, NOT_STORED, Identity, in_words
 
 
@@ -85,6 +87,8 @@ class Union(Trained):
         others = tuple(Trained.open(Path(source)) for source in sources)
         for run in (first, *others):
             _check_can_add(run, first)
+        for run in others:
+            _compare_templates(run, first)
         own = {f.name: getattr(first, f.name) for f in fields(Trained)}
         return cls(**own, first=first, others=others)
 
@@ -108,6 +112,24 @@ class Union(Trained):
     def full(self) -> tuple[str, ...]:
         """Names of the parameters that the first run trained in full; other runs have none."""
         return self.first.full
+
+    @cached_property
+    def prompting(self) -> Prompting | None:
+        """That of the first run, with the tokens at which the answers of the others end too."""
+        own = self.first.prompting
+        if own is None:
+            return None
+        others = (run.prompting.ends for run in self.others if run.prompting is not None)
+        ends = {**own.ends, **{token: i for more in others for token, i in more.items()}}
+        return replace(own, ends=ends, generation=with_ends(own.generation, ends.values()))
+
+    @cached_property
+    def saved_class(self) -> SavedClass | None:
+        """That of the first run, with the names of all linears that have an adapter."""
+        found = [run.saved_class for run in (*self.others, self.first)]
+        known = [one for one in found if one is not None]
+        names = {ours: theirs for one in known for ours, theirs in one.modules.items()}
+        return replace(known[-1], modules=names) if known else None
 
     @property
     def is_lora(self) -> bool:
@@ -204,6 +226,19 @@ def _check_can_add(run: Trained, first: Trained) -> None:
         raise UserError(
             f"--plus cannot add runs of --method {run.method.name}, because their update depends "
             "on the base's weights. Export each run by itself."
+        )
+
+
+def _compare_templates(run: Trained, first: Trained) -> None:
+    """Print a note if a run was trained with another chat template than the first."""
+    if None in (run.prompting, first.prompting):
+        return
+    one, other = (p.chat_template for p in (run.prompting, first.prompting) if p is not None)
+    if one != other:
+        print_line(
+            "note",
+            f"{run.path} was trained with another chat template than {first.path}. The export has "
+            "that of the latter",
         )
 
 

@@ -26,12 +26,14 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import saved_config
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair
+from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair, no_update
 from sparse_lora_dist.export.peft_own_type import OwnType
 from sparse_lora_dist.export.weight_change import LowRank, WeightChange, dense_change
 from sparse_lora_dist.methods import METHODS, Method
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Components
+from sparse_lora_dist.model.prompting import Prompting
+from sparse_lora_dist.model.saved_class import SavedClass
 from sparse_lora_dist.tasks import TASKS
 
 
@@ -92,6 +94,19 @@ class Trained:
     def classes(self) -> Sequence[str]:
         """Class names of a classifier; empty for a language model."""
         return self.manifest["description"].get("classes", ())  # type: ignore[no-any-return]
+
+    @property
+    def prompting(self) -> Prompting | None:
+        """How the model is prompted and where its answers end; None for a classifier, a run that
+        edits facts, and a checkpoint of a version that did not store it."""
+        stored = self.manifest.get("prompting")
+        return None if stored is None else Prompting(**stored)
+
+    @property
+    def saved_class(self) -> SavedClass | None:
+        """Class that the base's config.json names, if the run's model is of another one."""
+        stored = self.manifest.get("saved_class")
+        return None if stored is None else SavedClass(**stored)
 
     @property
     def step(self) -> int:
@@ -281,8 +296,11 @@ class Trained:
             NoPair: The method's update is not a low-rank product.
         """
         adapter = self.config.adapter
+        pairs = {site.name: pair for site, pair in self.pairs(self.dtype)}
+        if not pairs and self.full:
+            pairs = {self.sites[0].name: no_update(self.sites[0])}
         return PlainLora(
-            pairs={site.name: pair for site, pair in self.pairs(self.dtype)},
+            pairs=pairs,
             rank=adapter.rank,
             alpha=adapter.alpha,
             dropout=adapter.dropout,
@@ -298,6 +316,8 @@ class Trained:
             "revision": self.config.model.revision,
             "task_type": TASKS[self.config.model.task].peft_type,
             "classes": self.classes,
+            "prompting": self.prompting,
+            "saved_class": self.saved_class,
         }
 
 

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources, is_quantized
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
-from sparse_lora_dist.config.sections import ModelConfig
+from sparse_lora_dist.config.sections import AdapterConfig, ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
@@ -39,6 +39,7 @@ from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import trained_specs
+from sparse_lora_dist.model.saved_class import SavedClass, find_saved_class
 from sparse_lora_dist.model.targets import find_full, find_sites
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, modules_inside
@@ -78,6 +79,8 @@ class Model:
     submodules."""
     fingerprint: Fingerprint | None = None
     """Hashes of the base's contents, taken by ``open``: the files may be gone or changed later."""
+    saved_class: SavedClass | None = None
+    """Class that config.json names, if ``module`` is of another one."""
     cache: BaseCache | None = None
     """Cache of the 4-bit base on disk (--base_cache); if it does not exist yet, ``load`` writes it.
     None: the run uses no cache."""
@@ -134,9 +137,13 @@ class Model:
                     "option out."
                 )
             keys_of = find_keys(module, files)
+            saved_class = None
+            if options.task == "causal_lm":
+                saved_class = find_saved_class(module, architecture, files, keys_of)
+            wanted = _by_our_names(config.adapter, saved_class)
             head = task.head(module, files, keys_of)
-            full = {**head.modules, **find_full(module, config.adapter.modules_to_save, head)}
-            sites = find_sites(module, config.adapter, modules_inside(full))
+            full = {**head.modules, **find_full(module, wanted.modules_to_save, head)}
+            sites = find_sites(module, wanted, modules_inside(full))
             sources = find_sources(module, files, keys_of, new=head.new)
             fill_buffers(module, stored=sources)
             _check_quantization(options, architecture, files)
@@ -151,6 +158,7 @@ class Model:
             head=head,
             full=full,
             fingerprint=fingerprint,
+            saved_class=saved_class,
         )
         model._find_cache(options)
         return model
@@ -267,7 +275,11 @@ class Model:
             if adapter.init_adapter is not None:
                 shapes = self.trained_shapes(method)
                 initial |= read_peft(
-                    adapter.init_adapter, shapes, rank=adapter.rank, alpha=adapter.alpha
+                    adapter.init_adapter,
+                    shapes,
+                    rank=adapter.rank,
+                    alpha=adapter.alpha,
+                    our_name=self.our_name,
                 )
         return initial
 
@@ -323,6 +335,11 @@ class Model:
             group["params"].append(parameter)
         return list(groups.values())
 
+    def our_name(self, name: str) -> str:
+        """Return the name in ``module`` of a tensor that is named as in the class of config.json;
+        any other name is returned as it is."""
+        return name if self.saved_class is None else self.saved_class.ours_of(name)
+
     @property
     def classes(self) -> list[str]:
         """Class names of a classifier, in the order of its logits; empty for other models."""
@@ -333,6 +350,18 @@ class Model:
         """Hash of config.json and of the names, sizes and headers of the base's files."""
         assert self.fingerprint is not None
         return self.fingerprint.headers
+
+
+def _by_our_names(adapter: AdapterConfig, saved_class: SavedClass | None) -> AdapterConfig:
+    """Return the options of the adapter with our names, where whole names of modules in the class
+    of config.json are given."""
+    if saved_class is None:
+        return adapter
+    targets, full = adapter.target_modules, adapter.modules_to_save
+    if not isinstance(targets, str):
+        targets = tuple(saved_class.ours.get(name, name) for name in targets)
+    full = tuple(saved_class.ours.get(name, name) for name in full)
+    return replace(adapter, target_modules=targets, modules_to_save=full)
 
 
 def _check_quantization(

@@ -19,6 +19,7 @@ from sparse_lora_dist.export import peft_adapter
 from sparse_lora_dist.export.after_training import save_own_type
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.model.prompting import Prompting
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.run_folder.attempts import Attempts
 from sparse_lora_dist.run_folder.metrics_file import read_records
@@ -66,6 +67,8 @@ class Job:
         self._pending: dict[str, Any] | None = None
         self.task = TASKS[config.model.task]
         self.rate = _learning_rate(config, shards.method, feed.total_steps)
+        is_own = config.data.chat_template is None
+        self.prompting = Prompting.of(model, feed.rows.documents, is_own=is_own)
 
     def start(self, resume: Resume | None) -> None:
         """Restore a checkpoint if there is one, and open the files of the run folder. Log the
@@ -271,6 +274,10 @@ class Job:
                 was not measured.
         """
         self._publish(self._saver.finish())
+        saved_class = self.model.saved_class
+        if saved_class is not None:
+            trained = [site.name for site in self.model.sites]
+            saved_class = saved_class.only([*trained, *self.model.full])
         about = {
             "description": describe(self.config, self.model, self.feed, self.shards.method),
             "total_steps": self.feed.total_steps,
@@ -278,6 +285,8 @@ class Job:
             "base": self.model.name,
             "base_in_4_bits": is_quantized(self.model.files),
             "full_modules": list(self.model.full),
+            "saved_class": None if saved_class is None else saved_class.as_json(),
+            "prompting": None if self.prompting is None else self.prompting.as_json(),
             "held_out_loss": held_out_loss,
             "owed": self._pending,
             "trackers": self.metrics.run_ids,
@@ -370,10 +379,14 @@ class Job:
                 self.folder / "adapter",
                 self.model.adapters,
                 self.model.full,
-                base=self.model.name,
-                revision=self.config.model.revision,
-                task_type=self.task.peft_type,
-                classes=self.model.classes,
+                peft_adapter.PeftAdapter(
+                    base=self.model.name,
+                    revision=self.config.model.revision,
+                    task_type=self.task.peft_type,
+                    classes=self.model.classes,
+                    prompting=self.prompting,
+                    saved_class=self.model.saved_class,
+                ),
             )
         except peft_adapter.NoPair:
             return save_own_type(self.folder, self.folder / "adapter", remove_adapter)

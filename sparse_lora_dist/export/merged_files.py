@@ -1,0 +1,115 @@
+"""Writes the files of a merged model besides its weights: config, tokenizer, chat template and
+generation settings."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_lora_dist.errors import as_user_error
+from sparse_lora_dist.export.open_base import Base, read_labelled_config
+from sparse_lora_dist.export.trained_run import Trained
+from sparse_lora_dist.model.prompting import TEMPLATE, Prompting
+from sparse_lora_dist.system.small_files import parse_json
+
+NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".onnx",
+    ".msgpack",
+    ".h5",
+    ".ot",
+    ".ckpt",
+    ".npz",
+)
+"""Suffixes of weight files, which are not copied from the base.
+
+Indices of weight files (*.index.json) and README.md are not copied either. All other files are,
+e.g. the tokenizer's.
+"""
+MORE_TEMPLATES = "additional_chat_templates"
+"""Folder in which transformers keeps a tokenizer's other chat templates: NAME.jinja."""
+TOKENIZER, OLD_TEMPLATE = "tokenizer_config.json", "chat_template.json"
+"""Files that may hold chat templates too: of a tokenizer, and of an older processor."""
+
+
+def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dtype) -> None:
+    """Write all files of a merged model but its weights.
+
+    Args:
+        trained: The run whose updates are merged.
+        base: The base model that they are merged into.
+        folder: Empty folder to write into.
+        dtype: Dtype of the merged weights.
+    """
+    for path in base.folder.iterdir():
+        is_weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
+        if path.is_file() and not is_weights and path.name != "README.md":
+            shutil.copyfile(path, folder / path.name)
+    config = read_labelled_config(trained, base.folder)
+    saved_class = base.saved_class
+    config.architectures = [saved_class.name if saved_class else type(base.module).__name__]
+    config.dtype = dtype
+    if base.tied:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    advice = "Give an intact copy of the base with --base FOLDER."
+    with as_user_error(f"The tokenizer in {base.folder}", advice):
+        _write_templates(trained.prompting, base.folder, folder)
+    if trained.prompting is not None:
+        trained.prompting.write(folder, template=False)
+
+
+def _write_templates(prompting: Prompting | None, base: Path, folder: Path) -> None:
+    """Write the chat template of a run over those of the base, if it is another one.
+
+    The base's own stay, all of them if it has several.
+
+    Args:
+        prompting: How the run's model is prompted; None if that is not known.
+        base: Folder of the base model.
+        folder: Folder of the merged model, with copies of the base's files.
+    """
+    own = _templates_of(base)
+    used = None if prompting is None else prompting.chat_template
+    keeps = prompting is None or used is None or (prompting.is_own and used in own.values())
+    if keeps and not (base / MORE_TEMPLATES).is_dir():
+        return
+    templates = own if keeps or used is None else {"default": used}
+    for name in (TEMPLATE, OLD_TEMPLATE):
+        (folder / name).unlink(missing_ok=True)
+    settings = _settings_of(folder)
+    settings.pop("chat_template", None)
+    if [*templates] == ["default"]:
+        (folder / TEMPLATE).write_text(templates["default"], encoding="utf-8", newline="")
+    else:  # as a list in one file: an export has no folders
+        listed = [{"name": name, "template": text} for name, text in templates.items()]
+        settings |= {"chat_template": listed}
+    text = json.dumps(settings, indent=2, ensure_ascii=False)
+    (folder / TOKENIZER).write_text(text + "\n", encoding="utf-8")
+
+
+def _templates_of(base: Path) -> dict[str, str]:
+    """Return name -> text of the chat templates of a model's tokenizer. The only one, or that for
+    all chats, is called "default"."""
+    files = {path.stem: path for path in sorted((base / MORE_TEMPLATES).glob("*.jinja"))}
+    if (base / TEMPLATE).is_file():
+        files = {"default": base / TEMPLATE} | files
+    if files:
+        return {name: path.read_bytes().decode("utf-8") for name, path in files.items()}
+    own = _settings_of(base).get("chat_template")
+    if isinstance(own, list):
+        return {str(one["name"]): str(one["template"]) for one in own}
+    return {"default": own} if isinstance(own, str) else {}
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    path = folder / TOKENIZER
+    found: dict[str, Any] = parse_json(path.read_bytes()) if path.is_file() else {}
+    return found

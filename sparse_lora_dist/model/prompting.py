@@ -1,0 +1,119 @@
+"""How the model of a run is prompted, and which tokens end its answers, for those who generate with
+it.
+
+A base model that learns from chats ends its answers with a token such as <|im_end|>, at which its
+own generation_config.json does not stop. So exports carry the chat template that the run used, and
+a generation_config.json with these tokens.
+"""
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from sparse_lora_dist.data import Documents
+from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.system.small_files import parse_json
+
+TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
+"""Names of the files, as transformers writes them beside a model."""
+OF_THE_LIBRARY = ("_from_model_config", "transformers_version")
+"""Keys of generation_config.json that are no settings. With the first, transformers would replace
+the file's values by those of config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompting:
+    """The chat template of a run, and the settings with which its model generates."""
+
+    chat_template: str | None
+    """Jinja text that rendered the chats; None if the run trained on none."""
+    is_own: bool
+    """True if it is the tokenizer's own, and not that of ``--chat_template``."""
+    ends: Mapping[str, int]
+    """Token that ends an answer -> its id."""
+    generation: Mapping[str, Any]
+    """Content of generation_config.json: that of the base, with ``ends`` in eos_token_id."""
+
+    @classmethod
+    def of(cls, model: Model, documents: Documents, *, is_own: bool) -> "Prompting | None":
+        """Return how the model of a run is prompted.
+
+        Args:
+            model: model of the run.
+            documents: documents that it trains on.
+            is_own: True without ``--chat_template``.
+
+        Returns:
+            None if the documents are neither chats nor end with a token: in a classifier, or a run
+            that edits facts.
+        """
+        if documents.template is None and not documents.ends:
+            return None
+        settings = generation_settings(model.folder, model.module)
+        return cls(
+            chat_template=documents.template,
+            is_own=is_own,
+            ends=documents.ends,
+            generation=with_ends(settings, documents.ends.values()),
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """Return a dict of JSON values, as a checkpoint holds it."""
+        return asdict(self)
+
+    def write(self, folder: Path, *, template: bool = True) -> None:
+        """Write generation_config.json into a folder, beside an adapter or a model.
+
+        Args:
+            folder: existing folder.
+            template: True to write chat_template.jinja too.
+        """
+        text = json.dumps(self.generation, indent=2, sort_keys=True)
+        (folder / GENERATION).write_text(text + "\n", encoding="utf-8")
+        if template and self.chat_template is not None:
+            (folder / TEMPLATE).write_text(self.chat_template, encoding="utf-8", newline="")
+
+
+def generation_settings(folder: Path, module: PreTrainedModel) -> dict[str, Any]:
+    """Return the settings with which transformers generates with a model: those of its
+    generation_config.json, or of config.json if there is no such file or it cannot be read.
+
+    Args:
+        folder: folder of the model.
+        module: the model, which may be on the meta device.
+    """
+    settings: Any = None
+    try:
+        settings = parse_json((folder / GENERATION).read_bytes())
+    except (OSError, ValueError):
+        pass
+    if not isinstance(settings, dict):
+        own = module.generation_config if module.can_generate() else None
+        settings = {} if own is None else own.to_diff_dict()
+    return {name: value for name, value in settings.items() if name not in OF_THE_LIBRARY}
+
+
+def end_ids(settings: Mapping[str, Any]) -> list[int]:
+    """Return the ids of the tokens at which generation stops; maybe none.
+
+    Args:
+        settings: content of generation_config.json.
+    """
+    ids = settings.get("eos_token_id")
+    ids = ids if isinstance(ids, list) else [ids]
+    return [i for i in ids if isinstance(i, int)]
+
+
+def with_ends(settings: Mapping[str, Any], ends: Collection[int]) -> dict[str, Any]:
+    """Return settings with further tokens at which generation stops, after those that are there.
+
+    Args:
+        settings: content of generation_config.json.
+        ends: ids of the tokens.
+    """
+    ids = list(dict.fromkeys([*end_ids(settings), *sorted(ends)]))
+    return {**settings, **({"eos_token_id": ids[0] if len(ids) == 1 else ids} if ids else {})}
