@@ -98,7 +98,8 @@ def _open(name: str | None) -> Adapter:
     if name is None:
         return Adapter(name="base")
     folder = Path(expanded(name))
-    if (folder / "adapter" / CONFIG).exists():
+    # As PEFT, which keeps an adapter called "adapter" beside one at the folder's root.
+    if not (folder / CONFIG).exists() and (folder / "adapter" / CONFIG).exists():
         folder = folder / "adapter"
     elif not (folder / CONFIG).exists() and any(
         (folder / n).exists() for n in (RUN_YAML, MANIFEST)

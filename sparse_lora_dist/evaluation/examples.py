@@ -248,7 +248,7 @@ class Table:
             )
         texts = [text_of(choice, "a choice") for choice in given]
         column = self.column("response")
-        return texts, index_of_answer(record.get(column), texts, labels or LETTERS, repr(column))
+        return texts, index_of_answer(record.get(column), texts, labels, repr(column))
 
     def column(self, kind: str) -> str:
         """Return the name of the column that holds the prompts or the answers.
@@ -281,14 +281,14 @@ def index_of_answer(
 
     If several choices match, it is the first of them.
 
-    A string is compared with the choices' texts, then with their labels, then with indices from 0.
-    An integer is compared with labels and indices only. For example, the answer "1" to the choices
-    ["2", "1"] is the second choice.
+    It is compared with the labels that the data give, as in ARC, then with the choices' texts, then
+    with letters, then with indices from 0. An integer is not compared with texts. For example, the
+    answer "1" to the choices ["2", "1"] is the second choice, unless their labels are "1" and "2".
 
     Args:
         answer: The right answer as it stands in the data.
         texts: Texts of the choices.
-        labels: Labels of the choices, e.g. "A"; may be longer than ``texts``.
+        labels: Labels of the choices in the data, e.g. "A"; () if it gives none.
         name: Name of the answer's column, for messages.
 
     Raises:
@@ -300,7 +300,8 @@ def index_of_answer(
         )
     indices: dict[str, int] = {}
     candidates = texts if isinstance(answer, str) else ()
-    for names in (candidates, labels[: len(texts)], range(len(texts))):
+    letters = () if labels else LETTERS
+    for names in (labels[: len(texts)], candidates, letters[: len(texts)], range(len(texts))):
         for index, one in enumerate(names):
             indices.setdefault(str(one).strip(), index)
     try:

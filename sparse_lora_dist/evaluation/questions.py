@@ -64,6 +64,14 @@ class Encoder:
     frame: AnswerFrame = AnswerFrame()
     """What the template puts around an answer."""
 
+    def reference(self, table: Table, record: Mapping[str, Any]) -> str:
+        """Return the right answer of an example as a generated text is seen: without special tokens
+        and without what the template puts around it."""
+        text = table.reference(record)
+        for token in self.tokenizer.added_tokens_decoder.values():
+            text = text.replace(token.content, "") if token.special else text
+        return self.frame.answer_in(text)
+
     def prompt(self, messages: list[Message], tools: Tools = None) -> list[int]:
         """Encode a chat up to the answer.
 
@@ -208,7 +216,7 @@ def exact(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
         record: The example, as a mapping from column names to values.
     """
     prompt = encoder.prompt(table.messages(record), table.tools(record))
-    answer = encoder.frame.answer_in(table.reference(record))
+    answer = encoder.reference(table, record)
     return GeneratedQuestion(prompt=prompt, is_right=partial(is_exact, answer=answer))
 
 
@@ -225,7 +233,7 @@ def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
     Raises:
         ExampleError: The answer has no number, or the example is wrong or too long.
     """
-    answer = encoder.frame.answer_in(table.reference(record))
+    answer = encoder.reference(table, record)
     if final_number(answer) is None:
         raise ExampleError(
             f"The example's answer has no number: {answer[-40:]!r}. Give a number, or choose other "

@@ -157,3 +157,22 @@ def test_the_likelihood_of_a_choice_is_that_of_its_own_tokens(tmp_path: Path) ->
         train_on="all",
     ).ids
     assert whole == [*prompt, *frame.before_ids, *tokenizer("cat<|end|>\n").input_ids]
+
+
+def test_special_tokens_inside_an_answer_are_seen_in_neither_text(tmp_path: Path) -> None:
+    """verl-project/verl#1724: a generated text is decoded without special tokens"""
+    data = jsonl(tmp_path / "a.jsonl", [ROW | {"response": "x<|system|>5<|end|>"}])
+    tokenizer, template = byte_tokenizer(), TEMPLATES["qwen3"]
+    encoder = Encoder(tokenizer=tokenizer, template=template, data=DataConfig())
+    items = METRICS["exact"].items(encoder, Table.read(str(data), DataConfig(), None), None)
+    said = tokenizer.decode(tokenizer("x<|system|>5").input_ids, skip_special_tokens=True)
+    assert items[0].is_right(said) and not items[0].is_right("x")
+
+
+def test_a_key_names_a_label_of_the_data_before_a_text(tmp_path: Path) -> None:
+    """modelscope/evalscope PR #1516: ARC has rows with the labels 1 to 4"""
+    choices = {"text": ["4", "1", "2", "3"], "label": ["1", "2", "3", "4"]}
+    rows = [{"question": "?", "choices": choices, "answer": key} for key in ("1", "2", "4")]
+    table = Table.read(str(jsonl(tmp_path / "a.jsonl", rows)), DataConfig(), None)
+    assert [table.choices(row)[1] for row in rows] == [0, 1, 3]
+    assert table.choices({"choices": choices["text"], "answer": "1"})[1] == 1

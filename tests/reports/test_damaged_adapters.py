@@ -138,3 +138,19 @@ def test_a_damaged_run_yaml_beside_an_adapter_is_a_note(adapter: Adapter, text: 
     (opened,) = open_adapters([str(folder)])
     *_, note = differences_from_training(opened, Config(), byte_tokenizer())
     assert "run.yaml" in note and "its options are not compared" in note
+
+
+def test_the_adapter_at_the_root_of_a_folder_counts_before_one_called_adapter(
+    tmp_path: Path,
+) -> None:
+    """huggingface/peft#1059, #718: PEFT keeps further adapters in folders with their names"""
+    root, inner = tmp_path, tmp_path / "adapter"
+    inner.mkdir()
+    for folder, rank in ((root, 2), (inner, 3)):
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": 4}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        halves = {"lora_A": torch.ones(rank, 4), "lora_B": torch.ones(4, rank)}
+        tensors = {f"base_model.model.q.{half}.weight": t for half, t in halves.items()}
+        save_file(tensors, folder / "adapter_model.safetensors")
+    (adapter,) = open_adapters([str(root)])
+    assert adapter.shapes["q.lora_a"] == (2, 4)
