@@ -39,6 +39,7 @@ from sparse_lora_dist.data.read_files import in_words, read_examples, readable
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
+    names,
     renders_tools,
     shown,
     template_source,
@@ -49,6 +50,8 @@ from sparse_lora_dist.errors import UserError
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
 """Label of a token or row without a loss; torch's cross entropy ignores it."""
+DATE = "strftime_now"
+"""Name of the function with which a chat template gets the date."""
 USUAL_ROLES = """
     system developer user assistant tool tool_response function ipython observation
 """.split()
@@ -347,7 +350,12 @@ def _reading(
         "the role assistant are. If the model writes them, rename the role, or give a "
         "--chat_template with {% generation %} marks."
     )
-    notes = {no_end: not learned, not_learned: bool(unusual)}
+    dated = (
+        f"the chat template writes the date into each row ({DATE}), so the rows of another day "
+        "differ, and a resume may be refused then. Give a --chat_template with a fixed date."
+    )
+    is_dated = template is not None and names(template, DATE)
+    notes = {no_end: not learned, not_learned: bool(unusual), dated: is_dated}
     return describe(
         examples,
         fields.all_columns,

@@ -97,3 +97,12 @@ def test_turns_of_the_model_under_another_role_are_named(tmp_path):
     assert note.startswith("messages of the role function_call are rendered but not learned")
     assert load(path, byte_tokenizer(template=PLAIN), train_on="all").reading.notes == ()
     assert load(path, byte_tokenizer(template=MARKED)).reading.notes == ()  # its marks decide
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_template_that_writes_the_date_is_pointed_out(tmp_path):
+    """sgl-project/sglang#3296: another day's rows are other rows"""
+    template = "{{ strftime_now('%d') }}" + PLAIN
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": [user("a"), assistant("b")]}])
+    (note,) = load(path, byte_tokenizer(template=template)).reading.notes
+    assert "writes the date into each row (strftime_now)" in note
