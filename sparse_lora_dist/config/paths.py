@@ -127,7 +127,7 @@ def moved_run(flags: Sequence[tuple[str, list[str]]], values: Mapping[str, Any])
     typed = any(name == "output_dir" for name, _ in flags)
     if not files or typed or values.get("resume") != "auto" or "output_dir" not in values:
         return None
-    path = Path(files[0])
+    path = Path(expanded(files[0]))
     is_run = path.name == "run.yaml" and any(
         (path.parent / name).exists() for name in (MARKER, "checkpoints")
     )

@@ -17,6 +17,9 @@ RESETS = ("optimizer", "schedule", "data")
 """Words that --reset takes: the state that a resumed run may discard."""
 MOST_ROWS = 2**16
 """Largest --micro_batch_size and --gradient_accumulation_steps. More would only fill memory."""
+MOST_STEPS = 1_000_000_000
+"""Largest number of steps or epochs of a run: larger ones make numbers that no file or figure
+holds."""
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
 
@@ -168,6 +171,7 @@ class TrainConfig:
         positive = ("num_epochs", "learning_rate", "adam_eps")
         problems = at_least(self, 1, *counts) + above(self, 0, *positive)
         problems += at_most(self, MOST_ROWS, "micro_batch_size", "gradient_accumulation_steps")
+        problems += at_most(self, MOST_STEPS, "max_steps", "num_epochs")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 problems.append(f"--{name} must be in [0, 1), got {getattr(self, name)}")
