@@ -15,6 +15,7 @@ from sparse_lora_dist.data.fields import find_fields
 from sparse_lora_dist.data.reading import template_source
 from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.errors import ConfigError, UserError
+from sparse_lora_dist.evaluation.eval_options import bad_output
 from sparse_lora_dist.evaluation.results import _exponential, as_text
 from sparse_lora_dist.training.summary import gain
 from tests.fixtures.data_files import load
@@ -107,3 +108,15 @@ def test_a_strange_first_loss_does_not_end_a_run_that_is_done(first: float, text
 def test_a_run_without_end_is_refused(option: list[str]) -> None:
     with pytest.raises(ConfigError, match=f"{option[0]} must be at most 1000000000"):
         load_config(option)
+
+
+def test_eval_replaces_no_file_that_it_has_not_written(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"prompt": "a", "response": "b"}\n')
+    assert "is no file that --answers has written" in bad_output("answers", mine, overwrite=True)[0]
+    assert "is no file that --output has written" in bad_output("output", mine, overwrite=True)[0]
+    (tmp_path / "answers.jsonl").write_text('{"adapter": "base", "measure": "loss"}\n{"a')
+    (tmp_path / "results.json").write_text('{"results": [], "differences": []}')
+    assert bad_output("answers", tmp_path / "answers.jsonl", overwrite=True) == []
+    assert bad_output("output", tmp_path / "results.json", overwrite=True) == []
+    assert bad_output("output", tmp_path / "new.json", overwrite=False) == []
