@@ -322,12 +322,13 @@ def test_what_is_cut_short_leaves_nothing_half_written(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, how: str
 ) -> None:
     output = tmp_path / "results.json"
-    output.write_text('{"results": [], "differences": []}')
+    earlier = '{"results": [], "differences": []}'
+    output.write_text(earlier)
     asked = {"metrics": "loss,exact", "output": output, "overwrite": "true", "limit": 4}
     (end,) = ranks(1, f"{WORK}:{how}", flags=flags(tiny, **asked))
     unwritten = "UserError: An error occurred while writing"
     assert end.startswith("KeyboardInterrupt" if how == "interrupted" else unwritten)
-    assert output.read_text() == "earlier"
+    assert output.read_text() == earlier
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
