@@ -139,8 +139,8 @@ def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
         return [f"--{flag} {path} exists already. Give --overwrite or another name"]
     if path.exists() and not _is_written_here(flag, path):
         return [
-            f"--{flag} {path} is no file that --{flag} has written, so --overwrite does not replace "
-            "it. Give another name"
+            f"--{flag} {path} is no file that --{flag} has written, so --overwrite does not "
+            "replace it. Give another name"
         ]
     return []
 
