@@ -12,6 +12,8 @@ from sparse_lora_dist.data.fields import MESSAGES, TOOLS, Fields
 
 MOST_SHOWN = 6
 """Most names of a list on the screen. Further ones are only counted."""
+LONGEST = 200
+"""Most letters of a name on the screen."""
 MOST_RECORDED = 1000
 """Most columns that are not read of which a record holds the names: an example may have columns
 that no other has."""
@@ -80,9 +82,10 @@ class Reading:
 def shown(names: Sequence[str]) -> str:
     """Return names as text, at most ``MOST_SHOWN`` of them; "none" if there are none."""
     more = f" and {len(names) - MOST_SHOWN:,} more" if len(names) > MOST_SHOWN else ""
-    # A name may have line breaks, or codes that a terminal obeys.
+    # A name may have line breaks, or codes that a terminal obeys, and be of any length.
     safe = (name if name.isprintable() else repr(name) for name in names[:MOST_SHOWN])
-    return (", ".join(safe) or "none") + more
+    cut = (name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in safe)
+    return (", ".join(cut) or "none") + more
 
 
 def describe(examples: Examples, columns: Collection[str], **more: Any) -> Reading:
