@@ -4,6 +4,8 @@ import json
 from datetime import datetime
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sparse_lora_dist.config.sections import DataConfig
@@ -242,3 +244,13 @@ def test_labels_that_look_the_same_and_a_column_with_two_roles_are_refused(tmp_p
 
 def test_names_of_data_are_shown_without_codes_that_a_terminal_obeys():
     assert shown(["a\x1b[31m"]) == repr("a\x1b[31m") and len(shown(["x" * 9999])) < 250
+
+
+def test_an_unread_column_of_a_type_that_datasets_lacks_does_not_matter(tmp_path):
+    labels = pa.array([[("k", 1)], [("z", 2)]], pa.map_(pa.string(), pa.int64()))
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"], "response": ["x", "y"], "m": labels}), path)
+    tokenizer = byte_tokenizer(template=PLAIN)
+    documents = load(path, tokenizer)
+    assert learned(documents, tokenizer) == ["x<|end|>\n", "y<|end|>\n"]
+    assert documents.reading.unread_columns == ("m",)
