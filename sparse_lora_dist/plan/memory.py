@@ -36,7 +36,8 @@ tensors of this size exist at a time."""
 
 HEAP_SLACK = 0.5
 """Memory that glibc keeps of freed blocks, as a fraction of what forward and backward allocate.
-Measured: 0.37 of the total for ranks on CPUs (benchmarks/plan_check.py)."""
+With it a run on 2 CPU ranks needed 1% more than planned, without it 37% more
+(benchmarks/plan_check.py)."""
 
 GPU_CONTEXT = 1_200_000_000
 """Bytes on a GPU for CUDA's context, workspaces of libraries and NCCL's buffers. This is an
