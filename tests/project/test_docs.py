@@ -34,7 +34,7 @@ OTHERS = set(
     num_gpus hostfile no_ssh node_rank master_addr master_port standalone nproc_per_node nnodes
     rdzv_backend rdzv_endpoint rdzv_id max_restarts bind no module wheel
     nodes gpus ntasks cpus time signal partition account me array dependency mem chdir
-    enable lora max model_args kills seed constraint
+    enable lora chat generation max model_args kills seed constraint
     """.split()
 )
 """Flags of other programs that the pages name, up to their first hyphen."""
