@@ -28,7 +28,13 @@ from sparse_lora_dist.base_model.cache.writer import write_cache
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, passed_over_in_words
 from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint, check_same_on_all_nodes
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
-from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources, is_quantized
+from sparse_lora_dist.base_model.weight_map import (
+    Packed,
+    Sources,
+    find_keys,
+    find_sources,
+    is_quantized,
+)
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
 from sparse_lora_dist.config.sections import ModelConfig
@@ -39,7 +45,8 @@ from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import trained_specs
-from sparse_lora_dist.model.targets import find_full, find_sites
+from sparse_lora_dist.model.look import Look, look_together
+from sparse_lora_dist.model.targets import READ, find_full, find_sites, in_short
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, modules_inside
 from sparse_lora_dist.tasks.loss_head import install
@@ -78,6 +85,11 @@ class Model:
     submodules."""
     fingerprint: Fingerprint | None = None
     """Hashes of the base's contents, taken by ``open``: the files may be gone or changed later."""
+    look: Look = field(default_factory=Look)
+    """What is known of the architecture before its weights are read."""
+    as_before: bool = False
+    """True if the run began before architectures were looked at: it goes on as it was, whatever
+    ``look`` says."""
     cache: BaseCache | None = None
     """Cache of the 4-bit base on disk (--base_cache); if it does not exist yet, ``load`` writes it.
     None: the run uses no cache."""
@@ -87,13 +99,16 @@ class Model:
     """Builder of the sharded parameters. None until ``load``."""
 
     @classmethod
-    def open(cls, config: Config) -> "Model":
+    def open(cls, config: Config, *, as_before: bool = False, all_sites: bool = False) -> "Model":
         """Build the base model on the meta device and check the options against it. Collective.
 
         No weights are read. The base is downloaded if it is not on this node's disk.
 
         Args:
             config: configuration of the run.
+            as_before: True for a run that began before architectures were looked at.
+            all_sites: True to take every linear that --target_modules names as a site, also one
+                that a text does not run.
 
         Returns:
             The model, without weights and adapters until ``load`` is called.
@@ -133,12 +148,20 @@ class Model:
                     f"{type(module).__name__} does not support --gradient_checkpointing. Leave the "
                     "option out."
                 )
+        look = look_together(module, options.task)
+        with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
+            applied = Look() if as_before else look
+            _refuse_changing_weights(module, applied)
             keys_of = find_keys(module, files)
             head = task.head(module, files, keys_of)
             full = {**head.modules, **find_full(module, config.adapter.modules_to_save, head)}
-            sites = find_sites(module, config.adapter, modules_inside(full))
+            barred = Look() if all_sites else applied
+            sites, notes = find_sites(module, config.adapter, modules_inside(full), barred)
             sources = find_sources(module, files, keys_of, new=head.new)
             _check_quantization(options, architecture, files)
+            _refuse_packed(files, sources, applied)
+        for note in notes:
+            print_line("note", note)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
             module=module,
@@ -150,6 +173,8 @@ class Model:
             head=head,
             full=full,
             fingerprint=fingerprint,
+            look=look,
+            as_before=as_before,
         )
         model._find_cache(options)
         return model
@@ -177,7 +202,8 @@ class Model:
 
     def _not_quantized(self) -> set[str]:
         head = output_head(self.module)
-        return {head} if head else set()
+        read = set() if self.as_before else self.look.read
+        return {head, *read} if head else {*read}
 
     def load(
         self,
@@ -332,6 +358,26 @@ class Model:
         """Hash of config.json and of the names, sizes and headers of the base's files."""
         assert self.fingerprint is not None
         return self.fingerprint.headers
+
+
+def _refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
+    """Raise ``UserError`` if the model changes its own weights while it runs, as RWKV does."""
+    if look.changed is not None:
+        raise UserError(
+            f"A {module.config.model_type} model changes {look.changed} while it runs. Here a "
+            "weight is put together from the ranks' shards for each use, so the change would be "
+            "lost. Choose another --model."
+        )
+
+
+def _refuse_packed(files: CheckpointFiles, sources: Sources, look: Look) -> None:
+    """Raise ``UserError`` if the files hold a weight in 4 bits that must be there as it is."""
+    packed = [n for n in sorted(look.read) if isinstance(sources.get(f"{n}.weight"), Packed)]
+    if packed:
+        raise UserError(
+            f"{files.folder} holds {in_short(packed)} in 4 bits, but {READ}. Give a --model with "
+            "the original weights."
+        )
 
 
 def _check_quantization(
