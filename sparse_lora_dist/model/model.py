@@ -143,11 +143,7 @@ class Model:
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
-            if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
-                raise UserError(
-                    f"{type(module).__name__} does not support --gradient_checkpointing. Leave the "
-                    "option out."
-                )
+            _check_checkpointing(options, module)
         look = look_together(module, options.task)
         with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
             applied = Look() if as_before else look
@@ -358,6 +354,15 @@ class Model:
         """Hash of config.json and of the names, sizes and headers of the base's files."""
         assert self.fingerprint is not None
         return self.fingerprint.headers
+
+
+def _check_checkpointing(options: ModelConfig, module: PreTrainedModel) -> None:
+    """Raise ``UserError`` if --gradient_checkpointing is given and the model does not support it."""
+    if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(module).__name__} does not support --gradient_checkpointing. Leave the option "
+            "out."
+        )
 
 
 def _refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:

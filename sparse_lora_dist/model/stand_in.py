@@ -12,6 +12,7 @@ Letters at the end of names: I in_features, O out_features.
 import copy
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -36,10 +37,10 @@ def stand_in(model: PreTrainedModel) -> PreTrainedModel:
         Exception: whatever the model's own code raises where it cannot be copied.
     """
     with torch.random.fork_rng(devices=[]):
-        few = copy.deepcopy(model).float().eval()
+        few: PreTrainedModel = copy.deepcopy(model).float().eval()
         if few.config._attn_implementation not in ("sdpa", "eager"):
             few.set_attn_implementation("eager")  # kernels of GPUs
-        fill_buffers(few, CPU)
+        _fill_buffers(few)
     made: dict[int, nn.Parameter] = {}  # tied parameters stay tied
     for name, module in few.named_modules():
         for leaf, parameter in list(module.named_parameters(recurse=False)):
@@ -47,10 +48,27 @@ def stand_in(model: PreTrainedModel) -> PreTrainedModel:
                 made[id(parameter)] = _few_numbers(f"{name}.{leaf}", parameter)
             setattr(module, leaf, made[id(parameter)])
         if isinstance(module, nn.Linear):
-            module.forward = _token_by_token(name, module)  # type: ignore[method-assign]
+            setattr(module, "forward", _token_by_token(name, module))  # noqa: B010
         elif is_experts(module):
             module.forward = lambda x, *routed, **named: x
     return few
+
+
+def _fill_buffers(model: PreTrainedModel) -> None:
+    """Fill the model's buffers, and those that only the base's files can fill with any numbers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # empty memory is NaN then
+    try:
+        with suppress(Exception):  # code of any architecture
+            fill_buffers(model, CPU)
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warns)
+    for name, module in model.named_modules():
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta or bool(buffer.isnan().any()):
+                numbers = 0.5 + torch.rand(buffer.shape, generator=_generator(f"{name}.{leaf}")) / 2
+                module._buffers[leaf] = numbers.to(buffer.dtype)
 
 
 def _few_numbers(name: str, parameter: Tensor) -> nn.Parameter:

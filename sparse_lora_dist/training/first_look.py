@@ -3,8 +3,10 @@ if they do not see each other. Runs that began before architectures were looked 
 were."""
 
 from contextlib import suppress
+from typing import cast
 
 import torch
+from transformers import PreTrainedModel
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.config.config import Config
@@ -76,14 +78,15 @@ def check_documents_apart(config: Config, engine: Engine) -> None:
         config: options of the run.
         engine: engine of the loaded model.
     """
-    inputs = inputs_of(engine.model, "causal_lm", min(8, config.data.sequence_length // 2))
+    model = cast(PreTrainedModel, engine.model)
+    inputs = inputs_of(model, "causal_lm", min(8, config.data.sequence_length // 2))
     flash = "flash" in (config.model.attn_implementation or "")
     with engine.evaluating():
         logits = logits_of(engine, inputs, by_row=flash)
     apart = documents_apart(logits, torch.finfo(logits.dtype).eps ** 0.5)
     if comm.largest(int(apart is False)):
         raise UserError(
-            f"{SEEN.format(engine.model.config.model_type)}. Set --packing false, which gives each "
+            f"{SEEN.format(model.config.model_type)}. Set --packing false, which gives each "
             "document a row of its own.",
             shared=True,
         )
