@@ -357,7 +357,7 @@ class Model:
 
 
 def _check_checkpointing(options: ModelConfig, module: PreTrainedModel) -> None:
-    """Raise ``UserError`` if --gradient_checkpointing is given and the model does not support it."""
+    """Raise ``UserError`` if the model does not support the --gradient_checkpointing given."""
     if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
         raise UserError(
             f"{type(module).__name__} does not support --gradient_checkpointing. Leave the option "
