@@ -7,6 +7,7 @@ mosaicml/llm-foundry#1464 (MPT).
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,13 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from sparse_lora_dist import checkpoint
 from sparse_lora_dist.base_model.architecture import meta_model
 from sparse_lora_dist.config.config import Config
-from sparse_lora_dist.config.sections import DataConfig, ModelConfig
+from sparse_lora_dist.config.sections import DataConfig, ModelConfig, RunConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.look import Look, look_at, settle_packing
+from sparse_lora_dist.training.first_look import began_before, settle
 from tests.conftest import Ranks
 from tests.fixtures.families import FAMILIES, SEEN, config_of
 from tests.fixtures.tiny_run import TinyRun
@@ -148,3 +151,41 @@ def test_a_run_over_one_has_a_row_for_each_document_on_any_number_of_ranks(
         records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
         losses.append([record["loss"] for record in records if record.get("loss") is not None])
     assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_loaded_model_of_which_nothing_was_known_is_asked_before_step_1(
+    ranks: Ranks, short_conv: TinyRun, tmp_path: Path
+) -> None:
+    for said in ranks(2, "tests.work.run:refusal_unlooked", flags=short_conv.flags(tmp_path / "r")):
+        assert "packed documents of a lfm2 model see each other" in said
+        assert "Set --packing false, which gives each document a row of its own." in said
+    assert not (tmp_path / "r" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("resume", "about", "before"),
+    [("auto", {}, True), ("auto", {"look": 1}, False), ("never", {}, False)],
+)
+def test_a_run_of_before_is_known_by_its_checkpoint(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    resume: str,
+    about: dict[str, int],
+    before: bool,
+) -> None:
+    monkeypatch.setattr(checkpoint, "published", lambda folder: [folder / "step_00000002"])
+    monkeypatch.setattr(checkpoint, "read_manifest", lambda path: {"description": about})
+    run = RunConfig(output_dir=str(tmp_path), resume=resume)
+    assert began_before(Config(run=run)) is before
+
+
+@pytest.mark.parametrize("packing", [True, None])
+def test_a_run_of_before_goes_on_packed_and_is_told(
+    packing: bool | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    kind = SimpleNamespace(config=SimpleNamespace(model_type="lfm2"))
+    model: Any = SimpleNamespace(look=Look(apart=False), as_before=True, sites=[], module=kind)
+    config = Config(data=DataConfig(packing=packing))
+    assert settle(config, model) is config
+    said = " ".join(capfd.readouterr().out.split())
+    assert "this run goes on as it began, but packed documents of a lfm2 model see each" in said
