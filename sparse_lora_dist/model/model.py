@@ -198,8 +198,7 @@ class Model:
 
     def _not_quantized(self) -> set[str]:
         head = output_head(self.module)
-        read = set() if self.as_before else self.look.read
-        return {head, *read} if head else {*read}
+        return {head, *self.whole} if head else {*self.whole}
 
     def load(
         self,
@@ -343,6 +342,11 @@ class Model:
             )
             group["params"].append(parameter)
         return list(groups.values())
+
+    @property
+    def whole(self) -> frozenset[str]:
+        """Names of linears whose weight the model uses by itself, so that they stay as they are."""
+        return frozenset() if self.as_before else self.look.read
 
     @property
     def classes(self) -> list[str]:
