@@ -140,6 +140,16 @@ def settle_packing(config: Config, look: Look, kind: str) -> tuple[Config, list[
     return alone, [f"--packing is false: {SEEN.format(kind)}"]
 
 
+def refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
+    """Raise ``UserError`` if the model changes its own weights while it runs, as RWKV does."""
+    if look.changed is not None:
+        raise UserError(
+            f"A {module.config.model_type} model changes {look.changed} while it runs. Here a "
+            "weight is put together from the ranks' shards for each use, so the change would be "
+            "lost. Choose another --model."
+        )
+
+
 def runs_at(model: PreTrainedModel, position: int) -> bool:
     """Return False if the model has no row for a position in one of its tables, trained or not.
 

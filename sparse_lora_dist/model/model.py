@@ -45,7 +45,7 @@ from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import trained_specs
-from sparse_lora_dist.model.look import Look, look_together
+from sparse_lora_dist.model.look import Look, look_together, refuse_changing_weights
 from sparse_lora_dist.model.targets import READ, find_full, find_sites, in_short
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, modules_inside
@@ -147,7 +147,7 @@ class Model:
         look = look_together(module, options.task)
         with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
             applied = Look() if as_before else look
-            _refuse_changing_weights(module, applied)
+            refuse_changing_weights(module, applied)
             keys_of = find_keys(module, files)
             head = task.head(module, files, keys_of)
             full = {**head.modules, **find_full(module, config.adapter.modules_to_save, head)}
@@ -198,7 +198,7 @@ class Model:
 
     def _not_quantized(self) -> set[str]:
         head = output_head(self.module)
-        return {head, *self.whole} if head else {*self.whole}
+        return {*self.whole} | ({head} if head else set())
 
     def load(
         self,
@@ -366,16 +366,6 @@ def _check_checkpointing(options: ModelConfig, module: PreTrainedModel) -> None:
         raise UserError(
             f"{type(module).__name__} does not support --gradient_checkpointing. Leave the option "
             "out."
-        )
-
-
-def _refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
-    """Raise ``UserError`` if the model changes its own weights while it runs, as RWKV does."""
-    if look.changed is not None:
-        raise UserError(
-            f"A {module.config.model_type} model changes {look.changed} while it runs. Here a "
-            "weight is put together from the ranks' shards for each use, so the change would be "
-            "lost. Choose another --model."
         )
 
 
