@@ -37,6 +37,7 @@ from sparse_lora_dist.system.shipped import ENGINE
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training import own_folder
 from sparse_lora_dist.training.feed import open_feed
+from sparse_lora_dist.training.first_look import began_before, check_documents_apart, settle
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import TRAINING, Purpose
 from sparse_lora_dist.training.resume import find_resume, is_requeued, source_of
@@ -141,9 +142,9 @@ class Training:
             UserError: an option, a file or the environment must be corrected, as the message says.
             Stopped: the run was asked to stop while it was set up.
         """
-        self.config = config
         zero3_nvme.prepare(engine_config)
-        model = Model.open(config)
+        model = Model.open(config, as_before=began_before(config))
+        self.config = config = settle(config, model)
         if config.adapter.init_adapter is not None:
             with fail_together("comparing the base with that of --init_adapter"):
                 check_init_adapter(config.adapter.init_adapter, model)
@@ -188,6 +189,8 @@ class Training:
             Stopped: the run was asked to stop while the held-out loss was measured.
         """
         if self._resume is None:
+            if self.config.packs:
+                check_documents_apart(self.config, self.engine)
             self.rewriter.begin()
         self.job.start(self._resume)
         self.decisions = Decisions(self.shards)

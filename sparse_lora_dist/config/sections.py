@@ -83,8 +83,8 @@ class DataConfig:
     train_on: Literal["response", "all"] = "response"
     """Tokens that count in the loss: those of the response only, or all."""
     packing: bool | None = None
-    """Pack several documents into one row; attention stays within each document. null: true for
-    causal_lm, false for seq_cls."""
+    """Pack several documents into one row, in which no document sees another. null: true for
+    causal_lm, unless the layers of the model would let them see each other; false for seq_cls."""
     sequence_length: int = 512
     """Row length in tokens, from 8 to 16777216. Longer plain texts are cut; longer chats and
     prompts with responses are left out."""

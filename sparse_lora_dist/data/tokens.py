@@ -151,6 +151,20 @@ class Documents:
                 return [int(i) for i in found]
         return []
 
+    def first_with_id_from(self, least: int) -> tuple[int, int] | None:
+        """Return the index of the first document that has a token id of at least ``least``, and the
+        largest id in it; None if there is none. Reads all documents."""
+        found = self._table.select_columns(["input_ids"]).with_format("arrow")
+        for start in range(0, len(found), 1000):
+            lists = found[start : start + 1000]["input_ids"].combine_chunks()
+            if not (lists.flatten().to_numpy() >= least).any():
+                continue
+            for index in np.flatnonzero((self._kept >= start) & (self._kept < start + 1000)):
+                largest = int(self[int(index)].input_ids.max())
+                if largest >= least:
+                    return int(index), largest
+        return None
+
     def report(self) -> str:
         """Return one line of text: the number of documents, tokens and targets, and how many
         examples are left out."""

@@ -3,7 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,15 @@ from sparse_lora_dist.base_model.cache.writer import write_cache
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, passed_over_in_words
 from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint, check_same_on_all_nodes
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
-from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources, is_quantized
+from sparse_lora_dist.base_model.weight_map import (
+    Sources,
+    find_keys,
+    find_sources,
+    is_quantized,
+)
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
-from sparse_lora_dist.config.sections import AdapterConfig, ModelConfig
+from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
@@ -39,8 +44,9 @@ from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import trained_specs
-from sparse_lora_dist.model.saved_class import SavedClass, find_saved_class
-from sparse_lora_dist.model.targets import find_full, find_sites
+from sparse_lora_dist.model.look import Look, look_together, refuse_changing_weights
+from sparse_lora_dist.model.saved_class import SavedClass, by_our_names, find_saved_class
+from sparse_lora_dist.model.targets import find_full, find_sites, refuse_packed
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, modules_inside
 from sparse_lora_dist.tasks.loss_head import install
@@ -81,6 +87,11 @@ class Model:
     """Hashes of the base's contents, taken by ``open``: the files may be gone or changed later."""
     saved_class: SavedClass | None = None
     """Class that config.json names, if ``module`` is of another one."""
+    look: Look = field(default_factory=Look)
+    """What is known of the architecture before its weights are read."""
+    as_before: bool = False
+    """True if the run began before architectures were looked at: it goes on as it was, whatever
+    ``look`` says."""
     cache: BaseCache | None = None
     """Cache of the 4-bit base on disk (--base_cache); if it does not exist yet, ``load`` writes it.
     None: the run uses no cache."""
@@ -90,13 +101,16 @@ class Model:
     """Builder of the sharded parameters. None until ``load``."""
 
     @classmethod
-    def open(cls, config: Config) -> "Model":
+    def open(cls, config: Config, *, as_before: bool = False, all_sites: bool = False) -> "Model":
         """Build the base model on the meta device and check the options against it. Collective.
 
         No weights are read. The base is downloaded if it is not on this node's disk.
 
         Args:
             config: configuration of the run.
+            as_before: True for a run that began before architectures were looked at.
+            all_sites: True to take every linear that --target_modules names as a site, also one
+                that a text does not run.
 
         Returns:
             The model, without weights and adapters until ``load`` is called.
@@ -131,22 +145,26 @@ class Model:
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
-            if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
-                raise UserError(
-                    f"{type(module).__name__} does not support --gradient_checkpointing. Leave the "
-                    "option out."
-                )
+            _check_checkpointing(options, module)
+        look = look_together(module, options.task)
+        with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
+            applied = Look() if as_before else look
+            refuse_changing_weights(module, applied)
             keys_of = find_keys(module, files)
             saved_class = None
             if options.task == "causal_lm":
                 saved_class = find_saved_class(module, architecture, files, keys_of)
-            wanted = _by_our_names(config.adapter, saved_class)
+            wanted = by_our_names(config.adapter, saved_class)
             head = task.head(module, files, keys_of)
             full = {**head.modules, **find_full(module, wanted.modules_to_save, head)}
-            sites = find_sites(module, wanted, modules_inside(full))
+            barred = Look() if all_sites else applied
+            sites, notes = find_sites(module, wanted, modules_inside(full), barred)
             sources = find_sources(module, files, keys_of, new=head.new)
             fill_buffers(module, stored=sources)
             _check_quantization(options, architecture, files)
+            refuse_packed(files, sources, applied)
+        for note in notes:
+            print_line("note", note)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
             module=module,
@@ -159,6 +177,8 @@ class Model:
             full=full,
             fingerprint=fingerprint,
             saved_class=saved_class,
+            look=look,
+            as_before=as_before,
         )
         model._find_cache(options)
         return model
@@ -186,7 +206,7 @@ class Model:
 
     def _not_quantized(self) -> set[str]:
         head = output_head(self.module)
-        return {head} if head else set()
+        return {*self.whole} | ({head} if head else set())
 
     def load(
         self,
@@ -341,6 +361,11 @@ class Model:
         return name if self.saved_class is None else self.saved_class.ours_of(name)
 
     @property
+    def whole(self) -> frozenset[str]:
+        """Names of linears whose weight the model uses by itself, so that they stay as they are."""
+        return frozenset() if self.as_before else self.look.read
+
+    @property
     def classes(self) -> list[str]:
         """Class names of a classifier, in the order of its logits; empty for other models."""
         return classes_of(self.module.config) if self.head.modules else []
@@ -352,16 +377,13 @@ class Model:
         return self.fingerprint.headers
 
 
-def _by_our_names(adapter: AdapterConfig, saved_class: SavedClass | None) -> AdapterConfig:
-    """Return the options of the adapter with our names, where whole names of modules in the class
-    of config.json are given."""
-    if saved_class is None:
-        return adapter
-    targets, full = adapter.target_modules, adapter.modules_to_save
-    if not isinstance(targets, str):
-        targets = tuple(saved_class.ours.get(name, name) for name in targets)
-    full = tuple(saved_class.ours.get(name, name) for name in full)
-    return replace(adapter, target_modules=targets, modules_to_save=full)
+def _check_checkpointing(options: ModelConfig, module: PreTrainedModel) -> None:
+    """Raise ``UserError`` if the model does not support the --gradient_checkpointing given."""
+    if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
+        raise UserError(
+            f"{type(module).__name__} does not support --gradient_checkpointing. Leave the option "
+            "out."
+        )
 
 
 def _check_quantization(
