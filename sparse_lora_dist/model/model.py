@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.inject import inject
@@ -19,14 +19,12 @@ from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
     meta_model,
     output_head,
-    read_config,
-    resolve_folder,
 )
 from sparse_lora_dist.base_model.buffers import fill_buffers, move_buffers
 from sparse_lora_dist.base_model.cache.lookup import BaseCache, find_cache
 from sparse_lora_dist.base_model.cache.writer import write_cache
-from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, passed_over_in_words
-from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint, check_same_on_all_nodes
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
+from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.weight_map import (
     Sources,
@@ -40,10 +38,16 @@ from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
-from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import trained_specs
+from sparse_lora_dist.model.base_files import (
+    DOWNLOAD,
+    check_checkpointing,
+    check_quantization,
+    open_files,
+)
 from sparse_lora_dist.model.look import Look, look_together, refuse_changing_weights
 from sparse_lora_dist.model.saved_class import SavedClass, by_our_names, find_saved_class
 from sparse_lora_dist.model.targets import find_full, find_sites, refuse_packed
@@ -52,9 +56,6 @@ from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, mo
 from sparse_lora_dist.tasks.loss_head import install
 from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.slices import Values
-
-DOWNLOAD = "Check the files of the model, or download it again."
-"""What to do if a model cannot be opened, for messages."""
 
 
 @dataclass(kw_only=True)
@@ -119,20 +120,8 @@ class Model:
             UserError: on all ranks, if the base cannot be used or does not fit the options.
         """
         options = config.model
-        if options.trust_remote_code:
-            print_line(
-                "warning", f"--trust_remote_code runs Python code that comes with {options.model}"
-            )
         source = f"--model {options.model}"
-        with fail_together("opening the base model"):
-            with first_on_its_node():
-                folder = resolve_folder(resolve_default("model", options.model), options.revision)
-            with as_user_error(source, DOWNLOAD):
-                architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
-                files = CheckpointFiles(folder)
-        fingerprint = check_same_on_all_nodes(options.model, folder, files)
-        if files.passed_over:
-            print_line("note", passed_over_in_words(files))
+        folder, architecture, files, fingerprint = open_files(options, source)
         task = TASKS[options.task]
         labels = as_user_error(f"--data {config.data.data}", "Check its labels, or convert them.")
         with fail_together("reading the labels"), first_on_its_node(), labels:
@@ -145,7 +134,7 @@ class Model:
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
-            _check_checkpointing(options, module)
+            check_checkpointing(options, module)
         look = look_together(module, options.task)
         with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
             applied = Look() if as_before else look
@@ -161,7 +150,7 @@ class Model:
             sites, notes = find_sites(module, wanted, modules_inside(full), barred)
             sources = find_sources(module, files, keys_of, new=head.new)
             fill_buffers(module, stored=sources)
-            _check_quantization(options, architecture, files)
+            check_quantization(options, architecture, files)
             refuse_packed(files, sources, applied)
         for note in notes:
             print_line("note", note)
@@ -375,42 +364,6 @@ class Model:
         """Hash of config.json and of the names, sizes and headers of the base's files."""
         assert self.fingerprint is not None
         return self.fingerprint.headers
-
-
-def _check_checkpointing(options: ModelConfig, module: PreTrainedModel) -> None:
-    """Raise ``UserError`` if the model does not support the --gradient_checkpointing given."""
-    if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
-        raise UserError(
-            f"{type(module).__name__} does not support --gradient_checkpointing. Leave the option "
-            "out."
-        )
-
-
-def _check_quantization(
-    options: ModelConfig, architecture: PretrainedConfig, files: CheckpointFiles
-) -> None:
-    """Raise ``UserError`` if the base files contradict config.json or --quantization.
-
-    Either config.json says that the weights are quantised and they are not, or --quantization none
-    is given for a quantised base.
-
-    Args:
-        options: options of the model.
-        architecture: contents of config.json.
-        files: safetensors files of the base.
-    """
-    said = getattr(architecture, "quantization_config", None) is not None
-    if said and not is_quantized(files):
-        raise UserError(
-            f"{files.folder}/config.json says that the weights are already quantised by "
-            "bitsandbytes, but the files hold no quantised weights. Remove quantization_config "
-            "from config.json, or download the model again."
-        )
-    if is_quantized(files) and options.quantization == "none":
-        raise UserError(
-            f"--model {options.model} is already quantised to 4 bits, which --quantization none "
-            "cannot undo. Use --quantization nf4, or give the model with the original weights."
-        )
 
 
 def _print_what_was_loaded(model: Model, report: LoadReport) -> None:
