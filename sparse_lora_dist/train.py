@@ -145,9 +145,6 @@ class Training:
         zero3_nvme.prepare(engine_config)
         model = Model.open(config, as_before=began_before(config))
         self.config = config = settle(config, model)
-        if config.adapter.init_adapter is not None:
-            with fail_together("comparing the base with that of --init_adapter"):
-                check_init_adapter(config.adapter.init_adapter, model)
         zero3_nvme.check_space(
             engine_config, model.module, quantized=config.model.quantization == "nf4"
         )
@@ -159,6 +156,10 @@ class Training:
         for note in method.notes:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
+        begins = config if self._resume is None else _without_first_adapter(config)
+        if begins.adapter.init_adapter is not None:
+            with fail_together("comparing the base with that of --init_adapter"):
+                check_init_adapter(begins.adapter.init_adapter, model)
         with fail_together("opening the run folder"):
             # Before the memory plan is printed, because it names run.yaml, and before the load.
             if comm.rank() == 0:
@@ -170,7 +171,7 @@ class Training:
                 write_description(folder, config, feed.readings)
         say_whether_it_fits(config, model, engine_config)
         watchdog.set_phase("loading the base", may_be_long=True)
-        self.row_seeds = model.load(config, method, engine_config)
+        self.row_seeds = model.load(begins, method, engine_config)
         stop_signals.check()
         optimizer = _optimizer(config, model)
         self.engine = Engine(model.module, optimizer, engine_config)
@@ -267,6 +268,12 @@ def _optimizer(config: Config, model: Model) -> SparseAdamW:
         eps=train.adam_eps,
         eight_bit=train.moment_bits == 8,
     )
+
+
+def _without_first_adapter(config: Config) -> Config:
+    """Return the options of a resumed run for loading: all that it has got from ``--init_adapter``
+    is in the checkpoint."""
+    return replace(config, adapter=replace(config.adapter, init_adapter=None))
 
 
 def _build_method(config: Config, model: Model, total_steps: int) -> Method:
