@@ -11,12 +11,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from sparse_lora_dist.report.jobs import GOING
+from sparse_lora_dist.report.own_pages import GENERATOR, seal
 from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Picture, as_svg
 
-GENERATOR = "sparse_lora_dist report"
-"""Text that marks every page and PNG file that this program writes. The program replaces a file
-only if it has this mark."""
 DARK = ("#6cb6ff", "#f69d50", "#57ab5a", "#c297ff", "#fc8dc7", "#c6a93f")
 """Colours that replace those of ``SERIES``, in the same order, on a dark page."""
 
@@ -33,7 +31,7 @@ class Section:
 
 
 def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
-    """Return the HTML of the page.
+    """Return the HTML of the page, with a hash of itself in its head.
 
     Args:
         runs: the runs of the report, for the tables of results and options.
@@ -42,7 +40,7 @@ def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    return environment.get_template("page.html.jinja").render(
+    page = environment.get_template("page.html.jinja").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         generator=GENERATOR,
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -55,6 +53,7 @@ def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
         dark=DARK,
         options=options(runs),
     )
+    return seal(page)
 
 
 def overview(run: RunData) -> dict[str, str]:

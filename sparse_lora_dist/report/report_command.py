@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report import curves, ranks
 from sparse_lora_dist.report import distributions as spread
-from sparse_lora_dist.report.page import GENERATOR, Section, write_page
+from sparse_lora_dist.report.own_pages import GENERATOR, check_replaceable
+from sparse_lora_dist.report.page import Section, write_page
 from sparse_lora_dist.report.report_options import ReportRequest
 from sparse_lora_dist.report.run_data import RunData, read_run
 from sparse_lora_dist.report.style import save_png
@@ -48,8 +49,8 @@ def report(request: ReportRequest) -> None:
 def check_output(path: Path) -> None:
     """Raise UserError if the page cannot be written to ``path``.
 
-    This is so if its folder does not exist, if it is a folder, or if it is a file that this program
-    did not write, which is never replaced.
+    This is so if its folder does not exist, if it is a folder or a link, or if it is a file that
+    this program did not write, or that was changed since, which is never replaced.
     """
     if not path.parent.is_dir():
         raise UserError(
@@ -58,11 +59,7 @@ def check_output(path: Path) -> None:
         )
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Give a file in it as --output.")
-    if path.exists() and GENERATOR not in path.read_text(errors="replace")[:1000]:
-        raise UserError(
-            f"--output {path} is not a report of this program, so it is not replaced. Choose "
-            "another --output."
-        )
+    check_replaceable(path)
 
 
 def names_of(runs: Sequence[Path]) -> dict[Path, str]:
