@@ -263,8 +263,8 @@ def _read(variables: LauncherVariables) -> Launch:
     rank, world_size = variables.number(names.rank), variables.number(names.world_size)
     if world_size > MOST_RANKS:
         raise UserError(
-            f"{names.world_size}={world_size} is more than the {MOST_RANKS:,} ranks that a run can have. "
-            f"{ADVICE}"
+            f"{names.world_size}={world_size} is more than the {MOST_RANKS:,} ranks that a run can "
+            f"have. {ADVICE}"
         )
     local_size_name, local_size = _local_size(variables, world_size)
     local_rank = 0

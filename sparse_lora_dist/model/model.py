@@ -28,6 +28,7 @@ from sparse_lora_dist.base_model.cache.writer import write_cache
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, passed_over_in_words
 from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint, check_same_on_all_nodes
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
+from sparse_lora_dist.base_model.unread_tensors import in_words, unread_tensors
 from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources, is_quantized
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
@@ -141,12 +142,15 @@ class Model:
             if options.task == "causal_lm":
                 saved_class = find_saved_class(module, architecture, files, keys_of)
             wanted = _by_our_names(config.adapter, saved_class)
+            unread = unread_tensors(module, files, keys_of, new_head=task.trains_head)
             head = task.head(module, files, keys_of)
             full = {**head.modules, **find_full(module, wanted.modules_to_save, head)}
             sites = find_sites(module, wanted, modules_inside(full))
             sources = find_sources(module, files, keys_of, new=head.new)
             fill_buffers(module, stored=sources)
             _check_quantization(options, architecture, files)
+        for said in in_words(*unread):
+            print_line("note", said)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
             module=module,

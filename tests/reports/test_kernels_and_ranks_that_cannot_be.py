@@ -19,7 +19,8 @@ def test_a_kernel_that_cannot_train_is_refused_before_anything_is_loaded(kernel:
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa", "flash_attention_2", "kernels-org/kernel"])
 def test_other_kernels_are_left_to_transformers(kernel: str) -> None:
-    assert load_config(["--attn_implementation", kernel]).model.attn_implementation == kernel
+    flags = ["--attn_implementation", kernel, "--micro_batch_size", "1"]
+    assert load_config(flags).model.attn_implementation == kernel
 
 
 @pytest.mark.parametrize("size", [MOST_RANKS + 1, 2**31, 3_000_000_000, 10**17])
