@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets.fingerprint import Hasher
 
+from sparse_lora_dist.data.damaged_cache import from_cache
 from sparse_lora_dist.data.local_files import (
     CELLS,
     TEXT,
@@ -36,6 +37,8 @@ the keys of its messages. ``file`` is the index of its file, ``line`` its line f
 EMPTY = "It is empty. Give data with at least one example."
 MOST_ROWS, MOST_CHARACTERS = 1000, 1 << 24
 """Most rows of a part of the table, and characters of its examples, that are in memory."""
+NAME = "sparse_lora_dist"
+"""Name of the tables of this program in the cache of ``datasets``."""
 VERSION = 1
 """Version of ``LOCAL``. Increase it when the same file gives other rows."""
 
@@ -161,16 +164,19 @@ def local_table(files: tuple[Path, ...], column_names: Columns) -> datasets.Data
         UserError: a file has a broken line.
     """
     identity = Hasher.hash((VERSION, tuple(column_names), fingerprint(files)))
-    builder = _LocalBuilder(
-        dataset_name="sparse_lora_dist",
-        config_id=f"default-{identity}",
-        files=files,
-        column_names=tuple(column_names),
-        # A table of one row is kept in memory until there are so many. A text file may be large.
-        writer_batch_size=1 if files[0].suffix == TEXT else MOST_ROWS,
-    )
+    config_id = f"default-{identity}"
+    with from_cache(Path(datasets.config.HF_DATASETS_CACHE) / NAME / config_id):
+        builder = _LocalBuilder(
+            dataset_name=NAME,
+            config_id=config_id,
+            files=files,
+            column_names=tuple(column_names),
+            # A table of one row is kept in memory until there are so many. A text may be large.
+            writer_batch_size=1 if files[0].suffix == TEXT else MOST_ROWS,
+        )
     builder.download_and_prepare()
-    table = builder.as_dataset(split="train")
+    with from_cache(builder.cache_dir):
+        table = builder.as_dataset(split="train")
     table._fingerprint = identity
     return table
 

@@ -10,13 +10,14 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow.parquet as parquet
 
+from sparse_lora_dist.data.damaged_cache import from_cache
 from sparse_lora_dist.data.examples import (
     EMPTY,
     Examples,
@@ -97,9 +98,9 @@ def readable(place: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        causes = [error]
+        causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__) is not None:
-            causes.append(cause)  # type: ignore[arg-type]
+            causes.append(cause)
         for one in causes:
             if isinstance(one, UserError):
                 raise one from None
@@ -254,7 +255,9 @@ def _build(
         part = builder.info.splits.get(split)
         if part is not None and part.num_examples == 0:
             raise ValueError(EMPTY)
-        table = builder.as_dataset(split=split)
+        # A split that the data do not have is no fault of the cache.
+        with from_cache(builder.cache_dir) if part is not None else nullcontext():
+            table = builder.as_dataset(split=split)
     names = (builder.config.data_files or {}).get(split, [])
     return table, tuple(Path(name) for name in names if Path(name).is_file())
 

@@ -8,6 +8,7 @@ that is too long is left out and counted.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -24,6 +25,7 @@ from sparse_lora_dist.data.chat import (
     find_template,
     has_marks,
 )
+from sparse_lora_dist.data.damaged_cache import from_cache
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import (
     DEFAULTS,
@@ -410,7 +412,8 @@ def tokenise(
         return {column: [row[column] for row in rows] for column in features}
 
     table = examples.only(columns)
-    with readable(examples.source):
+    # What an example causes is an error with its file and line already.
+    with readable(examples.source), from_cache(_cache_of(table)):
         return table.map(
             rows_of_batch,
             with_indices=True,
@@ -422,6 +425,12 @@ def tokenise(
             new_fingerprint=Hasher.hash((table._fingerprint, *key)),
             desc="tokenise",
         )
+
+
+def _cache_of(table: datasets.Dataset) -> Path:
+    """Return the folder in which ``table`` is cached, and tables that are made from it."""
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return files[0].parent if files else Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def document_row(ids: list[int], is_target: list[bool], sequence_length: int) -> dict[str, Any]:

@@ -29,7 +29,13 @@ from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, pass
 from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint, check_same_on_all_nodes
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.unread_tensors import in_words, unread_tensors
-from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources, is_quantized
+from sparse_lora_dist.base_model.weight_map import (
+    Keys,
+    Sources,
+    find_keys,
+    find_sources,
+    is_quantized,
+)
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
 from sparse_lora_dist.config.sections import AdapterConfig, ModelConfig
@@ -142,15 +148,13 @@ class Model:
             if options.task == "causal_lm":
                 saved_class = find_saved_class(module, architecture, files, keys_of)
             wanted = _by_our_names(config.adapter, saved_class)
-            unread = unread_tensors(module, files, keys_of, new_head=task.trains_head)
             head = task.head(module, files, keys_of)
             full = {**head.modules, **find_full(module, wanted.modules_to_save, head)}
             sites = find_sites(module, wanted, modules_inside(full))
             sources = find_sources(module, files, keys_of, new=head.new)
             fill_buffers(module, stored=sources)
             _check_quantization(options, architecture, files)
-        for said in in_words(*unread):
-            print_line("note", said)
+        _note_unread(module, files, keys_of, task.trains_head)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
             module=module,
@@ -393,6 +397,13 @@ def _check_quantization(
             f"--model {options.model} is already quantised to 4 bits, which --quantization none "
             "cannot undo. Use --quantization nf4, or give the model with the original weights."
         )
+
+
+def _note_unread(
+    module: PreTrainedModel, files: CheckpointFiles, keys_of: Keys, new_head: bool
+) -> None:
+    for said in in_words(*unread_tensors(module, files, keys_of, new_head=new_head)):
+        print_line("note", said)
 
 
 def _print_what_was_loaded(model: Model, report: LoadReport) -> None:
