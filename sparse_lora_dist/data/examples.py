@@ -1,7 +1,9 @@
 """Hold the examples of a data set in a table on disk, and find file and line of each."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 from datasets.fingerprint import Hasher
 
-from sparse_lora_dist.data.damaged_cache import from_cache
 from sparse_lora_dist.data.local_files import (
     CELLS,
     TEXT,
@@ -19,7 +20,8 @@ from sparse_lora_dist.data.local_files import (
     examples_in,
     without_nulls,
 )
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, in_words
+from sparse_lora_dist.system.machine_errors import chain, in_plain_words
 
 MESSAGES = "messages"
 """Name of the column of chats. Each is a list of messages, which are dicts."""
@@ -150,6 +152,32 @@ class Examples:
                 return f"{file}, example {index + 1}"
             index -= count
         return f"{self.source}, example {index + 1}"
+
+
+@contextmanager
+def from_cache(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Context manager: errors of the body come from files in the cache, such as one that was cut
+    short on a full disk.
+
+    Args:
+        folder: folder of the cache whose files are read.
+
+    Raises:
+        UserError: the body raised an exception. It names the folder, and not the user's data.
+            What the user's data or the machine cause, and errors of a disk, are raised unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_data = any(isinstance(one, UserError) for one in chain(error))
+        of_disk = isinstance(error, OSError) and error.errno is not None
+        if of_data or of_disk or in_plain_words(error) is not None:
+            raise
+        raise UserError(
+            f"The cache {Path(folder)} of the package datasets is damaged: {in_words(error)}. It "
+            "holds only copies of data, which are made again: remove this folder, while no job "
+            "uses it, and start again."
+        ) from error
 
 
 def local_table(files: tuple[Path, ...], column_names: Columns) -> datasets.Dataset:

@@ -17,12 +17,12 @@ from typing import Any
 import datasets
 import pyarrow.parquet as parquet
 
-from sparse_lora_dist.data.damaged_cache import from_cache
 from sparse_lora_dist.data.examples import (
     EMPTY,
     Examples,
     declared_names,
     fingerprint,
+    from_cache,
     local_names,
     local_table,
 )
@@ -86,15 +86,17 @@ def be_quiet() -> None:
 
 
 @contextmanager
-def readable(place: str) -> Iterator[None]:
+def readable(place: str, cache: Path | None = None) -> Iterator[None]:
     """Context manager: turn whatever a library raises while data are read into a UserError of one
     sentence.
 
     Args:
         place: text with which the message begins, e.g. "--data x.jsonl".
+        cache: folder of the cache of ``datasets`` if only tables in it are read; otherwise None.
     """
     try:
-        yield
+        with from_cache(cache) if cache is not None else nullcontext():
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -107,6 +109,12 @@ def readable(place: str) -> Iterator[None]:
         if (said := in_plain_words(error)) is not None:
             raise UserError(said) from error
         raise UserError(f"{place} cannot be read. {in_words(causes[-1])}") from error
+
+
+def cache_of(table: datasets.Dataset) -> Path:
+    """Return the folder in which ``table`` is cached, and tables that are made from it."""
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return files[0].parent if files else Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def in_words(error: BaseException) -> str:

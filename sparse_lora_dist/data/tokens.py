@@ -8,7 +8,6 @@ that is too long is left out and counted.
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -25,7 +24,6 @@ from sparse_lora_dist.data.chat import (
     find_template,
     has_marks,
 )
-from sparse_lora_dist.data.damaged_cache import from_cache
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import (
     DEFAULTS,
@@ -37,7 +35,7 @@ from sparse_lora_dist.data.fields import (
     tools_of,
 )
 from sparse_lora_dist.data.local_files import Columns
-from sparse_lora_dist.data.read_files import in_words, read_examples, readable
+from sparse_lora_dist.data.read_files import cache_of, in_words, read_examples, readable
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
@@ -413,7 +411,7 @@ def tokenise(
 
     table = examples.only(columns)
     # What an example causes is an error with its file and line already.
-    with readable(examples.source), from_cache(_cache_of(table)):
+    with readable(examples.source, cache_of(table)):
         return table.map(
             rows_of_batch,
             with_indices=True,
@@ -425,12 +423,6 @@ def tokenise(
             new_fingerprint=Hasher.hash((table._fingerprint, *key)),
             desc="tokenise",
         )
-
-
-def _cache_of(table: datasets.Dataset) -> Path:
-    """Return the folder in which ``table`` is cached, and tables that are made from it."""
-    files = [Path(file["filename"]) for file in table.cache_files]
-    return files[0].parent if files else Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def document_row(ids: list[int], is_target: list[bool], sequence_length: int) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from safetensors import SafetensorError
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report import curves, ranks
 from sparse_lora_dist.report import distributions as spread
-from sparse_lora_dist.report.own_pages import GENERATOR, check_replaceable
-from sparse_lora_dist.report.page import Section, write_page
+from sparse_lora_dist.report.page import GENERATOR, Section, is_own_page, write_page
 from sparse_lora_dist.report.report_options import ReportRequest
 from sparse_lora_dist.report.run_data import RunData, read_run
 from sparse_lora_dist.report.style import save_png
@@ -60,6 +59,26 @@ def check_output(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Give a file in it as --output.")
     check_replaceable(path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError if there is a file that ``--output`` must not replace.
+
+    Only a page that this program wrote is replaced, and only as it was written.
+
+    Args:
+        path: value of ``--output``; it is no folder.
+    """
+    if path.is_symlink():
+        raise UserError(
+            f"--output {path} is a link, and a report would replace it. Give the path that it "
+            "leads to, or another --output."
+        )
+    if path.exists() and not is_own_page(path.read_bytes()):
+        raise UserError(
+            f"--output {path} is not a report of this program, or was changed after it was "
+            "written, so it is not replaced. Choose another --output, or remove it."
+        )
 
 
 def names_of(runs: Sequence[Path]) -> dict[Path, str]:

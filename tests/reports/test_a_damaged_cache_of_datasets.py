@@ -8,8 +8,7 @@ from pathlib import Path
 import datasets
 import pytest
 
-from sparse_lora_dist.data.damaged_cache import from_cache
-from sparse_lora_dist.data.examples import Examples
+from sparse_lora_dist.data.examples import Examples, from_cache
 from sparse_lora_dist.data.read_files import read_examples
 from sparse_lora_dist.data.tokens import tokenise
 from sparse_lora_dist.errors import UserError

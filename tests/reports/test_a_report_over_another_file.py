@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.report.own_pages import GENERATOR, MARK, is_own_page, seal
+from sparse_lora_dist.report.page import GENERATOR, MARK, is_own_page, seal
 from sparse_lora_dist.report.report_command import check_output
 
 PAGE = f"<!DOCTYPE html>\n<head>\n{MARK}<title>ä</title>\n</head>\n<p>loss</p>\r\n"
