@@ -37,6 +37,7 @@ from sparse_lora_dist.system.shipped import ENGINE
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training import own_folder
 from sparse_lora_dist.training.feed import open_feed
+from sparse_lora_dist.training.first_look import began_before, check_documents_apart, settle
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import TRAINING, Purpose
 from sparse_lora_dist.training.resume import find_resume, is_requeued, source_of
@@ -141,12 +142,9 @@ class Training:
             UserError: an option, a file or the environment must be corrected, as the message says.
             Stopped: the run was asked to stop while it was set up.
         """
-        self.config = config
         zero3_nvme.prepare(engine_config)
-        model = Model.open(config)
-        if config.adapter.init_adapter is not None:
-            with fail_together("comparing the base with that of --init_adapter"):
-                check_init_adapter(config.adapter.init_adapter, model)
+        model = Model.open(config, as_before=began_before(config))
+        self.config = config = settle(config, model)
         zero3_nvme.check_space(
             engine_config, model.module, quantized=config.model.quantization == "nf4"
         )
@@ -158,6 +156,10 @@ class Training:
         for note in method.notes:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
+        begins = config if self._resume is None else _without_first_adapter(config)
+        if begins.adapter.init_adapter is not None:
+            with fail_together("comparing the base with that of --init_adapter"):
+                check_init_adapter(begins.adapter.init_adapter, model)
         with fail_together("opening the run folder"):
             # Before the memory plan is printed, because it names run.yaml, and before the load.
             if comm.rank() == 0:
@@ -169,7 +171,7 @@ class Training:
                 write_description(folder, config, feed.readings)
         say_whether_it_fits(config, model, engine_config)
         watchdog.set_phase("loading the base", may_be_long=True)
-        self.row_seeds = model.load(config, method, engine_config)
+        self.row_seeds = model.load(begins, method, engine_config)
         stop_signals.check()
         optimizer = _optimizer(config, model)
         self.engine = Engine(model.module, optimizer, engine_config)
@@ -188,6 +190,8 @@ class Training:
             Stopped: the run was asked to stop while the held-out loss was measured.
         """
         if self._resume is None:
+            if self.config.packs:
+                check_documents_apart(self.config, self.engine)
             self.rewriter.begin()
         self.job.start(self._resume)
         self.decisions = Decisions(self.shards)
@@ -264,6 +268,12 @@ def _optimizer(config: Config, model: Model) -> SparseAdamW:
         eps=train.adam_eps,
         eight_bit=train.moment_bits == 8,
     )
+
+
+def _without_first_adapter(config: Config) -> Config:
+    """Return the options of a resumed run for loading: all that it has got from ``--init_adapter``
+    is in the checkpoint."""
+    return replace(config, adapter=replace(config.adapter, init_adapter=None))
 
 
 def _build_method(config: Config, model: Model, total_steps: int) -> Method:

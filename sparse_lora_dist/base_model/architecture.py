@@ -205,6 +205,7 @@ def meta_model(
     """
     _check_task(config, task)
     _switch_off_noise(config)
+    _forget_padding_beyond(config)
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with torch.device("meta"):
@@ -253,6 +254,15 @@ def _switch_off_noise(config: PretrainedConfig) -> None:
         for name, value in list(vars(part).items()):
             if ("drop" in name or "jitter" in name) and isinstance(value, float):
                 setattr(part, name, 0.0)
+
+
+def _forget_padding_beyond(config: PretrainedConfig) -> None:
+    """Set ``pad_token_id`` to None in ``config`` where it is no row of the embedding, which torch
+    would refuse. Padding is never looked at, so any other token will do."""
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        pad, rows = getattr(part, "pad_token_id", None), getattr(part, "vocab_size", None)
+        if isinstance(pad, int) and isinstance(rows, int) and not -rows <= pad < rows:
+            part.pad_token_id = None
 
 
 def output_head(model: PreTrainedModel) -> str | None:

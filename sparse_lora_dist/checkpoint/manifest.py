@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,9 +92,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 def step_of(checkpoint: Path) -> int | None:
     """Return the optimizer step that the name of a checkpoint's folder has, as in step_00000100;
-    None for a folder of another name, such as a copy."""
-    digits = checkpoint.name.removeprefix("step_")
-    return int(digits) if digits != checkpoint.name and digits.isdecimal() else None
+    None for a folder of another name, such as a copy. A run writes at least 8 digits, and no zeros
+    before more than that."""
+    name = re.fullmatch(r"step_([0-9]{8}|[1-9][0-9]{8,17})", checkpoint.name)
+    return None if name is None else int(name[1])
 
 
 def hash_of_file(path: Path) -> str:

@@ -43,14 +43,14 @@ def newest_whole(folder: Path) -> Path | None:
 def published(folder: Path) -> list[Path]:
     """Return the folders of all published checkpoints, by ascending step. Not a collective.
 
-    A checkpoint is published once it has a manifest. Folders with other names than step_<digits>,
-    like step_00000004_backup, are ignored.
+    A checkpoint is published once it has a manifest. Folders with other names than a run gives
+    them (see ``step_of``), like step_00000004_backup or step_4, are ignored.
 
     Args:
         folder: the "checkpoints" folder of a run.
     """
-    named = (p for p in folder.glob("step_*") if p.name.removeprefix("step_").isdecimal())
-    return sorted(p for p in named if (p / MANIFEST).exists())
+    steps = ((step_of(p), p) for p in folder.glob("step_*") if (p / MANIFEST).exists())
+    return [path for _, path in sorted((step, p) for step, p in steps if step is not None)]
 
 
 def published_for_all(folder: Path) -> list[Path]:

@@ -127,7 +127,7 @@ def moved_run(flags: Sequence[tuple[str, list[str]]], values: Mapping[str, Any])
     typed = any(name == "output_dir" for name, _ in flags)
     if not files or typed or values.get("resume") != "auto" or "output_dir" not in values:
         return None
-    path = Path(files[0])
+    path = Path(expanded(files[0]))
     is_run = path.name == "run.yaml" and any(
         (path.parent / name).exists() for name in (MARKER, "checkpoints")
     )
@@ -143,7 +143,9 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
     """
     problems = []
     for option in ("model", "data", "eval_data", "init_adapter"):
-        if flat[option] is not None:
+        # A checkpoint holds all that a run has got from its first adapter.
+        is_needed = option != "init_adapter" or not _resumes(flat)
+        if flat[option] is not None and is_needed:
             problems += missing_source(option, flat[option])
     problems += missing_files(flat)
     if flat["resume"] not in ("auto", "never") and not Path(flat["resume"]).is_dir():
@@ -153,6 +155,13 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
     if Path(flat["output_dir"]).is_file():
         problems.append(f"--output_dir must be a folder, got the file {flat['output_dir']}")
     return problems
+
+
+def _resumes(flat: Mapping[str, Any]) -> bool:
+    """Return True if a run of these options goes on from a checkpoint, as far as names tell."""
+    steps = Path(expanded(flat["output_dir"])) / "checkpoints"
+    is_there = any(steps.glob("step_*/manifest.json"))
+    return bool(flat["resume"] != "never" and (flat["resume"] != "auto" or is_there))
 
 
 def missing_files(flat: Mapping[str, Any]) -> list[str]:

@@ -17,6 +17,9 @@ RESETS = ("optimizer", "schedule", "data")
 """Words that --reset takes: the state that a resumed run may discard."""
 MOST_ROWS = 2**16
 """Largest --micro_batch_size and --gradient_accumulation_steps. More would only fill memory."""
+MOST_STEPS = 1_000_000_000
+"""Largest number of steps or epochs of a run: larger ones make numbers that no file or figure
+holds."""
 MAX_SEED = 2**32 - 1  # what numpy's generators take
 
 
@@ -98,8 +101,8 @@ class DataConfig:
     train_on: Literal["response", "all"] = "response"
     """Tokens that count in the loss: those of the response only, or all."""
     packing: bool | None = None
-    """Pack several documents into one row; attention stays within each document. null: true for
-    causal_lm, false for seq_cls."""
+    """Pack several documents into one row, in which no document sees another. null: true for
+    causal_lm, unless the layers of the model would let them see each other; false for seq_cls."""
     sequence_length: int = 512
     """Row length in tokens, from 8 to 16777216. Longer plain texts are cut; longer chats and
     prompts with responses are left out."""
@@ -186,6 +189,7 @@ class TrainConfig:
         positive = ("num_epochs", "learning_rate", "adam_eps")
         problems = at_least(self, 1, *counts) + above(self, 0, *positive)
         problems += at_most(self, MOST_ROWS, "micro_batch_size", "gradient_accumulation_steps")
+        problems += at_most(self, MOST_STEPS, "max_steps", "num_epochs")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 problems.append(f"--{name} must be in [0, 1), got {getattr(self, name)}")

@@ -5,6 +5,7 @@ as one string; without one, a chat must be one prompt and its response, which ar
 are. bos and eos are the tokenizer's tokens for the beginning and end of a sequence.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from itertools import takewhile
@@ -55,16 +56,16 @@ def find_template(
     """
     if chat_template is None:
         return _own_template(tokenizer, has_tools)
-    if is_template(chat_template):
-        return chat_template
     path = Path(chat_template).expanduser()
-    if not path.is_file():
+    if not is_file(chat_template):
+        if is_template(chat_template):
+            return chat_template
         raise UserError(
             f"--chat_template {chat_template} is neither a file that exists nor jinja text, which "
             "has {{ or {% in it. Give the path of a file, or the text of a template."
         )
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # an editor may put a mark of UTF-8 before it
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--chat_template {chat_template} cannot be read: {error}. Give a UTF-8 text file."
@@ -77,8 +78,13 @@ def has_marks(template: str | None) -> bool:
 
 
 def is_template(text: str) -> bool:
-    """Return True if ``text`` is the text of a jinja template, and no path."""
-    return "{{" in text or "{%" in text
+    """Return True if ``text`` is the text of a jinja template, and not the path of a file."""
+    return ("{{" in text or "{%" in text) and not is_file(text)
+
+
+def is_file(text: str) -> bool:
+    """Return True if ``text`` is the path of a file. The name of a file may have braces too."""
+    return os.path.isfile(os.path.expanduser(text))
 
 
 def _own_template(tokenizer: PreTrainedTokenizerFast, has_tools: bool) -> str | None:

@@ -141,6 +141,11 @@ def _given_fields(
             f"{names[given[1]]} for prompts with responses. Give one of them."
         )
     chosen = text if given[0] == "text_field" else pair
+    if len({*chosen.columns}) < len(chosen.columns):
+        raise UserError(
+            f"--prompt_field and --response_field are both {names['prompt_field']}. Name the two "
+            "columns."
+        )
     absent = [name for name in chosen.columns if name not in columns]
     if absent:
         options = " ".join(f"--{option} {names[option]}" for option in given)

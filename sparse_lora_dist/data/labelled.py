@@ -22,7 +22,7 @@ from sparse_lora_dist.data.labels import check_columns, label_of
 from sparse_lora_dist.data.local_files import Columns
 from sparse_lora_dist.data.packing import Rows
 from sparse_lora_dist.data.read_files import read_examples
-from sparse_lora_dist.data.reading import describe
+from sparse_lora_dist.data.reading import describe, shown
 from sparse_lora_dist.data.tokens import (
     CACHE_VERSION,
     FEATURES,
@@ -91,7 +91,7 @@ class LabelledDocuments(Documents):
         left out."""
         labels = self._table["labels"][:][self._kept].flatten()
         counts = Counter(self.classes[label] for label in labels.tolist())
-        each = ", ".join(f"label {name}: {counts[name]:,}" for name in self.classes[:5])
+        each = ", ".join(f"label {shown([n])}: {counts[n]:,}" for n in self.classes[:5])
         more = ", ..." if len(self.classes) > 5 else ""
         parts = [f"{len(self):,} examples ({each}{more}), {self.num_tokens:,} tokens"]
         if self.num_cut:
@@ -147,6 +147,11 @@ def load_labelled(
         source, split=split, max_samples=max_samples, flag=flag, column_names=column_names
     )
     columns = (*text_fields, label_field)
+    if twice := [name for name in columns if columns.count(name) > 1]:
+        raise UserError(
+            f"The options of texts and labels name the column {twice[0]!r} twice. Name one column "
+            "for each of --text_field, --text_pair_field and --label_field."
+        )
     check_columns(examples.names.columns, columns, f"{flag} {source}")
     feature = examples.feature(label_field)
     places = {name: place for place, name in enumerate(classes)}

@@ -66,7 +66,16 @@ def _mixed(first: object, value: object) -> str:
 
 
 def _checked(labels: list[str], place: str) -> list[str]:
-    """Return ``labels``, unless one of them marks examples without a label."""
+    """Return ``labels``, unless one of them marks examples without a label, or two of them look the
+    same."""
+    seen: dict[str, str] = {}
+    for label in labels:
+        other = seen.setdefault(" ".join(label.split()), label)
+        if other != label:
+            raise UserError(
+                f"{place} has the labels {other!r} and {label!r}, which differ in spaces only. "
+                "Write them in the same way."
+            )
     is_unknown = {"-1", "0", "1", "2"} <= set(labels) and "-2" not in labels
     if is_unknown:
         raise UserError(

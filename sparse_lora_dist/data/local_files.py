@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.small_files import unique_keys
 
 Columns = Sequence[str]
 """Names of the columns of a table without a header line; empty for a table with one."""
@@ -94,7 +95,7 @@ def _unnumbered(example: dict[str, Any]) -> tuple[int, dict[str, Any], str]:
 
 def _whole_text(file: Path) -> Numbered:
     try:
-        yield _unnumbered({"text": file.read_text(encoding="utf-8")})
+        yield _unnumbered({"text": file.read_text(encoding="utf-8-sig")})
     except UnicodeDecodeError as error:
         line = file.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(_not_utf8(file, line, error)) from error
@@ -224,7 +225,7 @@ def _no_object(value: Any, nulls: int) -> str:
 def _parsed(file: Path, line: int, content: bytes) -> Any:
     """Return the JSON value in ``content``, which begins at ``line`` of ``file``."""
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=_object)
+        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         line += content[: error.start].count(b"\n")
         raise UserError(_not_utf8(file, line, error)) from error
@@ -238,15 +239,6 @@ def _parsed(file: Path, line: int, content: bytes) -> Any:
             f"{file}:{line}: This line cannot be read: {type(error).__name__}: {error}. Correct it "
             "or remove it."
         ) from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):  # the JSON reader would silently take the last
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"an object has the key {twice!r} several times")
-    return found
 
 
 def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> str:

@@ -218,8 +218,13 @@ def _read_hub_folder(folder: Folder, split: str, place: str) -> FromFiles:
 
 
 def _is_one_table(files: tuple[Path, ...]) -> bool:
-    """Return True if the schemas of Parquet files are the same."""
+    """Return True if the schemas of Parquet files are the same, and ``datasets`` has all types in
+    it: a map, for example, it has not."""
     first, *others = (parquet.read_schema(file) for file in files)
+    try:
+        datasets.Features.from_arrow_schema(first)
+    except ValueError:
+        return False
     return all(first.equals(other) for other in others)
 
 

@@ -6,15 +6,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.data.chat import is_template
+from sparse_lora_dist.data.chat import has_marks, is_template
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import MESSAGES, TOOLS, Fields
 
 MOST_SHOWN = 6
 """Most names of a list on the screen. Further ones are only counted."""
+LONGEST = 200
+"""Most letters of a name on the screen."""
 MOST_RECORDED = 1000
 """Most columns that are not read of which a record holds the names: an example may have columns
 that no other has."""
+USUAL_ROLES = """
+    system developer user assistant tool tool_response function ipython observation
+""".split()
+"""Roles of messages that everybody knows whether the model writes them."""
+DATE = "strftime_now"
+"""Name of the function with which a chat template gets the date."""
 READ_KEYS = ("role", "content")
 """Keys of a message that every template renders."""
 
@@ -74,9 +82,10 @@ class Reading:
 def shown(names: Sequence[str]) -> str:
     """Return names as text, at most ``MOST_SHOWN`` of them; "none" if there are none."""
     more = f" and {len(names) - MOST_SHOWN:,} more" if len(names) > MOST_SHOWN else ""
-    # A name may have line breaks, or codes that a terminal obeys.
+    # A name may have line breaks, or codes that a terminal obeys, and be of any length.
     safe = (name if name.isprintable() else repr(name) for name in names[:MOST_SHOWN])
-    return (", ".join(safe) or "none") + more
+    cut = (name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in safe)
+    return (", ".join(cut) or "none") + more
 
 
 def describe(examples: Examples, columns: Collection[str], **more: Any) -> Reading:
@@ -114,6 +123,57 @@ def unread_keys(examples: Examples, fields: Fields, template: str | None) -> tup
         return ()
     keys = (key for key in examples.names.message_keys if key not in READ_KEYS)
     return tuple(f"{MESSAGES}.{key}" for key in keys if not names(template, key))
+
+
+def roles_of(examples: Examples, most: int = 1000) -> list[str]:
+    """Return the roles of the messages of the first examples, ``most`` of them."""
+    first = (record[MESSAGES] for _, record in zip(range(most), examples, strict=False))
+    return list(dict.fromkeys(message["role"] for messages in first for message in messages))
+
+
+def wrong_roles(examples: Examples) -> str:
+    """Return a sentence with the roles of the first examples; "" if one of them is the
+    assistant."""
+    roles = roles_of(examples)
+    if "assistant" in roles:
+        return ""
+    return (
+        f"Its messages have the roles {shown(roles)}, but the loss is on messages with the role "
+        "'assistant' only. Rename the role of the answers to 'assistant', and that of the "
+        "questions to 'user'. "
+    )
+
+
+def no_end(ends: Collection[str]) -> str:
+    """Return a note that none of the tokens that end an answer is learned."""
+    return (
+        f"no token that ends an answer is learned ({shown(list(ends))}), so the model does not "
+        "learn to stop. Use a --chat_template that ends each answer with such a token, within its "
+        "{% generation %} marks if it has them."
+    )
+
+
+def not_learned(examples: Examples, template: str | None) -> str:
+    """Return a note about roles other than the usual ones, whose messages are not learned; "" if
+    there are none, or the template has marks around what is learned."""
+    unusual = [role for role in roles_of(examples) if role not in USUAL_ROLES]
+    if has_marks(template) or not unusual:
+        return ""
+    return (
+        f"messages of the role {shown(unusual)} are rendered but not learned, since only those of "
+        "the role assistant are. If the model writes them, rename the role, or give a "
+        "--chat_template with {% generation %} marks."
+    )
+
+
+def writes_the_date(template: str | None) -> str:
+    """Return a note if a chat template writes the date; "" otherwise."""
+    if template is None or not names(template, DATE):
+        return ""
+    return (
+        f"the chat template writes the date into each row ({DATE}), so the rows of another day "
+        "differ, and a resume may be refused then. Give a --chat_template with a fixed date."
+    )
 
 
 def renders_tools(columns: Collection[str], template: str | None) -> bool:

@@ -22,7 +22,6 @@ from sparse_lora_dist.data.chat import (
     encode_text,
     end_of_turn,
     find_template,
-    has_marks,
 )
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import (
@@ -39,23 +38,19 @@ from sparse_lora_dist.data.read_files import cache_of, in_words, read_examples, 
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
-    names,
+    no_end,
+    not_learned,
     renders_tools,
-    shown,
     template_source,
     unread_keys,
+    writes_the_date,
+    wrong_roles,
 )
 from sparse_lora_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
 """Label of a token or row without a loss; torch's cross entropy ignores it."""
-DATE = "strftime_now"
-"""Name of the function with which a chat template gets the date."""
-USUAL_ROLES = """
-    system developer user assistant tool tool_response function ipython observation
-""".split()
-"""Roles of messages that everybody knows whether the model writes them."""
 CACHE_VERSION = 3
 """Version of the cache of tokens. Increase it when a change of this code gives other tokens for the
 same text, so that old caches are not used."""
@@ -155,6 +150,20 @@ class Documents:
             if len(found):
                 return [int(i) for i in found]
         return []
+
+    def first_with_id_from(self, least: int) -> tuple[int, int] | None:
+        """Return the index of the first document that has a token id of at least ``least``, and the
+        largest id in it; None if there is none. Reads all documents."""
+        found = self._table.select_columns(["input_ids"]).with_format("arrow")
+        for start in range(0, len(found), 1000):
+            lists = found[start : start + 1000]["input_ids"].combine_chunks()
+            if not (lists.flatten().to_numpy() >= least).any():
+                continue
+            for index in np.flatnonzero((self._kept >= start) & (self._kept < start + 1000)):
+                largest = int(self[int(index)].input_ids.max())
+                if largest >= least:
+                    return int(index), largest
+        return None
 
     def report(self) -> str:
         """Return one line of text: the number of documents, tokens and targets, and how many
@@ -283,29 +292,10 @@ def _with_template(
 
 
 def _no_document(documents: Documents, examples: Examples, fields: Fields, place: str) -> str:
-    roles = _wrong_roles(examples) if fields.kind == "messages" else ""
+    roles = wrong_roles(examples) if fields.kind == "messages" else ""
     return (
         f"{place} has no document to train on: {documents.report()}. {roles}Raise "
         "--sequence_length, or give other data."
-    )
-
-
-def _roles(examples: Examples, most: int = 1000) -> list[str]:
-    """Return the roles of the messages of the first examples."""
-    first = (record["messages"] for _, record in zip(range(most), examples, strict=False))
-    return list(dict.fromkeys(message["role"] for messages in first for message in messages))
-
-
-def _wrong_roles(examples: Examples) -> str:
-    """Return a sentence with the roles of the first examples; "" if one of them is the
-    assistant."""
-    roles = _roles(examples)
-    if "assistant" in roles:
-        return ""
-    return (
-        f"Its messages have the roles {shown(roles)}, but the loss is on messages with the "
-        "role 'assistant' only. Rename the role of the answers to 'assistant', and that of the "
-        "questions to 'user'. "
     )
 
 
@@ -336,33 +326,19 @@ def _reading(
     if fields.kind == "text":
         return describe(examples, fields.all_columns)
     learned = tokenizer.convert_ids_to_tokens(documents.targets_among(documents.ends.values()))
-    possible = shown(list(documents.ends))
-    no_end = (
-        f"no token that ends an answer is learned ({possible}), so the model does not learn "
-        "to stop. Use a --chat_template that ends each answer with such a token, within its "
-        "{% generation %} marks if it has them."
+    finds_turns = train_on == "response" and fields.kind == "messages"
+    notes = (
+        "" if learned else no_end(documents.ends),
+        not_learned(examples, template) if finds_turns else "",
+        writes_the_date(template),
     )
-    finds_turns = train_on == "response" and not has_marks(template)
-    roles = _roles(examples) if fields.kind == "messages" and finds_turns else []
-    unusual = [role for role in roles if role not in USUAL_ROLES]
-    not_learned = (
-        f"messages of the role {shown(unusual)} are rendered but not learned, since only those of "
-        "the role assistant are. If the model writes them, rename the role, or give a "
-        "--chat_template with {% generation %} marks."
-    )
-    dated = (
-        f"the chat template writes the date into each row ({DATE}), so the rows of another day "
-        "differ, and a resume may be refused then. Give a --chat_template with a fixed date."
-    )
-    is_dated = template is not None and names(template, DATE)
-    notes = {no_end: not learned, not_learned: bool(unusual), dated: is_dated}
     return describe(
         examples,
         fields.all_columns,
         unread_columns=unread_keys(examples, fields, template),
         template=template_source(chat_template, template, tokenizer.chat_template),
         answer_ends=tuple(learned),
-        notes=tuple(note for note, holds in notes.items() if holds),
+        notes=tuple(filter(None, notes)),
     )
 
 

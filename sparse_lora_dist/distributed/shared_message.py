@@ -26,6 +26,8 @@ from sparse_lora_dist.distributed.launch import Launch
 WAIT_S = 5.0
 """Longest time in seconds that a rank waits for the other ranks of its machine."""
 RETRY_S = 0.02
+OF_ONE_RANK = ("--local_rank", "--local-rank")
+"""Beginnings of the word that DeepSpeed's launcher adds to the command line of each rank."""
 AGAIN = b"again"
 """Answer to a rank that is not of the launch of the rank that answers."""
 
@@ -41,7 +43,10 @@ def name_of(launch: Launch, environ: Mapping[str, str]) -> str:
     place = f"{launch.address}:{launch.port}"
     if launch.address is None or launch.port is None:
         place = environ.get("PMIX_NAMESPACE") or f"child of {os.getppid()}"
-    words = [launch.launcher, str(launch.world_size), place, os.getcwd(), *sys.argv]
+    typed = [word for word in sys.argv if not word.startswith(OF_ONE_RANK)]
+    with suppress(OSError):  # the folder may have been removed
+        typed.append(os.getcwd())
+    words = [launch.launcher, str(launch.world_size), place, *typed]
     digest = hashlib.sha256("\0".join(words).encode(errors="replace")).hexdigest()[:32]
     return f"\0sparse_lora_dist.{os.getuid()}.{digest}"
 

@@ -23,7 +23,8 @@ from sparse_lora_dist.editing.question_scores import scored_questions
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.identity import Identity
-from sparse_lora_dist.training.feed import DataFeed, check_positions, settle_padding
+from sparse_lora_dist.training.feed import DataFeed, settle_padding
+from sparse_lora_dist.training.fits import check_ids, check_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,9 @@ def build_feed(
     rows = build_rows(edits, tokenizer, config)
     questions = [encode(tokenizer, one.question) for one in scored_questions(edits)]
     longest = max(int(rows.documents.lengths.max()), *(len(one.ids) for one in questions))
-    check_positions(model.module, longest, "--edits")
+    check_positions(model, longest, "--edits")
+    check_ids(model, tokenizer, [one.ids for one in questions], "--edits")
+    check_ids(model, tokenizer, rows.documents, "--edits")
     assert config.train.max_steps is not None
     return EditFeed(
         rows=rows,

@@ -23,6 +23,7 @@ from typing import Any
 from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.editing.edits import Edit, Edits, Question
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.small_files import unique_keys
 
 FIELD_NAMES: dict[str, tuple[str, ...]] = {
     "subject": ("subject", "concept"),
@@ -98,11 +99,12 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
     at, end = _skip_separators(text, 0), len(text)
     if text[at : at + 1] == "[":
         at, end = _skip_separators(text, at + 1), text.rindex("]")
-    line, counted_to = 1, 0
+    line, counted_to, decoder = 1, 0, json.JSONDecoder(object_pairs_hook=unique_keys)
     while at < end:
         line, counted_to = line + text.count("\n", counted_to, at), at
         try:
-            value, end_of_value = json.JSONDecoder().raw_decode(text, at)
+            value, end_of_value = decoder.raw_decode(text, at)
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         except json.JSONDecodeError as error:
             raise _not_json(path, error) from error
         except (ValueError, RecursionError) as error:

@@ -25,7 +25,7 @@ COMMON = """
 """Options of a training run that matter for edits, which ``--help`` shows."""
 RESULTS = "edits.json"
 """Name of the result file in the run folder."""
-NUMBER = re.compile(r"\d+|\d*:\d*")
+NUMBER = re.compile(r"[0-9]{1,18}|[0-9]{0,18}:[0-9]{0,18}")
 """One number, or a range with a colon, either end of which may be left out."""
 
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from sparse_lora_dist.data.reading import shown
 from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 
@@ -62,14 +63,14 @@ class Edits:
         for edit in self.edits:
             for name in ("portability", "locality"):
                 for kind, questions in getattr(edit, name).items():
-                    asked[f"{name} {kind}"] += len(questions)
+                    asked[f"{name} {shown([kind])}"] += len(questions)
         rephrased = sum(edit.rephrased is not None for edit in self.edits)
         parts = [counted(len(self.edits), "edit"), f"{rephrased:,} rephrased"]
         parts += [f"{name} {count:,}" for name, count in sorted(asked.items())]
         if self.without_answer:
             parts.append(f"{counted(self.without_answer, 'question')} left out (no answer)")
         if self.unread:
-            parts.append(f"fields that are not used: {', '.join(self.unread)}")
+            parts.append(f"fields that are not used: {shown(self.unread)}")
         return "; ".join(parts)
 
 

@@ -18,6 +18,7 @@ from sparse_lora_dist.config.paths import (
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.config.spelling import did_you_mean
+from sparse_lora_dist.system.small_files import MOST_BYTES, parse_json
 
 COMMON = """
     model precision quantization gradient_checkpointing eval_data text_field prompt_field
@@ -136,7 +137,25 @@ def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
         return [f"--{flag} must be a file, got the folder {path}"]
     if path.exists() and not overwrite:
         return [f"--{flag} {path} exists already. Give --overwrite or another name"]
+    if path.exists() and not _is_written_here(flag, path):
+        return [
+            f"--{flag} {path} is no file that --{flag} has written, so --overwrite does not "
+            "replace it. Give another name"
+        ]
     return []
+
+
+def _is_written_here(flag: str, path: Path) -> bool:
+    """Return True if a file is empty, or begins as those that the option ``flag`` writes."""
+    keys = {"output": {"results", "differences"}, "answers": {"adapter", "measure"}}
+    try:
+        if path.stat().st_size == 0:
+            return True
+        with path.open(encoding="utf-8") as file:
+            found = parse_json(file.readline() if flag == "answers" else file.read(MOST_BYTES))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and keys[flag] <= found.keys()
 
 
 def bad_options(flat: Mapping[str, Any]) -> list[str]:

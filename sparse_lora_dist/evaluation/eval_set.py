@@ -1,6 +1,6 @@
 """Reads and tokenises the evaluation data, once for all models that are compared."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from sparse_lora_dist.evaluation.answer_frame import AnswerFrame, find_frame
 from sparse_lora_dist.evaluation.eval_metrics import METRICS
 from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
 from sparse_lora_dist.evaluation.examples import Table
-from sparse_lora_dist.evaluation.questions import Encoder
+from sparse_lora_dist.evaluation.questions import Encoder, GeneratedQuestion
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.training.feed import check_positions, open_tokenizer, print_reading
+from sparse_lora_dist.training.feed import open_tokenizer, print_reading
+from sparse_lora_dist.training.fits import check_ids, check_positions
 
 RESULT_OPTIONS = (
     *("model", "revision", "quantization", "double_quant", "precision", "attn_implementation"),
@@ -108,9 +109,11 @@ def open_eval_set(
             raise UserError(f"--chat_template: {error}") from error
         prompts = [len(question.prompt) for name in generates for question in items[name]]
         longest = max(prompts, default=0) + request.own.max_new_tokens
-        check_positions(
-            model.module, longest if prompts else 0, "--eval_data with --max_new_tokens"
-        )
+        for name, found in items.items():
+            flag, scored = f"--eval_data (metric {name})", _token_ids(found)
+            check_ids(model, tokenizer, scored, flag)
+            check_positions(model, _longest(scored), flag)
+        check_positions(model, longest if prompts else 0, "--eval_data with --max_new_tokens")
     for name, found in items.items():
         counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
         print_line(name, counts)
@@ -135,3 +138,25 @@ def _frame(tokenizer: Any, template: str | None) -> AnswerFrame:
         return find_frame(tokenizer, template)
     except ExampleError:  # the template refuses a chat of one question and its answer
         return AnswerFrame()
+
+
+def _token_ids(items: Any) -> Documents | list[Sequence[int]]:
+    """Return the token ids of the examples of a metric: documents, or a list for each prompt or
+    choice."""
+    if isinstance(items, Documents):
+        return items
+    return [
+        ids
+        for item in items
+        for ids in (
+            [item.prompt]
+            if isinstance(item, GeneratedQuestion)
+            else [document.input_ids.tolist() for document in item.documents]
+        )
+    ]
+
+
+def _longest(scored: Documents | list[Sequence[int]]) -> int:
+    if isinstance(scored, Documents):
+        return int(scored.lengths.max())
+    return max(map(len, scored), default=0)

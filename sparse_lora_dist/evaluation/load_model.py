@@ -10,7 +10,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import Adapter
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.model.targets import NO_FIT
+from sparse_lora_dist.model.targets import NO_FIT, READ, in_short
 from sparse_lora_dist.training.trained_over import check_base
 
 PLAIN = Method(name="lora")
@@ -35,7 +35,7 @@ def open_model(config: Config, adapter: Adapter) -> tuple[Model, Adapter]:
     """
     wanted = AdapterConfig(rank=1, target_modules=".*", modules_to_save=adapter.full)
     try:
-        model = Model.open(replace(config, adapter=wanted))
+        model = Model.open(replace(config, adapter=wanted), all_sites=True)
     except UserError as error:
         if not str(error).startswith(NO_FIT):
             raise
@@ -48,6 +48,13 @@ def open_model(config: Config, adapter: Adapter) -> tuple[Model, Adapter]:
     absent = [site for site in adapter.scales if site not in linears]
     if absent:
         raise _does_not_fit(adapter, f"the model has no linear named {absent[0]}")
+    if passed := [site for site in adapter.scales if site in model.look.read]:
+        raise UserError(
+            f"The adapter {adapter.name} cannot be evaluated: it has {in_short(passed)}, but "
+            f"{READ}. Merge it into its base with launcher/export.py --format merged, or with "
+            "PEFT's merge_and_unload, and evaluate the result with --model.",
+            shared=True,
+        )
     model.sites = [  # in the model's order
         replace(site, rank=adapter.shapes[f"{name}.lora_a"][0])
         for name, site in linears.items()

@@ -112,7 +112,15 @@ def _number(sums: Sequence[float], weights: Sequence[float], interval: Interval)
 
 def _exponential(number: Number) -> Number:
     """Return the perplexity of a loss: the exponentials of its value and of its interval's ends."""
-    return {k: v if k == "examples" or v is None else math.exp(v) for k, v in number.items()}
+    return {k: v if k == "examples" or v is None else _exp(v) for k, v in number.items()}
+
+
+def _exp(loss: float) -> float | None:
+    """Return e to the power of ``loss``; None if no float is so large."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
 
 
 def as_text(content: Mapping[str, Any]) -> str:
@@ -135,6 +143,9 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 
 def _cells(name: str, number: Number, sign: str = "") -> tuple[str, str, str, str]:
-    low, high = number["low"], number["high"]
-    interval = "" if low is None else f"{low:{sign}.4f} to {high:{sign}.4f}"
-    return name, f"{number['value']:{sign}.4f}", interval, f"{number['examples']:,}"
+    value, low, high = (
+        None if number[key] is None else f"{number[key]:{sign}.4f}"
+        for key in ("value", "low", "high")
+    )
+    interval = "" if low is None else f"{low} to {high or 'infinity'}"
+    return name, value or "infinity", interval, f"{number['examples']:,}"

@@ -3,13 +3,13 @@
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.inject import inject
@@ -19,14 +19,12 @@ from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
     meta_model,
     output_head,
-    read_config,
-    resolve_folder,
 )
 from sparse_lora_dist.base_model.buffers import fill_buffers, move_buffers
 from sparse_lora_dist.base_model.cache.lookup import BaseCache, find_cache
 from sparse_lora_dist.base_model.cache.writer import write_cache
-from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, passed_over_in_words
-from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint, check_same_on_all_nodes
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
+from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
 from sparse_lora_dist.base_model.unread_tensors import in_words, unread_tensors
 from sparse_lora_dist.base_model.weight_map import (
@@ -38,24 +36,28 @@ from sparse_lora_dist.base_model.weight_map import (
 )
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
-from sparse_lora_dist.config.sections import AdapterConfig, ModelConfig
+from sparse_lora_dist.config.sections import ModelConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
-from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.methods.protocol.form import Site, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import trained_specs
-from sparse_lora_dist.model.saved_class import SavedClass, find_saved_class
-from sparse_lora_dist.model.targets import find_full, find_sites
+from sparse_lora_dist.model.base_files import (
+    DOWNLOAD,
+    check_checkpointing,
+    check_quantization,
+    open_files,
+)
+from sparse_lora_dist.model.look import Look, look_together, refuse_changing_weights
+from sparse_lora_dist.model.saved_class import SavedClass, by_our_names, find_saved_class
+from sparse_lora_dist.model.targets import find_full, find_sites, refuse_packed
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, classes_of, first_values, modules_inside
 from sparse_lora_dist.tasks.loss_head import install
 from sparse_lora_dist.zero3.parameters import ShardBuilder
 from sparse_lora_dist.zero3.slices import Values
-
-DOWNLOAD = "Check the files of the model, or download it again."
-"""What to do if a model cannot be opened, for messages."""
 
 
 @dataclass(kw_only=True)
@@ -88,6 +90,11 @@ class Model:
     """Hashes of the base's contents, taken by ``open``: the files may be gone or changed later."""
     saved_class: SavedClass | None = None
     """Class that config.json names, if ``module`` is of another one."""
+    look: Look = field(default_factory=Look)
+    """What is known of the architecture before its weights are read."""
+    as_before: bool = False
+    """True if the run began before architectures were looked at: it goes on as it was, whatever
+    ``look`` says."""
     cache: BaseCache | None = None
     """Cache of the 4-bit base on disk (--base_cache); if it does not exist yet, ``load`` writes it.
     None: the run uses no cache."""
@@ -97,13 +104,16 @@ class Model:
     """Builder of the sharded parameters. None until ``load``."""
 
     @classmethod
-    def open(cls, config: Config) -> "Model":
+    def open(cls, config: Config, *, as_before: bool = False, all_sites: bool = False) -> "Model":
         """Build the base model on the meta device and check the options against it. Collective.
 
         No weights are read. The base is downloaded if it is not on this node's disk.
 
         Args:
             config: configuration of the run.
+            as_before: True for a run that began before architectures were looked at.
+            all_sites: True to take every linear that --target_modules names as a site, also one
+                that a text does not run.
 
         Returns:
             The model, without weights and adapters until ``load`` is called.
@@ -112,20 +122,8 @@ class Model:
             UserError: on all ranks, if the base cannot be used or does not fit the options.
         """
         options = config.model
-        if options.trust_remote_code:
-            print_line(
-                "warning", f"--trust_remote_code runs Python code that comes with {options.model}"
-            )
         source = f"--model {options.model}"
-        with fail_together("opening the base model"):
-            with first_on_its_node():
-                folder = resolve_folder(resolve_default("model", options.model), options.revision)
-            with as_user_error(source, DOWNLOAD):
-                architecture = read_config(folder, trust_remote_code=options.trust_remote_code)
-                files = CheckpointFiles(folder)
-        fingerprint = check_same_on_all_nodes(options.model, folder, files)
-        if files.passed_over:
-            print_line("note", passed_over_in_words(files))
+        folder, architecture, files, fingerprint = open_files(options, source)
         task = TASKS[options.task]
         labels = as_user_error(f"--data {config.data.data}", "Check its labels, or convert them.")
         with fail_together("reading the labels"), first_on_its_node(), labels:
@@ -138,23 +136,27 @@ class Model:
                 attn_implementation=options.attn_implementation,
                 trust_remote_code=options.trust_remote_code,
             )
-            if options.gradient_checkpointing and not module.supports_gradient_checkpointing:
-                raise UserError(
-                    f"{type(module).__name__} does not support --gradient_checkpointing. Leave the "
-                    "option out."
-                )
+            check_checkpointing(options, module)
+        look = look_together(module, options.task)
+        with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
+            applied = Look() if as_before else look
+            refuse_changing_weights(module, applied)
             keys_of = find_keys(module, files)
             saved_class = None
             if options.task == "causal_lm":
                 saved_class = find_saved_class(module, architecture, files, keys_of)
-            wanted = _by_our_names(config.adapter, saved_class)
+            wanted = by_our_names(config.adapter, saved_class)
             head = task.head(module, files, keys_of)
             full = {**head.modules, **find_full(module, wanted.modules_to_save, head)}
-            sites = find_sites(module, wanted, modules_inside(full))
+            barred = Look() if all_sites else applied
+            sites, notes = find_sites(module, wanted, modules_inside(full), barred)
             sources = find_sources(module, files, keys_of, new=head.new)
             fill_buffers(module, stored=sources)
-            _check_quantization(options, architecture, files)
+            check_quantization(options, architecture, files)
+            refuse_packed(files, sources, applied)
         _note_unread(module, files, keys_of, task.trains_head)
+        for note in notes:
+            print_line("note", note)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
             module=module,
@@ -167,6 +169,8 @@ class Model:
             full=full,
             fingerprint=fingerprint,
             saved_class=saved_class,
+            look=look,
+            as_before=as_before,
         )
         model._find_cache(options)
         return model
@@ -194,7 +198,7 @@ class Model:
 
     def _not_quantized(self) -> set[str]:
         head = output_head(self.module)
-        return {head} if head else set()
+        return {*self.whole} | ({head} if head else set())
 
     def load(
         self,
@@ -349,6 +353,11 @@ class Model:
         return name if self.saved_class is None else self.saved_class.ours_of(name)
 
     @property
+    def whole(self) -> frozenset[str]:
+        """Names of linears whose weight the model uses by itself, so that they stay as they are."""
+        return frozenset() if self.as_before else self.look.read
+
+    @property
     def classes(self) -> list[str]:
         """Class names of a classifier, in the order of its logits; empty for other models."""
         return classes_of(self.module.config) if self.head.modules else []
@@ -358,45 +367,6 @@ class Model:
         """Hash of config.json and of the names, sizes and headers of the base's files."""
         assert self.fingerprint is not None
         return self.fingerprint.headers
-
-
-def _by_our_names(adapter: AdapterConfig, saved_class: SavedClass | None) -> AdapterConfig:
-    """Return the options of the adapter with our names, where whole names of modules in the class
-    of config.json are given."""
-    if saved_class is None:
-        return adapter
-    targets, full = adapter.target_modules, adapter.modules_to_save
-    if not isinstance(targets, str):
-        targets = tuple(saved_class.ours.get(name, name) for name in targets)
-    full = tuple(saved_class.ours.get(name, name) for name in full)
-    return replace(adapter, target_modules=targets, modules_to_save=full)
-
-
-def _check_quantization(
-    options: ModelConfig, architecture: PretrainedConfig, files: CheckpointFiles
-) -> None:
-    """Raise ``UserError`` if the base files contradict config.json or --quantization.
-
-    Either config.json says that the weights are quantised and they are not, or --quantization none
-    is given for a quantised base.
-
-    Args:
-        options: options of the model.
-        architecture: contents of config.json.
-        files: safetensors files of the base.
-    """
-    said = getattr(architecture, "quantization_config", None) is not None
-    if said and not is_quantized(files):
-        raise UserError(
-            f"{files.folder}/config.json says that the weights are already quantised by "
-            "bitsandbytes, but the files hold no quantised weights. Remove quantization_config "
-            "from config.json, or download the model again."
-        )
-    if is_quantized(files) and options.quantization == "none":
-        raise UserError(
-            f"--model {options.model} is already quantised to 4 bits, which --quantization none "
-            "cannot undo. Use --quantization nf4, or give the model with the original weights."
-        )
 
 
 def _note_unread(

@@ -12,7 +12,7 @@ with other names is refused there, or loads and does nothing.
 
 import copy
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.weight_map import Keys, find_keys
+from sparse_lora_dist.config.sections import AdapterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,3 +112,15 @@ def find_saved_class(
         if ours in names and ours != found:
             modules[ours] = found
     return SavedClass(name=str(name), modules=modules)
+
+
+def by_our_names(adapter: AdapterConfig, saved_class: SavedClass | None) -> AdapterConfig:
+    """Return the options of the adapter with our names, where whole names of modules in the class
+    of config.json are given."""
+    if saved_class is None:
+        return adapter
+    targets, full = adapter.target_modules, adapter.modules_to_save
+    if not isinstance(targets, str):
+        targets = tuple(saved_class.ours.get(name, name) for name in targets)
+    full = tuple(saved_class.ours.get(name, name) for name in full)
+    return replace(adapter, target_modules=targets, modules_to_save=full)

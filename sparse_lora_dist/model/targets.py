@@ -8,21 +8,33 @@ from collections.abc import Collection, Iterable, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sparse_lora_dist.base_model.architecture import output_head
+from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
+from sparse_lora_dist.base_model.weight_map import Packed, Sources
 from sparse_lora_dist.config.sections import AdapterConfig
+from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.model.look import Look
 from sparse_lora_dist.system.patterns import matching
 from sparse_lora_dist.tasks.class_head import Head, modules_inside
 
+READ = "the model uses their weight without calling them"
+"""Why linears of ``Look.read`` are left as they are, for messages."""
 NO_FIT = "--modules_to_save does not fit this model. "
 """Start of the message about wrong --modules_to_save."""
 
 
-def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[str]) -> list[Site]:
-    """Return the linears that get an adapter (called sites). Not a collective.
+def find_sites(
+    model: PreTrainedModel,
+    adapter: AdapterConfig,
+    full: Collection[str],
+    look: Look = Look(),  # noqa: B008 (it is frozen)
+) -> tuple[list[Site], list[str]]:
+    """Return the linears that get an adapter (called sites), and what to tell. Not a collective.
 
     Args:
         model: base model; it may be on the meta device.
@@ -30,13 +42,16 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
             output head), another string (a regular expression that must match a whole name), or a
             sequence of names (each a whole name, or the part of one that follows a dot).
         full: names of modules that train in full, which get no adapter.
+        look: what is known of the model. Linears that a text does not run, and those whose weight
+            the model uses without calling them, get no adapter.
 
     Returns:
-        Name, sizes and rank of each of these linears, in the model's order.
+        Name, sizes and rank of each of these linears, in the model's order; and sentences about
+        those that get none.
 
     Raises:
-        UserError: a name matches no linear, or the rank is larger than in_features or out_features
-            of a linear.
+        UserError: a name matches no linear, or only linears that can get no adapter, or the rank is
+            larger than in_features or out_features of a linear.
     """
     wanted, head = adapter.target_modules, output_head(model)
     linears = {n: m for n, m in model.named_modules() if is_plain_linear(m) and n not in full}
@@ -49,9 +64,14 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
     names = () if isinstance(wanted, str) else wanted
     unused = [w for w in names if not any(is_called(n, w) for n in chosen)]
     if unused or not chosen:
+        raise UserError(_no_match(model, ", ".join(unused) or str(wanted), linears))
+    matched, chosen = chosen, [n for n in chosen if n not in look.unrun | look.read]
+    unused = [w for w in names if not any(is_called(n, w) for n in chosen)]
+    if unused or not chosen:
+        reasons = _left_out(look, matched, "get no adapter")
         raise UserError(
-            f"No linear of this model matches --target_modules {', '.join(unused) or wanted}. "
-            f"Its linears are called {_endings(linears)}. Name some of these, or use all-linear."
+            f"--target_modules {', '.join(unused) or wanted} names only linears that can get no "
+            f"adapter: {'; '.join(reasons)}. Name others, or use all-linear."
         )
     sites = [
         Site(
@@ -63,7 +83,38 @@ def find_sites(model: PreTrainedModel, adapter: AdapterConfig, full: Collection[
         for name in chosen
     ]
     _check_ranks(sites)
-    return sites
+    return sites, _left_out(look, matched, "get no adapter")
+
+
+def _left_out(look: Look, matched: Sequence[str], what: str) -> list[str]:
+    """Return a sentence about each kind of linear that gets no adapter, of those that match."""
+    unrun, read = ([n for n in matched if n in some] for some in (look.unrun, look.read))
+    told = [(unrun, "because a text does not run them"), (read, f"because {READ}")]
+    return [f"{in_short(names)} {what}, {why}" for names, why in told if names]
+
+
+def in_short(names: Sequence[str]) -> str:
+    """Return the number of some linears and the name of the first: "14 linears (a.b, ...)"."""
+    more = ", ..." if len(names) > 1 else ""
+    return f"{counted(len(names), 'linear')} ({names[0]}{more})"
+
+
+def _no_match(model: PreTrainedModel, wanted: str, linears: Iterable[str]) -> str:
+    """Return the message that --target_modules matches no linear, and why if it is known."""
+    head = output_head(model)
+    if usable := [name for name in linears if name != head]:
+        return (
+            f"No linear of this model matches --target_modules {wanted}. Its linears are called "
+            f"{_endings(usable)}. Name some of these, or use all-linear."
+        )
+    others = {type(m).__name__ for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
+    others -= {"Linear"}
+    made_of = f" but {', '.join(sorted(others))}" if others else ""
+    return (
+        f"A {model.config.model_type} model cannot be trained here: its layers have no nn.Linear"
+        f"{made_of}. Only nn.Linear itself can be held in 4 bits and get an adapter. Choose "
+        "another --model."
+    )
 
 
 def _check_ranks(sites: Sequence[Site]) -> None:
@@ -137,3 +188,13 @@ def is_called(name: str, ending: str) -> bool:
 
 def _endings(names: Iterable[str]) -> str:
     return ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
+
+
+def refuse_packed(files: CheckpointFiles, sources: Sources, look: Look) -> None:
+    """Raise ``UserError`` if the files hold a weight in 4 bits that must be there as it is."""
+    packed = [n for n in sorted(look.read) if isinstance(sources.get(f"{n}.weight"), Packed)]
+    if packed:
+        raise UserError(
+            f"{files.folder} holds {in_short(packed)} in 4 bits, but {READ}. Give a --model with "
+            "the original weights."
+        )

@@ -40,6 +40,7 @@ def say_whether_it_fits(config: Config, model: Model, engine_config: Mapping[str
         model=model.module,
         sites=tuple(model.sites),
         trained=tuple(modules_inside(model.full)),
+        whole=model.whole,
         config=config,
     )
     try:

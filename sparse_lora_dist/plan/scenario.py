@@ -134,6 +134,8 @@ class Shapes:
     """Names of modules trained in full."""
     config: Config
     """All options of the run."""
+    whole: frozenset[str] = frozenset()
+    """Names of linears that are not quantised, besides the output head."""
     whole_logits: bool = False
     """True if the logits of all tokens are computed at once, False if in chunks of tokens."""
     notes: list[str] = field(default_factory=list)
@@ -192,6 +194,7 @@ class Shapes:
             self.sites,
             self.method,
             self.trained,
+            self.whole,
             quantize=self.config.model.quantization == "nf4",
             double_quant=self.config.model.double_quant,
             dtype=self.dtype,
@@ -231,7 +234,7 @@ class Shapes:
             self.notes.append(note)
         with torch.device("meta"):
             model = LlamaForCausalLM._from_config(sizes, dtype=self.dtype)
-        return self._played(model, find_sites(model, AdapterConfig(rank=1), ()))
+        return self._played(model, find_sites(model, AdapterConfig(rank=1), ())[0])
 
     def _played(self, model: PreTrainedModel, sites: Sequence[Site]) -> StepMemory:
         config = self.config

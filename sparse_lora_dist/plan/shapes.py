@@ -13,6 +13,7 @@ from sparse_lora_dist.base_model.architecture import (
 )
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.model.look import look_at, settle_packing
 from sparse_lora_dist.model.targets import find_full, find_sites
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.plan.scenario import Shapes
@@ -53,13 +54,17 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
     head = Head(modules=beside_base(model) if TASKS[options.task].trains_head else {})
     full = {**head.modules, **find_full(model, config.adapter.modules_to_save, head)}
     trained = modules_inside(full)
+    look = look_at(model, options.task)
+    config, packing = settle_packing(config, look, architecture.model_type)
+    sites, left_out = find_sites(model, config.adapter, trained, look)
     return Shapes(
         model=model,
-        sites=tuple(find_sites(model, config.adapter, trained)),
+        sites=tuple(sites),
+        whole=look.read,
         trained=tuple(trained),
         config=config,
         whole_logits=whole_logits,
-        notes=notes,
+        notes=[*notes, *packing, *left_out],
     )
 
 

@@ -40,7 +40,7 @@ from sparse_lora_dist.runtime.stuck_ranks import (
     find_lost,
     find_store_lost,
 )
-from sparse_lora_dist.system.oom_kills import oom_kills
+from sparse_lora_dist.system.cgroups import oom_kills
 from sparse_lora_dist.system.processes import kill, mark_this_process, this_process
 
 TURNS = 20

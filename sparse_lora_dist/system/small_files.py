@@ -80,3 +80,21 @@ def parse_json(
         return json.loads(text, object_pairs_hook=hook, parse_constant=constant)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict. Pass it to ``json.loads`` as ``object_pairs_hook``:
+    without it the last of several values counts.
+
+    Args:
+        pairs: keys and values of the object in their order.
+
+    Raises:
+        ValueError: a key is there several times.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key {twice!r} several times")
+    return found

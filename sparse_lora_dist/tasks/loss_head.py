@@ -55,6 +55,8 @@ class LossHead(nn.Module):
         self.refused: str | None = None
         """Name of an operation that the model applies to the logits of all tokens at once, so that
         they cannot be computed in chunks. None if there is none."""
+        self.told = False
+        """True once a note about ``refused`` was printed."""
         self.targets: tuple[Tensor, Tensor] | None = None
         """(positions of the target tokens in the flattened micro-batch, tokens that they should
         predict), both int64 [N] on the device. None outside ``expecting``."""
@@ -279,6 +281,35 @@ def each_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(logits_NV.float(), labels_N, reduction="none")
 
 
+def logits_of(engine: Engine, inputs: dict[str, Any], *, by_row: bool = False) -> Tensor:
+    """Return the logits of all tokens of a few short rows, without gradient. Collective.
+
+    If it is the first forward of the model, it is also used to record which operations the model
+    applies to the logits after the head.
+
+    Args:
+        engine: engine that runs the model.
+        inputs: the model's inputs by name, on the device.
+        by_row: True to run one row at a time.
+    """
+    count = inputs["input_ids"].shape[0]
+    parts = [slice(i, i + 1) for i in range(count)] if by_row else [slice(count)]
+    here = {k: v.to(comm.device()) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return torch.cat([_logits(engine, _cut(here, part)) for part in parts])
+
+
+def _logits(engine: Engine, inputs: dict[str, Any]) -> Tensor:
+    head = cast(PreTrainedModel, engine.model).get_output_embeddings()
+    if isinstance(head, LossHead) and head.after is None:
+        return _record_operations(engine, head, inputs)
+    with torch.no_grad():
+        return cast(Tensor, engine(**inputs).logits)
+
+
+def _cut(inputs: dict[str, Any], *part: slice) -> dict[str, Any]:
+    return {k: v[part] if isinstance(v, Tensor) else v for k, v in inputs.items()}
+
+
 def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
     """Return the model's ``LossHead``; None if the logits of all tokens are needed at once.
 
@@ -293,37 +324,40 @@ def _loss_head(engine: Engine, inputs: dict[str, Any]) -> LossHead | None:
     if not isinstance(head, LossHead):
         return None
     if head.after is None:
-        _record_operations(engine, head, inputs)
+        _record_operations(engine, head, _cut(inputs, slice(None), slice(2)))
+    if head.refused is not None and not head.told:
+        _tell_refused(engine, head, inputs["input_ids"].numel())
     return head if head.refused is None else None
 
 
-def _record_operations(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> None:
+def _record_operations(engine: Engine, head: LossHead, inputs: dict[str, Any]) -> Tensor:
     """Record the operations that the model applies to the logits after the head. Collective.
-
-    Runs a forward of the first two tokens of each row. Prints a note if the operations cannot be
-    applied to a few tokens at a time.
 
     Args:
         engine: engine that runs the model.
         head: output head of the model. Its ``after`` and ``refused`` are set.
-        inputs: the model's inputs by name, on the device.
+        inputs: the model's inputs by name, on the device, of few tokens.
+
+    Returns:
+        The logits of these tokens.
     """
-    few = {k: v[:, :2] if isinstance(v, Tensor) else v for k, v in inputs.items()}
     watch = OperationRecorder()
     # Runs after DeepSpeed's own hooks, so it sees the tensor that the model gets.
     handle = head.register_forward_hook(lambda module, args, y: watch.begin(y))
     with torch.no_grad(), watch:
-        logits = engine(**few).logits
+        logits: Tensor = engine(**inputs).logits
     handle.remove()
     watch.end(logits)
     head.after, head.refused = watch.operations, watch.refused
-    if head.refused is not None:
-        size = megabytes(inputs["input_ids"].numel() * head.vocabulary * logits.element_size())
-        print_line(
-            "note",
-            f"this architecture applies {head.refused} to its logits, so all of them",
-        )
-        print_line(
-            "",
-            f"are computed at once: {size} a micro-batch, and as much again for their gradient",
-        )
+    return logits
+
+
+def _tell_refused(engine: Engine, head: LossHead, tokens: int) -> None:
+    """Print, once, why the logits of all tokens of a micro-batch are computed at once."""
+    head.told = True
+    dtype = next(engine.model.parameters()).dtype
+    size = megabytes(tokens * head.vocabulary * dtype.itemsize)
+    print_line("note", f"this architecture applies {head.refused} to its logits, so all of them")
+    print_line(
+        "", f"are computed at once: {size} a micro-batch, and as much again for their gradient"
+    )

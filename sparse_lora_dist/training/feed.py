@@ -8,22 +8,24 @@ from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any
 
-from torch import nn
 from transformers import AutoTokenizer
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import eval_source, resolve_default
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import Collate, MicroBatch, Reading, Rows, be_quiet, micro_batches, pack
+from sparse_lora_dist.data.batches import padded_length
 from sparse_lora_dist.data.chat import find_template
 from sparse_lora_dist.data.fingerprint import hash_of_documents, hash_of_files, hash_of_tokenizer
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.model.look import rows_of_embedding
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.identity import Identity, in_words
 from sparse_lora_dist.tasks import TASKS
+from sparse_lora_dist.training.fits import check_ids, check_positions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +249,8 @@ def open_tokenizer(config: Config, model: Model) -> Any:
 def settle_padding(model: Model, tokenizer: Any) -> int:
     """Return the token id used as padding, and set it as ``pad_token_id`` of the model's config.
 
-    It is the first that exists of: the model's pad token, the tokenizer's pad token, the
-    tokenizer's eos token, 0.
+    It is the first that exists, and has a row in the model's embedding, of: the model's pad token,
+    the tokenizer's pad token, the tokenizer's eos token, 0.
 
     Args:
         model: model whose config is changed.
@@ -256,8 +258,9 @@ def settle_padding(model: Model, tokenizer: Any) -> int:
     """
     architecture = model.module.config.get_text_config()
     padding = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    rows = rows_of_embedding(model.module)
     # Decoders for classification look for it: they answer at the last token before the padding.
-    architecture.pad_token_id = next(i for i in padding if i is not None and i >= 0)
+    architecture.pad_token_id = next(i for i in padding if i is not None and 0 <= i < rows)
     return int(architecture.pad_token_id)
 
 
@@ -295,7 +298,10 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         packing=config.packs,
         seed=config.train.seed,
     )
-    check_positions(model.module, int(documents.lengths.max()), flag)
+    longest = int(documents.lengths.max())
+    padded = padded_length([longest], data.sequence_length)
+    check_positions(model, longest, flag, padded=padded)
+    check_ids(model, tokenizer, documents, flag)
     print_line(
         flag.lstrip("-"),
         f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
@@ -327,27 +333,3 @@ def print_reading(reading: Reading | None, *, notes: bool) -> None:
         print_line("", reading.report())
         for note in reading.notes if notes else ():
             print_line("note", f"--data: {note}")
-
-
-def check_positions(model: nn.Module, longest: int, flag: str) -> None:
-    """Raise UserError if a row is longer than the model's table of position embeddings. torch's own
-    error would only say that an index is out of range.
-
-    Args:
-        model: model whose tables are looked up; most models have none.
-        longest: number of tokens of the longest row.
-        flag: command-line flag of the data, for the message.
-
-    Raises:
-        UserError: the longest row has more tokens than the table has positions.
-    """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            # RoBERTa counts positions from padding_idx + 1.
-            before = 0 if module.padding_idx is None else module.padding_idx + 1
-            room = module.num_embeddings - before
-            if longest > room:
-                raise UserError(
-                    f"In {flag} the longest row has {longest} tokens, but the model has only "
-                    f"{room} positions ({name}). Set --sequence_length to {room} or less."
-                )

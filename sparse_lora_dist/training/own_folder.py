@@ -23,6 +23,7 @@ from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.config.yaml_file import parse_yaml
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.model.prompting import GENERATION, TEMPLATE
 from sparse_lora_dist.run_folder import lock
 from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.runtime import heartbeats
@@ -52,7 +53,7 @@ MADE = (*FILES, CHECKPOINTS, ADAPTER, TENSORBOARD)
 """Files and folders that a run writes into its folder, besides lock, heartbeats and marker."""
 HOLDS_A_RUN = ("metrics.jsonl", CHECKPOINTS)
 """Entries of MADE that show that a run has begun, and did not end before its first step."""
-OF_ADAPTER = ("adapter_config.json", WEIGHTS, APART, "id2label.json")
+OF_ADAPTER = ("adapter_config.json", WEIGHTS, APART, "id2label.json", TEMPLATE, GENERATION)
 """Files that a run writes into the folder of its adapter."""
 OF_THE_SYSTEM = re.compile(
     r"lost\+found|\.snapshot|\.nfs[0-9a-f]+|\.DS_Store|\.gitkeep|\.gitignore"

@@ -47,6 +47,11 @@ DATA_OPTIONS = tuple(f.name for f in fields(DataConfig))
 """Options that decide what the rows of the data are."""
 
 
+LOOK = "look"
+"""Key of the description of a run over an architecture that was looked at (``model.look``) and is
+set up in another way for it."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resume:
     """Checkpoint that the run continues from. It has been checked to fit the run."""
@@ -93,12 +98,12 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
     wanted = config.run.resume
     if wanted == "never":
         return None
-    path = _saved_since_requeue(config) or _requested(wanted, _own(config))
+    path = _saved_since_requeue(config) or _requested(wanted, own_checkpoints(config))
     if path is None:
         folder = config.run.output_dir
         print_line("resumes", f"nothing: {folder} holds no checkpoint, so the run begins at step 0")
         return None
-    reset = frozenset() if path.parent == _own(config) else frozenset(config.run.reset)
+    reset = frozenset() if path.parent == own_checkpoints(config) else frozenset(config.run.reset)
     with fail_together(f"opening {path}"), as_user_error(str(path), "Resume from another step."):
         manifest = checkpoint.read_manifest(path)
         found = Resume(path=path, manifest=manifest, reset=reset)
@@ -120,7 +125,7 @@ def source_of(config: Config) -> Path | None:
     if wanted in ("auto", "never"):
         return None
     path = Path(wanted).resolve()
-    return None if path.parent == _own(config).resolve() else path
+    return None if path.parent == own_checkpoints(config).resolve() else path
 
 
 def _is_finished(found: Resume, config: Config, feed: DataFeed) -> bool:
@@ -155,7 +160,8 @@ def is_requeued() -> bool:
     return restart_count(os.environ) > 0
 
 
-def _own(config: Config) -> Path:
+def own_checkpoints(config: Config) -> Path:
+    """Return the folder of the run's own checkpoints."""
     return Path(config.run.output_dir) / "checkpoints"
 
 
@@ -173,7 +179,7 @@ def _saved_since_requeue(config: Config) -> Path | None:
     run = config.run
     if run.resume == "auto" or not is_requeued():
         return None
-    newest = checkpoint.newest_whole(_own(config))
+    newest = checkpoint.newest_whole(own_checkpoints(config))
     began = {} if newest is None else checkpoint.read_manifest(newest)["config"]
     same = (began.get("resume"), began.get("reset")) == (run.resume, list(run.reset))
     return newest if same else None
@@ -317,6 +323,7 @@ def describe(config: Config, model: Model, feed: DataFeed, method: Method) -> di
         **_options_of_tensors(config, model, method),
         # Only where needed: checkpoints of earlier versions lack these keys.
         **({"rows": feed.identity} if feed.identity else {}),
+        **({LOOK: 1} if model.look.matters and not model.as_before else {}),
         **({"task": config.model.task, "classes": model.classes} if model.classes else {}),
     }
 

@@ -13,6 +13,8 @@ from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.system.program_names import command
 from sparse_lora_dist.training.feed import DataFeed
 
+LARGEST = 1e300
+"""Numbers of metrics.jsonl from here on are not of this program."""
 SCORES = (("held_out_accuracy", "accuracy"), ("held_out_matthews", "Matthews"))
 """Scores that a task may have besides the loss: (key in metrics.jsonl, name on the screen)."""
 
@@ -109,15 +111,17 @@ def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
     for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
         losses = _numbers(rows, key)
         if len(losses) > 1:
-            change = 100 * (losses[-1] / losses[0] - 1)
-            loss = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per {target} ({change:+.1f}%)"
+            loss = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per {target}"
+            if losses[0] > 0:
+                loss += f" ({100 * (losses[-1] / losses[0] - 1):+.1f}%)"
             return "; ".join([f"{name} {loss}", *_changes(rows)])
     return "the run is too short to show a change: raise --max_steps"
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]], key: str) -> list[float]:
     """Return the values of one key that are numbers: metrics.jsonl may hold foreign records."""
-    return [v for row in rows if isinstance(v := row.get(key), int | float)]
+    values = (row.get(key) for row in rows)
+    return [float(v) for v in values if isinstance(v, int | float) and abs(v) < LARGEST]
 
 
 def _changes(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -322,12 +322,13 @@ def test_what_is_cut_short_leaves_nothing_half_written(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, how: str
 ) -> None:
     output = tmp_path / "results.json"
-    output.write_text("earlier")
+    earlier = '{"results": [], "differences": []}'
+    output.write_text(earlier)
     asked = {"metrics": "loss,exact", "output": output, "overwrite": "true", "limit": 4}
     (end,) = ranks(1, f"{WORK}:{how}", flags=flags(tiny, **asked))
     unwritten = "UserError: An error occurred while writing"
     assert end.startswith("KeyboardInterrupt" if how == "interrupted" else unwritten)
-    assert output.read_text() == "earlier"
+    assert output.read_text() == earlier
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"]
 
 
@@ -491,7 +492,7 @@ def test_all_wrong_options_are_told_of_at_once(tiny: TinyRun) -> None:
 
 def test_a_file_is_replaced_only_when_that_is_asked(tiny: TinyRun, tmp_path: Path) -> None:
     output = tmp_path / "results.json"
-    output.write_text("earlier")
+    output.write_text('{"results": [], "differences": []}')
     with pytest.raises(ConfigError, match="Give --overwrite"):
         load_request(flags(tiny, output=output))
     load_request(flags(tiny, output=output, overwrite="true"))

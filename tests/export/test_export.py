@@ -1,6 +1,7 @@
 """The adapter in PEFT's format: what PEFT makes of it, and going on from it."""
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 
@@ -126,11 +127,16 @@ def adapter(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactor
 def test_training_goes_on_from_an_exported_adapter(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, adapter: Path
 ) -> None:
-    options = {"init_adapter": adapter / "adapter", "modules_to_save": "lm_head"}
-    ranks(2, TRAIN, flags=tiny.flags(tmp_path, **options))
+    first = tmp_path / "first"
+    shutil.copytree(adapter / "adapter", first)
+    options = {"init_adapter": first, "modules_to_save": "lm_head"}
+    flags = tiny.flags(tmp_path / "run", **options)
+    ranks(2, TRAIN, flags=[*flags, "--stop_after", "2"])
+    first.rename(tmp_path / "gone")  # modelscope/ms-swift#3396: the checkpoint has all of it
+    ranks(2, TRAIN, flags=[*flags, "--resume", "auto"])
     last, rows = (
         read_records(adapter / "metrics.jsonl")[-1],
-        read_records(tmp_path / "metrics.jsonl"),
+        read_records(tmp_path / "run" / "metrics.jsonl"),
     )
     assert rows[0]["held_out_loss"] == pytest.approx(last["held_out_loss"], abs=1e-6)
     assert rows[-1]["loss"] < rows[1]["loss"]

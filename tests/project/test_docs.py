@@ -33,8 +33,8 @@ OTHERS = set(
     config print_config help help_all output png logdir quiet
     num_gpus hostfile no_ssh node_rank master_addr master_port standalone nproc_per_node nnodes
     rdzv_backend rdzv_endpoint rdzv_id max_restarts bind no module wheel
-    nodes gpus ntasks cpus time signal partition account me array dependency mem
-    enable lora max model_args kills seed constraint
+    nodes gpus ntasks cpus time signal partition account me array dependency mem chdir
+    enable lora chat generation max model_args kills seed constraint
     """.split()
 )
 """Flags of other programs that the pages name, up to their first hyphen."""

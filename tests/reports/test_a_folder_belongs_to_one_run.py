@@ -104,15 +104,19 @@ def test_a_run_that_has_nothing_to_resume_says_so(
     assert f"resumes   nothing: {tmp_path}/a holds no checkpoint" in said
 
 
+def dates_of(folder: Path) -> dict[Path, int]:
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
 def test_a_finished_run_that_is_submitted_again_says_so_and_keeps_its_record(
     ranks: Ranks, tiny: TinyRun, made: Path
 ) -> None:
-    before = content(made)
+    before, dates = content(made), dates_of(made)
     flags = tiny.flags(made, max_steps=3, save_every=1, resume="auto", learning_rate=0.5)
     (said,) = ranks(1, TRIED, flags=flags)
     assert f"finished  {made} has made all its 3 steps already. Nothing is trained" in said
     assert "have no effect: learning_rate 0.01 -> 0.5" in said
-    assert content(made) == before
+    assert (content(made), dates_of(made)) == (before, dates)
 
 
 def test_notes_beside_and_in_the_adapter_stay_when_a_run_goes_on(

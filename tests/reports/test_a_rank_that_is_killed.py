@@ -11,7 +11,7 @@ import pytest
 from sparse_lora_dist.runtime.heartbeats import Heartbeat
 from sparse_lora_dist.runtime.stuck_ranks import find_closed
 from sparse_lora_dist.system import processes
-from sparse_lora_dist.system.oom_kills import oom_kills
+from sparse_lora_dist.system.cgroups import oom_kills
 from sparse_lora_dist.system.processes import Process, this_process
 
 HERE = this_process()

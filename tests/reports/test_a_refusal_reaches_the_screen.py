@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.launch import find_launch
 from sparse_lora_dist.distributed.phases import fail_together
+from sparse_lora_dist.distributed.shared_message import name_of
 from sparse_lora_dist.errors import HeldError, StorageError, UserError
 from tests.distributed.test_launchers import REPOSITORY, TORCHRUN, start
 from tests.tiers import in_full
@@ -96,6 +98,19 @@ def test_two_launches_with_one_command_and_port_both_say_the_reason(tmp_path: Pa
     launched = [Launched(tmp_path / name, 0, "finding") for name in ("a", "b")]
     for ranks in launched:
         assert ranks.end().count("  - the reason") == 1
+
+
+def test_ranks_of_one_launch_meet_whatever_their_launcher_adds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = set()
+    for rank, word in enumerate(("--local_rank=0", "--local_rank=1", "--local-rank=2")):
+        launch = find_launch(variables("deepspeed", rank, 3, "29500"))
+        monkeypatch.setattr(sys, "argv", ["train.py", word, "--rank", "4"])
+        names.add(name_of(launch, {}))
+    assert len(names) == 1
+    monkeypatch.setattr(sys, "argv", ["train.py", "--rank", "8"])
+    assert name_of(launch, {}) not in names
 
 
 def test_eight_ranks_say_it_once(tmp_path: Path) -> None:

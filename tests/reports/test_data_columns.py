@@ -4,10 +4,13 @@ import json
 from datetime import datetime
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import load_labelled, read_classes
+from sparse_lora_dist.data.reading import shown
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.feed import given
@@ -225,3 +228,29 @@ def test_a_chat_without_an_assistant_names_its_roles(tmp_path):
     for template in (MARKED, PLAIN):
         with pytest.raises(UserError, match="roles human, gpt, but the loss is on .* 'assistant'"):
             load(jsonl(tmp_path / "a.jsonl", rows), byte_tokenizer(template=template))
+
+
+def test_labels_that_look_the_same_and_a_column_with_two_roles_are_refused(tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": v} for v in ("0", " 0", "1")])
+    with pytest.raises(UserError, match="the labels '0' and ' 0', which differ in spaces only"):
+        read_classes(str(path), label_field="label", column_names=(), flag="--data")
+    with pytest.raises(UserError, match="name the column 'label' twice"):
+        load_labelled(
+            str(path), byte_tokenizer(), text_fields=["label"], label_field="label",
+            column_names=(), classes=["0", "1"], segments=False, sequence_length=8,
+            max_samples=None,
+        )  # fmt: skip
+
+
+def test_names_of_data_are_shown_without_codes_that_a_terminal_obeys():
+    assert shown(["a\x1b[31m"]) == repr("a\x1b[31m") and len(shown(["x" * 9999])) < 250
+
+
+def test_an_unread_column_of_a_type_that_datasets_lacks_does_not_matter(tmp_path):
+    labels = pa.array([[("k", 1)], [("z", 2)]], pa.map_(pa.string(), pa.int64()))
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"prompt": ["a", "b"], "response": ["x", "y"], "m": labels}), path)
+    tokenizer = byte_tokenizer(template=PLAIN)
+    documents = load(path, tokenizer)
+    assert learned(documents, tokenizer) == ["x<|end|>\n", "y<|end|>\n"]
+    assert documents.reading.unread_columns == ("m",)

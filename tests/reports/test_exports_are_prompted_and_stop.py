@@ -38,7 +38,7 @@ def run(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -
     """A run with a template of its own, whose base ends at </s> only."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "chat.jinja").write_text(GIVEN)
-    options = {"chat_template": folder / "chat.jinja", "max_steps": 24}
+    options = {"chat_template": folder / "chat.jinja", "max_steps": 60, "data": tiny.held_out}
     flags = tiny.flags(folder / "run", **options, quantization="none")
     ranks(1, "tests.work.run:train", flags=flags)
     (folder / "chat.jinja").unlink()  # the checkpoint holds it
@@ -51,7 +51,7 @@ def generated(model: Any, tokenizer: Any, prompt: str) -> list[int]:
         chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=24, do_sample=False)
+        ids = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     return list(ids[0, inputs["input_ids"].shape[1] :].tolist())
 
 
@@ -71,7 +71,7 @@ def test_a_merged_model_says_in_transformers_what_eval_says(
     theirs = [generated(model, tokenizer, prompt) for prompt in prompts(tiny)]
     assert any(END in ids[:-1] or ids[-1] == END for ids in theirs), "some answers end"
     assert all(END not in ids[:-1] for ids in theirs), "nothing comes after the end"
-    flags = ["--eval_data", str(tiny.held_out), "--metrics", "exact", "--max_new_tokens", "24"]
+    flags = ["--eval_data", str(tiny.held_out), "--metrics", "exact", "--max_new_tokens", "40"]
     flags += ["--precision", "fp32", "--quantization", "none", "--sequence_length", "64"]
     (ours, _), *_ = ranks(1, "tests.work.eval:said", flags=["--model", str(merged), *flags])
     texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in theirs]

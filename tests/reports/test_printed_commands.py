@@ -57,7 +57,7 @@ def test_the_commands_of_the_summary(
 @pytest.mark.parametrize("folder", ODD)
 def test_the_command_of_the_memory_plan(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    model: Any = SimpleNamespace(module=None, sites=[], full={})
+    model: Any = SimpleNamespace(module=None, sites=[], full={}, whole=frozenset())
     need: Any = SimpleNamespace(fits=lambda limits: True)
     monkeypatch.setattr(check, "print_line", lambda name, text="": lines.append(text))
     monkeypatch.setattr(check, "need_of", lambda *a: need)

@@ -273,7 +273,6 @@ def test_a_script_that_forgets_srun_is_told_so(
 def test_an_evaluation_runs_over_two_nodes(
     cluster: Cluster, undisturbed: Submitted, tiny: TinyRun, tmp_path: Path
 ) -> None:
-    undisturbed.check_finished()
     words = ["--model", str(tiny.model), "--adapter", str(undisturbed.folder)]
     words += ["--eval_data", str(tiny.held_out), "--metrics", "loss", "--precision", "fp32"]
     words += ["--sequence_length", "64", "--output", str(tmp_path / "result.json")]

@@ -19,6 +19,7 @@ from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.data import Batch
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.model.look import Look
 from sparse_lora_dist.tasks.causal_lm import batch_loss
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.zero3.engine import summed_cross_entropy
@@ -132,6 +133,12 @@ def trained_live_copy(flags: list[str]) -> dict[str, Tensor]:
 def refusal_of_toy(flags: list[str]) -> str:
     """The same, in a program that knows the toy method too."""
     with patch.dict(methods.METHODS, {"toy": toy_method.TOY}):
+        return refusal(flags)
+
+
+def refusal_unlooked(flags: list[str]) -> str:
+    """The same, where nothing is known of an architecture before it is loaded."""
+    with patch("sparse_lora_dist.model.look.look_at", lambda *arguments: Look()):
         return refusal(flags)
 
 

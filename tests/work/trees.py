@@ -41,7 +41,7 @@ PLACES = """
     notes.txt run.lock ranks ranks/r.csv ranks/rank_00000.json run.yaml metrics.jsonl stages.jsonl
     bad_steps.jsonl edits.json environment.json .sparse_lora_dist.json .tmp_metrics.jsonl
     adapter adapter/NOTES.md adapter/README.md adapter/adapter_config.json
-    adapter/adapter_model.safetensors adapter/id2label.json adapter/sub/deep.bin
+    adapter/adapter_model.safetensors adapter/generation_config.json adapter/sub/deep.bin
     checkpoints checkpoints/mine.txt checkpoints/latest/x checkpoints/step_00000001/NOTES
     checkpoints/step_00000002/rank_00007.safetensors checkpoints/step_00000003
     checkpoints/step_00000003/manifest.json checkpoints/step_00000001_backup/manifest.json

@@ -96,6 +96,7 @@ def planned_parameters(
     sites: Sequence[Site],
     method: Method,
     trained: Collection[str],
+    whole: Collection[str] = (),
     *,
     quantize: bool,
     double_quant: bool,
@@ -111,6 +112,7 @@ def planned_parameters(
         sites: linears that carry adapters.
         method: the method, which gives the tensors of each adapter.
         trained: names of modules trained in full.
+        whole: names of linears that are not quantised, besides the output head.
         quantize: True if linears are held in 4 bits.
         double_quant: True if block scales are quantised to 8 bits. Ignored if ``saved`` is given.
         dtype: dtype that DeepSpeed holds the parameters in.
@@ -121,7 +123,7 @@ def planned_parameters(
     found: list[PlannedParameter] = []
     seen: set[int] = set()
     chosen = {site.name: site for site in sites}
-    head = output_head(model)
+    unpacked = {output_head(model), *whole}
     for name, module in model.named_modules():
         if name in chosen:
             form = method.form(chosen[name])
@@ -149,7 +151,7 @@ def planned_parameters(
             if id(parameter) in seen:  # tied
                 continue
             seen.add(id(parameter))
-            packs = quantize and name not in trained and _is_packed(module, leaf, name == head)
+            packs = quantize and name not in trained and _is_packed(module, leaf, name in unpacked)
             if packs and not any(_is_under(name, outer) for outer in skipped):
                 found += _packed(name, leaf, parameter, double_quant, dtype, saved is not None)
             else:
@@ -179,18 +181,19 @@ def _is_under(name: str, outer: str) -> bool:
     return f".{name}.".endswith(f".{outer}.") or name.startswith(f"{outer}.")
 
 
-def _is_packed(module: nn.Module, leaf: str, is_head: bool) -> bool:
+def _is_packed(module: nn.Module, leaf: str, is_whole: bool) -> bool:
     """Return True if a parameter belongs to those that ``--quantization nf4`` quantises.
 
-    They are weights of linears other than the output head, and 3-D weights of experts.
+    They are weights of linears other than the output head and those whose weight the model uses by
+    itself, and 3-D weights of experts.
 
     Args:
         module: the module that has the parameter.
         leaf: name of the parameter in the module.
-        is_head: True if the module is the output head.
+        is_whole: True if the module is such a linear.
     """
     if is_plain_linear(module):
-        return leaf == "weight" and not is_head
+        return leaf == "weight" and not is_whole
     parameter = module.get_parameter(leaf)
     return parameter.dim() == 3 and not isinstance(module, nn.Embedding)
 

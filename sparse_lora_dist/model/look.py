@@ -1,0 +1,314 @@
+"""Ask a model, before any of its weights is read, what a run must know of its architecture.
+
+Two rows of two short documents each go through a copy of the model without its weights
+(``stand_in``), called as a training step calls it. The rows differ in their first document only. So
+one forward on the CPU, of milliseconds to seconds, shows for any architecture whether packed
+documents see each other, which linears a text runs, which weights are read by something else than
+their linear, and which tables have a row for each position. There is no list of architectures.
+"""
+
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+from sparse_lora_dist.base_model.architecture import output_head
+from sparse_lora_dist.base_model.shard_loader import is_plain_linear
+from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.model.stand_in import stand_in
+
+SEEN = "packed documents of a {} model see each other, since its layers go on where one ends"
+"""Why documents are not packed. The field is the model_type of the model."""
+TOKENS = 8
+"""Tokens of each of the two documents of a row."""
+TOO_LARGE = 1e-4
+"""Documents see each other if changing one moves the logits of the other by more than this part of
+what it moves its own. In fp32, rounding moves them by 1e-6 at most."""
+OPERATIONS = (
+    torch.ops.aten.embedding.default,
+    torch.ops.aten.index_select.default,
+    torch.ops.aten.index.Tensor,
+)
+"""Operations that look rows of a table up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """A trained table with one row for each position."""
+
+    name: str
+    """Name of its parameter."""
+    room: int
+    """Number of tokens that a row of a batch may have."""
+    restarts: bool
+    """True if the positions are those of the batch, which begin at 0 in each document."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """What one forward over text has shown of an architecture. The defaults claim nothing."""
+
+    apart: bool | None = None
+    """True if packed documents do not see each other. None if it is not known: the task packs none,
+    or the copy could not be run."""
+    unrun: frozenset[str] = frozenset()
+    """Names of linears that a forward over text does not run, such as those of a vision tower."""
+    read: frozenset[str] = frozenset()
+    """Names of linears whose weight or bias the model uses without calling the linear. It must be
+    there as it is, neither in 4 bits nor with an adapter."""
+    tables: tuple[Table, ...] = ()
+    """Trained tables of positions."""
+    changed: str | None = None
+    """Name of a parameter that the model changes while it runs; None if there is none."""
+
+    @property
+    def matters(self) -> bool:
+        """True if a run over this architecture is set up in another way than over a usual one."""
+        return self.apart is False or bool(self.unrun or self.read)
+
+
+def look_at(model: PreTrainedModel, task: str) -> Look:
+    """Return what can be known of an architecture. Not a collective.
+
+    What cannot be known, because the architecture's code does not run without its weights, is left
+    at the defaults of ``Look``.
+
+    Args:
+        model: model on the meta device; it is not changed.
+        task: "causal_lm" or "seq_cls".
+    """
+    seen = _Seen()
+    try:
+        few = stand_in(model)
+        names = seen.watch(few)
+        lookups = _Lookups(few)
+        with torch.no_grad(), lookups:
+            logits = few(**inputs_of(few, task)).logits
+        run = _run_by_text(few, names, seen.ran)
+        # Kernels take weights in training only.
+        with torch.no_grad(), suppress(Exception), lookups:
+            few.train()(**inputs_of(few, task))
+    except Exception:  # code of any architecture
+        return Look()
+    return Look(
+        apart=documents_apart(logits, TOO_LARGE) if task == "causal_lm" else None,
+        unrun=frozenset({*names} - run - seen.asked),
+        read=frozenset(seen.asked),
+        tables=tuple(lookups.tables.values()),
+        changed=lookups.changed,
+    )
+
+
+def look_together(model: PreTrainedModel, task: str) -> Look:
+    """Return what rank 0 knows by ``look_at``, the same on every rank. Collective."""
+    found: Look = comm.broadcast_object(look_at(model, task) if comm.rank() == 0 else None)
+    return found
+
+
+def settle_packing(config: Config, look: Look, kind: str) -> tuple[Config, list[str]]:
+    """Return the options of a run, with packing off if packed documents would see each other.
+
+    Args:
+        config: options of the run.
+        look: what is known of the model.
+        kind: model_type of the model, for messages.
+
+    Returns:
+        The options, and what to tell the user.
+
+    Raises:
+        UserError: ``--packing true`` was given.
+    """
+    if look.apart is not False or not config.packs:
+        return config, []
+    if config.data.packing:
+        raise UserError(
+            f"--packing true cannot be used: {SEEN.format(kind)}. Set --packing false, which gives "
+            "each document a row of its own.",
+            shared=True,
+        )
+    alone = replace(config, data=replace(config.data, packing=False))
+    return alone, [f"--packing is false: {SEEN.format(kind)}"]
+
+
+def refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
+    """Raise ``UserError`` if the model changes its own weights while it runs, as RWKV does."""
+    if look.changed is not None:
+        raise UserError(
+            f"A {module.config.model_type} model changes {look.changed} while it runs. Here a "
+            "weight is put together from the ranks' shards for each use, so the change would be "
+            "lost. Choose another --model."
+        )
+
+
+def runs_at(model: PreTrainedModel, position: int) -> bool:
+    """Return False if the model has no row for a position in one of its tables, trained or not.
+
+    Args:
+        model: causal language model on the meta device; it is not changed.
+        position: position of a token, from 0.
+    """
+    try:
+        few = stand_in(model)
+        with torch.no_grad():
+            few(**inputs_of(few, "causal_lm") | {"position_ids": torch.full((2, 16), position)})
+    except Exception as error:  # code of any architecture
+        return not isinstance(error, IndexError) and "out of bounds" not in str(error)
+    return True
+
+
+def inputs_of(model: PreTrainedModel, task: str, tokens: int = TOKENS) -> dict[str, Any]:
+    """Return the inputs of the two rows, as a training step passes them to the model.
+
+    Args:
+        model: the model, whose special tokens are avoided.
+        task: "causal_lm" or "seq_cls".
+        tokens: number of tokens of each document.
+    """
+    usual = _usual_tokens(model)
+    places = torch.randint(len(usual), (2 * tokens,), generator=torch.Generator().manual_seed(1))
+    others = places.clone()
+    others[:tokens] += max(1, len(usual) // 2)
+    ids_MT = torch.tensor(usual)[torch.stack([places, others]) % len(usual)]
+    if task == "causal_lm":
+        return {"input_ids": ids_MT, "position_ids": positions_of(tokens), "use_cache": False}
+    config = model.config.get_text_config()
+    if config.eos_token_id is not None:  # encoder-decoders answer at it
+        ids_MT[:, -1] = torch.as_tensor(config.eos_token_id).flatten()[0]
+    config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+    return {"input_ids": ids_MT, "attention_mask": torch.ones_like(ids_MT)}
+
+
+def positions_of(tokens: int) -> Tensor:
+    """Return the positions of two rows of two documents, which restart in each document."""
+    return torch.arange(tokens).repeat(2).expand(2, 2 * tokens)
+
+
+def documents_apart(logits_MTV: Tensor, too_large: float) -> bool | None:
+    """Return whether the second document of each of the two rows has the same logits.
+
+    Args:
+        logits_MTV: logits of the two rows of ``inputs_of``.
+        too_large: part of the change of the first document's logits.
+
+    Returns:
+        None if it cannot be told: the logits are not finite, or the first document's do not move.
+    """
+    moved_T = (logits_MTV[0] - logits_MTV[1]).float().abs().amax(dim=-1)
+    own, other = (float(part.max()) for part in moved_T.chunk(2))
+    if not (0.0 < own < float("inf") and other < float("inf")):
+        return None
+    return other <= too_large * own
+
+
+def rows_of_embedding(model: PreTrainedModel) -> int:
+    """Return the number of token ids that a model knows: the rows of its input embedding."""
+    embedding: Any = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)  # of a sharded model, the weight is empty
+    return int(embedding.weight.shape[0]) if rows is None else int(rows)
+
+
+def _usual_tokens(model: PreTrainedModel) -> list[int]:
+    """Return some token ids that have no special meaning, such as that of an image."""
+    rows = rows_of_embedding(model)
+    said = {**vars(model.config), **vars(model.config.get_text_config())}
+    special = {v for k, v in said.items() if "token" in k and isinstance(v, int)}
+    return [i for i in range(min(rows, 4096)) if i not in special] or [0]
+
+
+class _Lookups(TorchDispatchMode):
+    """Dispatch mode of torch that sees which parameters have their rows looked up by position, and
+    which are changed.
+
+    Args:
+        model: the copy of the model.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tables: dict[str, Table] = {}
+        self.changed: str | None = None
+        self._names = {id(parameter): name for name, parameter in model.named_parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if args and id(args[0]) in self._names and func._schema.is_mutable:
+            self.changed = self._names[id(args[0])]
+        if func in OPERATIONS and id(args[0]) in self._names:
+            indices = [t for t in tree_leaves(args[1:]) if isinstance(t, Tensor)]
+            self._looked_up(args[0], indices[0])
+        return func(*args, **(kwargs or {}))
+
+    def _looked_up(self, table: Tensor, indices: Tensor) -> None:
+        """Note a table if the rows that are looked up are those of the positions."""
+        tokens = 2 * TOKENS
+        if indices.numel() not in (tokens, 2 * tokens):
+            return
+        by_row = indices.reshape(-1, tokens)
+        first = int(by_row[0, 0])
+        for positions, restarts in ((positions_of(TOKENS), True), (torch.arange(tokens), False)):
+            if bool((by_row - positions == first).all()):
+                name = self._names[id(table)]
+                room = table.shape[0] - first
+                self.tables[name] = Table(name=name, room=room, restarts=restarts)
+
+
+class _WatchedLinear(nn.Linear):
+    """Linear that notes when somebody asks for its weight or bias. Its own forward does not."""
+
+    noted: Callable[[], None]
+    """Function that is called then."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("weight", "bias"):
+            self.noted()
+        return super().__getattr__(name)
+
+
+@dataclass
+class _Seen:
+    """Names of linears that ran, and of those whose weight or bias was asked for."""
+
+    ran: set[str] = field(default_factory=set)
+    asked: set[str] = field(default_factory=set)
+
+    def watch(self, model: PreTrainedModel) -> list[str]:
+        """Watch all linears of a copy from now on, and return their names."""
+        names = []
+        for name, linear in _linears(model):
+            names.append(name)
+            linear.register_forward_hook(lambda *_, name=name: self.ran.add(name))
+            linear.__class__ = _WatchedLinear
+            object.__setattr__(linear, "noted", partial(self.asked.add, name))
+        return names
+
+
+def _linears(model: PreTrainedModel) -> list[tuple[str, nn.Linear]]:
+    """Return the names and modules of the linears that may carry an adapter: all but the output
+    head."""
+    head = output_head(model)
+    named = model.named_modules()
+    return [(n, m) for n, m in named if n != head and is_plain_linear(m)]
+
+
+def _run_by_text(model: PreTrainedModel, names: Collection[str], ran: set[str]) -> set[str]:
+    """Return the names of the linears that a text may run: those that ran, and experts.
+
+    In a list of modules of which some ran and some did not, those may run for other tokens.
+    """
+    found = set(ran)
+    for outer, modules in model.named_modules():
+        if isinstance(modules, nn.ModuleList):
+            children = [f"{outer}.{i}." for i in range(len(modules))]
+            inside = [{n for n in names if f"{n}.".startswith(child)} for child in children]
+            if any(own & found for own in inside):
+                found |= set().union(*(own for own in inside if not own & found))
+    return found

@@ -1,0 +1,108 @@
+"""Check before the base is loaded that the data fit the model: its token ids and its positions."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from sparse_lora_dist.data import Documents
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.model.look import rows_of_embedding, runs_at
+from sparse_lora_dist.model.model import Model
+
+SHOWN = 60
+"""Letters of a document that a message shows."""
+
+
+def check_ids(
+    model: Model, tokenizer: Any, examples: Documents | Iterable[Sequence[int]], flag: str
+) -> None:
+    """Raise UserError if a token of the data has no row in the model's embedding.
+
+    torch's own error would be an index out of range, or a device-side assert on a GPU.
+
+    Args:
+        model: opened model.
+        tokenizer: its tokenizer. The data are read only if it knows a token beyond the embedding.
+        examples: documents, or lists of token ids.
+        flag: command-line flag of the data, for the message.
+
+    Raises:
+        UserError: a token has no row; the message has the first example that has it.
+    """
+    rows = rows_of_embedding(model.module)
+    if max(tokenizer.get_vocab().values(), default=0) < rows:
+        return
+    if isinstance(examples, Documents):
+        found = examples.first_with_id_from(rows)
+        ids = [] if found is None else examples[found[0]].input_ids.tolist()
+    else:
+        wrong = ((i, list(ids)) for i, ids in enumerate(examples) if max(ids, default=0) >= rows)
+        index, ids = next(wrong, (0, []))
+        found = (index, max(ids)) if ids else None
+    if found is not None:
+        index, largest = found
+        text = tokenizer.decode(ids)[:SHOWN]
+        raise UserError(
+            f"In {flag}, example {index + 1} ({text!r}) has the token "
+            f"{tokenizer.convert_ids_to_tokens(largest)!r} with the id {largest}, but the model's "
+            f"embedding has only {rows} rows: the tokenizer knows tokens that the model does not. "
+            "Give the model with its own tokenizer and chat template, or enlarge it first with "
+            "resize_token_embeddings of transformers."
+        )
+
+
+def check_positions(model: Model, longest: int, flag: str, *, padded: int | None = None) -> None:
+    """Raise UserError if a row is longer than the model has positions. Print a note if it is longer
+    than the rows that a model with rotary positions was trained on.
+
+    Args:
+        model: opened model.
+        longest: number of tokens of the longest document.
+        flag: command-line flag of the data, for the message.
+        padded: number of tokens of the longest row with its padding; None for ``longest``.
+
+    Raises:
+        UserError: a table of positions has fewer rows.
+    """
+    architecture = model.module.config.get_text_config()
+    padded = longest if padded is None else padded
+    for table in model.look.tables:
+        if (longest if table.restarts else padded) > table.room:
+            raise UserError(
+                _too_long(longest, table.room, table.name.removesuffix(".weight"), flag)
+            )
+    if longest > (room := getattr(architecture, "max_seq_len", None) or longest):  # MPT
+        raise UserError(_too_long(longest, room, "max_seq_len", flag))
+    room = getattr(architecture, "max_position_embeddings", None) or longest
+    if not (isinstance(room, int) and longest > room):
+        return
+    if model.look.apart is not None and not runs_at(model.module, longest - 1):
+        raise UserError(_too_long(longest, room, "max_position_embeddings", flag))
+    if is_rotary(architecture):
+        print_line(
+            "note",
+            f"in {flag} the longest document has {longest} tokens, but the model was trained on at "
+            f"most {room} positions (max_position_embeddings), and its rotary positions are not "
+            "scaled for more",
+        )
+
+
+def _too_long(longest: int, room: int, where: str, flag: str) -> str:
+    return (
+        f"In {flag} the longest row has {longest} tokens, but the model has only {room} positions "
+        f"({where}). Set --sequence_length to {room} or less."
+    )
+
+
+def is_rotary(architecture: PretrainedConfig) -> bool:
+    """Return True if a model has rotary positions (RoPE) that are not scaled.
+
+    Args:
+        architecture: config of the language model.
+    """
+    rope = getattr(architecture, "rope_parameters", None) or {}
+    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
+    kinds = {part.get("rope_type", "default") for part in parts}
+    return bool(rope) and kinds == {"default"}
