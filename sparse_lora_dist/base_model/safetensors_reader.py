@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparse_lora_dist.distributed.console import counted
@@ -341,7 +343,8 @@ def read_header(file: Path) -> dict[str, Entry]:
         The tensors in the file, by name.
 
     Raises:
-        UserError: the file is cut short or not in safetensors format.
+        UserError: the file is cut short or not in safetensors format: the library safetensors does
+            not open it, or its header has a name twice.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -352,12 +355,26 @@ def read_header(file: Path) -> dict[str, Entry]:
                 "it again."
             )
         try:
-            header = parse_json(stream.read(length))
-            return _entries(file, header, data_start=8 + length, size=size)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            header = parse_json(stream.read(length), _each_once)
+            entries = _entries(file, header, data_start=8 + length, size=size)
+            # Types, gaps, overlaps, bytes that belong to no tensor: the library looks at the
+            # header alone, and it maps the file into memory without reading the tensors.
+            with safe_open(file, framework="numpy"):
+                return entries
+        except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
             raise UserError(
                 f"{file} has a broken safetensors header ({error}). Download it again."
             ) from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict. A name that it has twice is a ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is in it twice")
+    return found
 
 
 def _entries(

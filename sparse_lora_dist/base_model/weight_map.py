@@ -149,7 +149,7 @@ def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
     prefix = getattr(model, "base_model_prefix", None)
     names = model.state_dict()
     found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for key in sorted(_tensors(files), key=dot_natural_key):
+    for key in sorted(tensors_of(files), key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, names)
         if name not in names and key in names:
             name, pattern = key, None
@@ -162,7 +162,7 @@ def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
     }
 
 
-def _tensors(files: CheckpointFiles) -> list[str]:
+def tensors_of(files: CheckpointFiles) -> list[str]:
     """Return the names of the tensors in the files that hold weights and buffers.
 
     Of a weight in 4 bits this is the tensor of packed bytes. Those of its scales, code tables and

@@ -52,8 +52,26 @@ class ModelConfig:
     """Recompute activations in backward: a third more time, far less memory. Usual from 7B on."""
 
     def __post_init__(self) -> None:
+        problems = _bad_kernel(self.attn_implementation)
         if self.base_cache is not None and self.quantization == "none":
-            raise_if(["--base_cache needs --quantization nf4, got none. Leave --base_cache out"])
+            problems.append(
+                "--base_cache needs --quantization nf4, got none. Leave --base_cache out"
+            )
+        raise_if(problems)
+
+
+def _bad_kernel(name: str | None) -> list[str]:
+    """Return a problem with an attention kernel that transformers knows but that cannot train here.
+
+    Flex attention is an operation of higher order, which ``OperationRecorder`` does not take, and
+    has no backward on CPUs. Paged kernels are made for serving.
+    """
+    if name is None or not (name == "flex_attention" or name.startswith("paged|")):
+        return []
+    return [
+        f"--attn_implementation {name} cannot be trained with. Give eager, sdpa, a "
+        "flash_attention_... whose package is installed, or leave it out"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)

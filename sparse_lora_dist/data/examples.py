@@ -1,7 +1,9 @@
 """Hold the examples of a data set in a table on disk, and find file and line of each."""
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,8 @@ from sparse_lora_dist.data.local_files import (
     examples_in,
     without_nulls,
 )
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, in_words
+from sparse_lora_dist.system.machine_errors import chain, in_plain_words
 
 MESSAGES = "messages"
 """Name of the column of chats. Each is a list of messages, which are dicts."""
@@ -36,6 +39,8 @@ the keys of its messages. ``file`` is the index of its file, ``line`` its line f
 EMPTY = "It is empty. Give data with at least one example."
 MOST_ROWS, MOST_CHARACTERS = 1000, 1 << 24
 """Most rows of a part of the table, and characters of its examples, that are in memory."""
+NAME = "sparse_lora_dist"
+"""Name of the tables of this program in the cache of ``datasets``."""
 VERSION = 1
 """Version of ``LOCAL``. Increase it when the same file gives other rows."""
 
@@ -149,6 +154,32 @@ class Examples:
         return f"{self.source}, example {index + 1}"
 
 
+@contextmanager
+def from_cache(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Context manager: errors of the body come from files in the cache, such as one that was cut
+    short on a full disk.
+
+    Args:
+        folder: folder of the cache whose files are read.
+
+    Raises:
+        UserError: the body raised an exception. It names the folder, and not the user's data.
+            What the user's data or the machine cause, and errors of a disk, are raised unchanged.
+    """
+    try:
+        yield
+    except Exception as error:
+        of_data = any(isinstance(one, UserError) for one in chain(error))
+        of_disk = isinstance(error, OSError) and error.errno is not None
+        if of_data or of_disk or in_plain_words(error) is not None:
+            raise
+        raise UserError(
+            f"The cache {Path(folder)} of the package datasets is damaged: {in_words(error)}. It "
+            "holds only copies of data, which are made again: remove this folder, while no job "
+            "uses it, and start again."
+        ) from error
+
+
 def local_table(files: tuple[Path, ...], column_names: Columns) -> datasets.Dataset:
     """Return the table of the examples of JSON, CSV, TSV or text files. It has the columns
     ``LOCAL`` and is kept on disk, so memory does not grow with the data.
@@ -161,16 +192,19 @@ def local_table(files: tuple[Path, ...], column_names: Columns) -> datasets.Data
         UserError: a file has a broken line.
     """
     identity = Hasher.hash((VERSION, tuple(column_names), fingerprint(files)))
-    builder = _LocalBuilder(
-        dataset_name="sparse_lora_dist",
-        config_id=f"default-{identity}",
-        files=files,
-        column_names=tuple(column_names),
-        # A table of one row is kept in memory until there are so many. A text file may be large.
-        writer_batch_size=1 if files[0].suffix == TEXT else MOST_ROWS,
-    )
+    config_id = f"default-{identity}"
+    with from_cache(Path(datasets.config.HF_DATASETS_CACHE) / NAME / config_id):
+        builder = _LocalBuilder(
+            dataset_name=NAME,
+            config_id=config_id,
+            files=files,
+            column_names=tuple(column_names),
+            # A table of one row is kept in memory until there are so many. A text may be large.
+            writer_batch_size=1 if files[0].suffix == TEXT else MOST_ROWS,
+        )
     builder.download_and_prepare()
-    table = builder.as_dataset(split="train")
+    with from_cache(builder.cache_dir):
+        table = builder.as_dataset(split="train")
     table._fingerprint = identity
     return table
 

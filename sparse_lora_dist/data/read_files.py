@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from sparse_lora_dist.data.examples import (
     Examples,
     declared_names,
     fingerprint,
+    from_cache,
     local_names,
     local_table,
 )
@@ -85,27 +86,35 @@ def be_quiet() -> None:
 
 
 @contextmanager
-def readable(place: str) -> Iterator[None]:
+def readable(place: str, cache: Path | None = None) -> Iterator[None]:
     """Context manager: turn whatever a library raises while data are read into a UserError of one
     sentence.
 
     Args:
         place: text with which the message begins, e.g. "--data x.jsonl".
+        cache: folder of the cache of ``datasets`` if only tables in it are read; otherwise None.
     """
     try:
-        yield
+        with from_cache(cache) if cache is not None else nullcontext():
+            yield
     except UserError:
         raise
     except Exception as error:
-        causes = [error]
+        causes: list[BaseException] = [error]
         while (cause := causes[-1].__cause__) is not None:
-            causes.append(cause)  # type: ignore[arg-type]
+            causes.append(cause)
         for one in causes:
             if isinstance(one, UserError):
                 raise one from None
         if (said := in_plain_words(error)) is not None:
             raise UserError(said) from error
         raise UserError(f"{place} cannot be read. {in_words(causes[-1])}") from error
+
+
+def cache_of(table: datasets.Dataset) -> Path:
+    """Return the folder in which ``table`` is cached, and tables that are made from it."""
+    files = [Path(file["filename"]) for file in table.cache_files]
+    return files[0].parent if files else Path(datasets.config.HF_DATASETS_CACHE)
 
 
 def in_words(error: BaseException) -> str:
@@ -259,7 +268,9 @@ def _build(
         part = builder.info.splits.get(split)
         if part is not None and part.num_examples == 0:
             raise ValueError(EMPTY)
-        table = builder.as_dataset(split=split)
+        # A split that the data do not have is no fault of the cache.
+        with from_cache(builder.cache_dir) if part is not None else nullcontext():
+            table = builder.as_dataset(split=split)
     names = (builder.config.data_files or {}).get(split, [])
     return table, tuple(Path(name) for name in names if Path(name).is_file())
 

@@ -34,7 +34,7 @@ from sparse_lora_dist.data.fields import (
     tools_of,
 )
 from sparse_lora_dist.data.local_files import Columns
-from sparse_lora_dist.data.read_files import in_words, read_examples, readable
+from sparse_lora_dist.data.read_files import cache_of, in_words, read_examples, readable
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
@@ -386,7 +386,8 @@ def tokenise(
         return {column: [row[column] for row in rows] for column in features}
 
     table = examples.only(columns)
-    with readable(examples.source):
+    # What an example causes is an error with its file and line already.
+    with readable(examples.source, cache_of(table)):
         return table.map(
             rows_of_batch,
             with_indices=True,

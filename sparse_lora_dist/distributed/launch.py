@@ -31,6 +31,8 @@ ADVICE = (
 
 LAST_PORT, MOST_DIGITS = 65535, 18
 """Largest port, and largest number of digits of any variable."""
+MOST_RANKS = 1_000_000
+"""Largest number of ranks of a run. No machine has so many, and torch counts them in 32 bits."""
 RESOLVE_S = 3.0
 """Longest time in seconds to ask again for a host name while no name server answers."""
 
@@ -259,6 +261,11 @@ class LauncherVariables:
 def _read(variables: LauncherVariables) -> Launch:
     names = variables.names
     rank, world_size = variables.number(names.rank), variables.number(names.world_size)
+    if world_size > MOST_RANKS:
+        raise UserError(
+            f"{names.world_size}={world_size} is more than the {MOST_RANKS:,} ranks that a run can "
+            f"have. {ADVICE}"
+        )
     local_size_name, local_size = _local_size(variables, world_size)
     local_rank = 0
     if local_size > 1 or names.local_rank in variables.environ:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sparse_lora_dist.errors import as_user_error
+from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.export.open_base import Base, read_labelled_config
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.model.prompting import TEMPLATE, Prompting
@@ -46,11 +46,12 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
         base: The base model that they are merged into.
         folder: Empty folder to write into.
         dtype: Dtype of the merged weights.
+
+    Raises:
+        UserError: a file of the base is a link that leads nowhere, or its tokenizer is damaged.
     """
-    for path in base.folder.iterdir():
-        is_weights = path.suffix in NOT_COPIED or path.name.endswith(".index.json")
-        if path.is_file() and not is_weights and path.name != "README.md":
-            shutil.copyfile(path, folder / path.name)
+    for path in files_to_copy(base.folder):
+        shutil.copyfile(path, folder / path.name)
     config = read_labelled_config(trained, base.folder)
     saved_class = base.saved_class
     config.architectures = [saved_class.name if saved_class else type(base.module).__name__]
@@ -64,6 +65,33 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
         _write_templates(trained.prompting, base.folder, folder)
     if trained.prompting is not None:
         trained.prompting.write(folder, template=False)
+
+
+def files_to_copy(base: Path) -> list[Path]:
+    """Return the files of a base model that a merged model needs besides its weights.
+
+    Args:
+        base: folder of the base model.
+
+    Raises:
+        UserError: some of them are links that lead nowhere, as in a hub cache of which a part was
+            removed. The merged model would lack them.
+    """
+    others = [
+        path
+        for path in sorted(base.iterdir())
+        if path.suffix not in NOT_COPIED
+        and not path.name.endswith(".index.json")
+        and path.name != "README.md"
+    ]
+    if broken := [path.name for path in others if path.is_symlink() and not path.exists()]:
+        are = "is a link" if len(broken) == 1 else "are links"
+        raise UserError(
+            f"In the base model {base}, {', '.join(broken)} {are} to no file, so the "
+            "merged model would lack it. Download the model again, or give an intact copy of it "
+            "with --base FOLDER."
+        )
+    return [path for path in others if path.is_file()]
 
 
 def _write_templates(prompting: Prompting | None, base: Path, folder: Path) -> None:

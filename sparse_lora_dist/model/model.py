@@ -26,7 +26,9 @@ from sparse_lora_dist.base_model.cache.writer import write_cache
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint
 from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
+from sparse_lora_dist.base_model.unread_tensors import in_words, unread_tensors
 from sparse_lora_dist.base_model.weight_map import (
+    Keys,
     Sources,
     find_keys,
     find_sources,
@@ -152,6 +154,7 @@ class Model:
             fill_buffers(module, stored=sources)
             check_quantization(options, architecture, files)
             refuse_packed(files, sources, applied)
+        _note_unread(module, files, keys_of, task.trains_head)
         for note in notes:
             print_line("note", note)
         hub = folder != Path(resolve_default("model", options.model))
@@ -364,6 +367,13 @@ class Model:
         """Hash of config.json and of the names, sizes and headers of the base's files."""
         assert self.fingerprint is not None
         return self.fingerprint.headers
+
+
+def _note_unread(
+    module: PreTrainedModel, files: CheckpointFiles, keys_of: Keys, new_head: bool
+) -> None:
+    for said in in_words(*unread_tensors(module, files, keys_of, new_head=new_head)):
+        print_line("note", said)
 
 
 def _print_what_was_loaded(model: Model, report: LoadReport) -> None:

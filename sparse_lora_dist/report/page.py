@@ -1,6 +1,11 @@
 """Makes the HTML page of a report. The page embeds its figures, loads nothing from the network and
-runs no script."""
+runs no script.
 
+The head of a page has a line with a SHA-256 hash of the rest of the page. It tells a page that this
+program wrote, and nobody has changed since, from any other file."""
+
+import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,8 +20,12 @@ from sparse_lora_dist.report.run_data import RunData
 from sparse_lora_dist.report.style import SERIES, Picture, as_svg
 
 GENERATOR = "sparse_lora_dist report"
-"""Text that marks every page and PNG file that this program writes. The program replaces a file
-only if it has this mark."""
+"""Text that marks every page and PNG file that this program writes."""
+MARK = f'<meta name="generator" content="{GENERATOR}">\n'
+"""Line in the head of every page. The line with the hash follows it."""
+SEAL = re.compile(rb'<meta name="sha256" content="([0-9a-f]{64})">\n')
+HEAD_BYTES = 1000
+"""Number of bytes at the beginning of a page that hold its mark and its hash."""
 DARK = ("#6cb6ff", "#f69d50", "#57ab5a", "#c297ff", "#fc8dc7", "#c6a93f")
 """Colours that replace those of ``SERIES``, in the same order, on a dark page."""
 
@@ -33,7 +42,7 @@ class Section:
 
 
 def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
-    """Return the HTML of the page.
+    """Return the HTML of the page, with a hash of itself in its head.
 
     Args:
         runs: the runs of the report, for the tables of results and options.
@@ -42,7 +51,7 @@ def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    return environment.get_template("page.html.jinja").render(
+    page = environment.get_template("page.html.jinja").render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         generator=GENERATOR,
         now=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
@@ -55,6 +64,35 @@ def write_page(runs: Sequence[RunData], sections: Sequence[Section]) -> str:
         dark=DARK,
         options=options(runs),
     )
+    return seal(page)
+
+
+def seal(page: str) -> str:
+    """Return a page with a hash of itself in its head.
+
+    Args:
+        page: the HTML of the page, with the line ``MARK``.
+    """
+    digest = hashlib.sha256(page.encode()).hexdigest()
+    return page.replace(MARK, f'{MARK}<meta name="sha256" content="{digest}">\n', 1)
+
+
+def is_own_page(content: bytes) -> bool:
+    """Return True if this program wrote a page and nobody has changed it since.
+
+    Of pages without a hash, as versions before wrote them, the mark alone counts.
+
+    Args:
+        content: the bytes of the file.
+    """
+    head = content[:HEAD_BYTES]
+    if MARK.encode() not in head:
+        return False
+    found = SEAL.search(head)
+    if found is None:
+        return True
+    rest = content[: found.start()] + content[found.end() :]
+    return hashlib.sha256(rest).hexdigest().encode() == found[1]
 
 
 def overview(run: RunData) -> dict[str, str]:

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report import curves, ranks
 from sparse_lora_dist.report import distributions as spread
-from sparse_lora_dist.report.page import GENERATOR, Section, write_page
+from sparse_lora_dist.report.page import GENERATOR, Section, is_own_page, write_page
 from sparse_lora_dist.report.report_options import ReportRequest
 from sparse_lora_dist.report.run_data import RunData, read_run
 from sparse_lora_dist.report.style import save_png
@@ -48,8 +48,8 @@ def report(request: ReportRequest) -> None:
 def check_output(path: Path) -> None:
     """Raise UserError if the page cannot be written to ``path``.
 
-    This is so if its folder does not exist, if it is a folder, or if it is a file that this program
-    did not write, which is never replaced.
+    This is so if its folder does not exist, if it is a folder or a link, or if it is a file that
+    this program did not write, or that was changed since, which is never replaced.
     """
     if not path.parent.is_dir():
         raise UserError(
@@ -58,10 +58,26 @@ def check_output(path: Path) -> None:
         )
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Give a file in it as --output.")
-    if path.exists() and GENERATOR not in path.read_text(errors="replace")[:1000]:
+    check_replaceable(path)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UserError if there is a file that ``--output`` must not replace.
+
+    Only a page that this program wrote is replaced, and only as it was written.
+
+    Args:
+        path: value of ``--output``; it is no folder.
+    """
+    if path.is_symlink():
         raise UserError(
-            f"--output {path} is not a report of this program, so it is not replaced. Choose "
-            "another --output."
+            f"--output {path} is a link, and a report would replace it. Give the path that it "
+            "leads to, or another --output."
+        )
+    if path.exists() and not is_own_page(path.read_bytes()):
+        raise UserError(
+            f"--output {path} is not a report of this program, or was changed after it was "
+            "written, so it is not replaced. Choose another --output, or remove it."
         )
 
 

@@ -26,7 +26,7 @@ def in_plain_words(error: BaseException) -> str | None:
     Args:
         error: the exception, with those that it comes from.
     """
-    for one in _chain(error):
+    for one in chain(error):
         if (said := _of_cache(one, os.environ)) is not None:
             return said
         if _is_of_memory(one):
@@ -106,7 +106,7 @@ def _short(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an exception and those that it comes from, the first of them last."""
     seen: set[int] = set()
     one: BaseException | None = error
