@@ -15,6 +15,7 @@ from sparse_lora_dist.report.run_data import RunData, read_run
 from sparse_lora_dist.report.style import save_png
 from sparse_lora_dist.report.timeline import timeline
 from sparse_lora_dist.system.atomic_files import write_whole
+from sparse_lora_dist.system.small_files import is_pipe
 
 
 def report(request: ReportRequest) -> None:
@@ -48,8 +49,8 @@ def report(request: ReportRequest) -> None:
 def check_output(path: Path) -> None:
     """Raise UserError if the page cannot be written to ``path``.
 
-    This is so if its folder does not exist, if it is a folder, or if it is a file that this program
-    did not write, which is never replaced.
+    This is so if its folder does not exist, if it is a folder or a pipe, or if it is a file that
+    this program did not write, which is never replaced.
     """
     if not path.parent.is_dir():
         raise UserError(
@@ -58,6 +59,8 @@ def check_output(path: Path) -> None:
         )
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Give a file in it as --output.")
+    if is_pipe(path):
+        raise UserError(f"--output {path} is a pipe or device. Give a file as --output.")
     if path.exists() and GENERATOR not in path.read_text(errors="replace")[:1000]:
         raise UserError(
             f"--output {path} is not a report of this program, so it is not replaced. Choose "
