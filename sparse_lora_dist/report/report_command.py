@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparse_lora_dist.config.paths import real_path
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report import curves, ranks
 from sparse_lora_dist.report import distributions as spread
@@ -28,6 +29,7 @@ def report(request: ReportRequest) -> None:
         UserError: if a folder is not a run folder, a file of it is damaged, or the page cannot be
             written to ``--output``.
     """
+    real_path("--output", request.output)
     runs = [read_run(run, name) for run, name in names_of(request.runs).items()]
     check_output(request.output)
     sections = [shared_section(runs), *(run_section(run) for run in runs)]
@@ -81,9 +83,9 @@ def names_of(runs: Sequence[Path]) -> dict[Path, str]:
         Run folder -> name, in the order of ``runs``.
 
     Raises:
-        UserError: if a folder is given twice.
+        UserError: if a folder is given twice, or its real path cannot be named.
     """
-    whole = [run.resolve().parts for run in runs]  # runs/a and runs/b/../a are one folder
+    whole = [real_path("RUN", run).parts for run in runs]  # runs/a and runs/b/../a are one folder
     if twice := [
         str(run) for run, parts in zip(runs, whole, strict=True) if whole.count(parts) > 1
     ]:
