@@ -85,13 +85,12 @@ def export(request: ExportRequest) -> None:
     try:
         _export(request, final)
     except (OSError, SafetensorError) as error:  # a full disk may raise either
-        if (said := _of_another_path(error, final)) is not None:
-            raise UserError(said) from error
         kind = StorageError if passes_later(error) else UserError
-        raise kind(
+        words = _of_another_path(error, final) or (
             f"The export could not be written to {final}: {error}. Check the free space and the "
             "permissions of the folder, then export again."
-        ) from error
+        )
+        raise kind(words) from error
 
 
 def _of_another_path(error: OSError | SafetensorError, final: Path) -> str | None:
