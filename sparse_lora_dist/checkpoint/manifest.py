@@ -11,11 +11,13 @@ from typing import Any
 from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.optim.moments import MOMENTS
-from sparse_lora_dist.system.small_files import parse_json
+from sparse_lora_dist.system.small_files import parse_json, refuse_pipes
 
 FORMAT = 5
 """Version of the checkpoint format."""
 MANIFEST = "manifest.json"
+MAPPINGS = ("progress", "description", "config", "tensors", "sites")
+"""Fields of a manifest that are JSON objects."""
 PACKED = (*MOMENTS, "born")
 """Kinds of values that a rank's file holds for live entries only, i.e. entries that the optimizer
 steps: Adam's moments and birth steps."""
@@ -58,6 +60,7 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             another size.
     """
     path = checkpoint / MANIFEST
+    refuse_pipes(path)
     if not path.exists():
         raise UserError(
             f"{checkpoint} is not a checkpoint: it has no {MANIFEST}. Give a step_... folder."
@@ -79,6 +82,11 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
             f"{path} was altered after it was saved: its hash does not match. Restore the file "
             "to use this checkpoint."
         )
+    if not _has_form(manifest):
+        raise UserError(
+            f"{path} is damaged: it does not have the fields of a manifest. Restore the file to "
+            "use this checkpoint."
+        )
     for file in manifest["files"]:
         there = checkpoint / file["name"]
         held = f"has {there.stat().st_size} bytes" if there.exists() else "is missing"
@@ -88,6 +96,29 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
                 "file to use this checkpoint."
             )
     return manifest
+
+
+def _has_form(manifest: Mapping[str, Any]) -> bool:
+    """Return True if a manifest lists files, and its other fields have the types that they must
+    have where they are there. A right hash alone does not say so: whoever forges a file can hash
+    it."""
+    files, mappings = manifest.get("files"), (manifest.get(name, {}) for name in MAPPINGS)
+    return (
+        isinstance(files, list)
+        and all(isinstance(file, dict) and _is_file(file) for file in files)
+        and all(isinstance(value, dict) for value in mappings)
+        and isinstance(manifest.get("progress", {}).get("step", 0), int)
+    )
+
+
+def _is_file(entry: Mapping[str, Any]) -> bool:
+    name = entry.get("name")
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and isinstance(entry.get("bytes"), int)
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def step_of(checkpoint: Path) -> int | None:

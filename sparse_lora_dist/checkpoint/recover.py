@@ -7,7 +7,9 @@ from typing import Any
 from sparse_lora_dist.checkpoint.manifest import MANIFEST, hash_of_file, read_manifest, step_of
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.machine_errors import of_path
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -47,10 +49,29 @@ def published(folder: Path) -> list[Path]:
     them (see ``step_of``), like step_00000004_backup or step_4, are ignored.
 
     Args:
-        folder: the "checkpoints" folder of a run.
+        folder: the "checkpoints" folder of a run. It need not exist.
+
+    Raises:
+        UserError: the folder cannot be read, so that nobody knows what it holds.
     """
-    steps = ((step_of(p), p) for p in folder.glob("step_*") if (p / MANIFEST).exists())
-    return [path for _, path in sorted((step, p) for step, p in steps if step is not None)]
+    try:
+        inside = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(of_path(error) or f"{folder} cannot be read: {error}") from error
+    steps = ((step_of(path), path) for path in inside)
+    named = sorted((step, path) for step, path in steps if step is not None)
+    return [path for _, path in named if _may_have_manifest(path)]
+
+
+def _may_have_manifest(checkpoint: Path) -> bool:
+    """Return True if a checkpoint has a manifest, or may have one that this user cannot see. What
+    is wrong with such a checkpoint, ``find_damage`` says."""
+    try:
+        return (checkpoint / MANIFEST).exists()
+    except OSError:
+        return True
 
 
 def published_for_all(folder: Path) -> list[Path]:
@@ -61,7 +82,9 @@ def published_for_all(folder: Path) -> list[Path]:
     Args:
         folder: the "checkpoints" folder of a run.
     """
-    found: list[Path] = comm.broadcast_object(published(folder) if comm.rank() == 0 else [])
+    with fail_together(f"listing {folder}"):
+        own = published(folder) if comm.rank() == 0 else []
+    found: list[Path] = comm.broadcast_object(own)
     return found
 
 
@@ -90,7 +113,7 @@ def find_damage(checkpoint: Path) -> str | None:
                 )
         damage = None
     except (UserError, OSError) as error:
-        damage = str(error)
+        damage = of_path(error) or str(error)
     return next((said for said in comm.gather_objects(damage) if said is not None), None)
 
 

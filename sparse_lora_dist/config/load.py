@@ -6,8 +6,6 @@ value by the type of its field. It is called for one option at a time, because a
 first error.
 """
 
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
@@ -84,10 +82,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
 def print_and_exit(text: str) -> NoReturn:
     """Print ``text`` on rank 0, and exit with status 0 on all ranks."""
     if this_launch().rank == 0:
-        try:
-            print(text.rstrip(), flush=True)
-        except BrokenPipeError:  # --help | head: Python would fail again when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(text.rstrip(), flush=True)
     raise SystemExit(0)
 
 

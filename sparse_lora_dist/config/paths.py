@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.config.sections import DataConfig
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.machine_errors import of_path
 from sparse_lora_dist.system.own_files import MARKER
 from sparse_lora_dist.system.shipped import ASSETS
 
@@ -61,6 +63,31 @@ def bad_path(place: str, text: str) -> list[str]:
             f"most {LONGEST_NAME}, got {text[:40]}... of {len(text.encode())} bytes"
         ]
     return []
+
+
+def real_path(place: str, path: Path) -> Path:
+    """Return the absolute path that a path leads to, without symbolic links.
+
+    Args:
+        place: The option, with which a message begins.
+        path: The path, which need not exist.
+
+    Raises:
+        UserError: A link leads back to itself, the current folder was removed, or the path leads
+            to one whose name is not UTF-8, which pages and model cards cannot name.
+    """
+    try:
+        found = path.resolve()
+    except (OSError, RuntimeError) as error:
+        if (said := of_path(error)) is None:
+            raise
+        raise UserError(f"{place} {path} cannot be used: {said}") from error
+    if any("\ud800" <= letter <= "\udfff" for letter in str(found)):
+        raise UserError(
+            f"{place} {ascii(str(path))} leads to {ascii(str(found))}, whose name is not UTF-8. "
+            "Rename it, or choose another path."
+        )
+    return found
 
 
 def expanded(text: str) -> str:
@@ -143,10 +170,9 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
     """
     problems = []
     for option in ("model", "data", "eval_data", "init_adapter"):
-        # A checkpoint holds all that a run has got from its first adapter.
-        is_needed = option != "init_adapter" or not _resumes(flat)
-        if flat[option] is not None and is_needed:
-            problems += missing_source(option, flat[option])
+        if flat[option] is None or (option == "init_adapter" and _resumes(flat)):
+            continue  # a checkpoint holds all that a run has got from its first adapter
+        problems += missing_source(option, flat[option])
     problems += missing_files(flat)
     if flat["resume"] not in ("auto", "never") and not Path(flat["resume"]).is_dir():
         problems.append(

@@ -10,7 +10,7 @@ from typing import Any
 from sparse_lora_dist.config.checks import at_least, raise_if
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import read_options
-from sparse_lora_dist.config.paths import expanded
+from sparse_lora_dist.config.paths import expanded, real_path
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
@@ -170,7 +170,7 @@ def _not_for_edits(config: Config, options: EditConfig) -> list[str]:
         if given[name] not in (usual[name], earlier.get(name, usual[name]))
     ]
     results = Path(config.run.output_dir) / RESULTS
-    if results.resolve() == options.path.resolve():
+    if real_path("--output_dir", results) == real_path("--edits", options.path):
         problems.append(
             f"--edits is {results}, the file that the results would overwrite. Choose another "
             "--output_dir"

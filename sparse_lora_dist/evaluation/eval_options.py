@@ -14,6 +14,7 @@ from sparse_lora_dist.config.paths import (
     looks_local,
     missing_files,
     missing_source,
+    real_path,
 )
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
@@ -83,7 +84,8 @@ class EvalConfig:
                 problems.append(
                     f"--{flag} {name} does not exist, and is not a hub id. Check the path"
                 )
-        if len({path.resolve() for path in self.files.values()}) < len(self.files):
+        places = {real_path(f"--{flag}", path) for flag, path in self.files.items()}
+        if len(places) < len(self.files):
             problems.append(
                 f"--output and --answers both name {self.output}, so one would replace the other. "
                 "Give two names"

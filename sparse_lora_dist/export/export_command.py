@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from sparse_lora_dist.adapter.peft_config import APART
 from sparse_lora_dist.base_model.architecture import PRECISIONS
+from sparse_lora_dist.config.paths import real_path
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.phases import passes_later
 from sparse_lora_dist.errors import StorageError, UserError, as_user_error
@@ -25,6 +26,7 @@ from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.model.prompting import GENERATION, TEMPLATE
 from sparse_lora_dist.run_folder.identity import TRAINED_OVER, Identity
+from sparse_lora_dist.system.machine_errors import of_path
 from sparse_lora_dist.system.own_files import (
     Marker,
     ascii_name,
@@ -79,15 +81,28 @@ def export(request: ExportRequest) -> None:
             full.
     """
     # Through a link: the folder that it leads to is written, and the link stays.
-    final = Path(request.export.output).resolve()
+    final = real_path("--output", Path(request.export.output))
     try:
         _export(request, final)
     except (OSError, SafetensorError) as error:  # a full disk may raise either
         kind = StorageError if passes_later(error) else UserError
-        raise kind(
+        words = _of_another_path(error, final) or (
             f"The export could not be written to {final}: {error}. Check the free space and the "
             "permissions of the folder, then export again."
-        ) from error
+        )
+        raise kind(words) from error
+
+
+def _of_another_path(error: OSError | SafetensorError, final: Path) -> str | None:
+    """Return what to do about a path that cannot be read and is not the output folder's, such as
+    the base's; None for any other error."""
+    named = getattr(error, "filename", None)
+    if not isinstance(named, str):
+        return None
+    path = Path(os.path.abspath(named))
+    inside = path.relative_to(final.parent).parts[:1] if path.is_relative_to(final.parent) else None
+    is_own = inside == () or (inside is not None and final.name in inside[0])
+    return None if is_own else of_path(error)  # unfinished folders have its name within theirs
 
 
 def _export(request: ExportRequest, final: Path) -> None:
@@ -173,7 +188,7 @@ def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
             "an earlier export."
         )
     is_export = final.is_dir() and _has_card(final)
-    bases = {Path(name).resolve() for name in (trained.base, asked.base) if name}
+    bases = {real_path("--base", Path(name)) for name in (trained.base, asked.base) if name}
     if not is_export or final in bases:
         what = "the base model" if final in bases else "not an earlier export"
         raise UserError(

@@ -24,6 +24,7 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.checkpoint import SavedSlices
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import saved_config
+from sparse_lora_dist.config.paths import real_path
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.peft_adapter import Pair, PlainLora, live_pair, no_update
@@ -72,7 +73,7 @@ class Trained:
         Raises:
             UserError: There is no checkpoint, or it is damaged.
         """
-        return cls.at(_checkpoint_in(source.resolve()))
+        return cls.at(_checkpoint_in(real_path("RUN", source)))
 
     @classmethod
     def at(cls, path: Path) -> "Trained":

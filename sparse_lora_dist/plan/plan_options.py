@@ -14,6 +14,7 @@ from sparse_lora_dist.config.load import read_options
 from sparse_lora_dist.config.paths import expanded
 from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import RunConfig
+from sparse_lora_dist.system.small_files import is_pipe
 
 COMMON = """
     model quantization gradient_checkpointing sequence_length method rank target_modules
@@ -69,7 +70,9 @@ class PlanConfig:
             text = getattr(self, name)
             if text is not None and bytes_in(text) is None:
                 problems.append(f"--{name} must be a size like 24GB or 80GiB, got {text!r}")
-        if self.plot is not None and Path(expanded(self.plot)).exists() and not self.overwrite:
+        if self.plot is not None and is_pipe(Path(expanded(self.plot))):
+            problems.append(f"--plot {self.plot} is a pipe or device. Name a file")
+        elif self.plot is not None and Path(expanded(self.plot)).exists() and not self.overwrite:
             problems.append(f"--plot {self.plot} exists already. Give --overwrite or another name")
         raise_if(problems)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparse_lora_dist.config.paths import real_path
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report import curves, ranks
 from sparse_lora_dist.report import distributions as spread
@@ -15,6 +16,7 @@ from sparse_lora_dist.report.run_data import RunData, read_run
 from sparse_lora_dist.report.style import save_png
 from sparse_lora_dist.report.timeline import timeline
 from sparse_lora_dist.system.atomic_files import write_whole
+from sparse_lora_dist.system.small_files import is_pipe
 
 
 def report(request: ReportRequest) -> None:
@@ -27,6 +29,7 @@ def report(request: ReportRequest) -> None:
         UserError: if a folder is not a run folder, a file of it is damaged, or the page cannot be
             written to ``--output``.
     """
+    real_path("--output", request.output)
     runs = [read_run(run, name) for run, name in names_of(request.runs).items()]
     check_output(request.output)
     sections = [shared_section(runs), *(run_section(run) for run in runs)]
@@ -48,8 +51,8 @@ def report(request: ReportRequest) -> None:
 def check_output(path: Path) -> None:
     """Raise UserError if the page cannot be written to ``path``.
 
-    This is so if its folder does not exist, if it is a folder or a link, or if it is a file that
-    this program did not write, or that was changed since, which is never replaced.
+    This is so if its folder does not exist, if it is a folder, a pipe or a link, or if it is a file
+    that this program did not write, or that was changed since, which is never replaced.
     """
     if not path.parent.is_dir():
         raise UserError(
@@ -58,6 +61,8 @@ def check_output(path: Path) -> None:
         )
     if path.is_dir():
         raise UserError(f"--output {path} is a folder. Give a file in it as --output.")
+    if is_pipe(path):
+        raise UserError(f"--output {path} is a pipe or device. Give a file as --output.")
     check_replaceable(path)
 
 
@@ -94,9 +99,9 @@ def names_of(runs: Sequence[Path]) -> dict[Path, str]:
         Run folder -> name, in the order of ``runs``.
 
     Raises:
-        UserError: if a folder is given twice.
+        UserError: if a folder is given twice, or its real path cannot be named.
     """
-    whole = [run.resolve().parts for run in runs]  # runs/a and runs/b/../a are one folder
+    whole = [real_path("RUN", run).parts for run in runs]  # runs/a and runs/b/../a are one folder
     if twice := [
         str(run) for run, parts in zip(runs, whole, strict=True) if whole.count(parts) > 1
     ]:

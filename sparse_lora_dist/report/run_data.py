@@ -27,7 +27,7 @@ from sparse_lora_dist.report.saved_steps import SavedStep, saved_steps
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
-from sparse_lora_dist.system.small_files import parse_json
+from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in
 
 STAGE = ("live_ranks", "held_out_loss", "lambda")
 """Fields of a record of stages.jsonl that the figure of stages needs to draw a point. The record is
@@ -120,10 +120,11 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         name: name of the run in the report. None: the folder's name.
 
     Raises:
-        UserError: if it is not a run folder, or a file is missing or damaged.
+        UserError: if it is not a run folder, or a file is missing, damaged, or a pipe.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder. Give the --output_dir of a run.")
+    refuse_pipes_in(folder)
     if not (folder / RUN_YAML).exists():
         raise UserError(
             f"{folder} has no run.yaml, so it is not a run folder. Give the --output_dir of a run."

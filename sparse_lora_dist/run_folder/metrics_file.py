@@ -13,6 +13,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.system.own_files import claim, in_short
+from sparse_lora_dist.system.small_files import refuse_pipes
 
 Record = Mapping[str, float | int | str]
 """One line of ``metrics.jsonl`` as a dict: numbers or texts by name, among them ``step``, the
@@ -88,7 +89,9 @@ def read_lines(path: Path) -> list[Line]:
 
     Raises:
         OSError: the file cannot be read.
+        UserError: it is a pipe.
     """
+    refuse_pipes(path)
     *whole, last = path.read_bytes().split(b"\n")
     lines = [Line(raw=raw, record=_record(raw)) for raw in whole]
     if last:

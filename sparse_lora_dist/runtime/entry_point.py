@@ -1,6 +1,8 @@
 """Run a program of launcher/: read its options, silence other libraries, do its work, print one
 message on failure, and exit with the status that says what happened."""
 
+import errno
+import io
 import logging
 import os
 import signal
@@ -21,10 +23,12 @@ from sparse_lora_dist.errors import (
     StorageError,
     UserError,
 )
-from sparse_lora_dist.system.machine_errors import in_plain_words
+from sparse_lora_dist.system.machine_errors import in_plain_words, of_path
 from sparse_lora_dist.system.program_names import as_started_here
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+NO_READER = 141
+"""Exit status if whoever read stdout has gone, as in ``show.py A | head``: that of SIGPIPE."""
 HELD = 73
 """Exit status of a job whose run folder another job writes (EX_CANTCREAT of BSD's sysexits.h)."""
 STOPPED = 75
@@ -65,7 +69,7 @@ def run_program(
     run folder (``HeldError``); 1 on any other error, with a traceback, or with one line if another
     rank caused it; 75 if a run was asked to stop early, or results could not be written because
     storage failed for a while (``StorageError``); 130 on Ctrl-C, unless ``stop_signals`` takes it
-    as a request to stop.
+    as a request to stop; 141, without a message, if nobody reads stdout any more.
 
     Args:
         argv: command line without the program's name.
@@ -73,21 +77,70 @@ def run_program(
         work: function that does the work of the program, given the options.
     """
     debug = _asks_for_debug(argv)  # until the options are read
+    _escape_letters()
     try:
         this_launch()  # first, so that later calls cannot fail while an error is reported
-        config = read(argv)
+        config = _options(argv, read)
         debug = config.run.debug
         if not debug:
             quiet_others()
         work(config)
-        # Not by returning: gloo's threads may abort the interpreter's shutdown, after the run has
-        # finished.
-        exit_process(0)
     except SystemExit:  # raised by --help and --print_config
+        if (status := _flushed()) != 0:  # Python's own shutdown would print a traceback
+            exit_process(status)
         raise
     except BaseException as error:
         _finish_message_first()
         exit_process(_report(error, debug=debug))
+    # Not by returning: gloo's threads may abort the interpreter's shutdown, after the run has
+    # finished.
+    exit_process(0)
+
+
+def _options(argv: Sequence[str], read: Callable[[Sequence[str]], Read]) -> Read:
+    """Return ``read(argv)``. A path in the options that the system lets nobody look at, such as one
+    in a folder of another user, is a mistake in the options: Python raises OSError for it."""
+    try:
+        return read(argv)
+    except (OSError, RuntimeError) as error:
+        if (said := of_path(error)) is None:
+            raise
+        raise UserError(said, shared=True) from error
+
+
+def _escape_letters() -> None:
+    """Let stdout and stderr write letters that their encoding lacks as ``\\xe9``, instead of
+    raising an error after the work is done. A stream that was closed (``>&-``) leads nowhere."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115  open to the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _flushed(more: str = "") -> int:
+    """Flush stdout and stderr. Return 0, or the exit status if stdout cannot be written, after a
+    message unless its reader has gone.
+
+    Args:
+        more: text to write to stdout first.
+    """
+    with suppress(OSError, ValueError):
+        sys.stderr.flush()
+    try:
+        sys.stdout.write(more)
+        sys.stdout.flush()
+    except ValueError:  # it is closed
+        return 0
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            return NO_READER
+        with suppress(OSError, ValueError):
+            said = "Make room there, or send the output elsewhere."
+            write_stderr(f"error: stdout cannot be written: {error.strerror}. {said}")
+        return FAILURE
+    return 0
 
 
 def _finish_message_first() -> None:
@@ -99,6 +152,10 @@ def _finish_message_first() -> None:
 
 def _report(error: BaseException, *, debug: bool) -> int:
     """Print the message of an error that ends the program, and return its exit status."""
+    may_be_of_stdout = isinstance(error, OSError) and error.filename is None
+    # Python may have dropped what print could not write, so only another letter shows it.
+    if may_be_of_stdout and (status := _flushed("\n")) != 0:
+        return status
     if isinstance(error, Stopped):
         return STOPPED
     if isinstance(error, KeyboardInterrupt):
@@ -111,7 +168,7 @@ def _report(error: BaseException, *, debug: bool) -> int:
     if isinstance(error, PeerError):
         write_stderr(f"\nrank {this_launch().rank} ends: {error}")
         return FAILURE
-    if (said := in_plain_words(error)) is not None:
+    if (said := in_plain_words(error) or of_path(error)) is not None:
         if debug:
             traceback.print_exc()
         write_stderr(f"error: {said}")
@@ -153,10 +210,13 @@ def write_stderr(message: str, *, for_all: bool = False) -> None:
 def exit_process(code: int) -> NoReturn:
     """End the process at once with exit status ``code``, after flushing stdout and stderr. Python's
     own shutdown (atexit functions, destructors) is skipped, because it may wait for other ranks
-    inside a collective."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    inside a collective. If stdout cannot be written, status 0 becomes another."""
+    unwritten = _flushed() if code == 0 else 0
+    if code != 0:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(code or unwritten)
 
 
 def quiet_others() -> None:

@@ -13,6 +13,8 @@ from sparse_lora_dist.show import checkpoint_table as checkpoint
 from sparse_lora_dist.show import peft_table as peft_adapter
 from sparse_lora_dist.show.show_options import ShowRequest
 from sparse_lora_dist.show.table import table
+from sparse_lora_dist.system.machine_errors import of_path
+from sparse_lora_dist.system.small_files import refuse_pipes_in
 
 DAMAGE = (OSError, SafetensorError, LookupError, ArithmeticError, ValueError, RuntimeError)
 """Exceptions that reading damaged files, or files of another program, may raise."""
@@ -41,6 +43,7 @@ def as_text(path: Path) -> str:
         UserError: if the folder is neither an adapter nor a checkpoint, or is damaged.
     """
     try:
+        refuse_pipes_in(path)
         if (path / CONFIG).exists():
             config = peft_adapter.read_config(path)
             head, found = peft_adapter.head(path, config), peft_adapter.modules(path, config)
@@ -51,6 +54,8 @@ def as_text(path: Path) -> str:
             raise _neither(path)
         return f"{head}\n{table(list(found))}"
     except DAMAGE as error:
+        if (said := of_path(error)) is not None:
+            raise UserError(said) from error
         raise UserError(
             f"{path} is damaged: {error!r}. Give another checkpoint, or export the adapter again."
         ) from error

@@ -17,6 +17,10 @@ NO_MEMORY = re.compile(
 """Texts of libraries that get no more memory from the system."""
 NO_TEMPORARY = "No usable temporary directory"
 """Text of Python's tempfile if no folder for temporary files can be written."""
+REFUSED = (errno.EACCES, errno.EPERM)
+"""Errors of a file or folder that this user may not read or enter."""
+AWAY = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.EREMOTEIO)
+"""Errors of a disk or file server that does not answer."""
 QUOTED_PATH = re.compile(r"['\"](/[^'\"]+)['\"]")
 
 
@@ -35,6 +39,49 @@ def in_plain_words(error: BaseException) -> str | None:
                 "sbatch --mem), or use smaller options: launcher/plan.py says what a run needs."
             )
     return None
+
+
+def of_path(error: BaseException) -> str | None:
+    """Return what to do about a path that the system does not let this process look at: a folder
+    of another user, a disk that is away, links that lead in a circle, a current folder that was
+    removed. None for any other error.
+
+    Args:
+        error: the exception, as Python's functions on paths raise it.
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop from "):
+        path = str(error).removeprefix("Symlink loop from ")  # text of Path.resolve
+        return f"{path} is a symbolic link that leads back to itself. Correct or remove the link."
+    if not isinstance(error, OSError):
+        return None
+    if isinstance(error, FileNotFoundError) and error.filename is None and not _has_folder():
+        return "The current folder was removed. Change to a folder that exists, and start again."
+    if error.filename is None or error.errno is None:
+        return None
+    found = f"{_shown(error.filename)} cannot be used: {os.strerror(error.errno)}."
+    if error.errno in REFUSED:
+        return (
+            f"{found} Ask its owner for access, or name another path. `namei -l PATH` shows who "
+            "may enter each folder of a path."
+        )
+    if error.errno in AWAY:
+        return f"{found} Its disk or file server does not answer. Start again once it does."
+    if error.errno == errno.ELOOP:
+        return f"{found} A symbolic link in it leads back to itself. Correct or remove the link."
+    return None
+
+
+def _has_folder() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _shown(name: object) -> str:
+    text = os.fsdecode(name) if isinstance(name, str | bytes) else str(name)
+    return text if text.isprintable() else ascii(text)
 
 
 def caches(environ: Mapping[str, str]) -> dict[str, Path]:

@@ -46,12 +46,15 @@ def read_marker(folder: Path) -> Marker | None:
     """Return the marker of a folder; None if it has none, or one that cannot be read."""
     path = folder / MARKER
     try:
-        if path.is_symlink():
+        if path.is_symlink() or not path.is_file():
             return None
         fields = json.loads(path.read_text(encoding="utf-8"))
         names = {n: None if c is None else (int(c[0]), c[1]) for n, c in fields["names"].items()}
         return Marker(kind=str(fields["kind"]), names=names, about=dict(fields["about"]))
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
+    # A size of 1e400 raises an ArithmeticError.
+    except (OSError, ValueError, LookupError, ArithmeticError, TypeError, AttributeError):
+        return None
+    except RecursionError:
         return None
 
 

@@ -1,4 +1,5 @@
-"""Read small files that a user names, such as files of options, with bounds on size and nesting."""
+"""Read small files that a user names, such as files of options, with bounds on size and nesting,
+and refuse pipes and devices in place of files."""
 
 import json
 import os
@@ -6,14 +7,53 @@ import select
 import stat
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from sparse_lora_dist.errors import UserError
+
 MOST_BYTES = 2**20
 """Largest size of such a file."""
+READ = (".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".txt", ".model", ".py")
+"""Ends of the names of files that are read in the folder of a model, an adapter or a run."""
 PATIENCE_S = 10.0
 """Longest time in seconds that a pipe may take to deliver its text."""
+
+
+def refuse_pipes(*paths: Path) -> None:
+    """Raise UserError if one of the paths is a pipe, a socket or a device.
+
+    Whoever opens a pipe waits until somebody writes to it, which may be never.
+
+    Args:
+        paths: paths of files. What is a folder, or does not exist, is not refused.
+    """
+    for path in paths:
+        if is_pipe(path):
+            raise UserError(
+                f"{path} is a pipe or device, not a file. Put the file itself in its place."
+            )
+
+
+def refuse_pipes_in(folder: Path) -> None:
+    """Raise UserError if a file in a folder, of a kind that is read, is a pipe or device.
+
+    Args:
+        folder: folder of a model, an adapter, a checkpoint or a run. It need not exist.
+    """
+    with suppress(FileNotFoundError, NotADirectoryError):
+        refuse_pipes(*(path for path in sorted(folder.iterdir()) if path.name.endswith(READ)))
+
+
+def is_pipe(path: Path) -> bool:
+    """Return True if a path is a pipe, a socket or a device, or a link to one."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def text_of(path: str | Path) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.paths import real_path
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
@@ -124,7 +125,7 @@ def source_of(config: Config) -> Path | None:
     wanted = config.run.resume
     if wanted in ("auto", "never"):
         return None
-    path = Path(wanted).resolve()
+    path = real_path("--resume", Path(wanted))
     return None if path.parent == own_checkpoints(config).resolve() else path
 
 

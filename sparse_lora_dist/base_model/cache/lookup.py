@@ -34,7 +34,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.system.small_files import parse_json
+from sparse_lora_dist.system.small_files import parse_json, refuse_pipes
 
 FORMAT = 1
 """Version of the cache's format. A cache of another version is not used."""
@@ -255,6 +255,7 @@ def read_about(place: Path) -> dict[str, Any]:
         folder of the original files, and "sha256", what ``content.hashes_of`` returned; caches of
         earlier versions lack the last.
     """
+    refuse_pipes(place / ABOUT)
     try:
         about: dict[str, Any] = parse_json((place / ABOUT).read_bytes())
     except (OSError, ValueError):
