@@ -30,6 +30,7 @@ from sparse_lora_dist.distributed import comm
 def pretend(rank: int, ranks: int) -> None:
     """Instead of ``comm.start``."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # nobody meets there
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     comm._patient = dist.group.WORLD
 

@@ -192,6 +192,8 @@ def test_a_run_of_a_version_without_markers_counts_as_marked(
     ranks(1, TRIED, flags=tiny.flags(run, max_steps=3, stop_after=1))
     for marker in (run / ".sparse_lora_dist.json", run / "adapter" / ".sparse_lora_dist.json"):
         marker.unlink()
+    for name in ("chat_template.jinja", "generation_config.json"):  # such a version wrote neither
+        (run / "adapter" / name).unlink(missing_ok=True)
     (said,) = ranks(1, TRIED, flags=tiny.flags(run, max_steps=3))
     assert "already holds a run" in said
     (said,) = ranks(1, TRIED, flags=tiny.flags(run, max_steps=3, resume="auto"))
