@@ -5,7 +5,8 @@ the real job. What the other ranks would send is made up:
 
     all-gather    of the scales: every rank sends this rank's own
     broadcast     of the scales' means: this rank's own
-    the rest      barriers, maxima and pickled objects: this rank's own
+    the rest      barriers, maxima and pickled objects, and what the model is asked before it is
+                  loaded: this rank's own
 """
 
 import os
@@ -25,6 +26,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from sparse_lora_dist.base_model import nf4
 from sparse_lora_dist.base_model.nf4_shard import own_weights, quantized_part
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.model import model
+from sparse_lora_dist.model.look import look_at
 
 
 def pretend(rank: int, ranks: int) -> None:
@@ -33,6 +36,7 @@ def pretend(rank: int, ranks: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29500")  # nobody meets there
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     comm._patient = dist.group.WORLD
+    patch.object(model, "look_together", look_at).start()  # rank 0, which would tell, is not there
 
 
 @contextmanager
