@@ -315,6 +315,7 @@ def test_torchrun_ends_with_one_message(tiny: TinyRun, tmp_path: Path) -> None:
     said_once(ended, f"{data}:41: This line is not valid JSON")
 
 
+@pytest.mark.usefixtures("full")
 def test_a_mistake_is_status_2_and_debug_shows_where(tiny: TinyRun, tmp_path: Path) -> None:
     flags = one_step(tiny, tmp_path / "run", 1, rank=33)
     command = ["python", "launcher/train.py", *ENGINE, *flags]

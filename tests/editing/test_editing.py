@@ -406,7 +406,7 @@ def test_bad_options_are_told(tmp_path: Path, given: list[str], said: list[str])
         assert words in str(error.value)
 
 
-@pytest.mark.usefixtures("processes")
+@pytest.mark.usefixtures("processes", "full")
 def test_only_read_counts_and_a_bad_file_ends_with_2(tmp_path: Path) -> None:
     def said(path: Path) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "launcher/edit.py", "--only_read", "--edits", str(path)]

@@ -318,6 +318,7 @@ def test_what_is_dead_is_zero_in_master_and_live_copy_under_bf16(
         assert (weights[f"base_model.model.{theirs}"].flatten()[~mask] == 0).all()
 
 
+@pytest.mark.usefixtures("full")
 def test_offload_and_a_learning_rate_that_overflows(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

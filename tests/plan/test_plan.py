@@ -125,6 +125,7 @@ def test_packed_weights_are_exact_too(ranks: RealRanks, tiny: TinyRun, tmp_path:
             assert real["packed_weights"] == planned["packed_weights"]
 
 
+@pytest.mark.usefixtures("full")
 def test_a_copy_that_is_written_beside_training_is_planned(
     ranks: RealRanks, tiny: TinyRun, tmp_path: Path
 ) -> None:

@@ -19,6 +19,7 @@ from sparse_lora_dist.editing.edit_options import EditConfig
 from sparse_lora_dist.evaluation.eval_options import EvalConfig
 from sparse_lora_dist.export.export_options import ExportConfig
 from sparse_lora_dist.plan.plan_options import PlanConfig
+from tests.tiers import in_full
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -137,8 +138,7 @@ def test_every_page_of_the_menu_exists() -> None:
 
 
 @pytest.mark.usefixtures("processes")
-@pytest.mark.usefixtures("processes")
-@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+@pytest.mark.parametrize("number", [0, *map(in_full, range(1, len(EXAMPLES)))])
 def test_an_example_runs_as_it_stands(number: int, tmp_path: Path) -> None:
     for name in ("assets", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -77,6 +77,7 @@ def test_stopped_and_resumed_is_uninterrupted(
     check_same(tmp_path, undisturbed)
 
 
+@pytest.mark.usefixtures("full")
 def test_stopped_twice_in_what_it_owes_and_begun_elsewhere(
     ranks: Ranks, tiny: TinyRun, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -64,7 +64,7 @@ def exit_codes(pool: RankPool, *ranks: int) -> list[int | None]:
 
 @pytest.mark.parametrize(
     ("launcher", "sick"),
-    [("deepspeed", 0), in_full("torchrun", 1)],  # with deepspeed rank 0 holds the store
+    [in_full("deepspeed", 0), in_full("torchrun", 1)],  # with deepspeed rank 0 holds the store
 )
 def test_a_rank_that_is_stopped_ends_the_job(
     tiny: TinyRun, tmp_path: Path, launcher: str, sick: int
