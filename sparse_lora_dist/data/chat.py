@@ -231,22 +231,35 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> 
     Raises:
         ExampleError: the template refuses a chat of one question and its answer.
     """
-    user = {"role": "user", "content": "a"}
-    one, two = (
-        encode_chat(
-            tokenizer,
-            [user, {"role": "assistant", "content": answer}],
-            template=template,
-            train_on="all",
-        ).ids
-        for answer in "ab"
-    )
+    one, two = two_answers(tokenizer, {"role": "user", "content": "a"}, template=template)
     # The common end of two renderings that differ in the answer only.
     pairs = zip(reversed(one), reversed(two), strict=False)
     end = {i for i, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)} if one != two else set()
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     eos = tokenizer.eos_token_id
     return (end & special) | (set() if eos is None else {int(eos)})
+
+
+def two_answers(
+    tokenizer: PreTrainedTokenizerFast, question: Message, *, template: str | None
+) -> tuple[list[int], list[int]]:
+    """Return the token ids of two chats that differ in the answer only: what they share is the
+    template's.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        question: message before the answer, which is "a" or "b".
+        template: jinja text that renders chats; None joins question and answer as they are.
+
+    Raises:
+        ExampleError: the template refuses a chat of one question and its answer.
+    """
+
+    def ids(answer: str) -> list[int]:
+        chat = [question, {"role": "assistant", "content": answer}]
+        return encode_chat(tokenizer, chat, template=template, train_on="all").ids
+
+    return ids("a"), ids("b")
 
 
 def _whole(ids: list[int]) -> Encoded:

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.chat import encode_chat, encode_prompt
+from sparse_lora_dist.data.chat import encode_prompt, two_answers
 from sparse_lora_dist.data.fields import Message
 
 Item = TypeVar("Item")
@@ -73,15 +73,7 @@ def find_frame(tokenizer: PreTrainedTokenizerFast, template: str | None) -> Answ
         return AnswerFrame()
     user: Message = {"role": "user", "content": "?"}
     prompt = encode_prompt(tokenizer, [user], template=template)
-    one, two = (
-        encode_chat(
-            tokenizer,
-            [user, {"role": "assistant", "content": answer}],
-            template=template,
-            train_on="all",
-        ).ids
-        for answer in "ab"
-    )
+    one, two = two_answers(tokenizer, user, template=template)
     # As generated texts are decoded.
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, one, two)]
     asked, *chats = texts
