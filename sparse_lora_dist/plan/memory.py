@@ -9,6 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.optim.moments import BLOCK
 from sparse_lora_dist.plan.load_memory import load_work
@@ -52,6 +54,10 @@ CPU_IMPORTS = 610_000_000
 transformers and their libraries. Measured: 0.60 to 0.62 GB, of which 0.44 GB are this rank's alone
 and the rest pages of files (benchmarks/host_memory.py)."""
 
+CUDA_IMPORTS = 350_000_000
+"""Bytes that such a rank holds more with a build of PyTorch that brings CUDA's libraries. Measured:
+1.18 to 1.24 GB against 0.84 to 0.85 GB for the same run."""
+
 CPU_PROCESS = 180_000_000
 """Bytes that a rank on a CPU allocates besides tensors, after Python and its packages are imported:
 data, modules imported later, gloo's buffers, small allocations. Measured: 0.09 to 0.19 GB
@@ -60,6 +66,11 @@ data, modules imported later, gloo's buffers, small allocations. Measured: 0.09 
 HOST_PROCESS = 3_000_000_000
 """Bytes of host memory of a rank with a GPU: Python, PyTorch with CUDA, data. This is an
 assumption."""
+
+
+def import_bytes() -> int:
+    """Return the bytes of a rank on a CPU before it loads the base, with this build of PyTorch."""
+    return CPU_IMPORTS + (0 if torch.version.cuda is None else CUDA_IMPORTS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -362,7 +373,7 @@ def trained_head(shapes: Shapes) -> int:
 
 def _framework(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
     if not ranks.on_gpu:
-        yield _always("imports", "Python and its packages (measured)", "host", CPU_IMPORTS)
+        yield _always("imports", "Python and its packages (measured)", "host", import_bytes())
         yield _always("process", "data, late imports, gloo (measured)", "host", CPU_PROCESS)
         return
     yield _always("context", "CUDA, NCCL, libraries (assumed)", "gpu", GPU_CONTEXT)

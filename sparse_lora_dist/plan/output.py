@@ -213,7 +213,7 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
         )
     else:
         yield (
-            f"          {gb(memory.CPU_IMPORTS)} GB per process for Python and its packages, "
+            f"          {gb(memory.import_bytes())} GB per process for Python and its packages, "
             f"{memory.HEAP_SLACK:.0%} fragmentation of glibc's heap;"
         )
         yield "          MALLOC_MMAP_THRESHOLD_=262144 prevents that, at a cost in time"

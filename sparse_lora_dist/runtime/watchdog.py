@@ -255,6 +255,9 @@ class _Watchdog:
         )
         if any(beat.rank == comm.rank() for beat in verdict.behind):
             faulthandler.dump_traceback()  # shows where this rank is stuck
+            # Last, so that the ranks that wait for this one name it too: in a collective with a
+            # rank that has ended they would only see a closed connection.
+            self._stopped.wait(2 * self.timeout_s / TURNS)
         self.tell_end()
         for beat in verdict.lost:  # with SIGKILL: a stopped process takes no other signal
             with suppress(OSError):

@@ -100,11 +100,10 @@ def check_result(folder: Path, reference: Path) -> None:
 
 def check_plan(ended: Ended, folder: Path, world: int) -> None:
     """The plan of the line "memory" against the peak of all ranks' resident memory, which metrics
-    have of the worst rank. The plan counts a CPU build of PyTorch. A build that brings CUDA's
-    libraries holds about 0.35 GB more a rank, which the plan does not know."""
+    have of the worst rank: no run is said to fit that does not."""
     (planned,) = re.findall(r"^memory    about (\d+\.\d\d) of ", ended.out, re.MULTILINE)
     peak = world * max(row.get("peak_memory_bytes", 0) for row in metrics(folder)) / 1e9
-    assert 0.65 < float(planned) / peak < 1.3, (planned, peak)
+    assert 0.95 < float(planned) / peak < 1.3, (planned, peak)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:

@@ -195,7 +195,7 @@ def test_two_ranks_of_the_embedded_model_do_not_fit_into_850_mb() -> None:
         shapes=shapes_of(request.config), engine=engine, ranks=ranks, plan=request.plan
     )
     assert outcome.fits is False
-    assert 1.06 * GB < outcome.need.host < 2 * GB
+    assert 1.06 * GB < outcome.need.host < 3 * GB  # with CUDA's libraries 0.7 more
     assert f"sbatch {mem_option(outcome.need.host)}" in as_text(outcome)
 
 
