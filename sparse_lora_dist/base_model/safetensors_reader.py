@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.system.small_files import parse_json
+from sparse_lora_dist.system.small_files import parse_json, unique_keys
 
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
 """torch dtype by its name in a safetensors header."""
@@ -355,7 +354,7 @@ def read_header(file: Path) -> dict[str, Entry]:
                 "it again."
             )
         try:
-            header = parse_json(stream.read(length), _each_once)
+            header = parse_json(stream.read(length), unique_keys)
             entries = _entries(file, header, data_start=8 + length, size=size)
             # Types, gaps, overlaps, bytes that belong to no tensor: the library looks at the
             # header alone, and it maps the file into memory without reading the tensors.
@@ -365,16 +364,6 @@ def read_header(file: Path) -> dict[str, Entry]:
             raise UserError(
                 f"{file} has a broken safetensors header ({error}). Download it again."
             ) from error
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object as a dict. A name that it has twice is a ValueError."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is in it twice")
-    return found
 
 
 def _entries(

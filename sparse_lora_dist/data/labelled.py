@@ -22,7 +22,7 @@ from sparse_lora_dist.data.labels import check_columns, label_of
 from sparse_lora_dist.data.local_files import Columns
 from sparse_lora_dist.data.packing import Rows
 from sparse_lora_dist.data.read_files import read_examples
-from sparse_lora_dist.data.reading import describe, shown
+from sparse_lora_dist.data.reading import describe, shown, words_cut
 from sparse_lora_dist.data.tokens import (
     CACHE_VERSION,
     FEATURES,
@@ -174,7 +174,8 @@ def load_labelled(
             f"{flag} {source} has no example with text: {documents.report()}. Give data in which "
             "at least one example has text."
         )
-    notes = (UNKNOWN,) if "-1" in classes else ()
+    found = (UNKNOWN if "-1" in classes else "", words_cut(examples, text_fields, tokenizer))
+    notes = tuple(note for note in found if note)
     unused = {"--column_names": bool(column_names) and not examples.is_table}
     documents.reading = describe(examples, columns, notes=notes).with_unused(unused)
     return documents

@@ -1,10 +1,14 @@
 """Record what of a data set is read and what is not, for the screen and the run folder."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from unicodedata import category
+
+from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.data.chat import has_marks, is_template
 from sparse_lora_dist.data.examples import Examples
@@ -174,6 +178,46 @@ def writes_the_date(template: str | None) -> str:
         f"the chat template writes the date into each row ({DATE}), so the rows of another day "
         "differ, and a resume may be refused then. Give a --chat_template with a fixed date."
     )
+
+
+def words_cut(
+    examples: Examples, columns: Collection[str], tokenizer: PreTrainedTokenizerFast
+) -> str:
+    """Return a note about words of which the tokenizer leaves out letters, since it has neither a
+    token for them nor one for unknown text; "" if the first examples have none.
+
+    Args:
+        examples: the examples, of which the beginnings of the first 100 texts are looked at.
+        columns: columns that are read.
+        tokenizer: tokenizer of the base.
+    """
+    texts = (text for record in examples for text in _texts([record.get(c) for c in columns]))
+    words = list(dict.fromkeys(word for text in islice(texts, 100) for word in text[:9999].split()))
+    found = tokenizer.backend_tokenizer.encode_batch(words, add_special_tokens=False)
+    cut = [word for word, tokens in zip(words, found, strict=True) if _misses(word, tokens.offsets)]
+    if not cut:
+        return ""
+    return (
+        f"the tokenizer leaves out letters of some words ({shown(cut)}), for which it has no "
+        "token: the model does not learn them. Check that --model has the right tokenizer."
+    )
+
+
+def _misses(word: str, spans: Sequence[tuple[int, int]]) -> bool:
+    """Return True if tokens stand for fewer letters than a word has. Marks and control characters
+    do not count: many tokenizers drop them on purpose."""
+    held = {place for span in spans for place in range(*span)}
+    return len(held) < sum(category(letter)[0] not in "MCZ" for letter in word)
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts([part for key, part in value.items() if key != "role"])
+    elif isinstance(value, list):
+        for part in value:
+            yield from _texts(part)
 
 
 def renders_tools(columns: Collection[str], template: str | None) -> bool:

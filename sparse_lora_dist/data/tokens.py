@@ -43,6 +43,7 @@ from sparse_lora_dist.data.reading import (
     renders_tools,
     template_source,
     unread_keys,
+    words_cut,
     writes_the_date,
     wrong_roles,
 )
@@ -323,14 +324,16 @@ def _reading(
     train_on: TrainOn,
 ) -> Reading:
     """Return what was read of data for language modelling."""
+    lost = words_cut(examples, fields.all_columns, tokenizer)
     if fields.kind == "text":
-        return describe(examples, fields.all_columns)
+        return describe(examples, fields.all_columns, notes=(lost,) if lost else ())
     learned = tokenizer.convert_ids_to_tokens(documents.targets_among(documents.ends.values()))
     finds_turns = train_on == "response" and fields.kind == "messages"
     notes = (
         "" if learned else no_end(documents.ends),
         not_learned(examples, template) if finds_turns else "",
         writes_the_date(template),
+        lost,
     )
     return describe(
         examples,

@@ -1,12 +1,15 @@
 """Users had columns that are not used, columns that decide, dates, labels, and null lines."""
 
 import json
+import re
 from datetime import datetime
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import load_labelled, read_classes
@@ -208,17 +211,7 @@ def test_odd_labels_are_names(tmp_path):
 
 def test_a_label_of_minus_one_is_pointed_out(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": i, "id": 1} for i in (-1, 0, 1)])
-    documents = load_labelled(
-        str(path),
-        byte_tokenizer(),
-        text_fields=("text",),
-        label_field="label",
-        column_names=(),
-        classes=("-1", "0", "1"),
-        segments=False,
-        sequence_length=64,
-        max_samples=None,
-    )
+    documents = load_classes(path, byte_tokenizer(), "-1", "0", "1")
     assert "the label -1 is a class of its own" in documents.reading.notes[0]
     assert "columns: text, label; columns not read: id" in documents.reading.report()
 
@@ -254,3 +247,38 @@ def test_an_unread_column_of_a_type_that_datasets_lacks_does_not_matter(tmp_path
     documents = load(path, tokenizer)
     assert learned(documents, tokenizer) == ["x<|end|>\n", "y<|end|>\n"]
     assert documents.reading.unread_columns == ("m",)
+
+
+def test_words_of_which_the_tokenizer_leaves_out_letters_are_named(tmp_path):
+    """huggingface/tokenizers#517: a tokenizer without unk drops what it has no token for."""
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate("abco. <s>")}, merges=[]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<s>")
+    chat = {"messages": [user("ab"), assistant("cß7 ca ß.")]}
+    source = jsonl(tmp_path / "chats.jsonl", [chat])
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert cut(load(source, tokenizer, chat_template=template)) == ["cß7, ß."]
+    assert cut(load(source, chat_template=template)) == []
+    assert cut(load(jsonl(tmp_path / "pairs.jsonl", pairs("aßb")), tokenizer)) == ["?, aßb"]
+    plain = jsonl(tmp_path / "plain.jsonl", [{"text": "ab"}, {"text": "aßb a\u0301"}])
+    assert cut(load(plain, tokenizer)) == ["aßb"]
+    labelled = jsonl(tmp_path / "labelled.jsonl", [{"text": "aßb", "label": "x"}] * 2)
+    assert cut(load_classes(labelled, tokenizer, "x")) == ["aßb"]
+
+
+def cut(documents):
+    notes = " ".join(documents.reading.notes)
+    return re.findall(r"leaves out letters of some words \((.*?)\)", notes)
+
+
+def load_classes(path, tokenizer, *classes):
+    return load_labelled(
+        str(path),
+        tokenizer,
+        text_fields=("text",),
+        label_field="label",
+        column_names=(),
+        classes=classes,
+        segments=False,
+        sequence_length=64,
+        max_samples=None,
+    )
