@@ -14,6 +14,7 @@ from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Stopped, UserError, as_user_error
 from sparse_lora_dist.runtime import entry_point
 from sparse_lora_dist.system.small_files import parse_json
+from tests.reports.conftest import Left
 
 
 @pytest.mark.parametrize(
@@ -61,24 +62,6 @@ def test_an_error_of_the_disk_keeps_its_cause() -> None:
         with fail_together("reading x"):
             raise OSError(errno.ENOSPC, "full")
     assert isinstance(caught.value.__cause__, OSError)
-
-
-class Left(Exception):
-    pass
-
-
-@pytest.fixture
-def status(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Statuses with which run_program would have left."""
-    found: list[int] = []
-
-    def leave(code: int) -> None:
-        found.append(code)
-        raise Left
-
-    monkeypatch.setattr(entry_point, "exit_process", leave)
-    monkeypatch.setattr(entry_point, "quiet_others", lambda: None)
-    return found
 
 
 def run(argv: Sequence[str], error: Exception, *, reading: bool) -> None:

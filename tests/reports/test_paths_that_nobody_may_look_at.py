@@ -19,27 +19,10 @@ from sparse_lora_dist.plan.plan_options import load_request as plan_request
 from sparse_lora_dist.report.report_command import names_of
 from sparse_lora_dist.runtime import entry_point
 from sparse_lora_dist.show.show_command import as_text
+from tests.reports.conftest import Left
 
 LOCKED = "locked"
 WRONG = (errno.EACCES, errno.EPERM, errno.ENOTCONN, errno.ESTALE, errno.EIO)
-
-
-class Left(Exception):
-    pass
-
-
-@pytest.fixture
-def status(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Statuses with which run_program would have left."""
-    found: list[int] = []
-
-    def leave(code: int) -> None:
-        found.append(code)
-        raise Left
-
-    monkeypatch.setattr(entry_point, "exit_process", leave)
-    monkeypatch.setattr(entry_point, "quiet_others", lambda: None)
-    return found
 
 
 @pytest.fixture
