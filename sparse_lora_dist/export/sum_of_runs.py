@@ -115,7 +115,7 @@ class Union(Trained):
 
     @cached_property
     def prompting(self) -> Prompting | None:
-        """That of the first run, with the tokens at which the answers of the others end too."""
+        """How the first run was prompted, with the tokens that end an answer in any of the runs."""
         own = self.first.prompting
         if own is None:
             return None
@@ -125,7 +125,7 @@ class Union(Trained):
 
     @cached_property
     def saved_class(self) -> SavedClass | None:
-        """That of the first run, with the names of all linears that have an adapter."""
+        """Class of the base that the first run saved, with the names of the linears of all runs."""
         found = [run.saved_class for run in (*self.others, self.first)]
         known = [one for one in found if one is not None]
         names = {ours: theirs for one in known for ours, theirs in one.modules.items()}
