@@ -1,6 +1,6 @@
 """What of a grid of parameters ``make test`` runs, and what it leaves to ``make test-all``."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from typing import Any
 
@@ -10,6 +10,12 @@ import pytest
 def in_full(*values: Any) -> Any:
     """A row of parameters that is left to ``make test-all``: it takes long and seldom breaks."""
     return pytest.param(*values, marks=pytest.mark.full)
+
+
+def some(every: Iterable[str], chosen: str) -> list[Any]:
+    """The rows of one parameter. ``make test`` runs the ``chosen`` (names with spaces between)."""
+    kept = chosen.split()
+    return [row if row in kept else in_full(row) for row in every]
 
 
 def grid(

@@ -61,7 +61,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "mixtral": lambda to: save_family(to, "mixtral"),
     "fused mixtral": lambda to: fuse_experts(save_family(to.parent / "whole", "mixtral"), to),
 }
-EVERYDAY = {("tied", True), ("qwen2", False), ("mixtral", True)}
+EVERYDAY = {("qwen2", False), ("mixtral", True)}
 """Kinds and kinds of scales that ``make test`` tries."""
 
 

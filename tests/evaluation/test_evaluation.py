@@ -34,7 +34,6 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.reference import documents_of, loss_of_documents, whole_model
 from tests.fixtures.tiny_run import TinyRun
-from tests.tiers import in_full
 
 WORK = "tests.work.eval"
 EVALUATE, REFUSAL = f"{WORK}:evaluate", f"{WORK}:refusal"
@@ -303,7 +302,8 @@ def test_a_model_that_was_compared_is_freed_before_the_next_is_loaded(
     assert ranks(1, f"{WORK}:shares_alive", flags=asked) == [[0, 0, 0]]
 
 
-@pytest.mark.parametrize("file", [in_full("zero3_offload"), "zero3_hpz"])
+@pytest.mark.usefixtures("full")
+@pytest.mark.parametrize("file", ["zero3_offload", "zero3_hpz"])
 def test_other_engines_compare_the_same(
     ranks: Ranks, tiny: TinyRun, odd: Path, tmp_path: Path, file: str
 ) -> None:

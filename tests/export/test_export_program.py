@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from tests.fixtures.reference import whole_model
 from tests.fixtures.tiny_classifier import save_base, write_labelled
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
-from tests.tiers import grid
+from tests.tiers import in_full
 
 TOKENS_MT = torch.arange(2 * 24).view(2, 24) * 5 % 250
 LOGITS = "tests.work.run:trained_logits"
@@ -96,11 +97,22 @@ def stops(ranks: Ranks, tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory)
     return run
 
 
-@grid("name when", list(METHODS), ["amid its schedule", "at its end"])
+AMID, END = "amid its schedule", "at its end"
+EVERYDAY = [
+    *product(("adalora", "cola", "lora", "sora"), (AMID,)),
+    *product(("increlora", "neat", "pst", "roselora", "shira"), (END,)),
+]
+"""Methods and moments that ``make test`` exports."""
+
+
+@pytest.mark.parametrize(
+    ("name", "when"),
+    [row if row in EVERYDAY else in_full(*row) for row in product(METHODS, (AMID, END))],
+)
 def test_what_is_exported_computes_the_trained_logits(
     stops: Any, tiny: TinyRun, tmp_path: Path, name: str, when: str
 ) -> None:
-    stop: Stop = stops(name)[when == "at its end"]
+    stop: Stop = stops(name)[when == END]
     merged = exported(stop.path, tmp_path / "merged", "--format", "merged", "--dtype", "fp32")
     model = AutoModelForCausalLM.from_pretrained(merged, dtype="auto")
     assert model.dtype == torch.float32

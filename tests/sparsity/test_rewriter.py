@@ -92,6 +92,7 @@ def test_what_is_kept_goes_with_the_run(
     assert rows[0][0]["norm"] > 0.0
 
 
+@pytest.mark.usefixtures("full")
 def test_kept_bytes_go_to_other_numbers_of_ranks(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, straight: Path
 ) -> None:

@@ -75,7 +75,7 @@ def test_a_head_trained_in_full_has_its_gradient(
     assert all(everyone[0].whole.gradients[name].norm() > 0 for name in trained)
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 10_000])
+@pytest.mark.parametrize("chunk_rows", [1, in_full(10_000)])
 def test_the_size_of_a_chunk_changes_nothing(
     ranks: Ranks, folders: dict[str, str], chunk_rows: int
 ) -> None:
@@ -113,7 +113,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_llama(tmp_path_factory.mktemp("wide") / "llama", vocab_size=VOCABULARY))
 
 
-@pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.parametrize("train_head", [False, in_full(True)])
 def test_no_tensor_of_the_logits_size_is_ever_alive(
     ranks: Ranks, wide: str, train_head: bool
 ) -> None:
@@ -129,6 +129,7 @@ def test_no_tensor_of_the_logits_size_is_ever_alive(
             assert largest.elements == ROWS * TOKENS * VOCABULARY
 
 
+@pytest.mark.usefixtures("full")
 def test_a_frozen_head_is_gathered_once(ranks: Ranks, wide: str) -> None:
     for rank in ranks(2, "tests.work.head:costs", folder=wide):
         assert rank.gathers == {"training": 1, "held out": 1}

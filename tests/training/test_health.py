@@ -60,6 +60,7 @@ def test_a_bad_step_changes_nothing_on_any_rank(
     assert all(t.isfinite().all() for t in saved(run, 8).values())
 
 
+@pytest.mark.usefixtures("full")
 def test_a_decision_of_a_bad_step_holds_and_a_resume_is_uninterrupted(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

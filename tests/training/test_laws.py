@@ -26,7 +26,7 @@ from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
-from tests.tiers import in_full
+from tests.tiers import in_full, some
 
 STEPS, SAVED, TWELVE_ROWS = 12, (4, 8, 12), 12
 KEYS = ("master", "live", "born", "exp_avg", "exp_avg_sq", "stat0", "stat1", "kept", "squares")
@@ -36,8 +36,9 @@ rounding of the threshold: in each row of decisions, and in each mask that was s
 COUNTED = ("live", "ranks")
 """What a row of decisions counts for every site. The rest is its step and the method's facts."""
 
+DECIDING = [name for name in METHODS if LAWS[name].decides]
 every_method = pytest.mark.parametrize("name", METHODS)
-deciding = pytest.mark.parametrize("name", [name for name in METHODS if LAWS[name].decides])
+deciding = pytest.mark.parametrize("name", DECIDING)
 
 
 def flags(tiny: TinyRun, folder: Path, name: str, **options: object) -> list[str]:
@@ -191,7 +192,7 @@ def test_the_layout_changes_no_decision_no_mask_and_no_parameter(
             assert float((theirs[n] != t).double().mean()) <= TIES, n
 
 
-@every_method
+@pytest.mark.parametrize("name", some(METHODS, "lora adalora increlora roselora sora shira"))
 def test_stopping_before_at_and_after_decisions_changes_no_bit(
     ranks: Ranks, tiny: TinyRun, reference: Any, tmp_path: Path, name: str
 ) -> None:
@@ -266,7 +267,7 @@ def test_a_run_goes_on_on_other_numbers_of_ranks(
     same_where_alike(one, run)
 
 
-@deciding
+@pytest.mark.parametrize("name", some(DECIDING, "increlora roselora"))
 def test_a_loss_eight_times_as_large_gives_the_same_masks(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, name: str
 ) -> None:

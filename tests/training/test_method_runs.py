@@ -63,7 +63,8 @@ def test_each_stage_has_its_schedule_its_checkpoint_and_its_row(
     assert stages[0]["live_ranks"] > stages[2]["live_ranks"]
 
 
-@pytest.mark.parametrize("reset", [in_full(False), True])
+@pytest.mark.usefixtures("full")
+@pytest.mark.parametrize("reset", [False, True])
 def test_a_stage_keeps_or_resets_the_moments_and_resumes_bit_for_bit(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, reset: bool
 ) -> None:
@@ -155,12 +156,13 @@ def test_a_rank_that_grows_never_holds_the_state_of_its_capacity(
     assert last["state_bytes_peak"] < 0.6 * dense
 
 
+@pytest.mark.usefixtures("full")
 @pytest.mark.parametrize(
     "options",
     [
         {"method": "increlora", "increlora_score": "delta", "increlora_every": 2},
-        in_full({"method": "increlora", "increlora_preset": "released", "increlora_every": 2}),
-        in_full({"method": "roselora", "roselora_preset": "released", "roselora_keep": 0.2}),
+        {"method": "increlora", "increlora_preset": "released", "increlora_every": 2},
+        {"method": "roselora", "roselora_preset": "released", "roselora_keep": 0.2},
     ],
     ids=lambda o: "-".join(map(str, o.values())),
 )

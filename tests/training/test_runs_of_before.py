@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.conftest import Ranks
 from tests.fixtures.run_of_71bf4ff.make import OPTIONS
 from tests.fixtures.tiny_run import TinyRun
+from tests.tiers import some
 
 MADE = Path(__file__).parents[1] / "fixtures" / "run_of_71bf4ff"
 MEASURED = ("tokens_per_s", "peak_memory_bytes")
@@ -56,7 +57,7 @@ def flags(old: TinyRun, folder: Path, method: str, **options: object) -> list[st
     return old.flags(folder, **usual | OPTIONS[method] | options)
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", some(OPTIONS, "adalora increlora"))
 def test_a_run_of_before_goes_on_to_the_end_that_it_had(
     ranks: Ranks, old: TinyRun, tmp_path: Path, method: str
 ) -> None:
