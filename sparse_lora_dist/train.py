@@ -153,7 +153,7 @@ class Training:
         feed = (purpose.open_feed or open_feed)(config, model)
         stop_signals.check()
         method = _build_method(config, model, feed.total_steps)
-        for note in method.notes:
+        for note in (*model.left_out, *method.notes):
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
         begins = config if self._resume is None else _without_first_adapter(config)

@@ -163,8 +163,15 @@ def _check_content(folder: Path) -> None:
 
 
 def _refuse_unsupported_weights(folder: Path, config: PretrainedConfig) -> None:
+    if (folder / "adapter_config.json").exists():
+        raise UserError(
+            f"--model {folder} holds an adapter (adapter_config.json) beside the model, and "
+            "transformers would load both. Move the adapter's two files into a folder of their "
+            "own. To train on from it, give that folder to --init_adapter."
+        )
     quantized = dict(getattr(config, "quantization_config", None) or {})
-    method = quantized.get("quant_method", "bitsandbytes")
+    before = "GPTQ or AWQ" if (folder / "quantize_config.json").exists() else "bitsandbytes"
+    method = quantized.get("quant_method", before)
     if method != "bitsandbytes" or quantized.get("load_in_8bit"):
         kind = "bitsandbytes in 8 bits" if method == "bitsandbytes" else method
         raise UserError(
@@ -252,10 +259,39 @@ def _switch_off_noise(config: PretrainedConfig) -> None:
     Both would draw random numbers from torch's global generator, whose state differs between ranks.
     A frozen base needs no regularisation.
     """
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        for name, value in list(vars(part).items()):
-            if ("drop" in name or "jitter" in name) and isinstance(value, float):
-                setattr(part, name, 0.0)
+    for part, name, _ in _noise(config):
+        setattr(part, name, 0.0)
+
+
+def _noise(config: PretrainedConfig) -> list[tuple[PretrainedConfig, str, float]]:
+    """Return what draws random numbers in training: part of the config, name and value."""
+    return [
+        (part, name, value)
+        for part in {id(c): c for c in (config, config.get_text_config())}.values()
+        for name, value in vars(part).items()
+        if ("drop" in name or "jitter" in name) and isinstance(value, float) and value
+    ]
+
+
+def left_out(config: PretrainedConfig) -> list[str]:
+    """Return sentences about what config.json asks of training that a run leaves out.
+
+    Args:
+        config: configuration from ``read_config``, before ``meta_model``.
+    """
+    said = []
+    if noise := [f"{name} {value:g}" for _, name, value in _noise(config)]:
+        said.append(
+            f"the base's own dropout is off ({', '.join(dict.fromkeys(noise))} in config.json): "
+            "the base is frozen. --dropout sets that of the adapters"
+        )
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if getattr(config, "output_router_logits", False) and weight:
+        said.append(
+            f"the routers' load-balancing loss (router_aux_loss_coef {weight:g} in config.json) is "
+            "left out: the routers are frozen"
+        )
+    return said
 
 
 def _forget_padding_beyond(config: PretrainedConfig) -> None:

@@ -169,7 +169,7 @@ class TrainConfig:
     warmup_steps: int = 0
     """Optimizer steps in which the learning rate rises linearly from 0 to its peak, at least 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW, at least 0."""
+    """Decoupled weight decay of AdamW on all trained tensors, norms and biases too, at least 0."""
     adam_beta1: float = 0.9
     """Decay rate of AdamW's first moment, in [0, 1)."""
     adam_beta2: float = 0.999

@@ -399,6 +399,20 @@ def _render(
     return dict(out)
 
 
+def render_text(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str | None
+) -> str:
+    """Return a chat as the text that a template writes.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        messages: the chat.
+        template: jinja text that renders the chat.
+    """
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    return str(text)
+
+
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     # verbose=False: no warning for a text longer than the model's window, as it is cut later.
     ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

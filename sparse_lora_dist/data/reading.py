@@ -10,7 +10,7 @@ from unicodedata import category
 
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.chat import has_marks, is_template
+from sparse_lora_dist.data.chat import has_marks, is_template, render_text
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import MESSAGES, TOOLS, Fields
 
@@ -27,6 +27,10 @@ USUAL_ROLES = """
 """Roles of messages that everybody knows whether the model writes them."""
 DATE = "strftime_now"
 """Name of the function with which a chat template gets the date."""
+TO_JSON = re.compile(r"(arguments|tool_calls?|function)\s*\|\s*tojson")
+"""What a template has that writes the arguments of tool calls as JSON."""
+TAKES_TEXT = re.compile(r"arguments\s+is\s+(not\s+)?string")
+"""What a template has that takes arguments as text too."""
 READ_KEYS = ("role", "content")
 """Keys of a message that every template renders."""
 
@@ -200,6 +204,54 @@ def words_cut(
     return (
         f"the tokenizer leaves out letters of some words ({shown(cut)}), for which it has no "
         "token: the model does not learn them. Check that --model has the right tokenizer."
+    )
+
+
+def answers_cut(
+    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> str:
+    """Return a note that the chat template leaves out a part of the last answer, as templates do
+    with what a model thinks; "" if it does not in the first 100 examples. White space does not
+    count.
+
+    Args:
+        examples: the examples.
+        fields: columns that are read.
+        tokenizer: tokenizer of the base.
+        template: jinja text that renders chats; None if they are joined as they are.
+    """
+    cut = 0
+    for record in islice(examples, 100 if template is not None else 0):
+        messages = fields.messages(record)
+        answer = messages[-1]["content"]
+        if messages[-1]["role"] == "assistant" and isinstance(answer, str):
+            chat = render_text(tokenizer, messages, template)
+            cut += "".join(answer.split()) not in "".join(chat.split())
+    if not cut:
+        return ""
+    return (
+        f"the chat template leaves out a part of the answer, such as what stands before </think>, "
+        f"in {cut} of the first examples: the model does not learn it. Give a --chat_template that "
+        "writes it."
+    )
+
+
+def text_in_place_of_arguments(examples: Examples, template: str | None) -> str:
+    """Return a note about arguments of tool calls that are JSON text, where the template writes
+    JSON itself; "" if there are none in the first 1000 examples."""
+    if template is None or TO_JSON.search(template) is None or TAKES_TEXT.search(template):
+        return ""
+    calls = (
+        call.get("function", call)
+        for record in islice(examples, 1000)
+        for message in record.get(MESSAGES, ())
+        for call in message.get("tool_calls") or ()
+    )
+    if not any(isinstance(call.get("arguments"), str) for call in calls):
+        return ""
+    return (
+        "the arguments of tool calls are JSON text, which the chat template writes as a quoted "
+        'string with \\" in it. Give them as objects, which it writes as JSON.'
     )
 
 

@@ -37,11 +37,13 @@ from sparse_lora_dist.data.local_files import Columns
 from sparse_lora_dist.data.read_files import cache_of, in_words, read_examples, readable
 from sparse_lora_dist.data.reading import (
     Reading,
+    answers_cut,
     describe,
     no_end,
     not_learned,
     renders_tools,
     template_source,
+    text_in_place_of_arguments,
     unread_keys,
     words_cut,
     writes_the_date,
@@ -334,6 +336,8 @@ def _reading(
         not_learned(examples, template) if finds_turns else "",
         writes_the_date(template),
         lost,
+        answers_cut(examples, fields, tokenizer, template),
+        text_in_place_of_arguments(examples, template),
     )
     return describe(
         examples,

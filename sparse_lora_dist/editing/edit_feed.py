@@ -24,7 +24,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.identity import Identity
 from sparse_lora_dist.training.feed import DataFeed, settle_padding
-from sparse_lora_dist.training.fits import check_ids, check_positions
+from sparse_lora_dist.training.fits import check_ids, check_positions, check_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,7 @@ def build_feed(
     questions = [encode(tokenizer, one.question) for one in scored_questions(edits)]
     longest = max(int(rows.documents.lengths.max()), *(len(one.ids) for one in questions))
     check_positions(model, longest, "--edits")
+    check_rope(model, longest, "--edits", alone=False, change="give shorter texts")
     check_ids(model, tokenizer, [one.ids for one in questions], "--edits")
     check_ids(model, tokenizer, rows.documents, "--edits")
     assert config.train.max_steps is not None

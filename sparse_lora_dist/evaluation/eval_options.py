@@ -58,7 +58,8 @@ class EvalConfig:
     """JSON file for the results. null: results are only printed."""
     answers: str | None = None
     """JSON Lines file for the results of each example: its loss, or whether the model is right, and
-    the generated text. null: this file is not written."""
+    the generated text. A text cut into several documents has a line for each. null: this file is
+    not written."""
     overwrite: bool = False
     """Replace existing files at --output and --answers."""
 

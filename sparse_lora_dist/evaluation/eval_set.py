@@ -19,7 +19,7 @@ from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.questions import Encoder, GeneratedQuestion
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.training.feed import open_tokenizer, print_reading
-from sparse_lora_dist.training.fits import check_ids, check_positions
+from sparse_lora_dist.training.fits import check_ids, check_positions, check_rope
 
 RESULT_OPTIONS = (
     *("model", "revision", "quantization", "double_quant", "precision", "attn_implementation"),
@@ -108,12 +108,16 @@ def open_eval_set(
         except ExampleError as error:
             raise UserError(f"--chat_template: {error}") from error
         prompts = [len(question.prompt) for name in generates for question in items[name]]
-        longest = max(prompts, default=0) + request.own.max_new_tokens
+        longest = max(prompts, default=0) + request.own.max_new_tokens if prompts else 0
+        by_row = {"alone": request.own.batch_size == 1, "change": "--batch_size 1"}
         for name, found in items.items():
             flag, scored = f"--eval_data (metric {name})", _token_ids(found)
             check_ids(model, tokenizer, scored, flag)
             check_positions(model, _longest(scored), flag)
-        check_positions(model, longest if prompts else 0, "--eval_data with --max_new_tokens")
+            check_rope(model, _longest(scored), flag, **by_row)
+        generated = "--eval_data with --max_new_tokens"
+        check_positions(model, longest, generated)
+        check_rope(model, longest, generated, **by_row)
     for name, found in items.items():
         counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
         print_line(name, counts)

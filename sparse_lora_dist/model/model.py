@@ -17,6 +17,7 @@ from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
+    left_out,
     meta_model,
     output_head,
 )
@@ -98,6 +99,8 @@ class Model:
     cache: BaseCache | None = None
     """Cache of the 4-bit base on disk (--base_cache); if it does not exist yet, ``load`` writes it.
     None: the run uses no cache."""
+    left_out: list[str] = field(default_factory=list)
+    """Sentences about what config.json asks of training that a run leaves out."""
     adapters: list[AdapterLinear] = field(default_factory=list)
     """Adapters in the order of ``sites``. Empty until ``load``."""
     builder: ShardBuilder | None = None
@@ -124,7 +127,7 @@ class Model:
         options = config.model
         source = f"--model {options.model}"
         folder, architecture, files, fingerprint = open_files(options, source)
-        task = TASKS[options.task]
+        task, without = TASKS[options.task], left_out(architecture)
         labels = as_user_error(f"--data {config.data.data}", "Check its labels, or convert them.")
         with fail_together("reading the labels"), first_on_its_node(), labels:
             task.settle(architecture, config.data)
@@ -171,6 +174,7 @@ class Model:
             saved_class=saved_class,
             look=look,
             as_before=as_before,
+            left_out=without,
         )
         model._find_cache(options)
         return model

@@ -63,6 +63,11 @@ def find_sites(
         chosen = [n for n in linears if any(is_called(n, w) for w in wanted)]
     names = () if isinstance(wanted, str) else wanted
     unused = [w for w in names if not any(is_called(n, w) for n in chosen)]
+    if in_full := [w for w in unused if any(is_called(n, w) for n in full)]:
+        raise UserError(
+            f"{', '.join(in_full)}: a module that trains in full gets no adapter. Name it in "
+            "--target_modules or in --modules_to_save, not in both."
+        )
     if unused or not chosen:
         raise UserError(_no_match(model, ", ".join(unused) or str(wanted), linears))
     matched, chosen = chosen, [n for n in chosen if n not in look.unrun | look.read]

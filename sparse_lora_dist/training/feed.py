@@ -25,7 +25,7 @@ from sparse_lora_dist.model.look import rows_of_embedding
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.identity import Identity, in_words
 from sparse_lora_dist.tasks import TASKS
-from sparse_lora_dist.training.fits import check_ids, check_positions
+from sparse_lora_dist.training.fits import check_ids, check_positions, check_rope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +301,9 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
     longest = int(documents.lengths.max())
     padded = padded_length([longest], data.sequence_length)
     check_positions(model, longest, flag, padded=padded)
+    alone = not config.packs and config.train.micro_batch_size == 1
+    change = "--packing false --micro_batch_size 1"
+    check_rope(model, longest, flag, alone=alone, change=change)
     check_ids(model, tokenizer, documents, flag)
     print_line(
         flag.lstrip("-"),

@@ -89,6 +89,38 @@ def check_positions(model: Model, longest: int, flag: str, *, padded: int | None
         )
 
 
+def check_rope(model: Model, longest: int, flag: str, *, alone: bool, change: str) -> None:
+    """Raise UserError if a document's rotary positions would depend on the documents beside it.
+
+    transformers chooses the frequencies of the kinds longrope and dynamic by the longest document
+    of a batch; those of dynamic also stay what an earlier batch made them.
+
+    Args:
+        model: opened model.
+        longest: number of tokens of the longest document.
+        flag: command-line flag of the data, for the message.
+        alone: True if each batch is one document.
+        change: options that make it so, for the message.
+    """
+    architecture = model.module.config.get_text_config()
+    for part in _rope_parts(architecture):
+        kind, room = part.get("rope_type"), architecture.max_position_embeddings
+        if kind == "longrope":
+            own = getattr(architecture, "original_max_position_embeddings", None)
+            room = part.get("original_max_position_embeddings") or own or room
+        if kind not in ("longrope", "dynamic") or longest <= room or (alone and kind == "longrope"):
+            continue
+        said = (
+            f"In {flag} the longest document has {longest} tokens. With rotary positions of the "
+            f"kind {kind} (rope_type in config.json) transformers computes a batch with a document "
+            f"of more than {room} tokens in another way, the documents beside it or after it too. "
+            f"Set --sequence_length {room} or less{f', or {change}' if kind == 'longrope' else ''}."
+        )
+        if not model.as_before:
+            raise UserError(said)
+        print_line("note", f"this run goes on as it began. {said}")
+
+
 def _too_long(longest: int, room: int, where: str, flag: str) -> str:
     return (
         f"In {flag} the longest row has {longest} tokens, but the model has only {room} positions "
@@ -102,7 +134,12 @@ def is_rotary(architecture: PretrainedConfig) -> bool:
     Args:
         architecture: config of the language model.
     """
+    kinds = {part.get("rope_type", "default") for part in _rope_parts(architecture)}
+    return kinds == {"default"}
+
+
+def _rope_parts(architecture: PretrainedConfig) -> list[dict[str, Any]]:
+    """Return the parameters of each kind of rotary positions of a model; [] if it has none."""
     rope = getattr(architecture, "rope_parameters", None) or {}
-    parts = [part for part in rope.values() if isinstance(part, dict)] or [rope]
-    kinds = {part.get("rope_type", "default") for part in parts}
-    return bool(rope) and kinds == {"default"}
+    parts = [part for part in rope.values() if isinstance(part, dict)]
+    return parts or ([rope] if rope else [])

@@ -184,3 +184,41 @@ def test_a_template_file_that_is_no_text_is_refused(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"messages": CHAT}])
     reading = load(path, chat_template=str(tmp_path / "u.jinja")).reading
     assert reading.template == str(tmp_path / "u.jinja")
+
+
+THINKS = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if '</think>' in m.content %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %} {{ m.content }}{% endif %}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_a_template_that_leaves_out_what_the_model_thinks_is_pointed_out(tmp_path):
+    """huggingface/trl#6363, THUDM/slime#330"""
+    thinking, plain = pairs("<think>hm</think>b", "b"), pairs("b", "b \n c")
+    (note,) = notes_of(tmp_path, thinking, THINKS)
+    assert "leaves out a part of the answer" in note and "in 1 of the first examples" in note
+    assert notes_of(tmp_path, plain, THINKS) == []
+    assert notes_of(tmp_path, thinking, PLAIN) == []
+    # What an earlier turn thought is left out on purpose.
+    turns = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("d")]
+    assert notes_of(tmp_path, [{"messages": turns}], THINKS) == []
+
+
+def test_arguments_of_tool_calls_as_text_are_pointed_out(tmp_path):
+    """oumi-ai/oumi#2599: OpenAI gives them as text, which a template may quote once more."""
+    as_text, as_objects = (
+        [{"messages": [user("a"), {**assistant("b"), "tool_calls": [{"function": call}]}]}]
+        for call in ({"name": "f", "arguments": '{"x": 1}'}, {"name": "f", "arguments": {"x": 1}})
+    )
+    (note,) = notes_of(tmp_path, as_text, WITH_TOOLS)
+    assert "arguments of tool calls are JSON text" in note
+    assert notes_of(tmp_path, as_objects, WITH_TOOLS) == []
+    knows = WITH_TOOLS + "{% if m is defined and m.arguments is string %}{% endif %}"
+    assert notes_of(tmp_path, as_text, knows) == []
+
+
+def notes_of(folder, rows, template):
+    return list(
+        load(jsonl(folder / "a.jsonl", rows), byte_tokenizer(template=template)).reading.notes
+    )

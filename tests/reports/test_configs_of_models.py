@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_lora_dist.base_model.architecture import meta_model, read_config
+from sparse_lora_dist.base_model.architecture import left_out, meta_model, read_config
 from sparse_lora_dist.errors import UserError
 
 LLAMA: dict[str, Any] = {
@@ -75,3 +75,37 @@ def test_a_config_that_is_no_object_is_refused(tmp_path: Path, text: str) -> Non
         read_config(tmp_path, trust_remote_code=False)
     assert f"--model: {tmp_path}/config.json" in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_what_a_config_asks_of_training_and_a_run_leaves_out_is_told(tmp_path: Path) -> None:
+    """unslothai/unsloth#1557: the base's own dropout; hiyouga/LlamaFactory#3276: the routers' loss.
+    Both are on in a plain loop over transformers' model."""
+    assert told(tmp_path, LLAMA) == []
+    (dropout,) = told(tmp_path, LLAMA | {"attention_dropout": 0.25})
+    assert "attention_dropout 0.25" in dropout and "--dropout" in dropout
+    (dropout,) = told(tmp_path, {"model_type": "bert"})  # by default, not in the file
+    assert "hidden_dropout_prob 0.1, attention_probs_dropout_prob 0.1" in dropout
+    mixtral = LLAMA | {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    mixtral |= {"router_aux_loss_coef": 0.5}
+    assert told(tmp_path, mixtral) == []
+    (routers,) = told(tmp_path, mixtral | {"output_router_logits": True})
+    assert "router_aux_loss_coef 0.5" in routers
+
+
+def told(folder: Path, config: dict[str, Any]) -> list[str]:
+    (folder / "config.json").write_text(json.dumps(config))
+    return left_out(read_config(folder, trust_remote_code=False))
+
+
+def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
+    """huggingface/transformers#43781: it loads both, so the base alone would be another model."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an adapter .* give that folder to --init_adapter"):
+        build(tmp_path, LLAMA)
+
+
+def test_a_model_quantised_by_a_tool_of_before_is_named(tmp_path: Path) -> None:
+    """AutoGPTQ and AutoAWQ wrote their settings into a file of their own."""
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
+    with pytest.raises(UserError, match="already quantised .GPTQ or AWQ., which is not supported"):
+        build(tmp_path, LLAMA)
