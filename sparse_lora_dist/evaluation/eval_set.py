@@ -109,7 +109,7 @@ def open_eval_set(
             raise UserError(f"--chat_template: {error}") from error
         prompts = [len(question.prompt) for name in generates for question in items[name]]
         longest = max(prompts, default=0) + request.own.max_new_tokens if prompts else 0
-        by_row = {"alone": request.own.batch_size == 1, "change": "--batch_size 1"}
+        by_row: dict[str, Any] = {"alone": request.own.batch_size == 1, "change": "--batch_size 1"}
         for name, found in items.items():
             flag, scored = f"--eval_data (metric {name})", _token_ids(found)
             check_ids(model, tokenizer, scored, flag)
