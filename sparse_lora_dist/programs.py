@@ -86,6 +86,12 @@ def examples() -> None:
     run_program(sys.argv[1:], load_request, copy)
 
 
+def _choose_device(asked: str) -> None:
+    from sparse_lora_dist.distributed.device import choose_device
+
+    choose_device(asked)
+
+
 def _train(config: "Config") -> None:
     if config.run.verify is not None:
         from sparse_lora_dist.checkpoint.verify import verify
@@ -94,6 +100,7 @@ def _train(config: "Config") -> None:
         return
     this_launch().check_address()  # before torch asks for it, for minutes
     with large_imports():
+        _choose_device(config.run.device)
         from sparse_lora_dist.train import run
 
     run(config)
@@ -102,6 +109,7 @@ def _train(config: "Config") -> None:
 def _evaluate(request: "EvalRequest") -> None:
     this_launch().check_address()
     with large_imports():
+        _choose_device(request.run.device)
         from sparse_lora_dist.evaluation.eval_command import evaluate
 
     evaluate(request)
@@ -113,6 +121,7 @@ def _edit(request: "EditRequest") -> None:
         return
     this_launch().check_address()
     with large_imports():
+        _choose_device(request.run.device)
         from sparse_lora_dist.editing.edit_command import purpose_of
         from sparse_lora_dist.train import run
 

@@ -44,7 +44,7 @@ from sparse_lora_dist.training.resume import find_resume, is_requeued, source_of
 from sparse_lora_dist.training.step import StepResult, train_step
 from sparse_lora_dist.training.trained_over import check_init_adapter
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
-from sparse_lora_dist.zero3.engine import Engine
+from sparse_lora_dist.zero3.engine import Engine, check_loss_kernel
 
 
 def run(config: Config, purpose: Purpose = TRAINING) -> None:
@@ -142,6 +142,7 @@ class Training:
             UserError: an option, a file or the environment must be corrected, as the message says.
             Stopped: the run was asked to stop while it was set up.
         """
+        check_loss_kernel()
         zero3_nvme.prepare(engine_config)
         model = Model.open(config, as_before=began_before(config))
         self.config = config = settle(config, model)

@@ -258,6 +258,13 @@ def conflicts(source: str | EngineDict, config: Config, *, trains: bool = True) 
         for key, ours in training_numbers(config).items()
         if value_at(engine, key) not in (None, "auto", ours)
     ]
+    leaves = "zero_optimization.stage3_module_granularity_threshold"
+    whole_layers = (value_at(engine, leaves) or 0) > 0
+    if trains and whole_layers and not config.model.gradient_checkpointing:
+        problems.append(
+            f"{place}: {leaves} needs --gradient_checkpointing true. Without it DeepSpeed frees "
+            "weights that the backward pass still uses"
+        )
     param = value_at(engine, "zero_optimization.offload_param") or {}
     if trains and param.get("device") == "nvme" and not os.access(param["nvme_path"], os.W_OK):
         problems.append(

@@ -217,6 +217,9 @@ class RunConfig:
     ds_config: str = "zero3"
     """DeepSpeed JSON file, or its name in ds_configs/ (zero3, zero3_offload ...). Options of the
     run set batch size, gradient clipping and precision."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute. auto: on GPUs, or on the CPU of a machine that has none; a GPU that PyTorch
+    cannot use is an error."""
     output_dir: str = "runs/default"
     """Run folder for checkpoints, metrics and the final adapter. Created if missing."""
     resume: str = "never"

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from sparse_lora_dist.distributed.device import find_same_gpu
 from sparse_lora_dist.distributed.launch import Launch, this_launch
 from sparse_lora_dist.distributed.launch_mpi import with_meeting_place
 from sparse_lora_dist.distributed.meeting_place import listening_socket, own_address_in_words
@@ -43,6 +44,16 @@ the wait ends at once."""
 last_collective = "none"
 """Name of the collective of this module that this rank entered last. DeepSpeed's own collectives
 are not seen here; ``num_collectives`` counts them."""
+
+OPEN_MPI = "OMPI_COMM_WORLD_LOCAL_RANK"
+"""Variable in which Open MPI's mpirun says the rank of a process on its machine."""
+GPU_DEFAULTS = {
+    # Shards and gathered tensors of many sizes alternate, which otherwise leaves gaps.
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+    # torch would end a job that Slurm suspends for longer than its 8 minutes.
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC": "86400",
+}
+"""Environment variables of torch on a GPU, set where the user has not."""
 
 SPARE = timedelta(seconds=60)
 """Time by which the process groups' timeout exceeds the watchdog's, so that the watchdog acts
@@ -87,14 +98,25 @@ def start(timeout_s: float = 600.0) -> Launch:
     if on_gpu():
         # With srun --gpus-per-task=1 each rank sees one GPU, number 0.
         device %= torch.cuda.device_count()
+        for name, value in GPU_DEFAULTS.items():
+            os.environ.setdefault(name, value)
         torch.cuda.set_device(device)
     os.environ.update(launch.variables(device))  # DeepSpeed reads them
+    set_local_rank(device)
     # The watchdog checks at intervals, so it may report up to a tenth later than timeout_s.
     _timeout = timedelta(seconds=1.1 * timeout_s) + SPARE
     _join(launch)
     _check_devices()
     _set_threads(launch)
     return launch
+
+
+def set_local_rank(device: int) -> None:
+    """Set LOCAL_RANK, and Open MPI's variable for it, to the number of this rank's GPU among those
+    that it sees. DeepSpeed asserts that both are the same. Not collective."""
+    os.environ["LOCAL_RANK"] = str(device)
+    if OPEN_MPI in os.environ:
+        os.environ[OPEN_MPI] = str(device)
 
 
 def _set_threads(launch: Launch) -> None:
@@ -108,17 +130,25 @@ def _set_threads(launch: Launch) -> None:
 
 
 def _check_devices() -> None:
-    """Raise UserError if only some ranks have a GPU. Collective.
+    """Raise UserError if only some ranks have a GPU, or two ranks the same one. Collective.
 
     Otherwise ranks with a GPU would communicate over NCCL and the others over gloo, and each would
-    wait for the other in the first collective.
+    wait for the other in the first collective. NCCL takes one rank a GPU.
     """
+    own = torch.cuda.get_device_properties(torch.cuda.current_device()) if on_gpu() else None
+    same = find_same_gpu(gather_objects(None if own is None else str(own.uuid)))
+    if same is not None:
+        raise UserError(
+            f"Ranks {same[0]} and {same[1]} are on the same GPU. Start at most as many ranks on a "
+            "machine as it has GPUs (nvidia-smi -L), and let each rank see all of them or its own.",
+            shared=True,
+        )
     found = gather_objects((on_gpu(), socket.gethostname()))
     without = [f"{rank} on {host}" for rank, (gpu, host) in enumerate(found) if not gpu]
     if 0 < len(without) < len(found):
         raise UserError(
             f"Some ranks have a GPU, but these do not see one: rank {', rank '.join(without)}. "
-            "Check the GPU driver there (nvidia-smi), or set DS_ACCELERATOR=cpu on all ranks.",
+            "Check the GPU driver there (nvidia-smi), or give --device cpu.",
             shared=True,
         )
 

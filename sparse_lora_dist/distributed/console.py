@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.device import device_in_words
 from sparse_lora_dist.distributed.launch import Launch
 from sparse_lora_dist.distributed.launch_slurm import tasks_without_srun
 from sparse_lora_dist.system.program_names import as_started_here
@@ -38,7 +39,8 @@ def print_line(label: str, text: str = "") -> None:
 
 
 def print_launch(launch: Launch) -> None:
-    """Print how the ranks were started, or warn if Slurm expected more of them. Collective.
+    """Print how the ranks were started and what they compute on, or warn if Slurm expected more
+    ranks. Collective.
 
     Args:
         launch: what ``comm.start`` returned.
@@ -47,6 +49,7 @@ def print_launch(launch: Launch) -> None:
         print_line("launch", launch.in_words(comm.num_nodes()))
     elif launch.launcher == "python" and (text := tasks_without_srun(os.environ, sys.argv[0])):
         print_line("warning", text)
+    print_line("device", device_in_words(comm.on_gpu()))
 
 
 def on_terminal() -> bool:

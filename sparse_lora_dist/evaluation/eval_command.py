@@ -29,7 +29,7 @@ from sparse_lora_dist.runtime import watchdog
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import settle_padding
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
-from sparse_lora_dist.zero3.engine import Engine
+from sparse_lora_dist.zero3.engine import Engine, check_loss_kernel
 
 
 def evaluate(request: EvalRequest) -> None:
@@ -55,6 +55,7 @@ def evaluate(request: EvalRequest) -> None:
         for flag, path in own.files.items():
             _check_writable(flag, path)
     with _watchdog(config):
+        check_loss_kernel()
         zero3_nvme.prepare(engine_config)
         opened = [open_model(config, adapter) for adapter in open_adapters(own.names)]
         eval_set = open_eval_set(request, config, opened[0][0], engine_config)

@@ -43,6 +43,11 @@ from sparse_lora_dist.runtime.stuck_ranks import (
 from sparse_lora_dist.system.cgroups import oom_kills
 from sparse_lora_dist.system.processes import kill, mark_this_process, this_process
 
+PEER_LOST = (
+    *("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe"),
+    *("ncclRemoteError", "remote process exited", "closed by remote peer"),
+)
+"""Texts of gloo and NCCL when another rank is gone or does not come to a collective."""
 TURNS = 20
 """Number of times that the counting thread wakes up in one timeout."""
 LONGEST_S = 5.0
@@ -268,5 +273,4 @@ class _Watchdog:
 def _is_about_a_peer(error: BaseException) -> bool:
     """Return True if ``error`` is torch's message that another rank is gone or did not join a
     collective in time."""
-    texts = ("closed by peer", "Timed out", "timed out", "reset by peer", "Broken pipe")
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in PEER_LOST)

@@ -15,6 +15,8 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 """Texts of libraries that get no more memory from the system."""
+GPU_WORDS = 400
+"""Letters of torch's text about a full GPU: what was asked for, allocated and free."""
 NO_TEMPORARY = "No usable temporary directory"
 """Text of Python's tempfile if no folder for temporary files can be written."""
 REFUSED = (errno.EACCES, errno.EPERM)
@@ -33,6 +35,13 @@ def in_plain_words(error: BaseException) -> str | None:
     for one in chain(error):
         if (said := _of_cache(one, os.environ)) is not None:
             return said
+        if type(one).__name__ == "OutOfMemoryError":  # torch's, of a GPU
+            return (
+                f"the memory of the GPU is full. {_short(one, GPU_WORDS)} Use "
+                "--gradient_checkpointing true, a smaller --micro_batch_size or --sequence_length, "
+                "--ds_config zero3_offload or more ranks: the plan in the line 'memory' lists what "
+                "each saves. See with nvidia-smi whether another program uses the GPU."
+            )
         if _is_of_memory(one):
             return (
                 f"this process gets no more memory ({_short(one)}). Raise the limit (ulimit -v, or "
@@ -148,8 +157,8 @@ def _is_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) and NO_MEMORY.search(str(error)) is not None
 
 
-def _short(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
+def _short(error: BaseException, most: int = 200) -> str:
+    text = " ".join(str(error).split())[:most]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -35,7 +35,7 @@ from sparse_lora_dist.training.feed import DataFeed
 
 # Options that do not change what is trained: a resume does not report that they changed.
 FREE = """
-    base_cache resume reset verify output_dir stop_after log_every eval_every eval_batches
+    device base_cache resume reset verify output_dir stop_after log_every eval_every eval_batches
     save_every async_save keep_last keep_best max_bad_steps collective_timeout time_limit
     signal_lead trackers debug
 """

@@ -6,10 +6,8 @@ Only this folder reads DeepSpeed's private attributes; ``test_zero3_contract.py`
 against the installed version.
 """
 
-import os
+from sparse_lora_dist.distributed.device import choose_device
 
-import torch
-
-# DeepSpeed chooses its accelerator when it is first imported, so this must be set before.
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# DeepSpeed chooses its accelerator when it is first imported, so this must be set before. A program
+# has set it already, by its option --device.
+choose_device("auto")

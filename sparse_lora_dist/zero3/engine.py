@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.errors import in_words
 from sparse_lora_dist.zero3.parameters import ZeroParameter
 from sparse_lora_dist.zero3.slices import TensorSlice
+
+_loss_backend = "auto"
+"""What computes the loss: auto (Triton on a GPU) or torch. ``check_loss_kernel`` sets it."""
 
 
 class Engine:
@@ -232,4 +237,34 @@ def summed_cross_entropy(logits_TV: Tensor, labels_T: Tensor) -> Tensor:
     Returns:
         fp32 scalar.
     """
-    return cast(Tensor, chunked_cross_entropy(logits_TV, labels_T, reduction="sum"))
+    found = chunked_cross_entropy(logits_TV, labels_T, reduction="sum", backend=_loss_backend)
+    return cast(Tensor, found)
+
+
+def check_loss_kernel() -> None:
+    """Let ranks on a GPU that cannot run DeepSpeed's Triton kernel of the loss compute it with
+    PyTorch, and say so. Collective, and called before anything is loaded.
+
+    Triton compiles on every machine, with a C compiler and Python's headers.
+    """
+    global _loss_backend
+    if not comm.on_gpu():
+        return
+    reason = _why_no_triton()
+    if reason is not None:
+        _loss_backend = "torch"
+    for said in dict.fromkeys(filter(None, comm.gather_objects(reason))):
+        print_line(
+            "note",
+            f"the loss is computed with PyTorch, which takes longer, as Triton cannot run: {said}. "
+            "It needs a C compiler (gcc, or CC) and Python's headers (python3-dev).",
+        )
+
+
+def _why_no_triton() -> str | None:
+    logits_TV = torch.zeros(3, 8, device=comm.device(), dtype=torch.bfloat16, requires_grad=True)
+    try:
+        summed_cross_entropy(logits_TV, torch.zeros(3, device=comm.device()).long()).backward()
+    except Exception as error:  # whatever a compiler or its absence raises
+        return in_words(error)
+    return None

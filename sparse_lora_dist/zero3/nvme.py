@@ -13,11 +13,12 @@ from pathlib import Path
 from subprocess import CalledProcessError
 from typing import IO, Any
 
+import torch
 from deepspeed.git_version_info import installed_ops
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from deepspeed.ops.op_builder.pin_memory import PinMemoryBuilder
 from torch import nn
-from torch.utils.cpp_extension import _get_build_directory
+from torch.utils.cpp_extension import CUDA_HOME, _get_build_directory
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import megabytes, print_line
@@ -95,7 +96,14 @@ def why_not() -> str | None:
     The reason is one or more sentences without the final full stop, to be used in an error message.
     The check takes a second.
     """
-    if installed_ops.get("async_io") or AsyncIOBuilder().is_compatible():
+    if installed_ops.get("async_io"):
+        return None
+    if comm.on_gpu() and torch.version.hip is None and CUDA_HOME is None:
+        return (
+            "DeepSpeed builds its async_io against a CUDA toolkit, and none is found here. Load "
+            "the module of one, or set CUDA_HOME"
+        )
+    if AsyncIOBuilder().is_compatible():
         return None
     return (
         "DeepSpeed's async_io needs libaio's headers and a C++ compiler, and at least one of them "

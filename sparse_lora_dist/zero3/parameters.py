@@ -21,8 +21,10 @@ from sparse_lora_dist.zero3.slices import Values, as_shard, own_range, shard_of
 
 # DeepSpeed would compile a shared-memory all-reduce for CPU when its process group starts. That
 # takes about a minute, and a build that is killed leaves a lock on which later runs hang. ZeRO-3
-# never calls it.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# never calls it. (On a GPU nothing asks for it, and looking here would probe the ops of all kinds,
+# with warnings on every rank.)
+if not comm.on_gpu():
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 ZeroParameter = Any
 """A parameter with the ``ds_`` attributes that DeepSpeed adds, which type checkers do not know."""

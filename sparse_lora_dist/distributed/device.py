@@ -1,0 +1,146 @@
+"""Choose whether this process computes on a GPU or on the CPU, before DeepSpeed is imported, and
+describe the device for the screen."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from sparse_lora_dist.errors import UserError
+
+COUNT = "SLURM_GPUS_ON_NODE"
+DEEPSPEED = "CROSS_SIZE"
+"""Variable that the launcher deepspeed sets. It numbers the devices of a CPU in VISIBLE too."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+SIGNS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", COUNT, VISIBLE)
+"""Environment variables with which Slurm or a person says that this job has a GPU."""
+NO_DEVICE = ("", "-1", "NoDevFiles")
+"""Values of these variables that mean no GPU."""
+LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
+"""CUDA's major version -> oldest NVIDIA driver branch that runs it (NVIDIA's CUDA compatibility
+guide, "minor version compatibility")."""
+DEVICES = Path("/dev")
+DRIVER = Path("/proc/driver/nvidia/version")
+"""File in which the kernel's driver says its version."""
+
+
+def choose_device(asked: str) -> None:
+    """Make DeepSpeed and this package compute on the device that was asked for. Not a collective,
+    and to be called before DeepSpeed is imported, which reads DS_ACCELERATOR then.
+
+    Args:
+        asked: value of ``--device``: auto, cuda or cpu. auto takes the GPU if there is one, and the
+            CPU only where nothing says that there should be one.
+
+    Raises:
+        UserError: a GPU was asked for, or this machine has one, and PyTorch cannot use it.
+    """
+    usual = os.environ.get("DS_ACCELERATOR")
+    if asked == "cuda" and usual not in (None, "cuda"):
+        raise UserError(
+            f"--device cuda, but the environment has DS_ACCELERATOR={usual}. Unset that variable, "
+            "or leave --device out."
+        )
+    if asked == "auto" and usual is not None:
+        return
+    if asked == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    elif not torch.cuda.is_available():
+        _refuse_unless_none(asked, os.environ)
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def _refuse_unless_none(asked: str, environ: Mapping[str, str]) -> None:
+    sign = sign_of_gpu(environ, DEVICES)
+    if sign is None and asked == "auto":
+        return
+    found = f"There is a GPU here ({sign})" if sign else "--device cuda was given"
+    raise UserError(
+        f"{found}, but PyTorch cannot use it: {why_no_gpu(environ)} To train on the CPU all the "
+        "same, give --device cpu (in Python: DS_ACCELERATOR=cpu in the environment)."
+    )
+
+
+def sign_of_gpu(environ: Mapping[str, str], devices: Path) -> str | None:
+    """Return what says that this process should have a GPU; None if nothing does.
+
+    Args:
+        environ: environment variables.
+        devices: the folder /dev.
+    """
+    for file in sorted(devices.glob("nvidia[0-9]*")):
+        return str(file)
+    for name in SIGNS:
+        value = environ.get(name, "").strip()
+        if name == VISIBLE and DEEPSPEED in environ:
+            continue
+        if value not in NO_DEVICE and (name, value) != (COUNT, "0"):
+            return f"{name}={value}"
+    return None
+
+
+def why_no_gpu(environ: Mapping[str, str]) -> str:
+    """Return why PyTorch cannot use a GPU, and what to do, in sentences."""
+    version = torch.version.cuda
+    if version is None:
+        return (
+            f"this is a build for CPUs (torch {torch.__version__}). Install the build for CUDA "
+            "(https://pytorch.org/get-started/locally)."
+        )
+    hidden = environ.get(VISIBLE)
+    if hidden is not None and hidden.strip() in NO_DEVICE:
+        return f"{VISIBLE}={hidden} hides it. Unset that variable."
+    try:
+        torch.cuda.init()
+        reason = "it finds no device."
+    except (RuntimeError, AssertionError) as error:
+        reason = f"{' '.join(str(error).split()).rstrip('.')}."
+    least = LEAST_DRIVER.get(int(version.split(".")[0]))
+    needs = "" if least is None else f" It needs an NVIDIA driver of at least {least}"
+    has = "" if (driver := driver_version()) is None else f", and {driver} is installed"
+    return (
+        f"{reason} torch {torch.__version__} was built for CUDA {version}.{needs}{has}. Look at "
+        "nvidia-smi, update the driver, or install a build of PyTorch for an older CUDA "
+        "(pip install torch --index-url https://download.pytorch.org/whl/cu126)."
+    )
+
+
+def driver_version() -> str | None:
+    """Return the version of NVIDIA's kernel driver; None if none is loaded."""
+    try:
+        found = re.search(r"\s(\d+\.\d+(?:\.\d+)?)\s", DRIVER.read_text())
+    except OSError:
+        return None
+    return found and found[1]
+
+
+def find_same_gpu(gpus: Sequence[str | None]) -> tuple[int, int] | None:
+    """Return the first two ranks that have the same GPU; None if there are none.
+
+    Args:
+        gpus: for each rank, the id of its GPU; None if it has none.
+    """
+    first: dict[str, int] = {}
+    for place, gpu in enumerate(gpus):
+        if gpu is not None and first.setdefault(gpu, place) != place:
+            return first[gpu], place
+    return None
+
+
+def device_in_words(on_gpu: bool) -> str:
+    """Return the device of this rank with its memory and versions, for the screen.
+
+    Args:
+        on_gpu: whether this rank computes on a GPU.
+    """
+    if not on_gpu:
+        return "CPU"
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    driver = driver_version() or "unknown"
+    return (
+        f"{found.name}, {found.total_memory / 1e9:.1f} GB; driver {driver}, CUDA "
+        f"{torch.version.cuda}, NCCL {nccl}"
+    )
