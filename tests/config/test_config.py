@@ -24,7 +24,7 @@ FLAGS = """
     modules_to_save init_adapter max_steps num_epochs stop_after micro_batch_size
     gradient_accumulation_steps learning_rate lr_schedule warmup_steps weight_decay adam_beta1
     adam_beta2 adam_eps moment_bits max_grad_norm seed
-    ds_config output_dir resume reset verify log_every eval_every eval_batches save_every
+    ds_config device output_dir resume reset verify log_every eval_every eval_batches save_every
     async_save keep_last keep_best collective_timeout max_bad_steps time_limit signal_lead
     trackers debug
 """.split()

@@ -100,10 +100,11 @@ def check_result(folder: Path, reference: Path) -> None:
 
 def check_plan(ended: Ended, folder: Path, world: int) -> None:
     """The plan of the line "memory" against the peak of all ranks' resident memory, which metrics
-    have of the worst rank: no run is said to fit that does not."""
+    have of the worst rank: no run is said to fit that does not. Under pressure the kernel takes
+    back pages of libraries' files, a third of the peak."""
     (planned,) = re.findall(r"^memory    about (\d+\.\d\d) of ", ended.out, re.MULTILINE)
     peak = world * max(row.get("peak_memory_bytes", 0) for row in metrics(folder)) / 1e9
-    assert 0.95 < float(planned) / peak < 1.3, (planned, peak)
+    assert 0.95 < float(planned) / peak < 1.5, (planned, peak)
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
