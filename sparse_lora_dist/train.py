@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sparse_lora_dist.base_model.weight_map import is_quantized
 from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
+from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_launch, print_line
 from sparse_lora_dist.distributed.phases import fail_together
@@ -154,7 +156,7 @@ class Training:
         feed = (purpose.open_feed or open_feed)(config, model)
         stop_signals.check()
         method = _build_method(config, model, feed.total_steps)
-        for note in (*model.left_out, *method.notes):
+        for note in (*model.left_out, *method.notes, *seldom_both(config.run)):
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
         begins = config if self._resume is None else _without_first_adapter(config)
@@ -275,6 +277,19 @@ def _without_first_adapter(config: Config) -> Config:
     """Return the options of a resumed run for loading: all that it has got from ``--init_adapter``
     is in the checkpoint."""
     return replace(config, adapter=replace(config.adapter, init_adapter=None))
+
+
+def seldom_both(run: RunConfig) -> list[str]:
+    """Return a note if the steps that are evaluated and those that are saved seldom are the same,
+    so that the checkpoint that --keep_best keeps is not that of the best evaluation."""
+    steps = (run.eval_every, run.save_every)
+    if run.keep_last is None or not run.keep_best or 0 in steps or max(steps) % min(steps) == 0:
+        return []
+    return [
+        f"--keep_best chooses among steps that are both evaluated and saved: --eval_every "
+        f"{steps[0]} and --save_every {steps[1]} meet every {lcm(*steps)} steps. Make one a "
+        "multiple of the other"
+    ]
 
 
 def _build_method(config: Config, model: Model, total_steps: int) -> Method:

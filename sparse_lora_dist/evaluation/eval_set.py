@@ -18,6 +18,7 @@ from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
 from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.questions import Encoder, GeneratedQuestion
 from sparse_lora_dist.model.model import Model
+from sparse_lora_dist.model.prompting import generation_settings, not_greedy
 from sparse_lora_dist.training.feed import open_tokenizer, print_reading
 from sparse_lora_dist.training.fits import check_ids, check_positions, check_rope
 
@@ -118,6 +119,8 @@ def open_eval_set(
         generated = "--eval_data with --max_new_tokens"
         check_positions(model, longest, generated)
         check_rope(model, longest, generated, **by_row)
+    if generates and (left := not_greedy(generation_settings(model.folder, model.module))):
+        print_line("note", left)
     for name, found in items.items():
         counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
         print_line(name, counts)

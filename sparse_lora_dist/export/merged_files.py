@@ -29,8 +29,9 @@ NOT_COPIED = (
 )
 """Suffixes of weight files, which are not copied from the base.
 
-Indices of weight files (*.index.json) and README.md are not copied either. All other files are,
-e.g. the tokenizer's.
+Indices of weight files (*.index.json), README.md and the config of an adapter beside the base,
+whose weights transformers would look for, are not copied either. All other files are, e.g. the
+tokenizer's.
 """
 MORE_TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps a tokenizer's other chat templates: NAME.jinja."""
@@ -82,7 +83,7 @@ def files_to_copy(base: Path) -> list[Path]:
         for path in sorted(base.iterdir())
         if path.suffix not in NOT_COPIED
         and not path.name.endswith(".index.json")
-        and path.name != "README.md"
+        and path.name not in ("README.md", "adapter_config.json")
     ]
     if broken := [path.name for path in others if path.is_symlink() and not path.exists()]:
         are = "is a link" if len(broken) == 1 else "are links"

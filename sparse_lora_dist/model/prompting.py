@@ -24,6 +24,22 @@ OF_THE_LIBRARY = ("_from_model_config", "transformers_version")
 """Keys of generation_config.json that are no settings. With the first, transformers would replace
 the file's values by those of config.json."""
 
+CHANGING = """
+    repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens bad_words_ids
+    sequence_bias min_new_tokens min_length forced_bos_token_id forced_eos_token_id num_beams
+    exponential_decay_length_penalty guidance_scale
+""".split()
+"""Settings with which transformers' greedy answers are others."""
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "num_beams": 1,
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "min_new_tokens": 0,
+    "guidance_scale": 1.0,
+}
+"""Values of these settings that change nothing."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompting:
@@ -106,6 +122,20 @@ def end_ids(settings: Mapping[str, Any]) -> list[int]:
     ids = settings.get("eos_token_id")
     ids = ids if isinstance(ids, list) else [ids]
     return [i for i in ids if isinstance(i, int)]
+
+
+def not_greedy(settings: Mapping[str, Any]) -> str:
+    """Return a note about settings that would change greedy answers, and that an evaluation leaves
+    out; "" if there are none.
+
+    Args:
+        settings: content of generation_config.json.
+    """
+    names = [n for n in CHANGING if settings.get(n) not in (None, NEUTRAL.get(n), [], {}, False)]
+    if not names:
+        return ""
+    shown = ", ".join(f"{name} {settings[name]}"[:60] for name in names)
+    return f"answers are generated greedily, without {shown} of the base's generation_config.json"
 
 
 def with_ends(settings: Mapping[str, Any], ends: Collection[int]) -> dict[str, Any]:

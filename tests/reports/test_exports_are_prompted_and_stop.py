@@ -15,9 +15,15 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sparse_lora_dist.checkpoint.manifest import sealed
-from sparse_lora_dist.export.merged_files import _write_templates
+from sparse_lora_dist.export.merged_files import _write_templates, files_to_copy
 from sparse_lora_dist.export.trained_run import Trained
-from sparse_lora_dist.model.prompting import Prompting, end_ids, generation_settings, with_ends
+from sparse_lora_dist.model.prompting import (
+    Prompting,
+    end_ids,
+    generation_settings,
+    not_greedy,
+    with_ends,
+)
 from tests.conftest import Ranks
 from tests.export.test_export_program import exported
 from tests.fixtures.tiny_run import TinyRun
@@ -215,3 +221,18 @@ def templates_after(prompting: Prompting, base: Path, folder: Path) -> Any:
 def test_a_run_that_renders_no_chat_leaves_the_template_alone(run: Path) -> None:
     stored = Trained.open(run).prompting
     assert stored is not None and stored.ends == {"<|system|>": END, "</s>": EOS}
+
+
+def test_settings_that_change_greedy_answers_are_named() -> None:
+    """An evaluation is greedy, and leaves them out; Qwen2.5's base has such a penalty."""
+    own = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.05, "eos_token_id": 2}
+    assert "greedily, without repetition_penalty 1.05 of the base's" in not_greedy(own)
+    assert not_greedy({**own, "repetition_penalty": 1.0, "num_beams": 1, "min_length": 0}) == ""
+    assert not_greedy({}) == "" and "suppress_tokens [3]" in not_greedy({"suppress_tokens": [3]})
+
+
+def test_the_config_of_an_adapter_beside_the_base_is_not_copied(tmp_path: Path) -> None:
+    """huggingface/transformers#43781: from_pretrained looked for the adapter's weights."""
+    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors", "vocab.json"):
+        (tmp_path / name).touch()
+    assert [path.name for path in files_to_copy(tmp_path)] == ["config.json", "vocab.json"]
