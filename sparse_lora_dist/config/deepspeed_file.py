@@ -46,8 +46,11 @@ DEFAULTS = {
     "zero_force_ds_cpu_optimizer": False,
     "communication_data_type": "fp32",
     "steps_per_print": NEVER,
+    "timers": {"throughput": {"enabled": False}},
 }
-"""{DeepSpeed key: value} that is used where the file has no such key."""
+"""{DeepSpeed key: value} that is used where the file has no such key. DeepSpeed's timer of
+throughput would wait for the GPU at the beginning of every micro-batch; a run has a clock of its
+own."""
 
 
 def check_engine_file(path: str) -> list[str]:

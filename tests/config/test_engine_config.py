@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from deepspeed.runtime.config import get_timers_config
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts, engine_dict
@@ -179,6 +180,12 @@ def test_what_the_file_leaves_out_is_filled_in():
     assert got["communication_data_type"] == "fp32"
     assert got["data_types"] == {"grad_accum_dtype": "fp32"}
     assert got["train_micro_batch_size_per_gpu"] == 4
+
+
+def test_deepspeed_does_not_wait_for_the_gpu_to_tell_a_speed():
+    """Its timer synchronises the device at the start of every micro-batch and the end of steps."""
+    engine = engine_dict(MINIMAL, Config(), 1)
+    assert get_timers_config(engine).enabled is False
 
 
 def test_the_source_is_left_as_it_was():
