@@ -31,6 +31,7 @@ from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.description import write_description
 from sparse_lora_dist.run_folder.shared_by_ranks import shared_by_all_ranks
 from sparse_lora_dist.runtime import stop_signals, watchdog
+from sparse_lora_dist.runtime.same_command import check_same_command
 from sparse_lora_dist.sparsity.decisions import Decisions
 from sparse_lora_dist.sparsity.rewriter import Rewriter
 from sparse_lora_dist.sparsity.shards import Shards
@@ -44,7 +45,7 @@ from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import TRAINING, Purpose
 from sparse_lora_dist.training.resume import find_resume, is_requeued, source_of
 from sparse_lora_dist.training.step import StepResult, train_step
-from sparse_lora_dist.training.trained_over import check_init_adapter
+from sparse_lora_dist.training.trained_over import check_init_adapter, same_init_adapter
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
 from sparse_lora_dist.zero3.engine import Engine, check_loss_kernel
 
@@ -97,6 +98,7 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
     """
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     print_launch(comm.start(timeout_s))
+    check_same_command(config, purpose.own)
     with fail_together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
         check_own_folder(config, purpose)
@@ -163,6 +165,7 @@ class Training:
         if begins.adapter.init_adapter is not None:
             with fail_together("comparing the base with that of --init_adapter"):
                 check_init_adapter(begins.adapter.init_adapter, model)
+            same_init_adapter(begins.adapter.init_adapter)
         with fail_together("opening the run folder"):
             # Before the memory plan is printed, because it names run.yaml, and before the load.
             if comm.rank() == 0:

@@ -1,7 +1,11 @@
 """Hash the contents of a data set, whatever its name and date."""
 
 import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -35,6 +39,23 @@ def hash_of_documents(documents: Documents) -> str:
         digest.update(ids.tobytes() + labels.tobytes())
     hashed = "all" if len(places) == count else f"{len(places)} of"
     return f"{hashed} {count} documents, sha256 {digest.hexdigest()}"
+
+
+def hash_of_examples(examples: Iterable[Mapping[str, Any]]) -> str:
+    """Return a SHA-256 hash, in hex, of all columns of all examples.
+
+    Args:
+        examples: the examples in the order of the data, each as {column: value}.
+    """
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example, sort_keys=True, default=_in_words).encode())
+    return digest.hexdigest()
+
+
+def _in_words(value: object) -> str:
+    """Return the text of a value that JSON does not have, without its place in memory."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 
 def hash_of_files(source: str) -> str | None:

@@ -5,8 +5,10 @@
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
+from hashlib import sha256
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
@@ -49,7 +51,22 @@ def purpose_of(request: EditRequest) -> Purpose:
         conclude=partial(_conclude, request),
         program=EDIT,
         replaces=request.options.overwrite,
+        own=_own_options(request),
     )
+
+
+def _own_options(request: EditRequest) -> Mapping[str, object]:
+    """Return what all ranks must have the same: the editor's options, and the edits themselves.
+
+    The options of training that follow from the edits are left out.
+    """
+    found = sha256(repr(request.edits).encode(errors="surrogatepass")).hexdigest()[:12]
+    return {
+        "data": None,
+        "gradient_accumulation_steps": None,
+        **asdict(request.options),
+        "content of --edits": f"{counted(len(request.edits), 'edit')} with the hash {found}",
+    }
 
 
 def _open_feed(request: EditRequest, config: Config, model: Model) -> EditFeed:

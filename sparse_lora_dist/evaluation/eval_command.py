@@ -4,10 +4,11 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from sparse_lora_dist.adapter.same_on_all_nodes import Opened, check_same_on_all_nodes
 from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
@@ -26,6 +27,7 @@ from sparse_lora_dist.evaluation.scoring import Scorer
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.prompting import end_ids, generation_settings
 from sparse_lora_dist.runtime import watchdog
+from sparse_lora_dist.runtime.same_command import check_same_command
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import settle_padding
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
@@ -49,6 +51,7 @@ def evaluate(request: EvalRequest) -> None:
     model_config = replace(request.config.model, gradient_checkpointing=False)
     config = replace(request.config, model=model_config, adapter=AdapterConfig())
     print_launch(comm.start(seconds_in(config.run.collective_timeout)))
+    check_same_command(config, asdict(own))
     with fail_together("reading --ds_config"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
     with fail_together("checking --output and --answers"):
@@ -57,13 +60,24 @@ def evaluate(request: EvalRequest) -> None:
     with _watchdog(config):
         check_loss_kernel()
         zero3_nvme.prepare(engine_config)
-        opened = [open_model(config, adapter) for adapter in open_adapters(own.names)]
+        adapters = open_adapters(own.names)
+        check_same_on_all_nodes(_opened(adapter) for adapter in adapters)
+        opened = [open_model(config, adapter) for adapter in adapters]
         eval_set = open_eval_set(request, config, opened[0][0], engine_config)
         measured = []
         for model, adapter in opened:
             measures = _evaluate_model(eval_set, model, adapter)
             measured.append((adapter.name, {m.name: m for m in measures}))
         _write_results(eval_set, measured)
+
+
+def _opened(adapter: Adapter) -> Opened:
+    return Opened(
+        name=f"the adapter {adapter.name}",
+        values=adapter.values,
+        shapes=adapter.shapes,
+        scales=adapter.scales,
+    )
 
 
 def _check_writable(flag: str, path: Path) -> None:

@@ -1,13 +1,14 @@
 """Reads and tokenises the evaluation data, once for all models that are compared."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.data import Documents, be_quiet
 from sparse_lora_dist.data.chat import end_of_turn, find_template
 from sparse_lora_dist.data.fields import ExampleError
+from sparse_lora_dist.data.fingerprint import hash_of_examples
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
@@ -19,7 +20,13 @@ from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.questions import Encoder, GeneratedQuestion
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.prompting import generation_settings, not_greedy
-from sparse_lora_dist.training.feed import open_tokenizer, print_reading
+from sparse_lora_dist.training.feed import (
+    hashes,
+    identity_of_tokenizer,
+    open_tokenizer,
+    print_reading,
+    same_on_all_nodes,
+)
 from sparse_lora_dist.training.fits import check_ids, check_positions, check_rope
 
 RESULT_OPTIONS = (
@@ -96,6 +103,11 @@ def open_eval_set(
     with fail_together("reading the data"), first_on_its_node(), source:
         tokenizer = open_tokenizer(config, model)
         table = Table.read(request.source, config.data, request.own.limit)
+        content = None
+        if hashes():
+            content = replace(
+                identity_of_tokenizer(config, tokenizer), eval_data=hash_of_examples(table.examples)
+            )
         template = find_template(tokenizer, config.data.chat_template, has_tools=table.has_tools)
         frame = _frame(tokenizer, template)
         encoder = Encoder(tokenizer=tokenizer, template=template, data=config.data, frame=frame)
@@ -119,6 +131,7 @@ def open_eval_set(
         generated = "--eval_data with --max_new_tokens"
         check_positions(model, longest, generated)
         check_rope(model, longest, generated, **by_row)
+    same_on_all_nodes(content)
     if generates and (left := not_greedy(generation_settings(model.folder, model.module))):
         print_line("note", left)
     for name, found in items.items():

@@ -148,7 +148,7 @@ def open_feed(config: Config, model: Model) -> DataFeed:
         rows = read(resolve_default("data", config.data.data), "--data", "train")
         source = eval_source(config.data)
         held_out = None if source is None else read(source, "--eval_data", "test")
-        content = _content(config, tokenizer, rows, held_out) if _hashes() else None
+        content = _content(config, tokenizer, rows, held_out) if hashes() else None
         feed = DataFeed(
             rows=rows,
             held_out=held_out,
@@ -169,10 +169,12 @@ def open_feed(config: Config, model: Model) -> DataFeed:
                 f"this run. Set it to {feed.total_steps} or less, or make the run longer with "
                 "--max_steps."
             )
-    return replace(feed, content=_same_on_all_nodes(content))
+    return replace(feed, content=same_on_all_nodes(content))
 
 
-def _hashes() -> bool:
+def hashes() -> bool:
+    """Return True if this rank hashes what it reads, for ``same_on_all_nodes``: the first of each
+    node, and rank 0. Not a collective."""
     return comm.rank() == 0 or comm.is_first_on_its_node()
 
 
@@ -203,7 +205,7 @@ def identity_of_tokenizer(config: Config, tokenizer: Any) -> Identity:
     )
 
 
-def _same_on_all_nodes(content: Identity | None) -> Identity:
+def same_on_all_nodes(content: Identity | None) -> Identity:
     """Return rank 0's hashes of the data, after comparing them with those of every node.
     Collective.
 

@@ -1,8 +1,8 @@
 """Define the three things in which a run of launcher/edit.py differs from one of launcher/train.py:
 its data, its action after the last step, and whether it replaces an earlier run."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.model.model import Model
@@ -35,6 +35,8 @@ class Purpose:
     with, nor replaces, a run of the other."""
     replaces: bool = False
     """True if the run first removes the files of an earlier run from its folder."""
+    own: Mapping[str, object] = field(default_factory=dict)
+    """{option: value} of what only this program has, for ``check_same_command``."""
 
 
 TRAINING = Purpose()

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 from sparse_lora_dist.adapter.peft_config import CONFIG
+from sparse_lora_dist.adapter.peft_read import open_peft
+from sparse_lora_dist.adapter.same_on_all_nodes import Opened, check_same_on_all_nodes
 from sparse_lora_dist.base_model.weight_map import is_quantized
 from sparse_lora_dist.checkpoint.manifest import read_manifest
 from sparse_lora_dist.checkpoint.recover import published
 from sparse_lora_dist.config.paths import expanded
 from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.description import RUN_YAML
@@ -122,3 +125,19 @@ def check_init_adapter(adapter: str, model: Model) -> None:
         return
     if note := other_name(named, adapter, model.name):
         print_line("note", f"--init_adapter: {note}")
+
+
+def same_init_adapter(adapter: str) -> None:
+    """Raise UserError if not all nodes have the same adapter of --init_adapter. Collective.
+
+    Args:
+        adapter: Value of --init_adapter.
+
+    Raises:
+        UserError: It is absent or damaged, or a node has other tensors than rank 0.
+    """
+    with fail_together("opening --init_adapter"), first_on_its_node():
+        _, values, shapes = open_peft(expanded(adapter))
+    check_same_on_all_nodes(
+        [Opened(name=f"--init_adapter {adapter}", values=values, shapes=shapes)]
+    )

@@ -321,7 +321,7 @@ def test_nodes_that_read_other_data_are_refused(monkeypatch: pytest.MonkeyPatch)
     for found, said in (([first, None, first], None), ([first, None, old], "rank 2 and rank 0 d")):
         monkeypatch.setattr(feed.comm, "gather_objects", lambda own, found=found: found)
         if said is None:
-            assert feed._same_on_all_nodes(first) == first
+            assert feed.same_on_all_nodes(first) == first
         else:
             with pytest.raises(UserError, match=f"{said}iffer in the tokenised rows of --data"):
-                feed._same_on_all_nodes(first)
+                feed.same_on_all_nodes(first)
