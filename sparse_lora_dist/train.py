@@ -166,7 +166,7 @@ class Training:
             with fail_together("comparing the base with that of --init_adapter"):
                 check_init_adapter(begins.adapter.init_adapter, model)
             same_init_adapter(begins.adapter.init_adapter)
-        with fail_together("opening the run folder"):
+        with fail_together(f"opening the run folder {config.run.output_dir}", may_pass=True):
             # Before the memory plan is printed, because it names run.yaml, and before the load.
             if comm.rank() == 0:
                 check_own_folder(config, purpose)  # again: the lock was free or stale until now

@@ -8,6 +8,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sparse_lora_dist.adapter.peft_agrees import disagreements, ranks_of
 from sparse_lora_dist.adapter.peft_config import APART, CONFIG, PREFIX, WEIGHTS, other_kind
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in
@@ -46,6 +47,7 @@ def read_peft(
             not those of the run.
     """
     config, values, theirs = open_peft(folder)
+    apart = [] if other_kind(config) else _apart_from_its_config(config, theirs)
     values = {our_name(name): read for name, read in values.items()}
     theirs = {our_name(name): shape for name, shape in theirs.items()}
     problems = []
@@ -67,7 +69,7 @@ def read_peft(
             "alpha."
         )
     # A problem above would only show up again in every tensor.
-    if problems := problems or _mismatches(theirs, shapes):
+    if problems := problems or apart or _mismatches(theirs, shapes):
         raise UserError(f"--init_adapter {folder} does not fit this run. " + " ".join(problems))
     return values
 
@@ -114,6 +116,18 @@ def _range_of(tensor: Any, shape: tuple[int, ...]) -> Values:
         return rows[start - first_row * columns : stop - first_row * columns]
 
     return values
+
+
+def _apart_from_its_config(
+    config: Mapping[str, Any], theirs: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    full = [name for name in theirs if not name.endswith((".lora_a", ".lora_b"))]
+    if said := disagreements(config, ranks_of(theirs), full):
+        return [
+            f"Its tensors and its {CONFIG} disagree: {'; '.join(said)}. Export or save the adapter "
+            "again, or correct this file."
+        ]
+    return []
 
 
 def _mismatches(

@@ -105,8 +105,9 @@ class Saver:
         with fail_together(f"preparing {temporary}", may_pass=True):
             if comm.rank() == 0:
                 run_lock.check()
+                self.folder.mkdir(parents=True, exist_ok=True)  # so: claimed and gone is removed
                 claim(self.folder.parent, self.folder.name)
-                temporary.mkdir(parents=True)
+                temporary.mkdir()
         manifest = {
             "format": FORMAT,
             "progress": asdict(progress),

@@ -33,9 +33,10 @@ def fail_together(phase: str, *, may_pass: bool = False) -> Iterator[None]:
 
     Args:
         phase: what the body does, used in messages after "while", such as "reading the data".
-        may_pass: True if the body writes results. Errors of storage that may pass, such as a full
-            disk, are then raised as StorageError, with which the program's exit status asks to be
-            started again.
+        may_pass: True if the body writes results, into a folder that was checked to be writable at
+            the start. Errors of storage that may pass, such as a full disk or one that became
+            read-only meanwhile, are then raised as StorageError, with which the program's exit
+            status asks to be started again.
 
     Raises:
         UserError: the body failed on some rank. If it raised a UserError on this rank, that error
@@ -49,7 +50,9 @@ def fail_together(phase: str, *, may_pass: bool = False) -> Iterator[None]:
         yield
     # No space, no permission, a missing or damaged file: a traceback would add nothing.
     except (OSError, SafetensorError) as error:
-        kind = StorageError if may_pass and passes_later(error) else UserError
+        # A disk that is still read-only at the next start is refused there, before any work.
+        passes = passes_later(error) or getattr(error, "errno", None) == errno.EROFS
+        kind = StorageError if may_pass and passes else UserError
         words = in_plain_words(error) or f"An error occurred while {phase}: {error}"
         failure = kind(words)
         failure.__cause__ = error  # for the traceback of --debug

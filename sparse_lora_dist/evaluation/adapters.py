@@ -9,6 +9,7 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from sparse_lora_dist.adapter.peft_agrees import disagreements, ranks_of
 from sparse_lora_dist.adapter.peft_config import CONFIG, faults_of, other_kind, scale_of
 from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
@@ -125,11 +126,17 @@ def _open(name: str | None) -> Adapter:
             f"The adapter {name} has wrong values in {CONFIG}: {'; '.join(faults)}. Correct them "
             "in this file."
         )
-    ranks = {n.removesuffix(".lora_a"): s[0] for n, s in shapes.items() if n.endswith("lora_a")}
+    ranks, full = ranks_of(shapes), [n for n in shapes if not n.endswith(("lora_a", "lora_b"))]
     try:
         scales = {site: scale_of(config, site, rank) for site, rank in ranks.items()}
+        problems = disagreements(config, ranks, full)
     except UserError as error:
         raise UserError(f"The adapter {name} cannot be used: {error}") from error
+    if problems:
+        raise UserError(
+            f"The adapter {name} and its {CONFIG} disagree: {'; '.join(problems)}. Export or save "
+            "the adapter again, or correct this file."
+        )
     base = config.get("base_model_name_or_path")
     return Adapter(name=name, values=values, shapes=shapes, scales=scales, base=base)
 

@@ -41,6 +41,18 @@ def read_lines(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:
     return [_record(path, number, line, is_record) for number, line in enumerate(lines, start=1)]
 
 
+def by_step(rows: Sequence[Record]) -> list[Record]:
+    """Return records in the order of their steps, and only the last one of each step.
+
+    A run writes them so; a file that was put together by hand may have another order.
+
+    Args:
+        rows: records, each with the field "step".
+    """
+    last = {row["step"]: row for row in rows}
+    return [last[step] for step in sorted(last)]
+
+
 def _record(path: Path, number: int, line: str, is_record: Callable[[Record], bool]) -> Record:
     try:
         record = parse_json(line, constant=no_constant)

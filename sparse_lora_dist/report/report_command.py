@@ -45,6 +45,8 @@ def report(request: ReportRequest) -> None:
         ) from error
     for run in runs:
         print(f"{run.name}: {run.state}, step {run.last_step}")
+        for note in run.notes:
+            print(f"note      {note}")
     print(f"report    {request.output}" + (f"\nfigures   {folder}" if request.png else ""))
 
 

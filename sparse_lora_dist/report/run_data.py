@@ -13,6 +13,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report.jobs import Attempt, jobs_of
 from sparse_lora_dist.report.jsonl import (
     Record,
+    by_step,
     check_sites,
     is_attempt,
     is_bad_step,
@@ -33,6 +34,11 @@ STAGE = ("live_ranks", "held_out_loss", "lambda")
 """Fields of a record of stages.jsonl that the figure of stages needs to draw a point. The record is
 the JSON object of one line, and describes one stage: a part of a run with a learning-rate schedule
 of its own."""
+
+NOT_BY_STEP = (
+    "its records are not in the order of their steps, or a step has several. The report has them "
+    "by step, and the last of each step"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +67,8 @@ class RunData:
     """Checkpoints that are written in full and not removed, ordered by step."""
     total_steps: int | None
     """Planned length of the run in optimizer steps; None if it is not recorded."""
+    notes: Sequence[str] = ()
+    """Sentences about what is odd in the files, to print."""
 
     @property
     def last_step(self) -> int:
@@ -119,6 +127,9 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         folder: the ``--output_dir`` of a run, finished or still going.
         name: name of the run in the report. None: the folder's name.
 
+    Records of one file that are out of order are sorted by their steps, and of several of one step
+    the last one counts; a note says so.
+
     Raises:
         UserError: if it is not a run folder, or a file is missing, damaged, or a pipe.
     """
@@ -130,11 +141,15 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
             f"{folder} has no run.yaml, so it is not a run folder. Give the --output_dir of a run."
         )
     going = run_lock.is_held(folder)
-    metrics = _metrics(folder / "metrics.jsonl", going=going)
+    written = {
+        "metrics.jsonl": _metrics(folder / "metrics.jsonl", going=going),
+        "decisions.jsonl": _optional(folder / "decisions.jsonl", is_decision),
+        "stages.jsonl": _optional(folder / "stages.jsonl", is_stage),
+    }
     begun = _optional(folder / ATTEMPTS, is_attempt)
-    decisions = _optional(folder / "decisions.jsonl", is_decision)
-    check_sites(folder / "decisions.jsonl", decisions)
-    ended = _optional(folder / "stages.jsonl", is_stage)
+    check_sites(folder / "decisions.jsonl", written["decisions.jsonl"])
+    metrics, decisions, ended = map(by_step, written.values())
+    odd = [n for n, rows in written.items() if rows != by_step(rows)]
     return RunData(
         name=name or folder.resolve().name,
         folder=folder,
@@ -146,6 +161,7 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
         bad_steps=_optional(folder / "bad_steps.jsonl", is_bad_step),
         attempts=jobs_of(begun, metrics, going=going),
         checkpoints=saved_steps(folder / "checkpoints"),
+        notes=[f"{folder / name}: {NOT_BY_STEP}" for name in odd],
         total_steps=next((r["total_steps"] for r in reversed(begun) if "total_steps" in r), None),
     )
 

@@ -96,7 +96,8 @@ def read_lines(path: Path) -> list[Line]:
     lines = [Line(raw=raw, record=_record(raw)) for raw in whole]
     if last:
         record = _record(last)
-        is_half = record is None and last.startswith(b'{"')
+        # No part of a record has a line break: b"\r" ends the lines of a file from elsewhere.
+        is_half = record is None and last.startswith(b'{"') and b"\r" not in last
         lines.append(Line(raw=last, record=record, is_half=is_half))
     return lines
 

@@ -99,7 +99,7 @@ def watched(run: Path, timeout_s: float) -> Iterator[None]:
     """
     set_phase("starting", step=0, may_be_long=True)
     board = Board(run, patience_s=min(LONGEST_S, timeout_s / 4))
-    with fail_together(f"opening {board.folder}"):
+    with fail_together(f"opening {board.folder}", may_pass=True):
         if comm.rank() == 0:
             remove_files(board.folder)  # left by an earlier job
             board.folder.mkdir(exist_ok=True)

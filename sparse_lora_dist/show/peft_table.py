@@ -10,6 +10,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from sparse_lora_dist.adapter.peft_agrees import disagreements
 from sparse_lora_dist.adapter.peft_config import (
     APART,
     CONFIG,
@@ -29,16 +30,27 @@ FACTOR = re.compile(r"(?P<module>.+)\.lora_(?:embedding_)?(?P<factor>[AB])(\.wei
 
 
 def head(folder: Path, config: Mapping[str, Any]) -> str:
-    """Return the line above the table: folder, rank, alpha and base model.
+    """Return the lines above the table: folder, rank of the tensors, alpha and base model; and a
+    note if tensors and configuration disagree.
 
     Args:
         folder: the folder of the adapter.
         config: content of its adapter_config.json.
+
+    Raises:
+        UserError: a pattern in the configuration takes too long to match.
     """
-    return (
-        f"adapter   {folder}: LoRA of rank {config.get('r')}, alpha {config.get('lora_alpha')}, "
-        f"for {config.get('base_model_name_or_path')}"
-    )
+    files = _files(folder)
+    pairs, full = _sorted(list(files))
+    keys = {name: pair["A"] for name, pair in pairs.items() if "A" in pair}
+    ranks = {name: int(files[key].get_slice(key).get_shape()[0]) for name, key in keys.items()}
+    low, high = min(ranks.values(), default=0), max(ranks.values(), default=0)
+    lines = [
+        f"adapter   {folder}: LoRA of rank {high if low == high else f'{low} to {high}'}, alpha "
+        f"{config.get('lora_alpha')}, for {config.get('base_model_name_or_path')}"
+    ]
+    said = disagreements(config, ranks, [key.removeprefix(PREFIX) for key in full])
+    return "\n".join([*lines, *(f"note      {clause}" for clause in said)])
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -32,15 +32,17 @@ def create(path: Path, content: bytes) -> None:
 
     Raises:
         FileExistsError: there is a file, folder or link of this name.
-        OSError: writing failed; the file is removed again.
+        OSError: writing failed; the file is removed again. The error names the file.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
     descriptor = os.open(path, flags, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-    except BaseException:
+    except BaseException as error:
         path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a write knows the number of the file alone
         raise
 
 

@@ -65,13 +65,21 @@ def new_folder(final: Path) -> Path:
     """Create a temporary folder in which the content of ``final`` is written, and return its path.
 
     It is beside ``final``, or in it if ``final`` cannot be renamed. Its marker names this process,
-    so that a later process can tell that it was abandoned.
+    so that a later process can tell that it was abandoned. If the marker cannot be written, as on a
+    full disk, the folder is removed again.
+
+    Raises:
+        OSError: the folder or its marker cannot be written.
     """
     place = final / final.name if is_filled_in_place(final) else final
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(place)
     temporary.mkdir()
-    write_marker(temporary, Marker(kind=UNFINISHED, about={"process": asdict(this_process())}))
+    try:
+        write_marker(temporary, Marker(kind=UNFINISHED, about={"process": asdict(this_process())}))
+    except BaseException:
+        temporary.rmdir()
+        raise
     return temporary
 
 

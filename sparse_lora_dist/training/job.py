@@ -89,7 +89,7 @@ class Job:
             if not resume.reset:
                 pending, ids = resume.manifest["owed"], resume.manifest["trackers"]
         run = self.config.run
-        with fail_together("opening the run folder"):
+        with fail_together(f"opening the run folder {self.folder}", may_pass=True):
             if comm.rank() == 0 and resume is not None and run.resume != "auto":
                 self._set_aside_later()
             # The record of a pending step may have been written before the job stopped. It is
@@ -306,7 +306,7 @@ class Job:
         stop_signals.save_took(self._saver.took_s)
         self._lead.save_took(self._saver.took_s)
         run = self.config.run
-        with fail_together("removing checkpoints"):
+        with fail_together("removing checkpoints", may_pass=True):
             if comm.rank() == 0:
                 checkpoint.retain(path, keep_last=run.keep_last, keep_best=run.keep_best)
 
@@ -372,8 +372,9 @@ class Job:
             all entries are pruned (a warning is printed) or because the method has no adapter to
             write.
         """
-        if comm.rank() == 0:
-            claim(self.folder, "adapter")
+        with fail_together(f"writing {self.folder / 'adapter'}", may_pass=True):
+            if comm.rank() == 0:
+                claim(self.folder, "adapter")
         try:
             return peft_adapter.save_peft(
                 self.folder / "adapter",
@@ -392,8 +393,9 @@ class Job:
             return save_own_type(self.folder, self.folder / "adapter", remove_adapter)
         except peft_adapter.NothingLives as error:
             print_line("warning", f"no adapter is written: {error}")
-            if comm.rank() == 0:  # an adapter of an earlier job would be taken for this one's
-                remove_adapter(self.folder)
+            with fail_together(f"removing {self.folder / 'adapter'}", may_pass=True):
+                if comm.rank() == 0:  # an adapter of an earlier job would be taken for this one's
+                    remove_adapter(self.folder)
             return 0
 
 

@@ -26,6 +26,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.prompting import GENERATION, TEMPLATE
 from sparse_lora_dist.run_folder import lock
 from sparse_lora_dist.run_folder.description import RUN_YAML
+from sparse_lora_dist.run_folder.lost_checkpoints import signs_of_checkpoints
 from sparse_lora_dist.runtime import heartbeats
 from sparse_lora_dist.system.own_files import (
     MARKER,
@@ -108,6 +109,22 @@ def check_folder(
             "a new run: choose another --output_dir, or remove that folder."
         )
     _check_entries(folder, marker)
+    if not begins and not replaces:
+        _check_keeps_its_run(folder, marker)
+
+
+def _check_keeps_its_run(folder: Path, marker: Marker) -> None:
+    """Raise UserError if a run that goes on with its own checkpoints has lost them all: it would
+    begin at step 0, and replace what is left of itself."""
+    if checkpoint.published(folder / CHECKPOINTS):
+        return
+    signs = signs_of_checkpoints(folder, marker.names, _own_in_adapter(folder, marker))
+    if signs:
+        raise UserError(
+            f"--output_dir {folder} holds a run that has saved checkpoints, but none of them is "
+            f"there now. It left {' and '.join(signs)}. --resume auto would begin at step 0 and "
+            "replace them. Put its checkpoints back, or choose another --output_dir."
+        )
 
 
 def begin(folder: Path, *, program: str, source: Path | None) -> None:

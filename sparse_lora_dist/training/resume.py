@@ -196,7 +196,7 @@ def _requested(wanted: str, folder: Path) -> Path | None:
     Raises:
         UserError: the checkpoint at that path is damaged or missing; on every rank.
     """
-    with fail_together(f"cleaning {folder}"):
+    with fail_together(f"cleaning {folder}", may_pass=True):
         if comm.rank() == 0:
             checkpoint.clean(folder)
     if wanted == "auto":

@@ -8,7 +8,7 @@ import pytest
 from sparse_lora_dist.config.yaml_file import parse_yaml
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.report.jsonl import read_lines
-from sparse_lora_dist.report.run_data import _mapping
+from sparse_lora_dist.report.run_data import _mapping, read_run
 from sparse_lora_dist.run_folder.metrics_file import JsonLines, read_records
 
 ROWS = [{"step": number, "loss": 0.5 * number} for number in range(6)]
@@ -52,6 +52,39 @@ def test_half_a_record_of_a_killed_job_goes_and_a_whole_one_gets_its_line_break(
     steps = [row["step"] for row in read_records(path)]
     assert steps == [0, 1, 2, 3, 4, 5, *([6] if half.endswith(b"}") else []), 7]
     assert path.read_bytes().count(b"\n") == len(steps)
+
+
+def test_a_file_with_line_ends_of_another_system_stays_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines that end with a carriage return alone are one line here, but no half record."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\r".join(LINES) + b"\r")
+    before = path.read_bytes()
+    lines = JsonLines(path, last_step=4)
+    assert path.read_bytes() == before
+    said = capsys.readouterr().out
+    assert f"warning   {path}: line 1 is no record of this run. It stays" in said
+    lines.append({"step": 5})
+    assert path.read_bytes() == before + b'\n{"step": 5}\n'
+
+
+@pytest.mark.parametrize(
+    "order", [[5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 5, 2, 3]], ids=["reversed", "doubled"]
+)
+def test_the_report_has_records_by_step_and_says_if_the_file_has_not(
+    tmp_path: Path, order: list[int]
+) -> None:
+    (tmp_path / "run.yaml").write_text("method: lora\n")
+    (tmp_path / "environment.json").write_text("{}")
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(ROWS[n]) + "\n" for n in [0, 1, 2, 3, 4, 5]))
+    assert read_run(tmp_path).notes == []
+    path.write_text("".join(json.dumps(ROWS[n]) + "\n" for n in order))
+    found = read_run(tmp_path)
+    assert (found.metrics, found.last_step) == (ROWS, 5)
+    (note,) = found.notes
+    assert str(path) in note and "not in the order of their steps" in note
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5_000, "NaN", "nul"])

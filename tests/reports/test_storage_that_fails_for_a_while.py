@@ -1,14 +1,24 @@
 """A full disk, a file server that is away: the run ends so that a batch system starts it again."""
 
 import errno
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from safetensors import SafetensorError
 
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import StorageError, UserError
+from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.runtime import entry_point
 from sparse_lora_dist.runtime.entry_point import STOPPED, USER_ERROR, run_program
+from sparse_lora_dist.system import own_files, whole_folders
+from sparse_lora_dist.system.atomic_files import write_whole
+from sparse_lora_dist.training import job
 
 
 class Ended(BaseException):
@@ -48,7 +58,16 @@ def test_what_may_pass_ends_with_the_status_that_is_requeued(
         assert status_of(error, may_pass=False, monkeypatch=monkeypatch) == USER_ERROR
 
 
-@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS, errno.ENOENT])
+def test_a_disk_that_became_read_only_while_training_is_requeued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The start has refused a folder that cannot be written, and does so if it stays read-only."""
+    error = OSError(errno.EROFS, "Read-only file system")
+    assert status_of(error, may_pass=True, monkeypatch=monkeypatch) == STOPPED
+    assert status_of(error, may_pass=False, monkeypatch=monkeypatch) == USER_ERROR
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT])
 def test_what_does_not_pass_ends_as_a_mistake(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     error = OSError(number, "it failed")
     assert status_of(error, may_pass=True, monkeypatch=monkeypatch) == USER_ERROR
@@ -59,3 +78,53 @@ def test_the_error_is_one_sentence() -> None:
         with fail_together("saving", may_pass=True):
             raise OSError(errno.ENOSPC, "No space left on device")
     assert isinstance(error.value, UserError) and error.value.shared
+
+
+def full(*args: object, **kwargs: object) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_file_that_has_no_room_is_named(tmp_path: Path) -> None:
+    """A write knows the number of its file only, so the system names no path."""
+    with files_of_at_most(4), pytest.raises(OSError, match="run.yaml") as error:
+        write_whole(tmp_path / "run.yaml", "method: lora")
+    assert str(tmp_path) in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_at_the_start_is_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A requeued job finds the disk that ended it still full: it must not give up there."""
+    monkeypatch.setattr(run_lock, "create", full)
+    with pytest.raises(StorageError, match=f"while locking {tmp_path}/run: .*No space"):
+        with run_lock.held(tmp_path / "run"):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_before_the_adapter_is_written_is_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "claim", full)
+    with pytest.raises(StorageError, match=f"while writing {tmp_path}/adapter: .*No space"):
+        job.Job._export(cast(job.Job, SimpleNamespace(folder=tmp_path)))
+
+
+def test_an_export_on_a_full_disk_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_files, "write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        whole_folders.replace_whole(tmp_path / "e", lambda folder: 0)
+    assert not list(tmp_path.iterdir())
