@@ -22,13 +22,12 @@ from sparse_lora_dist.evaluation.eval_metrics import METRICS, Measure
 from sparse_lora_dist.evaluation.eval_options import EvalRequest
 from sparse_lora_dist.evaluation.eval_set import EvalSet, open_eval_set
 from sparse_lora_dist.evaluation.load_model import load, open_model
-from sparse_lora_dist.evaluation.results import as_text, example_lines, results
+from sparse_lora_dist.evaluation.results import as_text, example_lines, publish, results
 from sparse_lora_dist.evaluation.scoring import Scorer
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.prompting import end_ids, generation_settings
 from sparse_lora_dist.runtime import watchdog
 from sparse_lora_dist.runtime.same_command import check_same_command
-from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training.feed import settle_padding
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
 from sparse_lora_dist.zero3.engine import Engine, check_loss_kernel
@@ -131,11 +130,13 @@ def _write_results(
     with fail_together("writing results", may_pass=True):
         if comm.rank() == 0:
             print(as_text(content), flush=True)
+            texts = {}
             if "answers" in files:
-                write_whole(files["answers"], example_lines(measured))
+                texts["answers"] = example_lines(measured)
             if "output" in files:
                 text = json.dumps(eval_set.settings() | content, indent=1, allow_nan=False)
-                write_whole(files["output"], text + "\n")
+                texts["output"] = text + "\n"
+            publish(texts, files, overwrite=eval_set.own.overwrite)
             for path in files.values():
                 print_line("written", str(path))
 

@@ -1,5 +1,6 @@
 """Options of launcher/eval.py: those of a training run, and the evaluation's own."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +139,10 @@ def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
     """
     if path.is_dir():
         return [f"--{flag} must be a file, got the folder {path}"]
-    if path.exists() and not overwrite:
+    exists = os.path.lexists(path)
+    if exists and not overwrite:
         return [f"--{flag} {path} exists already. Give --overwrite or another name"]
-    if path.exists() and not _is_written_here(flag, path):
+    if exists and not _is_written_here(flag, path):
         return [
             f"--{flag} {path} is no file that --{flag} has written, so --overwrite does not "
             "replace it. Give another name"
@@ -149,9 +151,11 @@ def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
 
 
 def _is_written_here(flag: str, path: Path) -> bool:
-    """Return True if a file is empty, or begins as those that the option ``flag`` writes."""
+    """Return True if it is a file that is empty, or that begins as those that the option ``flag`` writes."""
     keys = {"output": {"results", "differences"}, "answers": {"adapter", "measure"}}
     try:
+        if not path.is_file():  # a pipe, a device, a link to nothing
+            return False
         if path.stat().st_size == 0:
             return True
         with path.open(encoding="utf-8") as file:

@@ -1,13 +1,23 @@
-"""Turns results per example into numbers with 95% confidence intervals, as JSON and as a table."""
+"""Turns results per example into numbers with 95% confidence intervals, as JSON and as a table.
+
+``publish`` writes the files.
+"""
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.eval_metrics import Measure
+from sparse_lora_dist.evaluation.eval_options import bad_output
 from sparse_lora_dist.evaluation.intervals import Interval, paired, ratio, wilson
+from sparse_lora_dist.system.atomic_files import beside, write_new, write_whole
 
+KEPT = "kept_"
+"""Prefix of the name of results whose own name somebody else's file had taken meanwhile."""
 MeasuresByName = Mapping[str, Measure]
 """Name of a result, e.g. "loss" -> the result of one model, kept per example."""
 Number = dict[str, Any]
@@ -149,3 +159,37 @@ def _cells(name: str, number: Number, sign: str = "") -> tuple[str, str, str, st
     )
     interval = "" if low is None else f"{low} to {high or 'infinity'}"
     return name, value or "infinity", interval, f"{number['examples']:,}"
+
+
+def publish(texts: Mapping[str, str], files: Mapping[str, Path], *, overwrite: bool) -> None:
+    """Write the result files. A file that came under such a name meanwhile is not replaced: the
+    results are then written beside it, under another name.
+
+    Args:
+        texts: Option, without dashes -> content of its file.
+        files: Option -> path of its file.
+        overwrite: True if a file that evaluation wrote earlier may be replaced.
+
+    Raises:
+        UserError: Some results have another name than was asked for. The message names them.
+    """
+    written = [_publish(flag, files[flag], text, overwrite) for flag, text in texts.items()]
+    if problems := [problem for problem in written if problem]:
+        raise UserError("\n".join(problems))
+
+
+def _publish(flag: str, path: Path, text: str, overwrite: bool) -> str | None:
+    """Write one result file. Return a message if it was written under another name."""
+    if overwrite and os.path.lexists(path) and not bad_output(flag, path, overwrite=True):
+        write_whole(path, text)
+        return None
+    try:
+        write_new(path, text)
+    except FileExistsError:
+        kept = beside(path, KEPT)
+        write_new(kept, text)
+        return (
+            f"--{flag} {path} was put there by somebody else during the evaluation, so it is not "
+            f"replaced. The results are in {kept}. Move one of the two."
+        )
+    return None

@@ -23,7 +23,7 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.launch_slurm import restart_count
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import HeldError, UserError
-from sparse_lora_dist.system.atomic_files import beside, create, sync
+from sparse_lora_dist.system.atomic_files import write_new
 from sparse_lora_dist.system.processes import Process, is_gone, this_process
 
 NAME = "run.lock"
@@ -224,27 +224,11 @@ def is_lock(path: Path) -> bool:
 
 
 def _create(path: Path, holder: Holder) -> bool:
-    """Create the lock file ``path`` with the content ``holder``. Return False if it exists.
-
-    It is linked from a complete file, so that no job ever sees half of it. Where a file system has
-    no links, it is created in place.
-    """
-    content = json.dumps(asdict(holder)).encode()
-    temporary = beside(path)
-    create(temporary, content)
+    """Create the lock file ``path`` with the content ``holder``. Return False if it exists."""
     try:
-        sync(temporary)
-        os.link(temporary, path, follow_symlinks=False)
+        write_new(path, json.dumps(asdict(holder)))
     except FileExistsError:
         return False
-    except OSError:
-        try:
-            create(path, content)
-        except FileExistsError:
-            return False
-        sync(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 

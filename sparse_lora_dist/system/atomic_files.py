@@ -65,6 +65,33 @@ def write_whole(path: Path, content: str | bytes) -> None:
         raise
 
 
+def write_new(path: Path, content: str | bytes) -> None:
+    """Write a file that does not exist yet, so that nobody ever sees half of it, and sync it.
+
+    It is linked from a complete file. Where a file system has no links, it is created in place.
+
+    Args:
+        path: the file.
+        content: what it will hold; text is written as UTF-8.
+
+    Raises:
+        FileExistsError: there is a file, folder or link of this name. It stays as it is.
+        OSError: writing failed; nothing is left.
+    """
+    raw, temporary = content if isinstance(content, bytes) else content.encode(), beside(path)
+    create(temporary, raw)
+    try:
+        sync(temporary)
+        os.link(temporary, path, follow_symlinks=False)
+    except FileExistsError:
+        raise
+    except OSError:
+        create(path, raw)
+        sync(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def sync_all(folder: Path) -> None:
     """Call fsync on every file and folder below ``folder``, and on ``folder`` itself."""
     for path in (*folder.rglob("*"), folder):

@@ -1,0 +1,84 @@
+"""Users had files come to the place of an evaluation's results while it worked."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.evaluation.eval_options import bad_output
+from sparse_lora_dist.evaluation.results import publish
+
+OURS = '{"results": [], "differences": []}\n'
+NEW = '{"results": [1], "differences": []}\n'
+
+
+def written(folder: Path, *, overwrite: bool) -> str:
+    """Publish two files; what is said."""
+    files = {"answers": folder / "a.jsonl", "output": folder / "o.json"}
+    try:
+        publish({"answers": "{}\n", "output": NEW}, files, overwrite=overwrite)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """{name without its random end: content} of a folder."""
+    return {p.name.split(".json.")[0]: p.read_text() for p in folder.iterdir()}
+
+
+def test_results_take_the_names_that_were_asked_for(tmp_path: Path) -> None:
+    assert written(tmp_path, overwrite=False) == ""
+    assert contents(tmp_path) == {"a.jsonl": "{}\n", "o.json": NEW}
+
+
+@pytest.mark.parametrize(
+    ("came", "overwrite"), [(OURS, False), ("my notes", False), ("my notes", True)]
+)
+def test_a_file_that_came_meanwhile_stays_and_the_results_are_kept_beside_it(
+    tmp_path: Path, came: str, overwrite: bool
+) -> None:
+    (tmp_path / "o.json").write_text(came)
+    said = written(tmp_path, overwrite=overwrite)
+    assert contents(tmp_path) == {"a.jsonl": "{}\n", "o.json": came, "kept_o": NEW}
+    (kept,) = tmp_path.glob("kept_*")
+    assert f"--output {tmp_path}/o.json was put there" in said and f"are in {kept}." in said
+
+
+def test_both_results_are_kept_when_both_names_are_taken(tmp_path: Path) -> None:
+    (tmp_path / "o.json").mkdir()
+    (tmp_path / "a.jsonl").symlink_to("nowhere")
+    said = written(tmp_path, overwrite=True)
+    assert said.count("was put there") == 2
+    assert sorted(p.read_text() for p in tmp_path.glob("kept_*")) == sorted(["{}\n", NEW])
+    assert (tmp_path / "o.json").is_dir() and (tmp_path / "a.jsonl").is_symlink()
+
+
+def test_an_earlier_evaluation_is_replaced_when_that_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "o.json").write_text(OURS)
+    assert written(tmp_path, overwrite=True) == ""
+    assert contents(tmp_path) == {"a.jsonl": "{}\n", "o.json": NEW}
+
+
+def test_a_file_system_without_links_loses_nothing_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    (tmp_path / "o.json").write_text("my notes")
+    assert "was put there" in written(tmp_path, overwrite=False)
+    assert contents(tmp_path) == {"a.jsonl": "{}\n", "o.json": "my notes", "kept_o": NEW}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link"])
+def test_a_pipe_or_a_link_to_nothing_is_not_replaced(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "o.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("nowhere")
+    assert "exists already" in bad_output("output", path, overwrite=False)[0]
+    assert "is no file that --output has written" in bad_output("output", path, overwrite=True)[0]
