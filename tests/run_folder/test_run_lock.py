@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sparse_lora_dist.run_folder import lock as run_lock
+from sparse_lora_dist.runtime.entry_point import HELD
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.ranks import CONTEXT
@@ -59,7 +60,7 @@ def test_a_later_attempt_of_a_slurm_job_takes_over_and_the_former_ends(
         wait_for_step(run, 2, lambda: all(worker.is_alive() for worker in pool.workers))
         assert json.loads((run / "run.lock").read_text())["job"] == "77"
         ranks(2, TRAIN, flags=tiny.flags(run, resume="auto"), environment=requeued)
-        assert exit_codes(pool, 0) == [2]
+        assert exit_codes(pool, 0) == [HELD]
     said = (tmp_path / "stderr_0").read_text()
     assert "This job ends and writes nothing more" in said
     assert (run / "adapter").exists()
