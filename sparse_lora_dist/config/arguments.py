@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from reprlib import Repr
+from typing import get_args
 
 from jsonargparse import ArgumentParser
 
@@ -191,8 +192,9 @@ def typed_values(
         try:
             parsed = _parsed(one, options[one.name].hint, parser)
         except Exception:  # the parser and YAML raise a dozen types, none with words for a user
+            hint = options[one.name].hint
             problems.append(
-                f"{one.place} must be {describe(options[one.name].hint)}, got {short(one.value)}"
+                f"{one.place} must be {describe(hint)}, got {short(one.value)}{_quotes(one, hint)}"
             )
             continue
         if found := bad_words(one, parsed):
@@ -200,6 +202,14 @@ def typed_values(
         else:
             values[one.name] = _expanded(parsed) if one.name in PATHS else parsed
     return values
+
+
+def _quotes(one: Given, hint: object) -> str:
+    """Return the advice to quote a value that YAML reads as a number or as true, in place of the
+    text that the option takes; otherwise ""."""
+    kinds = (hint, *get_args(hint))
+    is_word = str in kinds and isinstance(one.value, int | float)
+    return f'. Put the text in quotes: {one.name}: "..."' if is_word else ""
 
 
 def _parsed(one: Given, hint: object, parser: ArgumentParser) -> object:

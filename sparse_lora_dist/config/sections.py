@@ -140,8 +140,15 @@ class AdapterConfig:
             problems.append(f"--dropout must be in [0, 1), got {self.dropout}")
         if not self.target_modules:
             problems.append("--target_modules is empty. Name modules, or write all-linear")
-        if isinstance(self.target_modules, str):
-            problems += bad_regex("--target_modules", self.target_modules)
+        given = self.target_modules
+        names = given.split(",") if isinstance(given, str) else given
+        if given != "all-linear" and "all-linear" in names:
+            problems.append(
+                "--target_modules must be all-linear alone or names alone, got all-linear in a "
+                "list. all-linear names every linear but the output head; write it without a list"
+            )
+        elif isinstance(given, str):
+            problems += bad_regex("--target_modules", given)
         raise_if(problems)
 
 

@@ -70,6 +70,16 @@ PlainLoader.add_implicit_resolver(FLOAT, FRACTION, list("-+0123456789."))
 PlainLoader.add_constructor(INT, _int)
 
 
+def _refuse(loader: PlainLoader, node: yaml.Node) -> None:
+    tag = node.tag.rpartition(":")[2]
+    said = f"the tag !!{tag} is not allowed. Write a list as [a, b], other values without a tag"
+    raise yaml.constructor.ConstructorError(None, None, said, node.start_mark)
+
+
+for _tag in ("set", "omap", "pairs", "binary"):  # a set has another order in each process
+    PlainLoader.add_constructor(f"tag:yaml.org,2002:{_tag}", _refuse)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Entry:
     """One ``name: value`` line of a YAML file."""

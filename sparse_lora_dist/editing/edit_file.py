@@ -11,7 +11,8 @@ The file is a JSON list of objects, or one JSON object per line. An object descr
     locality          optional: the same form, for questions that the edit should not affect
 
 ``FIELD_NAMES`` has further names of these fields, which KnowEdit's data sets use. A text may be
-given as a list of aliases, or a list of such lists; the first alias is used, as in EasyEdit.
+given as a list of aliases, or a list of such lists; the first alias is used, as in EasyEdit. A
+prompt must be one text.
 """
 
 import json
@@ -241,6 +242,9 @@ class _EditParser:
         text = _first_alias(value)
         if text is None:
             return None
+        if name.rpartition(".")[2] == "prompt" and _is_several(value):
+            self._add_problem(f"{name} must be one text, got a list of several: {str(value)[:40]}")
+            return None
         if not isinstance(text, str):
             self._add_problem(f"{name} must be text, got {type(text).__name__}: {str(text)[:40]}")
         elif not text.strip() and not may_be_blank:
@@ -263,3 +267,8 @@ def _first_alias(value: Any) -> Any:
     while isinstance(value, list):
         value = value[0] if value else None
     return value
+
+
+def _is_several(value: Any) -> bool:
+    """Return True if a value is a list of several aliases."""
+    return isinstance(value, list) and (len(value) > 1 or any(map(_is_several, value)))

@@ -86,7 +86,8 @@ def numbered(edits: Sequence[Edit], number: str | None, place: str) -> tuple[Edi
         The selected edits, in the order of the file.
 
     Raises:
-        UserError: The selection is empty, or names edits that the file does not have.
+        UserError: The selection is empty, names edits that the file does not have, or has two
+            edits of one prompt.
     """
     start, colon, stop = (number or ":").partition(":")
     first = int(start or 0)
@@ -98,4 +99,28 @@ def numbered(edits: Sequence[Edit], number: str | None, place: str) -> tuple[Edi
             f"these numbers, or a range START:END with START < END <= {len(edits)}.",
             shared=True,
         )
-    return tuple(edits[first:last])
+    selected = tuple(edits[first:last])
+    _check_prompts(selected, first, place)
+    return selected
+
+
+def _check_prompts(edits: Sequence[Edit], first: int, place: str) -> None:
+    """Raise UserError if two edits that are made together have the same prompt.
+
+    Args:
+        edits: The selected edits.
+        first: Number of the first of them in the file, from 0.
+        place: Name of the file.
+    """
+    seen: dict[str, int] = {}
+    for number, edit in enumerate(edits, start=first):
+        earlier = seen.setdefault(" ".join(edit.fact.prompt.split()), number)
+        if earlier != number:
+            before, after = edits[earlier - first].fact.answer, edit.fact.answer
+            targets = "the same target_new" if before == after else f"{before!r} and {after!r}"
+            raise UserError(
+                f"{place}: the edits of --number {earlier} and {number} have the same prompt, with "
+                f"{targets}. Edits that are made together need different prompts: remove one, or "
+                "select one with --number.",
+                shared=True,
+            )

@@ -151,7 +151,7 @@ def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
 
 
 def _is_written_here(flag: str, path: Path) -> bool:
-    """Return True if it is a file that is empty, or that begins as those that the option ``flag`` writes."""
+    """Return True if it is an empty file, or one that begins as those that the option writes."""
     keys = {"output": {"results", "differences"}, "answers": {"adapter", "measure"}}
     try:
         if not path.is_file():  # a pipe, a device, a link to nothing

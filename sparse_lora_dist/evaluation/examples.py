@@ -1,7 +1,10 @@
 """Reads evaluation examples: the chat up to the answer, the choices, and the right answer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from sparse_lora_dist.config.sections import DataConfig
@@ -47,6 +50,22 @@ class ExampleTooLong(ExampleError):
     def __init__(self, tokens: int, most: int) -> None:
         super().__init__(f"The example has {tokens} tokens, more than --sequence_length {most}.")
         self.tokens = tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """How the answer of a multiple-choice example can be read."""
+
+    index: int
+    """Number of the example in the data."""
+    as_label: int | None
+    """Index of the choice of which it is the label; None if it is none."""
+    otherwise: int | None
+    """Index of the choice that it gives as text, letter or index; None if it gives none."""
+    is_index: bool
+    """True if it is an index from 0 of a choice."""
+    is_number: bool
+    """True if the data hold a number, not text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,9 +243,8 @@ class Table:
     def choices(self, record: Mapping[str, Any]) -> tuple[list[str], int]:
         """Return the choices of a multiple-choice example, and the index of the right one.
 
-        Column ``choices`` is a list of texts, or a dict of the lists ``text`` and ``label``, as in
-        ARC. The answer is an index from 0, a label or letter, or the text of a choice. The answer
-        is read from ``--response_field`` or ``answer``, even if there is a column ``messages``.
+        The answer is an index from 0, a label or letter, or the text of a choice. It is read as a
+        label only if ``reads_labels``.
 
         Args:
             record: The example, as a mapping from column names to values.
@@ -237,8 +255,25 @@ class Table:
         Raises:
             ExampleError: The choices are wrong, or the answer matches none of them.
         """
+        answer, texts, labels = self._answer_and_choices(record)
+        labels = labels if labels and self.reads_labels else ()
+        return texts, index_of_answer(answer, texts, labels, repr(self.column("response")))
+
+    def _answer_and_choices(
+        self, record: Mapping[str, Any]
+    ) -> tuple[object, list[str], Sequence[object]]:
+        """Return the answer of a multiple-choice example as it stands in the data, and the texts
+        and labels of its choices.
+
+        Column ``choices`` is a list of texts, or a dict of the lists ``text`` and ``label``, as in
+        ARC. The answer is read from ``--response_field`` or ``answer``, even if there is a column
+        ``messages``.
+
+        Raises:
+            ExampleError: The choices are wrong, or two of them cannot be told apart.
+        """
         given: Any = record.get("choices")
-        labels: Sequence[object] = ()
+        labels: Any = ()
         if isinstance(given, dict):
             labels, given = given.get("label") or (), given.get("text")
         if not isinstance(given, list) or len(given) < 2:
@@ -247,8 +282,65 @@ class Table:
                 "Correct this example."
             )
         texts = [text_of(choice, "a choice") for choice in given]
-        column = self.column("response")
-        return texts, index_of_answer(record.get(column), texts, labels, repr(column))
+        if labels and (not isinstance(labels, list) or len(labels) != len(texts)):
+            raise ExampleError(
+                f"'choices' has {len(texts)} texts, but the labels {str(labels)[:40]}. Give each "
+                "text one label, or leave the labels out."
+            )
+        for what, found in (("text", texts), ("label", labels)):
+            if twice := [one for one, n in Counter(_word(o) for o in found).items() if n > 1]:
+                raise ExampleError(
+                    f"'choices' has the {what} {twice[0][:40]!r} twice, so it is not clear which "
+                    "choice is right. Correct or remove this example."
+                )
+        return record.get(self.column("response")), texts, labels
+
+    @cached_property
+    def reads_labels(self) -> bool:
+        """True if the answers are read as the labels that the data give to their choices.
+
+        One rule for all examples that are read: they are labels if every answer is one. If some
+        are none, no answer is read as a label.
+
+        Raises:
+            UserError: It is not clear which choices are right: some answers are labels, others
+                texts or letters; or all are whole numbers that are both labels and indices.
+        """
+        rows = list(self._readings())
+        others = [row for row in rows if row.as_label is None]
+        clashes = [row for row in rows if row.as_label not in (None, row.otherwise)]
+        if clashes and others and not all(row.is_index for row in rows):
+            raise self.examples.fault(
+                others[0].index,
+                "The answer is no label of its choices, but the answer at "
+                f"{self.examples.place(clashes[0].index)} is one. Give labels alone, or leave the "
+                "labels out.",
+            )
+        if clashes and not others and all(row.is_index and row.is_number for row in rows):
+            raise self.examples.fault(
+                clashes[0].index,
+                "All answers are whole numbers that are labels of choices and indices from 0 as "
+                'well. Write labels as text, such as "1", or leave the labels out for indices.',
+            )
+        return not others
+
+    def _readings(self) -> Iterator[_Reading]:
+        """Yield how the answer of each example with labels can be read. Wrong examples are left
+        out."""
+        for index, record in enumerate(self.examples):
+            with suppress(ExampleError):  # ``choices`` raises it again
+                answer, texts, labels = self._answer_and_choices(record)
+                words = [_word(label) for label in labels]
+                as_label = words.index(_word(answer)) if _word(answer) in words else None
+                otherwise = _index_or_none(answer, texts)
+                if labels and (as_label, otherwise) != (None, None):
+                    yield _Reading(
+                        index=index,
+                        as_label=as_label,
+                        otherwise=otherwise,
+                        is_index=_word(answer) in map(str, range(len(texts))),
+                        is_number=isinstance(answer, int),
+                    )
 
     def column(self, kind: str) -> str:
         """Return the name of the column that holds the prompts or the answers.
@@ -312,3 +404,16 @@ def index_of_answer(
             "an index from 0, a label or the text of a choice."
         )
         raise ExampleError(problem) from None
+
+
+def _word(value: object) -> str:
+    """Return an answer, a label or a choice as it is compared with others."""
+    return str(value).strip()
+
+
+def _index_or_none(answer: object, texts: Sequence[str]) -> int | None:
+    """Return the index of the choice that an answer gives without labels; None if it gives none."""
+    try:
+        return index_of_answer(answer, texts, (), "")
+    except ExampleError:
+        return None

@@ -25,6 +25,7 @@ from sparse_lora_dist.evaluation.right_answers import (
     final_number,
     is_exact,
     is_same_number,
+    reference_number,
 )
 
 
@@ -231,13 +232,14 @@ def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
         record: The example, as a mapping from column names to values.
 
     Raises:
-        ExampleError: The answer has no number, or the example is wrong or too long.
+        ExampleError: The answer has no plain number, or the example is wrong or too long.
     """
     answer = encoder.reference(table, record)
-    if final_number(answer) is None:
+    if reference_number(answer) is None:
+        what = "has no number" if final_number(answer) is None else "is no plain number"
         raise ExampleError(
-            f"The example's answer has no number: {answer[-40:]!r}. Give a number, or choose other "
-            "--metrics than gsm8k."
+            f"The example's answer {what}: {answer[-40:]!r}. Give a number such as 1,234.5, not a "
+            "fraction, power or range, or choose other --metrics than gsm8k."
         )
     prompt = encoder.prompt(table.messages(record), table.tools(record))
     return GeneratedQuestion(prompt=prompt, is_right=partial(is_same_number, answer=answer))

@@ -6,6 +6,14 @@ from decimal import Decimal
 
 NUMBER = re.compile(r"(?<![^\W_])-?\$?(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.\d+|\d+)")
 """Matches 18, -3, $1,234.50 and .5; in "16-3" it matches 16 and 3."""
+PART_BEFORE = re.compile(
+    r"(?:\d(?:[^\S\n]+|[^\w\s=]|[^\S\n]*[-+*/^×÷·][^\S\n]*)|\d[eE][-+]|[√^/])\Z"  # noqa: RUF001
+)
+"""Matches a text of which the number that follows is only a part: "1/", "10:", "1 ", "3 - "."""
+PART_AFTER = re.compile(
+    r"[^\W_]|[^\S\n]*[/^]|[^\S\n]+(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.I
+)
+"""Matches a text that makes the number before it another one: "e3", "k", "/x", " million"."""
 LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s*\n|\s+is\b)")
 """Matches a letter at the start of a text: "A.", "(B)", "c:", "A is", or a line of one letter."""
 ANSWER_LETTER = re.compile(r"\b(?i:answer|option|choice)\b(?:\s+is\b)?\s*:?\s*\(?([A-Z])(?![\w'])")
@@ -44,6 +52,24 @@ def final_number(text: str) -> Decimal | None:
     match = found[0] if mark else found[-1]
     number = Decimal(match[1].replace(",", ""))
     return -number if match[0].startswith("-") else number
+
+
+def reference_number(text: str) -> Decimal | None:
+    """Return the final number of a right answer; None if it is not plain, so that a generated text
+    would be compared with a part of it.
+
+    Such are 1/2, 10:30, 1e3, 2^10, 1 000, 3k, 2 million, and two numbers after "####".
+    """
+    _, mark, marked = text.rpartition("####")
+    found = list(NUMBER.finditer(marked))
+    if not found:
+        return None
+    one = found[0] if mark else found[-1]
+    before, after = marked[: one.start()], marked[one.end() :]
+    rest = after.partition("\n")[0]
+    if PART_BEFORE.search(before) or PART_AFTER.match(after) or NUMBER.search(rest):
+        return None
+    return final_number(text)
 
 
 def is_same_number(text: str, answer: str) -> bool:

@@ -209,3 +209,19 @@ def test_bash_can_substitute_the_engine_file(full: None) -> None:
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("value", ["!!set {a, b}", "!!omap [a: 1]", "[!!binary aGk=]"])
+def test_tags_that_make_no_list_are_refused(value: str) -> None:
+    assert "is not allowed. Write a list as [a, b]" in refusal(f"column_names: {value}\n")
+
+
+@pytest.mark.parametrize("value", ["12e3456", "007", "true"])
+def test_a_revision_that_yaml_reads_as_a_number_is_to_be_quoted(value: str) -> None:
+    assert 'Put the text in quotes: revision: "..."' in refusal(f"revision: {value}\n")
+
+
+@pytest.mark.parametrize("value", ["[all-linear, q_proj]", "[all-linear]", "q_proj,all-linear"])
+def test_all_linear_stands_alone(value: str) -> None:
+    said = "must be all-linear alone or names alone"
+    assert said in refusal(f"target_modules: {value}\n")
