@@ -257,7 +257,8 @@ class Table:
         """
         answer, texts, labels = self._answer_and_choices(record)
         labels = labels if labels and self.reads_labels else ()
-        return texts, index_of_answer(answer, texts, labels, repr(self.column("response")))
+        right = index_of_answer(answer, texts, labels, repr(self.column("response")))
+        return texts, texts.index(texts[right])  # of equal texts the first is taken as the answer
 
     def _answer_and_choices(
         self, record: Mapping[str, Any]
@@ -270,7 +271,7 @@ class Table:
         ``messages``.
 
         Raises:
-            ExampleError: The choices are wrong, or two of them cannot be told apart.
+            ExampleError: The choices are wrong, or two of them have one label.
         """
         given: Any = record.get("choices")
         labels: Any = ()
@@ -287,12 +288,11 @@ class Table:
                 f"'choices' has {len(texts)} texts, but the labels {str(labels)[:40]}. Give each "
                 "text one label, or leave the labels out."
             )
-        for what, found in (("text", texts), ("label", labels)):
-            if twice := [one for one, n in Counter(_word(o) for o in found).items() if n > 1]:
-                raise ExampleError(
-                    f"'choices' has the {what} {twice[0][:40]!r} twice, so it is not clear which "
-                    "choice is right. Correct or remove this example."
-                )
+        if twice := [label for label, n in Counter(map(_word, labels)).items() if n > 1]:
+            raise ExampleError(
+                f"'choices' has the label {twice[0][:40]!r} twice, so it is not clear which choice "
+                "is right. Correct or remove this example."
+            )
         return record.get(self.column("response")), texts, labels
 
     @cached_property

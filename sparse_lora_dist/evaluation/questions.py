@@ -202,7 +202,10 @@ def choice_generated(
     messages = [*before, last | {"content": "\n".join(listed)}]
     prompt = encoder.prompt(messages, table.tools(record))
     return GeneratedQuestion(
-        prompt=prompt, is_right=lambda text: chosen_index(text, texts) == right
+        prompt=prompt,
+        is_right=lambda text: (
+            (chosen := chosen_index(text, texts)) is not None and texts[chosen] == texts[right]
+        ),
     )
 
 

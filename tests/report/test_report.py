@@ -258,7 +258,8 @@ def test_one_rank_for_all_that_is_not_the_capacity_is_a_rank(run: Path) -> None:
 
 def test_a_stage_is_a_point_by_its_lambda_and_one_without_numbers_is_none(run: Path) -> None:
     stage = {"step": 4, "live_ranks": 12, "held_out_loss": 3.5, "lambda": 0.01}
-    without = [stage | {name: None} for name in ("live_ranks", "held_out_loss", "lambda")]
+    names = ("live_ranks", "held_out_loss", "lambda")
+    without = [stage | {"step": step, name: None} for step, name in enumerate(names, start=5)]
     later = stage | {"step": 8, "live_ranks": 6}
     lines(run / "stages.jsonl", stage, *without, later)
     (axes,) = curves.stages([read_run(run)]).figure.axes

@@ -16,7 +16,7 @@ from sparse_lora_dist.errors import StorageError, UserError
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.runtime import entry_point
 from sparse_lora_dist.runtime.entry_point import STOPPED, USER_ERROR, run_program
-from sparse_lora_dist.system import own_files, whole_folders
+from sparse_lora_dist.system import atomic_files, own_files, whole_folders
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.training import job
 
@@ -106,7 +106,7 @@ def test_a_full_disk_at_the_start_is_requeued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A requeued job finds the disk that ended it still full: it must not give up there."""
-    monkeypatch.setattr(run_lock, "create", full)
+    monkeypatch.setattr(atomic_files, "create", full)
     with pytest.raises(StorageError, match=f"while locking {tmp_path}/run: .*No space"):
         with run_lock.held(tmp_path / "run"):
             pass
