@@ -220,6 +220,7 @@ def peak_of(row: Row, folder: str) -> int:
 
     with patch.object(program, "Job", Watched), contextlib.suppress(Enough):
         program.run(load_config(flags_of(row, folder)))
+    comm.barrier()  # the other ranks have written their last heartbeat
     if comm.rank() == 0:
         shutil.rmtree(f"{folder}/run")
     comm.barrier()

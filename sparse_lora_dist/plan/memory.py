@@ -41,6 +41,10 @@ HEAP_SLACK = 0.5
 With it a run on 2 CPU ranks needed 1% more than planned, without it 37% more
 (benchmarks/plan_check.py)."""
 
+LEAST_SLACK = 120_000_000
+"""Bytes that glibc keeps at least, also of a small model: with them a run of the embedded model is
+planned 1.9% below to 1.3% above its peak (benchmarks/host_memory.py)."""
+
 GPU_CONTEXT = 1_200_000_000
 """Bytes on a GPU for CUDA's context, workspaces of libraries and NCCL's buffers. This is an
 assumption, as the size depends on the GPU."""
@@ -58,9 +62,9 @@ CUDA_IMPORTS = 390_000_000
 """Bytes that such a rank holds more with a build of PyTorch that brings CUDA's libraries. Measured:
 1.00 GB against 0.61 GB (benchmarks/host_memory.py with either build)."""
 
-CPU_PROCESS = 220_000_000
+CPU_PROCESS = 100_000_000
 """Bytes that a rank on a CPU allocates besides tensors, after Python and its packages are imported:
-data, modules imported later, gloo's buffers, small allocations. Measured: 0.09 to 0.24 GB
+data, modules imported later, gloo's buffers, small allocations. Measured: 0.09 to 0.12 GB
 (benchmarks/plan_check.py, benchmarks/host_memory.py)."""
 
 HOST_PROCESS = 3_000_000_000
@@ -331,7 +335,8 @@ def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterabl
     yield _line("work", label, where, work, "pass")
     share, owner = (GPU_SLACK, "PyTorch") if ranks.on_gpu else (HEAP_SLACK, "glibc")
     label, slack = f"fragmentation of {owner}'s allocator (assumed)", whole + step.kept + work
-    yield _line("slack", label, where, share * slack, "pass")
+    least = 0 if ranks.on_gpu else LEAST_SLACK
+    yield _line("slack", label, where, max(share * slack, least), "pass")
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
     bucket = engine.reduce_bucket
     filled = 4 * min(bucket, trained)
