@@ -123,10 +123,10 @@ class Cluster:
         wanted = {"SLURM_JOB_ID": job, "SLURM_PROCID": str(number)}
         for process, variables in self._processes():
             try:  # not srun, which has the program's name on its command line too
-                is_program = process.cmdline()[1:2] == ["launcher/train.py"]
+                program = "".join(process.cmdline()[1:2])
             except psutil.Error:
                 continue
-            if is_program and wanted.items() <= variables.items():
+            if program.endswith("launcher/train.py") and wanted.items() <= variables.items():
                 return process
         return None
 

@@ -221,7 +221,8 @@ def test_a_failure_of_the_program_is_not_tried_again(
     job = submit(cluster, tiny, tmp_path / "run", script, options, DS_ACCELERATOR="none")
     job.end()
     assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "1:0"), job.log
-    assert "DS_ACCELERATOR must be one of" in job.log and "requeue" not in job.log
+    assert "DS_ACCELERATOR must be one of" in job.log
+    assert job.log.splitlines()[-1] == "slurm     status 1: not requeued"
 
 
 @pytest.mark.usefixtures("full")
