@@ -20,8 +20,9 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 
-OF_A_RANK = frozenset("debug device trackers output answers".split())
-"""Options that may differ: they change nothing that is computed, or only rank 0 uses them."""
+OF_A_RANK = frozenset("debug device trackers output answers time_limit signal_lead".split())
+"""Options that may differ: they change nothing that is computed, only rank 0 uses them, or (the
+last two) the first rank whose time is over stops all."""
 WORDS: Mapping[str, tuple[str, ...]] = {
     "model": ("default",),
     "data": ("default",),

@@ -46,7 +46,7 @@ def test_each_option_that_differs_is_named_with_both_values_and_ranks() -> None:
 def test_no_option_of_training_is_passed_over(name: str) -> None:
     other = {name: "x/y" if FLAT[name] is None or isinstance(FLAT[name], str) else [FLAT[name]]}
     said = differing({}, other)
-    free = name in ("debug", "device", "trackers")
+    free = name in ("debug", "device", "trackers", "time_limit", "signal_lead")
     path_in_both = name == "output_dir"  # whether it is one folder is found when it is locked
     assert bool(said) != (free or path_in_both)
 
