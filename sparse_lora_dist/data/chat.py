@@ -7,6 +7,8 @@ are. bos and eos are the tokenizer's tokens for the beginning and end of a seque
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -384,23 +386,33 @@ def _render(
     **options: Any,
 ) -> dict[str, Any]:
     # apply_chat_template adds no special tokens: bos and eos come from the template only.
-    try:
+    with _refusals_of_a_template():
         out = tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=template, return_dict=True, **options
         )
-    # A template is a program: it can raise anything.
+    assert isinstance(out, BatchEncoding)
+    return dict(out)
+
+
+@contextmanager
+def _refusals_of_a_template() -> Iterator[None]:
+    """Context manager that turns what a chat template raises into an ExampleError. A template is a
+    program: it can raise anything."""
+    try:
+        yield
     except Exception as error:
         text = str(error) if isinstance(error, jinja2.TemplateError) else in_words(error)
         raise ExampleError(
             f"The chat template refuses this chat: {text.rstrip('.')}. Correct the chat, or give "
             "another --chat_template."
         ) from error
-    assert isinstance(out, BatchEncoding)
-    return dict(out)
 
 
 def render_text(
-    tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str | None
+    tokenizer: PreTrainedTokenizerFast,
+    messages: list[Message],
+    template: str | None,
+    tools: Tools = None,
 ) -> str:
     """Return a chat as the text that a template writes.
 
@@ -408,9 +420,17 @@ def render_text(
         tokenizer: tokenizer of the model.
         messages: the chat.
         template: jinja text that renders the chat.
+        tools: functions that the model may call, which the template renders.
+
+    Raises:
+        ExampleError: the template refuses the chat.
     """
-    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
-    return str(text)
+    with _refusals_of_a_template():
+        return str(
+            tokenizer.apply_chat_template(
+                messages, tools=tools, chat_template=template, tokenize=False
+            )
+        )
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

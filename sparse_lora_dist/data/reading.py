@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.data.chat import has_marks, is_template, render_text
 from sparse_lora_dist.data.examples import Examples
-from sparse_lora_dist.data.fields import MESSAGES, TOOLS, Fields
+from sparse_lora_dist.data.fields import MESSAGES, TOOLS, Fields, tools_of
 
 MOST_SHOWN = 6
 """Most names of a list on the screen. Further ones are only counted."""
@@ -225,7 +225,8 @@ def answers_cut(
         messages = fields.messages(record)
         answer = messages[-1]["content"]
         if messages[-1]["role"] == "assistant" and isinstance(answer, str):
-            chat = render_text(tokenizer, messages, template)
+            tools = tools_of(record) if fields.has_tools else None
+            chat = render_text(tokenizer, messages, template, tools)
             cut += "".join(answer.split()) not in "".join(chat.split())
     if not cut:
         return ""

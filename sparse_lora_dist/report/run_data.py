@@ -148,8 +148,9 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     }
     begun = _optional(folder / ATTEMPTS, is_attempt)
     check_sites(folder / "decisions.jsonl", written["decisions.jsonl"])
-    metrics, decisions, ended = map(by_step, written.values())
-    odd = [n for n, rows in written.items() if rows != by_step(rows)]
+    ordered = {name: by_step(rows) for name, rows in written.items()}
+    metrics, decisions, ended = ordered.values()
+    odd = [name for name, rows in written.items() if rows != ordered[name]]
     return RunData(
         name=name or folder.resolve().name,
         folder=folder,

@@ -205,6 +205,12 @@ def test_a_template_that_leaves_out_what_the_model_thinks_is_pointed_out(tmp_pat
     assert notes_of(tmp_path, [{"messages": turns}], THINKS) == []
 
 
+def test_a_template_that_wants_tools_gets_them_wherever_it_renders(tmp_path):
+    wants = "{% if not tools %}{{ raise_exception('no tools') }}{% endif %}" + WITH_TOOLS
+    (note,) = notes_of(tmp_path, [{"messages": CHAT, "tools": TOOLS}], wants)
+    assert note.startswith("no token that ends an answer is learned")  # it has no chat without them
+
+
 def test_arguments_of_tool_calls_as_text_are_pointed_out(tmp_path):
     """oumi-ai/oumi#2599: OpenAI gives them as text, which a template may quote once more."""
     as_text, as_objects = (

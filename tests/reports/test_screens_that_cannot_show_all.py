@@ -10,10 +10,7 @@ import pytest
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.runtime import entry_point
-
-
-class Left(Exception):
-    pass
+from tests.reports.conftest import Left, statuses
 
 
 class Broken(io.RawIOBase):
@@ -34,15 +31,7 @@ class Broken(io.RawIOBase):
 @pytest.fixture
 def status(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Statuses with which the process would have ended."""
-    found: list[int] = []
-
-    def leave(code: int) -> None:
-        found.append(code)
-        raise Left
-
-    monkeypatch.setattr(entry_point.os, "_exit", leave)
-    monkeypatch.setattr(entry_point, "quiet_others", lambda: None)
-    return found
+    return statuses(monkeypatch, entry_point.os, "_exit")
 
 
 def run(text: str, *, flushes: bool = False, ends: bool = False) -> None:
