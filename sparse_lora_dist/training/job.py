@@ -108,7 +108,9 @@ class Job:
         if resume is None and self.feed.held_out is not None:
             self._say_held_out_part()
             self.log(0, {}, held_out=self.held_out())
-        if resume is not None and not resume.is_of(self.folder):
+        if resume is not None and resume.is_of(self.folder):
+            self._retain(resume.path)  # the last job may have ended between saving and this
+        elif resume is not None:
             # A checkpoint in this folder, so that --resume auto works before the first own save.
             self._pending = pending
             self.save(None)
@@ -305,6 +307,11 @@ class Job:
             return
         stop_signals.save_took(self._saver.took_s)
         self._lead.save_took(self._saver.took_s)
+        self._retain(path)
+
+    def _retain(self, path: Path) -> None:
+        """Remove the checkpoints before ``path`` that ``--keep_last`` and ``--keep_best`` do not
+        keep."""
         run = self.config.run
         with fail_together("removing checkpoints", may_pass=True):
             if comm.rank() == 0:

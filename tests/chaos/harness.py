@@ -94,4 +94,4 @@ def check_end(run: Path, undisturbed: Path) -> None:
     """The end of the undisturbed run, and nothing torn left."""
     check_same(run, undisturbed)
     names = [sorted(p.name for p in (r / "checkpoints").iterdir()) for r in (run, undisturbed)]
-    assert names[0] == names[1]
+    assert names[0] == names[1], names

@@ -178,3 +178,15 @@ def test_a_run_keeps_the_last_and_the_best(ranks: Ranks, tiny: TinyRun, tmp_path
     assert checkpoint.published(tmp_path / "checkpoints") == [
         step(tmp_path, number) for number in (2, 5, 6)
     ]
+
+
+def test_what_a_killed_job_left_after_its_last_save_is_removed_by_the_next(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """A job that is killed between publishing and removing has kept one checkpoint too many."""
+    options = {"max_steps": 3, "save_every": 1, "resume": "auto"}
+    ranks(1, "tests.work.run:train", flags=tiny.flags(tmp_path, **options))
+    (tmp_path / "attempts.jsonl").unlink()  # as if it had not come to its end
+    few = tiny.flags(tmp_path, **options, keep_last=2)
+    ranks(1, "tests.work.run:train", flags=few)
+    assert checkpoint.published(tmp_path / "checkpoints") == [step(tmp_path, 2), step(tmp_path, 3)]
