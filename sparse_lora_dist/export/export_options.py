@@ -8,6 +8,7 @@ from typing import Literal, get_type_hints
 from jsonargparse import ArgumentError, ArgumentParser
 
 from sparse_lora_dist.config.checks import raise_if
+from sparse_lora_dist.config.load import make
 from sparse_lora_dist.config.paths import bad_path, expanded
 from sparse_lora_dist.config.schema import describe, new_parser
 from sparse_lora_dist.config.sections import RunConfig
@@ -68,12 +69,6 @@ class ExportConfig:
                 "--own_type needs --format peft without --uniform_rank. Leave --own_type out, or "
                 "give those"
             )
-        if self.format != "merged":
-            problems += [
-                f"--{f.name} belongs to --format merged, got --format {self.format}. Leave it out"
-                for f in fields(self)
-                if f.name in OF_MERGED and getattr(self, f.name) != f.default
-            ]
         if self.rounding == "stochastic" and self.dtype == "fp32":
             problems.append(
                 "--rounding stochastic is for --dtype bf16, got fp32, which is precise enough to "
@@ -114,12 +109,24 @@ def load_request(argv: Sequence[str]) -> ExportRequest:
     except ArgumentError as error:
         raise ConfigError([_in_our_words(error)]) from error
     given = {f.name: parsed[f.name] for f in fields(ExportConfig)} | {"source": parsed.source}
-    problems: list[str] = []
+    problems = _of_merged(argv, given["format"])
     for name in ("source", "output", "plus", "base"):
         place = "the run folder" if name == "source" else f"--{name}"
         given[name] = _path(place, given[name], problems)
+    export = make(ExportConfig, given, problems)
     raise_if(problems)
-    return ExportRequest(source=given.pop("source"), export=ExportConfig(**given))
+    return ExportRequest(source=given["source"], export=export)
+
+
+def _of_merged(argv: Sequence[str], format: str) -> list[str]:
+    """Return a message for each option on the command line that only --format merged accepts, also
+    if its value is the default."""
+    typed = {word.partition("=")[0] for word in argv}
+    return [
+        f"--{name} belongs to --format merged, got --format {format}. Leave it out"
+        for name in OF_MERGED
+        if format != "merged" and f"--{name}" in typed
+    ]
 
 
 def _in_our_words(error: ArgumentError) -> str:

@@ -27,6 +27,8 @@ UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 """Decimal unit in lower case -> bytes; a number without a unit is in GB."""
 BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
 """Binary unit in lower case -> bytes."""
+MAX_PER_NODE = 1024
+"""Largest number of ranks of one machine: each number up to that of the run is planned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,11 @@ class PlanConfig:
             problems.append(
                 f"--world_size must be a multiple of --nodes, got {self.world_size} ranks on "
                 f"{self.nodes} nodes"
+            )
+        elif self.nodes >= 1 and self.world_size > MAX_PER_NODE * self.nodes:
+            problems.append(
+                f"--world_size may be at most {MAX_PER_NODE} on a node, got {self.world_size} on "
+                f"{self.nodes}. Raise --nodes"
             )
         for name in ("gpu_memory", "host_memory"):
             text = getattr(self, name)

@@ -556,6 +556,7 @@ def test_what_reads_a_base_in_4_bits_is_exported(
         (["--format", "gguf"], "gguf"),
         (["--uniform_rank", "true", "--format", "merged"], "uniform_rank belongs to --format peft"),
         (["--dtype", "fp32"], "dtype belongs to --format merged"),
+        (["--dtype=bf16", "--plus", " "], "dtype belongs to --format merged(.|\\n)*--plus must be"),
         (
             ["--format", "merged", "--dtype", "fp32", "--rounding", "stochastic"],
             "rounding stochastic is for --dtype bf16",

@@ -729,6 +729,7 @@ def test_wrong_options_are_all_told_at_once() -> None:
     ("options", "words"),
     [
         ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"world_size": 1_000_000, "nodes": 100}, "at most 1024 on a node, got 1000000 on 100"),
         ({"gpu_memory": "1e999GB"}, "gpu_memory must be a size"),
         ({"host_memory": "1e308TB"}, "host_memory must be a size"),
     ],
