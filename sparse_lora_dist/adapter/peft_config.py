@@ -54,11 +54,11 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
     """
     if config.get("peft_type") != "LORA":
         return f"the type {config.get('peft_type')}"
-    if variant := next((name for name in VARIANTS if config.get(name)), None):
+    if variant := next((name for name in VARIANTS if _is_set(config.get(name))), None):
         return variant
     for field in fields(LoraConfig):
         value = config.get(field.name)
-        if field.name not in PLAIN and value and value != field.default:
+        if field.name not in PLAIN and _is_set(value) and value != field.default:
             return f"{field.name} {value!r}"
     start = config.get("init_lora_weights")
     if (start.lower() if isinstance(start, str) else start) in PLAIN_STARTS:
@@ -67,6 +67,11 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
         f"init_lora_weights {start!r}, with which PEFT changes the base's weights "
         "(PEFT's save_pretrained with path_initial_model_for_weight_conversion makes it plain)"
     )
+
+
+def _is_set(value: object) -> bool:
+    """Return True for {} too: PEFT makes the variant's configuration with its defaults of it."""
+    return bool(value) or value == {}
 
 
 def faults_of(config: Mapping[str, Any]) -> list[str]:

@@ -247,7 +247,8 @@ def test_what_is_no_adapter_is_refused(tmp_path: Path, spoil: Any, said: str) ->
         ({"use_bdlora": {"nblocks": 2}}, "has use_bdlora"),
         ({"alora_invocation_tokens": [1, 2]}, "has alora_invocation_tokens"),
         ({"target_parameters": ["experts.gate_up_proj"]}, "has target_parameters"),
-        ({"kasa_config": {}, "monteclora_config": {"n": 1}}, "has monteclora_config"),
+        ({"kasa_config": None, "monteclora_config": {"n": 1}}, "has monteclora_config"),
+        ({"kasa_config": {}}, "has kasa_config"),  # PEFT: KaSA with its defaults
     ],
 )
 def test_an_adapter_whose_update_is_not_b_a_is_refused(
