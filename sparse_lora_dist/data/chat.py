@@ -19,7 +19,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparse_lora_dist.data.fields import ExampleError, Message, Tools
-from sparse_lora_dist.data.read_files import in_words
+from sparse_lora_dist.data.read_files import plainly
 from sparse_lora_dist.errors import UserError
 
 TrainOn = Literal["response", "all"]
@@ -401,7 +401,7 @@ def _refusals_of_a_template() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = str(error) if isinstance(error, jinja2.TemplateError) else in_words(error)
+        text = str(error) if isinstance(error, jinja2.TemplateError) else plainly(error)
         raise ExampleError(
             f"The chat template refuses this chat: {text.rstrip('.')}. Correct the chat, or give "
             "another --chat_template."

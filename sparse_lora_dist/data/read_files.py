@@ -28,7 +28,7 @@ from sparse_lora_dist.data.examples import (
 )
 from sparse_lora_dist.data.folders import Folder, list_folder, of_split
 from sparse_lora_dist.data.local_files import CELLS, JSON, PARQUET, TEXT, Columns, has_content
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.errors import UserError, in_words
 from sparse_lora_dist.system.machine_errors import in_plain_words
 
 SUFFIXES = (*JSON, PARQUET, TEXT, *CELLS)
@@ -108,7 +108,7 @@ def readable(place: str, cache: Path | None = None) -> Iterator[None]:
                 raise one from None
         if (said := in_plain_words(error)) is not None:
             raise UserError(said) from error
-        raise UserError(f"{place} cannot be read. {in_words(causes[-1])}") from error
+        raise UserError(f"{place} cannot be read. {plainly(causes[-1])}") from error
 
 
 def cache_of(table: datasets.Dataset) -> Path:
@@ -117,12 +117,11 @@ def cache_of(table: datasets.Dataset) -> Path:
     return files[0].parent if files else Path(datasets.config.HF_DATASETS_CACHE)
 
 
-def in_words(error: BaseException) -> str:
-    """Return the type and text of an exception of a library. The type of an OSError or ValueError
-    is left out, since their texts say enough."""
-    text = " ".join(str(error).split()) or "It gives no reason."
-    is_plain = type(error) in (ValueError, FileNotFoundError, PermissionError)
-    return text if is_plain else f"{type(error).__name__}: {text}"
+def plainly(error: BaseException) -> str:
+    """Return the type and text of an exception of a library; only the text of an OSError or
+    ValueError, which says enough."""
+    is_plain = type(error) in (ValueError, FileNotFoundError, PermissionError) and str(error)
+    return " ".join(str(error).split()) if is_plain else in_words(error)
 
 
 FromFiles = tuple[datasets.Dataset, tuple[Path, ...], bool, tuple[str, ...]]

@@ -34,7 +34,7 @@ from sparse_lora_dist.data.fields import (
     tools_of,
 )
 from sparse_lora_dist.data.local_files import Columns
-from sparse_lora_dist.data.read_files import cache_of, in_words, read_examples, readable
+from sparse_lora_dist.data.read_files import cache_of, plainly, read_examples, readable
 from sparse_lora_dist.data.reading import (
     Reading,
     answers_cut,
@@ -387,7 +387,7 @@ def tokenise(
             except Exception as error:
                 raise examples.fault(
                     index,
-                    f"This example cannot be tokenised: {in_words(error)}. Correct it, or remove "
+                    f"This example cannot be tokenised: {plainly(error)}. Correct it, or remove "
                     "it.",
                 ) from error
         return {column: [row[column] for row in rows] for column in features}

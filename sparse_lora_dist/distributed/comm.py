@@ -101,7 +101,7 @@ def start(timeout_s: float = 600.0) -> Launch:
         for name, value in GPU_DEFAULTS.items():
             os.environ.setdefault(name, value)
         torch.cuda.set_device(device)
-    os.environ.update(launch.variables(device))  # DeepSpeed reads them
+    os.environ.update(launch.variables())  # DeepSpeed reads them
     set_local_rank(device)
     # The watchdog checks at intervals, so it may report up to a tenth later than timeout_s.
     _timeout = timedelta(seconds=1.1 * timeout_s) + SPARE

@@ -55,17 +55,14 @@ class Launch:
     port: int | None = None
     """Port on rank 0's machine where the ranks meet. None where ``address`` is None."""
 
-    def variables(self, device: int) -> dict[str, str]:
+    def variables(self) -> dict[str, str]:
         """Return the environment variables that other libraries, such as DeepSpeed, read.
 
-        Args:
-            device: index of this rank's GPU among the GPUs that it sees. It becomes LOCAL_RANK.
-
         Returns:
-            Dict from name to value: RANK, WORLD_SIZE and LOCAL_RANK, and with several ranks
-            MASTER_ADDR and MASTER_PORT too.
+            Dict from name to value: RANK and WORLD_SIZE, and with several ranks MASTER_ADDR and
+            MASTER_PORT too. ``comm.set_local_rank`` sets LOCAL_RANK.
         """
-        ranks = {"RANK": self.rank, "WORLD_SIZE": self.world_size, "LOCAL_RANK": device}
+        ranks = {"RANK": self.rank, "WORLD_SIZE": self.world_size}
         meeting_place = {"MASTER_ADDR": self.address, "MASTER_PORT": self.port}
         variables = ranks if self.world_size == 1 else ranks | meeting_place
         return {name: str(value) for name, value in variables.items()}

@@ -22,7 +22,7 @@ from sparse_lora_dist.data.fields import (
     text_of,
     tools_of,
 )
-from sparse_lora_dist.data.read_files import in_words, read_examples
+from sparse_lora_dist.data.read_files import plainly, read_examples
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
@@ -166,7 +166,7 @@ class Table:
             except UserError:
                 raise
             except Exception as error:  # text that no tokenizer takes
-                what = f"This example cannot be tokenised: {in_words(error)}. Correct it."
+                what = f"This example cannot be tokenised: {plainly(error)}. Correct it."
                 raise self.examples.fault(index, what) from error
         if faults:
             raise self._error(faults)
