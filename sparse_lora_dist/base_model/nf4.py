@@ -312,13 +312,15 @@ def dequantize(
     Returns:
         The matrix, of shape ``layout.shape`` and dtype ``dtype``.
     """
+    # As one row: bitsandbytes 0.50.2 takes wrong scales on a CPU if a block ends inside a row.
+    is_flat = layout.shape[1] % layout.block != 0
     state = bnb.QuantState(
         absmax=absmax_of(scales, layout, matrix),
-        shape=torch.Size(layout.shape),
+        shape=torch.Size((layout.matrix_numel,) if is_flat else layout.shape),
         blocksize=layout.block,
         quant_type=layout.quant_type,
         dtype=dtype,
     )
     own = packed.narrow(0, matrix * layout.matrix_bytes, layout.matrix_bytes)
     w_OI: Tensor = bnb.dequantize_4bit(own.view(-1, 1), state)
-    return w_OI
+    return w_OI.view(layout.shape)
