@@ -59,10 +59,11 @@ def copy(request: Request) -> None:
         UserError: they cannot be written.
     """
     try:
-        request.folder.mkdir(parents=True, exist_ok=True)
-        for name in FOLDERS:
-            source, skip = SHIPPED / name, shutil.ignore_patterns("__pycache__")
-            shutil.copytree(source.resolve(), request.folder / name, ignore=skip)
+        for file in (file for name in FOLDERS for file in (SHIPPED / name).rglob("*")):
+            target = request.folder / file.relative_to(SHIPPED)
+            if file.is_file() and "__pycache__" not in file.parts:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)  # its mode follows the umask, not that of the package
     except OSError as error:
         raise UserError(f"{request.folder} cannot be written: {error}. Name another.") from error
     print(f"examples  {', '.join(f'{name}/' for name in FOLDERS)} are in {request.folder}")

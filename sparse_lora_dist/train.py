@@ -111,7 +111,7 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         shared_by_all_ranks(folder),
         watchdog.watched(folder, timeout_s),
     ):
-        now = Training(config, engine_config, purpose)
+        now = set_up(config, engine_config, purpose)
         try:
             now.begin()
             yield now
@@ -125,6 +125,16 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
                 now.job.publish_what_is_saved()
             raise
         now.job.finish()
+
+
+def set_up(config: Config, engine_config: dict[str, Any], purpose: Purpose) -> "Training":
+    """Return the run. If it is asked to stop before it is set up, a line says so."""
+    try:
+        return Training(config, engine_config, purpose)
+    except Stopped as why:
+        longer = " Give a longer --time_limit" if str(why) == "--time_limit" else ""
+        print_line("stopped", f"by {why} before the first step: nothing is saved.{longer}")
+        raise
 
 
 class Training:

@@ -10,7 +10,7 @@ whole rows, but a ZeRO-3 shard may begin inside a row.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from math import prod
@@ -110,11 +110,25 @@ class CheckpointFiles:
         chosen = _chosen_file(folder)
         self.passed_over = _passed_over(folder, chosen)
         for file in _files_of(chosen):
-            self.entries |= read_header(file)
+            own = read_header(file)
+            self._check_twice(own)
+            self.entries |= own
         if chosen.name.endswith(".json"):
             self._check_index(chosen)
         elif INDEX not in self.passed_over and (folder / INDEX).exists():
             self._check_index(folder / INDEX)
+
+    def _check_twice(self, own: Mapping[str, Entry]) -> None:
+        """Raise UserError if a tensor of another file has another value in this file, ``own``."""
+        for key in sorted(own.keys() & self.entries.keys()):
+            one, other = self.entries[key], own[key]
+            alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+            parts = zip(self.raw(one, BLOCK_BYTES), self.raw(other, BLOCK_BYTES), strict=False)
+            if not alike or not all(torch.equal(a, b) for a, b in parts):
+                raise UserError(
+                    f"{one.file} and {other.file.name} hold different tensors {key!r}. Which one "
+                    "is meant cannot be known. Download the model again."
+                )
 
     def _check_index(self, index: Path) -> None:
         missing = [n for n in parse_json(index.read_bytes())["weight_map"] if n not in self.entries]
@@ -323,11 +337,11 @@ def _files_of(chosen: Path) -> list[Path]:
         raise UserError(
             f"{chosen} is not a valid safetensors index ({error}). Download it again."
         ) from error
-    absent = [name for name in names if not (folder / name).exists()]
+    absent = [name for name in names if not (folder / name).is_file()]
     if absent:
         raise UserError(
-            f"{chosen} names {len(absent)} files that are missing. The first of them is "
-            f"{absent[0]}. Download the model again."
+            f"{chosen} names {counted(len(absent), 'file')} that the folder does not have. The "
+            f"first is {absent[0]!r}. Download the model again."
         )
     return [folder / name for name in names]
 

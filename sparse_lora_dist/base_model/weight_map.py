@@ -230,6 +230,11 @@ def source_of(
     # In a stack of experts each tensor is a matrix, or some rows of one.
     stacked = len(keys) > 1 and {s[1:] for s in shapes} == {shape[2:]}
     fits = sum(prod(s) for s in shapes) == prod(shape) if stacked else shapes == [shape]
+    if len(keys) > 1 and all(s == shape for s in shapes):
+        raise UserError(
+            f"{files.folder} holds {name} under two names, {keys[0]} and {keys[1]}. Which one is "
+            "meant cannot be known. Remove one, or download the model again."
+        )
     if not fits:
         raise UserError(
             f"Tensor {keys[0]!r} in {files.entries[keys[0]].file} has shape {list(shapes[0])}, but "

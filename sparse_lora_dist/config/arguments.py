@@ -78,8 +78,8 @@ def split_argv(argv: Sequence[str], problems: list[str]) -> Flags:
     closed = True  # True before the first flag and after --flag=value: no word may follow
     for word in argv:
         if word.startswith("--") or word == "-h":
-            name, equals, value = word.lstrip("-").partition("=")
-            chunks.append(("help" if name == "h" else name, [value] if equals else []))
+            name, equals, value = word[2:].partition("=")
+            chunks.append(("help" if word == "-h" else name, [value] if equals else []))
             closed = bool(equals)
         elif closed:
             problems.append(f"{word!r} does not belong to an option. Write --option value")
@@ -219,7 +219,8 @@ def _parsed(one: Given, hint: object, parser: ArgumentParser) -> object:
         value = value_of(value, hint)
     if isinstance(value, list):
         value = numbers_of(value, hint)
-    if value is None and not may_be_null(hint):  # jsonargparse accepts it
+    # jsonargparse accepts None. Nobody has a file called null.
+    if value in (None, "null") and not may_be_null(hint):
         raise TypeError
     parsed: object = value
     if not isinstance(value, str):  # of a text jsonargparse would try what it means in YAML 1.1

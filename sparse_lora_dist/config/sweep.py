@@ -27,6 +27,8 @@ USAGE = """usage: launcher/grid.py FILE [NUMBER] [--option ...]
 
 PRINTING = ("help", "help_all", "print_config", "verify")
 """Flags of launcher/train.py with which it does not train."""
+ARRAY = "slurm/train_array.sbatch"
+"""Script that runs a sweep as an array of jobs."""
 MOST_RUNS = 10_000
 """Largest number of runs of a sweep. Slurm's default bound of an array is 1001 tasks."""
 
@@ -70,6 +72,8 @@ def load_grid(argv: Sequence[str]) -> Grid:
     if not numbers:
         check(path, runs)
         return Grid(path=path, runs=runs, more=more, number=None)
+    if not runs:
+        check(path, runs)
     number = _number(numbers[0], len(runs))
     name = list(runs)[number]
     check(path, {name: runs[name]})  # the others were checked before the array was submitted
@@ -188,7 +192,8 @@ def runs_of(grid: dict[str, str | list[str]]) -> dict[str, list[str]]:
         if name in runs:
             raise UserError(
                 f"Two runs of the sweep would share the folder {parent}/{name}. Remove one of the "
-                "equal values."
+                "equal values, or one of those that differ only in signs that a folder's name "
+                "cannot have."
             )
         options = fixed | chosen | {"output_dir": f"{parent}/{name}"}
         runs[name] = [word for key, value in options.items() for word in (f"--{key}", value)]
@@ -222,13 +227,21 @@ def check(path: str, runs: dict[str, list[str]]) -> None:
     """
     if not runs:
         raise UserError(
-            f"{path} describes no run, because one of its lists is empty. Give each list a value."
+            f"{path} describes no run, because one of its lists is empty. Give each list a value. "
+            "An option that takes a list gets an empty one as [[]]."
         )
+    names: dict[str, str] = {}
     for name, flags in runs.items():
         try:
-            load_config(flags)
+            config = load_config(flags)
         except ConfigError as error:
             raise UserError(f"{path}, run {name}: {error}") from error
+        options = str(config.as_flat_dict() | {"output_dir": ""})
+        if names.setdefault(options, name) != name:
+            raise UserError(
+                f"{path}: the runs {names[options]} and {name} have the same options, written in "
+                "two ways. Remove one of the values."
+            )
 
 
 def _number(text: str, count: int) -> int:
@@ -250,4 +263,6 @@ def show(grid: Grid) -> None:
         print(f"{number:>4}  {name}")
     last = len(grid.runs) - 1
     words = shlex.join([grid.path, *grid.more])
-    print(f"all of them: sbatch --array=0-{last} slurm/train_array.sbatch {words}")
+    if not Path(ARRAY).exists():
+        print(f"{ARRAY} is not here. Copy it with: sparse-lora-examples FOLDER")
+    print(f"all of them: sbatch --array=0-{last} {ARRAY} {words}")

@@ -77,10 +77,12 @@ class Scorer:
             name=name,
         )
         if bad := [i for i, (total, _) in enumerate(found) if not math.isfinite(total)]:
+            is_fp32 = next(self.engine.model.parameters()).dtype == torch.float32
+            first = "The" if is_fp32 else "Try --precision fp32. If that does not help, the"
             raise UserError(
                 f"Metric {name}: the loss of {len(bad)} of {len(found)} texts is not finite, first "
-                f"for text {bad[0] + 1}. Try --precision fp32. If that does not help, the weights "
-                "of the model or of the adapter are damaged: get a new copy of them.",
+                f"for text {bad[0] + 1}. {first} weights of the model or of the adapter are "
+                "damaged: get a new copy of them.",
                 shared=True,
             )
         return found

@@ -58,7 +58,7 @@ from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Form, Site, Tensors, low_rank_pair
 from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
-from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole, share_of
 from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 
 ROWS = 16
@@ -221,7 +221,7 @@ def in_rounds(rounds: Mapping[int, Round], sites: tuple[Site, ...], spread: floa
         return Rewritten(
             tensors={"losa_pruned": pack(pruned_OI)},
             computed=tuple(range(rank)),
-            log_values={"sparsity": float(pruned_OI.double().mean()), "rank": rank},
+            log_values={"sparsity": share_of(pruned_OI), "rank": rank},
         )
 
     return Rewriting(

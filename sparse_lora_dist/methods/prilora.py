@@ -42,7 +42,7 @@ import torch
 
 from sparse_lora_dist.methods.protocol.form import Form, Site, TensorSpec, kaiming_uniform, zeros
 from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
-from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole, share_of
 from sparse_lora_dist.methods.shared.top_k import k_largest
 
 EVERY = 40
@@ -216,8 +216,7 @@ def pruned(whole: Whole, sparsity: float) -> Rewritten:
     keep = a_RI.shape[1] - int(sparsity * a_RI.shape[1])
     kept_RI = torch.stack([k_largest(importance_I, keep) for importance_I in importance_RI])
     a_RI = torch.where(kept_RI, a_RI, 0.0)
-    zeros_in_a = float((a_RI == 0.0).double().mean())
-    return Rewritten(tensors={"lora_a": a_RI}, log_values={"zeros_in_a": zeros_in_a})
+    return Rewritten(tensors={"lora_a": a_RI}, log_values={"zeros_in_a": share_of(a_RI == 0.0)})
 
 
 PRILORA = MethodFactory(

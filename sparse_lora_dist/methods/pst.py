@@ -57,7 +57,7 @@ from torch import Tensor
 
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Form, Site, Tensors, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
-from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Share, Whole
 from sparse_lora_dist.methods.shared.bit_masks import mask_spec, pack, unpack
 from sparse_lora_dist.methods.shared.schedules import cubic_keep
 from sparse_lora_dist.methods.shared.top_k import k_largest
@@ -150,7 +150,9 @@ def pst(options: PstOptions, context: RunContext) -> Method:
         pruned = int(sparsity(whole.step) * weights)
         score_OI = score(whole.weight_OI(), whole.tensors, options)
         bits_B = pack(~k_largest(score_OI, weights - pruned))
-        return Rewritten(tensors={"pst_pruned": bits_B}, log_values={"sparsity": pruned / weights})
+        return Rewritten(
+            tensors={"pst_pruned": bits_B}, log_values={"sparsity": Share(pruned, weights)}
+        )
 
     return Method(
         name="pst",

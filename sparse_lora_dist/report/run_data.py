@@ -141,8 +141,9 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
             f"{folder} has no run.yaml, so it is not a run folder. Give the --output_dir of a run."
         )
     going = run_lock.is_held(folder)
+    made_no_step = going or not (folder / ATTEMPTS).exists()
     written = {
-        "metrics.jsonl": _metrics(folder / "metrics.jsonl", going=going),
+        "metrics.jsonl": _metrics(folder / "metrics.jsonl", made_no_step=made_no_step),
         "decisions.jsonl": _optional(folder / "decisions.jsonl", is_decision),
         "stages.jsonl": _optional(folder / "stages.jsonl", is_stage),
     }
@@ -167,13 +168,13 @@ def read_run(folder: Path, name: str | None = None) -> RunData:
     )
 
 
-def _metrics(path: Path, *, going: bool) -> list[Record]:
+def _metrics(path: Path, *, made_no_step: bool) -> list[Record]:
     """Return the records of metrics.jsonl at ``path``; raise UserError if it has none.
 
-    ``going`` is True if a job works on the run now.
+    ``made_no_step`` is True if the file may be missing: a job that loads the model has not written
+    it, nor has one that ended then.
     """
-    # A job that still loads the model holds the lock and has not written this file.
-    rows = read_lines(path, is_metrics) if path.exists() or not going else []
+    rows = [] if made_no_step and not path.exists() else read_lines(path, is_metrics)
     if not rows:
         raise UserError(f"{path} has no record yet. Wait until the first step is logged.")
     return rows

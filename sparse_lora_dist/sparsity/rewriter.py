@@ -7,10 +7,11 @@ Shapes: I in_features, O out_features, S sites, K numbers measured of each site.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.method import Components, Decision
-from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Share, Whole
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.parameters import gathered
 from sparse_lora_dist.zero3.slices import as_shard, shard_of
@@ -149,7 +150,8 @@ class Rewriter:
             asked = partial(_measured, now.measure)
             told = [self._ask_about_site(now, asked, i, step) for i in range(len(self.adapters))]
             measures_SK = torch.stack([t.tensors["measured"] for t in told]).double().cpu()
-        said, components, trained = defaultdict(list), {}, False
+        said: dict[str, list[Any]] = defaultdict(list)
+        components, trained = {}, False
         for i, adapter in enumerate(self.adapters):
             done = self._ask_about_site(now, now.write, i, step, measures_SK)
             trained |= self._put(adapter, done)
@@ -164,7 +166,7 @@ class Rewriter:
         if now.resets_moments:
             self.shards.optimizer.reset_moments()
         self.shards.sites.set_components(components)
-        log_values = {name: fmean(values) for name, values in said.items()}
+        log_values = {name: over_sites(values) for name, values in said.items()}
         self.shards.log_values = log_values
         if log_values and now.says:
             print_line(
@@ -262,6 +264,14 @@ class Rewriter:
 
 def _measured(measure: Callable[[Whole], Tensor], whole: Whole) -> Rewritten:
     return Rewritten(tensors={"measured": measure(whole)})
+
+
+def over_sites(values: Sequence[Any]) -> float:
+    """Return the mean of one number of all sites; of shares, the share of all together."""
+    if not isinstance(values[0], Share):
+        return fmean(values)
+    parts, wholes = zip(*values, strict=True)
+    return float(sum(parts) / sum(wholes))
 
 
 def _answer_of_rank_0(ask: Callable[[Whole], Rewritten], whole: Whole) -> Rewritten:

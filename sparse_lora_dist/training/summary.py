@@ -110,6 +110,11 @@ def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
     """
     for key, name in (("held_out_loss", "held-out loss"), ("loss", "training loss")):
         losses = _numbers(rows, key)
+        if (bad := sum(key in row for row in rows) - len(losses)) > 0:
+            return (
+                f"the {name} was not finite in {bad} of its {bad + len(losses)} records: lower "
+                "--learning_rate, and see bad_steps.jsonl"
+            )
         if len(losses) > 1:
             loss = f"{losses[0]:.4f} -> {losses[-1]:.4f} nats per {target}"
             if losses[0] > 0:

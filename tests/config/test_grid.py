@@ -55,6 +55,11 @@ def test_values_that_are_paths_stay_out_of_the_folders_path(tmp_path: Path) -> N
         ("rank: [8, 0]", "run rank=0: "),
         ("rank: [8, 8]", "share the folder runs/grid/rank=8"),
         ("rank: []", "describes no run"),
+        ("trackers: []", "gets an empty one as [[]]"),
+        ("output_dir: null\nlora_alpha: 1", "is not an option"),
+        ("learning_rate: [1e-3, 0.001]", "and learning_rate=0.001 have the same options"),
+        ("packing: [true, True]", "packing=true and packing=True have the same options"),
+        ("--rank: [8, 16]", "----rank is not an option"),
         ("method: {lora: 1}", "must hold 'name: value'"),
         ("- 8", "must hold 'name: value'"),
         ("rank: [8", "cannot be read"),
@@ -71,6 +76,11 @@ def test_what_cannot_run_is_said_before_it_is_queued(tmp_path: Path, text: str, 
     with pytest.raises(UserError) as caught:
         load_grid([grid(tmp_path, text)])
     assert said in str(caught.value)
+
+
+def test_a_number_of_a_sweep_without_runs_says_that_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="describes no run"):
+        load_grid([grid(tmp_path, "rank: []"), "0"])
 
 
 @pytest.mark.parametrize("number", ["2", "-1", "x", "\u0662"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_lora_dist import examples
 from sparse_lora_dist.export.export_command import export
 from sparse_lora_dist.export.export_options import load_request
 from sparse_lora_dist.report.report_command import report
@@ -44,6 +45,14 @@ def test_a_file_of_tensors_is_not_written_through_a_planted_link(tmp_path: Path)
     with pytest.raises(FileExistsError):
         save_file({"a": torch.zeros(3)}, tmp_path / "a.safetensors", metadata=None)
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_copied_examples_follow_the_umask(tmp_path: Path) -> None:
+    with umask(0o077):
+        examples.copy(examples.load_request([str(tmp_path / "mine")]))
+    found = [*(tmp_path / "mine").rglob("*")]
+    assert len(found) > 20
+    assert {mode(path) for path in found} == {0o700, 0o600}
 
 
 @pytest.mark.filterwarnings("ignore:Data has no positive values")  # a figure of two steps

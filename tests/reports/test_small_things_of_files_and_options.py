@@ -97,11 +97,30 @@ def test_a_loss_whose_perplexity_is_no_number_is_still_reported(loss: float) -> 
 
 @pytest.mark.parametrize(
     ("first", "text"),
-    [(0.0, "0.0000 -> 2.0000 nats per token"), (10**400, "too short"), (math.nan, "too short")],
+    [
+        (0.0, "0.0000 -> 2.0000 nats per token"),
+        (10**400, "training loss was not finite in 1 of its 2 records: lower --learning_rate"),
+        (math.nan, "training loss was not finite in 1 of its 2 records: lower --learning_rate"),
+    ],
 )
 def test_a_strange_first_loss_does_not_end_a_run_that_is_done(first: float, text: str) -> None:
     said = gain([{"step": 1, "loss": first}, {"step": 2, "loss": 2.0}], "token")
     assert text in said and "%" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--output_dir", "null"], "--output_dir must be text, got 'null'"),
+        (["----rank", "4"], "----rank is not an option; did you mean --rank"),
+    ],
+)
+def test_a_word_that_only_looks_like_an_option_or_value_is_refused(
+    words: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(words)
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("option", [["--num_epochs", "1e20"], ["--max_steps", "2000000000"]])

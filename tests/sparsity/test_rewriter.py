@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_lora_dist.methods.protocol.rewriting import Share
 from sparse_lora_dist.run_folder.metrics_file import read_records
+from sparse_lora_dist.sparsity.rewriter import over_sites
 from tests.config.test_ds_configs import engine_file
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
@@ -174,3 +176,8 @@ def test_a_gradient_that_is_not_finite_chooses_nothing(
     flags = words(tiny, tmp_path, method="shira", shira_support="snip", learning_rate=1e-3)
     told = ranks(1, "tests.work.writing:refusal_of_infinite", flags=flags)
     assert "--method shira selects weights by the gradients or inputs of step 1" in told[0]
+
+
+def test_a_share_is_of_the_entries_of_all_sites_and_other_numbers_are_means() -> None:
+    assert over_sites([Share(4, 4), Share(0, 12)]) == 0.25
+    assert over_sites([4.0, 0.0]) == 2.0

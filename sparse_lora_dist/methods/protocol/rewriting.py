@@ -10,6 +10,7 @@ Shapes: O out_features, I in_features, N rows (sequences) of a step, S sites, K 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,6 +53,18 @@ class Whole:
     numbers each. None: the rewriting has no ``measure``."""
 
 
+class Share(NamedTuple):
+    """Number of a site's entries of some kind, and of all its entries."""
+
+    part: int
+    whole: int
+
+
+def share_of(mask: Tensor) -> Share:
+    """Return how many entries of a bool tensor are True, of how many."""
+    return Share(int(mask.sum()), mask.numel())
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rewritten:
     """Result of ``Rewriting.write``: new values of a site's tensors. Tensors that are not named
@@ -63,8 +76,9 @@ class Rewritten:
     computed: tuple[int, ...] | None = None
     """Indices of the rank-1 components that forward computes from now on; all of them count as
     open. None: the components stay as they are."""
-    log_values: Mapping[str, float] = field(default_factory=dict)
-    """Numbers for the metrics, by name. The mean over all sites is logged."""
+    log_values: Mapping[str, float | Share] = field(default_factory=dict)
+    """Numbers for the metrics, by name. The mean over all sites is logged; of shares, the fraction
+    of the entries of all sites together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
