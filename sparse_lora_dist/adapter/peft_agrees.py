@@ -95,7 +95,7 @@ def _listed(value: Any) -> list[Any]:
 def _targets(config: Mapping[str, Any], sites: list[str]) -> set[str]:
     """Return the modules to which PEFT applies the adapter, of those that have tensors."""
     wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if wanted is None or wanted == [] or str(wanted).lower() == "all-linear":
+    if wanted is None or str(wanted).lower() == "all-linear":
         found = {*sites}  # PEFT chooses them by the architecture
     else:
         found = {*_named("target_modules", wanted, sites)}

@@ -61,7 +61,7 @@ def check_engine_file(path: str) -> list[str]:
     """
     problems: list[str] = []
     engine = read_engine_file(path, problems)
-    return problems if engine is None else problems + check_engine(engine, path)
+    return problems if engine is None else problems + check_engine(engine, ENGINE.find(path))
 
 
 def read_engine_file(path: str, problems: list[str]) -> EngineDict | None:
@@ -351,7 +351,7 @@ def load(source: str | EngineDict) -> tuple[EngineDict, str]:
     engine = read_engine_file(source, problems)
     raise_if(problems)
     assert engine is not None, "raise_if has raised for an unreadable file"
-    return engine, source
+    return engine, ENGINE.find(source)
 
 
 def value_at(engine: Mapping[str, Any], dotted: str) -> Any:

@@ -62,6 +62,11 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     names = [name for name, _ in flags]
     if (page := help_page(flags, program)) is not None:
         print_and_exit(as_started_here(page))
+    problems += [
+        f"--{name} has no effect in {program.name}. {program.ignored[name] or 'Leave it out'}"
+        for name in dict.fromkeys(names)
+        if name in program.ignored
+    ]
     given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
     values = typed_values(given, options, parser, problems)
     if (folder := moved_run(flags, values)) is not None:

@@ -247,3 +247,20 @@ def looks_local(value: str) -> bool:
         or value.endswith(DATA_SUFFIXES)
         or HUB_ID.fullmatch(value) is None
     )
+
+
+def with_commas(parts: Sequence[str]) -> tuple[str, ...]:
+    """Return the paths in a list that was split at commas, of which some may have commas in their
+    names, as the runs of a sweep do (rank=8,seed=0).
+
+    Args:
+        parts: the parts. Neighbours are joined if a file or folder has the joined name.
+    """
+    found, start = list[str](), 0
+    while start < len(parts):
+        ends = range(len(parts), start, -1)
+        joined = {end: ",".join(parts[start:end]).strip() for end in ends}
+        end = next((e for e, path in joined.items() if Path(expanded(path)).exists()), start + 1)
+        found.append(joined[end])
+        start = end
+    return tuple(found)

@@ -55,6 +55,9 @@ class Program:
     common: tuple[str, ...] = tuple(COMMON)
     """Options of a training run that the program's ``--help`` shows; its own options are always
     shown."""
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """{option of a training run without effect here: what to do, or ""}. It is refused on
+    the command line. A file of options, such as a run's run.yaml, may have it."""
     check: Callable[[Mapping[str, Any]], list[str]] = lambda flat: []
     """Function ({option: value}) -> messages about values that this program cannot work with."""
 

@@ -25,7 +25,11 @@ from torch.distributed.rendezvous import rendezvous
 from sparse_lora_dist.distributed.device import find_same_gpu
 from sparse_lora_dist.distributed.launch import Launch, this_launch
 from sparse_lora_dist.distributed.launch_mpi import with_meeting_place
-from sparse_lora_dist.distributed.meeting_place import listening_socket, own_address_in_words
+from sparse_lora_dist.distributed.meeting_place import (
+    check_interfaces,
+    listening_socket,
+    own_address_in_words,
+)
 from sparse_lora_dist.distributed.shared_message import print_once
 from sparse_lora_dist.distributed.threads import own_cpus, threads_of_rank
 from sparse_lora_dist.errors import UserError, in_words
@@ -94,6 +98,7 @@ def start(timeout_s: float = 600.0) -> Launch:
     if launch.launcher == "mpirun":
         launch = with_meeting_place(launch)
     launch.check_address()
+    check_interfaces(os.environ)
     device = launch.local_rank
     if on_gpu():
         # With srun --gpus-per-task=1 each rank sees one GPU, number 0.

@@ -106,6 +106,15 @@ one optimizer step on all edits. Differences to the released code:
   whether it clips them.
 """
 
+OF_DATA = dict.fromkeys(
+    """
+    text_field text_pair_field label_field column_names prompt_field response_field chat_template
+    train_on eval_every eval_batches num_epochs
+    """.split(),
+    "",
+) | {"max_samples": "To make some of the edits, use --number"}
+"""Options of a training run without effect on edits, and what to do instead."""
+
 PROGRAM = Program(
     name="launcher/edit.py",
     usage="deepspeed launcher/edit.py --ds_config zero3 --model M --edits FILE "
@@ -116,6 +125,7 @@ PROGRAM = Program(
     common=tuple(COMMON),
     defaults=RELEASED
     | {"output_dir": "runs/edit", "sequence_length": 128, "packing": False, "trackers": ()},
+    ignored=OF_DATA,
 )
 
 NOT_FOR_EDITS = {

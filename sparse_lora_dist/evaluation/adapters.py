@@ -107,7 +107,8 @@ def _open(name: str | None) -> Adapter:
     ):
         raise UserError(
             f"The adapter {name} is a run or checkpoint folder without an exported adapter. Run "
-            f"launcher/export.py {quote(name)} --output FOLDER, and evaluate FOLDER."
+            f"launcher/export.py {quote(name)} --output FOLDER, and evaluate FOLDER. If its method "
+            "has no such adapter, add --format merged, and give FOLDER to --model."
         )
     config, values, shapes = open_peft(str(folder), "adapter")
     if not shapes:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from sparse_lora_dist.config.paths import (
     missing_files,
     missing_source,
     real_path,
+    with_commas,
 )
 from sparse_lora_dist.config.schema import Program
-from sparse_lora_dist.config.sections import RunConfig
+from sparse_lora_dist.config.sections import AdapterConfig, RunConfig, TrainConfig
 from sparse_lora_dist.config.spelling import did_you_mean
 from sparse_lora_dist.system.small_files import MOST_BYTES, parse_json
 
@@ -105,7 +106,7 @@ class EvalConfig:
     @property
     def names(self) -> tuple[str | None, ...]:
         """Adapters to evaluate, as the user named them; an entry None is the base model alone."""
-        named = self.compare or (self.adapter,)
+        named = with_commas(self.compare) or (self.adapter,)
         return tuple(None if name == BASE else name for name in named)
 
 
@@ -189,6 +190,22 @@ def bad_options(flat: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+TAKEN = {"ds_config", "device", "collective_timeout", "debug"}
+"""Options of the section of a run that evaluation takes too."""
+OF_TRAINING = {
+    f.name: ""
+    for part in (AdapterConfig, TrainConfig, RunConfig)
+    for f in fields(part)
+    if f.name not in TAKEN
+} | {
+    "init_adapter": "To evaluate an adapter, use --adapter",
+    "max_samples": "To evaluate a part of the data, use --limit",
+    "micro_batch_size": "Use --batch_size",
+    "label_field": "",
+    "text_pair_field": "",
+}
+"""Options of a training run without effect on an evaluation, and what to do instead."""
+
 PROGRAM = Program(
     name="launcher/eval.py",
     usage="deepspeed launcher/eval.py --model M --adapter A --eval_data FILE --metrics loss [...]",
@@ -196,6 +213,7 @@ PROGRAM = Program(
     own=EvalConfig,
     trains=False,
     common=tuple(COMMON),
+    ignored=OF_TRAINING,
     check=bad_options,
 )
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from sparse_lora_dist.adapter.peft_config import APART
 from sparse_lora_dist.base_model.architecture import PRECISIONS
-from sparse_lora_dist.config.paths import real_path
+from sparse_lora_dist.config.paths import real_path, with_commas
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.phases import passes_later
 from sparse_lora_dist.errors import StorageError, UserError, as_user_error
@@ -112,7 +112,7 @@ def _export(request: ExportRequest, final: Path) -> None:
     with as_user_error(request.source, "Give another run or checkpoint."):
         trained = _attach_base(Trained.open(Path(request.source)), asked)
     if asked.plus is not None:
-        trained = Union.of(trained, [source.strip() for source in asked.plus.split(",")])
+        trained = Union.of(trained, with_commas(asked.plus.split(",")))
     _check_place(final, trained, asked)
     _check_writable(final)
     print_line("from", f"{trained.path}, step {trained.step:,}")
@@ -126,8 +126,9 @@ def _export(request: ExportRequest, final: Path) -> None:
         summary = WRITERS[asked.format](trained, temporary, asked) | _prompting(trained)
         _write_base(trained, temporary, asked.format)
         write_card(trained, temporary, final, asked.format, summary)
+        _check_place(final, trained, asked)  # again: another export may have been faster
         _mark_export_of_before(final)
-        finish(temporary, final)
+        finish(temporary, final, replaces=asked.overwrite)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.export.open_base import Base, read_labelled_config
@@ -49,8 +50,13 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
         dtype: Dtype of the merged weights.
 
     Raises:
-        UserError: a file of the base is a link that leads nowhere, or its tokenizer is damaged.
+        UserError: a file of the base is a link that leads nowhere, or its tokenizer is missing or
+            damaged.
     """
+    advice = "Give an intact copy of the base with --base FOLDER."
+    trusts = trained.config.model.trust_remote_code
+    with as_user_error(f"The tokenizer in {base.folder}", advice):
+        AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trusts)
     for path in files_to_copy(base.folder):
         shutil.copyfile(path, folder / path.name)
     config = read_labelled_config(trained, base.folder)
@@ -61,7 +67,6 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False
     config.save_pretrained(folder)
-    advice = "Give an intact copy of the base with --base FOLDER."
     with as_user_error(f"The tokenizer in {base.folder}", advice):
         _write_templates(trained.prompting, base.folder, folder)
     if trained.prompting is not None:

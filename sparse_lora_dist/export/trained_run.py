@@ -280,9 +280,18 @@ class Trained:
         Args:
             name: Name of the tensor: "SITE.lora_a" with the name of a site, or the name of a
                 parameter that was trained in full.
+
+        Raises:
+            UserError: The tensor holds nan or infinity.
         """
         shape = self.manifest["tensors"][name]
-        return self.slices.entries("master", name, 0, prod(shape)).view(shape)
+        found = self.slices.entries("master", name, 0, prod(shape)).view(shape)
+        if not found.isfinite().all():
+            raise UserError(
+                f"{name} of {self.path} holds values that are not finite. Export another "
+                "checkpoint, or train again from weights that are whole."
+            )
+        return found
 
     @cached_property
     def full(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sparse_lora_dist.data import Documents
+from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.system.small_files import parse_json
 
@@ -27,7 +28,7 @@ the file's values by those of config.json."""
 CHANGING = """
     repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens bad_words_ids
     sequence_bias min_new_tokens min_length forced_bos_token_id forced_eos_token_id num_beams
-    exponential_decay_length_penalty guidance_scale
+    exponential_decay_length_penalty guidance_scale stop_strings
 """.split()
 """Settings with which transformers' greedy answers are others."""
 NEUTRAL = {
@@ -96,21 +97,31 @@ class Prompting:
 
 def generation_settings(folder: Path, module: PreTrainedModel) -> dict[str, Any]:
     """Return the settings with which transformers generates with a model: those of its
-    generation_config.json, or of config.json if there is no such file or it cannot be read.
+    generation_config.json, or of config.json if there is no such file.
 
     Args:
         folder: folder of the model.
         module: the model, which may be on the meta device.
+
+    Raises:
+        UserError: the file holds no settings, or something else than ids where generation stops.
     """
-    settings: Any = None
-    try:
-        settings = parse_json((folder / GENERATION).read_bytes())
-    except (OSError, ValueError):
-        pass
-    if not isinstance(settings, dict):
+    file = folder / GENERATION
+    if file.is_file():
+        with as_user_error(str(file), "Correct it, or remove it."):
+            settings = parse_json(file.read_bytes())
+            if not isinstance(settings, dict) or not _are_ids(settings.get("eos_token_id")):
+                raise ValueError("it must map names to settings, and eos_token_id to ids of tokens")
+    else:
         own = module.generation_config if module.can_generate() else None
         settings = {} if own is None else own.to_diff_dict()
     return {name: value for name, value in settings.items() if name not in OF_THE_LIBRARY}
+
+
+def _are_ids(ends: object) -> bool:
+    """Return True for ids of tokens at which generation stops: one, a list of them, or None."""
+    ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    return all(type(i) is int for i in ids)
 
 
 def end_ids(settings: Mapping[str, Any]) -> list[int]:

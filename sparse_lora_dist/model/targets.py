@@ -164,7 +164,8 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
         problems.append(
-            f"{branches[0]} only contains other modules. Name those in it that hold parameters."
+            f"{branches[0]} contains other modules, and only modules without any are trained in "
+            "full. Name those in it that hold parameters."
         )
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = model.config.tie_word_embeddings and ends[1] is not None

@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.config.checks import above, at_least, raise_if
+from sparse_lora_dist.config.checks import at_least, raise_if
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import load, world_problems
 from sparse_lora_dist.config.load import read_options
@@ -21,12 +21,16 @@ COMMON = """
     modules_to_save max_steps micro_batch_size moment_bits ds_config
 """.split()
 """Options of a training run that change the memory most, which ``--help`` shows."""
-SIZE = re.compile(r"\s*(\d+(?:\.\d*)?(?:e\d+)?)\s*(B|MB|GB|TB|MiB|GiB|TiB)?\s*", re.IGNORECASE)
+SIZE = re.compile(
+    r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*(B|MB|GB|TB|MiB|GiB|TiB)?\s*", re.IGNORECASE
+)
 """Memory size: a number with or without a unit."""
 UNITS = {"": 1e9, "b": 1, "mb": 1e6, "gb": 1e9, "tb": 1e12}
 """Decimal unit in lower case -> bytes; a number without a unit is in GB."""
 BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
 """Binary unit in lower case -> bytes."""
+LEAST_RATE = 0.001
+"""Smallest rate of a disk, GPU or network; times of slower ones are no numbers of use."""
 MAX_PER_NODE = 1024
 """Largest number of ranks of one machine: each number up to that of the run is planned."""
 
@@ -44,12 +48,12 @@ class PlanConfig:
     host_memory: str | None = None
     """Host memory of one machine, e.g. 256GB. null: host memory is not checked."""
     disk_gb_per_s: float = 1.0
-    """Read rate of a machine's disk in GB/s (base files, NVMe offload), above 0."""
+    """Read rate of a machine's disk in GB/s (base files, NVMe offload), at least 0.001."""
     tflops: float = 100.0
     """Rate in TFLOP/s that one GPU reaches in matmuls of 4-bit weights, dequantising included;
-    above 0. Measure it: a data sheet's peak is several times higher."""
+    at least 0.001. Measure it: a data sheet's peak is several times higher."""
     network_gb_per_s: float = 20.0
-    """Rate in GB/s at which one rank receives weights in an all-gather, above 0."""
+    """Rate in GB/s at which one rank receives weights in an all-gather, at least 0.001."""
     whole_logits: bool = False
     """Plan memory for the logits of all tokens at once, not in chunks. Set it if training prints a
     note that it computes them at once, as for a few architectures."""
@@ -62,7 +66,7 @@ class PlanConfig:
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "world_size", "nodes")
-        problems += above(self, 0, "disk_gb_per_s", "tflops", "network_gb_per_s")
+        problems += at_least(self, LEAST_RATE, "disk_gb_per_s", "tflops", "network_gb_per_s")
         if self.nodes >= 1 and self.world_size % self.nodes:
             problems.append(
                 f"--world_size must be a multiple of --nodes, got {self.world_size} ranks on "
@@ -81,6 +85,8 @@ class PlanConfig:
             problems.append(f"--plot {self.plot} is a pipe or device. Name a file")
         elif self.plot is not None and Path(expanded(self.plot)).exists() and not self.overwrite:
             problems.append(f"--plot {self.plot} exists already. Give --overwrite or another name")
+        elif self.plot is not None and not Path(expanded(self.plot)).parent.is_dir():
+            problems.append(f"--plot {self.plot} is in no folder. Make the folder first")
         raise_if(problems)
 
     @property
@@ -132,7 +138,7 @@ def bytes_in(text: str) -> int | None:
         return None
     unit = (match[2] or "").lower()
     size = float(match[1]) * (UNITS | BINARY_UNITS)[unit]
-    return int(size) if isfinite(size) else None
+    return int(size) if isfinite(size) and (size == 0 or size >= 1) else None
 
 
 def load_request(argv: Sequence[str]) -> PlanRequest:

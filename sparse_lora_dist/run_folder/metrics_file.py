@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.system.own_files import claim, in_short
 from sparse_lora_dist.system.small_files import refuse_pipes
@@ -41,7 +42,8 @@ class JsonLines:
         if comm.rank() == 0 and path.exists():
             lines = read_lines(path)
             kept = [line for line in lines if _stays(line, last_step)]
-            if kept != lines:
+            # A copy made of hard links (cp -al) shares its files with the run that was copied.
+            if kept != lines or path.stat().st_nlink > 1:
                 write_whole(path, b"".join(line.raw + b"\n" for line in kept))
             _name_foreign(path, kept)
 
@@ -53,11 +55,15 @@ class JsonLines:
 
         Args:
             record: JSON values by name, with the key ``step``.
+
+        Raises:
+            HeldError: another job holds the lock of the run folder now.
         """
         if comm.rank() > 0 or self._failed:
             return
         finite = {k: v if _is_json(v) else None for k, v in record.items()}
         try:
+            run_lock.check()  # a job that stood still may have lost its folder to another
             if not self.path.exists():
                 claim(self.path.parent, self.path.name)
             line = json.dumps(finite) + "\n"

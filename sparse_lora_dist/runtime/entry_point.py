@@ -1,8 +1,10 @@
 """Run a program of launcher/: read its options, silence other libraries, do its work, print one
 message on failure, and exit with the status that says what happened."""
 
+import codecs
 import errno
 import io
+import locale
 import logging
 import os
 import signal
@@ -11,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed.launch import this_launch
@@ -37,6 +39,9 @@ stopped before its first step, it has saved a checkpoint. The same command with 
 continues the run. A run whose disk is full or away ends with it too: slurm/run.sh requeues it."""
 STATUS = {HeldError: HELD, StorageError: STOPPED}
 """Exit statuses of the kinds of ``UserError`` that do not end with USER_ERROR."""
+PANIC = "PanicException"
+"""Name of the exception, no ``Exception``, of libraries in Rust that meet what they never expected:
+of tokenizers a tokenizer.json whose parts contradict each other."""
 FOREIGN_LOGGERS = (
     "DeepSpeed",
     "bitsandbytes",
@@ -78,6 +83,9 @@ def run_program(
     """
     debug = _asks_for_debug(argv)  # until the options are read
     _escape_letters()
+    if (said := wrong_interpreter(sys.flags, locale.getpreferredencoding(False))) is not None:
+        write_stderr(f"error: {said}")
+        exit_process(USER_ERROR)
     try:
         this_launch()  # first, so that later calls cannot fail while an error is reported
         config = _options(argv, read)
@@ -95,6 +103,23 @@ def run_program(
     # Not by returning: gloo's threads may abort the interpreter's shutdown, after the run has
     # finished.
     exit_process(0)
+
+
+def wrong_interpreter(flags: Any, encoding: str) -> str | None:
+    """Return why the libraries do not run in a Python that was started so; None if they do.
+
+    Args:
+        flags: ``sys.flags``.
+        encoding: name of the encoding in which Python opens text files.
+    """
+    if flags.optimize > 1:
+        return (
+            "transformers reads the docstrings of its code, which python -OO and PYTHONOPTIMIZE=2 "
+            "remove. Start without them."
+        )
+    if codecs.lookup(encoding).name == "ascii":
+        return "torch reads files in UTF-8, but Python was told to read ASCII. Set PYTHONUTF8=1."
+    return None
 
 
 def _options(argv: Sequence[str], read: Callable[[Sequence[str]], Read]) -> Read:
@@ -172,6 +197,12 @@ def _report(error: BaseException, *, debug: bool) -> int:
         if debug:
             traceback.print_exc()
         write_stderr(f"error: {said}")
+        return USER_ERROR
+    if type(error).__name__ == PANIC and not debug:
+        write_stderr(
+            f"error: a library cannot use a file of the model: {error}. If the library is "
+            "tokenizers, tokenizer.json is damaged: download the model again. --debug shows where."
+        )
         return USER_ERROR
     if "closed by peer" in str(error) and not debug:
         write_stderr(f"rank {this_launch().rank} ends because another rank ended. See its message.")

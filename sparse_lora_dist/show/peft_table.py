@@ -185,6 +185,11 @@ def _of_pair(
     stored = [files[pair[factor]].get_tensor(pair[factor]) for factor in "AB"]
     # flatten, because the factors of convolutions have more than two axes.
     a_RI, b_OR = (t.flatten(1).double() for t in stored)
+    if not a_RI.numel():
+        raise UserError(
+            f"The A of {name} has shape {list(stored[0].shape)}, without an entry. Export the "
+            "adapter again."
+        )
     in_use = a_RI.any(dim=1) & b_OR.any(dim=0)
     return Module(
         name=name,

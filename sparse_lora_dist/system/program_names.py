@@ -29,14 +29,14 @@ def command(name: str) -> str:
 def as_started_here(text: str) -> str:
     """Return a message in which the programs have the names by which they can be started here.
 
-    ``python launcher/export.py RUN`` stays so if the working directory has the folder launcher/,
+    ``python launcher/export.py RUN`` stays so if the working directory has launcher/train.py,
     and otherwise becomes ``sparse-lora-export RUN``, if that is installed.
 
     Args:
         text: a message for the user, which names files of launcher/.
     """
     installed = Path(sys.executable).with_name("sparse-lora-train").exists()
-    if Path("launcher").is_dir() or not installed:
+    if Path("launcher/train.py").is_file() or not installed:
         return text
     text = _LAUNCHED.sub(r"\1 --module sparse_lora_dist.\2", text)
     return _ALONE.sub(r"\1sparse-lora-\2", text)

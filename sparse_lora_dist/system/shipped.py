@@ -8,6 +8,7 @@ working directory where the package is installed.
 
 import re
 from dataclasses import dataclass
+from os.path import lexists
 from pathlib import Path
 
 SHIPPED = Path(__file__).parents[1] / "shipped"
@@ -45,7 +46,8 @@ class Kind:
             return value
         file = f"{value}{self.suffix}"
         places = (Path(self.folder, file), (SHIPPED / self.folder).resolve() / file)
-        return next((str(place) for place in places if place.is_file()), value)
+        # A broken link, a pipe or a folder of that name too: it is meant, and cannot be read.
+        return next((str(place) for place in places if lexists(place)), value)
 
     def notes(self, value: str) -> list[str]:
         """Return a sentence for the user if a name stands for a file of the working directory that

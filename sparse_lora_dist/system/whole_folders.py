@@ -111,7 +111,7 @@ def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
     return size
 
 
-def finish(temporary: Path, final: Path) -> None:
+def finish(temporary: Path, final: Path, *, replaces: bool = True) -> None:
     """Give a folder from ``new_folder``, whose files are complete, its final path.
 
     Its marker then lists its files. Files of an earlier folder are removed if the marker there
@@ -120,12 +120,17 @@ def finish(temporary: Path, final: Path) -> None:
     Args:
         temporary: the folder that ``new_folder`` returned.
         final: the path that was given to ``new_folder``.
+        replaces: False if the folder at ``final`` must be missing or empty, also if another process
+            has written it meanwhile.
+
+    Raises:
+        OSError: the folder cannot be put there.
     """
     names, unfinished = contents_of(temporary), read_marker(temporary)
     assert unfinished is not None, "new_folder has written it"
     write_marker(temporary, replace(unfinished, names=names))
     sync_all(temporary)
-    put_in_place(temporary, final, own_names(final))
+    put_in_place(temporary, final, own_names(final) if replaces else lambda name: False)
     write_marker(final, Marker(kind=EXPORT, names=names))
 
 

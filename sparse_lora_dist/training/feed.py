@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -243,9 +245,16 @@ def open_tokenizer(config: Config, model: Model) -> Any:
         return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust)
     except Exception as error:  # a missing or damaged file raises whatever its reader does
         raise UserError(
-            f"The tokenizer of --model {model.folder} cannot be opened: {error}. Give a model "
-            "folder that has a tokenizer."
+            f"The tokenizer of --model {model.folder} cannot be opened: {error}. "
+            f"{_advice(model.folder)}"
         ) from error
+
+
+def _advice(folder: Path) -> str:
+    needs = any(folder.glob("*.model")) and find_spec("sentencepiece") is None
+    if needs:  # transformers names tiktoken
+        return "Its *.model is of SentencePiece. Run: pip install sentencepiece"
+    return "Give a model folder that has a tokenizer."
 
 
 def settle_padding(model: Model, tokenizer: Any) -> int:

@@ -1,5 +1,7 @@
-"""Check before the base is loaded that the data fit the model: its token ids and its positions."""
+"""Check that the data fit the model before the base is loaded (token ids, positions), and that the
+first loss is a number."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -143,3 +145,14 @@ def _rope_parts(architecture: PretrainedConfig) -> list[dict[str, Any]]:
     rope = getattr(architecture, "rope_parameters", None) or {}
     parts = [part for part in rope.values() if isinstance(part, dict)]
     return parts or ([rope] if rope else [])
+
+
+def check_first_loss(loss: float) -> None:
+    """Raise UserError if the held-out loss is not finite before the first step."""
+    if not math.isfinite(loss):
+        raise UserError(
+            "The held-out loss is not finite before the first step: the weights of --model or "
+            "--init_adapter are damaged, or too large for --precision. Get a new copy of them, or "
+            "try --precision fp32.",
+            shared=True,
+        )

@@ -12,7 +12,7 @@ from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.data import MicroBatch
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import StepProgress, megabytes, print_line
+from sparse_lora_dist.distributed.console import StepProgress, print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Stopped
 from sparse_lora_dist.export import peft_adapter
@@ -31,11 +31,12 @@ from sparse_lora_dist.system.own_files import claim, in_short
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.bad_steps import Health
 from sparse_lora_dist.training.feed import DataFeed
+from sparse_lora_dist.training.fits import check_first_loss
 from sparse_lora_dist.training.journal import Journal, memory_and_traffic
 from sparse_lora_dist.training.own_folder import records, remove_adapter
 from sparse_lora_dist.training.resume import Resume, describe
 from sparse_lora_dist.training.step import StepResult, held_out_totals
-from sparse_lora_dist.training.summary import in_words, next_command, print_summary
+from sparse_lora_dist.training.summary import in_words, next_command, print_summary, row_in_words
 from sparse_lora_dist.zero3.engine import Engine
 
 
@@ -78,6 +79,7 @@ class Job:
             resume: checkpoint to continue from; None for a new run.
 
         Raises:
+            UserError: the held-out loss is not finite before the first step.
             Stopped: the run was asked to stop while the held-out loss was measured.
         """
         pending, ids, step = None, {}, None
@@ -107,7 +109,9 @@ class Job:
         self._shown = StepProgress(self.feed.total_steps, self.progress.step)
         if resume is None and self.feed.held_out is not None:
             self._say_held_out_part()
-            self.log(0, {}, held_out=self.held_out())
+            first = self.held_out()
+            self.log(0, {}, held_out=first)
+            check_first_loss(first["held_out_loss"])
         if resume is not None and resume.is_of(self.folder):
             self._retain(resume.path)  # the last job may have ended between saving and this
         elif resume is not None:
@@ -185,7 +189,7 @@ class Job:
         ends = is_last or step in self.shards.method.stages
         evaluates = ends or is_due(step, run.eval_every)
         row = self._row(result) if evaluates or is_due(step, run.log_every) else None
-        self._shown.advance(None if row is None else _in_short(row))
+        self._shown.advance(None if row is None else row_in_words(row))
         self._conclude(row, evaluates=evaluates, saves=ends or is_due(step, run.save_every))
 
     def _conclude(
@@ -419,15 +423,6 @@ def _learning_rate(config: Config, method: Method, total_steps: int) -> Learning
         first_stage_only=method.stage_rate == "first",
         newborn_warmup=newborn,
         newborn_restarts=method.newborn_restarts,
-    )
-
-
-def _in_short(row: Mapping[str, Any]) -> str:
-    """Return the main numbers of a row of metrics as text for the progress of a run."""
-    return (
-        f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s, "
-        f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB, {row['live_entries']:,} live "
-        f"(state {megabytes(row['state_bytes'])})"
     )
 
 

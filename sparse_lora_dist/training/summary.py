@@ -96,6 +96,15 @@ def in_words(scores: Mapping[str, float], target: str) -> str:
     return ", ".join([f"{scores['held_out_loss']:.4f} nats per {target}", *others])
 
 
+def row_in_words(row: Mapping[str, Any]) -> str:
+    """Return the main numbers of a row of metrics as text for the progress of a run."""
+    return (
+        f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s, "
+        f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB, {row['live_entries']:,} live "
+        f"(state {megabytes(row['state_bytes'])})"
+    )
+
+
 def gain(rows: Sequence[Mapping[str, Any]], target: str) -> str:
     """Return as text how the held-out loss and other scores changed from their first to their last
     record. Without held-out data, return how the training loss changed.

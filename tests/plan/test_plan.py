@@ -729,6 +729,10 @@ def test_wrong_options_are_all_told_at_once() -> None:
     ("options", "words"),
     [
         ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"tflops": 5e-324}, "tflops must be at least 0.001"),
+        ({"gpu_memory": "0.5B"}, "gpu_memory must be a size"),
+        ({"gpu_memory": "\uff12\uff14GB"}, "gpu_memory must be a size"),
+        ({"plot": "no_such_folder/a.png"}, "is in no folder"),
         ({"world_size": 1_000_000, "nodes": 100}, "at most 1024 on a node, got 1000000 on 100"),
         ({"gpu_memory": "1e999GB"}, "gpu_memory must be a size"),
         ({"host_memory": "1e308TB"}, "host_memory must be a size"),

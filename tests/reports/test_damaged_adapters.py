@@ -14,6 +14,7 @@ from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import differences_from_training, open_adapters
+from sparse_lora_dist.show.show_command import as_text
 from tests.fixtures.tiny_tokenizer import byte_tokenizer
 
 SITE = "model.layers.0.self_attn.q_proj"
@@ -106,6 +107,16 @@ def test_tensors_that_are_no_factors_are_refused(
     adapter: Adapter, tensors: dict[str, torch.Tensor | None], said: str
 ) -> None:
     assert said in said_by_eval(adapter(**tensors))
+
+
+def test_an_adapter_for_no_module_is_refused(adapter: Adapter) -> None:
+    """PEFT: No `target_modules` passed."""
+    assert "target_modules" in said_by_eval(adapter(CONFIG | {"target_modules": []}))
+
+
+def test_show_names_the_shape_of_a_factor_without_an_entry(adapter: Adapter) -> None:
+    with pytest.raises(UserError, match=r"has shape \[0, 8\], without an entry"):
+        as_text(adapter(A=torch.zeros(0, 8)))
 
 
 def test_an_adapter_to_start_from_that_lacks_a_half_is_refused(adapter: Adapter) -> None:

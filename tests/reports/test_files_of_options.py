@@ -16,6 +16,7 @@ from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.config.sweep import load_grid
 from sparse_lora_dist.errors import ConfigError, UserError
 from sparse_lora_dist.system import small_files
+from sparse_lora_dist.system.shipped import CONFIG
 from tests.reports.test_values_of_options import BOMB
 
 REPOSITORY = Path(__file__).parents[2]
@@ -189,6 +190,24 @@ def test_a_task_of_an_array_checks_its_own_run_alone() -> None:
     assert load_grid(["g.yaml", "0"]).number == 0
     with pytest.raises(UserError, match="run rank=0"):
         load_grid(["g.yaml", "1"])
+
+
+@pytest.mark.parametrize("kind", ["broken link", "folder"])
+def test_a_named_file_of_this_folder_comes_first_whatever_it_is(kind: str) -> None:
+    """A disk that is away would else change which file is read."""
+    Path("configs").mkdir(exist_ok=True)
+    here = Path("configs/demo.yaml")
+    here.mkdir() if kind == "folder" else here.symlink_to("nowhere")
+    assert CONFIG.find("demo") == str(here)
+    with pytest.raises(ConfigError, match=r"configs/demo\.yaml"):
+        load_config(["--config", "demo"])
+
+
+def test_an_engine_file_of_this_folder_is_named_by_its_path() -> None:
+    Path("ds_configs").mkdir(exist_ok=True)
+    Path("ds_configs/zero3.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"ds_configs/zero3\.json: zero_optimization\.stage is"):
+        load_config(["--ds_config", "zero3"])
 
 
 def test_the_command_for_an_array_is_quoted(capsys: pytest.CaptureFixture[str]) -> None:

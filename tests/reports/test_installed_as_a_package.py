@@ -117,7 +117,9 @@ def test_programs_are_named_as_they_can_be_started(
     assert as_started_here(".venv/bin/python launcher/plan.py --config a") == (
         ".venv/bin/sparse-lora-plan --config a"
     )
-    (installed / "launcher").mkdir()
+    (installed / "launcher").mkdir()  # of another project
+    assert as_started_here(text) != text
+    (installed / "launcher/train.py").touch()
     assert as_started_here(text) == text
 
 

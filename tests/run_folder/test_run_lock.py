@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from sparse_lora_dist.errors import HeldError
 from sparse_lora_dist.run_folder import lock as run_lock
+from sparse_lora_dist.run_folder.metrics_file import JsonLines
 from sparse_lora_dist.runtime.entry_point import HELD
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
@@ -81,6 +83,17 @@ def test_who_lost_the_folder_publishes_nothing(ranks: Ranks, tiny: TinyRun, tmp_
     assert not (tmp_path / "checkpoints").exists()
     # These may be the other job's.
     assert lock.read_text() == theirs and (tmp_path / "ranks").exists()
+
+
+def test_who_lost_the_folder_appends_no_record(tmp_path: Path) -> None:
+    """A job that stood still for long wakes in the middle of a step."""
+    with run_lock.held(tmp_path):
+        lines = JsonLines(tmp_path / "metrics.jsonl", last_step=None)
+        lines.append({"step": 1})
+        (tmp_path / run_lock.NAME).write_text(of_another_host())
+        with pytest.raises(HeldError, match="writes nothing more"):
+            lines.append({"step": 2})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
 def lock_of_another_host(folder: Path, *, age_s: float, job: str | None = None) -> None:
