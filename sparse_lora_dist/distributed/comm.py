@@ -26,7 +26,6 @@ from sparse_lora_dist.distributed.device import find_same_gpu
 from sparse_lora_dist.distributed.launch import Launch, this_launch
 from sparse_lora_dist.distributed.launch_mpi import with_meeting_place
 from sparse_lora_dist.distributed.meeting_place import (
-    check_interfaces,
     listening_socket,
     own_address_in_words,
 )
@@ -98,7 +97,6 @@ def start(timeout_s: float = 600.0) -> Launch:
     if launch.launcher == "mpirun":
         launch = with_meeting_place(launch)
     launch.check_address()
-    check_interfaces(os.environ)
     device = launch.local_rank
     if on_gpu():
         # With srun --gpus-per-task=1 each rank sees one GPU, number 0.
@@ -206,7 +204,10 @@ def _ending_together(store: Any, launch: Launch) -> Iterator[None]:
     """Context manager in which the ranks connect to each other. If one of them cannot, it raises a
     UserError, and the other ranks end with its message instead of waiting for it. Collective."""
     if launch.world_size == 1:
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # as below
+            raise UserError(_cannot_connect(launch, error), shared=True) from error
         return
     ended = threading.Event()
     watch = threading.Thread(

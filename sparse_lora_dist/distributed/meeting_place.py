@@ -4,33 +4,11 @@ import errno
 import ipaddress
 import os
 import socket
-from collections.abc import Mapping
-from pathlib import Path
 
 from sparse_lora_dist.distributed.launch import Launch
-from sparse_lora_dist.errors import UserError
 
 BACKLOG = 4096
 """Connections that may wait to be accepted: one for each rank, and one for its watchdog."""
-GLOO = "GLOO_SOCKET_IFNAME"
-"""Variable with the names of the network interfaces that gloo uses."""
-INTERFACES = Path("/sys/class/net")
-
-
-def check_interfaces(environ: Mapping[str, str], interfaces: Path = INTERFACES) -> None:
-    """Raise UserError if the environment names network interfaces that this machine has not.
-
-    Args:
-        environ: environment variables.
-        interfaces: folder with an entry for each network interface of this machine.
-    """
-    found = sorted(path.name for path in interfaces.glob("*"))
-    wanted = [name for name in environ.get(GLOO, "").split(",") if name]
-    if found and wanted and not {*wanted} & {*found}:
-        raise UserError(
-            f"{GLOO} is {environ[GLOO]}, but this machine's network interfaces are "
-            f"{', '.join(found)}. Correct or unset it."
-        )
 
 
 def listening_socket(launch: Launch) -> socket.socket | None:

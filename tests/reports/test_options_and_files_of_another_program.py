@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 
 from sparse_lora_dist.config.paths import with_commas
-from sparse_lora_dist.distributed.meeting_place import check_interfaces
 from sparse_lora_dist.editing import edit_options
 from sparse_lora_dist.errors import ConfigError, UserError
 from sparse_lora_dist.evaluation import eval_options
@@ -90,14 +89,6 @@ def test_names_with_commas_are_told_from_several_names(
         os.mkdir(name)
     assert with_commas(["base", "rank=2", "seed=0", " b"]) == ("base", "rank=2,seed=0", "b")
     assert with_commas(["rank=2", "seed=1"]) == ("rank=2", "seed=1")
-
-
-def test_an_interface_that_is_not_there_is_named(tmp_path: Path) -> None:
-    (tmp_path / "eth0").mkdir()
-    check_interfaces({"GLOO_SOCKET_IFNAME": "eth0"}, tmp_path)
-    check_interfaces({}, tmp_path)
-    with pytest.raises(UserError, match="GLOO_SOCKET_IFNAME is nope0.*interfaces are eth0"):
-        check_interfaces({"GLOO_SOCKET_IFNAME": "nope0"}, tmp_path)
 
 
 def test_a_library_that_refuses_a_variable_is_one_sentence() -> None:

@@ -47,6 +47,14 @@ def test_a_rank_whose_network_fails_ends_the_others_too(processes: None, tmp_pat
     assert "Traceback" not in said and "connected" not in said
 
 
+def test_a_run_of_one_rank_names_a_network_that_is_not_there(processes: None) -> None:
+    env = {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "GLOO_SOCKET_IFNAME": "nosuch0"}
+    command = [sys.executable, "tests/work/joining.py"]
+    end = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    assert end.returncode == 2 and "GLOO_SOCKET_IFNAME is nosuch0." in end.stderr
+    assert "Traceback" not in end.stderr
+
+
 def test_the_ranks_of_one_machine_meet_where_no_other_machine_gets() -> None:
     for address in ("127.0.0.1", "localhost"):
         listener = listening_socket(launched(address))
