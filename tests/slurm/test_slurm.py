@@ -220,9 +220,9 @@ def test_a_failure_of_the_program_is_not_tried_again(
     options = ["--ntasks-per-node=2", "--cpus-per-task=1"]
     job = submit(cluster, tiny, tmp_path / "run", script, options, DS_ACCELERATOR="none")
     job.end()
-    assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "1:0"), job.log
+    assert (job.state, cluster.job(job.number)["ExitCode"]) == ("FAILED", "2:0"), job.log
     assert "DS_ACCELERATOR must be one of" in job.log
-    assert job.log.splitlines()[-1] == "slurm     status 1: not requeued"
+    assert job.log.splitlines()[-1].startswith("slurm     status 2: trying again would not")
 
 
 @pytest.mark.usefixtures("full")

@@ -173,7 +173,7 @@ def test_beside_a_base_on_disk(
 def test_a_gradient_that_is_not_finite_chooses_nothing(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
-    flags = words(tiny, tmp_path, method="shira", shira_support="snip", learning_rate=1e-3)
+    flags = words(tiny, tmp_path, method="shira", shira_support="snip", eval_data="null")
     told = ranks(1, "tests.work.writing:refusal_of_infinite", flags=flags)
     assert "--method shira selects weights by the gradients or inputs of step 1" in told[0]
 
