@@ -128,7 +128,16 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
 
 
 def set_up(config: Config, engine_config: dict[str, Any], purpose: Purpose) -> "Training":
-    """Return the run. If it is asked to stop before it is set up, a line says so."""
+    """Return the run, set up by ``Training``. Collective.
+
+    Args:
+        config: options of the run.
+        engine_config: dict for ``deepspeed.initialize``.
+        purpose: which data the run trains on.
+
+    Raises:
+        Stopped: the run was asked to stop while it was set up; a line on the screen says so.
+    """
     try:
         return Training(config, engine_config, purpose)
     except Stopped as why:

@@ -69,11 +69,9 @@ def load_grid(argv: Sequence[str]) -> Grid:
     options = read(Path(path))
     _check_more(options, more)
     runs = {name: [*words, *more] for name, words in runs_of(options).items()}
-    if not numbers:
+    if not numbers or not runs:  # without a run the check raises
         check(path, runs)
         return Grid(path=path, runs=runs, more=more, number=None)
-    if not runs:
-        check(path, runs)
     number = _number(numbers[0], len(runs))
     name = list(runs)[number]
     check(path, {name: runs[name]})  # the others were checked before the array was submitted

@@ -25,10 +25,7 @@ from torch.distributed.rendezvous import rendezvous
 from sparse_lora_dist.distributed.device import find_same_gpu
 from sparse_lora_dist.distributed.launch import Launch, this_launch
 from sparse_lora_dist.distributed.launch_mpi import with_meeting_place
-from sparse_lora_dist.distributed.meeting_place import (
-    listening_socket,
-    own_address_in_words,
-)
+from sparse_lora_dist.distributed.meeting_place import listening_socket, own_address_in_words
 from sparse_lora_dist.distributed.shared_message import print_once
 from sparse_lora_dist.distributed.threads import own_cpus, threads_of_rank
 from sparse_lora_dist.errors import UserError, in_words

@@ -267,7 +267,11 @@ def _measured(measure: Callable[[Whole], Tensor], whole: Whole) -> Rewritten:
 
 
 def over_sites(values: Sequence[Any]) -> float:
-    """Return the mean of one number of all sites; of shares, the share of all together."""
+    """Return the mean of one number of all sites; of shares, the share of all together.
+
+    Args:
+        values: the number of each site: floats, or ``Share`` for all of them.
+    """
     if not isinstance(values[0], Share):
         return fmean(values)
     parts, wholes = zip(*values, strict=True)

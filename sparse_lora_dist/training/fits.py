@@ -148,7 +148,11 @@ def _rope_parts(architecture: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def check_first_loss(loss: float) -> None:
-    """Raise UserError if the held-out loss is not finite before the first step."""
+    """Raise UserError if the held-out loss before the first step is not finite. Not a collective.
+
+    Args:
+        loss: the loss in nats per target, the same on every rank.
+    """
     if not math.isfinite(loss):
         raise UserError(
             "The held-out loss is not finite before the first step: the weights of --model or "

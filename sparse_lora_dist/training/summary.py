@@ -97,7 +97,11 @@ def in_words(scores: Mapping[str, float], target: str) -> str:
 
 
 def row_in_words(row: Mapping[str, Any]) -> str:
-    """Return the main numbers of a row of metrics as text for the progress of a run."""
+    """Return the main numbers of a row of metrics as text for the progress of a run.
+
+    Args:
+        row: numbers by their keys in metrics.jsonl.
+    """
     return (
         f"loss {row['loss']:.3f}, {row['tokens_per_s']:,.0f} tokens/s, "
         f"peak {row['peak_memory_bytes'] / 1e9:.2f} GB, {row['live_entries']:,} live "
