@@ -46,8 +46,6 @@ def build_usual(
     """transformers quantises the whole model on every rank, PEFT wraps it, DeepSpeed cuts it, with
     the engine settings that our run has. Collective."""
     import deepspeed
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     config = Config(
@@ -58,6 +56,39 @@ def build_usual(
     engine_config = engine_dict(ds_config, config, comm.world_size())
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     alive_for_transformers = HfDeepSpeedConfig(engine_config)
+    model = quantised_peft(
+        folder,
+        dtype=dtype,
+        rank=rank,
+        gradient_checkpointing=gradient_checkpointing,
+        peaks=peaks,
+        peak=peak,
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=engine_config, dist_init_required=False
+    )
+    engine.train()
+    unset_hf_deepspeed_config()
+    del alive_for_transformers
+    gc.collect()
+    return Usual(engine, tokens)
+
+
+def quantised_peft(
+    folder: str,
+    *,
+    dtype: torch.dtype,
+    rank: int,
+    gradient_checkpointing: bool,
+    peaks: dict[str, int] | None = None,
+    peak: Callable[[], int] = lambda: 0,
+) -> Any:
+    """The base quantised by transformers, with a LoRA of PEFT on all its linears."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=dtype,
@@ -80,13 +111,4 @@ def build_usual(
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=engine_config, dist_init_required=False
-    )
-    engine.train()
-    unset_hf_deepspeed_config()
-    del alive_for_transformers
-    gc.collect()
-    return Usual(engine, tokens)
+    return model

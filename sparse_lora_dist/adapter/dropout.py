@@ -38,6 +38,7 @@ class RowSeeds:
     input whose first axis has as many entries as there are rows counts as [M, T, I]."""
     micro_batch: int = 0
     """Number of micro-batches begun so far on this rank. 0 if ``begin`` is never called."""
+    _metadata: RowMetadata | None = field(default=None, repr=False)
 
     def begin(
         self, rows_M: tuple[int, ...], lengths_M: tuple[int, ...], *, num_positions: int
@@ -58,13 +59,18 @@ class RowSeeds:
         self.micro_batch += 1
 
     def row_metadata(self) -> RowMetadata:
-        """Return a copy of the current micro-batch's row numbers, lengths and padded length.
+        """Return the current micro-batch's row numbers, lengths and padded length.
 
-        Forward keeps it for backward, because the next micro-batch may have begun by then.
+        Forward keeps it for backward, because the next micro-batch may have begun by then. All
+        linears of a micro-batch get the same object.
         """
-        return RowMetadata(
-            rows_M=self.rows_M, lengths_M=self.lengths_M, num_positions=self.num_positions
-        )
+        now = (self.rows_M, self.lengths_M, self.num_positions)
+        found = self._metadata
+        if found is None or (found.rows_M, found.lengths_M, found.num_positions) != now:
+            rows_M, lengths_M, num_positions = now
+            found = RowMetadata(rows_M=rows_M, lengths_M=lengths_M, num_positions=num_positions)
+            self._metadata = found
+        return found
 
     def keep_mask(
         self, x: Tensor, site: str, rows_M: tuple[int, ...], step: int, dropout: float

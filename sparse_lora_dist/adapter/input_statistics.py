@@ -25,6 +25,15 @@ class RowMetadata:
     """Number of tokens at the front of each row; the rest is padding. 0 for filler rows."""
     num_positions: int | None
     """Padded length of the rows, in tokens (T in shapes). None: unknown."""
+    _masks: dict[tuple[int, torch.device], Tensor] = field(default_factory=dict, compare=False)
+
+    def tokens_MT(self, length: int, device: torch.device) -> Tensor:
+        """Return a mask of the rows' first ``length`` positions: True for tokens, False for
+        padding. It is made once for all linears, since a GPU has to be waited for."""
+        if (length, device) not in self._masks:
+            lengths_M = torch.tensor(self.lengths_M, device=device)
+            self._masks[length, device] = torch.arange(length, device=device) < lengths_M[:, None]
+        return self._masks[length, device]
 
 
 @dataclass(kw_only=True)
@@ -70,14 +79,14 @@ class InputStatistics:
             self._add_gradient(x.flatten(0, -2), grad_y.flatten(0, -2))
         if (x_MTI := _by_row(x, row_metadata)) is None or not (self.squares or self.rows):
             return
-        lengths_M = torch.tensor(row_metadata.lengths_M, device=x.device).clamp(max=x_MTI.shape[1])
-        is_token_MT = torch.arange(x_MTI.shape[1], device=x.device) < lengths_M[:, None]
+        length = x_MTI.shape[1]
+        is_token_MT = row_metadata.tokens_MT(length, x.device)
         kept_MTI = torch.where(is_token_MT[..., None], x_MTI.float(), 0.0)
         if self.squares:
             self.squares_I = self.squares_I + kept_MTI.square().sum(dim=(0, 1)).double()
-            self.num_tokens += int(lengths_M.sum())
+            self.num_tokens += sum(min(n, length) for n in row_metadata.lengths_M)
         if self.rows:
-            means_MI = kept_MTI.sum(dim=1) / lengths_M.clamp(min=1)[:, None]
+            means_MI = kept_MTI.sum(dim=1) / is_token_MT.sum(dim=1, keepdim=True).clamp(min=1)
             rows = zip(row_metadata.rows_M, row_metadata.lengths_M, means_MI, strict=True)
             self.means |= {row: mean_I for row, length, mean_I in rows if length > 0}
 

@@ -13,8 +13,13 @@ from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.input_statistics import InputStatistics
 from sparse_lora_dist.adapter.kept_tensors import from_bytes
 from sparse_lora_dist.adapter.seeds import seed_of
-from sparse_lora_dist.base_model.frozen_linear import FrozenLinear, fast_dtype
-from sparse_lora_dist.methods.protocol.form import WEIGHT, Site
+from sparse_lora_dist.base_model.frozen_linear import (
+    FrozenLinear,
+    fast_dtype,
+    input_gradient_of,
+    output_of,
+)
+from sparse_lora_dist.methods.protocol.form import WEIGHT, Site, draw_nothing, low_rank_delta
 from sparse_lora_dist.methods.protocol.method import Components, Method
 from sparse_lora_dist.zero3.parameters import gathers_too
 
@@ -68,8 +73,7 @@ class AdapterLinear(nn.Module):
         """Statistics that this step's backwards collect; None if the step needs none."""
         self.base_only = False
         """True: forward returns the output of the frozen linear without the delta."""
-        if self.form.reads_base:
-            gathers_too(self, base.parameters())
+        gathers_too(self, base.parameters())
         self.num_components = self.form.num_components(site)
         self.set_components(
             Components(computed=tuple(range(self.num_components)), open=self.num_components)
@@ -87,20 +91,30 @@ class AdapterLinear(nn.Module):
         self.components = components
         self.scale = self.form.scale(self.alpha, self.site.rank, components.open)
         self._computed_indices = torch.tensor(components.computed, dtype=torch.int64)
+        form = self.form
+        self._has_trained_only = (
+            not (form.kept or form.reads_base)
+            and form.drawn is draw_nothing
+            and len(components.computed) == self.num_components
+        )
+        self.is_plain_pair = (
+            form.delta is low_rank_delta
+            and list(self.specs) == ["lora_a", "lora_b"]
+            and self._has_trained_only
+            and self.method.penalty is None
+            and self.probe is None
+        )
+        """True: the delta is plain LoRA's, and the method wants nothing else of backward."""
 
     def forward(self, x_MTI: Tensor) -> Tensor:
-        tensors = [getattr(self, name) for name in self.specs]
-        y_MTO: Tensor = self.base(x_MTI)
         if self.base_only:
-            return y_MTO
-        delta_MTO: Tensor = _Delta.apply(x_MTI, self, *tensors)  # type: ignore[no-untyped-call]
-        # Not y_MTO += delta_MTO: y_MTO is a view that a hook of DeepSpeed's returned, and autograd
-        # refuses to change such a view in place.
-        delta_MTO += y_MTO
-        return delta_MTO
+            return cast(Tensor, self.base(x_MTI))
+        tensors = [getattr(self, name) for name in self.specs]
+        y_MTO: Tensor = _AdaptedMatmul.apply(x_MTI, self, *tensors)  # type: ignore[no-untyped-call]
+        return y_MTO
 
-    def dropped(self, x_MTI: Tensor, rows_M: tuple[int, ...], step: int) -> Tensor:
-        """Return the site's input after dropout; in eval mode, the input unchanged.
+    def mask(self, x_MTI: Tensor, rows_M: tuple[int, ...], step: int) -> Tensor | None:
+        """Return what dropout multiplies the site's input with; None in eval mode or without it.
 
         Args:
             x_MTI: input of the site.
@@ -108,9 +122,8 @@ class AdapterLinear(nn.Module):
             step: optimizer step, counted from 1, that ``x_MTI`` comes from.
         """
         if not self.training or self.dropout == 0.0:
-            return x_MTI
-        mask = self.row_seeds.keep_mask(x_MTI, self.site.name, rows_M, step, self.dropout)
-        return x_MTI * mask
+            return None
+        return self.row_seeds.keep_mask(x_MTI, self.site.name, rows_M, step, self.dropout)
 
     def computed(self, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
         """Return all tensors that ``Form.delta`` takes. ZeRO-3 must have gathered them.
@@ -125,6 +138,8 @@ class AdapterLinear(nn.Module):
             and floating-point kept tensors are in the dtype of ``tensors``.
         """
         named = dict(zip(self.specs, tensors, strict=True))
+        if self._has_trained_only:
+            return named
         if len(self.components.computed) < self.num_components:
             named = {n: self._slice(t, self.specs[n].component_axis) for n, t in named.items()}
         dtype = tensors[0].dtype
@@ -168,13 +183,13 @@ class AdapterLinear(nn.Module):
         return t.index_select(axis, self._computed_indices)
 
 
-class _Delta(torch.autograd.Function):
-    """Autograd function that computes a site's delta in forward, and once more in backward.
+class _AdaptedMatmul(torch.autograd.Function):
+    """Autograd function of a site: the output of the frozen linear plus the delta.
 
-    Computing the delta twice costs two thin matmuls. In return, gathered adapter tensors and
-    dropout masks need not stay in memory from forward to backward. Backward has the site's gathered
-    tensors and the gradient of its output, so it also computes the gradient of the method's
-    penalty, the method's probe (one number of the site), and the input statistics.
+    Backward computes the delta once more. That costs two thin matmuls. In return, gathered adapter
+    tensors and dropout masks need not stay in memory from forward to backward. Backward has the
+    site's gathered tensors and the gradient of its output, so it also computes the gradient of the
+    method's penalty, the method's probe (one number of the site), and the input statistics.
     """
 
     @staticmethod
@@ -182,34 +197,70 @@ class _Delta(torch.autograd.Function):
         ctx.layer, ctx.rows_M, ctx.step = layer, layer.row_seeds.rows_M, layer.row_seeds.step
         ctx.row_metadata = layer.row_seeds.row_metadata()
         ctx.save_for_backward(x_MTI)
-        dropped_MTI = layer.dropped(x_MTI, ctx.rows_M, ctx.step)
-        return layer.form.delta(dropped_MTI, layer.computed(tensors), layer.scale)
+        y_MTO = output_of(layer.base, x_MTI)
+        mask = layer.mask(x_MTI, ctx.rows_M, ctx.step)
+        dropped_MTI = x_MTI if mask is None else x_MTI * mask
+        return y_MTO.add_(layer.form.delta(dropped_MTI, layer.computed(tensors), layer.scale))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (x_MTI,), layer = ctx.saved_tensors, cast(AdapterLinear, ctx.layer)
-        wants_x, dtype = ctx.needs_input_grad[0], fast_dtype(x_MTI)
-        leaves = [getattr(layer, name).detach().requires_grad_() for name in layer.specs]
-        with torch.enable_grad():
-            x = x_MTI.detach().requires_grad_(wants_x)
-            dropped_MTI = layer.dropped(x, ctx.rows_M, ctx.step).to(dtype)
-            tensors = {
-                name: t.to(dtype) if t.is_floating_point() else t
-                for name, t in layer.computed(leaves).items()
-            }
-            y = layer.form.delta(dropped_MTI, tensors, layer.scale)
-        outputs, gradients = [y], [grads[0].to(dtype)]
-        if layer.method.penalty is not None and layer.adds_penalty(layer.row_seeds.micro_batch):
-            penalty = layer.method.penalty({k: t.detach() for k, t in tensors.items()})
-            outputs += [tensors[name] for name in penalty]
-            # Gradients are summed over micro-batches and averaged over ranks: one penalty per step.
-            gradients += [
-                (g / layer.micro_batches).to(tensors[name].dtype) for name, g in penalty.items()
-            ]
-        if layer.probe is not None:
-            seen = {k: t.detach() for k, t in tensors.items()}
-            layer.probed += layer.probe(dropped_MTI.detach(), gradients[0], seen, layer.scale)
+        (x_MTI,), (grad_MTO,), layer = ctx.saved_tensors, grads, cast(AdapterLinear, ctx.layer)
+        mask = layer.mask(x_MTI, ctx.rows_M, ctx.step)
+        gradients = _of_pair if layer.is_plain_pair else _of_any_delta
+        grad_MTI, *of_tensors = gradients(layer, x_MTI, mask, grad_MTO, ctx.needs_input_grad[0])
         if layer.input_statistics is not None:
-            layer.input_statistics.add(x_MTI, grads[0], ctx.row_metadata)
-        got = torch.autograd.grad(outputs, [x, *leaves] if wants_x else leaves, gradients)
-        return (got[0], None, *got[1:]) if wants_x else (None, None, *got)
+            layer.input_statistics.add(x_MTI, grad_MTO, ctx.row_metadata)
+        if grad_MTI is not None:
+            grad_MTI = grad_MTI + input_gradient_of(layer.base, grad_MTO)
+        return grad_MTI, None, *of_tensors
+
+
+def _of_pair(
+    layer: AdapterLinear, x_MTI: Tensor, mask: Tensor | None, grad_MTO: Tensor, wants_x: bool
+) -> list[Tensor | None]:
+    """Return the gradients of the input, of A and of B of a plain low-rank pair.
+
+    y = s (x A^T) B^T     g_B = g^T (s x A^T)     g_A = (s g B)^T x     g_x = (s g B) A
+    """
+    dtype, kept = fast_dtype(x_MTI), x_MTI.dtype
+    a_RI, b_OR = layer.lora_a.detach().to(dtype), layer.lora_b.detach().to(dtype)
+    x_TI = (x_MTI if mask is None else x_MTI * mask).flatten(0, -2).to(dtype)
+    g_TO = grad_MTO.flatten(0, -2).to(dtype)
+    narrow_TR = (g_TO @ b_OR) * layer.scale
+    grad_b = g_TO.t() @ (x_TI @ a_RI.t() * layer.scale)
+    grad_a = narrow_TR.t() @ x_TI
+    grad_MTI = None
+    if wants_x:
+        grad_MTI = (narrow_TR @ a_RI).view(x_MTI.shape).to(kept)
+        grad_MTI = grad_MTI if mask is None else grad_MTI.mul_(mask)
+    return [grad_MTI, grad_a.to(kept), grad_b.to(kept)]
+
+
+def _of_any_delta(
+    layer: AdapterLinear, x_MTI: Tensor, mask: Tensor | None, grad_MTO: Tensor, wants_x: bool
+) -> list[Tensor | None]:
+    """Return the gradients of the input and of the trained tensors, as autograd finds them when the
+    delta is computed again; those of the method's penalty are added. Adds to the probe."""
+    dtype = fast_dtype(x_MTI)
+    leaves = [getattr(layer, name).detach().requires_grad_() for name in layer.specs]
+    with torch.enable_grad():
+        x = x_MTI.detach().requires_grad_(wants_x)
+        dropped_MTI = (x if mask is None else x * mask).to(dtype)
+        tensors = {
+            name: t.to(dtype) if t.is_floating_point() else t
+            for name, t in layer.computed(leaves).items()
+        }
+        y = layer.form.delta(dropped_MTI, tensors, layer.scale)
+    outputs, gradients = [y], [grad_MTO.to(dtype)]
+    if layer.method.penalty is not None and layer.adds_penalty(layer.row_seeds.micro_batch):
+        penalty = layer.method.penalty({k: t.detach() for k, t in tensors.items()})
+        outputs += [tensors[name] for name in penalty]
+        # Gradients are summed over micro-batches and averaged over ranks: one penalty per step.
+        gradients += [
+            (g / layer.micro_batches).to(tensors[name].dtype) for name, g in penalty.items()
+        ]
+    if layer.probe is not None:
+        seen = {k: t.detach() for k, t in tensors.items()}
+        layer.probed += layer.probe(dropped_MTI.detach(), gradients[0], seen, layer.scale)
+    got = torch.autograd.grad(outputs, [x, *leaves] if wants_x else leaves, gradients)
+    return [*got] if wants_x else [None, *got]

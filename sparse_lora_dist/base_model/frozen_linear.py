@@ -78,10 +78,17 @@ class QuantLinear(FrozenLinear):
         super().__init__(layout.shape[1], layout.shape[0], packed, bias)
         self.layout = layout
         self.scales = scales
+        self._parts: nf4.Parts | None = None
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
+        return nf4.dequantize(self._parts or self._cut(), self.layout, dtype)
+
+    def _cut(self) -> nf4.Parts:
         packed, scales = self.weight.data.view(torch.uint8), self.scales.data.view(torch.uint8)
-        return nf4.dequantize(packed, scales, self.layout, dtype)
+        parts = nf4.parts_of(packed, scales, self.layout)
+        if "weight" in self._buffers and "scales" in self._buffers:  # whole, so it never changes
+            self._parts = parts
+        return parts
 
 
 class Weighted(Protocol):
@@ -109,15 +116,25 @@ class FrozenMatmul(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TI: Tensor, layer: Weighted) -> Tensor:
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.data
-        return F.linear(x_TI, layer.weight_OI(x_TI.dtype), bias)
+        return output_of(layer, x_TI)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (grad_TO,) = grads
-        dtype = fast_dtype(grad_TO)
-        w_OI = ctx.layer.weight_OI(grad_TO.dtype).to(dtype)
-        return (grad_TO.to(dtype) @ w_OI).to(grad_TO.dtype), None
+        return input_gradient_of(ctx.layer, grads[0]), None
+
+
+def output_of(layer: Weighted, x_TI: Tensor) -> Tensor:
+    """Return x W^T + b, in the dtype of ``x_TI``. ZeRO-3 must have gathered W and b."""
+    bias = None if layer.bias is None else layer.bias.data
+    return F.linear(x_TI, layer.weight_OI(x_TI.dtype), bias)
+
+
+def input_gradient_of(layer: Weighted, grad_TO: Tensor) -> Tensor:
+    """Return g W, the gradient of the input, in the dtype of g, the gradient of the output. ZeRO-3
+    must have gathered W."""
+    dtype = fast_dtype(grad_TO)
+    w_OI = layer.weight_OI(grad_TO.dtype).to(dtype)
+    return (grad_TO.to(dtype) @ w_OI).to(grad_TO.dtype)
 
 
 def fast_dtype(t: Tensor) -> torch.dtype:

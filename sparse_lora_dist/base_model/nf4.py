@@ -252,35 +252,47 @@ def scale_bytes(absmax_B: Tensor, offset_E: Tensor, layout: Layout) -> Tensor:
     return torch.cat([*nested, offset_E.contiguous().view(torch.uint8), *quantized])
 
 
-def absmax_of(scales: Tensor, layout: Layout, matrix: int = 0) -> Tensor:
-    """Decode the scales of one matrix from the bytes of ``scale_bytes``.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Views of one matrix's bytes, as the ops of bitsandbytes take them."""
+
+    packed: Tensor
+    """Packed bytes, uint8 [bytes, 1]."""
+    absmax: Tensor
+    """fp32 scales of the blocks, or the nested ones if they are quantised too."""
+    codes_B: Tensor | None
+    """8-bit codes of the scales, uint8; None without double quantisation."""
+    offset: Tensor | None
+    """fp32 [1], what is added to the scales; None without double quantisation."""
+
+
+def parts_of(packed: Tensor, scales: Tensor, layout: Layout, matrix: int = 0) -> Parts:
+    """Cut the bytes of a tensor into the parts that encode one matrix.
 
     Args:
+        packed: uint8, packed bytes of the whole tensor. Padding at the end is allowed.
         scales: uint8, bytes of the scales of the whole tensor. Padding at the end is allowed.
         layout: layout of the tensor.
         matrix: index of the matrix in the stack.
-
-    Returns:
-        fp32 1-D tensor with one scale for each block of the matrix.
     """
     blocks, nested = layout.matrix_blocks, layout.matrix_nested
+    size = layout.matrix_bytes
+    own = packed.narrow(0, matrix * size, size).view(-1, 1)
 
-    # Cloned because ZeRO-3 may gather these bytes to an unaligned address, where they cannot be
-    # viewed as floats.
     def floats(start: int, count: int) -> Tensor:
-        return scales[4 * start : 4 * (start + count)].clone().view(torch.float32)
+        raw = scales.narrow(0, 4 * start, 4 * count)
+        # ZeRO-3 may gather the bytes to an address where they cannot be viewed as floats.
+        return (raw if raw.storage_offset() % 4 == 0 else raw.clone()).view(torch.float32)
 
     if not layout.double_quant:
-        return floats(matrix * blocks, blocks)
-    state = bnb.QuantState(
+        return Parts(own, floats(matrix * blocks, blocks), None, None)
+    first = 4 * (layout.num_nested + layout.count) + matrix * blocks
+    return Parts(
+        packed=own,
         absmax=floats(matrix * nested, nested),
-        code=dynamic_map(scales.device),
-        blocksize=layout.nested_block,
-        dtype=torch.float32,
+        codes_B=scales.narrow(0, first, blocks),
+        offset=floats(layout.num_nested + matrix, 1),
     )
-    codes_start = 4 * (layout.num_nested + layout.count) + matrix * blocks
-    quantized_B = scales[codes_start : codes_start + blocks]
-    return bnb.dequantize_blockwise(quantized_B, state) + floats(layout.num_nested + matrix, 1)
 
 
 def dynamic_map(device: torch.device) -> Tensor:
@@ -297,30 +309,28 @@ def dynamic_map(device: torch.device) -> Tensor:
     return code
 
 
-def dequantize(
-    packed: Tensor, scales: Tensor, layout: Layout, dtype: torch.dtype, matrix: int = 0
-) -> Tensor:
+def dequantize(parts: Parts, layout: Layout, dtype: torch.dtype) -> Tensor:
     """Dequantise one matrix of a tensor.
 
     Args:
-        packed: uint8, packed bytes of the whole tensor. Padding at the end is allowed.
-        scales: uint8, bytes of the scales of the whole tensor. Padding at the end is allowed.
+        parts: bytes of the matrix, from ``parts_of``.
         layout: layout of the tensor.
         dtype: dtype of the result.
-        matrix: index of the matrix in the stack.
 
     Returns:
         The matrix, of shape ``layout.shape`` and dtype ``dtype``.
     """
+    # The ops themselves: bitsandbytes' functions would make an object of each tensor, and check it.
+    ops, absmax = torch.ops.bitsandbytes, parts.absmax
+    if parts.codes_B is not None:
+        code, fp32 = dynamic_map(absmax.device), torch.float32
+        absmax = ops.dequantize_blockwise.default(
+            parts.codes_B, absmax, code, layout.nested_block, fp32
+        ).add_(parts.offset)
     # As one row: bitsandbytes 0.50.2 takes wrong scales on a CPU if a block ends inside a row.
     is_flat = layout.shape[1] % layout.block != 0
-    state = bnb.QuantState(
-        absmax=absmax_of(scales, layout, matrix),
-        shape=torch.Size((layout.matrix_numel,) if is_flat else layout.shape),
-        blocksize=layout.block,
-        quant_type=layout.quant_type,
-        dtype=dtype,
+    shape = (layout.matrix_numel,) if is_flat else layout.shape
+    w_OI: Tensor = ops.dequantize_4bit.default(
+        parts.packed, absmax, layout.block, layout.quant_type, shape, dtype
     )
-    own = packed.narrow(0, matrix * layout.matrix_bytes, layout.matrix_bytes)
-    w_OI: Tensor = bnb.dequantize_4bit(own.view(-1, 1), state)
     return w_OI.view(layout.shape)

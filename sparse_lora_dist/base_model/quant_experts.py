@@ -35,7 +35,9 @@ class Matrix:
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """Return the matrix [O, I], dequantised to ``dtype``, while ZeRO-3 has it gathered."""
         packed, scales = self.packed.data.view(torch.uint8), self.scales.data.view(torch.uint8)
-        return nf4.dequantize(packed, scales, self.layout, dtype, self.index)
+        return nf4.dequantize(
+            nf4.parts_of(packed, scales, self.layout, self.index), self.layout, dtype
+        )
 
 
 class QuantExperts(nn.Module):

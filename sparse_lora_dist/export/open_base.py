@@ -171,7 +171,9 @@ class Base:
             packed, scales = (
                 self.files.read(part, 0, part.nbytes) for part in (source.packed, source.scales)
             )
-            return nf4.dequantize(packed, scales, source.layout, self.trained.dtype)
+            return nf4.dequantize(
+                nf4.parts_of(packed, scales, source.layout), source.layout, self.trained.dtype
+            )
         w = self.read(key)
         w = self.dequantised(w, key) if key in self.quantized else w.to(self.trained.dtype)
         return w.view(shape)
@@ -195,7 +197,8 @@ class Base:
         layout = self.quantized[key]
         packed, absmax = nf4.quantize(w, layout)
         scales = nf4.scale_bytes(absmax, nf4.offsets(absmax, layout), layout)
-        return nf4.dequantize(packed, scales, layout, self.trained.dtype).flatten()
+        parts = nf4.parts_of(packed, scales, layout)
+        return nf4.dequantize(parts, layout, self.trained.dtype).flatten()
 
     @cached_property
     def quantized(self) -> Mapping[str, nf4.Layout]:

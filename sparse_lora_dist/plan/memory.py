@@ -171,8 +171,12 @@ def _base(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]
     def stays(parameter: PlannedParameter) -> bool:
         return engine.parameters == "none" or parameter.numel <= engine.bounds.persistent
 
+    def is_whole(parameter: PlannedParameter) -> bool:  # counted below (``zero3.whole``)
+        small = parameter.numel <= engine.bounds.persistent
+        return small and ranks.world_size > 1 and parameter.kind not in ("kept", "trained")
+
     for kind, (key, label) in FROZEN.items():
-        parameters = [p for p in shapes.parameters if p.kind == kind]
+        parameters = [p for p in shapes.parameters if p.kind == kind and not is_whole(p)]
         staying = [p for p in parameters if stays(p)]
         leaving = [p for p in parameters if not stays(p)]
         yield _always(key, label, where, _share(staying, shapes, ranks))

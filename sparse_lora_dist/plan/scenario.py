@@ -21,13 +21,14 @@ from sparse_lora_dist.model.targets import find_sites
 from sparse_lora_dist.plan.forecast import Forecast, forecast
 from sparse_lora_dist.plan.playback.gathers import Bounds, Gathered, gathered
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
-from sparse_lora_dist.plan.playback.meta_step import StepMemory, layers_of, step_memory
+from sparse_lora_dist.plan.playback.meta_step import StepMemory, step_memory
 from sparse_lora_dist.plan.playback.parameters import (
     PlannedParameter,
     SavedQuantization,
     planned_parameters,
     ties,
 )
+from sparse_lora_dist.zero3.layers import layers_of
 
 STEPS = 1000
 """Optimizer steps of the run that are assumed if ``--max_steps`` is not given."""
@@ -87,6 +88,7 @@ class PlannedEngine:
                 reuse=number("stage3_max_reuse_distance", usual.reuse),
                 persistent=number("stage3_param_persistence_threshold", usual.persistent),
                 one_by_one=bool(number("stage3_allgather_sequential", 0)),
+                by_layer=param.get("device") != "nvme",
             ),
             reduce_bucket=number("reduce_bucket_size", cls.reduce_bucket),
             hpz=max(1, number("zero_hpz_partition_size", 1)),

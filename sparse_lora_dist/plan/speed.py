@@ -9,9 +9,9 @@ from transformers import PreTrainedConfig
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.plan.memory import saved_bytes
 from sparse_lora_dist.plan.plan_options import PlanConfig
-from sparse_lora_dist.plan.playback.meta_step import layers_of
 from sparse_lora_dist.plan.playback.parameters import PlannedParameter, ties
 from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
+from sparse_lora_dist.zero3.layers import layers_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,8 +15,11 @@ from torch.optim import Optimizer
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import in_words
+from sparse_lora_dist.zero3 import quick  # noqa: F401
+from sparse_lora_dist.zero3.layers import gather_by_layer
 from sparse_lora_dist.zero3.parameters import ZeroParameter
 from sparse_lora_dist.zero3.slices import TensorSlice
+from sparse_lora_dist.zero3.whole import keep_whole
 
 _loss_backend = "auto"
 """What computes the loss: auto (Triton on a GPU) or torch. ``check_loss_kernel`` sets it."""
@@ -40,6 +43,8 @@ class Engine:
     def __init__(
         self, model: nn.Module, optimizer: Optimizer | None, engine_config: Mapping[str, Any]
     ) -> None:
+        self._whole = keep_whole(model, engine_config)
+        gather_by_layer(model, engine_config)
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=dict(engine_config), dist_init_required=False
         )
@@ -52,6 +57,8 @@ class Engine:
         self.trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.slices = [self._slice_of(name, p) for name, p in self.trained.items()]
         self.model = model
+        if optimizer is not None and not self._zero.offload_optimizer:
+            self._zero._get_norm_groups = self._gradient_norms
         # transformers returns models in eval mode.
         self._engine.train()
 
@@ -100,6 +107,8 @@ class Engine:
         for parameter in cast(Iterable[ZeroParameter], self.model.parameters()):
             parameter.ds_tensor = parameter.ds_secondary_tensor = None
             parameter.data = parameter.data.new_empty(0)
+        for tensor in self._whole:
+            tensor.data = tensor.new_empty(0)
         # The process group of hpZ. The next zero.Init fails if an old one is left.
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
 
@@ -124,12 +133,21 @@ class Engine:
             refuse: True to skip the update and discard the gradient. It must be the same on all
                 ranks.
         """
+        norms = self._zero._get_norm_groups
         if refuse:  # DeepSpeed skips an update whose gradient norm is not finite
             self._zero._get_norm_groups = lambda: [math.inf]
         try:
             self._engine.step()
         finally:
-            self._zero.__dict__.pop("_get_norm_groups", None)
+            self._zero._get_norm_groups = norms
+
+    def _gradient_norms(self) -> list[Tensor]:
+        """Return the L2 norm of each sub-group's whole gradient, -1 if it is not finite, as
+        DeepSpeed does with several calls a tensor. Collective."""
+        shards = list(self._zero.averaged_gradients.values())
+        own = [torch.stack(torch._foreach_norm(group)).square().sum() for group in shards]
+        norms = comm.sum_over_ranks(torch.stack(own)).sqrt()
+        return list(torch.where(norms.isfinite(), norms, -1.0))
 
     def gradient_is_finite(self) -> Tensor:
         """Return a scalar that is finite only if all elements of this rank's gradient shards are.

@@ -203,9 +203,10 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
 
     Args:
         parameters: sharded parameters, in the same order on all ranks. Inside the context their
-            ``data`` has the whole shape and the engine's dtype.
+            ``data`` has the whole shape and the engine's dtype. Those that are whole already
+            (``zero3.whole``) are left alone.
     """
-    found: list[ZeroParameter] = list(parameters)
+    found: list[ZeroParameter] = [p for p in parameters if hasattr(p, "ds_status")]
     absent = [p for p in found if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
     # With hpZ a secondary copy is sharded over fewer ranks than the primary one.
     for has_secondary in (False, True):

@@ -32,8 +32,8 @@ def k_largest(scores: Tensor, k: int) -> Tensor:
         )
     if not 0 < k < len(scores_N):
         return torch.full_like(scores, k > 0, dtype=torch.bool)
-    threshold = scores_N.kthvalue(len(scores_N) - k + 1).values
-    mask_N = scores_N > threshold
-    (tied,) = (scores_N == threshold).nonzero(as_tuple=True)
-    mask_N[tied[: k - int(mask_N.sum())]] = True
+    # Not kthvalue: on a GPU it gives a whole weight to one block of threads.
+    threshold = scores_N.topk(k, sorted=False).values.min()
+    mask_N, tied_N = scores_N > threshold, scores_N == threshold
+    mask_N |= tied_N & (tied_N.cumsum(0, dtype=torch.int32) <= k - mask_N.sum())
     return mask_N.view(scores.shape)

@@ -32,6 +32,9 @@ class Bounds:
     one_by_one: bool = False
     """stage3_allgather_sequential: True if every parameter is gathered by an all-gather of its
     own."""
+    by_layer: bool = True
+    """True if a layer's parameters are gathered together, False if each module gathers its own
+    (``zero3.layers.gather_by_layer``)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -209,13 +212,21 @@ def gathered(
     """
     moving = [p for p in parameters if p.numel > bounds.persistent]
     sizes = {p.name: p.numel for p in moving}
+    modules = {p.module for p in moving}
+
+    def unit_of(module: str) -> str:
+        if bounds.by_layer and layers and module.startswith(f"{layers}."):
+            return f"{layers}.{module[len(layers) + 1 :].split('.')[0]}"
+        return f"{module}." if f"{module}." in modules else module
+
     of_module: dict[str, list[str]] = {}
     for parameter in moving:
-        of_module.setdefault(parameter.module, []).append(parameter.name)
+        of_module.setdefault(unit_of(parameter.module), []).append(parameter.name)
     for module, name in ties:
         if name in sizes:
             of_module.setdefault(module, []).append(name)
-    visits = _visits(list(of_module), once, layers, checkpointing)
+    again = checkpointing and not bounds.by_layer  # a layer's own hooks do not run again
+    visits = _visits(list(of_module), once, layers, again)
     coordinator = _Coordinator(
         sizes=sizes,
         of_module=of_module,
@@ -234,17 +245,18 @@ def gathered(
 
 
 def _visits(
-    modules: Sequence[str], once: Collection[str], layers: str, checkpointing: bool
+    modules: Sequence[str], once: Collection[str], layers: str, again: bool
 ) -> list[Visit]:
     """Return the calls of ZeRO-3's hooks in a micro-batch: those of forward, then of backward.
 
-    With ``checkpointing``, each layer has the calls of its forward again before its backward.
+    With ``again``, each layer has the calls of its forward again before its backward.
 
     Args:
         modules: names of all modules that have parameters, in the model's order.
         once: names of modules that are left out of backward.
         layers: name of the list of the model's layers; "" if it has none.
-        checkpointing: True if each layer runs forward again in backward.
+        again: True if the hooks of a layer's modules run again in backward, as they do with
+            gradient checkpointing.
     """
     parts: dict[str, list[str]] = {}
     for module in modules:
@@ -255,39 +267,12 @@ def _visits(
         parts.setdefault(part, []).append(module)
     visits = _pass(modules)
     for part, inner in reversed(parts.items()):
-        if checkpointing and not part.endswith(":"):
+        if again and not part.endswith(":"):
             visits += _pass(inner)
-        visits += _pass(list(reversed(_adapted_first(inner))))
+        visits += _pass(list(reversed(inner)))
     return visits
-
-
-def _adapted_first(modules: Sequence[str]) -> list[str]:
-    """Return the names ``modules`` with each adapter ("q_proj.") moved behind its base linear
-    ("q_proj").
-
-    In reversed order, which is that of backward, the adapter then begins first.
-    """
-    swapped = list(modules)
-    for i, module in enumerate(modules[:-1]):
-        if module.endswith(".") and module == f"{modules[i + 1]}.":
-            swapped[i], swapped[i + 1] = swapped[i + 1], swapped[i]
-    return swapped
 
 
 def _pass(modules: Sequence[str]) -> list[Visit]:
-    """Return the hook calls that ZeRO-3 makes if ``modules`` run once, in this order.
-
-    An adapter is named like its linear, with a dot at the end.
-
-    If an adapter ("q_proj.") stands right before its base linear ("q_proj"), the linear runs inside
-    the adapter: the adapter's parameters are released after those of the linear.
-    """
-    visits: list[Visit] = []
-    for i, module in enumerate(modules):
-        visits.append((module, True))
-        if module.endswith(".") and i + 1 < len(modules) and module == f"{modules[i + 1]}.":
-            continue
-        visits.append((module, False))
-        if i > 0 and modules[i - 1] == f"{module}.":
-            visits.append((modules[i - 1], False))
-    return visits
+    """Return the hook calls that ZeRO-3 makes if ``modules`` run once, in this order."""
+    return [(module, begins) for module in modules for begins in (True, False)]

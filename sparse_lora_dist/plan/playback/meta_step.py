@@ -30,6 +30,7 @@ from sparse_lora_dist.base_model.nf4 import BLOCK
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Method
+from sparse_lora_dist.zero3.layers import layers_of
 
 FEW, MORE = 2, 4
 """Numbers of layers of the two copies of the model that are run."""
@@ -196,18 +197,6 @@ def step_memory(
             )
         found.append(_run(few.base_model, rows, tokens, packed=packed))
     return _extrapolated(found, counts, num_layers)
-
-
-def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the name and the list of the model's layers, such as ("model.layers", ModuleList).
-
-    These are the ModuleList with most parameters. A model that has no ModuleList gives ("", empty
-    ModuleList).
-    """
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
-        return "", nn.ModuleList()
-    return max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
 
 
 def _extrapolated(found: list[StepMemory], counts: list[int], num_layers: int) -> StepMemory:

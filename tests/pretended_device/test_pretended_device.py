@@ -1,0 +1,115 @@
+"""Runs on a pretended CUDA device (``install.py``): what a GPU would refuse, race or wait for."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.fixtures.tiny_models import save_family
+from tests.fixtures.tiny_run import TinyRun
+from tests.laws import LAWS
+from tests.pretended_device.mistakes import PLANTED
+
+pytestmark = pytest.mark.usefixtures("processes")
+
+PHASES = ("forward", "backward", "decision and update")
+STEPS = 4
+
+
+def found_in(
+    folder: Path,
+    *runs: tuple[str, list[str]],
+    ranks: int = 1,
+    mistake: str | None = None,
+) -> list[list[dict[str, Any]]]:
+    """What each rank found in each run."""
+    report = folder / "report.json"
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    job = ["-m", "tests.pretended_device.run", json.dumps(runs), str(report)]
+    done = subprocess.run(
+        [sys.executable, *command, *job, *([mistake] if mistake else [])],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return [json.loads(report.with_suffix(f".{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def problems(found: list[list[dict[str, Any]]]) -> list[str]:
+    return [problem for rank in found for run in rank for problem in run["problems"]]
+
+
+def test_a_run_with_all_that_a_step_may_have(tiny: TinyRun, tmp_path: Path) -> None:
+    """AdaLoRA with dropout, gradient checkpointing, accumulation, a checkpoint and a resume, and
+    an evaluation of what it wrote."""
+    options = {
+        "method": "adalora",
+        **LAWS["adalora"].on,
+        "dropout": 0.1,
+        "gradient_checkpointing": "true",
+        "gradient_accumulation_steps": 2,
+        "max_steps": 8,
+        "eval_every": 4,
+        "precision": "bf16",
+    }
+    out = tmp_path / "run"
+    first = tiny.flags(out, **options, stop_after=4)
+    second = tiny.flags(out, **options, resume="auto")
+    judged = [
+        f"--model={tiny.model}",
+        f"--adapter={out / 'adapter'}",
+        f"--eval_data={tiny.held_out}",
+        "--metrics=loss,exact",
+        "--max_new_tokens=4",
+    ]
+    found = found_in(tmp_path, ("train", first), ("train", second), ("eval", judged))
+    assert problems(found) == []
+    assert all(run["launches"] for run in found[0])
+
+
+def test_an_offloaded_optimizer_on_two_ranks(tiny: TinyRun, tmp_path: Path) -> None:
+    options = {"method": "roselora", **LAWS["roselora"].on, "ds_config": "zero3_offload"}
+    run = ("train", tiny.flags(tmp_path / "run", **options))
+    assert problems(found_in(tmp_path, run, ranks=2)) == []
+
+
+def test_a_mixture_of_experts(tiny: TinyRun, tmp_path: Path) -> None:
+    model = save_family(tmp_path / "model", "mixtral", vocab_size=300)
+    for file in tiny.model.glob("token*"):
+        (model / file.name).write_bytes(file.read_bytes())
+    run = ("train", tiny.flags(tmp_path / "run", model=model, method="lora"))
+    assert problems(found_in(tmp_path, run)) == []
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words", "place"),
+    [
+        ("host mask", "mix", "optim/sparse_adamw.py"),
+        ("host generator", "generator of cpu", "adapter/dropout.py"),
+        ("no epilogue", "race", "zero3/engine.py"),
+        ("no wait for gathers", "race", "sparse_lora_dist/"),
+    ],
+)
+def test_a_planted_mistake_is_found(
+    tiny: TinyRun, tmp_path: Path, mistake: str, words: str, place: str
+) -> None:
+    options = {"method": "roselora", **LAWS["roselora"].on, "dropout": 0.1, "max_steps": 3}
+    run = ("train", tiny.flags(tmp_path / "run", **options))
+    ranks = 2 if mistake == "no wait for gathers" else 1
+    found = problems(found_in(tmp_path, run, ranks=ranks, mistake=mistake))
+    assert [problem for problem in found if words in problem and place in problem], found[:5]
+
+
+def test_every_mistake_is_planted() -> None:
+    assert set(PLANTED) == {
+        "host mask",
+        "host generator",
+        "no epilogue",
+        "no wait for gathers",
+    }
