@@ -223,7 +223,7 @@ def _of_pair(
     y = s (x A^T) B^T     g_B = g^T (s x A^T)     g_A = (s g B)^T x     g_x = (s g B) A
     """
     dtype, kept = fast_dtype(x_MTI), x_MTI.dtype
-    a_RI, b_OR = layer.lora_a.detach().to(dtype), layer.lora_b.detach().to(dtype)
+    a_RI, b_OR = (getattr(layer, name).detach().to(dtype) for name in layer.specs)
     x_TI = (x_MTI if mask is None else x_MTI * mask).flatten(0, -2).to(dtype)
     g_TO = grad_MTO.flatten(0, -2).to(dtype)
     narrow_TR = (g_TO @ b_OR) * layer.scale

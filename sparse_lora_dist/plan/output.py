@@ -1,7 +1,7 @@
 """Computes the results of a plan when they are first read, and formats them as text or as JSON."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,6 +22,8 @@ from sparse_lora_dist.plan.plan_options import PlanConfig
 from sparse_lora_dist.plan.scenario import PlannedEngine, Ranks, Shapes
 from sparse_lora_dist.plan.speed import Speed, speed_of
 
+LARGEST = 10**12
+"""stage3_param_persistence_threshold of ds_configs/whole.json: no tensor has so many elements."""
 PLACES: dict[Place, str] = {"gpu": "GB on a GPU", "host": "GB in host memory, per rank"}
 """Memory that a table is about -> its heading. There is one table for each."""
 
@@ -72,6 +74,15 @@ class Outcome:
     def changes(self) -> Sequence[Change]:
         """Changes of settings that may save memory, by the GPU memory needed, least first."""
         return changes(self.shapes, self.engine, self.ranks)
+
+    @cached_property
+    def whole(self) -> "Outcome | None":
+        """The run with a base that is whole on every rank (ds_configs/whole.json). None if it is
+        planned so, if that does not fit, or if nothing is gathered anyway."""
+        bounds = replace(self.engine.bounds, persistent=LARGEST)
+        other = replace(self, engine=replace(self.engine, bounds=bounds))
+        sharded = self.ranks.world_size > 1 and self.engine.parameters == "none"
+        return other if sharded and other.engine != self.engine and other.fits else None
 
     @property
     def notes(self) -> list[str]:
@@ -164,6 +175,12 @@ def _verdict(outcome: Outcome) -> Iterator[str]:
             yield f"least     it does not fit on up to {MAX_RANKS} {things}"
         else:
             yield f"least     {least} {things}"
+    if (whole := outcome.whole) is not None:
+        (_, now), (_, then) = outcome.speed.step_s, whole.speed.step_s
+        gpu, host, less = gb(whole.need.gpu), gb(whole.need.host), 1 - then / now
+        yield f"whole     --ds_config whole fits too, the base whole on every rank: {gpu} GB on each"
+        yield f"          GPU, {host} GB per machine, and {less:.0%} less time a step where"
+        yield "          communication does not overlap with compute"
     yield f"slurm     sbatch {mem_option(need.host)} asks for this host memory, and a tenth more"
 
 

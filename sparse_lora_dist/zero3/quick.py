@@ -24,7 +24,7 @@ def say_nothing(message: str, *, force: bool = False, **others: Any) -> None:
     a line of its own source says ``force=True``."""
 
 
-def parameters_of(module: nn.Module, recurse: bool = False) -> Iterable[nn.Parameter]:
+def parameters_of(module: Any, recurse: bool = False) -> Iterable[nn.Parameter]:
     """Return what DeepSpeed's ``iter_params`` returns: a module's parameters and those that it
     reads of others. They are remembered, as they stay the same once DeepSpeed has its hooks.
 

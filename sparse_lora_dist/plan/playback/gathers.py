@@ -244,9 +244,7 @@ def gathered(
     )
 
 
-def _visits(
-    modules: Sequence[str], once: Collection[str], layers: str, again: bool
-) -> list[Visit]:
+def _visits(modules: Sequence[str], once: Collection[str], layers: str, again: bool) -> list[Visit]:
     """Return the calls of ZeRO-3's hooks in a micro-batch: those of forward, then of backward.
 
     With ``again``, each layer has the calls of its forward again before its backward.
