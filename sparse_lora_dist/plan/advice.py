@@ -147,7 +147,9 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
             ranks,
         )
     # The settings of zero3_offload.json, whatever the engine file of the planned run has.
-    away = replace(engine, parameters="cpu", optimizer="cpu", hpz=1, nvme_buffers=0, pinned=True)
+    by_layer = replace(engine.bounds, by_layer=True)
+    away = replace(engine, bounds=by_layer, parameters="cpu", optimizer="cpu")
+    away = replace(away, hpz=1, nvme_buffers=0, pinned=True)
     if ranks.on_gpu and away != engine:
         yield "--ds_config zero3_offload", shapes, away, ranks
     if engine.hpz > 1:

@@ -107,7 +107,8 @@ def test_lines_of_shares_are_those_of_a_run(
     flags = tiny.flags(tmp_path / "run", **options)
     found = ranks(size, "tests.work.plan:real_and_planned", flags=flags)
     real, planned = found[0]
-    assert real.pop("packed_weights") > 0 and real["moments"] > 0
+    packed = real.pop("packed_weights")
+    assert packed + real["persistent"] > 0 and real["moments"] > 0
     moments, planned_moments = real.pop("moments"), planned["moments"]
     if options.get("method") == "increlora":
         assert planned_moments == pytest.approx(moments, rel=0.1), "by schedule, not by data"
@@ -118,9 +119,21 @@ def test_lines_of_shares_are_those_of_a_run(
         assert planned.get(key, 0) == size_of_it, key
 
 
-def test_packed_weights_are_exact_too(ranks: RealRanks, tiny: TinyRun, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def all_sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An engine file that shards even the smallest parameters."""
+    content = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    file = tmp_path_factory.mktemp("engine") / "all_sharded.json"
+    file.write_text(json.dumps(content))
+    return file
+
+
+def test_packed_weights_are_exact_too(
+    ranks: RealRanks, tiny: TinyRun, tmp_path: Path, all_sharded: Path
+) -> None:
     for size in (1, 3):
-        flags = tiny.flags(tmp_path / str(size), precision="bf16")
+        flags = tiny.flags(tmp_path / str(size), precision="bf16", ds_config=all_sharded)
         for real, planned in ranks(size, "tests.work.plan:real_and_planned", flags=flags):
             assert real["packed_weights"] == planned["packed_weights"]
 
@@ -171,9 +184,10 @@ def saved_in_4_bits(tiny: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_a_checkpoint_in_4_bits_is_planned_as_it_was_saved(
-    ranks: RealRanks, tiny: TinyRun, tmp_path: Path, saved_in_4_bits: Path
+    ranks: RealRanks, tiny: TinyRun, tmp_path: Path, saved_in_4_bits: Path, all_sharded: Path
 ) -> None:
-    flags = tiny.flags(tmp_path / "run", model=saved_in_4_bits, precision="bf16", max_steps=1)
+    options = {"model": saved_in_4_bits, "precision": "bf16", "ds_config": all_sharded}
+    flags = tiny.flags(tmp_path / "run", max_steps=1, **options)
     real, planned = ranks(3, "tests.work.plan:real_and_planned", flags=flags)[0]
     for key in ("packed_weights", "scales", "unquantised_linears", "embeddings"):
         assert planned[key] == real[key] > 0, key
@@ -218,7 +232,14 @@ def test_70b_gathers_the_base_once_a_pass(llama_70b: Shapes) -> None:
     again = gathered(
         llama_70b.parameters, "model.layers", Bounds(prefetch=0, reuse=0), checkpointing=True
     )
-    assert (again.received - found.received) * 2 / 1e9 == pytest.approx(35.3, abs=0.6)
+    assert again == found, "a layer that runs again is still gathered for its backward"
+    by_module = Bounds(prefetch=0, reuse=0, by_layer=False)
+    usual, again = (
+        gathered(llama_70b.parameters, "model.layers", by_module, checkpointing=c)
+        for c in (False, True)
+    )
+    assert usual.received == found.received
+    assert (again.received - usual.received) * 2 / 1e9 == pytest.approx(35.3, abs=0.6)
 
 
 def test_70b_in_4_bit_on_8_and_on_2_ranks(llama_70b: Shapes) -> None:
@@ -424,6 +445,7 @@ def test_one_gpu_copies_what_is_offloaded_without_a_buffer(llama_70b: Shapes) ->
     away = PlannedEngine.of(
         request(ds_config=str(ROOT / "ds_configs" / "zero3_offload.json")).engine
     )
+    away = replace(away, bounds=replace(away.bounds, prefetch=2 * 10**9, live=3 * 10**9))
     single = replace(away, bounds=replace(away.bounds, one_by_one=True))
 
     def whole(engine: PlannedEngine, count: int) -> int:
@@ -704,7 +726,9 @@ def test_shares_on_disk_are_read_for_every_use() -> None:
     read = disk.speed.read_bytes
     assert read == pytest.approx(disk.speed.gathered_bytes / 7)
     assert disk.speed.read_s == pytest.approx(4 * read / 1e9), "four ranks share 1 GB/s"
-    assert disk.speed.step_s[1] == pytest.approx(memory.speed.step_s[1] + disk.speed.read_s)
+    # A disk's shares are gathered a module at a time, others a layer.
+    in_turn = memory.speed.step_s[1] + disk.speed.read_s
+    assert disk.speed.step_s[1] == pytest.approx(in_turn, rel=1e-3)
     assert disk.speed.step_s[0] >= disk.speed.read_s
     assert "GB of the base from disk" in as_text(disk)
 

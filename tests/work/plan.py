@@ -25,13 +25,22 @@ def real_and_planned(flags: list[str]) -> tuple[dict[str, int], dict[str, int]]:
 
 def _real(job: Any) -> dict[str, int]:
     found = dict.fromkeys(("packed_weights", "scales", "unquantised_linears", "embeddings"), 0)
-    found |= {"norms_and_biases": 0, "kept": 0}
+    found |= {"norms_and_biases": 0, "kept": 0, "persistent": 0}
     for name, parameter in job.model.module.named_parameters():
         if not parameter.requires_grad:
             owner = job.model.module.get_submodule(name.rpartition(".")[0])
             is_kept = isinstance(owner, AdapterLinear)
             kind = "kept" if is_kept else _kind(name, type(owner) is FrozenLinear)
             found[kind] += parameter.ds_tensor.nbytes
+    whole = {id(t) for t in job.engine._whole}
+    for name, buffer in job.model.module.named_buffers():
+        if id(buffer) in whole:
+            owner = job.model.module.get_submodule(name.rpartition(".")[0])
+            kind = _kind(name, type(owner) is FrozenLinear)
+            found[kind if comm.world_size() == 1 else "persistent"] += buffer.nbytes
+    if comm.world_size() > 1:
+        staying = [p for p in job.model.module.parameters() if p.ds_persist]
+        found["persistent"] += sum(p.ds_numel * p.ds_tensor.itemsize for p in staying)
     zero = job.engine._zero
     flats = job.engine.flats()
     live = zero.lp_param_buffer
