@@ -12,6 +12,8 @@ from unittest.mock import patch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from sparse_lora_dist.adapter.linear import AdapterLinear
+
 
 @dataclass
 class Alive:
@@ -57,9 +59,12 @@ class BaseStorages:
             handle.remove()
 
     def _add_own(self, kind: str, module: nn.Module, inputs: Any) -> None:
-        for parameter in module.parameters(recurse=False):
-            if not parameter.requires_grad:
-                self.add(kind, parameter.data)
+        # An adapter computes with the tensors of its frozen linear, without calling it.
+        parts = [module, module.base] if isinstance(module, AdapterLinear) else [module]
+        for part in parts:
+            for tensor in [*part.parameters(recurse=False), *part.buffers(recurse=False)]:
+                if not tensor.requires_grad and isinstance(tensor, nn.Parameter):
+                    self.add(kind, tensor.data)
 
     def _adding(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def call(*args: Any, **kwargs: Any) -> Tensor:

@@ -47,8 +47,8 @@ def file(tmp_path, monkeypatch):
     return write
 
 
-def test_four_files_are_shipped():
-    names = ["zero3", "zero3_hpz", "zero3_nvme", "zero3_offload"]
+def test_five_files_are_shipped():
+    names = ["whole", "zero3", "zero3_hpz", "zero3_nvme", "zero3_offload"]
     assert [p.stem for p in SHIPPED] == names
 
 

@@ -75,7 +75,7 @@ def test_an_unknown_engine_file_is_refused_with_the_names(elsewhere: Path) -> No
             load_config(["--ds_config", wrong])
         assert (
             f"--ds_config {wrong} does not exist. Name a file, or one that comes with the package: "
-            f"zero3, zero3_hpz, zero3_nvme, zero3_offload"
+            f"whole, zero3, zero3_hpz, zero3_nvme, zero3_offload"
         ) in str(caught.value)
 
 
