@@ -19,6 +19,9 @@ from sparse_lora_dist.base_model.weight_map import Keys
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.zero3.slices import Values
 
+ONE_LABEL = "single_label_classification"
+"""Value of problem_type in config.json for classes of which each example has one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Head:

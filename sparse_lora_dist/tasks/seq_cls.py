@@ -23,7 +23,8 @@ from sparse_lora_dist.data import (
     read_classes,
 )
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.tasks.class_head import classes_of, find_head
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.tasks.class_head import ONE_LABEL, classes_of, find_head
 from sparse_lora_dist.tasks.task import Task
 from sparse_lora_dist.zero3.engine import Engine
 
@@ -34,8 +35,8 @@ def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
     Must be called before the model is built. Not a collective.
 
     Args:
-        architecture: config of the transformers model. Its id2label, label2id and use_cache are
-            changed.
+        architecture: config of the transformers model. Its id2label, label2id, problem_type and
+            use_cache are changed.
         data: data options: the data set and its column of labels.
     """
     labels = read_classes(
@@ -47,6 +48,15 @@ def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
     names = class_names(labels, classes_of(architecture))
     architecture.id2label = dict(enumerate(names))
     architecture.label2id = {name: place for place, name in enumerate(names)}
+    before = getattr(architecture, "problem_type", None)
+    if before not in (None, ONE_LABEL):
+        print_line(
+            "note",
+            f"config.json of the base has problem_type {before}. It is trained with one label an "
+            f"example, by cross-entropy; a merged model says {ONE_LABEL}, and with the adapter "
+            "alone set problem_type so yourself",
+        )
+    architecture.problem_type = ONE_LABEL
     architecture.use_cache = False  # a decoder would keep keys and values to generate from
 
 

@@ -433,3 +433,32 @@ def _print_resume(found: Resume, config: Config, feed: DataFeed) -> None:
         print_line(
             "", f"schedules are recomputed: they end at step {feed.total_steps}, not {was_end}"
         )
+
+
+def say_held_out_part(feed: DataFeed, limit: int, resumed: Resume | None) -> None:
+    """Print a note if only a part of the held-out rows is scored, and one if the job before this
+    one scored another part.
+
+    Args:
+        feed: data of the run.
+        limit: value of ``--eval_batches``.
+        resumed: checkpoint that the run continues from; None for a new run.
+    """
+    if feed.held_out is None:
+        return
+    part, rows = feed.held_out_part(limit), len(feed.held_out)
+    if part is not None:
+        print_line(
+            "note",
+            f"held-out scores are those of the first {part:,} of {rows:,} rows "
+            f"(--eval_batches {limit} of {feed.global_batch} rows)",
+        )
+    if resumed is None or resumed.manifest.get("held_out_rows", part) == part:
+        return
+    before = resumed.manifest["held_out_rows"]
+    were = "all rows" if before is None else f"the first {before:,} rows"
+    print_line(
+        "note",
+        f"until step {resumed.step} held-out scores were those of {were}, which cannot be compared "
+        "with others: --keep_best keeps the best of both, the result and reports show later ones",
+    )
