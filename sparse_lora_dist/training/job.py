@@ -34,9 +34,15 @@ from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.fits import check_first_loss
 from sparse_lora_dist.training.journal import Journal, memory_and_traffic
 from sparse_lora_dist.training.own_folder import records, remove_adapter
-from sparse_lora_dist.training.resume import Resume, describe, say_held_out_part
+from sparse_lora_dist.training.resume import Resume, describe
 from sparse_lora_dist.training.step import StepResult, held_out_totals
-from sparse_lora_dist.training.summary import in_words, next_command, print_summary, row_in_words
+from sparse_lora_dist.training.summary import (
+    in_words,
+    next_command,
+    print_summary,
+    row_in_words,
+    say_held_out_part,
+)
 from sparse_lora_dist.zero3.engine import Engine
 
 

@@ -1,6 +1,7 @@
 """Find the checkpoint that a run continues from, and check that it fits before weights are read."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -433,32 +434,20 @@ def _print_resume(found: Resume, config: Config, feed: DataFeed) -> None:
         print_line(
             "", f"schedules are recomputed: they end at step {feed.total_steps}, not {was_end}"
         )
-
-
-def say_held_out_part(feed: DataFeed, limit: int, resumed: Resume | None) -> None:
-    """Print a note if only a part of the held-out rows is scored, and one if the job before this
-    one scored another part.
-
-    Args:
-        feed: data of the run.
-        limit: value of ``--eval_batches``.
-        resumed: checkpoint that the run continues from; None for a new run.
-    """
-    if feed.held_out is None:
-        return
-    part, rows = feed.held_out_part(limit), len(feed.held_out)
-    if part is not None:
+    if (left_out := _filled_up(found, feed)) > 0:
         print_line(
             "note",
-            f"held-out scores are those of the first {part:,} of {rows:,} rows "
-            f"(--eval_batches {limit} of {feed.global_batch} rows)",
+            f"the last step of the shorter run had {counted(left_out, 'empty row')}; as many rows "
+            "of the next pass over the data are left out",
         )
-    if resumed is None or resumed.manifest.get("held_out_rows", part) == part:
-        return
-    before = resumed.manifest["held_out_rows"]
-    were = "all rows" if before is None else f"the first {before:,} rows"
-    print_line(
-        "note",
-        f"until step {resumed.step} held-out scores were those of {were}, which cannot be compared "
-        "with others: --keep_best keeps the best of both, the result and reports show later ones",
-    )
+
+
+def _filled_up(found: Resume, feed: DataFeed) -> int:
+    """Return with how many empty rows the checkpoint's run filled up its last step, if this run
+    goes on after it; else 0."""
+    progress, saved = found.manifest["progress"], found.manifest["config"]
+    is_last = progress["step"] == found.manifest["total_steps"] < feed.total_steps
+    if not is_last or saved.get("max_steps") is not None or found.reset:
+        return 0
+    per_epoch = found.manifest["description"]["rows_per_epoch"]
+    return int(progress["rows"] - math.ceil(per_epoch * saved["num_epochs"]))
