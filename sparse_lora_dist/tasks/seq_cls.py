@@ -20,6 +20,7 @@ from sparse_lora_dist.data import (
     class_names,
     labelled_batch,
     load_labelled,
+    names_beside_numbers,
     read_classes,
 )
 from sparse_lora_dist.distributed import comm
@@ -45,6 +46,12 @@ def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
         column_names=data.column_names,
         flag="--data",
     )
+    if others := names_beside_numbers(labels):
+        print_line(
+            "note",
+            f"the labels are whole numbers and names. If {', '.join(map(repr, others[:6]))} is no "
+            "class, remove its examples",
+        )
     names = class_names(labels, classes_of(architecture))
     architecture.id2label = dict(enumerate(names))
     architecture.label2id = {name: place for place, name in enumerate(names)}
