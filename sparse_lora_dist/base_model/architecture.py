@@ -101,6 +101,11 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
             folder, trust_remote_code=trust_remote_code
         )
     except (ValueError, OSError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"--model {folder} comes with Python code of its own. If you have read that code "
+                "and trust it, add --trust_remote_code true."
+            ) from error
         raise UserError(
             f"transformers cannot read the config.json of --model {folder}. Check the file, or "
             f"download the model again. transformers reports: {error}"

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 from sparse_lora_dist.checkpoint.manifest import read_manifest
 from sparse_lora_dist.checkpoint.own_files import own_files, remove, remove_left
@@ -21,7 +22,8 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
         newest: folder of the checkpoint that was just published.
         keep_last: number of checkpoints to keep, ``newest`` included. None keeps all.
         keep_best: True to keep the checkpoint of smallest held-out loss as well. Of equal losses,
-            that of the earliest step is kept.
+            that of the earliest step is kept. Losses over other parts of the held-out rows are not
+            compared: the best of each is kept.
     """
     remove_left(newest.parent)
     if keep_last is None:
@@ -29,7 +31,10 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
     found = [p for p in published(newest.parent) if p.name <= newest.name and own_files(p)]
     kept = set(found[-keep_last:])
     if keep_best:
-        kept.add(min(found, key=lambda path: (_held_out_loss(path), path.name)))
+        alike: dict[Any, list[Path]] = {}
+        for path in found:
+            alike.setdefault(_held_out(path, "held_out_rows"), []).append(path)
+        kept |= {min(some, key=lambda p: (_held_out_loss(p), p.name)) for some in alike.values()}
     for path in found:
         if path not in kept:
             remove(path)
@@ -37,8 +42,13 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
 
 def _held_out_loss(checkpoint: Path) -> float:
     """Return the held-out loss of a checkpoint; infinity if it has no loss or cannot be read."""
-    try:
-        loss = read_manifest(checkpoint)["held_out_loss"]
-    except UserError:
-        return math.inf
+    loss = _held_out(checkpoint, "held_out_loss")
     return math.inf if loss is None or math.isnan(loss) else float(loss)
+
+
+def _held_out(checkpoint: Path, key: str) -> Any:
+    """Return a field of a checkpoint's manifest; None if it has none or cannot be read."""
+    try:
+        return read_manifest(checkpoint).get(key)
+    except UserError:
+        return None

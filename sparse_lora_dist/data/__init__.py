@@ -21,7 +21,7 @@ from sparse_lora_dist.data.batches import (
     packed_batch,
 )
 from sparse_lora_dist.data.labelled import LabelledBatch, labelled_batch, load_labelled
-from sparse_lora_dist.data.labels import class_names, read_classes
+from sparse_lora_dist.data.labels import class_names, names_beside_numbers, read_classes
 from sparse_lora_dist.data.packing import Rows, pack
 from sparse_lora_dist.data.read_files import be_quiet
 from sparse_lora_dist.data.reading import Reading
@@ -52,6 +52,7 @@ __all__ = [
     "load_documents",
     "load_labelled",
     "micro_batches",
+    "names_beside_numbers",
     "pack",
     "packed_batch",
     "read_classes",

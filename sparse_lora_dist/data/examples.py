@@ -18,6 +18,7 @@ from sparse_lora_dist.data.local_files import (
     TEXT,
     Columns,
     examples_in,
+    whole_number,
     without_nulls,
 )
 from sparse_lora_dist.errors import UserError, in_words
@@ -108,7 +109,10 @@ class Examples:
         """Yield the value of a column in each example; None where an example does not have it."""
         for batch in self.only([column]).iter(1000):
             if self.is_local:
-                yield from (json.loads(text).get(column) for text in batch["example"])
+                yield from (
+                    json.loads(text, parse_int=whole_number).get(column)
+                    for text in batch["example"]
+                )
             else:
                 yield from batch[column]
 
@@ -119,7 +123,7 @@ class Examples:
             row: a row of ``table``, or of what ``only`` returns.
         """
         if self.is_local:
-            example: dict[str, Any] = json.loads(row["example"])
+            example: dict[str, Any] = json.loads(row["example"], parse_int=whole_number)
             return example
         return {column: without_nulls(value) for column, value in row.items()}
 

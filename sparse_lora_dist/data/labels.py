@@ -70,11 +70,13 @@ def _checked(labels: list[str], place: str) -> list[str]:
     same."""
     seen: dict[str, str] = {}
     for label in labels:
-        other = seen.setdefault(" ".join(label.split()), label)
+        key = " ".join(label.split())
+        key = str(int(key)) if re.fullmatch(r"[-+]?[0-9]{1,20}", key) else key
+        other = seen.setdefault(key, label)
         if other != label:
             raise UserError(
-                f"{place} has the labels {other!r} and {label!r}, which differ in spaces only. "
-                "Write them in the same way."
+                f"{place} has the labels {other!r} and {label!r}, which are one label written in "
+                "two ways. Write them in the same way."
             )
     is_unknown = {"-1", "0", "1", "2"} <= set(labels) and "-2" not in labels
     if is_unknown:
@@ -84,6 +86,12 @@ def _checked(labels: list[str], place: str) -> list[str]:
             "names."
         )
     return labels
+
+
+def names_beside_numbers(labels: Sequence[str]) -> list[str]:
+    """Return the labels that are no whole numbers if others are; else none."""
+    names = [label for label in labels if _by_size(label)[0]]
+    return names if len(names) < len(labels) else []
 
 
 def label_of(value: Any, feature: Any) -> str:

@@ -25,10 +25,11 @@ as JSON text. The line number is 0 where one line does not say where an example 
 
 JSON = (".jsonl", ".json")
 CELLS: dict[str, dict[str, Any]] = {
-    ".csv": {},
+    ".csv": {"strict": True},  # a quote that is never closed would swallow the rows after it
     # Cells of a TSV hold no tabs, so nothing needs quotes, and one in a sentence is only a letter.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+MOST_DIGITS = 4000
 QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 """A cell that is quoted as in CSV and has quotes inside, which are doubled. pandas writes it so in
 TSV files too."""
@@ -105,12 +106,13 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
     # Everything stays text: an answer "42" is not a number, and "NA" is not a missing value.
     csv.field_size_limit(LARGEST_CELL)
     with file.open(newline="", encoding="utf-8-sig") as f:
-        reader = csv.reader(f, **CELLS[file.suffix])
+        reader, begins = csv.reader(f, **CELLS[file.suffix]), 1
         try:
             first = next(cells for cells in reader if cells)
             names = _column_names(file, first, column_names)
             if column_names:
                 yield _unnumbered(dict(zip(names, first, strict=True)))
+            begins = reader.line_num + 1
             for cells in reader:
                 if len(cells) not in (0, len(names)):
                     raise UserError(_other_width(file, reader.line_num, len(cells), len(names)))
@@ -119,10 +121,13 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
                     raise UserError(_quoted(file, reader.line_num, quoted[0]))
                 if cells:
                     yield _unnumbered(dict(zip(names, cells, strict=True)))
+                begins = reader.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
+            said = " ".join(str(error).split())
             raise UserError(
-                f"{file}:{reader.line_num + 1}: This line or one after it cannot be read: {error}. "
-                "Correct the file, or save it as UTF-8 text."
+                f"{file}:{begins}: This line or one after it cannot be read: {said}. Correct the "
+                "file, or save it as UTF-8 text. A cell with a quote in it stands in quotes, and "
+                'the quote in it is doubled: "5"" wide".'
             ) from error
 
 
@@ -166,7 +171,7 @@ def _json(file: Path) -> Numbered:
 
 def _is_object(line: bytes) -> bool:
     try:
-        return isinstance(json.loads(line), dict)
+        return isinstance(json.loads(line, parse_int=whole_number), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -225,7 +230,8 @@ def _no_object(value: Any, nulls: int) -> str:
 def _parsed(file: Path, line: int, content: bytes) -> Any:
     """Return the JSON value in ``content``, which begins at ``line`` of ``file``."""
     try:
-        return json.loads(content.decode("utf-8-sig"), object_pairs_hook=unique_keys)
+        text = content.decode("utf-8-sig")
+        return json.loads(text, object_pairs_hook=unique_keys, parse_int=whole_number)
     except UnicodeDecodeError as error:
         line += content[: error.start].count(b"\n")
         raise UserError(_not_utf8(file, line, error)) from error
@@ -239,6 +245,12 @@ def _parsed(file: Path, line: int, content: bytes) -> Any:
             f"{file}:{line}: This line cannot be read: {type(error).__name__}: {error}. Correct it "
             "or remove it."
         ) from error
+
+
+def whole_number(digits: str) -> int | dict[str, str]:
+    """Return a number as Python reads it. One of thousands of digits, which Python refuses, is a
+    dict, so that no column that is read may have it."""
+    return int(digits) if len(digits) < MOST_DIGITS else {"number": digits[:40]}
 
 
 def _not_utf8(file: Path, line: int, error: UnicodeDecodeError) -> str:

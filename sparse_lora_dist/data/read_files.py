@@ -108,7 +108,16 @@ def readable(place: str, cache: Path | None = None) -> Iterator[None]:
                 raise one from None
         if (said := in_plain_words(error)) is not None:
             raise UserError(said) from error
-        raise UserError(f"{place} cannot be read. {plainly(causes[-1])}") from error
+        raise UserError(f"{place} cannot be read. {plainly(causes[-1])}{_advice(error)}") from error
+
+
+def _advice(error: BaseException) -> str:
+    if "Config name is missing" not in str(error):
+        return ""
+    return (
+        " (There is no such option here: give the files or the folder of one configuration, after "
+        "downloading them, or mark one in README.md with default: true.)"
+    )
 
 
 def cache_of(table: datasets.Dataset) -> Path:

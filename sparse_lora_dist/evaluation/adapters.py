@@ -12,14 +12,17 @@ from typing import Any
 from sparse_lora_dist.adapter.peft_agrees import disagreements, ranks_of
 from sparse_lora_dist.adapter.peft_config import CONFIG, faults_of, other_kind, scale_of
 from sparse_lora_dist.adapter.peft_read import open_peft
+from sparse_lora_dist.checkpoint import published
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import expanded, resolve_default
 from sparse_lora_dist.config.yaml_file import read_entries
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.run_folder.identity import READS_TEXT, WORDS
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.training.feed import identity_of_tokenizer
 from sparse_lora_dist.training.trained_over import other_name, trained_over
 from sparse_lora_dist.zero3.slices import Values
@@ -162,6 +165,21 @@ def _why_not_plain(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
     return None
 
 
+def _older_than_the_run(folder: Path) -> list[str]:
+    """Return a clause that says so if a run folder has newer checkpoints than its adapter: a run
+    that was finished, and goes on."""
+    attempts = folder / ATTEMPTS
+    jobs = read_records(attempts) if attempts.exists() else []
+    finished = [job["step"] for job in jobs if job.get("event") == "finished"]
+    steps = [int(p.name.rpartition("_")[2]) for p in published(folder / "checkpoints")]
+    if not finished or not steps or steps[-1] <= finished[-1]:
+        return []
+    return [
+        f"{folder}/adapter is of step {finished[-1]}, and the run has a checkpoint of step "
+        f"{steps[-1]}. To evaluate that, export it with launcher/export.py to a folder of its own"
+    ]
+
+
 def differences_from_training(adapter: Adapter, config: Config, tokenizer: Any) -> list[str]:
     """Compare the settings of the evaluation with those that the adapter was trained with.
 
@@ -185,6 +203,7 @@ def differences_from_training(adapter: Adapter, config: Config, tokenizer: Any) 
     if found := trained_over(folder) if adapter.shapes else None:
         other = found[0].differences(identity_of_tokenizer(config, tokenizer), only=READS_TEXT)
         notes += [f"{WORDS[n]} is not the one that the adapter was trained with" for n in other]
+    notes += _older_than_the_run(folder)
     run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)
     if run is not None:
         try:

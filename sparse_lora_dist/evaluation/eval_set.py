@@ -121,7 +121,7 @@ def open_eval_set(
         except ExampleError as error:
             raise UserError(f"--chat_template: {error}") from error
         prompts = [len(question.prompt) for name in generates for question in items[name]]
-        longest = max(prompts, default=0) + request.own.max_new_tokens if prompts else 0
+        longest = max(prompts) + request.own.max_new_tokens if prompts else 0
         by_row: dict[str, Any] = {"alone": request.own.batch_size == 1, "change": "--batch_size 1"}
         for name, found in items.items():
             flag, scored = f"--eval_data (metric {name})", _token_ids(found)
@@ -129,7 +129,8 @@ def open_eval_set(
             check_positions(model, _longest(scored), flag)
             check_rope(model, _longest(scored), flag, **by_row)
         generated = "--eval_data with --max_new_tokens"
-        check_positions(model, longest, generated)
+        new_tokens = request.own.max_new_tokens if prompts else 0
+        check_positions(model, longest, generated, new_tokens=new_tokens)
         check_rope(model, longest, generated, **by_row)
     same_on_all_nodes(content)
     if generates and (left := not_greedy(generation_settings(model.folder, model.module))):

@@ -9,7 +9,7 @@ import yaml
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.model.prompting import TEMPLATE, Prompting
-from sparse_lora_dist.run_folder.metrics_file import read_records
+from sparse_lora_dist.run_folder.metrics_file import of_the_same_rows, read_records
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.version import __version__
 
@@ -195,6 +195,7 @@ def _losses(trained: Trained) -> dict[str, str]:
         return {}
     path = trained.path.parents[1] / "metrics.jsonl"
     rows = [r for r in read_records(path) if r["step"] <= trained.step] if path.exists() else []
+    rows = of_the_same_rows(rows)
     losses = [v for row in rows if isinstance(v := row.get("held_out_loss"), int | float)]
     if not losses:
         return {}

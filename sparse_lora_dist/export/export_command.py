@@ -269,6 +269,11 @@ def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
                 "adapter type that computes the update of this run. Leave the option out."
             )
     lora = trained.plain_lora()
+    if asked.uniform_rank and trained.classes and lora.full:
+        raise UserError(
+            "--uniform_rank leaves out the classifier's head, which was trained in full, and PEFT "
+            "cannot open a classifier without it. Leave the option out, or use --format merged."
+        )
     write_peft(folder, lora, uniform=asked.uniform_rank)
     ranks = [len(a_LI) for a_LI, _ in lora.pairs.values()]
     live = sum(a_LI.numel() + b_OL.numel() for a_LI, b_OL in lora.pairs.values())

@@ -56,13 +56,16 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
     advice = "Give an intact copy of the base with --base FOLDER."
     trusts = trained.config.model.trust_remote_code
     with as_user_error(f"The tokenizer in {base.folder}", advice):
-        AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trusts)
+        tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trusts)
     for path in files_to_copy(base.folder):
         shutil.copyfile(path, folder / path.name)
     config = read_labelled_config(trained, base.folder)
     saved_class = base.saved_class
     config.architectures = [saved_class.name if saved_class else type(base.module).__name__]
     config.dtype = dtype
+    text = config.get_text_config()
+    if trained.classes and text.pad_token_id is None:  # else rows could not be scored together
+        text.pad_token_id = tokenizer.pad_token_id
     if base.tied:
         for part in (config, config.get_text_config()):
             part.tie_word_embeddings = False

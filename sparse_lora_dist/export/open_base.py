@@ -32,6 +32,7 @@ from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.model.saved_class import SavedClass, find_saved_class
 from sparse_lora_dist.run_folder.identity import BASE, NOT_STORED, Identity, in_words
+from sparse_lora_dist.tasks.class_head import ONE_LABEL
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,4 +279,5 @@ def read_labelled_config(trained: Trained, folder: Path) -> PretrainedConfig:
     if trained.classes:
         config.id2label = dict(enumerate(trained.classes))
         config.label2id = {name: number for number, name in config.id2label.items()}
+        config.problem_type = ONE_LABEL  # the base may have been of several labels an example
     return config

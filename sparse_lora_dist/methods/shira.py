@@ -31,6 +31,8 @@ In short:
 - **Optimizer state:** 8 bytes x trained entries: R (I + O) a linear, or `shira_density` x O x I.
 - **Statistics:** none; with support `gradient` or `snip` 4 bytes x base weights, sharded, during
   calibration.
+- **Opens in PEFT alone:** the loading of adapters in transformers 5.23 itself (`load_adapter`, a
+  pipeline over the adapter's folder) leaves out the indices, and puts the values elsewhere.
 - **Exports as:** PEFT SHiRA (not with `shira_density`, `rows` or `columns`), merged model or sparse
   delta.
 - **Choose it when:** the update is to be sparse from the first step.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from sparse_lora_dist.data import Documents
 from sparse_lora_dist.errors import as_user_error
@@ -112,9 +112,14 @@ def generation_settings(folder: Path, module: PreTrainedModel) -> dict[str, Any]
             settings = parse_json(file.read_bytes())
             if not isinstance(settings, dict) or not _are_ids(settings.get("eos_token_id")):
                 raise ValueError("it must map names to settings, and eos_token_id to ids of tokens")
+    elif module.can_generate() and module.generation_config is not None:
+        settings = module.generation_config.to_diff_dict()
+        if (folder / "config.json").is_file():  # as transformers does: a config drops what is in it
+            settings |= GenerationConfig.from_pretrained(
+                folder, config_file_name="config.json", _from_model_config=True
+            ).to_diff_dict()
     else:
-        own = module.generation_config if module.can_generate() else None
-        settings = {} if own is None else own.to_diff_dict()
+        settings = {}
     return {name: value for name, value in settings.items() if name not in OF_THE_LIBRARY}
 
 
@@ -146,7 +151,7 @@ def not_greedy(settings: Mapping[str, Any]) -> str:
     if not names:
         return ""
     shown = ", ".join(f"{name} {settings[name]}"[:60] for name in names)
-    return f"answers are generated greedily, without {shown} of the base's generation_config.json"
+    return f"answers are generated greedily, without the base's settings {shown}"
 
 
 def with_ends(settings: Mapping[str, Any], ends: Collection[int]) -> dict[str, Any]:

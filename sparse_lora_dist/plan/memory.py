@@ -288,11 +288,14 @@ def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
 
     Every trained entry is saved as its fp32 master value and one bit (live or dead). An adapter
     entry has the method's fp32 statistics besides. A live entry has two fp32 moments and, unless
-    all live entries share one, a birth step of 4 bytes.
+    all live entries share one, a birth step of 4 bytes. Tensors that the method keeps are saved as
+    they are.
     """
     entries, birth = trained_entries(shapes, ranks), 4 if shapes.forecast.birth_bytes else 0
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
-    return int(4 * entries + entries / 8 + statistics + live_entries(shapes, ranks) * (8 + birth))
+    moments = live_entries(shapes, ranks) * (8 + birth)
+    kept = _share([p for p in shapes.parameters if p.kind == "kept"], shapes, ranks)
+    return int(4 * entries + entries / 8 + statistics + moments + kept)
 
 
 def _adapter(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:

@@ -217,7 +217,8 @@ def _speed(outcome: Outcome) -> Iterator[str]:
 
 def _assumptions(outcome: Outcome) -> Iterator[str]:
     plan = outcome.plan
-    held = "2 bytes per weight" if outcome.shapes.saved is None else "4 bits and scales"
+    of_floats = f"{outcome.shapes.file_itemsize} bytes per weight"
+    held = of_floats if outcome.shapes.saved is None else "4 bits and scales"
     yield (
         f"assumed   {plan.tflops:g} TFLOP/s per GPU, {plan.network_gb_per_s:g} GB/s to a rank, "
         f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, {held} in the base files"

@@ -23,6 +23,7 @@ from sparse_lora_dist.plan.playback.gathers import Bounds, Gathered, gathered
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.plan.playback.meta_step import StepMemory, step_memory
 from sparse_lora_dist.plan.playback.parameters import (
+    FILE_ITEMSIZE,
     PlannedParameter,
     SavedQuantization,
     planned_parameters,
@@ -140,6 +141,8 @@ class Shapes:
     """Names of linears that are not quantised, besides the output head."""
     whole_logits: bool = False
     """True if the logits of all tokens are computed at once, False if in chunks of tokens."""
+    file_itemsize: int = FILE_ITEMSIZE
+    """Bytes per weight in base files that hold floats."""
     notes: list[str] = field(default_factory=list)
     """Sentences for the user that say where the plan takes a Llama in place of the model. Reading
     the property ``step`` may append one."""
@@ -201,6 +204,7 @@ class Shapes:
             double_quant=self.config.model.double_quant,
             dtype=self.dtype,
             saved=self.saved,
+            file_itemsize=self.file_itemsize,
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from sparse_lora_dist.base_model.architecture import (
@@ -16,6 +17,7 @@ from sparse_lora_dist.config.paths import resolve_default
 from sparse_lora_dist.model.look import look_at, settle_packing
 from sparse_lora_dist.model.targets import find_full, find_sites
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
+from sparse_lora_dist.plan.playback.parameters import FILE_ITEMSIZE
 from sparse_lora_dist.plan.scenario import Shapes
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.tasks.class_head import Head, beside_base, modules_inside
@@ -44,6 +46,7 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
     place = resolve_default("model", options.model)
     folder = resolve_folder(place, options.revision, patterns=CONFIG_PATTERNS)
     architecture, notes = read_architecture(folder, trust_remote_code=options.trust_remote_code)
+    in_file = getattr(architecture, "dtype", None)  # before the model has that of the run
     model = meta_model(
         architecture,
         task=options.task,
@@ -64,6 +67,7 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
         trained=tuple(trained),
         config=config,
         whole_logits=whole_logits,
+        file_itemsize=in_file.itemsize if isinstance(in_file, torch.dtype) else FILE_ITEMSIZE,
         notes=[*notes, *packing, *left_out],
     )
 

@@ -71,7 +71,8 @@ def gates(run: RunData) -> Picture | None:
         axes.stairs(counts, bins, color=line.colour, label=label)
     kind = next(_vectors(having[0].manifest)).rpartition(".")[2].removeprefix("lora_")
     axes.xaxis.set_major_locator(AutoLocator())
-    axes.set(xlabel=kind, ylabel="components", yscale="log")  # those held near zero tower
+    scale = "log" if any(v.any() for v in chosen.values()) else "linear"
+    axes.set(xlabel=kind, ylabel="components", yscale=scale)  # those held near zero tower
     plain_numbers(axes)
     figure.legend(loc="outside lower center", ncols=2)
     return Picture(

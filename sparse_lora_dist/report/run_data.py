@@ -28,6 +28,7 @@ from sparse_lora_dist.report.saved_steps import SavedStep, saved_steps
 from sparse_lora_dist.run_folder import lock as run_lock
 from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
+from sparse_lora_dist.run_folder.metrics_file import of_the_same_rows
 from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in
 
 STAGE = ("live_ranks", "held_out_loss", "lambda")
@@ -177,7 +178,7 @@ def _metrics(path: Path, *, made_no_step: bool) -> list[Record]:
     rows = [] if made_no_step and not path.exists() else read_lines(path, is_metrics)
     if not rows:
         raise UserError(f"{path} has no record yet. Wait until the first step is logged.")
-    return rows
+    return of_the_same_rows(rows)
 
 
 def _optional(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:

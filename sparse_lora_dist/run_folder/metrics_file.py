@@ -124,6 +124,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [line.record for line in read_lines(path) if line.record is not None]
 
 
+def of_the_same_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return records of ``metrics.jsonl`` whose held-out scores can be compared.
+
+    A resumed run may score another part of the held-out rows (``held_out_rows``). Held-out scores
+    of other rows than the last ones are left out; the records themselves stay.
+    """
+    scored = [record for record in records if "held_out_loss" in record]
+    rows = scored[-1].get("held_out_rows") if scored else None
+    return [
+        {k: v for k, v in record.items() if not k.startswith("held_out_")}
+        if "held_out_loss" in record and record.get("held_out_rows") != rows
+        else record
+        for record in records
+    ]
+
+
 def _record(raw: bytes) -> dict[str, Any] | None:
     try:
         found = json.loads(raw)

@@ -8,6 +8,7 @@ import copy
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.weight_map import Keys
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.zero3.slices import Values
+
+ONE_LABEL: Final = "single_label_classification"
+"""Value of problem_type in config.json for classes of which each example has one."""
 
 
 @dataclass(frozen=True, kw_only=True)

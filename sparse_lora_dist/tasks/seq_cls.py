@@ -20,10 +20,12 @@ from sparse_lora_dist.data import (
     class_names,
     labelled_batch,
     load_labelled,
+    names_beside_numbers,
     read_classes,
 )
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.tasks.class_head import classes_of, find_head
+from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.tasks.class_head import ONE_LABEL, classes_of, find_head
 from sparse_lora_dist.tasks.task import Task
 from sparse_lora_dist.zero3.engine import Engine
 
@@ -34,8 +36,8 @@ def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
     Must be called before the model is built. Not a collective.
 
     Args:
-        architecture: config of the transformers model. Its id2label, label2id and use_cache are
-            changed.
+        architecture: config of the transformers model. Its id2label, label2id, problem_type and
+            use_cache are changed.
         data: data options: the data set and its column of labels.
     """
     labels = read_classes(
@@ -44,9 +46,24 @@ def settle_classes(architecture: PretrainedConfig, data: DataConfig) -> None:
         column_names=data.column_names,
         flag="--data",
     )
+    if others := names_beside_numbers(labels):
+        print_line(
+            "note",
+            f"the labels are whole numbers and names. If {', '.join(map(repr, others[:6]))} is no "
+            "class, remove its examples",
+        )
     names = class_names(labels, classes_of(architecture))
     architecture.id2label = dict(enumerate(names))
     architecture.label2id = {name: place for place, name in enumerate(names)}
+    before = getattr(architecture, "problem_type", None)
+    if before not in (None, ONE_LABEL):
+        print_line(
+            "note",
+            f"config.json of the base has problem_type {before}. It is trained with one label an "
+            f"example, by cross-entropy; a merged model says {ONE_LABEL}, and with the adapter "
+            "alone set problem_type so yourself",
+        )
+    architecture.problem_type = ONE_LABEL
     architecture.use_cache = False  # a decoder would keep keys and values to generate from
 
 

@@ -94,6 +94,11 @@ class DataFeed:
         offset = first_row - steps_done * self.global_batch
         return self._cut(self.rows, first_row, self.end_row + offset, shuffle=True)
 
+    def held_out_part(self, limit: int) -> int | None:
+        """Return how many held-out rows ``limit`` global batches score; None if that is all."""
+        rows, scored = 0 if self.held_out is None else len(self.held_out), limit * self.global_batch
+        return scored if scored < rows else None
+
     def held_out_batches(self, limit: int) -> Iterator[MicroBatch]:
         """Yield this rank's micro-batches of the held-out rows, in the order of the data.
 

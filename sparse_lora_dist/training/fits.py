@@ -55,7 +55,9 @@ def check_ids(
         )
 
 
-def check_positions(model: Model, longest: int, flag: str, *, padded: int | None = None) -> None:
+def check_positions(
+    model: Model, longest: int, flag: str, *, padded: int | None = None, new_tokens: int = 0
+) -> None:
     """Raise UserError if a row is longer than the model has positions. Print a note if it is longer
     than the rows that a model with rotary positions was trained on.
 
@@ -64,6 +66,7 @@ def check_positions(model: Model, longest: int, flag: str, *, padded: int | None
         longest: number of tokens of the longest document.
         flag: command-line flag of the data, for the message.
         padded: number of tokens of the longest row with its padding; None for ``longest``.
+        new_tokens: how many of ``longest`` the model generates (``--max_new_tokens``).
 
     Raises:
         UserError: a table of positions has fewer rows.
@@ -72,16 +75,15 @@ def check_positions(model: Model, longest: int, flag: str, *, padded: int | None
     padded = longest if padded is None else padded
     for table in model.look.tables:
         if (longest if table.restarts else padded) > table.room:
-            raise UserError(
-                _too_long(longest, table.room, table.name.removesuffix(".weight"), flag)
-            )
+            name = table.name.removesuffix(".weight")
+            raise UserError(_too_long(longest, table.room, name, flag, new_tokens))
     if longest > (room := getattr(architecture, "max_seq_len", None) or longest):  # MPT
-        raise UserError(_too_long(longest, room, "max_seq_len", flag))
+        raise UserError(_too_long(longest, room, "max_seq_len", flag, new_tokens))
     room = getattr(architecture, "max_position_embeddings", None) or longest
     if not (isinstance(room, int) and longest > room):
         return
     if model.look.apart is not None and not runs_at(model.module, longest - 1):
-        raise UserError(_too_long(longest, room, "max_position_embeddings", flag))
+        raise UserError(_too_long(longest, room, "max_position_embeddings", flag, new_tokens))
     if is_rotary(architecture):
         print_line(
             "note",
@@ -123,10 +125,18 @@ def check_rope(model: Model, longest: int, flag: str, *, alone: bool, change: st
         print_line("note", f"this run goes on as it began. {said}")
 
 
-def _too_long(longest: int, room: int, where: str, flag: str) -> str:
+def _too_long(longest: int, room: int, where: str, flag: str, new_tokens: int) -> str:
+    advice, prompt = f"Set --sequence_length to {room} or less", longest - new_tokens
+    if new_tokens > 0:
+        advice = f"The longest prompt has {prompt} tokens: "
+        advice += (
+            f"set --max_new_tokens to {room - prompt} or less"
+            if prompt < room
+            else "leave out questions that are so long"
+        )
     return (
         f"In {flag} the longest row has {longest} tokens, but the model has only {room} positions "
-        f"({where}). Set --sequence_length to {room} or less."
+        f"({where}). {advice}."
     )
 
 

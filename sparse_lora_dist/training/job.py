@@ -22,7 +22,7 @@ from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.prompting import Prompting
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.run_folder.attempts import Attempts
-from sparse_lora_dist.run_folder.metrics_file import read_records
+from sparse_lora_dist.run_folder.metrics_file import of_the_same_rows, read_records
 from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes
 from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.runtime.signal_lead import SignalLead
@@ -36,7 +36,13 @@ from sparse_lora_dist.training.journal import Journal, memory_and_traffic
 from sparse_lora_dist.training.own_folder import records, remove_adapter
 from sparse_lora_dist.training.resume import Resume, describe
 from sparse_lora_dist.training.step import StepResult, held_out_totals
-from sparse_lora_dist.training.summary import in_words, next_command, print_summary, row_in_words
+from sparse_lora_dist.training.summary import (
+    in_words,
+    next_command,
+    print_summary,
+    row_in_words,
+    say_held_out_part,
+)
 from sparse_lora_dist.zero3.engine import Engine
 
 
@@ -107,8 +113,9 @@ class Job:
             self.journal = Journal(self.folder, last_step=step, last_stage=last_logged)
             self.health = Health(self.folder, run.max_bad_steps, last_step=step)
         self._shown = StepProgress(self.feed.total_steps, self.progress.step)
+        self._held_out_part = self.feed.held_out_part(run.eval_batches)
+        say_held_out_part(self.feed, run.eval_batches, resume)
         if resume is None and self.feed.held_out is not None:
-            self._say_held_out_part()
             first = self.held_out()
             self.log(0, {}, held_out=first)
             check_first_loss(first["held_out_loss"])
@@ -258,18 +265,9 @@ class Job:
         if self.feed.held_out is None:
             return {}
         batches = self.feed.held_out_batches(self.config.run.eval_batches)
-        return self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
-
-    def _say_held_out_part(self) -> None:
-        """Print a note if only a part of the held-out rows is evaluated."""
-        rows = 0 if self.feed.held_out is None else len(self.feed.held_out)
-        evaluated = self.config.run.eval_batches * self.feed.global_batch
-        if evaluated < rows:
-            print_line(
-                "note",
-                f"held-out scores are those of the first {evaluated:,} of {rows:,} rows "
-                f"(--eval_batches {self.config.run.eval_batches} of {self.feed.global_batch} rows)",
-            )
+        scores = self.task.scores(held_out_totals(self.engine, batches, self.task.tally))
+        part = self._held_out_part
+        return scores if part is None else {**scores, "held_out_rows": part}
 
     def save(self, held_out_loss: float | None) -> None:
         """Save a checkpoint of the present step. With ``--async_save`` saving only starts here, and
@@ -294,6 +292,7 @@ class Job:
             "saved_class": None if saved_class is None else saved_class.as_json(),
             "prompting": None if self.prompting is None else self.prompting.as_json(),
             "held_out_loss": held_out_loss,
+            "held_out_rows": self._held_out_part,
             "owed": self._pending,
             "trackers": self.metrics.run_ids,
         }
@@ -364,6 +363,7 @@ class Job:
         if comm.rank() == 0:
             # No file: a checkpoint resumed into another folder with no step left to train.
             rows = read_records(self.metrics.path) if self.metrics.path.exists() else []
+            rows = of_the_same_rows(rows)
             print_summary(
                 self.config,
                 self.feed,

@@ -1,6 +1,7 @@
 """Find the checkpoint that a run continues from, and check that it fits before weights are read."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -433,3 +434,20 @@ def _print_resume(found: Resume, config: Config, feed: DataFeed) -> None:
         print_line(
             "", f"schedules are recomputed: they end at step {feed.total_steps}, not {was_end}"
         )
+    if (left_out := _filled_up(found, feed)) > 0:
+        print_line(
+            "note",
+            f"the last step of the shorter run had {counted(left_out, 'empty row')}; as many rows "
+            "of the next pass over the data are left out",
+        )
+
+
+def _filled_up(found: Resume, feed: DataFeed) -> int:
+    """Return with how many empty rows the checkpoint's run filled up its last step, if this run
+    goes on after it; else 0."""
+    progress, saved = found.manifest["progress"], found.manifest["config"]
+    is_last = progress["step"] == found.manifest["total_steps"] < feed.total_steps
+    if not is_last or saved.get("max_steps") is not None or found.reset:
+        return 0
+    per_epoch = found.manifest["description"]["rows_per_epoch"]
+    return int(progress["rows"] - math.ceil(per_epoch * saved["num_epochs"]))

@@ -12,6 +12,7 @@ from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.system.program_names import command
 from sparse_lora_dist.training.feed import DataFeed
+from sparse_lora_dist.training.resume import Resume
 
 LARGEST = 1e300
 """Numbers of metrics.jsonl from here on are not of this program."""
@@ -184,3 +185,32 @@ def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
     if progress.step >= feed.total_steps:
         words.append(f"--max_steps {2 * feed.total_steps}")
     return " ".join(words)
+
+
+def say_held_out_part(feed: DataFeed, limit: int, resumed: Resume | None) -> None:
+    """Print a note if only a part of the held-out rows is scored, and one if the job before this
+    one scored another part.
+
+    Args:
+        feed: data of the run.
+        limit: value of ``--eval_batches``.
+        resumed: checkpoint that the run continues from; None for a new run.
+    """
+    if feed.held_out is None:
+        return
+    part, rows = feed.held_out_part(limit), len(feed.held_out)
+    if part is not None:
+        print_line(
+            "note",
+            f"held-out scores are those of the first {part:,} of {rows:,} rows "
+            f"(--eval_batches {limit} of {feed.global_batch} rows)",
+        )
+    if resumed is None or resumed.manifest.get("held_out_rows", part) == part:
+        return
+    before = resumed.manifest["held_out_rows"]
+    were = "all rows" if before is None else f"the first {before:,} rows"
+    print_line(
+        "note",
+        f"until step {resumed.step} held-out scores were those of {were}, which cannot be compared "
+        "with others: --keep_best keeps the best of both, the result and reports show later ones",
+    )

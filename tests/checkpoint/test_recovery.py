@@ -180,6 +180,26 @@ def test_a_run_keeps_the_last_and_the_best(ranks: Ranks, tiny: TinyRun, tmp_path
     ]
 
 
+def test_losses_over_other_held_out_rows_are_not_compared(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """--eval_batches changed at a resume: from 4 of 6 rows to all of them."""
+    options = {"max_steps": 6, "save_every": 1, "eval_every": 1, "keep_last": 1, "resume": "auto"}
+    options["packing"] = "false"
+    losses = {0: 0.6, 1: 0.5, 2: 0.4, 3: 3.0, 4: 2.0, 5: 2.5, 6: 2.6}
+    job = "tests.work.run:train_as_if"
+    part = tiny.flags(tmp_path, **options, eval_batches=1, stop_after=2)
+    assert "the first 4 of 6 rows" in ranks(2, job, flags=part, held_out=losses)[0]
+    said = ranks(2, job, flags=tiny.flags(tmp_path, **options), held_out=losses)[0]
+    assert "until step 2 held-out scores were those of the first 4 rows" in said
+    assert "held-out loss 3.0000 -> 2.6000 nats" in said
+    assert checkpoint.published(tmp_path / "checkpoints") == [
+        step(tmp_path, number) for number in (2, 4, 6)
+    ]
+    rows = read_records(tmp_path / "metrics.jsonl")
+    assert [row.get("held_out_rows") for row in rows] == [4, 4, 4, None, None, None, None]
+
+
 def test_what_a_killed_job_left_after_its_last_save_is_removed_by_the_next(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -296,6 +297,9 @@ def test_modules_trained_in_full_go_along_or_stay_apart(
 
 def test_a_classifier_is_merged_with_its_head(ranks: Ranks, tmp_path: Path) -> None:
     tiny = write_labelled(tmp_path, save_base(tmp_path / "model", "bert"))  # its head is new
+    config = json.loads((tiny.model / "config.json").read_text())
+    several = {"problem_type": "multi_label_classification"}  # as models of the hub have it
+    (tiny.model / "config.json").write_text(json.dumps(config | several))
     flags = tiny.flags(tmp_path / "run", task="seq_cls", sequence_length=48)
     logits = ranks(2, LOGITS, flags=flags, input_ids_MT=TOKENS_MT)[0]
     folder = exported(tmp_path / "run", tmp_path / "merged", "--format", "merged", "--dtype=fp32")
@@ -309,6 +313,10 @@ def test_a_classifier_is_merged_with_its_head(ranks: Ranks, tmp_path: Path) -> N
         assert torch.equal(state[name], trained.tensor(name)), name
     assert logits_of(model).numpy() == pytest.approx(logits.numpy(), abs=1e-4)
     assert list(model.config.id2label.values()) == ["bad", "good", "ugly"]
+    assert model.config.problem_type == "single_label_classification"
+    labels = torch.zeros(len(logits), dtype=torch.int64)
+    loss = model(input_ids=TOKENS_MT[: len(logits)], labels=labels).loss
+    assert float(loss) == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-4)
 
 
 def test_in_bf16_an_export_has_the_bytes_of_the_runs_own_adapter(

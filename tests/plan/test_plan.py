@@ -148,6 +148,13 @@ def test_a_copy_that_is_written_beside_training_is_planned(
     )
     copied = max(one for one, _ in found)
     assert found[0][1] == pytest.approx(copied, rel=0.02)
+    mora: dict[str, object] = {"max_steps": 3, "method": "mora", "mora_restarts": 1}
+    found = ranks(
+        2, "tests.work.plan:copied_and_planned", flags=tiny.flags(tmp_path / "kept", **mora)
+    )
+    assert found[0][1] == pytest.approx(max(one for one, _ in found), rel=0.02), (
+        "with what it keeps"
+    )
     cases: list[tuple[dict[str, object], bool]] = [
         ({"async_save": "false", "save_every": 2}, False),
         ({"save_every": 4}, False),

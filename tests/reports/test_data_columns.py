@@ -160,7 +160,7 @@ NULLS = {
         r"a\.jsonl:2: .* 2 lines are null. This is the first",
     ),
     "deep": ('{"text": ' + "[" * 100_000, r"a\.jsonl:1: This line cannot be read: RecursionError"),
-    "digits": ('{"text": ' + "1" * 5000 + "}", r"a\.jsonl:1: This line cannot be read: ValueError"),
+    "digits": ('{"text": ' + "1" * 5000 + "}", r"a\.jsonl:1: .*got dict"),
     "a key twice": (
         '{"text": "a"}\n{"text": "b", "text": "c"}\n',
         r"a\.jsonl:2: This line cannot be read: .* the key 'text' several times",
@@ -225,7 +225,7 @@ def test_a_chat_without_an_assistant_names_its_roles(tmp_path):
 
 def test_labels_that_look_the_same_and_a_column_with_two_roles_are_refused(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"text": "a", "label": v} for v in ("0", " 0", "1")])
-    with pytest.raises(UserError, match="the labels '0' and ' 0', which differ in spaces only"):
+    with pytest.raises(UserError, match="the labels '0' and ' 0', which are one label written"):
         read_classes(str(path), label_field="label", column_names=(), flag="--data")
     with pytest.raises(UserError, match="name the column 'label' twice"):
         load_labelled(

@@ -180,6 +180,23 @@ def test_a_base_without_generation_config_stops_as_its_config_says(
     assert "_from_model_config" not in found
 
 
+def test_settings_in_config_json_are_those_of_the_base(tiny: TinyRun, tmp_path: Path) -> None:
+    """As models of before generation_config.json have them. transformers reads them too, unless a
+    generation_config.json stands beside them, as in an export."""
+    shutil.copytree(tiny.model, tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink(missing_ok=True)
+    own = {"do_sample": True, "temperature": 0.25, "repetition_penalty": 1.5, "max_length": 99}
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    found = generation_settings(tmp_path / "model", model)
+    assert own.items() <= found.items() and end_ids(found) == [EOS]
+    assert "repetition_penalty 1.5" in not_greedy(found)
+    meta = AutoModelForCausalLM.from_config(model.config)  # which has dropped them
+    again = generation_settings(tmp_path / "model", meta)
+    assert {k: v for k, v in again.items() if v is not False} == found
+
+
 FORMS = ["jinja", "config", "list", "folder"]
 
 
@@ -226,7 +243,7 @@ def test_a_run_that_renders_no_chat_leaves_the_template_alone(run: Path) -> None
 def test_settings_that_change_greedy_answers_are_named() -> None:
     """An evaluation is greedy, and leaves them out; Qwen2.5's base has such a penalty."""
     own = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.05, "eos_token_id": 2}
-    assert "greedily, without repetition_penalty 1.05 of the base's" in not_greedy(own)
+    assert "greedily, without the base's settings repetition_penalty 1.05" in not_greedy(own)
     assert not_greedy({**own, "repetition_penalty": 1.0, "num_beams": 1, "min_length": 0}) == ""
     assert not_greedy({}) == "" and "suppress_tokens [3]" in not_greedy({"suppress_tokens": [3]})
 

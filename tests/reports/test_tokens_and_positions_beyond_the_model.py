@@ -62,6 +62,22 @@ def test_a_row_longer_than_a_table_of_any_name_is_refused(family: str, table: st
     )
 
 
+@pytest.mark.parametrize(
+    ("new_tokens", "advice"),
+    [
+        (100, "The longest prompt has 29 tokens: set --max_new_tokens to 99 or less."),
+        (1, "The longest prompt has 128 tokens: leave out questions that are so long."),
+    ],
+)
+def test_an_answer_longer_than_a_table_names_what_makes_it_shorter(
+    new_tokens: int, advice: str
+) -> None:
+    model: Any = Opened("gptj")
+    with pytest.raises(UserError) as caught:
+        check_positions(model, 129, "--eval_data with --max_new_tokens", new_tokens=new_tokens)
+    assert str(caught.value).endswith(advice)
+
+
 def test_a_table_that_does_not_restart_must_hold_the_padding_too() -> None:
     model: Any = Opened("bart", max_position_embeddings=130)
     check_positions(model, 129, "--data", padded=130)

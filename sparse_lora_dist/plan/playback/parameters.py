@@ -35,7 +35,7 @@ Kind = Literal["packed", "scales", "plain", "embeddings", "rest", "kept", "train
 
 
 FILE_ITEMSIZE = 2
-"""Bytes per weight in base files that hold floats: bf16 or fp16."""
+"""Bytes per weight in base files that hold floats, if config.json does not say: bf16 or fp16."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,6 +102,7 @@ def planned_parameters(
     double_quant: bool,
     dtype: torch.dtype,
     saved: SavedQuantization | None = None,
+    file_itemsize: int = FILE_ITEMSIZE,
 ) -> list[PlannedParameter]:
     """Return the ZeRO-3 parameters of a run, in the model's order.
 
@@ -117,6 +118,7 @@ def planned_parameters(
         double_quant: True if block scales are quantised to 8 bits. Ignored if ``saved`` is given.
         dtype: dtype that DeepSpeed holds the parameters in.
         saved: the quantisation of the base files; None if they hold floats.
+        file_itemsize: bytes per weight in base files that hold floats.
     """
     skipped = saved.skipped if saved else ()
     double_quant = saved.double_quant if saved else double_quant
@@ -153,10 +155,11 @@ def planned_parameters(
             seen.add(id(parameter))
             packs = quantize and name not in trained and _is_packed(module, leaf, name in unpacked)
             if packs and not any(_is_under(name, outer) for outer in skipped):
-                found += _packed(name, leaf, parameter, double_quant, dtype, saved is not None)
+                in_file = None if saved else file_itemsize
+                found += _packed(name, leaf, parameter, double_quant, dtype, in_file)
             else:
                 kind = _kind(module, leaf, name in trained)
-                found.append(_whole(name, leaf, parameter, kind))
+                found.append(_whole(name, leaf, parameter, kind, file_itemsize))
     return found
 
 
@@ -199,7 +202,12 @@ def _is_packed(module: nn.Module, leaf: str, is_whole: bool) -> bool:
 
 
 def _packed(
-    module: str, leaf: str, weight: Tensor, double_quant: bool, dtype: torch.dtype, saved: bool
+    module: str,
+    leaf: str,
+    weight: Tensor,
+    double_quant: bool,
+    dtype: torch.dtype,
+    in_file: int | None,
 ) -> Iterator[PlannedParameter]:
     """Yield the two parameters that a quantised weight becomes: packed 4-bit values, block scales.
 
@@ -209,7 +217,7 @@ def _packed(
         weight: the weight, 2-D, or 3-D for all experts of a layer.
         double_quant: True if block scales are quantised to 8 bits.
         dtype: dtype that DeepSpeed holds the parameters in.
-        saved: True if the base files hold the quantised weight, False if they hold floats.
+        in_file: bytes per weight in the base files; None if they hold the quantised weight.
     """
     experts = weight.shape[0] if weight.dim() == 3 else 1
     rows, columns = weight.shape[-2:]
@@ -223,11 +231,13 @@ def _packed(
             kind=kind,
             numel=num_elements_for(experts * size, dtype),
             in_file=coming,
-            file_bytes=experts * size if saved else FILE_ITEMSIZE * coming,
+            file_bytes=experts * size if in_file is None else in_file * coming,
         )
 
 
-def _whole(module: str, leaf: str, parameter: Tensor, kind: Kind) -> PlannedParameter:
+def _whole(
+    module: str, leaf: str, parameter: Tensor, kind: Kind, file_itemsize: int
+) -> PlannedParameter:
     """Return the parameter that a tensor becomes if it is not quantised.
 
     Args:
@@ -235,6 +245,7 @@ def _whole(module: str, leaf: str, parameter: Tensor, kind: Kind) -> PlannedPara
         leaf: name of the tensor in the module.
         parameter: the tensor.
         kind: what the tensor holds.
+        file_itemsize: bytes per weight in the base files.
     """
     count = parameter.numel()
     return PlannedParameter(
@@ -243,7 +254,7 @@ def _whole(module: str, leaf: str, parameter: Tensor, kind: Kind) -> PlannedPara
         kind=kind,
         numel=count,
         in_file=count,
-        file_bytes=FILE_ITEMSIZE * count,
+        file_bytes=file_itemsize * count,
     )
 
 

@@ -1,0 +1,165 @@
+"""Tables with stray quotes, labels of two kinds, classifiers without a pad token, and advice that
+can be followed."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from sparse_lora_dist.base_model.architecture import read_config
+from sparse_lora_dist.config.sections import DataConfig
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.evaluation.adapters import _older_than_the_run
+from sparse_lora_dist.tasks.seq_cls import settle_classes
+from tests.conftest import Ranks
+from tests.export.test_export_program import exported
+from tests.fixtures.data_files import learned, load
+from tests.fixtures.tiny_classifier import write_labelled
+from tests.fixtures.tiny_run import TinyRun
+from tests.fixtures.tiny_tokenizer import byte_tokenizer
+from tests.plan.test_plan import outcome
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
+
+
+@pytest.mark.parametrize(
+    ("cell", "line"),
+    [('"5 inch', 3), ('"5" wide" x', 3), (r'"a \" b"', 3)],
+    ids=["never closed", "text after it", "of MySQL"],
+)
+def test_a_quote_that_swallows_rows_is_refused_with_its_line(
+    tmp_path: Path, cell: str, line: int
+) -> None:
+    """Without strict, Python's csv takes all rows after it into one cell."""
+    file = tmp_path / "a.csv"
+    file.write_text(f"prompt,response\nhow many?,5\nhow wide?,{cell}\nhow long?,7\nhow deep?,9\n")
+    with pytest.raises(UserError, match=rf"a\.csv:{line}: This line or one after it cannot be"):
+        load(file)
+
+
+def test_quotes_as_they_should_be_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text('prompt,response\nhow wide?,"5"" wide, or\n6"\nb,5" long\n')
+    first, second = learned(load(file))
+    assert '5" wide, or\n6' in first and '5" long' in second
+
+
+def test_a_number_of_thousands_of_digits_in_a_column_that_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(f'{{"prompt": "a", "response": "b", "id": {"1" * 5000}}}\n')
+    assert len(load(file)) == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (["1", "2", "x"], "the labels are whole numbers and names. If 'x' is no class"),
+        (["1", "2"], ""),
+        (["a", "b"], ""),
+        (["1", "+1", "2"], "two ways"),
+        (["01", "1", "2"], "two ways"),
+        (["0", "-0", "1"], "two ways"),
+    ],
+)
+def test_labels_of_two_kinds_in_a_table_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], labels: list[str], said: str
+) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("text,label\n" + "".join(f"a,{label}\n" for label in labels))
+    data = DataConfig(data=str(file), label_field="label")
+    config = LlamaConfig(vocab_size=8)
+    try:
+        settle_classes(config, data)
+    except UserError as error:
+        assert said == "two ways" and said in str(error)
+    else:
+        assert sorted(config.id2label.values()) == sorted(labels)
+        screen = " ".join(capsys.readouterr().out.split())
+        assert said in screen and ("note" in screen) == bool(said)
+
+
+def test_a_base_with_code_of_its_own_names_the_option(tmp_path: Path) -> None:
+    content = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.MyConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')\n")
+    with pytest.raises(UserError, match="add --trust_remote_code true"):
+        read_config(tmp_path, trust_remote_code=False)
+
+
+def test_configurations_of_a_data_set_are_refused_with_what_can_be_done(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text('{"text": "a"}\n')
+    parts = "".join(f"- config_name: {n}\n  data_files: {n}/train.jsonl\n" for n in "ab")
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    with pytest.raises(UserError, match="give the files or the folder of one configuration"):
+        load(tmp_path)
+
+
+def test_an_adapter_of_an_earlier_end_of_its_run_is_said(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """A run that was finished goes on, and is killed after a checkpoint."""
+    run, options = tmp_path / "run", {"save_every": 1, "resume": "auto"}
+    work = "tests.work.run:train"
+    ranks(1, work, flags=tiny.flags(run, max_steps=2, **options))
+    older = "adapter is of step 2, and the run has a checkpoint of step 3"
+    assert not [note for note in _older_than_the_run(run) if older in note]
+    ranks(1, work, flags=tiny.flags(run, max_steps=4, stop_after=3, **options))
+    lines = (run / "attempts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines][-1] == "stopped"
+    assert [note for note in _older_than_the_run(run) if older in note]
+    ranks(1, work, flags=tiny.flags(run, max_steps=4, **options))
+    assert _older_than_the_run(run) == []
+
+
+@pytest.mark.usefixtures("model_on_disk")
+def test_a_plan_reads_as_many_bytes_as_the_files_have(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    for dtype in (torch.float32, torch.bfloat16):
+        folder = tmp_path / str(dtype)
+        LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(dtype).save_pretrained(folder)
+        (file,) = folder.glob("*.safetensors")
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        found = outcome(model=str(folder), rank=4)
+        assert found.speed.file_bytes == file.stat().st_size - header
+        file.unlink()
+
+
+def test_a_merged_classifier_scores_rows_together_and_none_is_exported_without_its_head(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    base = tmp_path / "model"
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads, pad_token_id=None)).save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    run = tmp_path / "run"
+    tiny = write_labelled(tmp_path, base)
+    ranks(1, "tests.work.run:train", flags=tiny.flags(run, task="seq_cls", sequence_length=48))
+    merged = exported(run, tmp_path / "merged", "--format", "merged", "--dtype=fp32")
+    model = AutoModelForSequenceClassification.from_pretrained(merged).eval()
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    its = AutoTokenizer.from_pretrained(merged)
+    rows = its(["a cat", "the old dog ran far away"], padding=True, return_tensors="pt")
+    alone = its(["a cat"], return_tensors="pt")
+    with torch.no_grad():
+        both, one = model(**rows).logits[0], model(**alone).logits[0]
+    assert both.numpy() == pytest.approx(one.numpy(), abs=1e-4)
+    with pytest.raises(UserError, match="leaves out the classifier's head"):
+        exported(run, tmp_path / "uniform", "--uniform_rank", "true")
+    assert not (tmp_path / "uniform").exists()
