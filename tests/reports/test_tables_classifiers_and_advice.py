@@ -19,9 +19,14 @@ from transformers import (
 
 from sparse_lora_dist.base_model.architecture import read_config
 from sparse_lora_dist.checkpoint.own_files import clean
+from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation.adapters import _older_than_the_run
+from sparse_lora_dist.evaluation.adapters import (
+    Adapter,
+    _older_than_the_run,
+    differences_from_training,
+)
 from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.model.prompting import Prompting
 from sparse_lora_dist.run_folder.metrics_file import read_records
@@ -190,6 +195,16 @@ def test_an_adapter_of_an_earlier_end_of_its_run_is_said(
     assert [note for note in _older_than_the_run(run) if older in note]
     ranks(1, work, flags=tiny.flags(run, max_steps=4, **options))
     assert _older_than_the_run(run) == []
+
+
+def test_weights_beside_an_adapter_that_peft_does_not_read_are_said(
+    tiny: TinyRun, tmp_path: Path
+) -> None:
+    """As --uniform_rank writes modules trained in full."""
+    (tmp_path / "modules_to_save.safetensors").touch()
+    config = load_config(["--model", str(tiny.model), "--data", str(tiny.data)])
+    notes = differences_from_training(Adapter(name=str(tmp_path)), config, byte_tokenizer())
+    assert [note for note in notes if "which PEFT does not read" in note]
 
 
 @pytest.mark.usefixtures("model_on_disk")
