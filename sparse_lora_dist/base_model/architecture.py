@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -159,12 +159,25 @@ def _check_content(folder: Path) -> None:
                     f"--model: {file} has {key} {value:.3g}, but at most {MOST_MODULES} are built. "
                     "Repair the file or download it again."
                 )
+            if key == "num_key_value_heads" and not _divides(value, part):
+                raise UserError(
+                    f"--model: {file} has {part['num_attention_heads']} attention heads and "
+                    f"{value} heads of keys and values, which do not divide them. Repair the file "
+                    "or download it again."
+                )
             if key in KERNELS and "/" in str(value):
                 raise UserError(
                     f"--model: {file} names the attention kernel {value!r}, which transformers "
                     "would download and run. Remove it from the file. If you trust it, name it by "
                     "--attn_implementation."
                 )
+
+
+def _divides(of_keys: object, part: Mapping[str, Any]) -> bool:
+    heads = part.get("num_attention_heads")
+    if type(of_keys) is not int or type(heads) is not int:
+        return True  # transformers has a default, or a number for each layer
+    return of_keys > 0 and heads % of_keys == 0
 
 
 def _refuse_unsupported_weights(folder: Path, config: PretrainedConfig) -> None:
@@ -220,6 +233,7 @@ def meta_model(
     _check_task(config, task)
     _switch_off_noise(config)
     _forget_padding_beyond(config)
+    config.return_dict = True  # models saved for torchscript return tuples
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
         with torch.device("meta"):

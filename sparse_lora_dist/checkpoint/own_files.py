@@ -26,7 +26,8 @@ another node may still see an old one on a shared disk."""
 SET_ASIDE = "set_aside_"
 """First part of the name of a folder that keeps the checkpoints of steps that a run went back
 behind; a number follows."""
-RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors")
+RANK_FILE = re.compile(r"rank_\d{5,}\.safetensors|\.tmp[0-9A-Za-z]{6}")
+"""Name of a rank's file, and of the file in which safetensors begins to write it."""
 LEFT = re.compile(
     rf"(?P<state>{TEMPORARY}|{REMOVED}|{REPLACED})(?P<step>step_\d{{8,}})(\.[0-9a-f]{{16}})?"
 )

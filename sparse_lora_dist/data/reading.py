@@ -273,6 +273,27 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
+def rows_of_another_template(examples: Examples, template: str | None, own: object) -> str:
+    """Return a note if the tokenizer has a template for rows with tools, which renders rows without
+    them too; "" if there are none, or if it has no such template.
+
+    Args:
+        examples: the examples.
+        template: the jinja text that renders all of them.
+        own: chat template of the tokenizer; a dict from name to text if it has several.
+    """
+    if not isinstance(own, dict) or template != own.get("tool_use") or len({*own.values()}) == 1:
+        return ""
+    without = sum(not tools for tools in examples.values(TOOLS))
+    if without == 0:
+        return ""
+    return (
+        "the tokenizer's chat template tool_use renders all rows, as the data have tools. "
+        f"{without:,} rows have none, and transformers would render them with its template "
+        "default. Put rows with and without tools into data sets of their own if that matters."
+    )
+
+
 def renders_tools(columns: Collection[str], template: str | None) -> bool:
     """Return True if a data set has a column ``tools`` and the chat template names it."""
     return TOOLS in columns and template is not None and names(template, TOOLS)

@@ -42,6 +42,7 @@ from sparse_lora_dist.data.reading import (
     no_end,
     not_learned,
     renders_tools,
+    rows_of_another_template,
     template_source,
     text_in_place_of_arguments,
     unread_keys,
@@ -338,6 +339,7 @@ def _reading(
         lost,
         answers_cut(examples, fields, tokenizer, template),
         text_in_place_of_arguments(examples, template),
+        rows_of_another_template(examples, template, tokenizer.chat_template),
     )
     return describe(
         examples,

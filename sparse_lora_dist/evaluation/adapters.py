@@ -10,7 +10,7 @@ from shlex import quote
 from typing import Any
 
 from sparse_lora_dist.adapter.peft_agrees import disagreements, ranks_of
-from sparse_lora_dist.adapter.peft_config import CONFIG, faults_of, other_kind, scale_of
+from sparse_lora_dist.adapter.peft_config import APART, CONFIG, faults_of, other_kind, scale_of
 from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.checkpoint import published
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
@@ -204,6 +204,8 @@ def differences_from_training(adapter: Adapter, config: Config, tokenizer: Any) 
         other = found[0].differences(identity_of_tokenizer(config, tokenizer), only=READS_TEXT)
         notes += [f"{WORDS[n]} is not the one that the adapter was trained with" for n in other]
     notes += _older_than_the_run(folder)
+    if (folder / APART).exists():
+        notes.append(f"the weights in {folder / APART} are used too, which PEFT does not read")
     run = next((p for p in (folder / RUN_YAML, folder.parent / RUN_YAML) if p.is_file()), None)
     if run is not None:
         try:

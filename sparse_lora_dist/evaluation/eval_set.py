@@ -122,16 +122,15 @@ def open_eval_set(
             raise UserError(f"--chat_template: {error}") from error
         prompts = [len(question.prompt) for name in generates for question in items[name]]
         longest = max(prompts) + request.own.max_new_tokens if prompts else 0
-        by_row: dict[str, Any] = {"alone": request.own.batch_size == 1, "change": "--batch_size 1"}
+        by_row: Any = {"alone": request.own.batch_size == 1, "change": "--batch_size 1"}
         for name, found in items.items():
             flag, scored = f"--eval_data (metric {name})", _token_ids(found)
             check_ids(model, tokenizer, scored, flag)
             check_positions(model, _longest(scored), flag)
             check_rope(model, _longest(scored), flag, **by_row)
-        generated = "--eval_data with --max_new_tokens"
-        new_tokens = request.own.max_new_tokens if prompts else 0
-        check_positions(model, longest, generated, new_tokens=new_tokens)
-        check_rope(model, longest, generated, **by_row)
+        flag, new_tokens = "--eval_data with --max_new_tokens", request.own.max_new_tokens
+        check_positions(model, longest, flag, new_tokens=new_tokens if prompts else 0)
+        check_rope(model, longest, flag, **by_row)
     same_on_all_nodes(content)
     if generates and (left := not_greedy(generation_settings(model.folder, model.module))):
         print_line("note", left)
@@ -141,8 +140,10 @@ def open_eval_set(
         if isinstance(found, Documents):
             print_reading(found.reading, notes=False)
     if any(not isinstance(found, Documents) for found in items.values()):
-        own = config.data.chat_template
-        print_reading(table.reading(template, own, tokenizer.chat_template), notes=False)
+        asked = table.reading(template, config.data.chat_template, tokenizer.chat_template)
+        print_reading(asked, notes=False)
+        for note in asked.notes:
+            print_line("note", f"--eval_data: {note}")
     return EvalSet(
         config=config,
         own=request.own,

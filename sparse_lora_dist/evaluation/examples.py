@@ -27,6 +27,7 @@ from sparse_lora_dist.data.reading import (
     Reading,
     describe,
     renders_tools,
+    rows_of_another_template,
     template_source,
     unread_keys,
 )
@@ -135,10 +136,12 @@ class Table:
         columns += ["choices"] if "choices" in found else []
         columns += [TOOLS] if renders_tools(found, template) else []
         fields = Fields(kind="messages" if self.has_chats else "pair", columns=tuple(columns))
+        other = rows_of_another_template(self.examples, template, own) if self.has_tools else ""
         return describe(
             self.examples,
             columns,
             unread_columns=unread_keys(self.examples, fields, template),
+            notes=(other,) if other else (),
             template=template_source(chat_template, template, own),
         )
 

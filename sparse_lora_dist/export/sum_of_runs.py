@@ -115,12 +115,13 @@ class Union(Trained):
 
     @cached_property
     def prompting(self) -> Prompting | None:
-        """How the first run was prompted, with the tokens that end an answer in any of the runs."""
-        own = self.first.prompting
-        if own is None:
+        """How the first run with prompts was prompted, with the tokens that end an answer in any
+        of the runs. Runs that edit facts have none."""
+        runs = (self.first, *self.others)
+        known = [run.prompting for run in runs if run.prompting is not None]
+        if not known:
             return None
-        others = (run.prompting.ends for run in self.others if run.prompting is not None)
-        ends = {**own.ends, **{token: i for more in others for token, i in more.items()}}
+        own, ends = known[0], {token: i for one in known for token, i in one.ends.items()}
         return replace(own, ends=ends, generation=with_ends(own.generation, ends.values()))
 
     @cached_property

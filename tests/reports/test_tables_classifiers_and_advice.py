@@ -2,7 +2,10 @@
 can be followed."""
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import pytest
@@ -15,16 +18,25 @@ from transformers import (
 )
 
 from sparse_lora_dist.base_model.architecture import read_config
+from sparse_lora_dist.checkpoint.own_files import clean
+from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.evaluation.adapters import _older_than_the_run
+from sparse_lora_dist.evaluation.adapters import (
+    Adapter,
+    _older_than_the_run,
+    differences_from_training,
+)
+from sparse_lora_dist.export.sum_of_runs import Union
+from sparse_lora_dist.model.prompting import Prompting
+from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.tasks.seq_cls import settle_classes
 from tests.conftest import Ranks
 from tests.export.test_export_program import exported
-from tests.fixtures.data_files import learned, load
+from tests.fixtures.data_files import jsonl, learned, load
 from tests.fixtures.tiny_classifier import write_labelled
 from tests.fixtures.tiny_run import TinyRun
-from tests.fixtures.tiny_tokenizer import byte_tokenizer
+from tests.fixtures.tiny_tokenizer import MARKED, byte_tokenizer
 from tests.plan.test_plan import outcome
 
 
@@ -108,6 +120,66 @@ def test_configurations_of_a_data_set_are_refused_with_what_can_be_done(tmp_path
         load(tmp_path)
 
 
+@pytest.mark.parametrize(("heads", "of_keys"), [(4, 3), (4, 8), (4, 0)])
+def test_heads_of_keys_that_do_not_divide_the_others_are_refused(
+    tmp_path: Path, heads: int, of_keys: int
+) -> None:
+    content = {"model_type": "llama", "num_attention_heads": heads, "num_key_value_heads": of_keys}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"4 attention heads and {of_keys} heads of keys"):
+        read_config(tmp_path, trust_remote_code=False)
+
+
+def test_what_safetensors_left_of_a_write_is_removed_with_the_folder(tmp_path: Path) -> None:
+    left = tmp_path / f".tmp_step_00000002.{'a' * 16}"
+    notes = tmp_path / f".tmp_step_00000004.{'b' * 16}"
+    for folder in (left, notes):
+        folder.mkdir()
+        (folder / ".tmpYEvZHs").write_bytes(b"half")
+    (notes / "mine.txt").write_text("kept")
+    clean(tmp_path)
+    assert not left.exists() and (notes / "mine.txt").read_text() == "kept"
+
+
+def test_a_base_saved_for_torchscript_trains(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    shutil.copytree(tiny.model, tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"return_dict": False}))
+    losses = []
+    for model in (tiny.model, tmp_path / "model"):
+        run = tmp_path / f"run_{len(losses)}"
+        ranks(1, "tests.work.run:train", flags=tiny.flags(run, model=model, max_steps=2))
+        losses.append([row["loss"] for row in read_records(run / "metrics.jsonl") if "loss" in row])
+    assert losses[0] == losses[1]
+
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "x", "parameters": {}}}
+
+
+@pytest.mark.parametrize(
+    ("tools", "said"), [((TOOL, None, None), "2 rows have none"), ((TOOL, TOOL, TOOL), "")]
+)
+def test_rows_that_the_template_for_tools_renders_without_any_are_said(
+    tmp_path: Path, tools: tuple[object, ...], said: str
+) -> None:
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = [{"messages": chat} | ({"tools": [tool]} if tool else {}) for tool in tools]
+    with_tools = MARKED.replace("{%", "{{ tools }}{%", 1)
+    own: Any = {"default": MARKED, "tool_use": with_tools}
+    notes = load(jsonl(tmp_path / "a.jsonl", rows), byte_tokenizer(template=own)).reading.notes
+    assert [said in note for note in notes if "tool_use" in note] == ([True] if said else [])
+
+
+def test_a_sum_whose_first_run_edits_facts_stops_where_the_other_does() -> None:
+    chat = Prompting(chat_template=MARKED, is_own=True, ends={"</s>": 4}, generation={})
+    edits: Any = SimpleNamespace(prompting=None)
+    other: Any = SimpleNamespace(prompting=chat)
+    for first, rest in ((edits, other), (other, edits)):
+        found = Union.prompting.func(SimpleNamespace(first=first, others=(rest,)))
+        assert found.ends == {"</s>": 4} and found.generation == {"eos_token_id": 4}
+    assert Union.prompting.func(SimpleNamespace(first=edits, others=(edits,))) is None
+
+
 def test_an_adapter_of_an_earlier_end_of_its_run_is_said(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:
@@ -123,6 +195,16 @@ def test_an_adapter_of_an_earlier_end_of_its_run_is_said(
     assert [note for note in _older_than_the_run(run) if older in note]
     ranks(1, work, flags=tiny.flags(run, max_steps=4, **options))
     assert _older_than_the_run(run) == []
+
+
+def test_weights_beside_an_adapter_that_peft_does_not_read_are_said(
+    tiny: TinyRun, tmp_path: Path
+) -> None:
+    """As --uniform_rank writes modules trained in full."""
+    (tmp_path / "modules_to_save.safetensors").touch()
+    config = load_config(["--model", str(tiny.model), "--data", str(tiny.data)])
+    notes = differences_from_training(Adapter(name=str(tmp_path)), config, byte_tokenizer())
+    assert [note for note in notes if "which PEFT does not read" in note]
 
 
 @pytest.mark.usefixtures("model_on_disk")
