@@ -205,24 +205,22 @@ class _AdaptedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (x_MTI,), (grad_MTO,), layer = ctx.saved_tensors, grads, cast(AdapterLinear, ctx.layer)
-        mask = layer.mask(x_MTI, ctx.rows_M, ctx.step)
         gradients = _of_pair if layer.is_plain_pair else _of_any_delta
-        grad_MTI, *of_tensors = gradients(layer, x_MTI, mask, grad_MTO, ctx.needs_input_grad[0])
+        grad_MTI, *of_tensors = gradients(ctx, x_MTI, grad_MTO)
         if layer.input_statistics is not None:
             layer.input_statistics.add(x_MTI, grad_MTO, ctx.row_metadata)
         if grad_MTI is not None:
-            grad_MTI = grad_MTI + input_gradient_of(layer.base, grad_MTO)
+            grad_MTI = input_gradient_of(layer.base, grad_MTO).add_(grad_MTI)
         return grad_MTI, None, *of_tensors
 
 
-def _of_pair(
-    layer: AdapterLinear, x_MTI: Tensor, mask: Tensor | None, grad_MTO: Tensor, wants_x: bool
-) -> list[Tensor | None]:
+def _of_pair(ctx: Any, x_MTI: Tensor, grad_MTO: Tensor) -> list[Tensor | None]:
     """Return the gradients of the input, of A and of B of a plain low-rank pair.
 
     y = s (x A^T) B^T     g_B = g^T (s x A^T)     g_A = (s g B)^T x     g_x = (s g B) A
     """
-    dtype, kept = fast_dtype(x_MTI), x_MTI.dtype
+    layer, dtype, kept = ctx.layer, fast_dtype(x_MTI), x_MTI.dtype
+    mask = layer.mask(x_MTI, ctx.rows_M, ctx.step)
     a_RI, b_OR = (getattr(layer, name).detach().to(dtype) for name in layer.specs)
     x_TI = (x_MTI if mask is None else x_MTI * mask).flatten(0, -2).to(dtype)
     g_TO = grad_MTO.flatten(0, -2).to(dtype)
@@ -230,18 +228,17 @@ def _of_pair(
     grad_b = g_TO.t() @ (x_TI @ a_RI.t() * layer.scale)
     grad_a = narrow_TR.t() @ x_TI
     grad_MTI = None
-    if wants_x:
+    if ctx.needs_input_grad[0]:
         grad_MTI = (narrow_TR @ a_RI).view(x_MTI.shape).to(kept)
         grad_MTI = grad_MTI if mask is None else grad_MTI.mul_(mask)
     return [grad_MTI, grad_a.to(kept), grad_b.to(kept)]
 
 
-def _of_any_delta(
-    layer: AdapterLinear, x_MTI: Tensor, mask: Tensor | None, grad_MTO: Tensor, wants_x: bool
-) -> list[Tensor | None]:
+def _of_any_delta(ctx: Any, x_MTI: Tensor, grad_MTO: Tensor) -> list[Tensor | None]:
     """Return the gradients of the input and of the trained tensors, as autograd finds them when the
     delta is computed again; those of the method's penalty are added. Adds to the probe."""
-    dtype = fast_dtype(x_MTI)
+    layer, dtype, wants_x = ctx.layer, fast_dtype(x_MTI), ctx.needs_input_grad[0]
+    mask = layer.mask(x_MTI, ctx.rows_M, ctx.step)
     leaves = [getattr(layer, name).detach().requires_grad_() for name in layer.specs]
     with torch.enable_grad():
         x = x_MTI.detach().requires_grad_(wants_x)

@@ -1,9 +1,9 @@
 """Take out of DeepSpeed's step what costs the host time and does nothing for training.
 
 DeepSpeed 0.19 asks for its rank to print nothing, marks each of its functions for NVIDIA's
-profiler, and walks over all modules of a layer whenever it needs the layer's parameters: a quarter
-of a step's host time (``benchmarks/host_time.py``). Importing this file replaces these functions in
-DeepSpeed's modules; what they return stays the same.
+profiler, and walks over all modules of a layer whenever it needs the layer's parameters. Importing
+this file replaces these functions in DeepSpeed's modules; what they return stays the same.
+``benchmarks/host_time.py`` measures the host's time of a step.
 """
 
 from collections.abc import Iterable

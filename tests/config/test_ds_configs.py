@@ -50,6 +50,37 @@ def test_offload_to_host_memory_changes_no_loss_and_no_byte(
     assert offloaded == usual and usual[-1] < usual[0]
 
 
+@pytest.mark.parametrize("method", [in_full("adalora"), "roselora"])
+def test_a_whole_base_changes_no_loss_and_gathers_nothing_but_adapters(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, method: str
+) -> None:
+    """On 2 ranks and on 1, with gradient checkpointing and without; --resume goes on in between."""
+    options = LAWS[method].on | {"method": method, "max_steps": 6, "eval_every": 2}
+    sharded = engine_file(tmp_path, "zero3", stage3_param_persistence_threshold=0)
+    losses = {}
+    for name, file, again in (
+        ("sharded", sharded, "false"),
+        ("whole", SHIPPED / "whole.json", "false"),
+        ("whole and checkpointing", SHIPPED / "whole.json", "true"),
+        ("sharded and checkpointing", sharded, "true"),
+    ):
+        words = tiny.flags(tmp_path / name, ds_config=file, gradient_checkpointing=again, **options)
+        found = ranks(2, "tests.work.offload:gathered_in_training", flags=words)
+        assert all(frozen == 0 for frozen, _ in found) == ("whole" in name), found
+        assert all(trained > 0 for _, trained in found)
+        losses[name] = numbers(tmp_path / name)
+    assert len({tuple(values) for values in losses.values()}) == 1
+    half = tiny.flags(tmp_path / "half", ds_config=sharded, **options)
+    ranks(2, "tests.work.run:train", flags=[*half, "--stop_after", "3"])
+    words = tiny.flags(tmp_path / "half", ds_config=SHIPPED / "whole.json", **options)
+    ranks(2, "tests.work.run:train", flags=[*words, "--resume", "auto"])
+    trained = [
+        [row["loss"] for row in read_records(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("half", "whole")
+    ]
+    assert trained[0] == trained[1]
+
+
 def test_clipping_under_offload_differs_by_rounding(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

@@ -140,3 +140,31 @@ def refusal_in(flags: list[str], environment: dict[str, str]) -> str:
     """The message of a job that must end before a weight is read, with more environment."""
     with patch.dict("os.environ", environment):
         return refusal_unread(flags)
+
+
+def gathered_in_training(flags: list[str]) -> tuple[int, int]:
+    """Run the main job; how often frozen and trained parameters were gathered after its start."""
+    counts: Counter[bool] = Counter()
+    kinds = (partition_parameters.AllGatherCoalescedHandle, partition_parameters.AllGatherHandle)
+    begin = Job.start
+
+    def started(job: Job, *args: Any) -> None:
+        counts.clear()
+        begin(job, *args)
+
+    def counting(make: Any) -> Any:
+        def made(self: Any, *args: Any, **rest: Any) -> None:
+            params = rest["params"] if "params" in rest else args[1]
+            counts.update(
+                p.requires_grad for p in (params if isinstance(params, list) else [params])
+            )
+            make(self, *args, **rest)
+
+        return made
+
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(patch.object(kind, "__init__", counting(kind.__init__)))
+        stack.enter_context(patch.object(Job, "start", started))
+        train(flags)
+    return counts[False], counts[True]
