@@ -90,7 +90,8 @@ class AdapterLinear(nn.Module):
         """
         self.components = components
         self.scale = self.form.scale(self.alpha, self.site.rank, components.open)
-        self._computed_indices = torch.tensor(components.computed, dtype=torch.int64)
+        device = getattr(self, next(iter(self.specs))).device
+        self._computed_indices = torch.tensor(components.computed, dtype=torch.int64, device=device)
         form = self.form
         self._has_trained_only = (
             not (form.kept or form.reads_base)
@@ -179,7 +180,6 @@ class AdapterLinear(nn.Module):
         count = len(self.components.computed)
         if self.components.computed == tuple(range(count)):
             return t.narrow(axis, 0, count)  # a view: the usual case where ranks grow
-        self._computed_indices = self._computed_indices.to(t.device)  # copies once per decision
         return t.index_select(axis, self._computed_indices)
 
 

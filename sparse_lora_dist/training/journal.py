@@ -87,12 +87,14 @@ class Journal:
 def live_per_site(shards: Shards) -> dict[str, int]:
     """Return the number of live entries (those that the optimizer updates) of each site (target
     module), summed over all ranks, by the name of the site. Collective: one all-reduce."""
-    counts = dict.fromkeys(shards.sites.adapters, 0)
-    for name, mask in shards.live().items():
-        if name in shards.sparse:
-            counts[name.rpartition(".")[0]] += int(mask.sum())
-    total = comm.sum_over_ranks(torch.tensor(list(counts.values()), device=comm.device()))
-    return dict(zip(counts, total.tolist(), strict=True))
+    places = {site: place for place, site in enumerate(shards.sites.adapters)}
+    live = {name: mask for name, mask in shards.live().items() if name in shards.sparse}
+    own = torch.zeros(len(places), dtype=torch.int64, device=comm.device())
+    if live:
+        sums = torch.stack([mask.sum() for mask in live.values()]).to(own.device)
+        site_of = [places[name.rpartition(".")[0]] for name in live]
+        own.index_add_(0, torch.tensor(site_of, device=own.device), sums)
+    return dict(zip(places, comm.sum_over_ranks(own).tolist(), strict=True))
 
 
 def memory_and_traffic(shards: Shards) -> dict[str, int]:

@@ -99,6 +99,7 @@ def _package() -> None:
     from sparse_lora_dist.distributed import comm, console
     from sparse_lora_dist.runtime import watchdog
     from sparse_lora_dist.sparsity.decisions import Decisions
+    from sparse_lora_dist.sparsity.rewriter import Rewriter
 
     join = dist.init_process_group
     comm.dist.init_process_group = lambda backend, **options: join("gloo", **options)
@@ -116,6 +117,7 @@ def _package() -> None:
     watchdog.set_phase = seen
     _phase_of_its_own(Decisions, "make", "decision")
     _phase_of_its_own(Decisions, "confirm", "decision")
+    _phase_of_its_own(Rewriter, "after", "decision")
     read = CheckpointFiles.read
 
     def read_under_modes(self: CheckpointFiles, *args: Any, **options: Any) -> Tensor:

@@ -236,7 +236,7 @@ def _make(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return func(*args, **kwargs)
     elif like is not None and func in (torch.as_tensor, torch.asarray):
         device = CUDA if place == DEVICE else HOST
-        return like.to(device=device, dtype=kwargs.get("dtype"))
+        return _move(Tensor.to, (like,), {"device": device, "dtype": kwargs.get("dtype")})
     if func in FROM_NUMBERS and place == DEVICE:
         world.wait("copy of Python's numbers to the device")
     with setting("into", place):

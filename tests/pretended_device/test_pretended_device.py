@@ -4,20 +4,25 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from sparse_lora_dist.methods import METHODS
 from tests.fixtures.tiny_models import save_family
 from tests.fixtures.tiny_run import TinyRun
 from tests.laws import LAWS
 from tests.pretended_device.mistakes import PLANTED
+from tests.tiers import some
 
 pytestmark = pytest.mark.usefixtures("processes")
 
 PHASES = ("forward", "backward", "decision and update")
-STEPS = 4
+STEPS = 12  # of the laws: methods decide several times in them
 
 
 def found_in(
@@ -37,7 +42,7 @@ def found_in(
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-9000:] + done.stderr[-9000:]
     return [json.loads(report.with_suffix(f".{rank}.json").read_text()) for rank in range(ranks)]
 
 
@@ -104,6 +109,37 @@ def test_a_planted_mistake_is_found(
     ranks = 2 if mistake == "no wait for gathers" else 1
     found = problems(found_in(tmp_path, run, ranks=ranks, mistake=mistake))
     assert [problem for problem in found if words in problem and place in problem], found[:5]
+
+
+def with_layers(tiny: TinyRun, folder: Path, count: int) -> Path:
+    """The tiny model with another number of layers."""
+    config = AutoConfig.from_pretrained(tiny.model)
+    config.num_hidden_layers = count
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    for file in tiny.model.glob("token*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("method", some(METHODS, "adalora losa prilora roselora"))
+def test_the_host_waits_for_no_linear(tiny: TinyRun, tmp_path: Path, method: str) -> None:
+    """A step of 4 layers waits as often as one of 2. Decisions are counted apart."""
+    options = {"method": method, **LAWS[method].on, "max_steps": STEPS, "log_every": STEPS}
+    runs = []
+    for layers in (2, 4):
+        model = with_layers(tiny, tmp_path / f"model_{layers}", layers)
+        runs.append(("train", tiny.flags(tmp_path / f"run_{layers}", model=model, **options)))
+    ((two, four),) = found_in(tmp_path, *runs)
+    for phase in PHASES:
+        few, many = (_own_waits(found["waits"].get(phase, {})) for found in (two, four))
+        assert many.total() == few.total(), (phase, many - few)
+
+
+def _own_waits(waits: dict[str, int]) -> Counter[str]:
+    """Without DeepSpeed's, which are for gathers of before and normally over."""
+    return Counter({place: n for place, n in waits.items() if " at deepspeed/" not in place})
 
 
 def test_every_mistake_is_planted() -> None:
