@@ -78,16 +78,16 @@ class QuantLinear(FrozenLinear):
         super().__init__(layout.shape[1], layout.shape[0], packed, bias)
         self.layout = layout
         self.scales = scales
-        self._parts: nf4.Parts | None = None
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        return nf4.dequantize(self._parts or self._cut(), self.layout, dtype)
+        parts = getattr(self.weight, "parts", None) or self._cut()
+        return nf4.dequantize(parts, self.layout, dtype)
 
     def _cut(self) -> nf4.Parts:
         packed, scales = self.weight.data.view(torch.uint8), self.scales.data.view(torch.uint8)
         parts = nf4.parts_of(packed, scales, self.layout)
-        if "weight" in self._buffers and "scales" in self._buffers:  # whole, so it never changes
-            self._parts = parts
+        if "weight" in self._buffers and "scales" in self._buffers:  # whole, so they never change
+            self.weight.parts = parts  # type: ignore[attr-defined]  # goes with the tensor
         return parts
 
 

@@ -108,6 +108,7 @@ class Engine:
             parameter.ds_tensor = parameter.ds_secondary_tensor = None
             parameter.data = parameter.data.new_empty(0)
         for tensor in self._whole:
+            vars(tensor).clear()  # views of it
             tensor.data = tensor.new_empty(0)
         # The process group of hpZ. The next zero.Init fails if an old one is left.
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None

@@ -28,6 +28,12 @@ def test_no_gathered_or_dequantised_weight_outlives_its_use(
         assert rank.in_graph == nothing
 
 
+def test_a_whole_base_goes_with_its_engine(ranks: Ranks, folder: str) -> None:
+    """An evaluation of several adapters loads the base for each."""
+    for used, left in ranks(2, "tests.work.memory:left_after_closing", folder=folder):
+        assert used > 3 * 7 * 2 and left == 0
+
+
 def test_the_measurement_sees_what_torchs_own_linear_keeps(ranks: Ranks, folder: str) -> None:
     for rank in ranks(2, "tests.work.memory:alive_bytes_of_plain_matmul", folder=folder):
         # The first query, key and value have no input that wants a gradient, so those may go.
