@@ -100,6 +100,7 @@ def _package() -> None:
     from sparse_lora_dist.runtime import watchdog
     from sparse_lora_dist.sparsity.decisions import Decisions
     from sparse_lora_dist.sparsity.rewriter import Rewriter
+    from sparse_lora_dist.zero3 import engine
 
     join = dist.init_process_group
     comm.dist.init_process_group = lambda backend, **options: join("gloo", **options)
@@ -108,6 +109,7 @@ def _package() -> None:
     comm._check_devices = lambda: None
     console.device_in_words = lambda on_gpu: "pretended"
     train.check_loss_kernel = lambda: None  # Triton needs the device itself
+    engine._loss_backend = "torch"
     set_phase = watchdog.set_phase
 
     def seen(phase: str, **options: Any) -> None:
