@@ -167,7 +167,12 @@ def test_beside_a_base_on_disk(
 ) -> None:
     file = nvme_file(tmp_path)
     ranks(2, TRAIN, flags=words(tiny, tmp_path / "run", ds_config=file))
-    same(ends(straight), ends(tmp_path / "run"))
+    # To rounding: a disk's shares are gathered a module at a time, others a layer (decision 112).
+    one, other = ends(straight), ends(tmp_path / "run")
+    for key, tensors in one.items():
+        assert tensors and tensors.keys() == other[key].keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, other[key][name], rtol=1e-3, atol=1e-5)
 
 
 def test_a_gradient_that_is_not_finite_chooses_nothing(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.zero3 import nvme as zero3_nvme
@@ -59,13 +60,17 @@ def test_shares_on_disk_change_no_loss_and_no_byte(
         for watched in seen:
             assert watched.compared.keys() >= USES - {"evaluating"}
             assert watched.on_disk >= 8
-    assert numbers(tmp_path / "b") == numbers(tmp_path / "a")
-    one, other = (tmp_path / n / "adapter" / "adapter_model.safetensors" for n in "ab")
-    assert one.read_bytes() == other.read_bytes()
+    # To rounding: a disk's shares are gathered a module at a time, others a layer (decision 112).
+    assert numbers(tmp_path / "b") == pytest.approx(numbers(tmp_path / "a"), rel=1e-5)
+    one, other = (load_file(tmp_path / n / "adapter" / "adapter_model.safetensors") for n in "ab")
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(tensor, other[name], rtol=1e-3, atol=1e-4)
     norms = [
         [row.get("grad_norm") for row in read_records(tmp_path / n / "metrics.jsonl")] for n in "ab"
     ]
-    assert norms[0] == norms[1], "clipping included"
+    for one_norm, other_norm in zip(*norms, strict=True):
+        assert one_norm == pytest.approx(other_norm, rel=1e-4), "clipping included"
 
 
 def test_checkpointing_masters_on_the_host_and_modules_in_full(
@@ -88,7 +93,7 @@ def test_checkpointing_masters_on_the_host_and_modules_in_full(
         )
         seen = ranks(2, WATCHED, flags=words, folder=tiny.model, swap_from=1024)
     assert all(watched.on_disk >= 8 for watched in seen)
-    assert numbers(tmp_path / "a") == numbers(tmp_path / "b")
+    assert numbers(tmp_path / "a") == pytest.approx(numbers(tmp_path / "b"), rel=1e-5)
 
 
 @pytest.mark.parametrize("buffer_size", [600_000, 500_000])
