@@ -13,7 +13,7 @@ from sparse_lora_dist.adapter.peft_agrees import disagreements, ranks_of
 from sparse_lora_dist.adapter.peft_config import APART, CONFIG, faults_of, other_kind, scale_of
 from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.checkpoint import published
-from sparse_lora_dist.checkpoint.manifest import MANIFEST
+from sparse_lora_dist.checkpoint.manifest import MANIFEST, step_of
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import expanded, resolve_default
 from sparse_lora_dist.config.yaml_file import read_entries
@@ -171,7 +171,7 @@ def _older_than_the_run(folder: Path) -> list[str]:
     attempts = folder / ATTEMPTS
     jobs = read_records(attempts) if attempts.exists() else []
     finished = [job["step"] for job in jobs if job.get("event") == "finished"]
-    steps = [int(p.name.rpartition("_")[2]) for p in published(folder / "checkpoints")]
+    steps = [step_of(path) for path in published(folder / "checkpoints")]
     if not finished or not steps or steps[-1] <= finished[-1]:
         return []
     return [

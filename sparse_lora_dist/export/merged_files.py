@@ -67,7 +67,7 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
     if trained.classes and text.pad_token_id is None:  # else rows could not be scored together
         text.pad_token_id = tokenizer.pad_token_id
     if base.tied:
-        for part in (config, config.get_text_config()):
+        for part in (config, text):
             part.tie_word_embeddings = False
     config.save_pretrained(folder)
     with as_user_error(f"The tokenizer in {base.folder}", advice):

@@ -15,6 +15,8 @@ from deepspeed.runtime.zero import stage3
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
+from sparse_lora_dist.zero3.parameters import is_of_base
+
 
 def layers_of(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of the model's layers, such as ("model.layers", ModuleList).
@@ -44,20 +46,14 @@ def gather_by_layer(model: nn.Module, engine_config: Mapping[str, Any]) -> None:
     param = engine_config["zero_optimization"].get("offload_param") or {}
     if param.get("device") == "nvme":
         return
-    for module in [model] if _moves_no_base(model) else layers_of(model)[1]:
+    # Where only adapters are sharded (``zero3.whole``), all of them are gathered at once.
+    moves_base = any(is_of_base(parameter) for parameter in model.parameters())
+    for module in layers_of(model)[1] if moves_base else [model]:
         set_z3_leaf_module(module, True)
     # DeepSpeed reduces the gradients of a leaf module when the gradient of its input is known, and
     # takes those that are missing as zero. The input of the first layer has no gradient, so there
     # it would reduce zeros, before any gradient is computed. Each is reduced as it comes instead.
     stage3.z3_leaf_parameter = _belongs_to_no_leaf
-
-
-def _moves_no_base(model: nn.Module) -> bool:
-    """Return True if only adapters are sharded (``zero3.whole``), which are gathered at once."""
-    return all(
-        parameter.requires_grad or getattr(parameter, "stays_in_memory", False)
-        for parameter in model.parameters()
-    )
 
 
 def _belongs_to_no_leaf(parameter: nn.Parameter) -> bool:

@@ -170,6 +170,12 @@ class ShardBuilder:
         self._init.refill(parameter, values)
 
 
+def is_of_base(parameter: nn.Parameter) -> bool:
+    """Return True for a tensor of the frozen base, which never changes: neither trained nor kept by
+    an adapter, for which a method may write it anew."""
+    return not (parameter.requires_grad or getattr(parameter, "stays_in_memory", False))
+
+
 def gathers_too(module: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """Make ZeRO-3 gather parameters of other modules whenever ``module`` runs, also in backward.
 

@@ -8,12 +8,12 @@ largest tensor that is the whole base: a step then gathers nothing but adapters.
 """
 
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from sparse_lora_dist.zero3.parameters import ZeroParameter, gathered
+from sparse_lora_dist.zero3.parameters import ZeroParameter, gathered, is_of_base
 
 AT_ONCE = 64
 """Number of tensors that are gathered together. While they are, a copy of them exists."""
@@ -38,18 +38,19 @@ def keep_whole(model: nn.Module, engine_config: Mapping[str, Any]) -> list[Tenso
             for name in list(vars(parameter)):  # what makes it a parameter of ZeRO-3
                 delattr(parameter, name)
             parameter.data = tensor
+    ids = {id(parameter) for parameter in whole}
     for module in model.modules():
-        _let_go(module, {id(parameter) for parameter in whole})
+        _let_go(module, ids)
     return whole
 
 
-def _let_go(module: nn.Module, whole: Collection[int]) -> None:
+def _let_go(module: nn.Module, whole: set[int]) -> None:
     for name, parameter in list(module._parameters.items()):
         if id(parameter) in whole:
             del module._parameters[name]
             module.register_buffer(name, parameter, persistent=False)
     external: dict[int, nn.Parameter] = getattr(module, "_external_params", {})
-    for key in external.keys() & set(whole):
+    for key in external.keys() & whole:
         del external[key]
 
 
@@ -64,5 +65,4 @@ def _staying(model: nn.Module, zero: Mapping[str, Any]) -> list[ZeroParameter]:
         if parameter.ds_numel <= min(largest, room):
             room -= parameter.ds_numel
             staying.append(parameter)
-    frozen = [p for p in staying if not (p.requires_grad or getattr(p, "stays_in_memory", False))]
-    return frozen[: len(parameters) - 1]
+    return [p for p in staying if is_of_base(p)][: len(parameters) - 1]
