@@ -177,10 +177,11 @@ def _verdict(outcome: Outcome) -> Iterator[str]:
             yield f"least     {least} {things}"
     if (whole := outcome.whole) is not None:
         (_, now), (_, then) = outcome.speed.step_s, whole.speed.step_s
-        gpu, host, less = gb(whole.need.gpu), gb(whole.need.host), 1 - then / now
-        yield f"whole     --ds_config whole, a base that every rank has whole, fits too: {gpu} GB a"
-        yield f"          GPU, {host} GB per machine, and {less:.0%} less time a step where"
-        yield "          communication does not overlap with compute"
+        on_gpu = f"{gb(whole.need.gpu)} GB a GPU, " if outcome.ranks.on_gpu else ""
+        yield "whole     --ds_config whole, a base that every rank has whole, fits too:"
+        host, less = gb(whole.need.host), 1 - then / now
+        yield f"          {on_gpu}{host} GB per machine, and {less:.0%} less time a"
+        yield "          step where communication does not overlap with compute"
     yield f"slurm     sbatch {mem_option(need.host)} asks for this host memory, and a tenth more"
 
 
