@@ -59,9 +59,12 @@ class LossHead(nn.Module):
         """True once a note about ``refused`` was printed."""
         self.targets: tuple[Tensor, Tensor] | None = None
         """(positions of the target tokens in the flattened micro-batch, tokens that they should
-        predict), both int64 [N] on the device. None outside ``expecting``."""
+        predict), both int64 [N] on the device, filled up by ``_filled_up``. None outside
+        ``expecting``."""
         self.one_by_one = False
         """True: compute the loss of each target token. False: compute the sum of their losses."""
+        self.num_targets = 0
+        """Number of ``targets`` that are none of those they are filled up with."""
         self._loss: Tensor | None = None
 
     def trained(self) -> dict[str, nn.Parameter]:
@@ -84,7 +87,8 @@ class LossHead(nn.Module):
             return cast(Tensor, self._linear[0](x_MTI))
         if self.one_by_one:
             chunks = self.chunks(self.at_targets(x_MTI))
-            self._loss = torch.cat([each_loss(self.logits(x, {}), labels) for x, labels in chunks])
+            losses = torch.cat([each_loss(self.logits(x, {}), labels) for x, labels in chunks])
+            self._loss = losses[: self.num_targets]
             return x_MTI.new_empty(*x_MTI.shape[:-1], 0)
         trained = self.trained().values()
         logits_MT0: Tensor
@@ -129,8 +133,13 @@ class LossHead(nn.Module):
             not even the logits of one fit.
         """
         assert self.targets is not None
-        rows = max(1, CHUNK_BYTES // (4 * self.vocabulary))
+        rows = self.tokens_of_a_chunk
         return zip(x_NI.split(rows), self.targets[1].split(rows), strict=True)
+
+    @property
+    def tokens_of_a_chunk(self) -> int:
+        """Number of tokens whose logits fit in ``CHUNK_BYTES`` as fp32, at least 1."""
+        return max(1, CHUNK_BYTES // (4 * self.vocabulary))
 
     @contextmanager
     def expecting(self, labels_MT: Tensor, *, one_by_one: bool = False) -> Iterator[None]:
@@ -146,7 +155,10 @@ class LossHead(nn.Module):
         labels_T = labels_MT.flatten()
         # nonzero on the host, where the labels are: on a GPU it would wait for the stream.
         where_N = (labels_T != NOT_A_TARGET).nonzero().squeeze(1)
-        self.targets = where_N.to(comm.device()), labels_T[where_N].to(comm.device())
+        self.num_targets = len(where_N)
+        more = _filled_up(self.num_targets, self.tokens_of_a_chunk) - self.num_targets
+        labels_N = F.pad(labels_T[where_N], (0, more), value=NOT_A_TARGET)
+        self.targets = F.pad(where_N, (0, more)).to(comm.device()), labels_N.to(comm.device())
         try:
             yield
         finally:
@@ -203,9 +215,26 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad_outputs[0]
         grad_x_TI = ctx.grad_x_NI.new_zeros(ctx.shape).flatten(0, -2)
-        grad_x_TI[ctx.where_N] = (ctx.grad_x_NI * scale).to(grad_x_TI.dtype)
+        # What targets are filled up with points to token 0 with a gradient of 0.
+        grad_x_TI.index_add_(0, ctx.where_N, (ctx.grad_x_NI * scale).to(grad_x_TI.dtype))
         grads = [(grad * scale).to(grad.dtype) for grad in ctx.grads]
         return grad_x_TI.view(ctx.shape), None, None, *grads
+
+
+def _filled_up(count: int, chunk: int) -> int:
+    """Return the number of tokens to which the target tokens of a micro-batch are filled up.
+
+    The last chunk gets one of few sizes: 8, 16, 24, 32, then four for each power of two. Each size
+    that a matmul has not had yet costs memory that is not given back: oneDNN keeps what it made
+    for it, and CUDA's allocator a block.
+
+    Args:
+        count: number of target tokens.
+        chunk: number of tokens of a whole chunk.
+    """
+    last = count % chunk
+    size = max(8, 2 ** (last.bit_length() - 3))
+    return count - last + min(chunk, -(-last // size) * size)
 
 
 def install(model: PreTrainedModel) -> None:
