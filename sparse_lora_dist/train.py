@@ -24,6 +24,7 @@ from sparse_lora_dist.distributed.console import print_launch, print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Finished, Stopped, UserError
 from sparse_lora_dist.methods import METHODS, Method
+from sparse_lora_dist.methods.protocol.form import draw_nothing
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.plan.check import say_whether_it_fits
@@ -339,10 +340,11 @@ def _check_form(config: Config, model: Model, method: Method) -> None:
             f"--method {method.name} prunes. Set --dropout 0.",
             shared=True,
         )
-    if config.adapter.init_adapter is not None and set(form.tensors) != plain:
+    other = set(form.tensors) != plain or form.drawn is not draw_nothing
+    if config.adapter.init_adapter is not None and other:
         raise UserError(
             f"--init_adapter gives the tensors A and B of LoRA, but --method {method.name} trains "
-            f"other tensors: {', '.join(form.tensors)}. "
+            f"other ones: {', '.join(form.tensors)}. "
             "Use a --method that trains A and B, such as lora or roselora.",
             shared=True,
         )

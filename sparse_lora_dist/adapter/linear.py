@@ -200,7 +200,10 @@ class _AdaptedMatmul(torch.autograd.Function):
         y_MTO = output_of(layer.base, x_MTI)
         mask = layer.mask(x_MTI, ctx.rows_M, ctx.step)
         dropped_MTI = x_MTI if mask is None else x_MTI * mask
-        return y_MTO.add_(layer.form.delta(dropped_MTI, layer.computed(tensors), layer.scale))
+        y_MTO.add_(layer.form.delta(dropped_MTI, layer.computed(tensors), layer.scale))
+        # A linear with a bias returns a view. Autograd would not let the model change that in
+        # place, as Longformer does.
+        return torch.ops.aten._unsafe_view(y_MTO, y_MTO.shape) if y_MTO._is_view() else y_MTO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

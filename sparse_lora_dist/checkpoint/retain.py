@@ -32,7 +32,7 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
     kept = set(found[-keep_last:])
     if keep_best:
         alike: dict[Any, list[Path]] = {}
-        for path in found:
+        for path in (p for p in found if _held_out_loss(p) < math.inf):
             alike.setdefault(_held_out(path, "held_out_rows"), []).append(path)
         kept |= {min(some, key=lambda p: (_held_out_loss(p), p.name)) for some in alike.values()}
     for path in found:

@@ -11,8 +11,6 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any, NoReturn
 
-import yaml
-
 from sparse_lora_dist import methods
 from sparse_lora_dist.config.arguments import read_flags, read_yaml, split_argv, typed_values
 from sparse_lora_dist.config.checks import raise_if
@@ -23,6 +21,7 @@ from sparse_lora_dist.config.paths import missing_locations, missing_source, mov
 from sparse_lora_dist.config.schema import TRAIN, Option, Program, build_parser, known_options
 from sparse_lora_dist.config.sections import TRACKERS
 from sparse_lora_dist.config.spelling import did_you_mean
+from sparse_lora_dist.config.yaml_file import yaml_of
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.system.program_names import as_started_here
@@ -80,7 +79,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     raise_if(problems)
     assert config is not None, "raise_if has raised if a part is missing"
     if "print_config" in names:
-        print_and_exit(yaml.safe_dump(config.as_flat_dict(), sort_keys=False))
+        print_and_exit(yaml_of(config.as_flat_dict()))
     return config, own
 
 

@@ -147,14 +147,18 @@ def moved_run(flags: Sequence[tuple[str, list[str]]], values: Mapping[str, Any])
 
     Returns:
         The folder of the run.yaml that ``--config`` names; None if it is not in a run folder, if it
-        names this folder, if ``--output_dir`` was typed, or if no run is resumed with
-        ``--resume auto``.
+        names this folder, if ``--output_dir`` was typed, or if this run is not the one that is
+        resumed, with ``--resume auto`` or one of its checkpoints.
     """
     files = [words[0] for name, words in flags if name == "config" and len(words) == 1]
     typed = any(name == "output_dir" for name, _ in flags)
-    if not files or typed or values.get("resume") != "auto" or "output_dir" not in values:
+    resume = values.get("resume")
+    if not files or typed or resume in (None, "never") or "output_dir" not in values:
         return None
     path = Path(expanded(files[0]))
+    checkpoints = path.resolve().parent / "checkpoints"
+    if resume != "auto" and Path(expanded(str(resume))).resolve().parent != checkpoints:
+        return None
     is_run = path.name == "run.yaml" and any(
         (path.parent / name).exists() for name in (MARKER, "checkpoints")
     )

@@ -93,7 +93,8 @@ class DataConfig:
     """Names of the columns of a CSV or TSV file that has no header line. Empty: the first line
     names them."""
     prompt_field: str = "prompt"
-    """Column with the prompt. Unless given, a column named messages is read as chats instead."""
+    """Column with the prompt. If it has another name than this default, a column named messages is
+    not read as chats."""
     response_field: str = "response"
     """Column with the response."""
     chat_template: str | None = None
@@ -176,7 +177,8 @@ class TrainConfig:
     warmup_steps: int = 0
     """Optimizer steps in which the learning rate rises linearly from 0 to its peak, at least 0."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of AdamW on all trained tensors, norms and biases too, at least 0."""
+    """Decoupled weight decay of AdamW on all trained tensors, norms and biases too, but not on
+    sora's gates; at least 0."""
     adam_beta1: float = 0.9
     """Decay rate of AdamW's first moment, in [0, 1)."""
     adam_beta2: float = 0.999

@@ -1,4 +1,4 @@
-"""Read YAML files of options: numbers as YAML 1.2 has them, and nothing that can explode.
+"""Read and write YAML files of options: numbers as YAML 1.2 has them, and nothing that can explode.
 
 PyYAML reads YAML 1.1, in which 0100 is 64, 1:30 is 90 and 2024-12-31 is a date. Here they are 100
 and two texts. An alias (*name) may stand for one value only: with aliases of lists, a file of a few
@@ -6,6 +6,7 @@ lines can describe a list of a billion items.
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,10 @@ class TextLoader(_WithoutAliases, yaml.BaseLoader):
     """Loader that reads every value as text."""
 
 
+class PlainDumper(yaml.SafeDumper):
+    """Dumper that puts quotes around each text that ``PlainLoader`` would not read as text."""
+
+
 def _int(loader: PlainLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node)).replace("_", "")
     return int(text, 16) if "x" in text else int(text)
@@ -68,6 +73,7 @@ PlainLoader.yaml_implicit_resolvers = {
 PlainLoader.add_implicit_resolver(INT, DECIMAL, list("-+0123456789"))
 PlainLoader.add_implicit_resolver(FLOAT, FRACTION, list("-+0123456789."))
 PlainLoader.add_constructor(INT, _int)
+PlainDumper.yaml_implicit_resolvers = PlainLoader.yaml_implicit_resolvers
 
 
 def _refuse(loader: PlainLoader, node: yaml.Node) -> None:
@@ -115,6 +121,11 @@ def parse_yaml(text: str) -> Any:
         raise
     except Exception as error:  # !!int abc, !!timestamp x, 300 nested lists ...
         raise yaml.YAMLError(in_words(error)) from error
+
+
+def yaml_of(options: Mapping[str, Any]) -> str:
+    """Return options as a YAML text that ``parse_yaml`` reads as the same options."""
+    return yaml.dump(dict(options), Dumper=PlainDumper, sort_keys=False)
 
 
 def read_entries(

@@ -5,18 +5,20 @@ as one string; without one, a chat must be one prompt and its response, which ar
 are. bos and eos are the tokenizer's tokens for the beginning and end of a sequence.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
+from tokenizers import Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from sparse_lora_dist.data.fields import ExampleError, Message, Tools
 from sparse_lora_dist.data.read_files import plainly
@@ -24,8 +26,13 @@ from sparse_lora_dist.errors import UserError
 
 TrainOn = Literal["response", "all"]
 
-# As transformers recognises it. Without the marks, transformers returns a mask of zeros.
-GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+MARK = re.compile(r"(\{%-?\s*generation\s*)(?:(-%\})\s*|(%\})(?:\r\n?|\n)?)")
+"""A {% generation %} mark and the white space that jinja strips after it."""
+END_MARK = re.compile(r"(?:\s*(\{%-)|(?:^[ \t]*)?(\{%))(?=\s*endgeneration)", re.MULTILINE)
+"""The beginning of an {% endgeneration %} mark and the white space that jinja strips before it."""
+BEGIN, END = "\ufdd0", "\ufdd1"
+"""Characters that stand for the marks in a rendered chat. Unicode keeps them for use within a
+program; texts have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +83,8 @@ def find_template(
 
 def has_marks(template: str | None) -> bool:
     """Return True if a template has {% generation %} marks around what the model writes."""
-    return template is not None and GENERATION_MARK.search(template) is not None
+    comments = r"\{#.*?#\}"
+    return template is not None and bool(MARK.search(re.sub(comments, "", template, flags=re.S)))
 
 
 def is_template(text: str) -> bool:
@@ -141,7 +149,7 @@ def encode_chat(
         encoded = _joined(tokenizer, messages)
     elif train_on == "all":
         encoded = _whole(_render(tokenizer, messages, template, tools)["input_ids"])
-    elif has_marks(template) and _covers_spaces(tokenizer):
+    elif has_marks(template):
         encoded = _spans_by_marks(tokenizer, messages, template, tools)
     else:
         encoded = _spans_by_prefixes(tokenizer, messages, template, tools)
@@ -268,17 +276,6 @@ def _whole(ids: list[int]) -> Encoded:
     return Encoded(ids=ids, is_target=[True] * len(ids))
 
 
-def _covers_spaces(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Return True if the tokenizer's offsets (from each token to its characters) cover every
-    character, including spaces.
-
-    With its setting ``trim_offsets`` they do not, and no token is found at a {% generation %} mark
-    next to a space. For such a tokenizer ``_spans_by_prefixes`` is used, which needs no offsets.
-    """
-    encoded = tokenizer(" a ", add_special_tokens=False)
-    return all(encoded.char_to_token(0, i) is not None for i in range(3))
-
-
 def _joined(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> Encoded:
     prompt, response = (m["content"] for m in messages)
     before = _ids(tokenizer, prompt)
@@ -318,21 +315,61 @@ def _spans_by_marks(
     character between them.
 
     transformers makes such a mask too, but takes a mark at a character that no token begins or
-    ends with (of an emoji, or one that is normalised), and one at the first token, for another.
+    ends with (of an emoji, or one that is normalised), and one at the first token, for another. It
+    also takes places in the block that is being rendered, such as {% set %}, for places in the
+    chat.
     """
-    out = _render(
-        tokenizer, messages, template, tools, tokenizer_kwargs={"return_offsets_mapping": True}
-    )
-    words: dict[str, Any] = {**tokenizer.special_tokens_map, "chat_template": template}
-    rendered: Any = render_jinja_template(
-        [messages], tools=tools, return_assistant_tokens_mask=True, **words
-    )
-    (spans,) = rendered[1]  # characters between the marks, of each chat
+    text, spans = _between_marks(tokenizer, messages, template, tools)
     is_target = [
         any(first < stop and last > start for start, stop in spans)
-        for first, last in out["offset_mapping"]
+        for first, last in _with_whole_offsets(tokenizer)
+        .encode(text, add_special_tokens=False)
+        .offsets
     ]
-    return Encoded(ids=out["input_ids"], is_target=is_target)
+    return Encoded(ids=_ids(tokenizer, text), is_target=is_target)
+
+
+def _between_marks(
+    tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str, tools: Tools
+) -> tuple[str, list[tuple[int, int]]]:
+    """Return a rendered chat, and where the text between marks begins and ends in it.
+
+    The chat is rendered once more with a template that writes ``BEGIN`` and ``END`` at its marks.
+    """
+    text = render_text(tokenizer, messages, template, tools)
+    signed = MARK.sub(rf"\1\2\3{{{{ '{BEGIN}' }}}}", template)
+    signed = END_MARK.sub(rf"{{{{ '{END}' }}}}\1\2", signed)
+    parts = re.split(f"([{BEGIN}{END}])", render_text(tokenizer, messages, signed, tools))
+    if "".join(parts[::2]) != text:
+        raise ExampleError(
+            "What stands between the {% generation %} marks of the chat template cannot be found, "
+            "because the template changes that text after it was rendered, or renders a chat "
+            "differently each time. Give another --chat_template, or set --train_on all."
+        )
+    spans, place, depth = [], 0, 0
+    for part, sign in zip(parts[::2], [*parts[1::2], END], strict=True):
+        if depth > 0 and part:
+            spans.append((place, place + len(part)))
+        place += len(part)
+        depth += 1 if sign == BEGIN else -1
+    return text, spans
+
+
+@lru_cache(maxsize=1)
+def _with_whole_offsets(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy of a tokenizer whose offsets (from each token to its characters) cover spaces
+    too. With ``trim_offsets``, as many byte-level tokenizers have it, they do not."""
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    _do_not_trim(described["post_processor"])
+    return Tokenizer.from_str(json.dumps(described))
+
+
+def _do_not_trim(processor: Any) -> None:
+    parts = processor.get("processors", []) if isinstance(processor, dict) else []
+    for part in parts:
+        _do_not_trim(part)
+    if isinstance(processor, dict) and "trim_offsets" in processor:
+        processor["trim_offsets"] = False
 
 
 def _spans_by_prefixes(

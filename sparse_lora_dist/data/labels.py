@@ -1,6 +1,7 @@
 """Find the labels of a data set, which are its classes, and the label of an example."""
 
 import re
+import unicodedata
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -70,7 +71,7 @@ def _checked(labels: list[str], place: str) -> list[str]:
     same."""
     seen: dict[str, str] = {}
     for label in labels:
-        key = " ".join(label.split())
+        key = unicodedata.normalize("NFC", " ".join(label.split()))
         key = str(int(key)) if re.fullmatch(r"[-+]?[0-9]{1,20}", key) else key
         other = seen.setdefault(key, label)
         if other != label:
@@ -109,6 +110,11 @@ def label_of(value: Any, feature: Any) -> str:
             raise ExampleError(
                 "This example has the label -1, which means that its label is unknown. Give data "
                 "in which each example has a label, or remove this example."
+            )
+        if value >= len(feature.names):
+            raise ExampleError(
+                f"The label of this example is class {value}, but the column declares the classes "
+                f"0 to {len(feature.names) - 1}. Correct the label, or write labels as text."
             )
         return str(feature.names[value])
     if value == "":

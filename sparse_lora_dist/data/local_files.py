@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from sparse_lora_dist.errors import UserError
@@ -29,11 +31,11 @@ CELLS: dict[str, dict[str, Any]] = {
     # Cells of a TSV hold no tabs, so nothing needs quotes, and one in a sentence is only a letter.
     ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+"""Dict from the suffix of a table's file to keyword arguments of Python's csv module."""
 MOST_DIGITS = 4000
 QUOTED = re.compile(r'"(?:[^"]|"")*""(?:[^"]|"")*"')
 """A cell that is quoted as in CSV and has quotes inside, which are doubled. pandas writes it so in
 TSV files too."""
-"""Dict from the suffix of a table's file to keyword arguments of Python's csv module."""
 TEXT, PARQUET = ".txt", ".parquet"
 LARGEST_CELL = 2**31 - 1
 """Most characters of a cell of a table. A long document has more than the default of Python's csv
@@ -79,10 +81,45 @@ def without_nulls(value: Any) -> Any:
 
 
 def _parquet(file: Path) -> Numbered:
-    for batch in parquet.ParquetFile(file).iter_batches(batch_size=1000):
-        for row in batch.to_pylist():
-            example = {column: without_nulls(value) for column, value in row.items()}
+    table = parquet.ParquetFile(file)
+    groups = range(table.metadata.num_row_groups)
+    classes = class_names(table.schema_arrow)
+    filled = [g for g in groups if table.metadata.row_group(g).num_rows > 0]
+    for batch in table.iter_batches(batch_size=1000, row_groups=filled) if filled else ():
+        names = batch.schema.names
+        columns = [
+            _values(column, classes.get(name, ()))
+            for name, column in zip(names, batch.columns, strict=True)
+        ]
+        for row in zip(*columns, strict=True):
+            example = {n: without_nulls(value) for n, value in zip(names, row, strict=True)}
             yield 0, example, json.dumps(example, default=_no_text)
+
+
+def class_names(schema: pa.Schema) -> dict[str, list[str]]:
+    """Return the names of the classes that an Arrow schema declares: those of each column that
+    ``datasets`` has written as a ``ClassLabel``."""
+    try:
+        features = datasets.Features.from_arrow_schema(schema)
+    except ValueError:  # a type that ``datasets`` does not have
+        return {}
+    return {
+        name: list(one.names)
+        for name, one in features.items()
+        if isinstance(one, datasets.ClassLabel)
+    }
+
+
+def _values(column: Any, classes: Sequence[str]) -> list[Any]:
+    """Return the values of a column of an Arrow table, with names for numbers of classes; a dict
+    for each if it cannot be read, which is refused if the column is one that is read."""
+    try:
+        values = list(column.to_pylist())
+        if not classes:
+            return values
+        return [classes[v] if v is not None and 0 <= v < len(classes) else v for v in values]
+    except Exception as error:  # an unknown time zone, text that is no UTF-8
+        return [{type(error).__name__: str(error)[:40]}] * len(column)
 
 
 def _no_text(value: Any) -> dict[str, str]:
@@ -111,6 +148,11 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
             first = next(cells for cells in reader if cells)
             names = _column_names(file, first, column_names)
             if column_names:
+                if list(column_names) == first:
+                    raise UserError(
+                        f"{file}: Its first line has the names of --column_names. It is a header: "
+                        "leave --column_names out."
+                    )
                 yield _unnumbered(dict(zip(names, first, strict=True)))
             begins = reader.line_num + 1
             for cells in reader:
@@ -119,6 +161,11 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
                 quoted = [c for c in cells if QUOTED.fullmatch(c)] if file.suffix == ".tsv" else []
                 if quoted:
                     raise UserError(_quoted(file, reader.line_num, quoted[0]))
+                if cells == first and len(first) > 1 and not column_names:
+                    raise UserError(
+                        f"{file}:{reader.line_num}: This line has the names of the columns, as if "
+                        "two tables were joined. Remove it."
+                    )
                 if cells:
                     yield _unnumbered(dict(zip(names, cells, strict=True)))
                 begins = reader.line_num + 1

@@ -27,7 +27,15 @@ from sparse_lora_dist.data.examples import (
     local_table,
 )
 from sparse_lora_dist.data.folders import Folder, list_folder, of_split
-from sparse_lora_dist.data.local_files import CELLS, JSON, PARQUET, TEXT, Columns, has_content
+from sparse_lora_dist.data.local_files import (
+    CELLS,
+    JSON,
+    PARQUET,
+    TEXT,
+    Columns,
+    class_names,
+    has_content,
+)
 from sparse_lora_dist.errors import UserError, in_words
 from sparse_lora_dist.system.machine_errors import in_plain_words
 
@@ -226,14 +234,15 @@ def _read_hub_folder(folder: Folder, split: str, place: str) -> FromFiles:
 
 
 def _is_one_table(files: tuple[Path, ...]) -> bool:
-    """Return True if the schemas of Parquet files are the same, and ``datasets`` has all types in
-    it: a map, for example, it has not."""
+    """Return True if the schemas of Parquet files are the same, with the same names of classes, and
+    ``datasets`` has all types in it: a map, for example, it has not."""
     first, *others = (parquet.read_schema(file) for file in files)
     try:
         datasets.Features.from_arrow_schema(first)
     except ValueError:
         return False
-    return all(first.equals(other) for other in others)
+    names = class_names(first)
+    return all(first.equals(other) and class_names(other) == names for other in others)
 
 
 def _read_parquet(files: tuple[Path, ...], place: str) -> tuple[datasets.Dataset, tuple[Path, ...]]:

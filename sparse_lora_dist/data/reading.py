@@ -1,6 +1,7 @@
 """Record what of a data set is read and what is not, for the screen and the run folder."""
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -210,9 +211,9 @@ def words_cut(
 def answers_cut(
     examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
 ) -> str:
-    """Return a note that the chat template leaves out a part of the last answer, as templates do
-    with what a model thinks; "" if it does not in the first 100 examples. White space does not
-    count.
+    """Return a note that the chat template leaves out a part of messages, as templates do with
+    what a model thinks and with system prompts; "" if it does not in the first 100 examples. White
+    space does not count.
 
     Args:
         examples: the examples.
@@ -220,21 +221,29 @@ def answers_cut(
         tokenizer: tokenizer of the base.
         template: jinja text that renders chats; None if they are joined as they are.
     """
-    cut = 0
+    cut: Counter[str] = Counter()
     for record in islice(examples, 100 if template is not None else 0):
         messages = fields.messages(record)
-        answer = messages[-1]["content"]
-        if messages[-1]["role"] == "assistant" and isinstance(answer, str):
-            tools = tools_of(record) if fields.has_tools else None
-            chat = render_text(tokenizer, messages, template, tools)
-            cut += "".join(answer.split()) not in "".join(chat.split())
-    if not cut:
-        return ""
-    return (
-        f"the chat template leaves out a part of the answer, such as what stands before </think>, "
-        f"in {cut} of the first examples: the model does not learn it. Give a --chat_template that "
-        "writes it."
-    )
+        tools = tools_of(record) if fields.has_tools else None
+        chat = "".join(render_text(tokenizer, messages, template, tools).split())
+        said = [(m["role"], m["content"]) for m in messages if isinstance(m["content"], str)]
+        # What an earlier answer thought is left out on purpose.
+        said[:-1] = [(role, text.rpartition("</think>")[2]) for role, text in said[:-1]]
+        cut.update({role for role, text in said if "".join(text.split()) not in chat})
+    notes = []
+    if count := cut["assistant"]:
+        notes.append(
+            "the chat template leaves out a part of an answer, such as what stands before "
+            f"</think>, in {count} of the first examples: the model does not learn it. Give a "
+            "--chat_template that writes it."
+        )
+    if others := [role for role in ("system", "developer", "user") if cut[role]]:
+        notes.append(
+            f"the chat template leaves out messages of the role {shown(others)}, or a part of "
+            f"them, in {max(cut[role] for role in others)} of the first examples: the model is "
+            "trained without them. Give a --chat_template that writes them."
+        )
+    return " ".join(notes)
 
 
 def text_in_place_of_arguments(examples: Examples, template: str | None) -> str:

@@ -167,10 +167,19 @@ def _why_not_plain(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
 
 def _older_than_the_run(folder: Path) -> list[str]:
     """Return a clause that says so if a run folder has newer checkpoints than its adapter: a run
-    that was finished, and goes on."""
+    that was finished, or ended by --stop_after, and goes on.
+
+    Args:
+        folder: The run folder, or the folder of its adapter.
+    """
+    folder = folder.parent if (folder.parent / ATTEMPTS).exists() else folder
     attempts = folder / ATTEMPTS
     jobs = read_records(attempts) if attempts.exists() else []
-    finished = [job["step"] for job in jobs if job.get("event") == "finished"]
+    finished = [
+        job["step"]
+        for job in jobs
+        if job.get("event") == "finished" or job.get("why") == "--stop_after"
+    ]
     steps = [step_of(path) for path in published(folder / "checkpoints")]
     if not finished or not steps or steps[-1] <= finished[-1]:
         return []

@@ -24,8 +24,8 @@ from sparse_lora_dist.config.spelling import did_you_mean
 from sparse_lora_dist.system.small_files import MOST_BYTES, parse_json
 
 COMMON = """
-    model precision quantization gradient_checkpointing eval_data text_field prompt_field
-    response_field chat_template train_on packing sequence_length ds_config debug
+    model precision quantization eval_data text_field prompt_field response_field chat_template
+    train_on sequence_length ds_config debug
 """.split()
 """Options of a training run that ``--help`` of launcher/eval.py shows."""
 METRICS = ("loss", "choice", "choice_generated", "exact", "gsm8k")
@@ -201,6 +201,9 @@ OF_TRAINING = {
     "init_adapter": "To evaluate an adapter, use --adapter",
     "max_samples": "To evaluate a part of the data, use --limit",
     "micro_batch_size": "Use --batch_size",
+    "data": "Use --eval_data",
+    "packing": "",
+    "gradient_checkpointing": "",
     "label_field": "",
     "text_pair_field": "",
 }

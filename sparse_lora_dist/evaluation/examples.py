@@ -40,6 +40,10 @@ MAX_SHOWN = 5
 """Largest number of faulty examples that an error names. Further ones are only counted."""
 
 
+KINDS = ("text", "letter", "index")
+"""What the answer of a multiple-choice example may be, in the order in which it is looked for."""
+
+
 class ExampleTooLong(ExampleError):
     """Raised if an example has more tokens than --sequence_length.
 
@@ -247,7 +251,7 @@ class Table:
         """Return the choices of a multiple-choice example, and the index of the right one.
 
         The answer is an index from 0, a label or letter, or the text of a choice. It is read as a
-        label only if ``reads_labels``.
+        label only if ``reads_labels``, and otherwise as what ``answers_are`` says.
 
         Args:
             record: The example, as a mapping from column names to values.
@@ -260,7 +264,8 @@ class Table:
         """
         answer, texts, labels = self._answer_and_choices(record)
         labels = labels if labels and self.reads_labels else ()
-        right = index_of_answer(answer, texts, labels, repr(self.column("response")))
+        kind = None if labels else self.answers_are
+        right = index_of_answer(answer, texts, labels, repr(self.column("response")), kind)
         return texts, texts.index(texts[right])  # of equal texts the first is taken as the answer
 
     def _answer_and_choices(
@@ -327,6 +332,34 @@ class Table:
             )
         return not others
 
+    @cached_property
+    def answers_are(self) -> str | None:
+        """What all answers that are no labels are: "text" of a choice, else "letter", else "index";
+        None if they are not all of one kind.
+
+        Raises:
+            UserError: They are not, and one of them is a text, letter or index of several choices.
+        """
+        rows: list[tuple[int, dict[str, int]]] = []
+        for index, record in enumerate(self.examples):
+            with suppress(ExampleError):  # ``choices`` raises it again
+                answer, texts, labels = self._answer_and_choices(record)
+                if not (labels and self.reads_labels) and (fits := _fits(answer, texts)):
+                    rows.append((index, fits))
+        for kind in KINDS:
+            if all(kind in fits for _, fits in rows):
+                return kind
+        for index, fits in rows:
+            if len(set(fits.values())) > 1:
+                kinds = " and as ".join(f"a {kind}" for kind in fits).replace("a index", "an index")
+                raise self.examples.fault(
+                    index,
+                    f"The answer can be read as {kinds}, which give different choices, and not all "
+                    "answers of the data are of one of these kinds. Give all answers as texts of "
+                    "choices, as letters or as indices from 0.",
+                )
+        return None
+
     def _readings(self) -> Iterator[_Reading]:
         """Yield how the answer of each example with labels can be read. Wrong examples are left
         out."""
@@ -370,7 +403,11 @@ class Table:
 
 
 def index_of_answer(
-    answer: object, texts: Sequence[str], labels: Sequence[object], name: str
+    answer: object,
+    texts: Sequence[str],
+    labels: Sequence[object],
+    name: str,
+    kind: str | None = None,
 ) -> int:
     """Return the index of the choice that an example gives as the right one.
 
@@ -385,6 +422,7 @@ def index_of_answer(
         texts: Texts of the choices.
         labels: Labels of the choices in the data, e.g. "A"; () if it gives none.
         name: Name of the answer's column, for messages.
+        kind: One of ``KINDS`` to read it as that only.
 
     Raises:
         ExampleError: The answer matches no choice.
@@ -393,20 +431,30 @@ def index_of_answer(
         raise ExampleError(
             f"{name} must be an index, a label or the text of a choice, got {answer!r}. Correct it."
         )
-    indices: dict[str, int] = {}
-    candidates = texts if isinstance(answer, str) else ()
-    letters = () if labels else LETTERS
-    for names in (labels[: len(texts)], candidates, letters[: len(texts)], range(len(texts))):
-        for index, one in enumerate(names):
-            indices.setdefault(str(one).strip(), index)
-    try:
-        return indices[str(answer).strip()]
-    except KeyError:
-        problem = (
+    if _word(answer) in (words := [_word(label) for label in labels[: len(texts)]]):
+        return words.index(_word(answer))
+    fits = _fits(answer, texts)
+    if labels:
+        fits.pop("letter", None)
+    if kind in fits:
+        return fits[kind]
+    if not fits:
+        raise ExampleError(
             f"{name} is {answer!r}, which matches none of the example's {len(texts)} choices. Give "
             "an index from 0, a label or the text of a choice."
         )
-        raise ExampleError(problem) from None
+    return next(iter(fits.values()))
+
+
+def _fits(answer: object, texts: Sequence[str]) -> dict[str, int]:
+    """Return the index of the choice that an answer is, for each of ``KINDS`` that it can be."""
+    names: tuple[Sequence[object], ...] = (texts, LETTERS[: len(texts)], range(len(texts)))
+    fits = {}
+    for kind, some in zip(KINDS, names, strict=True):
+        words = [_word(one) for one in some]
+        if _word(answer) in words and (isinstance(answer, str) or kind == "index"):
+            fits[kind] = words.index(_word(answer))
+    return fits
 
 
 def _word(value: object) -> str:

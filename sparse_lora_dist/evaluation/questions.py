@@ -116,6 +116,8 @@ class Encoder:
             labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
             if encoded.ids[: len(framed)] == framed:
                 labels[: len(framed)] = NOT_A_TARGET
+            if (labels == NOT_A_TARGET).all():
+                raise ExampleError(f"The answer {answer!r} has no tokens. Give it a text.")
             found.append(Document(input_ids=ids, labels=labels))
         return found
 

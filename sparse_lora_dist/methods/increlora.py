@@ -379,4 +379,5 @@ INCRELORA = MethodFactory(
     build=increlora,
     summary="opens components where they matter, up to a budget",
     example="--increlora_every 2 --increlora_target_rank 2",
+    totals=("increlora_budget", "increlora_modules"),
 )

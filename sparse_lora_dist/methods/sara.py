@@ -108,7 +108,7 @@ def sara(options: SaraOptions, context: RunContext) -> Method:
         ValueError: All entries of a weight would train, or --sara_reselect leaves no step before or
             after the second selection.
     """
-    for site in context.sites:
+    for site in sorted(context.sites, key=most_rank):
         check_count(site, options)
     switch = round((options.sara_reselect or 0.0) * context.total_steps)
     if options.sara_reselect and not 0 < switch < context.total_steps:
@@ -143,12 +143,16 @@ def check_count(site: Site, options: SaraOptions) -> None:
     """
     weight, count = site.out_features * site.in_features, count_of(site, options)
     if count >= weight:
-        most = (weight - 1) // (site.out_features + site.in_features)
         raise ValueError(
             f"{site.name} is {site.out_features} x {site.in_features}. --rank {site.rank} makes "
-            f"{count:,} entries train, but at most {weight - 1:,} may. Take --rank {most} or less, "
-            "or set --sara_density"
+            f"{count:,} entries train, but at most {weight - 1:,} may. "
+            f"Take --rank {most_rank(site)} or less, or set --sara_density"
         )
+
+
+def most_rank(site: Site) -> int:
+    """Return the largest rank whose LoRA has fewer entries than the site's weight."""
+    return (site.out_features * site.in_features - 1) // (site.out_features + site.in_features)
 
 
 def count_of(site: Site, options: SaraOptions) -> int:

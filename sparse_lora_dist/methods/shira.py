@@ -42,8 +42,10 @@ In short:
 Shapes: T tokens, I in_features, O out_features, N entries that train.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from math import ceil, floor, log10
 from typing import Any, Literal
 
 import torch
@@ -110,8 +112,7 @@ def shira(options: ShiraOptions, context: RunContext) -> Method:
         ValueError: More entries would train than a weight has, fewer would train than the diagonal
             that --shira_support needs, or no step is left after calibration.
     """
-    for site in context.sites:
-        check_count(site, options)
+    check_counts(context.sites, options)
     steps, support = options.shira_calibration_steps, options.shira_support
     if support in BY_GRADIENT and steps >= context.total_steps:
         raise ValueError(
@@ -147,33 +148,61 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
     )
 
 
-def check_count(site: Site, options: ShiraOptions) -> None:
-    """Raise ValueError if the options do not fit the site's weight.
+def check_counts(sites: Sequence[Site], options: ShiraOptions) -> None:
+    """Raise ValueError if the options do not fit the weights of all sites.
 
-    They do not fit if more entries would train than the weight has. With support rows or columns,
-    they do not fit either if fewer entries would train than the diagonal has.
+    They do not fit if more entries would train than a weight has. With support rows or columns,
+    they do not fit either if fewer entries would train than the diagonal has. The message is of the
+    weight that allows least.
 
     Args:
-        site: The linear that is adapted.
+        sites: The linears that are adapted.
         options: Values of the --shira options.
     """
-    weight, count = site.out_features * site.in_features, count_of(site, options.shira_density)
-    shape, density = f"{site.out_features} x {site.in_features}", options.shira_density
-    option = f"--rank {site.rank}" if density is None else f"--shira_density {density}"
-    asked = f"{site.name} is {shape}. {option} makes"
-    if count > weight:
-        most = weight // (site.out_features + site.in_features)
+    density, support = options.shira_density, options.shira_support
+
+    def asked(site: Site) -> str:
+        option = f"--rank {site.rank}" if density is None else f"--shira_density {density}"
+        shape, count = f"{site.out_features} x {site.in_features}", count_of(site, density)
+        return f"{site.name} is {shape}. {option} makes {count:,} entries train"
+
+    small = min(sites, key=_most_rank)
+    if count_of(small, density) > _size(small):
         raise ValueError(
-            f"{asked} {count:,} entries train, but the weight has {weight:,}. "
-            f"Take --rank {most} or less"
+            f"{asked(small)}, but the weight has {_size(small):,}. "
+            f"Take --rank {_most_rank(small)} or less"
         )
-    diagonal = min(site.out_features, site.in_features)
-    if options.shira_support in ("rows", "columns") and count < diagonal:
+    short = max(sites, key=_least_density)
+    if support in ("rows", "columns") and count_of(short, density) < _diagonal(short):
         raise ValueError(
-            f"{asked} {count:,} entries train, but --shira_support {options.shira_support} trains "
-            f"the whole diagonal, which has {diagonal:,}. Take --shira_density "
-            f"{diagonal / weight:.2g} or more"
+            f"{asked(short)}, but --shira_support {support} trains the whole diagonal, which has "
+            f"{_diagonal(short):,}. Take --shira_density {_rounded_up(_least_density(short)):g} "
+            "or more"
         )
+
+
+def _size(site: Site) -> int:
+    return site.out_features * site.in_features
+
+
+def _diagonal(site: Site) -> int:
+    return min(site.out_features, site.in_features)
+
+
+def _most_rank(site: Site) -> int:
+    """Return the largest rank whose LoRA has no more entries than the site's weight."""
+    return _size(site) // (site.out_features + site.in_features)
+
+
+def _least_density(site: Site) -> float:
+    """Return the share of a weight's entries that are on its diagonal."""
+    return _diagonal(site) / _size(site)
+
+
+def _rounded_up(share: float) -> float:
+    """Return the next number of two digits that is not below ``share``."""
+    digits = 1 - floor(log10(share))
+    return ceil(share * 10.0**digits) / 10.0**digits
 
 
 def count_of(site: Site, density: float | None) -> int:

@@ -8,10 +8,10 @@ proximal step of lambda * |g|_1.
 
 The method decides at every step which gates become zero, and every `sora_every` steps which
 components are open: those whose gate is not zero. A gate at zero still gets a gradient, so it may
-open again, unless `sora_reopen` is false. Its row of A and column of B get none. If `sora_lambdas`
-has several values, the run is cut into as many equal stages of rising lambda (the paper's
-sparsifying schedule). Each stage has its own learning-rate schedule, a checkpoint and a line in
-`stages.jsonl`.
+open again, unless `sora_reopen` is false. Its row of A and column of B get none. `--weight_decay`
+does not hold for gates. If `sora_lambdas` has several values, the run is cut into as many equal
+stages of rising lambda (the paper's sparsifying schedule). Each stage has its own learning-rate
+schedule, a checkpoint and a line in `stages.jsonl`.
 
 Adam divides the gradient by its own size, but the threshold is not divided. So threshold `exact`
 does not solve an L1 problem: lambda is in the units of Adam's update, and a gate shrinks while

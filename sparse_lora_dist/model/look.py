@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -69,6 +70,9 @@ class Look:
     """Trained tables of positions."""
     changed: str | None = None
     """Name of a parameter that the model changes while it runs; None if there is none."""
+    reads_padding: bool = False
+    """True if the logits of a classifier change when its rows are padded, although the attention
+    mask marks the padding."""
 
     @property
     def matters(self) -> bool:
@@ -93,6 +97,7 @@ def look_at(model: PreTrainedModel, task: str) -> Look:
         lookups = _Lookups(few)
         with torch.no_grad(), lookups:
             logits = few(**inputs_of(few, task)).logits
+        padding = task == "seq_cls" and _reads_padding(few)
         run = _run_by_text(few, names, seen.ran)
         # Kernels take weights in training only.
         with torch.no_grad(), suppress(Exception), lookups:
@@ -105,6 +110,7 @@ def look_at(model: PreTrainedModel, task: str) -> Look:
         read=frozenset(seen.asked),
         tables=tuple(lookups.tables.values()),
         changed=lookups.changed,
+        reads_padding=padding,
     )
 
 
@@ -148,6 +154,29 @@ def refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
             "weight is put together from the ranks' shards for each use, so the change would be "
             "lost. Choose another --model."
         )
+
+
+def refuse_reading_padding(module: PreTrainedModel, look: Look) -> None:
+    """Raise ``UserError`` if a classifier's logits depend on padding, as those of XLNet, which
+    answers at the last token of the padded row, and of ConvBERT, which convolves over it."""
+    if look.reads_padding:
+        raise UserError(
+            f"The logits of a {module.config.model_type} classifier change when its rows are "
+            "padded. Rows of unlike lengths are padded here, so its losses would depend on which "
+            "rows stand in a micro-batch. Choose another --model."
+        )
+
+
+def _reads_padding(few: PreTrainedModel) -> bool:
+    """Return True if the logits of two rows change when both are padded."""
+    inputs = inputs_of(few, "seq_cls")
+    pad = few.config.get_text_config().pad_token_id
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    padded = {"input_ids": F.pad(ids, (0, 8), value=pad), "attention_mask": F.pad(mask, (0, 8))}
+    with torch.no_grad(), suppress(Exception):
+        alone, longer = few(**inputs).logits, few(**padded).logits
+        return bool((longer - alone).abs().max() > TOO_LARGE * (alone[0] - alone[1]).abs().max())
+    return False
 
 
 def runs_at(model: PreTrainedModel, position: int) -> bool:

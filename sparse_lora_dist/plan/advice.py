@@ -164,7 +164,8 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
         yield "stage3_allgather_sequential: true in the engine file", shapes, single, ranks
     double = replace(ranks, world_size=2 * ranks.world_size, nodes=2 * ranks.nodes)
     if not engine.settles_ranks:
-        yield f"{double.world_size} ranks", shapes, engine, double
+        nodes = "2 nodes" if double.nodes == 2 else f"{double.nodes} nodes"
+        yield f"{double.world_size} ranks on {nodes}", shapes, engine, double
     if words and ranks.on_gpu:
         what = "--ds_config zero3_offload and " + ", ".join(words)
         yield what, shapes.with_config(saving), away, ranks

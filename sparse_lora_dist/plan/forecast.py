@@ -10,6 +10,8 @@ as in large ones. Entries whose death depends on the data (SoRA's gates) are cou
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import ceil
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,7 +102,7 @@ def forecast(factory: MethodFactory, options: object, context: RunContext) -> Fo
     sites = tuple(
         Site(name=f"{i}", in_features=side, out_features=side, rank=rank) for i in range(SITES)
     )
-    method, steps = _shortest(factory, options, context, sites)
+    method, steps, sites = _shortest(factory, options, context, sites)
     live = {
         name: torch.ones(spec.shape, dtype=torch.bool)
         for name, spec in trained_specs(method, sites).items()
@@ -119,7 +121,7 @@ def forecast(factory: MethodFactory, options: object, context: RunContext) -> Fo
 
 def _shortest(
     factory: MethodFactory, options: object, context: RunContext, sites: tuple[Site, ...]
-) -> tuple[Method, int]:
+) -> tuple[Method, int, tuple[Site, ...]]:
     """Build the method for the simulated run.
 
     Args:
@@ -129,16 +131,25 @@ def _shortest(
         sites: the linears of the simulated run.
 
     Returns:
-        The method, and the number of steps that it was built for: at most 200, or that of
-        ``context`` if the method's options do not fit into 200.
+        The method; the number of steps that it was built for, at most 200, or that of ``context``
+        if the method's options do not fit into 200; and the linears that it was built for, which
+        are the first of ``context`` if the options do not fit ``sites``.
     """
-    for steps in (min(STEPS, context.total_steps), context.total_steps):
-        try:
-            short = replace(context, total_steps=steps, warmup_steps=0, sites=sites)
-            return factory.build(options, short), steps
-        except ValueError:  # options given in steps need a longer run
-            continue
-    return factory.build(options, context), context.total_steps
+    for linears in (sites, context.sites[: len(sites)]):
+        few = _for_fewer(factory, options, len(linears) / len(context.sites))
+        for steps in (min(STEPS, context.total_steps), context.total_steps):
+            short = replace(context, total_steps=steps, warmup_steps=0, sites=linears)
+            try:
+                return factory.build(few, short), steps, linears
+            except ValueError as error:  # options given in steps need a longer run
+                reason = error
+    raise reason
+
+
+def _for_fewer(factory: MethodFactory, options: Any, share: float) -> Any:
+    """Return the options for a model that has ``share`` times as many linears."""
+    totals = {name: getattr(options, name) for name in factory.totals}
+    return replace(options, **{n: ceil(v * share) for n, v in totals.items() if v is not None})
 
 
 def _take(

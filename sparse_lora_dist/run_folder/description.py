@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import yaml
-
 from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.config.yaml_file import yaml_of
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.system.atomic_files import write_whole
 from sparse_lora_dist.system.own_files import claim
@@ -39,7 +38,7 @@ def write_description(
     folder.mkdir(parents=True, exist_ok=True)
     options = config.as_flat_dict() | {"reset": []}  # --reset applies to one start only
     claim(folder, RUN_YAML, ENVIRONMENT)
-    write_whole(folder / RUN_YAML, yaml.safe_dump(options, sort_keys=False))
+    write_whole(folder / RUN_YAML, yaml_of(options))
     found = environment() | {"data": dict(data or {})}
     write_whole(folder / ENVIRONMENT, json.dumps(found, indent=2) + "\n")
 

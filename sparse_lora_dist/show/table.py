@@ -56,14 +56,16 @@ def _cells(module: Module) -> tuple[str, ...]:
 
 
 def _together(modules: Sequence[Module]) -> tuple[str, ...]:
-    """Return the cells of the line with totals over ``modules``, one for each of ``TITLES``."""
+    """Return the cells of the line with totals over ``modules``, one for each of ``TITLES``. The
+    norm is empty if that of no module is known."""
+    norms = [m.norm for m in modules if m.norm is not None]
     return (
         counted(len(modules), "module"),
         str(sum(m.rank or 0 for m in modules)),
         str(sum(m.capacity or 0 for m in modules)),
         _density(sum(m.alive for m in modules), sum(m.entries for m in modules)),
         megabytes(sum(m.bytes for m in modules)),
-        f"{sqrt(sum((m.norm or 0.0) ** 2 for m in modules)):.4g}",
+        f"{sqrt(sum(norm**2 for norm in norms)):.4g}" if norms else "",
     )
 
 

@@ -233,7 +233,7 @@ def _filled_up(count: int, chunk: int) -> int:
         chunk: number of tokens of a whole chunk.
     """
     last = count % chunk
-    size = max(8, 2 ** (last.bit_length() - 3))
+    size = max(8, 1 << max(0, last.bit_length() - 3))
     return count - last + min(chunk, -(-last // size) * size)
 
 

@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
@@ -247,12 +248,17 @@ def open_tokenizer(config: Config, model: Model) -> Any:
     """
     trust = config.model.trust_remote_code
     try:
-        return AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust)
+        tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust)
     except Exception as error:  # a missing or damaged file raises whatever its reader does
         raise UserError(
             f"The tokenizer of --model {model.folder} cannot be opened: {error}. "
             f"{_advice(model.folder)}"
         ) from error
+    # transformers takes away at its first call what a tokenizer.json says of these. Texts are never
+    # cut or padded here, and the tokenizer is compared with that of other jobs.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
 
 
 def _advice(folder: Path) -> str:
@@ -283,13 +289,23 @@ def settle_padding(model: Model, tokenizer: Any) -> int:
 def _end_row(config: Config, rows_per_epoch: int) -> int:
     train = config.train
     if train.max_steps is None:
-        return math.ceil(rows_per_epoch * train.num_epochs)
+        return rows_of(train.num_epochs, rows_per_epoch)
     return (
         train.max_steps
         * train.micro_batch_size
         * train.gradient_accumulation_steps
         * comm.world_size()
     )
+
+
+def rows_of(num_epochs: float, rows_per_epoch: int) -> int:
+    """Return the number of rows of so many passes over the data, rounded up.
+
+    Args:
+        num_epochs: as it is written: 1.1 is 11/10, and not its neighbour in binary.
+        rows_per_epoch: rows of the data set.
+    """
+    return math.ceil(Fraction(str(num_epochs)) * rows_per_epoch)
 
 
 def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, split: str) -> Rows:

@@ -13,7 +13,13 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.model.look import SEEN, documents_apart, inputs_of, settle_packing
+from sparse_lora_dist.model.look import (
+    SEEN,
+    documents_apart,
+    inputs_of,
+    refuse_reading_padding,
+    settle_packing,
+)
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.targets import in_short
 from sparse_lora_dist.tasks.loss_head import logits_of
@@ -46,10 +52,12 @@ def settle(config: Config, model: Model) -> Config:
         model: the opened model.
 
     Raises:
-        UserError: ``--packing true`` was given, and they would.
+        UserError: ``--packing true`` was given, and they would; or a classifier's logits depend on
+            padding.
     """
     look, kind = model.look, model.module.config.model_type
     if not model.as_before or "data" in config.run.reset:
+        refuse_reading_padding(model.module, look)
         config, notes = settle_packing(config, look, kind)
         for note in notes:
             print_line("note", note)

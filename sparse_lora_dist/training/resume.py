@@ -1,7 +1,6 @@
 """Find the checkpoint that a run continues from, and check that it fits before weights are read."""
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -32,7 +31,7 @@ from sparse_lora_dist.run_folder.identity import (
 )
 from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.system.own_files import claimed
-from sparse_lora_dist.training.feed import DataFeed
+from sparse_lora_dist.training.feed import DataFeed, rows_of
 
 # Options that do not change what is trained: a resume does not report that they changed.
 FREE = """
@@ -450,4 +449,4 @@ def _filled_up(found: Resume, feed: DataFeed) -> int:
     if not is_last or saved.get("max_steps") is not None or found.reset:
         return 0
     per_epoch = found.manifest["description"]["rows_per_epoch"]
-    return int(progress["rows"] - math.ceil(per_epoch * saved["num_epochs"]))
+    return int(progress["rows"] - rows_of(saved["num_epochs"], per_epoch))

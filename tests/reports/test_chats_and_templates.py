@@ -197,7 +197,7 @@ def test_a_template_that_leaves_out_what_the_model_thinks_is_pointed_out(tmp_pat
     """huggingface/trl#6363, THUDM/slime#330"""
     thinking, plain = pairs("<think>hm</think>b", "b"), pairs("b", "b \n c")
     (note,) = notes_of(tmp_path, thinking, THINKS)
-    assert "leaves out a part of the answer" in note and "in 1 of the first examples" in note
+    assert "leaves out a part of an answer" in note and "in 1 of the first examples" in note
     assert notes_of(tmp_path, plain, THINKS) == []
     assert notes_of(tmp_path, thinking, PLAIN) == []
     # What an earlier turn thought is left out on purpose.

@@ -316,6 +316,9 @@ class MethodFactory:
     """What the method does, as a phrase of a few words for --help and tables."""
     example: str = ""
     """Flags of a short example run (6 steps of a small model), shown on the documentation page."""
+    totals: tuple[str, ...] = ()
+    """Names of the options that count something over all linears of the model, such as a budget.
+    The planner, which simulates a few linears, gives these their share of it."""
 
 
 def trained_specs(method: Method, sites: Sequence[Site]) -> dict[str, TensorSpec]:

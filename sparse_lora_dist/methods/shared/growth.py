@@ -122,8 +122,15 @@ class Growth:
             f"{self.start}. Raise --increlora_target_rank or --increlora_budget": self.needed < 0,
             f"{self.modules} linears would grow at a time, but there are {sites}. Lower "
             "--increlora_modules, or raise --increlora_pieces": self.modules > sites,
-            f"growth would end at step {self.last} of {total_steps}, "
-            f"{self.last + 1 - total_steps} steps too late to train what it opens. Lower "
-            "--increlora_every, or raise --increlora_modules": self.last >= total_steps,
+            f"growth would end at step {self.last} of {total_steps}, too late to train what it "
+            f"opens. {self._sooner(sites)}, or raise --max_steps": self.last >= total_steps,
         }
         return [problem for problem, is_so in problems.items() if is_so]
+
+    def _sooner(self, sites: int) -> str:
+        """Return what makes growth end sooner, without what is at its bound already."""
+        if self.every > 1:
+            return "Lower --increlora_every"
+        if self.modules < sites:
+            return "Raise --increlora_modules"
+        return "Raise --increlora_pieces, lower --increlora_begin"
