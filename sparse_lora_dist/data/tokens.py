@@ -448,9 +448,14 @@ def _text_rows(ids: list[int], sequence_length: int) -> list[dict[str, Any]]:
 
 
 def identity(tokenizer: PreTrainedTokenizerFast) -> tuple[str, ...]:
-    """Return two texts that identify a tokenizer: its JSON and its special tokens.
+    """Return texts that identify a tokenizer: its JSON, its special tokens, and settings outside of
+    its JSON that change tokens, if they are unusual.
 
     Tokenizers that give different tokens have different texts. So the texts are part of the ``key``
     of ``tokenise``, and the cache of another tokenizer is not used.
     """
-    return tokenizer.backend_tokenizer.to_str(), str(sorted(tokenizer.special_tokens_map.items()))
+    usual = {"truncation_side": "right", "split_special_tokens": False}
+    settings = {name: getattr(tokenizer, name) for name in usual}
+    own = tuple(f"{n} {value}" for n, value in settings.items() if value != usual[n])
+    special = str(sorted(tokenizer.special_tokens_map.items()))
+    return tokenizer.backend_tokenizer.to_str(), special, *own

@@ -211,9 +211,9 @@ def inputs_of(model: PreTrainedModel, task: str, tokens: int = TOKENS) -> dict[s
     if task == "causal_lm":
         return {"input_ids": ids_MT, "position_ids": positions_of(tokens), "use_cache": False}
     config = model.config.get_text_config()
-    if config.eos_token_id is not None:  # encoder-decoders answer at it
+    if getattr(config, "eos_token_id", None) is not None:  # encoder-decoders answer at it
         ids_MT[:, -1] = torch.as_tensor(config.eos_token_id).flatten()[0]
-    config.pad_token_id = 0 if config.pad_token_id is None else config.pad_token_id
+    config.pad_token_id = getattr(config, "pad_token_id", None) or 0
     return {"input_ids": ids_MT, "attention_mask": torch.ones_like(ids_MT)}
 
 

@@ -172,15 +172,13 @@ def _swap(temporary: Path, final: Path, is_own: IsOwn) -> None:
     own = {path.name for path in final.iterdir() if is_own(path.name)}
     try:
         os.rename(final, replaced)
-    except OSError as error:
-        if error.errno not in (errno.EBUSY, errno.EXDEV):  # these two: something is mounted there
-            raise
-        _fill(temporary, final, is_own)
-        return
-    try:
         os.rename(temporary, final)
-    except OSError:
-        os.rename(replaced, final)
+    except BaseException as error:  # Ctrl-C between the two as well
+        if not final.exists():
+            os.rename(replaced, final)
+        elif isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EXDEV):
+            _fill(temporary, final, is_own)  # something is mounted there
+            return
         raise
     sync(final.parent)
     remove_own(replaced, own.__contains__)
@@ -262,6 +260,8 @@ def _matching(folder: Path, pattern: str) -> list[Path]:
 def _clean_replaced(path: Path, final: Path) -> list[str]:
     marker = read_marker(path)
     if marker is None:
+        if not any(path.iterdir()):  # killed before its last operation
+            path.rmdir()
         return []
     if not final.exists():
         os.rename(path, final)

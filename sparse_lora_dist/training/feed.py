@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import eval_source, resolve_default
@@ -254,6 +254,12 @@ def open_tokenizer(config: Config, model: Model) -> Any:
             f"The tokenizer of --model {model.folder} cannot be opened: {error}. "
             f"{_advice(model.folder)}"
         ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(
+            f"The tokenizer of --model {model.folder} is a {type(tokenizer).__name__}, which is "
+            "written in Python. Only tokenizers of the package tokenizers, of which transformers "
+            "saves a tokenizer.json, can be used. Choose another --model."
+        )
     # transformers takes away at its first call what a tokenizer.json says of these. Texts are never
     # cut or padded here, and the tokenizer is compared with that of other jobs.
     tokenizer.backend_tokenizer.no_truncation()
@@ -279,7 +285,8 @@ def settle_padding(model: Model, tokenizer: Any) -> int:
         tokenizer: tokenizer of the model.
     """
     architecture = model.module.config.get_text_config()
-    padding = (architecture.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    own = getattr(architecture, "pad_token_id", None)  # some old configs have no such field
+    padding = (own, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     rows = rows_of_embedding(model.module)
     # Decoders for classification look for it: they answer at the last token before the padding.
     architecture.pad_token_id = next(i for i in padding if i is not None and 0 <= i < rows)

@@ -108,11 +108,14 @@ def check_rope(model: Model, longest: int, flag: str, *, alone: bool, change: st
     """
     architecture = model.module.config.get_text_config()
     for part in _rope_parts(architecture):
-        kind, room = part.get("rope_type"), architecture.max_position_embeddings
+        kind = part.get("rope_type")
+        if kind not in ("longrope", "dynamic"):
+            continue
+        room = architecture.max_position_embeddings
         if kind == "longrope":
             own = getattr(architecture, "original_max_position_embeddings", None)
             room = part.get("original_max_position_embeddings") or own or room
-        if kind not in ("longrope", "dynamic") or longest <= room or (alone and kind == "longrope"):
+        if longest <= room or (alone and kind == "longrope"):
             continue
         said = (
             f"In {flag} the longest document has {longest} tokens. With rotary positions of the "

@@ -161,6 +161,12 @@ def test_what_stays(
     assert names == [f"step_{number:08d}" for number in kept]
 
 
+def test_the_first_of_checkpoints_without_a_loss_is_not_the_best(tmp_path: Path) -> None:
+    saved_with(tmp_path, {1: None, 2: None, 3: NAN})
+    checkpoint.retain(step(tmp_path, 3), keep_last=1, keep_best=True)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
 def test_a_removal_that_was_cut_short_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     saved_with(tmp_path, {1: None, 2: None, 3: None})
     with patch("os.unlink", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):

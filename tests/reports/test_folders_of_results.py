@@ -53,6 +53,34 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path: Path) -> Non
     assert any(".tmp_out-4711" in text and "by hand" in text for text in said)
 
 
+@pytest.mark.parametrize("renamed", [0, 1])
+def test_an_export_interrupted_between_two_renames_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: int
+) -> None:
+    replace_whole(tmp_path / "out", writes(a_txt="old"))
+    rename, done = os.rename, []
+
+    def interrupted(source: Path, target: Path) -> None:
+        if len(done) == renamed:
+            done.append(target)
+            raise KeyboardInterrupt
+        done.append(target)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_whole(tmp_path / "out", writes(a_txt="new"))
+    assert content(tmp_path) == {"out/a.txt": "old"}
+
+
+def test_what_is_left_of_a_removal_is_removed(tmp_path: Path) -> None:
+    """Killed after the last file of the old folder, its marker, was removed."""
+    left = tmp_path / ".replaced_out.0123456789abcdef"
+    left.mkdir()
+    replace_whole(tmp_path / "out", writes(a_txt="new"))
+    assert not left.exists()
+
+
 def test_an_export_killed_between_two_renames_gets_its_name_back(tmp_path: Path) -> None:
     replace_whole(tmp_path / "out", writes(a_txt="old"))
     (tmp_path / "out").rename(tmp_path / ".replaced_out.0123456789abcdef")

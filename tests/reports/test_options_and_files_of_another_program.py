@@ -27,6 +27,8 @@ TEXT = '{"text": "a"}\n'
         ("--dropout=0.1", "--dropout has no effect in launcher/eval.py"),
         ("--resume auto", "--resume has no effect in launcher/eval.py"),
         ("--output_dir x", "--output_dir has no effect in launcher/eval.py"),
+        ("--data default", "--data has no effect in launcher/eval.py. Use --eval_data"),
+        ("--packing true", "--packing has no effect in launcher/eval.py"),
     ],
 )
 def test_eval_refuses_what_only_training_uses(tmp_path: Path, words: str, said: str) -> None:

@@ -16,6 +16,9 @@ NEEDED = (
     "vocab_size",
 )
 """Fields that config.json must have, as integers above 0."""
+WIDTHS = ("intermediate_size", "ffn_dim", "d_ff", "encoder_ffn_dim", "n_inner")
+"""Names of the width inside an MLP, in the order in which they are read. Architectures that have
+none of them, such as Bloom, make it 4 x hidden_size."""
 OPTIONAL = ("num_key_value_heads", "head_dim", "tie_word_embeddings")
 """Fields that are read if config.json has them; otherwise LlamaConfig's defaults are used."""
 
@@ -31,8 +34,15 @@ def as_llama(config: Any, problem: str) -> LlamaConfig:
         UserError: if a size is missing or invalid.
     """
 
-    def read(name: str) -> Any:
+    def field(name: str) -> Any:
         return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+    def read(name: str) -> Any:
+        if name != "intermediate_size" or isinstance(config, dict):
+            return field(name)
+        hidden = field("hidden_size")
+        four_times = 4 * hidden if isinstance(hidden, int) else None
+        return next((size for width in WIDTHS if (size := field(width)) is not None), four_times)
 
     got = [name for name in NEEDED if isinstance(read(name), int) and read(name) > 0]
     missing = [name for name in NEEDED if name not in got]
@@ -41,7 +51,8 @@ def as_llama(config: Any, problem: str) -> LlamaConfig:
             f"--model: {problem}. To plan it as a Llama, config.json must have "
             f"{', '.join(NEEDED)} as integers above 0 (optional: {', '.join(OPTIONAL)}). "
             f"It has {', '.join(got) or 'none of them'}. "
-            f"Missing or invalid are {', '.join(missing)}. Add these fields to config.json."
+            f"Missing or invalid are {', '.join(missing)}. Add these fields to a copy of config.json in "
+            "another folder, and plan that."
         )
     sizes = {name: read(name) for name in (*NEEDED, *OPTIONAL)}
     try:
