@@ -54,7 +54,11 @@ class PlainLoader(_WithoutAliases, yaml.SafeLoader):
 
 
 class TextLoader(_WithoutAliases, yaml.BaseLoader):
-    """Loader that reads every value as text."""
+    """Loader that reads every value as text, and YAML's other words for null as "null"."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        is_null = node.style is None and node.value in ("", "~")
+        return "null" if is_null else str(super().construct_scalar(node))
 
 
 class PlainDumper(yaml.SafeDumper):

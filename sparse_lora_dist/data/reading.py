@@ -28,6 +28,8 @@ USUAL_ROLES = """
 """Roles of messages that everybody knows whether the model writes them."""
 DATE = "strftime_now"
 """Name of the function with which a chat template gets the date."""
+AT_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
+"""What of jinja gives another text each time."""
 TO_JSON = re.compile(r"(arguments|tool_calls?|function)\s*\|\s*tojson")
 """What a template has that writes the arguments of tool calls as JSON."""
 TAKES_TEXT = re.compile(r"arguments\s+is\s+(not\s+)?string")
@@ -176,7 +178,13 @@ def not_learned(examples: Examples, template: str | None) -> str:
 
 
 def writes_the_date(template: str | None) -> str:
-    """Return a note if a chat template writes the date; "" otherwise."""
+    """Return a note if a chat template writes the date or something random; "" otherwise."""
+    if template is not None and AT_RANDOM.search(template):
+        return (
+            "the chat template renders a chat differently each time (random, lipsum), so rows that "
+            "are made again differ, and a resume may be refused then. Give a --chat_template "
+            "without it."
+        )
     if template is None or not names(template, DATE):
         return ""
     return (
@@ -244,6 +252,25 @@ def answers_cut(
             "trained without them. Give a --chat_template that writes them."
         )
     return " ".join(notes)
+
+
+def quoted_cells(examples: Examples, columns: Collection[str]) -> str:
+    """Return a note about cells of a TSV file that stand in quotes, as programs write those with a
+    comma; "" if there are none in the first 1000 examples.
+
+    Args:
+        examples: the examples.
+        columns: columns that are read.
+    """
+    if not examples.files or examples.files[0].suffix != ".tsv":
+        return ""
+    cells = (str(record.get(c) or "") for record in islice(examples, 1000) for c in columns)
+    if not (count := sum(len(c) > 1 and c[0] == c[-1] == '"' for c in cells)):
+        return ""
+    return (
+        f"cells of a TSV file that stand in quotes: {count} in the first rows. The quotes are "
+        "learned as letters. If a program has put them there, save the table as CSV or JSON Lines"
+    )
 
 
 def text_in_place_of_arguments(examples: Examples, template: str | None) -> str:

@@ -41,6 +41,7 @@ from sparse_lora_dist.data.reading import (
     describe,
     no_end,
     not_learned,
+    quoted_cells,
     renders_tools,
     rows_of_another_template,
     template_source,
@@ -328,8 +329,9 @@ def _reading(
 ) -> Reading:
     """Return what was read of data for language modelling."""
     lost = words_cut(examples, fields.all_columns, tokenizer)
+    quoted = quoted_cells(examples, fields.all_columns)
     if fields.kind == "text":
-        return describe(examples, fields.all_columns, notes=(lost,) if lost else ())
+        return describe(examples, fields.all_columns, notes=tuple(filter(None, (lost, quoted))))
     learned = tokenizer.convert_ids_to_tokens(documents.targets_among(documents.ends.values()))
     finds_turns = train_on == "response" and fields.kind == "messages"
     notes = (
@@ -337,6 +339,7 @@ def _reading(
         not_learned(examples, template) if finds_turns else "",
         writes_the_date(template),
         lost,
+        quoted,
         answers_cut(examples, fields, tokenizer, template),
         text_in_place_of_arguments(examples, template),
         rows_of_another_template(examples, template, tokenizer.chat_template),

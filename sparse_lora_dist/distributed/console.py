@@ -34,7 +34,8 @@ def print_line(label: str, text: str = "") -> None:
         text: rest of the line.
     """
     if comm.rank() == 0:
-        tqdm.write(f"{label:<10}{as_started_here(text)}".rstrip(), file=sys.stdout)
+        start = f"{label:<10}" if len(label) < 10 else f"{label} "
+        tqdm.write(f"{start}{as_started_here(text)}".rstrip(), file=sys.stdout)
         sys.stdout.flush()
 
 

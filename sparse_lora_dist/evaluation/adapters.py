@@ -166,8 +166,8 @@ def _why_not_plain(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
 
 
 def _older_than_the_run(folder: Path) -> list[str]:
-    """Return a clause that says so if a run folder has newer checkpoints than its adapter: a run
-    that was finished, or ended by --stop_after, and goes on.
+    """Return a clause that says so if the adapter of a run folder is not that of its newest
+    checkpoint: a run that was finished, or ended by --stop_after, and goes on or goes back.
 
     Args:
         folder: The run folder, or the folder of its adapter.
@@ -181,11 +181,12 @@ def _older_than_the_run(folder: Path) -> list[str]:
         if job.get("event") == "finished" or job.get("why") == "--stop_after"
     ]
     steps = [step_of(path) for path in published(folder / "checkpoints")]
-    if not finished or not steps or steps[-1] <= finished[-1]:
+    if not finished or not steps or steps[-1] == finished[-1]:
         return []
     return [
-        f"{folder}/adapter is of step {finished[-1]}, and the run has a checkpoint of step "
-        f"{steps[-1]}. To evaluate that, export it with launcher/export.py to a folder of its own"
+        f"{folder}/adapter is of step {finished[-1]}, and the run's newest checkpoint of "
+        f"step {steps[-1]}. To evaluate that, export it with launcher/export.py to a folder of its "
+        "own"
     ]
 
 

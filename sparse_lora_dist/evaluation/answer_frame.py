@@ -38,6 +38,9 @@ class AnswerFrame:
     none."""
     before_ids: tuple[int, ...] = ()
     """Token ids of ``before``; empty if they depend on the answer."""
+    after_end_ids: tuple[int, ...] = ()
+    """Token ids that the template puts after the first token that ends the answer, such as a line
+    break after <|im_end|>. A model never writes them."""
 
     def answer_in(self, text: str) -> str:
         """Return the answer in a generated text: without ``before`` and ``after``, and without
@@ -86,11 +89,15 @@ def find_frame(tokenizer: PreTrainedTokenizerFast, template: str | None) -> Answ
     before = shared[len(asked) :]
     marks = MARK.findall(before)
     common = _common_start(one, two)
+    shared_end = _common_start(one[::-1], two[::-1])[::-1]
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    ends = [k for k, i in enumerate(shared_end) if i in special | {tokenizer.eos_token_id}]
     return AnswerFrame(
         before=before,
         after=after[::-1],
         closing=marks[-1] if marks else None,
         before_ids=tuple(common[len(prompt) :]) if common[: len(prompt)] == prompt else (),
+        after_end_ids=tuple(shared_end[ends[0] + 1 :]) if ends else (),
     )
 
 

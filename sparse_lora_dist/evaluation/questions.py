@@ -98,8 +98,8 @@ class Encoder:
 
         Returns:
             One document, i.e. token ids and labels, per answer. The labels score the tokens of the
-            answer and the tokens that end the assistant's turn, and no others: none that the
-            template puts before every answer.
+            answer and the token that ends the assistant's turn, and no others: none that the
+            template puts before every answer, or after that token.
         """
         before, found = self.prompt(messages, tools), []
         framed = [*before, *self.frame.before_ids]
@@ -116,6 +116,10 @@ class Encoder:
             labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
             if encoded.ids[: len(framed)] == framed:
                 labels[: len(framed)] = NOT_A_TARGET
+            if (count := len(self.frame.after_end_ids)) and (
+                tuple(encoded.ids[-count:]) == self.frame.after_end_ids
+            ):
+                labels[-count:] = NOT_A_TARGET
             if (labels == NOT_A_TARGET).all():
                 raise ExampleError(f"The answer {answer!r} has no tokens. Give it a text.")
             found.append(Document(input_ids=ids, labels=labels))

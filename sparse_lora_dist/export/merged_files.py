@@ -64,7 +64,8 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
     config.architectures = [saved_class.name if saved_class else type(base.module).__name__]
     config.dtype = dtype
     text = config.get_text_config()
-    if trained.classes and getattr(text, "pad_token_id", None) is None:  # else rows could not be scored together
+    # Without one, rows could not be scored together.
+    if trained.classes and getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = tokenizer.pad_token_id
     if base.tied:
         for part in (config, text):

@@ -30,8 +30,9 @@ from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.methods.protocol.form import Site
+from sparse_lora_dist.model.look import look_at
 from sparse_lora_dist.model.saved_class import SavedClass, find_saved_class
-from sparse_lora_dist.run_folder.identity import BASE, NOT_STORED, Identity, in_words
+from sparse_lora_dist.run_folder.identity import BASE, LOOK, NOT_STORED, Identity, in_words
 from sparse_lora_dist.tasks.class_head import ONE_LABEL
 
 
@@ -176,7 +177,9 @@ class Base:
                 nf4.parts_of(packed, scales, source.layout), source.layout, self.trained.dtype
             )
         w = self.read(key)
-        w = self.dequantised(w, key) if key in self.quantized else w.to(self.trained.dtype)
+        # Of files in 4 bits, a weight in floats was left as it is.
+        rounded = key in self.quantized and not is_quantized(self.files)
+        w = self.dequantised(w, key) if rounded else w.to(self.trained.dtype)
         return w.view(shape)
 
     def read(self, key: str) -> Tensor:
@@ -205,14 +208,16 @@ class Base:
     def quantized(self) -> Mapping[str, nf4.Layout]:
         """Tensor name in the files -> 4-bit layout, for the linear weights that the run quantised.
 
-        The output head and modules trained in full are not quantised. Stacked expert weights (3-D),
-        which the run may have quantised, are left out: a merge does not quantise them.
+        The output head, modules trained in full, and linears whose weight the model uses without
+        calling them are not quantised. Stacked expert weights (3-D), which the run may have
+        quantised, are left out: a merge does not quantise them.
         """
         model = self.trained.config.model
         if model.quantization == "none":
             return {}
         head = output_head(self.module)
-        whole = tuple(f"{name}." for name in self.trained.manifest["full_modules"])
+        kept = {*self.trained.manifest["full_modules"], *self._read_without_a_call}
+        whole = tuple(f"{name}." for name in kept)
         found = {}
         for name, module in self.module.named_modules():
             if is_plain_linear(module) and name != head and not f"{name}.".startswith(whole):
@@ -220,6 +225,14 @@ class Base:
                     rows, columns = self.files.entries[key].shape
                     found[key] = nf4.Layout(shape=(rows, columns), double_quant=model.double_quant)
         return found
+
+    @property
+    def _read_without_a_call(self) -> frozenset[str]:
+        """Names of linears whose weight the model uses without calling them; none for a run that
+        began before architectures were looked at."""
+        was_looked_at = LOOK in self.trained.manifest["description"]
+        task = self.trained.config.model.task
+        return look_at(self.module, task).read if was_looked_at else frozenset()
 
     @property
     def has_experts(self) -> bool:

@@ -103,7 +103,8 @@ class IncreLoraOptions:
     """Number of open components per linear at the start, at least 1."""
     increlora_target_rank: float | None = None
     """Average number of open components per linear at the end, at least 1. null: increlora_budget /
-    number of linears if increlora_budget is given, otherwise half of --rank."""
+    number of linears if increlora_budget is given, otherwise half of --rank, or
+    increlora_start_rank if that is more."""
     increlora_budget: int | None = None
     """Total number of open components of the model at the end, at least 1; cannot be combined
     with increlora_target_rank. null: increlora_target_rank x number of linears."""

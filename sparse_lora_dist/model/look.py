@@ -34,6 +34,9 @@ TOKENS = 8
 TOO_LARGE = 1e-4
 """Documents see each other if changing one moves the logits of the other by more than this part of
 what it moves its own. In fp32, rounding moves them by 1e-6 at most."""
+MUCH = 0.1
+"""A classifier whose logits padding moves by more than this part of what other text moves them is
+refused."""
 OPERATIONS = (
     torch.ops.aten.embedding.default,
     torch.ops.aten.index_select.default,
@@ -70,9 +73,12 @@ class Look:
     """Trained tables of positions."""
     changed: str | None = None
     """Name of a parameter that the model changes while it runs; None if there is none."""
-    reads_padding: bool = False
-    """True if the logits of a classifier change when its rows are padded, although the attention
-    mask marks the padding."""
+    sees_ahead: bool = False
+    """True if a token of a causal language model sees those after it."""
+    padding_moves: float = 0.0
+    """How far padding moves a classifier's logits, although the attention mask marks it, as a part
+    of what other text moves them. 0.002 where convolutions reach into it, as in ConvBERT; 0.8 where
+    the answer is read from it, as in XLNet, which answers at the last token of the padded row."""
 
     @property
     def matters(self) -> bool:
@@ -97,7 +103,8 @@ def look_at(model: PreTrainedModel, task: str) -> Look:
         lookups = _Lookups(few)
         with torch.no_grad(), lookups:
             logits = few(**inputs_of(few, task)).logits
-        padding = task == "seq_cls" and _reads_padding(few)
+        ahead = task == "causal_lm" and _sees_ahead(few)
+        moves = _padding_moves(few) if task == "seq_cls" else 0.0
         run = _run_by_text(few, names, seen.ran)
         # Kernels take weights in training only.
         with torch.no_grad(), suppress(Exception), lookups:
@@ -110,7 +117,8 @@ def look_at(model: PreTrainedModel, task: str) -> Look:
         read=frozenset(seen.asked),
         tables=tuple(lookups.tables.values()),
         changed=lookups.changed,
-        reads_padding=padding,
+        sees_ahead=ahead,
+        padding_moves=moves,
     )
 
 
@@ -156,27 +164,57 @@ def refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
         )
 
 
-def refuse_reading_padding(module: PreTrainedModel, look: Look) -> None:
-    """Raise ``UserError`` if a classifier's logits depend on padding, as those of XLNet, which
-    answers at the last token of the padded row, and of ConvBERT, which convolves over it."""
-    if look.reads_padding:
+def refuse_seeing_ahead(module: PreTrainedModel, look: Look) -> None:
+    """Raise ``UserError`` if the model sees the tokens that it should predict, as Gemma 3 does with
+    ``use_bidirectional_attention``, and XLNet."""
+    if look.sees_ahead:
         raise UserError(
-            f"The logits of a {module.config.model_type} classifier change when its rows are "
-            "padded. Rows of unlike lengths are padded here, so its losses would depend on which "
-            "rows stand in a micro-batch. Choose another --model."
+            f"In this {module.config.model_type} model a token sees those after it (bidirectional "
+            "attention), so it cannot be trained as a causal language model, nor its loss be "
+            "measured. Train it as a classifier with --task seq_cls, or choose a decoder model."
         )
 
 
-def _reads_padding(few: PreTrainedModel) -> bool:
-    """Return True if the logits of two rows change when both are padded."""
+def _sees_ahead(few: PreTrainedModel) -> bool:
+    """Return True if the last token of a row moves the logits of tokens before it."""
+    inputs = inputs_of(few, "causal_lm")
+    first, other = inputs["input_ids"][0], inputs["input_ids"][1]
+    changed = torch.cat([first[:-1], other[other != first[-1]][:1]])
+    with torch.no_grad(), suppress(Exception):
+        logits = few(**inputs | {"input_ids": torch.stack([first, changed])}).logits
+        moved_T = (logits[0] - logits[1]).abs().amax(dim=-1)
+        return bool(moved_T[:-1].max() > TOO_LARGE * moved_T[-1])
+    return False
+
+
+def settle_padded_rows(module: PreTrainedModel, look: Look) -> str:
+    """Return a note that a classifier's logits depend on padding a little; "" if they do not.
+
+    Raises:
+        UserError: they depend on it so much that nothing is learned of the text.
+    """
+    if look.padding_moves <= TOO_LARGE:
+        return ""
+    said = (
+        f"The logits of a {module.config.model_type} classifier change when its rows are padded, "
+        "as rows of unlike lengths are, so losses and scores depend on which rows stand in a "
+        "micro-batch"
+    )
+    if look.padding_moves > MUCH:
+        raise UserError(f"{said}, by as much as on the text. Choose another --model.")
+    return f"{said}, by about {look.padding_moves:.1g} of what the text changes"
+
+
+def _padding_moves(few: PreTrainedModel) -> float:
+    """Return ``Look.padding_moves``, from two rows without and with padding."""
     inputs = inputs_of(few, "seq_cls")
     pad = few.config.get_text_config().pad_token_id
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     padded = {"input_ids": F.pad(ids, (0, 8), value=pad), "attention_mask": F.pad(mask, (0, 8))}
     with torch.no_grad(), suppress(Exception):
         alone, longer = few(**inputs).logits, few(**padded).logits
-        return bool((longer - alone).abs().max() > TOO_LARGE * (alone[0] - alone[1]).abs().max())
-    return False
+        return float((longer - alone).abs().max() / (alone[0] - alone[1]).abs().max())
+    return 0.0
 
 
 def runs_at(model: PreTrainedModel, position: int) -> bool:

@@ -51,7 +51,12 @@ from sparse_lora_dist.model.base_files import (
     check_quantization,
     open_files,
 )
-from sparse_lora_dist.model.look import Look, look_together, refuse_changing_weights
+from sparse_lora_dist.model.look import (
+    Look,
+    look_together,
+    refuse_changing_weights,
+    refuse_seeing_ahead,
+)
 from sparse_lora_dist.model.saved_class import SavedClass, by_our_names, find_saved_class
 from sparse_lora_dist.model.targets import find_full, find_sites, refuse_packed
 from sparse_lora_dist.tasks import TASKS
@@ -144,6 +149,7 @@ class Model:
         with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
             applied = Look() if as_before else look
             refuse_changing_weights(module, applied)
+            refuse_seeing_ahead(module, applied)
             keys_of = find_keys(module, files)
             saved_class = None
             if options.task == "causal_lm":

@@ -93,7 +93,9 @@ def _factor(name: str, warmup_steps: int, total_steps: int, step: int) -> float:
     # f(0) = 0. During warm-up step t gets f(t) instead. After it step t does get f(t - 1): with
     # f(t) the last step would have rate 0. Linear, with 2 warm-up steps of 4:
     #     step 1: f(1) = 0.5    step 2: f(2) = 1.0    step 3: f(2) = 1.0    step 4: f(3) = 0.5
-    return _schedule(name, warmup_steps, total_steps)(step if step <= warmup_steps else step - 1)
+    # If all steps are warm-up, the schedule is that of one more: the last one has the whole rate.
+    total = max(total_steps, warmup_steps + 1)
+    return _schedule(name, warmup_steps, total)(step if step <= warmup_steps else step - 1)
 
 
 @cache

@@ -33,6 +33,9 @@ ALL = "all "
 TRAINED_OVER = "trained_over.json"
 """File beside an exported adapter, with hashes of the base that it was trained over, and of its
 tokenizer and chat template."""
+LOOK = "look"
+"""Key of the description of a run over an architecture that was looked at (``model.look``) and is
+set up in another way for it."""
 NOT_STORED = (
     "was saved by a version that did not store what the base weights were: whether they are the "
     "same cannot be compared"

@@ -40,9 +40,10 @@ class Kind:
             value: a path, or a name.
 
         Returns:
-            ``value`` itself, unless it is a name of a file that exists.
+            ``value`` itself, unless it is a name of a file that exists. A folder of that name, such
+            as a run's, is passed over.
         """
-        if NAME.fullmatch(value) is None or Path(value).exists():
+        if NAME.fullmatch(value) is None or Path(value).is_file():
             return value
         file = f"{value}{self.suffix}"
         places = (Path(self.folder, file), (SHIPPED / self.folder).resolve() / file)

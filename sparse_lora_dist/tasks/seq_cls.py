@@ -85,14 +85,16 @@ def read_labelled(
         those without text are left out.
     """
     pair = () if data.text_pair_field is None else (data.text_pair_field,)
+    # RoBERTa has type_vocab_size 1, and its tokenizer gives both texts of a pair one type. Others
+    # give none, as whoever uses the classifier with this tokenizer will see.
+    has_types = getattr(architecture, "type_vocab_size", 0) > 1
     return load_labelled(
         source,
         tokenizer,
         text_fields=(data.text_field, *pair),
         label_field=data.label_field,
         classes=classes_of(architecture),
-        # RoBERTa has type_vocab_size 1, and its tokenizer gives both texts of a pair one type.
-        segments=getattr(architecture, "type_vocab_size", 0) > 1,
+        segments=has_types and "token_type_ids" in tokenizer.model_input_names,
         **options,
     )
 

@@ -75,7 +75,8 @@ class Health:
                 f"{counted(self._in_a_row, 'step')} in a row had a loss or gradient that is not "
                 f"finite (--max_bad_steps {self._most}). They updated nothing, and "
                 f"{self._lines.path} lists their rows. Lower --learning_rate or check the data, "
-                "then continue with --resume auto.",
+                "then continue with --resume auto, or from an earlier checkpoint with --resume "
+                "FOLDER if the weights had diverged before: then these steps stay bad.",
                 shared=True,
             )
 

@@ -17,13 +17,14 @@ from sparse_lora_dist.model.look import (
     SEEN,
     documents_apart,
     inputs_of,
-    refuse_reading_padding,
     settle_packing,
+    settle_padded_rows,
 )
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.targets import in_short
+from sparse_lora_dist.run_folder.identity import LOOK
 from sparse_lora_dist.tasks.loss_head import logits_of
-from sparse_lora_dist.training.resume import LOOK, own_checkpoints, source_of
+from sparse_lora_dist.training.resume import own_checkpoints, source_of
 from sparse_lora_dist.zero3.engine import Engine
 
 
@@ -57,7 +58,8 @@ def settle(config: Config, model: Model) -> Config:
     """
     look, kind = model.look, model.module.config.model_type
     if not model.as_before or "data" in config.run.reset:
-        refuse_reading_padding(model.module, look)
+        if note := settle_padded_rows(model.module, look):
+            print_line("note", note)
         config, notes = settle_packing(config, look, kind)
         for note in notes:
             print_line("note", note)

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.config.config import Config
-from sparse_lora_dist.config.paths import real_path
+from sparse_lora_dist.config.paths import expanded, real_path
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
@@ -23,6 +23,7 @@ from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.identity import (
     BASE,
+    LOOK,
     NOT_STORED,
     SHAPES_ROWS,
     WORDS,
@@ -48,11 +49,6 @@ DATA_OPTIONS = tuple(f.name for f in fields(DataConfig))
 """Options that decide what the rows of the data are."""
 
 
-LOOK = "look"
-"""Key of the description of a run over an architecture that was looked at (``model.look``) and is
-set up in another way for it."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Resume:
     """Checkpoint that the run continues from. It has been checked to fit the run."""
@@ -69,7 +65,7 @@ class Resume:
     def is_of(self, run: Path) -> bool:
         """Return True if the checkpoint lies in the run folder ``run``; False if it belongs to
         another run folder."""
-        return self.path.resolve().parent == (run / "checkpoints").resolve()
+        return _lies_in(self.path, run / "checkpoints")
 
     @property
     def step(self) -> int:
@@ -126,7 +122,13 @@ def source_of(config: Config) -> Path | None:
     if wanted in ("auto", "never"):
         return None
     path = real_path("--resume", Path(wanted))
-    return None if path.parent == own_checkpoints(config).resolve() else path
+    return None if _lies_in(Path(expanded(wanted)), own_checkpoints(config)) else path
+
+
+def _lies_in(checkpoint: Path, folder: Path) -> bool:
+    """Return True if a checkpoint is one of those in a folder, also if it is a link to another
+    disk, or if a link leads to it."""
+    return folder.resolve() in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
 
 def _is_finished(found: Resume, config: Config, feed: DataFeed) -> bool:

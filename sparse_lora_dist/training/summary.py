@@ -176,8 +176,9 @@ def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
         progress: how many optimizer steps the run has made. If it has made all of them, the command
             doubles ``--max_steps``.
     """
+    launch = this_launch()
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
-    if this_launch().launcher in ("torchrun", "mpirun", "srun"):
+    if launch.launcher not in ("deepspeed", "python") or launch.local_size < launch.world_size:
         words = ["the same launcher and program with"]
     words += [f"--config {quote(f'{config.run.output_dir}/run.yaml')} --resume auto"]
     if config.train.stop_after is not None:

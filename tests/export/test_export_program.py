@@ -558,6 +558,25 @@ def test_what_reads_a_base_in_4_bits_is_exported(
         exported(tmp_path / "run", tmp_path / "no", "--base", str(tiny.model))
 
 
+def test_what_a_base_in_4_bits_holds_in_floats_is_not_quantised_for_an_export(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """As llm_int8_skip_modules makes them: NEAT's h was of the floats."""
+    flags = tiny.flags(
+        tmp_path / "a", base_cache=tmp_path / "cache", modules_to_save="v_proj", max_steps=1
+    )
+    ranks(1, "tests.work.run:train", flags=flags)
+    (base,) = (p.parent for p in (tmp_path / "cache").rglob("config.json"))
+    for path in tiny.model.glob("*token*"):
+        shutil.copyfile(path, base / path.name)
+    options = {"method": "neat", "max_steps": 2, "target_modules": "q_proj,v_proj"}
+    ranks(1, "tests.work.run:train", flags=tiny.flags(tmp_path / "run", model=base, **options))
+    found = load_file(exported(tmp_path / "run", tmp_path / "peft") / WEIGHTS)
+    of_run = load_file(tmp_path / "run" / "adapter" / WEIGHTS)
+    assert found.keys() == of_run.keys()
+    assert all(torch.equal(found[k], of_run[k]) for k in found)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

@@ -39,6 +39,14 @@ def test_no_step_of_a_run_has_rate_zero() -> None:
     assert all(later < earlier for earlier, later in zip(seen[4:], seen[5:], strict=False))
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine", "constant_with_warmup"])
+def test_a_run_of_warmup_alone_ends_at_the_peak(name: str) -> None:
+    for steps in (1, 3, 5):
+        rate = rates(name, steps, warmup_steps=steps)
+        seen = [rate.at(step) for step in range(1, steps + 1)]
+        assert seen == pytest.approx([step / steps for step in range(1, steps + 1)])
+
+
 def test_a_newborn_entry_warms_up_from_its_birth() -> None:
     rate = rates("constant", 20, newborn_warmup=4)
     assert [rate.at(s, born=6) for s in range(7, 13)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]

@@ -2,6 +2,7 @@
 and architectures whose code or configuration is unusual."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     ByT5Tokenizer,
@@ -18,27 +20,35 @@ from transformers import (
     LongformerModel,
     PretrainedConfig,
     RecurrentGemmaConfig,
+    T5Config,
+    T5Model,
 )
 
 from sparse_lora_dist.base_model.architecture import meta_model
-from sparse_lora_dist.config.yaml_file import parse_yaml, yaml_of
+from sparse_lora_dist.config.sections import DataConfig
+from sparse_lora_dist.config.yaml_file import TextLoader, parse_yaml, read_entries, yaml_of
 from sparse_lora_dist.data.fingerprint import hash_of_tokenizer
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods import METHODS
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import RunContext
-from sparse_lora_dist.model.look import inputs_of, look_at
+from sparse_lora_dist.model.look import inputs_of, look_at, refuse_seeing_ahead, settle_padded_rows
 from sparse_lora_dist.plan.forecast import forecast
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
 from sparse_lora_dist.show.table import Module, table
+from sparse_lora_dist.system.shipped import CONFIG, ENGINE
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.feed import open_tokenizer, settle_padding
 from sparse_lora_dist.training.fits import check_rope
 from tests.conftest import Ranks
+from tests.export.test_export_program import exported
+from tests.fixtures.data_files import jsonl
 from tests.fixtures.tiny_classifier import framing_tokenizer, write_labelled
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.tiny_tokenizer import byte_tokenizer
 from tests.plan.test_plan import outcome
 
+read_labelled = TASKS["seq_cls"].read
 TRIED = "tests.work.folders:tried"
 
 
@@ -141,6 +151,27 @@ def test_settings_beside_the_tokenizers_file_make_another_tokenizer(setting: str
     assert hash_of_tokenizer(tokenizer) != usual
 
 
+@pytest.mark.parametrize("gives", [True, False])
+def test_pairs_have_the_segments_that_the_tokenizer_gives(tmp_path: Path, gives: bool) -> None:
+    """Those of transformers 5 for ALBERT give none, which is what users of the classifier see."""
+    tokenizer = framing_tokenizer()
+    names = ["input_ids", "attention_mask"] + ["token_type_ids"] * gives
+    tokenizer.model_input_names = names
+    rows = [{"text": "a", "other": "b", "label": label} for label in (0, 1)]
+    config: Any = SimpleNamespace(id2label={0: "0", 1: "1"}, type_vocab_size=2, num_labels=2)
+    (document, _) = read_labelled(
+        str(jsonl(tmp_path / "a.jsonl", rows)),
+        tokenizer,
+        config,
+        DataConfig(text_pair_field="other", label_field="label"),
+        column_names=(),
+        sequence_length=32,
+        max_samples=None,
+    )
+    wanted = tokenizer("a", "b").get("token_type_ids", [])
+    assert document.segment_ids.tolist() == wanted and bool(wanted) == gives
+
+
 def test_a_tokenizer_written_in_python_is_named(tmp_path: Path) -> None:
     ByT5Tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
@@ -154,9 +185,10 @@ def test_a_tokenizer_written_in_python_is_named(tmp_path: Path) -> None:
 
 SMALL = {"vocab_size": 99, "num_labels": 3}
 LIKE_BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-CLASSIFIERS: dict[str, tuple[bool, dict[str, Any]]] = {
+CLASSIFIERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "xlnet": (True, {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 64}),
-    "convbert": (True, LIKE_BERT | {"intermediate_size": 64, "embedding_size": 32}),
+    "fnet": (True, LIKE_BERT | {"intermediate_size": 64}),
+    "convbert": ("said", LIKE_BERT | {"intermediate_size": 64, "embedding_size": 32}),
     "bert": (False, LIKE_BERT | {"intermediate_size": 64}),
     "llama": (False, LIKE_BERT | {"intermediate_size": 64}),
     "gpt2": (False, {"n_embd": 32, "n_layer": 2, "n_head": 4}),
@@ -170,12 +202,18 @@ CLASSIFIERS: dict[str, tuple[bool, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_a_classifier_that_reads_padding_is_found(kind: str) -> None:
-    """XLNet answers at the last token of the row; ConvBERT's convolutions reach into padding."""
+    """XLNet answers at the last token of the row, FNet has no mask; ConvBERT's convolutions reach
+    into padding."""
     reads, sizes = CLASSIFIERS[kind]
     config = AutoConfig.for_model(kind, **SMALL, **sizes)
     options: dict[str, Any] = {"attn_implementation": None, "trust_remote_code": False}
     model = meta_model(config, task="seq_cls", dtype=torch.float32, **options)
-    assert look_at(model, "seq_cls").reads_padding == reads
+    look = look_at(model, "seq_cls")
+    if reads is True:
+        with pytest.raises(UserError, match="by as much as on the text"):
+            settle_padded_rows(model, look)
+    else:
+        assert bool(settle_padded_rows(model, look)) == bool(reads)
 
 
 def test_a_linear_whose_output_the_model_changes_in_place_is_adapted(
@@ -225,6 +263,97 @@ def test_widths_with_other_names_are_planned(kind: str, sizes: dict[str, int], w
     assert as_llama(config, "it cannot run").intermediate_size == width
     with pytest.raises(UserError, match="to a copy of config.json in another folder"):
         as_llama({"hidden_size": 32}, "it cannot run")
+
+
+CAUSAL: dict[str, tuple[bool, dict[str, Any]]] = {
+    "gemma3_text": (True, LIKE_BERT | {"head_dim": 8, "use_bidirectional_attention": True}),
+    "bert-generation": (True, LIKE_BERT | {"intermediate_size": 64}),
+    "xlnet": CLASSIFIERS["xlnet"],
+    "gemma3": (False, {}),
+    "mamba": (False, {"hidden_size": 32, "num_hidden_layers": 2}),
+    "gpt2": CLASSIFIERS["gpt2"],
+    "bart": CLASSIFIERS["bart"],
+}
+
+
+@pytest.mark.parametrize("kind", CAUSAL)
+def test_a_model_whose_tokens_see_those_after_them_is_no_causal_one(kind: str) -> None:
+    sees, sizes = CAUSAL[kind]
+    kind = "gemma3_text" if kind == "gemma3" else kind
+    config = AutoConfig.for_model(kind, vocab_size=99, **(sizes or LIKE_BERT | {"head_dim": 8}))
+    options: dict[str, Any] = {"attn_implementation": None, "trust_remote_code": False}
+    model = meta_model(config, task="causal_lm", dtype=torch.float32, **options)
+    look = look_at(model, "causal_lm")
+    assert look.sees_ahead == sees
+    with pytest.raises(UserError, match="sees those after it") if sees else nullcontext():
+        refuse_seeing_ahead(model, look)
+
+
+@pytest.mark.usefixtures("model_on_disk")
+def test_a_merge_keeps_whole_what_the_run_kept_whole(ranks: Ranks, tmp_path: Path) -> None:
+    """T5 reads a weight to see its dtype: those are not quantised in the run."""
+    tokenizer = framing_tokenizer()
+    sizes = {"d_model": 64, "d_ff": 64, "num_layers": 2, "d_kv": 16, "num_heads": 4}
+    config = T5Config(vocab_size=len(tokenizer), **sizes, decoder_start_token_id=0)
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    T5Model(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "data").mkdir()
+    run = write_labelled(tmp_path / "data", tmp_path / "model")
+    flags = run.flags(tmp_path / "run", task="seq_cls", max_steps=1, target_modules="q")
+    (said,) = ranks(1, TRIED, flags=flags)
+    assert "trained   1 of 1 steps" in said
+    exported(tmp_path / "run", tmp_path / "merged", "--format", "merged", "--dtype", "fp32")
+    before, after = (
+        {k: t for f in (tmp_path / name).glob("*.safetensors") for k, t in load_file(f).items()}
+        for name in ("model", "merged")
+    )
+    kept = [name for name in before if name.endswith(".wo.weight")]
+    found = {name: next(n for n in after if n.endswith(name)) for name in kept}
+    assert kept and all(torch.equal(before[n], after[found[n]].float()) for n in kept)
+
+
+def test_a_folder_of_a_name_that_is_shipped_does_not_hide_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run in the folder zero3 could not be resumed."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("zero3", "demo", "mine"):
+        (tmp_path / name).mkdir()
+    assert ENGINE.find("zero3").endswith("ds_configs/zero3.json")
+    assert CONFIG.find("demo").endswith("configs/demo.yaml") and CONFIG.find("mine") == "mine"
+
+
+def test_words_for_null_in_a_sweep_are_null(tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("base_cache: ~\neval_data:\nrevision: '~'\nrank: [8, ~]\n")
+    entries = {e.name: e.value for e in read_entries(str(file), place="", loader=TextLoader)}
+    assert entries == {
+        "base_cache": "null",
+        "eval_data": "null",
+        "revision": "~",
+        "rank": ["8", "null"],
+    }
+
+
+def test_growth_that_has_nothing_to_open_is_said() -> None:
+    plan = context((64, 64), rank=8)
+    (note,) = built("increlora", plan, increlora_start_rank=6).notes
+    assert "no linear grows: all begin with 6 components" in note
+    assert built("increlora", plan, increlora_start_rank=2).notes == ()
+
+
+def test_a_checkpoint_that_is_a_link_to_another_disk_belongs_to_its_run(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    run, saved = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000002"
+    ranks(1, TRIED, flags=tiny.flags(run, max_steps=4, stop_after=2))
+    saved.rename(tmp_path / "elsewhere")
+    saved.symlink_to(tmp_path / "elsewhere")
+    for resume, stop in (("auto", 3), (str(saved), "null")):
+        flags = ["--config", str(run / "run.yaml"), "--resume", resume, "--stop_after", str(stop)]
+        (said,) = ranks(1, TRIED, flags=flags)
+        assert f"{saved}, step 2" in said and saved.is_symlink()
 
 
 def test_twice_the_ranks_are_on_twice_the_nodes() -> None:

@@ -211,6 +211,15 @@ def test_a_template_that_wants_tools_gets_them_wherever_it_renders(tmp_path):
     assert note.startswith("no token that ends an answer is learned")  # it has no chat without them
 
 
+def test_a_template_with_something_random_is_pointed_out(tmp_path):
+    rows = [{"messages": [user("a"), assistant("b")]}]
+    chance = "{{ ['x', 'y'] | random }}" + PLAIN.replace("random", "")
+    for template, said in ((chance, True), (PLAIN, False)):
+        path = jsonl(tmp_path / f"{said}.jsonl", rows)
+        reading = load(path, byte_tokenizer(template=template), train_on="all").reading
+        assert any("differently each time" in note for note in reading.notes) == said
+
+
 def test_arguments_of_tool_calls_as_text_are_pointed_out(tmp_path):
     """oumi-ai/oumi#2599: OpenAI gives them as text, which a template may quote once more."""
     as_text, as_objects = (

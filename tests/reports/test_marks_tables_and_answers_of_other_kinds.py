@@ -117,6 +117,15 @@ def test_a_header_in_the_middle_or_with_names_of_its_own_is_refused(tmp_path: Pa
     assert len(load(file, prompt_field="prompt")) == 2
 
 
+def test_cells_in_quotes_of_a_tsv_file_are_said(tmp_path: Path) -> None:
+    """Excel quotes cells with a comma there too."""
+    for cell, said in (('"Well, it is 2"', True), ("Well, it is 2", False)):
+        file = tmp_path / f"{said}.tsv"
+        file.write_text(f"prompt\tresponse\n1 + 1?\t{cell}\n")
+        notes = load(file).reading.notes
+        assert bool([n for n in notes if "stand in quotes: 1 in the first rows" in n]) == said
+
+
 def test_parquet_files_without_rows_and_columns_that_cannot_be_read(tmp_path: Path) -> None:
     table = pa.table({"prompt": ["a"], "response": ["b"]})
     bad = pa.array([b"\xff"], pa.binary()).view(pa.string())

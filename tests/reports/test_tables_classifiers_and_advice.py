@@ -187,12 +187,22 @@ def test_an_adapter_of_an_earlier_end_of_its_run_is_said(
     run, options = tmp_path / "run", {"save_every": 1, "resume": "auto"}
     work = "tests.work.run:train"
     ranks(1, work, flags=tiny.flags(run, max_steps=2, **options))
-    older = "adapter is of step 2, and the run has a checkpoint of step 3"
+    older = "adapter is of step 2, and the run's newest checkpoint of step 3"
     assert not [note for note in _older_than_the_run(run) if older in note]
     ranks(1, work, flags=tiny.flags(run, max_steps=4, stop_after=3, **options))
+    assert _older_than_the_run(run) == []  # --stop_after writes the adapter too
     lines = (run / "attempts.jsonl").read_text().splitlines()
     assert [json.loads(line)["event"] for line in lines][-1] == "stopped"
-    assert [note for note in _older_than_the_run(run) if older in note]
+    shutil.copyfile(run / "attempts.jsonl", tmp_path / "as_if_killed")
+    kept = [line for line in lines if json.loads(line)["event"] == "finished"]
+    (run / "attempts.jsonl").write_text(kept[0] + "\n")
+    for folder in (run, run / "adapter"):
+        assert [note for note in _older_than_the_run(folder) if older in note]
+    shutil.copyfile(tmp_path / "as_if_killed", run / "attempts.jsonl")
+    shutil.rmtree(run / "checkpoints" / "step_00000003")  # gone back
+    assert "adapter is of step 3, and the run's newest checkpoint of step 2" in str(
+        _older_than_the_run(run)
+    )
     ranks(1, work, flags=tiny.flags(run, max_steps=4, **options))
     assert _older_than_the_run(run) == []
 

@@ -83,13 +83,19 @@ class Growth:
         return after_S
 
     def notes(self) -> tuple[str, ...]:
-        """Return a note to print before training if the last update exceeds the budget.
+        """Return a note to print before training if no linear grows, or if the last update exceeds
+        the budget.
 
         Components that exceed it because of tied scores are not counted: they are not known yet.
 
         Returns:
             A tuple with the note, or an empty tuple.
         """
+        if self.needed == 0:
+            return (
+                f"no linear grows: all begin with {self.start} components, and end with as many. "
+                "Raise --increlora_target_rank, or lower --increlora_start_rank",
+            )
         left = self.needed % (self.modules * self.components)
         above = min(self.modules, left) * self.components - left
         if not self.overshoots or above == 0:

@@ -51,8 +51,8 @@ def as_llama(config: Any, problem: str) -> LlamaConfig:
             f"--model: {problem}. To plan it as a Llama, config.json must have "
             f"{', '.join(NEEDED)} as integers above 0 (optional: {', '.join(OPTIONAL)}). "
             f"It has {', '.join(got) or 'none of them'}. "
-            f"Missing or invalid are {', '.join(missing)}. Add these fields to a copy of config.json in "
-            "another folder, and plan that."
+            f"Missing or invalid are {', '.join(missing)}. Add these fields to a copy of "
+            "config.json in another folder, and plan that."
         )
     sizes = {name: read(name) for name in (*NEEDED, *OPTIONAL)}
     try:
