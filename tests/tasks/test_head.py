@@ -1,5 +1,7 @@
 """The loss without logits: the numbers of the whole ones, none of their memory."""
 
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,8 +9,11 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.tasks.logit_ops import OperationRecorder
+from sparse_lora_dist.tasks.loss_head import _filled_up
 from tests.conftest import Ranks
 from tests.fixtures.tiny_models import save_family, save_llama
+from tests.fixtures.tiny_run import TinyRun
+from tests.fixtures.tiny_tokenizer import byte_tokenizer
 from tests.tiers import grid, in_full
 from tests.work.head import CHUNK_ROWS, ROWS, TOKENS
 
@@ -101,6 +106,28 @@ def test_a_head_with_an_adapter_makes_logits_and_says_so(
     assert_alike(everyone, 1e-5)
     assert everyone[0].said.count("lm_head is not a plain linear") == 1
     assert "lm_head.lora_a" in everyone[0].chunked.gradients
+
+
+def test_the_heads_matmuls_have_few_sizes(ranks: Ranks, tiny: TinyRun, tmp_path: Path) -> None:
+    """Each new size costs memory for good: oneDNN keeps what it made for it."""
+    flags = tiny.flags(tmp_path, max_steps=50, micro_batch_size=2, packing="false")
+    (shapes,) = ranks(1, "tests.work.engine:shapes_of_matmuls", flags=flags)
+    vocabulary = len(byte_tokenizer())
+    of_head: Counter[int] = Counter()
+    for (a, b), count in shapes.items():
+        of_head[a[0]] += count * (vocabulary in (a[1], b[1]))
+    often = {size for size, count in of_head.items() if count > 1}
+    assert of_head.total() >= 2 * 50 and len(often) <= 8, of_head
+    assert {size % 8 for size in often} == {0}
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 131, 10_000])
+def test_target_tokens_are_filled_up_to_the_next_of_few_sizes(chunk: int) -> None:
+    filled = {n: _filled_up(n, chunk) for n in range(3 * min(chunk, 1000))}
+    for n, size in filled.items():
+        assert n <= size <= max(n + 7, 1.25 * n) and size // chunk in (n // chunk, n // chunk + 1)
+    last = {size % chunk for size in filled.values()}
+    assert len(last) <= 4 * chunk.bit_length()
 
 
 # Memory.

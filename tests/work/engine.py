@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_lora_dist import train as program
 from sparse_lora_dist.data import Batch
@@ -68,3 +69,23 @@ def first_step(flags: list[str]) -> FirstStep:
     ):
         train(flags)
     return seen
+
+
+class _Matmuls(TorchDispatchMode):
+    """Sees the shapes of all matmuls."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes: Counter[tuple[torch.Size, torch.Size]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.shapes[args[0].shape, args[1].shape] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def shapes_of_matmuls(flags: list[str]) -> Counter[tuple[torch.Size, torch.Size]]:
+    """The main job; {shapes of the two operands of a matmul: how often}."""
+    with _Matmuls() as seen:
+        train(flags)
+    return seen.shapes
