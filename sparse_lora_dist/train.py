@@ -239,10 +239,16 @@ class Training:
             the same on every rank.
 
         Raises:
-            UserError: too many steps in a row had a loss or gradient that is not finite, or a file
-                cannot be written.
+            UserError: it is not the next step; too many steps in a row had a loss or gradient that
+                is not finite; or a file cannot be written.
             Stopped: the run was asked to stop, by a signal or ``--time_limit``.
         """
+        if step not in self.steps[:1]:
+            raise UserError(
+                f"step({step}) is not the next step: {list(self.steps[:1]) or 'none is left'}. "
+                "Make the steps of training.steps in their order.",
+                shared=True,
+            )
         started = time.perf_counter()
         watchdog.set_phase("reading its batches", step=step)
         self.job.set_learning_rate(step)

@@ -32,6 +32,8 @@ PLAIN = """
 """Fields of ``LoraConfig`` with which an adapter stays plain LoRA, or which are looked at apart.
 Any other, such as bias or layer_replication, changes what PEFT computes if it is not the
 default."""
+KNOWN = {f.name for f in fields(LoraConfig)} | {*VARIANTS, *PLAIN}
+"""Fields that this version of PEFT has. One of a newer version may change what is computed."""
 
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` with which PEFT leaves the base's weights as they are. With any
@@ -48,8 +50,8 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
     Returns:
         Words for an error message. If the adapter is not of PEFT's type LORA, "the type X" with
         the name of its type. If it is a variant of LoRA, the name of the first field of
-        ``VARIANTS`` that is set. If another field changes what PEFT computes, its name and
-        value. If its initial values change the base's weights, what
+        ``VARIANTS`` that is set. If another field changes what PEFT computes, or PEFT does not know
+        it, its name and value. If its initial values change the base's weights, what
         ``init_lora_weights`` is. None for plain LoRA.
     """
     if config.get("peft_type") != "LORA":
@@ -60,6 +62,9 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
         value = config.get(field.name)
         if field.name not in PLAIN and _is_set(value) and value != field.default:
             return f"{field.name} {value!r}"
+    for name, value in config.items():
+        if name not in KNOWN and _is_set(value):
+            return f"{name} {value!r}, which this version of PEFT does not know"
     start = config.get("init_lora_weights")
     if (start.lower() if isinstance(start, str) else start) in PLAIN_STARTS:
         return None

@@ -1,5 +1,6 @@
 """Read a PEFT LoRA adapter from disk, as initial values of a run (``--init_adapter``)."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
@@ -13,6 +14,11 @@ from sparse_lora_dist.adapter.peft_config import APART, CONFIG, PREFIX, WEIGHTS,
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in
 from sparse_lora_dist.zero3.slices import Values
+
+WRAPPED = re.compile(
+    r"module\.|(?:.*\.)?_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."
+)
+"""Beginning of a parameter's name in a model that something is wrapped around."""
 
 
 def read_peft(
@@ -94,6 +100,13 @@ def open_peft(
     """
     config, files = _open_files(folder, flag)
     saved = {_our_name(key): file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118  safe_open is no dict
+    wrapped = next((name for name in saved if WRAPPED.match(name)), None)
+    if wrapped is not None:
+        raise UserError(
+            f"{flag} {folder} was saved from a wrapped model (torch.compile, DDP, FSDP or "
+            f"activation checkpointing): it holds {wrapped}. Save it again from the unwrapped "
+            "model, or take these parts out of its names."
+        )
     kept = next((name for name in saved if ".base_layer." in name), None)
     if kept is not None and other_kind(config) is None:
         raise UserError(

@@ -38,6 +38,8 @@ ACTIONS = {
 text}."""
 LAUNCHER_FLAGS = ("local_rank", "local-rank")  # deepspeed and torchrun add them; unused here
 
+SMALLEST = 2.0**-126
+"""Smallest number that fp32 holds with all its digits. Smaller ones become 0 on some devices."""
 LARGEST = 2**63
 """Whole numbers must be smaller, positive or negative."""
 SHORT = Repr()
@@ -248,6 +250,11 @@ def bad_words(one: Given, parsed: object) -> list[str]:
     for word in words:
         if isinstance(word, int) and abs(word) >= LARGEST:
             problems.append(f"{one.place} must be below 2^63, got {short(word)}")
+        if isinstance(word, float) and word and not SMALLEST <= abs(word) < 2.0**128:
+            problems.append(
+                f"{one.place} must be 0 or a number that fp32 holds, from 1.2e-38 to 3.4e38 in "
+                f"size, got {word}"
+            )
         if isinstance(word, str) and one.name in PATHS:
             problems += bad_path(one.place, word)
     return problems

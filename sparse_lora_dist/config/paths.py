@@ -166,6 +166,20 @@ def moved_run(flags: Sequence[tuple[str, list[str]]], values: Mapping[str, Any])
     return str(path.parent) if is_run and not is_there else None
 
 
+def _cache_in_run(flat: Mapping[str, Any]) -> list[str]:
+    """Return a message if a new run's folder, which must be empty, would hold the base cache."""
+    if flat["base_cache"] is None:
+        return []
+    folder = Path(expanded(str(flat["output_dir"]))).resolve()
+    cache = Path(expanded(str(flat["base_cache"]))).resolve()
+    if folder not in cache.parents or (folder / "run.yaml").exists():
+        return []
+    return [
+        f"--base_cache {flat['base_cache']} lies in --output_dir {flat['output_dir']}, which must "
+        "be empty when a run begins. Choose a folder beside it"
+    ]
+
+
 def missing_locations(flat: Mapping[str, Any]) -> list[str]:
     """Return a message for each path among the options of a run that does not exist.
 
@@ -177,7 +191,7 @@ def missing_locations(flat: Mapping[str, Any]) -> list[str]:
         if flat[option] is None or (option == "init_adapter" and _resumes(flat)):
             continue  # a checkpoint holds all that a run has got from its first adapter
         problems += missing_source(option, flat[option])
-    problems += missing_files(flat)
+    problems += missing_files(flat) + _cache_in_run(flat)
     if flat["resume"] not in ("auto", "never") and not Path(flat["resume"]).is_dir():
         problems.append(
             f"--resume must be auto, never or an existing folder, got {flat['resume']!r}"

@@ -361,7 +361,9 @@ def _with_whole_offsets(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     too. With ``trim_offsets``, as many byte-level tokenizers have it, they do not."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
     _do_not_trim(described["post_processor"])
-    return Tokenizer.from_str(json.dumps(described))
+    copy = Tokenizer.from_str(json.dumps(described))
+    copy.encode_special_tokens = tokenizer.split_special_tokens
+    return copy
 
 
 def _do_not_trim(processor: Any) -> None:

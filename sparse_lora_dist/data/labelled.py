@@ -7,7 +7,7 @@ its longest row after padding.
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import datasets
@@ -244,8 +244,9 @@ def labelled_batch(
 ) -> LabelledBatch:
     """Make a micro-batch for classification: one example per row, padded to the longest row.
 
-    A filler row has no loss and completes the last global batch. It is one pad token with attention
-    mask 1, since a softmax over no token is nan.
+    A filler row has no loss and completes the last global batch. It is a copy of the shortest
+    example of the batch, or of the first of the data set: some models, such as BART, look for the
+    same special tokens in every row.
 
     Args:
         rows: rows of the data set, each with one ``LabelledDocument``.
@@ -258,16 +259,15 @@ def labelled_batch(
     Returns:
         The batch, with its tensors on CPU.
     """
-    filler = LabelledDocument(
-        input_ids=np.array([pad_id]),
-        labels=np.array([NOT_A_TARGET]),
-        segment_ids=np.array([], dtype=np.int64),
-    )
 
     def example(number: int) -> LabelledDocument:
         (place,) = rows.document_numbers(rows.index(number, shuffle=shuffle))
         return cast(LabelledDocument, rows.documents[place])
 
+    real = [example(n) for n in numbers if n != FILLER]
+    first = cast(LabelledDocument, rows.documents[0])
+    shortest = min(real or [first], key=lambda document: len(document.input_ids))
+    filler = replace(shortest, labels=np.array([NOT_A_TARGET]))
     parts = [filler if n == FILLER else example(n) for n in numbers]
     length = padded_length([len(d.input_ids) for d in parts], rows.sequence_length)
     segments = [d.segment_ids for d in parts]

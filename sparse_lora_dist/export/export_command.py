@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from sparse_lora_dist.adapter.peft_config import APART
-from sparse_lora_dist.base_model.architecture import PRECISIONS
+from sparse_lora_dist.base_model.architecture import PRECISIONS, output_head
 from sparse_lora_dist.config.paths import real_path, with_commas
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.phases import passes_later
@@ -260,7 +260,12 @@ def _prompting(trained: Trained) -> Summary:
 
 def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
     if asked.own_type or not trained.is_lora:
-        if own := trained.own_type():
+        if (own := trained.own_type()) and asked.uniform_rank:
+            raise UserError(
+                f"--uniform_rank is of LoRA, but --method {trained.method.name} exports as PEFT's "
+                f"{own.kind}. Use --format merged or sparse_delta."
+            )
+        if own:
             write_own_type(folder, own)
             return {"modules": counted(len(own.forms), "linear"), "type": own.kind.lower()}
         if asked.own_type:
@@ -299,6 +304,13 @@ def _merged(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
             f"{base.folder} has unquantised weights, but the adapter was trained over a model that "
             "was saved in 4 bits, so --onto dequantised, the default, is not possible. Add "
             "--onto original to merge into the unquantised weights."
+        )
+    blocks = [name for name in base.tied if name != f"{output_head(base.module)}.weight"]
+    if blocks:
+        raise UserError(
+            f"A merged model cannot be written: {blocks[0]} and {base.tied[blocks[0]][0]} are one "
+            "weight in this architecture, and transformers would not read the others of these "
+            "blocks back. Use --format peft or sparse_delta."
         )
     if asked.onto == "original" and trained.masks_base:
         raise UserError(

@@ -1,7 +1,7 @@
 """Writes the nonzero updates of a run as indices and values, and adds them to a model's weights.
 
-``apply_sparse_delta`` keeps a copy of the weights that it overwrites, so that ``Applied.undo``
-restores them bit for bit.
+``apply_sparse_delta`` keeps a copy of the weights that it overwrites and of those that it writes,
+so that ``Applied.undo`` restores the former bit for bit, and only while the latter are there.
 
 Shapes: N number of entries of one weight matrix that have a nonzero update.
 """
@@ -122,30 +122,42 @@ class Applied:
 
     model: nn.Module
     """The model that was changed."""
-    overwritten: Mapping[str, tuple[Tensor, Tensor]]
-    """Name of a linear -> (indices into its flattened weight [N], old weights [N]).
+    overwritten: Mapping[str, tuple[Tensor, Tensor, Tensor]]
+    """Name of a linear -> (indices into its flattened weight [N], old weights [N], new ones [N]).
 
-    N is the number of overwritten entries. The old weights are in the model's dtype.
+    N is the number of overwritten entries. The weights are in the model's dtype.
     """
     untied: Mapping[str, nn.Parameter]
     """Name of a linear whose weight was tied to another parameter -> that parameter."""
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Restore every overwritten weight, bit for bit, and every tie."""
-        for name, (indices_N, before_N) in self.overwritten.items():
+        """Restore every overwritten weight, bit for bit, and every tie.
+
+        Raises:
+            UserError: These weights were changed since, by another delta, by training or by a cast,
+                or this delta is undone already. Nothing is then changed.
+        """
+        for name, (indices_N, _, after_N) in self.overwritten.items():
+            if not torch.equal(_weight(self.model, name).view(-1)[indices_N].cpu(), after_N.cpu()):
+                raise UserError(
+                    f"The delta cannot be undone: {name}.weight was changed since it was applied, "
+                    "or it is undone already. Undo later deltas first, the last one first, or load "
+                    "the base again."
+                )
+        for name, (indices_N, before_N, _) in self.overwritten.items():
             _weight(self.model, name).view(-1)[indices_N] = before_N
         for name, shared in self.untied.items():
             _set_weight(self.model, name, shared, is_tied=True)
 
 
 @torch.no_grad()
-def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
+def apply_sparse_delta(model: nn.Module, folder: str | Path) -> Applied:
     """Add a sparse delta to a model's weights in place.
 
     Each sum is computed in fp32 and rounded once to the model's dtype. A weight that is tied to
     another parameter is untied: the delta is of the linear alone. Not collective: the weights must
-    be whole, not sharded.
+    be whole, not sharded. That they are those of the base is not looked at.
 
     Args:
         model: The base that the delta was trained over, with floating-point weights.
@@ -158,6 +170,7 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
         UserError: The folder holds no sparse delta, or a linear of the delta is missing in the
             model, is quantised, or has another shape. The model is then unchanged.
     """
+    folder = Path(folder)
     try:
         shapes = json.loads((folder / ABOUT).read_text())["shapes"]
     except (OSError, ValueError, KeyError) as error:
@@ -186,8 +199,9 @@ def apply_sparse_delta(model: nn.Module, folder: Path) -> Applied:
         )
         indices_N = indices_N.long()
         before_N = flat[indices_N]
-        overwritten[name] = indices_N, before_N
-        flat[indices_N] = (before_N.float() + values_N).to(flat.dtype)
+        after_N = (before_N.float() + values_N).to(flat.dtype)
+        overwritten[name] = indices_N, before_N, after_N
+        flat[indices_N] = after_N
     return Applied(model=model, overwritten=overwritten, untied=untied)
 
 

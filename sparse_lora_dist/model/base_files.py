@@ -10,6 +10,7 @@ from sparse_lora_dist.base_model.architecture import (
 )
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, passed_over_in_words
 from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint, check_same_on_all_nodes
+from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.base_model.weight_map import (
     is_quantized,
 )
@@ -57,6 +58,22 @@ def check_checkpointing(options: ModelConfig, module: PreTrainedModel) -> None:
         raise UserError(
             f"{type(module).__name__} does not support --gradient_checkpointing. Leave the option "
             "out."
+        )
+
+
+def refuse_tied_linears(options: ModelConfig, module: PreTrainedModel) -> None:
+    """Raise ``UserError`` if linears of a model share one weight, as Zamba2's blocks do, and are to
+    be held in 4 bits."""
+    names = {f"{n}.weight" for n, m in module.named_modules() if is_plain_linear(m)}
+    shared: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if name in names:
+            shared.setdefault(id(parameter), []).append(name)
+    tied = next((names for names in shared.values() if len(names) > 1), None)
+    if tied is not None and options.quantization != "none":
+        raise UserError(
+            f"In a {module.config.model_type} model, {tied[0]} and {tied[1]} are one weight, which "
+            "cannot be held in 4 bits yet. Set --quantization none, or choose another --model."
         )
 
 

@@ -50,6 +50,7 @@ from sparse_lora_dist.model.base_files import (
     check_checkpointing,
     check_quantization,
     open_files,
+    refuse_tied_linears,
 )
 from sparse_lora_dist.model.look import (
     Look,
@@ -162,6 +163,7 @@ class Model:
             sources = find_sources(module, files, keys_of, new=head.new)
             fill_buffers(module, stored=sources)
             check_quantization(options, architecture, files)
+            refuse_tied_linears(options, module)
             refuse_packed(files, sources, applied)
         _note_unread(module, files, keys_of, task.trains_head)
         for note in notes:

@@ -176,13 +176,19 @@ def _verdict(outcome: Outcome) -> Iterator[str]:
         else:
             yield f"least     {least} {things}"
     if (whole := outcome.whole) is not None:
-        (_, now), (_, then) = outcome.speed.step_s, whole.speed.step_s
-        on_gpu = f"{gb(whole.need.gpu)} GB a GPU, " if outcome.ranks.on_gpu else ""
         yield "whole     --ds_config whole, a base that every rank has whole, fits too:"
-        host, less = gb(whole.need.host), 1 - then / now
-        yield f"          {on_gpu}{host} GB per machine, and {less:.0%} less time a"
-        yield "          step where communication does not overlap with compute"
+        yield from _whole(outcome, whole)
     yield f"slurm     sbatch {mem_option(need.host)} asks for this host memory, and a tenth more"
+
+
+def _whole(outcome: Outcome, whole: Outcome) -> Iterator[str]:
+    on_gpu = f"{gb(whole.need.gpu)} GB a GPU, " if outcome.ranks.on_gpu else ""
+    machine = f"          {on_gpu}{gb(whole.need.host)} GB per machine"
+    if (now := outcome.speed.step_s) is None or (then := whole.speed.step_s) is None:
+        yield f"{machine}, and nothing of the base to receive in a step"
+    else:
+        yield f"{machine}, and {1 - then[1] / now[1]:.0%} less time a"
+        yield "          step where communication does not overlap with compute"
 
 
 def _changes(outcome: Outcome) -> Iterator[str]:
@@ -197,7 +203,6 @@ def _changes(outcome: Outcome) -> Iterator[str]:
 
 def _speed(outcome: Outcome) -> Iterator[str]:
     speed, ranks = outcome.speed, outcome.ranks
-    fast, slow = speed.step_s
     yield (
         f"a step    a rank receives {gb(speed.gathered_bytes)} GB of the base, "
         f"{gb(speed.gathered_adapter_bytes)} GB of adapters, {gb(speed.reduced_bytes)} GB of "
@@ -208,10 +213,14 @@ def _speed(outcome: Outcome) -> Iterator[str]:
         yield f"          of this, {across} GB come into a node from other nodes"
     if speed.read_bytes:
         yield f"          a rank reads {gb(speed.read_bytes)} GB of the base from disk"
-    yield (
-        f"          {fast:.2f} s if communication overlaps with compute, {slow:.2f} s if not: "
-        f"{speed.tokens / slow:,.0f} to {speed.tokens / fast:,.0f} tokens/s on all ranks"
-    )
+    if speed.step_s is None:
+        yield "          no time of a step: how fast these CPUs compute is not known (--tflops)"
+    else:
+        fast, slow = speed.step_s
+        yield (
+            f"          {fast:.2f} s if communication overlaps with compute, {slow:.2f} s if not: "
+            f"{speed.tokens / slow:,.0f} to {speed.tokens / fast:,.0f} tokens/s on all ranks"
+        )
     yield f"loading   {gb(speed.file_bytes)} GB to read: {speed.load_s:,.0f} s"
     yield f"saved     {gb(speed.checkpoint_bytes)} GB per checkpoint"
 
@@ -220,8 +229,9 @@ def _assumptions(outcome: Outcome) -> Iterator[str]:
     plan = outcome.plan
     of_floats = f"{outcome.shapes.file_itemsize} bytes per weight"
     held = of_floats if outcome.shapes.saved is None else "4 bits and scales"
+    rate = "" if plan.rate is None else f"{plan.rate:g} TFLOP/s per GPU, "
     yield (
-        f"assumed   {plan.tflops:g} TFLOP/s per GPU, {plan.network_gb_per_s:g} GB/s to a rank, "
+        f"assumed   {rate}{plan.network_gb_per_s:g} GB/s to a rank, "
         f"{plan.disk_gb_per_s:g} GB/s from disk to a machine, {held} in the base files"
     )
     if outcome.ranks.on_gpu:
@@ -248,7 +258,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
     Programs read this output, so its keys must not change.
     """
     ranks, speed = outcome.ranks, asdict(outcome.speed)
-    fast, slow = outcome.speed.step_s
+    fast, slow = outcome.speed.step_s or (None, None)
     return {
         "model": outcome.shapes.config.model.model,
         "method": outcome.shapes.config.adapter.method,
@@ -266,7 +276,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "changes": [asdict(c) | {"fits": c.need.fits(outcome.limits)} for c in outcome.changes],
         "speed": speed | {"step_s_overlapped": fast, "step_s_in_turn": slow},
         "assumed": {
-            "tflops": outcome.plan.tflops,
+            "tflops": outcome.plan.rate,
             "network_gb_per_s": outcome.plan.network_gb_per_s,
             "disk_gb_per_s": outcome.plan.disk_gb_per_s,
             "gpu_context_bytes": memory.GPU_CONTEXT,

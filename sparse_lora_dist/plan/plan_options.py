@@ -49,9 +49,10 @@ class PlanConfig:
     """Host memory of one machine, e.g. 256GB. null: host memory is not checked."""
     disk_gb_per_s: float = 1.0
     """Read rate of a machine's disk in GB/s (base files, NVMe offload), at least 0.001."""
-    tflops: float = 100.0
-    """Rate in TFLOP/s that one GPU reaches in matmuls of 4-bit weights, dequantising included;
-    at least 0.001. Measure it: a data sheet's peak is several times higher."""
+    tflops: float | None = None
+    """Rate in TFLOP/s that one GPU, or one CPU rank, reaches in matmuls of 4-bit weights,
+    dequantising included; at least 0.001. Measure it: a data sheet's peak is several times higher.
+    null: 100 for a GPU; of CPU ranks no time of a step is given."""
     network_gb_per_s: float = 20.0
     """Rate in GB/s at which one rank receives weights in an all-gather, at least 0.001."""
     whole_logits: bool = False
@@ -63,6 +64,11 @@ class PlanConfig:
     """PNG file for a plot of GPU memory against the number of ranks. null: no plot."""
     overwrite: bool = False
     """Replace an existing file at --plot."""
+
+    @property
+    def rate(self) -> float | None:
+        """TFLOP/s of a rank; None for CPU ranks whose rate is not given."""
+        return 100.0 if self.tflops is None and self.gpu_bytes > 0 else self.tflops
 
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "world_size", "nodes")

@@ -31,8 +31,8 @@ class Speed:
     """Bytes of its shard of the base that a rank reads from NVMe, per step."""
     flop: float
     """Number of floating-point operations of a rank, per step."""
-    compute_s: float
-    """Seconds of computing on a rank, per step."""
+    compute_s: float | None
+    """Seconds of computing on a rank, per step; None if its rate is not known."""
     network_s: float
     """Seconds of network traffic, per step."""
     read_s: float
@@ -47,9 +47,11 @@ class Speed:
     """Bytes of a checkpoint of the run, summed over ranks."""
 
     @property
-    def step_s(self) -> tuple[float, float]:
+    def step_s(self) -> tuple[float, float] | None:
         """Seconds of a step, as the pair (if network and disk traffic fully overlap with compute,
-        if nothing overlaps)."""
+        if nothing overlaps); None if the time of computing is not known."""
+        if self.compute_s is None:
+            return None
         parts = self.compute_s, self.network_s, self.read_s
         return max(parts), sum(parts)
 
@@ -91,7 +93,7 @@ def speed_of(shapes: Shapes, engine: PlannedEngine, ranks: Ranks, plan: PlanConf
         across_nodes_bytes=int(across),
         read_bytes=int(read),
         flop=flop,
-        compute_s=flop / (plan.tflops * 1e12),
+        compute_s=None if plan.rate is None else flop / (plan.rate * 1e12),
         network_s=(frozen + adapter + reduced) / (plan.network_gb_per_s * 1e9),
         read_s=read * ranks.per_node / (plan.disk_gb_per_s * 1e9),
         tokens=train.micro_batch_size * micro * count * shapes.config.data.sequence_length,

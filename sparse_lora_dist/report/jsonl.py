@@ -33,7 +33,7 @@ def read_lines(path: Path, is_record: Callable[[Record], bool]) -> list[Record]:
         UserError: if the file cannot be read, or a line is not such a record.
     """
     try:
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")
+        *lines, _ = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read: {error}. Restore the file from a copy of the run folder."
@@ -79,8 +79,8 @@ def no_constant(word: str) -> float:
 
 
 def is_count(value: object) -> bool:
-    """Return True for an integer from 0 to below ``LARGEST`` that is not a bool."""
-    return type(value) is int and 0 <= value < LARGEST
+    """Return True for an integer from 0 to below 2^63 that is not a bool."""
+    return type(value) is int and 0 <= value < 2**63
 
 
 def is_number(value: object) -> bool:

@@ -4,6 +4,7 @@ appends to the files of its run folder."""
 import json
 import math
 import os
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,7 +143,7 @@ def of_the_same_rows(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _record(raw: bytes) -> dict[str, Any] | None:
     try:
-        found = json.loads(raw)
+        found = json.loads(raw.removeprefix(BOM_UTF8))
     except (ValueError, RecursionError):  # bytes that are no UTF-8 are a ValueError too
         return None
     if not isinstance(found, dict) or type(found.get("step")) is not int:

@@ -48,7 +48,7 @@ def read_marker(folder: Path) -> Marker | None:
     try:
         if path.is_symlink() or not path.is_file():
             return None
-        fields = json.loads(path.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8-sig"))
         names = {n: None if c is None else (int(c[0]), c[1]) for n, c in fields["names"].items()}
         return Marker(kind=str(fields["kind"]), names=names, about=dict(fields["about"]))
     # A size of 1e400 raises an ArithmeticError.

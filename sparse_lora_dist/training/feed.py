@@ -260,6 +260,12 @@ def open_tokenizer(config: Config, model: Model) -> Any:
             "written in Python. Only tokenizers of the package tokenizers, of which transformers "
             "saves a tokenizer.json, can be used. Choose another --model."
         )
+    if getattr(tokenizer.backend_tokenizer.model, "dropout", None):
+        raise UserError(
+            f"The tokenizer of --model {model.folder} draws tokens at random (dropout in its "
+            "tokenizer.json), so rows would differ between jobs and nodes. Set model.dropout to "
+            "null in a copy of that file."
+        )
     # transformers takes away at its first call what a tokenizer.json says of these. Texts are never
     # cut or padded here, and the tokenizer is compared with that of other jobs.
     tokenizer.backend_tokenizer.no_truncation()

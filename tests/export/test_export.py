@@ -200,7 +200,14 @@ def test_an_adapter_that_does_not_fit_is_refused(
 
 
 @pytest.mark.parametrize(
-    "config", [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}}], ids=str
+    "config",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}},
+        {"use_of_next_year": True},
+    ],
+    ids=str,
 )
 def test_another_kind_of_adapter_is_refused(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, adapter: Path, config: dict[str, object]
@@ -209,6 +216,21 @@ def test_another_kind_of_adapter_is_refused(
     flags = tiny.flags(tmp_path / "run", init_adapter=other, modules_to_save="lm_head")
     for message in ranks(2, REFUSAL, flags=flags):
         assert "not a plain LoRA" in message or "different ranks" in message
+    assert ("PEFT does not know" in message) == ("use_of_next_year" in config)
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "module.", "a._checkpoint_wrapped_module."])
+def test_an_adapter_of_a_wrapped_model_is_named(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, adapter: Path, wrapper: str
+) -> None:
+    other = damaged(adapter / "adapter", tmp_path / "other")
+    weights = load_file(other / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    named = {f"{prefix}{wrapper}{k.removeprefix(prefix)}": w for k, w in weights.items()}
+    save_file(named, other / "adapter_model.safetensors", metadata={"format": "pt"})
+    flags = tiny.flags(tmp_path / "run", init_adapter=other, modules_to_save="lm_head")
+    for message in ranks(2, REFUSAL, flags=flags):
+        assert "was saved from a wrapped model" in message
 
 
 def test_an_adapter_of_a_wider_model_is_refused(

@@ -249,8 +249,25 @@ def test_a_sparse_delta_is_applied_and_taken_back(
 
     bf16 = whole_model(tiny.model, quantization="none").bfloat16()
     original = {k: t.clone() for k, t in bf16.state_dict().items()}
-    apply_sparse_delta(bf16, folder).undo()
+    first, second = apply_sparse_delta(bf16, folder), apply_sparse_delta(bf16, folder)
+    with pytest.raises(UserError, match="changed since it was applied, or it is undone already"):
+        first.undo()  # the second one's sums would be taken away, and come back with its undo
+    second.undo()
+    first.undo()
     assert all(torch.equal(t, original[k]) for k, t in bf16.state_dict().items())
+    with pytest.raises(UserError, match="changed since it was applied, or it is undone already"):
+        first.undo()
+    cast = apply_sparse_delta(bf16, folder)
+    bf16.float()
+    with pytest.raises(UserError, match="changed since it was applied"):
+        cast.undo()
+
+
+def test_one_rank_for_all_is_refused_for_what_has_none(stops: Any, tmp_path: Path) -> None:
+    """SHiRA exports as PEFT's own type, which no server of LoRA reads."""
+    stop: Stop = stops("shira")[1]
+    with pytest.raises(UserError, match="--uniform_rank is of LoRA"):
+        exported(stop.path, tmp_path / "out", "--uniform_rank")
 
 
 @pytest.mark.parametrize("name", ["shira", "sara", "sbora"])

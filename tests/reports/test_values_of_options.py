@@ -244,3 +244,12 @@ def test_an_empty_folder_name_is_refused_by_report_and_show(
         module.load_request([""])  # type: ignore[attr-defined]
     assert left.value.code == 2
     assert "it is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["learning_rate", "alpha", "adam_eps", "weight_decay"])
+def test_numbers_that_fp32_does_not_hold_are_refused(name: str) -> None:
+    """1e39 is infinite in a step, and 1e-46 is 0: an eps of 0 makes 0 / 0 of a first step."""
+    for value in ("1e39", "1e308", "1e-46", "5e-324"):
+        with pytest.raises(ConfigError, match=f"--{name} must be 0 or a number that fp32 holds"):
+            load_config([f"--{name}", value])
+    assert load_config([f"--{name}", "3e38"]) and load_config([f"--{name}", "1e-37"])

@@ -176,9 +176,13 @@ def test_a_batch_is_padded_under_a_mask_and_filler_is_no_target(tmp_path: Path) 
     documents = load(path)
     rows = pack(documents, sequence_length=24, packing=False, seed=0)
     batch = labelled_batch(rows, (0, 1, -1), pad_id=9, shuffle=False)
-    assert batch.attention_mask_MT.sum(1).tolist() == [10, 3, 1]
+    assert batch.attention_mask_MT.sum(1).tolist() == [10, 3, 3]
     assert batch.input_ids_MT.shape == (3, 16)
-    assert batch.input_ids_MT[1, 3:].eq(9).all() and batch.input_ids_MT[2].eq(9).all()
+    assert batch.input_ids_MT[1, 3:].eq(9).all()
+    assert torch.equal(batch.input_ids_MT[2], batch.input_ids_MT[1]), "BART counts end tokens"
+    alone = labelled_batch(rows, (-1, -1), pad_id=9, shuffle=False)
+    assert torch.equal(alone.input_ids_MT[0, :10], batch.input_ids_MT[0, :10])
+    assert alone.labels_M.tolist() == [-100, -100] and alone.lengths_M == (0, 0)
     assert batch.labels_M.tolist() == [0, 1, -100]
     assert (batch.num_targets, sum(batch.lengths_M)) == (2, 13)
 
