@@ -148,7 +148,14 @@ def _model_answers(
     architecture = job.model.module.config.get_text_config()
     positions = getattr(architecture, "max_position_embeddings", None)  # None for ALiBi
     num_tokens = request.options.fluency_tokens
-    num_tokens = num_tokens if positions is None else min(num_tokens, positions - longest)
+    if positions is not None and num_tokens > positions - longest:
+        num_tokens = max(0, positions - longest)
+        print_line(
+            "note",
+            f"texts for fluency have {num_tokens} tokens, not --fluency_tokens "
+            f"{request.options.fluency_tokens}: the model has {positions} positions, and the "
+            f"longest prompt has {longest} tokens",
+        )
     return ModelAnswers(
         predicted=decoder.predicted_answers(questions),
         texts=decoder.generate(prompts, num_tokens) if num_tokens > 0 else (),

@@ -7,7 +7,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.config.checks import at_least, raise_if
+from sparse_lora_dist.config.checks import at_least, at_most, raise_if
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import read_options
 from sparse_lora_dist.config.paths import expanded, real_path
@@ -48,7 +48,7 @@ class EditConfig:
     """Replace an earlier run in output_dir."""
 
     def __post_init__(self) -> None:
-        problems = at_least(self, 0, "fluency_tokens")
+        problems = at_least(self, 0, "fluency_tokens") + at_most(self, 2**20, "fluency_tokens")
         if self.edits is None:
             problems.append("--edits is missing. Name a file of edits")
         elif not Path(expanded(self.edits)).is_file():

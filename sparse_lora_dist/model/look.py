@@ -349,9 +349,12 @@ class _Seen:
 
     def watch(self, model: PreTrainedModel) -> list[str]:
         """Watch all linears of a copy from now on, and return their names."""
-        names = []
-        for name, linear in _linears(model):
-            names.append(name)
+        names = [name for name, _ in _linears(model)]
+        head = output_head(model)
+        for name, linear in model.named_modules():
+            # A head is a site only where its weight is not asked for: Mamba wants its dtype.
+            if name not in names and not (name == head and is_plain_linear(linear)):
+                continue
             linear.register_forward_hook(lambda *_, name=name: self.ran.add(name))
             linear.__class__ = _WatchedLinear
             object.__setattr__(linear, "noted", partial(self.asked.add, name))

@@ -19,6 +19,7 @@ from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.model.look import Look
+from sparse_lora_dist.system.own_files import ascii_name
 from sparse_lora_dist.system.patterns import matching
 from sparse_lora_dist.tasks.class_head import Head, modules_inside
 
@@ -109,7 +110,8 @@ def _no_match(model: PreTrainedModel, wanted: str, linears: Iterable[str]) -> st
     head = output_head(model)
     if usable := [name for name in linears if name != head]:
         return (
-            f"No linear of this model matches --target_modules {wanted}. Its linears are called "
+            f"No linear of this model matches --target_modules {ascii_name(wanted)}. Its linears "
+            "are called "
             f"{_endings(usable)}. Name some of these, or use all-linear."
         )
     others = {type(m).__name__ for m in model.modules() if isinstance(m, (nn.Linear, Conv1D))}
@@ -161,6 +163,9 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
     problems = [
         f"No module is called {w}." for w in wanted if not any(is_called(n, w) for n in found)
     ]
+    empty = [n for n, m in found.items() if not any(True for _ in m.parameters())]
+    if empty:
+        problems.append(f"{empty[0]} holds no parameters, so there is nothing to train in it.")
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
         problems.append(

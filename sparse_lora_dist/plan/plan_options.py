@@ -31,6 +31,8 @@ BINARY_UNITS = {"mib": 2**20, "gib": 2**30, "tib": 2**40}
 """Binary unit in lower case -> bytes."""
 LEAST_RATE = 0.001
 """Smallest rate of a disk, GPU or network; times of slower ones are no numbers of use."""
+MOST_MEMORY = 10**15
+"""Bytes of the largest memory that is planned: more is a number whose unit was forgotten."""
 MAX_PER_NODE = 1024
 """Largest number of ranks of one machine: each number up to that of the run is planned."""
 
@@ -44,7 +46,8 @@ class PlanConfig:
     nodes: int = 1
     """Number of machines, at least 1. Must divide world_size."""
     gpu_memory: str = "24GB"
-    """Memory of one GPU, e.g. 24GB (10^9 bytes each) or 80GiB (2^30). 0: plan ranks on CPUs."""
+    """Memory of one GPU, e.g. 24GB (10^9 bytes each) or 80GiB (2^30); a number alone is GB. 0: plan
+    ranks on CPUs."""
     host_memory: str | None = None
     """Host memory of one machine, e.g. 256GB. null: host memory is not checked."""
     disk_gb_per_s: float = 1.0
@@ -87,6 +90,11 @@ class PlanConfig:
             text = getattr(self, name)
             if text is not None and bytes_in(text) is None:
                 problems.append(f"--{name} must be a size like 24GB or 80GiB, got {text!r}")
+            elif text is not None and (bytes_in(text) or 0) > MOST_MEMORY:
+                problems.append(
+                    f"--{name} may be at most 1000TB, got {text!r}. A number alone is GB: write "
+                    "bytes as 24000000000B"
+                )
         if self.plot is not None and is_pipe(Path(expanded(self.plot))):
             problems.append(f"--plot {self.plot} is a pipe or device. Name a file")
         elif self.plot is not None and Path(expanded(self.plot)).exists() and not self.overwrite:

@@ -8,17 +8,29 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import BartConfig, BartForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
+from sparse_lora_dist.base_model.architecture import meta_model
 from sparse_lora_dist.config.load import load_config
-from sparse_lora_dist.config.sections import ModelConfig
+from sparse_lora_dist.config.sections import AdapterConfig, ModelConfig
 from sparse_lora_dist.errors import ConfigError, UserError
 from sparse_lora_dist.model.base_files import refuse_tied_linears
+from sparse_lora_dist.model.look import look_at
+from sparse_lora_dist.model.targets import find_full, find_sites
+from sparse_lora_dist.plan import plan_options
 from sparse_lora_dist.report.jsonl import read_lines
 from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.system.own_files import Marker, read_marker, write_marker
+from sparse_lora_dist.tasks.class_head import Head
 from sparse_lora_dist.training.feed import open_tokenizer
 from tests.conftest import Ranks
 from tests.fixtures.data_files import jsonl, learned, load
@@ -80,6 +92,32 @@ def test_linears_that_are_one_weight_are_refused_in_4_bits() -> None:
     with pytest.raises(UserError, match=r"0\.weight and 2\.weight are one weight"):
         refuse_tied_linears(ModelConfig(), model)
     refuse_tied_linears(ModelConfig(quantization="none"), model)
+
+
+def test_a_module_without_parameters_is_nothing_to_train(tiny: TinyRun) -> None:
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny.model))
+    with pytest.raises(UserError, match=r"model\.rotary_emb holds no parameters"):
+        find_full(model, ["model.rotary_emb"], Head())
+    with pytest.raises(UserError, match=r"--target_modules q_proj\\r"):
+        find_sites(model, AdapterConfig(target_modules="q_proj\r"), ())
+
+
+def test_a_head_whose_weight_is_asked_for_is_found() -> None:
+    """Mamba asks for its dtype, which a linear with an adapter does not answer."""
+    options: dict[str, Any] = {"attn_implementation": None, "trust_remote_code": False}
+    for kind, asked in (("mamba", True), ("gpt2", False)):
+        sizes = (
+            {"hidden_size": 32, "num_hidden_layers": 2} if asked else {"n_embd": 32, "n_head": 4}
+        )
+        config = AutoConfig.for_model(kind, vocab_size=99, **sizes)
+        model = meta_model(config, task="causal_lm", dtype=torch.float32, **options)
+        assert ("lm_head" in look_at(model, "causal_lm").read) == asked
+
+
+@pytest.mark.parametrize("size", ["24000000000", "2000TB"])
+def test_a_size_without_its_unit_is_refused(size: str) -> None:
+    with pytest.raises(ConfigError, match="A number alone is GB"):
+        plan_options.load_request(["--gpu_memory", size])
 
 
 def test_files_that_an_editor_saved_with_a_mark_of_utf_8(tmp_path: Path) -> None:
