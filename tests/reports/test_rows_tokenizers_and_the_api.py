@@ -98,7 +98,7 @@ def test_a_module_without_parameters_is_nothing_to_train(tiny: TinyRun) -> None:
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny.model))
     with pytest.raises(UserError, match=r"model\.rotary_emb holds no parameters"):
         find_full(model, ["model.rotary_emb"], Head())
-    with pytest.raises(UserError, match=r"--target_modules q_proj\\r"):
+    with pytest.raises(UserError, match=r"--target_modules .q_proj\\r."):
         find_sites(model, AdapterConfig(target_modules="q_proj\r"), ())
 
 
