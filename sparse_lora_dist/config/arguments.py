@@ -38,6 +38,8 @@ ACTIONS = {
 text}."""
 LAUNCHER_FLAGS = ("local_rank", "local-rank")  # deepspeed and torchrun add them; unused here
 
+DASHES = ("\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}")
+"""What word processors make of --."""
 SMALLEST = 2.0**-126
 """Smallest number that fp32 holds with all its digits. Smaller ones become 0 on some devices."""
 LARGEST = 2**63
@@ -254,6 +256,10 @@ def bad_words(one: Given, parsed: object) -> list[str]:
             problems.append(
                 f"{one.place} must be 0 or a number that fp32 holds, from 1.2e-38 to 3.4e38 in "
                 f"size, got {word}"
+            )
+        if isinstance(word, str) and word[:1] in DASHES and word[1:2].isalpha():
+            problems.append(
+                f"{one.place}: {word} begins with a dash of a word processor. Options begin with --"
             )
         if isinstance(word, str) and one.name in PATHS:
             problems += bad_path(one.place, word)

@@ -113,6 +113,7 @@ def load_labelled(
     column_names: Columns,
     classes: Sequence[str],
     segments: bool,
+    end: int | None = None,
     sequence_length: int,
     max_samples: int | None,
     flag: str = "--data",
@@ -131,6 +132,8 @@ def load_labelled(
         column_names: names of the columns of a table without a header line; () for other data.
         classes: the label of each class, in the order of the class numbers.
         segments: True if the model uses token_type_ids to tell the texts of a pair apart.
+        end: id of the token at which the model answers, of which each row must have as many; None
+            for models that answer elsewhere.
         sequence_length: most tokens of an example; longer ones are cut.
         max_samples: number of examples to read, from the first on; None reads all.
         flag: the command-line flag whose value is ``source``, for messages.
@@ -154,6 +157,7 @@ def load_labelled(
         )
     check_columns(examples.names.columns, columns, f"{flag} {source}")
     feature = examples.feature(label_field)
+    num_ends = tokenizer(*["a"] * len(text_fields)).input_ids.count(end)
     places = {name: place for place, name in enumerate(classes)}
 
     def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -164,7 +168,14 @@ def load_labelled(
                 "Correct it, or remove the example."
             )
         texts = [text_of(record.get(c), repr(c)) for c in text_fields]
-        return [_row(tokenizer, texts, places[label], segments, sequence_length)]
+        row = _row(tokenizer, texts, places[label], segments, sequence_length)
+        if end is not None and row["num_targets"] and row["input_ids"].count(end) != num_ends:
+            raise ExampleError(
+                f"This example has {row['input_ids'].count(end)} tokens "
+                f"{tokenizer.convert_ids_to_tokens(end)!r}, but this model answers at the last of "
+                f"{num_ends} in each row. Take it out of the text."
+            )
+        return [row]
 
     key = (CACHE_VERSION, "labelled", columns, tuple(classes), segments, sequence_length)
     table = tokenise(examples, columns, rows_of, (*key, *identity(tokenizer)), LABELLED)

@@ -95,6 +95,7 @@ def read_labelled(
         label_field=data.label_field,
         classes=classes_of(architecture),
         segments=has_types and "token_type_ids" in tokenizer.model_input_names,
+        end=architecture.eos_token_id if architecture.is_encoder_decoder else None,
         **options,
     )
 

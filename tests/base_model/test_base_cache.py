@@ -285,6 +285,25 @@ def test_a_damaged_cache_is_not_used_but_replaced(
         assert_same_base(rank, first)
 
 
+@pytest.mark.parametrize("what", ["notes.txt", "a file in its place"])
+def test_a_damaged_cache_is_not_replaced_with_the_files_of_others(
+    ranks: Ranks, tmp_path: Path, llama: Path, what: str
+) -> None:
+    arguments = {"folder": str(llama), "cache": str(tmp_path)}
+    ranks(1, LOAD, **arguments)
+    cache = only_cache(tmp_path)
+    if what == "notes.txt":
+        (cache / what).write_text("mine")
+        (cache / "config.json").write_text("damaged")
+    else:
+        shutil.rmtree(cache)
+        cache.write_text("mine")
+    (found,) = ranks(1, LOAD, **arguments)
+    assert not found["cached"] and "was not written by this program" in found["said"]
+    mine = cache / what if what == "notes.txt" else cache
+    assert mine.read_text() == "mine" and [p.name for p in tmp_path.iterdir()] == [cache.name]
+
+
 def test_a_cache_of_before_has_no_hashes_and_is_used(
     ranks: Ranks, tmp_path: Path, llama: Path
 ) -> None:

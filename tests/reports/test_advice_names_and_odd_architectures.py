@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
+    BertConfig,
     ByT5Tokenizer,
     CodeGenConfig,
     LongformerConfig,
@@ -158,7 +159,7 @@ def test_pairs_have_the_segments_that_the_tokenizer_gives(tmp_path: Path, gives:
     names = ["input_ids", "attention_mask"] + ["token_type_ids"] * gives
     tokenizer.model_input_names = names
     rows = [{"text": "a", "other": "b", "label": label} for label in (0, 1)]
-    config: Any = SimpleNamespace(id2label={0: "0", 1: "1"}, type_vocab_size=2, num_labels=2)
+    config: Any = BertConfig(num_labels=2, id2label={0: "0", 1: "1"})
     (document, _) = read_labelled(
         str(jsonl(tmp_path / "a.jsonl", rows)),
         tokenizer,

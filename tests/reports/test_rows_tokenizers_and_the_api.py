@@ -63,6 +63,10 @@ def test_a_classifier_that_answers_at_the_end_token_gets_batches_that_are_filled
     flags = run.flags(tmp_path / "run", **options, max_steps="null", num_epochs=0.25)
     (said,) = ranks(1, TRIED, flags=[*flags, "--eval_batches", "9"])
     assert "trained   3 of 3 steps" in said, said
+    with run.data.open("a") as file:
+        file.write('{"text": "it </s> was", "label": "good"}\n')
+    (said,) = ranks(1, TRIED, flags=[*flags, "--output_dir", str(tmp_path / "other")])
+    assert "train.jsonl:43: This example has 2 tokens '</s>'" in said, said
 
 
 def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path: Path) -> None:

@@ -246,6 +246,12 @@ def test_an_empty_folder_name_is_refused_by_report_and_show(
     assert "it is empty" in capsys.readouterr().err
 
 
+def test_a_dash_of_a_word_processor_in_a_list_is_refused() -> None:
+    words = ["--column_names", "prompt,response", "\N{EN DASH}rank", "8"]
+    with pytest.raises(ConfigError, match="begins with a dash of a word processor"):
+        load_config(words)
+
+
 @pytest.mark.parametrize("name", ["learning_rate", "alpha", "adam_eps", "weight_decay"])
 def test_numbers_that_fp32_does_not_hold_are_refused(name: str) -> None:
     """1e39 is infinite in a step, and 1e-46 is 0: an eps of 0 makes 0 / 0 of a first step."""

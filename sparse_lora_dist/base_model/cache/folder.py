@@ -10,6 +10,7 @@ renamed ("published") at the end. The folder DIR that is given as ``--base_cache
 """
 
 import os
+import re
 import shutil
 import socket
 import time
@@ -24,10 +25,13 @@ from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import megabytes
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.atomic_files import sync
+from sparse_lora_dist.system.own_files import in_short
 from sparse_lora_dist.system.processes import exists
 
 PREFIX = ".writing-"
 """First part of the names of temporary folders."""
+OWN = re.compile(r"config\.json|base_cache\.json|.*\.safetensors(?:\.index\.json)?")
+"""Names of a cache's files."""
 LEFT_OVER_SECONDS = 24 * 3600.0
 """Age in seconds after which a temporary folder is removed, whichever host wrote it."""
 
@@ -118,6 +122,7 @@ class CacheFolder:
         def rename(out: SafetensorsWriter) -> None:
             sync(out.folder)
             if self.final.exists() and not can_stay(self.final):
+                _refuse_others_files(self.final)
                 # Renamed before it is removed, so that no job opens a half removed cache.
                 aside = out.folder.with_name(f"{out.folder.name}old")
                 self.final.rename(aside)
@@ -131,6 +136,16 @@ class CacheFolder:
             sync(self.final.parent)
 
         self.do(rename)
+
+
+def _refuse_others_files(folder: Path) -> None:
+    """Raise UserError if what lies in the place of a cache has files that no cache has."""
+    names = [folder.name] if not folder.is_dir() else os.listdir(folder)
+    if others := sorted(name for name in names if OWN.fullmatch(name) is None):
+        raise UserError(
+            f"{folder} is damaged, and not replaced: {in_short(others)} was not written by this "
+            "program. Move it away"
+        )
 
 
 def remove_left_overs(directory: Path, but: Path) -> None:
