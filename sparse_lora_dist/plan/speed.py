@@ -130,9 +130,8 @@ def step_flop(shapes: Shapes) -> float:
     weights[False] += sum(sizes[tied] for module, tied in ties(shapes.model) if module == head)
     linear = 2 * ((2 + again) * weights[True] + 2 * weights[False])
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
-    attention = 4 * rows * length**2 * attention_width(shapes.model.config) * len(layers)
-    if shapes.model.config.get_text_config()._attn_implementation == VARLEN:
-        attention /= 2
+    each = 2 if shapes.model.config.get_text_config()._attn_implementation == VARLEN else 4
+    attention = each * rows * length**2 * attention_width(shapes.model.config) * len(layers)
     return rows * length * (linear + 2 * (4 + again) * trained) + (3.5 + again) * attention
 
 

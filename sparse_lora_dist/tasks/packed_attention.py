@@ -128,7 +128,7 @@ def _mask(**asked: Any) -> Tensor | PackedMask | None:
     """Mask function of ``VARLEN``, with the arguments of transformers' ``sdpa_mask``."""
     documents = _documents.get()
     if documents is None or not _is_causal_over(documents, asked):
-        return cast(Tensor | None, sdpa_mask(**asked))
+        return sdpa_mask(**asked)
     return PackedMask(documents, asked.get("local_size"))
 
 
@@ -212,8 +212,11 @@ def _by_lengths(
     # The kernel's window counts the keys before a query, transformers' counts the query's own too.
     far = mask.window is None or mask.window >= longest
     left = -1 if far else cast(int, mask.window) - 1
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query_MHTD, key_MKTD, value_MKTD))
     y_NHD = varlen_attn(
-        *(x.transpose(1, 2).flatten(0, 1) for x in (query_MHTD, key_MKTD, value_MKTD)),
+        q,
+        k,
+        v,
         bounds,
         bounds,
         longest,

@@ -305,7 +305,8 @@ def _documents(rows: int, tokens: int) -> Iterator[None]:
     """
     one_a_row = torch.arange(tokens).expand(rows, tokens)
     found = _replaced(masking_utils, "find_packed_sequence_indices", torch.empty_like)
-    with found, packed_documents(one_a_row, META):
+    with found, packed_documents(one_a_row, META) as documents:
+        _ = documents.bounds, documents.longest  # now, as training makes them on the host
         yield
 
 
