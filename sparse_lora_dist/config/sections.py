@@ -78,7 +78,7 @@ def _bad_kernel(name: str | None) -> list[str]:
     if name is None or not (name == "flex_attention" or name.startswith("paged|")):
         return []
     return [
-        f"--attn_implementation {name} cannot be trained with. Give eager, sdpa, a "
+        f"--attn_implementation {name} cannot be trained with. Give varlen, eager, sdpa, a "
         "flash_attention_... whose package is installed, or leave it out"
     ]
 

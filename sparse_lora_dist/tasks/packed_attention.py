@@ -208,6 +208,7 @@ def _by_lengths(
     scaling: float | None,
 ) -> Tensor:
     rows, heads, tokens, size = query_MHTD.shape
+    assert (rows, tokens) == mask.documents.position_ids_MT.shape
     bounds, longest = mask.documents.bounds, mask.documents.longest
     # The kernel's window counts the keys before a query, transformers' counts the query's own too.
     far = mask.window is None or mask.window >= longest
