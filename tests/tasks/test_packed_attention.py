@@ -19,9 +19,15 @@ from transformers import (
     CONFIG_MAPPING,
     AttentionMaskInterface,
     AutoModelForCausalLM,
+    DynamicCache,
     PreTrainedModel,
 )
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_chunked_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.sections import VARLEN, ModelConfig
@@ -178,6 +184,35 @@ def test_everything_else_is_sdpa_to_the_bit(kernel: list[dict[str, Any]], family
     for ours, usual in zip(found[1], found[0], strict=True):
         assert torch.equal(ours, usual)
     assert kernel == []
+
+
+@pytest.mark.parametrize("kind", ["chunks", "a function of the model", "both directions", "cache"])
+def test_other_masks_are_those_of_sdpa(kind: str) -> None:
+    """Although documents are there."""
+    make, more, cache = {
+        "chunks": (create_chunked_causal_mask, {}, None),
+        "a function of the model": (
+            create_causal_mask,
+            {"and_mask_function": lambda batch, head, q, k: (q - k) % 2 == 0},
+            None,
+        ),
+        "both directions": (create_bidirectional_mask, {}, None),
+        "cache": (create_causal_mask, {}, DynamicCache()),
+    }[kind]
+    if cache is not None:
+        cache.update(torch.zeros(2, 2, 3, 16), torch.zeros(2, 2, 3, 16), 0)
+    if make is not create_bidirectional_mask:
+        more = {**more, "position_ids": POSITIONS}
+    found = []
+    for name in ("sdpa", VARLEN):
+        config = built("llama", "meta", attention=name).config
+        config.attention_chunk_size = 4
+        inputs = {"attention_mask": None, "past_key_values": cache, **more}
+        with packed(POSITIONS, CPU):
+            mask = make(config=config, inputs_embeds=torch.zeros(*POSITIONS.shape, 1), **inputs)
+        found.append(mask)
+    assert (found[0] is None and found[1] is None) or torch.equal(*found)
+    assert (found[0] is None) == (kind == "both directions")
 
 
 def test_classifiers_never_call_it(kernel: list[dict[str, Any]]) -> None:
