@@ -39,7 +39,7 @@ from sparse_lora_dist.tasks import packed_attention
 from sparse_lora_dist.tasks.packed_attention import Documents, PackedMask, packed, why_no_kernel
 from tests.conftest import Ranks
 from tests.fixtures.families import APART, EXPERTS, HEADS, USUAL, WINDOW
-from tests.fixtures.plain_attention import attention_by_loop
+from tests.fixtures.plain_attention import attention_by_bounds, attention_by_loop
 from tests.fixtures.tiny_run import TinyRun
 
 CPU = torch.device("cpu")
@@ -422,20 +422,34 @@ def test_a_run_takes_the_same_steps_as_with_sdpa(
     assert len({call.bounds for call in ours.kernel_calls}) == 1 + batches
 
 
+def by_lengths(
+    function: Any, device: torch.device, dtype: torch.dtype, window: int | None, size: int
+) -> list[Tensor]:
+    """Output and gradients of one layer, with ``function`` as the kernel."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 20, size, generator=generator) for heads in (4, 2, 2, 4)]
+    *qkv, gradient = (x.to(device, dtype) for x in inputs)
+    leaves = [x.requires_grad_() for x in qkv]
+    mask = PackedMask(Documents(POSITIONS, device), window)
+    with patch.object(packed_attention, "varlen_attn", function):
+        y_MTHD = packed_attention._by_lengths(*leaves, mask, None)
+    y_MTHD.backward(gradient.transpose(1, 2))
+    return [y_MTHD.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_both_plain_attentions_are_the_same(window: int | None) -> None:
+    """The other one serves the pretended device."""
+    plain = (attention_by_bounds, attention_by_loop)
+    one, other = (by_lengths(f, CPU, torch.float32, window, 16) for f in plain)
+    torch.testing.assert_close(one, other)
+
+
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("size", [64, 128, 256])
 def test_the_kernel_is_the_loop(window: int | None, size: int) -> None:
-    cuda = torch.device("cuda")
-    generator = torch.Generator().manual_seed(0)
-    mask = PackedMask(Documents(POSITIONS, cuda), window)
-    inputs = [torch.randn(2, heads, 20, size, generator=generator) for heads in (4, 2, 2, 4)]
-    *qkv, gradient = (x.to(cuda, torch.bfloat16) for x in inputs)
-    found = []
-    for function in (packed_attention.varlen_attn, attention_by_loop):
-        leaves = [x.clone().requires_grad_() for x in qkv]
-        with patch.object(packed_attention, "varlen_attn", function):
-            y_MTHD = packed_attention._by_lengths(*leaves, mask, None)
-        y_MTHD.backward(gradient.transpose(1, 2))
-        found.append([y_MTHD, *(leaf.grad for leaf in leaves)])
-    torch.testing.assert_close(found[0], found[1], rtol=2e-2, atol=2e-2)
+    options = (torch.device("cuda"), torch.bfloat16, window, size)
+    ours = by_lengths(packed_attention.varlen_attn, *options)
+    torch.testing.assert_close(ours, by_lengths(attention_by_loop, *options), rtol=2e-2, atol=2e-2)
