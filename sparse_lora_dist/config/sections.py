@@ -13,6 +13,8 @@ from sparse_lora_dist.system.patterns import bad_regex
 
 TRACKERS = tuple("aim clearml comet_ml dvclive mlflow swanlab tensorboard trackio wandb".split())
 """Names of accelerate's trackers, each also the name of its package for pip and import."""
+VARLEN = "varlen"
+"""Value of --attn_implementation for the attention of ``tasks/packed_attention.py``."""
 RESETS = ("optimizer", "schedule", "data")
 """Words that --reset takes: the state that a resumed run may discard."""
 MOST_ROWS = 2**16
@@ -46,10 +48,17 @@ class ModelConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Dtype of forward and backward: bf16 or fp32. Adapter master weights are always fp32."""
     attn_implementation: str | None = None
-    """Attention kernel, by its transformers name: eager, sdpa, flash_attention_2 ... null:
-    transformers chooses."""
+    """Attention: varlen (torch's kernel for packed documents, on a GPU in bf16), or a kernel by its
+    transformers name: eager, sdpa, flash_attention_2 ... null: varlen where it can be used,
+    elsewhere transformers chooses."""
     gradient_checkpointing: bool = False
     """Recompute activations in backward: a third more time, far less memory. Usual from 7B on."""
+
+    @property
+    def attention_of_transformers(self) -> str | None:
+        """Attention that transformers builds the model with; None: it chooses. ``VARLEN`` is put in
+        its place later, once it is known to fit the model."""
+        return None if self.attn_implementation == VARLEN else self.attn_implementation
 
     def __post_init__(self) -> None:
         problems = _bad_kernel(self.attn_implementation)
@@ -69,7 +78,7 @@ def _bad_kernel(name: str | None) -> list[str]:
     if name is None or not (name == "flex_attention" or name.startswith("paged|")):
         return []
     return [
-        f"--attn_implementation {name} cannot be trained with. Give eager, sdpa, a "
+        f"--attn_implementation {name} cannot be trained with. Give varlen, eager, sdpa, a "
         "flash_attention_... whose package is installed, or leave it out"
     ]
 

@@ -142,7 +142,7 @@ class Model:
                 architecture,
                 task=options.task,
                 dtype=PRECISIONS[options.precision],
-                attn_implementation=options.attn_implementation,
+                attn_implementation=options.attention_of_transformers,
                 trust_remote_code=options.trust_remote_code,
             )
             check_checkpointing(options, module)

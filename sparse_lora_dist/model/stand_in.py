@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from sparse_lora_dist.base_model.buffers import fill_buffers
 from sparse_lora_dist.base_model.shard_loader import is_experts
+from sparse_lora_dist.config.sections import VARLEN
 
 CPU = torch.device("cpu")
 
@@ -38,7 +39,7 @@ def stand_in(model: PreTrainedModel) -> PreTrainedModel:
     """
     with torch.random.fork_rng(devices=[]):
         few: PreTrainedModel = copy.deepcopy(model).float().eval()
-        if few.config._attn_implementation not in ("sdpa", "eager"):
+        if few.config._attn_implementation not in ("sdpa", "eager", VARLEN):
             few.set_attn_implementation("eager")  # kernels of GPUs
         _fill_buffers(few)
     made: dict[int, nn.Parameter] = {}  # tied parameters stay tied

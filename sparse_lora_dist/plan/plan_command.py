@@ -22,15 +22,14 @@ def plan(request: PlanRequest) -> None:
             into the steps of the run, or the plot cannot be written.
     """
     options = request.plan
+    on_gpu = options.gpu_bytes > 0
     model = request.config.model.model
     with as_user_error(f"--model {model}", "Check its config.json, or download it again."):
-        shapes = shapes_of(request.config, whole_logits=options.whole_logits)
+        shapes = shapes_of(request.config, whole_logits=options.whole_logits, on_gpu=on_gpu)
     outcome = Outcome(
         shapes=shapes,
         engine=PlannedEngine.of(request.engine),
-        ranks=Ranks(
-            world_size=options.world_size, nodes=options.nodes, on_gpu=options.gpu_bytes > 0
-        ),
+        ranks=Ranks(world_size=options.world_size, nodes=options.nodes, on_gpu=on_gpu),
         plan=options,
     )
     print(json.dumps(as_json(outcome), indent=1) if options.json else as_text(outcome))

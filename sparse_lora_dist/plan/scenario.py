@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 from sparse_lora_dist.base_model.architecture import PRECISIONS, output_head
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import value_at
-from sparse_lora_dist.config.sections import AdapterConfig
+from sparse_lora_dist.config.sections import VARLEN, AdapterConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods import METHODS, Method, RunContext
 from sparse_lora_dist.methods.protocol.form import Site
@@ -240,6 +240,8 @@ class Shapes:
             self.notes.append(note)
         with torch.device("meta"):
             model = LlamaForCausalLM._from_config(sizes, dtype=self.dtype)
+        if self.model.config.get_text_config()._attn_implementation == VARLEN:
+            model.set_attn_implementation(VARLEN)
         return self._played(model, find_sites(model, AdapterConfig(rank=1), ())[0])
 
     def _played(self, model: PreTrainedModel, sites: Sequence[Site]) -> StepMemory:

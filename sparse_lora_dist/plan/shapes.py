@@ -14,6 +14,7 @@ from sparse_lora_dist.base_model.architecture import (
 )
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
+from sparse_lora_dist.model.attention import plan_attention
 from sparse_lora_dist.model.look import look_at, settle_packing
 from sparse_lora_dist.model.targets import find_full, find_sites
 from sparse_lora_dist.plan.playback.llama_sizes import as_llama
@@ -26,7 +27,7 @@ CONFIG_PATTERNS = ["config.json", "*.py"]
 """Files of a model that are downloaded; weights are not among them."""
 
 
-def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
+def shapes_of(config: Config, *, whole_logits: bool = False, on_gpu: bool = False) -> Shapes:
     """Build the model that ``config`` names on the meta device, and find its target modules.
 
     config.json and Python files of the model are downloaded if ``--model`` is a name on the hub. No
@@ -35,12 +36,14 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
     Args:
         config: all options of the run.
         whole_logits: True if the logits of all tokens are computed at once, False if in chunks.
+        on_gpu: True if the ranks have GPUs, which have an attention of their own.
 
     Returns:
         The model, the linears that get adapters, and the names of modules trained in full.
 
     Raises:
-        UserError: if config.json is missing, invalid, or lacks sizes that are needed.
+        UserError: if config.json is missing, invalid, or lacks sizes that are needed, or
+            ``--attn_implementation varlen`` cannot be used.
     """
     options = config.model
     place = resolve_default("model", options.model)
@@ -51,13 +54,14 @@ def shapes_of(config: Config, *, whole_logits: bool = False) -> Shapes:
         architecture,
         task=options.task,
         dtype=PRECISIONS[options.precision],
-        attn_implementation=options.attn_implementation,
+        attn_implementation=options.attention_of_transformers,
         trust_remote_code=options.trust_remote_code,
     )
     head = Head(modules=beside_base(model) if TASKS[options.task].trains_head else {})
     full = {**head.modules, **find_full(model, config.adapter.modules_to_save, head)}
     trained = modules_inside(full)
     look = look_at(model, options.task)
+    plan_attention(config, model, on_gpu=on_gpu)
     config, packing = settle_packing(config, look, architecture.model_type)
     sites, left_out = find_sites(model, config.adapter, trained, look)
     return Shapes(

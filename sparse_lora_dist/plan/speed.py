@@ -7,6 +7,7 @@ from math import gcd
 from transformers import PreTrainedConfig
 
 from sparse_lora_dist.base_model.architecture import output_head
+from sparse_lora_dist.config.sections import VARLEN
 from sparse_lora_dist.plan.memory import saved_bytes
 from sparse_lora_dist.plan.plan_options import PlanConfig
 from sparse_lora_dist.plan.playback.parameters import PlannedParameter, ties
@@ -115,7 +116,8 @@ def step_flop(shapes: Shapes) -> float:
 
     Attention costs 4 x rows x length^2 x width operations per layer in forward, and 2.5 times that
     in backward. length is the number of tokens of a row, counted as one document; width is that of
-    the queries of all heads together.
+    the queries of all heads together. The attention for packed documents leaves out the tokens
+    after each token, which are half.
     """
     config = shapes.config
     rows, length = config.train.micro_batch_size, config.data.sequence_length
@@ -130,7 +132,8 @@ def step_flop(shapes: Shapes) -> float:
     weights[False] += sum(sizes[tied] for module, tied in ties(shapes.model) if module == head)
     linear = 2 * ((2 + again) * weights[True] + 2 * weights[False])
     trained = sum(p.numel for p in shapes.parameters if p.kind == "trained")
-    attention = 4 * rows * length**2 * attention_width(shapes.model.config) * len(layers)
+    each = 2 if shapes.model.config.get_text_config()._attn_implementation == VARLEN else 4
+    attention = each * rows * length**2 * attention_width(shapes.model.config) * len(layers)
     return rows * length * (linear + 2 * (4 + again) * trained) + (3.5 + again) * attention
 
 

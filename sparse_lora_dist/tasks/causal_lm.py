@@ -3,6 +3,7 @@
 Shapes: M rows of a micro-batch, T tokens of a row, which may hold several packed documents.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sparse_lora_dist.data import NOT_A_TARGET, Batch, Documents, load_documents
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.tasks.class_head import Head
 from sparse_lora_dist.tasks.loss_head import summed_loss
+from sparse_lora_dist.tasks.packed_attention import packed
 from sparse_lora_dist.tasks.task import Task
 from sparse_lora_dist.zero3.engine import Engine
 
@@ -33,16 +35,19 @@ def batch_loss(engine: Engine, batch: Batch) -> Tensor:
     """
     # Logits at position t predict token t + 1. Shift the labels, which are smaller than the logits.
     next_labels_MT = F.pad(batch.labels_MT[:, 1:], (0, 1), value=NOT_A_TARGET)
-    batch = batch.to(comm.device())
-    # Positions that restart at 0 mark the documents of a row. transformers reads them so only
-    # without an attention mask and without a cache.
-    return summed_loss(
-        engine,
-        next_labels_MT,
-        input_ids=batch.input_ids_MT,
-        position_ids=batch.position_ids_MT,
-        use_cache=False,
-    )
+    # Held-out losses, whose forward has no gradient, are computed with transformers' attention.
+    training = torch.is_grad_enabled()
+    with packed(batch.position_ids_MT, comm.device()) if training else nullcontext():
+        batch = batch.to(comm.device())
+        # Positions that restart at 0 mark the documents of a row. transformers reads them so only
+        # without an attention mask and without a cache.
+        return summed_loss(
+            engine,
+            next_labels_MT,
+            input_ids=batch.input_ids_MT,
+            position_ids=batch.position_ids_MT,
+            use_cache=False,
+        )
 
 
 def batch_tally(engine: Engine, batch: Batch) -> Tensor:

@@ -13,6 +13,7 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.model.attention import settle_attention
 from sparse_lora_dist.model.look import (
     SEEN,
     documents_apart,
@@ -24,6 +25,7 @@ from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.targets import in_short
 from sparse_lora_dist.run_folder.identity import LOOK
 from sparse_lora_dist.tasks.loss_head import logits_of
+from sparse_lora_dist.tasks.packed_attention import packed
 from sparse_lora_dist.training.resume import own_checkpoints, source_of
 from sparse_lora_dist.zero3.engine import Engine
 
@@ -46,15 +48,16 @@ def began_before(config: Config) -> bool:
 
 
 def settle(config: Config, model: Model) -> Config:
-    """Return the options of the run, with packing off if packed documents would see each other.
+    """Return the options of the run, with packing off if packed documents would see each other, and
+    choose the model's attention. Collective.
 
     Args:
         config: options of the run.
-        model: the opened model.
+        model: the opened model. Its attention may be changed.
 
     Raises:
         UserError: ``--packing true`` was given, and they would; or a classifier's logits depend on
-            padding.
+            padding; or ``--attn_implementation varlen`` cannot be used.
     """
     look, kind = model.look, model.module.config.model_type
     if not model.as_before or "data" in config.run.reset:
@@ -63,6 +66,8 @@ def settle(config: Config, model: Model) -> Config:
         config, notes = settle_packing(config, look, kind)
         for note in notes:
             print_line("note", note)
+    if note := settle_attention(config, model.module):
+        print_line("note", note)
     if model.as_before and (others := _otherwise(config, model)):
         print_line("note", f"this run goes on as it began, but {'; '.join(others)}")
     return config
@@ -91,7 +96,7 @@ def check_documents_apart(config: Config, engine: Engine) -> None:
     model = cast(PreTrainedModel, engine.model)
     inputs = inputs_of(model, "causal_lm", min(8, config.data.sequence_length // 2))
     flash = "flash" in (config.model.attn_implementation or "")
-    with engine.evaluating():
+    with engine.evaluating(), packed(inputs["position_ids"], comm.device()):
         logits = logits_of(engine, inputs, by_row=flash)
     apart = documents_apart(logits, torch.finfo(logits.dtype).eps ** 0.5)
     if comm.largest(int(apart is False)):

@@ -552,6 +552,93 @@ def test_what_autograd_keeps_is_what_the_hooks_of_a_real_run_see(tmp_path: Path)
     assert planned.kept == pytest.approx(saved, rel=0.05)
 
 
+PACKED = {"micro_batch_size": 1, "rank": 2}
+ATTENDING: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "pad_token_id": 0,
+}
+"""A model whose attention takes nearly all memory at thousands of tokens."""
+BOTH_MASKS = {
+    "sliding_window": 512,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "query_pre_attn_scalar": 16,
+}
+
+
+@pytest.mark.usefixtures("model_on_disk")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "more"), [("llama", {}), ("gemma3_text", BOTH_MASKS)])
+def test_attention_of_packed_rows_is_planned_to_the_byte(
+    tmp_path: Path, family: str, more: dict[str, Any], attention: str
+) -> None:
+    """At 4,096 tokens, against what torch's hooks see of a forward on the CPU in bf16."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+
+    from sparse_lora_dist.methods.protocol.method import Method
+
+    CONFIG_MAPPING[family](**ATTENDING, **more).save_pretrained(tmp_path)
+    tokens = 4096
+    of = shapes(str(tmp_path), sequence_length=tokens, attn_implementation=attention, **PACKED)
+    real = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(tmp_path), dtype=of.dtype, attn_implementation=attention
+    ).train()
+    with torch.device("cpu"):
+        _inject_for_real(real, of, Method(name="lora"))
+    kept: dict[int, torch.Tensor] = {}  # tensors: else a freed address would count once for two
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+
+    ids = torch.randint(0, 90, (1, tokens))
+    positions = torch.cat([torch.arange(n) for n in (1000, 3000, tokens - 4000)])[None]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = real.base_model(input_ids=ids, position_ids=positions, use_cache=False)[0]
+    weights = {p.untyped_storage().data_ptr() for p in real.parameters()}
+    saved = sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
+    assert of.step.kept == saved + out.untyped_storage().nbytes()
+
+
+def test_attention_by_lengths_has_no_mask_in_the_plan(tmp_path: Path) -> None:
+    """At 32,768 tokens a mask of sdpa takes 2.1 GB a layer, in bf16. By lengths a layer keeps
+    neither it nor copies of keys and values for each query head; its output and the logarithm of
+    each softmax are kept either way."""
+    from transformers import LlamaConfig
+
+    heads, key_heads, size, layers = 4, 2, 16, ATTENDING["num_hidden_layers"]
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": key_heads}
+    LlamaConfig(**ATTENDING | sizes).save_pretrained(tmp_path)
+    tokens = 2**15
+    options = {"sequence_length": tokens, **PACKED}
+    mask, ours = (
+        shapes_of(request(str(tmp_path), **options).config, on_gpu=on_gpu).step
+        for on_gpu in (False, True)
+    )
+    assert ours.backward < tokens**2, "not one byte for each pair of tokens"
+    copies = 2 * (heads - key_heads) * size * tokens * 2  # of keys and values, in bf16
+    random_state = 2 * 8  # of the kernel, in uint64
+    assert mask.kept - ours.kept == layers * (2 * tokens**2 + copies - random_state)
+
+
+def test_attention_by_lengths_is_planned_for_gpus_alone(tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    LlamaConfig(**ATTENDING).save_pretrained(tmp_path)
+    asked = request(str(tmp_path), attn_implementation="varlen", **PACKED).config
+    assert shapes_of(asked, on_gpu=True).model.config._attn_implementation == "varlen"
+    with pytest.raises(UserError, match="its kernel needs a GPU"):
+        shapes_of(asked)
+    half = (step_flop(shapes_of(asked, on_gpu=True)), step_flop(shapes(str(tmp_path), **PACKED)))
+    length, width = asked.data.sequence_length, 2 * 16
+    assert half[1] - half[0] == pytest.approx(3.5 * 2 * length**2 * width * 2)
+
+
 def _inject_for_real(model: Any, of: Shapes, method: Any) -> None:
     from unittest.mock import patch
 

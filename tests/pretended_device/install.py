@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from tests.fixtures.plain_attention import attention_by_bounds
 from tests.pretended_device.modes import Generator, modes
 from tests.pretended_device.world import (
     CUDA,
@@ -100,6 +101,7 @@ def _package() -> None:
     from sparse_lora_dist.runtime import watchdog
     from sparse_lora_dist.sparsity.decisions import Decisions
     from sparse_lora_dist.sparsity.rewriter import Rewriter
+    from sparse_lora_dist.tasks import packed_attention
     from sparse_lora_dist.zero3 import engine
 
     join = dist.init_process_group
@@ -110,6 +112,7 @@ def _package() -> None:
     console.device_in_words = lambda on_gpu: "pretended"
     train.check_loss_kernel = lambda: None  # Triton needs the device itself
     engine._loss_backend = "torch"
+    packed_attention.varlen_attn = attention_by_bounds  # the kernel needs it too
     set_phase = watchdog.set_phase
 
     def seen(phase: str, **options: Any) -> None:

@@ -137,6 +137,26 @@ def test_the_host_waits_for_no_linear(tiny: TinyRun, tmp_path: Path, method: str
         assert many.total() == few.total(), (phase, many - few)
 
 
+def test_lengths_of_documents_are_copied_once_a_micro_batch(tiny: TinyRun, tmp_path: Path) -> None:
+    """In bf16, whose attention takes them. Checkpointed layers run twice."""
+    options = {"precision": "bf16", "gradient_checkpointing": "true"}
+    runs = []
+    for layers in (2, 4):
+        model = with_layers(tiny, tmp_path / f"model_{layers}", layers)
+        runs.append(("train", tiny.flags(tmp_path / f"run_{layers}", model=model, **options)))
+    found = found_in(tmp_path, *runs)
+    assert problems(found) == []
+    calls = [sum(p["aten::searchsorted"] for p in _in_steps(run["launches"])) for run in found[0]]
+    assert calls == [4 * 2 * 2, 4 * 4 * 2]  # steps, layers, twice
+    for phase in PHASES:
+        few, many = (_own_waits(run["waits"].get(phase, {})) for run in found[0])
+        assert many.total() == few.total(), (phase, many - few)
+
+
+def _in_steps(launches: dict[str, dict[str, int]]) -> list[Counter[str]]:
+    return [Counter(launches.get(phase, {})) for phase in ("forward", "backward")]
+
+
 def _own_waits(waits: dict[str, int]) -> Counter[str]:
     """Without DeepSpeed's, which are for gathers of before and normally over, and without those of
     eigenvalues, which SaRA's nuclear norm needs of each linear (cuSOLVER reports to the host)."""

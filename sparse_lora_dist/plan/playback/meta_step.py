@@ -12,7 +12,7 @@ O out_features.
 import copy
 import weakref
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.linear import AdapterLinear
@@ -30,6 +30,7 @@ from sparse_lora_dist.base_model.nf4 import BLOCK
 from sparse_lora_dist.base_model.shard_loader import is_plain_linear
 from sparse_lora_dist.methods.protocol.form import Site
 from sparse_lora_dist.methods.protocol.method import Method
+from sparse_lora_dist.tasks.packed_attention import packed as packed_documents
 from sparse_lora_dist.zero3.layers import layers_of
 
 FEW, MORE = 2, 4
@@ -92,8 +93,7 @@ class _StorageMeter(TorchDispatchMode):
         self.alive -= size
 
 
-@contextmanager
-def _attention_of_kernels() -> Iterator[None]:
+def _attention_of_kernels() -> AbstractContextManager[None]:
     """Context manager that replaces torch's attention by one with the memory of a fused kernel.
 
     Fused kernels on a CPU or GPU keep for backward the query, key, value, output and one number per
@@ -101,12 +101,7 @@ def _attention_of_kernels() -> Iterator[None]:
     every token of a row. This is not a TorchFunctionMode, because that would not be active when
     gradient checkpointing runs a layer again.
     """
-    formula = F.scaled_dot_product_attention
-    setattr(F, "scaled_dot_product_attention", _attention)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(F, "scaled_dot_product_attention", formula)  # noqa: B010
+    return _replaced(F, "scaled_dot_product_attention", _attention)
 
 
 def _attention(
@@ -175,8 +170,8 @@ def step_memory(
         trained: names of modules trained in full.
         checkpointing: True if gradient checkpointing runs each layer again in backward.
         dropout: probability with which dropout zeroes an entry of the adapters' inputs.
-        packed: True if a row may hold several documents; the attention mask that keeps them apart
-            is then counted.
+        packed: True if a row may hold several documents; what keeps them apart, such as attention
+            masks, is then counted.
 
     Returns:
         Bytes between forward and backward, and peak bytes of each.
@@ -286,14 +281,40 @@ def _adapted(
 
 
 def _run(body: nn.Module, rows: int, tokens: int, *, packed: bool) -> StepMemory:
-    ids_MT = torch.zeros(rows, tokens, dtype=torch.int64, device=META)
-    mask = torch.zeros(rows, 1, tokens, tokens, dtype=torch.bool, device=META)
-    inputs = {"input_ids": ids_MT, "attention_mask": mask}
-    known = [*body.parameters(), *body.buffers(), ids_MT]
-    with _StorageMeter(known) as meter, _attention_of_kernels():
-        meter.track(mask, counts=packed)
-        out = body(**inputs)[0]
+    ids_MT, positions_MT = torch.zeros(2, rows, tokens, dtype=torch.int64, device=META)
+    inputs: dict[str, Any] = {"input_ids": ids_MT, "position_ids": positions_MT}
+    if not packed:
+        mask = torch.zeros(rows, 1, tokens, tokens, dtype=torch.bool, device=META)
+        inputs = {"input_ids": ids_MT, "attention_mask": mask}
+    known = [*body.parameters(), *body.buffers(), *inputs.values()]
+    with _documents(rows, tokens), _attention_of_kernels(), _StorageMeter(known) as meter:
+        out = body(**inputs, use_cache=False)[0]
         kept, forward = meter.alive, meter.peak
         meter.peak = meter.alive
         torch.autograd.backward(out, torch.empty_like(out))
         return StepMemory(kept=kept, forward=forward, backward=meter.peak)
+
+
+@contextmanager
+def _documents(rows: int, tokens: int) -> Iterator[None]:
+    """Context manager in which a forward that has positions and no mask is over packed documents.
+
+    transformers reads the values of the positions to find them, and then makes a mask for each kind
+    of layer. On the meta device there are no values. The attention for packed documents makes no
+    mask, and its memory does not depend on how many documents there are.
+    """
+    one_a_row = torch.arange(tokens).expand(rows, tokens)
+    found = _replaced(masking_utils, "find_packed_sequence_indices", torch.empty_like)
+    with found, packed_documents(one_a_row, META) as documents:
+        _ = documents.bounds, documents.longest  # now, as training makes them on the host
+        yield
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    usual = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, usual)
