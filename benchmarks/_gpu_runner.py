@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -119,9 +120,8 @@ def _run(part: Part, record: Record, context: BaseContext, *, tiny: bool, limit_
     process = context.Process(target=work, args=(part, record.file, tiny))  # type: ignore[attr-defined]
     process.start()
     process.join(limit_s)
-    if late := process.is_alive():
-        _kill(process.pid)
-        process.join()
+    late = process.is_alive()
+    _kill(process)
     seconds = round(time.monotonic() - started, 1)
     if late:
         record.append(part.name, ended="limit", why=f"more than {limit_s:.0f} s", seconds=seconds)
@@ -132,12 +132,12 @@ def _run(part: Part, record: Record, context: BaseContext, *, tiny: bool, limit_
         record.append(part.name, ended="ok", seconds=seconds)
 
 
-def _kill(pid: int) -> None:
-    """Kill a part and all that it started: it leads a process group, once it has begun."""
-    try:
-        os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        os.kill(pid, signal.SIGKILL)
+def _kill(process: Any) -> None:
+    """Kill a part, if it runs, and all that it started and left: it leads a process group."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()  # one that has not come so far
+    process.join()
 
 
 def work(part: Part, file: Path, tiny: bool) -> None:
