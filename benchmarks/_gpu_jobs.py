@@ -132,6 +132,7 @@ def sanitizer(note: Note, *, tiny: bool) -> None:
         job.process.join()
         said = job.log.read_text()
         note(status=job.process.exitcode, races=said.count(RACE), said=said[-LONGEST_ERROR:])
+        assert job.process.exitcode == 0
 
 
 def gpu_tests(note: Note, *, tiny: bool) -> None:

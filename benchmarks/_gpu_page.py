@@ -62,12 +62,13 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 
 def _case(row: Row) -> tuple[Any, ...]:
-    return row["shape"], row["rows"], row["tokens"]
+    return row["shape"], row["rows"], row["tokens"], row["documents"]
 
 
 def _first(row: Row) -> str:
     way = WAYS.get(row["way"], f"{row['way']}, {row['engine']}.json")
-    return f"{row['shape']}, {row['rows']} x {row['tokens']}, {way}"
+    packed = f", {row['documents']} documents a row" if row["documents"] > 1 else ""
+    return f"{row['shape']}, {row['rows']} x {row['tokens']}{packed}, {way}"
 
 
 def _figures(row: Row, peft: Row | None) -> list[str]:
@@ -95,8 +96,9 @@ def _others(rows: Sequence[Row]) -> list[str]:
     """A line for each record that is neither of timed steps nor of an end."""
     lines = []
     for row in rows:
-        if not row.keys() & {"ended", "tokens_per_s", "versions", "said"}:
-            figures = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("part", "error"))
+        if not row.keys() & {"ended", "tokens_per_s", "versions"}:
+            shown = row.keys() - {"part", "error", "said"}
+            figures = ", ".join(f"{key} {row[key]}" for key in row if key in shown)
             lines.append(f"- {row['part']}: {figures or row['error'].strip().splitlines()[-1]}")
     return lines
 

@@ -28,6 +28,7 @@ from transformers import LlamaConfig
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.runtime.entry_point import quiet_others
+from sparse_lora_dist.zero3.engine import check_loss_kernel
 
 SHAPES = {
     "70B": (8192, 28672, 80, 64, 8, 128256),
@@ -70,6 +71,7 @@ def ours(note: Note, *, tiny: bool, **case: Any) -> None:
     """Time this project's steps; see ``_ours``."""
     quiet_others()
     comm.start()
+    check_loss_kernel()
     _ours(note, **case | TINY if tiny else case)
 
 
@@ -82,9 +84,22 @@ def _ours(
     engine: str = "zero3",
     methods: Sequence[str] = ("lora",),
     rows: Sequence[int] = (1,),
+    documents: int = 1,
     cap_bytes: int | None = None,
 ) -> None:
-    """Time every method with every number of rows; ``cap_bytes``: device memory at most."""
+    """Time every method with every number of rows.
+
+    Args:
+        note: appends a record.
+        shape: of the base, a key of SHAPES.
+        tokens: of a row.
+        steps: how many.
+        engine: name of the DeepSpeed file.
+        methods: keys of METHODS.
+        rows: of a micro-batch.
+        documents: packed into a row.
+        cap_bytes: device memory at most.
+    """
     if cap_bytes and comm.on_gpu():
         all_bytes = torch.cuda.get_device_properties(comm.device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(cap_bytes / all_bytes, 1.0))
@@ -92,7 +107,9 @@ def _ours(
         for count in rows:
             started = time.perf_counter()
             run = _build(method, shape, engine=engine, rows=count, tokens=tokens)
+            run.documents = documents
             case = {"way": method, "engine": engine, "shape": shape, "rows": count}
+            case["documents"] = documents
             note(**case, load_s=round(time.perf_counter() - started, 1), **_timed(run, steps))
             run.engine.close()
             del run
@@ -130,7 +147,7 @@ def _peft(note: Note, *, shape: str, tokens: int, steps: int, rows: Sequence[int
     load_s = round(time.perf_counter() - started, 1)
     for count in rows:
         run = Peft(model, rows=count, tokens=tokens)
-        case = {"way": "peft", "engine": None, "shape": shape, "rows": count}
+        case = {"way": "peft", "engine": None, "shape": shape, "rows": count, "documents": 1}
         note(**case, load_s=load_s, **_timed(run, steps))
         del run
         _forget()

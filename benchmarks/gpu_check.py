@@ -26,6 +26,7 @@ from _job import RESULTS, ROOT
 OURS, PEFT = "_gpu_steps:ours", "_gpu_steps:peft"
 B70 = {"shape": "70B", "tokens": 4096, "steps": 6}
 B8 = {"shape": "8B", "tokens": 4096, "steps": 7, "rows": (1, 4)}
+PACKED = {"documents": 8, "rows": (1,)}
 SPARSE = {"methods": ("lora", "roselora", "adalora"), "rows": (1,), "steps": 8}
 CAPPED = {"tokens": 2048, "steps": 4, "engine": "zero3_offload", "cap_bytes": 24_000_000_000}
 PARTS = (
@@ -38,6 +39,7 @@ PARTS = (
     Part(name="8B PEFT", work=PEFT, arguments=B8, usual_s=35, limit_s=75),
     Part(name="8B whole", work=OURS, arguments=B8 | {"engine": "whole"}, usual_s=45, limit_s=90),
     Part(name="8B sparse", work=OURS, arguments=B8 | SPARSE, usual_s=70, limit_s=150),
+    Part(name="8B packed", work=OURS, arguments=B8 | PACKED, usual_s=30, limit_s=75),
     Part(name="packing", work="_gpu_kernels:packing", usual_s=25, limit_s=60),
     Part(name="same bits", work="_gpu_jobs:same_bits", usual_s=35, limit_s=90),
     Part(name="sanitizer", work="_gpu_jobs:sanitizer", usual_s=40, limit_s=90, needs_gpu=True),
@@ -78,6 +80,7 @@ def has_gpu() -> bool:
     import torch
 
     gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()) if gpu else "1")
     if gpu:  # as ``comm.start`` has it, for PEFT too
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -27,6 +27,7 @@ TIMED = Counter(
         ("8B sparse", "lora", "zero3"): 1,
         ("8B sparse", "roselora", "zero3"): 1,
         ("8B sparse", "adalora", "zero3"): 1,
+        ("8B packed", "lora", "zero3"): 1,
         ("70B in 24 GB", "lora", "zero3_offload"): 1,
     }
 )
@@ -88,6 +89,7 @@ def test_every_timed_part_leaves_its_figures(rows: Rows) -> None:
     for row in timed:
         assert row["finite"]
         assert row["tokens_per_s"] > 0 and row["host_s"] > 0 and row["short_step_s"] > 0
+        assert row["documents"] == (8 if row["part"] == "8B packed" else 1)
         # Of the third step, the first that counts.
         by_hand = row["rows"] * row["tokens"] / row["step_s"][2]
         assert len(row["step_s"]) == 3 and row["tokens_per_s"] == pytest.approx(by_hand, rel=0.05)
@@ -207,6 +209,7 @@ FACTS = {
 
 def timed(way: str, **figures: Any) -> dict[str, Any]:
     row = {"part": way, "way": way, "engine": "zero3", "shape": "8B", "rows": 1, "tokens": 4096}
+    row |= {"documents": 1}
     row |= {"load_s": 9.0, "step_s": [0.5, 0.25], "host_s": 0.2, "short_step_s": 0.1}
     row |= {"reserved_bytes": 9e9, "loss": [6.0, 5.5], "finite": True}
     return row | figures
@@ -221,7 +224,8 @@ def test_the_page_has_ratios_to_peft_of_the_same_shape_and_rows() -> None:
         timed("lora", tokens_per_s=6000.0, peak_bytes=8e9),
         timed("lora", tokens_per_s=7000.0, peak_bytes=16e9, rows=4, finite=False),
         timed("peft", tokens_per_s=8000.0, peak_bytes=10e9),
-        {"part": "smoke", "most": 0.125},
+        timed("adalora", tokens_per_s=5000.0, peak_bytes=8e9, documents=8),
+        {"part": "smoke", "most": 0.125, "said": "much"},
         {"part": "sanitizer", "error": "Traceback\nValueError: no\n"},
         {"part": "lora", "ended": "limit", "why": "more than 9 s", "seconds": 9.1},
     ]
@@ -230,6 +234,8 @@ def test_the_page_has_ratios_to_peft_of_the_same_shape_and_rows() -> None:
     assert "| 8B, 1 x 4096, lora, zero3.json | 6000 | 0.75 | 8.00 | 0.80 |" in text
     assert "| 8B, 4 x 4096, lora, zero3.json | 7000 |  | 16.00 |  |" in text
     assert "| 8B, 1 x 4096, PEFT + bitsandbytes | 8000 |  | 10.00 |  |" in text
+    assert "| 8B, 1 x 4096, 8 documents a row, adalora, zero3.json | 5000 |  | 8.00 |  |" in text
+    assert "much" not in text
     assert "NOT FINITE" in text and text.count("NOT FINITE") == 1
     assert "- smoke: most 0.125" in text and "- sanitizer: ValueError: no" in text
     assert "- lora: limit (more than 9 s), 9.1 s" in text
