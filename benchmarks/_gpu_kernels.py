@@ -38,9 +38,9 @@ def kernels(note: Note, *, tiny: bool) -> None:
         count = gpu.quantize_shares(SHAPES, precision)
         assert count == 2 * len(SHAPES), count
         note(shards_equal=count, precision=precision)
+    note(**_milliseconds((512, 256) if tiny else WEIGHT, 64 if tiny else TOKENS))
     if comm.on_gpu():
         _loads(note)
-    note(**_milliseconds((512, 256) if tiny else WEIGHT, 64 if tiny else TOKENS))
 
 
 def _loads(note: Note) -> None:
@@ -54,7 +54,11 @@ def _loads(note: Note) -> None:
         assert same
         note(reads_equal=same, pinned_parts=pinned)
         for offload in (False, True):
-            note(offload=offload, load=gpu.load_and_compare(folder, offload=offload))
+            load = gpu.load_and_compare(folder, offload=offload)
+            most = load["work"] + (load["largest"] if offload else load["shard"]) + 2**20
+            note(offload=offload, load=load, allowed_peak=most)
+            assert load["peak"] <= most
+            assert load["places"] == ["cpu, pinned" if offload else "cuda"]
 
 
 def _milliseconds(shape: tuple[int, int], tokens: int) -> dict[str, Any]:
