@@ -46,11 +46,13 @@ class Run:
     rate: LearningRate
     rows: int
     tokens: int
+    documents: int = 1
+    """Documents packed into a row."""
 
     def step(self, step: int) -> float:
         """Optimizer step ``step``, on random rows; its loss. Collective."""
         self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
-        batches = [random_rows(step, self.rows, self.tokens)]
+        batches = [random_rows(step, self.rows, self.tokens, self.documents)]
         result = train_step(
             self.engine,
             self.shards,
@@ -113,14 +115,14 @@ def _learning_rate(method: Method, steps: int) -> LearningRate:
     )
 
 
-def random_rows(step: int, rows: int, tokens: int) -> Batch:
-    """The same for every method, another on each rank."""
+def random_rows(step: int, rows: int, tokens: int, documents: int = 1) -> Batch:
+    """The same for every method, another on each rank; documents of a row are equally long."""
     generator = torch.Generator().manual_seed(1000 * step + comm.rank())
     ids = torch.randint(0, 500, (rows, tokens), generator=generator)
     return Batch(
         input_ids_MT=ids,
         labels_MT=ids,
-        position_ids_MT=torch.arange(tokens).expand(rows, tokens),
+        position_ids_MT=torch.arange(tokens // documents).repeat(rows, documents),
         rows_M=tuple(range(rows * comm.rank(), rows * comm.rank() + rows)),
         lengths_M=(tokens,) * rows,
     )

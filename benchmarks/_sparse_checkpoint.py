@@ -21,8 +21,9 @@ BLOCK = 2**22 - 1
 Shapes = dict[str, tuple[int, ...]]
 
 
-def save(folder: Path, config: PretrainedConfig) -> list[str]:
-    """The model of ``config`` in bf16; names of the tensors that hold random numbers."""
+def save(folder: Path, config: PretrainedConfig, *, only_holes: bool = False) -> list[str]:
+    """The model of ``config`` in bf16; names of the tensors that hold random numbers, none with
+    ``only_holes``."""
     config.save_pretrained(folder)
     model = meta_model(
         config,
@@ -32,7 +33,7 @@ def save(folder: Path, config: PretrainedConfig) -> list[str]:
         trust_remote_code=False,
     )
     shapes: Shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    first_of = {shape: name for name, shape in reversed(shapes.items())}
+    first_of = {} if only_holes else {shape: name for name, shape in reversed(shapes.items())}
     files = _split(shapes)
     weight_map = {}
     for number, names in enumerate(files, start=1):

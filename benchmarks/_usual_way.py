@@ -8,11 +8,33 @@ from typing import Any
 from _side_by_side import random_rows  # isort: skip  # sets the path
 
 import torch
+from torch import nn
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.config.sections import DataConfig, ModelConfig, TrainConfig
 from sparse_lora_dist.distributed import comm
+
+
+class Peft:
+    """transformers + bitsandbytes + PEFT and torch's AdamW, without DeepSpeed."""
+
+    def __init__(self, model: nn.Module, *, rows: int, tokens: int) -> None:
+        self.model = model.train()
+        self.rows, self.tokens = rows, tokens
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.device = trained[0].device
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=fused)
+
+    def step(self, step: int) -> float:
+        """Make one optimizer step on the rows that the other ways get, and return its loss."""
+        ids = random_rows(step, self.rows, self.tokens).input_ids_MT.to(self.device)
+        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(loss.detach())
 
 
 @dataclass
@@ -86,7 +108,6 @@ def quantised_peft(
     peak: Callable[[], int] = lambda: 0,
 ) -> Any:
     """The base quantised by transformers, with a LoRA of PEFT on all its linears."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     model = AutoModelForCausalLM.from_pretrained(
@@ -102,6 +123,15 @@ def quantised_peft(
     )
     if peaks is not None:
         peaks["loading"] = peak()
+    return with_lora(model, dtype=dtype, rank=rank, gradient_checkpointing=gradient_checkpointing)
+
+
+def with_lora(
+    model: Any, *, dtype: torch.dtype, rank: int, gradient_checkpointing: bool
+) -> nn.Module:
+    """A quantised model with a LoRA of PEFT, in the same dtype, on all its linears."""
+    from peft import LoraConfig, get_peft_model
+
     model.requires_grad_(False)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -16,11 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
-from _side_by_side import ZERO3, build, on_ranks, random_rows, save_llama  # isort: skip
+from _side_by_side import ZERO3, build, on_ranks, save_llama  # isort: skip
 
 import torch
-from _usual_way import build_usual, quantised_peft
-from torch import nn
+from _usual_way import Peft, build_usual, quantised_peft
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
@@ -35,26 +34,6 @@ class Steps(Protocol):
 
     def step(self, step: int) -> float:
         """Make one optimizer step and return its loss."""
-
-
-class Peft:
-    """transformers + bitsandbytes + PEFT and torch's AdamW, without DeepSpeed."""
-
-    def __init__(self, folder: str, *, checkpointing: bool) -> None:
-        self.model: nn.Module = quantised_peft(
-            folder, dtype=torch.float32, rank=RANK, gradient_checkpointing=checkpointing
-        ).train()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0)
-
-    def step(self, step: int) -> float:
-        """Make one optimizer step on the rows that the other ways get, and return its loss."""
-        ids = random_rows(step, 1, TOKENS).input_ids_MT
-        loss = self.model(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return float(loss.detach())
 
 
 def main() -> None:
@@ -115,8 +94,11 @@ def all_ways(folder: str, *, checkpointing: bool) -> dict[str, Steps]:
     """Build an engine of each way over the same base."""
     settings: dict[str, Any] = {"folder": folder, "steps": 1000, "tokens": TOKENS}
     settings |= {"precision": "fp32", "gradient_checkpointing": checkpointing, "rank": RANK}
+    base = quantised_peft(
+        folder, dtype=torch.float32, rank=RANK, gradient_checkpointing=checkpointing
+    )
     return {
-        REFERENCE: Peft(folder, checkpointing=checkpointing),
+        REFERENCE: Peft(base, rows=1, tokens=TOKENS),
         "usual_zero3": build_usual(
             **settings, ds_config=_persistent(0), peaks=None, peak=lambda: 0
         ),

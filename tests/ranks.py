@@ -16,6 +16,7 @@ import socket
 import traceback
 from multiprocessing import connection
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -24,6 +25,15 @@ AFTER_FAILURE_S = 10
 CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once in the fork server; every worker starts as a fork of it.
 CONTEXT.set_forkserver_preload(["tests.work.preloaded"])
+
+
+def start_context() -> BaseContext:
+    """What starts ranks. On a GPU each starts anew: CUDA does not survive a fork, and what the fork
+    server imports has begun to use it."""
+    import torch
+
+    gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return multiprocessing.get_context("spawn") if gpu else CONTEXT
 
 
 class RankError(AssertionError):
@@ -37,11 +47,12 @@ class RankPool:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
+        context: Any = start_context()
         self.pipes: list[Connection] = []
         self.workers: list[BaseProcess] = []
         for rank in range(size):
-            ours, theirs = CONTEXT.Pipe()
-            worker = CONTEXT.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
+            ours, theirs = context.Pipe()
+            worker = context.Process(target=_serve, args=(theirs, rank, size, port), daemon=True)
             worker.start()
             self.pipes.append(ours)
             self.workers.append(worker)

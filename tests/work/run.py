@@ -147,7 +147,7 @@ def refusal_unlooked(flags: list[str]) -> str:
 LENGTHS = (13, 8, 20)
 
 
-def packed_documents(flags: list[str]) -> dict[str, Any]:
+def packed_documents(flags: list[str], rows: int = 2) -> dict[str, Any]:
     """How far logits move in each of three packed documents when one of them is changed.
 
     {"changed": {document: {document: largest difference}}, "as one document": the difference in the
@@ -155,7 +155,7 @@ def packed_documents(flags: list[str]) -> dict[str, Any]:
     """
     job = finished_job(flags)
     generator = torch.Generator().manual_seed(comm.rank())
-    ids_MT = torch.randint(250, (2, sum(LENGTHS)), generator=generator)
+    ids_MT = torch.randint(250, (rows, sum(LENGTHS)), generator=generator)
     restarting_T = torch.cat([torch.arange(n) for n in LENGTHS])
     running_T = torch.arange(sum(LENGTHS))
     documents = torch.arange(sum(LENGTHS)).split(LENGTHS)
@@ -166,8 +166,8 @@ def packed_documents(flags: list[str]) -> dict[str, Any]:
             input_ids_MT=ids_MT,
             labels_MT=ids_MT.clone(),
             position_ids_MT=positions_T.expand_as(ids_MT),
-            rows_M=(7, 8),
-            lengths_M=(sum(LENGTHS), sum(LENGTHS)),
+            rows_M=tuple(range(7, 7 + rows)),
+            lengths_M=(sum(LENGTHS),) * rows,
         )
         seen: list[Tensor] = []
         head = job.model.module.get_output_embeddings()
