@@ -111,11 +111,12 @@ def packing(note: Note, *, tiny: bool) -> None:
 
 def attentions() -> list[str]:
     """Return names of attention implementations: torch's, the package of flash attention if it is
-    there, and those that this project adds to transformers'."""
+    there, and on a GPU those that this project adds to transformers'."""
     added = [
         name
         for name in ALL_ATTENTION_FUNCTIONS.valid_keys()
-        if ALL_ATTENTION_FUNCTIONS[name].__module__.startswith("sparse_lora_dist.")
+        if comm.on_gpu()
+        and ALL_ATTENTION_FUNCTIONS[name].__module__.startswith("sparse_lora_dist.")
     ]
     flash = ["flash_attention_2"] if is_flash_attn_2_available() else []
     return ["sdpa", "eager", *flash, *added]
