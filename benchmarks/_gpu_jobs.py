@@ -47,6 +47,7 @@ def facts(note: Note, *, tiny: bool) -> None:
     note(
         versions={name: found for name in PACKAGES if (found := _version(name))},
         python=sys.version.split()[0],
+        commit=_said_by("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
         device=torch.cuda.get_device_name() if gpu else None,
         device_bytes=properties.total_memory if properties else None,
         driver=_said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),

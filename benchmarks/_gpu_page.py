@@ -24,7 +24,7 @@ def page(rows: Sequence[Row]) -> str:
     facts, ends = _facts(rows), {row["part"]: row for row in rows if "ended" in row}
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     sections = [
-        "`python benchmarks/gpu_check.py` on one GPU.",
+        f"`python benchmarks/gpu_check.py` on one GPU, commit {facts['commit']}.",
         f"{facts['device']} ({facts['device_bytes'] / 1e9:.0f} GB), driver {facts['driver']}, "
         f"CUDA {facts['cuda']}, NCCL {facts['nccl']}, {facts['cores']} cores, Python "
         f"{facts['python']}; {versions}. Importing the project took {facts['import_s']} s.",

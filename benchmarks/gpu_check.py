@@ -67,10 +67,11 @@ def main() -> None:
     done = set() if args.again else record.done()
     gpu = has_gpu()
     if gpu or args.tiny:
-        context = processes(gpu, idle=all(part.name in done for part in parts))
+        idle = all(part.name in done or (part.needs_gpu and not gpu) for part in parts)
+        context = processes(gpu, idle)
         run_parts(parts, record, context, gpu=gpu, tiny=args.tiny, done=done, budget_s=args.budget)
     else:
-        print("skipped: needs a GPU. --tiny tries each part that a CPU can run")
+        print("skipped: needs a GPU that PyTorch can use. --tiny tries what a CPU can run")
     if not args.tiny:
         write_page(record.rows(), record.file.parent, RESULTS)
 

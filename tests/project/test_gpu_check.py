@@ -203,7 +203,7 @@ FACTS = {
     "versions": {"torch": "2.13.0"},
     "device": "NVIDIA H200 (a)",
     "device_bytes": 150e9,
-    **dict.fromkeys(("driver", "cuda", "nccl", "cores", "python", "import_s"), 1),
+    **dict.fromkeys(("commit", "driver", "cuda", "nccl", "cores", "python", "import_s"), 1),
 }
 
 
