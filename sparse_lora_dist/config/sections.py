@@ -102,8 +102,7 @@ class DataConfig:
     """Names of the columns of a CSV or TSV file that has no header line. Empty: the first line
     names them."""
     prompt_field: str = "prompt"
-    """Column with the prompt. If it has another name than this default, a column named messages is
-    not read as chats."""
+    """Column with the prompt. Renamed, a column messages is not read as chats."""
     response_field: str = "response"
     """Column with the response."""
     chat_template: str | None = None
