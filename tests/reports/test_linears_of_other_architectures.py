@@ -93,7 +93,8 @@ def test_a_weight_that_is_used_without_its_linear_is_left_as_it_is(
 ) -> None:
     model = on_meta(config_of(family))
     look = look_at(model, "causal_lm")
-    assert {name.rpartition(".")[2] for name in look.read} == left
+    of_head = {"lm_head"}  # Mamba asks for its dtype
+    assert {name.rpartition(".")[2] for name in look.read} - of_head == left
     names, notes = sites_of(model)
     assert not set(names) & look.read
     assert [note.partition(", because ")[2] for note in notes] == (
