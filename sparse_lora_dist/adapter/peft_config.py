@@ -33,7 +33,8 @@ PLAIN = """
 Any other, such as bias or layer_replication, changes what PEFT computes if it is not the
 default."""
 KNOWN = {f.name for f in fields(LoraConfig)} | {*VARIANTS, *PLAIN}
-"""Fields that this version of PEFT has. One of a newer version may change what is computed."""
+"""Fields that this version of PEFT has. A switch of a newer version, if it is on, may change what is
+computed."""
 
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` with which PEFT leaves the base's weights as they are. With any
@@ -63,7 +64,7 @@ def other_kind(config: Mapping[str, Any]) -> str | None:
         if field.name not in PLAIN and _is_set(value) and value != field.default:
             return f"{field.name} {value!r}"
     for name, value in config.items():
-        if name not in KNOWN and _is_set(value):
+        if name not in KNOWN and value is True:
             return f"{name} {value!r}, which this version of PEFT does not know"
     start = config.get("init_lora_weights")
     if (start.lower() if isinstance(start, str) else start) in PLAIN_STARTS:

@@ -139,7 +139,8 @@ class Applied:
                 or this delta is undone already. Nothing is then changed.
         """
         for name, (indices_N, _, after_N) in self.overwritten.items():
-            if not torch.equal(_weight(self.model, name).view(-1)[indices_N].cpu(), after_N.cpu()):
+            now_N = _weight(self.model, name).view(-1)[indices_N]
+            if now_N.dtype != after_N.dtype or not torch.equal(now_N.cpu(), after_N.cpu()):
                 raise UserError(
                     f"The delta cannot be undone: {name}.weight was changed since it was applied, "
                     "or it is undone already. Undo later deltas first, the last one first, or load "

@@ -178,7 +178,8 @@ def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
     """
     launch = this_launch()
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
-    if launch.launcher not in ("deepspeed", "python") or launch.local_size < launch.world_size:
+    on_nodes = launch.launcher == "deepspeed" and launch.local_size < launch.world_size
+    if launch.launcher in ("torchrun", "mpirun", "srun") or on_nodes:
         words = ["the same launcher and program with"]
     words += [f"--config {quote(f'{config.run.output_dir}/run.yaml')} --resume auto"]
     if config.train.stop_after is not None:

@@ -130,7 +130,7 @@ def test_a_part_is_done_again_when_asked(folder: Path) -> None:
     call(folder, "--part", "facts", "--again")
     later = rows_in(folder / "tiny.jsonl")[len(before) :]
     assert ends(later) == [("facts", "ok")]
-    assert later[0]["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(later[0]["versions"]["torch"])
 
 
 def test_parts_end_in_every_way_and_the_rest_goes_on(processes: None, tmp_path: Path) -> None:

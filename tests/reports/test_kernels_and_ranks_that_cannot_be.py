@@ -14,7 +14,7 @@ def test_a_kernel_that_cannot_train_is_refused_before_anything_is_loaded(kernel:
     with pytest.raises(ConfigError) as caught:
         load_config(["--attn_implementation", kernel])
     said = str(caught.value)
-    assert kernel in said and "Give eager, sdpa, a flash_attention_..." in said
+    assert kernel in said and "Give varlen, eager, sdpa, a flash_attention_..." in said
 
 
 @pytest.mark.parametrize("kernel", ["eager", "sdpa", "flash_attention_2", "kernels-org/kernel"])

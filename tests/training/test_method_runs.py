@@ -360,7 +360,7 @@ def test_a_pair_is_no_beginning_of_other_tensors(
 ) -> None:
     flags = tiny.flags(tmp_path / "run", method="mora", init_adapter=tmp_path)
     (message,) = ranks(1, "tests.work.run:refusal", flags=flags)
-    assert "--method mora trains other tensors: mora_m. Use a --method that" in message
+    assert "--method mora trains other ones: mora_m. Use a --method that" in message
 
 
 def test_pruned_weights_are_zero_in_the_merged_model_and_not_onto_others(
