@@ -33,8 +33,8 @@ PLAIN = """
 Any other, such as bias or layer_replication, changes what PEFT computes if it is not the
 default."""
 KNOWN = {f.name for f in fields(LoraConfig)} | {*VARIANTS, *PLAIN}
-"""Fields that this version of PEFT has. A switch of a newer version, if it is on, may change what is
-computed."""
+"""Fields that this version of PEFT has. A switch of a newer version, if it is on, may change what
+is computed."""
 
 PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 """Values of ``init_lora_weights`` with which PEFT leaves the base's weights as they are. With any
