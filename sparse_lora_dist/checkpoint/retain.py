@@ -32,9 +32,10 @@ def retain(newest: Path, *, keep_last: int | None, keep_best: bool) -> None:
     kept = set(found[-keep_last:])
     if keep_best:
         alike: dict[Any, list[Path]] = {}
-        for path in (p for p in found if _held_out_loss(p) < math.inf):
+        losses = {path: _held_out_loss(path) for path in found}
+        for path in (p for p in found if losses[p] < math.inf):
             alike.setdefault(_held_out(path, "held_out_rows"), []).append(path)
-        kept |= {min(some, key=lambda p: (_held_out_loss(p), p.name)) for some in alike.values()}
+        kept |= {min(some, key=lambda p: (losses[p], p.name)) for some in alike.values()}
     for path in found:
         if path not in kept:
             remove(path)

@@ -81,6 +81,7 @@ def find_template(
         ) from error
 
 
+@lru_cache(maxsize=1)
 def has_marks(template: str | None) -> bool:
     """Return True if a template has {% generation %} marks around what the model writes."""
     comments = r"\{#.*?#\}"
@@ -245,9 +246,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> 
     # The common end of two renderings that differ in the answer only.
     pairs = zip(reversed(one), reversed(two), strict=False)
     end = {i for i, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)} if one != two else set()
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     eos = tokenizer.eos_token_id
-    return (end & special) | (set() if eos is None else {int(eos)})
+    return (end & tokens_that_end(tokenizer)) | (set() if eos is None else {int(eos)})
+
+
+def tokens_that_end(tokenizer: PreTrainedTokenizerFast) -> set[int | None]:
+    """Return the ids of tokens that may end a response: eos, and all special tokens."""
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {*special, tokenizer.eos_token_id}
 
 
 def two_answers(
@@ -320,13 +326,12 @@ def _spans_by_marks(
     chat.
     """
     text, spans = _between_marks(tokenizer, messages, template, tools)
+    encoded = _with_whole_offsets(tokenizer).encode(text, add_special_tokens=False)
     is_target = [
         any(first < stop and last > start for start, stop in spans)
-        for first, last in _with_whole_offsets(tokenizer)
-        .encode(text, add_special_tokens=False)
-        .offsets
+        for first, last in encoded.offsets
     ]
-    return Encoded(ids=_ids(tokenizer, text), is_target=is_target)
+    return Encoded(ids=encoded.ids, is_target=is_target)
 
 
 def _between_marks(
@@ -337,9 +342,8 @@ def _between_marks(
     The chat is rendered once more with a template that writes ``BEGIN`` and ``END`` at its marks.
     """
     text = render_text(tokenizer, messages, template, tools)
-    signed = MARK.sub(rf"\1\2\3{{{{ '{BEGIN}' }}}}", template)
-    signed = END_MARK.sub(rf"{{{{ '{END}' }}}}\1\2", signed)
-    parts = re.split(f"([{BEGIN}{END}])", render_text(tokenizer, messages, signed, tools))
+    signed = render_text(tokenizer, messages, _with_signs(template), tools)
+    parts = re.split(f"([{BEGIN}{END}])", signed)
     if "".join(parts[::2]) != text:
         raise ExampleError(
             "What stands between the {% generation %} marks of the chat template cannot be found, "
@@ -353,6 +357,13 @@ def _between_marks(
         place += len(part)
         depth += 1 if sign == BEGIN else -1
     return text, spans
+
+
+@lru_cache(maxsize=1)
+def _with_signs(template: str) -> str:
+    """Return a template that writes ``BEGIN`` and ``END`` at its marks, and else the same."""
+    begins = MARK.sub(rf"\1\2\3{{{{ '{BEGIN}' }}}}", template)
+    return END_MARK.sub(rf"{{{{ '{END}' }}}}\1\2", begins)
 
 
 @lru_cache(maxsize=1)

@@ -6,7 +6,7 @@ its longest row after padding.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -250,6 +250,13 @@ class LabelledBatch:
         return {name: t.to(device) for name, t in inputs.items()}
 
 
+def _filler(rows: Rows, real: Collection[LabelledDocument]) -> LabelledDocument:
+    """Return a copy without a label of the shortest of some documents, or of the data's first."""
+    some = real or [cast(LabelledDocument, rows.documents[0])]
+    shortest = min(some, key=lambda document: len(document.input_ids))
+    return replace(shortest, labels=np.array([NOT_A_TARGET]))
+
+
 def labelled_batch(
     rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool
 ) -> LabelledBatch:
@@ -275,11 +282,9 @@ def labelled_batch(
         (place,) = rows.document_numbers(rows.index(number, shuffle=shuffle))
         return cast(LabelledDocument, rows.documents[place])
 
-    real = [example(n) for n in numbers if n != FILLER]
-    first = cast(LabelledDocument, rows.documents[0])
-    shortest = min(real or [first], key=lambda document: len(document.input_ids))
-    filler = replace(shortest, labels=np.array([NOT_A_TARGET]))
-    parts = [filler if n == FILLER else example(n) for n in numbers]
+    real = {n: example(n) for n in numbers if n != FILLER}
+    filler = _filler(rows, real.values()) if FILLER in numbers else None
+    parts = [real.get(n) or cast(LabelledDocument, filler) for n in numbers]
     length = padded_length([len(d.input_ids) for d in parts], rows.sequence_length)
     segments = [d.segment_ids for d in parts]
     return LabelledBatch(

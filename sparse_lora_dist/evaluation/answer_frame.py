@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.chat import encode_prompt, two_answers
+from sparse_lora_dist.data.chat import encode_prompt, tokens_that_end, two_answers
 from sparse_lora_dist.data.fields import Message
 
 Item = TypeVar("Item")
@@ -90,8 +90,8 @@ def find_frame(tokenizer: PreTrainedTokenizerFast, template: str | None) -> Answ
     marks = MARK.findall(before)
     common = _common_start(one, two)
     shared_end = _common_start(one[::-1], two[::-1])[::-1]
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    ends = [k for k, i in enumerate(shared_end) if i in special | {tokenizer.eos_token_id}]
+    may_end = tokens_that_end(tokenizer)
+    ends = [k for k, i in enumerate(shared_end) if i in may_end]
     return AnswerFrame(
         before=before,
         after=after[::-1],
