@@ -157,13 +157,19 @@ def moved_run(flags: Sequence[tuple[str, list[str]]], values: Mapping[str, Any])
         return None
     path = Path(expanded(files[0]))
     checkpoints = path.resolve().parent / "checkpoints"
-    if resume != "auto" and Path(expanded(str(resume))).resolve().parent != checkpoints:
+    if resume != "auto" and not lies_in(Path(expanded(str(resume))), checkpoints):
         return None
     is_run = path.name == "run.yaml" and any(
         (path.parent / name).exists() for name in (MARKER, "checkpoints")
     )
     is_there = Path(str(values["output_dir"])).resolve() == path.parent.resolve()
     return str(path.parent) if is_run and not is_there else None
+
+
+def lies_in(checkpoint: Path, folder: Path) -> bool:
+    """Return True if a checkpoint is one of those in a folder, also if it is a link to another
+    disk, or if a link leads to it."""
+    return folder.resolve() in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
 
 
 def _cache_in_run(flat: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.config.config import Config
-from sparse_lora_dist.config.paths import expanded, real_path
+from sparse_lora_dist.config.paths import expanded, lies_in, real_path
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
@@ -65,7 +65,7 @@ class Resume:
     def is_of(self, run: Path) -> bool:
         """Return True if the checkpoint lies in the run folder ``run``; False if it belongs to
         another run folder."""
-        return _lies_in(self.path, run / "checkpoints")
+        return lies_in(self.path, run / "checkpoints")
 
     @property
     def step(self) -> int:
@@ -122,13 +122,7 @@ def source_of(config: Config) -> Path | None:
     if wanted in ("auto", "never"):
         return None
     path = real_path("--resume", Path(wanted))
-    return None if _lies_in(Path(expanded(wanted)), own_checkpoints(config)) else path
-
-
-def _lies_in(checkpoint: Path, folder: Path) -> bool:
-    """Return True if a checkpoint is one of those in a folder, also if it is a link to another
-    disk, or if a link leads to it."""
-    return folder.resolve() in (checkpoint.parent.resolve(), checkpoint.resolve().parent)
+    return None if lies_in(Path(expanded(wanted)), own_checkpoints(config)) else path
 
 
 def _is_finished(found: Resume, config: Config, feed: DataFeed) -> bool:
