@@ -14,6 +14,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
+from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft, not_applied
 from sparse_lora_dist.base_model.weight_map import is_quantized
 from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.config.config import Config
@@ -21,6 +22,7 @@ from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_launch, print_line
+from sparse_lora_dist.distributed.device import check_same_bits, same_bits
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Finished, Stopped, UserError
 from sparse_lora_dist.methods import METHODS, Method
@@ -102,11 +104,13 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
     check_same_command(config, purpose.own)
     with fail_together("checking the output folder"):
         engine_config = engine_dict(config.run.ds_config, config, comm.world_size())
+        check_same_bits(config.run.deterministic)
         check_own_folder(config, purpose)
     for note in ENGINE.notes(config.run.ds_config):
         print_line("note", note)
     # The lock comes before anything is written or removed: the files may be another job's.
     with (
+        same_bits(config.run.deterministic),
         stop_signals.listening(config.run.time_limit),
         run_lock.held(folder),
         shared_by_all_ranks(folder),
@@ -178,7 +182,8 @@ class Training:
         feed = (purpose.open_feed or open_feed)(config, model)
         stop_signals.check()
         method = _build_method(config, model, feed.total_steps)
-        for note in (*model.left_out, *method.notes, *seldom_both(config.run)):
+        notes = (*model.left_out, *method.notes, *seldom_both(config.run), *_of_peft(model, method))
+        for note in notes:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
         begins = config if self._resume is None else _without_first_adapter(config)
@@ -329,6 +334,13 @@ def _build_method(config: Config, model: Model, total_steps: int) -> Method:
         raise UserError(f"--method {config.adapter.method}: {error}", shared=True) from error
     _check_form(config, model, method)
     return method
+
+
+def _of_peft(model: Model, method: Method) -> list[str]:
+    dropped = dropped_by_peft(model.module, [site.name for site in model.sites])
+    if not dropped or method.form(model.sites[0]).to_lora is None:
+        return []
+    return [f"{not_applied(dropped)}. Export with --format merged, or choose --target_modules"]
 
 
 def _check_form(config: Config, model: Model, method: Method) -> None:

@@ -6,13 +6,15 @@ adapter; a row is one training sequence.
 Shapes: M rows of a micro-batch, T tokens of a row, I in_features, O out_features, N rows of a step.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.zero3.slices import own_range
+from sparse_lora_dist.zero3.slices import shard_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,11 +93,11 @@ class InputStatistics:
             self.means |= {row: mean_I for row, length, mean_I in rows if length > 0}
 
     def _add_gradient(self, x_TI: Tensor, grad_TO: Tensor) -> None:
-        own_OI = grad_TO.float().t() @ x_TI.float()
+        with _exact_in_tf32(x_TI.dtype):
+            own_OI = grad_TO.float().t() @ x_TI.float()
         # DeepSpeed averages gradients over ranks, and the loss is scaled up to make up for it.
-        whole = comm.sum_over_ranks(own_OI).flatten()
-        start, stop = own_range(whole.numel())
-        self.gradient_share = self.gradient_share + whole[start:stop] / comm.world_size()
+        share = comm.sum_to_shards(own_OI, shard_of(own_OI.numel()))
+        self.gradient_share = self.gradient_share + share / comm.world_size()
 
     def gathered_rows(self) -> Tensor | None:
         """Return the mean input of every row of the step, gathered from all ranks. Collective.
@@ -110,6 +112,18 @@ class InputStatistics:
         if not everyone:
             return None
         return torch.stack([everyone[row] for row in sorted(everyone)]).to(comm.device())
+
+
+@contextmanager
+def _exact_in_tf32(dtype: torch.dtype) -> Iterator[None]:
+    """Context manager: let GPUs multiply fp32 copies of tensors of ``dtype`` as TF32, which holds
+    bf16 and fp16 exactly, and takes an eighth of the time."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or dtype in (torch.bfloat16, torch.float16)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _by_row(x: Tensor, row_metadata: RowMetadata) -> Tensor | None:

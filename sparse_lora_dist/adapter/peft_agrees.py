@@ -5,11 +5,14 @@ configuration leaves out is dropped without an error, and one of another rank is
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
+import peft
 from peft import LoraConfig
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
 
 from sparse_lora_dist.adapter.peft_config import CONFIG
 from sparse_lora_dist.system.patterns import bad_regex, first_that_ends, matching
@@ -63,6 +66,44 @@ def ranks_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """
     half = ".lora_a"
     return {n.removesuffix(half): s[0] for n, s in shapes.items() if n.endswith(half) and s}
+
+
+def dropped_by_peft(module: nn.Module, sites: Iterable[str]) -> list[str]:
+    """Return the last names of linears whose LoRA the installed PEFT does not apply. Of mixtures of
+    experts whose files name experts one by one, it takes such a name for experts, in layers without
+    experts and for shared experts too.
+
+    Args:
+        module: base model, of which only ``config`` is read.
+        sites: names of the linears that get an adapter.
+    """
+    return sorted(
+        last
+        for last in {site.rpartition(".")[2] for site in sites}
+        if not _peft_applies(module, last)
+    )
+
+
+def _peft_applies(module: nn.Module, last: str) -> bool:
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+    except ImportError:  # an older PEFT, which renames nothing
+        return True
+    asked = LoraConfig(target_modules=[last])
+    try:
+        convert_peft_config_for_transformers(asked, SimpleNamespace(config=module.config), None)  # type: ignore[arg-type]
+    except ValueError:  # one of two names that PEFT joins
+        return False
+    return last in (asked.target_modules or ())
+
+
+def not_applied(names: Collection[str]) -> str:
+    """Return a sentence about what ``dropped_by_peft`` found."""
+    return (
+        f"PEFT {peft.__version__} does not apply a LoRA on {', '.join(names)} over this "
+        "architecture, whose experts have the same names: it drops those tensors with a warning, "
+        "and computes other outputs than the run"
+    )
 
 
 def _faults(config: Mapping[str, Any]) -> list[str]:

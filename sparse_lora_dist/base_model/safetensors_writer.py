@@ -29,6 +29,11 @@ ABOUT_ONE = 128
 tensor's name."""
 
 
+def header_room(names: Iterable[str]) -> int:
+    """Return an upper bound of the bytes of the headers of files with tensors of these names."""
+    return sum(len(json.dumps(name)) + ABOUT_ONE for name in names)
+
+
 class SafetensorsWriter:
     """Writes tensors to a folder of safetensors files with an index. Not collective.
 
@@ -64,7 +69,7 @@ class SafetensorsWriter:
         Raises:
             OSError: the file cannot be written, for example since the disk is full.
         """
-        about_it = len(json.dumps(name)) + ABOUT_ONE
+        about_it = header_room([name])
         full = self._position >= FILE_BYTES or self._header_bytes + about_it > self._room
         if full or not self._files:
             self._begin_file()

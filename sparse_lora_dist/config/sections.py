@@ -237,6 +237,9 @@ class RunConfig:
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where to compute. auto: on GPUs, or on the CPU of a machine that has none; a GPU that PyTorch
     cannot use is an error."""
+    deterministic: bool = False
+    """On GPUs, compute with operations that give the same bits each time: slower. On CPUs they
+    always do."""
     output_dir: str = "runs/default"
     """Run folder for checkpoints, metrics and the final adapter. Created if missing."""
     resume: str = "never"

@@ -74,11 +74,24 @@ def find_template(
             "has {{ or {% in it. Give the path of a file, or the text of a template."
         )
     try:
-        return path.read_text(encoding="utf-8-sig")  # an editor may put a mark of UTF-8 before it
+        text = path.read_text(encoding="utf-8-sig")  # an editor may put a mark of UTF-8 before it
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--chat_template {chat_template} cannot be read: {error}. Give a UTF-8 text file."
         ) from error
+    if _is_json(text):
+        raise UserError(
+            f"--chat_template {chat_template} is a JSON file, and no jinja text. Write the text "
+            "of its key chat_template into a file of its own, with line breaks for \\n."
+        )
+    return text
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict | list)
+    except (ValueError, RecursionError):
+        return False
 
 
 @lru_cache(maxsize=1)
@@ -463,6 +476,8 @@ def render_text(
     messages: list[Message],
     template: str | None,
     tools: Tools = None,
+    *,
+    asks: bool = False,
 ) -> str:
     """Return a chat as the text that a template writes.
 
@@ -471,6 +486,7 @@ def render_text(
         messages: the chat.
         template: jinja text that renders the chat.
         tools: functions that the model may call, which the template renders.
+        asks: True to add what the template writes for the model to answer next.
 
     Raises:
         ExampleError: the template refuses the chat.
@@ -478,7 +494,11 @@ def render_text(
     with _refusals_of_a_template():
         return str(
             tokenizer.apply_chat_template(
-                messages, tools=tools, chat_template=template, tokenize=False
+                messages,
+                tools=tools,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=asks,
             )
         )
 
@@ -490,15 +510,28 @@ def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 def _framed(tokenizer: PreTrainedTokenizerFast, ids: list[int], *, ends: bool = True) -> list[int]:
-    """Add bos and eos to ``ids``, unless they are there already or the tokenizer has none.
+    """Add to ``ids`` the special tokens that the tokenizer puts around a text, and eos at the end,
+    unless they are there already or the tokenizer has none.
 
     Args:
-        tokenizer: tokenizer of the model; bos is added only if the tokenizer adds it to texts.
+        tokenizer: tokenizer of the model.
         ids: token ids of a text.
-        ends: True to add eos; False for a prompt that an answer follows.
+        ends: True to end the text; False for a prompt that an answer follows.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    starts_with_bos = bos is not None and tokenizer("").input_ids[:1] == [bos]
-    before = [bos] if starts_with_bos and ids[:1] != [bos] else []
-    after = [eos] if ends and eos is not None and ids[-1:] != [eos] else []
-    return before + ids + after
+    eos = tokenizer.eos_token_id
+    before, after = _around_a_text(tokenizer)
+    ids = ids if ids[: len(before)] == before else before + ids
+    if not ends or (eos is not None and ids[-1:] == [eos]):
+        return ids
+    ids = ids if after == ids[len(ids) - len(after) :] else ids + after
+    return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
+
+
+def _around_a_text(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """Return the ids of the special tokens that a tokenizer puts before a text, such as bos or
+    [gMASK]<sop>, and after it."""
+    text, whole = _ids(tokenizer, "a"), tokenizer("a").input_ids
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start], whole[start + len(text) :]
+    return [], []

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.data.chat import has_marks, is_template, render_text
 from sparse_lora_dist.data.examples import Examples
-from sparse_lora_dist.data.fields import MESSAGES, TOOLS, Fields, tools_of
+from sparse_lora_dist.data.fields import MESSAGES, TOOLS, ExampleError, Fields, tools_of
 
 MOST_SHOWN = 6
 """Most names of a list on the screen. Further ones are only counted."""
@@ -252,6 +253,37 @@ def answers_cut(
             "trained without them. Give a --chat_template that writes them."
         )
     return " ".join(notes)
+
+
+def asked_otherwise(
+    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> str:
+    """Return a note that the text with which the chat template asks for an answer is not what
+    stands before an answer in training; "" if it is in the first 100 examples.
+
+    Args:
+        examples: the examples.
+        fields: columns that are read.
+        tokenizer: tokenizer of the base.
+        template: jinja text that renders chats; None if they are joined as they are.
+    """
+    for record in islice(examples, 100 if template is not None else 0):
+        messages = fields.messages(record)
+        tools = tools_of(record) if fields.has_tools else None
+        if len(messages) < 2 or messages[-1]["role"] != "assistant":
+            continue
+        with suppress(ExampleError):  # templates may refuse a chat that ends otherwise
+            asked = render_text(tokenizer, messages[:-1], template, tools, asks=True)
+            before = render_text(tokenizer, messages[:-1], template, tools)
+            if asked != before and not render_text(tokenizer, messages, template, tools).startswith(
+                asked
+            ):
+                return (
+                    f"the chat template asks for an answer with {asked[-60:]!r}, but in training "
+                    "other text stands before the answer. Programs that use the model ask with "
+                    "it. Give a --chat_template that writes the same in both places."
+                )
+    return ""
 
 
 def quoted_cells(examples: Examples, columns: Collection[str]) -> str:

@@ -38,6 +38,7 @@ from sparse_lora_dist.data.read_files import cache_of, plainly, read_examples, r
 from sparse_lora_dist.data.reading import (
     Reading,
     answers_cut,
+    asked_otherwise,
     describe,
     no_end,
     not_learned,
@@ -56,7 +57,7 @@ from sparse_lora_dist.errors import UserError
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
 """Label of a token or row without a loss; torch's cross entropy ignores it."""
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Version of the cache of tokens. Increase it when a change of this code gives other tokens for the
 same text, so that old caches are not used."""
 TXT = Fields(kind="text", columns=("text",))
@@ -341,6 +342,7 @@ def _reading(
         lost,
         quoted,
         answers_cut(examples, fields, tokenizer, template),
+        asked_otherwise(examples, fields, tokenizer, template),
         text_in_place_of_arguments(examples, template),
         rows_of_another_template(examples, template, tokenizer.chat_template),
     )

@@ -33,8 +33,8 @@ from sparse_lora_dist.system.cgroups import cpu_limit
 
 traffic_bytes: Counter[str] = Counter()
 """Bytes of tensors that this rank received through this module, by kind of collective: all_gather,
-all_reduce, broadcast. An all_reduce counts twice the bytes of its tensor, which is what a ring
-all-reduce moves. DeepSpeed's own collectives and pickled objects are not counted."""
+all_reduce, reduce_scatter, broadcast. An all_reduce counts twice the bytes of its tensor, which is
+what a ring all-reduce moves. DeepSpeed's own collectives and pickled objects are not counted."""
 
 _patient: Any = None
 """Process group of all ranks (gloo, on CPUs) with a timeout of one day. It is for long waits, such
@@ -351,6 +351,31 @@ def sum_over_ranks(t: Tensor) -> Tensor:
     """
     _enter("sum_over_ranks")
     return _reduce(t, dist.ReduceOp.SUM)
+
+
+def sum_to_shards(t: Tensor, share: int) -> Tensor:
+    """Return this rank's share of the sum of the ranks' tensors. Collective.
+
+    Each rank receives one share from every rank, where ``sum_over_ranks`` would give it all.
+
+    Args:
+        t: this rank's tensor, of the same shape and dtype on every rank.
+        share: number of elements of a share, so that ``world_size`` shares hold all of ``t``.
+
+    Returns:
+        A new 1-D tensor: elements ``rank * share`` to ``(rank + 1) * share`` of the flattened sum,
+        fewer or none at its end.
+    """
+    _enter("sum_to_shards")
+    flat = t.flatten()
+    if world_size() == 1:
+        return flat.clone()
+    padded = torch.nn.functional.pad(flat, (0, share * world_size() - flat.numel()))
+    own = flat.new_empty(share)
+    dist.reduce_scatter_tensor(own, padded)
+    traffic_bytes["reduce_scatter"] += padded.nbytes - own.nbytes
+    start = min(share * rank(), flat.numel())
+    return own[: min(share, flat.numel() - start)]
 
 
 def max_over_ranks(t: Tensor) -> Tensor:

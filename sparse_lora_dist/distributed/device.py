@@ -1,10 +1,12 @@
 """Choose whether this process computes on a GPU or on the CPU, before DeepSpeed is imported, and
-describe the device for the screen."""
+describe the device for the screen. Compute with the same bits each time where that is asked for."""
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +20,15 @@ SIGNS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", COUNT, VISIBLE)
 """Environment variables with which Slurm or a person says that this job has a GPU."""
 NO_DEVICE = ("", "-1", "NoDevFiles")
 """Values of these variables that mean no GPU."""
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+SAME_BITS = {
+    # Two streams could otherwise share a workspace, which changes the order of sums.
+    CUBLAS: (":4096:8", ":16:8"),
+    # Sums inside the switch of the GPUs are not said to be the same each time.
+    "NCCL_NVLS_ENABLE": ("0",),
+}
+"""Environment variables -> values with which GPUs give the same bits each time (cuBLAS, section
+"Results reproducibility"). The first is set where the user has set none."""
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 """CUDA's major version -> oldest NVIDIA driver branch that runs it (NVIDIA's CUDA compatibility
 guide, "minor version compatibility")."""
@@ -50,6 +61,36 @@ def choose_device(asked: str) -> None:
     elif not torch.cuda.is_available():
         _refuse_unless_none(asked, os.environ)
         os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def check_same_bits(asked: bool) -> None:
+    """Raise UserError if ``asked`` and an environment variable is set so that a GPU's bits may
+    differ. Not a collective."""
+    for name, values in SAME_BITS.items() if asked else ():
+        if (found := os.environ.get(name, values[0])) not in values:
+            raise UserError(
+                f"--deterministic needs {name}={' or '.join(values)}, but the environment has "
+                f"{found!r}. Unset that variable, or leave --deterministic out."
+            )
+
+
+@contextmanager
+def same_bits(asked: bool) -> Iterator[None]:
+    """Context manager in which torch's operations on a GPU give the same bits each time, if
+    ``asked``. To be entered before anything is computed. Not a collective."""
+    if not asked:
+        yield
+        return
+    os.environ |= {name: values[0] for name, values in SAME_BITS.items()} | dict(os.environ)
+    memory: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    memory.fill_uninitialized_memory = False  # nothing reads such memory
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        memory.fill_uninitialized_memory = before[1]
 
 
 def _refuse_unless_none(asked: str, environ: Mapping[str, str]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from sparse_lora_dist.adapter.peft_agrees import not_applied
 from sparse_lora_dist.adapter.peft_config import APART
 from sparse_lora_dist.base_model.architecture import PRECISIONS, output_head
 from sparse_lora_dist.config.paths import real_path, with_commas
@@ -287,6 +288,8 @@ def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
         f"{max(ranks)} (--rank of the run: {lora.rank})",
         "entries": f"{live:,} in components with a nonzero update",
     }
+    if dropped := trained.manifest.get("dropped_by_peft"):
+        summary["in PEFT"] = f"{not_applied(dropped)}. Use --format merged or sparse_delta"
     if asked.uniform_rank:
         summary["rank"] = f"{max(ranks)} for all modules, smaller ones padded with zeros"
         if lora.full:

@@ -14,7 +14,11 @@ from torch import Tensor
 
 from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.safetensors_reader import FLOATS
-from sparse_lora_dist.base_model.safetensors_writer import NAMES, SafetensorsWriter
+from sparse_lora_dist.base_model.safetensors_writer import (
+    NAMES,
+    SafetensorsWriter,
+    header_room,
+)
 from sparse_lora_dist.distributed.console import with_progress
 from sparse_lora_dist.export.merged_files import copy_other_files
 from sparse_lora_dist.export.open_base import Base
@@ -75,7 +79,9 @@ class Merge:
             folder: Empty folder to write into.
         """
         copy_other_files(trained, base, folder, self.dtype)
-        out = SafetensorsWriter(folder)
+        linears = [f"{site.name}.weight" for site in trained.sites]
+        room = header_room({*base.files.entries, *base.keys_of, *trained.full, *linears})
+        out = SafetensorsWriter(folder, room)
         try:
             entries = sorted(base.files.entries.items(), key=lambda e: (e[1].file, e[1].start))
             names = {keys[0]: name for name, keys in base.keys_of.items() if len(keys) == 1}

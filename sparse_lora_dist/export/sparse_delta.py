@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter
+from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter, header_room
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.export.weight_change import WeightChange
@@ -78,7 +78,8 @@ def write_sparse_delta(trained: Trained, folder: Path) -> Sparsity:
         Sparsity over all linears with an adapter, including those without a nonzero update.
     """
     changed, max_changed, shapes = 0, 0, {}
-    out = SafetensorsWriter(folder, stem=STEM)
+    names = [f"{site.name}.{part}" for site in trained.sites for part in ("indices", "values")]
+    out = SafetensorsWriter(folder, header_room(names), stem=STEM)
     try:
         for site, change in trained.changes():
             indices_N, values_N = nonzeros(change)

@@ -8,11 +8,11 @@ components that all linears together keep. It falls from b_0 at step begin to b_
 
 The method decides every `adalora_every` steps from `adalora_begin` on: the b_t components of
 highest score keep their lambda, and the lambda of all others becomes zero (equation 6). The score
-of an entry is the smoothed |w * dL/dw| times its smoothed deviation; that of a component is the sum
-over its entries (`shared/triplets.py`). A and B of all components go on training, so a component
-may return. The last choice comes when the fraction `adalora_final` of the run is left, and is
-final: the other components lose A, B and lambda and are no longer computed. A linear may end
-without any component.
+of an entry is the smoothed |w * dL/dw| times its smoothed deviation; that of a component is the
+score of lambda_i plus the mean over row i of A and the mean over column i of B
+(`shared/triplets.py`). A and B of all components go on training, so a component may return. The
+last choice comes when the fraction `adalora_final` of the run is left, and is final: the other
+components lose A, B and lambda and are no longer computed. A linear may end without any component.
 
 This implementation differs from the released code (github.com/QingruZhang/AdaLoRA, d10f5eb) and
 PEFT:

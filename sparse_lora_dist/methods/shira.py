@@ -143,8 +143,7 @@ def cost_of_gradients(context: RunContext, steps: int) -> str:
     held = 4e-9 * weights / steps
     return (
         f"calibration gradients take {held:,.2f} GB over all ranks together in the first steps "
-        f"({steps}), and the memory plan does not count them. Raise --shira_calibration_steps to "
-        "lower this"
+        f"({steps}). Raise --shira_calibration_steps to lower this"
     )
 
 

@@ -315,9 +315,27 @@ def _adapter(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Li
     yield _line("moments", "adapter: moments, at their peak", state_at, size, *TRAINED)
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     yield _line("statistics", "adapter: statistics", state_at, statistics, *TRAINED)
+    label = "base gradients that choose the entries, in the first steps"
+    yield _line("collected", label, where, collected_bytes(shapes, ranks), "pass", "step")
     label = "copy of a checkpoint while it is written"
     during = TRAINED if writes_beside_training(shapes) else ("save",)
     yield _line("saved_copy", label, "host", saved_bytes(shapes, ranks), *during)
+
+
+def collected_bytes(shapes: Shapes, ranks: Ranks) -> int:
+    """Return the bytes on one rank of the fp32 gradients of base weights that the method collects
+    (``Rewriting.collects_gradient``), in the step that collects most."""
+    sites, now = shapes.run_context.sites, shapes.method.rewriting
+    if now is None or now.collects_gradient is None:
+        return 0
+    most = 0
+    for step in range(1, shapes.run_context.total_steps + 1):
+        collected = [s for i, s in enumerate(sites) if now.collects_gradient(step, i)]
+        if not collected:  # the first steps collect
+            break
+        shares = (-(-s.out_features * s.in_features // ranks.world_size) for s in collected)
+        most = max(most, 4 * sum(shares))
+    return most
 
 
 def _working_set(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:

@@ -76,9 +76,9 @@ class PlanConfig:
     def __post_init__(self) -> None:
         problems = at_least(self, 1, "world_size", "nodes")
         problems += at_least(self, LEAST_RATE, "disk_gb_per_s", "tflops", "network_gb_per_s")
-        if self.nodes >= 1 and self.world_size % self.nodes:
+        if self.world_size < self.nodes:
             problems.append(
-                f"--world_size must be a multiple of --nodes, got {self.world_size} ranks on "
+                f"--world_size must be at least --nodes, got {self.world_size} ranks on "
                 f"{self.nodes} nodes"
             )
         elif self.nodes >= 1 and self.world_size > MAX_PER_NODE * self.nodes:

@@ -15,6 +15,7 @@ NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 """Texts of libraries that get no more memory from the system."""
+NOT_SAME_BITS = "does not have a deterministic implementation"
 GPU_WORDS = 400
 """Letters of torch's text about a full GPU: what was asked for, allocated and free."""
 NO_TEMPORARY = "No usable temporary directory"
@@ -41,6 +42,12 @@ def in_plain_words(error: BaseException) -> str | None:
                 "--gradient_checkpointing true, a smaller --micro_batch_size or --sequence_length, "
                 "--ds_config zero3_offload or more ranks: the plan in the line 'memory' lists what "
                 "each saves. See with nvidia-smi whether another program uses the GPU."
+            )
+        if NOT_SAME_BITS in str(one):  # torch's, under --deterministic
+            return (
+                f"--deterministic true: on a GPU the model needs {str(one).split()[0]}, which "
+                "torch has only with sums in any order. Leave --deterministic out: ranks still "
+                "agree on every bit, but another run may differ from this one by rounding."
             )
         if _is_of_memory(one):
             return (

@@ -28,6 +28,7 @@ def print_summary(
     *,
     target: str,
     adapter_bytes: int,
+    dropped: Sequence[str],
     is_lora: bool,
     goes_on: bool,
 ) -> None:
@@ -41,6 +42,7 @@ def print_summary(
         rows: lines of metrics.jsonl as dicts, from ``read_records``.
         target: what the loss is a mean over: "token" or "example".
         adapter_bytes: size of the exported adapter in bytes; 0 if none was exported.
+        dropped: what PEFT drops of the adapter, from ``dropped_by_peft``.
         is_lora: True if the trained adapter can be exported as a LoRA adapter.
         goes_on: True if a run that has done all its steps may be continued with more.
     """
@@ -56,9 +58,10 @@ def print_summary(
     print_line("result", gain(rows, target))
     print_line("live", sparsity(rows))
     if adapter_bytes:
-        print_line(
-            "adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), opens in peft.PeftModel"
-        )
+        opens = "opens in peft.PeftModel"
+        if dropped and is_lora:
+            opens = f"which PEFT applies without {', '.join(dropped)}: export a merged model"
+        print_line("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), {opens}")
     if not is_lora:
         export = f"{command('python')} launcher/export.py {quote(str(folder))} --format merged"
         print_line("model", f"{export} --output {quote(f'{folder}/merged')}")
@@ -178,7 +181,7 @@ def next_command(config: Config, feed: DataFeed, progress: Progress) -> str:
     """
     launch = this_launch()
     words = [f"{command('deepspeed')} --quiet --num_gpus {comm.world_size()} {feed.program}"]
-    on_nodes = launch.launcher == "deepspeed" and launch.local_size < launch.world_size
+    on_nodes = launch.local_size < launch.world_size
     if launch.launcher in ("torchrun", "mpirun", "srun") or on_nodes:
         words = ["the same launcher and program with"]
     words += [f"--config {quote(f'{config.run.output_dir}/run.yaml')} --resume auto"]

@@ -81,6 +81,29 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+def test_a_node_may_have_fewer_ranks_than_another(two_layers: str) -> None:
+    """As the command says that a run on 2 + 1 ranks prints. The fullest node is planned."""
+    uneven = outcome(model=two_layers, world_size=3, nodes=2, gpu_memory="80GB")
+    assert uneven.ranks.per_node == 2
+    with pytest.raises(ConfigError, match="at least --nodes, got 1 ranks on 2 nodes"):
+        request(two_layers, world_size=1, nodes=2)
+
+
+@pytest.mark.parametrize(("steps", "of"), [(1, 1), (2, 2)])
+def test_gradients_that_choose_entries_are_counted(two_layers: str, steps: int, of: int) -> None:
+    """SHiRA: an fp32 number for each weight of the linears, sharded; --shira_calibration_steps 2
+    collects every second linear."""
+    chosen = {"method": "shira", "shira_support": "snip", "shira_calibration_steps": steps}
+    lines = {
+        line.key: line.bytes
+        for line in outcome(model=two_layers, world_size=8, **chosen).memory.lines
+    }
+    h, kv, wide = 8192, 1024, 28672
+    layer = [h * h, kv * h, kv * h, h * h, wide * h, wide * h, h * wide] * 2
+    most = max(4 * sum(layer[first::of]) // 8 for first in range(of))
+    assert lines["collected"] == {"pass": most, "step": most}
+
+
 # Against real shards
 
 

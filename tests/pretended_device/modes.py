@@ -54,6 +54,14 @@ FROM_NUMBERS = {torch.tensor, torch.as_tensor, Tensor.new_tensor, torch.scalar_t
 """Functions that copy Python's numbers to the device, for which the host waits."""
 
 
+IN_ANY_ORDER = {
+    f"aten::{name}"
+    for name in "kthvalue histc put put_ median.dim nll_loss2d_forward scatter_reduce".split()
+}
+"""Operations that have no deterministic implementation on a GPU, as torch's documentation of
+``use_deterministic_algorithms`` lists them, and kthvalue, whose index of a tie is any."""
+
+
 class Generator(torch._C.Generator):
     """A random generator that knows on which device it would be."""
 
@@ -88,6 +96,7 @@ class Operations(TorchDispatchMode):
         if device:
             _check_mix(name, args, host, tensors)
             _count_wait(name, args)
+            _check_order(name, args, kwargs)
         return self._run(func, args, kwargs, tensors, device, into)
 
     @staticmethod
@@ -154,6 +163,18 @@ def _count_wait(name: str, args: tuple[Any, ...]) -> None:
     )
     if name in WAITS or by_mask:
         world.wait(f"{name} by a mask" if by_mask else name)
+
+
+def _check_order(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Record what torch would refuse under ``use_deterministic_algorithms``."""
+    if not torch.are_deterministic_algorithms_enabled():
+        return
+    sums_floats = (
+        name in ("aten::cumsum", "aten::cumsum_")
+        and (kwargs.get("dtype") or args[0].dtype).is_floating_point
+    )
+    if sums_floats or name in IN_ANY_ORDER:
+        world.problem(f"no deterministic {name}")
 
 
 def crosses(t: Tensor, *, to_device: bool, non_blocking: bool) -> None:

@@ -51,8 +51,8 @@ def problems(found: list[list[dict[str, Any]]]) -> list[str]:
 
 
 def test_a_run_with_all_that_a_step_may_have(tiny: TinyRun, tmp_path: Path) -> None:
-    """AdaLoRA with dropout, gradient checkpointing, accumulation, a checkpoint and a resume, and
-    an evaluation of what it wrote."""
+    """AdaLoRA with dropout, gradient checkpointing, accumulation, the same bits each time, a
+    checkpoint and a resume, and an evaluation of what it wrote."""
     options = {
         "method": "adalora",
         **LAWS["adalora"].on,
@@ -62,6 +62,7 @@ def test_a_run_with_all_that_a_step_may_have(tiny: TinyRun, tmp_path: Path) -> N
         "max_steps": 8,
         "eval_every": 4,
         "precision": "bf16",
+        "deterministic": "true",
     }
     out = tmp_path / "run"
     first = tiny.flags(out, **options, stop_after=4)
@@ -127,6 +128,7 @@ def with_layers(tiny: TinyRun, folder: Path, count: int) -> Path:
 def test_the_host_waits_for_no_linear(tiny: TinyRun, tmp_path: Path, method: str) -> None:
     """A step of 4 layers waits as often as one of 2. Decisions are counted apart."""
     options = {"method": method, **LAWS[method].on, "max_steps": STEPS, "log_every": STEPS}
+    options["deterministic"] = "true"
     runs = []
     for layers in (2, 4):
         model = with_layers(tiny, tmp_path / f"model_{layers}", layers)
@@ -135,6 +137,7 @@ def test_the_host_waits_for_no_linear(tiny: TinyRun, tmp_path: Path, method: str
     for phase in PHASES:
         few, many = (_own_waits(found["waits"].get(phase, {})) for found in (two, four))
         assert many.total() == few.total(), (phase, many - few)
+    assert not [p for run in (two, four) for p in run["problems"] if "deterministic" in p]
 
 
 def test_lengths_of_documents_are_copied_once_a_micro_batch(tiny: TinyRun, tmp_path: Path) -> None:

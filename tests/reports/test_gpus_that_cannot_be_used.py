@@ -156,6 +156,27 @@ def test_a_full_gpu_says_what_to_change() -> None:
         assert words in said
 
 
+def test_the_same_bits_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+    monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
+    device.check_same_bits(asked=False)
+    with pytest.raises(UserError, match=r"CUBLAS_WORKSPACE_CONFIG=:4096:8 or :16:8.*':0:0'"):
+        device.check_same_bits(asked=True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    device.check_same_bits(asked=True)
+    with device.same_bits(asked=True):
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+        assert os.environ["NCCL_NVLS_ENABLE"] == "0"
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_without_the_same_bits_is_named() -> None:
+    text = "cumsum_cuda_kernel does not have a deterministic implementation, but you set"
+    said = in_plain_words(RuntimeError(text)) or ""
+    assert "cumsum_cuda_kernel" in said and "--deterministic" in said
+
+
 @pytest.mark.parametrize(
     "text",
     [

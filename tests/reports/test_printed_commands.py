@@ -46,6 +46,7 @@ def test_the_commands_of_the_summary(
         [],
         target="token",
         adapter_bytes=1,
+        dropped=[],
         is_lora=is_lora,
         goes_on=False,
     )

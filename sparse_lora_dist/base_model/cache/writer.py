@@ -29,8 +29,8 @@ from sparse_lora_dist.base_model.frozen_linear import QuantLinear
 from sparse_lora_dist.base_model.quant_experts import QuantExperts
 from sparse_lora_dist.base_model.safetensors_reader import CPU, CheckpointFiles, Entry, Source
 from sparse_lora_dist.base_model.safetensors_writer import (
-    ABOUT_ONE,
     SafetensorsWriter,
+    header_room,
     write_synced,
 )
 from sparse_lora_dist.base_model.weight_map import STATE, STATE_TENSORS, Sources
@@ -86,7 +86,7 @@ def write_cache(
     plain = {key: entry for key, entry in files.entries.items() if key not in quantized}
     parts = ("", STATE + "nf4", *STATE_TENSORS)
     names = [*plain, *(key + part for key in quantized for part in parts)]
-    header_bytes = sum(len(json.dumps(name)) + ABOUT_ONE for name in names)
+    header_bytes = header_room(names)
     needed = sum(h.layout.packed_bytes + h.layout.scale_bytes for h in held)
     needed += sum(e.nbytes for e in plain.values()) + len(quantized) * SMALL_PARTS + header_bytes
 
