@@ -6,8 +6,10 @@ functions, so that ``--help`` and option errors need not wait for transformers a
 """
 
 import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.runtime.entry_point import run_program
@@ -23,60 +25,56 @@ if TYPE_CHECKING:
     from sparse_lora_dist.show.show_options import ShowRequest
 
 
+def _reader(module: str, name: str) -> Callable[[Sequence[str]], Any]:
+    """Return the function of a module that reads a program's options. The module is imported, with
+    libraries, once that function is called, so that a failure has its message."""
+
+    def read(argv: Sequence[str]) -> Any:
+        with large_imports():
+            function = getattr(import_module(f"sparse_lora_dist.{module}"), name)
+        return function(argv)
+
+    return read
+
+
 def train() -> None:
     """Fine-tune a sharded 4-bit language model, or check the checkpoints of ``--verify``."""
-    from sparse_lora_dist.config.load import load_config
-
-    run_program(sys.argv[1:], load_config, _train)
+    run_program(sys.argv[1:], _reader("config.load", "load_config"), _train)
 
 
 def evaluate() -> None:
     """Evaluate a sharded model with or without adapters."""
-    from sparse_lora_dist.evaluation.eval_options import load_request
-
-    run_program(sys.argv[1:], load_request, _evaluate)
+    run_program(sys.argv[1:], _reader("evaluation.eval_options", "load_request"), _evaluate)
 
 
 def edit() -> None:
     """Change facts that a language model knows."""
-    from sparse_lora_dist.editing.edit_options import load_request
-
-    run_program(sys.argv[1:], load_request, _edit)
+    run_program(sys.argv[1:], _reader("editing.edit_options", "load_request"), _edit)
 
 
 def export() -> None:
     """Export the adapter of a run as files that other tools open."""
-    from sparse_lora_dist.export.export_options import load_request
-
-    run_program(sys.argv[1:], load_request, _export)
+    run_program(sys.argv[1:], _reader("export.export_options", "load_request"), _export)
 
 
 def grid() -> None:
     """Print the runs of a sweep, or the options of one."""
-    from sparse_lora_dist.config.sweep import load_grid, show
-
-    run_program(sys.argv[1:], load_grid, show)
+    run_program(sys.argv[1:], _reader("config.sweep", "load_grid"), _grid)
 
 
 def plan() -> None:
     """Plan the memory, traffic and time of a run."""
-    from sparse_lora_dist.plan.plan_options import load_request
-
-    run_program(sys.argv[1:], load_request, _plan)
+    run_program(sys.argv[1:], _reader("plan.plan_options", "load_request"), _plan)
 
 
 def report() -> None:
     """Write a report of a run as one HTML page, or compare several runs."""
-    from sparse_lora_dist.report.report_options import load_request
-
-    run_program(sys.argv[1:], load_request, _report)
+    run_program(sys.argv[1:], _reader("report.report_options", "load_request"), _report)
 
 
 def show() -> None:
     """Print the modules of an adapter or a checkpoint."""
-    from sparse_lora_dist.show.show_options import load_request
-
-    run_program(sys.argv[1:], load_request, _show)
+    run_program(sys.argv[1:], _reader("show.show_options", "load_request"), _show)
 
 
 def examples() -> None:
@@ -133,6 +131,12 @@ def _export(request: "ExportRequest") -> None:
         from sparse_lora_dist.export.export_command import export
 
     export(request)
+
+
+def _grid(request: Any) -> None:
+    from sparse_lora_dist.config.sweep import show
+
+    show(request)
 
 
 def _plan(request: "PlanRequest") -> None:

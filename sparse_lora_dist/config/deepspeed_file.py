@@ -217,7 +217,11 @@ def kind_in_words(kind: Any) -> str:
         return "one of " + ", ".join(kind)
     if isinstance(kind, dict):
         return "a {...} block"
-    words = {bool: "true or false", int: "a whole number from 0 up", float: "a number from 0 up"}
+    words = {
+        bool: "true or false",
+        int: "a whole number from 0 up (below 2**63)",
+        float: "a number from 0 up (below 2**63)",
+    }
     return words.get(kind, "text")
 
 

@@ -87,6 +87,7 @@ zero_optimization.stage may be left out."""
 
 AT_LEAST_ONE = {
     "steps_per_print",
+    "zero_optimization.reduce_bucket_size",
     "zero_optimization.offload_param.buffer_count",
     "zero_optimization.offload_param.buffer_size",
     "aio.block_size",

@@ -31,7 +31,7 @@ class Batch:
     """One micro-batch of one rank, for language modelling. All tensors are int64."""
 
     input_ids_MT: Tensor
-    """[M, T], token ids, padded with the pad token."""
+    """[M, T], token ids, padded."""
     labels_MT: Tensor
     """[M, T], target ids, not shifted; -100 for tokens without a loss."""
     position_ids_MT: Tensor
@@ -150,13 +150,14 @@ def micro_batches(
 def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: bool) -> Batch:
     """Make a micro-batch for language modelling: packed rows, padded to the longest of them.
 
-    A filler row is one pad token without a loss.
+    Rows are padded with their last token, and a filler row is one token without a loss. A pad token
+    would do the same, but where its embedding is zero, some models divide by the norm of it.
 
     Args:
         rows: rows of the data set.
         numbers: row numbers in the stream of rows (see ``Rows``), one for each row of the batch;
             ``FILLER`` stands for a filler row.
-        pad_id: token id used as padding.
+        pad_id: token id used as padding by other tasks.
         shuffle: True to read each epoch in its own random order; False to keep the order of
             ``rows``.
 
@@ -164,14 +165,16 @@ def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: 
         The batch, with its tensors on CPU.
     """
     filler = Row(
-        input_ids=np.array([pad_id]),
+        input_ids=rows[0].input_ids[:1],
         labels=np.array([NOT_A_TARGET]),
         position_ids=np.array([0]),
     )
     parts = [filler if n == FILLER else rows[rows.index(n, shuffle=shuffle)] for n in numbers]
     length = padded_length([len(p.input_ids) for p in parts], rows.sequence_length)
     return Batch(
-        input_ids_MT=padded([p.input_ids for p in parts], length, pad_id),
+        input_ids_MT=_stack(
+            [np.pad(p.input_ids, (0, length - len(p.input_ids)), mode="edge") for p in parts]
+        ),
         labels_MT=padded([p.labels for p in parts], length, NOT_A_TARGET),
         # Positions restart at the padding, so that it is a document of its own. If they continued,
         # attention would see it as part of the last document.

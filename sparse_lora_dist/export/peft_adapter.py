@@ -37,7 +37,8 @@ class NothingLives(UserError):
     def __init__(self) -> None:
         super().__init__(
             "no component of any adapter has a nonzero update, so there is no LoRA to write. "
-            "Prune less, train longer or set a higher --learning_rate.",
+            "If steps were left out (bad_steps.jsonl), see what made their loss or gradient not "
+            "finite; otherwise prune less, train longer or set a higher --learning_rate.",
             shared=True,
         )
 

@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EDQUOT)
+UNWRITABLE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.ENOENT, errno.EEXIST),  # EEXIST: a file is in its place
+)
 """Errors of a folder that cannot be made or written."""
 NO_MEMORY = re.compile(
     r"cannot allocate memory|can't allocate memory|can't start new thread|std::bad_alloc"
@@ -120,7 +123,8 @@ def caches(environ: Mapping[str, str]) -> dict[str, Path]:
         "TORCH_EXTENSIONS_DIR": cache / "torch_extensions",
         "MPLCONFIGDIR": Path(environ.get("XDG_CONFIG_HOME") or home / ".config") / "matplotlib",
     }
-    return {name: Path(environ.get(name) or folder) for name, folder in usual.items()}
+    found = {name: environ.get(name) or folder for name, folder in usual.items()}
+    return {name: Path(os.path.abspath(folder)) for name, folder in found.items()}
 
 
 def _of_cache(error: BaseException, environ: Mapping[str, str]) -> str | None:
@@ -153,8 +157,7 @@ def _writes(path: Path) -> bool:
 def _paths(error: OSError) -> Iterator[Path]:
     names = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
     for name in [*names, *QUOTED_PATH.findall(str(error))]:
-        if os.path.isabs(name):
-            yield Path(name)
+        yield Path(os.path.abspath(name))
 
 
 def _is_of_memory(error: BaseException) -> bool:

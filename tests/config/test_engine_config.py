@@ -106,6 +106,8 @@ def test_shipped_file_is_good_and_reduces_in_fp32(path):
         ("fp16", {"enabled": True}, "fp16.enabled is true, but it must be false"),
         ("amp", {"enabled": True}, "not a supported key"),
         ("bfloat16", {"enabled": True}, "Write bf16"),
+        ("zero_optimization.reduce_bucket_size", 0, "must be at least 1"),
+        ("zero_optimization.reduce_bucket_size", 2**63, r"from 0 up (below 2**63)"),
         ("bf16.enabled", "yes", "must be true or false"),
         ("bf16", True, "must be a {...} block"),
         ("communication_data_type", "bf16", 'must be "fp32", because importance statistics'),

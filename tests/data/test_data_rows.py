@@ -150,7 +150,7 @@ def test_the_last_partial_batch_is_filled_with_rows_that_teach_nothing(documents
     assert first.num_targets == int((rows[n - 1].labels != -100).sum())
     assert second.num_targets == 0
     assert second.input_ids_MT.shape == (2, 8)
-    assert (second.input_ids_MT == PAD).all()
+    assert (second.input_ids_MT == int(rows[0].input_ids[0])).all()  # an embedding that is not 0
 
 
 def test_the_targets_of_an_epoch_are_all_targets(documents):
@@ -173,7 +173,7 @@ def test_rows_are_padded_to_eights_but_not_past_the_sequence_length(documents):
     (batch,) = batches(rows, first_row=short, micro_batch_size=1, shuffle=False)
     n = len(rows[short].input_ids)
     assert n < 8
-    assert batch.input_ids_MT[0, n:].tolist() == [PAD] * (8 - n)
+    assert batch.input_ids_MT[0, n:].tolist() == [int(rows[short].input_ids[-1])] * (8 - n)
     assert batch.labels_MT[0, n:].tolist() == [-100] * (8 - n)
     assert batch.position_ids_MT[0].tolist() == [*range(n), *range(8 - n)]
     (wide,) = batches(rows, micro_batch_size=len(rows), shuffle=False)

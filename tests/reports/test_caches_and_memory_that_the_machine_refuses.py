@@ -55,6 +55,16 @@ def test_a_cache_that_cannot_be_written_is_named_with_its_variable(
     assert wanted in said
 
 
+def test_a_file_in_the_place_of_a_cache(
+    home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", "a_file")
+    said = in_plain_words(FileExistsError(errno.EEXIST, "File exists", "a_file"))
+    assert said is not None
+    assert said.startswith(f"The cache {tmp_path / 'a_file'} cannot be used: File exists")
+
+
 def test_the_variables_that_the_user_has_set_are_looked_at(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from sparse_lora_dist import programs
 from sparse_lora_dist.config.paths import with_commas
 from sparse_lora_dist.editing import edit_options
 from sparse_lora_dist.errors import ConfigError, UserError
@@ -99,6 +100,8 @@ def test_a_library_that_refuses_a_variable_is_one_sentence() -> None:
             raise ValueError("DS_ACCELERATOR must be one of ...")
     with pytest.raises(UserError, match=r"^mine$"), large_imports():
         raise UserError("mine")
+    with pytest.raises(UserError, match="cannot be imported: ModuleNotFoundError"):  # any program
+        programs._reader("not_here", "read")([])
 
 
 def test_a_python_in_which_the_libraries_do_not_run_is_refused() -> None:
