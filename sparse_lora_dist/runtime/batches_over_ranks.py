@@ -36,11 +36,11 @@ def in_batches(
     Returns:
         One result for each item, in the order of ``items``, on every rank.
     """
-    watchdog.set_phase(name)
     starts = range(0, len(items), batch_size)
     rank, world_size = comm.rank(), comm.world_size()
     own = []
     for first in with_progress(starts[::world_size], name):
+        watchdog.set_phase(name)  # a batch is progress, even if it needs no collective
         start = min(first + rank * batch_size, starts[-1])
         own.append(list(work(items[start : start + batch_size])))
     of_rank = comm.gather_objects(own)

@@ -127,11 +127,11 @@ def held_out_totals(
     Raises:
         Stopped: the run was asked to stop, before one of the batches.
     """
-    watchdog.set_phase("held-out loss")
     tallies = []
     with engine.evaluating():
         for batch in batches:
             stop_signals.check()
+            watchdog.set_phase("held-out loss")  # a batch is progress, even without a collective
             tallies.append(tally(engine, batch))
     totals = torch.stack(tallies).sum(dim=0)
     return comm.sum_over_ranks(totals)

@@ -7,15 +7,20 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from sparse_lora_dist.runtime import watchdog
+from sparse_lora_dist.runtime.batches_over_ranks import in_batches
 from sparse_lora_dist.system import processes
+from sparse_lora_dist.training.step import held_out_totals
 from tests.conftest import Ranks
 from tests.distributed.test_launchers import BIN, ENGINE, KEPT, REPOSITORY, TORCHRUN, deepspeed
 from tests.fixtures.tiny_run import TinyRun
@@ -54,6 +59,22 @@ def pool_of_two(**arguments: Any) -> Iterator[RankPool]:
     yield pool
     pool.close()
     thread.join()
+
+
+def test_each_batch_is_progress() -> None:
+    """With a base that is whole on every rank a batch enters no collective."""
+    marks: list[int] = []
+
+    def work(items: Any) -> Any:
+        marks.append(watchdog._place.marks)
+        return items
+
+    assert in_batches(range(7), 2, work, name="loss") == [*range(7)]
+    assert marks == [*range(marks[0], marks[0] + 4)]
+    engine: Any = SimpleNamespace(evaluating=nullcontext)
+    marks.clear()
+    held_out_totals(engine, [None] * 3, lambda *_: (work(_), torch.ones(1))[1])  # type: ignore[list-item]
+    assert marks == [*range(marks[0], marks[0] + 3)]
 
 
 def exit_codes(pool: RankPool, *ranks: int) -> list[int | None]:
