@@ -14,7 +14,7 @@ from math import lcm
 from pathlib import Path
 from typing import Any
 
-from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft, not_applied
+from sparse_lora_dist.adapter.peft_agrees import not_applied
 from sparse_lora_dist.base_model.weight_map import is_quantized
 from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.config.config import Config
@@ -337,7 +337,7 @@ def _build_method(config: Config, model: Model, total_steps: int) -> Method:
 
 
 def _of_peft(model: Model, method: Method) -> list[str]:
-    dropped = dropped_by_peft(model.module, [site.name for site in model.sites])
+    dropped = model.dropped_by_peft
     if not dropped or method.form(model.sites[0]).to_lora is None:
         return []
     return [f"{not_applied(dropped)}. Export with --format merged, or choose --target_modules"]

@@ -121,6 +121,22 @@ def read_flags(flags: Flags, options: Mapping[str, Option], problems: list[str])
     return given
 
 
+def given_again(flags: Flags) -> list[str]:
+    """Return a note for each option that the command line gives several times with other values.
+
+    Args:
+        flags: Flags of the command line.
+    """
+    values: dict[str, list[str]] = {}
+    for name, words in flags:
+        values.setdefault(name, []).append(" ".join(words))
+    return [
+        f"--{name} was given {len(found)} times, and the last counts: {SHORT.repr(found[-1])}"
+        for name, found in values.items()
+        if len(set(found)) > 1
+    ]
+
+
 def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) -> list[Given]:
     """Return the options in the YAML file of ``--config``, which has ``name: value`` lines.
 

@@ -12,7 +12,13 @@ from importlib.util import find_spec
 from typing import Any, NoReturn
 
 from sparse_lora_dist import methods
-from sparse_lora_dist.config.arguments import read_flags, read_yaml, split_argv, typed_values
+from sparse_lora_dist.config.arguments import (
+    given_again,
+    read_flags,
+    read_yaml,
+    split_argv,
+    typed_values,
+)
 from sparse_lora_dist.config.checks import raise_if
 from sparse_lora_dist.config.config import SECTIONS, Config
 from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts
@@ -68,9 +74,9 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     ]
     given = [*read_yaml(flags, options, problems), *read_flags(flags, options, problems)]
     values = typed_values(given, options, parser, problems)
+    notes = given_again(flags)
     if (folder := moved_run(flags, values)) is not None:
-        if "print_config" not in names and this_launch().rank == 0:
-            print(f"note      the run of {values['output_dir']} was moved, and goes on in {folder}")
+        notes.append(f"the run of {values['output_dir']} was moved, and goes on in {folder}")
         values["output_dir"] = folder
     config = build(values, options, problems, trains=program.trains)
     flat = {name: option.default for name, option in options.items()} | values
@@ -80,6 +86,8 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     assert config is not None, "raise_if has raised if a part is missing"
     if "print_config" in names:
         print_and_exit(yaml_of(config.as_flat_dict()))
+    for note in notes if this_launch().rank == 0 else ():
+        print(f"note      {note}")
     return config, own
 
 

@@ -52,6 +52,11 @@ def bad_path(place: str, text: str) -> list[str]:
     """
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
         return [f"{place} must be a path in UTF-8 without NUL characters, got {text!r}"]
+    if "\n" in text or "\r" in text:
+        return [
+            f"{place} must be a path without line breaks, got {text!r}. In YAML, | and > add one "
+            "at the end: write the path behind the colon"
+        ]
     if text.startswith("~") and expanded(text) == text:
         user = text.split("/")[0]
         return [f"{place} {text} cannot be found: there is no user {user[1:]}. Write the path out"]

@@ -286,6 +286,29 @@ def asked_otherwise(
     return ""
 
 
+def notes_on_text(
+    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast
+) -> tuple[str, ...]:
+    """Return the notes about the texts of data, whatever they are for."""
+    columns = fields.all_columns
+    notes = words_cut(examples, columns, tokenizer), quoted_cells(examples, columns)
+    return tuple(filter(None, notes))
+
+
+def notes_on_chats(
+    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> tuple[str, ...]:
+    """Return the notes about what the chat template makes of data."""
+    notes = (
+        writes_the_date(template),
+        answers_cut(examples, fields, tokenizer, template),
+        asked_otherwise(examples, fields, tokenizer, template),
+        text_in_place_of_arguments(examples, template),
+        rows_of_another_template(examples, template, tokenizer.chat_template),
+    )
+    return tuple(filter(None, notes))
+
+
 def quoted_cells(examples: Examples, columns: Collection[str]) -> str:
     """Return a note about cells of a TSV file that stand in quotes, as programs write those with a
     comma; "" if there are none in the first 1000 examples.

@@ -37,19 +37,14 @@ from sparse_lora_dist.data.local_files import Columns
 from sparse_lora_dist.data.read_files import cache_of, plainly, read_examples, readable
 from sparse_lora_dist.data.reading import (
     Reading,
-    answers_cut,
-    asked_otherwise,
     describe,
     no_end,
     not_learned,
-    quoted_cells,
+    notes_on_chats,
+    notes_on_text,
     renders_tools,
-    rows_of_another_template,
     template_source,
-    text_in_place_of_arguments,
     unread_keys,
-    words_cut,
-    writes_the_date,
     wrong_roles,
 )
 from sparse_lora_dist.errors import UserError
@@ -329,22 +324,17 @@ def _reading(
     train_on: TrainOn,
 ) -> Reading:
     """Return what was read of data for language modelling."""
-    lost = words_cut(examples, fields.all_columns, tokenizer)
-    quoted = quoted_cells(examples, fields.all_columns)
     if fields.kind == "text":
-        return describe(examples, fields.all_columns, notes=tuple(filter(None, (lost, quoted))))
+        return describe(
+            examples, fields.all_columns, notes=notes_on_text(examples, fields, tokenizer)
+        )
     learned = tokenizer.convert_ids_to_tokens(documents.targets_among(documents.ends.values()))
     finds_turns = train_on == "response" and fields.kind == "messages"
     notes = (
         "" if learned else no_end(documents.ends),
         not_learned(examples, template) if finds_turns else "",
-        writes_the_date(template),
-        lost,
-        quoted,
-        answers_cut(examples, fields, tokenizer, template),
-        asked_otherwise(examples, fields, tokenizer, template),
-        text_in_place_of_arguments(examples, template),
-        rows_of_another_template(examples, template, tokenizer.chat_template),
+        *notes_on_text(examples, fields, tokenizer),
+        *notes_on_chats(examples, fields, tokenizer, template),
     )
     return describe(
         examples,

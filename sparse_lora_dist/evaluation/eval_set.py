@@ -138,12 +138,10 @@ def open_eval_set(
         counts = found.report() if isinstance(found, Documents) else counted(len(found), "question")
         print_line(name, counts)
         if isinstance(found, Documents):
-            print_reading(found.reading, notes=False)
+            print_reading(found.reading, notes_of="--eval_data")
     if any(not isinstance(found, Documents) for found in items.values()):
         asked = table.reading(template, config.data.chat_template, tokenizer.chat_template)
-        print_reading(asked, notes=False)
-        for note in asked.notes:
-            print_line("note", f"--eval_data: {note}")
+        print_reading(asked, notes_of="--eval_data")
     return EvalSet(
         config=config,
         own=request.own,

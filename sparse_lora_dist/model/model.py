@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.inject import inject
 from sparse_lora_dist.adapter.linear import AdapterLinear
+from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft
 from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
@@ -186,6 +187,11 @@ class Model:
         )
         model._find_cache(options)
         return model
+
+    @property
+    def dropped_by_peft(self) -> list[str]:
+        """Last names of linears whose LoRA the installed PEFT does not apply."""
+        return dropped_by_peft(self.module, [site.name for site in self.sites])
 
     def _find_cache(self, options: ModelConfig) -> None:
         """Set ``cache`` if --base_cache is given and the base is not in 4 bits already.

@@ -354,7 +354,7 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         flag.lstrip("-"),
         f"{documents.report()}; {len(rows)} rows of up to {data.sequence_length} tokens",
     )
-    print_reading(documents.reading, notes=flag == "--data")
+    print_reading(documents.reading, notes_of=flag if flag == "--data" else None)
     return rows
 
 
@@ -370,14 +370,14 @@ def given(data: DataConfig, names: tuple[str, ...]) -> dict[str, bool]:
     return {f"--{name}": getattr(data, name) != getattr(default, name) for name in names}
 
 
-def print_reading(reading: Reading | None, *, notes: bool) -> None:
+def print_reading(reading: Reading | None, *, notes_of: str | None) -> None:
     """Print what of a data set was read and what was not, below the line of its numbers.
 
     Args:
         reading: what was read; None prints nothing.
-        notes: True to print the notes about data to train on too.
+        notes_of: option with which the notes about the data begin; None: they are not printed.
     """
     if reading is not None:
         print_line("", reading.report())
-        for note in reading.notes if notes else ():
-            print_line("note", f"--data: {note}")
+        for note in reading.notes if notes_of else ():
+            print_line("note", f"{notes_of}: {note}")

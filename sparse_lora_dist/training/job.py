@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist import checkpoint
-from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft
 from sparse_lora_dist.base_model.weight_map import is_quantized
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config.config import Config
@@ -290,7 +289,7 @@ class Job:
             "base": self.model.name,
             "base_in_4_bits": is_quantized(self.model.files),
             "full_modules": list(self.model.full),
-            "dropped_by_peft": self._dropped_by_peft,
+            "dropped_by_peft": self.model.dropped_by_peft,
             "saved_class": None if saved_class is None else saved_class.as_json(),
             "prompting": None if self.prompting is None else self.prompting.as_json(),
             "held_out_loss": held_out_loss,
@@ -365,22 +364,16 @@ class Job:
         if comm.rank() == 0:
             # No file: a checkpoint resumed into another folder with no step left to train.
             rows = read_records(self.metrics.path) if self.metrics.path.exists() else []
-            rows = of_the_same_rows(rows)
             print_summary(
                 self.config,
                 self.feed,
                 self.progress,
-                rows,
+                of_the_same_rows(rows),
+                model=self.model,
                 target=self.task.target,
                 adapter_bytes=size,
-                dropped=self._dropped_by_peft,
-                is_lora=all(a.form.to_lora is not None for a in self.model.adapters),
                 goes_on=self.shards.method.redraws or self.shards.ended,
             )
-
-    @property
-    def _dropped_by_peft(self) -> list[str]:
-        return dropped_by_peft(self.model.module, [site.name for site in self.model.sites])
 
     def _export(self) -> int:
         """Export the adapter to the folder ``adapter`` of the run folder.

@@ -10,6 +10,7 @@ from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.launch import this_launch
+from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.system.program_names import command
 from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.resume import Resume
@@ -26,10 +27,9 @@ def print_summary(
     progress: Progress,
     rows: Sequence[Mapping[str, Any]],
     *,
+    model: Model,
     target: str,
     adapter_bytes: int,
-    dropped: Sequence[str],
-    is_lora: bool,
     goes_on: bool,
 ) -> None:
     """Print the summary of a run, when a job has made its last step and has exported the adapter.
@@ -40,16 +40,16 @@ def print_summary(
         feed: data of the run, which has its number of steps.
         progress: how many optimizer steps and tokens the run has trained.
         rows: lines of metrics.jsonl as dicts, from ``read_records``.
+        model: the trained model.
         target: what the loss is a mean over: "token" or "example".
         adapter_bytes: size of the exported adapter in bytes; 0 if none was exported.
-        dropped: what PEFT drops of the adapter, from ``dropped_by_peft``.
-        is_lora: True if the trained adapter can be exported as a LoRA adapter.
         goes_on: True if a run that has done all its steps may be continued with more.
     """
     folder = Path(config.run.output_dir)
     device = comm.device().type
     where = f"on {counted(comm.world_size(), 'rank')} ({device})"
     curves = f"{command('tensorboard')} --logdir {quote(f'{folder}/tensorboard')}"
+    is_lora = all(adapter.form.to_lora is not None for adapter in model.adapters)
     print_line("")
     print_line(
         "trained",
@@ -59,7 +59,7 @@ def print_summary(
     print_line("live", sparsity(rows))
     if adapter_bytes:
         opens = "opens in peft.PeftModel"
-        if dropped and is_lora:
+        if (dropped := model.dropped_by_peft) and is_lora:
             opens = f"which PEFT applies without {', '.join(dropped)}: export a merged model"
         print_line("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), {opens}")
     if not is_lora:

@@ -24,7 +24,8 @@ FLAGS = """
     modules_to_save init_adapter max_steps num_epochs stop_after micro_batch_size
     gradient_accumulation_steps learning_rate lr_schedule warmup_steps weight_decay adam_beta1
     adam_beta2 adam_eps moment_bits max_grad_norm seed
-    ds_config device output_dir resume reset verify log_every eval_every eval_batches save_every
+    ds_config device deterministic output_dir resume reset verify log_every eval_every eval_batches
+    save_every
     async_save keep_last keep_best collective_timeout max_bad_steps time_limit signal_lead
     trackers debug
 """.split()
@@ -209,6 +210,19 @@ def test_all_problems_come_at_once(run_folder):
 )
 def test_one_wrong_value_is_one_problem(flag, value, words):
     assert words in only_problem_of(f"--{flag}", value)
+
+
+def test_a_path_ends_without_a_line_break(tmp_path):
+    """As YAML's | adds one."""
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: |\n  runs/a\n")
+    assert "must be a path without line breaks" in only_problem_of("--config", str(file))
+
+
+def test_an_option_that_is_given_again_is_named(capsys):
+    load_config(["--rank=2", "--seed=1", "--rank", "3", "--seed", "1"])
+    said = capsys.readouterr().out
+    assert said == "note      --rank was given 2 times, and the last counts: '3'\n"
 
 
 @pytest.mark.parametrize(

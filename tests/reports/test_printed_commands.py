@@ -39,15 +39,16 @@ def test_the_commands_of_the_summary(
 ) -> None:
     lines: dict[str, str] = {}
     monkeypatch.setattr(summary, "print_line", lambda name, text="": lines.update({name: text}))
+    adapter = SimpleNamespace(form=SimpleNamespace(to_lora=is_lora or None))
+    model: Any = SimpleNamespace(adapters=[adapter], dropped_by_peft=[])
     summary.print_summary(
         in_folder(folder),
         FEED,
         Progress(step=4),
         [],
+        model=model,
         target="token",
         adapter_bytes=1,
-        dropped=[],
-        is_lora=is_lora,
         goes_on=False,
     )
     words = shlex.split(lines[label])
