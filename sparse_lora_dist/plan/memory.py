@@ -315,8 +315,10 @@ def _adapter(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Li
     yield _line("moments", "adapter: moments, at their peak", state_at, size, *TRAINED)
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     yield _line("statistics", "adapter: statistics", state_at, statistics, *TRAINED)
-    label = "base gradients that choose the entries, in the first steps"
-    yield _line("collected", label, where, collected_bytes(shapes, ranks), "pass", "step")
+    label, shares = "base gradients of the first steps", collected_bytes(shapes, ranks)
+    whole = max(4 * s.out_features * s.in_features for s in shapes.run_context.sites)
+    collected: dict[Phase, int] = {"pass": shares + whole, "step": shares} if shares else {}
+    yield Line(key="collected", label=label, place=where, bytes=collected)
     label = "copy of a checkpoint while it is written"
     during = TRAINED if writes_beside_training(shapes) else ("save",)
     yield _line("saved_copy", label, "host", saved_bytes(shapes, ranks), *during)

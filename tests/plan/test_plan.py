@@ -101,7 +101,18 @@ def test_gradients_that_choose_entries_are_counted(two_layers: str, steps: int, 
     h, kv, wide = 8192, 1024, 28672
     layer = [h * h, kv * h, kv * h, h * h, wide * h, wide * h, h * wide] * 2
     most = max(4 * sum(layer[first::of]) // 8 for first in range(of))
-    assert lines["collected"] == {"pass": most, "step": most}
+    assert lines["collected"] == {"pass": most + 4 * max(layer), "step": most}
+
+
+def test_statistics_of_inputs_are_counted(two_layers: str) -> None:
+    """PRILoRA squares an fp32 copy of a linear's input in backward: 4,096 tokens of 28,672."""
+    options = {"model": two_layers, "micro_batch_size": 8, "gradient_checkpointing": "true"}
+    plain, with_squares = (
+        outcome(method=method, **options).shapes.step for method in ("lora", "prilora")
+    )
+    copies = 2 * 4 * 8 * 512 * 28672
+    assert 0.2 * copies < with_squares.backward - plain.backward < copies
+    assert with_squares.kept == plain.kept
 
 
 # Against real shards

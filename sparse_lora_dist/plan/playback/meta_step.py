@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel, masking_utils
 
 from sparse_lora_dist.adapter.dropout import RowSeeds
+from sparse_lora_dist.adapter.input_statistics import InputStatistics
 from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.base_model.nf4 import BLOCK
@@ -184,7 +185,9 @@ def step_memory(
     counts = sorted({min(FEW, num_layers), min(MORE, num_layers)})
     for count in counts:
         few = _first_layers(model, count)
-        _inject(few, sites, method, dropout, tokens, trained)
+        seeds = _MetaSeeds(seed=0, sequence_length=tokens)
+        seeds.begin((0,) * rows, (tokens,) * rows, num_positions=tokens)
+        _inject(few, sites, method, dropout, seeds, trained)
         few.train()
         if checkpointing:
             few.gradient_checkpointing_enable(
@@ -231,7 +234,7 @@ def _inject(
     sites: Sequence[Site],
     method: Method,
     dropout: float,
-    tokens: int,
+    seeds: RowSeeds,
     trained: Collection[str],
 ) -> None:
     """Change ``model`` in place as training does.
@@ -240,7 +243,6 @@ def _inject(
     except those of modules in ``trained``. The arguments are those of ``step_memory``.
     """
     model.requires_grad_(False)
-    seeds = _MetaSeeds(seed=0, sequence_length=tokens)
     chosen = {site.name: site for site in sites}
     for name, module in list(model.named_modules()):
         if name in trained:
@@ -275,9 +277,13 @@ def _adapted(
     for key, kept in form.kept.items():
         raw = torch.empty(kept.num_bytes, dtype=torch.uint8, device=META)
         parameters[key] = nn.Parameter(raw, requires_grad=False)
-    return AdapterLinear(
+    adapter = AdapterLinear(
         base, site, method, parameters, alpha=1.0, dropout=dropout, row_seeds=seeds
     )
+    if (now := method.rewriting) is not None:  # its gradients are counted in ``memory``
+        squares, rows = now.squares_decay is not None, now.collects_rows is not None
+        adapter.input_statistics = InputStatistics(squares=squares, rows=rows)
+    return adapter
 
 
 def _run(body: nn.Module, rows: int, tokens: int, *, packed: bool) -> StepMemory:
