@@ -27,13 +27,13 @@ from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes
 from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.runtime.signal_lead import SignalLead
 from sparse_lora_dist.sparsity.shards import Shards
-from sparse_lora_dist.system.own_files import claim, in_short
+from sparse_lora_dist.system.own_files import in_short
 from sparse_lora_dist.tasks import TASKS
+from sparse_lora_dist.training import own_folder
 from sparse_lora_dist.training.bad_steps import Health
 from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.fits import check_first_loss
 from sparse_lora_dist.training.journal import Journal, memory_and_traffic
-from sparse_lora_dist.training.own_folder import records, remove_adapter
 from sparse_lora_dist.training.resume import Resume, describe
 from sparse_lora_dist.training.step import StepResult, held_out_totals
 from sparse_lora_dist.training.summary import (
@@ -137,7 +137,7 @@ class Job:
         published = checkpoint.published(self.folder / "checkpoints")
         later = [path for path in published if (checkpoint.step_of(path) or 0) > self.progress.step]
         if later:
-            kept = checkpoint.set_aside(later, records(self.folder))
+            kept = checkpoint.set_aside(later, own_folder.records(self.folder))
             print_line(
                 "kept",
                 f"{in_short(path.name for path in later)}, later than step {self.progress.step}, "
@@ -356,6 +356,8 @@ class Job:
             self.save(held_out_loss=None)
         self._publish(self._saver.finish())
         size = self._export()
+        if comm.rank() == 0:
+            own_folder.end_adapter(self.folder)
         self.metrics.close()
         if self.progress.step < self.feed.total_steps:
             self.attempts.end("stopped", self.progress.step, "--stop_after")
@@ -370,7 +372,6 @@ class Job:
                 self.progress,
                 of_the_same_rows(rows),
                 model=self.model,
-                target=self.task.target,
                 adapter_bytes=size,
                 goes_on=self.shards.method.redraws or self.shards.ended,
             )
@@ -385,7 +386,7 @@ class Job:
         """
         with fail_together(f"writing {self.folder / 'adapter'}", may_pass=True):
             if comm.rank() == 0:
-                claim(self.folder, "adapter")
+                own_folder.begin_adapter(self.folder)
         try:
             return peft_adapter.save_peft(
                 self.folder / "adapter",
@@ -401,12 +402,12 @@ class Job:
                 ),
             )
         except peft_adapter.NoPair:
-            return save_own_type(self.folder, self.folder / "adapter", remove_adapter)
+            return save_own_type(self.folder, self.folder / "adapter", own_folder.remove_adapter)
         except peft_adapter.NothingLives as error:
             print_line("warning", f"no adapter is written: {error}")
             with fail_together(f"removing {self.folder / 'adapter'}", may_pass=True):
                 if comm.rank() == 0:  # an adapter of an earlier job would be taken for this one's
-                    remove_adapter(self.folder)
+                    own_folder.remove_adapter(self.folder)
             return 0
 
 

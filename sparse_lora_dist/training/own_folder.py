@@ -11,6 +11,7 @@ checkpoint are intact.
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from sparse_lora_dist.run_folder.lost_checkpoints import signs_of_checkpoints
 from sparse_lora_dist.runtime import heartbeats
 from sparse_lora_dist.system.own_files import (
     MARKER,
+    Content,
     Marker,
     content_of,
     foreign_in,
@@ -187,6 +189,25 @@ def clear(folder: Path) -> None:
     write_marker(folder, Marker(kind=RUN, names=left, about=marker.about))
 
 
+def begin_adapter(folder: Path) -> None:
+    """List the adapter in the marker of the run folder, before it is written. For rank 0 only."""
+    _list_adapter(folder, None)
+
+
+def end_adapter(folder: Path) -> None:
+    """Note in the marker of the run folder which weights the run wrote as its adapter, so that
+    those of another run are known. For rank 0 only."""
+    weights = folder / ADAPTER / WEIGHTS
+    if weights.is_file():
+        _list_adapter(folder, content_of(weights))
+
+
+def _list_adapter(folder: Path, content: Content | None) -> None:
+    marker = read_marker(folder)
+    if marker is not None:
+        write_marker(folder, replace(marker, names={**marker.names, ADAPTER: content}))
+
+
 def remove_adapter(folder: Path) -> None:
     """Remove the adapter that an earlier job of the run wrote into the run folder ``folder``. For
     rank 0 only. Files of somebody else stay, and no error is raised."""
@@ -328,6 +349,9 @@ def _check_adapter(folder: Path, marker: Marker) -> None:
     adapter = (folder / ADAPTER).resolve()
     if not adapter.is_dir():
         return
+    weights, written = adapter / WEIGHTS, marker.names.get(ADAPTER)
+    if written is not None and weights.is_file() and content_of(weights) != written:
+        raise _not_ours(folder / ADAPTER / WEIGHTS, "which another run or export has written")
     is_own = _own_in_adapter(folder, marker)
     if taken := [n for n in foreign_in(adapter, is_own) if n in OF_ADAPTER]:
         raise _not_ours(folder / ADAPTER / taken[0], "whose content this run has not written")

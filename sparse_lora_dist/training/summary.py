@@ -12,6 +12,7 @@ from sparse_lora_dist.distributed.console import counted, megabytes, print_line
 from sparse_lora_dist.distributed.launch import this_launch
 from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.system.program_names import command
+from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.feed import DataFeed
 from sparse_lora_dist.training.resume import Resume
 
@@ -28,7 +29,6 @@ def print_summary(
     rows: Sequence[Mapping[str, Any]],
     *,
     model: Model,
-    target: str,
     adapter_bytes: int,
     goes_on: bool,
 ) -> None:
@@ -41,7 +41,6 @@ def print_summary(
         progress: how many optimizer steps and tokens the run has trained.
         rows: lines of metrics.jsonl as dicts, from ``read_records``.
         model: the trained model.
-        target: what the loss is a mean over: "token" or "example".
         adapter_bytes: size of the exported adapter in bytes; 0 if none was exported.
         goes_on: True if a run that has done all its steps may be continued with more.
     """
@@ -55,7 +54,7 @@ def print_summary(
         "trained",
         f"{progress.step} of {feed.total_steps} steps, {progress.tokens:,} tokens, {where}",
     )
-    print_line("result", gain(rows, target))
+    print_line("result", gain(rows, TASKS[config.model.task].target))
     print_line("live", sparsity(rows))
     if adapter_bytes:
         opens = "opens in peft.PeftModel"

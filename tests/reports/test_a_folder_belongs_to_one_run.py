@@ -134,6 +134,19 @@ def test_notes_beside_and_in_the_adapter_stay_when_a_run_goes_on(
         assert (run / name).read_text() == "mine"
 
 
+def test_an_adapter_of_another_run_in_the_place_of_this_ones_stays(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path, made: Path
+) -> None:
+    run = tmp_path / "run"
+    ranks(1, TRIED, flags=tiny.flags(run, max_steps=3, stop_after=1))
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(made / "adapter", run / "adapter")
+    before = content(run)
+    (said,) = ranks(1, TRIED, flags=tiny.flags(run, max_steps=3, resume="auto"))
+    assert "error: " in said and "which another run or export has written" in said
+    assert content(run) == before
+
+
 def test_an_adapter_that_is_served_from_another_folder_is_renewed_there(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path
 ) -> None:

@@ -47,7 +47,6 @@ def test_the_commands_of_the_summary(
         Progress(step=4),
         [],
         model=model,
-        target="token",
         adapter_bytes=1,
         goes_on=False,
     )
