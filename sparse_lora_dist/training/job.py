@@ -356,14 +356,13 @@ class Job:
             self.save(held_out_loss=None)
         self._publish(self._saver.finish())
         size = self._export()
-        if comm.rank() == 0:
-            own_folder.end_adapter(self.folder)
         self.metrics.close()
         if self.progress.step < self.feed.total_steps:
             self.attempts.end("stopped", self.progress.step, "--stop_after")
         else:
             self.attempts.end("finished", self.progress.step)
         if comm.rank() == 0:
+            own_folder.end_adapter(self.folder)
             # No file: a checkpoint resumed into another folder with no step left to train.
             rows = read_records(self.metrics.path) if self.metrics.path.exists() else []
             print_summary(
