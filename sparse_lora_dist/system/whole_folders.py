@@ -42,7 +42,8 @@ IsOwn = Callable[[str], bool]
 
 
 def is_mount_point(folder: Path) -> bool:
-    """Return True if a file system is mounted at ``folder``, which then cannot be renamed.
+    """Return True if something is mounted at ``folder``, which then cannot be renamed. A file may
+    be a mount point too.
 
     Unlike ``os.path.ismount`` this also finds bind mounts, on Linux.
     """
