@@ -284,7 +284,8 @@ def _publish(temporary: Path, final: Path, manifest: Mapping[str, Any]) -> None:
     run_lock.check()  # if this job was suspended, another may have taken its folder over
     own = _make_room(temporary, final)
     # It replaces this step if an earlier attempt saved it.
-    put_in_place(temporary, final, own.__contains__)
+    for left in put_in_place(temporary, final, own.__contains__):
+        print_line("warning", left)
     with suppress(OSError):  # for people and scripts; a resume looks at the folders
         write_whole(final.parent / LATEST, f"{final.name}\n")
 

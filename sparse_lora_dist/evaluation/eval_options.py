@@ -22,6 +22,7 @@ from sparse_lora_dist.config.schema import Program
 from sparse_lora_dist.config.sections import AdapterConfig, RunConfig, TrainConfig
 from sparse_lora_dist.config.spelling import did_you_mean
 from sparse_lora_dist.system.small_files import MOST_BYTES, parse_json
+from sparse_lora_dist.system.whole_folders import is_mount_point
 
 COMMON = """
     model precision quantization eval_data text_field prompt_field response_field chat_template
@@ -141,6 +142,11 @@ def bad_output(flag: str, path: Path, *, overwrite: bool) -> list[str]:
     if path.is_dir():
         return [f"--{flag} must be a file, got the folder {path}"]
     exists = os.path.lexists(path)
+    if exists and not path.is_symlink() and is_mount_point(path):
+        return [
+            f"--{flag} {path} is a mount point, and a file that is mounted cannot be replaced. "
+            "Mount the folder around it in its place, or give another name"
+        ]
     if exists and not overwrite:
         return [f"--{flag} {path} exists already. Give --overwrite or another name"]
     if exists and not _is_written_here(flag, path):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_lora_dist.distributed.phases import passes_later
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.eval_metrics import Measure
 from sparse_lora_dist.evaluation.eval_options import bad_output
@@ -162,8 +163,9 @@ def _cells(name: str, number: Number, sign: str = "") -> tuple[str, str, str, st
 
 
 def publish(texts: Mapping[str, str], files: Mapping[str, Path], *, overwrite: bool) -> None:
-    """Write the result files. A file that came under such a name meanwhile is not replaced: the
-    results are then written beside it, under another name.
+    """Write the result files. A file that came under such a name meanwhile, or that the system
+    does not let this process replace, stays: the results are then written beside it, under another
+    name.
 
     Args:
         texts: Option, without dashes -> content of its file.
@@ -172,6 +174,7 @@ def publish(texts: Mapping[str, str], files: Mapping[str, Path], *, overwrite: b
 
     Raises:
         UserError: Some results have another name than was asked for. The message names them.
+        OSError: The folder cannot be written, or storage fails in a way that may pass.
     """
     written = [_publish(flag, files[flag], text, overwrite) for flag, text in texts.items()]
     if problems := [problem for problem in written if problem]:
@@ -180,16 +183,19 @@ def publish(texts: Mapping[str, str], files: Mapping[str, Path], *, overwrite: b
 
 def _publish(flag: str, path: Path, text: str, overwrite: bool) -> str | None:
     """Write one result file. Return a message if it was written under another name."""
-    if overwrite and os.path.lexists(path) and not bad_output(flag, path, overwrite=True):
-        write_whole(path, text)
-        return None
+    why = "was put there by somebody else during the evaluation, so it is not replaced"
     try:
-        write_new(path, text)
+        if overwrite and os.path.lexists(path) and not bad_output(flag, path, overwrite=True):
+            write_whole(path, text)
+        else:
+            write_new(path, text)
+        return None
     except FileExistsError:
-        kept = beside(path, KEPT)
-        write_new(kept, text)
-        return (
-            f"--{flag} {path} was put there by somebody else during the evaluation, so it is not "
-            f"replaced. The results are in {kept}. Move one of the two."
-        )
-    return None
+        pass
+    except OSError as error:
+        if passes_later(error):  # the same command may then write both files later
+            raise
+        why = f"cannot be written: {os.strerror(error.errno or 0)}"
+    kept = beside(path, KEPT)
+    write_new(kept, text)
+    return f"--{flag} {path} {why}. The results are in {kept}. Move one of the two."

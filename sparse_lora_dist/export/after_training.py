@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.export.peft_own_type import write_own_type
 from sparse_lora_dist.export.trained_run import Trained
@@ -40,7 +41,8 @@ def save_own_type(run: Path, adapter: Path, remove: Callable[[Path], None]) -> i
         published = checkpoint.published(run / "checkpoints") if comm.rank() == 0 else []
         own = Trained.at(published[-1]).own_type() if published else None
         if own is not None:
-            return replace_whole(adapter, partial(write_own_type, trained=own))
+            write = partial(write_own_type, trained=own)
+            return replace_whole(adapter, write, partial(print_line, "warning"))
         if comm.rank() == 0:  # an adapter of an earlier job is not the result of this one
             remove(run)
     return 0

@@ -129,10 +129,12 @@ def _export(request: ExportRequest, final: Path) -> None:
         write_card(trained, temporary, final, asked.format, summary)
         _check_place(final, trained, asked)  # again: another export may have been faster
         _mark_export_of_before(final)
-        finish(temporary, final, replaces=asked.overwrite)
+        left = finish(temporary, final, replaces=asked.overwrite)
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+    for text in left:
+        print_line("warning", text)
     for name, text in summary.items():
         print_line(name, text)
     size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())

@@ -2,6 +2,7 @@
 generation settings."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.errors import UserError, as_user_error
 from sparse_lora_dist.export.open_base import Base, read_labelled_config
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.model.prompting import TEMPLATE, Prompting
+from sparse_lora_dist.system.own_files import MARKER, ascii_name
 from sparse_lora_dist.system.small_files import parse_json
 
 NOT_COPIED = (
@@ -32,8 +35,18 @@ NOT_COPIED = (
 
 Indices of weight files (*.index.json), README.md and the config of an adapter beside the base,
 whose weights transformers would look for, are not copied either. All other files are, e.g. the
-tokenizer's.
+tokenizer's, unless they are ``NO_PART``.
 """
+NO_PART = re.compile(
+    r"\..*"  # hidden: secrets (.env), .gitattributes
+    r"|.*~|#.*#|.*\.(bak|orig|rej|swp|swo|save|tmp)"  # of an editor
+    r"|trainer_state\.json|trainer_log\.jsonl|training_args\..*|(all|train|eval)_results\.json"
+    r"|(optimizer|scheduler|scaler|rng_state|random_states)(_\d+)?(\.(?!py$).*)?"
+    r"|events\.out\.tfevents.*|latest|zero_to_fp32\.py"
+    r"|hf_quant_config\.json|quant(ize)?_config\.json"  # merged weights are not quantised
+)
+"""Names of files in the folder of a base that are no part of the model: hidden files, an editor's
+copies, the state of a training, and settings with which another program has quantised it."""
 MORE_TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps a tokenizer's other chat templates: NAME.jinja."""
 TOKENIZER, OLD_TEMPLATE = "tokenizer_config.json", "chat_template.json"
@@ -57,8 +70,7 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
     trusts = trained.config.model.trust_remote_code
     with as_user_error(f"The tokenizer in {base.folder}", advice):
         tokenizer = AutoTokenizer.from_pretrained(base.folder, trust_remote_code=trusts)
-    for path in files_to_copy(base.folder):
-        shutil.copyfile(path, folder / path.name)
+    copy_from(base.folder, folder)
     config = read_labelled_config(trained, base.folder)
     saved_class = base.saved_class
     config.architectures = [saved_class.name if saved_class else type(base.module).__name__]
@@ -77,6 +89,37 @@ def copy_other_files(trained: Trained, base: Base, folder: Path, dtype: torch.dt
         trained.prompting.write(folder, template=False)
 
 
+def copy_from(base: Path, folder: Path) -> None:
+    """Copy the files that ``files_to_copy`` returns, and print which others are ``NO_PART``.
+
+    The line is not of the model card, since the card is uploaded.
+
+    Args:
+        base: folder of the base model.
+        folder: folder to copy them to.
+
+    Raises:
+        UserError: some are links that lead nowhere.
+    """
+    for path in files_to_copy(base):
+        shutil.copyfile(path, folder / path.name)
+    left = sorted(
+        path.name
+        for path in base.iterdir()
+        if path.is_file() and not _is_known(path.name) and NO_PART.fullmatch(path.name)
+    )
+    if left:
+        print_line(
+            "left out", f"{', '.join(map(ascii_name, left))} of {base}: no part of the model"
+        )
+
+
+def _is_known(name: str) -> bool:
+    """Return True if a merged model has a file of its own in place of this one."""
+    own = ("README.md", "adapter_config.json", MARKER)
+    return name.endswith((*NOT_COPIED, ".index.json")) or name in own
+
+
 def files_to_copy(base: Path) -> list[Path]:
     """Return the files of a base model that a merged model needs besides its weights.
 
@@ -90,9 +133,7 @@ def files_to_copy(base: Path) -> list[Path]:
     others = [
         path
         for path in sorted(base.iterdir())
-        if path.suffix not in NOT_COPIED
-        and not path.name.endswith(".index.json")
-        and path.name not in ("README.md", "adapter_config.json")
+        if not _is_known(path.name) and not NO_PART.fullmatch(path.name)
     ]
     if broken := [path.name for path in others if path.is_symlink() and not path.exists()]:
         are = "is a link" if len(broken) == 1 else "are links"

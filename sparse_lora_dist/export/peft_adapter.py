@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from sparse_lora_dist.adapter.linear import AdapterLinear
 from sparse_lora_dist.adapter.peft_config import APART, PREFIX, WEIGHTS
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.form import Site
@@ -176,7 +177,8 @@ def save_peft(
                 alpha=first.alpha,
                 dropout=first.dropout,
             )
-            return replace_whole(folder, partial(write_peft, trained=trained))
+            write = partial(write_peft, trained=trained)
+            return replace_whole(folder, write, partial(print_line, "warning"))
     return 0
 
 

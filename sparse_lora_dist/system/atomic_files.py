@@ -6,6 +6,7 @@ the process crashes, the final name has either the old or the new content. ``who
 the same for folders.
 """
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -14,6 +15,9 @@ TEMPORARY = ".tmp_"
 """Name prefix of a file or folder that is being written."""
 LONGEST_NAME = 200
 """Most bytes of a name that a temporary name repeats; file systems allow 255 for the whole."""
+
+NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+"""Errors of a file system that does not have what it is asked for, e.g. fsync of a folder."""
 
 
 def beside(path: Path, prefix: str = TEMPORARY) -> Path:
@@ -102,10 +106,17 @@ def sync(path: Path) -> None:
     """Call fsync on a file or folder.
 
     Without it, a file that was renamed shortly before the machine crashed could have its final name
-    but not its content.
+    but not its content. A folder on a file system that cannot sync folders is passed.
+
+    Raises:
+        OSError: storage failed. The error names the path.
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED or not path.is_dir():
+            error.filename = str(path)
+            raise
     finally:
         os.close(descriptor)

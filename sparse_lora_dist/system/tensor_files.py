@@ -4,6 +4,7 @@ safetensors writes into a temporary file that its owner alone may read, and rena
 could then read all files of an adapter but its weights.
 """
 
+import errno
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from safetensors import torch as safetensors
 from torch import Tensor
 
-from sparse_lora_dist.system.atomic_files import create
+from sparse_lora_dist.system.atomic_files import NOT_OFFERED, create
 
 
 def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None) -> None:
@@ -31,4 +32,14 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str
     create(path, b"")  # the kernel gives it the mode of the umask, or of the folder's default ACL
     mode = stat.S_IMODE(path.stat().st_mode)
     safetensors.save_file(dict(tensors), path, metadata=metadata)
-    path.chmod(mode)
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        _set_mode(path, mode)
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """Set the mode of a file, unless its file system has no modes of its own, as exFAT and CIFS."""
+    try:
+        path.chmod(mode)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EACCES, *NOT_OFFERED):
+            raise

@@ -42,7 +42,8 @@ IsOwn = Callable[[str], bool]
 
 
 def is_mount_point(folder: Path) -> bool:
-    """Return True if a file system is mounted at ``folder``, which then cannot be renamed.
+    """Return True if something is mounted at ``folder``, which then cannot be renamed. A file may
+    be a mount point too.
 
     Unlike ``os.path.ismount`` this also finds bind mounts, on Linux.
     """
@@ -83,7 +84,9 @@ def new_folder(final: Path) -> Path:
     return temporary
 
 
-def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
+def replace_whole(
+    folder: Path, write: Callable[[Path], int], warn: Callable[[str], None] = lambda text: None
+) -> int:
     """Create or replace a folder in one step.
 
     If ``write`` raises an exception, the old folder stays as it is. If ``folder`` is a symbolic
@@ -93,6 +96,8 @@ def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
         folder: the final path.
         write: function that writes files, but no folders, into the folder at the path passed to
             it, and returns their size in bytes.
+        warn: function that is called with a sentence for each thing that killed processes left,
+            and with one if files of the old folder cannot be removed.
 
     Returns:
         Size in bytes, as returned by ``write``.
@@ -101,17 +106,19 @@ def replace_whole(folder: Path, write: Callable[[Path], int]) -> int:
         OSError: writing failed, or ``folder`` holds files of somebody else whose names are needed.
     """
     final = folder.resolve()
-    clean_up(final)
+    said = clean_up(final)
     temporary = new_folder(final)
     try:
         size = write(temporary)
-        finish(temporary, final)
+        said += finish(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    for text in said:
+        warn(text)
     return size
 
 
-def finish(temporary: Path, final: Path, *, replaces: bool = True) -> None:
+def finish(temporary: Path, final: Path, *, replaces: bool = True) -> list[str]:
     """Give a folder from ``new_folder``, whose files are complete, its final path.
 
     Its marker then lists its files. Files of an earlier folder are removed if the marker there
@@ -123,6 +130,9 @@ def finish(temporary: Path, final: Path, *, replaces: bool = True) -> None:
         replaces: False if the folder at ``final`` must be missing or empty, also if another process
             has written it meanwhile.
 
+    Returns:
+        A sentence if files of the old folder cannot be removed; an empty list otherwise.
+
     Raises:
         OSError: the folder cannot be put there.
     """
@@ -130,8 +140,9 @@ def finish(temporary: Path, final: Path, *, replaces: bool = True) -> None:
     assert unfinished is not None, "new_folder has written it"
     write_marker(temporary, replace(unfinished, names=names))
     sync_all(temporary)
-    put_in_place(temporary, final, own_names(final) if replaces else lambda name: False)
+    said = put_in_place(temporary, final, own_names(final) if replaces else lambda name: False)
     write_marker(final, Marker(kind=EXPORT, names=names))
+    return said
 
 
 def own_names(folder: Path) -> IsOwn:
@@ -140,7 +151,7 @@ def own_names(folder: Path) -> IsOwn:
     return is_listed(folder, read_marker(folder) or Marker(kind=EXPORT))
 
 
-def put_in_place(temporary: Path, final: Path, is_own: IsOwn) -> None:
+def put_in_place(temporary: Path, final: Path, is_own: IsOwn) -> list[str]:
     """Rename a complete folder to its final path, and remove the files of one that is there.
 
     Args:
@@ -148,6 +159,10 @@ def put_in_place(temporary: Path, final: Path, is_own: IsOwn) -> None:
         final: the path to rename it to. If it is a link, the link is replaced.
         is_own: function that takes the name of an entry of the old folder, and returns True if the
             program has written that file. All other entries stay.
+
+    Returns:
+        A sentence if files of the old folder cannot be removed; an empty list otherwise. A later
+        ``clean_up`` tries again.
 
     Raises:
         OSError: the rename failed. An existing ``final`` is still there under its name.
@@ -160,14 +175,15 @@ def put_in_place(temporary: Path, final: Path, is_own: IsOwn) -> None:
     elif is_filled_in_place(final) or foreign_in(final, _or(is_own, temporary.name)):
         _fill(temporary, final, is_own)
     else:
-        _swap(temporary, final, is_own)
+        return _swap(temporary, final, is_own)
+    return []
 
 
 def _or(is_own: IsOwn, other: str) -> IsOwn:
     return lambda name: name == other or is_own(name)
 
 
-def _swap(temporary: Path, final: Path, is_own: IsOwn) -> None:
+def _swap(temporary: Path, final: Path, is_own: IsOwn) -> list[str]:
     replaced = beside(final, REPLACED)
     own = {path.name for path in final.iterdir() if is_own(path.name)}
     try:
@@ -178,10 +194,11 @@ def _swap(temporary: Path, final: Path, is_own: IsOwn) -> None:
             os.rename(replaced, final)
         elif isinstance(error, OSError) and error.errno in (errno.EBUSY, errno.EXDEV):
             _fill(temporary, final, is_own)  # something is mounted there
-            return
+            return []
         raise
     sync(final.parent)
-    remove_own(replaced, own.__contains__)
+    left = remove_own(replaced, own.__contains__)
+    return [] if left is None else [f"{left}. The new folder {final} is whole"]
 
 
 def _fill(temporary: Path, final: Path, is_own: IsOwn) -> None:

@@ -6,9 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from sparse_lora_dist import checkpoint
+from sparse_lora_dist.export import after_training
 from sparse_lora_dist.system import whole_folders
 from sparse_lora_dist.system.own_files import MARKER, Marker, read_marker, write_marker
 from sparse_lora_dist.system.processes import this_process
@@ -176,3 +180,48 @@ def test_a_marker_of_others_is_not_believed(tmp_path: Path) -> None:
     (tmp_path / MARKER).unlink()
     (tmp_path / MARKER).symlink_to(tmp_path.parent / MARKER)
     assert read_marker(tmp_path) is None
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file of a folder that was replaced can be removed, as one with ``chattr +i``."""
+    unlink = os.unlink
+
+    def refuse(path: Any, **rest: Any) -> None:
+        if "/.replaced_" in str(path):
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        unlink(path, **rest)
+
+    monkeypatch.setattr(os, "unlink", refuse)
+
+
+@pytest.mark.usefixtures("busy")
+def test_a_replaced_folder_that_cannot_be_removed_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    for text in ("old", "new"):
+        replace_whole(tmp_path / "adapter", writes(a_txt=text), said.append)
+    (left,) = tmp_path.glob(".replaced_adapter.*")
+    assert (tmp_path / "adapter" / "a.txt").read_text() == "new"
+    assert len(said) == 1 and said[0].startswith(f"{left} cannot be removed: [Errno 1] ")
+    assert said[0].endswith(f"The new folder {tmp_path}/adapter is whole")
+    monkeypatch.undo()
+    replace_whole(tmp_path / "adapter", writes(a_txt="newer"), said.append)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"] and len(said) == 1
+
+
+@pytest.mark.usefixtures("busy")
+def test_a_run_warns_of_a_replaced_adapter_that_it_cannot_remove(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(checkpoint, "published", lambda folder: [folder])
+    run = SimpleNamespace(own_type=lambda: "SHIRA")
+    monkeypatch.setattr(after_training.Trained, "at", lambda path: run)
+    monkeypatch.setattr(
+        after_training, "write_own_type", lambda folder, trained: writes(a_txt="x")(folder)
+    )
+    for _ in range(2):
+        after_training.save_own_type(tmp_path, tmp_path / "adapter", lambda folder: None)
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning   {tmp_path}/.replaced_adapter.") and said.count("\n") == 1

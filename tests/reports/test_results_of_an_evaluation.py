@@ -1,11 +1,14 @@
-"""Users had files come to the place of an evaluation's results while it worked."""
+"""Users had files come to the place of an evaluation's results while it worked, or had mounted a
+file there."""
 
+import errno
 import os
 from pathlib import Path
 
 import pytest
 
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.evaluation import eval_options
 from sparse_lora_dist.evaluation.eval_options import bad_output
 from sparse_lora_dist.evaluation.results import publish
 
@@ -82,3 +85,53 @@ def test_a_pipe_or_a_link_to_nothing_is_not_replaced(tmp_path: Path, kind: str) 
         path.symlink_to("nowhere")
     assert "exists already" in bad_output("output", path, overwrite=False)[0]
     assert "is no file that --output has written" in bad_output("output", path, overwrite=True)[0]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_that_is_mounted_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    """docker run -v $PWD/o.json:/w/o.json"""
+    path = tmp_path / "o.json"
+    monkeypatch.setattr(eval_options, "is_mount_point", path.__eq__)
+    assert not bad_output("output", path, overwrite=overwrite)
+    path.write_text("")
+    (said,) = bad_output("output", path, overwrite=overwrite)
+    assert said.startswith(f"--output {path} is a mount point") and "Mount the folder" in said
+
+
+def refuses_to_replace(name: str, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system does not let the file NAME be replaced: it is mounted, or cannot be changed."""
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if Path(target).name == name:
+            raise OSError(number, os.strerror(number), str(source), None, str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM, errno.EACCES])
+def test_results_whose_place_cannot_be_replaced_at_the_end_are_kept_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    refuses_to_replace("a.jsonl", number, monkeypatch)
+    (tmp_path / "a.jsonl").write_text("")
+    (tmp_path / "o.json").write_text(OURS)
+    said = written(tmp_path, overwrite=True)
+    (kept,) = tmp_path.glob("kept_*")
+    assert kept.read_text() == "{}\n" and (tmp_path / "o.json").read_text() == NEW
+    assert f"--answers {tmp_path}/a.jsonl cannot be written: {os.strerror(number)}." in said
+    assert f"The results are in {kept}." in said
+    assert not list(tmp_path.glob(".tmp_*"))
+
+
+def test_a_full_disk_is_tried_again_with_both_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses_to_replace("a.jsonl", errno.ENOSPC, monkeypatch)
+    (tmp_path / "a.jsonl").write_text("")
+    with pytest.raises(OSError, match="No space left"):
+        written(tmp_path, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]

@@ -1,6 +1,7 @@
 """A full disk, a file server that is away: the run ends so that a batch system starts it again."""
 
 import errno
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, cast
 import pytest
 from safetensors import SafetensorError
 
+from sparse_lora_dist.base_model.cache import lookup
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import StorageError, UserError
 from sparse_lora_dist.run_folder import lock as run_lock
@@ -128,3 +130,25 @@ def test_an_export_on_a_full_disk_leaves_no_folder(
     with pytest.raises(OSError, match="No space left"):
         whole_folders.replace_whole(tmp_path / "e", lambda folder: 0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_base_cache_on_a_full_disk_or_quota_is_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def mkdir(path: Path, *args: object, **kwargs: object) -> None:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(StorageError) as error, fail_together("opening --base_cache"):
+        lookup._check_writable(tmp_path / "cache")
+    said = str(error.value)
+    assert said.startswith(f"--base_cache {tmp_path}/cache cannot be made: [Errno {number}]")
+    assert "Free space there" in said
+
+
+def test_a_base_cache_that_cannot_be_a_folder_says_why(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"is not a writable folder \(Not a directory\)") as error:
+        lookup._check_writable(tmp_path / "file" / "cache")
+    assert not isinstance(error.value, StorageError)

@@ -32,8 +32,8 @@ from sparse_lora_dist.base_model.same_on_all_nodes import hash_of_samples
 from sparse_lora_dist.base_model.weight_map import Sources, find_keys, find_sources
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
-from sparse_lora_dist.distributed.phases import fail_together
-from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.distributed.phases import fail_together, passes_later
+from sparse_lora_dist.errors import StorageError, UserError
 from sparse_lora_dist.system.small_files import parse_json, refuse_pipes
 
 FORMAT = 1
@@ -299,15 +299,29 @@ def _dates(files: CheckpointFiles) -> dict[str, int]:
 
 
 def _check_writable(directory: Path) -> None:
+    """Make the folder of ``--base_cache``.
+
+    Args:
+        directory: value of ``--base_cache``.
+
+    Raises:
+        StorageError: it cannot be made for a reason that may pass, such as a full disk or quota.
+        UserError: it is no folder that this process can write.
+    """
+    why = ""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        writable = os.access(directory, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
+    except OSError as error:
+        if passes_later(error):
+            raise StorageError(
+                f"--base_cache {directory} cannot be made: {error}. Free space there, or wait "
+                "until its disk is back, and start again, or choose another folder."
+            ) from error
+        why = f" ({os.strerror(error.errno or 0)})"
+    if why or not os.access(directory, os.W_OK):
         raise UserError(
-            f"--base_cache {directory} is not a writable folder. Choose another folder, or do not "
-            "give --base_cache."
+            f"--base_cache {directory} is not a writable folder{why}. Choose another folder, or do "
+            "not give --base_cache."
         )
 
 
