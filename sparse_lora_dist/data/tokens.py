@@ -40,6 +40,7 @@ from sparse_lora_dist.data.reading import (
     answers_cut,
     asked_otherwise,
     describe,
+    no_document,
     no_end,
     not_learned,
     quoted_cells,
@@ -50,7 +51,6 @@ from sparse_lora_dist.data.reading import (
     unread_keys,
     words_cut,
     writes_the_date,
-    wrong_roles,
 )
 from sparse_lora_dist.errors import UserError
 
@@ -264,7 +264,8 @@ def load_documents(
     table = tokenise(examples, fields.all_columns, rows_of, key)
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
-        raise UserError(_no_document(documents, examples, fields, place))
+        found = f"{place} has no document to train on: {documents.report()}."
+        raise UserError(f"{found} {no_document(examples, fields, tokenizer, template)}")
     documents.template, documents.ends = template, _ends(tokenizer, fields, template)
     reading = _reading(documents, examples, fields, tokenizer, template, chat_template, train_on)
     is_txt = examples.is_plain_text
@@ -295,14 +296,6 @@ def _with_template(
             "template. Give one with --chat_template."
         )
     return replace(fields, has_tools=renders_tools(columns, template)), template
-
-
-def _no_document(documents: Documents, examples: Examples, fields: Fields, place: str) -> str:
-    roles = wrong_roles(examples) if fields.kind == "messages" else ""
-    return (
-        f"{place} has no document to train on: {documents.report()}. {roles}Raise "
-        "--sequence_length, or give other data."
-    )
 
 
 def _ends(
