@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_lora_dist.adapter.peft_agrees import disagreements, ranks_of
 from sparse_lora_dist.adapter.peft_config import APART, CONFIG, PREFIX, WEIGHTS, other_kind
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in
+from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in, refuse_pointers_in
 from sparse_lora_dist.zero3.slices import Values
 
 WRAPPED = re.compile(
@@ -189,6 +189,7 @@ def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
                 f"the folder or the hub id of a PEFT adapter. The hub's message: {error}"
             ) from error
     refuse_pipes_in(Path(folder))
+    refuse_pointers_in(Path(folder))
     config, weights, apart = (Path(folder) / name for name in (CONFIG, WEIGHTS, APART))
     absent = [p.name for p in (config, weights) if not p.exists()]
     if absent:

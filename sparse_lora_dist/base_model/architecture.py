@@ -19,7 +19,7 @@ from transformers import (
 
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.errors import UserError, in_words
-from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in
+from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in, refuse_pointers_in
 
 AUTO_CLASSES = {
     "causal_lm": AutoModelForCausalLM,
@@ -56,11 +56,12 @@ def resolve_folder(
         patterns: name patterns of the files to download.
 
     Raises:
-        UserError: ``model`` is no local folder and cannot be downloaded, or it holds a pipe in
-            place of a file.
+        UserError: ``model`` is no local folder and cannot be downloaded, or it holds a pipe or
+            a pointer of git LFS in place of a file.
     """
     if Path(model).is_dir():
         refuse_pipes_in(Path(model))
+        refuse_pointers_in(Path(model))
         return Path(model)
     from huggingface_hub import snapshot_download
 

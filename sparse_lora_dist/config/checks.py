@@ -77,12 +77,21 @@ def seconds_in(text: str) -> float:
             (days-hours:minutes:seconds).
 
     Raises:
-        ValueError: ``text`` is not a duration.
+        ValueError: ``text`` is not a duration, or has 24 hours, 60 minutes or 60 seconds or more
+            in a part that is not its first.
     """
     if found := DURATION.fullmatch(text.strip()):
         return float(found[1]) * SECONDS[found[2]]
     if found := CLOCK.fullmatch(text.strip()):
         days, hours, minutes, seconds = (float(n or 0) for n in found.groups())
+        # The first part may be any number, as for Slurm: 90:00 is 90 minutes.
+        limits = (found[1] and hours >= 24, found[2] and minutes >= 60, seconds >= 60)
+        if any(limits):
+            raise ValueError(
+                f"it is read as minutes:seconds or hours:minutes:seconds, and the parts after the "
+                f"first must be below 60 (hours after days below 24), got {text[:40]!r}. Write "
+                "e.g. 90m or 1:30:00"
+            )
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
     raise ValueError(f"a duration is written like 90s, 30m, 2h or 1-12:00:00, got {text[:40]!r}")
 

@@ -231,9 +231,10 @@ def missing_files(flat: Mapping[str, Any]) -> list[str]:
     """
     problems = []
     if flat["chat_template"] is not None and not Path(expanded(flat["chat_template"])).is_file():
+        is_folder = Path(expanded(flat["chat_template"])).is_dir()
+        found = "is a folder" if is_folder else "does not exist"
         problems.append(
-            f"--chat_template {flat['chat_template']} does not exist. Name a file with a Jinja "
-            "template"
+            f"--chat_template {flat['chat_template']} {found}. Name a file with a Jinja template"
         )
     if flat["revision"] is not None and Path(resolve_default("model", flat["model"])).exists():
         problems.append(

@@ -23,6 +23,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerFast
 from sparse_lora_dist.data.fields import ExampleError, Message, Tools
 from sparse_lora_dist.data.read_files import plainly
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.small_files import whole_text
 
 TrainOn = Literal["response", "all"]
 
@@ -73,12 +74,7 @@ def find_template(
             f"--chat_template {chat_template} is neither a file that exists nor jinja text, which "
             "has {{ or {% in it. Give the path of a file, or the text of a template."
         )
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # an editor may put a mark of UTF-8 before it
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--chat_template {chat_template} cannot be read: {error}. Give a UTF-8 text file."
-        ) from error
+    text = whole_text(path, f"--chat_template {chat_template}")
     if _is_json(text):
         raise UserError(
             f"--chat_template {chat_template} is a JSON file, and no jinja text. Write the text "

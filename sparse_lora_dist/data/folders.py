@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,11 @@ SPLITS = {
 SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 
 
+SHARD = re.compile(r"(.*?)(\d{4,6})-of-(\d{4,6})(\D.*)?")
+"""Name of a file that is one of several: what stands before its number, its number from 0 or 1 on,
+how many there are, and what follows."""
+MOST_SHARDS = 100_000
+"""Largest such number of which the missing files are looked for."""
 ABOUT = ("README.md", "LICENSE", "LICENSE.md")
 """Names of files that are about the data, and that nobody expects to be read."""
 
@@ -110,6 +115,31 @@ def split_of(path: Path) -> str | None:
             if word in SPLIT_OF:
                 return SPLIT_OF[word]
     return None
+
+
+def missing_shards(files: Iterable[Path]) -> list[str]:
+    """Return the names of files that are missing beside others of the same set, as after a download
+    that broke off: "a-00001-of-00002.jsonl" where only "a-00000-of-00002.jsonl" is there.
+
+    Args:
+        files: paths of the files that are read.
+    """
+    found: dict[tuple[Path, str, str, str], set[int]] = {}
+    for file in files:
+        if (parts := SHARD.fullmatch(file.name)) and int(parts[3]) <= MOST_SHARDS:
+            key = (file.parent, parts[1], parts[3], parts[4] or "")
+            found.setdefault(key, set()).add(int(parts[2]))
+    return [
+        f"{before}{number:0{len(total)}}-of-{total}{after}"
+        for (_, before, total, after), there in found.items()
+        for number in _numbers(int(total), there)
+        if number not in there
+    ]
+
+
+def _numbers(total: int, there: set[int]) -> range:
+    """Return the numbers of a set of files, which begin at 0, or at 1 as those of weights do."""
+    return range(1, total + 1) if total in there else range(total)
 
 
 def _mixed(folder: Folder, splits: dict[Path, str | None], place: str) -> str:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.system.small_files import unique_keys
+from sparse_lora_dist.system.small_files import refuse_nul_bytes, unique_keys
 
 Columns = Sequence[str]
 """Names of the columns of a table without a header line; empty for a table with one."""
@@ -57,13 +57,15 @@ def examples_in(file: Path, column_names: Columns = ()) -> Numbered:
             data.
 
     Raises:
-        UserError: a line is broken: it is not UTF-8 text, not valid JSON, no JSON object, or has
-            another number of cells than the first line of a table. The message names file and line.
+        UserError: a line is broken: it has NUL bytes, is not UTF-8 text, not valid JSON, no JSON
+            object, or has another number of cells than the first line of a table. The message names
+            file and line.
     """
-    if file.suffix in CELLS:
-        return _cells(file, column_names)
     if file.suffix == PARQUET:
         return _parquet(file)
+    refuse_nul_bytes(file)
+    if file.suffix in CELLS:
+        return _cells(file, column_names)
     return _json(file) if file.suffix in JSON else _whole_text(file)
 
 
@@ -148,10 +150,11 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
             first = next(cells for cells in reader if cells)
             names = _column_names(file, first, column_names)
             if column_names:
-                if list(column_names) == first:
+                if sorted(column_names) == sorted(first):
+                    other = ", in another order" if list(column_names) != first else ""
                     raise UserError(
-                        f"{file}: Its first line has the names of --column_names. It is a header: "
-                        "leave --column_names out."
+                        f"{file}: Its first line has the names of --column_names{other}. It is a "
+                        "header: leave --column_names out."
                     )
                 yield _unnumbered(dict(zip(names, first, strict=True)))
             begins = reader.line_num + 1

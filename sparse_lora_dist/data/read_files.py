@@ -38,6 +38,7 @@ from sparse_lora_dist.data.local_files import (
 )
 from sparse_lora_dist.errors import UserError, in_words
 from sparse_lora_dist.system.machine_errors import in_plain_words
+from sparse_lora_dist.system.small_files import refuse_nul_bytes, refuse_pointers
 
 SUFFIXES = (*JSON, PARQUET, TEXT, *CELLS)
 KINDS = " ".join(SUFFIXES)
@@ -179,6 +180,7 @@ def _check_file(path: Path, place: str) -> None:
 
 def _read_files(folder: Folder, place: str, column_names: Columns) -> FromFiles:
     """Read all files of ``folder``, which are of one kind."""
+    refuse_pointers(*folder.files)
     others = folder.relative(folder.others)
     if folder.kinds == [PARQUET] and _is_one_table(folder.files):
         return *_read_parquet(folder.files, place), False, others
@@ -224,6 +226,10 @@ def _read_hub_folder(folder: Folder, split: str, place: str) -> FromFiles:
                     f"{place}: its {CARD} names {name}, which is not in this folder. Remove it "
                     f"from {CARD}, or give that file."
                 )
+        refuse_pointers(*map(Path, named))
+        for name in filter(os.path.isfile, named):
+            if name.endswith((TEXT, *CELLS)):
+                refuse_nul_bytes(Path(name))
         return made
 
     table, files = _build(builder, split, place)

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from sparse_lora_dist.data.chat import has_marks, is_template, render_text
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import MESSAGES, TOOLS, ExampleError, Fields, tools_of
+from sparse_lora_dist.data.folders import missing_shards
 
 MOST_SHOWN = 6
 """Most names of a list on the screen. Further ones are only counted."""
@@ -106,8 +107,10 @@ def describe(examples: Examples, columns: Collection[str], **more: Any) -> Readi
     Args:
         examples: the examples.
         columns: names of the columns that are read.
-        more: further fields of ``Reading``. ``unread_columns`` are added to the other columns.
+        more: further fields of ``Reading``. ``unread_columns`` are added to the other columns, and
+            ``notes`` to those about the files.
     """
+    notes = (missing_files(examples), *more.pop("notes", ()))
     unread = tuple(name for name in examples.names.columns if name not in columns)
     unread += more.pop("unread_columns", ())
     if len(unread) > MOST_RECORDED:
@@ -119,7 +122,20 @@ def describe(examples: Examples, columns: Collection[str], **more: Any) -> Readi
         unread_files=examples.unread_files,
         columns=tuple(columns),
         unread_columns=unread,
+        notes=tuple(filter(None, notes)),
         **more,
+    )
+
+
+def missing_files(examples: Examples) -> str:
+    """Return a note about files of a folder that are missing by the numbers in the names of the
+    others; "" if there are none, or a single file was given."""
+    is_folder = Path(examples.source).expanduser().is_dir()
+    if not (absent := missing_shards(examples.files) if is_folder else []):
+        return ""
+    return (
+        f"by the names of the files that are read, {len(absent):,} more belong to them, which are "
+        f"not there or empty: {shown(absent)}. Download these too, if they are meant to be read."
     )
 
 
@@ -253,6 +269,44 @@ def answers_cut(
             "trained without them. Give a --chat_template that writes them."
         )
     return " ".join(notes)
+
+
+def no_document(
+    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
+) -> str:
+    """Return sentences that say why no example has a target, as far as it is known, and what to do.
+
+    Args:
+        examples: the examples.
+        fields: columns that are read.
+        tokenizer: tokenizer of the base.
+        template: jinja text that renders chats; None if they are joined as they are.
+    """
+    if template is None or _writes_messages(examples, fields, tokenizer, template):
+        roles = wrong_roles(examples) if fields.kind == "messages" else ""
+        return f"{roles}Raise --sequence_length, or give other data."
+    return (
+        f"The chat template {template[:60]!r} writes none of the messages. Give a --chat_template "
+        "that writes the role and content of each: {% for message in messages %} ... "
+        "{{ message.role }} ... {{ message.content }} ... {% endfor %}."
+    )
+
+
+def _writes_messages(
+    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str
+) -> bool:
+    """Return False if the chat template writes no message of the first 100 examples, as one for
+    another program does. Messages without a text do not count."""
+    has_text = False
+    for record in islice(examples, 100):
+        messages = fields.messages(record)
+        tools = tools_of(record) if fields.has_tools else None
+        chat = "".join(render_text(tokenizer, messages, template, tools).split())
+        texts = ["".join(text.split()) for m in messages for text in _texts(m["content"])]
+        if any(text and text in chat for text in texts):
+            return True
+        has_text = has_text or any(texts)
+    return not has_text
 
 
 def asked_otherwise(

@@ -38,6 +38,7 @@ from sparse_lora_dist.data.read_files import cache_of, plainly, read_examples, r
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
+    no_document,
     no_end,
     not_learned,
     notes_on_chats,
@@ -45,7 +46,6 @@ from sparse_lora_dist.data.reading import (
     renders_tools,
     template_source,
     unread_keys,
-    wrong_roles,
 )
 from sparse_lora_dist.errors import UserError
 
@@ -259,7 +259,8 @@ def load_documents(
     table = tokenise(examples, fields.all_columns, rows_of, key)
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
-        raise UserError(_no_document(documents, examples, fields, place))
+        found = f"{place} has no document to train on: {documents.report()}."
+        raise UserError(f"{found} {no_document(examples, fields, tokenizer, template)}")
     documents.template, documents.ends = template, _ends(tokenizer, fields, template)
     reading = _reading(documents, examples, fields, tokenizer, template, chat_template, train_on)
     is_txt = examples.is_plain_text
@@ -290,14 +291,6 @@ def _with_template(
             "template. Give one with --chat_template."
         )
     return replace(fields, has_tools=renders_tools(columns, template)), template
-
-
-def _no_document(documents: Documents, examples: Examples, fields: Fields, place: str) -> str:
-    roles = wrong_roles(examples) if fields.kind == "messages" else ""
-    return (
-        f"{place} has no document to train on: {documents.report()}. {roles}Raise "
-        "--sequence_length, or give other data."
-    )
 
 
 def _ends(

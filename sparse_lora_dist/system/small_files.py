@@ -20,6 +20,10 @@ READ = (".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".txt", ".model", 
 """Ends of the names of files that are read in the folder of a model, an adapter or a run."""
 PATIENCE_S = 10.0
 """Longest time in seconds that a pipe may take to deliver its text."""
+POINTER, LARGEST_POINTER = b"version https://git-lfs", 1024
+"""Beginning of a pointer of git LFS, and its largest size in bytes."""
+NEEDLESS = ("consolidated", "README", "LICENSE")
+"""Beginnings of the names of files in a folder of a model that no one reads."""
 
 
 def refuse_pipes(*paths: Path) -> None:
@@ -45,6 +49,71 @@ def refuse_pipes_in(folder: Path) -> None:
     """
     with suppress(FileNotFoundError, NotADirectoryError):
         refuse_pipes(*(path for path in sorted(folder.iterdir()) if path.name.endswith(READ)))
+
+
+def refuse_pointers(*paths: Path) -> None:
+    """Raise UserError if one of the files is a pointer of git LFS: a few lines of text that a clone
+    without git-lfs has in place of a large file.
+
+    Args:
+        paths: paths of files. What is no file is not refused.
+    """
+    for path in paths:
+        if path.is_file() and path.stat().st_size < LARGEST_POINTER:
+            if path.read_bytes().startswith(POINTER):
+                raise UserError(
+                    f"{path} is a pointer of git LFS, and not the file itself. Get the file with "
+                    "git lfs pull, or download it again."
+                )
+
+
+def refuse_pointers_in(folder: Path) -> None:
+    """Raise UserError if a file in a folder, of a kind that is read, is a pointer of git LFS.
+
+    Args:
+        folder: folder of a model or an adapter. It need not exist.
+    """
+    kinds = tuple(kind for kind in READ if kind != ".model")  # often beside the tokenizer.json
+    with suppress(FileNotFoundError, NotADirectoryError):
+        names = (path.name for path in sorted(folder.iterdir()) if path.name.endswith(kinds))
+        refuse_pointers(*(folder / name for name in names if not name.startswith(NEEDLESS)))
+
+
+def refuse_nul_bytes(path: Path) -> None:
+    """Raise UserError if a text file holds NUL bytes, as after a crash, or in UTF-16.
+
+    Args:
+        path: path of the file, of any size. It is read in parts.
+    """
+    with path.open("rb") as file:
+        before = 0
+        while part := file.read(MOST_BYTES):
+            lines, nul, _ = part.partition(b"\0")
+            before += lines.count(b"\n")
+            if nul:
+                raise UserError(
+                    f"{path}:{before + 1}: This line has NUL bytes, which no text has: the file "
+                    "was damaged, as by a crash while it was written, or it is not UTF-8 text. "
+                    "Make it again, or save it as UTF-8 text."
+                )
+
+
+def whole_text(path: Path, place: str) -> str:
+    """Return the text of a file that a user names, such as a chat template.
+
+    Args:
+        path: path of the file.
+        place: text with which a message begins, e.g. "--chat_template a.jinja".
+
+    Raises:
+        UserError: it cannot be read, is a pointer of git LFS, or is not UTF-8 text.
+    """
+    try:
+        refuse_pointers(path)
+        refuse_nul_bytes(path)
+        return path.read_text(encoding="utf-8-sig")  # an editor may put a mark of UTF-8 before it
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{place} cannot be read: {error}. Give a UTF-8 text file.") from error
 
 
 def is_pipe(path: Path) -> bool:

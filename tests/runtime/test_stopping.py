@@ -157,6 +157,8 @@ def test_a_second_signal_ends_at_once_if_it_is_a_persons(
         ("5:30", 330),
         ("2:00:00", 7200),
         ("1-12:00:00", 129600),
+        ("90:00", 5400),
+        ("100:59:59", 363599),
     ],
 )
 def test_durations(text: str, seconds: float) -> None:
@@ -166,4 +168,10 @@ def test_durations(text: str, seconds: float) -> None:
 @pytest.mark.parametrize("text", ["90", "-1s", "2 days", ""])
 def test_no_durations(text: str) -> None:
     with pytest.raises(ValueError, match="a duration is written like"):
+        seconds_in(text)
+
+
+@pytest.mark.parametrize("text", ["99:99", "1:60:00", "1:00:60", "1-24:00:00", "0:60"])
+def test_parts_of_a_duration_that_are_too_large_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"parts after the first must be below 60.*Write e\.g\."):
         seconds_in(text)
