@@ -176,7 +176,16 @@ def publish(texts: Mapping[str, str], files: Mapping[str, Path], *, overwrite: b
         UserError: Some results have another name than was asked for. The message names them.
         OSError: The folder cannot be written, or storage fails in a way that may pass.
     """
-    written = [_publish(flag, files[flag], text, overwrite) for flag, text in texts.items()]
+    new = [files[flag] for flag in texts if not os.path.lexists(files[flag])]
+    written = []
+    try:
+        for flag, text in texts.items():
+            written.append(_publish(flag, files[flag], text, overwrite))
+    except OSError:  # both or none, so that the same command works later
+        for flag, problem in zip(texts, written, strict=False):
+            if problem is None and files[flag] in new:
+                files[flag].unlink(missing_ok=True)
+        raise
     if problems := [problem for problem in written if problem]:
         raise UserError("\n".join(problems))
 

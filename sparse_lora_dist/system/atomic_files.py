@@ -85,15 +85,24 @@ def write_new(path: Path, content: str | bytes) -> None:
     raw, temporary = content if isinstance(content, bytes) else content.encode(), beside(path)
     create(temporary, raw)
     try:
-        sync(temporary)
-        os.link(temporary, path, follow_symlinks=False)
-    except FileExistsError:
-        raise
-    except OSError:
-        create(path, raw)
-        sync(path)
+        sync(temporary)  # outside of what follows: Linux says only once that a page is lost
+        try:
+            os.link(temporary, path, follow_symlinks=False)
+        except FileExistsError:
+            raise
+        except OSError:
+            _create_in_place(path, raw)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _create_in_place(path: Path, content: bytes) -> None:
+    create(path, content)
+    try:
+        sync(path)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def sync_all(folder: Path) -> None:

@@ -135,3 +135,27 @@ def test_a_full_disk_is_tried_again_with_both_files(
     with pytest.raises(OSError, match="No space left"):
         written(tmp_path, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("failing", [{1}, {2}, {3, 4, 5}, {1, 2, 3, 4}])
+def test_a_lost_page_is_no_success_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: set[int]
+) -> None:
+    """Linux says once that a page was not written; a second fsync says that all is well."""
+    calls: list[int] = []
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) in failing:
+            raise OSError(errno.EIO, "Input/output error")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if failing & {1, 2}:  # one of each file
+        with pytest.raises(OSError, match="Input/output"):
+            written(tmp_path, overwrite=False)
+        assert not list(tmp_path.iterdir())
+        failing.clear()
+    assert written(tmp_path, overwrite=False) == ""
+    assert sorted(contents(tmp_path)) == ["a.jsonl", "o.json"]
