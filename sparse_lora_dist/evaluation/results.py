@@ -204,7 +204,7 @@ def _publish(flag: str, path: Path, text: str, overwrite: bool) -> str | None:
     except OSError as error:
         if passes_later(error):  # the same command may then write both files later
             raise
-        why = f"cannot be written: {os.strerror(error.errno or 0)}"
+        why = f"cannot be written: {error.strerror or error}"
     kept = beside(path, KEPT)
     write_new(kept, text)
     return f"--{flag} {path} {why}. The results are in {kept}. Move one of the two."
