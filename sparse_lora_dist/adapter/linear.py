@@ -23,6 +23,10 @@ from sparse_lora_dist.methods.protocol.form import WEIGHT, Site, draw_nothing, l
 from sparse_lora_dist.methods.protocol.method import Components, Method
 from sparse_lora_dist.zero3.parameters import gathers_too
 
+SMALL_BYTES = 2**16
+"""Most bytes of a site's drawn tensors that are kept instead of drawn at each use. Larger ones,
+such as the outer matrices of LoRA-Mini, are drawn anew because their memory is what counts."""
+
 
 class AdapterLinear(nn.Module):
     """A frozen linear with its adapter: output = base(x) + delta(dropout(x)).
@@ -70,6 +74,7 @@ class AdapterLinear(nn.Module):
         probe is a number that the method computes of the site in each backward."""
         self._penalised_micro_batch = 0
         self.input_statistics: InputStatistics | None = None
+        self._small_drawn: tuple[torch.device, dict[str, Tensor]] | None = None
         """Statistics that this step's backwards collect; None if the step needs none."""
         self.base_only = False
         """True: forward returns the output of the frozen linear without the delta."""
@@ -146,10 +151,19 @@ class AdapterLinear(nn.Module):
         dtype = tensors[0].dtype
         for key, t in self.kept().items():
             named[key] = t.to(dtype) if t.is_floating_point() else t
-        named |= self.form.drawn(self.seed, tensors[0].device)
+        named |= self._drawn(tensors[0].device)
         if self.form.reads_base:
             named[WEIGHT] = self.base.weight_OI(dtype)
         return named
+
+    def _drawn(self, device: torch.device) -> dict[str, Tensor]:
+        """Return the drawn tensors. Small ones, such as indices, are kept from the first use on."""
+        if self._small_drawn is not None and self._small_drawn[0] == device:
+            return self._small_drawn[1]
+        drawn = self.form.drawn(self.seed, device)
+        if sum(t.nbytes for t in drawn.values()) <= SMALL_BYTES:
+            self._small_drawn = device, drawn
+        return drawn
 
     def kept(self) -> dict[str, Tensor]:
         """Return key -> kept tensor of the site, of the dtype and shape of its spec.

@@ -51,6 +51,7 @@ from torch import Tensor
 from sparse_lora_dist.methods.protocol.form import Form, KeptSpec, Site, Tensors, TensorSpec, zeros
 from sparse_lora_dist.methods.protocol.method import Method, MethodFactory, RunContext
 from sparse_lora_dist.methods.protocol.rewriting import Rewriting, Rewritten, Whole
+from sparse_lora_dist.methods.shared.device_tensors import kept_on_device
 from sparse_lora_dist.methods.shared.schedules import warmed_up_stages
 
 THETA = 10000.0
@@ -234,12 +235,8 @@ def grouped(x_TI: Tensor, side: int, turn: Turn) -> Tensor:
         x_TGH, [T, G, H] with G = ceil(I / side) groups and H = side.
     """
     width = x_TI.shape[-1]
-    groups = -(-width // side)
-    g_G1 = torch.arange(groups, device=x_TI.device)[:, None]
-    h_H = torch.arange(side, device=x_TI.device)
-    contiguous, strided = g_G1 * side + h_H, h_H * groups + g_G1
-    places_GH = (contiguous + turn * (strided - contiguous)) % width
-    x_TGH: Tensor = x_TI.index_select(-1, places_GH.flatten()).unflatten(-1, (groups, side))
+    places_P = in_turn(places_in(width, side, x_TI.device), turn)
+    x_TGH: Tensor = x_TI.index_select(-1, places_P).unflatten(-1, (-1, side))
     return x_TGH
 
 
@@ -257,10 +254,36 @@ def spread(y_TGH: Tensor, width: int, turn: Turn) -> Tensor:
         y_TO, [T, width].
     """
     groups, side = y_TGH.shape[-2:]
-    o, all_groups = torch.arange(width, device=y_TGH.device), -(-width // side)
+    places_O = in_turn(places_out(groups, side, width, y_TGH.device), turn)
+    return y_TGH.flatten(-2).index_select(-1, places_O)
+
+
+Places = tuple[Tensor, Tensor, Tensor]
+"""Indices of features: contiguous, strided, and strided minus contiguous."""
+
+
+def in_turn(places: Places, turn: Turn) -> Tensor:
+    """Return the indices of one grouping."""
+    return places[turn] if isinstance(turn, int) else places[0] + turn * places[2]
+
+
+@kept_on_device
+def places_in(width: int, side: int, device: torch.device) -> Places:
+    """Return which of ``width`` features is at each place of the groups; see ``grouped``."""
+    groups = -(-width // side)
+    g_G1, h_H = torch.arange(groups, device=device)[:, None], torch.arange(side, device=device)
+    contiguous = ((g_G1 * side + h_H) % width).flatten()
+    strided = ((h_H * groups + g_G1) % width).flatten()
+    return contiguous, strided, strided - contiguous
+
+
+@kept_on_device
+def places_out(groups: int, side: int, width: int, device: torch.device) -> Places:
+    """Return the place in the groups of each of ``width`` features; see ``spread``."""
+    o, all_groups = torch.arange(width, device=device), -(-width // side)
     contiguous = o // side % groups * side + o % side
     strided = o % all_groups % groups * side + o // all_groups
-    return y_TGH.flatten(-2).index_select(-1, contiguous + turn * (strided - contiguous))
+    return contiguous, strided, strided - contiguous
 
 
 def turned(x_TGH: Tensor) -> Tensor:
@@ -273,11 +296,19 @@ def turned(x_TGH: Tensor) -> Tensor:
         x_TGH: Groups of features, [T tokens, G groups, H features]; H is even.
     """
     groups, side = x_TGH.shape[-2:]
-    j_H = torch.arange(0, side, 2, device=x_TGH.device, dtype=torch.float32)
-    angles_GH = torch.outer(torch.arange(groups, device=x_TGH.device), THETA ** (-j_H / side))
-    cos_GH, sin_GH = angles_GH.cos().to(x_TGH.dtype), angles_GH.sin().to(x_TGH.dtype)
+    cos_GH, sin_GH = angles(groups, side, x_TGH.dtype, x_TGH.device)
     first, second = x_TGH.chunk(2, dim=-1)
     return torch.cat([first * cos_GH - second * sin_GH, second * cos_GH + first * sin_GH], dim=-1)
+
+
+@kept_on_device
+def angles(
+    groups: int, side: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return cosine and sine of the angles of ``turned``, each [groups, side / 2]."""
+    j_H = torch.arange(0, side, 2, device=device, dtype=torch.float32)
+    angles_GH = torch.outer(torch.arange(groups, device=device), THETA ** (-j_H / side))
+    return angles_GH.cos().to(dtype), angles_GH.sin().to(dtype)
 
 
 MORA = MethodFactory(
