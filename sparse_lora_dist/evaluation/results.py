@@ -202,9 +202,9 @@ def _publish(flag: str, path: Path, text: str, overwrite: bool) -> str | None:
     except FileExistsError:
         pass
     except OSError as error:
-        if passes_later(error):  # the same command may then write both files later
+        if error.errno is None or passes_later(error):  # the same command may write both later
             raise
-        why = f"cannot be written: {error.strerror or error}"
+        why = f"cannot be written: {os.strerror(error.errno)}"
     kept = beside(path, KEPT)
     write_new(kept, text)
     return f"--{flag} {path} {why}. The results are in {kept}. Move one of the two."
