@@ -46,16 +46,6 @@ class Batch:
         """Number of tokens that have a loss, after labels are shifted by one."""
         return int((self.labels_MT[:, 1:] != NOT_A_TARGET).sum())
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """Return the same batch with its tensors on ``device``."""
-        return Batch(
-            input_ids_MT=self.input_ids_MT.to(device),
-            labels_MT=self.labels_MT.to(device),
-            position_ids_MT=self.position_ids_MT.to(device),
-            rows_M=self.rows_M,
-            lengths_M=self.lengths_M,
-        )
-
 
 class MicroBatch(Protocol):
     """Attributes of a micro-batch that an optimizer step needs, whatever the task. ``Batch`` and

@@ -336,7 +336,7 @@ def all_gather_flat(shard: Tensor, numel: int) -> Tensor:
     if world_size() == 1:
         out.copy_(shard)
     else:
-        dist.all_gather(list(out.chunk(world_size())), shard.contiguous())
+        dist.all_gather_into_tensor(out, shard.contiguous())
         traffic_bytes["all_gather"] += out.nbytes - shard.nbytes
     return out[:numel]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sparse_lora_dist.errors import UserError
 
@@ -155,6 +156,19 @@ def driver_version() -> str | None:
     except OSError:
         return None
     return found and found[1]
+
+
+def moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return copies of tensors on a device. The host waits neither for the device nor for the copy,
+    and one copy is made for all. Not a collective.
+
+    Args:
+        device: the device; on the CPU the tensors are returned as they are.
+        tensors: tensors on the CPU, of one shape and dtype.
+    """
+    if device.type != "cuda":
+        return tuple(t.to(device) for t in tensors)
+    return torch.stack(tensors).pin_memory().to(device, non_blocking=True).unbind()
 
 
 def find_same_gpu(gpus: Sequence[str | None]) -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import NOT_A_TARGET, Batch, Documents, load_documents, packed_batch
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.device import moved
 from sparse_lora_dist.tasks.class_head import Head
 from sparse_lora_dist.tasks.loss_head import summed_loss
 from sparse_lora_dist.tasks.packed_attention import packed
@@ -38,14 +39,14 @@ def batch_loss(engine: Engine, batch: Batch) -> Tensor:
     # Held-out losses, whose forward has no gradient, are computed with transformers' attention.
     training = torch.is_grad_enabled()
     with packed(batch.position_ids_MT, comm.device()) if training else nullcontext():
-        batch = batch.to(comm.device())
+        ids_MT, positions_MT = moved(comm.device(), batch.input_ids_MT, batch.position_ids_MT)
         # Positions that restart at 0 mark the documents of a row. transformers reads them so only
         # without an attention mask and without a cache.
         return summed_loss(
             engine,
             next_labels_MT,
-            input_ids=batch.input_ids_MT,
-            position_ids=batch.position_ids_MT,
+            input_ids=ids_MT,
+            position_ids=positions_MT,
             use_cache=False,
         )
 

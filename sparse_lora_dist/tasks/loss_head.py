@@ -25,6 +25,7 @@ from sparse_lora_dist.base_model.frozen_linear import FrozenLinear
 from sparse_lora_dist.data import NOT_A_TARGET
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import megabytes, print_line
+from sparse_lora_dist.distributed.device import moved
 from sparse_lora_dist.tasks.logit_ops import Operation, OperationRecorder
 from sparse_lora_dist.zero3.engine import Engine, summed_cross_entropy
 
@@ -57,7 +58,7 @@ class LossHead(nn.Module):
         they cannot be computed in chunks. None if there is none."""
         self.told = False
         """True once a note about ``refused`` was printed."""
-        self.targets: tuple[Tensor, Tensor] | None = None
+        self.targets: tuple[Tensor, ...] | None = None
         """(positions of the target tokens in the flattened micro-batch, tokens that they should
         predict), both int64 [N] on the device, filled up by ``_filled_up``. None outside
         ``expecting``."""
@@ -158,7 +159,7 @@ class LossHead(nn.Module):
         self.num_targets = len(where_N)
         more = _filled_up(self.num_targets, self.tokens_of_a_chunk) - self.num_targets
         labels_N = F.pad(labels_T[where_N], (0, more), value=NOT_A_TARGET)
-        self.targets = F.pad(where_N, (0, more)).to(comm.device()), labels_N.to(comm.device())
+        self.targets = moved(comm.device(), F.pad(where_N, (0, more)), labels_N)
         try:
             yield
         finally:

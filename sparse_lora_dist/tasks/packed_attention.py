@@ -27,6 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sparse_lora_dist.config.sections import VARLEN
+from sparse_lora_dist.distributed.device import moved
 from sparse_lora_dist.errors import in_words
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -71,7 +72,7 @@ class Documents:
     @cached_property
     def bounds(self) -> Tensor:
         """Int32 [C + 1] on the device: the first token of each document among all N, and N."""
-        return self._host_bounds.to(self.device)
+        return moved(self.device, self._host_bounds)[0]
 
     @cached_property
     def longest(self) -> int:
