@@ -28,6 +28,7 @@ def read_peft(
     rank: int,
     alpha: float,
     our_name: Callable[[str], str] = str,
+    task_type: str = "CAUSAL_LM",
 ) -> dict[str, Values]:
     """Open a PEFT LoRA adapter, and check that it fits the run. Not a collective.
 
@@ -43,6 +44,7 @@ def read_peft(
         alpha: LoRA alpha of the run, which must be the adapter's.
         our_name: function that returns the name of a tensor in ``shapes``, given the adapter's
             name of it, which may be that of another class (``Model.our_name``).
+        task_type: PEFT's name of the run's task, e.g. "SEQ_CLS".
 
     Returns:
         Tensor name, as in ``shapes`` -> function that reads a range of the tensor from disk, for
@@ -75,7 +77,8 @@ def read_peft(
             "alpha."
         )
     # A problem above would only show up again in every tensor.
-    if problems := problems or apart or _mismatches(theirs, shapes):
+    problems = problems or apart or _mismatches(theirs, shapes, _other_task(config, task_type))
+    if problems:
         raise UserError(f"--init_adapter {folder} does not fit this run. " + " ".join(problems))
     return values
 
@@ -143,16 +146,33 @@ def _apart_from_its_config(
     return []
 
 
+def _other_task(config: Mapping[str, Any], task_type: str) -> str:
+    """Return PEFT's name of the task of an adapter with a head, such as a classifier's, if it is
+    not the run's; "" otherwise."""
+    theirs = str(config.get("task_type") or task_type)
+    return theirs if theirs not in ("CAUSAL_LM", task_type) else ""
+
+
 def _mismatches(
-    theirs: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]]
+    theirs: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], other_task: str
 ) -> list[str]:
     if other := sorted(_sites(theirs) ^ _sites(shapes)):
         return [
             f"It and --target_modules differ in {len(other)} modules, which only one of them has "
             f"(the first is {other[0]}). Set --target_modules to the adapter's modules."
         ]
-    if extra := sorted(theirs.keys() - shapes.keys()):
-        return [f"It trained {extra[0]} in full. Name that module in --modules_to_save."]
+    extra = sorted(theirs.keys() - shapes.keys())
+    if extra and other_task:
+        return [
+            f"Its task differs from the run's: it is {other_task} (task_type in {CONFIG}), and it "
+            f"trained {extra[0]}, which this run does not. Set --task seq_cls for an adapter of a "
+            "classifier, or give an adapter of a causal language model."
+        ]
+    if extra:
+        return [
+            f"It trained {extra[0]} in full. Name that module in --modules_to_save. If this model "
+            "has no such module, the adapter is of another task or model: give another."
+        ]
     halves = (f"{site}.{half}" for site in _sites(shapes) for half in ("lora_a", "lora_b"))
     if absent := sorted(name for name in halves if name in shapes and name not in theirs):
         return [f"It has no {absent[0]}, so that module's update would be lost. Export it again."]

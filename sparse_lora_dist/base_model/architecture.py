@@ -34,6 +34,8 @@ EXPERT_MODELS = ("mixtral", "qwen3_moe")
 """Values of model_type in config.json of the supported mixture-of-experts models."""
 EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 """Keys of config.json for the number of experts. Architectures use different ones."""
+EXPERTS = re.compile(r"expert|moe|router", re.IGNORECASE)
+"""What the names of modules of experts have."""
 COUNTED = re.compile(r"(num|n)_\w*(layer|expert)s?|(en|de)coder_layers|n_layer|depth")
 """Keys of config.json for how many modules of a kind there are."""
 MOST_MODULES = 10_000
@@ -90,7 +92,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
 
     Raises:
         UserError: config.json is missing or invalid, the weights are quantised in a way that
-            cannot be loaded, or the mixture-of-experts architecture is not supported.
+            cannot be loaded.
     """
     if not (folder / "config.json").exists():
         raise UserError(
@@ -198,13 +200,37 @@ def _refuse_unsupported_weights(folder: Path, config: PretrainedConfig) -> None:
             "are bf16, fp16 and fp32 weights, which are quantised while loading, and weights that "
             "bitsandbytes saved in 4 bits. Give the original weights."
         )
+
+
+def refuse_experts(model: PreTrainedModel) -> None:
+    """Raise ``UserError`` for a mixture of experts of an architecture that is not supported.
+
+    The number of experts in config.json does not tell alone: it may be a default of a class whose
+    layers are all dense, as in Doge and Nemotron-H. So the modules of the model are looked at.
+
+    Args:
+        model: model from ``meta_model``.
+    """
+    config = model.config
     experts = max((getattr(config, name, None) or 0 for name in EXPERT_COUNTS), default=0)
-    if experts > 1 and config.model_type not in EXPERT_MODELS:
+    if experts > 1 and config.model_type not in EXPERT_MODELS and (name := _first_experts(model)):
         raise UserError(
-            f"--model {folder} is a mixture-of-experts model ({config.model_type}, {experts} "
-            f"experts). Supported are models of type {' and '.join(EXPERT_MODELS)}, and all models "
-            "without experts. Choose one of these."
+            f"This --model is a mixture of experts ({config.model_type}, {experts} experts, the "
+            f"first in {name}). Supported are models of type {' and '.join(EXPERT_MODELS)}, and "
+            "all models without experts. Choose one of these."
         )
+
+
+def _first_experts(model: PreTrainedModel) -> str | None:
+    """Return the name of the first module that is called, or whose class is called, after experts
+    or their router; None if there is none."""
+    # Dense layers of Qwen2MoeForCausalLM are of the class Qwen2MoeMLP.
+    family = re.sub(r"(For[A-Z]\w*|LMHeadModel|Model)$", "", type(model).__name__)
+    for name, module in model.named_modules():
+        kind = type(module).__name__.removeprefix(family)
+        if name and EXPERTS.search(f"{name.rpartition('.')[2]} {kind}"):
+            return str(name)
+    return None
 
 
 def meta_model(

@@ -21,6 +21,7 @@ from sparse_lora_dist.base_model.architecture import (
     left_out,
     meta_model,
     output_head,
+    refuse_experts,
 )
 from sparse_lora_dist.base_model.buffers import fill_buffers, move_buffers
 from sparse_lora_dist.base_model.cache.lookup import BaseCache, find_cache
@@ -146,6 +147,7 @@ class Model:
                 attn_implementation=options.attention_of_transformers,
                 trust_remote_code=options.trust_remote_code,
             )
+            refuse_experts(module)
             check_checkpointing(options, module)
         look = look_together(module, options.task)
         with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
@@ -310,6 +312,7 @@ class Model:
                     rank=adapter.rank,
                     alpha=adapter.alpha,
                     our_name=self.our_name,
+                    task_type=TASKS[config.model.task].peft_type,
                 )
         return initial
 

@@ -10,6 +10,7 @@ from sparse_lora_dist.base_model.architecture import (
     meta_model,
     read_config,
     read_content,
+    refuse_experts,
     resolve_folder,
 )
 from sparse_lora_dist.config.config import Config
@@ -57,6 +58,7 @@ def shapes_of(config: Config, *, whole_logits: bool = False, on_gpu: bool = Fals
         attn_implementation=options.attention_of_transformers,
         trust_remote_code=options.trust_remote_code,
     )
+    refuse_experts(model)
     head = Head(modules=beside_base(model) if TASKS[options.task].trains_head else {})
     full = {**head.modules, **find_full(model, config.adapter.modules_to_save, head)}
     trained = modules_inside(full)

@@ -22,12 +22,17 @@ PREFIX = "base_model.model.layer.lora_"
 SHAPES: dict[str, tuple[int, ...]] = {"layer.lora_a": (2, 4), "layer.lora_b": (4, 2)}
 
 
-def adapter(folder: Path, *, base: object = "org/base", halves: str = "AB") -> str:
+def adapter(
+    folder: Path, *, base: object = "org/base", halves: str = "AB", **more: torch.Tensor | str
+) -> str:
+    """``more``: tensors by the last names of their modules, and values of the configuration."""
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": base}
+    config |= {name: value for name, value in more.items() if isinstance(value, str)}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = {"A": torch.ones(2, 4), "B": torch.ones(4, 2)}
     save_file(
-        {f"{PREFIX}{half}.weight": tensors[half] for half in halves},
+        {f"{PREFIX}{half}.weight": tensors[half] for half in halves}
+        | {f"base_model.model.{n}.weight": x for n, x in more.items() if not isinstance(x, str)},
         folder / "adapter_model.safetensors",
     )
     return str(folder)
@@ -91,3 +96,24 @@ def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
         open_adapters([folder])
     with pytest.raises(UserError, match="differ in 1 modules"):
         read_peft(folder, SHAPES, rank=2, alpha=4)
+
+
+@pytest.mark.parametrize(
+    ("config", "run", "said"),
+    [
+        ({"task_type": "SEQ_CLS"}, "CAUSAL_LM", "Its task differs from the run's.*--task seq_cls"),
+        ({}, "CAUSAL_LM", "has no such module, the adapter is of another task or model"),
+        ({"task_type": "CAUSAL_LM"}, "SEQ_CLS", "Name that module in --modules_to_save"),
+        ({"task_type": "SEQ_CLS"}, "SEQ_CLS", "Name that module in --modules_to_save"),
+    ],
+)
+def test_an_adapter_of_a_classifier_in_a_run_of_another_task_says_so(
+    tmp_path: Path, config: dict[str, str], run: str, said: str
+) -> None:
+    folder = adapter(tmp_path, score=torch.ones(2, 4), **config)
+    with pytest.raises(UserError, match=said) as caught:
+        read_peft(folder, SHAPES, rank=2, alpha=4, task_type=run)
+    assert "score.weight" in str(caught.value)
+    assert ("modules_to_save" in str(caught.value)) == ("task differs" not in said)
+    with_head = SHAPES | {"score.weight": (2, 4)}
+    assert "score.weight" in read_peft(folder, with_head, rank=2, alpha=4, task_type="SEQ_CLS")

@@ -7,9 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import PretrainedConfig, PreTrainedModel
 
-from sparse_lora_dist.base_model.architecture import left_out, meta_model, read_config
+from sparse_lora_dist.base_model.architecture import (
+    left_out,
+    meta_model,
+    read_config,
+    refuse_experts,
+)
+from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.plan.shapes import shapes_of
+from tests.fixtures.families import EXPERTS, MLA, config_of
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -25,8 +34,12 @@ LLAMA: dict[str, Any] = {
 def build(folder: Path, config: object) -> None:
     text = config if isinstance(config, str) else json.dumps(config)
     (folder / "config.json").write_text(text)
-    meta_model(
-        read_config(folder, trust_remote_code=False),
+    on_meta(read_config(folder, trust_remote_code=False))
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    return meta_model(
+        config,
         task="causal_lm",
         dtype=torch.float32,
         attn_implementation=None,
@@ -109,3 +122,39 @@ def test_a_model_quantised_by_a_tool_of_before_is_named(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     with pytest.raises(UserError, match="already quantised .GPTQ or AWQ., which is not supported"):
         build(tmp_path, LLAMA)
+
+
+DENSE: dict[str, dict[str, Any]] = {
+    "doge": {},
+    "nemotron_h": {},
+    "qwen2_moe": {**EXPERTS, "mlp_only_layers": [0, 1]},
+    "deepseek_v3": {**MLA, "first_k_dense_replace": 2},
+}
+"""Models with a number of experts in config.json, and without experts."""
+MIXED: dict[str, dict[str, Any]] = {
+    "doge": {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 2},
+    "nemotron_h": {"hybrid_override_pattern": "ME"},
+    "qwen2_moe": EXPERTS,
+    "deepseek_v3": {**MLA, "first_k_dense_replace": 1},
+    "gpt_oss": {**EXPERTS, "head_dim": 16},
+    "granitemoe": EXPERTS,
+    "jetmoe": EXPERTS,
+    "phimoe": EXPERTS,
+}
+
+
+@pytest.mark.parametrize("kind", DENSE)
+def test_a_dense_model_with_a_number_of_experts_is_taken(kind: str) -> None:
+    refuse_experts(on_meta(config_of(kind, **DENSE[kind])))
+
+
+@pytest.mark.parametrize("kind", MIXED)
+def test_a_mixture_of_experts_is_refused_by_its_modules(kind: str) -> None:
+    with pytest.raises(UserError, match=rf"mixture of experts \({kind}, \d+ experts, the first in"):
+        refuse_experts(on_meta(config_of(kind, **MIXED[kind])))
+
+
+def test_the_plan_refuses_a_mixture_of_experts_too(tmp_path: Path) -> None:
+    config_of("qwen2_moe", **EXPERTS).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is a mixture of experts"):
+        shapes_of(load_config(["--model", str(tmp_path)]), on_gpu=False)
