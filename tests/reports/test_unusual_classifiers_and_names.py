@@ -1,6 +1,8 @@
 """Classifiers whose classes are built in an unusual way, and names that are written in one."""
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +13,14 @@ from transformers import AutoConfig, MraConfig, MraForSequenceClassification, Pr
 from sparse_lora_dist.base_model.architecture import meta_model
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles, Source
 from sparse_lora_dist.base_model.weight_map import find_keys, find_sources
+from sparse_lora_dist.config.load import load_config
+from sparse_lora_dist.data.reading import shown
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.model.look import refuse_no_embedding
 from sparse_lora_dist.model.targets import Head, find_full
+from sparse_lora_dist.system.own_files import Marker, write_marker
+from sparse_lora_dist.training.feed import open_tokenizer
+from sparse_lora_dist.training.own_folder import RUN, TRAIN, check_folder
 
 SMALL = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -60,3 +67,56 @@ def test_a_weight_of_whole_numbers_is_still_refused(tmp_path: Path) -> None:
     files = CheckpointFiles(tmp_path)
     with pytest.raises(UserError, match=r"has dtype I64.*one of BF16, F16, F32, or be"):
         find_sources(model, files, find_keys(model, files))
+
+
+@pytest.mark.parametrize("words", ["q_proj, v_proj", " q_proj ,v_proj ", "[' q_proj', v_proj ]"])
+def test_blanks_around_names_are_no_part_of_them(words: str, tmp_path: Path) -> None:
+    config = load_config(["--target_modules", words, "--modules_to_save", words])
+    assert config.adapter.target_modules == ("q_proj", "v_proj")
+    assert config.adapter.modules_to_save == ("q_proj", "v_proj")
+    (tmp_path / "run.yaml").write_text(
+        f"target_modules: {json.dumps(words)}\ntrackers: [' wandb ']\n"
+    )
+    read = load_config(["--config", str(tmp_path / "run.yaml")])
+    assert read.adapter.target_modules == ("q_proj", "v_proj")
+    assert read.run.trackers == ("wandb",)
+
+
+def test_a_regular_expression_stays_one() -> None:
+    for words in (r".*\.[qv]_proj", "(q_proj|v_proj)", "all-linear"):
+        assert load_config(["--target_modules", words]).adapter.target_modules == words
+
+
+def test_a_blank_at_the_end_of_a_name_is_seen_in_messages() -> None:
+    assert shown(["assistant ", "user", ""]) == "'assistant ', user, ''"
+
+
+def test_a_tokenizer_with_code_of_its_own_names_the_option(tmp_path: Path) -> None:
+    content = {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}, "tokenizer_class": "Mine"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(content))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "mine.py").write_text("raise SystemExit('it ran')\n")
+    model: Any = SimpleNamespace(folder=tmp_path)
+    with pytest.raises(UserError, match=r"^The tokenizer of .*add --trust_remote_code true\.$"):
+        open_tokenizer(load_config([]), model)
+
+
+@pytest.mark.parametrize(
+    ("named", "said"),
+    [
+        (".", "is not a checkpoint: it has no manifest.json. Give a step_... folder"),
+        ("checkpoints", "is not a checkpoint: it has no manifest.json. Give a step_... folder"),
+        ("checkpoints/set_aside_1/step_00000006", "can only begin another run. Choose another"),
+    ],
+)
+def test_what_resume_names_in_the_run_of_output_dir_is_told(
+    tmp_path: Path, named: str, said: str
+) -> None:
+    aside = tmp_path / "checkpoints" / "set_aside_1" / "step_00000006"
+    aside.mkdir(parents=True)
+    (aside / "manifest.json").write_text("{}")
+    write_marker(tmp_path, Marker(kind=RUN, names={"checkpoints": None}))
+    with pytest.raises(UserError) as caught:
+        source = (tmp_path / named).resolve()
+        check_folder(tmp_path, begins=True, program=TRAIN, source=source)
+    assert str(caught.value).startswith(f"--resume {source} ") and said in str(caught.value)
