@@ -83,6 +83,13 @@ def resolve_folder(
     return Path(folder)
 
 
+OWN_CODE = (
+    "comes with Python code of its own. If you have read that code and trust it, add "
+    "--trust_remote_code true."
+)
+"""End of the message for a model folder whose code has to run."""
+
+
 def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
     """Return the transformers configuration that config.json of a model folder describes.
 
@@ -105,10 +112,7 @@ def read_config(folder: Path, *, trust_remote_code: bool) -> PretrainedConfig:
         )
     except (ValueError, OSError) as error:
         if "trust_remote_code" in str(error):
-            raise UserError(
-                f"--model {folder} comes with Python code of its own. If you have read that code "
-                "and trust it, add --trust_remote_code true."
-            ) from error
+            raise UserError(f"--model {folder} {OWN_CODE}") from error
         raise UserError(
             f"transformers cannot read the config.json of --model {folder}. Check the file, or "
             f"download the model again. transformers reports: {error}"

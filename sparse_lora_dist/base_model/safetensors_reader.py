@@ -24,10 +24,20 @@ from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.small_files import parse_json, unique_keys
 
-DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "U8": torch.uint8}
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "BOOL": torch.bool,
+}
 """torch dtype by its name in a safetensors header."""
 FLOATS = ("BF16", "F16", "F32")
 """Dtypes allowed for weights that are not quantised, by their names in a safetensors header."""
+WHOLE = ("U8", "I32", "I64", "BOOL")
+"""Dtypes allowed, besides ``FLOATS``, for a buffer that does not hold floating-point numbers."""
 CPU = torch.device("cpu")
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 

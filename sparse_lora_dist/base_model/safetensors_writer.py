@@ -124,10 +124,7 @@ class SafetensorsWriter:
         self._header_bytes = self._position = 0
 
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
-    torch.int32: "I32",
-    torch.int64: "I64",
-}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 """Name of a dtype in a safetensors header, by torch dtype."""
 
 

@@ -33,6 +33,7 @@ from sparse_lora_dist.base_model.safetensors_reader import (
     CPU,
     DTYPES,
     FLOATS,
+    WHOLE,
     CheckpointFiles,
     Entry,
     Source,
@@ -118,7 +119,8 @@ def find_sources(
         sources[name] = source_of(name, tuple(parameter.shape), keys, files)
     for name, buffer in model.named_buffers():
         if name in keys_of:
-            sources[name] = source_of(name, tuple(buffer.shape), keys_of[name], files)
+            allowed = FLOATS if buffer.is_floating_point() else (*FLOATS, *WHOLE)
+            sources[name] = source_of(name, tuple(buffer.shape), keys_of[name], files, allowed)
     return sources
 
 
@@ -203,7 +205,11 @@ def _stacked(
 
 
 def source_of(
-    name: str, shape: tuple[int, ...], keys: Sequence[str], files: CheckpointFiles
+    name: str,
+    shape: tuple[int, ...],
+    keys: Sequence[str],
+    files: CheckpointFiles,
+    allowed: Sequence[str] = FLOATS,
 ) -> Source | Packed:
     """Return where the files hold one parameter, after checking shapes and dtypes of its tensors.
 
@@ -212,6 +218,7 @@ def source_of(
         shape: shape of the parameter in the model.
         keys: names in the files of the tensors that make the parameter, in order.
         files: the opened safetensors files of the base model.
+        allowed: dtypes that tensors that are not quantised may have.
 
     Returns:
         ``Packed`` if the files hold the parameter in 4 bits, otherwise ``Source``.
@@ -243,16 +250,16 @@ def source_of(
         )
     if quantized:
         return _packed(name, keys, quantized, files)
-    return _plain(keys, files)
+    return _plain(keys, files, allowed)
 
 
-def _plain(keys: Sequence[str], files: CheckpointFiles) -> Source:
+def _plain(keys: Sequence[str], files: CheckpointFiles, allowed: Sequence[str]) -> Source:
     entries = [files.entries[key] for key in keys]
     for key, entry in zip(keys, entries, strict=True):
-        if entry.dtype not in FLOATS or entry.dtype != entries[0].dtype:
+        if entry.dtype not in allowed or entry.dtype != entries[0].dtype:
             raise UserError(
                 f"Tensor {key!r} in {entry.file} has dtype {entry.dtype}. The tensors of a weight "
-                f"must all have the same dtype, one of {', '.join(FLOATS)}, or be saved in 4 bits "
+                f"must all have the same dtype, one of {', '.join(allowed)}, or be saved in 4 bits "
                 "by bitsandbytes. Give a --model with the original weights."
             )
     return Source(keys=tuple(keys), parts=tuple(entries), dtype=DTYPES[entries[0].dtype])

@@ -18,8 +18,8 @@ from sparse_lora_dist.config.schema import (
     Option,
     describe,
     is_switch,
+    items_of,
     may_be_null,
-    numbers_of,
     takes_list,
     value_of,
 )
@@ -238,7 +238,7 @@ def _parsed(one: Given, hint: object, parser: ArgumentParser) -> object:
     if isinstance(value, str):
         value = value_of(value, hint)
     if isinstance(value, list):
-        value = numbers_of(value, hint)
+        value = items_of(value, hint)
     # jsonargparse accepts None. Nobody has a file called null.
     if value in (None, "null") and not may_be_null(hint):
         raise TypeError

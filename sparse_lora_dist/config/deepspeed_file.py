@@ -21,6 +21,7 @@ from sparse_lora_dist.config.checks import raise_if
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.deepspeed_keys import (
     AT_LEAST_ONE,
+    AT_MOST,
     FIXED,
     KEYS,
     KNOWN_ELSEWHERE,
@@ -155,7 +156,7 @@ def check_block(
     return problems
 
 
-def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
+def check_value(name: str, value: Any, kind: Any, place: str) -> list[str]:
     """Check that a value of the DeepSpeed file has the right type and is one that works here.
 
     Args:
@@ -179,7 +180,8 @@ def check_value(name: str, value: object, kind: Any, place: str) -> list[str]:
     if name in AT_LEAST_ONE and value == 0:
         return [f"{said}, but it must be at least 1"]
     if fits(value, kind):
-        return []
+        too_large = name in AT_MOST and value > AT_MOST[name]
+        return [f"{said}, but it must be at most {AT_MOST[name]}"] if too_large else []
     why = WHY_NOT.get(name, "") if value != "auto" else "auto is only for numbers of the run"
     return [f"{said}, but it must be {kind_in_words(kind)}" + (f", because {why}" if why else "")]
 

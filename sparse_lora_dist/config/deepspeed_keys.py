@@ -97,6 +97,17 @@ AT_LEAST_ONE = {
 """Dotted keys of numbers that must not be 0, because DeepSpeed divides by them or waits for that
 many, and would fail or hang."""
 
+AT_MOST = {
+    "zero_optimization.reduce_bucket_size": 2**40,
+    "zero_optimization.offload_param.buffer_count": 2**20,
+    "zero_optimization.offload_param.buffer_size": 2**40,
+    "aio.block_size": 2**30,
+    "aio.queue_depth": 2**20,
+    "aio.intra_op_parallelism": 2**10,
+}
+"""{dotted key: largest value} of numbers that DeepSpeed allocates memory or threads by. Larger ones
+fit no machine, and their sizes in bytes overflow in PyTorch or in C."""
+
 WHY_NOT = {
     "zero_optimization.offload_optimizer.device": "DeepSpeed's NVMe swapper needs moments of every "
     "entry, and here only the entries that are trained have them",

@@ -22,8 +22,8 @@ COMMON = """
     output_dir resume eval_every save_every keep_last time_limit trackers
 """.split()
 """Options of a training run that ``--help`` shows; ``--help_all`` shows all."""
-PLAIN_NAMES = re.compile(r"[\w.-]+(,[\w.-]+)*")
-"""One or more names, separated by commas."""
+PLAIN_NAMES = re.compile(r"[\w.-]+ *(, *[\w.-]+ *)*")
+"""One or more names, separated by commas, with or without blanks around these."""
 WORDS = {
     int: "a whole number",
     float: "a finite number",
@@ -212,6 +212,7 @@ def _list_of(text: str, *, takes_text: bool) -> Any:
         text: Value as written on the command line.
         takes_text: True if the option also takes a regular expression.
     """
+    text = text.strip()
     if text.startswith("["):
         try:
             value = yaml_value(text)
@@ -222,19 +223,19 @@ def _list_of(text: str, *, takes_text: bool) -> Any:
         return value
     if text == "all-linear" or (takes_text and PLAIN_NAMES.fullmatch(text) is None):
         return text
-    return [item.strip() for item in text.split(",") if item.strip()]
+    return [item for item in text.split(",") if item.strip()]
 
 
-def numbers_of(items: list[Any], hint: Any) -> list[Any]:
-    """Return the items of an option's list, with texts replaced by the numbers that they stand for
-    if the option takes a list of numbers.
+def items_of(items: list[Any], hint: Any) -> list[Any]:
+    """Return the items of an option's list, without blanks around names, and with texts replaced by
+    the numbers that they stand for if the option takes a list of numbers.
 
     Raises:
         TypeError: A text stands for no number.
     """
     kinds = [get_args(t) for t in (hint, *get_args(hint)) if get_origin(t) is tuple]
     if not kinds or str in kinds[0]:
-        return items
+        return [item.strip() if isinstance(item, str) else item for item in items]
     return [value_of(item, float) if isinstance(item, str) else item for item in items]
 
 

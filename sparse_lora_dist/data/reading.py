@@ -95,8 +95,10 @@ class Reading:
 def shown(names: Sequence[str]) -> str:
     """Return names as text, at most ``MOST_SHOWN`` of them; "none" if there are none."""
     more = f" and {len(names) - MOST_SHOWN:,} more" if len(names) > MOST_SHOWN else ""
-    # A name may have line breaks, or codes that a terminal obeys, and be of any length.
-    safe = (name if name.isprintable() else repr(name) for name in names[:MOST_SHOWN])
+    # A name may have line breaks, or codes that a terminal obeys, or blanks at its ends, and be of
+    # any length.
+    plain = (name.isprintable() and name.strip() == name != "" for name in names)
+    safe = (n if ok else repr(n) for n, ok in zip(names[:MOST_SHOWN], plain, strict=False))
     cut = (name if len(name) <= LONGEST else f"{name[:LONGEST]}..." for name in safe)
     return (", ".join(cut) or "none") + more
 

@@ -164,6 +164,18 @@ def refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
         )
 
 
+def refuse_no_embedding(module: PreTrainedModel) -> None:
+    """Raise ``UserError`` if what the model calls its input embeddings is no table of tokens.
+
+    Perceiver's are latent vectors.
+    """
+    if not isinstance(module.get_input_embeddings(), nn.Module):
+        raise UserError(
+            f"A {module.config.model_type} model cannot be trained here: it does not say which "
+            "module embeds its tokens. Choose another --model."
+        )
+
+
 def refuse_seeing_ahead(module: PreTrainedModel, look: Look) -> None:
     """Raise ``UserError`` if the model sees the tokens that it should predict, as Gemma 3 does with
     ``use_bidirectional_attention``, and XLNet."""

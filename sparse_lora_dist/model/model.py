@@ -58,6 +58,7 @@ from sparse_lora_dist.model.look import (
     Look,
     look_together,
     refuse_changing_weights,
+    refuse_no_embedding,
     refuse_seeing_ahead,
 )
 from sparse_lora_dist.model.saved_class import SavedClass, by_our_names, find_saved_class
@@ -152,6 +153,7 @@ class Model:
         look = look_together(module, options.task)
         with fail_together("opening the base model"), as_user_error(source, DOWNLOAD):
             applied = Look() if as_before else look
+            refuse_no_embedding(module)
             refuse_changing_weights(module, applied)
             refuse_seeing_ahead(module, applied)
             keys_of = find_keys(module, files)

@@ -173,7 +173,7 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
             "full. Name those in it that hold parameters."
         )
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    is_tied = model.config.tie_word_embeddings and ends[1] is not None
+    is_tied = getattr(model.config, "tie_word_embeddings", False) and ends[1] is not None
     if is_tied and any(m in ends for m in found.values()):
         problems.append(
             "The input and output embeddings of this model are tied, so they must stay frozen. "

@@ -13,6 +13,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from sparse_lora_dist.base_model.architecture import OWN_CODE
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import eval_source, resolve_default
 from sparse_lora_dist.config.sections import DataConfig
@@ -250,6 +251,9 @@ def open_tokenizer(config: Config, model: Model) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.folder, trust_remote_code=trust)
     except Exception as error:  # a missing or damaged file raises whatever its reader does
+        if not trust and "trust_remote_code" in str(error):
+            message = f"The tokenizer of --model {model.folder} {OWN_CODE}"
+            raise UserError(message) from error
         raise UserError(
             f"The tokenizer of --model {model.folder} cannot be opened: {error}. "
             f"{_advice(model.folder)}"

@@ -106,6 +106,7 @@ def check_folder(
         )
     came_from_there = source is not None and marker.about.get("from") == str(source)
     if begins and not replaces and begun and not came_from_there:
+        _check_source(folder, source)
         raise UserError(
             f"--output_dir {folder} already holds a run. Continue it with --resume auto, or start "
             "a new run: choose another --output_dir, or remove that folder."
@@ -113,6 +114,22 @@ def check_folder(
     _check_entries(folder, marker)
     if not begins and not replaces:
         _check_keeps_its_run(folder, marker)
+
+
+def _check_source(folder: Path, source: Path | None) -> None:
+    """Raise UserError if ``--resume`` names something that no run can go on with in the folder of a
+    run: what is no checkpoint, or one that this run has set aside."""
+    if source is not None and not (source / MANIFEST).exists():
+        raise UserError(
+            f"--resume {source} is not a checkpoint: it has no {MANIFEST}. Give a step_... folder "
+            f"of {folder / CHECKPOINTS}, or --resume auto for the newest."
+        )
+    if source is not None and source.parent.parent == (folder / CHECKPOINTS).resolve():
+        raise UserError(
+            f"--resume {source} was set aside when the run went back to an earlier step, so it can "
+            "only begin another run. Choose another --output_dir, or --resume auto for the newest "
+            f"checkpoint of {folder}."
+        )
 
 
 def _check_keeps_its_run(folder: Path, marker: Marker) -> None:

@@ -421,7 +421,7 @@ def _print_resume(found: Resume, config: Config, feed: DataFeed) -> None:
     what = [f"step {found.manifest['progress']['step']}"]
     what += [f"changed: {changed}"] if changed else []
     was, now = found.manifest["world_size"], comm.world_size()
-    what += [f"{was} ranks -> {now}"] if was != now else []
+    what += [f"ranks {was} -> {now}"] if was != now else []
     what += [f"reset: {', '.join(sorted(found.reset))}"] if found.reset else []
     print_line("resumes", f"{found.path}, {'; '.join(what)}")
     if found.manifest["total_steps"] != feed.total_steps:

@@ -81,7 +81,8 @@ def planned(words: list[str]) -> dict[str, Any]:
         nodes=request.plan.nodes,
         on_gpu=request.plan.gpu_bytes > 0,
     )
-    shapes, engine = shapes_of(request.config), PlannedEngine.of(request.engine)
+    ways = {"whole_logits": request.plan.whole_logits, "on_gpu": ranks.on_gpu}
+    shapes, engine = shapes_of(request.config, **ways), PlannedEngine.of(request.engine)
     return as_json(Outcome(shapes=shapes, engine=engine, ranks=ranks, plan=request.plan))
 
 
@@ -116,6 +117,9 @@ def test_a_run_fits_the_gpu_it_is_for(name: str, llama_8b: Path, tmp_path: Path)
     machine = [word for key, value in MACHINES[name].items() for word in (f"--{key}", str(value))]
     found = planned([*words, *machine])
     assert found["fits"], found["need"]
+    page = (CONFIGS / "README.md").read_text()
+    (written,) = re.findall(rf"^\| `{name}\.yaml` .* ([\d.]+) GB \|$", page, re.MULTILINE)
+    assert written == f"{found['need']['gpu'] / 1e9:.1f}"
 
 
 @pytest.mark.parametrize("name", MACHINES)

@@ -108,6 +108,13 @@ def test_shipped_file_is_good_and_reduces_in_fp32(path):
         ("bfloat16", {"enabled": True}, "Write bf16"),
         ("zero_optimization.reduce_bucket_size", 0, "must be at least 1"),
         ("zero_optimization.reduce_bucket_size", 2**63, r"from 0 up (below 2**63)"),
+        ("zero_optimization.reduce_bucket_size", 2**63 - 1, "must be at most 1099511627776"),
+        ("zero_optimization.reduce_bucket_size", 1e18, "must be at most 1099511627776"),
+        ("zero_optimization.offload_param.buffer_size", 2**63 - 1, "at most 1099511627776"),
+        ("zero_optimization.offload_param.buffer_count", 2**63 - 1, "must be at most 1048576"),
+        ("aio.block_size", 2**31, "must be at most 1073741824"),
+        ("aio.queue_depth", 2**31, "must be at most 1048576"),
+        ("aio.intra_op_parallelism", 2**31, "must be at most 1024"),
         ("bf16.enabled", "yes", "must be true or false"),
         ("bf16", True, "must be a {...} block"),
         ("communication_data_type", "bf16", 'must be "fp32", because importance statistics'),
@@ -155,6 +162,11 @@ def test_all_problems_of_a_file_come_at_once(file):
 @pytest.mark.parametrize("value", [5e8, 500_000_000, 0])
 def test_whole_numbers_may_be_written_as_5e8(file, value):
     assert check_engine_file(file(with_key("zero_optimization.sub_group_size", value))) == []
+
+
+@pytest.mark.parametrize("key", ["sub_group_size", "stage3_max_live_parameters"])
+def test_a_number_that_nothing_is_allocated_by_may_be_as_large_as_deepspeed_takes_it(file, key):
+    assert check_engine_file(file(with_key(f"zero_optimization.{key}", 2**63 - 1))) == []
 
 
 # One owner per number
