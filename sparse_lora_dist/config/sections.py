@@ -272,9 +272,8 @@ class RunConfig:
     """Number of consecutive steps with a non-finite loss or gradient after which the run ends, at
     least 1. Such steps change no weight."""
     time_limit: str | None = None
-    """Wall-clock limit of the job, e.g. 90m, 2h or 1-12:00:00; at least 1s. As for Slurm, 1:30 is
-    1 min 30 s. A checkpoint is saved in time and the exit status is 75; go on with --resume auto.
-    null: no limit."""
+    """Wall-clock limit of the job, e.g. 90m, 1:30 (90 s) or 1-12:00:00; at least 1s. Saves in time,
+    with exit status 75; go on with --resume auto. null: no limit."""
     signal_lead: str | None = None
     """Time between a scheduler's warning signal and its kill, e.g. 300s; at least 1s. A warning is
     printed if that is too short to save. null: no such check."""

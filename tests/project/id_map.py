@@ -50,6 +50,7 @@ RENAMED = {
     "test_a_run_that_goes_back_by_name_leaves_no_later_step_behind": (
         "test_a_run_that_goes_back_by_name_keeps_the_later_steps_under_another_name"
     ),
+    "test_a_batch_moves_whole": "test_a_batch_is_of_whole_numbers",
     "test_four_files_are_shipped": "test_five_files_are_shipped",
     "test_help_lists_every_flag_and_method": "test_help_all_lists_every_flag_and_method",
     "test_the_tables_in_readme_are_those_of_the_results": (

@@ -20,7 +20,7 @@ from sparse_lora_dist.runtime import entry_point
 from sparse_lora_dist.runtime.entry_point import STOPPED, USER_ERROR, run_program
 from sparse_lora_dist.system import atomic_files, own_files, whole_folders
 from sparse_lora_dist.system.atomic_files import write_whole
-from sparse_lora_dist.training import job
+from sparse_lora_dist.training import job, own_folder
 
 
 class Ended(BaseException):
@@ -118,7 +118,8 @@ def test_a_full_disk_at_the_start_is_requeued(
 def test_a_full_disk_before_the_adapter_is_written_is_requeued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "claim", full)
+    own_files.write_marker(tmp_path, own_files.Marker(kind="run"))
+    monkeypatch.setattr(own_folder, "write_marker", full)
     with pytest.raises(StorageError, match=f"while writing {tmp_path}/adapter: .*No space"):
         job.Job._export(cast(job.Job, SimpleNamespace(folder=tmp_path)))
 
