@@ -22,7 +22,7 @@ from sparse_lora_dist.config.deepspeed_file import engine_dict
 from sparse_lora_dist.config.sections import RunConfig
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_launch, print_line
-from sparse_lora_dist.distributed.device import check_same_bits, same_bits
+from sparse_lora_dist.distributed.device import check_same_bits, same_bits, torch_as_it_starts
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import Finished, Stopped, UserError
 from sparse_lora_dist.methods import METHODS, Method
@@ -110,6 +110,7 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         print_line("note", note)
     # The lock comes before anything is written or removed: the files may be another job's.
     with (
+        torch_as_it_starts(),
         same_bits(config.run.deterministic),
         stop_signals.listening(config.run.time_limit),
         run_lock.held(folder),
@@ -129,6 +130,8 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
             if error.shared:
                 now.job.publish_what_is_saved()
             raise
+        finally:
+            now.has_ended = True
         now.job.finish()
 
 
@@ -212,6 +215,8 @@ class Training:
         self.job = Job(config, model, feed, self.engine, self.shards)
         self.loss_of = TASKS[config.model.task].loss
         self.last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
+        self.has_ended = False
+        """True once the block of ``training`` was left, which gives the lock back."""
 
     def begin(self) -> None:
         """Restore the checkpoint of a resumed run, or log the held-out loss of a new run as step 0.
@@ -248,13 +253,24 @@ class Training:
                 is not finite; or a file cannot be written.
             Stopped: the run was asked to stop, by a signal or ``--time_limit``.
         """
-        if step not in self.steps[:1]:
+        if self.has_ended:
+            raise UserError(
+                f"step({step}) comes after the end of the block of training(). Continue the run in "
+                "another one, with resume='auto'.",
+                shared=True,
+            )
+        if type(step) is not int or step not in self.steps[:1]:
             raise UserError(
                 f"step({step}) is not the next step: {list(self.steps[:1]) or 'none is left'}. "
                 "Make the steps of training.steps in their order.",
                 shared=True,
             )
+        with torch_as_it_starts():
+            return self._step(step)
+
+    def _step(self, step: int) -> StepResult:
         started = time.perf_counter()
+        self.engine.train()
         watchdog.set_phase("reading its batches", step=step)
         self.job.set_learning_rate(step)
         progress = self.job.progress

@@ -219,9 +219,9 @@ def refuse_experts(model: PreTrainedModel) -> None:
     experts = max((getattr(config, name, None) or 0 for name in EXPERT_COUNTS), default=0)
     if experts > 1 and config.model_type not in EXPERT_MODELS and (name := _first_experts(model)):
         raise UserError(
-            f"This --model is a mixture of experts ({config.model_type}, {experts} experts, the "
-            f"first in {name}). Supported are models of type {' and '.join(EXPERT_MODELS)}, and "
-            "all models without experts. Choose one of these."
+            f"--model {config.name_or_path} is a mixture of experts ({config.model_type}, "
+            f"{experts} experts, the first in {name}). Supported are models of type "
+            f"{' and '.join(EXPERT_MODELS)}, and all models without experts. Choose one of these."
         )
 
 

@@ -35,8 +35,9 @@ def print_line(label: str, text: str = "") -> None:
     """
     if comm.rank() == 0:
         start = f"{label:<10}" if len(label) < 10 else f"{label} "
-        tqdm.write(f"{start}{as_started_here(text)}".rstrip(), file=sys.stdout)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # a program without a console
+            tqdm.write(f"{start}{as_started_here(text)}".rstrip(), file=sys.stdout)
+            sys.stdout.flush()
 
 
 def print_launch(launch: Launch) -> None:
@@ -55,7 +56,7 @@ def print_launch(launch: Launch) -> None:
 
 def on_terminal() -> bool:
     """Return True if stderr, where bars are shown, is a terminal."""
-    return sys.stderr.isatty()
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 class StepProgress:

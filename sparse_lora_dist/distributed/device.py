@@ -4,7 +4,7 @@ describe the device for the screen. Compute with the same bits each time where t
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,26 @@ def driver_version() -> str | None:
     except OSError:
         return None
     return found and found[1]
+
+
+@contextmanager
+def torch_as_it_starts() -> Iterator[None]:
+    """Context manager with torch's settings of a new process, whatever the calling program has set:
+    gradients, no autocast, fp32 and the CPU as defaults of new tensors. Not a collective."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        if not torch.is_grad_enabled():
+            stack.enter_context(torch.enable_grad())
+        for name in filter(torch.is_autocast_enabled, ("cpu", "cuda")):
+            stack.enter_context(torch.autocast(name, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        if dtype != torch.float32:
+            stack.callback(torch.set_default_dtype, dtype)
+            torch.set_default_dtype(torch.float32)
+        yield
 
 
 def moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -191,9 +191,10 @@ def _base(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]
         yield _line("persistent", label, where, whole, *TRAINED)
     if engine.hpz > 1:
         group = replace(ranks, world_size=engine.hpz)
-        copies, copy_at = _share(shapes.parameters, shapes, group), where
+        frozen = [p for p in shapes.parameters if p.kind != "trained"]
+        copies, copy_at = _share(frozen, shapes, group), where
         if engine.parameters == "cpu":
-            copies, copy_at = _offloaded(shapes.parameters, shapes, engine, group), "host"
+            copies, copy_at = _offloaded(frozen, shapes, engine, group), "host"
         yield _line(
             "hpz_copy", "second copy of the shards in each node (hpZ)", copy_at, copies, *TRAINED
         )

@@ -102,9 +102,11 @@ def listening(time_limit: str | None) -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # A thread reads the signals: Python's handlers run in the main thread only, which may wait in a
-    # collective for long.
-    earlier_fd = signal.set_wakeup_fd(writing)
-    earlier = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+    # collective for long. A program that trains in another thread gets its signals itself.
+    in_main = threading.current_thread() is threading.main_thread()
+    earlier_fd = signal.set_wakeup_fd(writing) if in_main else -1
+    numbers = SIGNALS if in_main else ()
+    earlier = {number: signal.signal(number, lambda *_: None) for number in numbers}
     listener = threading.Thread(target=_listen, args=(reading, request), daemon=True)
     listener.start()
     try:
@@ -112,7 +114,8 @@ def listening(time_limit: str | None) -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(earlier_fd)
+        if in_main:
+            signal.set_wakeup_fd(earlier_fd)
         os.close(writing)
         listener.join()
         os.close(reading)

@@ -358,7 +358,8 @@ class Job:
         size = self._export()
         self.metrics.close()
         if self.progress.step < self.feed.total_steps:
-            self.attempts.end("stopped", self.progress.step, "--stop_after")
+            left = self.progress.step != self.config.train.stop_after
+            self.attempts.end("stopped", self.progress.step, "" if left else "--stop_after")
         else:
             self.attempts.end("finished", self.progress.step)
         if comm.rank() == 0:

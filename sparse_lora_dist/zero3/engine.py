@@ -97,6 +97,12 @@ class Engine:
         finally:
             self._engine.train()
 
+    def train(self) -> None:
+        """Set train mode, which a program that made samples in between may have left. Not
+        collective."""
+        if not self._engine.module.training:
+            self._engine.train()
+
     def close(self) -> None:
         """Free this rank's shards and hpZ's secondary copies of them. Not collective.
 
@@ -202,12 +208,13 @@ class Engine:
             fp32 1-D tensor of ``tensor_slice.length`` elements on the device of the master: the
             mean over all micro-batches and ranks, before clipping.
         """
+        length = tensor_slice.length
+        if self._zero.offload_optimizer:  # beside the masters; DeepSpeed would copy it to the GPU
+            beside = cast(Tensor, self.flats()[tensor_slice.flat].grad)
+            return beside.narrow(0, tensor_slice.offset, length)
         grad = deepspeed.utils.safe_get_local_grad(self.trained[tensor_slice.name])
         assert grad is not None and grad.dtype == torch.float32, tensor_slice.name
-        # DeepSpeed returns it on the GPU even if the masters are offloaded to the host.
-        return cast(
-            Tensor, grad.flatten()[: tensor_slice.length].to(self.master(tensor_slice).device)
-        )
+        return cast(Tensor, grad.flatten()[:length])
 
     def gradient_norm(self) -> float:
         """Return the L2 norm of the last step's whole gradient, before clipping. Not collective.

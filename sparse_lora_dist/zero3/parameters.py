@@ -102,6 +102,13 @@ class _InitWithoutBroadcast(deepspeed.zero.Init):  # type: ignore[misc]
         if disk:
             disk.write(parameter)
 
+    def _partition_param_sec(self, param: ZeroParameter, *args: Any, **options: Any) -> None:
+        """Make the secondary copy of a shard (hpZ) of frozen parameters only. After each step,
+        DeepSpeed would make those of trained ones anew, and wait for the GPU for each. They are
+        small, and are gathered from all ranks."""
+        if not param.requires_grad:
+            super()._partition_param_sec(param, *args, **options)
+
     def _ensure_availability_of_partitioned_params(self, params: list[ZeroParameter]) -> None:
         if self._disk is not None:
             self._disk.read(params)

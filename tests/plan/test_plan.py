@@ -683,7 +683,8 @@ def _inject_for_real(model: Any, of: Shapes, method: Any) -> None:
         patch.object(shape_step, "META", torch.device("cpu")),
         patch.object(shape_step, "_MetaLinear", FrozenLinear),
     ):
-        shape_step._inject(model, of.sites, method, 0.0, 64, ())
+        seeds = shape_step._MetaSeeds(seed=0, sequence_length=64)
+        shape_step._inject(model, of.sites, method, 0.0, seeds, ())
 
 
 def test_an_unknown_architecture_says_which_fields_it_needs(tmp_path: Path) -> None:

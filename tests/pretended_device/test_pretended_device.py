@@ -140,6 +140,32 @@ def test_the_host_waits_for_no_linear(tiny: TinyRun, tmp_path: Path, method: str
     assert not [p for run in (two, four) for p in run["problems"] if "deterministic" in p]
 
 
+def test_a_copy_per_node_is_made_once(tiny: TinyRun, tmp_path: Path) -> None:
+    """hpZ: DeepSpeed waits for each copy that it makes. The base's are made in the first step."""
+    engine = json.loads(Path("ds_configs/zero3.json").read_text())
+    engine["zero_optimization"] |= {
+        "zero_hpz_partition_size": 2,
+        "stage3_param_persistence_threshold": 0,
+    }
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    runs = []
+    for steps in (2, 4):
+        options = {"max_steps": steps, "log_every": steps, "ds_config": tmp_path / "engine.json"}
+        runs.append(("train", tiny.flags(tmp_path / f"run_{steps}", **options)))
+    for found in found_in(tmp_path, *runs, ranks=2):
+        few, many = (
+            sum(
+                number
+                for waits in run["waits"].values()
+                for place, number in waits.items()
+                if "zero/partition_parameters" in place and "synchronize" in place
+            )
+            for run in found
+        )
+        assert few == many > 0
+        assert not [problem for run in found for problem in run["problems"]]
+
+
 def test_lengths_of_documents_are_copied_once_a_micro_batch(tiny: TinyRun, tmp_path: Path) -> None:
     """In bf16, whose attention takes them. Checkpointed layers run twice."""
     options = {"precision": "bf16", "gradient_checkpointing": "true"}

@@ -142,7 +142,7 @@ def costs(rows: int, columns: int, tensors: int) -> dict[str, dict[str, int]]:
 def collectives() -> Iterator[list[str]]:
     """The names of those that run inside, one after another."""
     names: list[str] = []
-    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather")}
+    originals = {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor")}
 
     def counting(name: str) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
