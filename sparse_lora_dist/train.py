@@ -99,6 +99,11 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         Finished: on every rank, if the run has made all its steps already. Its files stay as they
             are.
     """
+    if config.run.verify is not None:
+        raise UserError(
+            "verify checks checkpoints and trains nothing. Leave it out, or type: python "
+            f"launcher/train.py --verify {config.run.verify}"
+        )
     folder, timeout_s = Path(config.run.output_dir), seconds_in(config.run.collective_timeout)
     print_launch(comm.start(timeout_s))
     check_same_command(config, purpose.own)

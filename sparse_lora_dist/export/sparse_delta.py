@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter, header_room
@@ -170,7 +170,8 @@ def apply_sparse_delta(model: nn.Module, folder: str | Path) -> Applied:
 
     Raises:
         UserError: The folder holds no sparse delta, or a linear of the delta is missing in the
-            model, is quantised, or has another shape. The model is then unchanged.
+            model, is quantised or offloaded, or has another shape, or the delta is damaged. The
+            model is then unchanged.
     """
     folder = Path(folder)
     try:
@@ -187,24 +188,59 @@ def apply_sparse_delta(model: nn.Module, folder: str | Path) -> Applied:
                 f"{name}.weight has shape {found} in the model, but the sparse delta was made for "
                 f"shape {shape}. Load the base model that the delta was trained over."
             )
-    files = [safe_open(str(p), framework="pt") for p in folder.glob(f"{STEM}-*.safetensors")]
-    file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118  not a dict
+    changes = _Changes(folder)
+    for name in shapes:
+        changes.of(name, _weight(model, name).numel())
     overwritten, untied = {}, {}
     for name in shapes:
         if (shared := _shared_weight(model, name)) is not None:
             untied[name] = shared
             _set_weight(model, name, nn.Parameter(shared.clone(), shared.requires_grad))
         flat = _weight(model, name).view(-1)
-        indices_N, values_N = (
-            file_of[key].get_tensor(key).to(flat.device)
-            for key in (f"{name}.indices", f"{name}.values")
-        )
-        indices_N = indices_N.long()
+        indices_N, values_N = (t.to(flat.device) for t in changes.of(name, flat.numel()))
         before_N = flat[indices_N]
         after_N = (before_N.float() + values_N).to(flat.dtype)
         overwritten[name] = indices_N, before_N, after_N
         flat[indices_N] = after_N
     return Applied(model=model, overwritten=overwritten, untied=untied)
+
+
+class _Changes:
+    """The tensors in the files of a sparse delta."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            paths = sorted(folder.glob(f"{STEM}-*.safetensors"))
+            files = [safe_open(str(path), framework="pt") for path in paths]
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(f"a file cannot be opened ({error})") from error
+        self._file_of = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+
+    def of(self, name: str, numel: int) -> tuple[Tensor, Tensor]:
+        """Return indices and values of a linear, whose weight has ``numel`` entries.
+
+        Raises:
+            UserError: they are not as ``write_sparse_delta`` writes them.
+        """
+        try:
+            keys = f"{name}.indices", f"{name}.values"
+            indices_N, values_N = (self._file_of[key].get_tensor(key) for key in keys)
+        except (KeyError, SafetensorError) as error:
+            raise self._damaged(f"the change of {name} is missing ({error})") from error
+        indices_N = indices_N.long()
+        if len(indices_N) != len(values_N) or not values_N.isfinite().all():
+            raise self._damaged(f"the change of {name} is not a finite number for each index")
+        inside = len(indices_N) == 0 or (indices_N[0] >= 0 and indices_N[-1] < numel)
+        if not inside or (indices_N.diff() <= 0).any():
+            raise self._damaged(f"the indices of {name} do not ascend within its {numel:,} weights")
+        return indices_N, values_N
+
+    def _damaged(self, why: str) -> UserError:
+        return UserError(
+            f"The sparse delta {self.folder} is damaged: {why}. Copy or export it again. The model "
+            "is unchanged."
+        )
 
 
 def _shared_weight(model: nn.Module, name: str) -> nn.Parameter | None:
@@ -233,6 +269,11 @@ def _weight(model: nn.Module, name: str) -> Tensor:
             f"The model has no linear named {name}, which the sparse delta changes. Load the base "
             "model that the delta was trained over."
         ) from error
+    if weight.is_meta:
+        raise UserError(
+            f"{name}.weight is in no memory: it is offloaded (device_map), or not loaded yet. Load "
+            "the whole model, or export the run with --format merged."
+        )
     if not weight.is_floating_point():
         raise UserError(
             f"{name}.weight is quantised, but a sparse delta can only be added to floating-point "

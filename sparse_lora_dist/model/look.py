@@ -187,6 +187,17 @@ def refuse_seeing_ahead(module: PreTrainedModel, look: Look) -> None:
         )
 
 
+def refuse_positions_after_padding(module: PreTrainedModel) -> None:
+    """Raise ``UserError`` for RoBERTa and its relatives, which count positions from the number of
+    the padding token on. Rows of language modelling have positions from 0 on."""
+    if any(hasattr(inner, "create_position_ids_from_input_ids") for inner in module.modules()):
+        raise UserError(
+            f"A {module.config.model_type} model counts positions from its padding token's number "
+            "on, which --task causal_lm does not, so it would see other positions than it learned. "
+            "Train it as a classifier with --task seq_cls, or choose a decoder model."
+        )
+
+
 def _sees_ahead(few: PreTrainedModel) -> bool:
     """Return True if the last token of a row moves the logits of tokens before it."""
     inputs = inputs_of(few, "causal_lm")

@@ -59,6 +59,7 @@ from sparse_lora_dist.model.look import (
     look_together,
     refuse_changing_weights,
     refuse_no_embedding,
+    refuse_positions_after_padding,
     refuse_seeing_ahead,
 )
 from sparse_lora_dist.model.saved_class import SavedClass, by_our_names, find_saved_class
@@ -156,6 +157,8 @@ class Model:
             refuse_no_embedding(module)
             refuse_changing_weights(module, applied)
             refuse_seeing_ahead(module, applied)
+            if options.task == "causal_lm" and not as_before:
+                refuse_positions_after_padding(module)
             keys_of = find_keys(module, files)
             saved_class = None
             if options.task == "causal_lm":

@@ -1,6 +1,7 @@
 """Write the files of a run folder (``--output_dir``) that describe the run."""
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -73,17 +74,20 @@ def git_commit() -> str | None:
     """
     root = Path(__file__).parents[2]
     git = ["git", "-C", str(root)]
+    # In a hook of git, variables name the repository of the hook.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     try:
         top, commit = subprocess.run(
             [*git, "rev-parse", "--show-toplevel", "HEAD"],
             capture_output=True,
             text=True,
             check=True,
+            env=own,
         ).stdout.splitlines()
         if Path(top).resolve() != root.resolve():
             return None
         changed = subprocess.run(
-            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain"], capture_output=True, text=True, check=True, env=own
         ).stdout
     except (OSError, ValueError, subprocess.CalledProcessError):
         return None

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -120,6 +120,19 @@ def listening(time_limit: str | None) -> Iterator[None]:
         listener.join()
         os.close(reading)
         _request = None
+
+
+def _forget_in_child() -> None:
+    """In a process that the run has forked, such as a worker of a pool: signals are its own, and
+    their numbers must not reach the pipe of the run."""
+    if _request is not None:
+        with suppress(ValueError):  # forked by a thread
+            signal.set_wakeup_fd(-1)
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 def _listen(reading: int, request: _StopRequest) -> None:
