@@ -187,10 +187,12 @@ def refuse_seeing_ahead(module: PreTrainedModel, look: Look) -> None:
         )
 
 
-def refuse_positions_after_padding(module: PreTrainedModel) -> None:
+def refuse_positions_after_padding(module: PreTrainedModel, *, as_before: bool = False) -> None:
     """Raise ``UserError`` for RoBERTa and its relatives, which count positions from the number of
-    the padding token on. Rows of language modelling have positions from 0 on."""
-    if any(hasattr(inner, "create_position_ids_from_input_ids") for inner in module.modules()):
+    the padding token on, unless the run began before. Rows of language modelling have positions
+    from 0 on."""
+    counts = "create_position_ids_from_input_ids"
+    if not as_before and any(hasattr(inner, counts) for inner in module.modules()):
         raise UserError(
             f"A {module.config.model_type} model counts positions from its padding token's number "
             "on, which --task causal_lm does not, so it would see other positions than it learned. "

@@ -157,11 +157,10 @@ class Model:
             refuse_no_embedding(module)
             refuse_changing_weights(module, applied)
             refuse_seeing_ahead(module, applied)
-            if options.task == "causal_lm" and not as_before:
-                refuse_positions_after_padding(module)
             keys_of = find_keys(module, files)
             saved_class = None
             if options.task == "causal_lm":
+                refuse_positions_after_padding(module, as_before=as_before)
                 saved_class = find_saved_class(module, architecture, files, keys_of)
             wanted = by_our_names(config.adapter, saved_class)
             head = task.head(module, files, keys_of)
