@@ -357,11 +357,9 @@ class Job:
         self._publish(self._saver.finish())
         size = self._export()
         self.metrics.close()
-        if self.progress.step < self.feed.total_steps:
-            left = self.progress.step != self.config.train.stop_after
-            self.attempts.end("stopped", self.progress.step, "" if left else "--stop_after")
-        else:
-            self.attempts.end("finished", self.progress.step)
+        step, done = self.progress.step, self.progress.step == self.feed.total_steps
+        why = "--stop_after" if step == self.config.train.stop_after and not done else ""
+        self.attempts.end("finished" if done else "stopped", step, why)
         if comm.rank() == 0:
             own_folder.end_adapter(self.folder)
             # No file: a checkpoint resumed into another folder with no step left to train.
