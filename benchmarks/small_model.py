@@ -34,13 +34,16 @@ ROWS, RANK, WARM_UP = 16, 8, 3
 def main() -> None:
     """Start one rank and two in turn, and print the ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("corpus")
+    parser.add_argument("model", nargs="?")
+    parser.add_argument("corpus", nargs="?")
     parser.add_argument("--steps", type=int, default=30, help="measured ones a launch")
     parser.add_argument("--launches", type=int, default=3, help="of one rank and of two, in turn")
     parser.add_argument("--json", help="file for the results")
     parser.add_argument("--found", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.corpus is None:  # as `make bench` starts it
+        print("needs MODEL and CORPUS: nothing is measured")
+        return
     if args.found:
         on_this_rank(args.model, args.corpus, args.steps, Path(args.found))
     over_peft, two_over_one = [], []
