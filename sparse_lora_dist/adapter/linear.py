@@ -74,8 +74,8 @@ class AdapterLinear(nn.Module):
         probe is a number that the method computes of the site in each backward."""
         self._penalised_micro_batch = 0
         self.input_statistics: InputStatistics | None = None
-        self._small_drawn: tuple[torch.device, dict[str, Tensor]] | None = None
         """Statistics that this step's backwards collect; None if the step needs none."""
+        self._small_drawn: tuple[torch.device, dict[str, Tensor]] | None = None
         self.base_only = False
         """True: forward returns the output of the frozen linear without the delta."""
         gathers_too(self, base.parameters())

@@ -154,12 +154,9 @@ def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: 
     Returns:
         The batch, with its tensors on CPU.
     """
-    filler = Row(
-        input_ids=rows[0].input_ids[:1],
-        labels=np.array([NOT_A_TARGET]),
-        position_ids=np.array([0]),
-    )
-    parts = [filler if n == FILLER else rows[rows.index(n, shuffle=shuffle)] for n in numbers]
+    parts = [
+        _filler(rows) if n == FILLER else rows[rows.index(n, shuffle=shuffle)] for n in numbers
+    ]
     length = padded_length([len(p.input_ids) for p in parts], rows.sequence_length)
     return Batch(
         input_ids_MT=_stack(
@@ -172,7 +169,17 @@ def packed_batch(rows: Rows, numbers: tuple[int, ...], *, pad_id: int, shuffle: 
             [np.append(p.position_ids, np.arange(length - len(p.position_ids))) for p in parts]
         ),
         rows_M=numbers,
-        lengths_M=tuple(0 if p is filler else len(p.input_ids) for p in parts),
+        lengths_M=tuple(
+            0 if n == FILLER else len(p.input_ids) for n, p in zip(numbers, parts, strict=True)
+        ),
+    )
+
+
+def _filler(rows: Rows) -> Row:
+    return Row(
+        input_ids=rows[0].input_ids[:1],
+        labels=np.array([NOT_A_TARGET]),
+        position_ids=np.array([0]),
     )
 
 

@@ -523,6 +523,7 @@ def _framed(tokenizer: PreTrainedTokenizerFast, ids: list[int], *, ends: bool = 
     return ids if eos is None or ids[-1:] == [eos] else [*ids, eos]
 
 
+@lru_cache(maxsize=1)
 def _around_a_text(tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
     """Return the ids of the special tokens that a tokenizer puts before a text, such as bos or
     [gMASK]<sop>, and after it."""

@@ -134,8 +134,8 @@ class Scorer:
                     eos_token_id=sorted(self.stop_ids) or None,
                     pad_token_id=self.pad_id,
                 ),
-                # A finished rank goes on with dummy forwards until all ranks are finished, as
-                # every forward gathers shards from all ranks.
+                # A finished rank goes on with forwards whose results nobody reads, until all are
+                # finished: every forward gathers shards from all ranks.
                 synced_gpus=True,
             )
         return [self._text(row[length:]) for row in ids_MT.tolist()]
