@@ -173,7 +173,8 @@ def wait_for_another_build(folder: Path) -> None:
         )
     while lock.exists():
         with suppress(FileNotFoundError):  # a running build creates and removes files
-            quiet_s = time.time() - max(f.stat().st_mtime for f in folder.iterdir())
+            changed_s = [f.stat().st_mtime for f in folder.iterdir()]
+            quiet_s = time.time() - max(changed_s, default=time.time())  # the lock may be gone
             if quiet_s > QUIET_S:
                 lock.unlink()
                 print_line(

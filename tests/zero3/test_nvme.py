@@ -175,6 +175,21 @@ def test_a_build_that_goes_on_is_waited_for(tmp_path: Path) -> None:
     assert not lock.exists()
 
 
+def test_a_lock_that_goes_while_its_folder_is_listed_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+
+    def ended_just_now(folder: Path) -> list[Path]:
+        lock.unlink()
+        return []
+
+    monkeypatch.setattr(Path, "iterdir", ended_just_now)
+    zero3_nvme.wait_for_another_build(tmp_path)
+    assert not lock.exists()
+
+
 def test_a_disk_with_too_little_space_is_refused(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, async_io: None
 ) -> None:
