@@ -62,7 +62,7 @@ def restore(
         )
         # Birth steps are steps of the schedule, so a new schedule needs new moments.
         if reset & {"optimizer", "schedule"}:
-            shards.optimizer.reset_moments()
+            shards.reset_moments()
         shards.sites.restore(manifest["sites"])
         shards.log_values = manifest["facts"]
         if manifest["ended"]:

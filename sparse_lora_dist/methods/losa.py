@@ -74,10 +74,10 @@ class LosaOptions:
     losa_sparsity: float = 0.5
     """Fraction of the base weights that are zero at the end, in [0, 1)."""
     losa_rounds: int = 5
-    """Number of pruning rounds, at least 1: the first after step 1, the last at losa_until, equally
-    spaced."""
+    """Number of pruning rounds, at least 1: the first after step 1, the last after step 1 +
+    losa_until x steps, equally spaced."""
     losa_until: float = 0.4
-    """Fraction of the run at which the last pruning round happens, in (0, 1)."""
+    """Fraction of the run's steps between the first pruning round and the last, in (0, 1)."""
     losa_mean_rank: int | None = None
     """Average rank after the last round, from 1 to --rank; one less in each earlier round. No
     linear exceeds --rank. null: five eighths of --rank."""

@@ -86,8 +86,8 @@ class ShiraOptions:
     gradient|)."""
     shira_calibration_steps: int = 1
     """Calibration steps for supports gradient and snip, at least 1 and fewer than the run has.
-    Linears are split evenly over them, which lowers peak memory; updates made during calibration
-    are discarded."""
+    Linears are split evenly over them, which lowers peak memory; updates of the adapters made
+    during calibration are discarded. Modules trained in full train from the first step."""
 
     def __post_init__(self) -> None:
         problems = []

@@ -151,17 +151,23 @@ class SparseAdamW(torch.optim.Optimizer):
         for i, part in enumerate(zip(*parts, strict=True)):
             self._pack(state, i, *part)
 
-    def reset_moments(self) -> None:
-        """Set the moments of all flat shards to zero, and birth steps to the number of steps done.
+    def reset_moments(self, flat: Tensor, which: Tensor) -> None:
+        """Set moments of a flat shard to zero, and birth steps to the number of steps done.
 
         Which entries are live does not change.
+
+        Args:
+            flat: flat shard, fp32, 1-D.
+            which: mask of the entries to reset, bool, of ``flat``'s length.
         """
-        for state in self.state.values():
-            for i, old in enumerate(state["chunks"]):
-                live_N = old.live()
-                zero_N = torch.zeros_like(live_N, dtype=torch.float32)
-                now_N = torch.full_like(live_N, state["step"], dtype=torch.int32)
-                self._pack(state, i, live_N, zero_N, zero_N, now_N)
+        state = self._state(flat)
+        for i, which_N in enumerate(which.to(flat.device).split(CHUNK)):
+            old, kept_N = state["chunks"][i], ~which_N
+            born_N = torch.where(kept_N, old.born(), state["step"])
+            exp_avg_N, exp_avg_sq_N = (
+                old.spread(getattr(old, key).read()) * kept_N for key in MOMENTS
+            )
+            self._pack(state, i, old.live(), exp_avg_N, exp_avg_sq_N, born_N)
 
     def zero_after_step(self, flat: Tensor, mask: Tensor) -> None:
         """Schedule entries to be set to zero at the end of the flat shard's next step.

@@ -164,7 +164,7 @@ class Rewriter:
         if trained:
             self.shards.engine.masters_changed()
         if now.resets_moments:
-            self.shards.optimizer.reset_moments()
+            self.shards.reset_moments(adapters_only=True)
         self.shards.sites.set_components(components)
         log_values = {name: over_sites(values) for name, values in said.items()}
         self.shards.log_values = log_values

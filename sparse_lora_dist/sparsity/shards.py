@@ -235,6 +235,21 @@ class Shards:
                 steps=steps,
             )
 
+    def reset_moments(self, *, adapters_only: bool = False) -> None:
+        """Set Adam's moments to zero and birth steps to the number of steps done. Not a collective.
+
+        Args:
+            adapters_only: True: modules trained in full keep theirs.
+        """
+        names = self.sparse if adapters_only else {p.name for p in self.engine.slices}
+        which = {
+            p.name: torch.ones(p.length, dtype=torch.bool)
+            for p in self.engine.slices
+            if p.name in names
+        }
+        for index, flat in enumerate(self.engine.flats()):
+            self.optimizer.reset_moments(flat, self._flat(index, which))
+
     def num_live(self) -> int:
         """Return the number of live entries on all ranks together. Collective."""
         count = torch.tensor(self.optimizer.num_live(), device=comm.device())

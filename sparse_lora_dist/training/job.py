@@ -152,7 +152,7 @@ class Job:
         """
         start, _ = stage_of(step, self.rate.stages)
         if 0 < start == step - 1 and self.shards.method.stage_resets_moments:
-            self.shards.optimizer.reset_moments()
+            self.shards.reset_moments()
         self.engine.set_learning_rate(lambda born: self.rate.at(step, born))
 
     def after_step(

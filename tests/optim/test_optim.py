@@ -291,11 +291,23 @@ def test_reset_moments_is_a_fresh_start_from_the_same_weights() -> None:
     train(flat, optimizer, gradients(4))
     optimizer.set_live(flat, live | newborn)
     fresh = flat.detach().clone().requires_grad_()
-    optimizer.reset_moments()
+    optimizer.reset_moments(flat, torch.ones(N, dtype=torch.bool))
     assert torch.equal(optimizer.born(flat), 4 * (live | newborn).int())
     train(flat, optimizer, gradients(3, seed=2))
     train(fresh, sparse(fresh, live | newborn), gradients(3, seed=2))
     assert torch.equal(flat, fresh)
+
+
+def test_moments_that_are_not_reset_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_lora_dist.optim.sparse_adamw.CHUNK", 264)
+    flat, live, which = start(), every_third_dies(), torch.arange(N) >= N // 2
+    optimizer = sparse(flat, live)
+    train(flat, optimizer, gradients(4))
+    before = {key: optimizer.dense(flat, key) for key in ("exp_avg", "exp_avg_sq")}
+    optimizer.reset_moments(flat, which)
+    for key, moment in before.items():
+        assert moment[which].any() and torch.equal(optimizer.dense(flat, key), moment * ~which)
+    assert torch.equal(optimizer.born(flat), 4 * (live & which).int())
 
 
 @pytest.mark.parametrize("eight_bit", [False, True])

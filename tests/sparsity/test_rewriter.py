@@ -94,6 +94,18 @@ def test_what_is_kept_goes_with_the_run(
     assert rows[0][0]["norm"] > 0.0
 
 
+def test_modules_trained_in_full_keep_their_moments(
+    ranks: Ranks, tiny: TinyRun, tmp_path: Path
+) -> None:
+    """SHiRA begins anew after each calibration step, the head beside it does not."""
+    options = {"method": "shira", "shira_support": "snip", "shira_calibration_steps": 2}
+    flags = words(tiny, tmp_path, modules_to_save="lm_head", max_steps=3, stop_after=2, **options)
+    ranks(1, "tests.work.run:train", flags=flags)
+    moments = saved(tmp_path, "exp_avg", 2)
+    assert moments.pop("lm_head.weight").any()
+    assert moments and not any(moment.any() for moment in moments.values())
+
+
 @pytest.mark.usefixtures("full")
 def test_kept_bytes_go_to_other_numbers_of_ranks(
     ranks: Ranks, tiny: TinyRun, tmp_path: Path, straight: Path

@@ -95,8 +95,8 @@ class Rewriting:
     """Function (whole) -> K numbers about the site, float64 [K]. Called for all sites before
     ``write`` is called for the first. Runs: rank 0. None: ``Whole.measures_SK`` is None."""
     resets_moments: bool = False
-    """True: Adam's moments of all entries are set to zero after the rewriting. The learning-rate
-    schedule goes on unchanged."""
+    """True: Adam's moments of the adapters are set to zero after the rewriting. Modules trained in
+    full keep theirs, and the learning-rate schedule goes on unchanged."""
     says: bool = False
     """True: log_values are printed on the screen as well as logged."""
     reads_weight: bool = True
