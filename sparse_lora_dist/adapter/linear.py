@@ -19,6 +19,7 @@ from sparse_lora_dist.base_model.frozen_linear import (
     input_gradient_of,
     output_of,
 )
+from sparse_lora_dist.distributed.device import moved
 from sparse_lora_dist.methods.protocol.form import WEIGHT, Site, draw_nothing, low_rank_delta
 from sparse_lora_dist.methods.protocol.method import Components, Method
 from sparse_lora_dist.zero3.parameters import gathers_too
@@ -96,7 +97,7 @@ class AdapterLinear(nn.Module):
         self.components = components
         self.scale = self.form.scale(self.alpha, self.site.rank, components.open)
         device = getattr(self, next(iter(self.specs))).device
-        self._computed_indices = torch.tensor(components.computed, dtype=torch.int64, device=device)
+        (self._computed_indices,) = moved(device, torch.tensor(components.computed).long())
         form = self.form
         self._has_trained_only = (
             not (form.kept or form.reads_base)

@@ -58,6 +58,7 @@ from sparse_lora_dist.methods.protocol.method import (
     Stats,
 )
 from sparse_lora_dist.methods.shared.schedules import cubic_budget
+from sparse_lora_dist.methods.shared.top_k import places_of
 from sparse_lora_dist.methods.shared.triplets import (
     WITHIN,
     mean_times_spread,
@@ -245,9 +246,8 @@ def keep(
         if final or name == "lora_lambda"
     }
     components = {}
-    for site, kept_R in kept.items():
-        open_ones = tuple(kept_R.nonzero().flatten().tolist())
-        computed = open_ones if final else tuple(range(len(kept_R)))
+    for site, open_ones in places_of(kept).items():
+        computed = open_ones if final else tuple(range(len(kept[site])))
         components[site] = Components(computed=computed, open=len(open_ones))
     if final:
         return Decision(live=kept_parts, components=components, log_values=log_values)

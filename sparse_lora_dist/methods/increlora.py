@@ -331,7 +331,7 @@ def open_components(growth: Growth, scores: Scores) -> list[int]:
     """
     names = [f"{site.name}.lora_lambda" for site in growth.sites]
     live = scores.live(dict.fromkeys(names, "row"))
-    return [int(live[name].sum()) for name in names]
+    return list(map(int, torch.stack([live[name].sum() for name in names]).tolist()))
 
 
 def component_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> list[float]:
@@ -346,7 +346,8 @@ def component_scores(growth: Growth, scores: Scores, open_S: Sequence[int]) -> l
         One score per site, equal on all ranks.
     """
     of = triplets.triplet_scores(scores)
-    return [float(of[s.name][:n].sum()) for s, n in zip(growth.sites, open_S, strict=True)]
+    sums = [of[s.name][:n].sum() for s, n in zip(growth.sites, open_S, strict=True)]
+    return [float(x) for x in torch.stack(sums).tolist()]
 
 
 def delta_scores(scores: Scores) -> list[float]:

@@ -70,6 +70,7 @@ from sparse_lora_dist.methods.protocol.method import (
     site_names,
 )
 from sparse_lora_dist.methods.shared.schedules import stage_at, warmed_up_stages
+from sparse_lora_dist.methods.shared.top_k import places_of
 
 WITHIN: dict[str, By] = {"lora_a": "row", "lora_b": "column", "lora_gate": "row"}
 """{short tensor name: which part of the tensor belongs to one component}: component i has row i of
@@ -365,13 +366,12 @@ def count_open(scores: Scores, *, reopen: bool, log_values: dict[str, float]) ->
     """
     sites = site_names(scores)
     gates = scores.sums({f"{site}.lora_gate": "row" for site in sites})
+    is_open = {site: gates[f"{site}.lora_gate"] > 0.0 for site in sites}
     live, components = {}, {}
-    for site in sites:
-        open_R = gates[f"{site}.lora_gate"] > 0.0
-        computed_R = torch.ones_like(open_R) if reopen else open_R
-        components[site] = Components(
-            computed=tuple(computed_R.nonzero().flatten().tolist()), open=int(open_R.sum())
-        )
+    for site, open_ones in places_of(is_open).items():
+        open_R = is_open[site]
+        computed = tuple(range(len(open_R))) if reopen else open_ones
+        components[site] = Components(computed=computed, open=len(open_ones))
         if not reopen:
             for name, by in WITHIN.items():
                 live[f"{site}.{name}"] = scores.spread(f"{site}.{name}", open_R, by)

@@ -7,25 +7,26 @@ without the check:
 - Two ranks make different decisions.
 - A dead entry changes.
 - The low-precision copy of a tensor, which forward uses, has other zeros than the fp32 master.
+
+Tensors are compared by digests that are made where they lie, so that the host waits once for all of
+them. Shapes: N entries of several tensors one after another, T tensors.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
 from torch import Tensor
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.device import moved
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.method import Decision
+from sparse_lora_dist.methods.shared.hashed_random import hashes
 from sparse_lora_dist.sparsity.shards import Shards
 from sparse_lora_dist.zero3.parameters import gathered
-
-Digests = Mapping[str, str]
-"""Tensor name -> hash of the mask of its zeros, and "the decision" -> hash of the decision; both
-hashes in hexadecimal."""
 
 MODULES = 16
 """Number of adapters that ``confirm`` gathers at a time. 16 take 19 MB in bf16 for the widest
@@ -63,8 +64,8 @@ class Decisions:
         """
         if not self.shards.decides_at(step):
             return None
-        now = self._digests_of_dead_entries()
-        moved = [name for name in now if now[name] != self._dead_digests[name]]
+        changed_T = self._digests_of_dead_entries() != self._dead_digests
+        moved = [name for name, c in zip(self._names(), changed_T.tolist(), strict=True) if c]
         for rank, names in enumerate(comm.gather_objects(moved)):
             if names:
                 raise _divergence(
@@ -90,7 +91,7 @@ class Decisions:
         """
         if self._made is None:
             return
-        patterns, stale = {"the decision": _record(self._made)}, []
+        names, patterns, stale = [], [], []
         adapters = list(self.shards.sites.adapters.values())
         for first in range(0, len(adapters), MODULES):
             parameters = {
@@ -101,24 +102,44 @@ class Decisions:
                 if (name := f"{adapter.site.name}.{key}") in self.shards.sparse
             }
             with gathered(parameters.values()):
-                for name, parameter in parameters.items():
-                    zero = parameter.data.flatten() == 0
-                    patterns[name] = digest(zero)
-                    if not self._has_zeros_of_master(name, zero, parameter.dtype):
-                        stale.append(name)
-        _compare(step, patterns, stale)
+                zeros = {name: p.data.flatten() == 0 for name, p in parameters.items()}
+                if zeros:
+                    names += list(zeros)
+                    lengths = [len(zero_N) for zero_N in zeros.values()]
+                    patterns.append(digests(torch.cat([*zeros.values()]).long(), lengths))
+                    stale.append(self._other_zeros(zeros, next(iter(parameters.values())).dtype))
+        _compare(step, _record(self._made), names, torch.cat(patterns), torch.cat(stale))
         self._dead_digests, self._made = self._digests_of_dead_entries(), None
 
-    def _has_zeros_of_master(self, name: str, zero: Tensor, dtype: torch.dtype) -> bool:
-        tensor_slice = self.shards.sparse[name]
-        master = self.shards.engine.master(tensor_slice)
-        own = zero[tensor_slice.start : tensor_slice.start + tensor_slice.length]
-        return torch.equal((master.to(dtype) == 0).to(own.device), own)
+    def _other_zeros(self, zeros: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Count the entries of this rank that are zero in the master or in the copy, but not both.
 
-    def _digests_of_dead_entries(self) -> dict[str, str]:
-        live = self.shards.live()
-        masters = {n: self.shards.engine.master(p) for n, p in self.shards.sparse.items()}
-        return {name: digest(w[~live[name].to(w.device)]) for name, w in masters.items()}
+        Args:
+            zeros: tensor name -> mask of the zeros of the gathered copy.
+            dtype: dtype of the copy.
+
+        Returns:
+            int64 [T], one count for each tensor.
+        """
+        slices = [self.shards.sparse[name] for name in zeros]
+        own = [zeros[p.name].narrow(0, p.start, p.length) for p in slices]
+        master_N = torch.cat([self.shards.engine.master(p) for p in slices])
+        differ_N = (master_N.to(dtype) == 0).to(own[0].device) != torch.cat(own)
+        return sums(differ_N.long(), [p.length for p in slices])
+
+    def _names(self) -> list[str]:
+        return [name for names in self.shards.groups for name in names]
+
+    def _digests_of_dead_entries(self) -> Tensor:
+        """Return the digest of each tensor's dead entries on this rank, int64 [T] as ``_names``."""
+        live, parts = self.shards.live(), []
+        for names in self.shards.groups:
+            slices = [self.shards.sparse[name] for name in names]
+            w_N = torch.cat([self.shards.engine.master(p) for p in slices])
+            live_N = torch.cat([live[name] for name in names]).to(w_N.device)
+            dead_N = w_N.view(torch.int32).long().masked_fill(live_N, 0)
+            parts.append(digests(dead_N, [p.length for p in slices]))
+        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
 
 
 def _record(decision: Decision) -> str:
@@ -127,15 +148,45 @@ def _record(decision: Decision) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
-def digest(t: Tensor) -> str:
-    """Return the BLAKE2b hash of a tensor's bytes, in hexadecimal."""
-    return hashlib.blake2b(t.cpu().numpy().tobytes(), digest_size=16).hexdigest()
+def digests(values_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return a digest of each of several tensors: sum_i v_i h_i modulo 2^64, with odd hashes h_i.
+
+    A tensor of which one entry changes by less than 2^32 always gets another digest, as h_i has an
+    inverse modulo 2^64. Where more entries change, it stays the same by chance only.
+
+    Args:
+        values_N: entries of the tensors one after another, int64.
+        lengths: number of entries of each of the T tensors.
+
+    Returns:
+        int64 [T] on the device of ``values_N``.
+    """
+    return sums(values_N * (hashes(len(values_N), 0, values_N.device) | 1), lengths)
 
 
-def _compare(step: int, patterns: Digests, stale: list[str]) -> None:
-    everyone = comm.gather_objects((patterns, stale))
+def sums(values_N: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the sum of each of several tensors that lie one after another, modulo 2^64.
+
+    Args:
+        values_N: entries of the tensors, int64.
+        lengths: number of entries of each of the T tensors.
+
+    Returns:
+        int64 [T] on the device of ``values_N``.
+    """
+    (ends_T,) = moved(values_N.device, torch.tensor(lengths).cumsum(0))
+    up_to_N = torch.nn.functional.pad(values_N.cumsum(0), (1, 0))
+    return up_to_N[ends_T].diff(prepend=up_to_N[:1])
+
+
+def _compare(
+    step: int, record: str, names: Sequence[str], patterns_T: Tensor, stale_T: Tensor
+) -> None:
+    stale = [name for name, count in zip(names, stale_T.tolist(), strict=True) if count]
+    own = dict(zip(["the decision", *names], [record, *patterns_T.tolist()], strict=True))
+    everyone = comm.gather_objects((own, stale))
     for rank, (theirs, their_stale) in enumerate(everyone):
-        differ = [name for name in patterns if theirs[name] != everyone[0][0][name]]
+        differ = [name for name in own if theirs[name] != everyone[0][0][name]]
         if differ:
             raise _divergence(f"At step {step}, {differ[0]} differs between rank 0 and rank {rank}")
         if their_stale:

@@ -59,6 +59,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.device import moved
 from sparse_lora_dist.methods.protocol.method import By, Ties
 
 BINS = 256
@@ -212,7 +213,9 @@ class ShardScores:
             ``values``.
         """
         device = self.live_mask(name).device  # of the tensor's shard; ``values`` may be elsewhere
-        return values.to(device)[segments_of(self.slices[name], by, device)]
+        if values.device != device:
+            (values,) = moved(device, values.cpu())
+        return values[segments_of(self.slices[name], by, device)]
 
     def _groups(self, names: Sequence[str], by: Mapping[str, By]) -> Iterator[list[str]]:
         """Yield tensor names in groups that ``top_k`` ranks with one set of collectives.

@@ -14,6 +14,30 @@ from sparse_lora_dist.sparsity.sharded_scores import ShardScores
 from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.zero3.engine import Engine
 
+GROUP_ENTRIES = 2**22
+"""Maximum number of entries of a group of tensors that are read together. A larger tensor is read
+alone."""
+
+
+def groups_of(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Put tensors into groups of at most ``GROUP_ENTRIES`` entries, in their order.
+
+    Args:
+        sizes: tensor name -> number of entries.
+
+    Returns:
+        The names of each group, at least one.
+    """
+    groups: list[list[str]] = []
+    entries = 0
+    for name, size in sizes.items():
+        if not groups or entries + size > GROUP_ENTRIES:
+            groups.append([])
+            entries = 0
+        groups[-1].append(name)
+        entries += size
+    return groups
+
 
 class Shards:
     """Live entries, importance statistics and moments of this rank's shards of trained tensors.
@@ -56,6 +80,9 @@ class Shards:
             name: tuple(torch.zeros_like(engine.master(p)) for _ in range(method.n_stats))
             for name, p in self.sparse.items()
         }
+        self.groups = groups_of({name: p.length for name, p in self.sparse.items()})
+        """Names of the tensors that the method decides on, in groups that are read together, so
+        that the number of launches does not grow with that of the tensors."""
         self.ended = False
         """True after the last decision, when the statistics have been freed."""
         self.traffic_bytes = 0
@@ -86,9 +113,17 @@ class Shards:
         self.traffic_bytes += comm.traffic_bytes.total() - before
         if self.method.n_stats == 0:
             return
-        for name, tensor_slice in self.sparse.items():
-            w, grad = self.engine.master(tensor_slice), self.engine.gradient(tensor_slice)
-            self.stats[name] = self.method.observe(self.stats[name], w, grad, step)
+        for names in self.groups:
+            slices = [self.sparse[name] for name in names]
+            stats = zip(*(self.stats[name] for name in names), strict=True)
+            new = self.method.observe(
+                tuple(torch.cat(parts) for parts in stats),
+                torch.cat([self.engine.master(p) for p in slices]),
+                torch.cat([self.engine.gradient(p) for p in slices]),
+                step,
+            )
+            cut = (stat.split([p.length for p in slices]) for stat in new)
+            self.stats |= dict(zip(names, zip(*cut, strict=True), strict=True))
 
     def skip_step(self) -> None:
         """Count a step that the engine did not apply, and finish its decision. Collective.
@@ -160,7 +195,9 @@ class Shards:
 
     def _change(self, decision: Decision) -> None:
         before = self.live()
-        changed = {n: m for n, m in decision.live.items() if not torch.equal(m, before[n])}
+        differ = [(mask != before[name]).any() for name, mask in decision.live.items()]
+        flags = torch.stack(differ).tolist() if differ else []  # the host waits once
+        changed = {n: m for (n, m), flag in zip(decision.live.items(), flags, strict=True) if flag}
         # Entries that stop being live are zeroed too.
         zero = dict(decision.zero)
         for name, mask in changed.items():

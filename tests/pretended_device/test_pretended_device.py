@@ -126,7 +126,8 @@ def with_layers(tiny: TinyRun, folder: Path, count: int) -> Path:
 
 @pytest.mark.parametrize("method", some(METHODS, "adalora losa prilora roselora"))
 def test_the_host_waits_for_no_linear(tiny: TinyRun, tmp_path: Path, method: str) -> None:
-    """A step of 4 layers waits as often as one of 2. Decisions are counted apart."""
+    """A step of 4 layers waits as often as one of 2, with a decision, too. A method that writes
+    tensors anew gathers one linear after another for that, and waits for each."""
     options = {"method": method, **LAWS[method].on, "max_steps": STEPS, "log_every": STEPS}
     options["deterministic"] = "true"
     runs = []
@@ -134,7 +135,8 @@ def test_the_host_waits_for_no_linear(tiny: TinyRun, tmp_path: Path, method: str
         model = with_layers(tiny, tmp_path / f"model_{layers}", layers)
         runs.append(("train", tiny.flags(tmp_path / f"run_{layers}", model=model, **options)))
     ((two, four),) = found_in(tmp_path, *runs)
-    for phase in PHASES:
+    rewrites = method in ("cola", "losa", "mora", "prilora", "pst", "sara", "shira")
+    for phase in PHASES if rewrites else (*PHASES, "decision"):
         few, many = (_own_waits(found["waits"].get(phase, {})) for found in (two, four))
         assert many.total() == few.total(), (phase, many - few)
     assert not [p for run in (two, four) for p in run["problems"] if "deterministic" in p]
@@ -184,7 +186,7 @@ def _in_steps(launches: dict[str, dict[str, int]]) -> list[Counter[str]]:
 def _own_waits(waits: dict[str, int]) -> Counter[str]:
     """Without DeepSpeed's, which are for gathers of before and normally over, and without those of
     eigenvalues, which SaRA's nuclear norm needs of each linear (cuSOLVER reports to the host)."""
-    left = (" at deepspeed/", "aten::_linalg_eigh")
+    left = (" at deepspeed/", "aten::_linalg_eigh", "optim/moments.py")  # the last: once a flat
     return Counter({p: n for p, n in waits.items() if not any(word in p for word in left)})
 
 

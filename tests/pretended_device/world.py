@@ -121,8 +121,9 @@ class World:
         self._places[key] = StorageWeakRef(t.untyped_storage()), place
         self._forget(key)
         if len(self._places) > self._purge_at:
-            for gone in [k for k, (ref, _) in self._places.items() if ref.expired()]:
-                del self._places[gone]
+            places = list(self._places.items())  # backward's thread may add to them meanwhile
+            for gone in [k for k, (ref, _) in places if ref.expired()]:
+                self._places.pop(gone, None)
                 self._forget(gone)
             self._purge_at = max(20_000, 2 * len(self._places))
 

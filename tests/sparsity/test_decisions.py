@@ -2,7 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from sparse_lora_dist.run_folder.metrics_file import read_records
+from sparse_lora_dist.sparsity.decisions import digests, sums
+from sparse_lora_dist.sparsity.shards import groups_of
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.tiers import grid
@@ -57,3 +62,30 @@ def test_every_decision_has_a_row_with_each_sites_ranks_and_live_entries(
     assert last["live_entries"] == sum(rows[-1]["live"].values())
     assert 0 < last["state_bytes"] < last["state_bytes_peak"] <= last["state_bytes_repacking"]
     assert last["statistics_bytes"] == 0 and last["decision_bytes_received"] > 0
+
+
+def test_a_digest_is_of_every_entry_and_its_place() -> None:
+    values = torch.randint(-(2**31), 2**31, (1000,))
+    lengths = [0, 300, 1, 699]
+    first = digests(values, lengths)
+    assert first[0] == 0 and len(set(first.tolist())) == 4
+    for place, tensor in ((0, 1), (299, 1), (300, 2), (301, 3), (999, 3)):
+        for change in (1, -(2**31), 2**31):
+            other = values.clone()
+            other[place] += change
+            assert (digests(other, lengths) != first).nonzero().flatten().tolist() == [tensor]
+    swapped = values.clone()
+    swapped[[400, 401]] = values[[401, 400]]
+    assert (digests(swapped, lengths) != first).tolist() == [False, False, False, True]
+
+
+def test_sums_are_of_each_tensor() -> None:
+    parts = [torch.arange(5), torch.zeros(0, dtype=torch.int64), torch.full((3,), 2**62)]
+    found = sums(torch.cat(parts), [len(part) for part in parts])
+    assert found.tolist() == [10, 0, 3 * 2**62 - 2**64]
+
+
+def test_tensors_are_read_in_groups_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sparse_lora_dist.sparsity.shards.GROUP_ENTRIES", 10)
+    sizes = {"a": 4, "b": 6, "c": 1, "d": 30, "e": 0, "f": 10}
+    assert groups_of(sizes) == [["a", "b"], ["c"], ["d"], ["e", "f"]]

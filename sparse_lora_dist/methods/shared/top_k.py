@@ -1,7 +1,10 @@
-"""Selection of the largest entries of a whole tensor, the same on every device.
+"""Selection of the largest entries of a whole tensor, the same on every device; places of a mask.
 
 Shapes: N entries.
 """
+
+from collections.abc import Mapping
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -37,3 +40,19 @@ def k_largest(scores: Tensor, k: int) -> Tensor:
     mask_N, tied_N = scores_N > threshold, scores_N == threshold
     mask_N |= tied_N & (tied_N.cumsum(0, dtype=torch.int32) <= k - mask_N.sum())
     return mask_N.view(scores.shape)
+
+
+def places_of(masks: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Return where each of several masks is True. The host waits once for all of them.
+
+    Args:
+        masks: Name -> mask, bool, 1-D, all on one device.
+
+    Returns:
+        Name -> ascending indices.
+    """
+    flags = iter(torch.cat([*masks.values()]).tolist()) if masks else iter(())
+    return {
+        name: tuple(i for i, flag in enumerate(islice(flags, len(mask))) if flag)
+        for name, mask in masks.items()
+    }
