@@ -42,7 +42,7 @@ from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.system.shipped import ENGINE
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training import own_folder
-from sparse_lora_dist.training.feed import open_feed
+from sparse_lora_dist.training.feed import open_feed, with_held_out_of
 from sparse_lora_dist.training.first_look import began_before, check_documents_apart, settle
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import TRAINING, Purpose
@@ -194,6 +194,8 @@ class Training:
         for note in notes:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
+        if self._resume is not None:
+            feed = with_held_out_of(feed, self._resume.manifest, packing=config.packs)
         begins = config if self._resume is None else _without_first_adapter(config)
         if begins.adapter.init_adapter is not None:
             with fail_together("comparing the base with that of --init_adapter"):
