@@ -1,7 +1,8 @@
 """Find the columns that hold the text, and turn an example into text or chat messages."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -171,6 +172,16 @@ def refuse_unsupported(columns: Sequence[str], place: str) -> None:
             "rendered with the template's own defaults. Write the options into a --chat_template, "
             "and remove this column."
         )
+
+
+def renders_tools(columns: Collection[str], template: str | None) -> bool:
+    """Return True if a data set has a column ``tools`` and the chat template names it."""
+    return TOOLS in columns and template is not None and names(template, TOOLS)
+
+
+def names(template: str, word: str) -> bool:
+    """Return True if a word, such as a key of messages, occurs in the text of a template."""
+    return re.search(rf"\b{re.escape(word)}\b", template) is not None
 
 
 def tools_of(record: Mapping[str, Any]) -> Tools:

@@ -19,6 +19,7 @@ from sparse_lora_dist.data.fields import (
     Tools,
     chat_of,
     refuse_unsupported,
+    renders_tools,
     text_of,
     tools_of,
 )
@@ -26,7 +27,6 @@ from sparse_lora_dist.data.read_files import plainly, read_examples
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
-    renders_tools,
     rows_of_another_template,
     template_source,
     unread_keys,

@@ -39,7 +39,7 @@ def test_a_file_of_json_is_no_template(tmp_path: Path, content: object) -> None:
 @pytest.mark.parametrize("train_on", ["response", "all"])
 @pytest.mark.parametrize(
     ("asks", "differs"),
-    [("<|assistant|>", False), ("<|assistant|><think>\n", True), ("<|bot|>", True), ("", False)],
+    [("<|assistant|>", False), ("<|assistant|><think>\n", True), ("<|bot|>", True)],
 )
 def test_a_model_that_is_asked_otherwise_than_it_learned(
     tmp_path: Path, asks: str, differs: bool, train_on: Any
@@ -54,6 +54,25 @@ def test_a_model_that_is_asked_otherwise_than_it_learned(
     assert bool(said) == differs
     if differs:
         assert repr(asks.replace("<|assistant|>", "")[-8:])[1:-1] in said[0]
+
+
+@pytest.mark.parametrize("train_on", ["response", "all"])
+@pytest.mark.parametrize(
+    ("after", "between"), [("<|assistant|>", ""), ("", "<|assistant|>"), ("<|assistant|>", "\\n")]
+)
+def test_a_model_that_is_asked_with_the_beginning_of_what_stands_before_answers(
+    tmp_path: Path, after: str, between: str, train_on: Any
+) -> None:
+    """Only with marks is what follows the asking not learned."""
+    template = MARKED.replace("prompt %}<|assistant|>", "prompt %}" + after)
+    if between == "\\n":
+        template = template.replace("{% generation", "{{ '\\n' }}{% generation")
+    file = jsonl(tmp_path / "a.jsonl", [{"messages": [user("what"), assistant("it")]}])
+    notes = load(file, byte_tokenizer(template=template), train_on=train_on).reading.notes
+    said = [note for note in notes if "asks for an answer with" in note]
+    assert len(said) == (between != "" and train_on == "response")
+    if said:
+        assert f"in training '{between}' is not learned, which stands after it" in said[0]
 
 
 def with_frame(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:
