@@ -43,7 +43,7 @@ MOST_ROWS, MOST_CHARACTERS = 1000, 1 << 24
 """Most rows of a part of the table, and characters of its examples, that are in memory."""
 NAME = "sparse_lora_dist"
 """Name of the tables of this program in the cache of ``datasets``."""
-VERSION = 3
+VERSION = 4
 """Version of ``LOCAL``. Increase it when the same file gives other rows."""
 
 

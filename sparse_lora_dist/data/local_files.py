@@ -150,12 +150,7 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
             first = next(cells for cells in reader if cells)
             names = _column_names(file, first, column_names)
             if column_names:
-                if sorted(column_names) == sorted(first):
-                    other = ", in another order" if list(column_names) != first else ""
-                    raise UserError(
-                        f"{file}: Its first line has the names of --column_names{other}. It is a "
-                        "header: leave --column_names out."
-                    )
+                _refuse_header(file, first, column_names)
                 yield _unnumbered(dict(zip(names, first, strict=True)))
             begins = reader.line_num + 1
             for cells in reader:
@@ -186,6 +181,25 @@ def _quoted(file: Path, line: int, cell: str) -> str:
         f"{file}:{line}: The cell {cell[:40]!r} is quoted as in a CSV file, but quotes in a TSV "
         "file are read as letters. Save the table as CSV or JSON Lines."
     )
+
+
+def _refuse_header(file: Path, first: list[str], given: Columns) -> None:
+    """Raise UserError if the first line of a table has names of ``--column_names``, in letters of
+    any case: it would be read as an example."""
+    cells, names = ([name.strip().casefold() for name in line] for line in (first, given))
+    if sorted(names) == sorted(cells):
+        other = ", in another order" if names != cells else ""
+        other = other or (", in other letters" if list(given) != first else "")
+        raise UserError(
+            f"{file}: Its first line has the names of --column_names{other}. It is a header: leave "
+            "--column_names out."
+        )
+    if same := [name for name, cell in zip(names, cells, strict=True) if name == cell]:
+        raise UserError(
+            f"{file}: Its first line has the name {same[0]!r} in the column of that name, as a "
+            "header has. Leave --column_names out and name its columns with options such as "
+            "--prompt_field, or remove that line, or give the column another name if it is none."
+        )
 
 
 def _column_names(file: Path, first: list[str], given: Columns) -> list[str]:
