@@ -8,6 +8,7 @@ date in quotes is text too.
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -248,7 +249,10 @@ def _json_lines(file: Path) -> Numbered:
                 if not isinstance(value, dict):
                     nulls = _is_null(line) + sum(map(_is_null, f))
                     raise UserError(f"{file}:{number}: {_no_object(value, nulls)}")
-                yield number, value, line.decode("utf-8-sig").strip()
+                if any(isinstance(one, _Repeated) for one in value.values()):
+                    yield number, value, json.dumps(value)
+                else:
+                    yield number, value, line.decode("utf-8-sig").strip()
 
 
 def _is_null(line: bytes) -> bool:
@@ -295,7 +299,7 @@ def _parsed(file: Path, line: int, content: bytes) -> Any:
     """Return the JSON value in ``content``, which begins at ``line`` of ``file``."""
     try:
         text = content.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=unique_keys, parse_int=whole_number)
+        return _value(text)
     except UnicodeDecodeError as error:
         line += content[: error.start].count(b"\n")
         raise UserError(_not_utf8(file, line, error)) from error
@@ -309,6 +313,48 @@ def _parsed(file: Path, line: int, content: bytes) -> Any:
             f"{file}:{line}: This line cannot be read: {type(error).__name__}: {error}. Correct it "
             "or remove it."
         ) from error
+
+
+def _value(text: str) -> Any:
+    """Return the value of a JSON text. A column of an example in which an object has a key several
+    times is ``_Repeated``."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_int=whole_number)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        value = json.loads(text, object_pairs_hook=_marked, parse_int=whole_number)
+    return [_lifted(one) for one in value] if isinstance(value, list) else _lifted(value)
+
+
+class _Repeated(dict[str, str]):
+    """Value of a column in which an object has a key several times, of which JSON does not say
+    which counts. It is a dict that no column that is read may have."""
+
+
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict, in which a key that is there several times has a value of
+    type ``_Repeated``."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = (key for key, count in counts.items() if count > 1)
+        found |= {key: _Repeated({"key several times": key}) for key in twice}
+    return found
+
+
+def _lifted(example: Any) -> Any:
+    """Return an example whose columns are ``_Repeated`` if there is such a value in them."""
+    if not isinstance(example, dict):
+        return example
+    return {key: _repeated_in(value) or value for key, value in example.items()}
+
+
+def _repeated_in(value: Any) -> _Repeated | None:
+    if isinstance(value, _Repeated):
+        return value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(_repeated_in, parts)), None)
 
 
 def whole_number(digits: str) -> int | dict[str, str]:
