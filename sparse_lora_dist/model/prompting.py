@@ -61,6 +61,14 @@ class Prompting:
     """Token that ends an answer -> its id."""
     generation: Mapping[str, Any]
     """Content of generation_config.json: that of the base, with ``ends`` in eos_token_id."""
+    learned: Collection[str] | None = None
+    """Those of ``ends`` that the data teach; None if all do, or if it is not known: in runs on
+    plain text, and of earlier versions."""
+
+    @property
+    def learned_ends(self) -> Collection[str]:
+        """Tokens with which the model of the run ends its answers."""
+        return self.ends if self.learned is None else self.learned
 
     @classmethod
     def of(cls, model: Model, documents: Documents, *, is_own: bool) -> "Prompting | None":
@@ -83,6 +91,7 @@ class Prompting:
             is_own=is_own,
             ends=documents.ends,
             generation=with_ends(settings, documents.ends.values()),
+            learned=None if documents.reading is None else documents.reading.answer_ends,
         )
 
     def as_json(self) -> dict[str, Any]:
