@@ -210,13 +210,24 @@ def _column_names(file: Path, first: list[str], given: Columns) -> list[str]:
             f"{len(given)} names. Give one name for each cell."
         )
     names = list(given or first)
+    refuse_repeated_names(file, names)
+    return names
+
+
+def refuse_repeated_names(file: Path, names: Sequence[str]) -> None:
+    """Raise UserError if two columns of a table have one name.
+
+    Args:
+        file: the file of the table.
+        names: names of its columns.
+    """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
+        where = ", in the first line or with --column_names" if file.suffix in CELLS else ""
         raise UserError(
             f"{file} has several columns with the name {twice[0]!r}. Give each column a name of "
-            "its own, in the first line or with --column_names."
+            f"its own{where}."
         )
-    return names
 
 
 def _other_width(file: Path, line: int, found: int, first: int) -> str:

@@ -177,6 +177,15 @@ def test_lines_that_no_reader_takes_are_one_sentence(tmp_path, case):
         load(tmp_path / "a.jsonl")
 
 
+@pytest.mark.parametrize("name", ["text", "id"])
+def test_a_parquet_file_with_a_name_twice_is_refused(tmp_path, name):
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    table = pa.table(columns, names=["text", name, name])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"a\.parquet has several columns .* '{name}'.*own\.$"):
+        load(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize("unread", ['"id": 1, "id": 2', '"meta": {"x": 1, "x": [2]}'])
 def test_a_key_that_stands_twice_is_refused_only_where_it_is_read(tmp_path, unread):
     row = '{"prompt": "a", "response": "b", ' + unread + "}"
