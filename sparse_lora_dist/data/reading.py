@@ -43,6 +43,10 @@ TO_JSON = re.compile(r"(arguments|tool_calls?|function)\s*\|\s*tojson")
 """What a template has that writes the arguments of tool calls as JSON."""
 TAKES_TEXT = re.compile(r"arguments\s+is\s+(not\s+)?string")
 """What a template has that takes arguments as text too."""
+MARKS = """
+If none is too long, the {% generation %} marks of the chat template cover nothing: put them around
+what the assistant says. """.replace("\n", " ").lstrip()
+"""What to do if nothing is learned with a template that has marks."""
 READ_KEYS = ("role", "content")
 """Keys of a message that every template renders."""
 
@@ -293,6 +297,7 @@ def no_document(
     """
     if template is None or _writes_messages(examples, fields, tokenizer, template):
         roles = wrong_roles(examples) if fields.kind == "messages" else ""
+        roles += MARKS if has_marks(template) else ""
         return f"{roles}Raise --sequence_length, or give other data."
     return (
         f"The chat template {template[:60]!r} writes none of the messages. Give a --chat_template "

@@ -162,3 +162,23 @@ def test_this_machine_is_named_where_it_is_the_only_one() -> None:
 def test_the_plain_template_is_asked_as_it_learned(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"messages": [user("what"), assistant("it")]}])
     assert not load(file, byte_tokenizer(template=PLAIN)).reading.notes
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_broken_template_is_no_fault_of_the_data(tmp_path: Path, is_own: bool) -> None:
+    broken = PLAIN.replace("{% endfor %}", "")
+    (tmp_path / "a.jinja").write_text(broken)
+    given = None if is_own else str(tmp_path / "a.jinja")
+    tokenizer = byte_tokenizer(template=broken if is_own else PLAIN)
+    place = "tokenizer's chat template" if is_own else r"--chat_template .*a\.jinja"
+    with pytest.raises(UserError, match=rf"{place} is broken in line \d: .*Correct the template"):
+        find_template(tokenizer, given)
+    refuses = "{{ raise_exception('no') }}"  # maybe this chat only
+    assert find_template(tokenizer, refuses) == refuses
+
+
+def test_marks_that_cover_nothing_are_named(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"messages": [user("what"), assistant("it")]}])
+    template = MARKED.replace("m.role == 'assistant'", "m.role == 'bot'")
+    with pytest.raises(UserError, match="marks of the chat template cover nothing: put them"):
+        load(file, byte_tokenizer(template=template))
