@@ -281,6 +281,12 @@ class Table:
         Raises:
             ExampleError: The choices are wrong, or two of them have one label.
         """
+        if "choices" not in (columns := self.examples.names.columns):
+            raise UserError(
+                f"--eval_data {self.examples.source} has no column 'choices', which the metrics of "
+                f"choices need. Its columns are: {', '.join(columns)}. Name the column of the "
+                "choices so, or give other --metrics."
+            )
         given: Any = record.get("choices")
         labels: Any = ()
         if isinstance(given, dict):
