@@ -42,7 +42,7 @@ from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.system.shipped import ENGINE
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training import own_folder
-from sparse_lora_dist.training.feed import open_feed
+from sparse_lora_dist.training.feed import open_feed, with_held_out_of
 from sparse_lora_dist.training.first_look import began_before, check_documents_apart, settle
 from sparse_lora_dist.training.job import Job
 from sparse_lora_dist.training.purpose import TRAINING, Purpose
@@ -190,10 +190,13 @@ class Training:
         feed = (purpose.open_feed or open_feed)(config, model)
         stop_signals.check()
         method = _build_method(config, model, feed.total_steps)
-        notes = (*model.left_out, *method.notes, *seldom_both(config.run), *_of_peft(model, method))
+        notes = (*model.left_out, *method.notes, *_of_peft(model, method))
+        notes += tuple(of_evaluations(config.run, held_out=feed.held_out is not None))
         for note in notes:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
+        if self._resume is not None:
+            feed = with_held_out_of(feed, self._resume.manifest, packing=config.packs)
         begins = config if self._resume is None else _without_first_adapter(config)
         if begins.adapter.init_adapter is not None:
             with fail_together("comparing the base with that of --init_adapter"):
@@ -332,6 +335,22 @@ def _without_first_adapter(config: Config) -> Config:
     """Return the options of a resumed run for loading: all that it has got from ``--init_adapter``
     is in the checkpoint."""
     return replace(config, adapter=replace(config.adapter, init_adapter=None))
+
+
+def of_evaluations(run: RunConfig, *, held_out: bool) -> list[str]:
+    """Return notes about options of evaluations within a run.
+
+    Args:
+        run: options, of which those of evaluating and saving are used.
+        held_out: True if the run has held-out data.
+    """
+    if held_out:
+        return seldom_both(run)
+    names, usual = ("eval_every", "eval_batches"), RunConfig()
+    given = [f"--{name}" for name in names if getattr(run, name) not in (0, getattr(usual, name))]
+    if not given:
+        return []
+    return [f"{' and '.join(given)} without effect: there are no held-out data. Give --eval_data"]
 
 
 def seldom_both(run: RunConfig) -> list[str]:

@@ -163,6 +163,11 @@ def read_yaml(flags: Flags, options: Mapping[str, Option], problems: list[str]) 
         missing = "" if os.path.exists(path) else f". {CONFIG.allowed()}"
         problems.append(f"{error}{missing}")
         return []
+    if not entries:
+        problems.append(
+            f"--config {path} sets no option: it is empty or holds only comments. Write 'name: "
+            "value' lines into it, or leave --config out for the defaults"
+        )
     places: dict[str, str] = {}
     for entry in entries:
         place = f"{path} line {entry.line}"

@@ -331,9 +331,12 @@ def differs(place: str, key: str, theirs: object, ours: object) -> str:
         theirs: Value in the file.
         ours: Value of the run.
     """
+    own: object = json.dumps(ours)
+    if key == "bf16.enabled":
+        own = "bf16" if ours else "fp32"
     return (
-        f"{place}: {key} is {json.dumps(theirs)}, but {OWNED[key]} of the run is "
-        f'{json.dumps(ours)}. Write "auto" in the file'
+        f"{place}: {key} is {json.dumps(theirs)}, but {OWNED[key]} of the run is {own}. Write "
+        '"auto" in the file'
     )
 
 

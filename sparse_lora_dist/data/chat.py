@@ -20,10 +20,10 @@ import jinja2
 from tokenizers import Tokenizer
 from transformers import BatchEncoding, PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.fields import ExampleError, Message, Tools
+from sparse_lora_dist.data.fields import ExampleError, Message, Tools, refuse_broken_template
 from sparse_lora_dist.data.read_files import plainly
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.system.small_files import whole_text
+from sparse_lora_dist.system.small_files import is_json, whole_text
 
 TrainOn = Literal["response", "all"]
 
@@ -62,11 +62,19 @@ def find_template(
 
     Raises:
         UserError: ``chat_template`` is neither jinja text nor a file that can be read, or the
-            tokenizer has several templates, none of which is for all chats.
+            tokenizer has several templates, none of which is for all chats; or the template is
+            broken.
     """
     if chat_template is None:
-        return _own_template(tokenizer, has_tools)
-    path = Path(chat_template).expanduser()
+        template, place = _own_template(tokenizer, has_tools), "The tokenizer's chat template"
+    else:
+        template, place = _given_template(chat_template), f"--chat_template {chat_template}"
+    if template is not None:
+        refuse_broken_template(tokenizer, template, place)
+    return template
+
+
+def _given_template(chat_template: str) -> str:
     if not is_file(chat_template):
         if is_template(chat_template):
             return chat_template
@@ -74,20 +82,13 @@ def find_template(
             f"--chat_template {chat_template} is neither a file that exists nor jinja text, which "
             "has {{ or {% in it. Give the path of a file, or the text of a template."
         )
-    text = whole_text(path, f"--chat_template {chat_template}")
-    if _is_json(text):
+    text = whole_text(Path(chat_template).expanduser(), f"--chat_template {chat_template}")
+    if is_json(text):
         raise UserError(
             f"--chat_template {chat_template} is a JSON file, and no jinja text. Write the text "
             "of its key chat_template into a file of its own, with line breaks for \\n."
         )
     return text
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict | list)
-    except (ValueError, RecursionError):
-        return False
 
 
 @lru_cache(maxsize=1)

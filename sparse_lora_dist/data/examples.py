@@ -2,9 +2,10 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ MOST_ROWS, MOST_CHARACTERS = 1000, 1 << 24
 """Most rows of a part of the table, and characters of its examples, that are in memory."""
 NAME = "sparse_lora_dist"
 """Name of the tables of this program in the cache of ``datasets``."""
-VERSION = 3
+VERSION = 4
 """Version of ``LOCAL``. Increase it when the same file gives other rows."""
 
 
@@ -91,6 +92,16 @@ class Examples:
     def is_table(self) -> bool:
         """True if the examples are the lines of CSV or TSV tables."""
         return bool(self.files) and self.files[0].suffix in CELLS
+
+    @property
+    def shown_files(self) -> tuple[str, ...]:
+        """Paths of ``files`` as text, relative to the folder if ``source`` is one."""
+        folder = Path(self.source).expanduser()
+        if not folder.is_dir():
+            return tuple(map(str, self.files))
+        return tuple(
+            str(f.relative_to(folder)) if f.is_relative_to(folder) else str(f) for f in self.files
+        )
 
     def feature(self, column: str) -> Any:
         """Return the declared type of a column, such as ``datasets.ClassLabel``; None if the data
@@ -156,6 +167,25 @@ class Examples:
                 return f"{file}, example {index + 1}"
             index -= count
         return f"{self.source}, example {index + 1}"
+
+
+def quoted_cells(examples: Examples, columns: Collection[str]) -> str:
+    """Return a note about cells of a TSV file that stand in quotes, as programs write those with a
+    comma; "" if there are none in the first 1000 examples.
+
+    Args:
+        examples: the examples.
+        columns: columns that are read.
+    """
+    if not examples.files or examples.files[0].suffix != ".tsv":
+        return ""
+    cells = (str(record.get(c) or "") for record in islice(examples, 1000) for c in columns)
+    if not (count := sum(len(c) > 1 and c[0] == c[-1] == '"' for c in cells)):
+        return ""
+    return (
+        f"cells of a TSV file that stand in quotes: {count} in the first rows. The quotes are "
+        "learned as letters. If a program has put them there, save the table as CSV or JSON Lines"
+    )
 
 
 @contextmanager

@@ -1,9 +1,13 @@
 """Find the columns that hold the text, and turn an example into text or chat messages."""
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.data.examples import MESSAGES as MESSAGES
 from sparse_lora_dist.errors import UserError
@@ -171,6 +175,36 @@ def refuse_unsupported(columns: Sequence[str], place: str) -> None:
             "rendered with the template's own defaults. Write the options into a --chat_template, "
             "and remove this column."
         )
+
+
+def refuse_broken_template(tokenizer: PreTrainedTokenizerFast, template: str, place: str) -> None:
+    """Raise UserError if a chat template is no jinja text, which no chat could correct.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        template: text of the template.
+        place: text with which the message begins, e.g. "--chat_template a.jinja".
+    """
+    chat = [{"role": "user", "content": "a"}]
+    try:
+        tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(
+            f"{place} is broken in line {error.lineno}: {str(error.message).rstrip('.')}. Correct "
+            "the template, or give another --chat_template."
+        ) from error
+    except Exception:  # noqa: S110  # it may refuse this chat, and not those of the data
+        pass
+
+
+def renders_tools(columns: Collection[str], template: str | None) -> bool:
+    """Return True if a data set has a column ``tools`` and the chat template names it."""
+    return TOOLS in columns and template is not None and names(template, TOOLS)
+
+
+def names(template: str, word: str) -> bool:
+    """Return True if a word, such as a key of messages, occurs in the text of a template."""
+    return re.search(rf"\b{re.escape(word)}\b", template) is not None
 
 
 def tools_of(record: Mapping[str, Any]) -> Tools:

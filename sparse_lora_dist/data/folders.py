@@ -111,7 +111,7 @@ def split_of(path: Path) -> str | None:
         path: path relative to the folder of the data. The last part that names a split counts.
     """
     for part in reversed(path.parts):
-        for word in re.split(r"[-._ 0-9]+", part.lower()):
+        for word in re.split(r"[\W\d_]+", part.lower()):
             if word in SPLIT_OF:
                 return SPLIT_OF[word]
     return None

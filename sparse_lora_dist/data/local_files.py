@@ -8,6 +8,7 @@ date in quotes is text too.
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,12 +151,7 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
             first = next(cells for cells in reader if cells)
             names = _column_names(file, first, column_names)
             if column_names:
-                if sorted(column_names) == sorted(first):
-                    other = ", in another order" if list(column_names) != first else ""
-                    raise UserError(
-                        f"{file}: Its first line has the names of --column_names{other}. It is a "
-                        "header: leave --column_names out."
-                    )
+                _refuse_header(file, first, column_names)
                 yield _unnumbered(dict(zip(names, first, strict=True)))
             begins = reader.line_num + 1
             for cells in reader:
@@ -188,6 +184,25 @@ def _quoted(file: Path, line: int, cell: str) -> str:
     )
 
 
+def _refuse_header(file: Path, first: list[str], given: Columns) -> None:
+    """Raise UserError if the first line of a table has names of ``--column_names``, in letters of
+    any case: it would be read as an example."""
+    cells, names = ([name.strip().casefold() for name in line] for line in (first, given))
+    if sorted(names) == sorted(cells):
+        other = ", in another order" if names != cells else ""
+        other = other or (", in other letters" if list(given) != first else "")
+        raise UserError(
+            f"{file}: Its first line has the names of --column_names{other}. It is a header: leave "
+            "--column_names out."
+        )
+    if same := [name for name, cell in zip(names, cells, strict=True) if name == cell]:
+        raise UserError(
+            f"{file}: Its first line has the name {same[0]!r} in the column of that name, as a "
+            "header has. Leave --column_names out and name its columns with options such as "
+            "--prompt_field, or remove that line, or give the column another name if it is none."
+        )
+
+
 def _column_names(file: Path, first: list[str], given: Columns) -> list[str]:
     if given and len(given) != len(first):
         raise UserError(
@@ -195,13 +210,24 @@ def _column_names(file: Path, first: list[str], given: Columns) -> list[str]:
             f"{len(given)} names. Give one name for each cell."
         )
     names = list(given or first)
+    refuse_repeated_names(file, names)
+    return names
+
+
+def refuse_repeated_names(file: Path, names: Sequence[str]) -> None:
+    """Raise UserError if two columns of a table have one name.
+
+    Args:
+        file: the file of the table.
+        names: names of its columns.
+    """
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
+        where = ", in the first line or with --column_names" if file.suffix in CELLS else ""
         raise UserError(
             f"{file} has several columns with the name {twice[0]!r}. Give each column a name of "
-            "its own, in the first line or with --column_names."
+            f"its own{where}."
         )
-    return names
 
 
 def _other_width(file: Path, line: int, found: int, first: int) -> str:
@@ -234,7 +260,10 @@ def _json_lines(file: Path) -> Numbered:
                 if not isinstance(value, dict):
                     nulls = _is_null(line) + sum(map(_is_null, f))
                     raise UserError(f"{file}:{number}: {_no_object(value, nulls)}")
-                yield number, value, line.decode("utf-8-sig").strip()
+                if any(isinstance(one, _Repeated) for one in value.values()):
+                    yield number, value, json.dumps(value)
+                else:
+                    yield number, value, line.decode("utf-8-sig").strip()
 
 
 def _is_null(line: bytes) -> bool:
@@ -281,7 +310,7 @@ def _parsed(file: Path, line: int, content: bytes) -> Any:
     """Return the JSON value in ``content``, which begins at ``line`` of ``file``."""
     try:
         text = content.decode("utf-8-sig")
-        return json.loads(text, object_pairs_hook=unique_keys, parse_int=whole_number)
+        return _value(text)
     except UnicodeDecodeError as error:
         line += content[: error.start].count(b"\n")
         raise UserError(_not_utf8(file, line, error)) from error
@@ -295,6 +324,48 @@ def _parsed(file: Path, line: int, content: bytes) -> Any:
             f"{file}:{line}: This line cannot be read: {type(error).__name__}: {error}. Correct it "
             "or remove it."
         ) from error
+
+
+def _value(text: str) -> Any:
+    """Return the value of a JSON text. A column of an example in which an object has a key several
+    times is ``_Repeated``."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys, parse_int=whole_number)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        value = json.loads(text, object_pairs_hook=_marked, parse_int=whole_number)
+    return [_lifted(one) for one in value] if isinstance(value, list) else _lifted(value)
+
+
+class _Repeated(dict[str, str]):
+    """Value of a column in which an object has a key several times, of which JSON does not say
+    which counts. It is a dict that no column that is read may have."""
+
+
+def _marked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object as a dict, in which a key that is there several times has a value of
+    type ``_Repeated``."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = (key for key, count in counts.items() if count > 1)
+        found |= {key: _Repeated({"key several times": key}) for key in twice}
+    return found
+
+
+def _lifted(example: Any) -> Any:
+    """Return an example whose columns are ``_Repeated`` if there is such a value in them."""
+    if not isinstance(example, dict):
+        return example
+    return {key: _repeated_in(value) or value for key, value in example.items()}
+
+
+def _repeated_in(value: Any) -> _Repeated | None:
+    if isinstance(value, _Repeated):
+        return value
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next(filter(None, map(_repeated_in, parts)), None)
 
 
 def whole_number(digits: str) -> int | dict[str, str]:

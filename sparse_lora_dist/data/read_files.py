@@ -35,6 +35,7 @@ from sparse_lora_dist.data.local_files import (
     Columns,
     class_names,
     has_content,
+    refuse_repeated_names,
 )
 from sparse_lora_dist.errors import UserError, in_words
 from sparse_lora_dist.system.machine_errors import in_plain_words
@@ -182,6 +183,8 @@ def _read_files(folder: Folder, place: str, column_names: Columns) -> FromFiles:
     """Read all files of ``folder``, which are of one kind."""
     refuse_pointers(*folder.files)
     others = folder.relative(folder.others)
+    for file in folder.files if folder.kinds == [PARQUET] else ():
+        refuse_repeated_names(file, parquet.read_schema(file).names)
     if folder.kinds == [PARQUET] and _is_one_table(folder.files):
         return *_read_parquet(folder.files, place), False, others
     with _silent_log():

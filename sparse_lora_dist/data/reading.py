@@ -5,16 +5,23 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 from unicodedata import category
 
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.chat import has_marks, is_template, render_text
-from sparse_lora_dist.data.examples import Examples
-from sparse_lora_dist.data.fields import MESSAGES, TOOLS, ExampleError, Fields, tools_of
+from sparse_lora_dist.data.chat import (
+    TrainOn,
+    encode_chat,
+    encode_prompt,
+    has_marks,
+    is_template,
+    render_text,
+)
+from sparse_lora_dist.data.examples import Examples, quoted_cells
+from sparse_lora_dist.data.fields import MESSAGES, TOOLS, ExampleError, Fields, names, tools_of
 from sparse_lora_dist.data.folders import missing_shards
 
 MOST_SHOWN = 6
@@ -36,6 +43,10 @@ TO_JSON = re.compile(r"(arguments|tool_calls?|function)\s*\|\s*tojson")
 """What a template has that writes the arguments of tool calls as JSON."""
 TAKES_TEXT = re.compile(r"arguments\s+is\s+(not\s+)?string")
 """What a template has that takes arguments as text too."""
+MARKS = """
+If none is too long, the {% generation %} marks of the chat template cover nothing: put them around
+what the assistant says. """.replace("\n", " ").lstrip()
+"""What to do if nothing is learned with a template that has marks."""
 READ_KEYS = ("role", "content")
 """Keys of a message that every template renders."""
 
@@ -120,7 +131,7 @@ def describe(examples: Examples, columns: Collection[str], **more: Any) -> Readi
         unread = (*unread[:MOST_RECORDED], rest)
     return Reading(
         source=examples.source,
-        files=_relative(examples),
+        files=examples.shown_files,
         unread_files=examples.unread_files,
         columns=tuple(columns),
         unread_columns=unread,
@@ -286,6 +297,7 @@ def no_document(
     """
     if template is None or _writes_messages(examples, fields, tokenizer, template):
         roles = wrong_roles(examples) if fields.kind == "messages" else ""
+        roles += MARKS if has_marks(template) else ""
         return f"{roles}Raise --sequence_length, or give other data."
     return (
         f"The chat template {template[:60]!r} writes none of the messages. Give a --chat_template "
@@ -312,16 +324,21 @@ def _writes_messages(
 
 
 def asked_otherwise(
-    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
+    examples: Examples,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+    train_on: TrainOn,
 ) -> str:
     """Return a note that the text with which the chat template asks for an answer is not what
-    stands before an answer in training; "" if it is in the first 100 examples.
+    stands before what is learned of an answer; "" if it is in the first 100 examples.
 
     Args:
         examples: the examples.
         fields: columns that are read.
         tokenizer: tokenizer of the base.
         template: jinja text that renders chats; None if they are joined as they are.
+        train_on: what is learned.
     """
     for record in islice(examples, 100 if template is not None else 0):
         messages = fields.messages(record)
@@ -330,14 +347,21 @@ def asked_otherwise(
             continue
         with suppress(ExampleError):  # templates may refuse a chat that ends otherwise
             asked = render_text(tokenizer, messages[:-1], template, tools, asks=True)
-            before = render_text(tokenizer, messages[:-1], template, tools)
-            if asked != before and not render_text(tokenizer, messages, template, tools).startswith(
-                asked
-            ):
+            before = encode_prompt(tokenizer, messages[:-1], template=template, tools=tools)
+            chat = encode_chat(
+                tokenizer, messages, template=template, train_on=train_on, tools=tools
+            )
+            differs = "other text stands before the answer"
+            if render_text(tokenizer, messages, template, tools).startswith(asked):
+                rest = zip(chat.ids, chat.is_target, strict=True)
+                unlearned = takewhile(lambda token: not token[1], islice(rest, len(before), None))
+                between = str(tokenizer.decode([token for token, _ in unlearned]))
+                differs = between and f"{between[-60:]!r} is not learned, which stands after it"
+            if differs:
                 return (
                     f"the chat template asks for an answer with {asked[-60:]!r}, but in training "
-                    "other text stands before the answer. Programs that use the model ask with "
-                    "it. Give a --chat_template that writes the same in both places."
+                    f"{differs}. Programs that use the model ask with it. Give a --chat_template "
+                    "that writes the same in both places."
                 )
     return ""
 
@@ -352,36 +376,21 @@ def notes_on_text(
 
 
 def notes_on_chats(
-    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
+    examples: Examples,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+    train_on: TrainOn,
 ) -> tuple[str, ...]:
     """Return the notes about what the chat template makes of data."""
     notes = (
         writes_the_date(template),
         answers_cut(examples, fields, tokenizer, template),
-        asked_otherwise(examples, fields, tokenizer, template),
+        asked_otherwise(examples, fields, tokenizer, template, train_on),
         text_in_place_of_arguments(examples, template),
         rows_of_another_template(examples, template, tokenizer.chat_template),
     )
     return tuple(filter(None, notes))
-
-
-def quoted_cells(examples: Examples, columns: Collection[str]) -> str:
-    """Return a note about cells of a TSV file that stand in quotes, as programs write those with a
-    comma; "" if there are none in the first 1000 examples.
-
-    Args:
-        examples: the examples.
-        columns: columns that are read.
-    """
-    if not examples.files or examples.files[0].suffix != ".tsv":
-        return ""
-    cells = (str(record.get(c) or "") for record in islice(examples, 1000) for c in columns)
-    if not (count := sum(len(c) > 1 and c[0] == c[-1] == '"' for c in cells)):
-        return ""
-    return (
-        f"cells of a TSV file that stand in quotes: {count} in the first rows. The quotes are "
-        "learned as letters. If a program has put them there, save the table as CSV or JSON Lines"
-    )
 
 
 def text_in_place_of_arguments(examples: Examples, template: str | None) -> str:
@@ -441,16 +450,6 @@ def rows_of_another_template(examples: Examples, template: str | None, own: obje
     )
 
 
-def renders_tools(columns: Collection[str], template: str | None) -> bool:
-    """Return True if a data set has a column ``tools`` and the chat template names it."""
-    return TOOLS in columns and template is not None and names(template, TOOLS)
-
-
-def names(template: str, word: str) -> bool:
-    """Return True if a word, such as a key of messages, occurs in the text of a template."""
-    return re.search(rf"\b{re.escape(word)}\b", template) is not None
-
-
 def template_source(chat_template: str | None, template: str | None, own: object) -> str:
     """Return a text that says where a chat template comes from.
 
@@ -467,11 +466,3 @@ def template_source(chat_template: str | None, template: str | None, own: object
         name = next(name for name, text in own.items() if text == template)
         return f"the tokenizer's own, called {name}"
     return "the tokenizer's own"
-
-
-def _relative(examples: Examples) -> tuple[str, ...]:
-    folder = Path(examples.source).expanduser()
-    if not folder.is_dir():
-        return tuple(map(str, examples.files))
-    inside = (file for file in examples.files)
-    return tuple(str(f.relative_to(folder)) if f.is_relative_to(folder) else str(f) for f in inside)

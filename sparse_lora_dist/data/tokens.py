@@ -31,6 +31,7 @@ from sparse_lora_dist.data.fields import (
     Fields,
     find_fields,
     refuse_unsupported,
+    renders_tools,
     tools_of,
 )
 from sparse_lora_dist.data.local_files import Columns
@@ -43,7 +44,6 @@ from sparse_lora_dist.data.reading import (
     not_learned,
     notes_on_chats,
     notes_on_text,
-    renders_tools,
     template_source,
     unread_keys,
 )
@@ -327,7 +327,7 @@ def _reading(
         "" if learned else no_end(documents.ends),
         not_learned(examples, template) if finds_turns else "",
         *notes_on_text(examples, fields, tokenizer),
-        *notes_on_chats(examples, fields, tokenizer, template),
+        *notes_on_chats(examples, fields, tokenizer, template, train_on),
     )
     return describe(
         examples,

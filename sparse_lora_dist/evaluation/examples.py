@@ -19,6 +19,7 @@ from sparse_lora_dist.data.fields import (
     Tools,
     chat_of,
     refuse_unsupported,
+    renders_tools,
     text_of,
     tools_of,
 )
@@ -26,7 +27,6 @@ from sparse_lora_dist.data.read_files import plainly, read_examples
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
-    renders_tools,
     rows_of_another_template,
     template_source,
     unread_keys,
@@ -281,6 +281,12 @@ class Table:
         Raises:
             ExampleError: The choices are wrong, or two of them have one label.
         """
+        if "choices" not in (columns := self.examples.names.columns):
+            raise UserError(
+                f"--eval_data {self.examples.source} has no column 'choices', which the metrics of "
+                f"choices need. Its columns are: {', '.join(columns)}. Name the column of the "
+                "choices so, or give other --metrics."
+            )
         given: Any = record.get("choices")
         labels: Any = ()
         if isinstance(given, dict):

@@ -255,9 +255,9 @@ def _prompting(trained: Trained) -> Summary:
         return {}
     template = "the tokenizer's own" if found.is_own else f"that of --chat_template, in {TEMPLATE}"
     of_chats = {} if found.chat_template is None else {"template": template}
-    if not found.ends:
-        return of_chats | {"ends": "no token ends an answer"}
-    ends = ", ".join(map(ascii_name, found.ends))
+    if not found.learned_ends:
+        return of_chats | {"ends": "no token that ends an answer was learned"}
+    ends = ", ".join(map(ascii_name, found.learned_ends))
     return of_chats | {"ends": f"answers end with {ends}, at which {GENERATION} stops"}
 
 

@@ -122,7 +122,9 @@ class Union(Trained):
         if not known:
             return None
         own, ends = known[0], {token: i for one in known for token, i in one.ends.items()}
-        return replace(own, ends=ends, generation=with_ends(own.generation, ends.values()))
+        learned = tuple(dict.fromkeys(token for one in known for token in one.learned_ends))
+        generation = with_ends(own.generation, ends.values())
+        return replace(own, ends=ends, learned=learned, generation=generation)
 
     @cached_property
     def saved_class(self) -> SavedClass | None:

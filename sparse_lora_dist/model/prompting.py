@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from sparse_lora_dist.data import Documents
 from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.system.small_files import parse_json
+from sparse_lora_dist.system.small_files import parse_json, unique_keys
 
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 """Names of the files, as transformers writes them beside a model."""
@@ -28,7 +28,9 @@ the file's values by those of config.json."""
 CHANGING = """
     repetition_penalty no_repeat_ngram_size suppress_tokens begin_suppress_tokens bad_words_ids
     sequence_bias min_new_tokens min_length forced_bos_token_id forced_eos_token_id num_beams
-    exponential_decay_length_penalty guidance_scale stop_strings
+    exponential_decay_length_penalty guidance_scale stop_strings encoder_repetition_penalty
+    encoder_no_repeat_ngram_size watermarking_config token_healing penalty_alpha dola_layers
+    num_beam_groups diversity_penalty constraints force_words_ids
 """.split()
 """Settings with which transformers' greedy answers are others."""
 NEUTRAL = {
@@ -38,6 +40,11 @@ NEUTRAL = {
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
     "guidance_scale": 1.0,
+    "encoder_repetition_penalty": 1.0,
+    "encoder_no_repeat_ngram_size": 0,
+    "penalty_alpha": 0.0,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
 }
 """Values of these settings that change nothing."""
 
@@ -54,6 +61,14 @@ class Prompting:
     """Token that ends an answer -> its id."""
     generation: Mapping[str, Any]
     """Content of generation_config.json: that of the base, with ``ends`` in eos_token_id."""
+    learned: Collection[str] | None = None
+    """Those of ``ends`` that the data teach; None if all do, or if it is not known: in runs on
+    plain text, and of earlier versions."""
+
+    @property
+    def learned_ends(self) -> Collection[str]:
+        """Tokens with which the model of the run ends its answers."""
+        return self.ends if self.learned is None else self.learned
 
     @classmethod
     def of(cls, model: Model, documents: Documents, *, is_own: bool) -> "Prompting | None":
@@ -76,6 +91,7 @@ class Prompting:
             is_own=is_own,
             ends=documents.ends,
             generation=with_ends(settings, documents.ends.values()),
+            learned=None if documents.reading is None else documents.reading.answer_ends,
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -109,7 +125,7 @@ def generation_settings(folder: Path, module: PreTrainedModel) -> dict[str, Any]
     file = folder / GENERATION
     if file.is_file():
         with as_user_error(str(file), "Correct it, or remove it."):
-            settings = parse_json(file.read_bytes())
+            settings = parse_json(file.read_bytes(), unique_keys)
             if not isinstance(settings, dict) or not _are_ids(settings.get("eos_token_id")):
                 raise ValueError("it must map names to settings, and eos_token_id to ids of tokens")
     elif module.can_generate() and module.generation_config is not None:

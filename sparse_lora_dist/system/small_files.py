@@ -191,6 +191,14 @@ def parse_json(
         raise ValueError("it is nested too deep") from None
 
 
+def is_json(text: str) -> bool:
+    """Return True if a text is a JSON object or list."""
+    try:
+        return isinstance(parse_json(text), dict | list)
+    except ValueError:
+        return False
+
+
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return a JSON object as a dict. Pass it to ``json.loads`` as ``object_pairs_hook``:
     without it the last of several values counts.

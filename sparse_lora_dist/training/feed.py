@@ -31,6 +31,10 @@ from sparse_lora_dist.run_folder.identity import Identity, in_words
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.fits import check_ids, check_positions, check_rope
 
+HELD_OUT_SEED = 0
+"""Seed of the order in which held-out documents are packed. It is not the run's, so that runs of
+any ``--seed`` score the same first rows."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataFeed:
@@ -179,6 +183,25 @@ def open_feed(config: Config, model: Model) -> DataFeed:
                 "--max_steps."
             )
     return replace(feed, content=same_on_all_nodes(content))
+
+
+def with_held_out_of(feed: DataFeed, manifest: Mapping[str, Any], *, packing: bool) -> DataFeed:
+    """Return data whose held-out rows are packed as those of a checkpoint, so that a resumed run
+    goes on to score the same ones. Checkpoints of earlier versions have them packed by the seed of
+    their run.
+
+    Args:
+        feed: data of the run.
+        manifest: content of the checkpoint's manifest file.
+        packing: True if several documents share a row.
+    """
+    held_out = feed.held_out
+    seed = manifest.get("held_out_seed", manifest["description"]["seed"])
+    if held_out is None or seed in (None, held_out.seed):  # None: it had no held-out data
+        return feed
+    length = held_out.sequence_length
+    again = pack(held_out.documents, sequence_length=length, packing=packing, seed=seed)
+    return replace(feed, held_out=again)
 
 
 def hashes() -> bool:
@@ -345,7 +368,7 @@ def _read(config: Config, model: Model, tokenizer: Any, source: str, flag: str, 
         documents,
         sequence_length=data.sequence_length,
         packing=config.packs,
-        seed=config.train.seed,
+        seed=config.train.seed if flag == "--data" else HELD_OUT_SEED,
     )
     longest = int(documents.lengths.max())
     padded = padded_length([longest], data.sequence_length)

@@ -294,6 +294,7 @@ class Job:
             "prompting": None if self.prompting is None else self.prompting.as_json(),
             "held_out_loss": held_out_loss,
             "held_out_rows": self._held_out_part,
+            "held_out_seed": getattr(self.feed.held_out, "seed", None),
             "owed": self._pending,
             "trackers": self.metrics.run_ids,
         }

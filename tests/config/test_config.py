@@ -282,9 +282,11 @@ def test_yaml_mistakes_name_their_line(run_folder, text, words):
     assert words in only_problem_of("--config", "run.yaml")
 
 
-def test_empty_yaml_changes_nothing(run_folder):
-    (run_folder / "run.yaml").write_text("# nothing yet\n")
-    assert load_config(["--config", "run.yaml"]) == Config()
+@pytest.mark.parametrize("text", ["", "\n", "# nothing yet\n", "{}"])
+def test_empty_yaml_is_refused(run_folder, text):
+    """The run of all defaults would be another one than was meant."""
+    (run_folder / "run.yaml").write_text(text)
+    assert "--config run.yaml sets no option" in only_problem_of("--config", "run.yaml")
 
 
 def test_embedded_assets_can_be_missing(monkeypatch, tmp_path):

@@ -7,7 +7,12 @@ import pytest
 from deepspeed.runtime.config import get_timers_config
 
 from sparse_lora_dist.config.config import Config
-from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts, engine_dict
+from sparse_lora_dist.config.deepspeed_file import (
+    check_engine_file,
+    conflicts,
+    differs,
+    engine_dict,
+)
 from sparse_lora_dist.config.deepspeed_keys import (
     AT_LEAST_ONE,
     FIXED,
@@ -290,3 +295,11 @@ def test_deepspeed_knows_every_key_of_its_blocks():
     for block in ("offload_param", "offload_optimizer"):
         (model, _) = fields[block].annotation.__args__
         assert model.model_fields.keys() >= KEYS["zero_optimization"][block].keys()
+
+
+@pytest.mark.parametrize(("precision", "enabled"), [("fp32", True), ("bf16", False)])
+def test_another_precision_in_the_file_is_named_as_the_option_has_it(
+    precision: str, enabled: bool
+) -> None:
+    said = differs("x.json", "bf16.enabled", enabled, precision == "bf16")
+    assert f"{json.dumps(enabled)}, but --precision of the run is {precision}. Write" in said

@@ -44,6 +44,7 @@ FOLDERS = {
 }
 """Folder of today -> the files of then that are in it, without test_ and .py."""
 RENAMED = {
+    "test_empty_yaml_changes_nothing": "test_empty_yaml_is_refused",
     "test_methods_and_schedules_import_torch_and_each_other_only": (
         "test_methods_import_torch_and_each_other_only"
     ),

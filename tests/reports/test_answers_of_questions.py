@@ -10,6 +10,7 @@ from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.right_answers import final_number, reference_number
+from tests.fixtures.data_files import jsonl, pairs
 
 TEXTS = ["x", "y", "z", "w"]
 
@@ -106,3 +107,9 @@ def test_plain_numbers_are_right_answers(text: str) -> None:
     before = "In 2024. Step 3: 2 * 9 = 18, so it is"
     for answer in (text, f"{before} {text}", f"2*9={text}", f"{before}\n#### {text}\nby 7"):
         assert reference_number(answer) == final_number(answer) is not None
+
+
+def test_a_choice_task_without_its_column_names_the_columns(tmp_path: Path) -> None:
+    table = Table.read(str(jsonl(tmp_path / "a.jsonl", pairs("b"))), DataConfig(), None)
+    with pytest.raises(UserError, match=r"no column 'choices', which .* are: prompt, response\."):
+        table.choices(next(iter(table.examples)))

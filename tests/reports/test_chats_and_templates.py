@@ -117,6 +117,7 @@ NO_END = {
     "marks around the content alone": (
         "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}"
         "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
     "no end": "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}",
@@ -164,7 +165,6 @@ WRONG = {
     "a division": ("{{ 1 / 0 }}", "ZeroDivisionError: "),
     "an include": ("{% include 'x' %}", "TypeError: "),
     "a recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError: "),
-    "a syntax error": ("{% for %}{{ x }}", "Expected an expression"),
     "its own refusal": ("{{ raise_exception('no chats') }}", "no chats"),
 }
 

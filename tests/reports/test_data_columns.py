@@ -163,7 +163,7 @@ NULLS = {
     "digits": ('{"text": ' + "1" * 5000 + "}", r"a\.jsonl:1: .*got dict"),
     "a key twice": (
         '{"text": "a"}\n{"text": "b", "text": "c"}\n',
-        r"a\.jsonl:2: This line cannot be read: .* the key 'text' several times",
+        r"a\.jsonl:2: 'text' must be text, got dict: \{'key several times': 'text'\}",
     ),
     "half a letter": ('{"text": "\\ud800"}', r"a\.jsonl:1: This example cannot be tokenised: "),
 }
@@ -175,6 +175,28 @@ def test_lines_that_no_reader_takes_are_one_sentence(tmp_path, case):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["text", "id"])
+def test_a_parquet_file_with_a_name_twice_is_refused(tmp_path, name):
+    columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+    table = pa.table(columns, names=["text", name, name])
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=rf"a\.parquet has several columns .* '{name}'.*own\.$"):
+        load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize("unread", ['"id": 1, "id": 2', '"meta": {"x": 1, "x": [2]}'])
+def test_a_key_that_stands_twice_is_refused_only_where_it_is_read(tmp_path, unread):
+    row = '{"prompt": "a", "response": "b", ' + unread + "}"
+    for name, content in {"a.jsonl": f"{row}\n{row}\n", "a.json": f"[{row},\n{row}]"}.items():
+        (tmp_path / name).write_text(content)
+        documents = load(tmp_path / name)
+        assert len(documents) == 2 and len(documents.reading.unread_columns) == 1
+    twice = '{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}'
+    (tmp_path / "b.jsonl").write_text(twice)
+    with pytest.raises(UserError, match=r"b\.jsonl:1: .* got \{'key several times': 'role'\}"):
+        load(tmp_path / "b.jsonl", byte_tokenizer(template=PLAIN))
 
 
 def test_a_table_with_a_name_twice_is_refused(tmp_path):

@@ -57,6 +57,18 @@ def test_splits_in_all_names_are_kept_apart(tmp_path):
     assert read(source, split="train") == (4, ("train/a.jsonl", "train/b.jsonl"))
 
 
+@pytest.mark.parametrize("name", ["split={}", "Split={}", "[{}]", "{}(1)", "a+{}"])
+def test_folders_of_partitions_name_splits(tmp_path, name):
+    """As pandas, Spark and pyarrow write tables: split=train/lang=de/0.parquet."""
+    for split, number in (("train", 3), ("test", 5)):
+        inside = tmp_path / "a" / name.format(split) / "lang=de"
+        inside.mkdir(parents=True)
+        rows = pairs(*map(str, range(number)))
+        datasets.Dataset.from_list(rows).to_parquet(inside / "0.parquet")
+    assert read(tmp_path / "a", split="train")[0] == 3
+    assert read(tmp_path / "a", split="test")[0] == 5
+
+
 def test_names_that_leave_it_open_which_files_to_train_on_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"of the splits test, train, and others .*: extra\.jsonl"):
         load(folder(tmp_path / "a", train=3, test=5, extra=1))

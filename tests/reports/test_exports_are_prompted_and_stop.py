@@ -8,6 +8,7 @@ because generation_config.json ends at another token).
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from sparse_lora_dist.checkpoint.manifest import sealed
+from sparse_lora_dist.export.export_command import _prompting
 from sparse_lora_dist.export.merged_files import _write_templates, files_to_copy
+from sparse_lora_dist.export.sum_of_runs import Union
 from sparse_lora_dist.export.trained_run import Trained
 from sparse_lora_dist.model.prompting import (
     Prompting,
@@ -26,6 +29,7 @@ from sparse_lora_dist.model.prompting import (
 )
 from tests.conftest import Ranks
 from tests.export.test_export_program import exported
+from tests.fixtures.data_files import jsonl, load, pairs
 from tests.fixtures.tiny_run import TinyRun
 from tests.fixtures.tiny_tokenizer import MARKED, byte_tokenizer
 
@@ -95,7 +99,7 @@ def test_the_lines_of_the_card_prompt_and_stop_as_the_run_did(
     folder = exported(run, tmp_path / "out", *flags)
     assert (folder / "chat_template.jinja").read_text() == GIVEN
     card = (folder / "README.md").read_text()
-    assert "| ends | answers end with \\</s\\>, \\<\\|system\\|\\>, at which" in card
+    assert "| ends | answers end with \\<\\|system\\|\\>, at which" in card
     names: dict[str, Any] = {}
     exec(card.partition("```python\n")[2].partition("```")[0].replace("applied.undo()", ""), names)
     assert names["tokenizer"].chat_template == GIVEN
@@ -238,6 +242,30 @@ def templates_after(prompting: Prompting, base: Path, folder: Path) -> Any:
 def test_a_run_that_renders_no_chat_leaves_the_template_alone(run: Path) -> None:
     stored = Trained.open(run).prompting
     assert stored is not None and stored.ends == {"<|system|>": END, "</s>": EOS}
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (MARKED, "answers end with <|end|>, at which"),
+        (MARKED.replace("<|end|>{% endgen", "{% endgen"), "no token that ends an answer was"),
+        (None, "answers end with </s>, at which"),
+    ],
+)
+def test_an_export_claims_only_the_ends_that_were_learned(
+    tmp_path: Path, template: str | None, said: str
+) -> None:
+    file = jsonl(tmp_path / "a.jsonl", pairs("b", "c"))
+    module = SimpleNamespace(can_generate=lambda: False)
+    model: Any = SimpleNamespace(folder=tmp_path, module=module)
+    documents = load(file, byte_tokenizer(template=template))
+    stored = Prompting.of(model, documents, is_own=True)
+    assert stored is not None
+    again = Prompting(**json.loads(json.dumps(stored.as_json())))
+    trained: Any = SimpleNamespace(prompting=again)
+    assert _prompting(trained)["ends"].startswith(said)
+    summed = Union.prompting.func(SimpleNamespace(first=trained, others=(trained,)))
+    assert _prompting(SimpleNamespace(prompting=summed))["ends"].startswith(said)
 
 
 def test_settings_that_change_greedy_answers_are_named() -> None:

@@ -104,6 +104,27 @@ def test_messages_that_the_template_drops_are_said(
     assert bool(notes) == bool(said) and all(word in notes[0] for word in said)
 
 
+@pytest.mark.parametrize(
+    ("header", "said"),
+    [
+        ("Prompt,Response", "names of --column_names, in other letters"),
+        ("RESPONSE, prompt", "names of --column_names, in another order"),
+        ("Prompt,answer", "the name 'prompt' in the column of that name"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_header_in_other_letters_is_no_example(
+    tmp_path: Path, header: str, said: str, suffix: str
+) -> None:
+    file = tmp_path / f"a{suffix}"
+    table = f"{header}\na,b\n"
+    file.write_text(table if suffix == ".csv" else table.replace(",", "\t"))
+    with pytest.raises(UserError, match=said):
+        load(file, column_names=("prompt", "response"))
+    file.write_text("a,prompt\n" if suffix == ".csv" else "a\tprompt\n")  # in another column
+    assert len(load(file, column_names=("prompt", "response"))) == 1
+
+
 def test_a_header_in_the_middle_or_with_names_of_its_own_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("prompt,response\na,b\nprompt,response\nc,d\n")

@@ -3,7 +3,7 @@
 import pytest
 
 from sparse_lora_dist.config.sections import RunConfig
-from sparse_lora_dist.train import seldom_both
+from sparse_lora_dist.train import of_evaluations
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,25 @@ def test_a_best_checkpoint_that_is_seldom_saved_is_pointed_out(
 ) -> None:
     """huggingface/transformers#24614 refuses such steps."""
     every = {"eval_every": eval_every, "save_every": save_every}
-    notes = seldom_both(RunConfig(**every, keep_last=1))
+    notes = of_evaluations(RunConfig(**every, keep_last=1), held_out=True)
     assert [f"meet every {met} steps" in note for note in notes] == [True] * (met is not None)
-    assert seldom_both(RunConfig(**every)) == []
-    assert seldom_both(RunConfig(**every, keep_last=1, keep_best=False)) == []
+    assert of_evaluations(RunConfig(**every), held_out=True) == []
+    assert of_evaluations(RunConfig(**every, keep_last=1, keep_best=False), held_out=True) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"eval_every": 10}, "--eval_every without effect"),
+        ({"eval_every": 10, "eval_batches": 3}, "--eval_every and --eval_batches without effect"),
+        ({"eval_every": 0, "save_every": 30, "keep_last": 1}, None),
+        ({}, None),
+    ],
+)
+def test_evaluations_without_held_out_data_are_pointed_out(
+    given: dict[str, int], said: str | None
+) -> None:
+    notes = of_evaluations(RunConfig(**given), held_out=False)
+    assert [note.startswith(f"{said}: there are no held-out data") for note in notes] == (
+        [] if said is None else [True]
+    )

@@ -39,7 +39,7 @@ def test_a_file_of_json_is_no_template(tmp_path: Path, content: object) -> None:
 @pytest.mark.parametrize("train_on", ["response", "all"])
 @pytest.mark.parametrize(
     ("asks", "differs"),
-    [("<|assistant|>", False), ("<|assistant|><think>\n", True), ("<|bot|>", True), ("", False)],
+    [("<|assistant|>", False), ("<|assistant|><think>\n", True), ("<|bot|>", True)],
 )
 def test_a_model_that_is_asked_otherwise_than_it_learned(
     tmp_path: Path, asks: str, differs: bool, train_on: Any
@@ -54,6 +54,25 @@ def test_a_model_that_is_asked_otherwise_than_it_learned(
     assert bool(said) == differs
     if differs:
         assert repr(asks.replace("<|assistant|>", "")[-8:])[1:-1] in said[0]
+
+
+@pytest.mark.parametrize("train_on", ["response", "all"])
+@pytest.mark.parametrize(
+    ("after", "between"), [("<|assistant|>", ""), ("", "<|assistant|>"), ("<|assistant|>", "\\n")]
+)
+def test_a_model_that_is_asked_with_the_beginning_of_what_stands_before_answers(
+    tmp_path: Path, after: str, between: str, train_on: Any
+) -> None:
+    """Only with marks is what follows the asking not learned."""
+    template = MARKED.replace("prompt %}<|assistant|>", "prompt %}" + after)
+    if between == "\\n":
+        template = template.replace("{% generation", "{{ '\\n' }}{% generation")
+    file = jsonl(tmp_path / "a.jsonl", [{"messages": [user("what"), assistant("it")]}])
+    notes = load(file, byte_tokenizer(template=template), train_on=train_on).reading.notes
+    said = [note for note in notes if "asks for an answer with" in note]
+    assert len(said) == (between != "" and train_on == "response")
+    if said:
+        assert f"in training '{between}' is not learned, which stands after it" in said[0]
 
 
 def with_frame(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:
@@ -143,3 +162,23 @@ def test_this_machine_is_named_where_it_is_the_only_one() -> None:
 def test_the_plain_template_is_asked_as_it_learned(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "a.jsonl", [{"messages": [user("what"), assistant("it")]}])
     assert not load(file, byte_tokenizer(template=PLAIN)).reading.notes
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+def test_a_broken_template_is_no_fault_of_the_data(tmp_path: Path, is_own: bool) -> None:
+    broken = PLAIN.replace("{% endfor %}", "")
+    (tmp_path / "a.jinja").write_text(broken)
+    given = None if is_own else str(tmp_path / "a.jinja")
+    tokenizer = byte_tokenizer(template=broken if is_own else PLAIN)
+    place = "tokenizer's chat template" if is_own else r"--chat_template .*a\.jinja"
+    with pytest.raises(UserError, match=rf"{place} is broken in line \d: .*Correct the template"):
+        find_template(tokenizer, given)
+    refuses = "{{ raise_exception('no') }}"  # maybe this chat only
+    assert find_template(tokenizer, refuses) == refuses
+
+
+def test_marks_that_cover_nothing_are_named(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", [{"messages": [user("what"), assistant("it")]}])
+    template = MARKED.replace("m.role == 'assistant'", "m.role == 'bot'")
+    with pytest.raises(UserError, match="marks of the chat template cover nothing: put them"):
+        load(file, byte_tokenizer(template=template))
