@@ -194,11 +194,11 @@ class Training:
         for note in notes:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
-        begins = config if self._resume is None else _without_first_adapter(config)
-        if begins.adapter.init_adapter is not None:
+        resumes = self._resume is not None
+        if config.adapter.init_adapter is not None and not resumes:
             with fail_together("comparing the base with that of --init_adapter"):
-                check_init_adapter(begins.adapter.init_adapter, model)
-            same_init_adapter(begins.adapter.init_adapter)
+                check_init_adapter(config.adapter.init_adapter, model)
+            same_init_adapter(config.adapter.init_adapter)
         with fail_together(f"opening the run folder {config.run.output_dir}", may_pass=True):
             # Before the memory plan is printed, because it names run.yaml, and before the load.
             if comm.rank() == 0:
@@ -210,7 +210,7 @@ class Training:
                 write_description(folder, config, feed.readings)
         say_whether_it_fits(config, model, engine_config)
         watchdog.set_phase("loading the base", may_be_long=True)
-        self.row_seeds = model.load(begins, method, engine_config)
+        self.row_seeds = model.load(config, method, engine_config, restored=resumes)
         stop_signals.check()
         optimizer = _optimizer(config, model)
         self.engine = Engine(model.module, optimizer, engine_config)
@@ -326,12 +326,6 @@ def _optimizer(config: Config, model: Model) -> SparseAdamW:
         eps=train.adam_eps,
         eight_bit=train.moment_bits == 8,
     )
-
-
-def _without_first_adapter(config: Config) -> Config:
-    """Return the options of a resumed run for loading: all that it has got from ``--init_adapter``
-    is in the checkpoint."""
-    return replace(config, adapter=replace(config.adapter, init_adapter=None))
 
 
 def seldom_both(run: RunConfig) -> list[str]:

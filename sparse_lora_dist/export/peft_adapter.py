@@ -19,7 +19,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from sparse_lora_dist.adapter.linear import AdapterLinear
-from sparse_lora_dist.adapter.peft_config import APART, PREFIX, WEIGHTS
+from sparse_lora_dist.adapter.peft_config import APART, LABELS, PREFIX, WEIGHTS
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
@@ -100,7 +100,7 @@ class PeftAdapter:
         """
         if self.classes:
             names = json.dumps(dict(enumerate(self.classes)), indent=1)
-            (folder / "id2label.json").write_text(names + "\n")
+            (folder / LABELS).write_text(names + "\n")
         if self.prompting is not None:
             self.prompting.write(folder)
 
