@@ -352,10 +352,15 @@ def _build_method(config: Config, model: Model, total_steps: int) -> Method:
 
 
 def _of_peft(model: Model, method: Method) -> list[str]:
-    dropped = model.dropped_by_peft
-    if not dropped or method.form(model.sites[0]).to_lora is None:
-        return []
-    return [f"{not_applied(dropped)}. Export with --format merged, or choose --target_modules"]
+    notes = []
+    if (dropped := model.dropped_by_peft) and method.form(model.sites[0]).to_lora is not None:
+        notes = [f"{not_applied(dropped)}. Export with --format merged, or choose --target_modules"]
+    if taken := model.taken_by_peft:
+        notes.append(
+            f"PEFT does not open the adapter of this run: it takes {taken[0]}, whose name ends "
+            "with that of a module trained in full, for one too. Export with --format merged"
+        )
+    return notes
 
 
 def _check_form(config: Config, model: Model, method: Method) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.inject import inject
 from sparse_lora_dist.adapter.linear import AdapterLinear
-from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft
+from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft, taken_by_peft
 from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
@@ -195,6 +195,11 @@ class Model:
     def dropped_by_peft(self) -> list[str]:
         """Last names of linears whose LoRA the installed PEFT does not apply."""
         return dropped_by_peft(self.module, [site.name for site in self.sites])
+
+    @property
+    def taken_by_peft(self) -> list[str]:
+        """Names of modules that the installed PEFT takes for modules trained in full."""
+        return taken_by_peft(self.module, self.full, "SEQ_CLS" if self.head.modules else "")
 
     def _find_cache(self, options: ModelConfig) -> None:
         """Set ``cache`` if --base_cache is given and the base is not in 4 bits already.
