@@ -1,7 +1,8 @@
 """``Model``: the frozen base, sharded by ZeRO-3, with adapters and with modules trained in full."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from sparse_lora_dist.base_model.weight_map import (
     find_keys,
     find_sources,
     is_quantized,
+    names_of_today,
 )
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
@@ -374,9 +376,16 @@ class Model:
         return list(groups.values())
 
     def our_name(self, name: str) -> str:
-        """Return the name in ``module`` of a tensor that is named as in the class of config.json;
-        any other name is returned as it is."""
-        return name if self.saved_class is None else self.saved_class.ours_of(name)
+        """Return the name in ``module`` of a linear or of a tensor of one that is named as in the
+        class of config.json, or as in an older transformers; others are returned as they are."""
+        name = name if self.saved_class is None else self.saved_class.ours_of(name)
+        owner, dot, last = name.rpartition(".")
+        whole = self._today(name)
+        return whole if whole != name else f"{self._today(owner)}{dot}{last}"
+
+    @cached_property
+    def _today(self) -> Callable[[str], str]:
+        return names_of_today(self.module)
 
     @property
     def whole(self) -> frozenset[str]:
