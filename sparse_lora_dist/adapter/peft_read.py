@@ -182,6 +182,11 @@ def _mismatches(
             f"(the first is {other[0]}). Set --target_modules to the adapter's modules."
         ]
     extra = sorted(theirs.keys() - shapes.keys())
+    if stray := [name for name in extra if ".lora_" in name]:
+        return [
+            f"It holds the tensor {stray[0]}, which is neither A nor B of a plain LoRA, so it "
+            "would be lost. Save the adapter again without it, or give another."
+        ]
     if extra and other_task:
         return [
             f"Its task differs from the run's: it is {other_task} (task_type in {CONFIG}), and it "
