@@ -195,13 +195,13 @@ class Training:
         for note in notes:
             print_line("note", note)
         self._resume = find_resume(config, model, feed, method)
+        resumes = self._resume is not None
         if self._resume is not None:
             feed = with_held_out_of(feed, self._resume.manifest, packing=config.packs)
-        begins = config if self._resume is None else _without_first_adapter(config)
-        if begins.adapter.init_adapter is not None:
+        if config.adapter.init_adapter is not None and not resumes:
             with fail_together("comparing the base with that of --init_adapter"):
-                check_init_adapter(begins.adapter.init_adapter, model)
-            same_init_adapter(begins.adapter.init_adapter)
+                check_init_adapter(config.adapter.init_adapter, model)
+            same_init_adapter(config.adapter.init_adapter)
         with fail_together(f"opening the run folder {config.run.output_dir}", may_pass=True):
             # Before the memory plan is printed, because it names run.yaml, and before the load.
             if comm.rank() == 0:
@@ -213,7 +213,7 @@ class Training:
                 write_description(folder, config, feed.readings)
         say_whether_it_fits(config, model, engine_config)
         watchdog.set_phase("loading the base", may_be_long=True)
-        self.row_seeds = model.load(begins, method, engine_config)
+        self.row_seeds = model.load(config, method, engine_config, restored=resumes)
         stop_signals.check()
         optimizer = _optimizer(config, model)
         self.engine = Engine(model.module, optimizer, engine_config)
@@ -331,12 +331,6 @@ def _optimizer(config: Config, model: Model) -> SparseAdamW:
     )
 
 
-def _without_first_adapter(config: Config) -> Config:
-    """Return the options of a resumed run for loading: all that it has got from ``--init_adapter``
-    is in the checkpoint."""
-    return replace(config, adapter=replace(config.adapter, init_adapter=None))
-
-
 def of_evaluations(run: RunConfig, *, held_out: bool) -> list[str]:
     """Return notes about options of evaluations within a run.
 
@@ -377,10 +371,15 @@ def _build_method(config: Config, model: Model, total_steps: int) -> Method:
 
 
 def _of_peft(model: Model, method: Method) -> list[str]:
-    dropped = model.dropped_by_peft
-    if not dropped or method.form(model.sites[0]).to_lora is None:
-        return []
-    return [f"{not_applied(dropped)}. Export with --format merged, or choose --target_modules"]
+    notes = []
+    if (dropped := model.dropped_by_peft) and method.form(model.sites[0]).to_lora is not None:
+        notes = [f"{not_applied(dropped)}. Export with --format merged, or choose --target_modules"]
+    if taken := model.taken_by_peft:
+        notes.append(
+            f"PEFT does not open the adapter of this run: it takes {taken[0]}, whose name ends "
+            "with that of a module trained in full, for one too. Export with --format merged"
+        )
+    return notes
 
 
 def _check_form(config: Config, model: Model, method: Method) -> None:

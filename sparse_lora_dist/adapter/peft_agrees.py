@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from sparse_lora_dist.adapter.peft_config import CONFIG
+from sparse_lora_dist.adapter.peft_config import CONFIG, PREFIX
 from sparse_lora_dist.system.patterns import bad_regex, first_that_ends, matching
 
 LAYER = re.compile(r".*?\.[^.]*\.(\d+)\.")
@@ -82,6 +82,40 @@ def dropped_by_peft(module: nn.Module, sites: Iterable[str]) -> list[str]:
         for last in {site.rpartition(".")[2] for site in sites}
         if not _peft_applies(module, last)
     )
+
+
+def name_for_peft(name: str, task_type: str) -> str:
+    """Return the name that stands for a module trained in full in PEFT's ``modules_to_save``.
+
+    PEFT takes every module whose name ends with it. Over a classifier it looks in its own names
+    too, which begin with ``PREFIX``: with the prefix, a name is whole. It adds
+    ``SEQ_CLS_HEAD_NAMES`` by itself, without one.
+
+    Args:
+        name: whole name of the module in the model.
+        task_type: PEFT's name of the task, e.g. "SEQ_CLS".
+    """
+    is_whole = task_type != "SEQ_CLS" or name in SEQ_CLS_HEAD_NAMES
+    return name if is_whole else f"{PREFIX}{name}"
+
+
+def taken_by_peft(module: nn.Module, full: Collection[str], task_type: str) -> list[str]:
+    """Return the modules that PEFT takes to be trained in full, though they are not: their names
+    end with the name of one that is. PEFT opens no adapter that lacks their tensors.
+
+    Args:
+        module: base model; it may be on the meta device.
+        full: whole names of the modules that train in full.
+        task_type: PEFT's name of the task.
+    """
+    ends = tuple(name_for_peft(name, task_type) for name in full)
+    inside = tuple(f"{name}." for name in full)
+    return [
+        name
+        for name, _ in module.named_modules()
+        if ends and f"{PREFIX}{name}".endswith(ends) and name not in full
+        if not name.startswith(inside)
+    ]
 
 
 def _peft_applies(module: nn.Module, last: str) -> bool:
@@ -173,7 +207,8 @@ def _absent(config: Mapping[str, Any], full: list[str]) -> list[str]:
     """Return the names in ``modules_to_save`` that have no tensor. PEFT adds all usual names of a
     classifier's head by itself, of which a model has one."""
     names = _listed(config.get("modules_to_save"))
-    absent = [name for name in names if not any(f".{name}." in f".{tensor}" for tensor in full)]
+    tensors = [f".{PREFIX}{tensor}" for tensor in full]
+    absent = [name for name in names if not any(f".{name}." in tensor for tensor in tensors)]
     has_head = any(name in SEQ_CLS_HEAD_NAMES for name in {*names} - {*absent})
     return [name for name in absent if not (has_head and name in SEQ_CLS_HEAD_NAMES)]
 

@@ -17,6 +17,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS, APART = "adapter_model.safetensors", "modules_to_save.safetensors"
 """Names of the files with an adapter's tensors. PEFT knows only the first. The second is written by
 this project's export with --uniform_rank: it holds modules trained in full."""
+LABELS = "id2label.json"
+"""Name of the file with a classifier's class names. This project writes it; PEFT does not."""
 
 MARKED = [f.name for f in fields(LoraConfig) if f.metadata.get("is_lora_variant")]
 """Fields of ``LoraConfig`` that PEFT itself marks as selecting a variant of LoRA."""

@@ -10,7 +10,20 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sparse_lora_dist.adapter.peft_agrees import disagreements, ranks_of
-from sparse_lora_dist.adapter.peft_config import APART, CONFIG, PREFIX, WEIGHTS, other_kind
+from sparse_lora_dist.adapter.peft_classes import (
+    ClassRows,
+    by_class_names,
+    class_names,
+    other_classes,
+)
+from sparse_lora_dist.adapter.peft_config import (
+    APART,
+    CONFIG,
+    LABELS,
+    PREFIX,
+    WEIGHTS,
+    other_kind,
+)
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.small_files import parse_json, refuse_pipes_in, refuse_pointers_in
 from sparse_lora_dist.zero3.slices import Values
@@ -19,6 +32,8 @@ WRAPPED = re.compile(
     r"module\.|(?:.*\.)?_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\."
 )
 """Beginning of a parameter's name in a model that something is wrapped around."""
+NO_CLASSES = ClassRows(names=(), parameters=())
+"""The classes of a run that trains no classifier."""
 
 
 def read_peft(
@@ -29,6 +44,7 @@ def read_peft(
     alpha: float,
     our_name: Callable[[str], str] = str,
     task_type: str = "CAUSAL_LM",
+    classes: ClassRows = NO_CLASSES,
 ) -> dict[str, Values]:
     """Open a PEFT LoRA adapter, and check that it fits the run. Not a collective.
 
@@ -45,14 +61,16 @@ def read_peft(
         our_name: function that returns the name of a tensor in ``shapes``, given the adapter's
             name of it, which may be that of another class (``Model.our_name``).
         task_type: PEFT's name of the run's task, e.g. "SEQ_CLS".
+        classes: classes of a run that trains a classifier. Rows of the adapter's head are put into
+            their order, by name.
 
     Returns:
         Tensor name, as in ``shapes`` -> function that reads a range of the tensor from disk, for
         every tensor of the adapter.
 
     Raises:
-        UserError: the adapter is absent or damaged, or its type, rank, alpha, modules or shapes are
-            not those of the run.
+        UserError: the adapter is absent or damaged, or its type, rank, alpha, classes, modules or
+            shapes are not those of the run.
     """
     config, values, theirs = open_peft(folder)
     apart = [] if other_kind(config) else _apart_from_its_config(config, theirs)
@@ -76,11 +94,13 @@ def read_peft(
             f"Its alpha is {config.get('lora_alpha')}, but --alpha is {alpha}. Use the adapter's "
             "alpha."
         )
-    # A problem above would only show up again in every tensor.
-    problems = problems or apart or _mismatches(theirs, shapes, _other_task(config, task_type))
+    named = class_names(local_folder(folder)) if classes.names else []
+    # A problem of the former would only show up again in every tensor.
+    problems = problems or apart or other_classes(named, theirs, classes)
+    problems = problems or _mismatches(theirs, shapes, _other_task(config, task_type))
     if problems:
         raise UserError(f"--init_adapter {folder} does not fit this run. " + " ".join(problems))
-    return values
+    return by_class_names(folder, named, values, classes, theirs)
 
 
 def open_peft(
@@ -162,6 +182,11 @@ def _mismatches(
             f"(the first is {other[0]}). Set --target_modules to the adapter's modules."
         ]
     extra = sorted(theirs.keys() - shapes.keys())
+    if stray := [name for name in extra if ".lora_" in name]:
+        return [
+            f"It holds the tensor {stray[0]}, which is neither A nor B of a plain LoRA, so it "
+            "would be lost. Save the adapter again without it, or give another."
+        ]
     if extra and other_task:
         return [
             f"Its task differs from the run's: it is {other_task} (task_type in {CONFIG}), and it "
@@ -188,6 +213,29 @@ def _sites(names: Iterable[str]) -> set[str]:
     return {n.rpartition(".")[0] for n in names if n.endswith((".lora_a", ".lora_b"))}
 
 
+def local_folder(folder: str, flag: str = "--init_adapter") -> Path:
+    """Return the local folder of an adapter, and download its files first if it is a hub id.
+
+    Args:
+        folder: adapter folder or hub id.
+        flag: the command-line option that gave ``folder``, for error messages.
+
+    Raises:
+        UserError: it is neither a folder nor an id from which the hub gives files.
+    """
+    if Path(folder).is_dir():
+        return Path(folder)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(folder, allow_patterns=["adapter_*", APART, LABELS]))
+    except Exception as error:  # the hub raises a dozen kinds
+        raise UserError(
+            f"{flag} {folder} is not a folder, and downloading it from the hub failed. Give "
+            f"the folder or the hub id of a PEFT adapter. The hub's message: {error}"
+        ) from error
+
+
 def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
     """Open an adapter's files, and download them first if ``folder`` is no local folder.
 
@@ -198,19 +246,10 @@ def _open_files(folder: str, flag: str) -> tuple[dict[str, Any], list[Any]]:
     Returns:
         A tuple of two: the contents of adapter_config.json; the opened safetensors files.
     """
-    if not Path(folder).is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = snapshot_download(folder, allow_patterns=["adapter_*", APART])
-        except Exception as error:  # the hub raises a dozen kinds
-            raise UserError(
-                f"{flag} {folder} is not a folder, and downloading it from the hub failed. Give "
-                f"the folder or the hub id of a PEFT adapter. The hub's message: {error}"
-            ) from error
-    refuse_pipes_in(Path(folder))
-    refuse_pointers_in(Path(folder))
-    config, weights, apart = (Path(folder) / name for name in (CONFIG, WEIGHTS, APART))
+    place = local_folder(folder, flag)
+    refuse_pipes_in(place)
+    refuse_pointers_in(place)
+    config, weights, apart = (place / name for name in (CONFIG, WEIGHTS, APART))
     absent = [p.name for p in (config, weights) if not p.exists()]
     if absent:
         raise UserError(

@@ -3,7 +3,7 @@
 A name may lead to other files on each node, of which each rank would load its shards.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from math import prod
@@ -28,6 +28,8 @@ class Opened:
     shapes: Mapping[str, tuple[int, ...]]
     scales: Mapping[str, float] = field(default_factory=dict)
     """Site name -> factor of B A, where it is read from the adapter."""
+    classes: Sequence[str] = ()
+    """Class names that are stored beside the adapter."""
 
 
 def check_same_on_all_nodes(adapters: Iterable[Opened]) -> None:
@@ -53,16 +55,16 @@ def check_same_on_all_nodes(adapters: Iterable[Opened]) -> None:
             if ours != theirs:
                 raise UserError(
                     f"Not all nodes have the same files of {name}: those of rank {rank} hold other "
-                    "tensors than those of rank 0. Copy the same files to every machine, or use a "
-                    "shared disk.",
+                    "tensors or class names than those of rank 0. Copy the same files to every "
+                    "machine, or use a shared disk.",
                     shared=True,
                 )
 
 
 def fingerprint(adapter: Opened) -> str:
-    """Return a SHA-256 hash, in hex, of an adapter: names, shapes, scales, and samples of every
-    tensor. Not a collective."""
-    digest = sha256(repr(sorted(adapter.scales.items())).encode())
+    """Return a SHA-256 hash, in hex, of an adapter: names, shapes, scales, class names, and
+    samples of every tensor. Not a collective."""
+    digest = sha256(repr([sorted(adapter.scales.items()), *adapter.classes]).encode())
     for name, shape in sorted(adapter.shapes.items()):
         count = prod(shape)
         digest.update(f"{name} {list(shape)}".encode())

@@ -285,6 +285,21 @@ def meta_model(
 
 
 def _check_task(config: PretrainedConfig, task: str) -> None:
+    if task == "causal_lm" and config.is_encoder_decoder and not _is_a_decoder_alone(config):
+        classifiers: Any = AUTO_CLASSES["seq_cls"]
+        has_classifier = type(config) in classifiers._model_mapping
+        other = ", or train a classifier with --task seq_cls" if has_classifier else ""
+        raise UserError(
+            f"{config.model_type} is an encoder-decoder: its encoder reads the prompt and its "
+            "decoder writes the answer, so this --model cannot be trained as a causal language "
+            f"model. Choose a decoder model{other}."
+        )
+    if isinstance(getattr(config, "type_vocab_sizes", None), list | tuple):
+        raise UserError(
+            f"{config.model_type} reads tables: each token has a row, a column and more "
+            "(type_vocab_sizes in config.json), and --data gives texts alone. Choose a "
+            "--model that reads texts."
+        )
     auto_class: Any = AUTO_CLASSES[task]
     own_code = getattr(config, "auto_map", None) or {}
     if type(config) not in auto_class._model_mapping and auto_class.__name__ not in own_code:
@@ -301,6 +316,13 @@ def _check_task(config: PretrainedConfig, task: str) -> None:
             "cannot be trained as a causal language model. Train it as a classifier with "
             "--task seq_cls, or choose a decoder model."
         )
+
+
+def _is_a_decoder_alone(config: PretrainedConfig) -> bool:
+    """Return True if config.json names the class of an encoder-decoder's decoder, or no class."""
+    causal: Any = AUTO_CLASSES["causal_lm"]
+    kind = causal._model_mapping.get(type(config), None)
+    return kind is not None and kind.__name__ in (config.architectures or [kind.__name__])
 
 
 def _switch_off_noise(config: PretrainedConfig) -> None:

@@ -10,7 +10,7 @@ scales, and so on.
 import json
 import struct
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -145,14 +145,11 @@ def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
     Raises:
         UserError: transformers builds a parameter from several tensors in an unsupported way.
     """
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    prefix = getattr(model, "base_model_prefix", None)
+    renamed, converters = _renaming(model)
     names = model.state_dict()
     found: dict[str, dict[str | None, list[str]]] = defaultdict(lambda: defaultdict(list))
     for key in sorted(tensors_of(files), key=dot_natural_key):
-        name, pattern = rename_source_key(key, renamings, converters, prefix, names)
+        name, pattern = renamed(key)
         if name not in names and key in names:
             name, pattern = key, None
         found[name][pattern].append(key)
@@ -162,6 +159,36 @@ def find_keys(model: PreTrainedModel, files: CheckpointFiles) -> Keys:
         for name, by_pattern in found.items()
         if name in names
     }
+
+
+def _renaming(
+    model: PreTrainedModel,
+) -> tuple[Callable[[str], tuple[str, str | None]], list[WeightConverter]]:
+    """Return transformers' rules: a function from the name of a tensor in the files to its name in
+    the model and the pattern of a converter, and the converters."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    prefix, names = getattr(model, "base_model_prefix", None), model.state_dict()
+    return (lambda key: rename_source_key(key, renamings, converters, prefix, names)), converters
+
+
+def names_of_today(model: PreTrainedModel) -> Callable[[str], str]:
+    """Return a function from an older name of a linear to its name in the model, such as from
+    "language_model.model.layers.0.mlp.up_proj" to "model.language_model.layers.0.mlp.up_proj".
+
+    Args:
+        model: the model on the meta device. The function returns names that the rules of
+            transformers do not lead to one of its weights as they are.
+    """
+    (renamed, _), names = _renaming(model), {*model.state_dict()}
+
+    def today(name: str) -> str:
+        found = renamed(f"{name}.weight")[0]
+        is_old = f"{name}.weight" not in names and found in names
+        return found.removesuffix(".weight") if is_old else name
+
+    return today
 
 
 def tensors_of(files: CheckpointFiles) -> list[str]:

@@ -23,7 +23,12 @@ from sparse_lora_dist.config.checks import raise_if
 from sparse_lora_dist.config.config import SECTIONS, Config
 from sparse_lora_dist.config.deepspeed_file import check_engine_file, conflicts
 from sparse_lora_dist.config.help_pages import help_page
-from sparse_lora_dist.config.paths import missing_locations, missing_source, moved_run
+from sparse_lora_dist.config.paths import (
+    missing_locations,
+    missing_source,
+    moved_run,
+    where_it_goes_on,
+)
 from sparse_lora_dist.config.schema import TRAIN, Option, Program, build_parser, known_options
 from sparse_lora_dist.config.sections import TRACKERS
 from sparse_lora_dist.config.spelling import did_you_mean
@@ -76,7 +81,7 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     values = typed_values(given, options, parser, problems)
     notes = given_again(flags)
     if (folder := moved_run(flags, values)) is not None:
-        notes.append(f"the run of {values['output_dir']} was moved, and goes on in {folder}")
+        notes.append(where_it_goes_on(str(values["output_dir"]), folder))
         values["output_dir"] = folder
     config = build(values, options, problems, trains=program.trains)
     flat = {name: option.default for name, option in options.items()} | values

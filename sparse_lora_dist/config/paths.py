@@ -171,6 +171,23 @@ def moved_run(flags: Sequence[tuple[str, list[str]]], values: Mapping[str, Any])
     return str(path.parent) if is_run and not is_there else None
 
 
+def where_it_goes_on(began: str, folder: str) -> str:
+    """Return a note about a run that goes on in another folder than its run.yaml names.
+
+    Args:
+        began: output_dir of its run.yaml.
+        folder: folder in which the run.yaml lies, from ``moved_run``.
+    """
+    path, now = Path(expanded(began)), Path(folder).resolve()
+    parts = tuple(part for part in Path(os.path.normpath(path)).parts if part != "..")
+    if not path.is_absolute() and now.parts[len(now.parts) - len(parts) :] == parts:
+        return (
+            f"the run goes on in {now}: its output_dir {began} is relative to the working "
+            "directory in which it began, and this is another"
+        )
+    return f"the run of {began} was moved, and goes on in {folder}"
+
+
 def lies_in(checkpoint: Path, folder: Path) -> bool:
     """Return True if a checkpoint is one of those in a folder, also if it is a link to another
     disk, or if a link leads to it."""

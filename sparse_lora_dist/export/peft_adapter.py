@@ -19,7 +19,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from sparse_lora_dist.adapter.linear import AdapterLinear
-from sparse_lora_dist.adapter.peft_config import APART, PREFIX, WEIGHTS
+from sparse_lora_dist.adapter.peft_agrees import name_for_peft
+from sparse_lora_dist.adapter.peft_config import APART, LABELS, PREFIX, WEIGHTS
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together
@@ -91,6 +92,12 @@ class PeftAdapter:
         """Return the name of a module or parameter in the class that config.json names."""
         return name if self.saved_class is None else self.saved_class.named(name)
 
+    @property
+    def modules_to_save(self) -> list[str] | None:
+        """Value of PEFT's ``modules_to_save``; None if no module was trained in full."""
+        names = map(self.named, self.full_modules)
+        return [name_for_peft(name, self.task_type) for name in names] or None
+
     def write_beside(self, folder: Path) -> None:
         """Write into the adapter's folder what PEFT's config has no fields for: class names, chat
         template and the tokens that end an answer.
@@ -100,7 +107,7 @@ class PeftAdapter:
         """
         if self.classes:
             names = json.dumps(dict(enumerate(self.classes)), indent=1)
-            (folder / "id2label.json").write_text(names + "\n")
+            (folder / LABELS).write_text(names + "\n")
         if self.prompting is not None:
             self.prompting.write(folder)
 
@@ -252,7 +259,7 @@ def _peft_config(trained: PlainLora, ranks: Mapping[str, int], uniform: bool) ->
         rank_pattern=others,
         # PEFT scales by alpha / r, r the rank of the module. Ours scales by alpha / --rank.
         alpha_pattern={name: alpha * r / rank for name, r in others.items()},
-        modules_to_save=None if uniform else list(map(trained.named, trained.full_modules)) or None,
+        modules_to_save=None if uniform else trained.modules_to_save,
     )
 
 

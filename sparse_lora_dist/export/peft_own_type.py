@@ -61,7 +61,7 @@ def write_own_type(folder: Path, trained: OwnType) -> int:
         inference_mode=True,
         # Full names: PEFT matches suffixes, which may fit a linear without an adapter.
         target_modules=list(forms),
-        modules_to_save=list(map(trained.named, trained.full_modules)) or None,
+        modules_to_save=trained.modules_to_save,
         **first.config,
     )
     config.save_pretrained(str(folder))

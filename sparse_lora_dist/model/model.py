@@ -1,20 +1,18 @@
 """``Model``: the frozen base, sharded by ZeRO-3, with adapters and with modules trained in full."""
 
-import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from sparse_lora_dist.adapter.dropout import RowSeeds
 from sparse_lora_dist.adapter.inject import inject
 from sparse_lora_dist.adapter.linear import AdapterLinear
-from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft
+from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft, taken_by_peft
 from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.base_model.architecture import (
     PRECISIONS,
@@ -28,7 +26,7 @@ from sparse_lora_dist.base_model.cache.lookup import BaseCache, find_cache
 from sparse_lora_dist.base_model.cache.writer import write_cache
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.same_on_all_nodes import Fingerprint
-from sparse_lora_dist.base_model.shard_loader import LoadReport, ShardLoader
+from sparse_lora_dist.base_model.shard_loader import ShardLoader
 from sparse_lora_dist.base_model.unread_tensors import in_words, unread_tensors
 from sparse_lora_dist.base_model.weight_map import (
     Keys,
@@ -36,12 +34,12 @@ from sparse_lora_dist.base_model.weight_map import (
     find_keys,
     find_sources,
     is_quantized,
+    names_of_today,
 )
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.paths import resolve_default
 from sparse_lora_dist.config.sections import ModelConfig
-from sparse_lora_dist.distributed import comm
-from sparse_lora_dist.distributed.console import counted, megabytes, print_line
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.methods import Method
@@ -54,6 +52,7 @@ from sparse_lora_dist.model.base_files import (
     open_files,
     refuse_tied_linears,
 )
+from sparse_lora_dist.model.loaded import print_loaded
 from sparse_lora_dist.model.look import (
     Look,
     look_together,
@@ -199,6 +198,11 @@ class Model:
         """Last names of linears whose LoRA the installed PEFT does not apply."""
         return dropped_by_peft(self.module, [site.name for site in self.sites])
 
+    @property
+    def taken_by_peft(self) -> list[str]:
+        """Names of modules that the installed PEFT takes for modules trained in full."""
+        return taken_by_peft(self.module, self.full, "SEQ_CLS" if self.head.modules else "")
+
     def _find_cache(self, options: ModelConfig) -> None:
         """Set ``cache`` if --base_cache is given and the base is not in 4 bits already.
 
@@ -230,6 +234,8 @@ class Model:
         method: Method,
         engine_config: dict[str, Any],
         given: Mapping[str, Values] | None = None,
+        *,
+        restored: bool = False,
     ) -> RowSeeds:
         """Read this rank's shards of the base and add the adapters. Collective.
 
@@ -242,6 +248,8 @@ class Model:
             given: tensor name -> function that returns a range of the tensor's initial values,
                 which replace the usual ones. A tensor of an adapter is named "site.tensor", where
                 "site" is the linear's name in the base; others have the parameter's name.
+            restored: True if a checkpoint is restored afterwards, which holds every trained tensor:
+                --init_adapter is not read.
 
         Returns:
             Source of the adapters' dropout masks. Its ``begin`` must be called before each
@@ -249,7 +257,9 @@ class Model:
         """
         adapter = config.adapter
         seeds = RowSeeds(seed=config.train.seed, sequence_length=config.data.sequence_length)
-        initial = self._initial_values(config, method, given or {})
+        adapted = {} if restored else self._first_adapter(config, method)
+        drawn = first_values(self.module, self.head.new, config.train.seed)
+        initial = {**drawn, **(given or {}), **adapted}
         self.builder = builder = ShardBuilder(engine_config, PRECISIONS[config.model.precision])
         move_buffers(self.module, builder.device)
         files, sources, cache = self.files, self.sources, self.cache
@@ -286,39 +296,32 @@ class Model:
             self.module.gradient_checkpointing_enable(
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
-        _print_what_was_loaded(self, loader.report)
+        given_to = self.head.parameters() if restored else adapted
+        source = "the checkpoint" if restored else "--init_adapter"
+        print_loaded(
+            self.folder,
+            loader.report,
+            head=self.head.report(len(self.classes), given_to, source),
+            trained=[parameter.ds_numel for parameter in self.trainable()],  # type: ignore[attr-defined]
+            num_adapters=len(self.adapters),
+        )
         return seeds
 
-    def _initial_values(
-        self, config: Config, method: Method, given: Mapping[str, Values]
-    ) -> dict[str, Values]:
-        """Collect initial values of trained tensors from three places. Collective.
-
-        The places are a new classifier head, ``given``, and --init_adapter. Where two of them have
-        values for the same tensor, those of the later place are used.
-
-        Args:
-            config: configuration of the run.
-            method: sparse method of the run.
-            given: initial values by tensor name, as in ``load``.
-
-        Returns:
-            Tensor name -> function that returns a range of the tensor's initial values.
-        """
+    def _first_adapter(self, config: Config, method: Method) -> dict[str, Values]:
+        """Return initial values from --init_adapter, by tensor name; {} without it. Collective."""
         adapter = config.adapter
-        initial = first_values(self.module, self.head.new, config.train.seed) | dict(given)
         with fail_together("reading --init_adapter"):
-            if adapter.init_adapter is not None:
-                shapes = self.trained_shapes(method)
-                initial |= read_peft(
-                    adapter.init_adapter,
-                    shapes,
-                    rank=adapter.rank,
-                    alpha=adapter.alpha,
-                    our_name=self.our_name,
-                    task_type=TASKS[config.model.task].peft_type,
-                )
-        return initial
+            if adapter.init_adapter is None:
+                return {}
+            return read_peft(
+                adapter.init_adapter,
+                self.trained_shapes(method),
+                rank=adapter.rank,
+                alpha=adapter.alpha,
+                our_name=self.our_name,
+                task_type=TASKS[config.model.task].peft_type,
+                classes=self.head.rows(self.classes),
+            )
 
     def trained_shapes(self, method: Method) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor that the method trains in this model.
@@ -373,9 +376,16 @@ class Model:
         return list(groups.values())
 
     def our_name(self, name: str) -> str:
-        """Return the name in ``module`` of a tensor that is named as in the class of config.json;
-        any other name is returned as it is."""
-        return name if self.saved_class is None else self.saved_class.ours_of(name)
+        """Return the name in ``module`` of a linear or of a tensor of one that is named as in the
+        class of config.json, or as in an older transformers; others are returned as they are."""
+        name = name if self.saved_class is None else self.saved_class.ours_of(name)
+        owner, dot, last = name.rpartition(".")
+        whole = self._today(name)
+        return whole if whole != name else f"{self._today(owner)}{dot}{last}"
+
+    @cached_property
+    def _today(self) -> Callable[[str], str]:
+        return names_of_today(self.module)
 
     @property
     def whole(self) -> frozenset[str]:
@@ -399,50 +409,3 @@ def _note_unread(
 ) -> None:
     for said in in_words(*unread_tensors(module, files, keys_of, new_head=new_head)):
         print_line("note", said)
-
-
-def _print_what_was_loaded(model: Model, report: LoadReport) -> None:
-    """Print what was loaded: the base, the bytes read, unquantised weights, head and adapters.
-
-    Each number of bytes is that of the rank with the most. Collective.
-
-    Args:
-        model: the model, after it was loaded.
-        report: what the loader read on this rank.
-    """
-    costs = [report.linear_bytes_read, report.other_bytes_read, report.bytes_received]
-    most = comm.max_over_ranks(torch.tensor(costs, device=comm.device()))
-    linear, other, received = (megabytes(int(n)) for n in most)
-    trained = sum(p.ds_numel for p in model.trainable())  # type: ignore[attr-defined]
-    print_line("base", f"{model.folder}, on {counted(comm.world_size(), 'rank')}")
-    print_line(
-        "",
-        f"read per rank: {linear} of {megabytes(report.linear_bytes_in_file)} of linear weights",
-    )
-    print_line("", f"and {other} of other weights; received from other ranks: {received} of scales")
-    if report.experts:
-        print_line("", f"{report.experts:,} experts quantised to 4 bits one by one, no adapters")
-    for name, count, size in _grouped(report.unquantized):
-        times = f"{count} x " if count > 1 else ""
-        print_line("", f"not quantised: {times}{name} ({megabytes(size)})")
-    if model.head.modules:
-        print_line("head", f"{counted(len(model.classes), 'label')}; {model.head.report()}")
-    print_line("adapter", f"{len(model.adapters)} linears, {trained:,} trained parameters")
-
-
-def _grouped(sizes: dict[str, int]) -> Iterator[tuple[str, int, int]]:
-    """Group names that differ only in their numbers, such as those of a model's layers.
-
-    Args:
-        sizes: name -> bytes.
-
-    Yields:
-        (name, number of names in the group, their bytes together) for each group. In the name of a
-        group of several, numbers are replaced by "*".
-    """
-    groups: dict[str, list[int]] = defaultdict(list)
-    for name, size in sizes.items():
-        groups[re.sub(r"\b\d+\b", "*", name)].append(size)
-    first = {re.sub(r"\b\d+\b", "*", name): name for name in reversed(sizes)}
-    for pattern, group in groups.items():
-        yield pattern if len(group) > 1 else first[pattern], len(group), sum(group)

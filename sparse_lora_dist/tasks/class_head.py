@@ -6,7 +6,7 @@ adapter: it is small, and it is randomly initialised if the base was not trained
 
 import copy
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from sparse_lora_dist.adapter.peft_classes import ClassRows
 from sparse_lora_dist.adapter.seeds import seed_of
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.base_model.weight_map import Keys
+from sparse_lora_dist.distributed.console import counted
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.zero3.slices import Values
 
@@ -33,11 +35,40 @@ class Head:
     new: tuple[str, ...] = ()
     """Names of the head's parameters that the base files lack. They start from random values."""
 
-    def report(self) -> str:
-        """Return a line for the screen: which modules train, and where their values come from."""
-        new = dict.fromkeys(name.rpartition(".")[0] for name in self.new)
-        values = f"randomly initialised: {', '.join(new)}" if new else "values of the base model"
-        return f"{', '.join(self.modules)} trained in full; {values}"
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return name in the model -> parameter, of the whole head."""
+        return {
+            f"{name}.{k}": p for name, m in self.modules.items() for k, p in m.named_parameters()
+        }
+
+    def rows(self, classes: Sequence[str]) -> ClassRows:
+        """Return which of the head's parameters have a row for each class.
+
+        Args:
+            classes: names of the classes, in the order of the logits.
+        """
+        size = len(classes)
+        rows = [name for name, p in self.parameters().items() if p.shape[:1] == (size,)]
+        return ClassRows(names=classes, parameters=rows)
+
+    def report(self, num_classes: int, given: Collection[str], source: str) -> str:
+        """Return a line for the screen: which modules train, and where their values come from;
+        "" without modules.
+
+        Args:
+            num_classes: number of classes.
+            given: names of tensors whose values come neither from the base nor from random numbers.
+            source: where these come from, in words.
+        """
+        if not self.modules:
+            return ""
+        new = dict.fromkeys(n.rpartition(".")[0] for n in self.new if n not in given)
+        left = [name for name in self.parameters() if name not in {*given, *self.new}]
+        values = [f"values of {source}"] if {*given} & {*self.parameters()} else []
+        values += ["values of the base model"] if left and (values or not new) else []
+        values += [f"randomly initialised: {', '.join(new)}"] if new else []
+        count = counted(num_classes, "label")
+        return f"{count}; {', '.join(self.modules)} trained in full; {', '.join(values)}"
 
 
 def classes_of(architecture: PretrainedConfig) -> list[str]:
@@ -66,7 +97,7 @@ def find_head(model: PreTrainedModel, files: CheckpointFiles, keys_of: Keys) -> 
     absent = [n for n in poolers if f"{n}.weight" not in keys_of and n not in modules]
     inside = {n: model.get_submodule(n) for n in absent if not _is_inside(n, modules)}
     modules |= inside
-    names = [f"{name}.{k}" for name, m in modules.items() for k, _ in m.named_parameters()]
+    names = [*Head(modules=modules).parameters()]
     _check_classes(model, files, {n: keys_of[n][0] for n in names if n in keys_of})
     return Head(modules=modules, new=tuple(n for n in names if n not in keys_of))
 

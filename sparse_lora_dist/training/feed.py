@@ -3,6 +3,7 @@ step."""
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -34,6 +35,10 @@ from sparse_lora_dist.training.fits import check_ids, check_positions, check_rop
 HELD_OUT_SEED = 0
 """Seed of the order in which held-out documents are packed. It is not the run's, so that runs of
 any ``--seed`` score the same first rows."""
+TIKTOKEN = re.compile(rb"[A-Za-z0-9+/]+=* [0-9]+\r?\n")
+"""First line of a vocabulary of tiktoken: a token in base64, and its number."""
+LONGEST_TOKEN = 4096
+"""Bytes in which the first line of such a file ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,9 +306,12 @@ def open_tokenizer(config: Config, model: Model) -> Any:
 
 
 def _advice(folder: Path) -> str:
-    needs = any(folder.glob("*.model")) and find_spec("sentencepiece") is None
-    if needs:  # transformers names tiktoken
-        return "Its *.model is of SentencePiece. Run: pip install sentencepiece"
+    for file in sorted(folder.glob("*.model")):
+        with file.open("rb") as opened:
+            if TIKTOKEN.match(opened.read(LONGEST_TOKEN)):
+                return f"Its {file.name} is of tiktoken. Give a folder with a tokenizer.json too."
+        if find_spec("sentencepiece") is None:  # transformers names tiktoken
+            return f"Its {file.name} is of SentencePiece. Run: pip install sentencepiece"
     return "Give a model folder that has a tokenizer."
 
 

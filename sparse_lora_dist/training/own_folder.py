@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from sparse_lora_dist import checkpoint
-from sparse_lora_dist.adapter.peft_config import APART, WEIGHTS
+from sparse_lora_dist.adapter.peft_config import APART, LABELS, WEIGHTS
 from sparse_lora_dist.checkpoint import own_files as checkpoint_files
 from sparse_lora_dist.checkpoint.manifest import MANIFEST
 from sparse_lora_dist.config.yaml_file import parse_yaml
@@ -56,7 +56,7 @@ MADE = (*FILES, CHECKPOINTS, ADAPTER, TENSORBOARD)
 """Files and folders that a run writes into its folder, besides lock, heartbeats and marker."""
 HOLDS_A_RUN = ("metrics.jsonl", CHECKPOINTS)
 """Entries of MADE that show that a run has begun, and did not end before its first step."""
-OF_ADAPTER = ("adapter_config.json", WEIGHTS, APART, "id2label.json", TEMPLATE, GENERATION)
+OF_ADAPTER = ("adapter_config.json", WEIGHTS, APART, LABELS, TEMPLATE, GENERATION)
 """Files that a run writes into the folder of its adapter."""
 OF_THE_SYSTEM = re.compile(
     r"lost\+found|\.snapshot|\.nfs[0-9a-f]+|\.DS_Store|\.gitkeep|\.gitignore"
@@ -256,7 +256,7 @@ def _marker_of_before(folder: Path) -> Marker | None:
         is_edit = "rows" in newest["description"]
         about["program"] = EDIT if is_edit else TRAIN
         # Names of the files in its adapter folder, which has no marker either.
-        labels = ["id2label.json"] if "classes" in newest["description"] else []
+        labels = [LABELS] if "classes" in newest["description"] else []
         about["before"] = ["adapter_config.json", WEIGHTS, *labels]
     elif _has_only_unfinished(folder / CHECKPOINTS):
         names += [CHECKPOINTS, TENSORBOARD]

@@ -60,6 +60,8 @@ def print_summary(
         opens = "opens in peft.PeftModel"
         if (dropped := model.dropped_by_peft) and is_lora:
             opens = f"which PEFT applies without {', '.join(dropped)}: export a merged model"
+        if model.taken_by_peft:
+            opens = "which PEFT does not open: export a merged model"
         print_line("adapter", f"{folder}/adapter ({megabytes(adapter_bytes)}), {opens}")
     if not is_lora:
         export = f"{command('python')} launcher/export.py {quote(str(folder))} --format merged"
@@ -72,6 +74,13 @@ def print_summary(
     elif not is_lora:
         print_line(
             "go on", "the schedule is complete; start a new run with the merged model as --model"
+        )
+    elif adapter_bytes and feed.program.startswith("launcher/edit.py"):
+        export = f"launcher/export.py {quote(str(folder))} --format merged"
+        print_line(
+            "go on",
+            f"the schedule is complete; to edit further, merge the adapter ({export} --output DIR) "
+            "and give the merged model as --model",
         )
     elif adapter_bytes:
         print_line(

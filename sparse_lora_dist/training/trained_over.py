@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
+from sparse_lora_dist.adapter.peft_classes import class_names
 from sparse_lora_dist.adapter.peft_config import CONFIG
-from sparse_lora_dist.adapter.peft_read import open_peft
+from sparse_lora_dist.adapter.peft_read import local_folder, open_peft
 from sparse_lora_dist.adapter.same_on_all_nodes import Opened, check_same_on_all_nodes
 from sparse_lora_dist.base_model.weight_map import is_quantized
 from sparse_lora_dist.checkpoint.manifest import read_manifest
@@ -138,6 +139,7 @@ def same_init_adapter(adapter: str) -> None:
     """
     with fail_together("opening --init_adapter"), first_on_its_node():
         _, values, shapes = open_peft(expanded(adapter))
+        named = class_names(local_folder(expanded(adapter)))
     check_same_on_all_nodes(
-        [Opened(name=f"--init_adapter {adapter}", values=values, shapes=shapes)]
+        [Opened(name=f"--init_adapter {adapter}", values=values, shapes=shapes, classes=named)]
     )

@@ -126,6 +126,15 @@ def test_an_adapter_to_start_from_that_lacks_a_half_is_refused(adapter: Adapter)
         read_peft(str(adapter(B=None)), shapes, rank=2, alpha=4.0)
 
 
+def test_a_tensor_of_an_adapter_to_start_from_that_belongs_to_none_is_named(
+    adapter: Adapter,
+) -> None:
+    shapes = {f"{SITE}.lora_a": (2, 8), f"{SITE}.lora_b": (8, 2)}
+    folder = adapter(magnitude_vector=torch.zeros(8))
+    with pytest.raises(UserError, match=f"the tensor {SITE}.lora_magnitude_vector.*neither A nor"):
+        read_peft(str(folder), shapes, rank=2, alpha=4.0)
+
+
 def test_a_pattern_that_would_never_end_is_refused_in_seconds(
     adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """Commands that the programs print can be pasted into a shell, whatever the folder is called."""
 
+import re
 import shlex
 from dataclasses import replace
 from types import SimpleNamespace
@@ -9,6 +10,8 @@ import pytest
 
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config.config import Config
+from sparse_lora_dist.editing.edit_options import NOT_FOR_EDITS
+from sparse_lora_dist.editing.edit_options import PROGRAM as EDIT
 from sparse_lora_dist.plan import check
 from sparse_lora_dist.training import summary
 
@@ -40,7 +43,7 @@ def test_the_commands_of_the_summary(
     lines: dict[str, str] = {}
     monkeypatch.setattr(summary, "print_line", lambda name, text="": lines.update({name: text}))
     adapter = SimpleNamespace(form=SimpleNamespace(to_lora=is_lora or None))
-    model: Any = SimpleNamespace(adapters=[adapter], dropped_by_peft=[])
+    model: Any = SimpleNamespace(adapters=[adapter], dropped_by_peft=[], taken_by_peft=[])
     summary.print_summary(
         in_folder(folder),
         FEED,
@@ -53,6 +56,30 @@ def test_the_commands_of_the_summary(
     words = shlex.split(lines[label])
     assert (f"{folder}/adapter" if is_lora else f"{folder}/merged") in words
     assert f"{folder}/tensorboard" in shlex.split(lines["curves"])
+
+
+def test_the_summary_of_edits_names_options_that_edit_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lines: dict[str, str] = {}
+    monkeypatch.setattr(summary, "print_line", lambda name, text="": lines.update({name: text}))
+    adapter = SimpleNamespace(form=SimpleNamespace(to_lora=True))
+    model: Any = SimpleNamespace(adapters=[adapter], dropped_by_peft=[], taken_by_peft=["a.head"])
+    program = f"{EDIT.name} --edits facts.json"
+    summary.print_summary(
+        in_folder("runs/edit"),
+        SimpleNamespace(total_steps=4, program=program),  # type: ignore[arg-type]
+        Progress(step=4),
+        [],
+        model=model,
+        adapter_bytes=1,
+        goes_on=False,
+    )
+    assert "PEFT does not open" in lines["adapter"]
+    # Options of launcher/export.py, in whose command they stand, are left out.
+    said = re.sub(r"\(launcher/export.py .*?\)", "", lines["go on"])
+    named = re.findall(r"--(\w+)", said)
+    assert named and not {*named} & {*NOT_FOR_EDITS, *EDIT.ignored}
 
 
 @pytest.mark.parametrize("folder", ODD)

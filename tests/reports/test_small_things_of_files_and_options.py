@@ -9,7 +9,7 @@ import pytest
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint.manifest import MANIFEST, step_of
 from sparse_lora_dist.config.load import load_config
-from sparse_lora_dist.config.paths import moved_run
+from sparse_lora_dist.config.paths import moved_run, where_it_goes_on
 from sparse_lora_dist.data.chat import find_template
 from sparse_lora_dist.data.fields import find_fields
 from sparse_lora_dist.data.reading import template_source
@@ -42,6 +42,21 @@ def test_a_moved_run_is_found_where_the_shell_leaves_the_home_sign(
     flags = [("config", ["~/b/run.yaml"]), ("resume", ["auto"])]  # --config=~/b/run.yaml in bash
     found = moved_run(flags, {"resume": "auto", "output_dir": str(tmp_path / "a")})
     assert found == str(tmp_path / "b")
+
+
+@pytest.mark.parametrize("began", ["b", "runs/b", "./runs/b/", "../runs/b", "."])
+def test_a_run_whose_folder_is_relative_has_not_moved(tmp_path: Path, began: str) -> None:
+    said = where_it_goes_on(began, str(tmp_path / "runs" / "b"))
+    assert "moved" not in said
+    assert f"goes on in {tmp_path}/runs/b: its output_dir {began} is relative" in said
+
+
+@pytest.mark.parametrize("began", ["a", "runs/a", "other/b", "/runs/b"])
+def test_a_run_of_another_name_has_moved(tmp_path: Path, began: str) -> None:
+    folder = str(tmp_path / "runs" / "b")
+    assert (
+        where_it_goes_on(began, folder) == f"the run of {began} was moved, and goes on in {folder}"
+    )
 
 
 def test_a_template_of_a_windows_editor_and_one_with_braces_in_its_name(tmp_path: Path) -> None:
