@@ -100,6 +100,10 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         Finished: on every rank, if the run has made all its steps already. Its files stay as they
             are.
     """
+    if not isinstance(config, Config):
+        raise UserError(
+            f"run() and training() take what settings() returns, got {type(config).__name__}."
+        )
     if config.run.verify is not None:
         raise UserError(
             "verify checks checkpoints and trains nothing. Leave it out, or type: python "
