@@ -7,6 +7,7 @@ imports torch, which the options of the methods need.)
 """
 
 from importlib import import_module
+from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
 from sparse_lora_dist.version import __version__ as __version__
@@ -17,6 +18,13 @@ if TYPE_CHECKING:
     from sparse_lora_dist.export.sparse_delta import apply_sparse_delta as apply_sparse_delta
     from sparse_lora_dist.train import run as run
     from sparse_lora_dist.train import training as training
+
+if not isfile(__file__):
+    raise ImportError(
+        f"sparse_lora_dist reads files beside its code, and cannot be imported from within a wheel "
+        f"({__path__[0]}). Run pip install with that wheel, or unpack it.",
+        name=__name__,
+    )
 
 _HOMES = {
     "settings": "api",

@@ -6,6 +6,7 @@ if __name__ == "__main__":  # python -m: --help and option errors need not wait 
 
     train()
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -99,6 +100,10 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         Finished: on every rank, if the run has made all its steps already. Its files stay as they
             are.
     """
+    if not isinstance(config, Config):
+        raise UserError(
+            f"run() and training() take what settings() returns, got {type(config).__name__}."
+        )
     if config.run.verify is not None:
         raise UserError(
             "verify checks checkpoints and trains nothing. Leave it out, or type: python "
@@ -126,6 +131,7 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         try:
             now.begin()
             yield now
+            now.check_process()
             if now.job.progress.step == now.job.feed.total_steps:
                 purpose.conclude(now.job)
         except Stopped as why:
@@ -223,6 +229,7 @@ class Training:
         self.job = Job(config, model, feed, self.engine, self.shards)
         self.loss_of = TASKS[config.model.task].loss
         self.last_step = min(config.train.stop_after or feed.total_steps, feed.total_steps)
+        self._pid = os.getpid()
         self.has_ended = False
         """True once the block of ``training`` was left, which gives the lock back."""
 
@@ -267,6 +274,7 @@ class Training:
                 "another one, with resume='auto'.",
                 shared=True,
             )
+        self.check_process()
         if type(step) is not int or step not in self.steps[:1]:
             raise UserError(
                 f"step({step}) is not the next step: {list(self.steps[:1]) or 'none is left'}. "
@@ -275,6 +283,14 @@ class Training:
             )
         with torch_as_it_starts():
             return self._step(step)
+
+    def check_process(self) -> None:
+        """Raise UserError in a process that was forked from that of the run. Not a collective."""
+        if os.getpid() != self._pid:
+            raise UserError(
+                "This process was forked from that of the run, which alone makes its steps and "
+                "writes its files. End it inside the block of training(), with os._exit(0)."
+            )
 
     def _step(self, step: int) -> StepResult:
         started = time.perf_counter()

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.integrations import deepspeed as of_deepspeed
 
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
 from sparse_lora_dist.errors import UserError, in_words
@@ -237,6 +239,18 @@ def _first_experts(model: PreTrainedModel) -> str | None:
     return None
 
 
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """Context manager in which transformers builds whole models, also if the calling program has an
+    ``HfDeepSpeedConfig`` alive, with which it would shard them."""
+    before = of_deepspeed._hf_deepspeed_config_weak_ref
+    of_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        of_deepspeed._hf_deepspeed_config_weak_ref = before
+
+
 def meta_model(
     config: PretrainedConfig,
     *,
@@ -267,7 +281,7 @@ def meta_model(
     config.return_dict = True  # models saved for torchscript return tuples
     extra = {"attn_implementation": attn_implementation} if attn_implementation else {}
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _without_zero3():
             model: PreTrainedModel = AUTO_CLASSES[task].from_config(
                 config, dtype=dtype, trust_remote_code=trust_remote_code, **extra
             )

@@ -70,6 +70,7 @@ _timeout = timedelta(minutes=10) + SPARE
 
 def start(timeout_s: float = 600.0) -> Launch:
     """Join the process group that the launcher described, or a group of one rank. Collective.
+    A group that the calling program has made is used, if it has the launcher's ranks.
 
     Call it once at the start of a program, before any other function of this module that is
     collective. It also chooses this rank's GPU and its number of CPU threads, and sets the
@@ -84,13 +85,15 @@ def start(timeout_s: float = 600.0) -> Launch:
         first call returns an address.
 
     Raises:
-        UserError: the environment variables contradict each other, the ranks cannot connect, or
-            only some of them have a GPU.
+        UserError: the environment variables contradict each other or the program's own process
+            group, the ranks cannot connect, or only some of them have a GPU.
     """
     global _timeout
     launch = this_launch()
     if dist.is_initialized():
-        return launch
+        if _patient in dist.distributed_c10d._world.pg_map:  # this function has been here
+            return launch
+        launch.check_group(rank(), world_size(), dist.get_backend_config(), gpu=on_gpu())
     if launch.launcher == "mpirun":
         launch = with_meeting_place(launch)
     launch.check_address()
@@ -155,8 +158,11 @@ def _check_devices() -> None:
 
 def _join(launch: Launch) -> None:
     """Create the default process group, with gloo for CPU tensors and NCCL for GPU tensors, and the
-    group for long waits. Collective."""
+    group for long waits. If the program has a default group, only the other is made. Collective."""
     global _patient
+    if dist.is_initialized():
+        _patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+        return
     try:
         store = _store(launch)
     except (dist.DistError, OSError) as error:

@@ -99,6 +99,32 @@ class Launch:
                     ) from error
                 time.sleep(0.5)
 
+    def check_group(self, rank: int, world_size: int, backends: str, *, gpu: bool) -> None:
+        """Raise UserError if a process group that the calling program has made cannot be used. Not
+        a collective.
+
+        Args:
+            rank: this process's rank in the group.
+            world_size: number of ranks of the group.
+            backends: backends of the group by device, such as "cpu:gloo,cuda:nccl".
+            gpu: whether this rank computes on a GPU.
+        """
+        if (rank, world_size) != (self.rank, self.world_size):
+            raise UserError(
+                f"The program has called init_process_group as rank {rank} of {world_size}, but by "
+                f"the environment it is rank {self.rank} of {self.world_size}. Start it with "
+                "torchrun or deepspeed (see docs/launchers.md), or set RANK, WORLD_SIZE, "
+                "LOCAL_RANK, MASTER_ADDR and MASTER_PORT in each process before it uses "
+                "sparse_lora_dist."
+            )
+        for kind in ("cpu", "cuda") if gpu else ("cpu",):
+            if f"{kind}:" not in backends:
+                raise UserError(
+                    f"The program has called init_process_group with {backends}, which lacks a "
+                    f"backend for tensors on {kind}. Leave its argument backend out.",
+                    shared=True,
+                )
+
 
 class Names(NamedTuple):
     """Names of the environment variables in which one launcher sets rank, world size and so on.

@@ -173,6 +173,11 @@ def apply_sparse_delta(model: nn.Module, folder: str | Path) -> Applied:
             model, is quantised or offloaded, or has another shape, or the delta is damaged. The
             model is then unchanged.
     """
+    if not isinstance(model, nn.Module) or not isinstance(folder, str | Path):
+        raise UserError(
+            "apply_sparse_delta() takes a model and the path of a folder, got "
+            f"{type(model).__name__} and {type(folder).__name__}."
+        )
     folder = Path(folder)
     try:
         shapes = json.loads((folder / ABOUT).read_text())["shapes"]

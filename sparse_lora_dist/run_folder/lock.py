@@ -86,7 +86,7 @@ def held(folder: Path) -> Iterator[None]:
                 _take(folder / NAME)
         yield
     finally:
-        if comm.rank() == 0:
+        if comm.rank() == 0 and not _is_of_parent():
             _release()
             if made:
                 with suppress(OSError):  # not empty, as after every run
@@ -114,10 +114,16 @@ def check() -> None:
     took no lock.
 
     Raises:
-        HeldError: another job has taken the lock over, or the lock file is gone.
+        HeldError: another job has taken the lock over, the lock file is gone, or this process is a
+            fork of the one that took the lock.
     """
     if _held is None:
         return
+    if _is_of_parent():
+        raise HeldError(
+            "This process was forked from that of the run, which alone writes into its folder. End "
+            "it inside the block of training(), with os._exit(0)."
+        )
     path, ours = _held
     now = _read(path)
     if now is None:  # another job has moved it to read it, or has not yet written its own
@@ -132,8 +138,15 @@ def check() -> None:
         )
 
 
+def _is_of_parent() -> bool:
+    """Return True if the process that this one was forked from has taken the lock."""
+    return _held is not None and _held[1].process.pid != os.getpid()
+
+
 def is_ours() -> bool:
     """Return True if this process took the lock and no other job has taken it over."""
+    if _is_of_parent():
+        return False
     try:
         now = _held and _read(_held[0])
     except OSError:

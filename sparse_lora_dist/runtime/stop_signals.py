@@ -122,17 +122,30 @@ def listening(time_limit: str | None) -> Iterator[None]:
         _request = None
 
 
+_blocked: list[set[int | signal.Signals]] = []
+"""Signals that were blocked before the fork that is being made."""
+
+
+def _block() -> None:
+    _blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS))
+
+
+def _unblock() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _blocked.pop())
+
+
 def _forget_in_child() -> None:
     """In a process that the run has forked, such as a worker of a pool: signals are its own, and
-    their numbers must not reach the pipe of the run."""
+    their numbers must not reach the pipe of the run, also if one comes at once."""
     if _request is not None:
         with suppress(ValueError):  # forked by a thread
             signal.set_wakeup_fd(-1)
             for number in SIGNALS:
                 signal.signal(number, signal.SIG_DFL)
+    _unblock()
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+os.register_at_fork(before=_block, after_in_parent=_unblock, after_in_child=_forget_in_child)
 
 
 def _listen(reading: int, request: _StopRequest) -> None:

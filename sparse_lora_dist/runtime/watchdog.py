@@ -12,6 +12,7 @@ neither the disk nor the rendezvous store while it counts, as these may hang.
 """
 
 import faulthandler
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -144,6 +145,7 @@ class _Watchdog:
         self._oom_kills = oom_kills()
         self._numbers, self._ended = count(1), False
         self._at_half: Heartbeats = {}
+        self._pid = os.getpid()
         self._stopped = threading.Event()
         board.post(self._heartbeat())
         work = [self._keep_telling] + [self._keep_counting] * (comm.world_size() > 1)
@@ -158,7 +160,10 @@ class _Watchdog:
 
     def tell_end(self) -> None:
         """Post a last heartbeat, marked as ended, when this rank is about to end with an error
-        message of its own. The other ranks then do not report this rank as lost."""
+        message of its own. The other ranks then do not report this rank as lost. A process that
+        the rank has forked ends without."""
+        if os.getpid() != self._pid:
+            return
         self._ended = True
         in_time(lambda: self.board.post_file(self._heartbeat()), self.board.patience_s)
 

@@ -43,6 +43,9 @@ def this_process() -> Process:
     )
 
 
+os.register_at_fork(after_in_child=this_process.cache_clear)
+
+
 def is_gone(process: Process) -> bool:
     """Return True if the process has certainly ended.
 

@@ -88,7 +88,7 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
         is "auto" and no checkpoint was saved yet.
 
     Raises:
-        Finished: the run has made all its steps; on every rank. A line says so.
+        Finished: the run has made all its steps; on every rank. A line and the message say so.
         UserError: the checkpoint is missing or damaged, does not fit the options, model or data of
             this run, or is past the end of this run; on every rank.
     """
@@ -110,7 +110,7 @@ def find_resume(config: Config, model: Model, feed: DataFeed, method: Method) ->
         finished = comm.rank() == 0 and _is_finished(found, config, feed)
     if comm.broadcast_object(finished):
         _print_finished(found, config)
-        raise Finished
+        raise Finished(f"{config.run.output_dir} has made all its {found.step} steps already")
     _print_resume(found, config, feed)
     return found
 

@@ -127,7 +127,12 @@ def test_a_clone_that_is_not_installed_has_files_only(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(program_names.sys, "executable", str(elsewhere / "bin/python"))
-    assert as_started_here("python launcher/plan.py") == "python launcher/plan.py"
+    neighbours = REPOSITORY / "launcher"
+    assert as_started_here("python launcher/plan.py") == f"python {neighbours}/plan.py"
+    (elsewhere / "a b/launcher").mkdir(parents=True)
+    (elsewhere / "a b/launcher/eval.py").touch()
+    monkeypatch.setattr(program_names.sys, "argv", ["a b/launcher/eval.py"])
+    assert as_started_here("python launcher/plan.py") == "python 'a b/launcher/plan.py'"
 
 
 def test_each_program_is_a_file_a_command_and_a_module() -> None:
