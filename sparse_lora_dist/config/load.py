@@ -6,6 +6,7 @@ value by the type of its field. It is called for one option at a time, because a
 first error.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from importlib.util import find_spec
@@ -38,7 +39,7 @@ from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.system.program_names import as_started_here
 
 
-def load_config(argv: Sequence[str]) -> Config:
+def load_config(argv: Sequence[str], *, says: bool = True) -> Config:
     """Return the checked options of a training run.
 
     ``--help``, ``--help_all`` and ``--print_config`` print on rank 0 and exit with status 0 on all
@@ -46,19 +47,22 @@ def load_config(argv: Sequence[str]) -> Config:
 
     Args:
         argv: The words after the program's name.
+        says: True: notes about the options are printed.
 
     Raises:
         ConfigError: Some options are wrong; it lists all problems.
     """
-    return read_options(argv, TRAIN)[0]
+    return read_options(argv, TRAIN, says=says)[0]
 
 
-def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
+def read_options(argv: Sequence[str], program: Program, *, says: bool = True) -> tuple[Config, Any]:
     """Return the options of a program that takes those of a training run and its own.
 
     Args:
         argv: The words after the program's name.
         program: The program, with its own options, defaults and checks.
+        says: True: notes about the options are printed, on standard error, as what a program
+            prints may be read by another.
 
     Returns:
         The options of the run, and an instance of ``program.own`` (None if it has no own options).
@@ -91,8 +95,8 @@ def read_options(argv: Sequence[str], program: Program) -> tuple[Config, Any]:
     assert config is not None, "raise_if has raised if a part is missing"
     if "print_config" in names:
         print_and_exit(yaml_of(config.as_flat_dict()))
-    for note in notes if this_launch().rank == 0 else ():
-        print(f"note      {note}")
+    for note in notes if says and this_launch().rank == 0 else ():
+        print(f"note      {note}", file=sys.stderr)
     return config, own
 
 

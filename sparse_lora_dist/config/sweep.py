@@ -231,7 +231,7 @@ def check(path: str, runs: dict[str, list[str]]) -> None:
     names: dict[str, str] = {}
     for name, flags in runs.items():
         try:
-            config = load_config(flags)
+            config = load_config(flags, says=False)  # the run itself says it
         except ConfigError as error:
             raise UserError(f"{path}, run {name}: {error}") from error
         options = str(config.as_flat_dict() | {"output_dir": ""})

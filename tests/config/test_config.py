@@ -221,8 +221,9 @@ def test_a_path_ends_without_a_line_break(tmp_path):
 
 def test_an_option_that_is_given_again_is_named(capsys):
     load_config(["--rank=2", "--seed=1", "--rank", "3", "--seed", "1"])
-    said = capsys.readouterr().out
-    assert said == "note      --rank was given 2 times, and the last counts: '3'\n"
+    said = capsys.readouterr()
+    assert said.err == "note      --rank was given 2 times, and the last counts: '3'\n"
+    assert said.out == "", "plan.py --json prints what programs read"
 
 
 @pytest.mark.parametrize(

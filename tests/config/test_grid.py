@@ -83,6 +83,14 @@ def test_a_number_of_a_sweep_without_runs_says_that_there_are_none(tmp_path: Pat
         load_grid([grid(tmp_path, "rank: []"), "0"])
 
 
+def test_an_option_that_is_given_again_is_no_word_of_a_run(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    show(load_grid([grid(tmp_path, "rank: [8, 16]\nalpha: 8"), "0", "--alpha", "4"]))
+    words = capfd.readouterr()
+    assert words.out.splitlines()[-2:] == ["--alpha", "4"] and "note" not in words.out + words.err
+
+
 @pytest.mark.parametrize("number", ["2", "-1", "x", "\u0662"])
 def test_a_number_without_a_run_names_the_array(tmp_path: Path, number: str) -> None:
     with pytest.raises(UserError, match="sbatch --array=0-1"):
