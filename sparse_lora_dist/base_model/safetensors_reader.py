@@ -407,6 +407,8 @@ def _entries(
             continue
         start, stop = about["data_offsets"]
         dtype, shape = str(about["dtype"]), tuple(about["shape"])
+        if not all(isinstance(size, int) for size in shape):  # a text times 2^40 takes 1 TB
+            raise TypeError(f"tensor {name!r} has the shape {list(shape)}")
         if data_start + stop > size:
             raise UserError(
                 f"{file} is cut short. Tensor {name!r} should end at byte {data_start + stop}, but "

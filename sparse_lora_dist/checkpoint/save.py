@@ -32,6 +32,7 @@ from sparse_lora_dist.checkpoint.manifest import (
 from sparse_lora_dist.checkpoint.own_files import LATEST, may_be_own, own_files, set_aside
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
+from sparse_lora_dist.distributed.device import on_host
 from sparse_lora_dist.distributed.phases import fail_together
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.shared.bit_masks import pack_bits
@@ -188,7 +189,7 @@ def _copied_to_host(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[i
     tensors: dict[str, Tensor] = {"rng/cpu": torch.get_rng_state()}
     if comm.on_gpu():
         tensors["rng/cuda"] = torch.cuda.get_rng_state()
-    live = shards.live()
+    live = on_host(shards.live())
     offsets = {p.name: [p.start, p.length] for p in shards.engine.slices}
     for tensor_slice in shards.engine.slices:
         tensors[f"master/{tensor_slice.name}"] = shards.engine.master(tensor_slice)
@@ -198,10 +199,10 @@ def _copied_to_host(shards: Shards) -> tuple[dict[str, Tensor], dict[str, list[i
         tensors |= {f"stat{i}/{tensor_slice.name}": stat for i, stat in enumerate(stats)}
     tensors |= _own_parts_of_sites(shards, offsets)
     # Copy each: safetensors refuses views that share storage.
-    own = {key: t.to("cpu", copy=True) for key, t in tensors.items()}
+    own = on_host(tensors)
     # One key at a time: unpacked to all entries, each is as large as the masters.
     for key in PACKED:
-        spread = shards.born() if key == "born" else shards.moments(key)
+        spread = on_host(shards.born() if key == "born" else shards.moments(key))
         packed = {f"{key}/{name}": _packed(t, live[name]) for name, t in spread.items()}
         own |= {k: _one_if_all_equal(t) for k, t in packed.items()} if key == "born" else packed
     return own, offsets
@@ -233,17 +234,17 @@ def _own_parts_of_sites(shards: Shards, offsets: dict[str, list[int]]) -> dict[s
 
 
 def _packed(spread_N: Tensor, live_N: Tensor) -> Tensor:
-    """Copy the values of a slice's live entries to the CPU.
+    """Return the values of a slice's live entries.
 
     Args:
-        spread_N: values of all entries of the slice, live and dead, 1-D.
+        spread_N: values of all entries of the slice, live and dead, 1-D, on the CPU.
         live_N: mask of the live entries, bool, 1-D.
 
     Returns:
         One value for each live entry, 1-D, in the order of the slice.
     """
     # Picking all entries by a mask takes five times as long as copying them.
-    return spread_N.to("cpu", copy=True) if live_N.all() else spread_N[live_N].cpu()
+    return spread_N if live_N.all() else spread_N[live_N]
 
 
 def _one_if_all_equal(births_L: Tensor) -> Tensor:

@@ -61,8 +61,8 @@ def read_options(argv: Sequence[str], program: Program, *, says: bool = True) ->
     Args:
         argv: The words after the program's name.
         program: The program, with its own options, defaults and checks.
-        says: True: notes about the options are printed, on standard error, as what a program
-            prints may be read by another.
+        says: True: notes about the options are printed; on standard error by programs that do not
+            train, as what launcher/plan.py prints may be read by another program.
 
     Returns:
         The options of the run, and an instance of ``program.own`` (None if it has no own options).
@@ -96,7 +96,7 @@ def read_options(argv: Sequence[str], program: Program, *, says: bool = True) ->
     if "print_config" in names:
         print_and_exit(yaml_of(config.as_flat_dict()))
     for note in notes if says and this_launch().rank == 0 else ():
-        print(f"note      {note}", file=sys.stderr)
+        print(f"note      {note}", file=None if program.trains else sys.stderr)
     return config, own
 
 

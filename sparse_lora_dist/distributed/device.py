@@ -33,6 +33,9 @@ SAME_BITS = {
 LEAST_DRIVER = {11: 450, 12: 525, 13: 580}
 """CUDA's major version -> oldest NVIDIA driver branch that runs it (NVIDIA's CUDA compatibility
 guide, "minor version compatibility")."""
+GROUP_ENTRIES = 2**22
+"""Maximum number of entries of a group of tensors that are read together. A larger tensor is read
+alone."""
 DEVICES = Path("/dev")
 DRIVER = Path("/proc/driver/nvidia/version")
 """File in which the kernel's driver says its version."""
@@ -189,6 +192,46 @@ def moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     if device.type != "cuda":
         return tuple(t.to(device) for t in tensors)
     return torch.stack(tensors).pin_memory().to(device, non_blocking=True).unbind()
+
+
+def groups_of(sizes: Mapping[str, int]) -> list[list[str]]:
+    """Put tensors into groups of at most ``GROUP_ENTRIES`` entries, in their order.
+
+    Args:
+        sizes: tensor name -> number of entries.
+
+    Returns:
+        The names of each group, at least one.
+    """
+    groups: list[list[str]] = []
+    entries = 0
+    for name, size in sizes.items():
+        if not groups or entries + size > GROUP_ENTRIES:
+            groups.append([])
+            entries = 0
+        groups[-1].append(name)
+        entries += size
+    return groups
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors in host memory, each with storage of its own. Not a collective.
+
+    The host waits for the GPU once for many of them, not for each.
+
+    Args:
+        tensors: name -> tensor.
+    """
+    found = {name: t.to("cpu", copy=True) for name, t in tensors.items() if t.device.type == "cpu"}
+    others = {name: t for name, t in tensors.items() if name not in found}
+    for dtype in dict.fromkeys(t.dtype for t in others.values()):
+        sizes = {name: t.numel() for name, t in others.items() if t.dtype == dtype}
+        for names in groups_of(sizes):
+            flat = [others[name].flatten() for name in names]
+            whole = (torch.cat(flat) if len(flat) > 1 else flat[0]).cpu()
+            for name, part in zip(names, whole.split([sizes[n] for n in names]), strict=True):
+                found[name] = part.clone().view(others[name].shape)
+    return {name: found[name] for name in tensors}
 
 
 def find_same_gpu(gpus: Sequence[str | None]) -> tuple[int, int] | None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.device import groups_of
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.methods.protocol.method import Decision, Method, Stats
 from sparse_lora_dist.optim.moments import MOMENTS
@@ -13,30 +14,6 @@ from sparse_lora_dist.optim.sparse_adamw import SparseAdamW
 from sparse_lora_dist.sparsity.sharded_scores import ShardScores
 from sparse_lora_dist.sparsity.sites import Sites
 from sparse_lora_dist.zero3.engine import Engine
-
-GROUP_ENTRIES = 2**22
-"""Maximum number of entries of a group of tensors that are read together. A larger tensor is read
-alone."""
-
-
-def groups_of(sizes: Mapping[str, int]) -> list[list[str]]:
-    """Put tensors into groups of at most ``GROUP_ENTRIES`` entries, in their order.
-
-    Args:
-        sizes: tensor name -> number of entries.
-
-    Returns:
-        The names of each group, at least one.
-    """
-    groups: list[list[str]] = []
-    entries = 0
-    for name, size in sizes.items():
-        if not groups or entries + size > GROUP_ENTRIES:
-            groups.append([])
-            entries = 0
-        groups[-1].append(name)
-        entries += size
-    return groups
 
 
 class Shards:

@@ -15,6 +15,7 @@ from sparse_lora_dist.distributed.launch import Launch
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.methods import METHODS, MethodFactory
 from sparse_lora_dist.methods.protocol.method import Method
+from sparse_lora_dist.plan.plan_options import load_request
 
 FLAGS = """
     model revision task trust_remote_code quantization double_quant base_cache precision
@@ -221,9 +222,10 @@ def test_a_path_ends_without_a_line_break(tmp_path):
 
 def test_an_option_that_is_given_again_is_named(capsys):
     load_config(["--rank=2", "--seed=1", "--rank", "3", "--seed", "1"])
-    said = capsys.readouterr()
-    assert said.err == "note      --rank was given 2 times, and the last counts: '3'\n"
-    assert said.out == "", "plan.py --json prints what programs read"
+    said = capsys.readouterr().out
+    assert said == "note      --rank was given 2 times, and the last counts: '3'\n"
+    load_request(["--model=assets/base", "--rank=2", "--rank=3", "--json"])
+    assert capsys.readouterr() == ("", said), "what plan.py --json prints is read by programs"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,7 @@ REFUSED: dict[str, tuple[Any, int]] = {
     "a tensor of 2^80 elements": ({"a": GOOD | {"shape": [2**40, 2**40]}}, 8),
     "an unknown dtype": ({"a": GOOD | {"dtype": "F31"}}, 8),
     "dtype is a number": ({"a": GOOD | {"dtype": 32}}, 8),
+    "a size that is a text": ({"a": GOOD | {"shape": [2**64, "8"]}}, 8),
     "integers of another size": ({"a": GOOD | {"dtype": "I64"}}, 8),
     "metadata that are no text": ({"a": GOOD, "__metadata__": {"epoch": 1}}, 8),
     "a field twice": (b'{"a": %s}' % TEXT.replace("{", '{"dtype": "F32", ').encode(), 8),
