@@ -34,6 +34,7 @@ TITLES = {
     "step_time": "Step time of sparse methods",
     "study": "Quality against cost, five methods",
     "toy_tasks": "Planted structure that is found again",
+    "waits": "Waits and launches of a step",
 }
 PICTURES = ("family", "load", "rehearsal_70b", "step", "study")
 """Results with a plot; its copy lies beside the page."""

@@ -27,9 +27,9 @@ from sparse_lora_dist.system.small_files import is_json, whole_text
 
 TrainOn = Literal["response", "all"]
 
-MARK = re.compile(r"(\{%-?\s*generation\s*)(?:(-%\})\s*|(%\})(?:\r\n?|\n)?)")
+MARK = re.compile(r"(\{%[-+]?\s*generation\s*)(?:(-%\})\s*|(\+%\})|(%\})(?:\r\n?|\n)?)")
 """A {% generation %} mark and the white space that jinja strips after it."""
-END_MARK = re.compile(r"(?:\s*(\{%-)|(?:^[ \t]*)?(\{%))(?=\s*endgeneration)", re.MULTILINE)
+END_MARK = re.compile(r"(?:\s*(\{%-)|(\{%\+)|(?:^[ \t]*)?(\{%))(?=\s*endgeneration)", re.MULTILINE)
 """The beginning of an {% endgeneration %} mark and the white space that jinja strips before it."""
 BEGIN, END = "\ufdd0", "\ufdd1"
 """Characters that stand for the marks in a rendered chat. Unicode keeps them for use within a
@@ -336,7 +336,7 @@ def _spans_by_marks(
     chat.
     """
     text, spans = _between_marks(tokenizer, messages, template, tools)
-    encoded = _with_whole_offsets(tokenizer).encode(text, add_special_tokens=False)
+    encoded = backend_of(tokenizer).encode(text, add_special_tokens=False)
     is_target = [
         any(first < stop and last > start for start, stop in spans)
         for first, last in encoded.offsets
@@ -372,15 +372,17 @@ def _between_marks(
 @lru_cache(maxsize=1)
 def _with_signs(template: str) -> str:
     """Return a template that writes ``BEGIN`` and ``END`` at its marks, and else the same."""
-    begins = MARK.sub(rf"\1\2\3{{{{ '{BEGIN}' }}}}", template)
-    return END_MARK.sub(rf"{{{{ '{END}' }}}}\1\2", begins)
+    begins = MARK.sub(rf"\1\2\3\4{{{{ '{BEGIN}' }}}}", template)
+    return END_MARK.sub(rf"{{{{ '{END}' }}}}\1\2\3", begins)
 
 
 @lru_cache(maxsize=1)
-def _with_whole_offsets(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """Return a copy of a tokenizer whose offsets (from each token to its characters) cover spaces
-    too. With ``trim_offsets``, as many byte-level tokenizers have it, they do not."""
+def backend_of(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """Return a copy of a tokenizer that neither cuts nor pads, as a tokenizer.json may have it, and
+    whose offsets (from each token to its characters) cover spaces too. With ``trim_offsets``, as
+    many byte-level tokenizers have it, they do not."""
     described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described["truncation"] = described["padding"] = None
     _do_not_trim(described["post_processor"])
     copy = Tokenizer.from_str(json.dumps(described))
     copy.encode_special_tokens = tokenizer.split_special_tokens

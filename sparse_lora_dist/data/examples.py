@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,15 @@ class Examples:
         """
         return self.table.select_columns(["example"] if self.is_local else list(columns))
 
+    def narrowed(self, columns: Iterable[str]) -> "Examples":
+        """Return the examples without the columns that are not read, so that their values, which
+        may be damaged images, need not be decoded.
+
+        Args:
+            columns: names of the columns that are read.
+        """
+        return self if self.is_local else replace(self, table=self.only(columns))
+
     def values(self, column: str) -> Iterator[Any]:
         """Yield the value of a column in each example; None where an example does not have it."""
         for batch in self.only([column]).iter(1000):
@@ -180,11 +189,34 @@ def quoted_cells(examples: Examples, columns: Collection[str]) -> str:
     if not examples.files or examples.files[0].suffix != ".tsv":
         return ""
     cells = (str(record.get(c) or "") for record in islice(examples, 1000) for c in columns)
-    if not (count := sum(len(c) > 1 and c[0] == c[-1] == '"' for c in cells)):
+    # A quote that opens and does not close: the cell went on in the next line, or after a tab.
+    quoted = (c[:1] == '"' and (c[1:].endswith('"') or c.count('"') % 2 == 1) for c in cells)
+    if not (count := sum(quoted)):
         return ""
     return (
         f"cells of a TSV file that stand in quotes: {count} in the first rows. The quotes are "
         "learned as letters. If a program has put them there, save the table as CSV or JSON Lines"
+    )
+
+
+def rows_of_another_template(examples: Examples, template: str | None, own: object) -> str:
+    """Return a note if the tokenizer has a template for rows with tools, which renders rows without
+    them too; "" if there are none, or if it has no such template.
+
+    Args:
+        examples: the examples.
+        template: the jinja text that renders all of them.
+        own: chat template of the tokenizer; a dict from name to text if it has several.
+    """
+    if not isinstance(own, dict) or template != own.get("tool_use") or len({*own.values()}) == 1:
+        return ""
+    without = sum(not tools for tools in examples.values("tools"))
+    if without == 0:
+        return ""
+    return (
+        "the tokenizer's chat template tool_use renders all rows, as the data have tools. "
+        f"{without:,} rows have none, and transformers would render them with its template "
+        "default. Put rows with and without tools into data sets of their own if that matters."
     )
 
 

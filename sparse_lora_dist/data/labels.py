@@ -48,15 +48,15 @@ def read_classes(source: str, *, label_field: str, column_names: Columns, flag: 
         first = value if first is None else first
         if type(first) is not type(value):
             raise examples.fault(index, _mixed(first, value))
-    if isinstance(feature, datasets.ClassLabel):
-        return list(feature.names)
-    if len(found) < 2:
+    declared = isinstance(feature, datasets.ClassLabel)
+    labels = list(feature.names) if declared else sorted(found, key=_by_size)
+    if len(labels) < 2:
         raise UserError(
-            f"Every example of {place} has the label {found.pop()!r}, but a classifier needs "
+            f"Every example of {place} has the label {labels[0]!r}, but a classifier needs "
             "at least two classes. Give data with two different labels or more, or name another "
             "column with --label_field."
         )
-    return _checked(sorted(found, key=_by_size), place)
+    return _checked(labels, place)
 
 
 def _mixed(first: object, value: object) -> str:

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,9 +297,18 @@ def _build(
             raise ValueError(EMPTY)
         # A split that the data do not have is no fault of the cache.
         with from_cache(builder.cache_dir) if part is not None else nullcontext():
-            table = builder.as_dataset(split=split)
+            table = _not_decoded(builder.as_dataset(split=split))
     names = (builder.config.data_files or {}).get(split, [])
     return table, tuple(Path(name) for name in names if Path(name).is_file())
+
+
+def _not_decoded(table: datasets.Dataset) -> datasets.Dataset:
+    """Return a table whose images, sounds and the like stay bytes: none is read, and one that is
+    damaged, or needs another package, could not be decoded."""
+    for name, feature in table.features.items():
+        if getattr(feature, "decode", False):
+            table = table.cast_column(name, replace(feature, decode=False))
+    return table
 
 
 @contextmanager

@@ -14,14 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.data.chat import (
     TrainOn,
+    backend_of,
     encode_chat,
     encode_prompt,
     has_marks,
     is_template,
     render_text,
 )
-from sparse_lora_dist.data.examples import Examples, quoted_cells
-from sparse_lora_dist.data.fields import MESSAGES, TOOLS, ExampleError, Fields, names, tools_of
+from sparse_lora_dist.data.examples import Examples, quoted_cells, rows_of_another_template
+from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Fields, names, tools_of
 from sparse_lora_dist.data.folders import missing_shards
 
 MOST_SHOWN = 6
@@ -236,7 +237,7 @@ def words_cut(
     """
     texts = (text for record in examples for text in _texts([record.get(c) for c in columns]))
     words = list(dict.fromkeys(word for text in islice(texts, 100) for word in text[:9999].split()))
-    found = tokenizer.backend_tokenizer.encode_batch(words, add_special_tokens=False)
+    found = backend_of(tokenizer).encode_batch(words, add_special_tokens=False)
     cut = [word for word, tokens in zip(words, found, strict=True) if _misses(word, tokens.offsets)]
     if not cut:
         return ""
@@ -427,27 +428,6 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for part in value:
             yield from _texts(part)
-
-
-def rows_of_another_template(examples: Examples, template: str | None, own: object) -> str:
-    """Return a note if the tokenizer has a template for rows with tools, which renders rows without
-    them too; "" if there are none, or if it has no such template.
-
-    Args:
-        examples: the examples.
-        template: the jinja text that renders all of them.
-        own: chat template of the tokenizer; a dict from name to text if it has several.
-    """
-    if not isinstance(own, dict) or template != own.get("tool_use") or len({*own.values()}) == 1:
-        return ""
-    without = sum(not tools for tools in examples.values(TOOLS))
-    if without == 0:
-        return ""
-    return (
-        "the tokenizer's chat template tool_use renders all rows, as the data have tools. "
-        f"{without:,} rows have none, and transformers would render them with its template "
-        "default. Put rows with and without tools into data sets of their own if that matters."
-    )
 
 
 def template_source(chat_template: str | None, template: str | None, own: object) -> str:

@@ -242,6 +242,8 @@ def load_documents(
         else find_fields(examples.names.columns, **options, place=place)
     )
     fields, template = _with_template(examples, fields, tokenizer, chat_template, place)
+    read = {*fields.all_columns, TOOLS}
+    examples = examples.narrowed(name for name in examples.names.columns if name in read)
 
     def rows_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         if fields.kind == "text":

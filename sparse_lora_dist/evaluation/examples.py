@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from sparse_lora_dist.config.sections import DataConfig
-from sparse_lora_dist.data.examples import Examples
+from sparse_lora_dist.data.examples import Examples, rows_of_another_template
 from sparse_lora_dist.data.fields import (
     DEFAULTS,
     MESSAGES,
@@ -27,7 +27,6 @@ from sparse_lora_dist.data.read_files import plainly, read_examples
 from sparse_lora_dist.data.reading import (
     Reading,
     describe,
-    rows_of_another_template,
     template_source,
     unread_keys,
 )

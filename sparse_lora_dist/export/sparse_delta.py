@@ -130,6 +130,8 @@ class Applied:
     """
     untied: Mapping[str, nn.Parameter]
     """Name of a linear whose weight was tied to another parameter -> that parameter."""
+    was_tied: bool = True
+    """``tie_word_embeddings`` of the model's config before the delta was applied."""
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -150,7 +152,7 @@ class Applied:
         for name, (indices_N, before_N, _) in self.overwritten.items():
             _weight(self.model, name).view(-1)[indices_N] = before_N
         for name, shared in self.untied.items():
-            _set_weight(self.model, name, shared, is_tied=True)
+            _set_weight(self.model, name, shared, is_tied=self.was_tied)
 
 
 @torch.no_grad()
@@ -180,8 +182,8 @@ def apply_sparse_delta(model: nn.Module, folder: str | Path) -> Applied:
         )
     folder = Path(folder)
     try:
-        shapes = json.loads((folder / ABOUT).read_text())["shapes"]
-    except (OSError, ValueError, KeyError) as error:
+        shapes = dict(json.loads((folder / ABOUT).read_text())["shapes"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{folder} holds no sparse delta: {ABOUT} cannot be read ({error}). Give a folder that "
             "launcher/export.py wrote with --format sparse_delta."
@@ -197,6 +199,7 @@ def apply_sparse_delta(model: nn.Module, folder: str | Path) -> Applied:
     for name in shapes:
         changes.of(name, _weight(model, name).numel())
     overwritten, untied = {}, {}
+    was_tied = bool(getattr(getattr(model, "config", None), "tie_word_embeddings", True))
     for name in shapes:
         if (shared := _shared_weight(model, name)) is not None:
             untied[name] = shared
@@ -207,7 +210,7 @@ def apply_sparse_delta(model: nn.Module, folder: str | Path) -> Applied:
         after_N = (before_N.float() + values_N).to(flat.dtype)
         overwritten[name] = indices_N, before_N, after_N
         flat[indices_N] = after_N
-    return Applied(model=model, overwritten=overwritten, untied=untied)
+    return Applied(model=model, overwritten=overwritten, untied=untied, was_tied=was_tied)
 
 
 class _Changes:
@@ -279,9 +282,13 @@ def _weight(model: nn.Module, name: str) -> Tensor:
             f"{name}.weight is in no memory: it is offloaded (device_map), or not loaded yet. Load "
             "the whole model, or export the run with --format merged."
         )
-    if not weight.is_floating_point():
+    if not weight.is_floating_point() or weight.itemsize < 2:  # 8 bits hold codes, to be scaled
         raise UserError(
             f"{name}.weight is quantised, but a sparse delta can only be added to floating-point "
             "weights. Load the model without quantisation."
+        )
+    if not weight.is_contiguous():
+        raise UserError(
+            f"{name}.weight is not contiguous in memory. Replace it by its .contiguous() copy."
         )
     return weight.data

@@ -7,7 +7,7 @@ documents see each other, which linears a text runs, which weights are read by s
 their linear, and which tables have a row for each position. There is no list of architectures.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -73,6 +73,9 @@ class Look:
     """Trained tables of positions."""
     changed: str | None = None
     """Name of a parameter that the model changes while it runs; None if there is none."""
+    switched: str = ""
+    """What the model sets in itself when it reads a short text, and does not set back; "" if
+    nothing. BigBird changes its kind of attention so."""
     sees_ahead: bool = False
     """True if a token of a causal language model sees those after it."""
     padding_moves: float = 0.0
@@ -100,9 +103,10 @@ def look_at(model: PreTrainedModel, task: str) -> Look:
     try:
         few = stand_in(model)
         names = seen.watch(few)
-        lookups = _Lookups(few)
+        lookups, before = _Lookups(few), _words_in(few)
         with torch.no_grad(), lookups:
             logits = few(**inputs_of(few, task)).logits
+        switched = _switched(before, _words_in(few))
         ahead = task == "causal_lm" and _sees_ahead(few)
         moves = _padding_moves(few) if task == "seq_cls" else 0.0
         run = _run_by_text(few, names, seen.ran)
@@ -117,6 +121,7 @@ def look_at(model: PreTrainedModel, task: str) -> Look:
         read=frozenset(seen.asked),
         tables=tuple(lookups.tables.values()),
         changed=lookups.changed,
+        switched=switched,
         sees_ahead=ahead,
         padding_moves=moves,
     )
@@ -155,12 +160,19 @@ def settle_packing(config: Config, look: Look, kind: str) -> tuple[Config, list[
 
 
 def refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
-    """Raise ``UserError`` if the model changes its own weights while it runs, as RWKV does."""
+    """Raise ``UserError`` if the model changes its own weights or settings while it runs, as RWKV
+    and BigBird do."""
     if look.changed is not None:
         raise UserError(
             f"A {module.config.model_type} model changes {look.changed} while it runs. Here a "
             "weight is put together from the ranks' shards for each use, so the change would be "
             "lost. Choose another --model."
+        )
+    if look.switched:
+        raise UserError(
+            f"A {module.config.model_type} model sets {look.switched} when it reads a short batch, "
+            "and does not set it back. So what a row gives would depend on the rows before it. Set "
+            "it in the config.json of --model for all rows, or choose another model."
         )
 
 
@@ -315,6 +327,23 @@ def _usual_tokens(model: PreTrainedModel) -> list[int]:
     said = {**vars(model.config), **vars(model.config.get_text_config())}
     special = {v for k, v in said.items() if "token" in k and isinstance(v, int)}
     return [i for i in range(min(rows, 4096)) if i not in special] or [0]
+
+
+def _words_in(model: PreTrainedModel) -> dict[str, str]:
+    """Return the settings of a model's modules that are words, such as a kind of attention."""
+    return {
+        f"{type(module).__name__}.{key}": value
+        for module in model.modules()
+        for key, value in vars(module).items()
+        if isinstance(value, str)
+    }
+
+
+def _switched(before: Mapping[str, str], after: Mapping[str, str]) -> str:
+    """Return the first setting that has changed, as text; "" if there is none."""
+    changed = (name for name, value in before.items() if after.get(name, value) != value)
+    name = next(changed, "")
+    return f"{name.rpartition('.')[2]} from {before[name]!r} to {after[name]!r}" if name else ""
 
 
 class _Lookups(TorchDispatchMode):

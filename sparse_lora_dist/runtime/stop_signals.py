@@ -17,7 +17,7 @@ import psutil
 from sparse_lora_dist.config.checks import seconds_in
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
-from sparse_lora_dist.errors import Stopped
+from sparse_lora_dist.errors import Stopped, UserError
 
 SIGNALS = (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT)
 SIGNALS_OF_ONE_REQUEST_S = 2.0
@@ -43,6 +43,7 @@ class _StopRequest:
 
     def __init__(self, time_limit_s: float | None) -> None:
         self.code = 0
+        self.thread = threading.get_ident()
         self._signalled_at: float | None = None
         self._limit_s = time_limit_s
         self.slowest_s = 0.0  # between two boundaries
@@ -86,6 +87,8 @@ class _StopRequest:
 
 
 _request: _StopRequest | None = None
+_open: list[_StopRequest] = []
+"""Requests of the runs that are open in this process, in the order in which they began."""
 
 
 @contextmanager
@@ -98,7 +101,14 @@ def listening(time_limit: str | None) -> Iterator[None]:
             None for no limit.
     """
     global _request
-    _request = request = _StopRequest(None if time_limit is None else seconds_in(time_limit))
+    if _request is not None and _request.thread != threading.get_ident():
+        raise UserError(
+            "Another thread of this process is making a run, and both would share torch's and "
+            "DeepSpeed's state. Make the runs one after another, or in processes of their own."
+        )
+    request = _StopRequest(None if time_limit is None else seconds_in(time_limit))
+    _open.append(request)  # the last one is that of a run in whose block this one is made
+    _request = request
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     # A thread reads the signals: Python's handlers run in the main thread only, which may wait in a
@@ -119,7 +129,8 @@ def listening(time_limit: str | None) -> Iterator[None]:
         os.close(writing)
         listener.join()
         os.close(reading)
-        _request = None
+        _open.remove(request)
+        _request = _open[-1] if _open else None
 
 
 _blocked: list[set[int | signal.Signals]] = []

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,53 @@ def test_a_delta_is_added_and_an_offloaded_model_is_refused(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"1\.weight is in no memory: it is offloaded"):
         apply_sparse_delta(model, folder)
     assert torch.equal(model[0].weight, two_linears()[0].weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shapes", [[], None, {"0": 5}])
+def test_a_delta_whose_shapes_are_damaged_changes_nothing(tmp_path: Path, shapes: object) -> None:
+    folder = delta(tmp_path / "delta")
+    (folder / ABOUT).write_text(json.dumps({"base": "b", "shapes": shapes} if shapes != [] else []))
+    with pytest.raises(UserError, match="holds no sparse delta|was made for shape"):
+        apply_sparse_delta(two_linears(), folder)
+
+
+@pytest.mark.parametrize("how", ["codes", "transposed"])
+def test_weights_that_no_delta_can_be_added_to_are_refused(tmp_path: Path, how: str) -> None:
+    folder, model = delta(tmp_path / "delta"), two_linears()
+    weight = model[1].weight.data  # type: ignore[union-attr]
+    other = weight.to(torch.float8_e4m3fn) if how == "codes" else weight.t().contiguous().t()
+    model[1].weight = nn.Parameter(other, requires_grad=False)  # type: ignore[union-attr]
+    with pytest.raises(UserError, match=r"1\.weight is (quantised|not contiguous)"):
+        apply_sparse_delta(model, folder)
+    assert torch.equal(model[0].weight, two_linears()[0].weight)  # type: ignore[arg-type]
+
+
+def test_a_request_to_stop_is_that_of_the_outer_run_again_after_an_inner_one() -> None:
+    with stop_signals.listening("1h"):
+        outer = stop_signals._request
+        with stop_signals.listening(None):
+            assert stop_signals._request is not outer
+        assert stop_signals._request is outer
+    assert stop_signals._request is None
+
+
+def test_a_run_in_another_thread_is_refused_while_one_is_open() -> None:
+    said: list[str] = []
+
+    def other() -> None:
+        try:
+            with stop_signals.listening(None):
+                pass
+        except UserError as error:
+            said.append(str(error))
+
+    with stop_signals.listening(None):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert len(said) == 1 and "Another thread of this process is making a run" in said[0]
+    other()
+    assert len(said) == 1
 
 
 def test_positions_that_begin_after_padding_are_refused_by_name() -> None:

@@ -10,13 +10,18 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import (
+    BigBirdConfig,
+    BigBirdForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from sparse_lora_dist.base_model.architecture import meta_model
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.model.look import look_at
+from sparse_lora_dist.model.look import look_at, refuse_changing_weights
 from sparse_lora_dist.model.targets import find_sites
 from sparse_lora_dist.plan.playback.parameters import planned_parameters
 from sparse_lora_dist.plan.shapes import shapes_of
@@ -113,6 +118,21 @@ def test_an_adapter_on_such_a_weight_alone_is_refused() -> None:
 def test_a_model_that_changes_its_weights_is_found(processes: None) -> None:  # it asks for ninja
     changed = look_at(on_meta(config_of("rwkv")), "causal_lm").changed
     assert changed is not None and changed.endswith(".weight")
+
+
+@pytest.mark.parametrize("kind", ["block_sparse", "original_full"])
+def test_a_model_that_changes_its_attention_at_a_short_batch_is_refused(kind: str) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = BigBirdConfig(vocab_size=100, num_attention_heads=4, attention_type=kind, **sizes)
+    with torch.device("meta"):
+        model = BigBirdForSequenceClassification(config)
+    look = look_at(model, "seq_cls")
+    if kind == "original_full":
+        assert look.switched == ""
+        return
+    with pytest.raises(UserError) as caught:
+        refuse_changing_weights(model, look)
+    assert "sets attention_type from 'block_sparse' to 'original_full'" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ WITH_MARKS = {
     + "{% endset %}<s>{{ x | trim }}",
     "with dashes and lines": OTHERS + "<|assistant|>\n  {%- generation -%}\n  {{ m.content }}"
     "<|end|>\n  {%- endgeneration -%}  \n" + END,
+    "with plus signs": OTHERS + "<|assistant|>" + TURN.replace("{% gen", "{%+ gen").replace(
+        "{% end", "{%+ end") + END,
+    "with plus signs at the ends": OTHERS + "<|assistant|>" + TURN.replace(" %}", " +%}") + END,
     "with lines that jinja strips": OTHERS + "<|assistant|>{% generation %}\n{{ m.content }}"
     "<|end|>{% if true %}\n   {% endif %}\n   {% endgeneration %}\n" + END,
 }  # fmt: skip
@@ -226,3 +229,19 @@ def test_a_choice_without_tokens_of_its_own_is_refused(tmp_path: Path) -> None:
 def test_epochs_are_as_they_are_written(epochs: float, rows: int, wanted: int) -> None:
     """1.1 * 100 is 110.00000000000001 in binary."""
     assert rows_of(epochs, rows) == wanted
+
+
+@pytest.mark.parametrize(
+    ("names", "said"), [(["a"], "at least two classes"), (["a", "a "], "one label written in")]
+)
+def test_declared_classes_are_looked_at_as_others_are(
+    tmp_path: Path, names: list[str], said: str
+) -> None:
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=names)}
+    )
+    rows = {"text": ["x", "y"], "label": [0, len(names) - 1]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "a.parquet"))
+    with pytest.raises(UserError, match=said):
+        options: dict[str, Any] = {"label_field": "label", "column_names": (), "flag": "--data"}
+        read_classes(str(tmp_path / "a.parquet"), **options)

@@ -2,12 +2,10 @@
 
 from pathlib import Path
 
-import pytest
 import torch
 
 from sparse_lora_dist.run_folder.metrics_file import read_records
 from sparse_lora_dist.sparsity.decisions import digests, sums
-from sparse_lora_dist.sparsity.shards import groups_of
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
 from tests.tiers import grid
@@ -83,9 +81,3 @@ def test_sums_are_of_each_tensor() -> None:
     parts = [torch.arange(5), torch.zeros(0, dtype=torch.int64), torch.full((3,), 2**62)]
     found = sums(torch.cat(parts), [len(part) for part in parts])
     assert found.tolist() == [10, 0, 3 * 2**62 - 2**64]
-
-
-def test_tensors_are_read_in_groups_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_lora_dist.sparsity.shards.GROUP_ENTRIES", 10)
-    sizes = {"a": 4, "b": 6, "c": 1, "d": 30, "e": 0, "f": 10}
-    assert groups_of(sizes) == [["a", "b"], ["c"], ["d"], ["e", "f"]]
