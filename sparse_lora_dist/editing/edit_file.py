@@ -179,6 +179,11 @@ class _EditParser:
         by_kind = {
             name: self._by_kind(record.get(name), name) for name in ("portability", "locality")
         }
+        for name in ("prompt", "rephrase_prompt"):
+            if "{}" in given[name] and given["subject"] not in given[name]:
+                self._add_problem(
+                    f"{name} has the place holder {{}} of ROME's files. Write the subject there"
+                )
         if len(self.problems) > before:
             return None
         target, rephrased = given["target_new"], given["rephrase_prompt"]

@@ -265,6 +265,15 @@ def test_metrics_of_five_edits_by_hand(tmp_path: Path) -> None:
     assert tuple(table) == COLUMNS
 
 
+@pytest.mark.parametrize("field", ["prompt", "rephrase_prompt"])
+def test_a_place_holder_for_the_subject_is_refused(tmp_path: Path, field: str) -> None:
+    """As ROME's and CounterFact's own files have it."""
+    edit = {"subject": "Rome", "prompt": "the king of Rome is", "target_new": "cat"}
+    (tmp_path / "edits.json").write_text(json.dumps([edit | {field: "the king of {} is"}]))
+    with pytest.raises(UserError, match=rf":1: edit 1: {field} has the place holder {{}} of ROME"):
+        read_edits(tmp_path / "edits.json")
+
+
 def test_fluency_by_hand() -> None:
     # Bigrams ab, ba, ab: 0.918296 bits. Trigrams aba, bab: 1 bit.
     assert fluency("a b a b") == pytest.approx((2 / 3 * 0.918296 + 4 / 3) / 2, abs=1e-6)
