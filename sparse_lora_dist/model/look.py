@@ -73,6 +73,8 @@ class Look:
     """Trained tables of positions."""
     changed: str | None = None
     """Name of a parameter that the model changes while it runs; None if there is none."""
+    untrained: frozenset[str] = frozenset()
+    """Names of modules that a text does not run, and which get no gradient from it."""
     switched: str = ""
     """What the model sets in itself when it reads a short text, and does not set back; "" if
     nothing. BigBird changes its kind of attention so."""
@@ -121,6 +123,7 @@ def look_at(model: PreTrainedModel, task: str) -> Look:
         read=frozenset(seen.asked),
         tables=tuple(lookups.tables.values()),
         changed=lookups.changed,
+        untrained=_untrained(few, task) - seen.ran - seen.asked,
         switched=switched,
         sees_ahead=ahead,
         padding_moves=moves,
@@ -327,6 +330,24 @@ def _usual_tokens(model: PreTrainedModel) -> list[int]:
     said = {**vars(model.config), **vars(model.config.get_text_config())}
     special = {v for k, v in said.items() if "token" in k and isinstance(v, int)}
     return [i for i in range(min(rows, 4096)) if i not in special] or [0]
+
+
+def _untrained(model: PreTrainedModel, task: str) -> frozenset[str]:
+    """Return the names of modules that a text does not call, and whose parameters get no gradient
+    from it; none if it cannot be known."""
+    called: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    with suppress(Exception), torch.enable_grad():  # code of any architecture
+        model.requires_grad_(True)
+        model(**inputs_of(model, task)).logits.float().sum().backward()
+        return frozenset(
+            name
+            for name, module in model.named_modules()
+            if name not in called and (own := [*module.parameters(recurse=False)])
+            if all(p.grad is None for p in own)
+        )
+    return frozenset()
 
 
 def _words_in(model: PreTrainedModel) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """``Model``: the frozen base, sharded by ZeRO-3, with adapters and with modules trained in full."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -172,7 +172,7 @@ class Model:
             refuse_tied_linears(options, module)
             refuse_packed(files, sources, applied)
         _note_unread(module, files, keys_of, task.trains_head)
-        for note in notes:
+        for note in notes + _not_run(full, applied):
             print_line("note", note)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
@@ -402,6 +402,15 @@ class Model:
         """Hash of config.json and of the names, sizes and headers of the base's files."""
         assert self.fingerprint is not None
         return self.fingerprint.headers
+
+
+def _not_run(full: Collection[str], look: Look) -> list[str]:
+    return [
+        f"a text does not run {name} of --modules_to_save: it learns nothing, and --weight_decay "
+        "makes it smaller. Leave it out"
+        for name in full
+        if name in look.untrained
+    ]
 
 
 def _note_unread(

@@ -59,6 +59,14 @@ def test_an_adapter_on_the_vision_tower_alone_is_refused() -> None:
     assert "because a text does not run them. Name others, or use all-linear." in str(caught.value)
 
 
+def test_modules_that_no_text_runs_are_known() -> None:
+    look = look_at(on_meta(gemma_that_sees()), "causal_lm")
+    assert "model.multi_modal_projector.mm_soft_emb_norm" in look.untrained
+    assert "model.vision_tower.post_layernorm" in look.untrained
+    assert not [name for name in look.untrained if name.endswith(("embed_tokens", "lm_head"))]
+    assert not [name for name in look.untrained if "language_model.layers.0." in name]
+
+
 def test_attention_to_an_encoder_that_is_not_there_gets_no_adapter() -> None:
     names, notes = sites_of(on_meta(config_of("bart")))
     assert len(names) == 12 and not any("encoder_attn" in name for name in names)
