@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
@@ -69,6 +70,15 @@ def model_on_disk() -> None:
 @pytest.fixture(scope="session")
 def full() -> None:
     """For what takes long and seldom breaks: ``make test`` leaves it to ``make test-all``."""
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that ``datasets`` reads are cached in the folder of the test."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.disable_progress_bars()
 
 
 @pytest.fixture(autouse=True)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +46,10 @@ NAME = "sparse_lora_dist"
 """Name of the tables of this program in the cache of ``datasets``."""
 VERSION = 4
 """Version of ``LOCAL``. Increase it when the same file gives other rows."""
+TO_JSON = re.compile(r"(arguments|tool_calls?|function)\s*\|\s*tojson")
+"""What a template has that writes the arguments of tool calls as JSON."""
+TAKES_TEXT = re.compile(r"arguments\s+is\s+(not\s+)?string")
+"""What a template has that takes arguments as text too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +222,25 @@ def rows_of_another_template(examples: Examples, template: str | None, own: obje
         "the tokenizer's chat template tool_use renders all rows, as the data have tools. "
         f"{without:,} rows have none, and transformers would render them with its template "
         "default. Put rows with and without tools into data sets of their own if that matters."
+    )
+
+
+def text_in_place_of_arguments(examples: Examples, template: str | None) -> str:
+    """Return a note about arguments of tool calls that are JSON text, where the template writes
+    JSON itself; "" if there are none in the first 1000 examples."""
+    if template is None or TO_JSON.search(template) is None or TAKES_TEXT.search(template):
+        return ""
+    calls = (
+        call.get("function", call)
+        for record in islice(examples, 1000)
+        for message in record.get(MESSAGES, ())
+        for call in message.get("tool_calls") or ()
+    )
+    if not any(isinstance(call.get("arguments"), str) for call in calls):
+        return ""
+    return (
+        "the arguments of tool calls are JSON text, which the chat template writes as a quoted "
+        'string with \\" in it. Give them as objects, which it writes as JSON.'
     )
 
 

@@ -21,7 +21,12 @@ from sparse_lora_dist.data.chat import (
     is_template,
     render_text,
 )
-from sparse_lora_dist.data.examples import Examples, quoted_cells, rows_of_another_template
+from sparse_lora_dist.data.examples import (
+    Examples,
+    quoted_cells,
+    rows_of_another_template,
+    text_in_place_of_arguments,
+)
 from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Fields, names, tools_of
 from sparse_lora_dist.data.folders import missing_shards
 
@@ -40,10 +45,6 @@ DATE = "strftime_now"
 """Name of the function with which a chat template gets the date."""
 AT_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 """What of jinja gives another text each time."""
-TO_JSON = re.compile(r"(arguments|tool_calls?|function)\s*\|\s*tojson")
-"""What a template has that writes the arguments of tool calls as JSON."""
-TAKES_TEXT = re.compile(r"arguments\s+is\s+(not\s+)?string")
-"""What a template has that takes arguments as text too."""
 MARKS = """
 If none is too long, the {% generation %} marks of the chat template cover nothing: put them around
 what the assistant says. """.replace("\n", " ").lstrip()
@@ -392,25 +393,6 @@ def notes_on_chats(
         rows_of_another_template(examples, template, tokenizer.chat_template),
     )
     return tuple(filter(None, notes))
-
-
-def text_in_place_of_arguments(examples: Examples, template: str | None) -> str:
-    """Return a note about arguments of tool calls that are JSON text, where the template writes
-    JSON itself; "" if there are none in the first 1000 examples."""
-    if template is None or TO_JSON.search(template) is None or TAKES_TEXT.search(template):
-        return ""
-    calls = (
-        call.get("function", call)
-        for record in islice(examples, 1000)
-        for message in record.get(MESSAGES, ())
-        for call in message.get("tool_calls") or ()
-    )
-    if not any(isinstance(call.get("arguments"), str) for call in calls):
-        return ""
-    return (
-        "the arguments of tool calls are JSON text, which the chat template writes as a quoted "
-        'string with \\" in it. Give them as objects, which it writes as JSON.'
-    )
 
 
 def _misses(word: str, spans: Sequence[tuple[int, int]]) -> bool:

@@ -179,6 +179,21 @@ def refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
         )
 
 
+def not_run(full: Collection[str], look: Look) -> list[str]:
+    """Return a note for each module that trains in full, but that a text does not run.
+
+    Args:
+        full: names of the modules that train in full.
+        look: what is known of the model.
+    """
+    return [
+        f"a text does not run {name} of --modules_to_save: it learns nothing, and --weight_decay "
+        "makes it smaller. Leave it out"
+        for name in full
+        if name in look.untrained
+    ]
+
+
 def refuse_no_embedding(module: PreTrainedModel) -> None:
     """Raise ``UserError`` if what the model calls its input embeddings is no table of tokens.
 

@@ -1,6 +1,6 @@
 """``Model``: the frozen base, sharded by ZeRO-3, with adapters and with modules trained in full."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -56,6 +56,7 @@ from sparse_lora_dist.model.loaded import print_loaded
 from sparse_lora_dist.model.look import (
     Look,
     look_together,
+    not_run,
     refuse_changing_weights,
     refuse_no_embedding,
     refuse_positions_after_padding,
@@ -172,7 +173,7 @@ class Model:
             refuse_tied_linears(options, module)
             refuse_packed(files, sources, applied)
         _note_unread(module, files, keys_of, task.trains_head)
-        for note in notes + _not_run(full, applied):
+        for note in notes + not_run(full, applied):
             print_line("note", note)
         hub = folder != Path(resolve_default("model", options.model))
         model = cls(
@@ -402,15 +403,6 @@ class Model:
         """Hash of config.json and of the names, sizes and headers of the base's files."""
         assert self.fingerprint is not None
         return self.fingerprint.headers
-
-
-def _not_run(full: Collection[str], look: Look) -> list[str]:
-    return [
-        f"a text does not run {name} of --modules_to_save: it learns nothing, and --weight_decay "
-        "makes it smaller. Leave it out"
-        for name in full
-        if name in look.untrained
-    ]
 
 
 def _note_unread(

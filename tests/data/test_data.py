@@ -25,10 +25,7 @@ PAIRS = [{"prompt": "2+2=", "response": "4"}, {"prompt": "3+3=", "response": "6"
 TEXTS = [{"text": "one"}, {"text": "two"}, {"text": "three"}]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def load(source, tokenizer=None, **options) -> Documents:

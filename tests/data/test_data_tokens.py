@@ -3,7 +3,6 @@
 import json
 from itertools import pairwise
 
-import datasets
 import pytest
 
 from sparse_lora_dist.data import load_documents
@@ -19,10 +18,7 @@ CHAT = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

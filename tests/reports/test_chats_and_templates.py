@@ -21,10 +21,7 @@ SHOWN = '<|system|>[{"type": "function", "function": {"name": "f", "parameters":
 CHAT = [user("a"), assistant("b")]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rendered(path, template, **options):

@@ -14,10 +14,7 @@ PLAIN = OTHERS + "<|assistant|>{{ m.content }}<|end|>" + END
 CHAT = [{"messages": [user("what is it"), assistant("it is what it is, and more than that")]}]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize(

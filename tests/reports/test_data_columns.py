@@ -23,10 +23,7 @@ from tests.fixtures.tiny_tokenizer import MARKED, PLAIN, byte_tokenizer
 CHAT = [user("a"), assistant("b")]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 MANY = 2000

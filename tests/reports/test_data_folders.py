@@ -12,11 +12,7 @@ from sparse_lora_dist.data.read_files import read_examples
 from sparse_lora_dist.errors import UserError
 from tests.fixtures.data_files import jsonl, load, pairs, texts
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def folder(path: Path, **numbers: int) -> Path:

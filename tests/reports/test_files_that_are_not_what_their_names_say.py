@@ -3,7 +3,6 @@ another program."""
 
 from pathlib import Path
 
-import datasets
 import pytest
 
 from sparse_lora_dist.adapter.peft_read import open_peft
@@ -18,10 +17,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a21\nsize 1
 KINDS = ["txt", "jsonl", "json", "csv", "tsv", "parquet"]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.mark.parametrize("kind", KINDS)

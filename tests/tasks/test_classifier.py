@@ -35,10 +35,7 @@ COLUMNS = ("source", "label", "mark", "text")
 COLA = 'gj04\t1\t\tHe said "no.\ngj04\t0\t*\tHim said, no.\n'
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.disable_progress_bars()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def written(path: Path, text: str) -> Path:
