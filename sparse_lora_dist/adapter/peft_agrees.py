@@ -58,6 +58,23 @@ def disagreements(
     return said
 
 
+def without_tensors(
+    config: Mapping[str, Any], linears: list[str], have: Collection[str]
+) -> list[str]:
+    """Return the linears of a base that an adapter's configuration names, but its files lack. PEFT
+    warns of them and leaves the base's weights there.
+
+    Args:
+        config: contents of adapter_config.json.
+        linears: names of all linears of the base.
+        have: names of the linears and other modules that have tensors.
+    """
+    if str(config.get("target_modules") or "all-linear").lower() == "all-linear":
+        return []  # PEFT chooses them by the architecture
+    applied = _targets(config, linears)
+    return [name for name in linears if name in applied and name not in have]
+
+
 def ranks_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
     """Return the rank of each adapted module: the first size of its tensor "MODULE.lora_a".
 

@@ -19,6 +19,7 @@ from sparse_lora_dist.config.paths import expanded, resolve_default
 from sparse_lora_dist.config.yaml_file import read_entries
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
 from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.model.targets import in_short
 from sparse_lora_dist.run_folder.attempts import NAME as ATTEMPTS
 from sparse_lora_dist.run_folder.description import RUN_YAML
 from sparse_lora_dist.run_folder.identity import READS_TEXT, WORDS
@@ -48,6 +49,11 @@ class Adapter:
     """Tensor name -> shape, for the tensors in ``values``."""
     scales: Mapping[str, float] = field(default_factory=dict)
     """Site name -> factor of B A: alpha / r, or alpha / sqrt(r) for rsLoRA, with r its rank."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Content of its adapter_config.json."""
+    lacking: Sequence[str] = ()
+    """Linears of the model that the configuration names, but that have no tensors; known once the
+    model is opened."""
     base: str | None = None
     """Base model that the adapter's adapter_config.json names; None if it names none."""
 
@@ -119,6 +125,12 @@ def _open(name: str | None) -> Adapter:
             f"The adapter {name} has no tensors, so it is the base itself. Export it again. To "
             "evaluate the base, leave --adapter out, or name it as base in --compare."
         )
+    if empty := next((n for n, shape in shapes.items() if 0 in shape), None):
+        raise UserError(
+            f"The adapter {name} has an empty tensor, {empty}: it was saved without gathering its "
+            "parts (DeepSpeed ZeRO-3). Save it again, with the parameters gathered "
+            "(stage3_gather_16bit_weights_on_model_save, or zero_to_fp32.py)."
+        )
     if why := _why_not_plain(config, shapes):
         raise UserError(
             f"The adapter {name} is not a plain LoRA adapter: {why}. Merge it into its base with "
@@ -142,7 +154,7 @@ def _open(name: str | None) -> Adapter:
             "the adapter again, or correct this file."
         )
     base = config.get("base_model_name_or_path")
-    return Adapter(name=name, values=values, shapes=shapes, scales=scales, base=base)
+    return Adapter(name=name, values=values, shapes=shapes, scales=scales, config=config, base=base)
 
 
 def _why_not_plain(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -160,8 +172,8 @@ def _why_not_plain(config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ..
     if alone := set.symmetric_difference(*halves):
         return f"{min(alone)} has only one of lora_A and lora_B"
     for name, shape in shapes.items():
-        if name.endswith(("lora_a", "lora_b")) and (len(shape) != 2 or 0 in shape):
-            return f"{name} has shape {list(shape)}, but must have two sizes above 0"
+        if name.endswith(("lora_a", "lora_b")) and len(shape) != 2:
+            return f"{name} has shape {list(shape)}, but must have two sizes"
     return None
 
 
@@ -209,6 +221,12 @@ def differences_from_training(adapter: Adapter, config: Config, tokenizer: Any) 
     here = resolve_default("model", config.model.model)
     if note := other_name(adapter.base, adapter.name, here) if adapter.shapes else None:
         notes.append(note)
+    if adapter.lacking:
+        notes.append(
+            f"it has no tensors of {in_short(adapter.lacking)}, which {CONFIG} names: they are "
+            "evaluated as they are in the base, as PEFT does with a warning. If they were trained, "
+            "export or save the adapter again"
+        )
     folder = Path(expanded(adapter.name))
     if found := trained_over(folder) if adapter.shapes else None:
         other = found[0].differences(identity_of_tokenizer(config, tokenizer), only=READS_TEXT)

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from sparse_lora_dist.adapter.peft_agrees import without_tensors
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed.phases import fail_together
@@ -45,6 +46,8 @@ def open_model(config: Config, adapter: Adapter) -> tuple[Model, Adapter]:
             check_base(adapter.name, model)
     adapter = adapter.renamed(model.our_name)
     linears = {site.name: site for site in model.sites}
+    has = {*adapter.scales, *adapter.full}
+    adapter = replace(adapter, lacking=without_tensors(adapter.config, [*linears], has))
     absent = [site for site in adapter.scales if site not in linears]
     if absent:
         raise _does_not_fit(adapter, f"the model has no linear named {absent[0]}")

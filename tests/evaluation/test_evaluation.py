@@ -161,9 +161,25 @@ def test_every_module_has_its_own_rank_and_scale(
     ranks: Ranks, tiny: TinyRun, odd: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "results.json"
-    ranks(2, EVALUATE, flags=flags(tiny, adapter=odd, output=output))
+    said, _ = ranks(2, EVALUATE, flags=flags(tiny, adapter=odd, output=output))
     wanted = loss_of(tiny, theirs(tiny, odd))
     assert abs(wanted - loss_of(tiny, theirs(tiny, None))) > 1e-2
+    assert numbers(output)["loss"]["value"] == pytest.approx(wanted, rel=1e-5)
+    assert "it has no tensors of" not in said
+
+
+def test_modules_whose_tensors_are_lost_are_told_of(
+    ranks: Ranks, tiny: TinyRun, odd: Path, tmp_path: Path
+) -> None:
+    """PEFT says it with a warning; here it was silent."""
+    part, output = shutil.copytree(odd, tmp_path / "part"), tmp_path / "results.json"
+    file = part / "adapter_model.safetensors"
+    kept = {k: t for k, t in load_file(file).items() if "layers.1.mlp" not in k}
+    save_file(kept, file, {"format": "pt"})
+    (said,) = ranks(1, EVALUATE, flags=flags(tiny, adapter=part, output=output))
+    assert "it has no tensors of 1 linear (model.layers.1.mlp.down_proj), which" in said
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        wanted = loss_of(tiny, theirs(tiny, part))
     assert numbers(output)["loss"]["value"] == pytest.approx(wanted, rel=1e-5)
 
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import save_file
 
-from sparse_lora_dist.adapter.peft_agrees import disagreements
+from sparse_lora_dist.adapter.peft_agrees import disagreements, without_tensors
 from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import open_adapters
@@ -133,3 +133,27 @@ def test_peft_names_two_heads_of_a_classifier_that_has_one() -> None:
 def test_values_that_name_no_modules_are_refused(folder: Path, changes: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=next(iter(changes))):
         open_adapters([str(write(folder, changes))])
+
+
+@pytest.mark.parametrize(
+    ("config", "lost"),
+    [
+        ({}, []),
+        ({"target_modules": None}, []),
+        ({"target_modules": BOTH}, ["model.layers.1.self_attn.q_proj"]),
+        ({"target_modules": r".*q_proj"}, ["model.layers.1.self_attn.q_proj"]),
+        ({"target_modules": BOTH, "layers_to_transform": [0]}, []),
+        ({"target_modules": SITES[:3]}, ["model.layers.1.self_attn.q_proj"]),
+    ],
+    ids=str,
+)
+def test_modules_whose_tensors_are_lost_are_those_that_peft_warns_of(
+    config: dict[str, Any], lost: list[str]
+) -> None:
+    """They were evaluated as in the base without a word."""
+    saved = [site for site in SITES if site != "model.layers.1.self_attn.q_proj"]
+    assert without_tensors(config, SITES, saved) == lost
+    if isinstance(config.get("target_modules"), (list, str)):
+        peft = LoraConfig(**config)
+        wanted = [site for site in SITES if check_target_module_exists(peft, site)]
+        assert [site for site in wanted if site not in saved] == lost

@@ -96,8 +96,8 @@ def test_a_config_that_is_no_object_is_refused(adapter: Adapter, text: str) -> N
 @pytest.mark.parametrize(
     ("tensors", "said"),
     [
-        ({"A": torch.zeros(0, 8)}, "has shape [0, 8], but must have two sizes above 0"),
-        ({"A": torch.tensor(1.0)}, "has shape [], but must have two sizes above 0"),
+        ({"A": torch.zeros(0, 8)}, "lora_a: it was saved without gathering"),
+        ({"A": torch.tensor(1.0)}, "has shape [], but must have two sizes"),
         ({"B": torch.zeros(8)}, "has shape [8], but must have two sizes"),
         ({"B": None}, "has only one of lora_A and lora_B"),
     ],
