@@ -1,12 +1,14 @@
 """Log the numbers of a run to metrics.jsonl and to experiment trackers; measure peak memory."""
 
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from accelerate.tracking import GeneralTracker
 
 from sparse_lora_dist.distributed import comm
+from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.run_folder.metrics_file import JsonLines, Record
 from sparse_lora_dist.run_folder.trackers import log_histograms, run_id, start_trackers
 from sparse_lora_dist.system.own_files import claim
@@ -83,8 +85,8 @@ class Metrics:
         """
         self._lines.append(record)
         numbers = {k: v for k, v in record.items() if k != "step" and not isinstance(v, str)}
-        for tracker in self._trackers:
-            tracker.log(numbers, step=int(record["step"]))
+        step = int(record["step"])
+        self._each("log", lambda tracker: tracker.log(numbers, step=step))
 
     def log_sites(self, step: int, numbers: Mapping[str, Mapping[str, int]]) -> None:
         """Log numbers that each site (target module) has, as TensorBoard histograms over the sites.
@@ -97,10 +99,23 @@ class Metrics:
                 site to its value.
         """
         tags = {f"sites/{name}": [*sites.values()] for name, sites in numbers.items()}
-        log_histograms(self._trackers, step, tags)
+        self._each("log", lambda tracker: log_histograms(tracker, step, tags))
 
     def close(self) -> None:
         """Flush and close the trackers at the end of a job. It may take long, if a tracker
         uploads."""
-        for tracker in self._trackers:
-            tracker.finish()
+        self._each("close", lambda tracker: tracker.finish())
+
+    def _each(self, what: str, work: Callable[[GeneralTracker], None]) -> None:
+        """Let each tracker do something. One that fails, since its disk is full or its server away,
+        is named and left out from then on: a run can do without it."""
+        for tracker in [*self._trackers]:
+            try:
+                work(tracker)
+            except Exception as error:  # each tracker has its own kinds
+                self._trackers.remove(tracker)
+                print_line(
+                    "warning",
+                    f"the tracker {tracker.name} cannot {what}: {error}. The run goes on without "
+                    f"it; all numbers are in {self.path}.",
+                )

@@ -6,7 +6,9 @@ device already.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,7 @@ def start_trackers(
         UserError: the package of a tracker is not installed.
     """
     tracking.logger = _LocalLogger(logging.getLogger(tracking.__name__), {})
+    threading.excepthook = partial(_but_of_storage, threading.excepthook)
     trackers = []
     for name in names:
         tracker = _build(name, folder, config, last_step, run_ids.get(name))
@@ -70,6 +73,14 @@ def start_trackers(
     return trackers
 
 
+def _but_of_storage(otherwise: Callable[[Any], object], args: threading.ExceptHookArgs) -> None:
+    """Print an uncaught exception of a thread, but not what storage does to TensorBoard's writer:
+    that is raised again at its next record (``Metrics.log``)."""
+    of_writer = type(args.thread).__module__.startswith("tensorboard.")
+    if not (of_writer and isinstance(args.exc_value, OSError)):
+        otherwise(args)
+
+
 def run_id(tracker: GeneralTracker) -> str | None:
     """Return the id that W&B or MLflow gave to the run, with which a resumed run continues the same
     run there. Return None for other trackers: TensorBoard and DVCLive continue from their files,
@@ -81,20 +92,17 @@ def run_id(tracker: GeneralTracker) -> str | None:
     return None
 
 
-def log_histograms(
-    trackers: Sequence[GeneralTracker], step: int, values: Mapping[str, Sequence[int]]
-) -> None:
+def log_histograms(tracker: GeneralTracker, step: int, values: Mapping[str, Sequence[int]]) -> None:
     """Add histograms to TensorBoard. The other trackers have no common call for histograms.
 
     Args:
-        trackers: started trackers, of which only TensorBoard is used.
+        tracker: a started tracker, used only if it is TensorBoard.
         step: optimizer step after which the values were measured.
         values: dict from the tag (title) of a histogram to the values that it counts.
     """
-    for tracker in trackers:
-        if tracker.name == "tensorboard":
-            for tag, numbers in values.items():
-                tracker.tracker.add_histogram(tag, torch.tensor(numbers), step)
+    if tracker.name == "tensorboard":
+        for tag, numbers in values.items():
+            tracker.tracker.add_histogram(tag, torch.tensor(numbers), step)
 
 
 def _build(

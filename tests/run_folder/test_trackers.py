@@ -1,5 +1,6 @@
 """Trackers get a run's numbers, its id and its folder, and start no processes of their own."""
 
+import errno
 import sys
 import types
 from pathlib import Path
@@ -10,6 +11,7 @@ import wandb
 from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing import event_accumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from sparse_lora_dist.config.sections import TRACKERS
 from sparse_lora_dist.errors import UserError
@@ -61,6 +63,23 @@ def test_tensorboard_drops_the_steps_that_a_resumed_run_does_again(tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 1.0), (2, 20.0)]
     assert [row["step"] for row in read_records(second.path)] == [1, 2]
+
+
+def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    def full(_writer: RecordWriter, _data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    metrics = open_metrics(tmp_path, "tensorboard")
+    metrics.log({"step": 1, "loss": 2.0})
+    monkeypatch.setattr(RecordWriter, "write", full)
+    for step in range(2, 6):
+        metrics.log({"step": step, "loss": 2.0})
+        metrics.log_sites(step, {"ranks": {"a": 3, "b": 5}})
+    metrics.close()
+    said = capsys.readouterr()
+    assert said.out.count("the tracker tensorboard cannot log: [Errno 28] No space left") == 1
+    assert "Traceback" not in said.err
+    assert [row["step"] for row in read_records(metrics.path)] == [1, 2, 3, 4, 5]
 
 
 def test_trackers_make_no_state_of_processes(tmp_path):
