@@ -11,6 +11,7 @@ from sparse_lora_dist.config import paths as locations
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.config.sections import TRACKERS, AdapterConfig, TrainConfig
+from sparse_lora_dist.config.spelling import ELSEWHERE
 from sparse_lora_dist.distributed.launch import Launch
 from sparse_lora_dist.errors import ConfigError
 from sparse_lora_dist.methods import METHODS, MethodFactory
@@ -207,6 +208,9 @@ def test_all_problems_come_at_once(run_folder):
         ("output_dir", "ds_configs/zero3.json", "output_dir must be a folder, got the file"),
         ("model_name", "x", "--model_name is not an option"),
         ("max-steps", "5", "did you mean --max_steps?"),
+        ("no-packing", "", "did you mean --packing false?"),
+        ("lora_r", "8", "did you mean --rank?"),
+        ("per_device_train_batch_size", "8", "did you mean --micro_batch_size?"),
     ],
 )
 def test_one_wrong_value_is_one_problem(flag, value, words):
@@ -378,3 +382,8 @@ def test_flash_attention_and_packed_rows_need_single_rows() -> None:
         load_config(flags)
     assert load_config([*flags, "--packing", "false"]).data.packing is False
     assert load_config([*flags[:2], "--micro_batch_size", "1"]).train.micro_batch_size == 1
+
+
+def test_options_of_other_programs_are_suggested_by_options_that_exist():
+    assert {*ELSEWHERE.values()} <= {*FLAGS}
+    assert not {*ELSEWHERE} & {*FLAGS}
