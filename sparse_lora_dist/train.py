@@ -277,8 +277,8 @@ class Training:
         self.check_process()
         if type(step) is not int or step not in self.steps[:1]:
             raise UserError(
-                f"step({step}) is not the next step: {list(self.steps[:1]) or 'none is left'}. "
-                "Make the steps of training.steps in their order.",
+                f"step({step!r}) is not the next step: {list(self.steps[:1]) or 'none is left'}. "
+                "Make the steps of training.steps in their order, each as an int.",
                 shared=True,
             )
         with torch_as_it_starts():

@@ -194,9 +194,15 @@ def _refuse_unsupported_weights(folder: Path, config: PretrainedConfig) -> None:
         raise UserError(
             f"--model {folder} holds an adapter (adapter_config.json) beside the model, and "
             "transformers would load both. Move the adapter's two files into a folder of their "
-            "own. To train on from it, give that folder to --init_adapter."
+            "own. To train on from it, give that folder to launcher/train.py --init_adapter."
         )
-    quantized = dict(getattr(config, "quantization_config", None) or {})
+    quantized = getattr(config, "quantization_config", None)
+    if quantized == {}:
+        raise UserError(
+            f"--model {folder} has an empty quantization_config in its config.json, with which "
+            "transformers cannot load it either. Remove that key."
+        )
+    quantized = dict(quantized or {})
     before = "GPTQ or AWQ" if (folder / "quantize_config.json").exists() else "bitsandbytes"
     method = quantized.get("quant_method", before)
     if method != "bitsandbytes" or quantized.get("load_in_8bit"):
@@ -302,11 +308,11 @@ def _check_task(config: PretrainedConfig, task: str) -> None:
     if task == "causal_lm" and config.is_encoder_decoder and not _is_a_decoder_alone(config):
         classifiers: Any = AUTO_CLASSES["seq_cls"]
         has_classifier = type(config) in classifiers._model_mapping
-        other = ", or train a classifier with --task seq_cls" if has_classifier else ""
+        other = ", or train a classifier with launcher/train.py --task seq_cls"
         raise UserError(
             f"{config.model_type} is an encoder-decoder: its encoder reads the prompt and its "
             "decoder writes the answer, so this --model cannot be trained as a causal language "
-            f"model. Choose a decoder model{other}."
+            f"model. Choose a decoder model{other if has_classifier else ''}."
         )
     if isinstance(getattr(config, "type_vocab_sizes", None), list | tuple):
         raise UserError(
@@ -328,7 +334,7 @@ def _check_task(config: PretrainedConfig, task: str) -> None:
         raise UserError(
             f"{config.model_type} is an encoder with bidirectional attention, so this --model "
             "cannot be trained as a causal language model. Train it as a classifier with "
-            "--task seq_cls, or choose a decoder model."
+            "launcher/train.py --task seq_cls, or choose a decoder model."
         )
 
 

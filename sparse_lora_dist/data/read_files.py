@@ -20,6 +20,7 @@ import pyarrow.parquet as parquet
 
 from sparse_lora_dist.data.examples import (
     EMPTY,
+    MOST_ROWS,
     Examples,
     declared_names,
     fingerprint,
@@ -260,6 +261,7 @@ def _read_parquet(files: tuple[Path, ...], place: str) -> tuple[datasets.Dataset
         return datasets.load_dataset_builder(
             "parquet",
             data_files=[glob.escape(str(file)) for file in files],  # a name may have [brackets]
+            batch_size=MOST_ROWS,  # without it, the rows of the first group, which may have none
             cache_dir=_cache(files),
         )
 

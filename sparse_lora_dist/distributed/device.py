@@ -58,12 +58,12 @@ def choose_device(asked: str) -> None:
             f"--device cuda, but the environment has DS_ACCELERATOR={usual}. Unset that variable, "
             "or leave --device out."
         )
-    if asked == "auto" and usual is not None:
+    if asked == "auto" and usual not in (None, "cuda"):
         return
     if asked == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     elif not torch.cuda.is_available():
-        _refuse_unless_none(asked, os.environ)
+        _refuse_unless_none("cuda" if usual else asked, os.environ)
         os.environ["DS_ACCELERATOR"] = "cpu"
 
 
@@ -101,9 +101,10 @@ def _refuse_unless_none(asked: str, environ: Mapping[str, str]) -> None:
     sign = sign_of_gpu(environ, DEVICES)
     if sign is None and asked == "auto":
         return
-    found = f"There is a GPU here ({sign})" if sign else "--device cuda was given"
+    given = "DS_ACCELERATOR=cuda" if "DS_ACCELERATOR" in environ else "--device cuda"
+    found = f"There is a GPU here ({sign})" if sign else f"{given} was given"
     raise UserError(
-        f"{found}, but PyTorch cannot use it: {why_no_gpu(environ)} To train on the CPU all the "
+        f"{found}, but PyTorch cannot use it: {why_no_gpu(environ)} To compute on the CPU all the "
         "same, give --device cpu (in Python: DS_ACCELERATOR=cpu in the environment)."
     )
 

@@ -14,6 +14,8 @@ from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.version import __version__
 
 CARD, SIGNATURE = "README.md", "launcher/export.py."
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+"""Name of a model of the hub."""
 MARKDOWN = re.compile(r"[\\`*\[\]|<>&]")
 """Characters that mean something in a cell of a Markdown table."""
 
@@ -45,17 +47,14 @@ def write_card(
         **_added_runs(trained),
         **summary,
     }
-    front = {
-        "base_model": trained.base,
+    # The hub takes no other names there than its own.
+    front = ({"base_model": trained.base} if HUB_ID.fullmatch(trained.base) else {}) | {
         "library_name": "peft" if kind == "peft" else "transformers",
         "tags": ["sparse-lora-dist", "lora" if trained.is_lora else config.adapter.method],
     }
-    style = None if trained.base.isprintable() else '"'  # on one line, in which --- is no mark
     lines = [
         "---",
-        yaml.safe_dump(
-            front, sort_keys=False, default_flow_style=None, default_style=style, width=2**31
-        ).rstrip(),
+        yaml.safe_dump(front, sort_keys=False, default_flow_style=None, width=2**31).rstrip(),
         "---",
         "",
         f"# {cell(Path(trained.base).name)}, fine-tuned with {config.adapter.method}",

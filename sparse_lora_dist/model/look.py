@@ -213,7 +213,8 @@ def refuse_seeing_ahead(module: PreTrainedModel, look: Look) -> None:
         raise UserError(
             f"In this {module.config.model_type} model a token sees those after it (bidirectional "
             "attention), so it cannot be trained as a causal language model, nor its loss be "
-            "measured. Train it as a classifier with --task seq_cls, or choose a decoder model."
+            "measured. Train it as a classifier with launcher/train.py --task seq_cls, or choose a "
+            "decoder model."
         )
 
 
@@ -226,7 +227,8 @@ def refuse_positions_after_padding(module: PreTrainedModel, *, as_before: bool =
         raise UserError(
             f"A {module.config.model_type} model counts positions from its padding token's number "
             "on, which --task causal_lm does not, so it would see other positions than it learned. "
-            "Train it as a classifier with --task seq_cls, or choose a decoder model."
+            "Train it as a classifier with launcher/train.py --task seq_cls, or choose a decoder "
+            "model."
         )
 
 

@@ -48,7 +48,7 @@ def as_started_here(text: str) -> str:
     if Path("launcher/train.py").is_file():
         return text
     started = Path(sys.argv[0])
-    is_file = started.absolute().parent.name == "launcher" and started.is_file()
+    is_file = started.is_file() and started.absolute().parent.name == "launcher"
     if is_file or not Path(sys.executable).with_name("sparse-lora-train").exists():
         folder = started.parent if is_file else (SHIPPED / "launcher").resolve()
         return re.sub(rf"(?<![\w./-]){_FILE}", lambda m: quote(f"{folder}/{m[1]}.py"), text)

@@ -76,6 +76,8 @@ def check_positions(
     for table in model.look.tables:
         if (longest if table.restarts else padded) > table.room:
             name = table.name.removesuffix(".weight")
+            if longest <= table.room:
+                name += f", of which the row takes {padded} with its padding"
             raise UserError(_too_long(longest, table.room, name, flag, new_tokens))
     if longest > (room := getattr(architecture, "max_seq_len", None) or longest):  # MPT
         raise UserError(_too_long(longest, room, "max_seq_len", flag, new_tokens))

@@ -76,7 +76,7 @@ def print_summary(
             "go on", "the schedule is complete; start a new run with the merged model as --model"
         )
     elif adapter_bytes and feed.program.startswith("launcher/edit.py"):
-        export = f"launcher/export.py {quote(str(folder))} --format merged"
+        export = f"{command('python')} launcher/export.py {quote(str(folder))} --format merged"
         print_line(
             "go on",
             f"the schedule is complete; to edit further, merge the adapter ({export} --output DIR) "

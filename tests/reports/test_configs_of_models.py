@@ -113,7 +113,9 @@ def told(folder: Path, config: dict[str, Any]) -> list[str]:
 def test_an_adapter_beside_a_model_is_refused(tmp_path: Path) -> None:
     """huggingface/transformers#43781: it loads both, so the base alone would be another model."""
     (tmp_path / "adapter_config.json").write_text("{}")
-    with pytest.raises(UserError, match="holds an adapter .* give that folder to --init_adapter"):
+    with pytest.raises(
+        UserError, match="holds an adapter .* give that folder to launcher/train.py --init_"
+    ):
         build(tmp_path, LLAMA)
 
 
@@ -122,6 +124,12 @@ def test_a_model_quantised_by_a_tool_of_before_is_named(tmp_path: Path) -> None:
     (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 128}')
     with pytest.raises(UserError, match="already quantised .GPTQ or AWQ., which is not supported"):
         build(tmp_path, LLAMA)
+
+
+def test_an_empty_quantization_config_is_named(tmp_path: Path) -> None:
+    """It was said to be of bitsandbytes. transformers asks it for a quant_method, and fails."""
+    with pytest.raises(UserError, match="has an empty quantization_config .* Remove that key"):
+        build(tmp_path, LLAMA | {"quantization_config": {}})
 
 
 DENSE: dict[str, dict[str, Any]] = {

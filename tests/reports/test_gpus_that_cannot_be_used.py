@@ -109,6 +109,11 @@ def test_cuda_is_asked_for_where_there_is_none_or_the_cpu_is_set(
     with pytest.raises(UserError, match="the environment has DS_ACCELERATOR=cpu"):
         choose_device("cuda")
     choose_device("auto")  # the variable of before still asks for the CPU
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match="DS_ACCELERATOR=cuda was given, but PyTorch cannot use it"):
+        choose_device("auto")
+    choose_device("cpu")
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
     with pytest.raises(ConfigError, match="--device"):
         load_config(["--ds_config", "zero3", "--device", "gpu"])
 

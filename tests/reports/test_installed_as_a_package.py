@@ -117,6 +117,11 @@ def test_programs_are_named_as_they_can_be_started(
     assert as_started_here(".venv/bin/python launcher/plan.py --config a") == (
         ".venv/bin/sparse-lora-plan --config a"
     )
+    (gone := installed / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert as_started_here("Run launcher/export.py.") == "Run sparse-lora-export."
+    monkeypatch.chdir(installed)
     (installed / "launcher").mkdir()  # of another project
     assert as_started_here(text) != text
     (installed / "launcher/train.py").touch()

@@ -154,6 +154,8 @@ def test_parquet_files_without_rows_and_columns_that_cannot_be_read(tmp_path: Pa
     parquet.write_table(table.slice(0, 0), tmp_path / "b.parquet")
     (document,) = load(tmp_path)
     assert learned([document]) == ["b</s>"]  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="It is empty. Give data with at least one example"):
+        load(tmp_path / "b.parquet")
 
 
 def test_each_parquet_file_has_its_own_names_of_classes(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def refusal(config: PretrainedConfig, task: str) -> str:
 def test_an_encoder_decoder_is_no_causal_language_model(config: PretrainedConfig) -> None:
     said = refusal(config, "causal_lm")
     assert said.startswith(f"{config.model_type} is an encoder-decoder")
-    assert said.endswith("Choose a decoder model, or train a classifier with --task seq_cls.")
+    assert said.endswith(
+        "Choose a decoder model, or train a classifier with launcher/train.py --task seq_cls."
+    )
 
 
 def test_no_classifier_is_advised_where_there_is_none() -> None:

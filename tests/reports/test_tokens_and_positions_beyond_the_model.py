@@ -81,7 +81,7 @@ def test_an_answer_longer_than_a_table_names_what_makes_it_shorter(
 def test_a_table_that_does_not_restart_must_hold_the_padding_too() -> None:
     model: Any = Opened("bart", max_position_embeddings=130)
     check_positions(model, 129, "--data", padded=130)
-    with pytest.raises(UserError, match="has 129 tokens, but the model has only 130 positions"):
+    with pytest.raises(UserError, match="has 129 tokens.* 130 positions .*takes 136"):
         check_positions(model, 129, "--data", padded=136)
 
 
