@@ -89,8 +89,9 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
             replaces an earlier run. The default trains on ``--data``.
 
     Yields:
-        The run, ready to make its next step. If the context is left before the last step, a
-        checkpoint is saved, from which the run can be resumed.
+        The run, ready to make its next step. If the context is left before the last step, by
+        ``break`` or ``return``, a checkpoint is saved, from which the run can be resumed. An
+        exception of your own saves nothing: the run goes on from its last checkpoint.
 
     Raises:
         UserError: an option, a file or the environment must be corrected, as the message says. All

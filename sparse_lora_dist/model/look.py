@@ -29,6 +29,8 @@ from sparse_lora_dist.model.stand_in import stand_in
 
 SEEN = "packed documents of a {} model see each other, since its layers go on where one ends"
 """Why documents are not packed. The field is the model_type of the model."""
+SCALED = "a {} model scales attention by a token's place in its row, from {} tokens on"
+"""The same, of Llama 4's layers without positions (``attn_temperature_tuning``)."""
 TOKENS = 8
 """Tokens of each of the two documents of a row."""
 TOO_LARGE = 1e-4
@@ -78,6 +80,9 @@ class Look:
     switched: str = ""
     """What the model sets in itself when it reads a short text, and does not set back; "" if
     nothing. BigBird changes its kind of attention so."""
+    scaled_from: int = 0
+    """Tokens of a row from which on attention depends on a token's place in the row, not in its
+    document; 0 if it never does."""
     sees_ahead: bool = False
     """True if a token of a causal language model sees those after it."""
     padding_moves: float = 0.0
@@ -125,6 +130,7 @@ def look_at(model: PreTrainedModel, task: str) -> Look:
         changed=lookups.changed,
         untrained=_untrained(few, task) - seen.ran - seen.asked,
         switched=switched,
+        scaled_from=_scaled_from(few),
         sees_ahead=ahead,
         padding_moves=moves,
     )
@@ -150,16 +156,19 @@ def settle_packing(config: Config, look: Look, kind: str) -> tuple[Config, list[
     Raises:
         UserError: ``--packing true`` was given.
     """
-    if look.apart is not False or not config.packs:
+    scaled = 0 < look.scaled_from <= config.data.sequence_length
+    if not config.packs or (look.apart is not False and not scaled):
         return config, []
+    why = SCALED.format(kind, f"{look.scaled_from:,}") if scaled else SEEN.format(kind)
     if config.data.packing:
+        shorter = f", or --sequence_length below {look.scaled_from}" if look.apart else ""
         raise UserError(
-            f"--packing true cannot be used: {SEEN.format(kind)}. Set --packing false, which gives "
-            "each document a row of its own.",
+            f"--packing true cannot be used: {why}. Set --packing false, which gives each document "
+            f"a row of its own{shorter}.",
             shared=True,
         )
     alone = replace(config, data=replace(config.data, packing=False))
-    return alone, [f"--packing is false: {SEEN.format(kind)}"]
+    return alone, [f"--packing is false: {why}"]
 
 
 def refuse_changing_weights(module: PreTrainedModel, look: Look) -> None:
@@ -242,6 +251,16 @@ def _sees_ahead(few: PreTrainedModel) -> bool:
         moved_T = (logits[0] - logits[1]).abs().amax(dim=-1)
         return bool(moved_T[:-1].max() > TOO_LARGE * moved_T[-1])
     return False
+
+
+def _scaled_from(few: PreTrainedModel) -> int:
+    scales = [
+        int(getattr(module, "floor_scale", 0))
+        for module in few.modules()
+        if getattr(module, "attn_temperature_tuning", False)
+        and not getattr(module, "use_rope", True)
+    ]
+    return min(scales, default=0)
 
 
 def settle_padded_rows(module: PreTrainedModel, look: Look) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, Llama4TextConfig, PretrainedConfig
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.base_model.architecture import meta_model
@@ -117,6 +117,27 @@ def test_a_usual_architecture_is_packed_as_was_asked(
 def test_a_classifier_has_a_row_for_each_example_anyway() -> None:
     config = Config(model=ModelConfig(task="seq_cls"))
     assert settle_packing(config, Look(apart=False), "bloom") == (config, [])
+
+
+@pytest.mark.parametrize(("scale", "packed"), [(8, False), (8192, True)])
+def test_attention_scaled_by_the_place_in_a_row_is_not_packed(scale: int, packed: bool) -> None:
+    """mosaicml/llm-foundry#1793: Llama 4 scales it by the row's places, not by position_ids."""
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "intermediate_size_mlp": 24}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    sizes |= {"num_hidden_layers": 4, "vocab_size": 101, "num_local_experts": 1}
+    config = Llama4TextConfig(**sizes, moe_layers=[], floor_scale=scale, attn_scale=0.5)
+    ids = torch.randint(3, 101, (1, 20), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        model = with_values(config)
+        alone = model(input_ids=ids[:, 10:]).logits
+        positions = torch.arange(10).repeat(2)[None]
+        row = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 10:]
+    assert torch.allclose(row, alone, atol=1e-5) == packed
+    look, options = looked_at(config), Config(data=DataConfig(sequence_length=20))
+    assert look.apart is True
+    settled, notes = settle_packing(options, look, "llama4_text")
+    assert settled.packs == packed
+    assert [f"from {scale} tokens on" in note for note in notes] == ([] if packed else [True])
 
 
 @pytest.fixture(scope="module")
