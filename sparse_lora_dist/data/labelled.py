@@ -177,7 +177,7 @@ def load_labelled(
             )
         return [row]
 
-    key = (CACHE_VERSION, "labelled", columns, tuple(classes), segments, sequence_length)
+    key = (CACHE_VERSION, "labelled with text", columns, tuple(classes), segments, sequence_length)
     table = tokenise(examples, columns, rows_of, (*key, *identity(tokenizer)), LABELLED)
     documents = LabelledDocuments(table, sequence_length=sequence_length, classes=classes)
     if len(documents) == 0:
@@ -207,7 +207,9 @@ def _row(
             *texts, return_token_type_ids=True, truncation=True, max_length=sequence_length
         )
         tokenizer.backend_tokenizer.no_truncation()  # truncation would change its identity()
-    has_text = all(text.strip() for text in texts)
+    # A tokenizer may drop characters, such as those without width: such a text has no token.
+    has_tokens = {*range(len(texts))} <= {*whole.sequence_ids(0)}
+    has_text = has_tokens and all(text.strip() for text in texts)
     return {
         "input_ids": cut.input_ids,
         "segment_ids": cut.token_type_ids if segments else [],

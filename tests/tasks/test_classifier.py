@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -61,7 +62,8 @@ def load(path: Path, **options: Any) -> LabelledDocuments:
         "sequence_length": 24,
         "max_samples": None,
     }
-    return load_labelled(str(path), framing_tokenizer(), **{**usual, **options})
+    tokenizer = options.pop("tokenizer", None) or framing_tokenizer()
+    return load_labelled(str(path), tokenizer, **{**usual, **options})
 
 
 def test_classes_come_in_the_order_of_their_numbers() -> None:
@@ -165,6 +167,15 @@ def test_pairs_are_framed_by_the_tokenizer_cut_and_counted(tmp_path: Path) -> No
         "to 37 to keep all); 1 left out, without text"
     )
     assert len(load(path, segments=False)[0].segment_ids) == 0
+
+
+def test_a_text_without_a_token_is_no_example(tmp_path: Path) -> None:
+    """Some tokenizers drop spaces without width. The row was scored as one of padding."""
+    path = jsonl(tmp_path / "a.jsonl", *({"text": t, "label": 1} for t in ("ab", "\u200b")))
+    tokenizer = framing_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    documents = load(path, tokenizer=tokenizer)
+    assert documents.report().endswith("1 left out, without text") and len(documents) == 1
 
 
 def test_a_batch_is_padded_under_a_mask_and_filler_is_no_target(tmp_path: Path) -> None:
