@@ -128,6 +128,8 @@ def changes(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> list[Change]
     return sorted(found, key=lambda change: change.need.gpu)
 
 
+SHARDED = 8192
+"""stage3_param_persistence_threshold of zero3.json and zero3_offload.json."""
 Variant = tuple[str, Shapes, PlannedEngine, Ranks]
 """(text of the change, and the shapes, engine settings and ranks of the changed run)."""
 
@@ -147,11 +149,15 @@ def _variants(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterator[V
             ranks,
         )
     # The settings of zero3_offload.json, whatever the engine file of the planned run has.
-    by_layer = replace(engine.bounds, by_layer=True)
+    by_layer = replace(engine.bounds, by_layer=True, persistent=SHARDED)
     away = replace(engine, bounds=by_layer, parameters="cpu", optimizer="cpu")
     away = replace(away, hpz=1, nvme_buffers=0, pinned=True)
     if ranks.on_gpu and away != engine:
         yield "--ds_config zero3_offload", shapes, away, ranks
+    largest = max(s.out_features * s.in_features for s in shapes.run_context.sites)
+    if ranks.world_size > 1 and engine.bounds.persistent >= largest:  # a base that is whole
+        shared = replace(engine.bounds, persistent=SHARDED)
+        yield "--ds_config zero3", shapes, replace(engine, bounds=shared), ranks
     if engine.hpz > 1:
         yield (
             "zero_hpz_partition_size: 1 in the engine file (no second copy of the shards)",

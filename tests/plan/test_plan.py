@@ -778,9 +778,20 @@ def test_the_advice_to_offload_is_what_the_file_does(two_layers: str) -> None:
     run = {"model": two_layers} | LEAN
     files = ROOT / "ds_configs"
     offload = outcome(ds_config=str(files / "zero3_offload.json"), **run).need
-    for name in ("zero3.json", "zero3_hpz.json", "zero3_nvme.json"):
+    for name in ("zero3.json", "zero3_hpz.json", "zero3_nvme.json", "whole.json"):
         advised = outcome(ds_config=str(files / name), **run).changes
         assert [c.need for c in advised if c.what.endswith("zero3_offload")] == [offload]
+
+
+def test_a_base_that_does_not_fit_whole_is_advised_to_be_sharded(two_layers: str) -> None:
+    run = {"model": two_layers} | LEAN
+    sharded, whole = (
+        outcome(ds_config=str(ROOT / "ds_configs" / f"{name}.json"), **run)
+        for name in ("zero3", "whole")
+    )
+    assert [c.need for c in whole.changes if c.what == "--ds_config zero3"] == [sharded.need]
+    assert sharded.need.gpu < whole.need.gpu
+    assert not [c for c in sharded.changes if c.what == "--ds_config zero3"]
 
 
 def test_the_second_copy_lies_where_parameters_do(llama_70b: Shapes) -> None:
