@@ -49,7 +49,7 @@ OF_THE_SYSTEM = ("lost+found", ".snapshot")
 """Folders that file systems make at mount points."""
 OF_BEFORE = re.compile(
     r"README\.md|(adapter_|generation_)?config\.json|adapter_model\.safetensors"
-    r"|modules_to_save\.safetensors|id2label\.json|model(-\d{5}-of-\d{5})?\.safetensors"
+    r"|modules_to_save\.safetensors|id2label\.json|trained_over\.json|model(-\d{5}-of-\d{5})?\.safetensors"
     r"|model\.safetensors\.index\.json|sparse_delta(-\d{5}-of-\d{5})?\.(json|safetensors)|(tokenizer|special_tokens|"
     r"added_tokens|vocab|preprocessor_config|processor_config).*|merges\.txt|chat_template\.jinja"
 )
@@ -86,6 +86,8 @@ def export(request: ExportRequest) -> None:
     try:
         _export(request, final)
     except (OSError, SafetensorError) as error:  # a full disk may raise either
+        if isinstance(error, OSError) and error.filename is None:
+            print(flush=True)  # raises the error again if it is that of stdout
         kind = StorageError if passes_later(error) else UserError
         words = _of_another_path(error, final) or (
             f"The export could not be written to {final}: {error}. Check the free space and the "
@@ -127,7 +129,8 @@ def _export(request: ExportRequest, final: Path) -> None:
         summary = WRITERS[asked.format](trained, temporary, asked) | _prompting(trained)
         _write_base(trained, temporary, asked.format)
         write_card(trained, temporary, final, asked.format, summary)
-        _check_place(final, trained, asked)  # again: another export may have been faster
+        # Again: another export may have been faster.
+        _check_place(final, trained, asked, but=temporary.name)
         _mark_export_of_before(final)
         left = finish(temporary, final, replaces=asked.overwrite)
     finally:
@@ -172,7 +175,7 @@ def _attach_base(trained: Trained, asked: ExportConfig) -> Trained:
     return replace(trained, read_base=base.weight)
 
 
-def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
+def _check_place(final: Path, trained: Trained, asked: ExportConfig, *, but: str = "") -> None:
     """Raise UserError if the output folder must not be replaced.
 
     A missing or empty folder is allowed. A folder with files is allowed with --overwrite if it
@@ -182,8 +185,10 @@ def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
         final: The output folder.
         trained: The run to export.
         asked: Options of the export.
+        but: Name of this export's own unfinished folder, which lies in a mount point.
     """
-    there = final.is_dir() and foreign_in(final, OF_THE_SYSTEM.__contains__)
+    passed = (*OF_THE_SYSTEM, but)
+    there = final.is_dir() and foreign_in(final, passed.__contains__)
     if not final.exists() or there == []:
         return
     if not asked.overwrite:
@@ -200,7 +205,7 @@ def _check_place(final: Path, trained: Trained, asked: ExportConfig) -> None:
             "another folder."
         )
     is_own = own_names(final) if read_marker(final) else _is_of_before
-    others = [n for n in foreign_in(final, is_own) if n not in OF_THE_SYSTEM]
+    others = [n for n in foreign_in(final, is_own) if n not in passed]
     if others:
         raise UserError(
             f"--output {final} holds {in_short(others)}, which no export has written, or which was "
@@ -213,10 +218,10 @@ def _check_writable(final: Path) -> None:
     if os.path.lexists(final) and not final.is_dir():
         raise UserError(f"--output {final} is no folder. Choose another folder.")
     existing = next(p for p in (final, *final.parents) if p.exists())
-    if not os.access(existing, os.W_OK | os.X_OK):
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        what = "not writable" if existing.is_dir() else "no folder"
         raise UserError(
-            f"--output {final} cannot be used, since {existing} is not writable. Choose another "
-            "folder."
+            f"--output {final} cannot be used, since {existing} is {what}. Choose another folder."
         )
 
 

@@ -12,8 +12,10 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from stat import S_IMODE, S_IRWXU
 
 from sparse_lora_dist.system.atomic_files import TEMPORARY, beside, sync, sync_all
 from sparse_lora_dist.system.own_files import (
@@ -57,9 +59,18 @@ def is_mount_point(folder: Path) -> bool:
 
 
 def is_filled_in_place(final: Path) -> bool:
-    """Return True if a folder cannot be replaced by renaming: it is a mount point, or the folder
-    around it is not writable."""
-    return final.is_dir() and (is_mount_point(final) or not os.access(final.parent, os.W_OK))
+    """Return True if a folder cannot be replaced by renaming: it is a mount point or the working
+    directory, or the folder around it is not writable."""
+    return final.is_dir() and (
+        is_mount_point(final) or _is_here(final) or not os.access(final.parent, os.W_OK)
+    )
+
+
+def _is_here(folder: Path) -> bool:
+    try:
+        return folder.samefile(os.curdir)
+    except OSError:  # a working directory that was removed
+        return False
 
 
 def new_folder(final: Path) -> Path:
@@ -76,12 +87,22 @@ def new_folder(final: Path) -> Path:
     place.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(place)
     temporary.mkdir()
+    if final.is_dir():
+        _share_alike(temporary, final.stat())
     try:
         write_marker(temporary, Marker(kind=UNFINISHED, about={"process": asdict(this_process())}))
     except BaseException:
         temporary.rmdir()
         raise
     return temporary
+
+
+def _share_alike(folder: Path, there: os.stat_result) -> None:
+    """Give a folder the group and permissions of the one that it is to replace, before files are
+    made in it."""
+    with suppress(OSError):  # the group of somebody else
+        os.chown(folder, -1, there.st_gid)
+    folder.chmod(S_IMODE(there.st_mode) | S_IRWXU)
 
 
 def replace_whole(
