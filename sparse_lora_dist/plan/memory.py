@@ -288,15 +288,24 @@ def saved_bytes(shapes: Shapes, ranks: Ranks) -> int:
     """Return the bytes that one rank writes into a checkpoint.
 
     Every trained entry is saved as its fp32 master value and one bit (live or dead). An adapter
-    entry has the method's fp32 statistics besides. A live entry has two fp32 moments and, unless
-    all live entries share one, a birth step of 4 bytes. Tensors that the method keeps are saved as
-    they are.
+    entry has the method's fp32 statistics besides, an input feature its fp64 mean square. A live
+    entry has two fp32 moments and, unless all live entries share one, a birth step of 4 bytes.
+    Tensors that the method keeps are saved as they are.
     """
     entries, birth = trained_entries(shapes, ranks), 4 if shapes.forecast.birth_bytes else 0
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     moments = live_entries(shapes, ranks) * (8 + birth)
     kept = _share([p for p in shapes.parameters if p.kind == "kept"], shapes, ranks)
-    return int(4 * entries + entries / 8 + statistics + moments + kept)
+    squares = -(-squares_bytes(shapes) // ranks.world_size)
+    return int(4 * entries + entries / 8 + statistics + moments + kept + squares)
+
+
+def squares_bytes(shapes: Shapes) -> int:
+    """Return the bytes of the fp64 mean squares of input features, which every rank has whole; 0
+    for a method without them (``Rewriting.squares_decay``)."""
+    now = shapes.method.rewriting
+    counts = now is not None and now.squares_decay is not None
+    return 8 * sum(s.in_features for s in shapes.run_context.sites) if counts else 0
 
 
 def _adapter(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Line]:
@@ -316,6 +325,8 @@ def _adapter(shapes: Shapes, engine: PlannedEngine, ranks: Ranks) -> Iterable[Li
     yield _line("moments", "adapter: moments, at their peak", state_at, size, *TRAINED)
     statistics = 4 * shapes.method.n_stats * sparse_entries(shapes, ranks)
     yield _line("statistics", "adapter: statistics", state_at, statistics, *TRAINED)
+    if squares := squares_bytes(shapes):
+        yield _line("squares", "mean squares of input features", where, squares, *TRAINED)
     label, shares = "base gradients of the first steps", collected_bytes(shapes, ranks)
     whole = max(4 * s.out_features * s.in_features for s in shapes.run_context.sites)
     collected: dict[Phase, int] = {"pass": shares + whole, "step": shares} if shares else {}

@@ -30,6 +30,7 @@ from sparse_lora_dist.plan.memory import (
     loss_bytes,
     moment_bytes,
     rank_memory,
+    saved_bytes,
     trained_entries,
 )
 from sparse_lora_dist.plan.output import Outcome, as_json, as_text
@@ -113,6 +114,22 @@ def test_statistics_of_inputs_are_counted(two_layers: str) -> None:
     copies = 2 * 4 * 8 * 512 * 28672
     assert 0.2 * copies < with_squares.backward - plain.backward < copies
     assert with_squares.kept == plain.kept
+
+
+@pytest.mark.parametrize("method", ["prilora", "losa"])
+def test_mean_squares_are_counted_in_memory_and_checkpoints(two_layers: str, method: str) -> None:
+    """8 bytes for each of the inputs: seven linears a layer, of which one has 28,672."""
+    found = outcome(model=two_layers, method=method, **LEAN)
+    inputs = 2 * (6 * 8192 + 28672)
+    of_host = found.memory.lines
+    assert [x.bytes["step"] for x in of_host if x.key == "squares"] == [8 * inputs]
+    shapes = found.shapes
+    without = replace(shapes.method, rewriting=replace(shapes.method.rewriting, squares_decay=None))
+    other = shapes.with_config(shapes.config)
+    other.__dict__["method"] = without
+    one, eight = (saved_bytes(shapes, Ranks(world_size=n)) for n in (1, 8))
+    assert one - saved_bytes(other, Ranks(world_size=1)) == 8 * inputs
+    assert eight - saved_bytes(other, Ranks(world_size=8)) == inputs
 
 
 # Against real shards
