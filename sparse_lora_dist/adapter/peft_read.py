@@ -122,6 +122,7 @@ def open_peft(
         UserError: the adapter is absent or damaged.
     """
     config, files = _open_files(folder, flag)
+    _refuse_bare_names(folder, flag, files[0].keys())
     saved = {_our_name(key): file.get_slice(key) for file in files for key in file.keys()}  # noqa: SIM118  safe_open is no dict
     wrapped = next((name for name in saved if WRAPPED.match(name)), None)
     if wrapped is not None:
@@ -140,6 +141,15 @@ def open_peft(
     shapes = {name: tuple(tensor.get_shape()) for name, tensor in saved.items()}
     values = {name: _range_of(tensor, shapes[name]) for name, tensor in saved.items()}
     return config, values, shapes
+
+
+def _refuse_bare_names(folder: str, flag: str, keys: Iterable[str]) -> None:
+    if bare := [key for key in keys if not key.startswith(PREFIX)]:
+        raise UserError(
+            f"{flag} {folder} holds {bare[0]}, without the prefix {PREFIX} of PEFT's names, and "
+            "PEFT drops such tensors. Save the adapter with PEFT's save_pretrained, or put the "
+            "prefix before each name."
+        )
 
 
 def _range_of(tensor: Any, shape: tuple[int, ...]) -> Values:

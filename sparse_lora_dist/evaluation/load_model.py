@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparse_lora_dist.adapter.peft_agrees import without_tensors
+from sparse_lora_dist.base_model.shard_loader import is_experts
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed.phases import fail_together
@@ -49,6 +50,13 @@ def open_model(config: Config, adapter: Adapter) -> tuple[Model, Adapter]:
     has = {*adapter.scales, *adapter.full}
     adapter = replace(adapter, lacking=without_tensors(adapter.config, [*linears], has))
     absent = [site for site in adapter.scales if site not in linears]
+    if absent and any(map(is_experts, model.module.modules())):
+        raise UserError(
+            f"The adapter {adapter.name} cannot be evaluated: its {absent[0]} is no linear of this "
+            "model. Routers and experts get no adapter here. Merge it into its base with PEFT's "
+            "merge_and_unload, and evaluate the result with --model.",
+            shared=True,
+        )
     if absent:
         raise _does_not_fit(adapter, f"the model has no linear named {absent[0]}")
     if passed := [site for site in adapter.scales if site in model.look.read]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sparse_lora_dist.adapter.peft_read import read_peft
 from sparse_lora_dist.config.config import Config
@@ -174,3 +174,19 @@ def test_the_adapter_at_the_root_of_a_folder_counts_before_one_called_adapter(
         save_file(tensors, folder / "adapter_model.safetensors")
     (adapter,) = open_adapters([str(root)])
     assert adapter.shapes["q.lora_a"] == (2, 4)
+
+
+@pytest.mark.parametrize("lost", ["A", "B", "AB"])
+def test_names_without_the_prefix_of_peft_are_refused(adapter: Adapter, lost: str) -> None:
+    """PEFT drops such tensors with a warning; they were applied here."""
+    folder = adapter()
+    file = folder / "adapter_model.safetensors"
+    renamed = {
+        name.removeprefix("base_model.model.") if f"lora_{half}" in name else name: tensor
+        for name, tensor in load_file(file).items()
+        for half in lost[:1]
+    }
+    save_file(renamed, file)
+    assert "without the prefix base_model.model." in said_by_eval(folder)
+    with pytest.raises(UserError, match="without the prefix base_model.model."):
+        read_peft(str(folder), {}, rank=2, alpha=4.0)
