@@ -101,6 +101,12 @@ def training(config: Config, purpose: Purpose = TRAINING) -> Iterator["Training"
         Finished: on every rank, if the run has made all its steps already. Its files stay as they
             are.
     """
+    with comm.variables_of_one_rank(), _training(config, purpose) as now:
+        yield now
+
+
+@contextmanager
+def _training(config: Config, purpose: Purpose) -> Iterator["Training"]:
     if not isinstance(config, Config):
         raise UserError(
             f"run() and training() take what settings() returns, got {type(config).__name__}."

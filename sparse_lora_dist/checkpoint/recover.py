@@ -1,5 +1,6 @@
 """Find the intact checkpoints of a run."""
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,14 +25,20 @@ def newest_whole(folder: Path) -> Path | None:
         A step_... folder; None if the folder has no published checkpoint.
 
     Raises:
-        UserError: on all ranks, if all checkpoints are damaged. The run is not started anew,
-            because that would delete its progress.
+        UserError: on all ranks, if all checkpoints are damaged: the run is not started anew,
+            because that would delete its progress. Or this user may not enter or replace one.
     """
     found = published_for_all(folder)
     for path in reversed(found):
         damage = find_damage(path)
         if damage is None:
             return path
+        if comm.broadcast_object(not os.access(path, os.R_OK | os.W_OK | os.X_OK)):
+            raise UserError(
+                f"{damage} An earlier checkpoint is not taken in its place, since the run could "
+                "not save that step again.",
+                shared=True,
+            )
         print_line("skipped", damage)
     if found:
         raise UserError(

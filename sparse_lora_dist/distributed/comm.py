@@ -92,26 +92,48 @@ def start(timeout_s: float = 600.0) -> Launch:
     launch = this_launch()
     if dist.is_initialized():
         if _patient in dist.distributed_c10d._world.pg_map:  # this function has been here
+            if launch.launcher == "python":  # ``variables_of_one_rank`` has taken them away
+                _set_variables(launch)
             return launch
         launch.check_group(rank(), world_size(), dist.get_backend_config(), gpu=on_gpu())
     if launch.launcher == "mpirun":
         launch = with_meeting_place(launch)
     launch.check_address()
-    device = launch.local_rank
     if on_gpu():
-        # With srun --gpus-per-task=1 each rank sees one GPU, number 0.
-        device %= torch.cuda.device_count()
         for name, value in GPU_DEFAULTS.items():
             os.environ.setdefault(name, value)
-        torch.cuda.set_device(device)
-    os.environ.update(launch.variables())  # DeepSpeed reads them
-    set_local_rank(device)
+        torch.cuda.set_device(_device_of(launch))
+    _set_variables(launch)
     # The watchdog checks at intervals, so it may report up to a tenth later than timeout_s.
     _timeout = timedelta(seconds=1.1 * timeout_s) + SPARE
     _join(launch)
     _check_devices()
     _set_threads(launch)
     return launch
+
+
+def _device_of(launch: Launch) -> int:
+    # With srun --gpus-per-task=1 each rank sees one GPU, number 0.
+    return launch.local_rank % torch.cuda.device_count() if on_gpu() else launch.local_rank
+
+
+def _set_variables(launch: Launch) -> None:
+    os.environ.update(launch.variables())  # DeepSpeed reads them
+    set_local_rank(_device_of(launch))
+
+
+@contextmanager
+def variables_of_one_rank() -> Iterator[None]:
+    """Context manager: at its end, the variables that ``start`` has set in a program without a
+    launcher are gone. Programs that it starts would take themselves for ranks. Not collective."""
+    before = {*os.environ}
+    alone = this_launch().launcher == "python"
+    try:
+        yield
+    finally:
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if alone else ():
+            if name not in before:
+                os.environ.pop(name, None)
 
 
 def set_local_rank(device: int) -> None:

@@ -206,10 +206,15 @@ def _check_can_add(run: Trained, first: Trained) -> None:
             "adapters over the same base can be added. Leave this run out."
         )
     if run.full and run is not first:
+        advice = (
+            "The run to export has such modules too: export each by itself."
+            if first.full
+            else "Name it first, as the run to export, and give the other runs to --plus."
+        )
         raise UserError(
             f"--plus cannot add {run.path}, which trained "
             f"{', '.join(run.manifest['full_modules'])} in full: such modules cannot be added. "
-            "Name it first, as the run to export, and give the other runs to --plus."
+            f"{advice}"
         )
     for name in ("quantization", "double_quant", "precision"):
         was, own = getattr(first.config.model, name), getattr(run.config.model, name)

@@ -39,7 +39,7 @@ class JsonLines:
             last_step: step that a resumed run starts from; records of later steps are removed. None
                 removes all records.
         """
-        self.path, self._failed = path, False
+        self.path, self.failed = path, False
         if comm.rank() == 0 and path.exists():
             lines = read_lines(path)
             kept = [line for line in lines if _stays(line, last_step)]
@@ -60,7 +60,7 @@ class JsonLines:
         Raises:
             HeldError: another job holds the lock of the run folder now.
         """
-        if comm.rank() > 0 or self._failed:
+        if comm.rank() > 0 or self.failed:
             return
         finite = {k: v if _is_json(v) else None for k, v in record.items()}
         try:
@@ -71,7 +71,7 @@ class JsonLines:
             with self.path.open("ab+") as file:
                 file.write(line.encode() if _ends_whole(file) else b"\n" + line.encode())
         except OSError as error:
-            self._failed = True
+            self.failed = True
             print_line(
                 "warning",
                 f"{self.path} cannot be written: {error}. The run goes on without the records from "

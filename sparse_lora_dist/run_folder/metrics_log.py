@@ -3,13 +3,19 @@
 import resource
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.tracking import GeneralTracker
 
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
-from sparse_lora_dist.run_folder.metrics_file import JsonLines, Record
+from sparse_lora_dist.run_folder.metrics_file import (
+    JsonLines,
+    Record,
+    of_the_same_rows,
+    read_records,
+)
 from sparse_lora_dist.run_folder.trackers import log_histograms, run_id, start_trackers
 from sparse_lora_dist.system.own_files import claim
 
@@ -87,6 +93,14 @@ class Metrics:
         numbers = {k: v for k, v in record.items() if k != "step" and not isinstance(v, str)}
         step = int(record["step"])
         self._each("log", lambda tracker: tracker.log(numbers, step=step))
+
+    def read(self) -> list[dict[str, Any]] | None:
+        """Return the records of ``metrics.jsonl`` whose held-out scores can be compared, on rank 0;
+        None if some could not be written."""
+        if self._lines.failed:
+            return None
+        # No file: a checkpoint resumed into another folder with no step left to train.
+        return of_the_same_rows(read_records(self.path) if self.path.exists() else [])
 
     def log_sites(self, step: int, numbers: Mapping[str, Mapping[str, int]]) -> None:
         """Log numbers that each site (target module) has, as TensorBoard histograms over the sites.

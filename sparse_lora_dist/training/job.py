@@ -22,7 +22,6 @@ from sparse_lora_dist.model.model import Model
 from sparse_lora_dist.model.prompting import Prompting
 from sparse_lora_dist.optim.learning_rate import LearningRate, stage_of
 from sparse_lora_dist.run_folder.attempts import Attempts
-from sparse_lora_dist.run_folder.metrics_file import of_the_same_rows, read_records
 from sparse_lora_dist.run_folder.metrics_log import Metrics, peak_memory_bytes
 from sparse_lora_dist.runtime import stop_signals, watchdog
 from sparse_lora_dist.runtime.signal_lead import SignalLead
@@ -363,13 +362,11 @@ class Job:
         self.attempts.end("finished" if done else "stopped", step, why)
         if comm.rank() == 0:
             own_folder.end_adapter(self.folder)
-            # No file: a checkpoint resumed into another folder with no step left to train.
-            rows = read_records(self.metrics.path) if self.metrics.path.exists() else []
             print_summary(
                 self.config,
                 self.feed,
                 self.progress,
-                of_the_same_rows(rows),
+                self.metrics.read(),
                 model=self.model,
                 adapter_bytes=size,
                 goes_on=self.shards.method.redraws or self.shards.ended,

@@ -309,6 +309,12 @@ def _check_empty(folder: Path) -> None:
     """Raise UserError if a folder without a marker holds anything but what a job leaves that was
     killed before it made the marker."""
     found = sorted(p.name for p in folder.iterdir() if not _is_left(p)) if folder.exists() else []
+    if MARKER in found:
+        raise UserError(
+            f"{folder / MARKER}, which says what the run has written, cannot be read or is "
+            "damaged. Give yourself access to it (chmod), or restore it. If the rest of the folder "
+            "is intact, it may be removed: the run then goes on by its run.yaml and checkpoints."
+        )
     if found:
         raise UserError(
             f"--output_dir {folder} is neither empty nor the folder of a run: it holds "

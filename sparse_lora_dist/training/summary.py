@@ -26,7 +26,7 @@ def print_summary(
     config: Config,
     feed: DataFeed,
     progress: Progress,
-    rows: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]] | None,
     *,
     model: Model,
     adapter_bytes: int,
@@ -39,7 +39,8 @@ def print_summary(
         config: options of the run.
         feed: data of the run, which has its number of steps.
         progress: how many optimizer steps and tokens the run has trained.
-        rows: lines of metrics.jsonl as dicts, from ``read_records``.
+        rows: lines of metrics.jsonl as dicts, from ``read_records``; None if the last ones could
+            not be written.
         model: the trained model.
         adapter_bytes: size of the exported adapter in bytes; 0 if none was exported.
         goes_on: True if a run that has done all its steps may be continued with more.
@@ -54,8 +55,11 @@ def print_summary(
         "trained",
         f"{progress.step} of {feed.total_steps} steps, {progress.tokens:,} tokens, {where}",
     )
-    print_line("result", gain(rows, TASKS[config.model.task].target))
-    print_line("live", sparsity(rows))
+    if rows is None:
+        print_line("result", f"not known: {folder}/metrics.jsonl could not be written to the end")
+    else:
+        print_line("result", gain(rows, TASKS[config.model.task].target))
+        print_line("live", sparsity(rows))
     if adapter_bytes:
         opens = "opens in peft.PeftModel"
         if (dropped := model.dropped_by_peft) and is_lora:

@@ -285,7 +285,7 @@ def test_a_damaged_cache_is_not_used_but_replaced(
         assert_same_base(rank, first)
 
 
-@pytest.mark.parametrize("what", ["notes.txt", "a file in its place"])
+@pytest.mark.parametrize("what", ["notes.txt", "a file in its place", "a link"])
 def test_a_damaged_cache_is_not_replaced_with_the_files_of_others(
     ranks: Ranks, tmp_path: Path, llama: Path, what: str
 ) -> None:
@@ -295,6 +295,14 @@ def test_a_damaged_cache_is_not_replaced_with_the_files_of_others(
     if what == "notes.txt":
         (cache / what).write_text("mine")
         (cache / "config.json").write_text("damaged")
+    elif what == "a link":  # as to another disk
+        (tmp_path / "disk").mkdir()
+        (other := cache.rename(tmp_path / "disk" / "cache")).joinpath("config.json").write_text("")
+        cache.symlink_to(other)
+        (found,) = ranks(1, LOAD, **arguments)
+        assert not found["cached"] and "it is a link" in found["said"] and cache.is_symlink()
+        assert sorted(p.name for p in tmp_path.iterdir()) == sorted([cache.name, "disk"])
+        return
     else:
         shutil.rmtree(cache)
         cache.write_text("mine")

@@ -1,6 +1,7 @@
 """Checkpoints that a crash, a disk or a hand has damaged, and what a killed job leaves behind."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 
 from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint.manifest import FORMAT, sealed
+from sparse_lora_dist.checkpoint.recover import newest_whole
+from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.run_folder.metrics_file import read_records
 from tests.conftest import Ranks
 from tests.fixtures.tiny_run import TinyRun
@@ -216,3 +219,14 @@ def test_what_a_killed_job_left_after_its_last_save_is_removed_by_the_next(
     few = tiny.flags(tmp_path, **options, keep_last=2)
     ranks(1, "tests.work.run:train", flags=few)
     assert checkpoint.published(tmp_path / "checkpoints") == [step(tmp_path, 2), step(tmp_path, 3)]
+
+
+def test_a_checkpoint_that_may_not_be_entered_is_not_passed_over(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its step would be trained once more, and could not be saved in its place."""
+    (step(run, 6) / "manifest.json").write_text("[]")
+    assert newest_whole(run / "checkpoints") == step(run, 4)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != step(run, 6))
+    with pytest.raises(UserError, match="An earlier checkpoint is not taken in its place"):
+        newest_whole(run / "checkpoints")

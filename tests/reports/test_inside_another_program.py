@@ -46,6 +46,20 @@ sld.run(sld.settings(**{options_of(tiny)}))
     assert "trained   2 of 2 steps" in run_program(program, tmp_path)
 
 
+@pytest.mark.usefixtures("processes")
+def test_programs_that_are_started_after_a_run_are_no_ranks(tiny: TinyRun, tmp_path: Path) -> None:
+    """accelerate asked for MASTER_ADDR, and mpirun's ranks found another rank in RANK."""
+    program = f"""
+import os
+import sparse_lora_dist as sld
+for step in (1, 2):
+    options = {options_of(tiny)} | dict(max_steps=2, stop_after=step, resume="auto")
+    sld.run(sld.settings(**options))
+    print("left", [name for name in {RANKS} if name in os.environ])
+"""
+    assert run_program(program, tmp_path).count("left []") == 2
+
+
 def test_a_process_group_of_other_ranks_than_the_environment_says() -> None:
     Launch(launcher="torchrun", rank=1, world_size=2).check_group(1, 2, "cpu:gloo", gpu=False)
     with pytest.raises(UserError, match="as rank 1 of 2, but by the environment it is rank 0 of 1"):

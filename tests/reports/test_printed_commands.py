@@ -58,6 +58,17 @@ def test_the_commands_of_the_summary(
     assert f"{folder}/tensorboard" in shlex.split(lines["curves"])
 
 
+def test_a_loss_that_could_not_be_written_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last loss in the file was shown, of an older step."""
+    lines: dict[str, str] = {}
+    monkeypatch.setattr(summary, "print_line", lambda name, text="": lines.update({name: text}))
+    model: Any = SimpleNamespace(adapters=[], dropped_by_peft=[], taken_by_peft=[])
+    summary.print_summary(
+        in_folder("run"), FEED, Progress(step=4), None, model=model, adapter_bytes=0, goes_on=False
+    )
+    assert "could not be written to the end" in lines["result"] and "live" not in lines
+
+
 def test_the_summary_of_edits_names_options_that_edit_has(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

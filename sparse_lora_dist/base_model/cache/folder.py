@@ -123,6 +123,10 @@ class CacheFolder:
             sync(out.folder)
             if self.final.exists() and not can_stay(self.final):
                 _refuse_others_files(self.final)
+                if self.final.is_symlink():
+                    raise UserError(
+                        f"{self.final} is damaged, and not replaced: it is a link. Remove the link"
+                    )
                 # Renamed before it is removed, so that no job opens a half removed cache.
                 aside = out.folder.with_name(f"{out.folder.name}old")
                 self.final.rename(aside)
