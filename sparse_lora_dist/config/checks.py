@@ -17,13 +17,15 @@ def at_least(part: object, bound: float, *names: str) -> list[str]:
     """Return a message for each number that is below a bound or not finite.
 
     Args:
-        part: Object with the options as attributes. An option that is None passes.
+        part: Object with the options as attributes. An option that is None passes; null is named
+            as a value if it is the default.
         bound: Smallest value allowed.
         names: Names of the options to check.
     """
     numbers = {name: getattr(part, name) for name in names}
+    or_null = {name: " or null" for name in names if getattr(type(part), name, "") is None}
     return [
-        f"--{name} must be at least {bound}, got {value}"
+        f"--{name} must be at least {bound}{or_null.get(name, '')}, got {value}"
         for name, value in numbers.items()
         if value is not None and not bound <= value < math.inf
     ]

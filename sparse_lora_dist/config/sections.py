@@ -213,7 +213,7 @@ class TrainConfig:
         problems += at_least(self, 0, "warmup_steps", "weight_decay", "max_grad_norm", "seed")
         for name in ("stop_after", "warmup_steps"):
             value = getattr(self, name)
-            if self.max_steps is not None and value is not None and value > self.max_steps:
+            if self.max_steps is not None and value is not None and value > self.max_steps > 0:
                 problems.append(
                     f"--{name} must be at most --max_steps ({self.max_steps}), got {value}"
                 )

@@ -19,6 +19,7 @@ from sparse_lora_dist.data.local_files import (
     CELLS,
     TEXT,
     Columns,
+    empty_rows,
     examples_in,
     whole_number,
     without_nulls,
@@ -44,7 +45,7 @@ MOST_ROWS, MOST_CHARACTERS = 1000, 1 << 24
 """Most rows of a part of the table, and characters of its examples, that are in memory."""
 NAME = "sparse_lora_dist"
 """Name of the tables of this program in the cache of ``datasets``."""
-VERSION = 4
+VERSION = 5
 """Version of ``LOCAL``. Increase it when the same file gives other rows."""
 TO_JSON = re.compile(r"(arguments|tool_calls?|function)\s*\|\s*tojson")
 """What a template has that writes the arguments of tool calls as JSON."""
@@ -202,6 +203,13 @@ def quoted_cells(examples: Examples, columns: Collection[str]) -> str:
         f"cells of a TSV file that stand in quotes: {count} in the first rows. The quotes are "
         "learned as letters. If a program has put them there, save the table as CSV or JSON Lines"
     )
+
+
+def rows_left_out(examples: Examples) -> str:
+    """Return a note about rows of CSV or TSV tables that are left out, since all their cells are
+    empty; "" if there are none."""
+    count = sum(map(empty_rows, examples.files)) if examples.is_table and examples.is_local else 0
+    return f"rows of empty cells are left out: {count:,}" if count else ""
 
 
 def rows_of_another_template(examples: Examples, template: str | None, own: object) -> str:

@@ -152,7 +152,8 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
             names = _column_names(file, first, column_names)
             if column_names:
                 _refuse_header(file, first, column_names)
-                yield _unnumbered(dict(zip(names, first, strict=True)))
+                if not _is_empty(first):
+                    yield _unnumbered(dict(zip(names, first, strict=True)))
             begins = reader.line_num + 1
             for cells in reader:
                 if len(cells) not in (0, len(names)):
@@ -165,7 +166,7 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
                         f"{file}:{reader.line_num}: This line has the names of the columns, as if "
                         "two tables were joined. Remove it."
                     )
-                if cells:
+                if not _is_empty(cells):
                     yield _unnumbered(dict(zip(names, cells, strict=True)))
                 begins = reader.line_num + 1
         except (csv.Error, UnicodeDecodeError) as error:
@@ -175,6 +176,23 @@ def _cells(file: Path, column_names: Columns) -> Numbered:
                 "file, or save it as UTF-8 text. A cell with a quote in it stands in quotes, and "
                 'the quote in it is doubled: "5"" wide".'
             ) from error
+
+
+def _is_empty(cells: Sequence[str]) -> bool:
+    """Return True for an empty line, and for a row of empty cells, as spreadsheets save them below
+    a table."""
+    return not any(cell.strip() for cell in cells)
+
+
+def empty_rows(file: Path) -> int:
+    """Return the number of rows of a CSV or TSV table that are left out because all their cells are
+    empty. Empty lines do not count."""
+    with file.open(encoding="utf-8-sig") as f:  # most files have no line that could be one
+        if not any(line != "\n" and not any(map(str.isalnum, line)) for line in f):
+            return 0
+    csv.field_size_limit(LARGEST_CELL)
+    with file.open(newline="", encoding="utf-8-sig") as f:
+        return sum(bool(row) and _is_empty(row) for row in csv.reader(f, **CELLS[file.suffix]))
 
 
 def _quoted(file: Path, line: int, cell: str) -> str:

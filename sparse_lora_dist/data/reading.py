@@ -24,6 +24,7 @@ from sparse_lora_dist.data.chat import (
 from sparse_lora_dist.data.examples import (
     Examples,
     quoted_cells,
+    rows_left_out,
     rows_of_another_template,
     text_in_place_of_arguments,
 )
@@ -46,8 +47,8 @@ DATE = "strftime_now"
 AT_RANDOM = re.compile(r"\|\s*random\b|\blipsum\s*\(")
 """What of jinja gives another text each time."""
 MARKS = """
-If none is too long, the {% generation %} marks of the chat template cover nothing: put them around
-what the assistant says. """.replace("\n", " ").lstrip()
+The {% generation %} marks of the chat template cover nothing: put them around what the assistant
+says. """.replace("\n", " ").lstrip()
 """What to do if nothing is learned with a template that has marks."""
 READ_KEYS = ("role", "content")
 """Keys of a message that every template renders."""
@@ -125,7 +126,7 @@ def describe(examples: Examples, columns: Collection[str], **more: Any) -> Readi
         more: further fields of ``Reading``. ``unread_columns`` are added to the other columns, and
             ``notes`` to those about the files.
     """
-    notes = (missing_files(examples), *more.pop("notes", ()))
+    notes = (missing_files(examples), rows_left_out(examples), *more.pop("notes", ()))
     unread = tuple(name for name in examples.names.columns if name not in columns)
     unread += more.pop("unread_columns", ())
     if len(unread) > MOST_RECORDED:
@@ -287,7 +288,12 @@ def answers_cut(
 
 
 def no_document(
-    examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
+    examples: Examples,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+    *,
+    any_too_long: bool,
 ) -> str:
     """Return sentences that say why no example has a target, as far as it is known, and what to do.
 
@@ -296,16 +302,33 @@ def no_document(
         fields: columns that are read.
         tokenizer: tokenizer of the base.
         template: jinja text that renders chats; None if they are joined as they are.
+        any_too_long: True if an example is left out because it is too long.
     """
-    if template is None or _writes_messages(examples, fields, tokenizer, template):
-        roles = wrong_roles(examples) if fields.kind == "messages" else ""
-        roles += MARKS if has_marks(template) else ""
-        return f"{roles}Raise --sequence_length, or give other data."
-    return (
-        f"The chat template {template[:60]!r} writes none of the messages. Give a --chat_template "
-        "that writes the role and content of each: {% for message in messages %} ... "
-        "{{ message.role }} ... {{ message.content }} ... {% endfor %}."
-    )
+    if template is not None and not _writes_messages(examples, fields, tokenizer, template):
+        return (
+            f"The chat template {template[:60]!r} writes none of the messages. Give a "
+            "--chat_template that writes the role and content of each: {% for message in messages "
+            "%} ... {{ message.role }} ... {{ message.content }} ... {% endfor %}."
+        )
+    why = wrong_roles(examples) if fields.kind == "messages" else ""
+    if any_too_long:
+        return f"{why}Raise --sequence_length, or give other data."
+    if _has_no_tokens(examples, fields, tokenizer):
+        return (
+            "The tokenizer gives no token for any text of the data. Check that --model has the "
+            "right tokenizer: the files of another may be in its folder."
+        )
+    return f"{why}{MARKS if has_marks(template) else ''}Give other data."
+
+
+def _has_no_tokens(examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast) -> bool:
+    """Return True if the tokenizer gives no token for any text of the first 100 examples, and one
+    of them is not blank."""
+    first = islice(examples, 100)
+    texts = [text for record in first for text in _texts([record.get(c) for c in fields.columns])]
+    texts = [text for text in texts if text.strip()]
+    encoded = backend_of(tokenizer).encode_batch(texts, add_special_tokens=False)
+    return bool(texts) and not any(one.ids for one in encoded)
 
 
 def _writes_messages(

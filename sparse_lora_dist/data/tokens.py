@@ -262,7 +262,9 @@ def load_documents(
     documents = Documents(table, sequence_length=sequence_length)
     if len(documents) == 0:
         found = f"{place} has no document to train on: {documents.report()}."
-        raise UserError(f"{found} {no_document(examples, fields, tokenizer, template)}")
+        any_too_long = documents.too_long > 0
+        why = no_document(examples, fields, tokenizer, template, any_too_long=any_too_long)
+        raise UserError(f"{found} {why}")
     documents.template, documents.ends = template, _ends(tokenizer, fields, template)
     reading = _reading(documents, examples, fields, tokenizer, template, chat_template, train_on)
     is_txt = examples.is_plain_text

@@ -24,7 +24,7 @@ class EncodedQuestion:
     """A question and its answer as one row of token ids."""
 
     ids: list[int]
-    """Token ids of "prompt answer"."""
+    """Token ids of the prompt and its answer."""
     num_prompt: int
     """Number of tokens before the first token of the answer."""
 
@@ -35,7 +35,8 @@ class EncodedQuestion:
 
 
 def encode(tokenizer: Any, question: Question) -> EncodedQuestion:
-    """Tokenise a question and its answer, joined by a space, and find where the answer starts.
+    """Tokenise a question and its answer, and find where the answer starts. They are joined by a
+    space unless the prompt ends or the answer begins with white space; EasyEdit adds one there too.
 
     The answer starts at the first token in which "prompt answer" differs from "prompt" alone.
     EasyEdit lets it start after as many tokens as the prompt alone has. The results differ only if
@@ -49,7 +50,9 @@ def encode(tokenizer: Any, question: Question) -> EncodedQuestion:
         The token ids, with at least one token before the answer and one in it.
     """
     prompt = ids_without_eos(tokenizer, question.prompt)
-    ids = ids_without_eos(tokenizer, f"{question.prompt} {question.answer}")
+    has_space = question.prompt[-1:].isspace() or question.answer[:1].isspace()
+    between = "" if has_space else " "
+    ids = ids_without_eos(tokenizer, f"{question.prompt}{between}{question.answer}")
     pairs = zip(prompt, ids, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(prompt))
     return EncodedQuestion(ids=ids, num_prompt=max(1, min(same, len(ids) - 1)))

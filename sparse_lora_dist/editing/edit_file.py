@@ -10,9 +10,9 @@ The file is a JSON list of objects, or one JSON object per line. An object descr
                       whose answer follows from the new fact
     locality          optional: the same form, for questions that the edit should not affect
 
-``FIELD_NAMES`` has further names of these fields, which KnowEdit's data sets use. A text may be
-given as a list of aliases, or a list of such lists; the first alias is used, as in EasyEdit. A
-prompt must be one text.
+``FIELD_NAMES`` has further names of these fields, which KnowEdit's data sets use. An edit that has
+different values under two names of a field is refused. A text may be given as a list of aliases, or
+a list of such lists; the first alias is used, as in EasyEdit. A prompt must be one text.
 """
 
 import json
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_lora_dist.distributed.console import counted
-from sparse_lora_dist.editing.edits import Edit, Edits, Question
+from sparse_lora_dist.editing.edits import Edit, Edits, Question, QuestionsByKind
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.small_files import unique_keys
 
@@ -179,11 +179,7 @@ class _EditParser:
         by_kind = {
             name: self._by_kind(record.get(name), name) for name in ("portability", "locality")
         }
-        for name in ("prompt", "rephrase_prompt"):
-            if "{}" in given[name] and given["subject"] not in given[name]:
-                self._add_problem(
-                    f"{name} has the place holder {{}} of ROME's files. Write the subject there"
-                )
+        self._check_place_holders(given, by_kind)
         if len(self.problems) > before:
             return None
         target, rephrased = given["target_new"], given["rephrase_prompt"]
@@ -194,6 +190,23 @@ class _EditParser:
             **by_kind,
         )
 
+    def _check_place_holders(
+        self, given: Mapping[str, str], by_kind: Mapping[str, QuestionsByKind]
+    ) -> None:
+        prompts = [(name, given[name]) for name in ("prompt", "rephrase_prompt")]
+        prompts += [
+            (f"{name}.{kind}", question.prompt)
+            for name, kinds in by_kind.items()
+            for kind, questions in kinds.items()
+            for question in questions
+        ]
+        for name, prompt in prompts:
+            if "{}" in prompt and given["subject"] not in prompt:
+                self._add_problem(
+                    f"{name} has the place holder {{}} of ROME's files: {prompt[:60]!r}. Write the "
+                    "subject there"
+                )
+
     def _text_of(self, record: Mapping[str, Any], name: str) -> str:
         """Return the text of field ``name``, or "" if it is wrong or missing.
 
@@ -203,7 +216,15 @@ class _EditParser:
             record: The JSON object of the edit.
             name: A key of ``FIELD_NAMES``.
         """
-        value = next((record[n] for n in FIELD_NAMES[name] if n in record), None)
+        values = {n: record[n] for n in FIELD_NAMES[name] if _has_text(record.get(n))}
+        if len({str(_first_alias(value)) for value in values.values()}) > 1:
+            self._add_problem(
+                f"{' and '.join(values)} are two names of one field, but have different values. "
+                "Remove one of them"
+            )
+        # A table has null, or an empty text, where an edit has no value in a column.
+        given = [*values.values(), *(record[n] for n in FIELD_NAMES[name] if n in record)]
+        value = given[0] if given else None
         if _first_alias(value) is None and name in REQUIRED:
             self._add_problem(f"{name} is missing or null, but must be text")
         return self._text(value, name, may_be_blank=name not in REQUIRED) or ""
@@ -272,6 +293,12 @@ def _first_alias(value: Any) -> Any:
     while isinstance(value, list):
         value = value[0] if value else None
     return value
+
+
+def _has_text(value: Any) -> bool:
+    """Return True unless the value of a field is null or blank."""
+    text = _first_alias(value)
+    return text is not None and bool(str(text).strip())
 
 
 def _is_several(value: Any) -> bool:

@@ -22,6 +22,7 @@ Differences to EasyEdit:
   in another way.
 - Texts are generated greedily, so that they are the same on every machine. EasyEdit samples from
   the top five tokens. Greedy texts are more repetitive, so fluency is lower than EasyEdit's.
+- No space is put between a prompt and its answer where one of them has white space already.
 - A text has ``--fluency_tokens`` tokens after the prompt. EasyEdit's has 100 including the prompt.
 """
 

@@ -16,7 +16,8 @@ class Question:
     prompt: str
     """Text before the answer."""
     answer: str
-    """Text of the answer, without the space before it."""
+    """Text of the answer. A space is put before it if neither it nor the prompt has white space
+    there."""
 
 
 QuestionsByKind = Mapping[str, tuple[Question, ...]]

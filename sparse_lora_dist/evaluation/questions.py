@@ -6,6 +6,7 @@ one example of the metric of that name, and raise ExampleError if it is wrong or
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -100,18 +101,26 @@ class Encoder:
             One document, i.e. token ids and labels, per answer. The labels score the tokens of the
             answer and the token that ends the assistant's turn, and no others: none that the
             template puts before every answer, or after that token.
+
+        Raises:
+            ExampleError: An answer has no tokens of its own, such as a space without width that
+                the tokenizer drops, or its likelihood cannot be computed.
         """
         before, found = self.prompt(messages, tools), []
         framed = [*before, *self.frame.before_ids]
+        encode = partial(
+            encode_answer,
+            self.tokenizer,
+            messages,
+            before=before,
+            template=self.template,
+            tools=tools,
+        )
+        without: list[int] | None = None
+        with suppress(ExampleError):  # nothing is added, or the template takes no empty answer
+            without = encode("").ids
         for answer in answers:
-            encoded = encode_answer(
-                self.tokenizer,
-                messages,
-                answer,
-                before=before,
-                template=self.template,
-                tools=tools,
-            )
+            encoded = encode(answer)
             ids = np.array(self._check_length(encoded.ids))
             labels = np.where(encoded.is_target, ids, NOT_A_TARGET)
             if encoded.ids[: len(framed)] == framed:
@@ -120,7 +129,7 @@ class Encoder:
                 tuple(encoded.ids[-count:]) == self.frame.after_end_ids
             ):
                 labels[-count:] = NOT_A_TARGET
-            if (labels == NOT_A_TARGET).all():
+            if encoded.ids == without or (labels == NOT_A_TARGET).all():
                 raise ExampleError(f"The answer {answer!r} has no tokens. Give it a text.")
             found.append(Document(input_ids=ids, labels=labels))
         return found
@@ -248,7 +257,7 @@ def gsm8k(encoder: Encoder, table: Table, record: Mapping[str, Any]) -> Generate
         what = "has no number" if final_number(answer) is None else "is no plain number"
         raise ExampleError(
             f"The example's answer {what}: {answer[-40:]!r}. Give a number such as 1,234.5, not a "
-            "fraction, power or range, or choose other --metrics than gsm8k."
+            "fraction, root, power or range, or choose other --metrics than gsm8k."
         )
     prompt = encoder.prompt(table.messages(record), table.tools(record))
     return GeneratedQuestion(prompt=prompt, is_right=partial(is_same_number, answer=answer))

@@ -3,21 +3,39 @@
 import re
 from collections.abc import Sequence
 from decimal import Decimal
+from unicodedata import category, normalize
 
 NUMBER = re.compile(r"(?<![^\W_])-?\$?(\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d*\.\d+|\d+)")
 """Matches 18, -3, $1,234.50 and .5; in "16-3" it matches 16 and 3."""
 PART_BEFORE = re.compile(
-    r"(?:\d(?:[^\S\n]+|[^\w\s=]|[^\S\n]*[-+*/^×÷·][^\S\n]*)|\d[eE][-+]|[√^/])\Z"  # noqa: RUF001
+    r"(?:\d(?:[^\S\n]+|[^\w\s=]|[^\S\n]*[-+*/^×÷·][^\S\n]*)|\d[eE][-+]|[√^/]"  # noqa: RUF001
+    r"|[^\W_](?:_|[^\S\n]*[+×÷·][^\S\n]*)|[^\W\d_][-(\[]|(?:[{}]|\\[A-Za-z]+)[^\S\n]*)\Z"  # noqa: RUF001
 )
-"""Matches a text of which the number that follows is only a part: "1/", "10:", "1 ", "3 - "."""
+r"""Matches a text of which the number that follows is only a part: "1/", "10:", "1 ", "3 - ", "x+",
+"sqrt(", "\frac{", "\cdot "."""
 PART_AFTER = re.compile(
-    r"[^\W_]|[^\S\n]*[/^]|[^\S\n]+(?:hundred|thousand|million|billion|trillion|dozen)s?\b", re.I
+    r"[^\W_]|[^\S\n]*[/^\\+×÷·]|\.\\|_[^\W_]|_\{"  # noqa: RUF001
+    r"|[^\S\n]+(?:hundred|thousand|million|billion|trillion|dozen)s?\b",
+    re.I,
 )
-"""Matches a text that makes the number before it another one: "e3", "k", "/x", " million"."""
-LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s*\n|\s+is\b)")
+r"""Matches a text that makes the number before it another one: "e3", "k", "/x", "\pi",
+" million"."""
+COMMA = re.compile(r"\{,\}|,\\!")
+"""Matches the comma of 1,000 as LaTeX writes it."""
+WORDS = re.compile(r"\\(?:text|math[a-z]|mbox)[a-z]*\s*\{([^{}]*)\}")
+"""Matches text or a number in another font, in LaTeX."""
+BLANK = re.compile(r"~|\\(?:[,;:! ()\[\]\\]|(?:begin|end)\{[a-z]+\*?\}|q?quad(?![A-Za-z]))")
+"""Matches what LaTeX shows as white space, and its marks around formulas."""
+EQUALS = re.compile(r"\\(?:approx|implies|therefore|[Rr]ightarrow)(?![A-Za-z])")
+"""Matches what stands before a result in LaTeX, as = does."""
+BOXED = re.compile(rf"\s*(?:[^\W\d]+\s*=)?\s*{NUMBER.pattern}\s*%?[^\W\d]*(?:[^\S\n]+[^\W\d]+)*\s*")
+"""Matches a number alone, with a name before it or a unit after it: x = 5, 5%, 5 apples."""
+LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s*\n|\s+(?i:is)\b)")
 """Matches a letter at the start of a text: "A.", "(B)", "c:", "A is", or a line of one letter."""
-ANSWER_LETTER = re.compile(r"\b(?i:answer|option|choice)\b(?:\s+is\b)?\s*:?\s*\(?([A-Z])(?![\w'])")
-"""Matches "The answer is B" and "Option C"."""
+ANSWER_LETTER = re.compile(
+    r"\b(?i:answer|option|choice)\b(?:\s+(?:is|I[Ss](?!\s+[AI]\s+\w))\b)?\s*:?\s*\(?([A-Z])(?![\w'])"
+)
+"""Matches "The answer is B", "ANSWER IS B" and "Option C", but not "ANSWER IS A DOG"."""
 MARKUP = re.compile(r"[*_`\"]")
 """Characters of Markdown emphasis, and quotes."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -25,8 +43,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def normalized(text: str) -> str:
-    """Return a text in lower case (case-folded), with single spaces between words."""
-    return " ".join(text.split()).casefold()
+    """Return a text in lower case (case-folded), with single spaces between words, and with each
+    letter and its accents as one character where Unicode has one."""
+    return normalize("NFC", " ".join(text.split()).casefold())
 
 
 def is_exact(text: str, answer: str) -> bool:
@@ -43,9 +62,10 @@ def final_number(text: str) -> Decimal | None:
     """Return the number that a text gives as its answer; None if it has none.
 
     That is the first number after the last "####", GSM8K's answer mark. Without the mark it is the
-    last number of the text.
+    last number of the text. A thousand may be 1,000 or LaTeX's 1{,}000.
     """
-    _, mark, marked = re.sub("[−–]", "-", text).rpartition("####")  # noqa: RUF001  minus, dash
+    text = COMMA.sub(",", re.sub("[−–]", "-", text))  # noqa: RUF001  minus, dash
+    _, mark, marked = text.rpartition("####")
     found = list(NUMBER.finditer(marked))
     if not found:
         return None
@@ -58,9 +78,13 @@ def reference_number(text: str) -> Decimal | None:
     """Return the final number of a right answer; None if it is not plain, so that a generated text
     would be compared with a part of it.
 
-    Such are 1/2, 10:30, 1e3, 2^10, 1 000, 3k, 2 million, and two numbers after "####".
+    Such are 1/2, 10:30, 1e3, 2^10, 1 000, 3k, 2 million, and two numbers after "####". So are
+    formulas of LaTeX, such as fractions and roots, and a box that holds more than a number.
     """
-    _, mark, marked = text.rpartition("####")
+    plain = _without_latex(text)
+    if plain is None:
+        return None
+    _, mark, marked = plain.rpartition("####")
     found = list(NUMBER.finditer(marked))
     if not found:
         return None
@@ -69,7 +93,23 @@ def reference_number(text: str) -> Decimal | None:
     rest = after.partition("\n")[0]
     if PART_BEFORE.search(before) or PART_AFTER.match(after) or NUMBER.search(rest):
         return None
-    return final_number(text)
+    number = final_number(text)
+    return number if number == final_number(plain) else None
+
+
+def _without_latex(text: str) -> str | None:
+    """Return a text without those marks of LaTeX that change no number; None if its last box holds
+    more than a number, or a number follows the box."""
+    text = COMMA.sub(",", text).replace("\\$", "$").replace("\\%", "%")
+    while (inner := WORDS.sub(r"\1", text)) != text:
+        text = inner
+    text = EQUALS.sub("=", BLANK.sub(" ", text))
+    before, box, rest = text.rpartition("\\boxed{")
+    if not box:
+        return text
+    content, _, after = rest.partition("}")
+    is_plain = BOXED.fullmatch(content) and not NUMBER.search(after)
+    return before + content + after if is_plain else None
 
 
 def is_same_number(text: str, answer: str) -> bool:
@@ -100,7 +140,7 @@ def chosen_index(text: str, choices: Sequence[str]) -> int | None:
         text: The generated text.
         choices: Texts of the choices. Their letters are A, B, C, ... in this order.
     """
-    text = MARKUP.sub("", text).strip()
+    text = normalize("NFC", MARKUP.sub("", text).strip())
     plain, wanted = normalized(text), [normalized(MARKUP.sub("", choice)) for choice in choices]
     begins = [i for i, choice in enumerate(wanted) if _find_words(plain, choice) == 0]
     if begins:
@@ -117,5 +157,16 @@ def _find_words(text: str, words: str) -> int | None:
     """Return the first position of ``words`` in ``text`` as whole words; None if not found."""
     # So "3" is found neither in "-3" nor in "3.5".
     pattern = rf"(?<![\w.-]){re.escape(words)}(?!\w|[.,]\d)"
-    found = re.search(pattern, text) if words else None
-    return found.start() if found else None
+    found = re.finditer(pattern, text) if words else ()
+    places = (one.span() for one in found)
+    is_whole = (
+        (start, not any(map(_is_accent, text[max(0, start - 1) : start] + text[stop : stop + 1])))
+        for start, stop in places
+    )
+    return next((start for start, whole in is_whole if whole), None)
+
+
+def _is_accent(character: str) -> bool:
+    """Return True if a character belongs to the letter before it, as accents and the vowels of
+    Hindi do, which \\w does not match. Selectors of a form, as emojis have them, do not count."""
+    return category(character).startswith("M") and not "\ufe00" <= character <= "\ufe0f"

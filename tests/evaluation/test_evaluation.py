@@ -399,10 +399,33 @@ CHOICES = ["A dog", "a cat", "the cat on a hill", "dog"]
         ("I, personally, think a cat", 1),
         ("no option", None),
         ("", None),
+        ("ANSWER IS (B).", 1),
+        ("THE ANSWER IS A CAT", 1),
+        ("C IS RIGHT", 2),
     ],
 )
 def test_which_choice_a_text_takes(text: str, place: int | None) -> None:
     assert chosen_index(text, CHOICES) == place
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "place"),
+    [
+        ("e\u0301", ["e", "\xe9"], 1),
+        ("it is E\u0301", ["e", "\xe9"], 1),
+        ("The answer is \xe9", ["e", "e\u0301"], 1),
+        ("The answer is E\u0301.", ["v", "w", "x", "y", "z"], None),
+        ("x\u0302", ["x", "y"], None),
+        ("\u0915\u092e\u0940", ["\u0915\u092e", "y"], None),
+        ("\u2764\ufe0f, yes", ["y", "\u2764"], 1),
+    ],
+    ids=ascii,
+)
+def test_a_letter_with_an_accent_is_another_letter(
+    text: str, choices: list[str], place: int | None
+) -> None:
+    """However it is written: U+00E9, or e and U+0301. Vowels of Hindi are such marks too."""
+    assert chosen_index(text, choices) == place
 
 
 def test_a_number_is_not_taken_for_another() -> None:

@@ -89,6 +89,14 @@ def test_a_text_that_stands_twice_is_right_in_both_places(tmp_path: Path) -> Non
 
 NOT_PLAIN = """1/2|10:30|1e3|1e+3|2^10|1 000|1'000|1.000.000|1,00|3k|2 million|1½|√2|2π|3 - 1|3*4
 1 / 2|16-3|5/x""".replace("\n", "|").split("|")
+LATEX = r"""\boxed{\frac{1}{2}} \boxed{2^{10}} $\sqrt{5}$ \boxed{2\pi} \boxed{1\,000} \frac{\pi}{2}
+1\frac{1}{2} 5\cdot10^{3} -\frac{3}{4} -\boxed{5} 0.\overline{3} 0.\bar3 12_{8} 3\frac12 5\sqrt{2}
+\binom{5}{2} 2\pi \log_25 \ln(5) \boxed{(3,4)} \boxed{x+5} \boxed{x-5} \boxed{5-x} \boxed{x>5}
+\boxed{\{1\}} 90^\circ x_1 \boxed{2\text{~million}} \frac{a}{5} sqrt(5) x+5 5+x""".split()
+PLAIN_LATEX = r"""18 \boxed{18} $\boxed{18}$. $18$ \(18\) \boxed{\$18} \boxed{18\%}
+\boxed{\text{18}} \boxed{18\text{~cm}} \textbf{18} x_{1}=18 \frac{36}{2}=18 \textbf{It~is:}~18
+\approx~18 \Rightarrow~18 \boxed{x=18} 2\times9=\boxed{18}
+\begin{aligned}x&=18\end{aligned}""".split()
 PLAIN = "18|1,234|1,234,567.50|$5|-3|-$5|.5|18.|50%|18 apples|**18**|€5".split("|")
 
 
@@ -96,6 +104,26 @@ PLAIN = "18|1,234|1,234,567.50|$5|-3|-$5|.5|18.|50%|18 apples|**18**|€5".split
 def test_numbers_that_are_not_plain_are_no_right_answers(text: str) -> None:
     for answer in (text, f"#### {text}", f"so 1 + 1 = 2\n#### {text}\n"):
         assert final_number(answer) is not None and reference_number(answer) is None
+
+
+@pytest.mark.parametrize("text", LATEX)
+def test_a_piece_of_a_formula_of_latex_is_no_right_answer(text: str) -> None:
+    for answer in (text, f"#### {text}", f"so 1 + 1 = 2\n#### {text}\n", f"It is {text}."):
+        assert reference_number(answer) is None
+
+
+@pytest.mark.parametrize("text", PLAIN_LATEX)
+def test_a_plain_number_in_latex_is_a_right_answer(text: str) -> None:
+    assert reference_number(text) == reference_number(f"In 2024 it is {text}") == 18
+
+
+def test_a_thousand_of_latex_is_one_number() -> None:
+    for text in (r"\boxed{1{,}000}", r"$1,\!000$", r"#### 1{,}000"):
+        assert reference_number(text) == final_number(text) == 1000
+
+
+def test_a_number_after_the_box_is_no_right_answer() -> None:
+    assert reference_number(r"$\boxed{18}$, as step 3 says") is None
 
 
 def test_two_numbers_after_the_mark_are_no_right_answer() -> None:

@@ -4,6 +4,7 @@ another program."""
 from pathlib import Path
 
 import pytest
+from tokenizers import Regex, normalizers
 
 from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.base_model.architecture import resolve_folder
@@ -90,8 +91,21 @@ def test_a_template_that_writes_no_message_is_named(
 def test_answers_without_a_text_are_no_fault_of_the_template(tmp_path: Path) -> None:
     data = jsonl(tmp_path / "a.jsonl", [{"messages": [user(""), assistant("")]}])
     nothing = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    with pytest.raises(UserError, match="Raise --sequence_length, or give other data"):
+    with pytest.raises(UserError, match=r"without a target token\. Give other data") as refused:
         load(data, byte_tokenizer(template=nothing))
+    assert "--sequence_length" not in str(refused.value)
+
+
+@pytest.mark.parametrize("row", [{"text": "abc"}, {"prompt": "ask", "response": "reply"}])
+def test_a_tokenizer_without_a_token_for_any_text_is_named(
+    tmp_path: Path, row: dict[str, str]
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex("."), "")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="The tokenizer gives no token for any text") as refused:
+        load(jsonl(tmp_path / "a.jsonl", [row]), tokenizer)
+    assert "--sequence_length" not in str(refused.value)
 
 
 def test_a_folder_in_place_of_a_template_is_refused(tmp_path: Path) -> None:

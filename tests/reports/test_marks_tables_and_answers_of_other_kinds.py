@@ -7,6 +7,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from tokenizers import normalizers
 
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data.fields import ExampleError
@@ -17,7 +18,7 @@ from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.questions import Encoder
 from sparse_lora_dist.training.feed import rows_of
 from tests.fixtures.data_files import assistant, jsonl, learned, load, texts, user
-from tests.fixtures.tiny_tokenizer import byte_tokenizer
+from tests.fixtures.tiny_tokenizer import PLAIN, byte_tokenizer
 
 GIVEN = [{"messages": [user("what"), assistant("it is é"), user("and"), assistant(" 🙂 x ")]}]
 """Two answers with letters of several bytes, one with white space around it."""
@@ -219,6 +220,17 @@ def test_a_choice_without_tokens_of_its_own_is_refused(tmp_path: Path) -> None:
     assert len(encoder.with_answers([user("?")], ["x", "y"])) == 2
     with pytest.raises(ExampleError, match="The answer '' has no tokens"):
         encoder.with_answers([user("?")], ["x", ""])
+
+
+@pytest.mark.parametrize("template", [None, PLAIN])
+def test_a_choice_that_the_tokenizer_drops_is_refused(template: str | None) -> None:
+    """Only the end of the turn would be scored, which any choice has."""
+    tokenizer = byte_tokenizer(template=template)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    encoder = Encoder(tokenizer=tokenizer, data=DataConfig(), template=template)
+    assert len(encoder.with_answers([user("?")], ["x", "\u200by"])) == 2
+    with pytest.raises(ExampleError, match=r"The answer '\\u200b' has no tokens"):
+        encoder.with_answers([user("?")], ["x", "\u200b"])
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,32 @@ def test_quotes_as_they_should_be_are_read(tmp_path: Path) -> None:
     assert '5" wide, or\n6' in first and '5" long' in second
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("kind", ["csv", "tsv"])
+def test_rows_of_empty_cells_are_left_out_and_counted(tmp_path: Path, kind: str, end: str) -> None:
+    """Excel saves them. A row of an empty answer alone stays, and so does an empty line in a cell,
+    which a TSV file cannot have."""
+    between = "," if kind == "csv" else "\t"
+    rows = [["prompt", "response"], ["a", "b"], ["", ""], [" ", "\xa0"], [], ["c", ""], ["", ""]]
+    rows += [["d", '"e\n,\nf"']] if kind == "csv" else []
+    file = tmp_path / f"a.{kind}"
+    file.write_bytes("".join(between.join(row) + end for row in rows).encode())
+    documents = load(file)
+    expected = ["b</s>", "</s>", "e\n,\nf</s>"]
+    assert learned(documents) == expected[: 3 if kind == "csv" else 2]
+    assert documents.reading is not None
+    assert documents.reading.notes == ("rows of empty cells are left out: 3",)
+
+
+def test_a_first_row_of_empty_cells_is_left_out_too(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text(",\na,b\n")
+    assert learned(load(file, column_names=("prompt", "response"))) == ["b</s>"]
+    file.write_text("prompt,response\n,\n")
+    with pytest.raises(UserError, match="It is empty"):
+        load(file)
+
+
 def test_a_number_of_thousands_of_digits_in_a_column_that_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(f'{{"prompt": "a", "response": "b", "id": {"1" * 5000}}}\n')
