@@ -55,11 +55,7 @@ def print_summary(
         "trained",
         f"{progress.step} of {feed.total_steps} steps, {progress.tokens:,} tokens, {where}",
     )
-    if rows is None:
-        print_line("result", f"not known: {folder}/metrics.jsonl could not be written to the end")
-    else:
-        print_line("result", gain(rows, TASKS[config.model.task].target))
-        print_line("live", sparsity(rows))
+    _print_numbers(folder, rows, TASKS[config.model.task].target)
     if adapter_bytes:
         opens = "opens in peft.PeftModel"
         if (dropped := model.dropped_by_peft) and is_lora:
@@ -98,6 +94,14 @@ def print_summary(
             "the schedule is complete and no adapter entry is alive; start a new run in another "
             "--output_dir and prune less",
         )
+
+
+def _print_numbers(folder: Path, rows: Sequence[Mapping[str, Any]] | None, target: str) -> None:
+    if rows is None:
+        print_line("result", f"not known: {folder}/metrics.jsonl could not be written to the end")
+    else:
+        print_line("result", gain(rows, target))
+        print_line("live", sparsity(rows))
 
 
 def in_words(scores: Mapping[str, float], target: str) -> str:
