@@ -13,6 +13,8 @@ from sparse_lora_dist.data.examples import MESSAGES as MESSAGES
 from sparse_lora_dist.errors import UserError
 
 Message = dict[str, Any]
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can write and no Unicode text has."""
 Tools = list[Any] | None
 """The functions that a model may call in a chat, as JSON schemas; None if there are none."""
 TOOLS = "tools"
@@ -214,7 +216,8 @@ def tools_of(record: Mapping[str, Any]) -> Tools:
         record: the example as a dict from column to value.
 
     Raises:
-        ExampleError: the column ``tools`` is neither a list nor the JSON text of one.
+        ExampleError: the column ``tools`` is neither a list nor the JSON text of one, or has half
+            of a surrogate pair.
     """
     value = record.get(TOOLS)
     if isinstance(value, str) and value.strip():
@@ -228,7 +231,27 @@ def tools_of(record: Mapping[str, Any]) -> Tools:
         raise ExampleError(
             f"{TOOLS!r} must be a list of functions, got {type(value).__name__}: {str(value)[:40]}"
         )
+    refuse_halves(value, repr(TOOLS))
     return value
+
+
+def refuse_halves(value: Any, name: str) -> None:
+    """Raise an error if a text has half of a surrogate pair, which no tokenizer takes.
+
+    Args:
+        value: a text, or a list or dict with texts.
+        name: name of the value for the error message, e.g. its column in quotes.
+
+    Raises:
+        ExampleError: it has one.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if half := HALF.search(text):
+        near = text[max(half.start() - 20, 0) : half.end() + 20]
+        raise ExampleError(
+            f"{name} has half of a surrogate pair, which no Unicode text has, in {near!r}. Correct "
+            "it, or remove the example."
+        )
 
 
 def text_of(value: Any, name: str) -> str:
@@ -239,12 +262,13 @@ def text_of(value: Any, name: str) -> str:
         name: name of the value for the error message, e.g. its column in quotes.
 
     Raises:
-        ExampleError: ``value`` is None or not text.
+        ExampleError: ``value`` is None or not text, or has half of a surrogate pair.
     """
     if value is None:
         raise ExampleError(f"{name} is missing or null. It must be text.")
     if not isinstance(value, str):
         raise ExampleError(f"{name} must be text, got {type(value).__name__}: {str(value)[:40]}")
+    refuse_halves(value, name)
     return value
 
 
@@ -275,4 +299,6 @@ def chat_of(value: Any) -> list[Message]:
             )
         for key in ("role", "content"):
             text_of(message.get(key), f"{key!r} of message {number}")
+        if len(message) > 2:  # such as the arguments of tool_calls
+            refuse_halves(message, f"Message {number}")
     return value

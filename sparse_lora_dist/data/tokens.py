@@ -375,7 +375,7 @@ def tokenise(
                 rows += rows_of(record)
             except ExampleError as error:
                 raise examples.fault(index, str(error)) from error
-            # Text that no tokenizer takes, such as half of a surrogate pair.
+            # Text that the tokenizer does not take.
             except Exception as error:
                 raise examples.fault(
                     index,
