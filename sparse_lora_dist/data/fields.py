@@ -1,9 +1,15 @@
-"""Find the columns that hold the text, and turn an example into text or chat messages."""
+"""Find the columns that hold the text, and turn an example into text or chat messages; and
+find what a chat template can render.
+
+A generation prompt is what a template writes for the model to answer next.
+"""
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import jinja2
@@ -24,6 +30,23 @@ NOT_SUPPORTED = "chat_template_kwargs"
 DEFAULTS = {"text_field": "text", "prompt_field": "prompt", "response_field": "response"}
 """Default values of the options that name columns. An option with another value was given by the
 user, and decides."""
+
+MARK = re.compile(r"(\{%[-+]?\s*generation\s*)(?:(-%\})\s*|(\+%\})|(%\})(?:\r\n?|\n)?)")
+"""A {% generation %} mark and the white space that jinja strips after it."""
+BEFORE_TAG = r"(?:\s*(\{%-)|(\{%\+)|(?:^[ \t]*)?(\{%))(?=\s*"
+"""The beginning of a jinja tag and the white space that jinja strips before it."""
+END_MARK = re.compile(BEFORE_TAG + "endgeneration)", re.MULTILINE)
+LOOP_END = re.compile(BEFORE_TAG + "endfor)", re.MULTILINE)
+BEGIN, END, END_OF_LOOP = "\ufdd0", "\ufdd1", "\ufdd2"
+"""Characters that stand for the marks, and for the end of a round of a loop, in a rendered chat.
+Unicode keeps them for use within a program; texts have none."""
+ANSWER = "bxb"
+CHAT: list[Message] = [
+    {"role": "user", "content": "axa"},
+    {"role": "assistant", "content": ANSWER},
+    {"role": "user", "content": "cxc"},
+]
+"""A chat whose answer is in no template."""
 
 
 class ExampleError(Exception):
@@ -197,6 +220,60 @@ def refuse_broken_template(tokenizer: PreTrainedTokenizerFast, template: str, pl
         ) from error
     except Exception:  # noqa: S110  # it may refuse this chat, and not those of the data
         pass
+
+
+@lru_cache(maxsize=1)
+def has_marks(template: str | None) -> bool:
+    """Return True if a template has {% generation %} marks around what the model writes."""
+    comments = r"\{#.*?#\}"
+    return template is not None and bool(MARK.search(re.sub(comments, "", template, flags=re.S)))
+
+
+@lru_cache(maxsize=1)
+def with_signs(template: str) -> str:
+    """Return a template that writes ``BEGIN`` and ``END`` at its marks, and else the same."""
+    begins = MARK.sub(rf"\1\2\3\4{{{{ '{BEGIN}' }}}}", template)
+    return END_MARK.sub(rf"{{{{ '{END}' }}}}\1\2\3", begins)
+
+
+@lru_cache(maxsize=2)
+def unasked_prompt(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    """Return the generation prompt that a template writes after every chat, whether it is asked to
+    or not, such as that of the first Llama 3; "" if it writes none unasked.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        template: jinja text that renders chats.
+
+    Raises:
+        UserError: it writes one, and where it begins cannot be found.
+    """
+
+    def rendered(num_messages: int, text: str = template, *, asks: bool = False) -> str:
+        chat = tokenizer.apply_chat_template(
+            CHAT[:num_messages], chat_template=text, tokenize=False, add_generation_prompt=asks
+        )
+        return str(chat)
+
+    try:
+        asked, chat, longer = rendered(1, asks=True), rendered(2), rendered(3)
+        signed = rendered(2, LOOP_END.sub(rf"{{{{ '{END_OF_LOOP}' }}}}\1\2\3", template))
+    except Exception:  # it may refuse this chat, and not those of the data
+        return ""
+    tail, other = (text.rpartition(ANSWER)[2] for text in (chat, longer))
+    # What follows the answer only if no further message does.
+    last = tail[len(os.path.commonprefix([tail, other])) :]
+    if not (last.strip() and asked.endswith(last) and chat.startswith(asked)):
+        return ""
+    prompt = signed.rpartition(END_OF_LOOP)[2]
+    if signed.replace(END_OF_LOOP, "") == chat and prompt.endswith(last) and asked.endswith(prompt):
+        return prompt
+    raise UserError(
+        f"The chat template asks for an answer, with {last!r} at the end, also after the last "
+        "answer of a chat, and where this begins cannot be found. Give a --chat_template that "
+        "writes it behind the loop over messages, within {% if add_generation_prompt %} ... "
+        "{% endif %}."
+    )
 
 
 def renders_tools(columns: Collection[str], template: str | None) -> bool:

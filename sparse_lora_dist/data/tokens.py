@@ -52,7 +52,7 @@ from sparse_lora_dist.errors import UserError
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
 """Label of a token or row without a loss; torch's cross entropy ignores it."""
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Version of the cache of tokens. Increase it when a change of this code gives other tokens for the
 same text, so that old caches are not used."""
 TXT = Fields(kind="text", columns=("text",))
