@@ -18,22 +18,24 @@ from typing import Any, Literal
 
 import jinja2
 from tokenizers import Tokenizer
-from transformers import BatchEncoding, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.fields import ExampleError, Message, Tools, refuse_broken_template
+from sparse_lora_dist.data.fields import (
+    BEGIN,
+    END,
+    ExampleError,
+    Message,
+    Tools,
+    has_marks,
+    refuse_broken_template,
+    unasked_prompt,
+    with_signs,
+)
 from sparse_lora_dist.data.read_files import plainly
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.system.small_files import is_json, whole_text
 
 TrainOn = Literal["response", "all"]
-
-MARK = re.compile(r"(\{%[-+]?\s*generation\s*)(?:(-%\})\s*|(\+%\})|(%\})(?:\r\n?|\n)?)")
-"""A {% generation %} mark and the white space that jinja strips after it."""
-END_MARK = re.compile(r"(?:\s*(\{%-)|(\{%\+)|(?:^[ \t]*)?(\{%))(?=\s*endgeneration)", re.MULTILINE)
-"""The beginning of an {% endgeneration %} mark and the white space that jinja strips before it."""
-BEGIN, END = "\ufdd0", "\ufdd1"
-"""Characters that stand for the marks in a rendered chat. Unicode keeps them for use within a
-program; texts have none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,7 @@ def find_template(
     Raises:
         UserError: ``chat_template`` is neither jinja text nor a file that can be read, or the
             tokenizer has several templates, none of which is for all chats; or the template is
-            broken.
+            broken, or writes a generation prompt unasked that cannot be left out.
     """
     if chat_template is None:
         template, place = _own_template(tokenizer, has_tools), "The tokenizer's chat template"
@@ -71,6 +73,7 @@ def find_template(
         template, place = _given_template(chat_template), f"--chat_template {chat_template}"
     if template is not None:
         refuse_broken_template(tokenizer, template, place)
+        unasked_prompt(tokenizer, template)  # refuses one that cannot be told from the chat
     return template
 
 
@@ -89,13 +92,6 @@ def _given_template(chat_template: str) -> str:
             "of its key chat_template into a file of its own, with line breaks for \\n."
         )
     return text
-
-
-@lru_cache(maxsize=1)
-def has_marks(template: str | None) -> bool:
-    """Return True if a template has {% generation %} marks around what the model writes."""
-    comments = r"\{#.*?#\}"
-    return template is not None and bool(MARK.search(re.sub(comments, "", template, flags=re.S)))
 
 
 def is_template(text: str) -> bool:
@@ -159,7 +155,7 @@ def encode_chat(
     if template is None:
         encoded = _joined(tokenizer, messages)
     elif train_on == "all":
-        encoded = _whole(_render(tokenizer, messages, template, tools)["input_ids"])
+        encoded = _whole(_rendered(tokenizer, messages, template, tools))
     elif has_marks(template):
         encoded = _spans_by_marks(tokenizer, messages, template, tools)
     else:
@@ -195,7 +191,7 @@ def encode_prompt(
             )
         ids = _framed(tokenizer, _ids(tokenizer, messages[0]["content"]), ends=False)
     else:
-        ids = _render(tokenizer, messages, template, tools, add_generation_prompt=True)["input_ids"]
+        ids = _rendered(tokenizer, messages, template, tools, asks=True)
     if not ids:
         raise ExampleError("The prompt of this example is empty. Give it a text.")
     return ids
@@ -327,8 +323,9 @@ def _puts_a_space_before(tokenizer: PreTrainedTokenizerFast) -> bool:
 def _spans_by_marks(
     tokenizer: PreTrainedTokenizerFast, messages: list[Message], template: str, tools: Tools
 ) -> Encoded:
-    """Tokenise a chat whose template has {% generation %} marks. A token is a target if it has a
-    character between them.
+    """Tokenise a chat whose template has {% generation %} marks. A token is a target if it lies
+    between them, or has a character there that is no white space: special tokens of some
+    tokenizers, such as Phi-3's <|assistant|>, take the white space beside them.
 
     transformers makes such a mask too, but takes a mark at a character that no token begins or
     ends with (of an emoji, or one that is normalised), and one at the first token, for another. It
@@ -337,10 +334,13 @@ def _spans_by_marks(
     """
     text, spans = _between_marks(tokenizer, messages, template, tools)
     encoded = backend_of(tokenizer).encode(text, add_special_tokens=False)
-    is_target = [
-        any(first < stop and last > start for start, stop in spans)
-        for first, last in encoded.offsets
-    ]
+
+    def is_learned(first: int, last: int, start: int, stop: int) -> bool:
+        if start <= first and last <= stop:
+            return start < last and first < stop
+        return text[max(first, start) : min(last, stop)].strip() != ""
+
+    is_target = [any(is_learned(*token, *span) for span in spans) for token in encoded.offsets]
     return Encoded(ids=encoded.ids, is_target=is_target)
 
 
@@ -352,7 +352,7 @@ def _between_marks(
     The chat is rendered once more with a template that writes ``BEGIN`` and ``END`` at its marks.
     """
     text = render_text(tokenizer, messages, template, tools)
-    signed = render_text(tokenizer, messages, _with_signs(template), tools)
+    signed = render_text(tokenizer, messages, with_signs(template), tools)
     parts = re.split(f"([{BEGIN}{END}])", signed)
     if "".join(parts[::2]) != text:
         raise ExampleError(
@@ -367,13 +367,6 @@ def _between_marks(
         place += len(part)
         depth += 1 if sign == BEGIN else -1
     return text, spans
-
-
-@lru_cache(maxsize=1)
-def _with_signs(template: str) -> str:
-    """Return a template that writes ``BEGIN`` and ``END`` at its marks, and else the same."""
-    begins = MARK.sub(rf"\1\2\3\4{{{{ '{BEGIN}' }}}}", template)
-    return END_MARK.sub(rf"{{{{ '{END}' }}}}\1\2\3", begins)
 
 
 @lru_cache(maxsize=1)
@@ -408,9 +401,8 @@ def _spans_by_prefixes(
     tokens belong to the turn, and are targets.
     """
 
-    def rendered(part: list[Message], **options: Any) -> list[int]:
-        ids: list[int] = _render(tokenizer, part, template, tools, **options)["input_ids"]
-        return ids
+    def rendered(part: list[Message], *, asks: bool = False) -> list[int]:
+        return _rendered(tokenizer, part, template, tools, asks=asks)
 
     ids = rendered(messages)
     is_target = [False] * len(ids)
@@ -419,7 +411,7 @@ def _spans_by_prefixes(
             continue
         if k == 0:
             raise ExampleError(_no_span(1, "no message comes before it"))
-        before = rendered(messages[:k], add_generation_prompt=True)
+        before = rendered(messages[:k], asks=True)
         is_last = k + 1 == len(messages)
         upto = ids if is_last else rendered(messages[: k + 1])
         if upto[: len(before)] != before or ids[: len(upto)] != upto:
@@ -440,20 +432,16 @@ def _no_span(number: int, why: str) -> str:
     )
 
 
-def _render(
+def _rendered(
     tokenizer: PreTrainedTokenizerFast,
     messages: list[Message],
     template: str,
     tools: Tools = None,
-    **options: Any,
-) -> dict[str, Any]:
-    # apply_chat_template adds no special tokens: bos and eos come from the template only.
-    with _refusals_of_a_template():
-        out = tokenizer.apply_chat_template(
-            messages, tools=tools, chat_template=template, return_dict=True, **options
-        )
-    assert isinstance(out, BatchEncoding)
-    return dict(out)
+    *,
+    asks: bool = False,
+) -> list[int]:
+    # No special tokens are added: bos and eos come from the template only.
+    return _ids(tokenizer, render_text(tokenizer, messages, template, tools, asks=asks))
 
 
 @contextmanager
@@ -478,7 +466,8 @@ def render_text(
     *,
     asks: bool = False,
 ) -> str:
-    """Return a chat as the text that a template writes.
+    """Return a chat as the text that a template writes, without a generation prompt that it writes
+    unasked.
 
     Args:
         tokenizer: tokenizer of the model.
@@ -491,7 +480,7 @@ def render_text(
         ExampleError: the template refuses the chat.
     """
     with _refusals_of_a_template():
-        return str(
+        text = str(
             tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
@@ -500,6 +489,8 @@ def render_text(
                 add_generation_prompt=asks,
             )
         )
+    unasked = "" if asks or template is None else unasked_prompt(tokenizer, template)
+    return text.removesuffix(unasked)
 
 
 def _ids(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -1,9 +1,15 @@
-"""Find the columns that hold the text, and turn an example into text or chat messages."""
+"""Find the columns that hold the text, and turn an example into text or chat messages; and
+find what a chat template can render.
+
+A generation prompt is what a template writes for the model to answer next.
+"""
 
 import json
+import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import jinja2
@@ -13,6 +19,8 @@ from sparse_lora_dist.data.examples import MESSAGES as MESSAGES
 from sparse_lora_dist.errors import UserError
 
 Message = dict[str, Any]
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which JSON can write and no Unicode text has."""
 Tools = list[Any] | None
 """The functions that a model may call in a chat, as JSON schemas; None if there are none."""
 TOOLS = "tools"
@@ -22,6 +30,23 @@ NOT_SUPPORTED = "chat_template_kwargs"
 DEFAULTS = {"text_field": "text", "prompt_field": "prompt", "response_field": "response"}
 """Default values of the options that name columns. An option with another value was given by the
 user, and decides."""
+
+MARK = re.compile(r"(\{%[-+]?\s*generation\s*)(?:(-%\})\s*|(\+%\})|(%\})(?:\r\n?|\n)?)")
+"""A {% generation %} mark and the white space that jinja strips after it."""
+BEFORE_TAG = r"(?:\s*(\{%-)|(\{%\+)|(?:^[ \t]*)?(\{%))(?=\s*"
+"""The beginning of a jinja tag and the white space that jinja strips before it."""
+END_MARK = re.compile(BEFORE_TAG + "endgeneration)", re.MULTILINE)
+LOOP_END = re.compile(BEFORE_TAG + "endfor)", re.MULTILINE)
+BEGIN, END, END_OF_LOOP = "\ufdd0", "\ufdd1", "\ufdd2"
+"""Characters that stand for the marks, and for the end of a round of a loop, in a rendered chat.
+Unicode keeps them for use within a program; texts have none."""
+ANSWER = "bxb"
+CHAT: list[Message] = [
+    {"role": "user", "content": "axa"},
+    {"role": "assistant", "content": ANSWER},
+    {"role": "user", "content": "cxc"},
+]
+"""A chat whose answer is in no template."""
 
 
 class ExampleError(Exception):
@@ -197,6 +222,60 @@ def refuse_broken_template(tokenizer: PreTrainedTokenizerFast, template: str, pl
         pass
 
 
+@lru_cache(maxsize=1)
+def has_marks(template: str | None) -> bool:
+    """Return True if a template has {% generation %} marks around what the model writes."""
+    comments = r"\{#.*?#\}"
+    return template is not None and bool(MARK.search(re.sub(comments, "", template, flags=re.S)))
+
+
+@lru_cache(maxsize=1)
+def with_signs(template: str) -> str:
+    """Return a template that writes ``BEGIN`` and ``END`` at its marks, and else the same."""
+    begins = MARK.sub(rf"\1\2\3\4{{{{ '{BEGIN}' }}}}", template)
+    return END_MARK.sub(rf"{{{{ '{END}' }}}}\1\2\3", begins)
+
+
+@lru_cache(maxsize=2)
+def unasked_prompt(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
+    """Return the generation prompt that a template writes after every chat, whether it is asked to
+    or not, such as that of the first Llama 3; "" if it writes none unasked.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        template: jinja text that renders chats.
+
+    Raises:
+        UserError: it writes one, and where it begins cannot be found.
+    """
+
+    def rendered(num_messages: int, text: str = template, *, asks: bool = False) -> str:
+        chat = tokenizer.apply_chat_template(
+            CHAT[:num_messages], chat_template=text, tokenize=False, add_generation_prompt=asks
+        )
+        return str(chat)
+
+    try:
+        asked, chat, longer = rendered(1, asks=True), rendered(2), rendered(3)
+        signed = rendered(2, LOOP_END.sub(rf"{{{{ '{END_OF_LOOP}' }}}}\1\2\3", template))
+    except Exception:  # it may refuse this chat, and not those of the data
+        return ""
+    tail, other = (text.rpartition(ANSWER)[2] for text in (chat, longer))
+    # What follows the answer only if no further message does.
+    last = tail[len(os.path.commonprefix([tail, other])) :]
+    if not (last.strip() and asked.endswith(last) and chat.startswith(asked)):
+        return ""
+    prompt = signed.rpartition(END_OF_LOOP)[2]
+    if signed.replace(END_OF_LOOP, "") == chat and prompt.endswith(last) and asked.endswith(prompt):
+        return prompt
+    raise UserError(
+        f"The chat template asks for an answer, with {last!r} at the end, also after the last "
+        "answer of a chat, and where this begins cannot be found. Give a --chat_template that "
+        "writes it behind the loop over messages, within {% if add_generation_prompt %} ... "
+        "{% endif %}."
+    )
+
+
 def renders_tools(columns: Collection[str], template: str | None) -> bool:
     """Return True if a data set has a column ``tools`` and the chat template names it."""
     return TOOLS in columns and template is not None and names(template, TOOLS)
@@ -214,7 +293,8 @@ def tools_of(record: Mapping[str, Any]) -> Tools:
         record: the example as a dict from column to value.
 
     Raises:
-        ExampleError: the column ``tools`` is neither a list nor the JSON text of one.
+        ExampleError: the column ``tools`` is neither a list nor the JSON text of one, or has half
+            of a surrogate pair.
     """
     value = record.get(TOOLS)
     if isinstance(value, str) and value.strip():
@@ -228,7 +308,27 @@ def tools_of(record: Mapping[str, Any]) -> Tools:
         raise ExampleError(
             f"{TOOLS!r} must be a list of functions, got {type(value).__name__}: {str(value)[:40]}"
         )
+    refuse_halves(value, repr(TOOLS))
     return value
+
+
+def refuse_halves(value: Any, name: str) -> None:
+    """Raise an error if a text has half of a surrogate pair, which no tokenizer takes.
+
+    Args:
+        value: a text, or a list or dict with texts.
+        name: name of the value for the error message, e.g. its column in quotes.
+
+    Raises:
+        ExampleError: it has one.
+    """
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if half := HALF.search(text):
+        near = text[max(half.start() - 20, 0) : half.end() + 20]
+        raise ExampleError(
+            f"{name} has half of a surrogate pair, which no Unicode text has, in {near!r}. Correct "
+            "it, or remove the example."
+        )
 
 
 def text_of(value: Any, name: str) -> str:
@@ -239,12 +339,13 @@ def text_of(value: Any, name: str) -> str:
         name: name of the value for the error message, e.g. its column in quotes.
 
     Raises:
-        ExampleError: ``value`` is None or not text.
+        ExampleError: ``value`` is None or not text, or has half of a surrogate pair.
     """
     if value is None:
         raise ExampleError(f"{name} is missing or null. It must be text.")
     if not isinstance(value, str):
         raise ExampleError(f"{name} must be text, got {type(value).__name__}: {str(value)[:40]}")
+    refuse_halves(value, name)
     return value
 
 
@@ -275,4 +376,6 @@ def chat_of(value: Any) -> list[Message]:
             )
         for key in ("role", "content"):
             text_of(message.get(key), f"{key!r} of message {number}")
+        if len(message) > 2:  # such as the arguments of tool_calls
+            refuse_halves(message, f"Message {number}")
     return value

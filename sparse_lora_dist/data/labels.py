@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 
-from sparse_lora_dist.data.fields import ExampleError
+from sparse_lora_dist.data.fields import ExampleError, refuse_halves
 from sparse_lora_dist.data.local_files import Columns
 from sparse_lora_dist.data.read_files import read_examples
 from sparse_lora_dist.errors import UserError
@@ -103,7 +103,8 @@ def label_of(value: Any, feature: Any) -> str:
         feature: type of the column in ``datasets``; a ``ClassLabel`` turns numbers into names.
 
     Raises:
-        ExampleError: the label is missing, or neither a whole number nor text.
+        ExampleError: the label is missing, or neither a whole number nor text, or has half of a
+            surrogate pair.
     """
     if isinstance(feature, datasets.ClassLabel) and isinstance(value, int):
         if value < 0:  # hub data sets mark examples with secret labels so
@@ -122,6 +123,7 @@ def label_of(value: Any, feature: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, int | str):
         found = f"{type(value).__name__}: {str(value)[:40]}"
         raise ExampleError(f"The label must be a whole number or text, got {found}")
+    refuse_halves(str(value), "The label")
     return str(value)
 
 

@@ -17,7 +17,6 @@ from sparse_lora_dist.data.chat import (
     backend_of,
     encode_chat,
     encode_prompt,
-    has_marks,
     is_template,
     render_text,
 )
@@ -28,7 +27,15 @@ from sparse_lora_dist.data.examples import (
     rows_of_another_template,
     text_in_place_of_arguments,
 )
-from sparse_lora_dist.data.fields import MESSAGES, ExampleError, Fields, names, tools_of
+from sparse_lora_dist.data.fields import (
+    MESSAGES,
+    ExampleError,
+    Fields,
+    has_marks,
+    names,
+    tools_of,
+    unasked_prompt,
+)
 from sparse_lora_dist.data.folders import missing_shards
 
 MOST_SHOWN = 6
@@ -226,6 +233,16 @@ def writes_the_date(template: str | None) -> str:
     )
 
 
+def asks_unasked(tokenizer: PreTrainedTokenizerFast, template: str | None) -> str:
+    """Return a note that a chat template asks for an answer after every chat; "" if it does not."""
+    if template is None or not (prompt := unasked_prompt(tokenizer, template)):
+        return ""
+    return (
+        f"the chat template writes {prompt!r} after every chat, whether it is asked to or not: "
+        "this is left out where a chat ends."
+    )
+
+
 def words_cut(
     examples: Examples, columns: Collection[str], tokenizer: PreTrainedTokenizerFast
 ) -> str:
@@ -253,8 +270,8 @@ def answers_cut(
     examples: Examples, fields: Fields, tokenizer: PreTrainedTokenizerFast, template: str | None
 ) -> str:
     """Return a note that the chat template leaves out a part of messages, as templates do with
-    what a model thinks and with system prompts; "" if it does not in the first 100 examples. White
-    space does not count.
+    what a model thinks and with system prompts, or changes it; "" if it does not in the first 100
+    examples. White space does not count.
 
     Args:
         examples: the examples.
@@ -274,15 +291,17 @@ def answers_cut(
     notes = []
     if count := cut["assistant"]:
         notes.append(
-            "the chat template leaves out a part of an answer, such as what stands before "
-            f"</think>, in {count} of the first examples: the model does not learn it. Give a "
-            "--chat_template that writes it."
+            "the chat template does not write an answer as it is: it leaves out a part, such as "
+            "what stands before </think>, or changes it, as |e and |tojson do, in "
+            f"{count} of the first examples. The model learns what the template writes. Give a "
+            "--chat_template that writes the answers as they are."
         )
     if others := [role for role in ("system", "developer", "user") if cut[role]]:
         notes.append(
-            f"the chat template leaves out messages of the role {shown(others)}, or a part of "
-            f"them, in {max(cut[role] for role in others)} of the first examples: the model is "
-            "trained without them. Give a --chat_template that writes them."
+            f"the chat template leaves out or changes messages of the role {shown(others)}, or a "
+            f"part of them, in {max(cut[role] for role in others)} of the first examples: the "
+            "model is trained with what it writes. Give a --chat_template that writes them as they "
+            "are."
         )
     return " ".join(notes)
 
@@ -410,6 +429,7 @@ def notes_on_chats(
     """Return the notes about what the chat template makes of data."""
     notes = (
         writes_the_date(template),
+        asks_unasked(tokenizer, template),
         answers_cut(examples, fields, tokenizer, template),
         asked_otherwise(examples, fields, tokenizer, template, train_on),
         text_in_place_of_arguments(examples, template),

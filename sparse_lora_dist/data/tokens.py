@@ -52,7 +52,7 @@ from sparse_lora_dist.errors import UserError
 Ints = npt.NDArray[np.int64]
 NOT_A_TARGET = -100
 """Label of a token or row without a loss; torch's cross entropy ignores it."""
-CACHE_VERSION = 4
+CACHE_VERSION = 5
 """Version of the cache of tokens. Increase it when a change of this code gives other tokens for the
 same text, so that old caches are not used."""
 TXT = Fields(kind="text", columns=("text",))
@@ -377,7 +377,7 @@ def tokenise(
                 rows += rows_of(record)
             except ExampleError as error:
                 raise examples.fault(index, str(error)) from error
-            # Text that no tokenizer takes, such as half of a surrogate pair.
+            # Text that the tokenizer does not take.
             except Exception as error:
                 raise examples.fault(
                     index,

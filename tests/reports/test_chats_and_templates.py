@@ -194,12 +194,26 @@ def test_a_template_that_leaves_out_what_the_model_thinks_is_pointed_out(tmp_pat
     """huggingface/trl#6363, THUDM/slime#330"""
     thinking, plain = pairs("<think>hm</think>b", "b"), pairs("b", "b \n c")
     (note,) = notes_of(tmp_path, thinking, THINKS)
-    assert "leaves out a part of an answer" in note and "in 1 of the first examples" in note
+    assert (
+        "leaves out a part, such as what stands before </think>" in note
+        and "in 1 of the first examples" in note
+    )
     assert notes_of(tmp_path, plain, THINKS) == []
     assert notes_of(tmp_path, thinking, PLAIN) == []
     # What an earlier turn thought is left out on purpose.
     turns = [user("a"), assistant("<think>hm</think>b"), user("c"), assistant("d")]
     assert notes_of(tmp_path, [{"messages": turns}], THINKS) == []
+
+
+@pytest.mark.parametrize("changes", ["e", "tojson", "upper"])
+def test_a_template_that_changes_answers_is_not_said_to_hide_them(tmp_path, changes):
+    """Rendered by jinja: what it writes is learned, and the note says so."""
+    template = PLAIN.replace("m.content", f"m.content | {changes}")
+    (note,) = notes_of(tmp_path, [{"messages": [user("A"), assistant('a "b" <c>')]}], template)
+    assert "or changes it, as |e and |tojson do, in 1 of" in note and "does not learn" not in note
+    assert "The model learns what the template writes" in note
+    (note,) = notes_of(tmp_path, [{"messages": [user('a "b" <c>'), assistant("A")]}], template)
+    assert note.startswith("the chat template leaves out or changes messages of the role user")
 
 
 def test_a_template_that_wants_tools_gets_them_wherever_it_renders(tmp_path):

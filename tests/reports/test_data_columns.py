@@ -15,6 +15,9 @@ from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import load_labelled, read_classes
 from sparse_lora_dist.data.reading import shown
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.evaluation.eval_metrics import METRICS
+from sparse_lora_dist.evaluation.examples import Table
+from sparse_lora_dist.evaluation.questions import Encoder
 from sparse_lora_dist.tasks import TASKS
 from sparse_lora_dist.training.feed import given
 from tests.fixtures.data_files import assistant, jsonl, learned, load, pairs, texts, user
@@ -162,7 +165,10 @@ NULLS = {
         '{"text": "a"}\n{"text": "b", "text": "c"}\n',
         r"a\.jsonl:2: 'text' must be text, got dict: \{'key several times': 'text'\}",
     ),
-    "half a letter": ('{"text": "\\ud800"}', r"a\.jsonl:1: This example cannot be tokenised: "),
+    "half a letter": (
+        '{"text": "a"}\n{"text": "\\ud800"}',
+        r"a\.jsonl:2: 'text' has half of a surrogate pair.*ud800",
+    ),
 }
 
 
@@ -172,6 +178,43 @@ def test_lines_that_no_reader_takes_are_one_sentence(tmp_path, case):
     (tmp_path / "a.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         load(tmp_path / "a.jsonl")
+
+
+HALVES = {
+    "prompt": ({"prompt": "a\ud800", "response": "b"}, "'prompt'"),
+    "response": ({"prompt": "a", "response": "b\udfff c"}, "'response'"),
+    "role": ({"messages": [{"role": "\ud800", "content": "a"}]}, "'role' of message 1"),
+    "call": ({"messages": [user("a"), assistant("", tool_calls=["\ud800"])]}, "Message 2"),
+    "tools": ({"messages": [user("a"), assistant("b")], "tools": ["\ud800"]}, "'tools'"),
+    "tools as text": ({"prompt": "", "response": "", "tools": '["\\ud800"]'}, "'tools'"),
+}
+
+
+@pytest.mark.parametrize("case", HALVES)
+def test_half_of_a_surrogate_pair_is_named_with_its_place(tmp_path, case):
+    """The Unicode standard, D76: it is the code of no character."""
+    row, name = HALVES[case]
+    good = {"prompt": "\U0001f600", "response": "\U0001f600"}
+    rows = [{"messages": [user("\U0001f600"), assistant("b")]} if "messages" in row else good, row]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    template = PLAIN + "{% if tools %}{{ tools }}{% endif %}"
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: {name} has half of a surrogate pair.*\\ud"):
+        load(path, byte_tokenizer(template=template))
+
+
+def test_half_of_a_surrogate_pair_in_a_label_a_choice_or_a_right_answer(tmp_path):
+    said = r"a\.jsonl:1: {} has half of a surrogate pair"
+    with pytest.raises(UserError, match=said.format("The label")):
+        classes(tmp_path / "a.jsonl", ["\ud800", "b"])
+    path = jsonl(tmp_path / "c" / "a.jsonl", [{"prompt": "p", "response": "\ud800"}])
+    encoder = Encoder(tokenizer=byte_tokenizer(), template=None, data=DataConfig())
+    with pytest.raises(UserError, match=said.format("'response'")):
+        METRICS["exact"].items(encoder, Table.read(str(path), DataConfig(), None), None)
+    path = jsonl(
+        tmp_path / "b" / "a.jsonl", [{"prompt": "p", "choices": ["a", "\ud800"], "answer": 0}]
+    )
+    with pytest.raises(UserError, match=said.format("a choice")):
+        METRICS["choice"].items(encoder, Table.read(str(path), DataConfig(), None), None)
 
 
 @pytest.mark.parametrize("name", ["text", "id"])

@@ -268,6 +268,21 @@ def test_an_export_claims_only_the_ends_that_were_learned(
     assert _prompting(SimpleNamespace(prompting=summed))["ends"].startswith(said)
 
 
+def test_a_merged_model_does_not_stop_at_a_prompt_that_its_template_writes_unasked(
+    tmp_path: Path,
+) -> None:
+    """The first Llama 3: the header of the next turn is no end of an answer."""
+    template = MARKED.partition("{% if add")[0] + "<|assistant|>"
+    module = SimpleNamespace(can_generate=lambda: False)
+    model: Any = SimpleNamespace(folder=tmp_path, module=module)
+    tokenizer = byte_tokenizer(template=template)
+    documents = load(jsonl(tmp_path / "a.jsonl", pairs("b")), tokenizer)
+    stored = Prompting.of(model, documents, is_own=True)
+    assert stored is not None and set(stored.ends) == {"<|end|>", "</s>"}
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    assert sorted(stored.generation["eos_token_id"]) == sorted([EOS, end])
+
+
 def test_settings_that_change_greedy_answers_are_named() -> None:
     """An evaluation is greedy, and leaves them out; Qwen2.5's base has such a penalty."""
     own = {"do_sample": True, "temperature": 0.7, "repetition_penalty": 1.05, "eos_token_id": 2}

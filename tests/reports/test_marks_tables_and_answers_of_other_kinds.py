@@ -7,7 +7,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from tokenizers import normalizers
+from tokenizers import AddedToken, normalizers
 
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data.fields import ExampleError
@@ -17,7 +17,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.questions import Encoder
 from sparse_lora_dist.training.feed import rows_of
-from tests.fixtures.data_files import assistant, jsonl, learned, load, texts, user
+from tests.fixtures.data_files import assistant, jsonl, learned, load, pairs, texts, user
 from tests.fixtures.tiny_tokenizer import PLAIN, byte_tokenizer
 
 GIVEN = [{"messages": [user("what"), assistant("it is é"), user("and"), assistant(" 🙂 x ")]}]
@@ -75,6 +75,40 @@ def test_marks_that_cannot_be_followed_are_refused(tmp_path: Path, template: str
         load(jsonl(tmp_path / "a.jsonl", GIVEN), byte_tokenizer(template=template))
 
 
+@pytest.mark.parametrize(
+    ("answer", "wanted"),
+    [("A", "A<|end|>"), (" A", "A<|end|>"), ("\nA \n", "A<|end|>"), (" ", "<|end|>")],
+)
+@pytest.mark.parametrize("marked", [True, False])
+def test_special_tokens_that_take_white_space_stay_what_they_are(
+    tmp_path: Path, answer: str, wanted: str, marked: bool
+) -> None:
+    """Phi-3's <|assistant|> takes what follows it, and here <|end|> what comes before it."""
+    template = OTHERS + "<|assistant|>\n" + TURN + END
+    template += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    if not marked:
+        template = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    tokenizer = byte_tokenizer(template=template)
+    tokenizer.backend_tokenizer.add_special_tokens(
+        [
+            AddedToken("<|assistant|>", special=True, rstrip=True),
+            AddedToken("<|end|>", special=True, lstrip=True),
+        ]
+    )
+    documents = load(jsonl(tmp_path / "a.jsonl", pairs(answer)), tokenizer)
+    assert learned(documents, tokenizer) == [wanted]
+
+
+def test_an_end_outside_of_the_marks_that_takes_white_space_of_the_answer_is_not_learned(
+    tmp_path: Path,
+) -> None:
+    turn = "{% generation %}{{ m.content }}{% endgeneration %}<|end|>"
+    tokenizer = byte_tokenizer(template=OTHERS + "<|assistant|>" + turn + END)
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<|end|>", lstrip=True)])
+    documents = load(jsonl(tmp_path / "a.jsonl", pairs("A", "A \n")), tokenizer)
+    assert learned(documents, tokenizer) == ["A", "A"]
+
+
 def test_marks_in_a_comment_are_none(tmp_path: Path) -> None:
     """Where a template has none, prefixes find the answers."""
     turn = "<|{{ m.role }}|>{{ m.content }}<|end|>"
@@ -88,7 +122,7 @@ def test_marks_in_a_comment_are_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("loop", "said"),
     [
-        ("for m in messages[-2:]", ["role user", "part of an answer"]),
+        ("for m in messages[-2:]", ["role user", "answer as it is"]),
         ("for m in messages if m.role != 'system'", ["role system"]),
         ("for m in messages", []),
     ],

@@ -5,9 +5,20 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.chat import encode_answer, encode_chat, encode_prompt
-from sparse_lora_dist.data.fields import Message
-from tests.fixtures.data_files import assistant, jsonl, load, user
+from sparse_lora_dist.config.sections import DataConfig
+from sparse_lora_dist.data.chat import (
+    encode_answer,
+    encode_chat,
+    encode_prompt,
+    end_of_turn,
+    find_template,
+)
+from sparse_lora_dist.data.fields import Message, unasked_prompt
+from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.evaluation.answer_frame import find_frame
+from sparse_lora_dist.evaluation.questions import Encoder
+from tests.fixtures.data_files import assistant, jsonl, load, pairs, texts, user
+from tests.fixtures.data_files import learned as targets
 from tests.fixtures.tiny_tokenizer import MARKED, PLAIN, byte_tokenizer
 
 # The mark stands around the content alone.
@@ -106,3 +117,136 @@ def test_a_template_that_writes_the_date_is_pointed_out(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", [{"messages": [user("a"), assistant("b")]}])
     (note,) = load(path, byte_tokenizer(template=template)).reading.notes
     assert "writes the date into each row (strftime_now)" in note
+
+
+HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+LLAMA_3 = (
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
+    "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim "
+    "+ '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}"
+    "{{ content }}{% endfor %}"
+)
+CHATML = (
+    "{% for m in messages %}<|user|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}",
+    "{{ '<|user|>assistant\n' }}",
+)
+ASKS = {
+    "Llama 3": (LLAMA_3, "{{ '" + HEADER + "' }}"),
+    "Llama 3.1": (
+        "{{ '<|start_header_id|>system<|end_header_id|>\n\nToday<|eot_id|>' }}\n"
+        "{%- for m in messages %}\n    {{- '<|start_header_id|>' + m.role + '<|end_header_id|>"
+        "\n\n' + m.content + '<|eot_id|>' }}\n    {%- for c in m.tool_calls or [] %}{{ c }}"
+        "{% endfor %}\n{%- endfor %}\n",
+        "{{- '" + HEADER + "' }}",
+    ),
+    "ChatML": CHATML,
+    "marked": (MARKED.partition("{% if add")[0], "<|assistant|>"),
+    "Vicuna": (
+        "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}"
+        "ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}",
+        "ASSISTANT: ",
+    ),
+}
+"""A loop over messages, and a generation prompt behind it."""
+IF = "{%- if add_generation_prompt %}"
+
+
+def with_headers(template: str) -> PreTrainedTokenizerFast:
+    tokenizer = byte_tokenizer(template=template)
+    headers = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": headers})
+    return tokenizer
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize("train_on", ["response", "all"])
+@pytest.mark.parametrize("name", ASKS)
+def test_a_template_that_asks_unasked_teaches_what_one_that_waits_does(tmp_path, name, train_on):
+    """meta-llama/llama3#29, huggingface/transformers#32252"""
+    loop, prompt = ASKS[name]
+    turns = [user("a"), assistant("b"), user("c"), assistant("d")]
+    chats = [{"messages": turns}, {"messages": turns[:3]}]
+    for k, rows in enumerate([pairs("4", "an assistant"), chats]):
+        path, found = jsonl(tmp_path / f"{k}.jsonl", rows), []
+        for template in (loop + prompt, loop + IF + prompt + "{% endif %}"):
+            tokenizer = with_headers(template)
+            documents = load(path, tokenizer, train_on=train_on)
+            ends = sorted(documents.ends), documents.reading.answer_ends
+            found.append((texts(documents, tokenizer), targets(documents, tokenizer), ends))
+            notes = [n for n in documents.reading.notes if "after every chat" in n]
+            assert len(notes) == (template == loop + prompt)
+        assert found[0] == found[1]
+        whole = [
+            tokenizer.apply_chat_template(chat, tokenize=False)
+            for chat in ([user("?"), assistant("4")], [user("?"), assistant("an assistant")])
+        ]
+        assert k or found[0][0] == whole
+    end = "<|eot_id|>" if "Llama" in name else "</s>" if name == "Vicuna" else "<|end|>"
+    rest = "\n" if name == "ChatML" else ""
+    if train_on == "response":
+        assert found[0][1] == [f"b{end}{rest}d{end}{rest}", f"b{end}{rest}"]
+    assert found[0][2] == (sorted({end, "</s>"}), (end,))
+
+
+@pytest.mark.parametrize("name", ASKS)
+def test_an_answer_is_graded_and_ends_where_a_template_asks_unasked(name):
+    loop, prompt = ASKS[name]
+    tokenizer = with_headers(loop + prompt)
+    waits = loop + IF + prompt + "{% endif %}"
+    frame = find_frame(tokenizer, loop + prompt)
+    assert frame == find_frame(tokenizer, waits)
+    assert frame.answer_in("voice assistant") == "voice assistant"
+    assert end_of_turn(tokenizer, template=loop + prompt) == end_of_turn(tokenizer, template=waits)
+    data = DataConfig()
+    found = [
+        Encoder(tokenizer=tokenizer, template=t, data=data, frame=frame).with_answers(
+            [user("?")], ["x", "y"]
+        )
+        for t in (loop + prompt, waits)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert one.input_ids.tolist() == other.input_ids.tolist()
+        assert one.labels.tolist() == other.labels.tolist()
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_prompt_written_unasked_inside_the_loop_is_refused(number):
+    loop, prompt = ASKS[["Llama 3", "ChatML"][number - 1]]
+    template = loop.replace("{% endfor", "{% if loop.last %}" + prompt + "{% endif %}{% endfor")
+    with pytest.raises(UserError, match=r"asks for an answer, .* also after the last answer"):
+        find_template(with_headers(template), template)
+    waits = template.replace("loop.last", "loop.last and add_generation_prompt")
+    assert find_template(with_headers(waits), waits) == waits
+
+
+NEVER = {
+    "asks when it is asked": PLAIN,
+    "marks": MARKED,
+    "asks nobody": CHATML[0],
+    "Llama 2": "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}",
+    "an end between messages and at the end": "{% for m in messages %}{% if not loop.first %}</s>"
+    "{% endif %}{{ m.content }}{% endfor %}</s>",
+    "an end after the last message alone": "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if loop.last %}</s>{% endif %}\n{% endfor %}",
+    "another end after the last answer": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+    "{% if loop.last and m.role == 'assistant' %}<|system|>{% else %}<|end|>{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "thoughts of the last answer": "{% for m in messages %}<|{{ m.role }}|>{% if m.role == "
+    "'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}",
+    "asks after a question alone": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>"
+    "{% endfor %}{% if messages[-1].role == 'user' %}<|assistant|>{% endif %}",
+    "no more than lines": "{% for m in messages %}{{ m.content }}\n{% endfor %}\n\n",
+}
+
+
+@pytest.mark.parametrize("name", NEVER)
+def test_a_template_that_asks_only_when_asked_stays_as_it_is(name):
+    template = NEVER[name]
+    tokenizer = byte_tokenizer(template=template)
+    assert find_template(tokenizer, None) == template
+    assert unasked_prompt(tokenizer, template) == ""
+    chat = [user("a"), assistant("b")]
+    whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    assert encode_chat(tokenizer, chat, template=template, train_on="all").ids == whole
