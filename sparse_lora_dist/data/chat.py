@@ -6,14 +6,12 @@ are. bos and eos are the tokenizer's tokens for the beginning and end of a seque
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
-from pathlib import Path
+from itertools import islice, takewhile
 from typing import Any, Literal
 
 import jinja2
@@ -27,13 +25,10 @@ from sparse_lora_dist.data.fields import (
     Message,
     Tools,
     has_marks,
-    refuse_broken_template,
     unasked_prompt,
     with_signs,
 )
 from sparse_lora_dist.data.read_files import plainly
-from sparse_lora_dist.errors import UserError
-from sparse_lora_dist.system.small_files import is_json, whole_text
 
 TrainOn = Literal["response", "all"]
 
@@ -46,75 +41,6 @@ class Encoded:
     """Token ids."""
     is_target: list[bool]
     """One entry for each token: True if it has a loss."""
-
-
-def find_template(
-    tokenizer: PreTrainedTokenizerFast, chat_template: str | None, *, has_tools: bool = False
-) -> str | None:
-    """Return the jinja text that renders chats.
-
-    Args:
-        tokenizer: its own template is used if ``chat_template`` is None.
-        chat_template: value of ``--chat_template``: jinja text, or the path of a file with it.
-        has_tools: True if the data have a column ``tools``. Of a tokenizer with several templates
-            the one called "tool_use" is then used, if there is one.
-
-    Returns:
-        The jinja text; None if neither ``chat_template`` nor the tokenizer has one.
-
-    Raises:
-        UserError: ``chat_template`` is neither jinja text nor a file that can be read, or the
-            tokenizer has several templates, none of which is for all chats; or the template is
-            broken, or writes a generation prompt unasked that cannot be left out.
-    """
-    if chat_template is None:
-        template, place = _own_template(tokenizer, has_tools), "The tokenizer's chat template"
-    else:
-        template, place = _given_template(chat_template), f"--chat_template {chat_template}"
-    if template is not None:
-        refuse_broken_template(tokenizer, template, place)
-        unasked_prompt(tokenizer, template)  # refuses one that cannot be told from the chat
-    return template
-
-
-def _given_template(chat_template: str) -> str:
-    if not is_file(chat_template):
-        if is_template(chat_template):
-            return chat_template
-        raise UserError(
-            f"--chat_template {chat_template} is neither a file that exists nor jinja text, which "
-            "has {{ or {% in it. Give the path of a file, or the text of a template."
-        )
-    text = whole_text(Path(chat_template).expanduser(), f"--chat_template {chat_template}")
-    if is_json(text):
-        raise UserError(
-            f"--chat_template {chat_template} is a JSON file, and no jinja text. Write the text "
-            "of its key chat_template into a file of its own, with line breaks for \\n."
-        )
-    return text
-
-
-def is_template(text: str) -> bool:
-    """Return True if ``text`` is the text of a jinja template, and not the path of a file."""
-    return ("{{" in text or "{%" in text) and not is_file(text)
-
-
-def is_file(text: str) -> bool:
-    """Return True if ``text`` is the path of a file. The name of a file may have braces too."""
-    return os.path.isfile(os.path.expanduser(text))
-
-
-def _own_template(tokenizer: PreTrainedTokenizerFast, has_tools: bool) -> str | None:
-    own: str | dict[str, str] | None = tokenizer.chat_template
-    if not isinstance(own, dict):
-        return own or None
-    name = "tool_use" if has_tools and "tool_use" in own else "default"
-    if name not in own:
-        raise UserError(
-            f"The tokenizer has several chat templates, called {', '.join(sorted(own))}, and none "
-            "called default. Write the one to use into a file, and give it with --chat_template."
-        )
-    return own[name]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
@@ -239,7 +165,8 @@ def encode_answer(
 
 def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> set[int]:
     """Return the ids of the tokens that end a response, at which generation stops: eos, and the
-    special tokens that the template puts after a response.
+    special tokens that the template puts after a response. If these are none, they are the tokens
+    there that were added to the vocabulary and are not marked as special.
 
     Args:
         tokenizer: tokenizer of the model.
@@ -248,12 +175,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerFast, *, template: str | None) -> 
     Raises:
         ExampleError: the template refuses a chat of one question and its answer.
     """
-    one, two = two_answers(tokenizer, {"role": "user", "content": "a"}, template=template)
+    one, two = two_answers(tokenizer, asking(tokenizer, "a", template=template), template=template)
     # The common end of two renderings that differ in the answer only.
     pairs = zip(reversed(one), reversed(two), strict=False)
     end = {i for i, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)} if one != two else set()
     eos = tokenizer.eos_token_id
-    return (end & tokens_that_end(tokenizer)) | (set() if eos is None else {int(eos)})
+    found = end & tokens_that_end(tokenizer) or end & {*tokenizer.added_tokens_decoder}
+    return found | (set() if eos is None else {int(eos)})
 
 
 def tokens_that_end(tokenizer: PreTrainedTokenizerFast) -> set[int | None]:
@@ -262,26 +190,66 @@ def tokens_that_end(tokenizer: PreTrainedTokenizerFast) -> set[int | None]:
     return {*special, tokenizer.eos_token_id}
 
 
+def asking(
+    tokenizer: PreTrainedTokenizerFast, question: str, *, template: str | None
+) -> list[Message]:
+    """Return a chat of one question that the template renders with an answer: with a system prompt
+    if it demands one.
+
+    Args:
+        tokenizer: tokenizer of the model.
+        question: content of the message.
+        template: jinja text that renders chats; None if prompts are used as they are.
+    """
+    user: Message = {"role": "user", "content": question}
+    try:
+        two_answers(tokenizer, [user], template=template)
+    except ExampleError:
+        return [{"role": "system", "content": question}, user]
+    return [user]
+
+
 def two_answers(
-    tokenizer: PreTrainedTokenizerFast, question: Message, *, template: str | None
+    tokenizer: PreTrainedTokenizerFast, chat: list[Message], *, template: str | None
 ) -> tuple[list[int], list[int]]:
     """Return the token ids of two chats that differ in the answer only: what they share is the
     template's.
 
     Args:
         tokenizer: tokenizer of the model.
-        question: message before the answer, which is "a" or "b".
+        chat: messages before the answer.
         template: jinja text that renders chats; None joins question and answer as they are.
 
     Raises:
-        ExampleError: the template refuses a chat of one question and its answer.
+        ExampleError: the template refuses these messages with an answer.
     """
+    one, two = (
+        encode_chat(
+            tokenizer,
+            [*chat, {"role": "assistant", "content": answer}],
+            template=template,
+            train_on="all",
+        ).ids
+        for answer in _two_words(tokenizer)
+    )
+    return one, two
 
-    def ids(answer: str) -> list[int]:
-        chat = [question, {"role": "assistant", "content": answer}]
-        return encode_chat(tokenizer, chat, template=template, train_on="all").ids
 
-    return ids("a"), ids("b")
+@lru_cache(maxsize=1)
+def _two_words(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+    """Return two words whose tokens differ and are none for unknown text: "a" and "b", or what a
+    vocabulary without these has, such as one of amino acids."""
+
+    def is_known(word: str) -> bool:
+        ids = _ids(tokenizer, word)
+        return ids != [] and tokenizer.unk_token_id not in ids
+
+    if is_known("a") and is_known("b"):
+        return "a", "b"
+    words = {word for word in tokenizer.get_vocab() if word.isalnum()}
+    others = sorted(words - {*tokenizer.all_special_tokens})
+    one, two = [*islice(filter(is_known, others), 2), "a", "b"][:2]
+    return one, two
 
 
 def _whole(ids: list[int]) -> Encoded:

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import jinja2
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.data.examples import MESSAGES as MESSAGES
 from sparse_lora_dist.errors import UserError
+from sparse_lora_dist.system.small_files import is_json, whole_text
 
 Message = dict[str, Any]
 HALF = re.compile("[\ud800-\udfff]")
@@ -200,6 +202,75 @@ def refuse_unsupported(columns: Sequence[str], place: str) -> None:
             "rendered with the template's own defaults. Write the options into a --chat_template, "
             "and remove this column."
         )
+
+
+def find_template(
+    tokenizer: PreTrainedTokenizerFast, chat_template: str | None, *, has_tools: bool = False
+) -> str | None:
+    """Return the jinja text that renders chats.
+
+    Args:
+        tokenizer: its own template is used if ``chat_template`` is None.
+        chat_template: value of ``--chat_template``: jinja text, or the path of a file with it.
+        has_tools: True if the data have a column ``tools``. Of a tokenizer with several templates
+            the one called "tool_use" is then used, if there is one.
+
+    Returns:
+        The jinja text; None if neither ``chat_template`` nor the tokenizer has one.
+
+    Raises:
+        UserError: ``chat_template`` is neither jinja text nor a file that can be read, or the
+            tokenizer has several templates, none of which is for all chats; or the template is
+            broken, or writes a generation prompt unasked that cannot be left out.
+    """
+    if chat_template is None:
+        template, place = _own_template(tokenizer, has_tools), "The tokenizer's chat template"
+    else:
+        template, place = _given_template(chat_template), f"--chat_template {chat_template}"
+    if template is not None:
+        refuse_broken_template(tokenizer, template, place)
+        unasked_prompt(tokenizer, template)  # refuses one that cannot be told from the chat
+    return template
+
+
+def _given_template(chat_template: str) -> str:
+    if not is_file(chat_template):
+        if is_template(chat_template):
+            return chat_template
+        raise UserError(
+            f"--chat_template {chat_template} is neither a file that exists nor jinja text, which "
+            "has {{ or {% in it. Give the path of a file, or the text of a template."
+        )
+    text = whole_text(Path(chat_template).expanduser(), f"--chat_template {chat_template}")
+    if is_json(text):
+        raise UserError(
+            f"--chat_template {chat_template} is a JSON file, and no jinja text. Write the text "
+            "of its key chat_template into a file of its own, with line breaks for \\n."
+        )
+    return text
+
+
+def is_template(text: str) -> bool:
+    """Return True if ``text`` is the text of a jinja template, and not the path of a file."""
+    return ("{{" in text or "{%" in text) and not is_file(text)
+
+
+def is_file(text: str) -> bool:
+    """Return True if ``text`` is the path of a file. The name of a file may have braces too."""
+    return os.path.isfile(os.path.expanduser(text))
+
+
+def _own_template(tokenizer: PreTrainedTokenizerFast, has_tools: bool) -> str | None:
+    own: str | dict[str, str] | None = tokenizer.chat_template
+    if not isinstance(own, dict):
+        return own or None
+    name = "tool_use" if has_tools and "tool_use" in own else "default"
+    if name not in own:
+        raise UserError(
+            f"The tokenizer has several chat templates, called {', '.join(sorted(own))}, and none "
+            "called default. Write the one to use into a file, and give it with --chat_template."
+        )
+    return own[name]
 
 
 def refuse_broken_template(tokenizer: PreTrainedTokenizerFast, template: str, place: str) -> None:

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.batches import FILLER, padded, padded_length
+from sparse_lora_dist.data.batches import FILLER, Rows, padded, padded_length
 from sparse_lora_dist.data.fields import ExampleError, text_of
 from sparse_lora_dist.data.labels import check_columns, label_of
 from sparse_lora_dist.data.local_files import Columns
-from sparse_lora_dist.data.packing import Rows
+from sparse_lora_dist.data.notes import words_cut
 from sparse_lora_dist.data.read_files import read_examples
-from sparse_lora_dist.data.reading import describe, shown, words_cut
+from sparse_lora_dist.data.reading import describe, shown
 from sparse_lora_dist.data.tokens import (
     CACHE_VERSION,
     FEATURES,

@@ -16,13 +16,7 @@ import numpy.typing as npt
 from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.chat import (
-    TrainOn,
-    encode_chat,
-    encode_text,
-    end_of_turn,
-    find_template,
-)
+from sparse_lora_dist.data.chat import TrainOn, encode_chat, encode_text, end_of_turn
 from sparse_lora_dist.data.examples import Examples
 from sparse_lora_dist.data.fields import (
     DEFAULTS,
@@ -30,23 +24,21 @@ from sparse_lora_dist.data.fields import (
     ExampleError,
     Fields,
     find_fields,
+    find_template,
     refuse_unsupported,
     renders_tools,
     tools_of,
 )
 from sparse_lora_dist.data.local_files import Columns
-from sparse_lora_dist.data.read_files import cache_of, plainly, read_examples, readable
-from sparse_lora_dist.data.reading import (
-    Reading,
-    describe,
+from sparse_lora_dist.data.notes import (
     no_document,
     no_end,
     not_learned,
     notes_on_chats,
     notes_on_text,
-    template_source,
-    unread_keys,
 )
+from sparse_lora_dist.data.read_files import cache_of, plainly, read_examples, readable
+from sparse_lora_dist.data.reading import Reading, describe, template_source, unread_keys
 from sparse_lora_dist.errors import UserError
 
 Ints = npt.NDArray[np.int64]

@@ -16,8 +16,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerFast
 
-from sparse_lora_dist.data.chat import encode_prompt, tokens_that_end, two_answers
-from sparse_lora_dist.data.fields import Message
+from sparse_lora_dist.data.chat import asking, encode_prompt, tokens_that_end, two_answers
 
 Item = TypeVar("Item")
 
@@ -74,9 +73,9 @@ def find_frame(tokenizer: PreTrainedTokenizerFast, template: str | None) -> Answ
     """
     if template is None:
         return AnswerFrame()
-    user: Message = {"role": "user", "content": "?"}
-    prompt = encode_prompt(tokenizer, [user], template=template)
-    one, two = two_answers(tokenizer, user, template=template)
+    chat = asking(tokenizer, "?", template=template)
+    prompt = encode_prompt(tokenizer, chat, template=template)
+    one, two = two_answers(tokenizer, chat, template=template)
     # As generated texts are decoded.
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt, one, two)]
     asked, *chats = texts

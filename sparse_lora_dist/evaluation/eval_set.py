@@ -6,13 +6,13 @@ from typing import Any
 
 from sparse_lora_dist.config.config import Config
 from sparse_lora_dist.data import Documents, be_quiet
-from sparse_lora_dist.data.chat import end_of_turn, find_template
-from sparse_lora_dist.data.fields import ExampleError
+from sparse_lora_dist.data.chat import end_of_turn
+from sparse_lora_dist.data.fields import ExampleError, find_template
 from sparse_lora_dist.data.fingerprint import hash_of_examples
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import counted, print_line
 from sparse_lora_dist.distributed.phases import fail_together, first_on_its_node
-from sparse_lora_dist.errors import UserError, as_user_error
+from sparse_lora_dist.errors import as_user_error
 from sparse_lora_dist.evaluation.answer_frame import AnswerFrame, find_frame
 from sparse_lora_dist.evaluation.eval_metrics import METRICS
 from sparse_lora_dist.evaluation.eval_options import EvalConfig, EvalRequest
@@ -116,10 +116,7 @@ def open_eval_set(
             for name in request.own.metrics
         }
         generates = [name for name in items if METRICS[name].generates]
-        try:
-            stop_ids = end_of_turn(tokenizer, template=template) if generates else set()
-        except ExampleError as error:
-            raise UserError(f"--chat_template: {error}") from error
+        stop_ids = _stop_ids(tokenizer, template) if generates else set()
         prompts = [len(question.prompt) for name in generates for question in items[name]]
         longest = max(prompts) + request.own.max_new_tokens if prompts else 0
         by_row: Any = {"alone": request.own.batch_size == 1, "change": "--batch_size 1"}
@@ -151,6 +148,18 @@ def open_eval_set(
         frame=frame,
         items=items,
     )
+
+
+def _stop_ids(tokenizer: Any, template: str | None) -> set[int]:
+    try:
+        return end_of_turn(tokenizer, template=template)
+    except ExampleError as error:
+        print_line(
+            "note",
+            "generation stops at the end-of-sequence token alone: what ends an answer in the chat "
+            f"template is not known, since it refuses a chat of one question. {error}",
+        )
+        return set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
 
 
 def _frame(tokenizer: Any, template: str | None) -> AnswerFrame:

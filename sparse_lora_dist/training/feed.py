@@ -20,7 +20,7 @@ from sparse_lora_dist.config.paths import eval_source, resolve_default
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import Collate, MicroBatch, Reading, Rows, be_quiet, micro_batches, pack
 from sparse_lora_dist.data.batches import padded_length
-from sparse_lora_dist.data.chat import find_template
+from sparse_lora_dist.data.fields import find_template
 from sparse_lora_dist.data.fingerprint import hash_of_documents, hash_of_files, hash_of_tokenizer
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line

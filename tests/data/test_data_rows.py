@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparse_lora_dist.data import load_documents, micro_batches, pack, packed_batch
-from sparse_lora_dist.data.packing import best_fit
+from sparse_lora_dist.data.batches import best_fit
 from tests.fixtures.tiny_tokenizer import byte_tokenizer
 
 LENGTH = 20

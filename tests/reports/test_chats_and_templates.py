@@ -4,7 +4,7 @@ import datasets
 import pytest
 
 from sparse_lora_dist.config.sections import DataConfig
-from sparse_lora_dist.data.chat import find_template
+from sparse_lora_dist.data.fields import find_template
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.examples import Table
 from sparse_lora_dist.evaluation.questions import Encoder, exact

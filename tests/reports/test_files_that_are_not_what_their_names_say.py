@@ -9,7 +9,7 @@ from tokenizers import Regex, normalizers
 from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.base_model.architecture import resolve_folder
 from sparse_lora_dist.config.load import load_config
-from sparse_lora_dist.data.chat import find_template
+from sparse_lora_dist.data.fields import find_template
 from sparse_lora_dist.errors import UserError
 from tests.fixtures.data_files import assistant, jsonl, load, pairs, user
 from tests.fixtures.tiny_tokenizer import PLAIN, byte_tokenizer

@@ -10,8 +10,7 @@ from sparse_lora_dist import checkpoint
 from sparse_lora_dist.checkpoint.manifest import MANIFEST, step_of
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.config.paths import moved_run, where_it_goes_on
-from sparse_lora_dist.data.chat import find_template
-from sparse_lora_dist.data.fields import find_fields
+from sparse_lora_dist.data.fields import find_fields, find_template
 from sparse_lora_dist.data.reading import template_source
 from sparse_lora_dist.editing.edit_file import read_edits
 from sparse_lora_dist.errors import ConfigError, UserError

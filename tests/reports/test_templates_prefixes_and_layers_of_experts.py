@@ -17,7 +17,8 @@ from sparse_lora_dist.adapter.peft_agrees import dropped_by_peft
 from sparse_lora_dist.base_model.safetensors_writer import SafetensorsWriter, header_room
 from sparse_lora_dist.checkpoint import Progress
 from sparse_lora_dist.config.config import Config
-from sparse_lora_dist.data.chat import encode_prompt, encode_text, find_template
+from sparse_lora_dist.data.chat import encode_prompt, encode_text
+from sparse_lora_dist.data.fields import find_template
 from sparse_lora_dist.distributed.launch import Launch
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.training import summary

@@ -6,14 +6,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.config.sections import DataConfig
-from sparse_lora_dist.data.chat import (
-    encode_answer,
-    encode_chat,
-    encode_prompt,
-    end_of_turn,
-    find_template,
-)
-from sparse_lora_dist.data.fields import Message, unasked_prompt
+from sparse_lora_dist.data.chat import encode_answer, encode_chat, encode_prompt, end_of_turn
+from sparse_lora_dist.data.fields import Message, find_template, unasked_prompt
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.answer_frame import find_frame
 from sparse_lora_dist.evaluation.questions import Encoder
@@ -250,3 +244,44 @@ def test_a_template_that_asks_only_when_asked_stays_as_it_is(name):
     chat = [user("a"), assistant("b")]
     whole = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
     assert encode_chat(tokenizer, chat, template=template, train_on="all").ids == whole
+
+
+def of_words(words: str, *, special: bool, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of a few words and an end of turn that is added later."""
+    names = ["<pad>", "</s>", "<unk>", *words.split()]
+    vocab = {name: i for i, name in enumerate(names)}
+    inner = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.add_tokens(["<end>"], special_tokens=special)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURNS = "{% for m in messages %}{{ m.role }} {{ m.content }} <end> {% endfor %}"
+DEMANDS = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("words", "special", "template"),
+    [
+        ("MKV ACD", True, TURNS),  # neither "a" nor "b" has a token
+        ("a b", False, TURNS),  # as axolotl's option tokens adds it
+        ("a b", True, DEMANDS + TURNS),
+    ],
+    ids=["amino acids", "not special", "system prompt"],
+)
+def test_the_end_of_an_answer_is_found_in_any_vocabulary_and_template(
+    tmp_path, words, special, template
+):
+    """The model learned it, and exports and evaluations did not stop there."""
+    tokenizer = of_words(words, special=special, template=template)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    assert end_of_turn(tokenizer, template=template) == {1, end}
+    answer = words.split()[0]
+    chat = [{"role": "system", "content": "s"}, user(answer), assistant(answer)]
+    documents = load(jsonl(tmp_path / "a.jsonl", [{"messages": chat}]), tokenizer=tokenizer)
+    assert documents.ends == {"</s>": 1, "<end>": end}
+    assert documents.reading.answer_ends == ("<end>",)
