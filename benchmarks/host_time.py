@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
+from unittest.mock import patch
 
 from _side_by_side import ZERO3, build, on_ranks, save_llama  # isort: skip
 
@@ -24,6 +25,7 @@ from _usual_way import Peft, build_usual, quantised_peft
 from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.distributed.console import print_line
 from sparse_lora_dist.runtime.entry_point import exit_process, quiet_others
+from sparse_lora_dist.zero3 import whole
 
 TOKENS, RANK, WARM_UP = 16, 8, 2
 REFERENCE = "peft"
@@ -102,9 +104,17 @@ def all_ways(folder: str, *, checkpointing: bool) -> dict[str, Steps]:
         "usual_zero3": build_usual(
             **settings, ds_config=_persistent(0), peaks=None, peak=lambda: 0
         ),
-        "sharded": build("lora", {}, **settings, ds_config=_persistent(0)),
+        "sharded": _sharded("lora", {}, **settings, ds_config=_persistent(0)),
+        "one_rank": build("lora", {}, **settings, ds_config=_persistent(0)),
         "whole": build("lora", {}, **settings, ds_config=_persistent(10**12)),
     }
+
+
+def _sharded(*arguments: Any, **options: Any) -> Steps:
+    """Build an engine that gathers the base for each use, as one of several ranks does: a single
+    rank, which has all shards, keeps them gathered."""
+    with patch.object(whole, "offloads_parameters", return_value=True):
+        return build(*arguments, **options)
 
 
 def _persistent(up_to: int) -> dict[str, Any]:

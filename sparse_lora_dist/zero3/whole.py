@@ -4,7 +4,8 @@ DeepSpeed keeps parameters of at most ``stage3_param_persistence_threshold`` ele
 one use to the next, but it partitions them after every step, gathers them again in the next one,
 and counts them in every hook. A frozen tensor never changes, so here it is gathered once, before
 DeepSpeed sees the model, and is a buffer of its module from then on. With a threshold above the
-largest tensor that is the whole base: a step then gathers nothing but adapters.
+largest tensor that is the whole base: a step then gathers nothing but adapters. A single rank has
+all shards anyway, so there it is the whole base whatever the threshold is, in the same memory.
 """
 
 import sys
@@ -13,6 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from sparse_lora_dist.distributed import comm
 from sparse_lora_dist.zero3.parameters import ZeroParameter, gathered, is_of_base
 
 AT_ONCE = 64
@@ -44,6 +46,16 @@ def keep_whole(model: nn.Module, engine_config: Mapping[str, Any]) -> list[Tenso
     return whole
 
 
+def offloads_parameters(zero: Mapping[str, Any]) -> bool:
+    """Return True if the parameters lie in host memory or on NVMe.
+
+    Args:
+        zero: section "zero_optimization" of the DeepSpeed configuration.
+    """
+    offload: Mapping[str, Any] = zero.get("offload_param") or {}
+    return bool(offload.get("device", "none") != "none")
+
+
 def _let_go(module: nn.Module, whole: set[int]) -> None:
     for name, parameter in list(module._parameters.items()):
         if id(parameter) in whole:
@@ -55,10 +67,13 @@ def _let_go(module: nn.Module, whole: set[int]) -> None:
 
 
 def _staying(model: nn.Module, zero: Mapping[str, Any]) -> list[ZeroParameter]:
-    """Return the frozen parameters that DeepSpeed would keep gathered, by its own rule. DeepSpeed
-    needs a parameter to begin with, so of a model without any other the last is left to it."""
+    """Return the frozen parameters that DeepSpeed would keep gathered, by its own rule, or all on a
+    single rank that keeps them on its device. DeepSpeed needs a parameter to begin with, so of a
+    model without any other the last is left to it."""
     largest = zero.get("stage3_param_persistence_threshold", 100_000)
     room = zero.get("stage3_model_persistence_threshold", sys.maxsize)
+    if comm.world_size() == 1 and not offloads_parameters(zero):
+        largest = room = sys.maxsize
     parameters = list(cast(Iterable[ZeroParameter], model.parameters()))
     staying = []
     for parameter in parameters:
