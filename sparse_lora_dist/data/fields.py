@@ -327,18 +327,21 @@ def unasked_prompt(tokenizer: PreTrainedTokenizerFast, template: str) -> str:
         return str(chat)
 
     try:
-        asked, chat, longer = rendered(1, asks=True), rendered(2), rendered(3)
+        asked, waiting = rendered(1, asks=True), rendered(1)
+        chat, longer = rendered(2), rendered(3)
         signed = rendered(2, LOOP_END.sub(rf"{{{{ '{END_OF_LOOP}' }}}}\1\2\3", template))
     except Exception:  # it may refuse this chat, and not those of the data
         return ""
     tail, other = (text.rpartition(ANSWER)[2] for text in (chat, longer))
     # What follows the answer only if no further message does.
     last = tail[len(os.path.commonprefix([tail, other])) :]
+    prompt = signed.rpartition(END_OF_LOOP)[2]
+    is_whole = signed.replace(END_OF_LOOP, "") == chat and prompt.endswith(last)
+    # If it is asked, it may write more of it, as Command A's does.
+    if last.strip() and chat.startswith(asked) and is_whole and waiting.endswith(prompt):
+        return prompt
     if not (last.strip() and asked.endswith(last) and chat.startswith(asked)):
         return ""
-    prompt = signed.rpartition(END_OF_LOOP)[2]
-    if signed.replace(END_OF_LOOP, "") == chat and prompt.endswith(last) and asked.endswith(prompt):
-        return prompt
     raise UserError(
         f"The chat template asks for an answer, with {last!r} at the end, also after the last "
         "answer of a chat, and where this begins cannot be found. Give a --chat_template that "
@@ -353,8 +356,9 @@ def renders_tools(columns: Collection[str], template: str | None) -> bool:
 
 
 def names(template: str, word: str) -> bool:
-    """Return True if a word, such as a key of messages, occurs in the text of a template."""
-    return re.search(rf"\b{re.escape(word)}\b", template) is not None
+    """Return True if a word, such as a key of messages, occurs in a tag of a template."""
+    tags = " ".join(re.findall(r"\{[{%].*?[%}]\}", template, re.DOTALL))
+    return re.search(rf"\b{re.escape(word)}\b", tags) is not None
 
 
 def tools_of(record: Mapping[str, Any]) -> Tools:

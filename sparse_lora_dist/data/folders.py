@@ -21,6 +21,7 @@ SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SHARD = re.compile(r"(.*?)(\d{4,6})-of-(\d{4,6})(\D.*)?")
 """Name of a file that is one of several: what stands before its number, its number from 0 or 1 on,
 how many there are, and what follows."""
+HASH = re.compile(r"^-[0-9a-f]{16}(?=\.)")
 MOST_SHARDS = 100_000
 """Largest such number of which the missing files are looked for."""
 ABOUT = ("README.md", "LICENSE", "LICENSE.md")
@@ -127,7 +128,8 @@ def missing_shards(files: Iterable[Path]) -> list[str]:
     found: dict[tuple[Path, str, str, str], set[int]] = {}
     for file in files:
         if (parts := SHARD.fullmatch(file.name)) and int(parts[3]) <= MOST_SHARDS:
-            key = (file.parent, parts[1], parts[3], parts[4] or "")
+            # datasets once gave each shard a hash of its own.
+            key = (file.parent, parts[1], parts[3], HASH.sub("", parts[4] or ""))
             found.setdefault(key, set()).add(int(parts[2]))
     return [
         f"{before}{number:0{len(total)}}-of-{total}{after}"

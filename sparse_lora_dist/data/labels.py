@@ -118,7 +118,7 @@ def label_of(value: Any, feature: Any) -> str:
                 f"0 to {len(feature.names) - 1}. Correct the label, or write labels as text."
             )
         return str(feature.names[value])
-    if value == "":
+    if isinstance(value, str) and not value.strip():
         raise ExampleError("The label of this example is empty. Give it a whole number or text.")
     if isinstance(value, bool) or not isinstance(value, int | str):
         found = f"{type(value).__name__}: {str(value)[:40]}"

@@ -8,6 +8,7 @@ date in quotes is text too.
 import csv
 import json
 import re
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ module, 131,072."""
 def has_content(file: Path) -> bool:
     """Return True if the file has anything but white space."""
     with file.open("rb") as f:
-        return any(line.strip() for line in f)
+        return any(line.removeprefix(BOM_UTF8).strip() for line in f)
 
 
 def examples_in(file: Path, column_names: Columns = ()) -> Numbered:

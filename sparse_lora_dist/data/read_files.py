@@ -203,7 +203,7 @@ def _read_folder(path: Path, split: str, place: str, column_names: Columns) -> F
             f"kinds: {KINDS}."
         )
     # The metadata of a hub data set may say which files are the data.
-    if card is not None and (len(folder.kinds) > 1 or "configs:" in card):
+    if card is not None and (len(folder.kinds) > 1 or CONFIGS.search(card)):
         return _read_hub_folder(folder, split, place)
     if len(folder.kinds) > 1:
         raise UserError(
@@ -213,11 +213,17 @@ def _read_folder(path: Path, split: str, place: str, column_names: Columns) -> F
     return _read_files(of_split(folder, split, place), place, column_names)
 
 
+CONFIGS = re.compile(r"""^["']?configs["']?\s*:""", re.MULTILINE)
+"""Matches the key of a README.md's metadata that says which files are the data."""
+
+
 def _front_matter(card: Path) -> str | None:
     """Return the YAML at the top of a README.md; None if there is no such file."""
     if not card.is_file():
         return None
-    found = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8"), re.DOTALL)
+    # As huggingface_hub finds it; a card in another encoding may have none.
+    text = card.read_bytes().decode("utf-8-sig", errors="replace")
+    found = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---(?:[\r\n]|$)", text, re.DOTALL)
     return found[1] if found else ""
 
 

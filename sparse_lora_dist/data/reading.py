@@ -2,18 +2,24 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
+from sparse_lora_dist.data.chat import render_text
 from sparse_lora_dist.data.examples import (
     Examples,
     rows_left_out,
 )
 from sparse_lora_dist.data.fields import (
     MESSAGES,
+    ExampleError,
     Fields,
     is_template,
     names,
+    tools_of,
 )
 from sparse_lora_dist.data.folders import missing_shards
 
@@ -129,18 +135,55 @@ def missing_files(examples: Examples) -> str:
     )
 
 
-def unread_keys(examples: Examples, fields: Fields, template: str | None) -> tuple[str, ...]:
-    """Return the keys of messages, as "messages.KEY", that a chat template does not name.
+def unread_keys(
+    examples: Examples,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str | None,
+) -> tuple[str, ...]:
+    """Return the keys of messages, as "messages.KEY", that a chat template does not render.
 
     Args:
         examples: the examples.
         fields: columns that are read.
+        tokenizer: tokenizer of the base.
         template: jinja text that renders chats.
     """
     if fields.kind != "messages" or template is None:
         return ()
-    keys = (key for key in examples.names.message_keys if key not in READ_KEYS)
-    return tuple(f"{MESSAGES}.{key}" for key in keys if not names(template, key))
+    keys = [key for key in examples.names.message_keys if key not in READ_KEYS]
+    rendered = {
+        key
+        for key in keys
+        if names(template, key) and _changes_a_chat(key, examples, fields, tokenizer, template)
+    }
+    return tuple(f"{MESSAGES}.{key}" for key in keys if key not in rendered)
+
+
+def _changes_a_chat(
+    key: str,
+    examples: Examples,
+    fields: Fields,
+    tokenizer: PreTrainedTokenizerFast,
+    template: str,
+) -> bool:
+    """Return False if the first 100 examples are rendered in the same way without a key of their
+    messages, though some have it. A template may have a variable of that name."""
+    has_key = False
+    for record in islice(examples, 100):
+        messages = fields.messages(record)
+        if all(message.get(key) in (None, "", []) for message in messages):
+            continue
+        has_key = True
+        others = [{k: v for k, v in message.items() if k != key} for message in messages]
+        tools = tools_of(record) if fields.has_tools else None
+        try:
+            texts = {render_text(tokenizer, chat, template, tools) for chat in (messages, others)}
+        except ExampleError:  # it demands the key
+            return True
+        if len(texts) == 2:
+            return True
+    return not has_key
 
 
 def roles_of(examples: Examples, most: int = 1000) -> list[str]:

@@ -328,7 +328,7 @@ def _reading(
     return describe(
         examples,
         fields.all_columns,
-        unread_columns=unread_keys(examples, fields, template),
+        unread_columns=unread_keys(examples, fields, tokenizer, template),
         template=template_source(chat_template, template, tokenizer.chat_template),
         answer_ends=tuple(learned),
         notes=tuple(filter(None, notes)),

@@ -43,6 +43,8 @@ KNOWN_FIELDS = {
     *(name for names in FIELD_NAMES.values() for name in names),
 }
 REQUIRED = ("subject", "prompt", "target_new")
+PLACE_HOLDER = re.compile(r"\{\w*\}|\[[XY]\]|<subject>", re.IGNORECASE)
+"""Matches what stands for the subject in prompts of data sets: {}, {subject}, [X]."""
 SEPARATORS = re.compile(r"[\s,]*")
 MAX_SHOWN = 20
 """Largest number of problems that an error lists. A file with more probably has another format."""
@@ -201,10 +203,11 @@ class _EditParser:
             for question in questions
         ]
         for name, prompt in prompts:
-            if "{}" in prompt and given["subject"] not in prompt:
+            found = PLACE_HOLDER.search(prompt)
+            if found and given["subject"] not in prompt:
                 self._add_problem(
-                    f"{name} has the place holder {{}} of ROME's files: {prompt[:60]!r}. Write the "
-                    "subject there"
+                    f"{name} has the place holder {found[0]}, as ROME's files have {{}}: "
+                    f"{prompt[:60]!r}. Write the subject there"
                 )
 
     def _text_of(self, record: Mapping[str, Any], name: str) -> str:

@@ -137,7 +137,7 @@ def open_eval_set(
         if isinstance(found, Documents):
             print_reading(found.reading, notes_of="--eval_data")
     if any(not isinstance(found, Documents) for found in items.values()):
-        asked = table.reading(template, config.data.chat_template, tokenizer.chat_template)
+        asked = table.reading(template, config.data.chat_template, tokenizer)
         print_reading(asked, notes_of="--eval_data")
     return EvalSet(
         config=config,

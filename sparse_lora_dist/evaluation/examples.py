@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
+from transformers import PreTrainedTokenizerFast
+
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data.examples import Examples, rows_of_another_template
 from sparse_lora_dist.data.fields import (
@@ -123,14 +125,17 @@ class Table:
         """True if the examples have a column ``tools``."""
         return TOOLS in self.examples.names.columns
 
-    def reading(self, template: str | None, chat_template: str | None, own: object) -> Reading:
+    def reading(
+        self, template: str | None, chat_template: str | None, tokenizer: PreTrainedTokenizerFast
+    ) -> Reading:
         """Return what of the data the metrics with questions read.
 
         Args:
             template: Text of the chat template; None for plain text.
             chat_template: Value of --chat_template.
-            own: Chat template of the tokenizer.
+            tokenizer: Tokenizer of the model.
         """
+        own = tokenizer.chat_template
         found = self.examples.names.columns
         columns = [MESSAGES] if self.has_chats else [self.column("prompt")]
         has_answer = "choices" in found or not self.has_chats
@@ -143,7 +148,7 @@ class Table:
         return describe(
             self.examples,
             columns,
-            unread_columns=unread_keys(self.examples, fields, template),
+            unread_columns=unread_keys(self.examples, fields, tokenizer, template),
             notes=(other,) if other else (),
             template=template_source(chat_template, template, own),
         )

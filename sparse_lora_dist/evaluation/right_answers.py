@@ -30,12 +30,18 @@ EQUALS = re.compile(r"\\(?:approx|implies|therefore|[Rr]ightarrow)(?![A-Za-z])")
 """Matches what stands before a result in LaTeX, as = does."""
 BOXED = re.compile(rf"\s*(?:[^\W\d]+\s*=)?\s*{NUMBER.pattern}\s*%?[^\W\d]*(?:[^\S\n]+[^\W\d]+)*\s*")
 """Matches a number alone, with a name before it or a unit after it: x = 5, 5%, 5 apples."""
-LETTER = re.compile(r"\(?([A-Za-z])(?:\)|[.:,]|\s*$|\s*\n|\s+(?i:is)\b)")
+NOT = r"(?!\s+(?i:isn't|wasn't|(?:is|was)\s+(?:not|wrong|incorrect|false))\b)"
+"""Does not match before what says that a letter is not the answer."""
+LETTER = re.compile(rf"\(?([A-Za-z]){NOT}(?:\)|[.:,]|\s*$|\s*\n|\s+(?i:is)\b)")
 """Matches a letter at the start of a text: "A.", "(B)", "c:", "A is", or a line of one letter."""
-ANSWER_LETTER = re.compile(
-    r"\b(?i:answer|option|choice)\b(?:\s+(?:is|I[Ss](?!\s+[AI]\s+\w))\b)?\s*:?\s*\(?([A-Z])(?![\w'])"
-)
-"""Matches "The answer is B", "ANSWER IS B" and "Option C", but not "ANSWER IS A DOG"."""
+AFTER_WORD = rf"(?:\s+(?:is|I[Ss](?!\s+[AI]\s+\w))\b)?\s*:?\s*\(?([A-Z])(?![\w']){NOT}"
+ANSWER_LETTER = re.compile(rf"\b(?i:answer)\b{AFTER_WORD}")
+"""Matches "The answer is B" and "ANSWER IS B", but not "ANSWER IS A DOG"."""
+OPTION_LETTER = re.compile(rf"\b(?i:option|choice)\b{AFTER_WORD}")
+"""Matches "Option C", but not "Option C is wrong"."""
+BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}|\$+|\\[()\[\]]")
+"""Matches a box of LaTeX, and marks around formulas."""
+QUOTED_LETTER = re.compile(r"(?<!\w)['‘]([A-Za-z])['’](?!\w)")  # noqa: RUF001
 MARKUP = re.compile(r"[*_`\"]")
 """Characters of Markdown emphasis, and quotes."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -131,7 +137,8 @@ def chosen_index(text: str, choices: Sequence[str]) -> int | None:
     The first rule that fits decides:
 
     1. The text begins with a choice; the longest, if it begins with several.
-    2. The text names a letter: "B." at its start, or "the answer is B".
+    2. The text names a letter: "B." at its start, "the answer is B", or "option B"; also in a box
+       of LaTeX.
     3. The text contains a choice; the first one, or the longest if several start there.
 
     Case, white space, Markdown emphasis and quotes are ignored.
@@ -145,12 +152,21 @@ def chosen_index(text: str, choices: Sequence[str]) -> int | None:
     begins = [i for i, choice in enumerate(wanted) if _find_words(plain, choice) == 0]
     if begins:
         return max(begins, key=lambda i: len(wanted[i]))
-    for letter in filter(None, (LETTER.match(text), ANSWER_LETTER.search(text))):
+    letters = _without_marks(text)
+    patterns = (LETTER.match, ANSWER_LETTER.search, OPTION_LETTER.search)
+    for letter in filter(None, (pattern(letters) for pattern in patterns)):
         index = LETTERS.index(letter[1].upper())
         if index < len(choices):
             return index
     named = [i for i, choice in enumerate(wanted) if _find_words(plain, choice) is not None]
     return min(named, key=lambda i: (_find_words(plain, wanted[i]), -len(wanted[i])), default=None)
+
+
+def _without_marks(text: str) -> str:
+    """Return a text without boxes, fonts and formula marks of LaTeX, and quotes of one letter."""
+    while (inner := WORDS.sub(r"\1", text)) != text:
+        text = inner
+    return QUOTED_LETTER.sub(r"\1", BOX.sub(lambda mark: mark[1] or "", text)).strip()
 
 
 def _find_words(text: str, words: str) -> int | None:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sparse_lora_dist.base_model.architecture import output_head
 from sparse_lora_dist.base_model.safetensors_reader import CheckpointFiles
-from sparse_lora_dist.base_model.shard_loader import is_plain_linear
+from sparse_lora_dist.base_model.shard_loader import is_experts, is_plain_linear
 from sparse_lora_dist.base_model.weight_map import Packed, Sources
 from sparse_lora_dist.config.sections import AdapterConfig
 from sparse_lora_dist.distributed.console import counted
@@ -168,9 +168,12 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
         problems.append(f"{empty[0]} holds no parameters, so there is nothing to train in it.")
     branches = [n for n, m in found.items() if next(m.children(), None) is not None]
     if branches:
+        own = any(map(is_experts, found[branches[0]].modules()))
         problems.append(
-            f"{branches[0]} contains other modules, and only modules without any are trained in "
-            "full. Name those in it that hold parameters."
+            f"{branches[0]} holds experts, which can neither be trained in full nor get an adapter."
+            if own
+            else f"{branches[0]} contains other modules, and only modules without any are trained "
+            "in full. Name those in it that hold parameters."
         )
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = getattr(model.config, "tie_word_embeddings", False) and ends[1] is not None
@@ -180,7 +183,12 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
             "Remove them from --modules_to_save."
         )
     if problems:
-        holders = [n for n, m in modules.items() if next(m.parameters(False), None) is not None]
+        holders = [
+            name
+            for name, module in modules.items()
+            if next(module.parameters(False), None) is not None
+            and next(module.children(), None) is None
+        ]
         raise UserError(
             f"{NO_FIT}{' '.join(problems)} Name only modules of the model: {_endings(holders)}."
         )

@@ -402,6 +402,15 @@ CHOICES = ["A dog", "a cat", "the cat on a hill", "dog"]
         ("ANSWER IS (B).", 1),
         ("THE ANSWER IS A CAT", 1),
         ("C IS RIGHT", 2),
+        (r"\boxed{B}", 1),
+        (r"$\boxed{\text{B}}$", 1),
+        ("The answer is $B$", 1),
+        (r"The answer is \(C\)", 2),
+        (r"Answer: $\mathbf{B}$", 1),
+        ("The answer is 'B'", 1),
+        ("Option A is incorrect. The answer is B.", 1),
+        ("Option A is incorrect.", None),
+        ("B is wrong, so the answer is C", 2),
     ],
 )
 def test_which_choice_a_text_takes(text: str, place: int | None) -> None:

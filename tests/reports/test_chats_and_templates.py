@@ -66,7 +66,7 @@ def test_a_question_is_asked_with_its_tools(tmp_path):
     (question,) = table.map(lambda table, record: exact(encoder, table, record))
     trained = load(path, tokenizer)[0].input_ids
     assert question.prompt == list(trained[: len(question.prompt)])
-    assert table.reading(WITH_TOOLS, None, WITH_TOOLS).columns == ("messages", "tools")
+    assert table.reading(WITH_TOOLS, None, tokenizer).columns == ("messages", "tools")
 
 
 def test_a_prompt_field_that_was_given_is_asked_too(tmp_path):

@@ -85,3 +85,23 @@ def test_quotes_of_a_tsv_table_are_pointed_out(tmp_path: Path, cell: str) -> Non
         file.write_text(f"text\n{cell}\nplain\n")
     reading = load(file, byte_tokenizer()).reading
     assert any("stand in quotes" in note for note in reading.notes)
+
+
+SWITCH = "{% if thinking is not defined %}{% set thinking = false %}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "unread"),
+    [
+        (SWITCH + PLAIN, ("messages.thinking",)),  # DeepSeek V3.1
+        (PLAIN.replace("{{ m.content }}", "{{ m.thinking }}{{ m.content }}"), ()),
+        ("{# m.thinking #}" + PLAIN, ("messages.thinking",)),
+    ],
+    ids=["variable", "rendered", "comment"],
+)
+def test_a_key_that_a_template_has_as_a_variable_is_not_read(
+    tmp_path: Path, template: str, unread: tuple[str, ...]
+) -> None:
+    chat = [user("what"), assistant("it is") | {"thinking": "a long thought"}]
+    path = jsonl(tmp_path / "a.jsonl", [{"messages": chat}])
+    assert load(path, byte_tokenizer(template=template)).reading.unread_columns == unread

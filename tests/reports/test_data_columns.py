@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sparse_lora_dist.config.sections import DataConfig
 from sparse_lora_dist.data import load_labelled, read_classes
+from sparse_lora_dist.data.fields import ExampleError
+from sparse_lora_dist.data.labels import label_of
 from sparse_lora_dist.data.reading import shown
 from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.eval_metrics import METRICS
@@ -344,3 +346,9 @@ def load_classes(path, tokenizer, *classes):
         sequence_length=64,
         max_samples=None,
     )
+
+
+@pytest.mark.parametrize("label", ["", " ", "\t"])
+def test_a_label_of_blanks_is_empty(label: str) -> None:
+    with pytest.raises(ExampleError, match="The label of this example is empty"):
+        label_of(label, None)

@@ -93,6 +93,26 @@ def test_a_readme_that_names_the_data_decides_and_the_rest_is_named(tmp_path):
         load(source, split="test")
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ["\n{}", "  {}", "\ufeff{}", "\r\n{}", '{}"configs":', "{}configs :"],
+    ids=["blank line", "blanks", "byte order mark", "CRLF", "quoted", "blank before the colon"],
+)
+def test_a_readme_is_read_as_datasets_reads_it(tmp_path, odd):
+    """The test file was trained on."""
+    source = folder(tmp_path / "a", part1=3, part2=5)
+    key = odd.partition("{}")[2] or "configs:"
+    text = odd.replace(key, "").replace(
+        "{}",
+        f"---\n{key}\n- config_name: default\n  data_files:\n  - split: train\n"
+        "    path: part1.jsonl\n  - split: test\n    path: part2.jsonl\n---\n",
+    )
+    (source / "README.md").write_bytes(text.encode())
+    assert read(source) == (3, ("part1.jsonl",))
+    (source / "README.md").write_bytes("# Donn\xe9es\n".encode("latin-1"))
+    assert read(source)[0] == 8
+
+
 def test_a_readme_that_leads_out_of_the_folder_is_refused(tmp_path):
     jsonl(tmp_path / "secret.jsonl", pairs("s"))
     source = folder(tmp_path / "a", train=1)

@@ -87,6 +87,14 @@ def test_the_other_name_of_a_field_counts_where_one_has_no_text(
     assert one.rephrased == Question(prompt="r", answer="t")
 
 
+@pytest.mark.parametrize("prompt", ["{subject} was born in", "[X] was born in [Y]"])
+def test_place_holders_of_other_data_sets_are_refused(tmp_path: Path, prompt: str) -> None:
+    edit = EDIT | {"subject": "Ada", "prompt": prompt}
+    (tmp_path / "e.json").write_text(json.dumps(edit))
+    with pytest.raises(UserError, match=r"has the place holder [\[{](subject|X)[\]}]"):
+        read_edits(tmp_path / "e.json")
+
+
 @pytest.mark.parametrize("name", ["locality", "portability"])
 def test_a_place_holder_in_a_question_is_refused(tmp_path: Path, name: str) -> None:
     questions = [

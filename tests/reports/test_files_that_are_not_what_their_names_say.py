@@ -10,6 +10,7 @@ from sparse_lora_dist.adapter.peft_read import open_peft
 from sparse_lora_dist.base_model.architecture import resolve_folder
 from sparse_lora_dist.config.load import load_config
 from sparse_lora_dist.data.fields import find_template
+from sparse_lora_dist.data.folders import missing_shards
 from sparse_lora_dist.errors import UserError
 from tests.fixtures.data_files import assistant, jsonl, load, pairs, user
 from tests.fixtures.tiny_tokenizer import PLAIN, byte_tokenizer
@@ -140,3 +141,12 @@ def test_shards_that_are_missing_are_named(
     assert bool(notes) == bool(absent) and all(name in notes[0] for name in absent)
     alone = load(tmp_path / "s" / f"{there[0]}.jsonl").reading.notes
     assert not [n for n in alone if "belong to them" in n]
+
+
+def test_shards_with_a_hash_each_are_one_set(tmp_path):
+    """datasets named files so until 2023: all are there, and none was said to be."""
+    for number, name in enumerate(("a3ecf92756993583", "0a1804bcb6ae68c6", "6f5c1bfbf1e2c3d4")):
+        jsonl(tmp_path / "s" / f"train-0000{number}-of-00003-{name}.jsonl", pairs("x"))
+    assert missing_shards(sorted((tmp_path / "s").iterdir())) == []
+    next((tmp_path / "s").glob("*-00001-*")).unlink()
+    assert missing_shards(sorted((tmp_path / "s").iterdir())) == ["train-00001-of-00003.jsonl"]

@@ -182,6 +182,27 @@ def test_a_template_that_asks_unasked_teaches_what_one_that_waits_does(tmp_path,
     assert found[0][2] == (sorted({end, "</s>"}), (end,))
 
 
+def test_a_template_that_asks_for_more_if_it_is_asked():
+    """Command A writes the header of the next turn always, and <|resp|> only if it is asked."""
+    loop = (
+        "{% for m in messages %}<|start|>{{ m.role }}|{% if m.role == 'assistant' %}<|resp|>"
+        "{% endif %}{{ m.content }}<|end|>{% endfor %}"
+    )
+    prompt, more = "<|start|>assistant|", "{% if add_generation_prompt %}<|resp|>{% endif %}"
+    tokenizer = byte_tokenizer(template=loop + prompt + more)
+    special = ["<|start|>", "<|resp|>", "<|end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    assert unasked_prompt(tokenizer, loop + prompt + more) == prompt
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")}
+    assert end_of_turn(tokenizer, template=loop + prompt + more) == ends
+    chat = [user("Q"), assistant("A")]
+    encoded = encode_chat(tokenizer, chat, template=loop + prompt + more, train_on="response")
+    ids = [i for i, t in zip(encoded.ids, encoded.is_target, strict=True) if t]
+    assert tokenizer.decode(ids).removesuffix("</s>") == "A<|end|>"
+    asked = encode_prompt(tokenizer, chat[:1], template=loop + prompt + more)
+    assert tokenizer.decode(asked).endswith("<|start|>assistant|<|resp|>")
+
+
 @pytest.mark.parametrize("name", ASKS)
 def test_an_answer_is_graded_and_ends_where_a_template_asks_unasked(name):
     loop, prompt = ASKS[name]
