@@ -133,9 +133,9 @@ def _open(name: str | None) -> Adapter:
         )
     if why := _why_not_plain(config, shapes):
         raise UserError(
-            f"The adapter {name} is not a plain LoRA adapter: {why}. Merge it into its base with "
-            "launcher/export.py --format merged, or with PEFT's merge_and_unload, and evaluate the "
-            "result with --model."
+            f"The adapter {name} is not a plain LoRA adapter: {why}. Merge it into its base, a run "
+            "of this program with launcher/export.py --format merged, another with PEFT's "
+            "merge_and_unload, and evaluate the result with --model."
         )
     if faults := faults_of(config):
         raise UserError(

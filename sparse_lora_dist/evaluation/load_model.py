@@ -12,7 +12,7 @@ from sparse_lora_dist.errors import UserError
 from sparse_lora_dist.evaluation.adapters import Adapter
 from sparse_lora_dist.methods import Method
 from sparse_lora_dist.model.model import Model
-from sparse_lora_dist.model.targets import NO_FIT, READ, in_short
+from sparse_lora_dist.model.targets import NO_FIT, READ, TIED, in_short
 from sparse_lora_dist.training.trained_over import check_base
 
 PLAIN = Method(name="lora")
@@ -41,6 +41,14 @@ def open_model(config: Config, adapter: Adapter) -> tuple[Model, Adapter]:
     except UserError as error:
         if not str(error).startswith(NO_FIT):
             raise
+        if TIED in str(error):
+            raise UserError(
+                f"The adapter {adapter.name} holds the embeddings, which this base ties to its "
+                "output head. If they are the base's own, save the adapter without them: "
+                "save_pretrained(..., save_embedding_layers=False). If they were trained, evaluate "
+                "the merged model with --model.",
+                shared=True,
+            ) from error
         raise _does_not_fit(adapter, str(error).removeprefix(NO_FIT)) from error
     with fail_together("comparing the base with the adapter's"):
         if adapter.shapes:

@@ -32,11 +32,15 @@ BOXED = re.compile(rf"\s*(?:[^\W\d]+\s*=)?\s*{NUMBER.pattern}\s*%?[^\W\d]*(?:[^\
 """Matches a number alone, with a name before it or a unit after it: x = 5, 5%, 5 apples."""
 NOT = r"(?!\s+(?i:isn't|wasn't|(?:is|was)\s+(?:not|wrong|incorrect|false))\b)"
 """Does not match before what says that a letter is not the answer."""
-LETTER = re.compile(rf"\(?([A-Za-z]){NOT}(?:\)|[.:,]|\s*$|\s*\n|\s+(?i:is)\b)")
+LETTER = re.compile(rf"[(\[]?([A-Za-z]){NOT}(?:[)\].:,]|\s*$|\s*\n|\s+(?i:is)\b)")
 """Matches a letter at the start of a text: "A.", "(B)", "c:", "A is", or a line of one letter."""
-AFTER_WORD = rf"(?:\s+(?:is|I[Ss](?!\s+[AI]\s+\w))\b)?\s*:?\s*\(?([A-Z])(?![\w']){NOT}"
+AFTER_WORD = rf"(?:\s+(?:is|I[Ss](?!\s+[AI]\s+\w))\b)?\s*:?\s*[(\[]?([A-Z])(?![\w'#+]){NOT}"
 ANSWER_LETTER = re.compile(rf"\b(?i:answer)\b{AFTER_WORD}")
 """Matches "The answer is B" and "ANSWER IS B", but not "ANSWER IS A DOG"."""
+SMALL_LETTER = re.compile(
+    r"\b(?i:answer)\s+is\s*:?\s*[(\[]?([b-hj-z])[)\]]?\s*(?:[.!]?\s*$|\.?\s*\n)"
+)
+"""Matches "the answer is d." at the end of a line, but neither "a" nor "i", which are words."""
 OPTION_LETTER = re.compile(rf"\b(?i:option|choice)\b{AFTER_WORD}")
 """Matches "Option C", but not "Option C is wrong"."""
 BOX = re.compile(r"\\boxed\s*\{([^{}]*)\}|\$+|\\[()\[\]]")
@@ -153,7 +157,7 @@ def chosen_index(text: str, choices: Sequence[str]) -> int | None:
     if begins:
         return max(begins, key=lambda i: len(wanted[i]))
     letters = _without_marks(text)
-    patterns = (LETTER.match, ANSWER_LETTER.search, OPTION_LETTER.search)
+    patterns = (LETTER.match, ANSWER_LETTER.search, SMALL_LETTER.search, OPTION_LETTER.search)
     for letter in filter(None, (pattern(letters) for pattern in patterns)):
         index = LETTERS.index(letter[1].upper())
         if index < len(choices):

@@ -59,6 +59,7 @@ NO_PROMPTING = (
     "answer, so the export has none but the base's own"
 )
 """End of the line that is printed for such a checkpoint; its folder comes first."""
+OWN_FORMS = {"neat": " (it has with --neat_form peft)"}
 Summary = dict[str, str]
 """Label -> text about an export, e.g. "sparsity" -> "99.9%".
 
@@ -277,9 +278,10 @@ def _peft(trained: Trained, folder: Path, asked: ExportConfig) -> Summary:
             write_own_type(folder, own)
             return {"modules": counted(len(own.forms), "linear"), "type": own.kind.lower()}
         if asked.own_type:
+            has = OWN_FORMS.get(trained.method.name, "")
             raise UserError(
                 f"--own_type is not possible with --method {trained.method.name}: PEFT has no "
-                "adapter type that computes the update of this run. Leave the option out."
+                f"adapter type that computes the update of this run{has}. Leave the option out."
             )
     lora = trained.plain_lora()
     if asked.uniform_rank and trained.classes and lora.full:

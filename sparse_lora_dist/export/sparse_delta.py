@@ -275,7 +275,7 @@ def _weight(model: nn.Module, name: str) -> Tensor:
     except AttributeError as error:
         raise UserError(
             f"The model has no linear named {name}, which the sparse delta changes. Load the base "
-            "model that the delta was trained over."
+            "model that the delta was trained over, with the class that README.md beside it shows."
         ) from error
     if weight.is_meta:
         raise UserError(

@@ -25,6 +25,7 @@ from sparse_lora_dist.tasks.class_head import Head, modules_inside
 
 READ = "the model uses their weight without calling them"
 """Why linears of ``Look.read`` are left as they are, for messages."""
+TIED = "The input and output embeddings of this model are tied"
 NO_FIT = "--modules_to_save does not fit this model. "
 """Start of the message about wrong --modules_to_save."""
 
@@ -178,10 +179,7 @@ def find_full(model: PreTrainedModel, wanted: Sequence[str], head: Head) -> dict
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     is_tied = getattr(model.config, "tie_word_embeddings", False) and ends[1] is not None
     if is_tied and any(m in ends for m in found.values()):
-        problems.append(
-            "The input and output embeddings of this model are tied, so they must stay frozen. "
-            "Remove them from --modules_to_save."
-        )
+        problems.append(f"{TIED}, so they must stay frozen. Remove them from --modules_to_save.")
     if problems:
         holders = [
             name

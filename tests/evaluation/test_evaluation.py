@@ -411,6 +411,9 @@ CHOICES = ["A dog", "a cat", "the cat on a hill", "dog"]
         ("Option A is incorrect. The answer is B.", 1),
         ("Option A is incorrect.", None),
         ("B is wrong, so the answer is C", 2),
+        ("[B]", 1),
+        ("The correct answer is d.", 3),
+        ("The answer is C#", None),
     ],
 )
 def test_which_choice_a_text_takes(text: str, place: int | None) -> None:

@@ -132,7 +132,7 @@ try:
                 break
             os.wait()
             told = [path for path in Path("run/ranks").iterdir() if "true" in path.read_text()]
-            print(Path("run/run.lock").exists(), told)
+            print(Path("run/run.lock").exists(), told, flush=True)
         else:
             now.step(2)
 except BaseException as error:
