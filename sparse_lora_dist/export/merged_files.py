@@ -49,6 +49,8 @@ NO_PART = re.compile(
 copies, the state of a training, and settings with which another program has quantised it."""
 MORE_TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps a tokenizer's other chat templates: NAME.jinja."""
+PROCESSOR = ("processor_config.json", "preprocessor_config.json")
+"""Files of a model that reads images or sounds."""
 TOKENIZER, OLD_TEMPLATE = "tokenizer_config.json", "chat_template.json"
 """Files that may hold chat templates too: of a tokenizer, and of an older processor."""
 
@@ -161,6 +163,12 @@ def _write_templates(prompting: Prompting | None, base: Path, folder: Path) -> N
     if keeps and not (base / MORE_TEMPLATES).is_dir():
         return
     templates = own if keeps or used is None else {"default": used}
+    if not keeps and any((base / name).is_file() for name in PROCESSOR):
+        print_line(
+            "left out",
+            f"the chat template of the processor of {base}: that of the run takes its place. If it "
+            "is for texts alone, the merged model is not prompted with images",
+        )
     for name in (TEMPLATE, OLD_TEMPLATE):
         (folder / name).unlink(missing_ok=True)
     settings = _settings_of(folder)

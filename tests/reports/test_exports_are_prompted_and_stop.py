@@ -229,6 +229,20 @@ def test_another_template_replaces_all_of_them(tmp_path: Path, form: str, is_own
     assert templates_after(used, tmp_path / "base", tmp_path / "out") == "{{ 1 }}\n"
 
 
+@pytest.mark.parametrize("reads_images", [True, False])
+def test_a_template_for_images_that_is_replaced_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], reads_images: bool
+) -> None:
+    tokenizer_with(tmp_path / "base", "jinja")
+    if reads_images:
+        (tmp_path / "base" / "preprocessor_config.json").write_text("{}")
+    for used, is_own, name in (("{{ 1 }}\n", False, "other"), (MARKED, True, "same")):
+        prompting = Prompting(chat_template=used, is_own=is_own, ends={}, generation={})
+        templates_after(prompting, tmp_path / "base", tmp_path / name)
+        said = "left out  the chat template of the processor" in capsys.readouterr().out
+        assert said == (reads_images and not is_own)
+
+
 def templates_after(prompting: Prompting, base: Path, folder: Path) -> Any:
     """What transformers reads of the templates in a merged model."""
     folder.mkdir()
